@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
+from scipy import ndimage, special
 
 Weight = Literal["area", "mass"]
 ElbowRule = Literal["value", "index"]
@@ -95,7 +95,7 @@ def head_statistics(
         attention_sum=attention_sum(attention),
         spatial_entropy=_entropy(attention, labels, options.entropy),
         num_components=_counts(labels),
-        bottom_row_focus=masks[..., -1, :].all(axis=-1),
+        bottom_row_focus=np.asarray(masks[..., -1, :].all(axis=-1)),
     )
 
 
@@ -219,9 +219,7 @@ def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
     return labels.reshape(masks.shape)
 
 
-def component_count(
-    maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean"
-) -> NDArray[np.int64]:
+def component_count(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.int64]:
     """Number of 8-connected components of each binarised map: int64 `[...]`."""
     return _counts(label_components(binarise(maps, threshold=threshold)))
 
@@ -249,9 +247,7 @@ def spatial_entropy(
     return _entropy(maps, label_components(binarise(maps, threshold=threshold)), weight)
 
 
-def bottom_row_focus(
-    maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean"
-) -> NDArray[np.bool_]:
+def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
     """Whether every cell of the bottom row is active (the published code's flag): bool `[...]`."""
     return np.asarray(binarise(maps, threshold=threshold)[..., -1, :].all(axis=-1))
 
@@ -264,7 +260,7 @@ def _entropy(
     shares = _area_shares(labels, owner) if weight == "area" else _mass_shares(maps, labels, owner)
     # Summed from the smallest share up, the result does not depend on where the components lie.
     shares = shares[np.lexsort((shares, owner))]
-    sums = np.bincount(owner, weights=shares * np.log(shares), minlength=counts.size)
+    sums = np.bincount(owner, weights=special.xlogy(shares, shares), minlength=counts.size)
     entropy = np.where(counts > 0, np.abs(sums), np.inf)
     return entropy.reshape(labels.shape[:-2]).astype(np.float32)
 
@@ -279,10 +275,9 @@ def _mass_shares(
 ) -> NDArray[np.float64]:
     excess = np.maximum(maps - _means(maps), 0.0)
     masses = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=owner.size + 1)[1:]
-    # Added in the same order as the components, so that a lone component's share is exactly 1.
-    cell_owner = np.arange(excess.size) // (excess.shape[-1] * excess.shape[-2])
-    totals = np.bincount(cell_owner, weights=excess.ravel())
-    return np.asarray(masses / totals[owner])
+    totals = excess.sum(axis=(-2, -1)).ravel()
+    # The two sums add the cells in different orders: rounding makes a lone component's share exactly 1.
+    return np.asarray(np.round(masses / totals[owner], 12))
 
 
 def _counts(labels: NDArray[np.int32]) -> NDArray[np.int64]:
