@@ -35,7 +35,16 @@ _HOMES = {
     "load_model": "lvlm.loading",
 }
 
-__all__ = ["AttentionMaps", "Grounding", "Head", "HeadRanking", "Sample", "find_heads", "ground", "load_model"]
+__all__ = [
+    "AttentionMaps",
+    "Grounding",
+    "Head",
+    "HeadRanking",
+    "Sample",
+    "find_heads",
+    "ground",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:

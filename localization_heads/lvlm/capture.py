@@ -29,8 +29,11 @@ _open_captures = 0
 _originals: dict[str, AttentionFunction] = {}
 
 
-class StopForward(BaseException):  # noqa: N818 - a signal, not an error; no `except Exception` may swallow it
-    """Raised inside the forward pass once the deepest wanted layer has been seen."""
+class StopForward(BaseException):
+    """Raised inside the forward pass once the deepest wanted layer has been seen.
+
+    A signal, not an error: no `except Exception` on the way may swallow it.
+    """
 
 
 class Recorder:
@@ -77,7 +80,7 @@ def capture(modules: dict[int, nn.Module], stop_after: int | None = None) -> Ite
         _uninstall()
 
 
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+def attention_modules(model: Any) -> dict[int, nn.Module]:
     """The self-attention module of every LM layer that has one, by layer index.
 
     Hybrid models have layers without attention heads: they have no entry.
@@ -85,7 +88,9 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     decoder = model.get_decoder()
     layers: Sequence[nn.Module] | None = getattr(decoder, "layers", None)
     if layers is None:
-        raise WorkError(f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported")
+        raise WorkError(
+            f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
+        )
     found = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(layers)}
     modules = {index: module for index, module in found.items() if module is not None}
     if not modules:
@@ -94,7 +99,9 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kw: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kw: Any
+    ) -> Any:
         original = registered or _eager_function(module)
         recorder = _recorder.get()
         if recorder is not None:

@@ -49,9 +49,16 @@ def square(image_processor: Any, num_tokens: int, image_size: tuple[int, int]) -
     """LLaVA-1.5 and its kin: a square grid over a picture that is padded to a square, cropped, or squeezed."""
     side = math.isqrt(num_tokens)
     if side * side != num_tokens:
-        raise UsageError(f"{num_tokens} image tokens do not make a square grid: the processor does not fit the model")
-    box = padded_box(image_size) if getattr(image_processor, "do_pad", False) else (0.0, 0.0, *map(float, image_size))
+        raise UsageError(
+            f"{num_tokens} image tokens do not make a square grid: the processor does not fit the model"
+        )
+    box = padded_box(image_size) if getattr(image_processor, "do_pad", False) else whole_box(image_size)
     return Grid(side, side, cropped_box(image_processor, box))
+
+
+def whole_box(image_size: tuple[int, int]) -> Box:
+    """The picture itself."""
+    return 0.0, 0.0, float(image_size[0]), float(image_size[1])
 
 
 def padded_box(image_size: tuple[int, int]) -> Box:

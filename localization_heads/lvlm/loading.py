@@ -51,10 +51,14 @@ def load_model(
     if conv_mode not in CONV_MODES:
         raise UsageError(f"conv_mode={conv_mode}: choose one of {', '.join(CONV_MODES)}")
     spec = find_spec(name) if isinstance(name, str) else name
-    given = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
+    given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
     if spec.name in CONVERTED:
-        log.warning("%s is in the original LLaVA format: taking its converted twin %s", spec.name, CONVERTED[spec.name])
+        log.warning(
+            "%s is in the original LLaVA format: taking its converted twin %s",
+            spec.name,
+            CONVERTED[spec.name],
+        )
         spec = replace(spec, name=CONVERTED[spec.name])
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
@@ -89,7 +93,9 @@ def _source(spec: ModelSpec) -> str:
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"model.name={spec.name}: the folder holds no config.json, so it is no saved model")
+            raise UsageError(
+                f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
+            )
         return str(folder)
     if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
         raise UsageError(
@@ -127,7 +133,11 @@ def _padding_processor(image_processor: Any, pad: bool) -> Any:
     from transformers import LlavaImageProcessor, LlavaImageProcessorPil
     from transformers.utils import is_torchvision_available
 
-    settings = {k: v for k, v in image_processor.to_dict().items() if k not in ("image_processor_type", "processor_class")}
+    settings = {
+        k: v
+        for k, v in image_processor.to_dict().items()
+        if k not in ("image_processor_type", "processor_class")
+    }
     kind = LlavaImageProcessor if is_torchvision_available() else LlavaImageProcessorPil
     return kind(**{**settings, "do_pad": pad})
 

@@ -81,7 +81,9 @@ class LVLM:
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
         """Raises UsageError if the checkpoint brings no chat template."""
         if not getattr(self.processor, "chat_template", None):
-            raise UsageError(f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain")
+            raise UsageError(
+                f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
+            )
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
@@ -110,7 +112,9 @@ class LVLM:
         is_image = inputs["input_ids"] == self.image_token_id  # (B, T)
         return [
             self._maps(row[..., here.to(row.device)], image, expression, prompt)
-            for row, here, image, expression, prompt in zip(rows, is_image, images, expressions, prompts, strict=True)
+            for row, here, image, expression, prompt in zip(
+                rows, is_image, images, expressions, prompts, strict=True
+            )
         ]
 
     def _query_rows(self, inputs: dict[str, Any], last_layer: int | None) -> list[Tensor]:
@@ -122,7 +126,9 @@ class LVLM:
             raise WorkError("out of memory: lower batch_size, or load the model in fewer bits") from error
         layers = [recorder.rows[index].cpu() for index in sorted(recorder.rows)]  # each (B, H, T)
         if not layers:
-            raise WorkError(f"{self.name}: no attention was seen; its attention implementation cannot be captured")
+            raise WorkError(
+                f"{self.name}: no attention was seen; its attention implementation cannot be captured"
+            )
         batch, heads, tokens = layers[0].shape
         full = torch.zeros(batch, self.num_layers, heads, tokens)
         full[:, sorted(recorder.rows)] = torch.stack(layers, 1)

@@ -29,7 +29,9 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
         raise UsageError("the expression is empty: name something in the picture, such as query='the dog'")
     for token in special_tokens:
         if token in text:
-            raise UsageError(f"the expression holds '{token}', which this model reads as a control token: leave it out")
+            raise UsageError(
+                f"the expression holds '{token}', which this model reads as a control token: leave it out"
+            )
     return text
 
 

@@ -60,7 +60,9 @@ def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return torch.cat(rows, 1) * scaling  # (B, H, K)
 
 
-def _apply_mask(logits: Tensor, mask: Tensor | None, num_queries: int, *, causal: bool, window: int | None) -> Tensor:
+def _apply_mask(
+    logits: Tensor, mask: Tensor | None, num_queries: int, *, causal: bool, window: int | None
+) -> Tensor:
     if mask is not None and mask.dim() == 4:
         row = mask[:, :, -1, : logits.shape[-1]]
         return logits.masked_fill(~row, _MASKED) if row.dtype == torch.bool else logits + row.float()
