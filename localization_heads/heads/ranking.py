@@ -10,152 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import CriteriaOptions, attention_sum_threshold, keep_heads
 from localization_heads.heads.head import Head
+from localization_heads.heads.record import HeadRanking, RankedHead
+
+__all__ = ["HeadRanking", "RankedHead", "rank_heads", "select_heads"]
 
 CHUNK_VALUES = 1 << 18
 """Numbers of one array that are in memory at a time: 2 MB in float64."""
-
-
-@dataclass(frozen=True)
-class RankedHead:
-    """One head with its evidence; averages are over the samples drawn.
-
-    Args:
-        selection_frequency: share of the samples that marked it, averaged over the trials, 0 to 1.
-        selection_frequency_std: its (population) standard deviation over the trials.
-        attention_sum: mean attention sum.
-        spatial_entropy: mean over the samples where it is finite, in nats; none if there is no such sample.
-        kept: whether criterion 1 keeps it.
-    """
-
-    layer: int
-    head: int
-    selection_frequency: float
-    selection_frequency_std: float
-    attention_sum: float
-    spatial_entropy: float | None
-    kept: bool = True
-
-    @property
-    def address(self) -> Head:
-        return Head(self.layer, self.head)
-
-
-@dataclass(frozen=True)
-class HeadRanking:
-    """The heads of a model, best first, and the recipe that ranked them.
-
-    `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
-    `tau` is the threshold of criterion 1 averaged over the trials; none for `elbow="index"`, which has none.
-    """
-
-    heads: tuple[RankedHead, ...]
-    tau: float | None
-    top_n: int
-    num_samples: int
-    num_trials: int
-    options: CriteriaOptions = field(default_factory=CriteriaOptions)
-    model: str = ""
-
-    CSV_HEADER = (
-        "rank",
-        "layer",
-        "head",
-        "selection_frequency",
-        "selection_frequency_std",
-        "attention_sum",
-        "spatial_entropy",
-        "kept",
-    )
-
-    @property
-    def exclude_layers(self) -> int:
-        return self.options.exclude_layers
-
-    @property
-    def kept(self) -> tuple[RankedHead, ...]:
-        """The heads that pass criterion 1, best first."""
-        return tuple(head for head in self.heads if head.kept)
-
-    def top(self, k: int = 3) -> list[Head]:
-        """The `k` localization heads (Sec. 4.3; the paper takes three).
-
-        Raises:
-            ValueError: if fewer than `k` heads passed criterion 1, or `k` is below 1.
-        """
-        if k < 1:
-            raise ValueError(f"the number of heads must be at least 1, not {k}")
-        if len(self.kept) < k:
-            raise ValueError(f"only {len(self.kept)} heads passed criterion 1: {k} cannot be taken")
-        return [head.address for head in self.kept[:k]]
-
-    def csv_rows(self) -> Iterator[tuple[object, ...]]:
-        """A row a head, ranked from 1, in the order of `CSV_HEADER`; a missing entropy is empty."""
-        for rank, head in enumerate(self.heads, start=1):
-            entropy = "" if head.spatial_entropy is None else _rounded(head.spatial_entropy)
-            frequency = _rounded(head.selection_frequency), _rounded(head.selection_frequency_std)
-            yield (
-                rank,
-                head.layer,
-                head.head,
-                *frequency,
-                _rounded(head.attention_sum),
-                entropy,
-                int(head.kept),
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of `heads.json`: plain values, numbers rounded to six decimals, kept heads only."""
-        return {
-            "version": 1,
-            "model": self.model,
-            "num_samples": self.num_samples,
-            "num_trials": self.num_trials,
-            "tau": None if self.tau is None else _rounded(self.tau),
-            "top_n": self.top_n,
-            "exclude_layers": self.options.exclude_layers,
-            "criteria": {
-                "entropy": self.options.entropy,
-                "threshold": self.options.threshold,
-                "elbow": self.options.elbow,
-                "bottom_row_filter": self.options.bottom_row_filter,
-                "tau": self.options.tau,
-            },
-            "heads": [_head_to_json(head) for head in self.kept],
-        }
-
-    @classmethod
-    def from_json(cls, data: object) -> HeadRanking:
-        """Read what `to_json` wrote, or a hand-made file with the same keys; the order of heads is kept.
-
-        Raises:
-            UsageError: naming what is wrong, for anything that is not such a ranking.
-        """
-        fields = _Fields(data, "heads.json")
-        if fields.integer("version", 1) != 1:
-            raise UsageError(f"heads.json: version must be 1, not {fields.values['version']!r}")
-        heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
-        addresses = [head.address for head in heads]
-        if len(set(addresses)) < len(addresses):
-            twice = next(address for address in addresses if addresses.count(address) > 1)
-            raise UsageError(f"heads.json: {twice} is listed twice")
-        return cls(
-            heads=heads,
-            tau=fields.number("tau"),
-            top_n=fields.integer("top_n", 1),
-            num_samples=fields.integer("num_samples", 1),
-            num_trials=fields.integer("num_trials", 1),
-            options=_options_from_json(fields),
-            model=fields.text("model"),
-        )
 
 
 def select_heads(
@@ -191,6 +59,7 @@ def rank_heads(
     num_samples: int = 1000,
     seed: int = 42,
     bottom_row: NDArray[np.bool_] | None = None,
+    draws: NDArray[np.int64] | None = None,
     model: str = "",
 ) -> HeadRanking:
     """Selection frequency of every head (Sec. 4.3), with its spread over random trials.
@@ -205,6 +74,8 @@ def rank_heads(
     Args:
         sums, entropies: `[sample, layer, head]`, arrays or memory maps; read in chunks.
         bottom_row: the flags `[sample, layer, head]` that `options.bottom_row_filter` needs.
+        draws: which samples each trial holds, `[trial, sample]`, as `random_draws` made them for a pool that
+            these samples are a part of; none draws from the samples given.
         seed: the same seed and samples give the same ranking.
 
     Raises:
@@ -216,13 +87,12 @@ def rank_heads(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     pool = _Pool(sums, entropies, bottom_row if options.bottom_row_filter else None)
-    rng = np.random.default_rng(seed)
-    if len(sums) > num_samples:
-        centre = spread = _run_trials(
-            pool, _random_draws(rng, len(sums), num_trials, num_samples), options, top_n
-        )
-    else:
-        centre = _run_trials(pool, np.ones((1, len(sums)), dtype=np.int64), options, top_n)
+    if draws is None:
+        draws = random_draws(len(sums), num_trials, num_samples, seed)
+    centre = _run_trials(pool, draws, options, top_n)
+    spread = centre
+    if len(draws) == 1:
+        rng = np.random.default_rng(seed)
         spread = _run_trials(pool, _bootstrap_draws(rng, len(sums), num_trials), options, top_n)
     tau, heads = _ranked(centre, spread, options)
     return HeadRanking(
@@ -256,18 +126,25 @@ class _Pool:
 class _Trials:
     """What each trial found, `[trial, layer, head]`; tau is `[trial]`, NaN where the rule has none."""
 
-    frequency: NDArray[np.float64]
+    size: int  # samples a trial
+    counts: NDArray[np.float64]  # how many of them marked the head
     sums: NDArray[np.float64]
     tau: NDArray[np.float64]
     entropy: NDArray[np.float64]  # totals of the finite entropies and
     finite: NDArray[np.float64]  # how many there are
 
 
-def _random_draws(rng: np.random.Generator, pool: int, num_trials: int, size: int) -> NDArray[np.int64]:
-    """How often each trial holds each sample, `[trial, sample]`: `size` different samples a trial."""
+def random_draws(pool: int, num_trials: int, num_samples: int, seed: int) -> NDArray[np.int64]:
+    """How often each trial holds each of `pool` samples, `[trial, sample]`: `num_samples` different ones.
+
+    One row of ones, the whole pool, if it is not larger than `num_samples`: all draws would be the same.
+    """
+    if pool <= num_samples:
+        return np.ones((1, pool), dtype=np.int64)
+    rng = np.random.default_rng(seed)
     draws = np.zeros((num_trials, pool), dtype=np.int64)
     for draw in draws:
-        draw[rng.choice(pool, size, replace=False)] = 1
+        draw[rng.choice(pool, num_samples, replace=False)] = 1
     return draws
 
 
@@ -278,13 +155,14 @@ def _bootstrap_draws(rng: np.random.Generator, pool: int, num_trials: int) -> ND
 
 def _run_trials(pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions, top_n: int) -> _Trials:
     shape = (len(draws), *pool.sums.shape[1:])
-    sizes = draws.sum(axis=1)[:, None]  # (trial, 1)
-    sums = _mean_sums(pool, draws) / sizes
+    size = int(draws[0].sum())
+    sums = _mean_sums(pool, draws) / size
     kept = np.stack([_keep(trial.reshape(shape[1:]), options) for trial in sums])
     counts, entropy, finite = _marks(pool, draws, kept.reshape(len(draws), -1), top_n)
     taus = [_tau(trial.reshape(shape[1:]), options) for trial in sums]
     return _Trials(
-        frequency=(counts / sizes).reshape(shape),
+        size=size,
+        counts=counts.reshape(shape),
         sums=sums.reshape(shape),
         tau=np.array([math.nan if tau is None else tau for tau in taus]),
         entropy=entropy.reshape(shape),
@@ -293,11 +171,13 @@ def _run_trials(pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions,
 
 
 def _mean_sums(pool: _Pool, draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """First pass: attention sums added up over each draw, `[trial, head]`."""
+    """First pass: attention sums added up over each draw, `[trial, head]`; finite or a ValueError."""
     total = np.zeros((len(draws), pool.sums[0].size))
     for rows in pool.chunks(draws):
         values = pool.sums[rows].reshape(rows.size, -1).astype(np.float64)
         total += _weighted(draws[:, rows], values)
+    if not np.isfinite(total).all():
+        raise ValueError("attention sums must be finite: they hold NaN or infinite values")
     return total
 
 
@@ -313,7 +193,7 @@ def _marks(
         entropy += _weighted(weights, np.where(usable, values, 0.0))
         finite += _weighted(weights, usable.astype(np.float64))
         if pool.bottom_row is not None:
-            usable &= ~pool.bottom_row[rows].reshape(rows.size, -1)
+            usable &= ~pool.bottom_row[rows].reshape(rows.size, -1).astype(bool)
         order = _by_entropy(pool.sums[rows].reshape(rows.size, -1), values)
         usable = np.take_along_axis(usable, order, axis=1)  # best head first, as `order`
         for trial, allowed in enumerate(kept):
@@ -353,8 +233,9 @@ def _ranked(
     tau = None if options.elbow == "index" else float(means[-1])
     sums = means[:-1].reshape(centre.sums.shape[1:])
     kept = keep_heads(sums, tau=tau, elbow=options.elbow, exclude_layers=options.exclude_layers)
-    frequency = centre.frequency.mean(axis=0)
-    deviation = spread.frequency.std(axis=0)
+    # From whole numbers: averaging the trials' frequencies would break ties by rounding.
+    frequency = centre.counts.sum(axis=0) / (len(centre.tau) * centre.size)
+    deviation = spread.counts.std(axis=0) / spread.size
     finite = centre.finite.sum(axis=0)
     entropy = centre.entropy.sum(axis=0) / np.maximum(finite, 1)
     heads = [
@@ -391,90 +272,3 @@ def _check_pool(
         )
     if options.bottom_row_filter and (bottom_row is None or bottom_row.shape != sums.shape):
         raise ValueError("bottom_row_filter needs the bottom-row flags of every head in every sample")
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 6)
-
-
-def _head_to_json(head: RankedHead) -> dict[str, Any]:
-    return {
-        "layer": head.layer,
-        "head": head.head,
-        "selection_frequency": _rounded(head.selection_frequency),
-        "selection_frequency_std": _rounded(head.selection_frequency_std),
-        "attention_sum": _rounded(head.attention_sum),
-        "spatial_entropy": None if head.spatial_entropy is None else _rounded(head.spatial_entropy),
-    }
-
-
-def _head_from_json(entry: object, number: int) -> RankedHead:
-    fields = _Fields(entry, f"heads.json: heads[{number}]")
-    return RankedHead(
-        layer=fields.integer("layer"),
-        head=fields.integer("head"),
-        selection_frequency=fields.required_number("selection_frequency", 0.0, 1.0),
-        selection_frequency_std=fields.required_number("selection_frequency_std", 0.0),
-        attention_sum=fields.required_number("attention_sum"),
-        spatial_entropy=fields.number("spatial_entropy", 0.0),
-    )
-
-
-def _options_from_json(fields: _Fields) -> CriteriaOptions:
-    """The recipe's reading; a file without `criteria` is taken as the paper's."""
-    given = fields.values.get("criteria", {})
-    known = {"entropy", "threshold", "elbow", "bottom_row_filter", "tau"}
-    if not isinstance(given, dict) or not set(given) <= known:
-        raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(known))}")
-    try:
-        return CriteriaOptions(exclude_layers=fields.integer("exclude_layers"), **given)
-    except ValueError as error:
-        raise UsageError(f"heads.json: criteria: {error}") from None
-
-
-class _Fields:
-    """Typed access to a JSON object of unknown origin: anything unexpected is a `UsageError`."""
-
-    def __init__(self, data: object, where: str) -> None:
-        if not isinstance(data, dict):
-            raise UsageError(f"{where} must be an object with named fields, not {type(data).__name__}")
-        self.values: dict[str, Any] = data
-        self.where = where
-
-    def get(self, name: str) -> object:
-        if name not in self.values:
-            raise UsageError(f"{self.where}: '{name}' is missing")
-        return self.values[name]
-
-    def integer(self, name: str, least: int = 0) -> int:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._wrong(name, f"a whole number of at least {least}")
-        return value
-
-    def number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
-        """A finite number within the limits, or none."""
-        return None if self.get(name) is None else self.required_number(name, least, most)
-
-    def required_number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number")
-        if not (abs(value) < 1e300 and least <= value <= most):  # also refuses NaN and integers too large
-            raise self._wrong(name, "finite" if most == math.inf else f"between {least:g} and {most:g}")
-        return float(value)
-
-    def sequence(self, name: str) -> list[object]:
-        value = self.get(name)
-        if not isinstance(value, list):
-            raise self._wrong(name, "a list")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.get(name)
-        if not isinstance(value, str):
-            raise self._wrong(name, "a text")
-        return value
-
-    def _wrong(self, name: str, wanted: str) -> UsageError:
-        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {str(self.values[name])[:40]!r}")
