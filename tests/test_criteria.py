@@ -135,7 +135,7 @@ class TestElbow:
 
     @pytest.mark.parametrize("values", [[], [0.1, np.nan, 0.2], [0.0, np.inf]])
     def test_refuses_what_has_no_elbow(self, values):
-        with pytest.raises(ValueError, match="elbow|finite"):
+        with pytest.raises(ValueError, match=r"elbow|finite"):
             elbow(values)
 
 
