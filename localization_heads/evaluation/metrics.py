@@ -149,7 +149,7 @@ def summarize(
     interval = bootstrap_interval(values >= THRESHOLDS[0], seed=seed)
     summary[f"acc@{THRESHOLDS[0]}_interval"] = [_rounded(bound) for bound in interval]
     summary["mean_iou"] = _rounded(float(values.mean()) if values.size else np.nan)
-    summary["pointing"] = _rounded(float(np.mean(pointing)) if pointing else np.nan)
+    summary["pointing"] = _rounded(accuracy_at(() if pointing is None else pointing))
     if overlaps is not None:
         summary |= {"ciou": _rounded(ciou(overlaps)), "giou": _rounded(giou(overlaps))}
     return summary | {"num_samples": len(values), "num_failed": num_failed}
