@@ -190,6 +190,12 @@ def test_boxes_are_drawn_at_their_pixels(plot):
     assert ("pseudo-mask" in labels) == (plot == "grounding")
 
 
+def test_a_flat_map_is_said_to_point_at_nothing():
+    maps = AttentionMaps(np.full((4, 6, 6, 6), 0.01, dtype=np.float32), (0, 0, 60, 60), (60, 60))
+    figure = figures.plot_grounding(None, ground_maps(maps, [Head(2, 0)]))
+    assert figure.legends[0].get_texts()[0].get_text() == "no cell stands out: whole image"
+
+
 def test_a_box_beyond_the_picture_is_cut_at_its_edge():
     maps = maps_of((50, 40))
     figure = figures.plot_top_maps(None, maps, [Head(2, 0)], truth=(-30, -10, 500, 20))

@@ -90,7 +90,8 @@ def _box_entries(grounding: Grounding | None, truth: Box | None) -> list[Line2D]
     """What the legend says of the boxes that are drawn."""
     entries = []
     if grounding is not None:
-        label = f"predicted box, score {grounding.score:.2f}"
+        found = bool(grounding.cells.any())
+        label = f"predicted box, score {grounding.score:.2f}" if found else "no cell stands out: whole image"
         entries.append(Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label))
     if truth is not None:
         entries.append(Line2D([], [], color=SKY, linewidth=BOX_WIDTH, linestyle="--", label="true box"))
