@@ -318,7 +318,7 @@ def test_components_show_their_shares_and_entropy():
     figure = figures.plot_components(Image.new("RGB", (80, 80)), maps, Head(2, 1), labels, entropy)
     left, middle, right = figure.axes
     assert left.get_title().startswith("L2H1")
-    assert middle.get_title() == "above the mean: 12% of cells"
+    assert middle.get_title() == "active: 12% of cells"
     assert right.get_title() == "2 components: H = 0.56"
     assert [text.get_text() for text in right.texts] == ["75%", "25%"]
     large, small = _colours(2)

@@ -50,11 +50,11 @@ def plot_components(
     *,
     expression: str | None = None,
 ) -> Figure:
-    """One head's map, the cells above its mean, and their 8-connected components with the area share of each.
+    """One head's map, the active cells, and their 8-connected components with the area share of each.
 
     Args:
         image: `None` draws the maps alone.
-        labels: `[h, w]`, the number of each cell's component; 0 where the map is not above its mean.
+        labels: `[h, w]`, the number of each cell's component; 0 where the map is not active.
         entropy: spatial entropy `H = -sum p ln p` of the components, in nats; infinite without one.
         expression: the title; by default the query of the map.
     """
@@ -71,7 +71,7 @@ def plot_components(
         draw_map(map_axes, attention.attention[head], attention.image_box, opaque=image is None)
         map_axes.set_title(f"{head}  S {attention.attention[head].sum():.2f}")
         draw_cells(binary_axes, _paint(labels, numbers, [(1.0, 1.0, 1.0)]), attention.image_box)
-        binary_axes.set_title(f"above the mean: {(labels > 0).mean():.0%} of cells")
+        binary_axes.set_title(f"active: {(labels > 0).mean():.0%} of cells")
         draw_cells(component_axes, _paint(labels, numbers, _colours(len(numbers))), attention.image_box)
         component_axes.set_title(_summary(shares, entropy))
         _name_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
