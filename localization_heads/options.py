@@ -103,6 +103,7 @@ RULES: dict[str, Rule] = {
     "criteria.elbow": one_of("value", "index"),
     "criteria.exclude_layers": whole(0),
     "criteria.bottom_row_filter": switch,
+    "criteria.tau": or_null(number(0)),
     "grounding.kernel_size": odd,
     "grounding.sigma": number(0),
     "grounding.upsample": whole(1, 16),

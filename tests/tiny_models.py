@@ -73,7 +73,7 @@ def llava_model(*, seed: int = 0, attention: str = "sdpa", **options: Any) -> Ll
     with torch.no_grad():  # sharper than the usual initialisation: uniform attention would hide mistakes
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter.normal_(0, 0.4)
+                parameter.normal_(0, 0.25)
     return model.eval()
 
 

@@ -14,7 +14,16 @@ from typing import Any
 
 from localization_heads.errors import UsageError, WorkError
 
-FREE_TEXT = ("query", "image_file", "attention_file", "data_file", "output_dir", "save_id", "model.name", "model.system")
+FREE_TEXT = (
+    "query",
+    "image_file",
+    "attention_file",
+    "data_file",
+    "output_dir",
+    "save_id",
+    "model.name",
+    "model.system",
+)
 """Options whose value is any text. Hydra's grammar would trip over their commas, quotes and equals signs."""
 
 
@@ -33,7 +42,9 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
     try:
         return _run_hydra(main, config_name, program, [quote_free_text(a) for a in arguments])
     except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is kept, and the same command goes on from there", 130, debug)
+        return _fail(
+            "interrupted; what was finished is kept, and the same command goes on from there", 130, debug
+        )
     except (UsageError, WorkError) as error:
         return _fail(str(error), error.exit_status, debug)
     except Exception as error:
@@ -43,11 +54,18 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
 
 
 def help_text(config_name: str, program: str) -> str:
-    """The config file itself, whose comments explain every option, without what only Hydra reads."""
-    text = _config_text(config_name)
-    text = text.split("\nhydra:\n")[0]
+    """The config files themselves, whose comments explain every option, without what only Hydra reads."""
+    text = _config_text(config_name).split("\nhydra:\n")[0]
+    groups = re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE)
     text = re.sub(r"\n  - (_self_|override [^\n]*)", "", text)
-    return f"usage: {program} [NAME=VALUE ...]\n\n{text.rstrip()}\n"
+    parts = [f"usage: {program} [NAME=VALUE ...]", text, *(_group_help(*group) for group in groups)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _group_help(group: str, choice: str) -> str:
+    """The options of a group, under the names that the command line knows them by."""
+    text = re.sub(r"^(?=\w)", f"{group}.", _config_text(f"{group}/{choice}"), flags=re.MULTILINE)
+    return f"# --- {group}={choice} {'-' * (100 - len(group) - len(choice))}\n{text}"
 
 
 def quote_free_text(argument: str) -> str:
@@ -66,19 +84,40 @@ def quote_free_text(argument: str) -> str:
     return f"{name}='{value}'"
 
 
+def plain_options(cfg: Any) -> dict[str, Any]:
+    """The composed options as plain values, interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    options = OmegaConf.to_container(cfg, resolve=True)
+    return {str(name): value for name, value in options.items()} if isinstance(options, dict) else {}
+
+
 def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
     import hydra
 
+    for argument in arguments:
+        if argument.startswith("+") and not argument.lstrip("+").startswith("hydra"):
+            raise UsageError(unknown_option(argument.lstrip("+").partition("=")[0], config_name))
+    statuses: list[int] = []
+    problems: list[BaseException] = []
+
+    def job(cfg: Any) -> None:
+        try:
+            statuses.append(main(cfg))
+        except BaseException as error:  # Hydra would print a line of its own about it
+            problems.append(error)
+
     saved, sys.argv = sys.argv, [program, *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting: we print
-    outcome: list[int] = []
     try:
-        hydra.main(version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name)(
-            lambda cfg: outcome.append(main(cfg))
-        )()
+        hydra.main(
+            version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
+        )(job)()
     finally:
         sys.argv = saved
-    return max(outcome, default=0)
+    if problems:
+        raise problems[0]
+    return max(statuses, default=0)
 
 
 def _option_error(error: Exception, config_name: str) -> str | None:
@@ -99,8 +138,9 @@ def _option_error(error: Exception, config_name: str) -> str | None:
 
 def unknown_option(name: str, config_name: str) -> str:
     """The error for an option that does not exist, with the nearest one that does."""
-    known = re.findall(r"^(?:  - )?(\w+):", _config_text(config_name), re.MULTILINE)
-    near = difflib.get_close_matches(name, [k for k in known if k != "hydra"], 1)
+    known = re.findall(r"^([\w.]+):|^  - (\w+):", help_text(config_name, ""), re.MULTILINE)
+    names = {option or group for option, group in known} - {"defaults"}
+    near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}=? " if near else ""
     return f"{name}= is no option: {hint}--help lists all"
 

@@ -73,10 +73,8 @@ def giou(overlaps: Sequence[tuple[int, int]]) -> float:
     samples.
     """
     pairs = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2)
-    if len(pairs) == 0:
-        return float("nan")
     shared, union = pairs.T
-    return float(np.where(union > 0, shared / np.where(union > 0, union, 1.0), 1.0).mean())
+    return _mean(np.where(union > 0, shared / np.where(union > 0, union, 1.0), 1.0))
 
 
 def pointing_hit(point: tuple[float, float], truth: Box | NDArray[np.bool_]) -> bool:
@@ -96,8 +94,7 @@ def pointing_hit(point: tuple[float, float], truth: Box | NDArray[np.bool_]) -> 
 
 def accuracy_at(ious: ArrayLike, threshold: float = 0.5) -> float:
     """Share of samples with `IoU >= threshold` (Acc@0.5 of REC); NaN without samples."""
-    values = np.asarray(ious, dtype=np.float64)
-    return float((values >= threshold).mean()) if values.size else float("nan")
+    return _mean(np.asarray(ious, dtype=np.float64) >= threshold)
 
 
 def bootstrap_interval(
@@ -148,8 +145,8 @@ def summarize(
     }
     interval = bootstrap_interval(values >= THRESHOLDS[0], seed=seed)
     summary[f"acc@{THRESHOLDS[0]}_interval"] = [_rounded(bound) for bound in interval]
-    summary["mean_iou"] = _rounded(float(values.mean()) if values.size else np.nan)
-    summary["pointing"] = _rounded(accuracy_at(() if pointing is None else pointing))
+    summary["mean_iou"] = _rounded(_mean(values))
+    summary["pointing"] = _rounded(_mean(() if pointing is None else pointing))
     if overlaps is not None:
         summary |= {"ciou": _rounded(ciou(overlaps)), "giou": _rounded(giou(overlaps))}
     return summary | {"num_samples": len(values), "num_failed": num_failed}
@@ -164,6 +161,11 @@ def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
 
 def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(axis=-1))
+
+
+def _mean(values: ArrayLike) -> float:
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.mean()) if array.size else float("nan")
 
 
 def _rounded(value: float) -> float | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,16 +49,30 @@ def select_heads(
     return [Head(*divmod(int(index), sums.shape[1])) for index in chosen]
 
 
+class SampleArray(Protocol):
+    """Values `[sample, layer, head]`: an array, a memory map, or a view that reads what is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 def rank_heads(
-    sums: NDArray[np.floating[Any]],
-    entropies: NDArray[np.floating[Any]],
+    sums: SampleArray,
+    entropies: SampleArray,
     *,
     options: CriteriaOptions | None = None,
     top_n: int = 10,
     num_trials: int = 5,
     num_samples: int = 1000,
     seed: int = 42,
-    bottom_row: NDArray[np.bool_] | None = None,
+    bottom_row: SampleArray | None = None,
     draws: NDArray[np.int64] | None = None,
     model: str = "",
 ) -> HeadRanking:
@@ -110,9 +124,9 @@ def rank_heads(
 class _Pool:
     """All samples, `[sample, layer, head]` each, on disk or in memory."""
 
-    sums: NDArray[np.floating[Any]]
-    entropies: NDArray[np.floating[Any]]
-    bottom_row: NDArray[np.bool_] | None
+    sums: SampleArray
+    entropies: SampleArray
+    bottom_row: SampleArray | None
 
     def chunks(self, draws: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
         """The samples that any draw holds, a memory-friendly number at a time."""
@@ -261,9 +275,9 @@ def _keep(sums: NDArray[np.float64], options: CriteriaOptions) -> NDArray[np.boo
 
 
 def _check_pool(
-    sums: NDArray[np.floating[Any]],
-    entropies: NDArray[np.floating[Any]],
-    bottom_row: NDArray[np.bool_] | None,
+    sums: SampleArray,
+    entropies: SampleArray,
+    bottom_row: SampleArray | None,
     options: CriteriaOptions,
 ) -> None:
     if sums.ndim != 3 or sums.shape != entropies.shape or 0 in sums.shape:

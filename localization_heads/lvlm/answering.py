@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ class Conversation:
         self.image = image
         self.messages.clear()
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str) -> Generator[str, None, None]:
         """The answer in pieces. Closing the iterator stops the model; what was said until then is kept."""
         turn = _turn("user", question, with_image=self.image is not None and not self.messages)
         prompt = self._prompt([*self.messages, turn], question)
@@ -46,7 +46,9 @@ class Conversation:
         return self.lvlm.prompt(question)  # the other templates know no turns
 
 
-def stream(lvlm: LVLM, image: Image.Image | None, prompt: str, max_new_tokens: int) -> Iterator[str]:
+def stream(
+    lvlm: LVLM, image: Image.Image | None, prompt: str, max_new_tokens: int
+) -> Generator[str, None, None]:
     """Greedy generation in a thread, its text as it comes. The thread ends with the iterator.
 
     Raises:

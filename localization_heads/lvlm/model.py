@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,14 @@ class LVLM:
     def known_heads(self) -> tuple[Head, ...]:
         """Published localization heads of this checkpoint, best first; empty if nobody published any."""
         return self.spec.heads
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the weights do: the hub's commit, or the names, sizes and times of a folder's files."""
+        commit = getattr(self.model.config, "_commit_hash", None)
+        folder = Path(self.model.config._name_or_path)
+        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+        return commit or " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
 
     @property
     def image_token_id(self) -> int:

@@ -84,7 +84,7 @@ class RowView:
         self._stored = stored
         self._order = order
         self.dtype = np.dtype(dtype)
-        self.shape = (len(order), *stored.shape[1:])
+        self.shape: tuple[int, ...] = (len(order), *stored.shape[1:])
         self.ndim = stored.ndim
 
     def __len__(self) -> int:
