@@ -187,7 +187,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
     targets = [run.folder / f"{name}.png" for name in ("attention_sums", "selection_frequency", "head_grid")]
     drawn = [
         figures.plot_selection_frequency(ranking, targets[1], emphasised=run["k"]),
-        figures.plot_head_grid(frequency, targets[2], top=top),
+        figures.plot_head_grid(100 * frequency, targets[2], top=top, exclude_layers=ranking.exclude_layers),
     ]
     if ranking.tau is not None:
         exclude = ranking.exclude_layers
