@@ -119,7 +119,7 @@ def _noise_background(rng: Random, size: int, cells: int) -> Image.Image:
     """Smooth blobs of colour: a tiny random picture, enlarged and faded towards a random colour."""
     blobs = Image.frombytes("RGB", (cells, cells), rng.randbytes(3 * cells * cells))
     base = Image.new("RGB", (cells, cells), _random_colour(rng))
-    return Image.blend(base, blobs, rng.uniform(0.1, 0.7)).resize((size, size), Image.Resampling.BICUBIC)
+    return Image.blend(base, blobs, rng.uniform(0.1, 0.7)).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _photo_background(rng: Random, size: int) -> Image.Image:

@@ -88,11 +88,12 @@ def _in_relation(found: list[int], things: Sequence[Thing], axis: int, sign: int
         return []
     (anchor,) = anchors
 
-    def related(thing: Thing) -> bool:
+    def clearness(thing: Thing) -> float:
         along = sign * (thing.centre[axis] - anchor.centre[axis])
-        return along > abs(thing.centre[1 - axis] - anchor.centre[1 - axis]) / 2 + MARGIN
+        return along - abs(thing.centre[1 - axis] - anchor.centre[1 - axis]) / 2
 
-    return [i for i in found if related(things[i])]
+    possible = [i for i in found if clearness(things[i]) > -MARGIN]
+    return [i for i in possible if len(possible) > 1 or clearness(things[i]) > MARGIN]
 
 
 def _phrases(index: int, things: Sequence[Thing]) -> Iterator[tuple[str, Phrase]]:
