@@ -128,7 +128,7 @@ def thing(name, x=0.5, y=0.5, colour="plain", size="big"):
     ],
 )
 def test_what_a_phrase_could_mean(phrase, meant):
-    things = [thing("dog", 0.1, 0.50), thing("dog", 0.6, 0.52, "red"), thing("pizza", 0.6, 0.6, "red")]
+    things = [thing("dog", 0.1, 0.50), thing("dog", 0.6, 0.52, "red"), thing("pizza", 0.6, 0.8, "red")]
     assert meant_by(phrase, things) == meant
 
 
