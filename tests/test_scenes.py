@@ -1,0 +1,151 @@
+"""The synthetic scenes: determinism, exact boxes, expressions that mean one object."""
+
+import subprocess
+import sys
+from hashlib import sha256
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from localization_heads.data import artwork
+from localization_heads.data.expressions import RELATIONS, Phrase, Thing, meant_by
+from localization_heads.data.scenes import (
+    HELD_OUT_STYLE,
+    NAMES,
+    STYLES,
+    TEST_SEEDS,
+    TRAIN_SEEDS,
+    VALIDATION_SEEDS,
+    render_scene,
+    scene_samples,
+    tight_box,
+)
+
+SEEDS = range(60)
+FEATURES = {name: feature for name, (_, feature) in artwork.VOCABULARY.items()}
+USED_FOR = {"eat": "food", "ride": "vehicle", "wear": "clothing", "play": "instrument"}
+
+
+def digest(seed):
+    scene = render_scene(seed)
+    return sha256(scene.image.tobytes() + repr(scene.expressions).encode()).hexdigest()
+
+
+def test_a_seed_decides_everything_even_in_another_process():
+    code = "from tests.test_scenes import digest; print(*(digest(seed) for seed in range(8)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == [digest(seed) for seed in range(8)]
+    assert len(set(output.split())) == 8
+
+
+@pytest.mark.parametrize("style", [None, *STYLES, HELD_OUT_STYLE])
+def test_every_style_draws_every_name(style):
+    for name in NAMES if style else ():
+        pixels = artwork.sprite_pixels(style, name, 40, 40)
+        assert pixels.shape == (40, 40, 4) and (pixels[..., 3] > 127).mean() > 0.05
+    assert render_scene(1, style=style).image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("size", [96, 128, 300])
+def test_boxes_are_the_masks_tight_boxes(size):
+    for seed in SEEDS:
+        scene = render_scene(seed, size=size)
+        assert scene.image.shape == (size, size, 3) and 2 <= len(scene.objects) <= 6
+        assert sum(o.mask.astype(int) for o in scene.objects).max() == 1
+        for o in scene.objects:
+            rows, columns = np.nonzero(o.mask)
+            assert (
+                o.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == tight_box(o.mask)
+            )
+
+
+def test_a_scene_is_the_same_at_any_size():
+    for seed in SEEDS:
+        small, large = render_scene(seed, size=128), render_scene(seed, size=512)
+        assert small.expressions == large.expressions
+        for a, b in zip(small.objects, large.objects, strict=True):
+            assert (a.name, a.colour, a.size_word) == (b.name, b.colour, b.size_word)
+            assert np.abs(np.array(a.box) * 4 - b.box).max() <= 10
+
+
+def centre(o):
+    return (o.box[0] + o.box[2]) / 2, (o.box[1] + o.box[3]) / 2
+
+
+def could_mean(text, o, scene):
+    """Read a phrase word by word, the obvious way; True where it could mean the object `o`."""
+    words = text.removeprefix("the ").split()
+    if words[:2] == ["something", "to"]:
+        return o.kind == USED_FOR[words[2]]
+    for relation in RELATIONS:
+        if f" {relation} the " in text:
+            noun, other = text.removeprefix("the ").split(f" {relation} the ")
+            (anchor,) = [a for a in scene.objects if a.name == other]
+            (x, y), (u, v) = centre(o), centre(anchor)
+            holds = {"left of": x < u, "right of": x > u, "above": y < v, "below": y > v}[relation]
+            sideways = abs(y - v) > 2 * abs(x - u) if "of" in relation else abs(x - u) > 2 * abs(y - v)
+            return o.name == noun and holds and not sideways
+    if words[-2] in ("with", "has") if len(words) > 1 else False:
+        return FEATURES[o.name] == words[-1] and words[0] in (o.kind, "thing", "object")
+    noun = next(
+        w for w in words if w in NAMES or w in ("thing", "object") or w in {a.kind for a in scene.objects}
+    )
+    same = [a for a in scene.objects if noun in (a.name, a.kind, "thing", "object")]
+    (word,) = {w for w in words if w not in (noun, "on", "at", "the")} or {None}
+    if word in ("left", "right", "top", "bottom"):
+        axis, best = word in ("top", "bottom"), min if word in ("left", "top") else max
+        return o in same and centre(o)[axis] == best(centre(a)[axis] for a in same)
+    return o in same and word in (None, o.size_word, o.colour)
+
+
+def test_expressions_mean_their_object_and_no_other():
+    for seed in SEEDS:
+        scene = render_scene(seed, size=256)
+        for e in scene.expressions:
+            meant = [i for i, o in enumerate(scene.objects) if could_mean(e.text, o, scene)]
+            assert meant == [e.object_index], (seed, e)
+            o = scene.objects[e.object_index]
+            assert set(e.answer.split()) == {o.colour, o.size_word, o.name}
+
+
+def thing(name, x=0.5, y=0.5, colour="plain", size="big"):
+    return Thing(name, colour, size, (x, y), frozenset({colour}))
+
+
+@pytest.mark.parametrize(
+    ("phrase", "meant"),
+    [
+        (Phrase(("name", "dog")), [0, 1]),
+        (Phrase(("name", "dog"), ("place", "left")), [0]),
+        (Phrase(("name", "dog"), ("place", "top")), [0, 1]),  # too close to call
+        (Phrase(("name", "pizza"), ("place", "left")), []),  # the only one, and not on the left
+        (Phrase(("kind", "animal"), ("colour", "red")), [1]),
+        (Phrase(("any", ""), ("colour", "red")), [1, 2]),
+        (Phrase(("feature", "fur")), [0, 1]),
+        (Phrase(("name", "dog"), ("relation", "left of", "pizza")), [0]),
+        (Phrase(("name", "pizza"), ("relation", "below", "dog")), []),  # which dog?
+    ],
+)
+def test_what_a_phrase_could_mean(phrase, meant):
+    things = [thing("dog", 0.1, 0.50), thing("dog", 0.6, 0.52, "red"), thing("pizza", 0.6, 0.8, "red")]
+    assert meant_by(phrase, things) == meant
+
+
+def test_a_plain_red_thing_makes_red_ambiguous():
+    assert "red" in artwork.looks("noto", "strawberry")
+    assert "red" not in artwork.looks("noto", "panda")
+
+
+def test_fixed_sets_repeat_and_splits_never_meet():
+    first, again = ([e for _, e in scene_samples(20, seed=3)] for _ in range(2))
+    assert first == again != [e for _, e in scene_samples(20, seed=4)]
+    assert {e.kind for _, e in scene_samples(200)} >= {"name", "place", "colour", "size", "kind", "property"}
+    assert TRAIN_SEEDS.stop <= VALIDATION_SEEDS.start and VALIDATION_SEEDS.stop <= TEST_SEEDS.start
+    assert next(islice(scene_samples(1, style=HELD_OUT_STYLE), 1))[0].expressions
+
+
+def test_smaller_canvases_and_augmentation_keep_the_objects():
+    scene = render_scene(5, size=64, num_objects=1, span=0.5, augment=True)
+    (only,) = scene.objects
+    assert max(only.box[2] - only.box[0], only.box[3] - only.box[1]) >= 0.25 * 128 - 2

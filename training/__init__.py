@@ -1,0 +1,1 @@
+"""How the embedded model was made: sprites, recipe, trainer, evaluation. Not installed with the package."""

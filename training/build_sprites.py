@@ -1,0 +1,96 @@
+"""Build the sprite atlases and background photos of the synthetic scenes.
+
+Usage: python -m training.build_sprites FOLDER
+
+FOLDER holds the unpacked npm packages `@iconify-json/{noto,twemoji,fluent-emoji-flat,openmoji}`, each at
+`FOLDER/<set>/icons.json`. Needs `resvg_py` (SVG to pixels) and scikit-image (the CC0 photos).
+Writes one lossless WebP atlas a style, in the order of vocabulary.txt, and one JPEG a background.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from resvg_py import svg_to_bytes
+
+SPRITES = Path(__file__).parents[1] / "localization_heads" / "data" / "sprites"
+SETS = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat", "openmoji": "openmoji"}
+CELL, COLUMNS = 160, 10  # pixels a sprite, sprites a row of the atlas
+PHOTOS = ("brick.png", "grass.png", "gravel.png", "coffee.png", "hubble_deep_field.jpg")
+# Where the emoji's name is not the plain one.
+ICONS = {
+    "dog": "dog-face", "cat": "cat-face", "pig": "pig-face", "rabbit": "rabbit-face", "fish": "tropical-fish",
+    "whale": "spouting-whale", "bee": "honeybee", "ladybug": "lady-beetle", "car": "automobile",
+    "truck": "delivery-truck", "boat": "sailboat", "scooter": "kick-scooter", "apple": "red-apple",
+    "burger": "hamburger", "donut": "doughnut", "cheese": "cheese-wedge", "ball": "soccer-ball",
+    "teddy": "teddy-bear", "clock": "alarm-clock", "lamp": "light-bulb", "phone": "mobile-phone",
+    "hat": "top-hat", "shoe": "running-shoe", "shirt": "t-shirt", "tree": "deciduous-tree",
+}  # fmt: skip
+
+
+def find_icon(icons: dict, name: str) -> dict:
+    """The record (SVG body, frame) of the emoji that draws `name`, aliases followed."""
+    for candidate in (ICONS.get(name, name), name):
+        alias = icons.get("aliases", {}).get(candidate, {}).get("parent")
+        record = icons["icons"].get(candidate) or icons["icons"].get(alias)
+        if record:
+            return record
+    raise KeyError(f"no icon for {name!r}")
+
+
+def rasterise(icon: dict, width: int, height: int) -> Image.Image:
+    """RGBA picture of one icon, cropped to what it draws and scaled so that its longer side is CELL."""
+    width, height = icon.get("width", width), icon.get("height", height)
+    frame = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{frame}" width="{3 * CELL}" height="{3 * CELL}">{icon["body"]}</svg>'
+    )
+    picture = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
+    picture = picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
+    scale = CELL / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
+    """One picture with every name's sprite at the top left of its cell, row by row."""
+    rows = -(-len(names) // COLUMNS)
+    atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
+    for index, name in enumerate(names):
+        icon = find_icon(icon_set, name)
+        sprite = rasterise(icon, icon_set.get("width", 16), icon_set.get("height", 16))
+        atlas.paste(sprite, (index % COLUMNS * CELL, index // COLUMNS * CELL))
+    return atlas
+
+
+def build_photos(folder: Path) -> None:
+    """Copy the CC0 and public-domain photos of scikit-image at 384 pixels a side."""
+    from skimage import data
+
+    for name in PHOTOS:
+        photo = Image.open(Path(data.__file__).parent / name).convert("RGB")
+        side = min(photo.size)
+        photo = photo.crop((0, 0, side, side)).resize((384, 384), Image.Resampling.LANCZOS)
+        photo.save(folder / f"{Path(name).stem}.jpg", quality=80)
+
+
+def main(packages: Path) -> None:
+    """Write everything into the package's sprites folder."""
+    lines = (SPRITES / "vocabulary.txt").read_text().splitlines()
+    names = [line.split()[0] for line in lines if line and not line.startswith("#")]
+    for style, package in SETS.items():
+        icon_set = json.loads((packages / package / "icons.json").read_text())
+        atlas = build_atlas(icon_set, names)
+        pixels = np.asarray(atlas).copy()
+        pixels[pixels[..., 3] == 0] = 0  # colour under full transparency only costs bytes
+        atlas = Image.fromarray(pixels)
+        atlas.save(SPRITES / f"{style}.webp", lossless=True, quality=100, method=6)
+    build_photos(SPRITES)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
