@@ -152,7 +152,7 @@ def test_a_pickle_of_something_else_is_no_attention_file(content, tmp_path):
 def test_a_missing_file_is_named(name, tmp_path):
     (tmp_path / "folder.pkl").mkdir()
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UsageError, match="no such file|not a file|null"):
+    with pytest.raises(UsageError, match=r"no such file|not a file|null"):
         load_attention(tmp_path / name)
 
 
@@ -350,13 +350,18 @@ def test_the_names_beside_an_attention_file():
 # ------------------------------------------------------------------------------------------ atomic writing
 
 
+def _write_and_raise(path: Path, error: type[BaseException]) -> None:
+    with atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error), atomic_write(path) as file:
-            file.write(b"half")
-            raise error
+        with pytest.raises(error):
+            _write_and_raise(path, error)
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["file"]
 
@@ -381,7 +386,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "x", tmp_path / "folder"):
         with (
-            pytest.raises(UsageError, match="cannot write .*choose another output_dir"),
+            pytest.raises(UsageError, match=r"cannot write .*choose another output_dir"),
             atomic_write(path) as file,
         ):
             file.write(b"x")

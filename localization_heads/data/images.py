@@ -32,9 +32,15 @@ class ImageError(UsageError):
     """
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{_printable(str(path))}: {reason}")
         self.path = str(path)
         self.reason = reason
+
+
+def _printable(name: str) -> str:
+    """A name from a data set as part of a message: on one line and not endless."""
+    name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
+    return "".join(char if char.isprintable() else "?" for char in name)
 
 
 def is_address(source: object) -> bool:
@@ -153,10 +159,8 @@ def _check_pixels(name: str | Path, size: tuple[int, int]) -> None:
     if width < 1 or height < 1:
         raise ImageError(name, "the picture has no pixels")
     if width * height > MAX_PIXELS:
-        megapixels = width * height / 1e6
-        raise ImageError(
-            name, f"{width} x {height} = {megapixels:.0f} MP, over the limit of {MAX_PIXELS // 10**6} MP"
-        )
+        megapixels, limit = width * height / 1e6, MAX_PIXELS / 1e6
+        raise ImageError(name, f"{width} x {height} = {megapixels:.4g} MP, over the limit of {limit:.4g} MP")
 
 
 def _one_line(error: Exception) -> str:
@@ -166,8 +170,10 @@ def _one_line(error: Exception) -> str:
 def _decoded(name: str | Path, image: Image.Image) -> Image.Image:
     """The pixels of an opened picture, upright and RGB."""
     try:
-        image.load()
-        return _to_rgb(_upright(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on odd camera data and the like: the picture is read or refused
+            image.load()
+            return _to_rgb(_upright(image))
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on garbage
