@@ -17,9 +17,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.geometry import FAMILIES
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
-from localization_heads.lvlm.spec import CONVERTED, EMBEDDED, ModelSpec, find_spec
-
-log = logging.getLogger(__name__)
+from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _FACTS = "localization_heads.json"  # beside a checkpoint: what the tool should know about it
@@ -53,13 +51,7 @@ def load_model(
     spec = find_spec(name) if isinstance(name, str) else name
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
-    if spec.name in CONVERTED:
-        log.warning(
-            "%s is in the original LLaVA format: taking its converted twin %s",
-            spec.name,
-            CONVERTED[spec.name],
-        )
-        spec = replace(spec, name=CONVERTED[spec.name])
+    spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
     _check_family(source, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -11,6 +12,8 @@ from typing import Any
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 """The `name` of the model inside this package."""
@@ -51,8 +54,14 @@ class ModelSpec:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise UsageError(f"model.{min(unknown)} is no option of a model; see config/model/tiny.yaml")
-        heads = tuple(Head.parse(str(head)) for head in values.get("heads") or ())
-        return cls(**{**values, "heads": heads})
+        return cls(**{**values, "heads": _published_heads(values.get("heads"))})
+
+
+def _published_heads(names: Any) -> tuple[Head, ...]:
+    try:
+        return tuple(Head.parse(str(name)) for name in names or ())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.heads={names}: write a list such as [14-24,14-13,14-26]") from error
 
 
 def folder_name(name: str) -> str:
@@ -82,9 +91,18 @@ def known_specs() -> dict[str, ModelSpec]:
     return found
 
 
+def converted(name: str) -> str:
+    """The name itself, or with a notice that of the same weights in the format of transformers."""
+    if name in CONVERTED:
+        log.warning(
+            "%s is in the original LLaVA format: taking its converted twin %s", name, CONVERTED[name]
+        )
+    return CONVERTED.get(name, name)
+
+
 def find_spec(name: str) -> ModelSpec:
     """The spec of a config's stem, of a checkpoint's name, or a bare one for a checkpoint that nobody described."""
-    name = CONVERTED.get(name, name)
+    name = converted(name)
     known = known_specs()
     if name in known:
         return known[name]
