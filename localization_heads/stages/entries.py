@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.attention import AttentionMaps
@@ -53,7 +52,7 @@ class Attended(NamedTuple):
 def select_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options ask for."""
     require(run.options, "data_file")
-    file = load_samples(scenes(run) if run["data_file"] == "scenes" else find_data_file(run["data_file"]))
+    file = load_samples(scenes(run) if run["data_file"] == "scenes" else run["data_file"])
     return Entries(*choose_range(run.options, file.samples, file.bad))
 
 
@@ -69,13 +68,6 @@ def choose_range(
     if not chosen:
         raise UsageError(f"start_index={start} end_index={end}: data_file has only {len(lines)} entries")
     return [entry for entry in entries if entry.line in chosen], [b for b in bad if b.line in chosen]
-
-
-def find_data_file(name: str) -> Path:
-    """`name` against the working directory; the shipped examples are also found from elsewhere."""
-    path = Path(name)
-    shipped = Path(__file__).parents[2] / name
-    return shipped if not path.exists() and path.parts[:1] == ("examples",) and shipped.is_file() else path
 
 
 def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tuple[Sample, Image.Image]]:

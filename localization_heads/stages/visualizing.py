@@ -22,7 +22,7 @@ from localization_heads.heads.criteria import (
     label_components,
 )
 from localization_heads.heads.head import Head
-from localization_heads.stages.entries import choose_range, find_data_file
+from localization_heads.stages.entries import choose_range
 from localization_heads.stages.run import check_heads, known_heads
 from localization_heads.stages.single import find_attention_file, picture_of, top_heads
 from localization_heads.store.attention_files import load_attention
@@ -63,7 +63,7 @@ def show_entries(options: Mapping[str, Any]) -> tuple[list[Path], list[BadEntry]
     """Draw every entry of `data_file`; a bad one is reported and the rest goes on."""
     if not options["data_file"]:
         raise UsageError("data_file= is missing: mode=batch needs it")
-    file = load_visualization_entries(find_data_file(options["data_file"]))
+    file = load_visualization_entries(options["data_file"])
     entries, bad = choose_range(options, file.entries, file.bad)
     paths: list[Path] = []
     for entry in entries:
