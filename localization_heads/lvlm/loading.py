@@ -17,7 +17,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.geometry import FAMILIES
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
-from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec
+from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec, local_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _FACTS = "localization_heads.json"  # beside a checkpoint: what the tool should know about it
@@ -82,7 +82,7 @@ def _source(spec: ModelSpec) -> str:
     """What `from_pretrained` is given: the embedded folder, a local folder, or a hub id."""
     if spec.name == EMBEDDED:
         return str(files("localization_heads") / "lvlm" / "embedded")
-    folder = Path(spec.name).expanduser()
+    folder = local_path(spec.name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(

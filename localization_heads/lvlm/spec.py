@@ -71,9 +71,17 @@ def folder_name(name: str) -> str:
     ('org--some-model', 'mine')
     """
     local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    text = Path(name).expanduser().resolve().name if local else name.replace("/", "--")
+    text = local_path(name).resolve().name if local else name.replace("/", "--")
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip(".")
     return safe or "model"
+
+
+def local_path(name: str) -> Path:
+    """The path that a name would be, with `~` for a home folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~someone who is not known here
+        return Path(name)
 
 
 @cache
@@ -94,9 +102,7 @@ def known_specs() -> dict[str, ModelSpec]:
 def converted(name: str) -> str:
     """The name itself, or with a notice that of the same weights in the format of transformers."""
     if name in CONVERTED:
-        log.warning(
-            "%s is in the original LLaVA format: taking its converted twin %s", name, CONVERTED[name]
-        )
+        log.warning("%s is in the original LLaVA format: taking its converted twin %s", name, CONVERTED[name])
     return CONVERTED.get(name, name)
 
 
