@@ -14,6 +14,10 @@ from localization_heads.attention import Box
 from localization_heads.errors import UsageError
 
 
+MAX_PREPARED_PIXELS = 400_000_000
+"""Largest picture, in pixels, that padding or resizing may make on the way: 1.2 GB."""
+
+
 class Grid(NamedTuple):
     """Row-major grid of image tokens and the part of the picture that it covers.
 
@@ -54,6 +58,22 @@ def square(image_processor: Any, num_tokens: int, image_size: tuple[int, int]) -
         )
     box = padded_box(image_size) if getattr(image_processor, "do_pad", False) else whole_box(image_size)
     return Grid(side, side, cropped_box(image_processor, box))
+
+
+def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) -> None:
+    """Refuse a picture so long and thin that padding it to a square, or resizing it, would fill the memory.
+
+    Raises:
+        UsageError: names its size.
+    """
+    if FAMILIES.get(config.model_type) is not square:
+        return
+    box = padded_box(image_size) if getattr(image_processor, "do_pad", False) else whole_box(image_size)
+    padded = round(box[2] - box[0]), round(box[3] - box[1])
+    resized = resized_size(image_processor, *padded)
+    if max(padded[0] * padded[1], resized[0] * resized[1]) > MAX_PREPARED_PIXELS:
+        W, H = image_size
+        raise UsageError(f"the picture is {W} x {H} pixels: too long and thin for this model; cut it")
 
 
 def whole_box(image_size: tuple[int, int]) -> Box:

@@ -171,7 +171,7 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
             return kind.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
-    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # broken weights and configs raise anything
         raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}") from error
 
 

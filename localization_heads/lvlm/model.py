@@ -16,7 +16,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.capture import attention_modules, capture
-from localization_heads.lvlm.geometry import Grid, grid_of
+from localization_heads.lvlm.geometry import Grid, check_shape, grid_of
 from localization_heads.lvlm.prompts import clean_expression, expression_prompt
 from localization_heads.lvlm.spec import ModelSpec
 
@@ -98,6 +98,8 @@ class LVLM:
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, left-padded to one length."""
+        for image in images:
+            check_shape(self.model.config, self.processor.image_processor, image.size)
         inputs = self.processor(
             images=list(images), text=list(prompts), return_tensors="pt", padding=True, padding_side="left"
         )

@@ -103,7 +103,10 @@ def _attend(
     except Exception as error:
         if len(opened) > 1:
             return [found for one in opened for found in _attend(run, entries, [one], last_layer)]
-        entries.fail(samples[0], f"the model cannot take it: {type(error).__name__}: {error}")
+        known = isinstance(error, UsageError)
+        entries.fail(
+            samples[0], error if known else f"the model cannot take it: {type(error).__name__}: {error}"
+        )
         return []
     return [Attended(*found) for found in zip(samples, images, maps, strict=True)]
 
