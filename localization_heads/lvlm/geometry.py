@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from localization_heads.attention import Box
 from localization_heads.errors import UsageError
 
-
 MAX_PREPARED_PIXELS = 400_000_000
 """Largest picture, in pixels, that padding or resizing may make on the way: 1.2 GB."""
 
