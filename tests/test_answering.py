@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm import answering
 from localization_heads.lvlm.answering import Conversation, stream
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
@@ -66,13 +67,20 @@ def test_another_picture_starts_anew(chatting: LVLM, picture: Image.Image) -> No
 
 
 @pytest.mark.parametrize("mode", ["chat", "referseg", "plain"])
-def test_without_a_picture(mode: str) -> None:
+def test_without_a_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No placeholder of an image that is not there."""
-    lvlm = load_model(device="cpu", conv_mode=mode)
+    lvlm, prompts = load_model(device="cpu", conv_mode=mode), []
+
+    def spy(lvlm: LVLM, image: None, prompt: str, count: int) -> Iterator[str]:
+        prompts.append(prompt)
+        return stream(lvlm, image, prompt, count)
+
+    monkeypatch.setattr(answering, "stream", spy)
     conversation = Conversation(lvlm, None, max_new_tokens=2)
-    assert lvlm.image_token not in conversation._prompt([], "Hello")
     list(conversation.ask("Hello"))
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["text"]
+    assert "Hello" in prompts[0]
+    assert lvlm.image_token not in prompts[0]
 
 
 def test_closing_stops_the_model(chatting: LVLM, picture: Image.Image) -> None:
