@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from localization_heads.data.images import ImageError, is_address
+from localization_heads.data.image_error import ImageError, is_address
 from localization_heads.errors import WorkError
 
 MAX_BYTES = 32 << 20

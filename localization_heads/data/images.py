@@ -17,35 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from localization_heads.data.download import download, shown_address
+from localization_heads.data.image_error import ImageError, is_address
 from localization_heads.errors import UsageError
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-class ImageError(UsageError):
-    """A picture that cannot be used. The message is one line and starts with `path`.
-
-    Args:
-        path: the file or address as the user knows it.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{_printable(str(path))}: {reason}")
-        self.path = str(path)
-        self.reason = reason
-
-
-def _printable(name: str) -> str:
-    """A name from a data set as part of a message: on one line and not endless."""
-    name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
-    return "".join(char if char.isprintable() else "?" for char in name)
-
-
-def is_address(source: object) -> bool:
-    """Whether `source` is an http(s) address and not a path."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 def load_image(source: Image.Image | str | Path, *, base: str | Path | None = None) -> Image.Image:
@@ -61,8 +38,6 @@ def load_image(source: Image.Image | str | Path, *, base: str | Path | None = No
         _check_pixels("image", source.size)
         return _decoded("image", source)
     if is_address(source):
-        from localization_heads.data.download import download, shown_address
-
         address = str(source)
         with _opened(shown_address(address), BytesIO(download(address)), FORMATS) as image:
             return _decoded(shown_address(address), image)

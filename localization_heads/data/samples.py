@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box
-from localization_heads.data.images import ImageError, find_file, is_address
+from localization_heads.data.image_error import ImageError, is_address
+from localization_heads.data.images import find_file
 from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import UsageError

@@ -78,9 +78,10 @@ def analyse_file(run: Run, maps: AttentionMaps, path: Path) -> Analysed:
 def visualize(run: Run) -> Visualised:
     """The picture, the maps of its top heads and the combined map with its box, as a figure."""
     analysed, path = analyze(run), find_attention_file(run["attention_file"])
-    heads = run.named_heads
     if run["heads"] == "auto":  # the file may be of another model than model= names: take those of its own
         heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
+    else:
+        heads = run.named_heads
     return draw(run, analysed, path, heads=heads or run.own_heads(analysed.statistics))
 
 
