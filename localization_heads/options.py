@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from localization_heads.errors import UsageError
+from localization_heads.store.paths import check_id
 
 Rule = Callable[[Any], str | None]
 """Says what a value must be, or None if it is fine."""
@@ -46,7 +47,23 @@ def switch(value: Any) -> str | None:
 
 
 def text(value: Any) -> str | None:
-    return None if isinstance(value, (str, int, float)) and str(value).strip() else "give a text"
+    """Not empty; a number is taken as it is written."""
+    fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return None if fits and str(value).strip() else "give a text"
+
+
+def sentence(value: Any) -> str | None:
+    """Also an empty one."""
+    return None if isinstance(value, str) else "give a text"
+
+
+def folder_name(value: Any) -> str | None:
+    """One plain name: files are written into it."""
+    try:
+        check_id(value if isinstance(value, str) else "")
+    except ValueError:
+        return "give a plain folder name"
+    return None
 
 
 def or_null(rule: Rule) -> Rule:
@@ -115,6 +132,10 @@ RULES: dict[str, Rule] = {
     "grounding.upsample": whole(1, 16),
     "grounding.component": one_of("largest_hull", "all"),
     "model.name": text,
+    "model.label": or_null(folder_name),
+    "model.system": or_null(sentence),
+    "model.device_map": or_null(text),
+    "model.attn_implementation": or_null(one_of("sdpa", "eager", "flash_attention_2")),
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.quantization": or_null(one_of("4bit", "8bit")),
     "model.pad_to_square": or_null(switch),
