@@ -14,20 +14,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from localization_heads.attention import AttentionMaps
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.data.samples import Sample
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import WorkError
 from localization_heads.grounding.maps import ground_maps
-from localization_heads.heads.analysis import analysis_rows
-from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
-from localization_heads.stages.entries import Entries, attend_chunk, chunks, key_of, select_entries
+from localization_heads.stages.collecting import collect, open_store
+from localization_heads.stages.entries import Entries, key_of, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.run import Run, check_heads
 from localization_heads.stages.single import Analysed, draw
-from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
+from localization_heads.store.attention_files import load_attention
 from localization_heads.store.heads_file import save_ranking
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import analysis_path, attention_path
@@ -48,101 +46,28 @@ class Discovered:
 
 def find(run: Run) -> Discovered:
     """Rank the heads over a data set; only each head's sum and entropy are kept."""
+    entries = select_entries(run)
     with RunLock(run.folder):
-        entries = select_entries(run)
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
-        store = _store(run)
-        _collect(run, entries, used, store, keep_maps=False)
+        store = open_store(run)
+        collect(run, entries, used, store, keep_maps=False)
         ranking = _rank(run, entries, draws, store)
-        return Discovered(ranking, [], entries.failures, _save(run, ranking))
+        return Discovered(ranking, [], entries.in_order(), _save(run, ranking))
 
 
 def batch(run: Run) -> Discovered:
     """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
+    entries = select_entries(run)
     with RunLock(run.folder):
-        entries = select_entries(run)
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
-        store = _store(run)
-        _collect(run, entries, entries.samples, store, keep_maps=True)
+        store = open_store(run)
+        collect(run, entries, entries.samples, store, keep_maps=True)
         ranking = _rank(run, entries, draws, store)
         paths = _save(run, ranking)
         grounded = _ground_all(run, entries, ranking)
-        paths.append(save_predictions(run, grounded, entries.failures))
-        return Discovered(ranking, grounded, entries.failures, paths)
-
-
-def _store(run: Run) -> StatisticsStore:
-    """The statistics of this model under these options; other options keep theirs in another file."""
-    settings = {
-        "model": run.lvlm.name,
-        "weights": run.lvlm.fingerprint,
-        "conv_mode": run["conv_mode"],
-        "system": run.lvlm.system,
-        "entropy": run.criteria.entropy,
-        "threshold": run.criteria.threshold,
-    }
-    return StatisticsStore(
-        run.folder / "statistics",
-        settings=settings,
-        num_layers=run.lvlm.num_layers,
-        num_heads=run.lvlm.num_heads,
-    )
-
-
-def _collect(
-    run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
-) -> None:
-    """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet."""
-    bar = tqdm(total=len(samples), desc="collect", unit="expression", disable=None)
-    for chunk in chunks(samples, run["batch_size"]):
-        if not all(_is_done(run, sample, store, keep_maps) for sample in chunk):
-            _collect_chunk(run, entries, chunk, store, keep_maps=keep_maps)
-        bar.update(len(chunk))
-    bar.close()
-
-
-def _is_done(run: Run, sample: Sample, store: StatisticsStore, keep_maps: bool) -> bool:
-    if key_of(sample) not in store:
-        return False
-    if not keep_maps:
-        return True
-    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
-    return analysis_path(path).is_file() and _belongs(run, sample, path)
-
-
-def _belongs(run: Run, sample: Sample, path: Path) -> bool:
-    """Whether an attention file is of this very question to this very model."""
-    try:
-        maps = load_attention(path)
-    except UsageError:
-        return False
-    return (maps.model, maps.prompt) == (run.lvlm.name, run.lvlm.prompt(sample.expression)) and (
-        maps.image_file == sample.image_file
-    )
-
-
-def _collect_chunk(
-    run: Run, entries: Entries, chunk: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
-) -> None:
-    attended = attend_chunk(run, entries, chunk)
-    statistics = [head_statistics(one.maps.attention, run.criteria) for one in attended]
-    if keep_maps:
-        for one, found in zip(attended, statistics, strict=True):
-            _save_entry(run, one.sample, one.maps, found)
-    if attended:
-        store.append(
-            [key_of(one.sample) for one in attended],
-            np.stack([found.attention_sum for found in statistics]),
-            np.stack([found.spatial_entropy for found in statistics]),
-            np.stack([found.bottom_row_focus for found in statistics]),
-        )
-
-
-def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
-    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
-    save_attention(maps.named(id=sample.id, image_file=sample.image_file), path)
-    save_analysis(analysis_rows(statistics, run.criteria), analysis_path(path))
+        paths.append(save_predictions(run, grounded, entries.in_order()))
+        return Discovered(ranking, grounded, entries.in_order(), paths)
 
 
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
@@ -151,7 +76,7 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     usable = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
     chosen = usable & draws.any(axis=0)
     if not chosen.any():
-        raise WorkError(_nothing_left(entries))
+        raise WorkError(f"no entry could be used; the first: {entries.in_order()[0]}")
     keys = [key_of(sample) for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted]
     rows = store.rows(keys)
     return rank_heads(
@@ -166,11 +91,6 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
         seed=run["random_seed"],
         model=run.lvlm.name,
     )
-
-
-def _nothing_left(entries: Entries) -> str:
-    first = entries.failures[0]
-    return f"no entry could be used; the first: line {first.line}: {first.reason}"
 
 
 def _save(run: Run, ranking: HeadRanking) -> list[Path]:

@@ -34,6 +34,10 @@ class Entries:
         """Put a sample aside; the others go on."""
         self.failures.append(BadEntry(sample.line, sample.id, " ".join(str(reason).split())))
 
+    def in_order(self) -> list[BadEntry]:
+        """The failures by line."""
+        return sorted(self.failures, key=lambda failure: failure.line)
+
     @property
     def good(self) -> list[Sample]:
         """The samples that have not failed."""
@@ -82,16 +86,14 @@ def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tupl
     return opened
 
 
-def attend_chunk(
-    run: Run, entries: Entries, chunk: Sequence[Sample], *, last_layer: int | None = None
+def attend(
+    run: Run,
+    entries: Entries,
+    opened: Sequence[tuple[Sample, Image.Image]],
+    *,
+    last_layer: int | None = None,
 ) -> list[Attended]:
     """The maps of a chunk. If the model cannot take it whole, one by one, so that only the culprit fails."""
-    return _attend(run, entries, open_chunk(run, entries, chunk), last_layer)
-
-
-def _attend(
-    run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Image]], last_layer: int | None
-) -> list[Attended]:
     if not opened:
         return []
     samples, images = zip(*opened, strict=True)
@@ -102,7 +104,7 @@ def _attend(
         raise  # out of memory: every chunk would fail
     except Exception as error:
         if len(opened) > 1:
-            return [found for one in opened for found in _attend(run, entries, [one], last_layer)]
+            return [found for one in opened for found in attend(run, entries, [one], last_layer=last_layer)]
         known = isinstance(error, UsageError)
         entries.fail(
             samples[0], error if known else f"the model cannot take it: {type(error).__name__}: {error}"

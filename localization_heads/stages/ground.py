@@ -20,7 +20,15 @@ from localization_heads.evaluation.metrics import mask_overlap, pointing_hit, su
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.options import require
-from localization_heads.stages.entries import Attended, Entries, attend_chunk, chunks, key_of, select_entries
+from localization_heads.stages.entries import (
+    Attended,
+    Entries,
+    attend,
+    chunks,
+    key_of,
+    open_chunk,
+    select_entries,
+)
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.run import Run, check_heads
 from localization_heads.stages.single import default_id
@@ -42,27 +50,27 @@ class Groundings:
 
 def ground(run: Run) -> Groundings:
     """Boxes and pseudo-masks for one picture, or for every entry of `data_file` if no picture is named."""
+    entries = _one_entry(run) if run["image_file"] or run["query"] else select_entries(run)
     with RunLock(run.folder):
-        entries = _one_entry(run) if run["image_file"] else select_entries(run)
         log = ResultLog(run.folder, "ground", _settings(run))
         outcomes, drawn = _ground_all(run, entries, log)
-        path = save_predictions(run, outcomes, entries.failures)
+        path = save_predictions(run, outcomes, entries.in_order())
         log.finish()
-        return Groundings(outcomes, entries.failures, [*drawn, path], {})
+        return Groundings(outcomes, entries.in_order(), [*drawn, path], {})
 
 
 def evaluate(run: Run) -> Groundings:
     """`ground` over `data_file`, scored against its true boxes and masks -> `metrics.json`."""
+    entries = _with_truth(select_entries(run))
     with RunLock(run.folder):
-        entries = _with_truth(select_entries(run))
         log = ResultLog(run.folder, "ground", _settings(run))
         outcomes, drawn = _ground_all(run, entries, log)
-        predictions = save_predictions(run, outcomes, entries.failures)
+        predictions = save_predictions(run, outcomes, entries.in_order())
         metrics = _score(outcomes, len(entries.failures))
         write_json(run.folder / "metrics.json", metrics)
         log.finish()
         paths = [*drawn, predictions, run.folder / "metrics.json"]
-        return Groundings(outcomes, entries.failures, paths, metrics)
+        return Groundings(outcomes, entries.in_order(), paths, metrics)
 
 
 def _one_entry(run: Run) -> Entries:
@@ -87,14 +95,14 @@ def _ground_all(run: Run, entries: Entries, log: ResultLog) -> tuple[list[Outcom
         bar.update(len(chunk))
     bar.close()
     if not outcomes:
-        raise WorkError(f"no entry could be grounded; the first: {entries.failures[0]}")
+        raise WorkError(f"no entry could be grounded; the first: {entries.in_order()[0]}")
     return outcomes, drawn
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """All that a box depends on besides its sample."""
     return {
-        "model": [run.lvlm.name, run.lvlm.fingerprint, run["conv_mode"], run.lvlm.system, run.spec.dtype],
+        "model": run.model_settings,
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [run["k"], run["batch_size"], dict(run["criteria"]), dict(run["grounding"])],
     }
@@ -115,7 +123,8 @@ def _attend(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[Attende
     heads = run.named_heads
     if heads:
         check_heads(heads, run.lvlm.num_layers, run.lvlm.num_heads)
-    return attend_chunk(run, entries, chunk, last_layer=max(head.layer for head in heads) if heads else None)
+    last_layer = max(head.layer for head in heads) if heads else None
+    return attend(run, entries, open_chunk(run, entries, chunk), last_layer=last_layer)
 
 
 def _ground_one(run: Run, one: Attended, drawn: list[Path]) -> Outcome:
@@ -151,7 +160,9 @@ def _with_truth(entries: Entries) -> Entries:
         except (UsageError, WorkError) as error:
             entries.fail(sample, error)
     if not samples:
-        raise UsageError(f"stage=evaluate needs entries with bbox or mask; the first: {entries.failures[0]}")
+        raise UsageError(
+            f"stage=evaluate needs entries with bbox or mask; the first: {entries.in_order()[0]}"
+        )
     return Entries(samples, entries.failures)
 
 

@@ -73,6 +73,17 @@ class Run:
         torch.manual_seed(self["random_seed"])
         return load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
 
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """All that the maps of a sample depend on besides the sample, as JSON values."""
+        weights = [self.lvlm.name, self.lvlm.fingerprint, self.spec.dtype, self.spec.quantization]
+        return {
+            "weights": weights,
+            "kernel": self.spec.attn_implementation,
+            "pad_to_square": self.spec.pad_to_square,
+            "prompt": [self["conv_mode"], self.lvlm.system],
+        }
+
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
         """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
