@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -21,10 +22,14 @@ FREE_TEXT = (
     "data_file",
     "output_dir",
     "save_id",
+    "scenes.folder",
     "model.name",
+    "model.label",
     "model.system",
 )
 """Options whose value is any text. Hydra's grammar would trip over their commas, quotes and equals signs."""
+
+_QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
 
 
 def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequence[str] | None = None) -> int:
@@ -75,12 +80,12 @@ def quote_free_text(argument: str) -> str:
     "query='the dog, on the left'"
     """
     name, equals, value = argument.partition("=")
-    if not equals or name not in FREE_TEXT or value in ("", "null"):
+    is_file = name == "heads" and value.endswith(".json")
+    if not equals or value in ("", "null") or not (name in FREE_TEXT or is_file) or _QUOTED.fullmatch(value):
         return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return argument  # already quoted for Hydra
-    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value)  # backslashes before a quote would escape it
-    value = value.replace("'", "\\'").replace("${", "\\${")
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # text, not an interpolation of OmegaConf's
+    value = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)  # backslashes before a quote would escape it
+    value = value.replace("'", "\\'")
     return f"{name}='{value}'"
 
 
@@ -95,9 +100,7 @@ def plain_options(cfg: Any) -> dict[str, Any]:
 def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
     import hydra
 
-    for argument in arguments:
-        if argument.startswith("+") and not argument.lstrip("+").startswith("hydra"):
-            raise UsageError(unknown_option(argument.lstrip("+").partition("=")[0], config_name))
+    _check_grammar(arguments, config_name)
     statuses: list[int] = []
     problems: list[BaseException] = []
 
@@ -107,17 +110,48 @@ def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, argum
         except BaseException as error:  # Hydra would print a line of its own about it
             problems.append(error)
 
-    saved, sys.argv = sys.argv, [program, *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting: we print
-    try:
-        hydra.main(
-            version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
-        )(job)()
-    finally:
-        sys.argv = saved
+    entry = hydra.main(
+        version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
+    )(job)
+    with _as_hydra_wants_it([program, *arguments]):
+        entry()
     if problems:
         raise problems[0]
     return max(statuses, default=0)
+
+
+def _check_grammar(arguments: Sequence[str], config_name: str) -> None:
+    """Raises UsageError for the first argument that Hydra could not read, or would take as another command."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, sweeps = OverridesParser.create(), {"-m", "--multirun"} & set(arguments)
+    for argument in arguments:
+        if argument[:1] == "-" or not ("=" in argument or argument[:1] in "+~"):
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise UsageError(f"{argument}: cannot be read as NAME=VALUE ({_one_line(error)})") from error
+        name = override.key_or_group
+        if not name or (argument[0] in "+~" and not name.startswith("hydra")):
+            raise UsageError(unknown_option(argument.partition("=")[0], config_name))
+        if override.is_sweep_override() and not sweeps:
+            raise UsageError(f"{argument}: give one value; a list is written [A,B]")
+
+
+@contextmanager
+def _as_hydra_wants_it(argv: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv`, and told so by the environment it raises instead of printing and exiting."""
+    saved_argv, saved_setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = saved_argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if saved_setting is not None:
+            os.environ["HYDRA_FULL_ERROR"] = saved_setting
 
 
 def _option_error(error: Exception, config_name: str) -> str | None:
@@ -150,7 +184,7 @@ def _config_text(config_name: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    return " ".join(str(error).split("\nSee ")[0].split())[:400]
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
