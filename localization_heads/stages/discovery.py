@@ -17,18 +17,17 @@ from tqdm import tqdm
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.errors import WorkError
 from localization_heads.grounding.maps import ground_maps
-from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.stages.collecting import collect, open_store
 from localization_heads.stages.entries import Entries, key_of, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
-from localization_heads.stages.run import Run, check_heads
-from localization_heads.stages.single import Analysed, draw
+from localization_heads.stages.run import Run, check_criteria, check_heads
+from localization_heads.stages.single import analyse_file, draw
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.heads_file import save_ranking
 from localization_heads.store.lock import RunLock
-from localization_heads.store.paths import analysis_path, attention_path
+from localization_heads.store.paths import attention_path
 from localization_heads.store.statistics import StatisticsStore
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,7 @@ class Discovered:
 def find(run: Run) -> Discovered:
     """Rank the heads over a data set; only each head's sum and entropy are kept."""
     entries = select_entries(run)
+    check_criteria(run.criteria, run.lvlm.num_layers)
     with RunLock(run.folder):
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
@@ -59,6 +59,9 @@ def find(run: Run) -> Discovered:
 def batch(run: Run) -> Discovered:
     """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
     entries = select_entries(run)
+    check_criteria(run.criteria, run.lvlm.num_layers)
+    if run["heads"] != "auto":  # before the work, not after it
+        check_heads(run.named_heads or (), run.lvlm.num_layers, run.lvlm.num_heads)
     with RunLock(run.folder):
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         store = open_store(run)
@@ -124,20 +127,18 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
 
 def _ground_all(run: Run, entries: Entries, ranking: HeadRanking) -> list[Outcome]:
     """Boxes for every entry, from the maps on disk, with the heads just found or those that were named."""
-    k = min(run["k"], len(ranking.kept))
-    heads: Sequence[Head] | None = ranking.top(k) if run["heads"] == "auto" else run.named_heads
+    best = [head.address for head in ranking.kept[: run["k"]]]
+    heads: Sequence[Head] | None = best if run["heads"] == "auto" else run.named_heads
     limit = run["visualize_limit"] if run["visualize_batch"] else 0
     grounded = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
         path = attention_path(run.attention_folder, sample.id, run["attention_format"])
-        maps = load_attention(path)
-        statistics = head_statistics(maps.attention, run.criteria)
-        chosen = list(heads) if heads else run.heads_for(statistics)
-        check_heads(chosen, maps.num_layers, maps.num_heads)
+        # The analysis on disk may be of an earlier run under other criteria.
+        analysed = analyse_file(run, load_attention(path), path)
+        chosen = list(heads or run.own_heads(analysed.statistics))
         if limit is None or number < limit:
-            analysed = Analysed(maps, statistics, [], analysis_path(path))
             grounding = draw(run, analysed, path, heads=chosen, truth=sample.bbox).grounding
         else:
-            grounding = ground_maps(maps, chosen, run.grounding)
+            grounding = ground_maps(analysed.maps, chosen, run.grounding)
         grounded.append(outcome_of(sample, grounding))
     return grounded

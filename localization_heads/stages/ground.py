@@ -65,8 +65,10 @@ def evaluate(run: Run) -> Groundings:
     with RunLock(run.folder):
         log = ResultLog(run.folder, "ground", _settings(run))
         outcomes, drawn = _ground_all(run, entries, log)
+        overlaps = _overlaps(outcomes, entries)
+        outcomes = [outcome for outcome in outcomes if outcome.sample.id in overlaps]
         predictions = save_predictions(run, outcomes, entries.in_order())
-        metrics = _score(outcomes, len(entries.failures))
+        metrics = _score(outcomes, list(overlaps.values()), len(entries.failures))
         write_json(run.folder / "metrics.json", metrics)
         log.finish()
         paths = [*drawn, predictions, run.folder / "metrics.json"]
@@ -175,14 +177,27 @@ def _mask_box(sample: Sample) -> Box:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def _score(outcomes: Sequence[Outcome], num_failed: int) -> dict[str, Any]:
-    overlaps = [overlap for outcome in outcomes if (overlap := _overlap(outcome)) is not None]
+def _overlaps(outcomes: Sequence[Outcome], entries: Entries) -> dict[str, tuple[int, int] | None]:
+    """By id; an entry whose true mask cannot be read is put aside."""
+    overlaps = {}
+    for outcome in outcomes:
+        try:
+            overlaps[outcome.sample.id] = _overlap(outcome)
+        except UsageError as error:
+            entries.fail(outcome.sample, error)
+    return overlaps
+
+
+def _score(
+    outcomes: Sequence[Outcome], overlaps: Sequence[tuple[int, int] | None], num_failed: int
+) -> dict[str, Any]:
+    known = [overlap for overlap in overlaps if overlap is not None]
     return summarize(
         [outcome.iou or 0.0 for outcome in outcomes],
         pointing=[
             pointing_hit(outcome.point, outcome.sample.bbox) for outcome in outcomes if outcome.sample.bbox
         ],
-        overlaps=overlaps or None,
+        overlaps=known or None,
         num_failed=num_failed,
     )
 

@@ -99,6 +99,7 @@ class Run:
 
     def own_heads(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads that one sample picks by itself (the paper's "greedy"); its first head if none passes."""
+        check_criteria(self.criteria, len(statistics.attention_sum))
         return greedy_heads(statistics, self.criteria, self["k"]) or [Head(self.criteria.exclude_layers, 0)]
 
     def heads_for(self, statistics: HeadStatistics) -> list[Head]:
@@ -107,17 +108,22 @@ class Run:
 
 
 def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
-    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder."""
+    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder.
+
+    None where neither is there: a heads.json of another model says nothing about this one.
+    """
     if published := find_spec(model).heads:
         return published[:k]
     latest = folder / "heads.json"
-    return tuple(load_ranking(latest).top(k)) if latest.is_file() else None
+    if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
+        return None
+    return tuple(head.address for head in ranking.kept[:k]) or None
 
 
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
     if isinstance(value, str) and value.endswith(".json"):
-        return tuple(load_ranking(Path(value)).top(k))
+        return _best_of(Path(value), k)
     names = value if isinstance(value, (list, tuple)) else [value]
     try:
         heads = tuple(Head.parse(str(name)) for name in names)
@@ -128,6 +134,21 @@ def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
     return heads
+
+
+def _best_of(path: Path, k: int) -> tuple[Head, ...]:
+    ranking = load_ranking(path)
+    if len(ranking.kept) < k:
+        raise UsageError(f"k={k}: {path} lists only {len(ranking.kept)} heads")
+    return tuple(ranking.top(k))
+
+
+def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
+    """Raises UsageError if no layer is left to choose heads from."""
+    if criteria.exclude_layers >= num_layers:
+        raise UsageError(
+            f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
+        )
 
 
 def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:

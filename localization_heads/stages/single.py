@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.images import load_image
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.analysis import analysis_rows, greedy_heads
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options import require
-from localization_heads.stages.run import Run, check_heads, known_heads
+from localization_heads.stages.run import Run, check_criteria, check_heads, known_heads
 from localization_heads.store.atomic import writable_folder
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.paths import analysis_path, attention_path, side_path
@@ -69,6 +69,7 @@ def analyze(run: Run) -> Analysed:
 
 
 def analyse_file(run: Run, maps: AttentionMaps, path: Path) -> Analysed:
+    check_criteria(run.criteria, maps.num_layers)
     statistics = head_statistics(maps.attention, run.criteria)
     rows = analysis_rows(statistics, run.criteria)
     save_analysis(rows, analysis_path(path))
@@ -100,8 +101,8 @@ def draw(
 
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
-    grounding = ground_maps(maps, chosen, run.grounding)
     check_heads(chosen, maps.num_layers, maps.num_heads)
+    grounding = ground_maps(maps, chosen, run.grounding)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     image = picture_of(maps)
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
@@ -129,7 +130,7 @@ def picture_of(maps: AttentionMaps) -> Image.Image | None:
     """The picture that the maps are of, or None if it is not there any more."""
     try:
         return load_image(maps.image_file) if maps.image_file else None
-    except UsageError:
+    except (UsageError, WorkError):
         return None
 
 

@@ -23,7 +23,7 @@ from localization_heads.heads.criteria import (
 )
 from localization_heads.heads.head import Head
 from localization_heads.stages.entries import choose_range
-from localization_heads.stages.run import check_heads, known_heads
+from localization_heads.stages.run import check_criteria, check_heads, known_heads
 from localization_heads.stages.single import find_attention_file, picture_of, top_heads
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.paths import side_path
@@ -82,6 +82,7 @@ def _file_of(entry: VisualizationEntry) -> str:
 
 def _open(path: Path, criteria: CriteriaOptions) -> Opened:
     maps = load_attention(path)
+    check_criteria(criteria, maps.num_layers)
     return Opened(path, maps, head_statistics(maps.attention, criteria))
 
 
