@@ -106,6 +106,7 @@ RULES: dict[str, Rule] = {
     "cli_mode": switch,
     "conv_mode": one_of("referseg", "chat", "plain"),
     "batch_size": whole(1),
+    "num_threads": or_null(whole(1)),
     "max_new_tokens": whole(0),
     "k": whole(1),
     "top_n": whole(1),

@@ -57,6 +57,10 @@ class LVLM:
         """Published localization heads of this checkpoint, best first; empty if nobody published any."""
         return self.spec.heads
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes when the weights do: the hub's commit, or the names, sizes and times of a folder's files."""

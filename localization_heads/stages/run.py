@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.model import LVLM
 
 log = logging.getLogger(__name__)
+
+SMALL_MODEL = 50_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,10 @@ class Run:
         from localization_heads.lvlm.loading import load_model
 
         torch.manual_seed(self["random_seed"])
-        return load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
+        lvlm = load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
+        if threads := self["num_threads"] or small_model_threads(lvlm.num_parameters):
+            torch.set_num_threads(threads)
+        return lvlm
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -105,6 +111,15 @@ class Run:
     def heads_for(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads to ground one sample with."""
         return list(self.named_heads or self.own_heads(statistics))
+
+
+def small_model_threads(num_parameters: int) -> int | None:
+    """One thread for a model that is too small to share out, None (torch's choice) for the others.
+
+    The threads of a small layer spend their time waiting for each other; on a busy machine that made the embedded
+    model twenty times slower. `OMP_NUM_THREADS` is respected.
+    """
+    return 1 if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ else None
 
 
 def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
