@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hydra._internal.hydra import Hydra
 from PIL import Image
 
 from localization_heads.apps import chat, finder, visualize
@@ -36,6 +37,8 @@ class Front:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "200")  # tables are not folded
         patch.setattr(loading, "load_model", cached_load_model)
+        # Hydra composes the options once more only to learn whether they ask for a sweep; None says no.
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
 
     @property
     def out(self) -> Path:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from front import Front, fronts, one_line
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from localization_heads.apps.frontdoor import FREE_TEXT, help_text, plain_options, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
@@ -35,9 +37,15 @@ def front(
 
 
 def finder_options(*overrides: str) -> dict[str, Any]:
-    """Through Hydra's real grammar and OmegaConf's interpolations."""
+    """The composed options of a command line."""
     with initialize_config_module("localization_heads.config", version_base="1.3"):
         return plain_options(compose("finder", [quote_free_text(override) for override in overrides]))
+
+
+def arrived(argument: str) -> Any:
+    """The value that Hydra's real grammar and OmegaConf's interpolations make of an argument."""
+    override = OverridesParser.create().parse_override(quote_free_text(argument))
+    return OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)["value"]
 
 
 def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +110,7 @@ sys.exit(len({"torch", "numpy", "hydra", "PIL"} & set(sys.modules)))
 TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=TYPED, name=st.sampled_from(FREE_TEXT))
 @example(text="the dog, on the left", name="query")
 @example(text="a=b, c={d: [e]}", name="query")
@@ -126,9 +134,7 @@ TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @example(text="https://a.example/x.png?a=1,2&b={c}", name="image_file")
 def test_free_text_arrives_as_it_was_typed(text: str, name: str) -> None:
     """Whatever it is, except null and what a user has quoted for Hydra."""
-    value: Any = finder_options(f"{name}={text}")
-    for key in name.split("."):
-        value = value[key]
+    value = arrived(f"{name}={text}")
     if text == "null":
         assert value is None
     elif re.fullmatch(r"""'[^'\\]+'|"[^"\\]+\"""", text):
@@ -186,6 +192,7 @@ def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
         (["stage=batch", "data_file=no.jsonl"], "data_file=no.jsonl: no such file"),
         (["stage=batch", "data_file=null"], "data_file= is missing"),
         (["stage=ground", "image_file=no.png", "query=x"], "no.png: no such file"),
+        (["stage=ground", "image_file=a=${x}, 'b'.png", "query={${y"], "a=${x}, 'b'.png: no such file"),
         (["stage=ground", "query=x"], "image_file= is missing"),
         (["stage=ground", "image_file=no.png"], "query= is missing"),
     ],
