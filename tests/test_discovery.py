@@ -19,6 +19,8 @@ from PIL import Image
 import localization_heads as lh
 from localization_heads.data.masks import read_mask
 from localization_heads.errors import UsageError
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.ranking import random_draws, rank_heads
 from localization_heads.lvlm.model import LVLM
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.lock import RunLock
@@ -163,13 +165,25 @@ def test_the_batch_size_only_rounds(front: Front) -> None:
             assert one["attention_sum"] == pytest.approx(two["attention_sum"], abs=1e-4)
 
 
-def test_trials_draw_only_what_they_need(front: Front, calls: Calls) -> None:
-    """Two trials of one sample look at two samples at most; the seed decides which."""
-    options = ("stage=find", DATA, "num_trials=2", "num_samples=1", "batch_size=1")
+def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM) -> None:
+    """Three trials of two samples, as drawn; samples that no trial draws are not looked at."""
+    options = ("stage=find", DATA, "num_trials=3", "num_samples=2", "batch_size=1")
     assert front.finder(*options).status == 0
-    assert 1 <= len(calls) <= 2
+    assert 2 <= len(calls) < 5
     ranking = json.loads(heads_of(front.out))
-    assert (ranking["num_samples"], ranking["num_trials"]) == (1, 2)
+    assert (ranking["num_samples"], ranking["num_trials"]) == (2, 3)
+    draws = random_draws(5, 3, 2, seed=42)
+    found = [lvlm.attend(Image.open(f"picture_{n}.png"), EXPRESSIONS[n]).attention for n in range(5)]
+    statistics = [head_statistics(attention) for attention in found]
+    expected = rank_heads(
+        np.stack([one.attention_sum for one in statistics]),
+        np.stack([one.spatial_entropy for one in statistics]),
+        draws=draws,
+        num_trials=3,
+        num_samples=2,
+    )
+    listed = [(head["layer"], head["head"], head["selection_frequency"]) for head in ranking["heads"]]
+    assert listed == [(*head.address, round(head.selection_frequency, 6)) for head in expected.kept]
     first = heads_of(front.out)
     assert front.finder(*options, "output_dir=again").status == 0
     assert heads_of("again/tiny") == first
