@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_models import llava_model, llava_processor
 
 from localization_heads.errors import UsageError, WorkError
@@ -122,6 +125,22 @@ def test_broken_folders(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(WorkError, match="broken") as caught:
         load_model(str(broken))
     assert "\n" not in str(caught.value)
+
+
+def test_missing_weights_are_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers fills them with random numbers."""
+    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    target = shutil.copytree(folder, tmp_path / "holes")
+    weights = load_file(target / "model.safetensors")
+    gone = next(name for name in sorted(weights) if name.endswith("layers.1.self_attn.q_proj.weight"))
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != gone}, target / "model.safetensors"
+    )
+    load_model(str(target), device="cpu")
+    assert "lacks 1 tensors" in caplog.text
+    assert "q_proj.weight" in caplog.text
 
 
 def test_truncated_weights(folder: Path, tmp_path: Path) -> None:

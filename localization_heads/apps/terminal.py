@@ -109,7 +109,8 @@ class Session:
             raise UsageError("there is no picture yet: /image PATH")
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
-        found = ground(self.run.lvlm, image, expression, self._heads(), options=self.run.grounding)
+        lvlm = self.run.lvlm.prompted("referseg")  # the prompt that the known heads were found with
+        found = ground(lvlm, image, expression, self._heads(), options=self.run.grounding)
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
         say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")

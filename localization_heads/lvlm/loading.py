@@ -19,6 +19,8 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec, local_path
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 _FACTS = "localization_heads.json"  # beside a checkpoint: what the tool should know about it
 
@@ -147,7 +149,17 @@ def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
     if spec.quantization:
         options["quantization_config"] = _quantization(spec.quantization)
         options.setdefault("device_map", "auto")
-    return _from_pretrained(AutoModelForImageTextToText, source, spec, **options)
+    model, info = _from_pretrained(
+        AutoModelForImageTextToText, source, spec, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):
+        log.warning(
+            "the checkpoint of %s lacks %d tensors, such as %s: they are random, and so may be its answers",
+            spec.name,
+            len(missing),
+            missing[0],
+        )
+    return model
 
 
 def _quantization(bits: str) -> Any:

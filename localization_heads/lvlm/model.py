@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ class LVLM:
         self.system = system
         self.conv_mode = conv_mode
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
+
+    def prompted(self, conv_mode: str) -> LVLM:
+        """The same loaded model with another prompt."""
+        twin = copy(self)
+        twin.conv_mode = conv_mode
+        return twin
 
     def __repr__(self) -> str:
         return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"

@@ -22,6 +22,9 @@ from localization_heads.store.attention_files import load_attention, save_analys
 from localization_heads.store.paths import analysis_path, attention_path
 from localization_heads.store.statistics import StatisticsStore
 
+ROUNDING = 1e-3
+"""How far the sums of one sample may lie apart when it went through the model in another batch."""
+
 
 def open_store(run: Run) -> StatisticsStore:
     """The statistics of this model under these options; other options keep theirs in another file."""
@@ -61,14 +64,15 @@ def _is_done(run: Run, sample: Sample, store: StatisticsStore, keep_maps: bool) 
 def _is_on_disk(run: Run, sample: Sample, store: StatisticsStore) -> bool:
     """Whether the attention file is the very one that the statistics were made from.
 
-    Another prompt, precision or model under the same id leaves other sums, to the bit.
+    Another prompt or model under the same id leaves other sums; another batch around it the same but for rounding.
     """
     path = attention_path(run.attention_folder, sample.id, run["attention_format"])
     try:
         maps = load_attention(path)
     except UsageError:
         return False
-    same = np.array_equal(attention_sum(maps.attention), store.rows([key_of(sample)]).attention_sum[0])
+    stored = store.rows([key_of(sample)]).attention_sum[0]
+    same = np.allclose(attention_sum(maps.attention), stored, rtol=0, atol=ROUNDING)
     return same and maps.query == sample.expression and analysis_path(path).is_file()
 
 

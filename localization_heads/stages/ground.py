@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -36,6 +36,9 @@ from localization_heads.store.atomic import write_json
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import entry_path
 from localization_heads.store.result_log import ResultLog
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ def _ground_all(run: Run, entries: Entries, log: ResultLog) -> tuple[list[Outcom
     bar = tqdm(total=len(entries.samples), desc="ground", unit="expression", disable=None)
     for chunk in chunks(entries.samples, run["batch_size"]):
         found = _from_log(log, chunk)
-        if found is None:
-            found = [_ground_one(run, one, drawn) for one in _attend(run, entries, chunk)]
+        missing = [sample for sample in chunk if sample not in [outcome.sample for outcome in found]]
+        # As in `collect`: the whole chunk goes through the model or nothing of it.
+        opened = open_chunk(run, entries, chunk) if missing else []
+        if any(sample in missing for sample, _ in opened):
+            found = [_ground_one(run, one, drawn) for one in _attend(run, entries, opened)]
             log.append([(key_of(outcome.sample), outcome.to_json()) for outcome in found])
         outcomes += found
         bar.update(len(chunk))
@@ -110,23 +116,19 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _from_log(log: ResultLog, chunk: Sequence[Sample]) -> list[Outcome] | None:
-    """The outcomes of a chunk, if all of it was finished."""
-    results = [log.get(key_of(sample)) for sample in chunk]
-    if any(result is None for result in results):
-        return None
-    return [
-        Outcome.from_json(sample, result) for sample, result in zip(chunk, results, strict=True) if result
-    ]
+def _from_log(log: ResultLog, chunk: Sequence[Sample]) -> list[Outcome]:
+    """The outcomes of a chunk that are finished already."""
+    results = [(sample, log.get(key_of(sample))) for sample in chunk]
+    return [Outcome.from_json(sample, result) for sample, result in results if result]
 
 
-def _attend(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[Attended]:
+def _attend(run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Image]]) -> list[Attended]:
     """With fixed heads the layers above the deepest one are not run."""
     heads = run.named_heads
     if heads:
         check_heads(heads, run.lvlm.num_layers, run.lvlm.num_heads)
     last_layer = max(head.layer for head in heads) if heads else None
-    return attend(run, entries, open_chunk(run, entries, chunk), last_layer=last_layer)
+    return attend(run, entries, opened, last_layer=last_layer)
 
 
 def _ground_one(run: Run, one: Attended, drawn: list[Path]) -> Outcome:
