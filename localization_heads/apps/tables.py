@@ -97,10 +97,15 @@ def box_text(box: Box) -> str:
     return " ".join(f"{value:.0f}" for value in box)
 
 
-def written(console: Console, paths: Iterable[Path]) -> None:
+def show(content: object, **options: Any) -> None:
+    """Print for people, as wide as the terminal is now."""
+    Console().print(content, **options)
+
+
+def written(paths: Iterable[Path]) -> None:
     """Name the files that were written, one a line, so that a terminal can open them."""
     for path in paths:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
+        show(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str | None:
