@@ -20,7 +20,7 @@ from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.stages.collecting import collect, open_store
-from localization_heads.stages.entries import Entries, key_of, select_entries
+from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.run import Run, check_criteria, check_heads
 from localization_heads.stages.single import analyse_file, draw
@@ -46,8 +46,8 @@ class Discovered:
 def find(run: Run) -> Discovered:
     """Rank the heads over a data set; only each head's sum and entropy are kept."""
     entries = select_entries(run)
-    check_criteria(run.criteria, run.lvlm.num_layers)
-    with RunLock(run.folder):
+    with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
+        check_criteria(run.criteria, run.lvlm.num_layers)
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
         store = open_store(run)
@@ -59,10 +59,10 @@ def find(run: Run) -> Discovered:
 def batch(run: Run) -> Discovered:
     """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
     entries = select_entries(run)
-    check_criteria(run.criteria, run.lvlm.num_layers)
-    if run["heads"] != "auto":  # before the work, not after it
-        check_heads(run.named_heads or (), run.lvlm.num_layers, run.lvlm.num_heads)
     with RunLock(run.folder):
+        check_criteria(run.criteria, run.lvlm.num_layers)
+        if run["heads"] != "auto":  # before the work, not after it
+            check_heads(run.named_heads or (), run.lvlm.num_layers, run.lvlm.num_heads)
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         store = open_store(run)
         collect(run, entries, entries.samples, store, keep_maps=True)
@@ -80,7 +80,7 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     chosen = usable & draws.any(axis=0)
     if not chosen.any():
         raise WorkError(f"no entry could be used; the first: {entries.in_order()[0]}")
-    keys = [key_of(sample) for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted]
+    keys = [entries.key(sample) for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted]
     rows = store.rows(keys)
     return rank_heads(
         rows.attention_sum,

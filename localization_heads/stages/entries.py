@@ -29,6 +29,16 @@ class Entries:
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
+    _keys: dict[int, bytes] = field(default_factory=dict, repr=False)
+
+    def key(self, sample: Sample) -> bytes:
+        """16 bytes that change with the sample's expression, picture or id.
+
+        Made once a run: a picture that is touched meanwhile must not lose its place.
+        """
+        if sample.line not in self._keys:
+            self._keys[sample.line] = sample_key(sample.expression, sample.image_file, sample.id)
+        return self._keys[sample.line]
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on."""
@@ -117,8 +127,3 @@ def chunks(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     """Consecutive samples, always cut at the same places, so that a resumed run forms the same batches."""
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
-
-
-def key_of(sample: Sample) -> bytes:
-    """16 bytes that change with the sample's expression, picture or id."""
-    return sample_key(sample.expression, sample.image_file, sample.id)

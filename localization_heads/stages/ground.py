@@ -25,7 +25,6 @@ from localization_heads.stages.entries import (
     Entries,
     attend,
     chunks,
-    key_of,
     open_chunk,
     select_entries,
 )
@@ -92,13 +91,13 @@ def _ground_all(run: Run, entries: Entries, log: ResultLog) -> tuple[list[Outcom
     drawn: list[Path] = []
     bar = tqdm(total=len(entries.samples), desc="ground", unit="expression", disable=None)
     for chunk in chunks(entries.samples, run["batch_size"]):
-        found = _from_log(log, chunk)
-        missing = [sample for sample in chunk if sample not in [outcome.sample for outcome in found]]
+        found = _from_log(log, entries, chunk)
+        missing = {sample.line for sample in chunk} - {outcome.sample.line for outcome in found}
         # As in `collect`: the whole chunk goes through the model or nothing of it.
         opened = open_chunk(run, entries, chunk) if missing else []
-        if any(sample in missing for sample, _ in opened):
+        if any(sample.line in missing for sample, _ in opened):
             found = [_ground_one(run, one, drawn) for one in _attend(run, entries, opened)]
-            log.append([(key_of(outcome.sample), outcome.to_json()) for outcome in found])
+            log.append([(entries.key(outcome.sample), outcome.to_json()) for outcome in found])
         outcomes += found
         bar.update(len(chunk))
     bar.close()
@@ -116,9 +115,9 @@ def _settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _from_log(log: ResultLog, chunk: Sequence[Sample]) -> list[Outcome]:
+def _from_log(log: ResultLog, entries: Entries, chunk: Sequence[Sample]) -> list[Outcome]:
     """The outcomes of a chunk that are finished already."""
-    results = [(sample, log.get(key_of(sample))) for sample in chunk]
+    results = [(sample, log.get(entries.key(sample))) for sample in chunk]
     return [Outcome.from_json(sample, result) for sample, result in results if result]
 
 
