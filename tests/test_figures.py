@@ -26,7 +26,7 @@ from localization_heads.figures.text import drawable, wrap
 from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, label_components, spatial_entropy
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -439,6 +439,16 @@ def test_selection_frequency_bars_stand_in_ranked_order():
     assert len(set(colours[:3])) == len(set(colours[3:])) == 1
     assert colours[0] != colours[3]
     assert "± s.d. over 5 draws of 1,000 samples" in texts(figure)
+    assert_all_text_fits(figure)
+
+
+@pytest.mark.parametrize("pool", [18, 19])
+def test_the_caption_says_what_the_deviations_are_over(pool):
+    """Of a pool of 18 no 18 can be drawn twice: there the spread is the bootstrap's."""
+    sums, entropies = np.random.default_rng(0).random((2, pool, 4, 3))
+    figure = figures.plot_selection_frequency(rank_heads(sums, entropies, num_samples=18))
+    trials = "bootstrap resamples" if pool == 18 else "draws"
+    assert f"± s.d. over 5 {trials} of 18 samples" in texts(figure)
     assert_all_text_fits(figure)
 
 

@@ -125,7 +125,7 @@ def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]]) -> None:
 def plot_selection_frequency(
     ranking: HeadRanking, path: str | Path | None = None, *, top: int = 15, emphasised: int = 3
 ) -> Figure:
-    """Fig. 6a: the selection frequency of the first `top` heads, with its standard deviation over the draws.
+    """Fig. 6a: the selection frequency of the first `top` heads, with its standard deviation over the trials.
 
     Args:
         emphasised: how many of them are the localization heads.
@@ -153,15 +153,17 @@ def plot_selection_frequency(
         axes.set_ylim(0, max(float((frequency + deviation).max(initial=0)) * 1.05, 1.0))
         axes.set_ylabel("Selection frequency (%)")
         axes.grid(axis="y", color="0.9", linewidth=0.6, zorder=0)
-        axes.set_title(_draws(ranking.num_trials, ranking.num_samples), loc="right", color="0.35")
+        axes.set_title(_trials(ranking), loc="right", color="0.35")
         return save(figure, path)
 
 
-def _draws(trials: int, samples: int) -> str:
+def _trials(ranking: HeadRanking) -> str:
     """The caption that says what the error bars are."""
-    if trials > 1:
-        return f"± s.d. over {trials} draws of {samples:,} samples"
-    return f"{samples:,} sample{'s' if samples != 1 else ''}"
+    samples = f"{ranking.num_samples:,} sample{'s' if ranking.num_samples != 1 else ''}"
+    if ranking.num_trials == 1:
+        return samples
+    trials = "bootstrap resamples" if ranking.spread == "bootstrap" else "draws"
+    return f"± s.d. over {ranking.num_trials} {trials} of {samples}"
 
 
 def plot_head_grid(
