@@ -208,6 +208,14 @@ def test_the_published_tools_files_are_read(dtype, size, box, tmp_path):
     assert (maps.image_size, maps.image_file, maps.query, maps.id) == (size, "dog.png", "the dog", "q")
 
 
+def test_layers_of_one_sample_each_make_a_file(tmp_path):
+    """What `output_attentions` leaves in a list: `[1, H, 1, P*P]` a layer."""
+    layers = [torch.rand(1, 4, 1, 9) for _ in range(3)]
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(layers))
+    expected = torch.cat(layers).reshape(3, 4, 3, 3).numpy()
+    np.testing.assert_array_equal(load_attention(tmp_path / "a.pkl").attention, expected)
+
+
 @pytest.mark.parametrize(
     "content",
     [
