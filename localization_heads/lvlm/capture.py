@@ -1,4 +1,4 @@
-"""Capture the query token's attention while the model runs its own fast attention.
+"""Capture the query tokens' attention while the model runs its own fast attention.
 
 transformers looks its attention functions up in one registry at every call. We wrap the registered functions in
 place (counted, under a lock, undone with the last capture); a wrapper acts only if a recorder is active in the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import WorkError
-from localization_heads.lvlm.row import attention_row
+from localization_heads.lvlm.row import Query, query_row
 
 AttentionFunction = Callable[..., Any]
+LAST = Query()
 
 _recorder: ContextVar[Recorder | None] = ContextVar("attention_recorder", default=None)
 _lock = threading.Lock()
@@ -42,33 +44,43 @@ class Recorder:
     Args:
         modules: the attention module of each LM layer, by layer index.
         stop_after: the layer after whose row the forward pass is abandoned (early exit), or None.
+        query: the query positions of each sample; by default the last one, at prefill.
     """
 
-    def __init__(self, modules: dict[int, nn.Module], stop_after: int | None = None) -> None:
+    def __init__(
+        self, modules: dict[int, nn.Module], stop_after: int | None = None, query: Query = LAST
+    ) -> None:
         self.layer_of = {id(module): layer for layer, module in modules.items()}
         self.stop_after = stop_after
+        self.query = query
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
+        self._calls: Counter[int] = Counter()
 
     def see(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict) -> None:
-        """Record the row of one layer; only its first call counts (later ones are decoding steps)."""
+        """Record the row of one layer, in the one call that is wanted (the others are decoding steps)."""
         layer = self.layer_of.get(id(module))
-        if layer is None or layer in self.rows:
+        if layer is None:
             return
-        self.rows[layer] = attention_row(module, query, key, mask, **extras)
+        call, self._calls[layer] = self._calls[layer], self._calls[layer] + 1
+        if call != self.query.step:
+            return
+        self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
         if layer == self.stop_after:
             raise StopForward
 
 
 @contextmanager
-def capture(modules: dict[int, nn.Module], stop_after: int | None = None) -> Iterator[Recorder]:
-    """Record the last query position's attention of every given module during the `with` block.
+def capture(
+    modules: dict[int, nn.Module], stop_after: int | None = None, query: Query = LAST
+) -> Iterator[Recorder]:
+    """Record the attention of each sample's query positions in every given module during the `with` block.
 
     >>> with capture(lvlm.attention_modules) as recorder:          # doctest: +SKIP
     ...     lvlm.model(**inputs)
     >>> recorder.rows[14].shape                                    # doctest: +SKIP
     torch.Size([1, 32, 640])
     """
-    recorder = Recorder(modules, stop_after)
+    recorder = Recorder(modules, stop_after, query)
     _install()
     token = _recorder.set(recorder)
     try:
