@@ -87,7 +87,8 @@ RULES: dict[str, Rule] = {
     "save_fig": switch,
     "show_components": switch,
     "cli_mode": switch,
-    "conv_mode": one_of("referseg", "chat", "plain"),
+    "conv_mode": or_null(one_of("referseg", "chat", "plain")),
+    "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
     "batch_size": whole(1),
     "max_new_tokens": whole(0),
     "k": whole(1),
@@ -118,6 +119,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.quantization": or_null(one_of("4bit", "8bit")),
     "model.pad_to_square": or_null(switch),
+    "model.conv_mode": or_null(one_of("referseg", "chat", "plain")),
 }
 
 

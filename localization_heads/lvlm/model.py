@@ -17,7 +17,10 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.capture import attention_modules, capture
 from localization_heads.lvlm.geometry import Grid, grid_of
-from localization_heads.lvlm.prompts import clean_expression, expression_prompt
+from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
+from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
+from localization_heads.lvlm.query_tokens import query_of
+from localization_heads.lvlm.row import Query
 from localization_heads.lvlm.spec import ModelSpec
 
 
@@ -27,12 +30,22 @@ class LVLM:
     Made by `load_model`. The model itself is never changed: `lvlm.model` is plain transformers.
     """
 
-    def __init__(self, model: Any, processor: Any, spec: ModelSpec, *, system: str, conv_mode: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        spec: ModelSpec,
+        *,
+        system: str,
+        conv_mode: str,
+        query_token: str = "last",
+    ) -> None:
         self.model = model
         self.processor = processor
         self.spec = spec
         self.system = system
         self.conv_mode = conv_mode
+        self.query_token = query_token
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
 
     def __repr__(self) -> str:
@@ -71,16 +84,34 @@ class LVLM:
 
     @property
     def image_token(self) -> str:
-        """The placeholder that stands for an image in a prompt."""
+        """What the processor looks for in a prompt and replaces by an image's tokens."""
         return getattr(self.processor, "image_token", None) or self.processor.tokenizer.convert_ids_to_tokens(
             self.image_token_id
         )
 
+    @cached_property
+    def image_text(self) -> str:
+        """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
+        return image_placeholder(self.processor, self.image_token)
+
+    @cached_property
+    def image_comes_first(self) -> bool:
+        """Whether the prompt names the image before the expression, whose tokens cannot see it otherwise."""
+        render = template_renderer(self.processor)
+        return self.conv_mode != "chat" or render is None or image_comes_first(render, self.image_text)
+
     def prompt(self, expression: str) -> str:
-        """The text around an expression; its last token is the query token (Sec. 4.1)."""
+        """The text around an expression; its last token is the paper's query token (Sec. 4.1)."""
+        return self.located_prompt(expression).text
+
+    def located_prompt(self, expression: str) -> Prompt:
+        """The prompt, and where in it the expression lies."""
         text = clean_expression(expression, tuple(self.processor.tokenizer.all_special_tokens))
+        return locate_expression(self._render, text)
+
+    def _render(self, text: str) -> str:
         return expression_prompt(
-            text, self.conv_mode, image_token=self.image_token, system=self.system, chat=self.chat_prompt
+            text, self.conv_mode, image_text=self.image_text, system=self.system, chat=self.chat_prompt
         )
 
     def chat_prompt(self, text: str) -> str:
@@ -98,13 +129,21 @@ class LVLM:
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, left-padded to one length."""
+        bos = self.processor.tokenizer.bos_token
+        twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
+        options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
         inputs = self.processor(
-            images=list(images), text=list(prompts), return_tensors="pt", padding=True, padding_side="left"
+            images=list(images),
+            text=list(prompts),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            **options,
         )
         return dict(inputs.to(self.model.device, self.model.dtype))
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
-        """Where every head looks while the model reads the last token of the expression.
+        """Where every head looks from the query token: by default, while the model reads the prompt's last token.
 
         Args:
             image: RGB picture of any size.
@@ -116,9 +155,11 @@ class LVLM:
         self, images: Sequence[Image.Image], expressions: Sequence[str], *, last_layer: int | None = None
     ) -> list[AttentionMaps]:
         """`attend` for several pairs in one forward pass, in their order."""
-        prompts = [self.prompt(expression) for expression in expressions]
+        located = [self.located_prompt(expression) for expression in expressions]
+        prompts = [prompt.text for prompt in located]
         inputs = self.encode(images, prompts)
-        rows = self._query_rows(inputs, last_layer)
+        query = query_of(self.query_token, located, inputs, self.processor.tokenizer)
+        rows = self._query_rows(inputs, query, last_layer)
         is_image = inputs["input_ids"] == self.image_token_id  # (B, T)
         return [
             self._maps(row[..., here.to(row.device)], image, expression, prompt)
@@ -127,22 +168,41 @@ class LVLM:
             )
         ]
 
-    def _query_rows(self, inputs: dict[str, Any], last_layer: int | None) -> list[Tensor]:
-        """Per sample `[layer, head, token]` fp32 on the CPU. One prefill; no LM head, no cache, no generation."""
+    def _query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
+        """Per sample `[layer, head, token]` fp32 on the CPU."""
         try:
-            with torch.inference_mode(), capture(self.attention_modules, stop_after=last_layer) as recorder:
-                self.model.base_model(**inputs, use_cache=False)
+            with torch.inference_mode(), capture(self.attention_modules, last_layer, query) as recorder:
+                self._run(inputs, query)
         except torch.OutOfMemoryError as error:
             raise WorkError("out of memory: lower batch_size, or load the model in fewer bits") from error
-        layers = [recorder.rows[index].cpu() for index in sorted(recorder.rows)]  # each (B, H, T)
+        length = inputs["input_ids"].shape[1]
+        rows = {layer: _prompt_keys(row.cpu(), length, query) for layer, row in recorder.rows.items()}
+        layers = [rows[index] for index in sorted(rows)]  # each (B, H, T)
         if not layers:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
         batch, heads, tokens = layers[0].shape
         full = torch.zeros(batch, self.num_layers, heads, tokens)
-        full[:, sorted(recorder.rows)] = torch.stack(layers, 1)
+        full[:, sorted(rows)] = torch.stack(layers, 1)
         return list(full)
+
+    def _run(self, inputs: dict[str, Any], query: Query) -> None:
+        """One prefill without LM head and cache; or, for the first token of the answer, greedy generation of two.
+
+        Two, because a token's attention is computed when it is read, in the step that predicts the next.
+        """
+        if query.step == 0:
+            self.model.base_model(**inputs, use_cache=False)
+        else:
+            self.model.generate(
+                **inputs,
+                max_new_tokens=query.step + 1,
+                min_new_tokens=query.step + 1,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+            )
 
     def _maps(self, row: Tensor, image: Image.Image, expression: str, prompt: str) -> AttentionMaps:
         """`row`: [layer, head, image token] of one sample."""
@@ -160,3 +220,16 @@ class LVLM:
     def grid(self, num_tokens: int, image_size: tuple[int, int]) -> Grid:
         """Where an image's tokens lie; `image_size` is `(W, H)` in pixels."""
         return grid_of(self.model.config, self.processor.image_processor, num_tokens, image_size)
+
+
+def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
+    """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of its call.
+
+    A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
+    keys: the attention of those that fell out is zero.
+    """
+    if query.step == 0:
+        return row
+    return torch.nn.functional.pad(row, (max(0, num_tokens + query.step - row.shape[-1]), 0))[
+        ..., :num_tokens
+    ]

@@ -37,6 +37,7 @@ class ModelSpec:
     quantization: str | None = None
     attn_implementation: str | None = None
     pad_to_square: bool | None = None
+    conv_mode: str | None = None
     system: str | None = None
     heads: tuple[Head, ...] = field(default=())
 

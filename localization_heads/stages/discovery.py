@@ -20,7 +20,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.analysis import analysis_rows
-from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.stages.entries import Entries, attend_chunk, chunks, key_of, select_entries
@@ -77,7 +77,8 @@ def _store(run: Run) -> StatisticsStore:
     settings = {
         "model": run.lvlm.name,
         "weights": run.lvlm.fingerprint,
-        "conv_mode": run["conv_mode"],
+        "conv_mode": run.lvlm.conv_mode,
+        "query_token": run.lvlm.query_token,
         "system": run.lvlm.system,
         "entropy": run.criteria.entropy,
         "threshold": run.criteria.threshold,
@@ -108,18 +109,23 @@ def _is_done(run: Run, sample: Sample, store: StatisticsStore, keep_maps: bool) 
     if not keep_maps:
         return True
     path = attention_path(run.attention_folder, sample.id, run["attention_format"])
-    return analysis_path(path).is_file() and _belongs(run, sample, path)
+    return analysis_path(path).is_file() and _belongs(run, sample, path, store)
 
 
-def _belongs(run: Run, sample: Sample, path: Path) -> bool:
-    """Whether an attention file is of this very question to this very model."""
+def _belongs(run: Run, sample: Sample, path: Path, store: StatisticsStore) -> bool:
+    """Whether an attention file is of this very question to this very model, read from the same query token.
+
+    A file does not say all that its maps depend on; their sums tell them from those of other settings.
+    """
     try:
         maps = load_attention(path)
     except UsageError:
         return False
-    return (maps.model, maps.prompt) == (run.lvlm.name, run.lvlm.prompt(sample.expression)) and (
-        maps.image_file == sample.image_file
-    )
+    asked = (run.lvlm.name, run.lvlm.prompt(sample.expression), sample.image_file)
+    if (maps.model, maps.prompt, maps.image_file) != asked:
+        return False
+    known = store.rows([key_of(sample)]).attention_sum[0]
+    return np.allclose(attention_sum(maps.attention), known, rtol=1e-5, atol=1e-7)
 
 
 def _collect_chunk(

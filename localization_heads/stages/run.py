@@ -71,7 +71,12 @@ class Run:
         from localization_heads.lvlm.loading import load_model
 
         torch.manual_seed(self["random_seed"])
-        return load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
+        return load_model(
+            self.spec,
+            device=self["device"],
+            conv_mode=self["conv_mode"],
+            query_token=self["query_token"],
+        )
 
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
