@@ -89,21 +89,23 @@ def _by_offsets(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range | N
         return None
     first, count = inside[0], inside[-1] - inside[0] + 1
     own = coded["input_ids"]
-    # to the prompt's end, which is not to be confused; or alone, where the processor adds to the end
+    expected = len(ids) - (len(own) - first)  # but for padding on the right, and what the processor adds
+    # to the prompt's end, which is not to be confused; or alone, where the processor changes the end
     for wanted in (own[first:], own[first : first + count]):
-        if (at := _find_last(wanted, ids)) is not None:
+        if (at := _find(wanted, ids, near=expected)) is not None:
             return range(at, at + count)
     return None
 
 
-def _find_last(wanted: Sequence[int], ids: Sequence[int]) -> int | None:
-    """Where the last occurrence of `wanted` begins in `ids`.
+def _find(wanted: Sequence[int], ids: Sequence[int], near: int) -> int | None:
+    """Where the occurrence of `wanted` in `ids` begins that is nearest to an index.
 
-    >>> _find_last([5, 6], [5, 6, 7, 5, 6, 8])
+    >>> _find([5, 6], [5, 6, 7, 5, 6, 8, 5, 6], near=4)
     3
     """
     n, wanted, ids = len(wanted), list(wanted), list(ids)
-    return next((at for at in range(len(ids) - n, -1, -1) if ids[at : at + n] == wanted), None)
+    found = [at for at in range(len(ids) - n + 1) if ids[at : at + n] == wanted]
+    return min(found, key=lambda at: abs(at - near), default=None)
 
 
 def _by_decoding(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range | None:
@@ -112,14 +114,11 @@ def _by_decoding(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range | 
     def spelled(first: int, end: int) -> str:
         return _squeezed(tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False))
 
-    T, expression = len(ids), _squeezed(prompt.expression)
-    for wanted in (_squeezed(prompt.text[prompt.start :]), expression):
-        for first in range(T - 1, max(-1, T - 1 - _LONGEST), -1):
-            if wanted not in spelled(first, T):
-                continue
-            end = next((end for end in range(first + 1, T + 1) if expression in spelled(first, end)), None)
-            return None if end is None else range(first, end)
-    return None
+    T, expression, rest = len(ids), _squeezed(prompt.expression), _squeezed(prompt.text[prompt.start :])
+    backwards = range(T - 1, max(-1, T - 1 - _LONGEST), -1)
+    first = next((first for first in backwards if rest in spelled(first, T)), T)
+    end = next((end for end in range(first + 1, T + 1) if expression in spelled(first, end)), None)
+    return None if end is None else range(first, end)
 
 
 def _squeezed(text: str) -> str:
