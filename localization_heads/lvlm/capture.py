@@ -93,21 +93,41 @@ def capture(
 
 
 def attention_modules(model: Any) -> dict[int, nn.Module]:
-    """The self-attention module of every LM layer that has one, by layer index.
+    """The attention module of every LM layer whose heads can look at the image, by layer index.
 
-    Hybrid models have layers without attention heads: they have no entry.
+    Hybrid models have layers without attention heads: they have no entry. Where the image is seen through
+    cross-attention (Llama 3.2 Vision, Florence-2), only the layers that have it do, and it is their module.
     """
-    decoder = model.get_decoder()
-    layers: Sequence[nn.Module] | None = getattr(decoder, "layers", None)
-    if layers is None:
-        raise WorkError(
-            f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
-        )
-    found = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(layers)}
-    modules = {index: module for index, module in found.items() if module is not None}
+    layers = decoder_layers(model)
+    modules = _cross_attention(layers) or _named(layers, "self_attn")
     if not modules:
         raise WorkError(f"{type(model).__name__}: no layer of its language model has attention heads")
     return modules
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The layers of the language model; an encoder-decoder's are its decoder's."""
+    decoder = model.get_decoder()
+    for part in (decoder, getattr(decoder, "decoder", None), getattr(decoder, "model", None)):
+        if (layers := getattr(part, "layers", None)) is not None:
+            return layers
+    raise WorkError(
+        f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
+    )
+
+
+def looks_across(model: Any) -> bool:
+    """Whether the image is seen through cross-attention, whose keys are not the prompt's tokens."""
+    return bool(_cross_attention(decoder_layers(model)))
+
+
+def _cross_attention(layers: Sequence[nn.Module]) -> dict[int, nn.Module]:
+    return _named(layers, "cross_attn") or _named(layers, "encoder_attn")  # Llama 3.2 Vision; BART
+
+
+def _named(layers: Sequence[nn.Module], name: str) -> dict[int, nn.Module]:
+    found = {index: getattr(layer, name, None) for index, layer in enumerate(layers)}
+    return {index: module for index, module in found.items() if module is not None}
 
 
 def _wrap(registered: AttentionFunction | None) -> AttentionFunction:

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.geometry import FAMILIES
+from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import CONVERTED, EMBEDDED, ModelSpec, find_spec
+from localization_heads.lvlm.views import VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def load_model(
     quantization: str | None = None,
     conv_mode: str | None = None,
     query_token: str = "last",
+    view: str = "combined",
 ) -> LVLM:
     """Load a vision-language model whose attention can be captured.
 
@@ -48,6 +50,8 @@ def load_model(
             recommends, and if nothing, `referseg`.
         query_token: whose attention is read: `last` (the paper's), `expression_end`, `expression_mean` or
             `answer_first`.
+        view: of a model that gets a picture as a whole and again as tiles: `combined` (both in one map),
+            `whole` or `tiles`. Pictures with one view only have that.
 
     Raises:
         UsageError: an option or a name that cannot be.
@@ -57,6 +61,7 @@ def load_model(
     conv_mode = conv_mode or spec.conv_mode or "referseg"
     _check_choice("conv_mode", conv_mode, CONV_MODES)
     _check_choice("query_token", query_token, QUERY_TOKENS)
+    _check_choice("view", view, VIEWS)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
     if spec.name in CONVERTED:
@@ -73,7 +78,8 @@ def load_model(
     if target is not None and not spec.quantization:
         model.to(target)
     system = _system_sentence(source, spec)
-    lvlm = LVLM(model.eval(), processor, spec, system=system, conv_mode=conv_mode, query_token=query_token)
+    options = {"conv_mode": conv_mode, "query_token": query_token, "view": view}
+    lvlm = LVLM(model.eval(), processor, spec, system=system, **options)
     _check_order(lvlm)
     return lvlm
 
@@ -140,12 +146,10 @@ def _check_family(source: str, spec: ModelSpec) -> None:
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source, spec)
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UsageError(
-            f"model.name={spec.name} is of the family '{config.model_type}', whose image geometry is not known here "
-            f"(known: {known})"
-        )
+    try:
+        check_family(config)
+    except UsageError as error:
+        raise UsageError(f"model.name={spec.name}: {error}") from None
 
 
 def _load_processor(source: str, spec: ModelSpec) -> Any:

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,13 +14,15 @@ from torch import Tensor, nn
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.capture import attention_modules, capture
-from localization_heads.lvlm.geometry import Grid, grid_of
+from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
+from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
+from localization_heads.lvlm.geometry import EncodedImage, View, image_token_id
 from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
 from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
 from localization_heads.lvlm.query_tokens import query_of
 from localization_heads.lvlm.row import Query
 from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.lvlm.views import read_maps
 
 
 class LVLM:
@@ -39,6 +40,7 @@ class LVLM:
         system: str,
         conv_mode: str,
         query_token: str = "last",
+        view: str = "combined",
     ) -> None:
         self.model = model
         self.processor = processor
@@ -46,6 +48,7 @@ class LVLM:
         self.system = system
         self.conv_mode = conv_mode
         self.query_token = query_token
+        self.view = view
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
 
     def __repr__(self) -> str:
@@ -58,12 +61,18 @@ class LVLM:
     @property
     def num_layers(self) -> int:
         """Layers of the language model, those without attention heads included."""
-        return len(self.model.get_decoder().layers)
+        return len(decoder_layers(self.model))
 
     @property
     def num_heads(self) -> int:
         """Query heads in a layer of the language model."""
-        return self.model.config.get_text_config().num_attention_heads
+        text = self.model.config.get_text_config()
+        return getattr(text, "decoder_attention_heads", None) or text.num_attention_heads
+
+    @property
+    def looks_across(self) -> bool:
+        """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
+        return looks_across(self.model)
 
     @property
     def known_heads(self) -> tuple[Head, ...]:
@@ -80,7 +89,7 @@ class LVLM:
 
     @property
     def image_token_id(self) -> int:
-        return self.model.config.image_token_id
+        return image_token_id(self.model.config)
 
     @property
     def image_token(self) -> str:
@@ -92,6 +101,8 @@ class LVLM:
     @cached_property
     def image_text(self) -> str:
         """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
+        if self.model.config.model_type in ADDS_IMAGE_ITSELF:
+            return ""
         return image_placeholder(self.processor, self.image_token)
 
     @cached_property
@@ -128,16 +139,19 @@ class LVLM:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
-        """Processor output on the model's device and in its precision, left-padded to one length."""
+        """Processor output on the model's device and in its precision, padded to one length.
+
+        On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
+        """
         bos = self.processor.tokenizer.bos_token
         twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
         inputs = self.processor(
-            images=list(images),
+            images=[[image] for image in images],
             text=list(prompts),
             return_tensors="pt",
             padding=True,
-            padding_side="left",
+            padding_side="right" if self.model.config.is_encoder_decoder else "left",
             **options,
         )
         return dict(inputs.to(self.model.device, self.model.dtype))
@@ -158,25 +172,36 @@ class LVLM:
         located = [self.located_prompt(expression) for expression in expressions]
         prompts = [prompt.text for prompt in located]
         inputs = self.encode(images, prompts)
-        query = query_of(self.query_token, located, inputs, self.processor.tokenizer)
-        rows = self._query_rows(inputs, query, last_layer)
-        is_image = inputs["input_ids"] == self.image_token_id  # (B, T)
+        rows = self._query_rows(inputs, self._query(located, inputs), last_layer)
         return [
-            self._maps(row[..., here.to(row.device)], image, expression, prompt)
-            for row, here, image, expression, prompt in zip(
-                rows, is_image, images, expressions, prompts, strict=True
+            self._maps(row, self._views(inputs, sample, image), image, expression, prompt)
+            for sample, (row, image, expression, prompt) in enumerate(
+                zip(rows, images, expressions, prompts, strict=True)
             )
         ]
 
+    def _query(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Query:
+        """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
+        if not self.model.config.is_encoder_decoder:
+            return query_of(self.query_token, prompts, inputs, self.processor.tokenizer)
+        if self.query_token.startswith("expression"):
+            raise UsageError(
+                f"query_token={self.query_token}: {self.name} reads the expression in its encoder, whose attention "
+                "is not captured; use query_token=last (the decoder's first token) or answer_first"
+            )
+        return Query(step=int(self.query_token == "answer_first"))
+
     def _query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
-        """Per sample `[layer, head, token]` fp32 on the CPU."""
+        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
         try:
             with torch.inference_mode(), capture(self.attention_modules, last_layer, query) as recorder:
                 self._run(inputs, query)
         except torch.OutOfMemoryError as error:
             raise WorkError("out of memory: lower batch_size, or load the model in fewer bits") from error
         length = inputs["input_ids"].shape[1]
-        rows = {layer: _prompt_keys(row.cpu(), length, query) for layer, row in recorder.rows.items()}
+        rows = {layer: row.cpu() for layer, row in recorder.rows.items()}
+        if not self.looks_across:
+            rows = {layer: _prompt_keys(row, length, query) for layer, row in rows.items()}
         layers = [rows[index] for index in sorted(rows)]  # each (B, H, T)
         if not layers:
             raise WorkError(
@@ -204,22 +229,26 @@ class LVLM:
                 use_cache=True,
             )
 
-    def _maps(self, row: Tensor, image: Image.Image, expression: str, prompt: str) -> AttentionMaps:
-        """`row`: [layer, head, image token] of one sample."""
-        grid = self.grid(row.shape[-1], image.size)
-        maps = row.reshape(*row.shape[:2], grid.height, grid.width).numpy()
+    def _maps(
+        self, row: Tensor, views: Sequence[View], image: Image.Image, expression: str, prompt: str
+    ) -> AttentionMaps:
+        """`row`: [layer, head, key] of one sample."""
+        maps, box = read_maps(row.numpy(), views, image.size, self.view)
         return AttentionMaps(
-            attention=np.ascontiguousarray(maps, np.float32),
-            image_box=grid.image_box,
+            attention=maps,
+            image_box=box,
             image_size=image.size,
             query=expression,
             prompt=prompt,
             model=self.name,
         )
 
-    def grid(self, num_tokens: int, image_size: tuple[int, int]) -> Grid:
-        """Where an image's tokens lie; `image_size` is `(W, H)` in pixels."""
-        return grid_of(self.model.config, self.processor.image_processor, num_tokens, image_size)
+    def views(self, image: Image.Image) -> list[View]:
+        """Where the picture's tokens lie, in every rendering of it that the model gets."""
+        return self._views(self.encode([image], [self.prompt("it")]), 0, image)
+
+    def _views(self, inputs: dict[str, Any], sample: int, image: Image.Image) -> list[View]:
+        return views_of(EncodedImage(self.model.config, self.processor, inputs, sample, image.size))
 
 
 def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
