@@ -65,7 +65,18 @@ def or_word(word: str, rule: Rule) -> Rule:
     return either
 
 
-STAGES = ("batch", "find", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes")
+STAGES = (
+    "batch",
+    "find",
+    "pipeline",
+    "ground",
+    "evaluate",
+    "collect",
+    "analyze",
+    "visualize",
+    "scenes",
+    "doctor",
+)
 
 RULES: dict[str, Rule] = {
     "stage": one_of(*STAGES),
@@ -89,6 +100,8 @@ RULES: dict[str, Rule] = {
     "cli_mode": switch,
     "conv_mode": or_null(one_of("referseg", "chat", "plain")),
     "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
+    "view": one_of("combined", "whole", "tiles"),
+    "doctor.check": or_null(switch),
     "batch_size": whole(1),
     "max_new_tokens": whole(0),
     "k": whole(1),

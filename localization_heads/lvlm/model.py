@@ -172,15 +172,15 @@ class LVLM:
         located = [self.located_prompt(expression) for expression in expressions]
         prompts = [prompt.text for prompt in located]
         inputs = self.encode(images, prompts)
-        rows = self._query_rows(inputs, self._query(located, inputs), last_layer)
+        rows = self.query_rows(inputs, self.query(located, inputs), last_layer)
         return [
-            self._maps(row, self._views(inputs, sample, image), image, expression, prompt)
+            self._maps(row, self.views_in(inputs, sample, image), image, expression, prompt)
             for sample, (row, image, expression, prompt) in enumerate(
                 zip(rows, images, expressions, prompts, strict=True)
             )
         ]
 
-    def _query(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Query:
+    def query(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
         if not self.model.config.is_encoder_decoder:
             return query_of(self.query_token, prompts, inputs, self.processor.tokenizer)
@@ -191,11 +191,11 @@ class LVLM:
             )
         return Query(step=int(self.query_token == "answer_first"))
 
-    def _query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
+    def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
         """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
         try:
             with torch.inference_mode(), capture(self.attention_modules, last_layer, query) as recorder:
-                self._run(inputs, query)
+                self.run(inputs, query)
         except torch.OutOfMemoryError as error:
             raise WorkError("out of memory: lower batch_size, or load the model in fewer bits") from error
         length = inputs["input_ids"].shape[1]
@@ -212,7 +212,7 @@ class LVLM:
         full[:, sorted(rows)] = torch.stack(layers, 1)
         return list(full)
 
-    def _run(self, inputs: dict[str, Any], query: Query) -> None:
+    def run(self, inputs: dict[str, Any], query: Query) -> None:
         """One prefill without LM head and cache; or, for the first token of the answer, greedy generation of two.
 
         Two, because a token's attention is computed when it is read, in the step that predicts the next.
@@ -245,9 +245,10 @@ class LVLM:
 
     def views(self, image: Image.Image) -> list[View]:
         """Where the picture's tokens lie, in every rendering of it that the model gets."""
-        return self._views(self.encode([image], [self.prompt("it")]), 0, image)
+        return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
 
-    def _views(self, inputs: dict[str, Any], sample: int, image: Image.Image) -> list[View]:
+    def views_in(self, inputs: dict[str, Any], sample: int, image: Image.Image) -> list[View]:
+        """The views of one sample of an encoded batch."""
         return views_of(EncodedImage(self.model.config, self.processor, inputs, sample, image.size))
 
 

@@ -79,6 +79,7 @@ def _store(run: Run) -> StatisticsStore:
         "weights": run.lvlm.fingerprint,
         "conv_mode": run.lvlm.conv_mode,
         "query_token": run.lvlm.query_token,
+        "view": run.lvlm.view,
         "system": run.lvlm.system,
         "entropy": run.criteria.entropy,
         "threshold": run.criteria.threshold,

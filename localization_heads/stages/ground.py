@@ -95,7 +95,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """All that a box depends on besides its sample."""
     return {
         "model": [run.lvlm.name, run.lvlm.fingerprint, run.lvlm.system, run.spec.dtype],
-        "question": [run.lvlm.conv_mode, run.lvlm.query_token],
+        "question": [run.lvlm.conv_mode, run.lvlm.query_token, run.lvlm.view],
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [run["k"], run["batch_size"], dict(run["criteria"]), dict(run["grounding"])],
     }

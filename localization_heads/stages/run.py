@@ -76,6 +76,7 @@ class Run:
             device=self["device"],
             conv_mode=self["conv_mode"],
             query_token=self["query_token"],
+            view=self["view"],
         )
 
     @cached_property
