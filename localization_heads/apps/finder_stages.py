@@ -8,7 +8,7 @@ from rich.console import Console
 
 from localization_heads.apps import tables
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.stages import discovery, ground, scenes, single
+from localization_heads.stages import discovery, doctor, ground, scenes, single
 from localization_heads.stages.run import Run
 
 console = Console()
@@ -64,6 +64,15 @@ def scenes_stage(run: Run) -> int:
     return 0
 
 
+def doctor_stage(run: Run) -> int:
+    result = doctor.doctor(run)
+    examination = result.examination
+    console.print(tables.examination_table(examination))
+    console.print(tables.marked_prompt(examination), soft_wrap=True)
+    tables.written(console, result.paths)
+    return 0 if examination.is_well else 1
+
+
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": collect,
     "analyze": analyze,
@@ -74,6 +83,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "ground": ground_stage,
     "evaluate": evaluate,
     "scenes": scenes_stage,
+    "doctor": doctor_stage,
 }
 
 
