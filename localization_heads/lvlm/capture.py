@@ -132,13 +132,19 @@ def _named(layers: Sequence[nn.Module], name: str) -> dict[int, nn.Module]:
 
 def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kw: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,  # some call it by this name
+        *args: Any,
+        **kw: Any,
     ) -> Any:
         original = registered or _eager_function(module)
         recorder = _recorder.get()
         if recorder is not None:
-            recorder.see(module, query, key, mask, kw)
-        return original(module, query, key, value, mask, *args, **kw)
+            recorder.see(module, query, key, attention_mask, kw)
+        return original(module, query, key, value, attention_mask, *args, **kw)
 
     return attention
 
