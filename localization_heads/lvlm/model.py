@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +51,7 @@ class LVLM:
         self.query_token = query_token
         self.view = view
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
+        self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
 
     def __repr__(self) -> str:
         return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"
@@ -146,14 +148,15 @@ class LVLM:
         bos = self.processor.tokenizer.bos_token
         twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
-        inputs = self.processor(
-            images=[[image] for image in images],
-            text=list(prompts),
-            return_tensors="pt",
-            padding=True,
-            padding_side="right" if self.model.config.is_encoder_decoder else "left",
-            **options,
-        )
+        with self._tokenizing:
+            inputs = self.processor(
+                images=[[image] for image in images],
+                text=list(prompts),
+                return_tensors="pt",
+                padding=True,
+                padding_side="right" if self.model.config.is_encoder_decoder else "left",
+                **options,
+            )
         return dict(inputs.to(self.model.device, self.model.dtype))
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
@@ -183,7 +186,8 @@ class LVLM:
     def query(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
         if not self.model.config.is_encoder_decoder:
-            return query_of(self.query_token, prompts, inputs, self.processor.tokenizer)
+            with self._tokenizing:
+                return query_of(self.query_token, prompts, inputs, self.processor.tokenizer)
         if self.query_token.startswith("expression"):
             raise UsageError(
                 f"query_token={self.query_token}: {self.name} reads the expression in its encoder, whose attention "
