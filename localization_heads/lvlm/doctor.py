@@ -180,18 +180,18 @@ def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None
 
 
 def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
-    """The largest difference between captured rows and those that eager attention returns."""
-    captured = lvlm.query_rows(inputs, query, None)[0]  # (layer, head, key)
+    """The largest difference in a batch between captured rows and those that eager attention returns."""
+    captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
     truth = eager_rows(lvlm, inputs, query)
     length = captured.shape[-1]
-    gaps = [(captured[layer] - _fit(row[0], length)).abs().max().item() for layer, row in truth.items()]
+    gaps = [(captured[:, layer] - _fit(row, length)).abs().max().item() for layer, row in truth.items()]
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
     worst = max(gaps)
     return Check(worst, worst <= limit, f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}")
 
 
 def _fit(row: Tensor, length: int) -> Tensor:
-    """Keys `[H, K]` of a decoding step, brought to the prompt's: the answer's left out, forgotten ones zero."""
+    """Keys `[B, H, K]` of a decoding step, brought to the prompt's: the answer's left out, forgotten ones zero."""
     extra = max(0, length + 1 - row.shape[-1]) if row.shape[-1] != length else 0
     return nn.functional.pad(row, (extra, 0))[..., :length]
 
