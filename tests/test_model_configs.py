@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from localization_heads.apps.frontdoor import help_text
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.prompts import CONV_MODES
 from localization_heads.lvlm.spec import BASE, EMBEDDED, ModelSpec, compose_spec, find_spec, known_specs
@@ -21,6 +22,49 @@ from localization_heads.options import check_options
 FOLDER = files("localization_heads") / "config" / "model"
 PUBLISHED = {"llava": ["14-24", "14-13", "14-26"], "llava-13b": ["15-39", "16-30", "7-2"]}  # Fig. 6a
 STEMS = sorted(known_specs())
+MODEL_TYPES = {
+    "aya-vision": "aya_vision",
+    "cohere2-vision": "cohere2_vision",
+    "deepseek-vl": "deepseek_vl_hybrid",
+    "deepseek-vl-1_3b": "deepseek_vl",
+    "florence2": "florence2",
+    "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma4": "gemma4",
+    "glm4v": "glm4v",
+    "idefics3": "idefics3",
+    "internvl": "internvl",
+    "internvl-1b": "internvl",
+    "janus": "janus",
+    "janus-1b": "janus",
+    "kimi-k2_5": "kimi_k25",
+    "lfm2-vl": "lfm2_vl",
+    "llama4": "llama4",
+    "llava": "llava",
+    "llava-13b": "llava",
+    "llava-next": "llava_next",
+    "llava-next-mistral": "llava_next",
+    "llava-onevision": "llava_onevision",
+    "llava-onevision-0_5b": "llava_onevision",
+    "mistral3": "mistral3",
+    "mllama": "mllama",
+    "ovis2": "ovis2",
+    "paligemma": "paligemma",
+    "paligemma2": "paligemma",
+    "pixtral": "llava",
+    "qwen2-vl": "qwen2_vl",
+    "qwen2-vl-2b": "qwen2_vl",
+    "qwen2_5-vl": "qwen2_5_vl",
+    "qwen2_5-vl-3b": "qwen2_5_vl",
+    "qwen3-vl": "qwen3_vl",
+    "qwen3-vl-4b": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
+    "smolvlm": "smolvlm",
+    "smolvlm-256m": "idefics3",
+    "tiny": "llava",
+    "vip-llava": "vipllava",
+}
+"""The `model_type` of each checkpoint's configuration."""
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -61,6 +105,11 @@ def test_no_invented_heads() -> None:
 def test_names_are_unique() -> None:
     names = [spec.name for spec in known_specs().values()]
     assert len(set(names)) == len(names)
+
+
+def test_every_family_has_a_file() -> None:
+    assert sorted(MODEL_TYPES) == STEMS
+    assert set(MODEL_TYPES.values()) == set(FAMILIES)
 
 
 def test_base_has_every_option() -> None:

@@ -131,7 +131,7 @@ def _in_words(lvlm: LVLM, query: Query, length: int) -> str:
     if lvlm.model.config.is_encoder_decoder:
         return f"{kind}: the decoder's first token; the prompt is read by the encoder"
     places = _positions(query, length)
-    return f"{kind}: token {ranges(places)} of {length}"
+    return f"{kind}: token {ranges(places)} of 0-{length - 1}"
 
 
 def _positions(query: Query, length: int) -> list[int]:
