@@ -18,6 +18,7 @@ from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.prompts import CONV_MODES
 from localization_heads.lvlm.spec import BASE, EMBEDDED, ModelSpec, compose_spec, find_spec, known_specs
 from localization_heads.options import check_options
+from localization_heads.stages.run import Run
 
 FOLDER = files("localization_heads") / "config" / "model"
 PUBLISHED = {"llava": ["14-24", "14-13", "14-26"], "llava-13b": ["15-39", "16-30", "7-2"]}  # Fig. 6a
@@ -145,6 +146,12 @@ def test_conv_mode_comes_from_the_model_unless_it_is_given() -> None:
     assert load_model(spec, device="cpu").conv_mode == spec.conv_mode == "referseg"
     assert load_model(chatty, device="cpu").conv_mode == "chat"
     assert load_model(chatty, device="cpu", conv_mode="plain").conv_mode == "plain"
+
+
+def test_conv_mode_option_overrides_the_file() -> None:
+    assert Run(composed("device=cpu")).lvlm.conv_mode == "referseg"
+    assert Run(composed("device=cpu", "model.conv_mode=plain")).lvlm.conv_mode == "plain"
+    assert Run(composed("device=cpu", "model.conv_mode=plain", "conv_mode=chat")).lvlm.conv_mode == "chat"
 
 
 def test_bad_choices() -> None:

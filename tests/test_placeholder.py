@@ -124,7 +124,7 @@ def test_without_a_useful_template_the_processor_decides(template: str | None) -
     assert image_placeholder(processor, "<image>") == "<|vision_start|><image><|vision_end|>"
 
 
-def lvlm_with(template: str, query_token: str = "last", conv_mode: str = "chat") -> LVLM:
+def lvlm_with(template: str | None, query_token: str = "last", conv_mode: str = "chat") -> LVLM:
     options = {"conv_mode": conv_mode, "query_token": query_token}
     return LVLM(llava_model(), processor_with(template), ModelSpec("mine"), system="Be brief.", **options)
 
@@ -152,6 +152,24 @@ def test_image_after_the_text_is_said(
     assert "puts the image after the text" in caplog.text
     with pytest.raises(UsageError, match="query_token=expression_end"):
         _check_order(lvlm_with(last, "expression_end"))
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (EACH + "{% if c.type == 'text' %}{{ c.text }}{% endif %}" + DONE, "leaves the picture out"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        (
+            filled(EACH + "{% if c.type == 'image' %}IMAGE{% endif %}" + DONE, IMAGE="<image>"),
+            "the expression",
+        ),
+        (None, "no chat template"),
+    ],
+)
+def test_templates_that_cannot_be_used(template: str | None, words: str) -> None:
+    with pytest.raises(UsageError, match=f"conv_mode.*{words}"):
+        _check_order(lvlm_with(template))
+    _check_order(lvlm_with(template, conv_mode="plain"))
 
 
 @pytest.mark.parametrize("conv_mode", ["chat", "plain"])

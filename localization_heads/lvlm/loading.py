@@ -91,6 +91,11 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _check_order(lvlm: LVLM) -> None:
     """Say so when the chat template puts the image after the text: attention looks back, never ahead."""
+    if lvlm.image_text not in lvlm.prompt("it"):
+        raise UsageError(
+            f"conv_mode=chat: the chat template of {lvlm.name} leaves the picture out; "
+            "use conv_mode=referseg or plain"
+        )
     if lvlm.image_comes_first:
         return
     if lvlm.query_token.startswith("expression"):

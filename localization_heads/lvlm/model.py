@@ -133,12 +133,18 @@ class LVLM:
         return self.apply_chat_template([{"role": "user", "content": content}])
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        """Raises UsageError if the checkpoint brings no chat template."""
+        """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
         if not getattr(self.processor, "chat_template", None):
             raise UsageError(
                 f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
             )
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs of other people: they fail in their own ways
+            raise UsageError(
+                f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
+                "use conv_mode=referseg or plain"
+            ) from error
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, padded to one length.
@@ -230,6 +236,7 @@ class LVLM:
                 min_new_tokens=query.step + 1,
                 do_sample=False,
                 num_beams=1,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
                 use_cache=True,
             )
 
