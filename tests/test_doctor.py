@@ -99,6 +99,15 @@ def test_check_is_left_out_when_not_wanted(picture: Image.Image, monkeypatch: py
     assert examine(lvlm, picture, "the dog", check=True).check.difference is not None
 
 
+def test_layers_that_are_not_seen(picture: Image.Image) -> None:
+    """A layer whose attention does not go through transformers' registry."""
+    lvlm = tiny_lvlm("last")
+    lvlm.model.get_decoder().layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    found = examine(lvlm, picture, "the dog", check=False)
+    assert not found.is_well
+    assert found.check.note == "no attention was seen in layers 2"
+
+
 def test_eager_for_a_while() -> None:
     model = tiny_lvlm("last").model
     model.get_decoder().config._attn_implementation_internal = "flash_attention_2"  # parts may differ
