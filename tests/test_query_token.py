@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_model_configs import composed
 from tiny_models import llava_model, llava_processor, tokenizer
 from tiny_tokenizers import KINDS, tiny_tokenizer
 from transformers.modeling_utils import AttentionInterface
@@ -15,6 +19,9 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS, expression_tokens, query_of
 from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.stages.discovery import batch
+from localization_heads.stages.run import Run
+from localization_heads.store.attention_files import load_attention
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 CHAT = (
@@ -192,3 +199,34 @@ def test_early_exit(picture: Any, query_token: str) -> None:
     torch.testing.assert_close(early[:2], lvlm.attend(picture, "the dog").attention[:2], rtol=0, atol=0)
     assert not early[2:].any()
     assert before == AttentionInterface._global_mapping
+
+
+def test_caches_never_mix(picture: Any, tmp_path: Path) -> None:
+    """A batch with another query token, and back: the files are those of the token that was asked for last."""
+    picture.save(tmp_path / "noise.png")
+    lines = [
+        {"id": f"e{n}", "prompt": p, "image_path": "noise.png"}
+        for n, p in enumerate(["the dog", "the red cat"])
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+
+    def maps_of(query_token: str) -> np.ndarray:
+        run = Run(
+            composed(
+                "device=cpu",
+                "visualize_batch=false",
+                f"data_file={data}",
+                f"output_dir={tmp_path}/out",
+                f"query_token={query_token}",
+            )
+        )
+        batch(run)
+        return np.stack(
+            [load_attention(run.attention_folder / f"{line['id']}.pkl").attention for line in lines]
+        )
+
+    last, mean = maps_of("last"), maps_of("expression_mean")
+    assert abs(last - mean).max() > 1e-3
+    assert len(list((tmp_path / "out/tiny/statistics").glob("*.bin"))) == 2
+    np.testing.assert_array_equal(maps_of("last"), last)
