@@ -75,31 +75,31 @@ def ids(made: Any, **tokens: str) -> dict[str, int]:
 
 def text(model_type: str | None = None, **options: Any) -> dict[str, Any]:
     """A language model of two layers, four query heads and two KV heads."""
-    config = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16384,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16384,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return {**config, **({"model_type": model_type} if model_type else {}), **options}
 
 
 def tower(model_type: str | None, side: Any, patch: Any, **options: Any) -> dict[str, Any]:
     """A vision tower of one layer."""
-    config = dict(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=side,
-        patch_size=patch,
-    )
+    config = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": side,
+        "patch_size": patch,
+    }
     return {**config, **({"model_type": model_type} if model_type else {}), **options}
 
 
@@ -117,7 +117,11 @@ def square_size(side: int) -> dict[str, int]:
 
 def llava_like(prefix: str, ip: Any, language_model: str = "llama", **options: Any) -> tuple[Any, Any]:
     t = tokenizer(image_token="<image>")
-    settings = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    settings = {
+        "patch_size": 14,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     processor_kind = hf.LlavaNextProcessor if prefix == "LlavaNext" else hf.LlavaProcessor
     config = getattr(hf, f"{prefix}Config")(
         vision_config=clip(336, 14),
@@ -190,8 +194,8 @@ def llava_onevision() -> tuple[Any, Any]:
 def qwen_like(
     prefix: str, processor: Any, patch: int, language_model: dict, **vision: Any
 ) -> tuple[Any, Any]:
-    names = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")
-    marks = dict(vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
+    names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    marks = {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
     t = tokenizer(**names, **marks)
     most = 400 * (2 * patch) ** 2
     ip = hf.Qwen2VLImageProcessor(patch_size=patch, size={"shortest_edge": 3136, "longest_edge": most})
@@ -233,7 +237,12 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     )
 
 
-QWEN3_TOWER = dict(hidden_size=16, out_hidden_size=32, intermediate_size=16, num_position_embeddings=64)
+QWEN3_TOWER = {
+    "hidden_size": 16,
+    "out_hidden_size": 32,
+    "intermediate_size": 16,
+    "num_position_embeddings": 64,
+}
 
 
 @family
@@ -267,15 +276,15 @@ def glm4v() -> tuple[Any, Any]:
     rope = mrope(1, 1, 2, partial_rotary_factor=0.5)
     config = hf.Glm4vConfig(
         text_config=text(head_dim=16, rope_parameters=rope),
-        vision_config=dict(
-            depth=1,
-            hidden_size=16,
-            out_hidden_size=32,
-            num_heads=1,
-            patch_size=14,
-            intermediate_size=16,
-            image_size=336,
-        ),
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "out_hidden_size": 32,
+            "num_heads": 1,
+            "patch_size": 14,
+            "intermediate_size": 16,
+            "image_size": 336,
+        },
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
         **ids(t, image_start_token_id="<|begin_of_image|>", image_end_token_id="<|end_of_image|>"),
@@ -298,9 +307,14 @@ def deepseek_vl() -> tuple[Any, Any]:
 def deepseek_vl_hybrid() -> tuple[Any, Any]:
     t = tokenizer(image_token="<image_placeholder>")
     ip = hf.DeepseekVLHybridImageProcessor(size=square_size(128), high_res_size=square_size(256))
-    sam = dict(
-        hidden_size=16, output_channels=8, mlp_dim=16, window_size=2, global_attn_indexes=[0], num_pos_feats=4
-    )
+    sam = {
+        "hidden_size": 16,
+        "output_channels": 8,
+        "mlp_dim": 16,
+        "window_size": 2,
+        "global_attn_indexes": [0],
+        "num_pos_feats": 4,
+    }
     config = hf.DeepseekVLHybridConfig(
         text_config=text("llama"),
         vision_config=siglip(128, 16),
@@ -317,17 +331,17 @@ def janus() -> tuple[Any, Any]:
     processor = hf.JanusProcessor(hf.JanusImageProcessor(), t, num_image_tokens=576)
     vision = dict(tower(None, 384, 16), mlp_ratio=2, projection_dim=32, num_image_tokens=576)
     del vision["intermediate_size"]
-    quantiser = dict(
-        embed_dim=8,
-        num_embeddings=16,
-        latent_channels=8,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        num_patches=4,
-        projection_dim=32,
-        image_token_embed_dim=32,
-    )
+    quantiser = {
+        "embed_dim": 8,
+        "num_embeddings": 16,
+        "latent_channels": 8,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1],
+        "num_res_blocks": 1,
+        "num_patches": 4,
+        "projection_dim": 32,
+        "image_token_embed_dim": 32,
+    }
     config = hf.JanusConfig(
         text_config=text("llama"), vision_config=vision, vq_config=quantiser, image_token_id=t.image_token_id
     )
@@ -355,7 +369,7 @@ def paligemma() -> tuple[Any, Any]:
 
 @family
 def paligemma2() -> tuple[Any, Any]:
-    options = dict(sliding_window=8, attn_logit_softcapping=5.0, query_pre_attn_scalar=16)
+    options = {"sliding_window": 8, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
     processor, model = paligemma_of("gemma2", **options)
     model.set_attn_implementation("eager")  # soft-capped logits need it
     return processor, model

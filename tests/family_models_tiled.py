@@ -10,7 +10,7 @@ from family_models import VOCABULARY, family, ids, siglip, square_size, text, to
 from localization_heads.lvlm.processors import images_only
 
 ROWS_AND_COLUMNS = [(row, column) for row in range(1, 9) for column in range(1, 9)]
-ONE_SLIDING = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+ONE_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
 
 @family
@@ -148,7 +148,7 @@ def llama4() -> tuple[Any, Any]:
     separators = ["<|tile_x_separator|>", "<|tile_y_separator|>"]
     t = tokenizer(["<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", *separators])
     processor = hf.Llama4Processor(hf.Llama4ImageProcessor(), t, patch_size=14, pixel_shuffle_ratio=0.5)
-    widths = dict(vision_output_dim=16, projector_input_dim=16, projector_output_dim=16)
+    widths = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
     vision = tower(None, 336, 14, pixel_shuffle_ratio=0.5, **widths)
     config = hf.Llama4Config(
         text_config=text(head_dim=16, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=64),
@@ -187,17 +187,17 @@ def gemma3_of(**options: Any) -> tuple[Any, Any]:
     return hf.Gemma3Processor(ip, t, image_seq_length=64), hf.Gemma3ForConditionalGeneration(config)
 
 
-SHARED_KEYS = dict(
-    num_hidden_layers=4,
-    head_dim=16,
-    sliding_window=16,
-    layer_types=["sliding_attention", "full_attention"] * 2,
-    num_kv_shared_layers=2,
-    hidden_size_per_layer_input=8,
-    vocab_size_per_layer_input=VOCABULARY,
-)
+SHARED_KEYS = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 """Gemma 3n and 4: the upper layers take the keys and values of lower ones."""
-SOUND = dict(audio_token="<|audio|>", boa_token="<|audio>", eoa_token="<audio|>")
+SOUND = {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
 
 
 @family
@@ -238,15 +238,20 @@ def gemma3n() -> tuple[Any, Any]:
             laurel_rank=4,
             activation_sparsity_pattern=[0.0] * 4,
         ),
-        vision_config=dict(architecture="mobilenetv5_base", hidden_size=2048, vocab_size=8, vocab_offset=330),
-        audio_config=dict(
-            vocab_size=8,
-            vocab_offset=340,
-            hidden_size=32,
-            conf_num_attention_heads=2,
-            conf_num_hidden_layers=1,
-            sscp_conv_channel_size=[8, 4],
-        ),
+        vision_config={
+            "architecture": "mobilenetv5_base",
+            "hidden_size": 2048,
+            "vocab_size": 8,
+            "vocab_offset": 330,
+        },
+        audio_config={
+            "vocab_size": 8,
+            "vocab_offset": 340,
+            "hidden_size": 32,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [8, 4],
+        },
         image_token_id=t.image_token_id,
         audio_token_id=t.audio_token_id,
         boi_token_id=t.boi_token_id,
@@ -297,10 +302,20 @@ def kimi_k25() -> tuple[Any, Any]:
     t = tokenizer(
         ["<|vs|>", "<|ve|>"], image_token="<|media_pad|>", video_token="<|kimi_k25_video_placeholder|>"
     )
-    mla = dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16)
-    experts = dict(
-        n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, moe_intermediate_size=32
-    )
+    mla = {
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    }
+    experts = {
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+    }
     vision = tower(None, None, 14, num_attention_heads=1, pos_emb_height=8, pos_emb_width=8)
     del vision["image_size"]
     config = hf.Kimi_K25Config(
@@ -347,31 +362,31 @@ def florence2() -> tuple[Any, Any]:
     t = tokenizer(image_token="<image>")
     ip = hf.CLIPImageProcessor(size=square_size(768), do_center_crop=False, crop_size=square_size(768))
     ip.image_seq_length = 577
-    bart = dict(
-        model_type="bart",
-        vocab_size=VOCABULARY,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-        init_std=0.2,
-    )
-    vision = dict(
-        embed_dim=[8, 8, 16, 16],
-        num_heads=[2, 2, 2, 2],
-        num_groups=[2, 2, 2, 2],
-        depths=[1, 1, 1, 1],
-        projection_dim=32,
-        drop_path_rate=0.0,
-    )
+    bart = {
+        "model_type": "bart",
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+        "init_std": 0.2,
+    }
+    vision = {
+        "embed_dim": [8, 8, 16, 16],
+        "num_heads": [2, 2, 2, 2],
+        "num_groups": [2, 2, 2, 2],
+        "depths": [1, 1, 1, 1],
+        "projection_dim": 32,
+        "drop_path_rate": 0.0,
+    }
     config = hf.Florence2Config(text_config=bart, vision_config=vision, image_token_id=t.image_token_id)
     return hf.Florence2Processor(ip, t), hf.Florence2ForConditionalGeneration(config)

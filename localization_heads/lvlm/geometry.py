@@ -194,6 +194,12 @@ def fitted_size(image_size: Size, limit: Size) -> Size:
     return max(1, min(math.floor(W * (h / H)), w)), h
 
 
+def upscaling_limit(image_size: Size, tile: int, canvas: Size) -> Size:
+    """Pictures are enlarged to one tile at most, and shrunk to the canvas."""
+    (W, H), (w, h) = image_size, canvas
+    return min(max(W, tile), w), min(max(H, tile), h)
+
+
 def padded_box(image_size: Size) -> Box:
     """The square that LLaVA pads a picture to: the original lies in its middle, rounded down to a pixel."""
     W, H = image_size
@@ -236,6 +242,17 @@ def patches_of(vision_config: Any) -> tuple[int, float]:
     """Patches along a side of the vision tower's square input, and the share of that side that they cover."""
     side, patch = _first(vision_config.image_size), _first(vision_config.patch_size)
     return side // patch, side // patch * patch / side
+
+
+def seen_box(config: Any, index: NDArray[np.intp], box: Box) -> Box:
+    """`box` less the strip at its right and bottom that a patch size leaves over which does not divide it."""
+    vision = config.vision_config
+    if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
+        return box
+    patches, covered = patches_of(vision)
+    if covered == 1 or patches != index.shape[0]:
+        return box
+    return box[0], box[1], box[0] + covered * (box[2] - box[0]), box[1] + covered * (box[3] - box[1])
 
 
 def _first(value: Any) -> int:
