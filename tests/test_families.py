@@ -26,6 +26,9 @@ EAGER = {"rtol": 0, "atol": 1e-5}
 CUT_AT_THE_BORDER = {"florence2"}
 """Families whose convolutions reach over their cells: at the picture's border, their footprints are one-sided."""
 
+NO_FOOTPRINTS = {"gemma3n"}
+"""Families whose vision tower mixes the whole picture even with its attention switched off."""
+
 
 def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
     """The four corners and a few others, all at least `rim` cells from the border."""
@@ -56,7 +59,7 @@ def _errors(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - NO_FOOTPRINTS))
 def test_footprints_lie_in_their_cells(name: str, size: tuple[int, int]) -> None:
     """Within a quarter of a cell of where the geometry says, in every view; padding has no footprint."""
     for view, errors in footprint_errors(tiny(name), size).items():
