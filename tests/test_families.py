@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import capture
 from localization_heads.lvlm.families import check_family, views_of
 from localization_heads.lvlm.geometry import EncodedImage, View
+from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
 SIZES = {"wide": (1000, 560), "tall": (420, 760), "small": (150, 110)}
@@ -27,7 +29,7 @@ CUT_AT_THE_BORDER = {"florence2"}
 """Families whose convolutions reach over their cells: at the picture's border, their footprints are one-sided."""
 
 NO_FOOTPRINTS = {"gemma3n"}
-"""Families whose vision tower mixes the whole picture even with its attention switched off."""
+"""Families whose vision tower is timm's, whose attention cannot be switched off here."""
 
 
 def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
@@ -118,6 +120,16 @@ def test_every_image_token_has_one_cell(name: str) -> None:
         assert len(np.unique(cells)) == len(cells)
         if not lvlm.looks_across:
             assert set(cells) <= set(image.tokens)
+
+
+def test_video_families_load_without_torchvision(tmp_path: Path) -> None:
+    """A saved Qwen2-VL: transformers alone would not load its processor, for its video half needs torchvision."""
+    lvlm = tiny("qwen2_vl")
+    lvlm.processor.save_pretrained(tmp_path)
+    lvlm.model.save_pretrained(tmp_path)
+    loaded, picture = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_picture(150, 110)
+    expected = lvlm.attend(picture, "the dog").attention
+    np.testing.assert_allclose(loaded.attend(picture, "the dog").attention, expected, **EAGER)
 
 
 def test_resamplers_are_refused() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.processors import processor_kind
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import CONVERTED, EMBEDDED, ModelSpec, find_spec
@@ -73,8 +74,8 @@ def load_model(
         spec = replace(spec, name=CONVERTED[spec.name])
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    _check_family(source, spec)
-    processor, model = _load_processor(source, spec), _load_weights(source, spec)
+    model_type = _check_family(source, spec)
+    processor, model = _load_processor(source, spec, model_type), _load_weights(source, spec)
     if target is not None and not spec.quantization:
         model.to(target)
     system = _system_sentence(source, spec)
@@ -146,8 +147,8 @@ def _source(spec: ModelSpec) -> str:
     return spec.name
 
 
-def _check_family(source: str, spec: ModelSpec) -> None:
-    """Refuse a model of an unknown family before its weights are fetched."""
+def _check_family(source: str, spec: ModelSpec) -> str:
+    """The model type. Refuses one without image tokens to find, before its weights are fetched."""
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source, spec)
@@ -155,13 +156,12 @@ def _check_family(source: str, spec: ModelSpec) -> None:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"model.name={spec.name}: {error}") from None
+    return config.model_type
 
 
-def _load_processor(source: str, spec: ModelSpec) -> Any:
-    from transformers import AutoProcessor
-
+def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
     logging.getLogger("transformers").addFilter(_no_torchvision_warning)
-    processor = _from_pretrained(AutoProcessor, source, spec)
+    processor = _from_pretrained(processor_kind(model_type), source, spec)
     if spec.pad_to_square is not None:
         processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
     return processor

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import is_torchvision_available
 
 
 class _WithoutVideo(ProcessorMixin):
@@ -24,3 +26,18 @@ def images_only(kind: Any) -> Any:
     attributes = [name for name in kind.get_attributes() if "video" not in name]
     members = {"get_attributes": classmethod(lambda _: attributes)}
     return type(kind.__name__, (kind, _WithoutVideo), members)
+
+
+def processor_kind(model_type: str) -> Any:
+    """What loads a family's processor: `AutoProcessor`, or without torchvision, the class less its video part.
+
+    Families that need torchvision for pictures as well are left to `AutoProcessor`, whose error says so.
+    """
+    if is_torchvision_available():
+        return AutoProcessor
+    kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
+    try:
+        has_video = kind is not None and any("video" in name for name in kind.get_attributes())
+    except ImportError:  # a placeholder for a class that cannot be imported
+        has_video = False
+    return images_only(kind) if has_video else AutoProcessor

@@ -41,7 +41,7 @@ def anyres(image: EncodedImage) -> list[View]:
     config, (W, H) = image.config, image.image_size
     n, covered = patches_of(config.vision_config)
     base, rest = square(image.tokens[: n * n]), image.tokens[n * n :]
-    canvas_h, canvas_w = select_best_resolution([H, W], config.image_grid_pinpoints)
+    canvas_h, canvas_w = select_best_resolution((H, W), config.image_grid_pinpoints)
     tile = image.config.vision_config.image_size
     x_edges, y_edges = tile_edges(canvas_w // tile, n, covered), tile_edges(canvas_h // tile, n, covered)
     resized = letterboxed_size((W, H), (canvas_w, canvas_h))
