@@ -165,17 +165,21 @@ def gemma3() -> tuple[Any, Any]:
 
 @family
 def gemma3_pan_and_scan() -> tuple[Any, Any]:
-    return gemma3_of(
-        do_pan_and_scan=True,
-        pan_and_scan_min_crop_size=64,
-        pan_and_scan_max_num_crops=4,
-        pan_and_scan_min_ratio_to_activate=1.2,
-    )
+    """The processor's own defaults switch it off, whatever its image processor says."""
+    processor, model = gemma3_of()
+    processor.images_kwargs = {
+        "do_convert_rgb": True,
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 64,
+        "pan_and_scan_max_num_crops": 4,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+    return processor, model
 
 
-def gemma3_of(**options: Any) -> tuple[Any, Any]:
+def gemma3_of() -> tuple[Any, Any]:
     t = tokenizer(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
-    ip = hf.Gemma3ImageProcessor(size=square_size(448), **options)
+    ip = hf.Gemma3ImageProcessor(size=square_size(448))
     config = hf.Gemma3Config(
         text_config=text(head_dim=16, query_pre_attn_scalar=16, **ONE_SLIDING),
         vision_config=siglip(448, 14),

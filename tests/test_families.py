@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,12 @@ from footprints import coordinate_picture, footprint_centres
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import capture
-from localization_heads.lvlm.families import check_family, views_of
+from localization_heads.lvlm.families import FAMILIES, REFUSED, check_family, views_of
 from localization_heads.lvlm.geometry import EncodedImage, View
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
+CHECKS = json.loads(Path(__file__).with_name("family_checks.json").read_text(encoding="utf-8"))
 SIZES = {"wide": (1000, 560), "tall": (420, 760), "small": (150, 110)}
 SAMPLED = 8
 EAGER = {"rtol": 0, "atol": 1e-5}
@@ -110,16 +112,19 @@ def test_a_batch_is_its_samples(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_image_token_has_one_cell(name: str) -> None:
-    """No token twice, and none left over but those that break lines."""
-    lvlm = tiny(name)
+    """No token twice, none of another kind, and every view of the table is seen at one size or another."""
+    lvlm, names = tiny(name), set()
     for size in SIZES.values():
         picture = coordinate_picture(*size)
         inputs = lvlm.encode([picture], [lvlm.prompt("the dog")])
         image = EncodedImage(lvlm.model.config, lvlm.processor, inputs, 0, size)
-        cells = np.concatenate([view.index.ravel() for view in views_of(image)])
+        views = views_of(image)
+        names |= {view.name for view in views}
+        cells = np.concatenate([view.index.ravel() for view in views])
         assert len(np.unique(cells)) == len(cells)
         if not lvlm.looks_across:
             assert set(cells) <= set(image.tokens)
+    assert names == set(CHECKS["families"][name]["views"])
 
 
 def test_video_families_load_without_torchvision(tmp_path: Path) -> None:
@@ -130,6 +135,13 @@ def test_video_families_load_without_torchvision(tmp_path: Path) -> None:
     loaded, picture = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_picture(150, 110)
     expected = lvlm.attend(picture, "the dog").attention
     np.testing.assert_allclose(loaded.attend(picture, "the dog").attention, expected, **EAGER)
+
+
+def test_the_table_of_checks_is_whole() -> None:
+    """`family_checks.json`, which the documentation is written from."""
+    assert CHECKS["families"].keys() == BUILDERS.keys()
+    assert CHECKS["refused"] == REFUSED
+    assert {entry["model_type"] for entry in CHECKS["families"].values()} == FAMILIES.keys()
 
 
 def test_resamplers_are_refused() -> None:
