@@ -82,7 +82,18 @@ def or_word(word: str, rule: Rule) -> Rule:
     return either
 
 
-STAGES = ("batch", "find", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes")
+STAGES = (
+    "batch",
+    "find",
+    "pipeline",
+    "ground",
+    "evaluate",
+    "collect",
+    "analyze",
+    "visualize",
+    "scenes",
+    "doctor",
+)
 
 RULES: dict[str, Rule] = {
     "stage": one_of(*STAGES),
@@ -104,7 +115,10 @@ RULES: dict[str, Rule] = {
     "save_fig": switch,
     "show_components": switch,
     "cli_mode": switch,
-    "conv_mode": one_of("referseg", "chat", "plain"),
+    "conv_mode": or_null(one_of("referseg", "chat", "plain")),
+    "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
+    "view": one_of("combined", "whole", "tiles"),
+    "doctor.check": or_null(switch),
     "batch_size": whole(1),
     "num_threads": or_null(whole(1)),
     "max_new_tokens": whole(0),
@@ -140,6 +154,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.quantization": or_null(one_of("4bit", "8bit")),
     "model.pad_to_square": or_null(switch),
+    "model.conv_mode": or_null(one_of("referseg", "chat", "plain")),
 }
 
 

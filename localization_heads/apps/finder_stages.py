@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from localization_heads.apps import tables
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.stages import discovery, ground, scenes, single
+from localization_heads.stages import discovery, doctor, ground, scenes, single
 from localization_heads.stages.run import Run
 
 
@@ -60,6 +60,15 @@ def scenes_stage(run: Run) -> int:
     return 0
 
 
+def doctor_stage(run: Run) -> int:
+    result = doctor.doctor(run)
+    examination = result.examination
+    tables.show(tables.examination_table(examination))
+    tables.show(tables.marked_prompt(examination), soft_wrap=True)
+    tables.written(result.paths)
+    return 0 if examination.is_well else 1
+
+
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": collect,
     "analyze": analyze,
@@ -70,6 +79,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "ground": ground_stage,
     "evaluate": evaluate,
     "scenes": scenes_stage,
+    "doctor": doctor_stage,
 }
 
 

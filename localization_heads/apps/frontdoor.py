@@ -69,7 +69,13 @@ def help_text(config_name: str, program: str) -> str:
 
 def _group_help(group: str, choice: str) -> str:
     """The options of a group, under the names that the command line knows them by."""
-    text = re.sub(r"^(?=\w)", f"{group}.", _config_text(f"{group}/{choice}"), flags=re.MULTILINE)
+    text = _config_text(f"{group}/{choice}")
+    if "  - base\n" in text:  # the file says what is special, the base explains every option
+        special = re.findall(r"^((?!defaults)\w+:).*$", text, re.MULTILINE)
+        lines = {name: line for name in special for line in text.splitlines() if line.startswith(name)}
+        base = _config_text(f"{group}/base").splitlines()
+        text = "\n".join(lines.get(line.partition(" ")[0], line) for line in base)
+    text = re.sub(r"^(?=\w)", f"{group}.", text, flags=re.MULTILINE)
     return f"# --- {group}={choice} {'-' * (100 - len(group) - len(choice))}\n{text}"
 
 

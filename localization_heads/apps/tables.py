@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from localization_heads.attention import Box
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.stages.outcome import Outcome
+
+if TYPE_CHECKING:
+    from localization_heads.lvlm.doctor import Examination
+    from localization_heads.lvlm.geometry import View
 
 ROWS = 30
 """Longest table that is printed whole; the files hold everything."""
@@ -91,6 +96,50 @@ def failures_table(failures: Iterable[BadEntry]) -> Table:
     for bad in failures:
         table.add_row(str(bad.line or "-"), escape(bad.id or "-"), escape(bad.reason))
     return table
+
+
+def examination_table(found: Examination) -> Table:
+    """What `stage=doctor` found, a line a fact; what is wrong stands in bold."""
+    table = Table(title="What was found", show_header=False)
+    table.add_column("fact", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for name, value in found.facts:
+        table.add_row(name, escape(value))
+    table.add_row("query", escape(found.query))
+    for view in found.views:
+        table.add_row(f"view {escape(view.name)}", _view_text(view))
+    if found.unplaced:
+        table.add_row("in no view", f"{found.unplaced} image tokens (ends of lines, means)")
+    if found.problem:
+        table.add_row("views", f"[bold]WRONG[/bold]: {escape(found.problem)}")
+    table.add_row("captured", _check_text(found))
+    return table
+
+
+def _view_text(view: View) -> str:
+    rows, columns = view.index.shape
+    x0, y0, x1, y1 = (f"{edge:.1f}" for edge in view.box)
+    sizes = "equal cells" if view.is_uniform else "cells of several sizes"
+    return f"{columns} x {rows} {sizes} over the pixels x {x0} to {x1}, y {y0} to {y1}"
+
+
+def _check_text(found: Examination) -> str:
+    check = found.check
+    if check.difference is None:
+        return escape(check.note) if check.passed else f"[bold]WRONG[/bold]: {escape(check.note)}"
+    verdict = "as eager attention" if check.passed else "[bold]WRONG[/bold]: not as eager attention"
+    return f"{verdict}: they differ by {check.difference:.1e} at most ({escape(check.note)})"
+
+
+def marked_prompt(found: Examination) -> Text:
+    """The prompt as it was tokenized, image tokens counted, query tokens marked with >> <<."""
+    text = Text("prompt: ")
+    for piece in found.pieces:
+        if piece.kind == "query":
+            text.append(f">>{piece.text}<<", style="bold reverse")
+        else:
+            text.append(f"[{piece.text}]" if piece.kind == "image" else piece.text, style="dim")
+    return text
 
 
 def box_text(box: Box) -> str:

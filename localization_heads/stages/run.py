@@ -74,7 +74,13 @@ class Run:
         from localization_heads.lvlm.loading import load_model
 
         torch.manual_seed(self["random_seed"])
-        lvlm = load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
+        lvlm = load_model(
+            self.spec,
+            device=self["device"],
+            conv_mode=self["conv_mode"],
+            query_token=self["query_token"],
+            view=self["view"],
+        )
         if threads := self["num_threads"] or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)
         return lvlm
@@ -87,7 +93,7 @@ class Run:
             "weights": weights,
             "kernel": self.spec.attn_implementation,
             "pad_to_square": self.spec.pad_to_square,
-            "prompt": [self["conv_mode"], self.lvlm.system],
+            "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
         }
 
     @cached_property
