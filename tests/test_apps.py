@@ -71,7 +71,7 @@ def test_single_shows_the_top_heads(front: Front) -> None:
 def test_single_shows_one_head(front: Front) -> None:
     result = front.visualize("attention_file=a.pkl", "layer=3", "head=1", "show_components=true")
     assert result.status == 0, result.err
-    assert figures_in() == {"a_visualization.png", "a_components_L3H1.png"}
+    assert figures_in() == {"a_visualization_L3H1.png", "a_components_L3H1.png"}
 
 
 def test_what_is_drawn(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +141,12 @@ def test_batch_draws_every_entry(front: Front, monkeypatch: pytest.MonkeyPatch) 
     write_lines(Path("data.jsonl"), entries)
     result = front.visualize("mode=batch", "data_file=data.jsonl", "show_components=true", "top_k=1")
     assert result.status == 1
-    assert {"a_visualization.png", "b_visualization.png", "b_components_L2H3.png"} <= figures_in()
+    assert {"first_visualization.png", "b_visualization_L2H3.png", "b_components_L2H3.png"} <= figures_in()
     report = result.out[result.out.index("Entries that failed") :]
     lines = [
         int(row.split()[1]) for row in report.splitlines() if row[:1] == "│" and row.split()[1].isdecimal()
     ]
-    assert sorted(lines) == [3, 4, 5, 6, 7, 8]
+    assert lines == [3, 4, 5, 6, 7, 8]
     assert (
         front.visualize("mode=batch", "data_file=data.jsonl", "process_all=false", "end_index=2").status == 0
     )
@@ -160,6 +160,67 @@ def test_batch_of_the_finders_files(front: Front, monkeypatch: pytest.MonkeyPatc
     write_lines(Path("sub/data.jsonl"), [{"attention_file": "a.pkl"}])
     assert front.visualize("mode=batch", "data_file=sub/data.jsonl").status == 0
     assert figures_in("sub") == {"a_visualization.png"}
+
+
+def test_no_figure_of_a_batch_is_lost(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry has its own file, named after its id and its head; one that would write over another is refused."""
+    stub_figures(monkeypatch)
+    Path("other").mkdir()
+    Path("other/a.pkl").write_bytes(Path("b.pkl").read_bytes())
+    head = {"layer": 2, "head": 3}
+    entries: list[dict[str, Any]] = [
+        {"attention_file": "a.pkl"},
+        {"attention_file": "a.pkl", **head},
+        {"attention_file": "a.pkl", "layer": 2, "head": 1},
+        {"id": "mine", "attention_file": "a.pkl"},
+        {"id": "mine", "attention_file": "a.pkl", **head},
+        {"attention_file": "other/a.pkl"},
+        {"attention_file": "a.pkl", **head},
+    ]
+    write_lines(Path("data.jsonl"), entries)
+    result = front.visualize("mode=batch", "data_file=data.jsonl", "output_dir=drawn")
+    assert result.status == 1
+    assert figures_in("drawn") == {
+        "a_visualization.png", "a_visualization_L2H3.png", "a_visualization_L2H1.png",
+        "mine_visualization.png", "mine_visualization_L2H3.png",
+    }  # fmt: skip
+    assert result.out.count("wrote ") == 5
+    assert "its figures would write over those of line 1" in result.out
+    assert "its figure is that of line 2 already" in result.out
+    result = front.visualize("mode=batch", "data_file=data.jsonl")  # beside their files they do not meet
+    assert figures_in("other") == {"a_visualization.png"}
+
+
+def test_a_batch_finds_files_by_id_and_under_other_models(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id alone, and the path of the first document, as with `attention_file=`; several candidates are named."""
+    stub_figures(monkeypatch)
+    outputs = Path("outputs/localization_heads")
+    for model, name in (("tiny", "x"), ("tiny", "y"), ("other", "y")):
+        (outputs / model / "attention").mkdir(parents=True, exist_ok=True)
+        (outputs / model / "attention" / f"{name}.pkl").write_bytes(Path("a.pkl").read_bytes())
+    asked = outputs / "llava/attention"
+    write_lines(
+        Path("data.jsonl"),
+        [
+            {"id": "x"},
+            {"id": "again", "attention_file": f"{asked}/x.pkl"},
+            {"id": "y"},
+            {"id": "y", "attention_file": f"{asked}/y.pkl"},
+            {"id": "z"},
+        ],
+    )
+    result = front.visualize("mode=batch", "data_file=data.jsonl")
+    assert result.status == 1
+    assert figures_in(f"{outputs}/tiny/attention") == {"x_visualization.png", "again_visualization.png"}
+    report = " ".join(result.out[result.out.index("Entries that failed") :].split())
+    assert "there is no outputs/localization_heads/*/attention/z.pkl" in report
+    result = front.visualize(f"attention_file={asked}/y.pkl")
+    assert result.status == 2
+    choices = "name one of outputs/localization_heads/other/attention/y.pkl, outputs/localization_heads/tiny/"
+    assert choices in one_line(result.err)
+    assert report.count("name one of") == 2
 
 
 # ------------------------------------------------------------------------------------------------- cli_llava

@@ -7,6 +7,7 @@ import logging
 import math
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
@@ -211,6 +212,37 @@ def test_the_outline_follows_the_mask():
     ys, xs = np.nonzero(grounding.mask)
     expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     assert corners.extents == pytest.approx(expected, abs=0.2)
+
+
+@pytest.mark.parametrize("size", [(100, 80), (2400, 1800), (2000, 90)])
+def test_heat_map_and_mask_drawn_small_are_those_of_the_full_size(size):
+    box = (-0.1 * size[0], 0, 1.1 * size[0], size[1])  # padded left and right
+    grounding = ground_maps(maps_of(size, grid=10, box=box), [Head(2, 0), Head(3, 1)])
+    figure = figures.plot_grounding(None, grounding)
+    heat = np.asarray(figure.axes[0].images[0].get_array())
+    height, width = heat.shape
+    step = max(1.0, max(size) / 1200)
+    assert (width, height) == (round(size[0] / step), round(size[1] / step))
+    rows = ((np.arange(height) + 0.5) * size[1] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * size[0] / width).astype(int)
+    assert heat == pytest.approx(grounding.heatmap[np.ix_(rows, columns)], abs=0.06)
+    (outline,) = [artist for artist in figure.axes[0].collections if hasattr(artist, "get_paths")]
+    ys, xs = np.nonzero(grounding.mask)
+    expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+    assert outline.get_paths()[0].get_extents().extents == pytest.approx(expected, abs=step + 0.2)
+
+
+def test_no_array_of_the_size_of_a_huge_picture_is_made():
+    size = (20_000, 20_000)
+    grounding = ground_maps(maps_of(size, grid=24), [Head(2, 0)])
+    tracemalloc.start()
+    try:
+        figures.plot_grounding(None, grounding)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6  # a byte a pixel would be 400e6
+    assert {"heatmap", "mask"}.isdisjoint(vars(grounding))
 
 
 def test_titles_name_both_criteria():

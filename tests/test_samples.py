@@ -336,6 +336,7 @@ def test_visualization_entries_are_read(folder):
         '{"id": "a", "attention_file": "two.pkl", "layer": 20, "head": 5}',
         '{"attention_file": "one.pkl"}',
         '{"id": "b"}',
+        '{"id": "c", "attention_file": "elsewhere/three.pkl"}',
     )
     loaded = load_visualization_entries(path)
     assert not loaded.bad
@@ -345,6 +346,7 @@ def test_visualization_entries_are_read(folder):
         ("a", folder / "sets/two.pkl", 20, 5, 2),
         ("one", Path("one.pkl"), None, None, 3),
         ("b", None, None, None, 4),
+        ("c", Path("elsewhere/three.pkl"), None, None, 5),  # another model's folder may hold it
     ]
 
 
@@ -352,7 +354,7 @@ def test_visualization_entries_are_read(folder):
     ("bad", "said"),
     [
         ("{}", "'attention_file' is missing"),
-        ('{"id": "a", "attention_file": "no.pkl"}', "no.pkl: no such file"),
+        ('{"id": "a", "attention_file": "."}', "is a folder"),
         ('{"id": "a", "attention_file": 5}', "must be text"),
         ('{"id": "a", "layer": 3}', "go together"),
         ('{"id": "a", "layer": -1, "head": 0}', "'layer' must be"),

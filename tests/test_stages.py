@@ -140,6 +140,22 @@ def test_the_path_of_the_first_document_finds_the_model_that_was_run(front: Fron
     result = front.finder("stage=analyze", f"attention_file={asked}")
     assert result.status == 0
     assert f"taking {front.out}/attention/example_1.pkl" in result.err
+    result = front.finder("stage=visualize", f"attention_file={asked}")
+    assert result.err.count("taking ") == 1
+
+
+def test_visualize_keeps_an_analysis_that_is_there(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been made under other criteria; one that cannot be read is made again."""
+    stub_figures(monkeypatch)
+    front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
+    name, path = f"attention_file={front.out}/attention/a.pkl", front.out / "attention/a_analysis.pkl"
+    front.finder("stage=analyze", name, "criteria.tau=0.9")
+    before = path.read_bytes()
+    assert front.finder("stage=visualize", name, "criteria.tau=0").status == 0
+    assert path.read_bytes() == before
+    path.write_bytes(b"torn")
+    assert front.finder("stage=visualize", name).status == 0
+    assert len(load_pickle(path)) > 1
 
 
 def test_safetensors_hold_the_same_maps(front: Front) -> None:
@@ -300,7 +316,9 @@ def test_a_picture_that_is_gone_costs_only_the_picture(front: Front) -> None:
     front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
     path = front.out / "attention/a.pkl"
     Path("cat.png").unlink()
-    assert front.finder("stage=visualize", f"attention_file={path}").status == 0
+    result = front.finder("stage=visualize", f"attention_file={path}")
+    assert result.status == 0
+    assert result.err.count("note: drawing without the picture: cat.png: no such file") == 1
     content = load_pickle(path)
     path.write_bytes(pickle.dumps({**content, "image_file": "http://127.0.0.1:9/cat.png"}))
     assert front.finder("stage=visualize", f"attention_file={path}").status == 0

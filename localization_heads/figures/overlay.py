@@ -21,7 +21,7 @@ from localization_heads.figures.canvas import COLOUR_MAP, DPI
 Picture = Image.Image | NDArray[np.uint8]
 """An RGB picture; as an array `[H, W, 3]`, 0 to 255."""
 
-_LONGEST = 1200  # pixels of a mask worth following
+LONGEST = 1200  # pixels of a heat map or a mask worth drawing
 BOX_WIDTH = 1.7  # points
 RIM = [matplotlib.patheffects.withStroke(linewidth=2.6, foreground="black")]
 
@@ -31,10 +31,14 @@ def prepare(image: Picture | None, inches: float) -> Image.Image | None:
     if image is None:
         return None
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture = picture.convert("RGB")  # a copy, or the caller's own picture, which thumbnail would shrink
-    picture = picture.copy() if picture is image else picture
-    picture.thumbnail((math.ceil(inches * DPI),) * 2)
-    return picture
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+    shrink = math.ceil(inches * DPI) / max(picture.size)
+    if shrink >= 1:
+        return picture
+    W, H = (max(1, round(side * shrink)) for side in picture.size)
+    return picture.resize(
+        (W, H), Image.Resampling.BICUBIC, reducing_gap=2
+    )  # unlike `thumbnail`, copies nothing
 
 
 def draw_image(axes: Axes, picture: Image.Image | None, image_size: tuple[int, int]) -> None:
@@ -114,14 +118,12 @@ def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None
 
 
 def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
-    """Draw the outline of a mask `[H, W]` that covers the image: white with a black rim."""
+    """Draw the outline of a mask `[h, w]` that covers the image, at any size: white with a black rim."""
     if not mask.any():
         return
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
-    step = max(1, math.ceil(max(mask.shape) / _LONGEST))
-    fine = mask[::step, ::step]
     # the contour cuts corners by half a pixel, which must not show where pixels are large
-    fine = fine.repeat(repeats := max(1, 500 // max(fine.shape)), axis=0).repeat(repeats, axis=1)
+    fine = mask.repeat(repeats := max(1, 500 // max(mask.shape)), axis=0).repeat(repeats, axis=1)
     padded = np.pad(fine, 1).astype(float)  # closes the outline at the image's edge
     x = (np.arange(padded.shape[1]) - 0.5) * W / (padded.shape[1] - 2)
     y = (np.arange(padded.shape[0]) - 0.5) * H / (padded.shape[0] - 2)
