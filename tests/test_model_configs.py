@@ -98,7 +98,7 @@ def test_no_invented_heads() -> None:
     found = {
         stem: [f"{h.layer}-{h.head}" for h in spec.heads]
         for stem, spec in known_specs().items()
-        if spec.heads
+        if spec.heads and stem != "tiny"  # ours: measured here
     }
     assert found == PUBLISHED
 

@@ -86,7 +86,7 @@ def test_modes() -> None:
 
     def prompt(mode: str) -> str:
         return expression_prompt(
-            "the dog", mode, image_token="<I>", system="S.", chat=lambda text: f"USER: <I> {text} ASSISTANT:"
+            "the dog", mode, image_text="<I>", system="S.", chat=lambda text: f"USER: <I> {text} ASSISTANT:"
         )
 
     assert prompt("referseg") == "S.\n<I>\nthe dog."
