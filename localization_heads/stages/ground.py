@@ -15,7 +15,7 @@ from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_mask
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.metrics import mask_overlap, pointing_hit, summarize
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
@@ -104,7 +104,7 @@ def _ground_all(run: Run, entries: Entries, log: ResultLog) -> tuple[list[Outcom
         bar.update(len(chunk))
     bar.close()
     if not outcomes:
-        raise WorkError(f"no entry could be grounded; the first: {entries.in_order()[0]}")
+        raise NothingDoneError("no entry could be grounded", entries.in_order())
     return outcomes, drawn
 
 
