@@ -228,6 +228,7 @@ def test_criteria_reach_the_analysis(front: Front) -> None:
         (["heads=0-999"], "there is no L0H999"),
         (["heads=[first]"], "names no head"),
         (["heads=[]"], "names no head"),
+        (["heads=[3-2,2-0,L3H2]"], "heads names L3H2 twice"),
         (["heads=no.json"], "heads=no.json: "),
         (["heads=cat.png"], "names no head"),
         (["criteria.exclude_layers=99"], "criteria.exclude_layers=99"),
