@@ -38,8 +38,8 @@ def number(least: float) -> Rule:
 
 
 def odd(value: Any) -> str | None:
-    """A kernel has a middle."""
-    return whole(1)(value) or (None if value % 2 else "give an odd number")
+    """A kernel has a middle, and one wider than any grid smooths nothing more."""
+    return whole(1, 63)(value) or (None if value % 2 else "give an odd number")
 
 
 def switch(value: Any) -> str | None:
@@ -119,12 +119,12 @@ RULES: dict[str, Rule] = {
     "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
     "view": one_of("combined", "whole", "tiles"),
     "doctor.check": or_null(switch),
-    "batch_size": whole(1),
+    "batch_size": whole(1, 4096),
     "num_threads": or_null(whole(1)),
     "max_new_tokens": whole(0),
-    "k": whole(1),
-    "top_n": whole(1),
-    "num_trials": whole(1),
+    "k": whole(1, 10_000),
+    "top_n": whole(1, 10_000),
+    "num_trials": whole(1, 1000),
     "num_samples": whole(1),
     "random_seed": whole(0, 2**32 - 1),
     "layer": or_null(whole(0)),
@@ -174,6 +174,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             if problem := rule(value):
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
                 raise UsageError(f"{name}={shown}: {problem}")
+    _check_together(options)
+
+
+def _check_together(options: Mapping[str, Any]) -> None:
+    """What depends on other options."""
+    if "mode" not in options and options.get("output_dir", "") is None:  # the viewer alone can do without
+        raise UsageError("output_dir=null: give a folder")
+    start, end = options.get("start_index", 0), options.get("end_index", -1)
+    if 0 <= end <= start:
+        raise UsageError(
+            f"start_index={start} end_index={end}: the range is empty; end_index is the entry before which to stop"
+        )
 
 
 def require(options: Mapping[str, Any], *names: str) -> None:

@@ -223,6 +223,14 @@ def test_a_batch_finds_files_by_id_and_under_other_models(
     assert report.count("name one of") == 2
 
 
+def test_the_examples_come_with_the_repository(front: Front) -> None:
+    """Without arguments outside it, as `locheads` may be run."""
+    for result in (front.finder(), front.visualize("mode=batch")):
+        assert result.status == 2
+        assert "no such file; the examples come with the repository" in one_line(result.err)
+    assert "examples" not in front.finder("data_file=no.jsonl").err
+
+
 # ------------------------------------------------------------------------------------------------- cli_llava
 
 
@@ -411,6 +419,57 @@ def test_a_failing_model_does_not_end_the_conversation(
     assert result.status == 0
     assert "error: the model could not answer: no more memory" in result.out
     assert "/exit" in result.out
+
+
+def test_whatever_fails_the_conversation_goes_on(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(terminal, "ground", fail)
+    result = talk("/ground the dog\n/help\n", "image_file=cat.png")
+    assert result.status == 0
+    assert "error: ZeroDivisionError: by zero\n" in result.out
+    assert "/exit" in result.out
+
+
+def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control sequence that comes in pieces, too; the lines of an answer stay."""
+
+    def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
+        yield from ("a\nb\u001b", "[2J", "c\u202e")
+
+    monkeypatch.setattr(answering, "stream", answer)
+    result = talk("What?\n/\u001b[2J\n")
+    assert "a\nb\ufffd[2Jc\ufffd\n" in result.out
+    assert "\u001b" not in result.out
+
+
+def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
+    """Latin-1 bytes from a pipe and in an argument, in a real process."""
+    draw_picture(tmp_path / "cat.png")
+    run = [sys.executable, str(ROOT / "cli_llava.py"), "image_file=cat.png", "max_new_tokens=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    lines = b"un caf\xe9?\n/caf\xe9\n/nonsense\n"
+    ended = subprocess.run(
+        [*run, "cli_mode=true"], input=lines, capture_output=True, cwd=tmp_path, env=env, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.decode().splitlines()[1:]
+    assert said[0].startswith("error: the expression is not valid Unicode text")
+    assert said[1:] == [
+        "/caf\ufffd is no command; /help lists them", "/nonsense is no command; /help lists them",
+    ]  # fmt: skip
+    ended = subprocess.run(
+        [*map(os.fsencode, run), b"query=un caf\xe9?"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=env,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "not valid Unicode" in one_line(ended.stderr.decode())
 
 
 def test_a_piped_conversation_in_a_real_process(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_range_of_entries(front: Front, calls: Calls) -> None:
     """`start_index` counts from 0, `end_index` is where it stops, -1 goes to the end; bad lines count."""
     ids = []
     for start, end in ((1, 3), (3, -1), (0, 99)):
-        options = ("process_all=false", f"start_index={start}", f"end_index={end}")
+        options = (f"start_index={start}", f"end_index={end}")  # a range that is given is meant
         assert front.finder("stage=batch", DATA, *options).status == 0
         ids.append([line["id"] for line in read_lines(front.out / "predictions.jsonl")])
     assert ids == [["entry_1", "entry_2"], ["entry_3", "entry_4"], [f"entry_{n}" for n in range(5)]]
@@ -293,11 +293,13 @@ def test_predictions_hold_the_errors(front: Front) -> None:
 
 
 def test_nothing_usable(front: Front) -> None:
-    """Status 1 and the first reason; an empty file is wrong use."""
+    """Status 1, the first reason and a table of all; an empty file is wrong use."""
     write_lines(Path("bad.jsonl"), ["{", {"id": "a", "prompt": "x", "image_path": "no.png"}])
-    result = front.finder("stage=batch", "data_file=bad.jsonl")
-    assert result.status == 1
-    assert "line 1: not JSON" in one_line(result.err)
+    for stage in ("batch", "find", "ground"):
+        result = front.finder(f"stage={stage}", "data_file=bad.jsonl")
+        assert result.status == 1
+        assert "line 1: not JSON" in one_line(result.err)
+        assert "no.png: no such file" in result.out[result.out.index("Entries that failed") :]
     Path("bad.jsonl").write_text("\n\n")
     result = front.finder("stage=find", "data_file=bad.jsonl")
     assert result.status == 2

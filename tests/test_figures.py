@@ -153,6 +153,28 @@ def test_cells_in_the_padding_neither_show_nor_dim_the_others():
     assert not is_bright_yellow(colour_at(figure, figure.axes[1], 35, 2))
 
 
+@pytest.mark.parametrize("colour", ["orange", "white", "black", "blue", "green"])
+def test_the_picture_keeps_its_colours_where_nobody_looks(colour):
+    maps = maps_of((60, 60))
+    maps.attention[:] = 0.0
+    maps.attention[:, :, 3, 2] = 0.5
+    image = Image.new("RGB", (60, 60), colour)
+    grounding = ground_maps(maps, [Head(2, 1)])
+    figure = figures.plot_top_maps(image, maps, [Head(2, 1)], grounding=grounding)
+    overlay = figures.plot_grounding(image, grounding)
+    for drawn, axes in [(figure, figure.axes[1]), (figure, figure.axes[2]), (overlay, overlay.axes[0])]:
+        assert colour_at(drawn, axes, 56, 4) == pytest.approx(to_rgb(colour), abs=0.12)
+    assert colour_at(figure, figure.axes[1], 25, 35) == pytest.approx((0.99, 0.91, 0.14), abs=0.2)
+
+
+def test_the_colour_bar_is_as_see_through_as_the_maps():
+    maps = maps_of((60, 60))
+    for image, least in [(picture((60, 60)), 0.1), (None, 1.0)]:
+        bar = figures.plot_top_maps(image, maps, [Head(2, 1)]).axes[-1]
+        assert bar.images[0].get_alpha().min() == pytest.approx(least)
+        assert np.asarray(bar.images[0].get_array())[0, [0, -1]].tolist() == [0, 1]
+
+
 def test_the_picture_is_drawn_upright_and_undimmed_in_the_first_panel():
     image = Image.new("RGB", (50, 40), "blue")
     image.paste("red", (0, 0, 25, 20))
@@ -387,6 +409,22 @@ def test_many_components_name_only_the_largest_and_no_names_touch():
     assert figure.axes[2].get_title() == "64 components: H = 4.10"
     assert len(set(_colours(35))) == 35
     assert_all_text_fits(figure)
+
+
+def test_cells_in_the_padding_are_said_to_be_counted():
+    maps = maps_of((60, 40), box=(0, -10, 60, 50))  # of six rows, the first and the last see no image
+    labels = np.zeros((6, 6), dtype=np.int32)
+    labels[0, :3] = 1
+    labels[2, 2] = 2
+    figure = figures.plot_components(None, maps, Head(2, 0), labels, 0.56)
+    (note,) = [text for text in texts(figure) if "padding" in text]
+    assert note.replace("\n", " ").startswith("12 of the 36 cells are in the padding, 3 of them active")
+    assert_all_text_fits(figure)
+    boxes = [text.get_window_extent() for text in figure.texts if "padding" in text.get_text()]
+    assert not any(axes.get_window_extent().overlaps(boxes[0]) for axes in figure.axes)
+    for box in [(0, 0, 60, 40), (10, 0, 50, 40), (-1e-9, 0, 60, 40 + 1e-9)]:  # no padding: whole, or cropped
+        figure = figures.plot_components(None, maps_of((60, 40), box=box), Head(2, 0), labels, 0.56)
+        assert not [text for text in texts(figure) if "padding" in text]
 
 
 def test_no_component_at_all():

@@ -303,3 +303,10 @@ def test_help_text_names_the_groups() -> None:
         "  - data: examples",
     ):
         assert line in text
+
+
+@pytest.mark.parametrize("option", ["model=null", "criteria=null", "grounding=null", "data=null"])
+def test_a_group_cannot_be_null(front: Front, option: str) -> None:
+    result = front.finder(option)
+    assert result.status == 2
+    assert f"{option}: choose one of " in one_line(result.err)

@@ -138,7 +138,7 @@ def test_the_options_of_the_seed_are_there() -> None:
 WRONG = {
     "stage": ["nap", None, 5],
     "top_k": [0, -1, 1.5, "three", None, True, 101],
-    "batch_size": [0, "8"],
+    "batch_size": [0, "8", 4097],
     "process_all": ["yes", 1, None],
     "end_index": [-2],
     "random_seed": [-1, 2**32],
@@ -147,11 +147,14 @@ WRONG = {
     "visualize_limit": [-1],
     "query": ["", "  ", ["a"], True],
     "image_file": [["a"], ""],
-    "k": [0],
+    "k": [0, 10_001],
+    "top_n": [0, 10_001],
+    "num_trials": [0, 1001],
+    "output_dir": [None, "", ["a"]],
     "criteria.threshold": [-1, "median", float("nan"), float("inf"), True],
     "criteria.tau": [-0.1, "x", float("nan")],
     "criteria.entropy": ["volume"],
-    "grounding.kernel_size": [2, 0, -1, 1.0],
+    "grounding.kernel_size": [2, 0, -1, 1.0, 65],
     "grounding.sigma": [-1, float("inf")],
     "grounding.upsample": [0, 17],
     "model.dtype": ["int8", None],
@@ -183,11 +186,21 @@ def test_wrong_values_are_named(name: str, value: Any) -> None:
         {"criteria": {"threshold": 0.001, "tau": 0}},
         {"model": {"system": "", "label": None, "quantization": "4bit"}},
         {"end_index": -1},
+        {"start_index": 5, "end_index": -1},
+        {"start_index": 5, "end_index": 6},
+        {"mode": "single", "output_dir": None},
+        {"batch_size": 4096, "num_trials": 1000, "k": 10_000, "grounding": {"kernel_size": 63}},
         {"unknown": "is Hydra's to refuse"},
     ],
 )
 def test_right_values_pass(options: Mapping[str, Any]) -> None:
     check_options(options)
+
+
+@pytest.mark.parametrize(("start", "end"), [(5, 3), (3, 3), (0, 0)])
+def test_an_empty_range_is_said(start: int, end: int) -> None:
+    with pytest.raises(UsageError, match=f"start_index={start} end_index={end}: the range is empty"):
+        check_options({"start_index": start, "end_index": end})
 
 
 def test_a_missing_option_is_named_with_its_stage() -> None:

@@ -60,6 +60,12 @@ def test_control_tokens_are_refused_by_name(raw: str) -> None:
         clean_expression(raw, ("<s>", "</s>", "<pad>", "<image>"))
 
 
+def test_broken_unicode_is_refused() -> None:
+    """As it comes from a terminal in another encoding; a tokenizer would fail on it."""
+    with pytest.raises(UsageError, match="not valid Unicode"):
+        clean_expression("the caf\udce9")
+
+
 @given(st.text())
 def test_a_clean_expression_holds_no_token_and_one_line(raw: str) -> None:
     """Whatever comes in, and cleaning twice changes nothing."""

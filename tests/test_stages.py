@@ -228,6 +228,7 @@ def test_criteria_reach_the_analysis(front: Front) -> None:
         (["heads=0-999"], "there is no L0H999"),
         (["heads=[first]"], "names no head"),
         (["heads=[]"], "names no head"),
+        (["heads=[3-2,2-0,L3H2]"], "heads names L3H2 twice"),
         (["heads=no.json"], "heads=no.json: "),
         (["heads=cat.png"], "names no head"),
         (["criteria.exclude_layers=99"], "criteria.exclude_layers=99"),
@@ -363,7 +364,7 @@ def test_tiny_pictures_get_a_box_inside_them(front: Front, size: tuple[int, int]
     result = front.finder("stage=pipeline", "image_file=dot.png", "query=the dog")
     assert result.status == 0, result.err
     assert front.finder("stage=ground", "image_file=dot.png", "query=the dog").status == 0
-    (line,) = read_lines(front.out / "predictions.jsonl")
+    (line,) = read_lines(front.out / "attention/dot_the-dog_prediction.jsonl")
     x0, y0, x1, y1 = line["bbox"]
     assert 0 <= x0 < x1 <= size[0]
     assert 0 <= y0 < y1 <= size[1]
@@ -379,8 +380,8 @@ def test_ground_one_picture(front: Front) -> None:
         "stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0,2-1]", "save_id=a"
     )
     assert result.status == 0, result.err
-    assert files(front.out) == {"predictions.jsonl", "attention/a_grounding.png"}
-    (line,) = read_lines(front.out / "predictions.jsonl")
+    assert files(front.out) == {"attention/a_prediction.jsonl", "attention/a_grounding.png"}
+    (line,) = read_lines(front.out / "attention/a_prediction.jsonl")
     assert list(line) == ["id", "bbox", "score", "mask", "heads", "error"]
     assert (line["id"], line["heads"], line["error"]) == ("a", [[2, 0], [2, 1]], None)
     lvlm = lh.load_model(device="cpu")
@@ -390,6 +391,41 @@ def test_ground_one_picture(front: Front) -> None:
     assert line["mask"]["size"] == [48, 64]
     np.testing.assert_array_equal(read_mask(line["mask"], (64, 48)), found.mask)
     assert found.heatmap.shape == found.mask.shape == (48, 64)
+
+
+def test_one_picture_leaves_the_data_sets_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its predictions, and what an interrupted run has finished, are not those of the picture."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 4)
+    data, heads = ("stage=ground", "data_file=data.jsonl", "batch_size=2"), "heads=[2-0]"
+    assert front.finder(*data, heads).status == 0
+    before = (front.out / "predictions.jsonl").read_bytes()
+    original, seen = LVLM.attend_batch, []
+
+    def interrupted(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        seen.append(list(expressions))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", interrupted)
+    assert front.finder(*data, heads).status == 130
+    picture = ("stage=ground", "image_file=cat.png", "query=the dog", "batch_size=2")
+    assert front.finder(*picture, heads).status == 0
+    assert (front.out / "predictions.jsonl").read_bytes() == before
+    assert front.finder(*data, heads).status == 0
+    assert [len(expressions) for expressions in seen] == [2, 2, 1, 2]
+
+
+def test_fixed_heads_need_no_statistics(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    from localization_heads.stages import ground
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the heads are known")
+
+    monkeypatch.setattr(ground, "head_statistics", fail)
+    result = front.finder("stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0]")
+    assert result.status == 0, result.err
 
 
 def test_ground_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

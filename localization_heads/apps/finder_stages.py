@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from localization_heads.apps import tables
+from localization_heads.apps.printable import printable
 from localization_heads.data.jsonl import BadEntry
+from localization_heads.errors import NothingDoneError
 from localization_heads.stages import discovery, doctor, ground, scenes, single
 from localization_heads.stages.run import Run
 
@@ -83,9 +85,18 @@ STAGES: dict[str, Callable[[Run], int]] = {
 }
 
 
+def run_stage(run: Run) -> int:
+    """The exit status of `stage=`. If no entry could be used, each one's reason is shown before the error."""
+    try:
+        return STAGES[run["stage"]](run)
+    except NothingDoneError as error:
+        _show_failures(error.failures)
+        raise
+
+
 def _show_collected(collected: single.Collected) -> None:
     if collected.answer is not None:
-        tables.show(f"answer: {collected.answer}", markup=False, highlight=False)
+        tables.show(f"answer: {printable(collected.answer)}", markup=False, highlight=False)
     tables.written([collected.path])
 
 

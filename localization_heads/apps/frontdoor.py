@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
+from localization_heads.apps.printable import printable
 from localization_heads.errors import UsageError, WorkError
 
 FREE_TEXT = (
@@ -61,7 +62,7 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
 def help_text(config_name: str, program: str) -> str:
     """The config files themselves, whose comments explain every option, without what only Hydra reads."""
     text = _config_text(config_name).split("\nhydra:\n")[0]
-    groups = re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE)
+    groups = _groups(config_name)
     text = re.sub(r"\n  - (_self_|override [^\n]*)", "", text)
     parts = [f"usage: {program} [NAME=VALUE ...]", text, *(_group_help(*group) for group in groups)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -144,6 +145,8 @@ def _check_grammar(arguments: Sequence[str], config_name: str) -> None:
             raise UsageError(unknown_option(argument.partition("=")[0], config_name))
         if override.is_sweep_override() and not sweeps:
             raise UsageError(f"{argument}: give one value; a list is written [A,B]")
+        if override.value() is None and name in dict(_groups(config_name)):
+            raise UsageError(f"{name}=null: choose one of {', '.join(_choices(name))}")
 
 
 @contextmanager
@@ -185,6 +188,16 @@ def unknown_option(name: str, config_name: str) -> str:
     return f"{name}= is no option: {hint}--help lists all"
 
 
+def _groups(config_name: str) -> list[tuple[str, str]]:
+    """The groups of a config, each with its default choice."""
+    return re.findall(r"^  - (\w+): (\w+)$", _config_text(config_name), re.MULTILINE)
+
+
+def _choices(group: str) -> list[str]:
+    names = (file.name for file in (files("localization_heads") / "config" / group).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
 def _config_text(config_name: str) -> str:
     return (files("localization_heads") / "config" / f"{config_name}.yaml").read_text(encoding="utf-8")
 
@@ -196,13 +209,18 @@ def _one_line(error: Exception) -> str:
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(printable(f"error: {message}\n"))
     return status
+
+
+class _Notes(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.setFormatter(_Notes("note: %(message)s"))
     package = logging.getLogger("localization_heads")
     package.handlers[:] = [handler]
     package.propagate = False

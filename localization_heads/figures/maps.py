@@ -24,6 +24,7 @@ from localization_heads.figures.overlay import (
     draw_image,
     draw_map,
     draw_outline,
+    opacity,
     prepare,
 )
 from localization_heads.figures.sheet import new_sheet, panel_size
@@ -63,7 +64,8 @@ def plot_top_maps(
     panels = (image is not None) + len(heads) + (grounding is not None)
     title = attention.query if expression is None else expression
     with paper_style():
-        figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=True)
+        bar = np.ones_like if image is None else opacity
+        figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=bar)
         for axes in sheet:
             draw_image(axes, picture, attention.image_size)
         rest = iter(sheet)

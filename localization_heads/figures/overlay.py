@@ -17,6 +17,7 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.figures.canvas import COLOUR_MAP, DPI
+from localization_heads.grounding.maps import SLIVER, visible_edges
 
 Picture = Image.Image | NDArray[np.uint8]
 """An RGB picture; as an array `[H, W, 3]`, 0 to 255."""
@@ -59,11 +60,12 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
     """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image.
 
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
-    What is low stays see-through, so that the picture can be recognised below.
+    What is low stays see-through (`opacity`), so that the picture keeps its colours where nobody looks.
     """
     x0, y0, x1, y1 = box
     values = np.nan_to_num(np.asarray(values, dtype=float), posinf=0)
-    inside = values[_cells_inside(values.shape, box, axes)]
+    image_size = int(axes.get_xlim()[1]), int(axes.get_ylim()[0])
+    inside = values[cells_inside(values.shape, box, image_size)]
     top = float(inside.max(initial=0.0)) or 1.0
     share = np.clip(values / top, 0, 1)
     return axes.imshow(
@@ -72,10 +74,15 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
         cmap=COLOUR_MAP,
         vmin=0,
         vmax=1,
-        alpha=None if opaque else 0.35 + 0.45 * share,
+        alpha=None if opaque else opacity(share),
         interpolation="nearest",
         zorder=2,
     )
+
+
+def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How much a map hides of the picture below, from its value as a share of its maximum."""
+    return np.asarray(0.1 + 0.75 * share)
 
 
 def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box) -> AxesImage:
@@ -84,16 +91,12 @@ def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box) -> AxesImage:
     return axes.imshow(cells, extent=(x0, x1, y1, y0), interpolation="nearest", zorder=2)
 
 
-def _cells_inside(shape: tuple[int, ...], box: Box, axes: Axes) -> tuple[NDArray[np.intp], ...]:
+def cells_inside(
+    shape: tuple[int, ...], box: Box, image_size: tuple[int, int]
+) -> tuple[NDArray[np.intp], ...]:
     """Index of the cells of a grid over `box` that overlap the image; those in the padding are not seen."""
-    x0, y0, x1, y1 = box
-    (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
-    rows = np.linspace(y0, y1, shape[0] + 1)
-    columns = np.linspace(x0, x1, shape[1] + 1)
-    return np.ix_(
-        np.flatnonzero((rows[1:] > 0) & (rows[:-1] < H)),
-        np.flatnonzero((columns[1:] > 0) & (columns[:-1] < W)),
-    )
+    columns, rows = visible_edges(box, image_size, shape)
+    return np.ix_(np.flatnonzero(np.diff(rows) > SLIVER), np.flatnonzero(np.diff(columns) > SLIVER))
 
 
 def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None:

@@ -52,12 +52,14 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
     """The expression on one line, without the image placeholder that LLaVA data sets put before it.
 
     Raises:
-        UsageError: nothing is left, or it holds another of the model's special tokens, which would be read as
-            control tokens and not as text.
+        UsageError: nothing is left, it is no valid Unicode, or it holds another of the model's special tokens,
+            which would be read as control tokens and not as text.
     """
     text = " ".join(expression.replace("<image>", " ").split())
     if not text:
         raise UsageError("the expression is empty: name something in the picture, such as query='the dog'")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UsageError("the expression is not valid Unicode text: it came in another encoding than UTF-8")
     for token in special_tokens:
         if token in text:
             raise UsageError(

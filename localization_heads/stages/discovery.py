@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.errors import WorkError
+from localization_heads.errors import NothingDoneError
 from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
@@ -79,7 +79,7 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     usable = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
     chosen = usable & draws.any(axis=0)
     if not chosen.any():
-        raise WorkError(f"no entry could be used; the first: {entries.in_order()[0]}")
+        raise NothingDoneError("no entry could be used", entries.in_order())
     keys = [entries.key(sample) for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted]
     rows = store.rows(keys)
     return rank_heads(

@@ -73,10 +73,13 @@ def select_entries(run: Run) -> Entries:
 def choose_range(
     options: Mapping[str, Any], entries: Sequence[Line], bad: Sequence[BadEntry]
 ) -> tuple[list[Line], list[BadEntry]]:
-    """All entries, or with `process_all=false` those from `start_index` up to `end_index`, bad lines counted."""
-    if options["process_all"]:
-        return list(entries), list(bad)
+    """The entries from `start_index` up to `end_index`, bad lines counted.
+
+    A range that is given is meant, whatever `process_all` says; none that is given is every entry.
+    """
     start, end = options["start_index"], options["end_index"]
+    if (start, end) == (0, -1):
+        return list(entries), list(bad)
     lines = sorted([entry.line for entry in entries] + [entry.line for entry in bad])
     chosen = set(lines[start : None if end == -1 else end])
     if not chosen:

@@ -15,7 +15,7 @@ from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_mask
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.metrics import mask_overlap, pointing_hit, summarize
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
@@ -52,11 +52,12 @@ class Groundings:
 
 def ground(run: Run) -> Groundings:
     """Boxes and pseudo-masks for one picture, or for every entry of `data_file` if no picture is named."""
-    entries = _one_entry(run) if run["image_file"] or run["query"] else select_entries(run)
+    alone = bool(run["image_file"] or run["query"])
+    entries = _one_entry(run) if alone else select_entries(run)
     with RunLock(run.folder):
-        log = ResultLog(run.folder, "ground", _settings(run))
+        log = ResultLog(run.folder, "ground_one" if alone else "ground", _settings(run))
         outcomes, drawn = _ground_all(run, entries, log)
-        path = save_predictions(run, outcomes, entries.in_order())
+        path = save_predictions(run, outcomes, entries.in_order(), alone=alone)
         log.finish()
         return Groundings(outcomes, entries.in_order(), [*drawn, path], {})
 
@@ -80,6 +81,7 @@ def evaluate(run: Run) -> Groundings:
 def _one_entry(run: Run) -> Entries:
     require(run.options, "image_file", "query")
     id = str(run["save_id"] or default_id(run["image_file"], run["query"]))
+    entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_image(str(run["image_file"]))  # a wrong picture is wrong use here, not a failed entry
     run.lvlm.prompt(str(run["query"]))
     return Entries([Sample(str(run["image_file"]), str(run["query"]), id=id)])
@@ -102,7 +104,7 @@ def _ground_all(run: Run, entries: Entries, log: ResultLog) -> tuple[list[Outcom
         bar.update(len(chunk))
     bar.close()
     if not outcomes:
-        raise WorkError(f"no entry could be grounded; the first: {entries.in_order()[0]}")
+        raise NothingDoneError("no entry could be grounded", entries.in_order())
     return outcomes, drawn
 
 
@@ -131,7 +133,7 @@ def _attend(run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Ima
 
 
 def _ground_one(run: Run, one: Attended, drawn: list[Path]) -> Outcome:
-    heads = run.heads_for(head_statistics(one.maps.attention, run.criteria))
+    heads = run.named_heads or run.own_heads(head_statistics(one.maps.attention, run.criteria))
     grounding = ground_maps(one.maps, heads, run.grounding)
     limit = run["visualize_limit"] if run["visualize_batch"] else 0
     if limit is None or len(drawn) < limit:

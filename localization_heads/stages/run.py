@@ -154,6 +154,8 @@ def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
         ) from error
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
+    if twice := [str(head) for i, head in enumerate(heads) if head in heads[:i]]:
+        raise UsageError(f"heads names {twice[0]} twice: name each head once")
     return heads
 
 
