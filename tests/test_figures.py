@@ -465,6 +465,56 @@ def test_attention_sums_are_sorted_and_the_elbow_is_marked():
     assert_all_text_fits(figure)
 
 
+LIKE_LLAVA = 0.7 * np.random.default_rng(0).permutation(np.linspace(0.02, 1, 1024) ** 4).reshape(32, 32)
+LIKE_EMBEDDED = 1 - 0.3 * np.random.default_rng(0).beta(0.5, 2.5, (6, 8))
+EARLY_ELBOW = np.concatenate([[0.81, 0.92], np.linspace(0.944, 0.99, 46)]).reshape(6, 8)[::-1].copy()
+
+
+@pytest.mark.parametrize(
+    ("sums", "tau", "bottom"),
+    [
+        (LIKE_LLAVA, 0.2, 0.0),
+        (LIKE_EMBEDDED, 0.97, LIKE_EMBEDDED[2:].min()),
+        (LIKE_EMBEDDED, 0.4, 0.0),  # the threshold lies far below
+        (np.full((4, 4), 0.9), 0.9, 0.0),
+    ],
+)
+def test_the_axis_of_sums_starts_where_the_sums_do(sums, tau, bottom):
+    (axes,) = figures.plot_attention_sums(sums, tau).axes
+    lowest, highest = axes.get_ylim()
+    assert lowest == pytest.approx(bottom, abs=0.1 * (highest - lowest))
+    assert lowest <= bottom
+    assert lowest == 0 or bottom > 0
+    assert highest > sums.max()
+
+
+@pytest.mark.parametrize(("sums", "tau"), [(LIKE_LLAVA, 0.2), (LIKE_EMBEDDED, 0.97), (EARLY_ELBOW, 0.944)])
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_names_and_their_lines_stay_off_the_curve(sums, tau, count):
+    best = [Head(*index) for index in np.argwhere(sums >= tau).tolist() if index[0] >= 2]
+    top = [best[n] for n in np.linspace(0, len(best) - 1, count).astype(int)]
+    figure = figures.plot_attention_sums(sums, tau, top=top)
+    rendered(figure)
+    (axes,) = figure.axes
+    curve = axes.transData.transform(axes.lines[0].get_xydata())  # in dots
+    names = [text for text in axes.texts if text.get_text().startswith("L")]
+    assert len(names) == count
+    boxes = [Text.get_window_extent(name) for name in names]  # an annotation's own includes its line
+    (tau_label,) = [text for text in axes.texts if "τ" in text.get_text()]
+    for box in [*boxes, Text.get_window_extent(tau_label)]:
+        for x, y in curve[(curve[:, 0] > box.x0) & (curve[:, 0] < box.x1)]:
+            assert not box.y0 - 2 < y < box.y1 + 2, (x, y, box)
+    for name in names:
+        start, end = name.arrow_patch.get_path().vertices[[0, -1]]  # what is cut at the ends included
+        for share in np.linspace(0.05, 0.95, 50):
+            x, y = start + share * (end - start)
+            above = y - np.interp(x, *curve.T)
+            assert (above > -1) if sums is LIKE_LLAVA else (above < 1), (name, share)
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    assert_all_text_fits(figure)
+
+
 @pytest.mark.parametrize(
     ("sums", "tau"),
     [

@@ -310,3 +310,17 @@ def test_a_group_cannot_be_null(front: Front, option: str) -> None:
     result = front.finder(option)
     assert result.status == 2
     assert f"{option}: choose one of " in one_line(result.err)
+
+
+@pytest.mark.parametrize("module", ["apps.terminal", "stages.visualizing", "apps.finder_stages"])
+def test_figures_are_imported_when_they_are_drawn(module: str) -> None:
+    """matplotlib costs a second that a question or a wrong option need not wait for."""
+    code = f"import sys, localization_heads.{module}; print('matplotlib' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert ended.stdout == "False\n"
