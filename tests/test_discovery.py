@@ -581,3 +581,14 @@ def test_the_folder_is_locked_during_the_work(
     assert len(refused) == 1
     with RunLock(front.out):
         pass
+
+
+def test_a_true_box_outside_its_picture_is_reported(front: Front) -> None:
+    """Boxes written as x, y, width, height or in another picture's pixels would only look like a bad model."""
+    write_data(front.folder, 2)
+    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    entries[1] |= {"bbox": [1000.0, 1000.0, 1010.0, 1010.0]}
+    write_lines(Path("data.jsonl"), entries)
+    result = front.finder("stage=batch", "data_file=data.jsonl", "visualize_batch=false")
+    assert result.status == 1
+    assert "lies outside the picture" in result.out

@@ -140,7 +140,7 @@ def test_control_tokens_never_reach_the_model(lvlm: LVLM, picture: Image.Image) 
 
 
 @pytest.mark.parametrize(
-    "expression", ["🐕‍🦺🔥", "the dog " * 400, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"]
+    "expression", ["🐕‍🦺🔥", "the dog " * 100, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"]
 )
 def test_odd_expressions(lvlm: LVLM, picture: Image.Image, expression: str) -> None:
     maps = lvlm.attend(picture, expression)
@@ -175,3 +175,8 @@ def test_out_of_memory_names_the_option(
     monkeypatch.setattr(lvlm.model.base_model, "forward", full)
     with pytest.raises(WorkError, match="batch_size"):
         lvlm.attend(picture, "the dog")
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(lvlm: LVLM, picture: Image.Image) -> None:
+    with pytest.raises(UsageError, match="tokens with the image"):
+        lvlm.attend(picture, "dog " * 5000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -83,16 +84,16 @@ def test_wrong_options_of_a_model_are_named(changes: dict[str, object], said: st
     ("name", "folder"),
     [
         ("llava-hf/llava-1.5-7b-hf", "llava-hf--llava-1.5-7b-hf"),
-        ("/data/models/mine/", "mine"),
-        ("./mine", "mine"),
-        ("~/models/mine", "mine"),
-        ("/data/my model", "my_model"),
-        ("/", "model"),
-        ("..", None),
+        ("/data/models/mine/", "mine-[0-9a-f]{8}"),
+        ("./mine", "mine-[0-9a-f]{8}"),
+        ("~/models/mine", "mine-[0-9a-f]{8}"),
+        ("/data/my model", "my_model-[0-9a-f]{8}"),
+        ("/", "-[0-9a-f]{8}"),
+        ("..", ".+-[0-9a-f]{8}"),
     ],
 )
-def test_folder_names(name: str, folder: str | None) -> None:
-    assert folder_name(name) == (folder or Path("..").resolve().name or "model")
+def test_folder_names(name: str, folder: str) -> None:
+    assert re.fullmatch(folder, folder_name(name))
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1))
@@ -102,3 +103,22 @@ def test_a_folder_name_is_one_plain_name(name: str) -> None:
     assert folder not in ("", ".", "..")
     assert "/" not in folder
     assert "\\" not in folder
+
+
+def test_what_the_user_wrote_is_kept_though_it_equals_the_chosen_file(tmp_path: Path) -> None:
+    """`tiny` is float32 anyway; whoever writes model.dtype=float32 for another checkpoint means it."""
+    asked = values("tiny", name=str(tmp_path), dtype="float32")
+    assert compose_spec(asked, "tiny", ["model.name=x"]).dtype == "auto"
+    assert compose_spec(asked, "tiny", ["model.name=x", "model.dtype=float32"]).dtype == "float32"
+
+
+def test_a_local_copy_of_a_known_checkpoint_keeps_its_facts(tmp_path: Path) -> None:
+    spec = compose_spec(
+        values("llava", name=str(tmp_path)), "llava", ["model=llava", f"model.name={tmp_path}"]
+    )
+    assert (spec.name, spec.heads, spec.pad_to_square) == (str(tmp_path), known_specs()["llava"].heads, True)
+
+
+def test_two_folders_of_one_name_do_not_share_their_files() -> None:
+    assert ModelSpec("/a/llava").folder != ModelSpec("/b/llava").folder
+    assert ModelSpec("/a/tiny").folder != "tiny"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,7 @@ def test_a_local_folder_runs_through_the_pipeline(front: Front) -> None:
     )
     assert result.status == 0, result.err
     found = files(Path("outputs/localization_heads"))
-    assert "my_model/attention/cat_the-red-car.pkl" in found
+    assert any(re.fullmatch(r"my_model-[0-9a-f]{8}/attention/cat_the-red-car\.pkl", file) for file in found)
     assert "no heads are known for ./my model" in result.err
 
 
@@ -340,7 +341,7 @@ def test_default_ids_are_safe_names(query: str, id: str) -> None:
     assert default_id("https://a.example/cat.png?size=1", query) == id
 
 
-@pytest.mark.parametrize("query", ["🐕", "a\nb", "the dog " * 300, "<image>\nthe dog"])
+@pytest.mark.parametrize("query", ["🐕", "a\nb", "the dog " * 100, "<image>\nthe dog"])
 def test_odd_expressions_run(front: Front, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
     stub_figures(monkeypatch)
     result = front.finder("stage=pipeline", "image_file=cat.png", f"query={query}")
@@ -575,22 +576,24 @@ def test_a_second_run_in_the_same_folder_is_refused(front: Front) -> None:
 
 
 def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The truth is the prediction itself, shifted for one entry: every number is known."""
+    """The truth is the prediction itself, or a fifth of it: every number is known."""
     stub_figures(monkeypatch)
     write_data(front.folder, 2)
     assert front.finder("stage=ground", "data_file=data.jsonl", "heads=[2-0]").status == 0
     lines = read_lines(front.out / "predictions.jsonl")
     entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
     entries[0] |= {"bbox": lines[0]["bbox"], "mask": lines[0]["mask"]}
-    entries[1] |= {"bbox": [1000.0, 1000.0, 1001.0, 1001.0]}
+    x0, y0, x1, y1 = lines[1]["bbox"]
+    entries[1] |= {"bbox": [x0, y0, x0 + (x1 - x0) / 5, y1]}
     entries.append({"id": "no_truth", "prompt": "the dog", "image_path": "cat.png"})
     write_lines(Path("data.jsonl"), entries)
     result = front.finder("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]")
     assert result.status == 1
     metrics = json.loads((front.out / "metrics.json").read_text())
     assert {"acc@0.5", "acc@0.25", "acc@0.75", "mean_iou", "pointing", "ciou", "giou"} <= set(metrics)
-    assert metrics["acc@0.5"] == metrics["acc@0.75"] == metrics["mean_iou"] == 0.5
-    assert metrics["pointing"] == 0.5
+    assert metrics["acc@0.5"] == metrics["acc@0.75"] == metrics["acc@0.25"] == 0.5
+    assert metrics["mean_iou"] == pytest.approx(0.6)
+    assert metrics["pointing"] in (0.5, 1.0)  # the strongest cell may lie in that fifth
     assert metrics["ciou"] == metrics["giou"] == 1.0
     assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
     assert "there is nothing to score against" in result.out

@@ -22,7 +22,8 @@ def _main(cfg: Any) -> int:
     from localization_heads.errors import UsageError
     from localization_heads.stages.run import Run
 
-    run = Run(plain_options(cfg), model_choice=HydraConfig.get().runtime.choices["model"])
+    hydra = HydraConfig.get()
+    run = Run(plain_options(cfg), hydra.runtime.choices["model"], tuple(hydra.overrides.task))
     if run["max_new_tokens"] < 1:
         raise UsageError("max_new_tokens=0: give a whole number of at least 1")
     if run["cli_mode"]:

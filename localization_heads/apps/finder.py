@@ -19,5 +19,6 @@ def _main(cfg: Any) -> int:
     from localization_heads.apps.finder_stages import run_stage
     from localization_heads.stages.run import Run
 
-    run = Run(plain_options(cfg), model_choice=HydraConfig.get().runtime.choices["model"])
+    hydra = HydraConfig.get()
+    run = Run(plain_options(cfg), hydra.runtime.choices["model"], tuple(hydra.overrides.task))
     return run_stage(run)

@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -216,14 +217,34 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     """`kind.from_pretrained`, whose many ways to fail become one line that says what to do."""
     local = Path(source).is_dir()
     _progress_bars(enabled=not local)  # a download shows its bars; reading a local file needs none
+    only_here = local or not _hub_answers()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            return kind.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+            return kind.from_pretrained(
+                source, local_files_only=only_here, trust_remote_code=False, **options
+            )
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
     except Exception as error:  # broken weights and configs raise anything
         raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}") from error
+
+
+@cache
+def _hub_answers() -> bool:
+    """Whether the hub can be reached at all; without this, every file is asked for many times before the error."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=10)
+    except httpx.ConnectError:
+        return False
+    except httpx.HTTPError:
+        pass  # slow or odd, but there: the hub's own client shall say more
+    return True
 
 
 def _why(error: Exception, spec: ModelSpec, local: bool) -> str:

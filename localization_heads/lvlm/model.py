@@ -176,7 +176,16 @@ class LVLM:
                 padding_side="right" if self.model.config.is_encoder_decoder else "left",
                 **options,
             )
+        self._check_length(inputs["input_ids"].shape[1])
         return dict(inputs.to(self.model.device, self.model.dtype))
+
+    def _check_length(self, num_tokens: int) -> None:
+        """Raises UsageError if a prompt is longer than the model's positions: it would answer nonsense."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and num_tokens > limit:
+            raise UsageError(
+                f"the prompt has {num_tokens} tokens with the image, and {self.name} reads {limit} at most"
+            )
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
         """Where every head looks from the query token: by default, while the model reads the prompt's last token.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,14 @@ def _published_heads(names: Any) -> tuple[Head, ...]:
 def folder_name(name: str) -> str:
     """A safe folder name for a Hugging Face id or a local folder.
 
+    Two local folders of one name get two: eight digits of the path's digest tell them apart.
+
     >>> folder_name("org/some-model"), folder_name("/data/models/mine/")
-    ('org--some-model', 'mine')
+    ('org--some-model', 'mine-087ac83c')
     """
     local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    text = local_path(name).resolve().name if local else name.replace("/", "--")
+    path = local_path(name).resolve()
+    text = f"{path.name}-{sha256(str(path).encode()).hexdigest()[:8]}" if local else name.replace("/", "--")
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip(".")
     return safe or "model"
 
@@ -125,15 +129,26 @@ def find_spec(name: str) -> ModelSpec:
     return ModelSpec(name=name)
 
 
-def compose_spec(values: Mapping[str, Any], choice: str) -> ModelSpec:
+def compose_spec(values: Mapping[str, Any], choice: str, overrides: Sequence[str] | None = None) -> ModelSpec:
     """The spec that `model=CHOICE model.key=value ...` asks for.
 
     When `model.name` names another checkpoint than the chosen file, the file's facts (heads, padding, system
-    sentence) are about the wrong model: take those of the named one and keep only what the user overrode.
+    sentence) are about the wrong model: take those of the named one and keep only what the user wrote. But whoever
+    writes `model=llava model.name=/data/my-folder` says what is in the folder: the file's facts are about it.
+
+    Args:
+        values: the composed group.
+        overrides: what the user wrote on the command line; None takes every value that differs from the file's.
     """
     asked, chosen = ModelSpec.from_mapping(values), known_specs().get(choice, ModelSpec(name=""))
-    if asked.name == chosen.name:
+    said_so = f"model={choice}" in (overrides or ()) and local_path(asked.name).is_dir()
+    if asked.name == chosen.name or said_so:
         return asked
-    overrides = {f.name: getattr(asked, f.name) for f in fields(ModelSpec) if f.name != "name"}
-    overrides = {key: value for key, value in overrides.items() if value != getattr(chosen, key)}
-    return replace(find_spec(asked.name), **overrides)
+    if overrides is None:
+        given = {f.name for f in fields(ModelSpec) if getattr(asked, f.name) != getattr(chosen, f.name)}
+    else:
+        given = {
+            text.partition("=")[0].removeprefix("model.") for text in overrides if text.startswith("model.")
+        }
+    kept = {f.name: getattr(asked, f.name) for f in fields(ModelSpec) if f.name in given - {"name"}}
+    return replace(find_spec(asked.name), **kept)

@@ -93,10 +93,22 @@ def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tupl
     for sample in chunk:
         try:
             run.lvlm.prompt(sample.expression)
-            opened.append((sample, load_image(sample.image)))
+            opened.append((sample, _open(sample)))
         except (UsageError, WorkError) as error:
             entries.fail(sample, error)
     return opened
+
+
+def _open(sample: Sample) -> Image.Image:
+    """The picture. Raises UsageError if the true box lies outside it: one of the two is of another picture."""
+    image = load_image(sample.image)
+    if sample.bbox is not None:
+        x0, y0, x1, y1 = sample.bbox
+        if min(x1, image.width) <= max(x0, 0) or min(y1, image.height) <= max(y0, 0):
+            raise UsageError(
+                f"the true box lies outside the picture, which is {image.width} x {image.height} pixels"
+            )
+    return image
 
 
 def attend(

@@ -34,10 +34,12 @@ class Run:
     Args:
         options: every option by name, plain values only.
         model_choice: which file of `config/model/` was chosen.
+        overrides: what the user wrote on the command line, or None if that is not known.
     """
 
     options: Mapping[str, Any]
     model_choice: str = "tiny"
+    overrides: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         check_options(self.options)
@@ -47,7 +49,7 @@ class Run:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return compose_spec(self["model"], self.model_choice)
+        return compose_spec(self["model"], self.model_choice, self.overrides)
 
     @cached_property
     def folder(self) -> Path:

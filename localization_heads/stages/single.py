@@ -67,6 +67,7 @@ def collect(run: Run) -> Collected:
     writable_folder(run.attention_folder)  # before the work, not after it
     maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(run["image_file"]))
     save_attention(maps, path)
+    analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(maps, path, _answer(run, image))
 
 
