@@ -1,0 +1,117 @@
+"""Batches: pictures, and conversations about each packed into one row of tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localization_heads.data.scenes import TRAIN_SEEDS, Scene, render_scene
+from training.language import IDS, encode, scene_turns, text_turns
+from training.recipe import Canvas, Recipe
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, of RGB in [0, 1]
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+TEXT_ROWS = 12  # rows of a batch without images
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`pixels` (B, 3, h, w) and `cells` (B, N) are None for text alone; the rest is (B, T).
+
+    `weights` is 1 on answers, less on prompts, 0 on padding; `firsts` marks each answer's first token.
+    """
+
+    pixels: Tensor | None
+    cells: Tensor | None
+    ids: Tensor
+    targets: Tensor
+    offsets: Tensor
+    groups: Tensor
+    weights: Tensor
+    firsts: Tensor
+
+
+def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float) -> np.ndarray:
+    """Fill one row with (prompt, answer) turns: (6, T) of ids, targets, offsets, groups, weights, firsts."""
+    row = np.zeros((6, length))
+    row[3] = -1
+    start = group = 0
+    for prompt, answer in turns:
+        question, reply = encode_unknown(prompt), [*encode(answer), IDS["</s>"]]
+        tokens = question + reply
+        stop = start + len(tokens) - 1
+        if stop > length:
+            return row
+        place = np.arange(len(tokens) - 1)
+        row[0, start:stop], row[1, start:stop] = tokens[:-1], tokens[1:]
+        row[2, start:stop], row[3, start:stop] = place, group
+        row[4, start:stop] = np.where(place < len(question) - 1, expression_weight, 1.0)
+        row[5, start + len(question) - 1] = 1
+        start, group = stop, group + 1
+    return row
+
+
+def encode_unknown(prompt: str) -> list[int]:
+    """Token ids of a prompt that may start with the unknown word."""
+    unknown = prompt.startswith("<unk>")
+    return [IDS["<unk>"]] * unknown + encode(prompt.removeprefix("<unk>"))
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """uint8 (B, h, w, 3) -> float (B, 3, h, w) as the image processor gives it."""
+    pixels = (images.astype(np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+class BatchMaker:
+    """Endless training batches; all randomness comes from the step's own generator."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.model = recipe, recipe.model
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step: the same at every run of the same recipe."""
+        rng = Random(self.recipe.seed * 1_000_003 + step)
+        progress = step / self.recipe.steps
+        stage = sum(progress >= start for start in self.recipe.stage_starts) - 1
+        choice = rng.choices((None, *self.recipe.canvases), self.recipe.mixes[stage])[0]
+        return self._text_batch(rng) if choice is None else self._image_batch(choice, rng)
+
+    def _text_batch(self, rng: Random) -> Batch:
+        rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(TEXT_ROWS)]
+        return Batch(None, None, *self._tensors(rows))
+
+    def _image_batch(self, canvas: Canvas, rng: Random) -> Batch:
+        count = max(4, round(self.recipe.image_tokens / canvas.cells**2))
+        scenes = [self._scene(canvas, rng) for _ in range(count)]
+        rows = [self._row(scene, rng) for scene in scenes]
+        cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
+        return Batch(normalise(np.stack([s.image for s in scenes])), cells, *self._tensors(rows))
+
+    def _scene(self, canvas: Canvas, rng: Random) -> Scene:
+        return render_scene(
+            rng.randrange(TRAIN_SEEDS.stop),
+            size=canvas.cells * self.model.patch_size,
+            num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
+            span=canvas.cells / self.model.grid,
+            augment=rng.random() < self.recipe.augment_share,
+        )
+
+    def _row(self, scene: Scene, rng: Random) -> np.ndarray:
+        turns = scene_turns(scene, rng, self.recipe.answer_places)
+        return pack(turns, self.recipe.text_tokens, self.recipe.expression_weight)
+
+    def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:
+        """Where the canvas lies in the full grid: one index a cell, row by row."""
+        room = self.model.grid - canvas.cells
+        rows, columns = (np.arange(canvas.cells) + rng.randint(0, room) for _ in range(2))
+        return (rows[:, None] * self.model.grid + columns).ravel()
+
+    @staticmethod
+    def _tensors(rows: list[np.ndarray]) -> list[Tensor]:
+        kinds = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.bool)
+        stacked = torch.from_numpy(np.stack(rows, 1))
+        return [part.to(kind) for part, kind in zip(stacked, kinds, strict=True)]

@@ -1,0 +1,65 @@
+"""Every number of the training run in one place."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Shape of the LLaVA: CLIP tower, projector, Llama."""
+
+    image_size: int = 128
+    patch_size: int = 8
+    width: int = 128
+    vision_layers: int = 5
+    vision_heads: int = 4
+    vision_mlp: int = 384
+    text_layers: int = 6
+    text_heads: int = 8
+    head_dim: int = 24
+    text_mlp: int = 320
+    rope_theta: float = 1e6
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One kind of picture: cells a side, how many objects (None: as in full scenes)."""
+
+    cells: int
+    num_objects: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. `mixes` gives each curriculum stage's shares of (text only, canvas 0, 1, 2)."""
+
+    steps: int = 20_000
+    seed: int = 0
+    threads: int = 1
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    canvases: tuple[Canvas, ...] = (Canvas(10, (1,)), Canvas(12, (2, 2, 3)), Canvas(16, None))
+    stage_starts: tuple[float, ...] = (0.0, 0.02, 0.12, 0.25)  # shares of the run
+    mixes: tuple[tuple[float, ...], ...] = (
+        (1.0, 0.0, 0.0, 0.0),
+        (0.1, 0.7, 0.2, 0.0),
+        (0.1, 0.25, 0.65, 0.0),
+        (0.1, 0.05, 0.15, 0.70),
+    )
+    image_tokens: int = 2500  # image tokens a step; the number of pictures follows
+    text_tokens: int = 112  # packed text tokens a picture
+    expression_weight: float = 0.15  # of the loss on prompt tokens; answers weigh 1
+    answer_places: bool = False  # ablation: name the place first in every answer
+    augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
+    image_dropout: float = 0.3  # of attention from text to image tokens
+    query_key_cap: float = 0.09  # largest root mean square of a query or key weight
+    matrix_rate: float = 0.01  # Muon
+    vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    decay_from: float = 0.3  # share of the run after which the rates fall linearly
+    checkpoint_seconds: float = 120.0
+    probe_every: int = 1000  # steps between looks at the validation scenes
+    half: bool = True  # bfloat16 forward and backward, float32 weights
