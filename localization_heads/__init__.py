@@ -1,0 +1,57 @@
+"""Find the attention heads of a vision-language model that know where things are, and ground with them.
+
+>>> import localization_heads as lh
+>>> lvlm = lh.load_model()                                        # doctest: +SKIP
+>>> result = lh.ground(lvlm, image, "the cat on the left")        # doctest: +SKIP
+>>> result.box, result.mask, result.heatmap                       # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from localization_heads.api import find_heads, ground
+    from localization_heads.attention import AttentionMaps
+    from localization_heads.data.samples import Sample
+    from localization_heads.grounding.maps import Grounding
+    from localization_heads.heads.head import Head
+    from localization_heads.heads.ranking import HeadRanking
+    from localization_heads.lvlm.loading import load_model
+
+__version__ = "0.1.0"
+
+# The public names and where they live. They are imported on first use, so that `import localization_heads`
+# and `--help` take milliseconds and never load torch.
+_HOMES = {
+    "AttentionMaps": "attention",
+    "Grounding": "grounding.maps",
+    "Head": "heads.head",
+    "HeadRanking": "heads.ranking",
+    "Sample": "data.samples",
+    "find_heads": "api",
+    "ground": "api",
+    "load_model": "lvlm.loading",
+}
+
+__all__ = [
+    "AttentionMaps",
+    "Grounding",
+    "Head",
+    "HeadRanking",
+    "Sample",
+    "find_heads",
+    "ground",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'localization_heads' has no attribute '{name}'")
+    return getattr(import_module(f"localization_heads.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Front ends: they read options and print results, nothing else."""

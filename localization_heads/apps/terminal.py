@@ -1,0 +1,146 @@
+"""The conversation of `cli_mode=true`: streaming answers and a few commands that begin with a slash."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from localization_heads import figures
+from localization_heads.api import ground
+from localization_heads.apps.tables import box_text
+from localization_heads.data.images import load_image
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.answering import Conversation
+from localization_heads.stages.run import Run, check_heads
+from localization_heads.stages.single import default_id
+from localization_heads.store.paths import entry_path
+
+HELP = """\
+Type a question and press Enter. Ctrl-C stops an answer.
+/image PATH         look at another picture (a path or an http address)
+/ground EXPRESSION  where is it? prints the box and saves the overlay
+/help               this list
+/exit               leave (so does Ctrl-D)"""
+
+
+def converse(run: Run) -> int:
+    """Read lines until `/exit` or the end of the input."""
+    session, read = Session(run, start(run)), line_reader()
+    say(f"{run.lvlm.name}: /help lists the commands")
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            say("/exit leaves")
+            continue
+        if line == "/exit":
+            return 0
+        if line:
+            session.handle(line)
+
+
+def start(run: Run) -> Conversation:
+    """A conversation about `image_file`, if one is named."""
+    image = load_image(str(run["image_file"])) if run["image_file"] else None
+    return Conversation(run.lvlm, image, run["max_new_tokens"])
+
+
+def print_answer(conversation: Conversation, question: str) -> None:
+    """Print the answer as it comes. Ctrl-C stops it, and the program goes on."""
+    pieces = conversation.ask(question)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" [stopped]")
+    finally:
+        pieces.close()
+    sys.stdout.write("\n")
+
+
+@dataclass
+class Session:
+    """A conversation and the picture it is about."""
+
+    run: Run
+    conversation: Conversation
+
+    def __post_init__(self) -> None:
+        self.image_name = str(self.run["image_file"] or "")
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self.look_at,
+            "/ground": self.ground,
+            "/help": lambda _: say(HELP),
+        }
+
+    def handle(self, line: str) -> None:
+        """Carry out one line; what goes wrong is said, and the conversation goes on."""
+        word, _, rest = line.partition(" ")
+        try:
+            if not line.startswith("/"):
+                print_answer(self.conversation, line)
+            elif word in self.commands:
+                self.commands[word](rest.strip())
+            else:
+                say(f"{word} is no command; /help lists them")
+        except (UsageError, WorkError) as error:
+            say(f"error: {error}")
+        except KeyboardInterrupt:
+            say("stopped")
+
+    def look_at(self, path: str) -> None:
+        if not path:
+            raise UsageError("write /image PATH")
+        image = load_image(path)
+        self.conversation.look_at(image)
+        self.image_name = path
+        say(f"looking at {path}, {image.width} x {image.height} pixels")
+
+    def ground(self, expression: str) -> None:
+        """Print the box and save the overlay."""
+        image = self.conversation.image
+        if image is None:
+            raise UsageError("there is no picture yet: /image PATH")
+        if not expression:
+            raise UsageError("write /ground EXPRESSION, such as /ground the dog")
+        found = ground(self.run.lvlm, image, expression, self._heads(), options=self.run.grounding)
+        path = self._overlay_path(expression)
+        figures.plot_grounding(image, found, path, expression=expression)
+        say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")
+        say(f"wrote {path}")
+
+    def _heads(self) -> tuple[Head, ...] | None:
+        heads = self.run.named_heads
+        check_heads(heads or (), self.run.lvlm.num_layers, self.run.lvlm.num_heads)
+        return heads
+
+    def _overlay_path(self, expression: str) -> Path:
+        id = default_id(self.image_name or "picture", expression)
+        return entry_path(self.run.attention_folder, id, "_grounding.png")
+
+
+def line_reader() -> Callable[[], str]:
+    """How lines come in: with history and editing on a terminal, plainly from a pipe. EOFError at the end."""
+    if sys.stdin.isatty():
+        from prompt_toolkit import PromptSession
+
+        session: PromptSession[str] = PromptSession()
+        return lambda: session.prompt("> ")
+
+    def read() -> str:
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line
+
+    return read
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

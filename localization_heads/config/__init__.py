@@ -1,0 +1,1 @@
+"""Hydra configuration: one file a front end, one group an axis."""

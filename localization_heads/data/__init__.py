@@ -1,0 +1,1 @@
+"""Samples, images and the synthetic scenes."""

@@ -1,0 +1,208 @@
+"""Pictures from anywhere, as RGB: `load_image`.
+
+Notable choices: the camera's orientation (EXIF) is applied; transparent parts are laid on white; 16-bit
+pictures are scaled to 8 bits; of an animation the first frame is taken. The number of pixels is checked in
+the header, before anything is decoded, and only raster formats that cannot run anything are opened.
+"""
+
+from __future__ import annotations
+
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from localization_heads.errors import UsageError
+
+MAX_PIXELS = 64_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+class ImageError(UsageError):
+    """A picture that cannot be used. The message is one line and starts with `path`.
+
+    Args:
+        path: the file or address as the user knows it.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+
+def is_address(source: object) -> bool:
+    """Whether `source` is an http(s) address and not a path."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def load_image(source: Image.Image | str | Path, *, base: str | Path | None = None) -> Image.Image:
+    """The picture as a PIL image of mode RGB, whole in memory.
+
+    Args:
+        source: a path, an http(s) address, or an image (converted, and under the same pixel limit).
+        base: a folder in which a relative path is tried when the working directory does not have it.
+
+    Raises ImageError; for an address also DownloadError (a WorkError) when the network fails.
+    """
+    if isinstance(source, Image.Image):
+        _check_pixels("image", source.size)
+        return _decoded("image", source)
+    if is_address(source):
+        from localization_heads.data.download import download, shown_address
+
+        address = str(source)
+        with _opened(shown_address(address), BytesIO(download(address)), FORMATS) as image:
+            return _decoded(shown_address(address), image)
+    path = find_file(source, base)
+    with open_raster(path) as image:
+        return _decoded(path, image)
+
+
+def find_file(source: str | Path, base: str | Path | None = None) -> Path:
+    """The path against the working directory, or else against `base`. ImageError if neither is a file."""
+    path = Path(source)
+    places = [path] if base is None or path.is_absolute() else [path, Path(base) / path]
+    for place in places:
+        reason = _unreadable(place)
+        if reason is None:
+            return place
+        if reason != "no such file":
+            raise ImageError(place, reason)
+    also = f" (nor in {base})" if len(places) > 1 else ""
+    raise ImageError(source, "no such file" + also)
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why `path` cannot be opened as a file, None if it can. A pipe or a device would block or never end."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file"
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError:  # a NUL in the name
+        return "not the name of a file"
+    if stat.S_ISDIR(mode):
+        return "is a folder, not a picture"
+    return None if stat.S_ISREG(mode) else "not a plain file"
+
+
+@contextmanager
+def open_raster(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """Open a picture file without decoding it, its size checked. ImageError if it is none of `formats`."""
+    reason = _unreadable(path)
+    if reason is not None:
+        raise ImageError(path, reason)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ImageError(path, error.strerror or str(error)) from error
+    with file, _opened(path, file, formats) as image:
+        yield image
+
+
+@contextmanager
+def _opened(name: str | Path, file: object, formats: Sequence[str]) -> Iterator[Image.Image]:
+    if not file.read(1):  # type: ignore[attr-defined]
+        raise ImageError(name, "the file is empty")
+    file.seek(0)  # type: ignore[attr-defined]
+    try:
+        image = _open_header(name, file, formats)
+        _check_pixels(name, image.size)
+        yield image
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except MemoryError as error:
+        raise ImageError(name, "not enough memory to decode it") from error
+    except Exception as error:  # decoders raise anything on garbage
+        raise ImageError(name, f"broken or cut short ({_one_line(error)})") from error
+
+
+def _open_header(name: str | Path, file: object, formats: Sequence[str]) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our limit, which names the size, is below Pillow's
+            return Image.open(file, formats=formats)  # type: ignore[arg-type]
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(name, f"not a picture in a known format ({', '.join(formats)})") from error
+    except Image.DecompressionBombError:
+        _check_pixels(name, _bomb_size(file, formats))
+        raise
+
+
+def _bomb_size(file: object, formats: Sequence[str]) -> tuple[int, int]:
+    """The size in a header that `Image.open` refuses to show."""
+    for format in formats:
+        file.seek(0)  # type: ignore[attr-defined]
+        try:
+            return Image.OPEN[format][0](file, "").size  # type: ignore[arg-type]
+        except Exception:  # not this format
+            continue
+    raise ValueError("no size")
+
+
+def _check_pixels(name: str | Path, size: tuple[int, int]) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(name, "the picture has no pixels")
+    if width * height > MAX_PIXELS:
+        megapixels = width * height / 1e6
+        raise ImageError(
+            name, f"{width} x {height} = {megapixels:.0f} MP, over the limit of {MAX_PIXELS // 10**6} MP"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def _decoded(name: str | Path, image: Image.Image) -> Image.Image:
+    """The pixels of an opened picture, upright and RGB."""
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # decoders raise anything on garbage
+        raise ImageError(name, f"broken or cut short ({_one_line(error)})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a picture with broken camera data is still a picture
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    if image.mode == "RGB":
+        return image.copy()
+    return image.convert("RGB")
+
+
+def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """One channel of 16 bits, 32 bits or floats `(H, W)` as uint8, black to white over the range that fits.
+
+    16-bit pictures run to 65535. Wider types do not say their range: it is the smallest of 1 (floats only),
+    255 and 65535 that holds every value, or else the largest value.
+    """
+    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    top = float(values.max(initial=0.0))
+    ranges = (
+        (65535.0,) if mode.startswith("I;16") else (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    )
+    white = next((limit for limit in ranges if top <= limit), top)
+    return (values.clip(0, white) * (255.0 / white) + 0.5).astype(np.uint8)

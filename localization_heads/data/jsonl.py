@@ -1,0 +1,83 @@
+"""Reading JSON lines from people: every line is an object or a reason why not, and memory stays bounded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from localization_heads.errors import UsageError
+
+MAX_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """A line of a data set that cannot be used, for the summary at the end of a run.
+
+    Args:
+        line: its number, from 1.
+        id: its id as far as it is known, else "".
+        reason: one line for people.
+    """
+
+    line: int
+    id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}" + (f" ({self.id})" if self.id else "") + f": {self.reason}"
+
+
+class BadLineError(ValueError):
+    """The line cannot be used; the message says why."""
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
+    """Yield `(line number, object)` of every line that is not blank, or a BadLineError in its place.
+
+    Raises UsageError when the file cannot be read. A line over 1 MB is passed over without being held.
+    """
+    try:
+        if path.is_dir():
+            raise UsageError(f"data_file={path} is a folder: name a .jsonl file in it")
+        if not path.is_file():
+            raise UsageError(f"data_file={path}: no such file")
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE_BYTES)
+                    yield number, BadLineError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB")
+                    continue
+                line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+                if line:
+                    yield number, _parse(line)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data_file={path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _parse(line: bytes) -> dict[str, Any] | BadLineError:
+    try:
+        value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        return BadLineError("not UTF-8 text")
+    except json.JSONDecodeError as error:
+        return BadLineError(f"not JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return BadLineError("not usable JSON: nested too deeply")
+    except ValueError as error:
+        return BadLineError(f"not usable JSON: {str(error)[:80]}")
+    if not isinstance(value, dict):
+        return BadLineError(
+            'not a JSON object: write {"id": ..., "prompt": ..., "image_path": ...} on each line'
+        )
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,0 +1,260 @@
+"""Data sets: JSON lines to `Sample`s, checked a line at a time, so that one bad line costs one sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from localization_heads.attention import Box
+from localization_heads.data.images import ImageError, find_file, is_address
+from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
+from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
+from localization_heads.errors import UsageError
+from localization_heads.store.paths import check_id, claimed_names, shown
+
+MAX_COORDINATE = 10_000_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and an expression that names something in it, with the truth where it is known.
+
+    Args:
+        image: a picture, the path of one, or an http(s) address.
+        bbox: xyxy in pixels of the image.
+        mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
+        line: where in its data set it stands, from 1; 0 if it comes from elsewhere.
+    """
+
+    image: Image.Image | str | Path
+    expression: str
+    id: str = ""
+    bbox: Box | None = None
+    mask: MaskSource | None = field(default=None, repr=False)
+    line: int = 0
+
+    @property
+    def image_file(self) -> str:
+        """The picture's path or address as text, "" for a picture in memory."""
+        return "" if isinstance(self.image, Image.Image) else str(self.image)
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """A data set: the samples in file order, and the lines that are none."""
+
+    path: Path
+    samples: list[Sample]
+    bad: list[BadEntry]
+
+
+@dataclass(frozen=True)
+class VisualizationEntry:
+    """A line of `visualize_attention.py mode=batch`: whose maps to draw, and which head's (None: the best ones).
+
+    Args:
+        attention_file: None if the line names none: it is then the one of the id in the output folder.
+    """
+
+    id: str
+    attention_file: Path | None = None
+    layer: int | None = None
+    head: int | None = None
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class VisualizationFile:
+    path: Path
+    entries: list[VisualizationEntry]
+    bad: list[BadEntry]
+
+
+def load_samples(data_file: str | Path) -> SampleFile:
+    """Read a data set. Bad lines are in `.bad`; UsageError if the file is missing, unreadable or empty."""
+    path = Path(data_file)
+    ids = _Ids()
+    samples: list[Sample] = []
+    bad: list[BadEntry] = []
+    for line, entry in read_objects(path):
+        id = ""
+        try:
+            if isinstance(entry, BadLineError):
+                raise entry
+            id = _id(entry, line)
+            sample = _sample(entry, id, line, path.parent)
+            ids.claim(id, line)
+            samples.append(sample)
+        except (BadLineError, ImageError, MaskError) as error:
+            bad.append(BadEntry(line, id, str(error)))
+    if not samples and not bad:
+        raise UsageError(f"data_file={path} is empty: it needs a JSON object on each line")
+    return SampleFile(path, samples, bad)
+
+
+def load_visualization_entries(data_file: str | Path) -> VisualizationFile:
+    """Read the entries of a visualization batch, as `load_samples` reads samples. One id may come many times."""
+    path = Path(data_file)
+    entries: list[VisualizationEntry] = []
+    bad: list[BadEntry] = []
+    for line, entry in read_objects(path):
+        id = ""
+        try:
+            if isinstance(entry, BadLineError):
+                raise entry
+            id = _id(entry, line)
+            entries.append(_visualization_entry(entry, id, line, path.parent))
+        except (BadLineError, ImageError) as error:
+            bad.append(BadEntry(line, id, str(error)))
+    if not entries and not bad:
+        raise UsageError(f"data_file={path} is empty: it needs a JSON object on each line")
+    return VisualizationFile(path, entries, bad)
+
+
+def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The sample's true mask, bool `(H, W)`, for its image of `size` `(W, H)`. UsageError, naming the line."""
+    if sample.mask is None:
+        raise UsageError(f"{_where(sample)}: it has no mask")
+    try:
+        return read_mask(sample.mask, size)
+    except (MaskError, ImageError) as error:
+        raise MaskError(f"{_where(sample)}: {error}") from error
+
+
+def _where(sample: Sample) -> str:
+    return f"line {sample.line} ({sample.id})" if sample.line else sample.id or "sample"
+
+
+class _Ids:
+    """The ids of a data set so far, and the file names that they claim."""
+
+    def __init__(self) -> None:
+        self._claimed: dict[str, tuple[str, int]] = {}
+
+    def claim(self, id: str, line: int) -> None:
+        """Claim the id's files; BadLineError if another line has claimed one of them."""
+        names = claimed_names(id)
+        for name in names:
+            if name in self._claimed:
+                other, at = self._claimed[name]
+                if other == id:
+                    raise BadLineError(f"the id {shown(id)} is that of line {at} already")
+                raise BadLineError(
+                    f"the id {shown(id)} would write over the files of {shown(other)} on line {at}"
+                )
+        self._claimed.update(dict.fromkeys(names, (id, line)))
+
+
+def _id(entry: Mapping[str, Any], line: int) -> str:
+    """The entry's id, or `line_<number>` if it has none."""
+    value = entry.get("id")
+    if value is None:
+        return f"line_{line}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadLineError("'id' must be text or a number")
+    try:
+        return check_id(value)
+    except ValueError as error:
+        raise BadLineError(str(error)) from error
+
+
+def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path) -> Sample:
+    return Sample(
+        image=_image(_text(entry, "image_path", ("image", "image_file")), folder),
+        expression=_text(entry, "prompt", ("query", "expression")),
+        id=id,
+        bbox=check_box(entry["bbox"]) if entry.get("bbox") is not None else None,
+        mask=_mask(entry["mask"], folder) if entry.get("mask") is not None else None,
+        line=line,
+    )
+
+
+def _text(entry: Mapping[str, Any], name: str, likely: tuple[str, ...] = ()) -> str:
+    value = entry.get(name)
+    if value is None:
+        meant = next((f" (it has '{other}')" for other in likely if other in entry), "")
+        raise BadLineError(f"'{name}' is missing{meant}")
+    if not isinstance(value, str):
+        raise BadLineError(f"'{name}' must be text")
+    if not value.strip():
+        raise BadLineError(f"'{name}' is empty")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise BadLineError(f"'{name}' is not valid Unicode text")
+    return value
+
+
+def _image(value: str, folder: Path) -> str | Path:
+    return value if is_address(value) else _file(value, folder)
+
+
+def _file(value: str, folder: Path) -> Path:
+    if "://" in value:
+        raise BadLineError(f"{shown(value)} is neither a path nor an http(s) address")
+    if "\0" in value:
+        raise BadLineError("a path cannot hold a NUL character")
+    return find_file(value, folder)
+
+
+def check_box(value: object) -> Box:
+    """Four finite numbers `[x0, y0, x1, y1]` with x1 > x0 and y1 > y0. Raises BadLineError.
+
+    >>> check_box([0, 0, 10, 5.5])
+    (0.0, 0.0, 10.0, 5.5)
+    """
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        raise BadLineError("'bbox' must be [x0, y0, x1, y1]")
+    for number in value:
+        # A comparison that is false for NaN
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, int | float)
+            or not abs(number) <= MAX_COORDINATE
+        ):
+            raise BadLineError("'bbox' must hold four numbers of pixels")
+    x0, y0, x1, y1 = (float(number) for number in value)
+    if x1 <= x0 or y1 <= y0:
+        raise BadLineError(
+            "'bbox' is empty or turned around: it is [x0, y0, x1, y1] with x1 > x0 and y1 > y0"
+        )
+    return x0, y0, x1, y1
+
+
+def _mask(value: object, folder: Path) -> MaskSource:
+    """The mask's form is checked here; its content when it is decoded."""
+    if isinstance(value, str):
+        return _file(value, folder)
+    if isinstance(value, dict):
+        run_size(value)
+        if not isinstance(value.get("counts"), str | list):
+            raise BadLineError("the mask's 'counts' must be text or a list of whole numbers")
+        return value
+    return flat_polygons(value)
+
+
+def _visualization_entry(entry: Mapping[str, Any], id: str, line: int, folder: Path) -> VisualizationEntry:
+    layer, head = _index(entry, "layer"), _index(entry, "head")
+    if (layer is None) != (head is None):
+        raise BadLineError("'layer' and 'head' go together: name both or none")
+    named = entry.get("attention_file") is not None
+    if not named and entry.get("id") is None:
+        raise BadLineError("'attention_file' is missing")
+    path = _file(_text(entry, "attention_file"), folder) if named else None
+    if path is not None and entry.get("id") is None:
+        id = path.stem
+    return VisualizationEntry(id, path, layer, head, line)
+
+
+def _index(entry: Mapping[str, Any], name: str) -> int | None:
+    value = entry.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value < 100_000):
+        raise BadLineError(f"'{name}' must be a whole number from 0 on")
+    return value

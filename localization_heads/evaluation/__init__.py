@@ -1,0 +1,1 @@
+"""How good the boxes and masks are."""

@@ -1,0 +1,151 @@
+"""The figure of criterion 2: one head's map, the cells above its mean, and their components."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import matplotlib.patheffects
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.figures.canvas import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    paper_style,
+    save,
+)
+from localization_heads.figures.overlay import Picture, draw_cells, draw_image, draw_map, prepare
+from localization_heads.figures.sheet import new_sheet, panel_size
+from localization_heads.heads.head import Head
+
+_HUES = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW)
+_SHADES = (
+    (0.0, 0.0),
+    (0.45, 1.0),
+    (0.45, 0.0),
+    (0.7, 1.0),
+    (0.65, 0.0),
+)  # how much of white (1) or black (0)
+_MAX_NAMES = 6
+_LEAST_NAMED = 0.02  # a smaller share is a cell or two: a number would hide it
+
+
+def plot_components(
+    image: Picture | None,
+    attention: AttentionMaps,
+    head: Head,
+    labels: NDArray[np.integer],
+    entropy: float,
+    path: str | Path | None = None,
+    *,
+    expression: str | None = None,
+) -> Figure:
+    """One head's map, the active cells, and their 8-connected components with the area share of each.
+
+    Args:
+        image: `None` draws the maps alone.
+        labels: `[h, w]`, the number of each cell's component; 0 where the map is not active.
+        entropy: spatial entropy `H = -sum p ln p` of the components, in nats; infinite without one.
+        expression: the title; by default the query of the map.
+    """
+    size = panel_size(attention.image_size, area=4.8, widest=3.1)
+    picture = prepare(image, max(size))
+    numbers, areas = np.unique(labels[labels > 0], return_counts=True)
+    order = np.argsort(-areas, kind="stable")
+    numbers, shares = numbers[order], areas[order] / max(1, areas.sum())
+    title = attention.query if expression is None else expression
+    with paper_style():
+        figure, (map_axes, binary_axes, component_axes) = new_sheet(size, 3, title)
+        for axes in (map_axes, binary_axes, component_axes):
+            draw_image(axes, picture, attention.image_size)
+        draw_map(map_axes, attention.attention[head], attention.image_box, opaque=image is None)
+        map_axes.set_title(f"{head}  S {attention.attention[head].sum():.2f}")
+        draw_cells(binary_axes, _paint(labels, numbers, [(1.0, 1.0, 1.0)]), attention.image_box)
+        binary_axes.set_title(f"active: {(labels > 0).mean():.0%} of cells")
+        draw_cells(component_axes, _paint(labels, numbers, _colours(len(numbers))), attention.image_box)
+        component_axes.set_title(_summary(shares, entropy))
+        _name_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
+        return save(figure, path)
+
+
+def _summary(shares: NDArray[np.floating], entropy: float) -> str:
+    """How many components there are, and their entropy."""
+    if not len(shares):
+        return "no component: H = ∞"
+    H = f"{entropy:.2f}" if math.isfinite(entropy) else "∞"
+    return f"{len(shares)} component{'s' if len(shares) > 1 else ''}: H = {H}"
+
+
+def _colours(count: int) -> list[tuple[float, float, float]]:
+    """As many colours, the largest component's first: seven hues, then lighter and darker shades of them."""
+    colours = []
+    for n in range(count):
+        share, towards = _SHADES[n // len(_HUES) % len(_SHADES)]
+        red, green, blue = (c * (1 - share) + towards * share for c in to_rgb(_HUES[n % len(_HUES)]))
+        colours.append((red, green, blue))
+    return colours
+
+
+def _paint(
+    labels: NDArray[np.integer], numbers: NDArray[np.integer], colours: list[tuple[float, float, float]]
+) -> NDArray[np.float64]:
+    """`[h, w, 4]`: the n-th component in the n-th colour (they repeat), the rest darkened."""
+    cells = np.zeros((*labels.shape, 4))
+    cells[..., 3] = 0.65
+    for n, number in enumerate(numbers):
+        cells[labels == number] = (*colours[n % len(colours)], 0.9)
+    return cells
+
+
+def _name_components(
+    axes: Axes,
+    labels: NDArray[np.integer],
+    numbers: NDArray[np.integer],
+    shares: NDArray[np.floating],
+    box: Box,
+    width: float,
+) -> None:
+    """Write the area share on the largest components, as far as the numbers do not cover each other.
+
+    Args:
+        box: the region of the image that the cells cover, in pixels.
+        width: of the axes, in inches.
+    """
+    x0, y0, x1, y1 = box
+    cell = np.array([(x1 - x0) / labels.shape[1], (y1 - y0) / labels.shape[0]])
+    (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
+    room = np.array([0.36, 0.17]) * W / width  # pixels that `100%` takes
+    rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")
+    placed: list[NDArray[np.floating]] = []
+    for number, share in zip(numbers[:_MAX_NAMES], shares, strict=False):
+        spots = np.array([x0, y0]) + (np.argwhere(labels == number)[:, ::-1] + 0.5) * cell  # [cell, (x, y)]
+        spots = spots[((spots > 0) & (spots < [W, H])).all(axis=1)]
+        if share < _LEAST_NAMED or not len(spots):
+            continue  # too small, or in the padding
+        # the component's own cell nearest to its middle: the middle of a ring is not on the ring
+        spot = spots[np.linalg.norm(spots - spots.mean(0), axis=1).argmin()]
+        margin = np.minimum(room / 2, [W / 2, H / 2])
+        spot = np.clip(spot, margin, [W, H] - margin)
+        if any((abs(spot - other) < room).all() for other in placed):
+            continue
+        placed.append(spot)
+        axes.text(
+            spot[0],
+            spot[1],
+            f"{share:.0%}",
+            ha="center",
+            va="center",
+            fontweight="bold",
+            path_effects=[rim],
+            zorder=6,
+        )

@@ -1,0 +1,211 @@
+"""Figures of a whole model: the two criteria over its heads (Fig. 3, Fig. 6a) and where its heads are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.patheffects
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from localization_heads.figures.canvas import (
+    BLUE,
+    COLOUR_MAP,
+    GREY,
+    VERMILLION,
+    new_figure,
+    paper_style,
+    save,
+)
+from localization_heads.heads.head import Head
+
+if TYPE_CHECKING:
+    from localization_heads.heads.ranking import HeadRanking
+
+_COLUMN = 3.4  # inches: a column of a two-column page
+_MAX_NAMES = 10  # more names than this do not fit beside the curve
+
+
+def plot_attention_sums(
+    sums: NDArray[np.floating],
+    tau: float | None,
+    path: str | Path | None = None,
+    *,
+    kept: NDArray[np.bool_] | None = None,
+    top: Sequence[Head] = (),
+    exclude_layers: int = 2,
+) -> Figure:
+    """Fig. 3: the heads in ascending order of average attention sum, the elbow, and the heads kept above it.
+
+    Args:
+        sums: `[layer, head]`, average attention sum `S` of every head.
+        tau: the threshold, as criterion 1 chose it or as the user set it; none where the rule has none.
+        kept: `[layer, head]`, the heads criterion 1 keeps; by default those with `S >= tau`, or none.
+        top: heads to mark and name, best first (ten names at most).
+        exclude_layers: the first layers, which are not considered and not drawn.
+    """
+    considered = [Head(layer, head) for layer, head in np.ndindex(sums.shape) if layer >= exclude_layers]
+    considered.sort(key=lambda head: sums[head])
+    curve = np.array([sums[head] for head in considered])  # [head], ascending
+    if kept is None:
+        kept = sums >= (np.inf if tau is None else tau)
+    is_kept = np.array([bool(kept[head]) for head in considered], dtype=bool)
+    with paper_style():
+        figure = new_figure(_COLUMN, 2.5)
+        axes = figure.add_subplot()
+        place = np.arange(1, len(curve) + 1)
+        axes.plot(place, curve, color=GREY, zorder=2)
+        axes.scatter(place[is_kept], curve[is_kept], s=5, color=BLUE, zorder=3)
+        axes.set_xlabel("Heads, in ascending order")
+        axes.set_ylabel("Average attention sum $S$")
+        if len(curve):
+            axes.plot(place[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)
+            axes.set_xlim(0, len(curve) * 1.03 + 0.5)
+            axes.set_ylim(0, max(curve[-1], tau or 0.0) * 1.06 or 1.0)
+            axes.set_title(f"{is_kept.sum()} of {len(curve)} heads kept", loc="left", color=BLUE)
+            if tau is not None:
+                _mark_elbow(axes, curve, tau)
+            _name_heads(axes, [(h, considered.index(h) + 1, sums[h]) for h in top if h in considered])
+        return save(figure, path)
+
+
+def _mark_elbow(axes: Axes, curve: NDArray[np.floating], tau: float) -> None:
+    """Mark where the ascending curve reaches tau, shade what lies above, and write its value."""
+    below = np.searchsorted(curve, tau)
+    axes.axvspan(below + 0.5, axes.get_xlim()[1], color=BLUE, alpha=0.12, linewidth=0)
+    axes.axhline(tau, color=VERMILLION, linewidth=0.9, linestyle="--", zorder=2)
+    crossing = np.interp(tau, curve, np.arange(1, len(curve) + 1))
+    axes.plot([crossing], [tau], "o", color="white", mec=VERMILLION, mew=1.4, markersize=6, zorder=5)
+    high = tau > 0.9 * axes.get_ylim()[1]
+    axes.annotate(
+        f"τ = {tau:.2f}" if tau >= 0.1 else f"τ = {tau:.2g}",
+        (0.02, tau),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -3 if high else 3),
+        textcoords="offset points",
+        color=VERMILLION,
+        va="top" if high else "bottom",
+    )
+
+
+def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]]) -> None:
+    """Mark heads (head, place, sum) on the curve; their names stand in a column left of it, in its order."""
+    marks = sorted(marks[:_MAX_NAMES], key=lambda mark: mark[1], reverse=True)
+    rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")  # over the lines it crosses
+    height = 0.95
+    for head, place, value in marks:
+        axes.plot([place], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6)
+        axes.annotate(
+            str(head),
+            (place, value),
+            xytext=(0.55, height),
+            textcoords="axes fraction",
+            ha="right",
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.4",
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (1, 0.5),
+            },
+            zorder=4,
+            path_effects=[rim],
+        )
+        height -= 0.08
+
+
+def plot_selection_frequency(
+    ranking: HeadRanking, path: str | Path | None = None, *, top: int = 15, emphasised: int = 3
+) -> Figure:
+    """Fig. 6a: the selection frequency of the first `top` heads, with its standard deviation over the draws.
+
+    Args:
+        emphasised: how many of them are the localization heads.
+    """
+    heads = ranking.heads[:top]
+    frequency = 100 * np.array([head.selection_frequency for head in heads])
+    deviation = 100 * np.array([head.selection_frequency_std for head in heads])
+    with paper_style():
+        figure = new_figure(max(_COLUMN, 0.9 + 0.17 * len(heads)), 2.4)
+        axes = figure.add_subplot()
+        place = np.arange(len(heads))
+        colours = [BLUE if i < emphasised else "#A9C4DA" for i in place]
+        axes.bar(place, frequency, width=0.75, color=colours, zorder=2)
+        if ranking.num_trials > 1:
+            axes.errorbar(
+                place, frequency, deviation, fmt="none", ecolor="0.15", elinewidth=0.9, capsize=2, zorder=3
+            )
+        axes.set_xticks(place, [str(Head(h.layer, h.head)) for h in heads], rotation=60, ha="right")
+        axes.tick_params(axis="x", length=0, pad=1)
+        for label in axes.get_xticklabels():
+            label.set_rotation_mode("anchor")
+        for label in axes.get_xticklabels()[:emphasised]:
+            label.set_fontweight("bold")
+        axes.set_xlim(-0.6, max(len(heads), 1) - 0.4)
+        axes.set_ylim(0, max(float((frequency + deviation).max(initial=0)) * 1.05, 1.0))
+        axes.set_ylabel("Selection frequency (%)")
+        axes.grid(axis="y", color="0.9", linewidth=0.6, zorder=0)
+        axes.set_title(_draws(ranking.num_trials, ranking.num_samples), loc="right", color="0.35")
+        return save(figure, path)
+
+
+def _draws(trials: int, samples: int) -> str:
+    """The caption that says what the error bars are."""
+    if trials > 1:
+        return f"± s.d. over {trials} draws of {samples:,} samples"
+    return f"{samples:,} sample{'s' if samples != 1 else ''}"
+
+
+def plot_head_grid(
+    values: NDArray[np.floating],
+    path: str | Path | None = None,
+    *,
+    label: str = "Selection frequency (%)",
+    top: Sequence[Head] = (),
+    exclude_layers: int = 0,
+) -> Figure:
+    """Layers x heads: one value for every head of the model, such as its selection frequency.
+
+    Args:
+        values: `[layer, head]`, in the unit that `label` names.
+        top: heads to frame.
+        exclude_layers: the first layers, which were not considered: left blank.
+    """
+    layers, heads = values.shape
+    with paper_style():
+        side = min(0.22, max(0.07, 2.6 / max(heads, 8)))  # inches a cell
+        width = side * heads
+        figure = new_figure(max(width, 0.3) + 1.3, max(1.2, side * layers) + 0.6)
+        axes = figure.add_subplot()
+        shown = np.array(values, dtype=float)
+        shown[:exclude_layers] = np.nan
+        axes.set_facecolor("0.92")
+        cells = axes.imshow(shown, cmap=COLOUR_MAP, vmin=0, interpolation="nearest", origin="lower")
+        for head in top:
+            axes.add_patch(
+                Rectangle(
+                    (head.head - 0.5, head.layer - 0.5),
+                    1,
+                    1,
+                    fill=False,
+                    ec=VERMILLION,
+                    lw=1.4,
+                    clip_on=False,
+                )
+            )
+        axes.set_xlabel("Head")
+        axes.set_ylabel("Layer")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.spines[:].set_visible(False)
+        bar = axes.inset_axes((1 + 0.08 / width, 0, 0.1 / width, 1))  # as high as the grid
+        figure.colorbar(cells, cax=bar, label=label).outline.set_visible(False)
+        return save(figure, path)

@@ -1,0 +1,94 @@
+"""A sheet of panels that all have the shape of one image, with a title above and a legend below.
+
+The places are reckoned in inches instead of left to a layout engine: titles keep their room whatever the
+shape of the image, and a page of twenty panels takes no time to arrange.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from localization_heads.figures.canvas import COLOUR_MAP, TITLE_SIZE
+from localization_heads.figures.text import wrap
+
+_PAGE = 9.9  # inches: the width a sheet may take
+_NARROWEST = 1.75  # inches: `L14H24  S 0.41  H 0.00` on one line
+_TALLEST = 2.9  # inches: a panel of a small area
+_GAP = 0.06  # inches between columns
+_PANEL_TITLE, _COLOUR_BAR, _LEGEND = 0.22, 0.2, 0.2  # inches high
+
+
+def panel_size(image_size: tuple[int, int], area: float, *, widest: float = math.inf) -> tuple[float, float]:
+    """Width and height in inches of a panel of `area` square inches for an image of `(W, H)` pixels.
+
+    Panels are made as wide as their titles where that does not make them too tall. Beyond 4:1 the panel
+    keeps its shape and the picture leaves some of it blank.
+    """
+    aspect = min(4.0, max(0.25, image_size[0] / image_size[1]))
+    width = min(max(math.sqrt(area * aspect), min(_NARROWEST, _TALLEST * aspect)), widest)
+    return width, width / aspect
+
+
+def new_sheet(
+    size: tuple[float, float],
+    panels: int,
+    title: str,
+    *,
+    titled: bool = True,
+    legend: Sequence[Line2D] = (),
+    bar: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` empty axes of `size` inches, in rows of even length.
+
+    Args:
+        title: what a person typed; wrapped to the width, one strip a line.
+        titled: whether each panel has a title of its own.
+        legend: entries of the legend at the bottom.
+        bar: whether to state how maps are coloured.
+    """
+    width = max(size[0], _NARROWEST) + _GAP
+    rows = max(1, math.ceil(panels / max(1, _PAGE // width)))
+    columns = max(1, math.ceil(panels / rows))
+    sheet = max(width * columns, 3.6)
+    lines = wrap(title, sheet - 0.1, TITLE_SIZE)
+    head = (lines.count("\n") + 1) * TITLE_SIZE * 1.25 / 72 + 0.06 if lines else 0.0
+    foot = _LEGEND * bool(legend) + _COLOUR_BAR * bar
+    row = size[1] + (_PANEL_TITLE if titled else _GAP)
+    figure = Figure(figsize=(sheet, head + row * rows + foot + 0.05))
+    figure.suptitle(lines, y=1, va="top", fontsize=TITLE_SIZE, linespacing=1.2, parse_math=False)
+    axes = []
+    for n in range(panels):
+        middle = sheet / 2 + width * (n % columns - (columns - 1) / 2)
+        bottom = foot + 0.05 + row * (rows - 1 - n // columns)
+        axes.append(_axes_at(figure, middle - size[0] / 2, bottom, *size))
+    if legend:
+        figure.legend(
+            handles=legend, loc="lower center", ncols=len(legend), handlelength=2.8, borderaxespad=0
+        )
+    if bar:
+        _colour_bar(figure, sheet, _LEGEND * bool(legend))
+    return figure, axes
+
+
+def _axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches from the bottom left corner."""
+    W, H = figure.get_size_inches()
+    return figure.add_axes((left / W, bottom / H, width / W, height / H))
+
+
+def _colour_bar(figure: Figure, sheet: float, bottom: float) -> None:
+    """State how all maps are coloured: each from 0 to its own maximum."""
+    width = min(2.0, sheet * 0.3)
+    axes = _axes_at(figure, (sheet - width) / 2 - 0.1, bottom + 0.09, width, 0.08)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOUR_MAP), cax=axes, orientation="horizontal")
+    bar.outline.set_visible(False)
+    axes.set_xticks([])
+    axes.text(-0.03, 0.45, "attention: 0", transform=axes.transAxes, ha="right", va="center")
+    axes.text(1.03, 0.45, "each map's maximum", transform=axes.transAxes, ha="left", va="center")

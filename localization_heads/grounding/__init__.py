@@ -1,0 +1,1 @@
+"""From attention maps to boxes and masks (Sec. 5 of the paper)."""

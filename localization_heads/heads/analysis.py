@@ -1,0 +1,58 @@
+"""One sample's verdict on every head: the rows of an analysis file, and the heads that this sample alone picks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, keep_heads
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import select_heads
+
+
+def kept_heads(statistics: HeadStatistics, options: CriteriaOptions) -> NDArray[np.bool_]:
+    """Criterion 1 with this sample's own elbow: bool `[layer, head]`."""
+    return keep_heads(
+        statistics.attention_sum,
+        tau=options.tau,
+        elbow=options.elbow,
+        exclude_layers=options.exclude_layers,
+    )
+
+
+def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
+    """The `k` heads that both criteria pick in this sample alone (the paper's "greedy" ablation, Tab. 5).
+
+    Fewer if fewer pass criterion 1 with a finite entropy.
+    """
+    kept = kept_heads(statistics, options)
+    if options.bottom_row_filter:
+        kept = kept & ~statistics.bottom_row_focus
+    return select_heads(statistics.attention_sum, statistics.spatial_entropy, kept, k)
+
+
+def analysis_rows(statistics: HeadStatistics, options: CriteriaOptions) -> list[dict[str, Any]]:
+    """A row a head, lowest spatial entropy first; ties as everywhere: higher sum, then layer, then head.
+
+    `above_threshold` says whether criterion 1 keeps the head in this sample; `head_idx` is `layer * H + head`.
+    """
+    kept = kept_heads(statistics, options)
+    everyone = np.ones_like(kept)
+    order = select_heads(statistics.attention_sum, statistics.spatial_entropy, everyone, kept.size)
+    without_component = [Head(*index) for index in np.argwhere(np.isinf(statistics.spatial_entropy)).tolist()]
+    return [_row(statistics, kept, head) for head in [*order, *without_component]]
+
+
+def _row(statistics: HeadStatistics, kept: NDArray[np.bool_], head: Head) -> dict[str, Any]:
+    return {
+        "layer": head.layer,
+        "head": head.head,
+        "head_idx": head.layer * kept.shape[1] + head.head,
+        "attn_sum": float(statistics.attention_sum[head]),
+        "spatial_entropy": float(statistics.spatial_entropy[head]),
+        "bottom_row_focus": bool(statistics.bottom_row_focus[head]),
+        "num_components": int(statistics.num_components[head]),
+        "above_threshold": bool(kept[head]),
+    }

@@ -1,0 +1,330 @@
+"""The two criteria that tell localization heads from the rest (Sec. 4 of the paper), for all heads at once.
+
+Criterion 1 asks how much a head looks at the image at all (attention sum), criterion 2 whether it looks at
+few places (spatial entropy). Every function takes maps `[..., h, w]` and works on the whole stack in numpy:
+the components of all heads are found by one labelling call. The readings of the published code that differ
+from the paper are named options, collected in `CriteriaOptions`; the defaults are the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage, special
+
+Weight = Literal["area", "mass"]
+ElbowRule = Literal["value", "index"]
+Threshold = float | Literal["mean"]
+
+
+@dataclass(frozen=True)
+class CriteriaOptions:
+    """Which reading of the recipe is used. The defaults are the paper's (Sec. 4, App. A and B).
+
+    Args:
+        entropy: what weighs a component: its `"area"` (paper) or its attention `"mass"` (published code).
+        threshold: a cell is active if `A > mean(A)` (`"mean"`, paper) or if `relu(A - mean(A))` exceeds this
+            number (published code: 0.001).
+        elbow: keep heads whose sum reaches the elbow's `"value"` (paper), or those whose flat index exceeds
+            the elbow's `"index"` in the sorted order (a bug of the published code, kept for comparison).
+        exclude_layers: the first layers that are left out everywhere.
+        bottom_row_filter: never mark a head in a sample where its whole bottom row is active.
+        tau: a fixed threshold for criterion 1 instead of the elbow; 0 switches the criterion off.
+
+    Raises:
+        ValueError: for a value outside these, naming the option.
+    """
+
+    entropy: Weight = "area"
+    threshold: Threshold = "mean"
+    elbow: ElbowRule = "value"
+    exclude_layers: int = 2
+    bottom_row_filter: bool = False
+    tau: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("entropy", self.entropy, get_args(Weight))
+        _check_choice("elbow", self.elbow, get_args(ElbowRule))
+        _check_threshold(self.threshold)
+        if isinstance(self.exclude_layers, bool) or not isinstance(self.exclude_layers, int):
+            raise ValueError(f"exclude_layers must be a whole number, not {self.exclude_layers!r}")
+        if self.exclude_layers < 0:
+            raise ValueError(f"exclude_layers must be 0 or more, not {self.exclude_layers}")
+        if not isinstance(self.bottom_row_filter, bool):
+            raise ValueError(f"bottom_row_filter must be true or false, not {self.bottom_row_filter!r}")
+        if self.tau is not None and not _is_number(self.tau):
+            raise ValueError(f"tau must be a finite number or none, not {self.tau!r}")
+        if self.tau is not None and self.elbow == "index":
+            raise ValueError("tau is a value: it cannot be combined with elbow=index")
+
+
+@dataclass(frozen=True)
+class HeadStatistics:
+    """What the criteria say of every head in one sample. Every array is `[layer, head]`.
+
+    `attention_sum` and `spatial_entropy` are float32 (entropy in nats, +inf for a map without component),
+    `num_components` int64, `bottom_row_focus` bool.
+    """
+
+    attention_sum: NDArray[np.float32]
+    spatial_entropy: NDArray[np.float32]
+    num_components: NDArray[np.int64]
+    bottom_row_focus: NDArray[np.bool_]
+
+
+def head_statistics(
+    attention: NDArray[np.floating[Any]], options: CriteriaOptions | None = None
+) -> HeadStatistics:
+    """Both criteria for every head of one sample, with one labelling of the whole stack.
+
+    Args:
+        attention: `[layer, head, h, w]`.
+        options: `entropy` and `threshold` matter here; the rest belongs to the ranking.
+
+    Raises:
+        ValueError: for a NaN or infinite map; the sample is unusable, not merely its worst head.
+    """
+    options = options or CriteriaOptions()
+    masks = binarise(attention, threshold=options.threshold)
+    labels = label_components(masks)
+    return HeadStatistics(
+        attention_sum=attention_sum(attention),
+        spatial_entropy=_entropy(attention, labels, options.entropy),
+        num_components=_counts(labels),
+        bottom_row_focus=np.asarray(masks[..., -1, :].all(axis=-1)),
+    )
+
+
+def attention_sum(maps: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """`S = sum_i a[i]` over the image tokens (criterion 1, Sec. 4.1), summed in float64.
+
+    Args:
+        maps: attention `[..., h, w]`, not renormalised over the image, so 0 <= S <= 1.
+
+    Returns:
+        float32 `[...]`.
+    """
+    sums = _as_maps(maps).sum(axis=(-2, -1), dtype=np.float64)
+    _check_finite(sums)
+    return np.asarray(sums, dtype=np.float32)
+
+
+def elbow(values: ArrayLike) -> float:
+    """`tau`: the sorted value farthest from the straight line between the smallest and the largest.
+
+    Keeping `value >= elbow(values)` is criterion 1 (Sec. 4.1, App. A).
+
+    >>> elbow([0.0, 0.1, 0.2, 1.0])
+    0.2
+    """
+    ordered = np.sort(_as_values(values))
+    return float(ordered[_elbow_of_sorted(ordered)])
+
+
+def elbow_index(values: ArrayLike) -> int:
+    """Position of the elbow in the ascending order of the values, from 0."""
+    return _elbow_of_sorted(np.sort(_as_values(values)))
+
+
+def _elbow_of_sorted(ordered: NDArray[np.float64]) -> int:
+    """`argmax_i |(n-1)(v_i - v_0) - i(v_{n-1} - v_0)|`, the first if several; 0 where there is no bend.
+
+    This is the vertical distance to the chord, times n-1. The perpendicular distance is the vertical one
+    times the cosine of the chord's slope, a constant, so both have the same argmax, and scaling either axis
+    changes nothing. Fewer than three values, equal values and values on a straight line have no bend: the
+    smallest is returned so that nothing is dropped.
+    """
+    last = len(ordered) - 1
+    rise = ordered[-1] - ordered[0]
+    distance = np.abs(last * (ordered - ordered[0]) - np.arange(last + 1) * rise)
+    index = int(np.argmax(distance))
+    # Values on a line are off it by rounding only, and rounding must not choose a threshold.
+    return index if distance[index] > 1e-9 * last * rise else 0
+
+
+def attention_sum_threshold(sums: NDArray[np.floating[Any]], *, exclude_layers: int = 2) -> float:
+    """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded."""
+    if exclude_layers >= sums.shape[0]:
+        raise ValueError(f"exclude_layers={exclude_layers} leaves none of the {sums.shape[0]} layers")
+    return elbow(sums[exclude_layers:].ravel())
+
+
+def keep_heads(
+    sums: NDArray[np.floating[Any]],
+    *,
+    tau: float | None = None,
+    elbow: ElbowRule = "value",
+    exclude_layers: int = 2,
+) -> NDArray[np.bool_]:
+    """Criterion 1: the heads with `S >= tau` outside the excluded layers.
+
+    Args:
+        sums: attention sums `[layer, head]`, averaged over the data set.
+        tau: the threshold; none takes the elbow of the layers that are not excluded.
+        elbow: `"index"` is the published bug: it keeps the heads whose flat index `layer * H + head` lies
+            above the elbow's position in the sorted order of *all* heads. It has no tau.
+        exclude_layers: that many first layers are never kept.
+
+    Returns:
+        bool `[layer, head]`.
+    """
+    _check_choice("elbow", elbow, get_args(ElbowRule))
+    threshold = attention_sum_threshold(sums, exclude_layers=exclude_layers) if tau is None else tau
+    if elbow == "value":
+        kept = sums >= threshold
+    elif tau is None:
+        kept = np.arange(sums.size).reshape(sums.shape) > elbow_index(sums.ravel())
+    else:
+        raise ValueError("tau is a value: it cannot be combined with elbow=index")
+    kept[:exclude_layers] = False
+    return kept
+
+
+def binarise(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
+    """`A > mean(A)`, each map by its own mean; or `relu(A - mean(A)) > threshold` for a number.
+
+    The comparison is strict, so a constant map has no active cell.
+
+    Args:
+        maps: `[..., h, w]`.
+
+    Returns:
+        bool `[..., h, w]`.
+
+    Raises:
+        ValueError: for a NaN or infinite map, or a negative threshold.
+    """
+    maps = _as_maps(maps)
+    _check_threshold(threshold)
+    offset = 0.0 if threshold == "mean" else float(threshold)
+    return np.asarray(maps > _means(maps) + offset)
+
+
+def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the 8-connected components of a stack of masks, 1..n through the whole stack; 0 is background.
+
+    Args:
+        masks: bool `[..., h, w]`.
+
+    Returns:
+        int32 `[..., h, w]`; the numbers of one map are consecutive and above those of the maps before it.
+    """
+    neighbours = np.zeros((3, 3, 3), dtype=bool)
+    neighbours[1] = True  # eight neighbours in the plane, none in the planes beside it
+    labels, _ = ndimage.label(masks.reshape(-1, *masks.shape[-2:]), structure=neighbours, output=np.int32)
+    return labels.reshape(masks.shape)
+
+
+def component_count(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.int64]:
+    """Number of 8-connected components of each binarised map: int64 `[...]`."""
+    return _counts(label_components(binarise(maps, threshold=threshold)))
+
+
+def spatial_entropy(
+    maps: NDArray[np.floating[Any]], *, weight: Weight = "area", threshold: Threshold = "mean"
+) -> NDArray[np.float32]:
+    """`H = -sum_i p_i ln p_i` over the 8-connected components (criterion 2, Sec. 4.2, App. B).
+
+    With `weight="area"`, `p_i = |C_i| / sum_j |C_j|`. With `"mass"` (published code), `p_i` is the
+    component's `sum relu(A - mean)` over that of the whole map; under a numeric threshold these shares need
+    not add up to 1.
+
+    Args:
+        maps: attention `[..., h, w]`; the entropy does not change if a map is scaled.
+
+    Returns:
+        float32 `[...]` in nats; 0 for one component, +inf for none. Maps whose components have the same
+        areas get the same bits wherever the components lie, so that ties are ties.
+
+    Raises:
+        ValueError: for a NaN or infinite map.
+    """
+    _check_choice("weight", weight, get_args(Weight))
+    return _entropy(maps, label_components(binarise(maps, threshold=threshold)), weight)
+
+
+def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
+    """Whether every cell of the bottom row is active (the published code's flag): bool `[...]`."""
+    return np.asarray(binarise(maps, threshold=threshold)[..., -1, :].all(axis=-1))
+
+
+def _entropy(
+    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], weight: Weight
+) -> NDArray[np.float32]:
+    counts = _counts(labels).ravel()  # (n,)
+    owner = np.repeat(np.arange(counts.size), counts)  # (components,): the map each belongs to
+    shares = _area_shares(labels, owner) if weight == "area" else _mass_shares(maps, labels, owner)
+    # Summed from the smallest share up, the result does not depend on where the components lie.
+    shares = shares[np.lexsort((shares, owner))]
+    sums = np.bincount(owner, weights=special.xlogy(shares, shares), minlength=counts.size)
+    entropy = np.where(counts > 0, np.abs(sums), np.inf)
+    return entropy.reshape(labels.shape[:-2]).astype(np.float32)
+
+
+def _area_shares(labels: NDArray[np.int32], owner: NDArray[np.intp]) -> NDArray[np.float64]:
+    areas = np.bincount(labels.ravel(), minlength=owner.size + 1)[1:]
+    return np.asarray(areas / np.bincount(owner, weights=areas)[owner])
+
+
+def _mass_shares(
+    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], owner: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    excess = np.maximum(maps - _means(maps), 0.0)
+    masses = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=owner.size + 1)[1:]
+    totals = excess.sum(axis=(-2, -1)).ravel()
+    # The two sums add the cells in different orders: rounding makes a lone component's share exactly 1.
+    return np.asarray(np.round(masses / totals[owner], 12))
+
+
+def _counts(labels: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Components of each map. Labels only grow along the stack, so the maximum so far counts them."""
+    top = np.maximum.accumulate(labels.reshape(-1, labels.shape[-2] * labels.shape[-1]).max(axis=1))
+    return np.diff(top, prepend=0).astype(np.int64).reshape(labels.shape[:-2])
+
+
+def _means(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Mean of each map in float64 `[..., 1, 1]`."""
+    means = maps.mean(axis=(-2, -1), dtype=np.float64, keepdims=True)
+    _check_finite(means)
+    # A rounded mean may fall an ulp below the smallest cell, and a constant map would be active everywhere.
+    return np.maximum(means, maps.min(axis=(-2, -1), keepdims=True))
+
+
+def _as_maps(maps: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    maps = np.asarray(maps)
+    if maps.ndim < 2 or 0 in maps.shape[-2:]:
+        raise ValueError(f"attention maps must be [..., h, w] with at least one cell, not {maps.shape}")
+    return maps
+
+
+def _as_values(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if array.size == 0:
+        raise ValueError("the elbow of no values is not defined")
+    if not np.isfinite(array).all():
+        raise ValueError("attention sums must be finite: they hold NaN or infinite values")
+    return array
+
+
+def _check_finite(totals: NDArray[np.float64]) -> None:
+    # A sum or mean is finite exactly if all its cells are: one look per map instead of one per cell.
+    if not np.isfinite(totals).all():
+        raise ValueError("attention maps must be finite: they hold NaN or infinite values")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_threshold(threshold: object) -> None:
+    if threshold != "mean" and not (_is_number(threshold) and float(threshold) >= 0):  # type: ignore[arg-type]
+        raise ValueError(f"threshold must be mean or a number of at least 0, not {threshold!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

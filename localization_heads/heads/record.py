@@ -1,0 +1,237 @@
+"""`HeadRanking`: the ranked heads of one model and the recipe that ranked them, as `heads.json` holds them.
+
+The file may come from anywhere (a colleague, a web page, an editor), so reading it trusts nothing: every
+field is checked and anything unexpected is a `UsageError` that names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from localization_heads.errors import UsageError
+from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.heads.head import Head
+
+
+@dataclass(frozen=True)
+class RankedHead:
+    """One head with its evidence; averages are over the samples drawn.
+
+    Args:
+        selection_frequency: share of the samples that marked it, averaged over the trials, 0 to 1.
+        selection_frequency_std: its (population) standard deviation over the trials.
+        attention_sum: mean attention sum.
+        spatial_entropy: mean over the samples where it is finite, in nats; none if there is no such sample.
+        kept: whether criterion 1 keeps it.
+    """
+
+    layer: int
+    head: int
+    selection_frequency: float
+    selection_frequency_std: float
+    attention_sum: float
+    spatial_entropy: float | None
+    kept: bool = True
+
+    @property
+    def address(self) -> Head:
+        return Head(self.layer, self.head)
+
+
+@dataclass(frozen=True)
+class HeadRanking:
+    """The heads of a model, best first, and the recipe that ranked them.
+
+    `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
+    `tau` is the threshold of criterion 1 averaged over the trials; none for `elbow="index"`, which has none.
+    """
+
+    heads: tuple[RankedHead, ...]
+    tau: float | None
+    top_n: int
+    num_samples: int
+    num_trials: int
+    options: CriteriaOptions = field(default_factory=CriteriaOptions)
+    model: str = ""
+
+    CSV_HEADER = (
+        "rank",
+        "layer",
+        "head",
+        "selection_frequency",
+        "selection_frequency_std",
+        "attention_sum",
+        "spatial_entropy",
+        "kept",
+    )
+
+    @property
+    def exclude_layers(self) -> int:
+        return self.options.exclude_layers
+
+    @property
+    def kept(self) -> tuple[RankedHead, ...]:
+        """The heads that pass criterion 1, best first."""
+        return tuple(head for head in self.heads if head.kept)
+
+    def top(self, k: int = 3) -> list[Head]:
+        """The `k` localization heads (Sec. 4.3; the paper takes three).
+
+        Raises:
+            ValueError: if fewer than `k` heads passed criterion 1, or `k` is below 1.
+        """
+        if k < 1:
+            raise ValueError(f"the number of heads must be at least 1, not {k}")
+        if len(self.kept) < k:
+            raise ValueError(f"only {len(self.kept)} heads passed criterion 1: {k} cannot be taken")
+        return [head.address for head in self.kept[:k]]
+
+    def csv_rows(self) -> Iterator[tuple[object, ...]]:
+        """A row a head, ranked from 1, in the order of `CSV_HEADER`; a missing entropy is empty."""
+        for rank, head in enumerate(self.heads, start=1):
+            entropy = "" if head.spatial_entropy is None else _rounded(head.spatial_entropy)
+            frequency = _rounded(head.selection_frequency), _rounded(head.selection_frequency_std)
+            yield (
+                rank,
+                head.layer,
+                head.head,
+                *frequency,
+                _rounded(head.attention_sum),
+                entropy,
+                int(head.kept),
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `heads.json`: plain values, numbers rounded to six decimals, kept heads only."""
+        return {
+            "version": 1,
+            "model": self.model,
+            "num_samples": self.num_samples,
+            "num_trials": self.num_trials,
+            "tau": None if self.tau is None else _rounded(self.tau),
+            "top_n": self.top_n,
+            "exclude_layers": self.options.exclude_layers,
+            "criteria": {
+                "entropy": self.options.entropy,
+                "threshold": self.options.threshold,
+                "elbow": self.options.elbow,
+                "bottom_row_filter": self.options.bottom_row_filter,
+                "tau": self.options.tau,
+            },
+            "heads": [_head_to_json(head) for head in self.kept],
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> HeadRanking:
+        """Read what `to_json` wrote, or a hand-made file with the same keys; the order of heads is kept.
+
+        Raises:
+            UsageError: naming what is wrong, for anything that is not such a ranking.
+        """
+        fields = _Fields(data, "heads.json")
+        if fields.integer("version", 1) != 1:
+            raise UsageError(f"heads.json: version must be 1, not {fields.values['version']!r}")
+        heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
+        addresses = [head.address for head in heads]
+        if len(set(addresses)) < len(addresses):
+            twice = next(address for address in addresses if addresses.count(address) > 1)
+            raise UsageError(f"heads.json: {twice} is listed twice")
+        return cls(
+            heads=heads,
+            tau=fields.number("tau"),
+            top_n=fields.integer("top_n", 1),
+            num_samples=fields.integer("num_samples", 1),
+            num_trials=fields.integer("num_trials", 1),
+            options=_options_from_json(fields),
+            model=fields.text("model"),
+        )
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6)
+
+
+def _head_to_json(head: RankedHead) -> dict[str, Any]:
+    return {
+        "layer": head.layer,
+        "head": head.head,
+        "selection_frequency": _rounded(head.selection_frequency),
+        "selection_frequency_std": _rounded(head.selection_frequency_std),
+        "attention_sum": _rounded(head.attention_sum),
+        "spatial_entropy": None if head.spatial_entropy is None else _rounded(head.spatial_entropy),
+    }
+
+
+def _head_from_json(entry: object, number: int) -> RankedHead:
+    fields = _Fields(entry, f"heads.json: heads[{number}]")
+    return RankedHead(
+        layer=fields.integer("layer"),
+        head=fields.integer("head"),
+        selection_frequency=fields.required_number("selection_frequency", 0.0, 1.0),
+        selection_frequency_std=fields.required_number("selection_frequency_std", 0.0),
+        attention_sum=fields.required_number("attention_sum"),
+        spatial_entropy=fields.number("spatial_entropy", 0.0),
+    )
+
+
+def _options_from_json(fields: _Fields) -> CriteriaOptions:
+    """The recipe's reading; a file without `criteria` is taken as the paper's."""
+    given = fields.values.get("criteria", {})
+    known = {"entropy", "threshold", "elbow", "bottom_row_filter", "tau"}
+    if not isinstance(given, dict) or not set(given) <= known:
+        raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(known))}")
+    try:
+        return CriteriaOptions(exclude_layers=fields.integer("exclude_layers"), **given)
+    except ValueError as error:
+        raise UsageError(f"heads.json: criteria: {error}") from None
+
+
+class _Fields:
+    """Typed access to a JSON object of unknown origin: anything unexpected is a `UsageError`."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            raise UsageError(f"{where} must be an object with named fields, not {type(data).__name__}")
+        self.values: dict[str, Any] = data
+        self.where = where
+
+    def get(self, name: str) -> object:
+        if name not in self.values:
+            raise UsageError(f"{self.where}: '{name}' is missing")
+        return self.values[name]
+
+    def integer(self, name: str, least: int = 0) -> int:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._wrong(name, f"a whole number of at least {least}")
+        return value
+
+    def number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
+        """A finite number within the limits, or none."""
+        return None if self.get(name) is None else self.required_number(name, least, most)
+
+    def required_number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number")
+        if not (abs(value) < 1e300 and least <= value <= most):  # also refuses NaN and integers too large
+            raise self._wrong(name, "finite" if most == math.inf else f"between {least:g} and {most:g}")
+        return float(value)
+
+    def sequence(self, name: str) -> list[object]:
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a text")
+        return value
+
+    def _wrong(self, name: str, wanted: str) -> UsageError:
+        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {str(self.values[name])[:40]!r}")

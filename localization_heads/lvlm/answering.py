@@ -1,0 +1,100 @@
+"""The model's own answers: one conversation about one picture, streamed token by token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from localization_heads.errors import WorkError
+from localization_heads.lvlm.model import LVLM
+
+
+@dataclass
+class Conversation:
+    """What has been said so far about a picture; `ask` continues it."""
+
+    lvlm: LVLM
+    image: Image.Image | None = None
+    max_new_tokens: int = 128
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def look_at(self, image: Image.Image) -> None:
+        """Take up another picture; what was said about the last one is forgotten."""
+        self.image = image
+        self.messages.clear()
+
+    def ask(self, question: str) -> Generator[str, None, None]:
+        """The answer in pieces. Closing the iterator stops the model; what was said until then is kept."""
+        turn = _turn("user", question, with_image=self.image is not None and not self.messages)
+        prompt = self._prompt([*self.messages, turn], question)
+        pieces: list[str] = []
+        try:
+            for piece in stream(self.lvlm, self.image, prompt, self.max_new_tokens):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.messages += [turn, _turn("assistant", "".join(pieces).strip())]
+
+    def _prompt(self, messages: list[dict[str, Any]], question: str) -> str:
+        if self.lvlm.conv_mode == "chat":
+            return self.lvlm.apply_chat_template(messages)
+        return self.lvlm.prompt(question)  # the other templates know no turns
+
+
+def stream(
+    lvlm: LVLM, image: Image.Image | None, prompt: str, max_new_tokens: int
+) -> Generator[str, None, None]:
+    """Greedy generation in a thread, its text as it comes. The thread ends with the iterator.
+
+    Raises:
+        WorkError: the generation failed.
+    """
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+    inputs = _inputs(lvlm, image, prompt)
+    streamer = TextIteratorStreamer(lvlm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stopped, problems = threading.Event(), list[Exception]()
+
+    def generate() -> None:
+        try:
+            with torch.inference_mode():
+                lvlm.model.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([lambda ids, *_, **__: _flags(ids, stopped)]),
+                )
+        except Exception as error:
+            problems.append(error)
+            streamer.end()  # or the reader would wait for ever
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    try:
+        yield from streamer
+    finally:
+        stopped.set()
+        thread.join()
+    if problems:
+        raise WorkError(f"the model could not answer: {problems[0]}") from problems[0]
+
+
+def _flags(ids: torch.Tensor, stopped: threading.Event) -> torch.Tensor:
+    return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
+
+
+def _inputs(lvlm: LVLM, image: Image.Image | None, prompt: str) -> dict[str, Any]:
+    if image is not None:
+        return lvlm.encode([image], [prompt])
+    return dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.model.device))
+
+
+def _turn(role: str, text: str, *, with_image: bool = False) -> dict[str, Any]:
+    content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+    return {"role": role, "content": [*content, {"type": "text", "text": text}]}

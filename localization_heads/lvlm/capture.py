@@ -1,0 +1,137 @@
+"""Capture the query token's attention while the model runs its own fast attention.
+
+transformers looks its attention functions up in one registry at every call. We wrap the registered functions in
+place (counted, under a lock, undone with the last capture); a wrapper acts only if a recorder is active in the
+current context *and* the calling module belongs to that recorder. So no configuration changes, nested captures
+and other threads do not meet, and the vision tower is never touched.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from localization_heads.errors import WorkError
+from localization_heads.lvlm.row import attention_row
+
+AttentionFunction = Callable[..., Any]
+
+_recorder: ContextVar[Recorder | None] = ContextVar("attention_recorder", default=None)
+_lock = threading.Lock()
+_open_captures = 0
+_originals: dict[str, AttentionFunction] = {}
+
+
+class StopForward(BaseException):
+    """Raised inside the forward pass once the deepest wanted layer has been seen.
+
+    A signal, not an error: no `except Exception` on the way may swallow it.
+    """
+
+
+class Recorder:
+    """Rows by layer, filled in while the model runs.
+
+    Args:
+        modules: the attention module of each LM layer, by layer index.
+        stop_after: the layer after whose row the forward pass is abandoned (early exit), or None.
+    """
+
+    def __init__(self, modules: dict[int, nn.Module], stop_after: int | None = None) -> None:
+        self.layer_of = {id(module): layer for layer, module in modules.items()}
+        self.stop_after = stop_after
+        self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
+
+    def see(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict) -> None:
+        """Record the row of one layer; only its first call counts (later ones are decoding steps)."""
+        layer = self.layer_of.get(id(module))
+        if layer is None or layer in self.rows:
+            return
+        self.rows[layer] = attention_row(module, query, key, mask, **extras)
+        if layer == self.stop_after:
+            raise StopForward
+
+
+@contextmanager
+def capture(modules: dict[int, nn.Module], stop_after: int | None = None) -> Iterator[Recorder]:
+    """Record the last query position's attention of every given module during the `with` block.
+
+    >>> with capture(lvlm.attention_modules) as recorder:          # doctest: +SKIP
+    ...     lvlm.model(**inputs)
+    >>> recorder.rows[14].shape                                    # doctest: +SKIP
+    torch.Size([1, 32, 640])
+    """
+    recorder = Recorder(modules, stop_after)
+    _install()
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    except StopForward:
+        pass
+    finally:
+        _recorder.reset(token)
+        _uninstall()
+
+
+def attention_modules(model: Any) -> dict[int, nn.Module]:
+    """The self-attention module of every LM layer that has one, by layer index.
+
+    Hybrid models have layers without attention heads: they have no entry.
+    """
+    decoder = model.get_decoder()
+    layers: Sequence[nn.Module] | None = getattr(decoder, "layers", None)
+    if layers is None:
+        raise WorkError(
+            f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
+        )
+    found = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(layers)}
+    modules = {index: module for index, module in found.items() if module is not None}
+    if not modules:
+        raise WorkError(f"{type(model).__name__}: no layer of its language model has attention heads")
+    return modules
+
+
+def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        original = registered or _eager_function(module)
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder.see(module, query, key, mask, kw)
+        return original(module, query, key, value, mask, *args, **kw)
+
+    return attention
+
+
+def _eager_function(module: nn.Module) -> AttentionFunction:
+    """Eager attention is not in the registry: every modelling file has its own."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _install() -> None:
+    global _open_captures
+    with _lock:
+        if _open_captures == 0:
+            registry = AttentionInterface._global_mapping
+            _originals.update(registry)
+            registry.update({name: _wrap(function) for name, function in _originals.items()})
+            registry["eager"] = _wrap(None)
+        _open_captures += 1
+
+
+def _uninstall() -> None:
+    global _open_captures
+    with _lock:
+        _open_captures -= 1
+        if _open_captures == 0:
+            AttentionInterface._global_mapping.pop("eager", None)
+            AttentionInterface._global_mapping.update(_originals)
+            _originals.clear()

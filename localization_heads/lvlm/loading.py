@@ -1,0 +1,221 @@
+"""`load_model`: from a name to a ready `LVLM`, with an error for people when that is not possible."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm.geometry import FAMILIES
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
+from localization_heads.lvlm.spec import CONVERTED, EMBEDDED, ModelSpec, find_spec
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_FACTS = "localization_heads.json"  # beside a checkpoint: what the tool should know about it
+
+
+def load_model(
+    name: str | ModelSpec = "tiny",
+    *,
+    dtype: str | None = None,
+    device: str | int | None = "auto",
+    device_map: str | None = None,
+    quantization: str | None = None,
+    conv_mode: str = "referseg",
+) -> LVLM:
+    """Load a vision-language model whose attention can be captured.
+
+    Args:
+        name: `tiny` (the embedded model), another file of `config/model/`, a Hugging Face id or a local folder.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`; None for what the model's config says.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or a GPU's number. Ignored with a `device_map`.
+        device_map: spread the model over devices, as in transformers (`auto`, `balanced`, ...).
+        quantization: None, `8bit` or `4bit` (needs the extra `quantization`).
+        conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`.
+
+    Raises:
+        UsageError: an option or a name that cannot be.
+        WorkError: the weights cannot be had or read.
+    """
+    if conv_mode not in CONV_MODES:
+        raise UsageError(f"conv_mode={conv_mode}: choose one of {', '.join(CONV_MODES)}")
+    spec = find_spec(name) if isinstance(name, str) else name
+    given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
+    spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
+    if spec.name in CONVERTED:
+        log.warning(
+            "%s is in the original LLaVA format: taking its converted twin %s",
+            spec.name,
+            CONVERTED[spec.name],
+        )
+        spec = replace(spec, name=CONVERTED[spec.name])
+    source = _source(spec)
+    target = None if spec.device_map else pick_device(device)
+    _check_family(source, spec)
+    processor, model = _load_processor(source, spec), _load_weights(source, spec)
+    if target is not None and not spec.quantization:
+        model.to(target)
+    return LVLM(model.eval(), processor, spec, system=_system_sentence(source, spec), conv_mode=conv_mode)
+
+
+def pick_device(device: str | int | None) -> torch.device:
+    """`auto` takes a GPU if there is one. Raises UsageError for a device that this machine lacks."""
+    text = "auto" if device is None else str(device)
+    if text == "auto":
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    text = f"cuda:{text}" if text.isdecimal() else text
+    try:
+        wanted = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"device={device}: write auto, cpu, cuda, cuda:1, mps or a GPU's number") from None
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (wanted.index or 0) >= count.get(wanted.type, 0):
+        raise UsageError(f"device={device}: this machine has no such device; device=auto takes what there is")
+    return wanted
+
+
+def _source(spec: ModelSpec) -> str:
+    """What `from_pretrained` is given: the embedded folder, a local folder, or a hub id."""
+    if spec.name == EMBEDDED:
+        return str(files("localization_heads") / "lvlm" / "embedded")
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(
+                f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
+            )
+        return str(folder)
+    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
+        raise UsageError(
+            f"model.name={spec.name}: no such folder, and no Hugging Face id (owner/name) either; "
+            "model=tiny is the embedded model"
+        )
+    return spec.name
+
+
+def _check_family(source: str, spec: ModelSpec) -> None:
+    """Refuse a model of an unknown family before its weights are fetched."""
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, source, spec)
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UsageError(
+            f"model.name={spec.name} is of the family '{config.model_type}', whose image geometry is not known here "
+            f"(known: {known})"
+        )
+
+
+def _load_processor(source: str, spec: ModelSpec) -> Any:
+    from transformers import AutoProcessor
+
+    logging.getLogger("transformers").addFilter(_no_torchvision_warning)
+    processor = _from_pretrained(AutoProcessor, source, spec)
+    if spec.pad_to_square is not None:
+        processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
+    return processor
+
+
+def _padding_processor(image_processor: Any, pad: bool) -> Any:
+    """LLaVA's image processor with the given one's settings: unlike CLIP's it can pad to a square."""
+    from transformers import LlavaImageProcessor, LlavaImageProcessorPil
+    from transformers.utils import is_torchvision_available
+
+    settings = {
+        k: v
+        for k, v in image_processor.to_dict().items()
+        if k not in ("image_processor_type", "processor_class")
+    }
+    kind = LlavaImageProcessor if is_torchvision_available() else LlavaImageProcessorPil
+    return kind(**{**settings, "do_pad": pad})
+
+
+def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    if spec.dtype not in DTYPES:
+        raise UsageError(f"model.dtype={spec.dtype}: choose one of {', '.join(DTYPES)}")
+    options: dict[str, Any] = {"dtype": DTYPES[spec.dtype]}
+    if spec.device_map:
+        options["device_map"] = spec.device_map
+    if spec.attn_implementation:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization:
+        options["quantization_config"] = _quantization(spec.quantization)
+        options.setdefault("device_map", "auto")
+    return _from_pretrained(AutoModelForImageTextToText, source, spec, **options)
+
+
+def _quantization(bits: str) -> Any:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if bits not in ("4bit", "8bit"):
+        raise UsageError(f"model.quantization={bits}: choose 4bit, 8bit or null")
+    if not is_bitsandbytes_available():
+        raise UsageError("model.quantization needs an extra: pip install 'localization-heads[quantization]'")
+    return BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
+
+
+def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) -> Any:
+    """`kind.from_pretrained`, whose many ways to fail become one line that says what to do."""
+    local = Path(source).is_dir()
+    _progress_bars(enabled=not local)  # a download shows its bars; reading a local file needs none
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return kind.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+    except (OSError, ConnectionError, TimeoutError) as error:
+        raise WorkError(_why(error, spec, local)) from error
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
+    if local:
+        return f"model.name={spec.name} cannot be read: {_first_line(error)}"
+    return (
+        f"model.name={spec.name} is neither a folder here nor to be had from the Hugging Face hub "
+        f"({_first_line(error)}). Without a network: model=tiny runs the embedded model, "
+        "model.name=/path/to/folder a model saved on this machine"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _system_sentence(source: str, spec: ModelSpec) -> str:
+    """The config's sentence, else the one the checkpoint's folder brings, else LLaVA's."""
+    if spec.system is not None:
+        return spec.system
+    facts = Path(source) / _FACTS
+    if facts.is_file():
+        system = json.loads(facts.read_text(encoding="utf-8")).get("system")
+        if isinstance(system, str):
+            return system
+    return LLAVA_SYSTEM
+
+
+def _no_torchvision_warning(record: logging.LogRecord) -> bool:
+    """The PIL image processors give the same geometry: nobody needs to hear that torchvision is missing."""
+    return "torchvision" not in record.getMessage()
+
+
+def _progress_bars(*, enabled: bool) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    (transformers_logging.enable_progress_bar if enabled else transformers_logging.disable_progress_bar)()

@@ -1,0 +1,140 @@
+"""Every option's rule in one table: `check_options` turns a wrong value into one line that names the option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from localization_heads.errors import UsageError
+
+Rule = Callable[[Any], str | None]
+"""Says what a value must be, or None if it is fine."""
+
+
+def one_of(*choices: str) -> Rule:
+    return lambda value: None if value in choices else f"choose one of {', '.join(choices)}"
+
+
+def whole(least: int, most: int | None = None) -> Rule:
+    """An integer in a range; `true` is not one."""
+
+    def rule(value: Any) -> str | None:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        fits = fits and value >= least and (most is None or value <= most)
+        upper = f" and at most {most}" if most is not None else ""
+        return None if fits else f"give a whole number of at least {least}{upper}"
+
+    return rule
+
+
+def number(least: float) -> Rule:
+    def rule(value: Any) -> str | None:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return None if fits and value >= least else f"give a number of at least {least:g}"
+
+    return rule
+
+
+def odd(value: Any) -> str | None:
+    """A kernel has a middle."""
+    return whole(1)(value) or (None if value % 2 else "give an odd number")
+
+
+def switch(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "give true or false"
+
+
+def text(value: Any) -> str | None:
+    return None if isinstance(value, (str, int, float)) and str(value).strip() else "give a text"
+
+
+def or_null(rule: Rule) -> Rule:
+    def either(value: Any) -> str | None:
+        problem = None if value is None else rule(value)
+        return f"{problem}, or null" if problem else None
+
+    return either
+
+
+def or_word(word: str, rule: Rule) -> Rule:
+    def either(value: Any) -> str | None:
+        problem = None if value == word else rule(value)
+        return f"{problem}, or write {word}" if problem else None
+
+    return either
+
+
+STAGES = ("batch", "find", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize")
+
+RULES: dict[str, Rule] = {
+    "stage": one_of(*STAGES),
+    "mode": one_of("single", "batch"),
+    "image_file": or_null(text),
+    "query": or_null(text),
+    "attention_file": or_null(text),
+    "data_file": or_null(text),
+    "output_dir": or_null(text),
+    "save_id": or_null(text),
+    "process_all": switch,
+    "start_index": whole(0),
+    "end_index": whole(-1),
+    "attention_format": one_of("pkl", "safetensors"),
+    "visualize_batch": switch,
+    "visualize_limit": or_null(whole(0)),
+    "top_k": whole(1, 100),
+    "show_plot": switch,
+    "save_fig": switch,
+    "show_components": switch,
+    "cli_mode": switch,
+    "conv_mode": one_of("referseg", "chat", "plain"),
+    "batch_size": whole(1),
+    "max_new_tokens": whole(0),
+    "k": whole(1),
+    "top_n": whole(1),
+    "num_trials": whole(1),
+    "num_samples": whole(1),
+    "random_seed": whole(0, 2**32 - 1),
+    "layer": or_null(whole(0)),
+    "head": or_null(whole(0)),
+    "debug": switch,
+    "criteria.entropy": one_of("area", "mass"),
+    "criteria.threshold": or_word("mean", number(0)),
+    "criteria.elbow": one_of("value", "index"),
+    "criteria.exclude_layers": whole(0),
+    "criteria.bottom_row_filter": switch,
+    "criteria.tau": or_null(number(0)),
+    "grounding.kernel_size": odd,
+    "grounding.sigma": number(0),
+    "grounding.upsample": whole(1, 16),
+    "grounding.component": one_of("largest_hull", "all"),
+    "model.name": text,
+    "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
+    "model.quantization": or_null(one_of("4bit", "8bit")),
+    "model.pad_to_square": or_null(switch),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check every option that is present against its rule.
+
+    Raises:
+        UsageError: names the first wrong option, its value and what it takes.
+    """
+    for name, rule in RULES.items():
+        value: Any = options
+        for key in name.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                break
+            value = value[key]
+        else:
+            if problem := rule(value):
+                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+                raise UsageError(f"{name}={shown}: {problem}")
+
+
+def require(options: Mapping[str, Any], *names: str) -> None:
+    """Raises UsageError for the first of these options that is missing."""
+    for name in names:
+        if options.get(name) in (None, ""):
+            raise UsageError(f"{name}= is missing: stage={options.get('stage')} needs {' and '.join(names)}")

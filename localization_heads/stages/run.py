@@ -1,0 +1,129 @@
+"""`Run`: what the options of one run mean. Built once; the stages take it from there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.errors import UsageError
+from localization_heads.grounding.maps import GroundingOptions
+from localization_heads.heads.analysis import greedy_heads
+from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.spec import ModelSpec, compose_spec, find_spec
+from localization_heads.options import check_options
+from localization_heads.store.heads_file import load_ranking
+
+if TYPE_CHECKING:
+    from localization_heads.lvlm.model import LVLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The options of one run, checked, with the objects they stand for.
+
+    Args:
+        options: every option by name, plain values only.
+        model_choice: which file of `config/model/` was chosen.
+    """
+
+    options: Mapping[str, Any]
+    model_choice: str = "tiny"
+
+    def __post_init__(self) -> None:
+        check_options(self.options)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.options[name]
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return compose_spec(self["model"], self.model_choice)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where everything of this model is written."""
+        return Path(self["output_dir"]) / self.spec.folder
+
+    @property
+    def attention_folder(self) -> Path:
+        return self.folder / "attention"
+
+    @cached_property
+    def criteria(self) -> CriteriaOptions:
+        return CriteriaOptions(**self["criteria"])
+
+    @cached_property
+    def grounding(self) -> GroundingOptions:
+        return GroundingOptions(**self["grounding"])
+
+    @cached_property
+    def lvlm(self) -> LVLM:
+        """The model, loaded on first use."""
+        import torch
+
+        from localization_heads.lvlm.loading import load_model
+
+        torch.manual_seed(self["random_seed"])
+        return load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
+
+    @cached_property
+    def named_heads(self) -> tuple[Head, ...] | None:
+        """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
+        wanted = self["heads"]
+        if wanted == "greedy":
+            return None
+        if wanted != "auto":
+            return chosen_heads(wanted, self["k"])
+        known = self.spec.heads[: self["k"]] or known_heads(self.spec.name, self.folder, self["k"])
+        if not known:
+            log.warning("no heads are known for %s: each sample picks its own", self.spec.name)
+        return known
+
+    def own_heads(self, statistics: HeadStatistics) -> list[Head]:
+        """The `k` heads that one sample picks by itself (the paper's "greedy"); its first head if none passes."""
+        return greedy_heads(statistics, self.criteria, self["k"]) or [Head(self.criteria.exclude_layers, 0)]
+
+    def heads_for(self, statistics: HeadStatistics) -> list[Head]:
+        """The `k` heads to ground one sample with."""
+        return list(self.named_heads or self.own_heads(statistics))
+
+
+def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
+    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder."""
+    if published := find_spec(model).heads:
+        return published[:k]
+    latest = folder / "heads.json"
+    return tuple(load_ranking(latest).top(k)) if latest.is_file() else None
+
+
+def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
+    """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
+    if isinstance(value, str) and value.endswith(".json"):
+        return tuple(load_ranking(Path(value)).top(k))
+    names = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        heads = tuple(Head.parse(str(name)) for name in names)
+    except ValueError as error:
+        raise UsageError(
+            f"heads={value}: {error}; or write auto, greedy, or the path of a heads.json"
+        ) from error
+    if not heads:
+        raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
+    return heads
+
+
+def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:
+    """Raises UsageError, naming the option, for a head that a model of that shape does not have."""
+    for head in heads:
+        if head.layer >= num_layers or head.head >= num_heads:
+            raise UsageError(
+                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} "
+                f"and the heads 0 to {num_heads - 1}"
+            )

@@ -1,0 +1,169 @@
+"""One picture, one expression: `collect`, `analyze`, `visualize` and the three in turn, `pipeline`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.data.images import load_image
+from localization_heads.errors import UsageError
+from localization_heads.grounding.maps import Grounding, ground_maps
+from localization_heads.heads.analysis import analysis_rows, greedy_heads
+from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
+from localization_heads.heads.head import Head
+from localization_heads.options import require
+from localization_heads.stages.run import Run, check_heads, known_heads
+from localization_heads.store.atomic import writable_folder
+from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
+from localization_heads.store.paths import analysis_path, attention_path, side_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Collected:
+    maps: AttentionMaps
+    path: Path
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Analysed:
+    maps: AttentionMaps
+    statistics: HeadStatistics
+    rows: list[dict[str, Any]]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Visualised:
+    grounding: Grounding
+    paths: list[Path]
+
+
+def collect(run: Run) -> Collected:
+    """The attention of every head for one picture and one expression -> `attention/<id>.pkl`."""
+    require(run.options, "image_file", "query")
+    id = run["save_id"] or default_id(run["image_file"], run["query"])
+    path = attention_path(run.attention_folder, str(id), run["attention_format"])
+    image = load_image(str(run["image_file"]))
+    writable_folder(run.attention_folder)  # before the work, not after it
+    maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(run["image_file"]))
+    save_attention(maps, path)
+    return Collected(maps, path, _answer(run, image))
+
+
+def analyze(run: Run) -> Analysed:
+    """Attention sum, spatial entropy and components of every head of a file -> `<id>_analysis.pkl`."""
+    require(run.options, "attention_file")
+    path = find_attention_file(run["attention_file"])
+    return analyse_file(run, load_attention(path), path)
+
+
+def analyse_file(run: Run, maps: AttentionMaps, path: Path) -> Analysed:
+    statistics = head_statistics(maps.attention, run.criteria)
+    rows = analysis_rows(statistics, run.criteria)
+    save_analysis(rows, analysis_path(path))
+    return Analysed(maps, statistics, rows, analysis_path(path))
+
+
+def visualize(run: Run) -> Visualised:
+    """The picture, the maps of its top heads and the combined map with its box, as a figure."""
+    analysed, path = analyze(run), find_attention_file(run["attention_file"])
+    heads = run.named_heads
+    if run["heads"] == "auto":  # the file may be of another model than model= names: take those of its own
+        heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
+    return draw(run, analysed, path, heads=heads or run.own_heads(analysed.statistics))
+
+
+def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
+    """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
+    collected = collect(run)
+    analysed = analyse_file(run, collected.maps, collected.path)
+    return collected, analysed, draw(run, analysed, collected.path)
+
+
+def draw(
+    run: Run, analysed: Analysed, path: Path, *, heads: Sequence[Head] | None = None, truth: Box | None = None
+) -> Visualised:
+    """Ground one sample and draw it: `<id>_visualization.png`, `<id>_grounding.png`, a components figure."""
+    from localization_heads import figures
+
+    maps, statistics = analysed.maps, analysed.statistics
+    chosen = list(heads) if heads else run.heads_for(statistics)
+    grounding = ground_maps(maps, chosen, run.grounding)
+    check_heads(chosen, maps.num_layers, maps.num_heads)
+    shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
+    image = picture_of(maps)
+    targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
+    drawn = [
+        figures.plot_top_maps(
+            image, maps, shown, targets[0], grounding=grounding, truth=truth, statistics=statistics
+        ),
+        figures.plot_grounding(image, grounding, targets[1], truth=truth, expression=maps.query),
+    ]
+    if run["show_plot"]:
+        for figure in drawn:
+            figures.show(figure)
+    return Visualised(grounding, targets)
+
+
+def top_heads(
+    chosen: Sequence[Head], statistics: HeadStatistics, criteria: CriteriaOptions, top_k: int
+) -> list[Head]:
+    """The first `top_k` of the heads that make the box, filled up with the sample's own best."""
+    spare = greedy_heads(statistics, criteria, top_k + len(chosen))
+    return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
+
+
+def picture_of(maps: AttentionMaps) -> Image.Image | None:
+    """The picture that the maps are of, or None if it is not there any more."""
+    try:
+        return load_image(maps.image_file) if maps.image_file else None
+    except UsageError:
+        return None
+
+
+def find_attention_file(name: str) -> Path:
+    """The file of that name; or, if another model's folder holds it, that one.
+
+    `outputs/.../llava/attention/x.pkl` is what the tool's first document names, whatever model was run.
+    Raises UsageError if there is none, or several.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.parent.name == "attention":
+        twins = sorted(path.parent.parent.parent.glob(f"*/attention/{path.name}"))
+        if len(twins) == 1:
+            log.warning("there is no %s: taking %s", path, twins[0])
+            return twins[0]
+    raise UsageError(
+        f"attention_file={name}: there is no such file; stage=collect or stage=batch writes them"
+    )
+
+
+def default_id(image_file: str, query: str) -> str:
+    """`cat_the-dog-on-the-left` from the picture's name and the words of the query."""
+    stem = Path(str(image_file).split("?")[0]).stem
+    words = "-".join(re.findall(r"\w+", f"{query}".lower()))
+    name = re.sub(r"[^\w.-]+", "-", f"{stem}_{words}").strip("-._")
+    return name.encode()[:100].decode(errors="ignore") or "sample"
+
+
+def _answer(run: Run, image: Image.Image) -> str | None:
+    """The model's own answer, if `max_new_tokens` asks for one."""
+    if not run["max_new_tokens"]:
+        return None
+    from localization_heads.lvlm.answering import stream
+
+    pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run["query"])), run["max_new_tokens"])
+    return "".join(pieces).strip()

@@ -1,0 +1,134 @@
+"""The parts of an array or a tensor as a pickle brings them, checked before any of it becomes an array."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+MAX_ELEMENTS = 1 << 30
+MAX_DIMENSIONS = 8
+
+_BFLOAT16 = "bf2"
+_TORCH_TYPES = {
+    "HalfStorage": "<f2",
+    "BFloat16Storage": _BFLOAT16,
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "BoolStorage": "|b1",
+    "ByteStorage": "|u1",
+    "CharStorage": "|i1",
+    "ShortStorage": "<i2",
+    "IntStorage": "<i4",
+    "LongStorage": "<i8",
+}
+
+
+class ArrayRefusedError(ValueError):
+    """The parts do not make an array that an attention file could hold."""
+
+
+def tensor_type(module: object, name: object) -> str | None:
+    """The number type that a storage class of torch stands for, or None.
+
+    >>> tensor_type("torch", "HalfStorage")
+    '<f2'
+    """
+    if module not in ("torch", "torch.cuda") or type(name) is not str:
+        return None
+    return _TORCH_TYPES.get(name)
+
+
+class TypeParts:
+    """A number type on its way: the code (`f4`), then its byte order. Objects, text and records have none."""
+
+    def __init__(self, code: object) -> None:
+        if type(code) is not str or not re.fullmatch(r"[<>|=]?(f[248]|[iu][1248]|b1)", code):
+            raise ArrayRefusedError(f"arrays of type {ascii(code)[:40]} are not taken")
+        self.code = code
+
+    def set_state(self, state: object) -> None:
+        """The tuple `(3, byte order, None, None, None, -1, -1, 0)` that numpy writes."""
+        if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "|", "="):
+            raise ArrayRefusedError("an unknown form of number type")
+        if state[2:5] != (None, None, None):
+            raise ArrayRefusedError("arrays of records are not taken")
+        self.code = state[1] + self.code.lstrip("<>|=")
+
+
+class ArrayParts:
+    """An array on its way: the bytes, their type and the shape. `array()` is a read-only view of the bytes."""
+
+    def __init__(self) -> None:
+        self._array: np.ndarray | None = None
+
+    def set_state(self, state: object) -> None:
+        """The tuple `(version, shape, dtype, is_fortran, bytes)` that numpy writes."""
+        if type(state) is not tuple or len(state) != 5:
+            raise ArrayRefusedError("an unknown form of array")
+        _, shape, kind, fortran, content = state
+        self.fill(content, kind, shape, fortran=fortran is True)
+
+    def fill(self, content: object, kind: object, shape: object, *, fortran: bool) -> None:
+        """Take the content. The bytes must be exactly as many as type and shape say."""
+        shape = _sizes(shape)
+        code = kind.code if type(kind) is TypeParts else kind
+        if not isinstance(content, bytes | bytearray) or type(code) is not str:
+            raise ArrayRefusedError("an array without bytes")
+        if code != _BFLOAT16:
+            flat = np.frombuffer(content, dtype=np.dtype(TypeParts(code).code))
+        else:
+            # The upper half of a float32
+            flat = (np.frombuffer(content, dtype="<u2").astype("<u4") << 16).view("<f4")
+        if flat.size != math.prod(shape):
+            raise ArrayRefusedError("an array that holds fewer or more numbers than it says")
+        self._array = flat.reshape(shape, order="F" if fortran else "C")
+
+    @classmethod
+    def strided(cls, numbers: np.ndarray, offset: object, size: object, stride: object) -> ArrayParts:
+        """A tensor: element `i, j, ...` is `numbers[offset + i * stride[0] + j * stride[1] + ...]`."""
+        shape, steps = _sizes(size), _sizes(stride)
+        if len(shape) != len(steps) or type(offset) is not int or offset < 0:
+            raise ArrayRefusedError("a tensor with an unknown layout")
+        last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
+        if math.prod(shape) and last >= numbers.size:
+            raise ArrayRefusedError("a tensor that reaches beyond its numbers")
+        if math.prod(shape) > numbers.size:
+            raise ArrayRefusedError("a tensor that repeats its numbers")
+        parts = cls()
+        tail = numbers[offset:] if math.prod(shape) else numbers[:0]
+        bytes_apart = [step * numbers.itemsize for step in steps]
+        parts._array = np.lib.stride_tricks.as_strided(tail, shape, bytes_apart, writeable=False)
+        return parts
+
+    def array(self) -> np.ndarray:
+        if self._array is None:
+            raise ArrayRefusedError("an array without content")
+        view = self._array.view()
+        view.flags.writeable = False
+        return view
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    """A tuple of sizes, checked so that no product of them can overflow or ask for absurd memory."""
+    if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
+        raise ArrayRefusedError("an array with an unknown shape")
+    for size in value:
+        if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
+            raise ArrayRefusedError("an array with an unknown shape")
+    if math.prod(value) > MAX_ELEMENTS:
+        raise ArrayRefusedError("an array with too many numbers")
+    return value
+
+
+def plain_value(value: Any) -> Any:
+    """`value` with numpy scalars made plain, so that a pickle of it needs no library to be read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {plain_value(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    return value

@@ -1,0 +1,131 @@
+"""Files that appear whole or not at all: every file this tool writes goes through `atomic_write`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
+from typing import BinaryIO
+
+from localization_heads.errors import UsageError, WorkError
+
+log = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\.lh-[0-9a-f]{16}-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]+\.tmp")
+
+
+def _this_host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer shares and that is short whatever the target's name."""
+    target = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".lh-{target}-{_this_host()}-{os.getpid()}-{threading.get_ident():x}.tmp")
+
+
+def _refusal(path: Path, error: OSError) -> UsageError | WorkError:
+    """A place that cannot be written is the user's to change; a full or failing disk is not an option's fault."""
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError):
+        return UsageError(f"cannot write {path}: {reason}; choose another output_dir")
+    return WorkError(f"cannot write {path}: {reason}")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that becomes `path` when the block ends, and vanishes if the block raises.
+
+    Missing folders are made. The content is on the disk (fsync) before it takes the name, so a reader, or a
+    run after a power cut, finds the old file or the new one and never a part of either. Raises UsageError
+    where the place cannot be written to, WorkError where the disk fails.
+    """
+    path = Path(path)
+    temporary = _temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # left by a killed process that had our number
+        descriptor = os.open(
+            temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
+        )
+    except OSError as error:
+        raise _refusal(path, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _refusal(path, error) from error
+        raise
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, keys in the order given, a newline at the end. NaN and infinity raise."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a comma-separated table with `\\n` line ends, the same bytes for the same values on every system."""
+    import csv
+
+    text = StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files that killed processes of this machine left in `folder` (not below it)."""
+    for path in Path(folder).glob(".lh-*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _this_host() and not _is_running(int(match["pid"])):
+            log.debug("removing the leftover %s", path)
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # a signal of 0 ends the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Make the folder if need be and see that a file can be made in it; UsageError where not."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    return folder

@@ -1,0 +1,244 @@
+"""Attention files: `save_attention` and `load_attention`, and the analysis that lies beside them.
+
+Two formats with the same content, `.pkl` (plain types and numpy arrays, for users' scripts) and
+`.safetensors`. The files of the published tool are read too: a bare tensor `[L, H, 1, P*P]`, or one tensor a
+layer, with `<stem>_metadata.pkl` beside it. That code padded the picture to a centred square, and its files
+do not say so: it is how their `image_box` is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.errors import UsageError
+from localization_heads.store.arrays import plain_value
+from localization_heads.store.atomic import write_bytes
+from localization_heads.store.paths import side_path
+from localization_heads.store.safe_pickle import MAX_FILE_BYTES, load_pickle
+
+VERSION = 1
+MAX_SIDE = 1_000_000
+_TEXTS = ("image_file", "query", "prompt", "model", "id")
+
+
+class _MalformedError(Exception):
+    """The content is not that of an attention file; the message says in what."""
+
+
+def save_attention(maps: AttentionMaps, path: str | Path) -> None:
+    """Write `maps` atomically, in the format of the suffix (`.pkl` or `.safetensors`)."""
+    path = Path(path)
+    _check_maps(maps.attention)
+    attention = np.ascontiguousarray(maps.attention, dtype=np.float32)
+    rest: dict[str, Any] = {
+        "grid": [int(n) for n in maps.grid],
+        "image_size": [int(n) for n in maps.image_size],
+        "image_box": [float(x) for x in maps.image_box],
+        **{name: str(getattr(maps, name)) for name in _TEXTS},
+    }
+    if path.suffix == ".pkl":
+        content = {"version": VERSION, "attention": attention, **rest}
+        write_bytes(path, pickle.dumps(content, protocol=4))
+    elif path.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        metadata = {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in rest.items()
+        }
+        write_bytes(path, save({"attention": attention}, {"version": str(VERSION), **metadata}))
+    else:
+        raise UsageError(f"{path}: an attention file ends in .pkl or .safetensors")
+
+
+def load_attention(path: str | Path) -> AttentionMaps:
+    """Read an attention file of this tool or of the published one. UsageError, naming the file, if it is neither.
+
+    The maps are checked: float32 `[layer, head, grid_h, grid_w]`, finite, not negative.
+    """
+    path = Path(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
+    try:
+        if isinstance(content, dict) and "attention" in content:
+            return _from_content(content)
+        return _from_published(content, path)
+    except _MalformedError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _check_maps(attention: np.ndarray) -> None:
+    if attention.ndim != 4 or 0 in attention.shape:
+        raise _MalformedError(f"attention must be [layer, head, grid_h, grid_w], not {list(attention.shape)}")
+    if attention.dtype.kind != "f":
+        raise _MalformedError(f"attention must be floating point, not {attention.dtype}")
+    low, high = attention.min(), attention.max()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise _MalformedError("attention holds values that are not numbers (NaN or infinity)")
+    if low < 0:
+        raise _MalformedError("attention holds negative values")
+
+
+def _from_content(content: dict[Any, Any]) -> AttentionMaps:
+    version = content.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise _MalformedError(
+            f"version {_shown(version)} of the attention file is unknown: this tool reads {VERSION}"
+        )
+    attention = content["attention"]
+    if not isinstance(attention, np.ndarray):
+        raise _MalformedError("'attention' is not an array")
+    _check_maps(attention)
+    if _numbers(content, "grid", 2) != list(attention.shape[2:]):
+        raise _MalformedError(
+            f"'grid' does not fit the maps, which are {attention.shape[2]} x {attention.shape[3]}"
+        )
+    return AttentionMaps(
+        attention=np.array(attention, dtype=np.float32, order="C"),
+        image_box=_box(content),
+        image_size=_size(_numbers(content, "image_size", 2)),
+        **{name: _text(content, name) for name in _TEXTS},
+    )
+
+
+def _numbers(content: Mapping[Any, Any], name: str, count: int) -> list[Any]:
+    values = content.get(name)
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {_shown(values)}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SIDE:
+            raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {_shown(values)}")
+    return list(values)
+
+
+def _size(values: Sequence[Any]) -> tuple[int, int]:
+    if any(value != int(value) or value < 1 for value in values):
+        raise _MalformedError(f"'image_size' must be two whole numbers of pixels, not {_shown(values)}")
+    return int(values[0]), int(values[1])
+
+
+def _box(content: Mapping[Any, Any]) -> Box:
+    x0, y0, x1, y1 = (float(value) for value in _numbers(content, "image_box", 4))
+    if x1 <= x0 or y1 <= y0:
+        raise _MalformedError(f"'image_box' is empty: {_shown(content['image_box'])}")
+    return x0, y0, x1, y1
+
+
+def _text(content: Mapping[Any, Any], name: str) -> str:
+    value = content.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _MalformedError(f"'{name}' must be text, not {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    try:
+        return ascii(value)[:60]
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+
+
+def _from_published(content: Any, path: Path) -> AttentionMaps:
+    """The published tool's file: what it holds is all heads, and the picture is in the file beside it."""
+    attention = _square_maps(_stacked(content))
+    _check_maps(attention)
+    beside = side_path(path, "_metadata.pkl")
+    metadata = load_pickle(beside) if beside.is_file() else {}
+    if not isinstance(metadata, dict):
+        raise _MalformedError(f"{beside.name} beside it is not a dict of image_file, query and image_size")
+    # Without metadata the picture is unknown, and the grid itself stands for it: a pixel a cell.
+    named_size = metadata.get("image_size") is not None
+    size = (
+        _size(_numbers(metadata, "image_size", 2)) if named_size else (attention.shape[3], attention.shape[2])
+    )
+    return AttentionMaps(
+        attention=attention,
+        image_box=_padded_square(*size) if named_size else (0.0, 0.0, float(size[0]), float(size[1])),
+        image_size=size,
+        image_file=_text(metadata, "image_file"),
+        query=_text(metadata, "query"),
+        id=path.stem,
+    )
+
+
+def _stacked(content: Any) -> np.ndarray:
+    """One array from an array, a list of layers or a dict of layers."""
+    if isinstance(content, np.ndarray):
+        return content
+    if isinstance(content, dict) and content and all(type(key) is int for key in content):
+        content = [content[layer] for layer in sorted(content)]
+    layers = content if isinstance(content, list | tuple) else []
+    if not layers or not all(isinstance(layer, np.ndarray) for layer in layers):
+        raise _MalformedError(
+            "not an attention file: it holds neither 'attention' nor a tensor [L, H, 1, P*P]"
+        )
+    if len({layer.shape for layer in layers}) != 1:
+        raise _MalformedError("the layers differ in shape")
+    return np.stack(layers)
+
+
+def _square_maps(attention: np.ndarray) -> np.ndarray:
+    """`[L, H, 1, P*P]` or `[L, H, P*P]` as float32 `[L, H, P, P]`; maps that have two sides stay as they are."""
+    if attention.ndim == 4 and attention.shape[2] > 1:
+        return np.array(attention, dtype=np.float32, order="C")
+    if attention.ndim == 4:
+        attention = attention[:, :, 0]
+    if attention.ndim != 3:
+        raise _MalformedError(f"attention must be [L, H, 1, P*P], not {list(attention.shape)}")
+    side = math.isqrt(attention.shape[2])
+    if side * side != attention.shape[2]:
+        raise _MalformedError(f"{attention.shape[2]} image tokens make no square grid [L, H, 1, P*P]")
+    return np.array(attention, dtype=np.float32, order="C").reshape(*attention.shape[:2], side, side)
+
+
+def _padded_square(width: int, height: int) -> Box:
+    """The square around the picture, which lies in its middle: the published code's `expand2square`."""
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    return float(-left), float(-top), float(side - left), float(side - top)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The content of a `.safetensors` file in the form of the pickle."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if "attention" not in list(file.keys()):
+                raise UsageError(f"{path}: not an attention file: it holds no tensor 'attention'")
+            content: dict[str, Any] = {name: metadata.get(name, "") for name in _TEXTS}
+            for name in ("version", "grid", "image_size", "image_box"):
+                content[name] = json.loads(metadata.get(name, "null"))
+            return {**content, "attention": file.get_tensor("attention")}
+    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
+        raise UsageError(f"{path}: not a readable safetensors file ({_shown(str(error))})") from error
+
+
+def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write the list of dicts, one a head, as a pickle of plain types, in the order given."""
+    write_bytes(path, pickle.dumps(plain_value(list(heads)), protocol=4))
+
+
+def load_analysis(path: str | Path) -> list[dict[str, Any]]:
+    """Read an analysis, ours or the published tool's. UsageError if it is not a list of dicts with layer and head."""
+    heads = load_pickle(path)
+    named = isinstance(heads, list) and all(
+        isinstance(head, dict) and type(head.get("layer")) is int and type(head.get("head")) is int
+        for head in heads
+    )
+    if not named:
+        raise UsageError(f"{path}: not an analysis: a list of dicts with 'layer' and 'head'")
+    return heads

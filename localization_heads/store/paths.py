@@ -1,0 +1,87 @@
+"""Names of the files written for one entry. An entry's id is a file name and never leads anywhere else."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+from localization_heads.errors import UsageError
+
+ATTENTION_FORMATS = {"pkl": ".pkl", "safetensors": ".safetensors"}
+
+SIDE_SUFFIXES = ("_analysis", "_metadata")
+"""`<id>_analysis.pkl` and `<id>_metadata.pkl` lie beside `<id>.pkl`: what an id must not make of another."""
+
+MAX_ID_BYTES = 255 - len("_components_L9999H9999.png")
+"""File systems allow 255 bytes a name, and the longest one made from an id ends like this."""
+
+
+def check_id(id: str) -> str:
+    """Return `id` if it is a safe name for a file, else raise ValueError with the reason.
+
+    >>> check_id("example_1")
+    'example_1'
+    """
+    if not id:
+        raise ValueError("the id is empty")
+    if id.startswith("."):
+        raise ValueError(f"the id {id!r} starts with a dot: an id is a plain file name")
+    if "/" in id or "\\" in id:
+        raise ValueError(f"the id {shown(id)} holds a path separator: an id is a file name, never a path")
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in id):
+        raise ValueError(f"the id {shown(id)} holds a control character")
+    if id != id.strip():
+        raise ValueError(f"the id {shown(id)} starts or ends with a space")
+    if len(id.encode()) > MAX_ID_BYTES:
+        raise ValueError(f"the id {shown(id)} is longer than {MAX_ID_BYTES} bytes")
+    return id
+
+
+def shown(text: str, limit: int = 40) -> str:
+    """`text` quoted, escaped and cut for an error message."""
+    return ascii(text if len(text) <= limit else text[: limit - 1] + "~")
+
+
+def claimed_names(id: str) -> list[str]:
+    """The `.pkl` stems that an entry writes or reads, folded as a case-blind file system would."""
+    return [unicodedata.normalize("NFC", id + suffix).casefold() for suffix in ("", *SIDE_SUFFIXES)]
+
+
+def entry_path(folder: str | Path, id: str, suffix: str) -> Path:
+    """`folder / (id + suffix)`, certain to lie directly in `folder`. UsageError for an id that is no file name."""
+    try:
+        name = check_id(id) + suffix
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    path = Path(folder) / name
+    # Cannot happen after check_id; a second lock on the door costs nothing.
+    if path.name != name or path.parent != Path(folder):
+        raise UsageError(f"the id {shown(id)} leads out of {folder}")
+    return path
+
+
+def attention_path(folder: str | Path, id: str, format: str = "pkl") -> Path:
+    """The attention file of entry `id` in `folder`; `format` is `pkl` or `safetensors`."""
+    if format not in ATTENTION_FORMATS:
+        raise UsageError(
+            f"attention_format={format} is unknown: choose one of {', '.join(ATTENTION_FORMATS)}"
+        )
+    return entry_path(folder, id, ATTENTION_FORMATS[format])
+
+
+def side_path(attention_file: str | Path, suffix: str) -> Path:
+    """`dir/<stem><suffix>` beside an attention file.
+
+    >>> side_path("attention/cat.pkl", "_analysis.pkl").as_posix()
+    'attention/cat_analysis.pkl'
+    """
+    path = Path(attention_file)
+    stem = path.name
+    for ending in ATTENTION_FORMATS.values():
+        stem = stem.removesuffix(ending)
+    return path.with_name(stem + suffix)
+
+
+def analysis_path(attention_file: str | Path) -> Path:
+    """Where the analysis of an attention file lies."""
+    return side_path(attention_file, "_analysis.pkl")

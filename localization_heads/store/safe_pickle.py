@@ -1,0 +1,354 @@
+"""Reading pickles as data: a small interpreter that builds plain values and never calls what a pickle names.
+
+A pickle is a program, and Python's unpickler runs it. This reader knows only the instructions that plain
+containers, numpy arrays and CPU tensors need. A name in the pickle is looked up in an allow-list and stands
+for one of *our* constructors, so nothing from any library is imported or called on the pickle's word. torch
+is not needed to read a tensor: its storage is bytes after a short header.
+
+Bounds: the number of instructions, the depth and the number of values are limited; every array is a view of
+bytes that are in the file; dictionary keys are text or numbers (hashing a deep tuple can crash Python).
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from localization_heads.errors import UsageError
+from localization_heads.store.arrays import ArrayParts, ArrayRefusedError, TypeParts, tensor_type
+
+MAX_FILE_BYTES = 4 << 30
+MAX_INSTRUCTIONS = 4_000_000
+MAX_VALUES = 4_000_000
+MAX_DEPTH = 16
+
+
+class PickleRefusedError(Exception):
+    """The pickle is broken or asks for something outside the allow-list."""
+
+
+class _Name(NamedTuple):
+    """A global that the pickle names and the allow-list knows."""
+
+    module: str
+    name: str
+
+
+class _Storage(NamedTuple):
+    """The flat numbers under a tensor."""
+
+    numbers: np.ndarray
+
+
+class _Mark:
+    """The bottom of a list of arguments on the stack."""
+
+
+_MARK = _Mark()
+
+
+def load_pickle(path: str | Path) -> Any:
+    """The plain value in a pickle file: None, numbers, text, bytes, lists, tuples, dicts and numpy arrays.
+
+    Arrays are read-only views. Tensors come as arrays (bfloat16 as float32). Raises UsageError, in one line
+    that names the file, for a file that is missing, broken, too large or asks for anything else.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return loads_pickle(content)
+    except PickleRefusedError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise UsageError(f"{path}: not enough memory to read it") from error
+
+
+def loads_pickle(content: bytes) -> Any:
+    """`load_pickle` for bytes; raises PickleRefusedError."""
+    if content[:4] == b"PK\x03\x04":
+        raise PickleRefusedError(
+            "a zip archive (of torch.save?), not a pickle: save the maps as .pkl or .safetensors"
+        )
+    stream = BytesIO(content)
+    value = _Machine(stream).run()
+    try:
+        return _Plain().of(value, MAX_DEPTH)
+    except ArrayRefusedError as error:
+        raise PickleRefusedError(f"refused: {error}") from error
+
+
+class _Machine:
+    """The stack machine of the pickle protocol (2 to 5), without the instructions that run code."""
+
+    def __init__(self, stream: BytesIO, *, storages: bool = False) -> None:
+        self.stream = stream
+        self.storages = storages  # whether persistent ids, which name tensor storages, may be used
+        self.size = stream.getbuffer().nbytes
+        self.spent = 0  # bytes made by conversions: bounds a small pickle that makes many copies of one text
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """Run to the STOP instruction; the stream is left behind it."""
+        try:
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(self.stream)):
+                if count > MAX_INSTRUCTIONS:
+                    raise PickleRefusedError("refused: far more instructions than an attention file needs")
+                if opcode.name == "STOP":
+                    break
+                self.step(opcode.name, argument)
+            (value,) = self.stack
+            return value
+        except PickleRefusedError:
+            raise
+        except ArrayRefusedError as error:
+            raise PickleRefusedError(f"refused: {error}") from error
+        except Exception as error:  # whatever garbage makes of a stack machine, it is garbage
+            raise PickleRefusedError(
+                f"not a readable pickle, or cut short ({type(error).__name__})"
+            ) from error
+
+    def step(self, name: str, argument: Any) -> None:
+        if name in _LITERALS:
+            self.stack.append(_LITERALS[name](argument))
+        elif name in _STEPS:
+            _STEPS[name](self, argument)
+        elif name not in ("PROTO", "FRAME"):
+            raise PickleRefusedError(f"refused: the pickle uses {name}, which an attention file never needs")
+
+    def spend(self, count: int) -> None:
+        """Account for `count` bytes copied: an honest pickle copies each of its own at most a few times."""
+        self.spent += count
+        if self.spent > 4 * self.size:
+            raise PickleRefusedError("refused: far more bytes than the file holds")
+
+    def since_mark(self) -> list[Any]:
+        """Take the values above the last mark, and the mark."""
+        at = len(self.stack) - 1
+        while self.stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise PickleRefusedError("not a readable pickle: no mark")
+        values = self.stack[at + 1 :]
+        del self.stack[at:]
+        return values
+
+    def pack(self, count: int) -> None:
+        values = tuple(self.stack[-count:])
+        if len(values) != count:
+            raise PickleRefusedError("not a readable pickle: empty stack")
+        del self.stack[-count:]
+        self.stack.append(values)
+
+    def memoize(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    def extend(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise PickleRefusedError("refused: the pickle appends to something that is no list")
+        target.extend(values)
+
+    def set_items(self, flat: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict or len(flat) % 2:
+            raise PickleRefusedError("refused: the pickle sets an item of something that is no dict")
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            if type(key) not in (str, int):
+                raise PickleRefusedError("refused: a key that is neither text nor a whole number")
+            target[key] = value
+
+    def name(self, module: Any, name: Any) -> None:
+        if (module, name) not in _ALLOWED and not (self.storages and tensor_type(module, name)):
+            raise PickleRefusedError(
+                f"refused: the pickle asks for {_quoted(module, name)}, which an attention file never needs"
+            )
+        self.stack.append(_Name(module, name))
+
+    def reduce(self) -> None:
+        arguments = self.stack.pop()
+        target = self.stack.pop()
+        if type(target) is not _Name or type(arguments) is not tuple or _ALLOWED.get(target) is None:
+            raise PickleRefusedError("refused: the pickle calls something that is no constructor of arrays")
+        self.stack.append(_ALLOWED[target](self, *arguments))  # type: ignore[misc]
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) not in (ArrayParts, TypeParts):
+            raise PickleRefusedError("refused: the pickle sets the state of something that is no array")
+        target.set_state(state)
+
+    def persistent(self) -> None:
+        pid = self.stack.pop()
+        if not self.storages:
+            raise PickleRefusedError("refused: the pickle refers to data outside itself")
+        self.stack.append(pid)
+
+
+def _quoted(module: object, name: object) -> str:
+    return ascii(f"{module}.{name}")[1:-1][:80]
+
+
+_VALUE_INSTRUCTIONS = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
+
+_LITERALS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_VALUE_INSTRUCTIONS, lambda argument: argument),
+    "NONE": lambda _: None,
+    "NEWTRUE": lambda _: True,
+    "NEWFALSE": lambda _: False,
+    "EMPTY_TUPLE": lambda _: (),
+    "EMPTY_LIST": lambda _: [],
+    "EMPTY_DICT": lambda _: {},
+    "MARK": lambda _: _MARK,
+}
+
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
+    "TUPLE1": lambda m, _: m.pack(1),
+    "TUPLE2": lambda m, _: m.pack(2),
+    "TUPLE3": lambda m, _: m.pack(3),
+    "APPEND": lambda m, _: m.extend([m.stack.pop()]),
+    "APPENDS": lambda m, _: m.extend(m.since_mark()),
+    "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
+    "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
+    "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
+    "BINPUT": lambda m, index: m.memoize(index),
+    "LONG_BINPUT": lambda m, index: m.memoize(index),
+    "BINGET": lambda m, index: m.stack.append(m.memo[index]),
+    "LONG_BINGET": lambda m, index: m.stack.append(m.memo[index]),
+    "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.name(m.stack.pop(-2), m.stack.pop()),
+    "REDUCE": lambda m, _: m.reduce(),
+    "BUILD": lambda m, _: m.build(),
+    "BINPERSID": lambda m, _: m.persistent(),
+}
+
+
+def _new_array(_: _Machine, kind: Any, shape: Any, code: Any) -> ArrayParts:
+    """`numpy.core.multiarray._reconstruct(ndarray, (0,), b"b")`: empty until BUILD brings the content."""
+    if kind != _Name("numpy", "ndarray"):
+        raise PickleRefusedError("refused: an array of an unknown class")
+    return ArrayParts()
+
+
+def _array_from_buffer(_: _Machine, buffer: Any, kind: Any, shape: Any, order: Any) -> ArrayParts:
+    """`numpy.core.numeric._frombuffer`, the form of protocol 5."""
+    parts = ArrayParts()
+    parts.fill(buffer, kind, shape, fortran=order == "F")
+    return parts
+
+
+def _number(_: _Machine, kind: Any, content: Any) -> bool | int | float:
+    """`numpy.core.multiarray.scalar`, as the plain number it holds."""
+    parts = ArrayParts()
+    parts.fill(content, kind, (), fortran=False)
+    return parts.array().item()
+
+
+def _empty_dict(_: _Machine, *arguments: Any) -> dict[str, Any]:
+    """`OrderedDict()`: a tensor carries an empty one for its hooks."""
+    if arguments not in ((), ([],)):
+        raise PickleRefusedError("refused: an OrderedDict made from something")
+    return {}
+
+
+def _no_bytes(_: _Machine) -> bytes:
+    """`bytes()`: how protocol 2 writes b""."""
+    return b""
+
+
+def _old_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
+    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
+    if type(text) is not str or encoding not in ("latin1", "latin-1"):
+        raise PickleRefusedError("refused: text in an unknown encoding")
+    machine.spend(len(text))
+    return text.encode("latin1")
+
+
+def _storage(machine: _Machine, content: Any) -> _Storage:
+    """`torch.storage._load_from_bytes`: five pickled headers, then a count (int64) and the raw numbers."""
+    if type(content) is not bytes:
+        raise PickleRefusedError("not a readable pickle: a tensor without bytes")
+    machine.spend(len(content))
+    stream = BytesIO(content)
+    for _header in range(3):  # magic number, protocol version, byte order and sizes
+        header = _Machine(stream).run()
+    if type(header) is not dict or header.get("little_endian") is not True:
+        raise PickleRefusedError("refused: a tensor in an unknown byte order")
+    pid = _Machine(stream, storages=True).run()
+    _Machine(stream).run()  # the list of storage keys
+    match pid:
+        case ("storage", _Name(module, name), str(), str(), int(count), *_) if tensor_type(module, name):
+            code = tensor_type(module, name)
+        case _:
+            raise PickleRefusedError("not a readable pickle: an unknown tensor storage")
+    parts = ArrayParts()
+    parts.fill(content[stream.tell() + 8 :], code, (count,), fortran=False)
+    return _Storage(parts.array())
+
+
+def _tensor(_: _Machine, storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> ArrayParts:
+    """`torch._utils._rebuild_tensor_v2`: a strided view of a storage."""
+    if type(storage) is not _Storage:
+        raise PickleRefusedError("not a readable pickle: a tensor without storage")
+    return ArrayParts.strided(storage.numbers, offset, size, stride)
+
+
+def _type(_: _Machine, code: Any, *_flags: Any) -> TypeParts:
+    return TypeParts(code)
+
+
+_ALLOWED: dict[tuple[str, str], Callable[..., Any] | None] = {
+    ("numpy", "ndarray"): None,  # named as an argument, never called
+    ("numpy", "dtype"): _type,
+    ("collections", "OrderedDict"): _empty_dict,
+    ("_codecs", "encode"): _old_bytes,
+    ("__builtin__", "bytes"): _no_bytes,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    **{(f"{core}.multiarray", "_reconstruct"): _new_array for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.multiarray", "scalar"): _number for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.numeric", "_frombuffer"): _array_from_buffer for core in ("numpy.core", "numpy._core")},
+}
+
+
+class _Plain:
+    """Copies the result, with arrays in the place of their parts, and refuses whatever is not plain."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def of(self, value: Any, depth: int) -> Any:
+        self.count += 1
+        if depth < 0 or self.count > MAX_VALUES:
+            raise PickleRefusedError("refused: far deeper or larger than an attention file")
+        if type(value) in (type(None), bool, int, float, str, bytes):
+            return value
+        if type(value) is bytearray:
+            return bytes(value)
+        if type(value) is ArrayParts:
+            return value.array()
+        if type(value) is list:
+            return [self.of(item, depth - 1) for item in value]
+        if type(value) is tuple:
+            return tuple(self.of(item, depth - 1) for item in value)
+        if type(value) is dict:
+            return {key: self.of(item, depth - 1) for key, item in value.items()}
+        raise PickleRefusedError("refused: the pickle holds something that is neither plain nor an array")

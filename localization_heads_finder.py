@@ -1,0 +1,8 @@
+"""Find localization heads and ground expressions with them: see --help."""
+
+import sys
+
+from localization_heads.apps.finder import main
+
+if __name__ == "__main__":
+    sys.exit(main())

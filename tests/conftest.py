@@ -1,0 +1,34 @@
+"""Shared fixtures. Nothing here or below needs a network: the hub is switched off before transformers loads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.model import LVLM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    """Tests run on two cores, and several processes share them."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def lvlm() -> LVLM:
+    """The embedded model. Tests must not change it."""
+    return load_model(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """A wide picture of smooth noise: every patch differs from the next."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((160, 90), Image.Resampling.BICUBIC)

@@ -1,0 +1,200 @@
+"""The captured row against what eager attention returns, in fp32, and against an obvious second implementation."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import llava_model, llava_processor
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+
+from localization_heads.lvlm.capture import attention_modules, capture
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.row import attention_row
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+def inputs_of(picture: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+    processor = llava_processor()
+    return dict(
+        processor(
+            images=[picture] * len(texts), text=texts, return_tensors="pt", padding=True, padding_side="left"
+        )
+    )
+
+
+def eager_rows(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[layer, B, H, T] from `output_attentions`, the reference."""
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        attentions = model(**inputs, output_attentions=True).attentions
+    return torch.stack(attentions)[:, :, :, -1]
+
+
+def captured_rows(model: nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    with torch.inference_mode(), capture(attention_modules(model), **options) as recorder:
+        model(**inputs)
+    return torch.stack([recorder.rows[layer] for layer in sorted(recorder.rows)])
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "texts", [["<image> the red car ."], ["<image> the dog .", "<image> the left dog in this image ."]]
+)
+def test_capture_equals_eager(picture: Any, kernel: str, texts: list[str]) -> None:
+    """Also with grouped queries, and with left padding in a batch."""
+    inputs = inputs_of(picture, texts)
+    rows = captured_rows(llava_model(attention=kernel), inputs)
+    torch.testing.assert_close(rows, eager_rows(llava_model(), inputs), **TOLERANCE)
+
+
+@pytest.mark.parametrize("text", ["mistral", "qwen2", "gemma2"])
+def test_capture_equals_eager_in_other_language_models(picture: Any, text: str) -> None:
+    """A sliding window (mistral), biases (qwen2), soft-capped logits and another scaling (gemma2)."""
+    options: dict[str, Any] = {"text": text}
+    if text == "mistral":
+        options["sliding_window"] = 8
+    if text == "gemma2":
+        options |= {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 4,
+            "attn_logit_softcapping": 2.0,
+            "sliding_window": 8,
+        }
+    kernel = "eager" if text == "gemma2" else "sdpa"
+    inputs = inputs_of(picture, ["<image> the red car ."])
+    rows = captured_rows(llava_model(attention=kernel, **options), inputs)
+    reference = eager_rows(llava_model(attention="eager", **options), inputs)
+    torch.testing.assert_close(rows, reference, **TOLERANCE)
+
+
+def test_embedded_model_equals_eager(picture: Any) -> None:
+    lvlm = load_model(device="cpu")
+    maps = lvlm.attend(picture, "the dog")
+    inputs = lvlm.encode([picture], [maps.prompt])
+    rows = eager_rows(lvlm.model, inputs)[:, 0]  # [layer, head, T]
+    image_rows = rows[..., inputs["input_ids"][0] == lvlm.image_token_id]
+    torch.testing.assert_close(torch.from_numpy(maps.attention).flatten(2), image_rows, **TOLERANCE)
+
+
+def test_capture_leaves_the_model_alone(picture: Any) -> None:
+    """Bit-identical logits with and without, and nothing of ours left in the registry."""
+    model, inputs = llava_model(), inputs_of(picture, ["<image> the red car ."])
+    before = dict(AttentionInterface._global_mapping)
+    with torch.inference_mode():
+        plain = model(**inputs).logits
+        with capture(attention_modules(model)):
+            captured = model(**inputs).logits
+    assert torch.equal(plain, captured)
+    assert AttentionInterface._global_mapping == before
+
+
+def test_early_exit_sees_the_same_rows(picture: Any) -> None:
+    model, inputs = llava_model(), inputs_of(picture, ["<image> the red car ."])
+    rows = captured_rows(model, inputs, stop_after=1)
+    assert len(rows) == 2
+    torch.testing.assert_close(rows, captured_rows(model, inputs)[:2], rtol=0, atol=0)
+
+
+def test_generation_keeps_the_prefill(picture: Any) -> None:
+    """Decoding steps call the same modules again; only the first call counts."""
+    model, inputs = llava_model(), inputs_of(picture, ["<image> the red car ."])
+    with torch.inference_mode(), capture(attention_modules(model)) as recorder:
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    rows = torch.stack([recorder.rows[layer] for layer in range(4)])
+    torch.testing.assert_close(rows, eager_rows(model, inputs), **TOLERANCE)
+
+
+def test_errors_inside_undo_the_capture(picture: Any) -> None:
+    before = dict(AttentionInterface._global_mapping)
+    with pytest.raises(ZeroDivisionError), capture({}):
+        _ = 1 / 0
+    assert AttentionInterface._global_mapping == before
+
+
+def test_threads_do_not_see_each_other(picture: Any) -> None:
+    """Two models at once, each thread its own recorder: the rows are those of separate runs."""
+    models = [llava_model(seed=seed) for seed in (1, 2)]
+    inputs = inputs_of(picture, ["<image> the red car ."])
+    expected = [captured_rows(model, inputs) for model in models]
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    barrier = threading.Barrier(2)
+
+    def work(index: int) -> None:
+        barrier.wait()
+        for _ in range(5):
+            found[index].append(captured_rows(models[index], inputs))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in (0, 1):
+        assert len(found[index]) == 5
+        for rows in found[index]:
+            torch.testing.assert_close(rows, expected[index], **TOLERANCE)
+
+
+def naive_row(query: list[list[float]], key: list[list[float]], allowed: list[bool]) -> list[float]:
+    """Softmax of the last query's scaled dot products over the allowed keys, in plain Python floats."""
+    last, scale = query[-1], len(query[-1]) ** -0.5
+    weights = [
+        math.exp(scale * sum(a * b for a, b in zip(last, k, strict=True))) if ok else 0.0
+        for k, ok in zip(key, allowed, strict=True)
+    ]
+    return [weight / sum(weights) for weight in weights]
+
+
+def random_qk() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(1, 2, 5, 4, generator=generator), torch.randn(1, 1, 5, 4, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "allowed"),
+    [
+        (None, {}, [True] * 5),
+        (None, {"sliding_window": 2}, [False, False, False, True, True]),
+        (torch.tensor([[False, True, True, True, True]]), {}, [False, True, True, True, True]),
+        (
+            torch.tensor([True, False, True, True, True]).expand(1, 1, 5, 5),
+            {},
+            [True, False, True, True, True],
+        ),
+        (
+            torch.tensor([0.0, torch.finfo(torch.float32).min, 0.0, 0.0, 0.0]).expand(1, 1, 5, 5),
+            {},
+            [True, False, True, True, True],
+        ),
+    ],
+    ids=["causal", "window", "padding (flash)", "boolean (sdpa)", "additive (eager)"],
+)
+def test_row_by_hand(mask: torch.Tensor | None, options: dict[str, Any], allowed: list[bool]) -> None:
+    query, key = random_qk()
+    row = attention_row(nn.Module(), query, key, mask, **options)
+    expected = [naive_row(query[0, head].tolist(), key[0, 0].tolist(), allowed) for head in range(2)]
+    torch.testing.assert_close(row[0], torch.tensor(expected))
+
+
+def test_row_into_an_empty_static_cache() -> None:
+    """Five queries against a cache of eight: the three keys after the query do not exist yet."""
+    query, key = random_qk()
+    longer = torch.cat([key, torch.full((1, 1, 3, 4), 9.0)], 2)
+    row = attention_row(nn.Module(), query, longer, None)
+    assert (row[..., 5:] == 0).all()
+    torch.testing.assert_close(row[..., :5], attention_row(nn.Module(), query, key, None))
+
+
+def test_row_with_a_sink_and_a_softcap() -> None:
+    query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
+    with_sink = attention_row(nn.Module(), query, key, None, s_aux=torch.zeros(1))
+    torch.testing.assert_close(with_sink, torch.full((1, 1, 3), 0.25))  # the sink takes a fourth share
+    query[..., 0], key[..., 1, 0] = 100.0, 100.0
+    capped = attention_row(nn.Module(), query, key, None, softcap=1.0)  # logits 0, 1, 0
+    torch.testing.assert_close(capped[0, 0, 1], torch.tensor(math.e / (math.e + 2)))

@@ -1,0 +1,373 @@
+"""The criteria against hand-computed values and an obvious second implementation, one map at a time."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from localization_heads.heads.criteria import (
+    CriteriaOptions,
+    attention_sum,
+    attention_sum_threshold,
+    binarise,
+    bottom_row_focus,
+    component_count,
+    elbow,
+    elbow_index,
+    head_statistics,
+    keep_heads,
+    label_components,
+    spatial_entropy,
+)
+
+LN2 = math.log(2)
+
+
+def picture(*rows):
+    """A mask drawn with `#`, as a map of ones and zeros."""
+    return np.array([[cell == "#" for cell in row] for row in rows], dtype=np.float32)
+
+
+def flood(mask):
+    """Components of one mask, each a list of cells, by flood fill over eight neighbours."""
+    left = {(y, x) for y in range(len(mask)) for x in range(len(mask[0])) if mask[y][x]}
+    components = []
+    while left:
+        stack, component = [left.pop()], []
+        while stack:
+            y, x = stack.pop()
+            component.append((y, x))
+            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= around
+            stack += around
+        components.append(component)
+    return components
+
+
+def obvious_entropy(grid, weight="area", threshold=None):
+    """Spatial entropy of one map in plain Python."""
+    cells = [float(value) for value in np.ravel(grid)]
+    mean = math.fsum(cells) / len(cells)
+    excess = [[max(float(value) - mean, 0.0) for value in row] for row in grid]
+    components = flood([[value > (threshold or 0.0) for value in row] for row in excess])
+    if not components:
+        return math.inf
+    if weight == "area":
+        shares = [len(component) for component in components]
+        total = sum(shares)
+    else:
+        shares = [math.fsum(excess[y][x] for y, x in component) for component in components]
+        total = math.fsum(value for row in excess for value in row)
+    return -sum(share / total * math.log(share / total) for share in shares)
+
+
+grids = hnp.array_shapes(min_dims=2, max_dims=2, max_side=7).flatmap(
+    # Eighths, so that sums and means are exact in both implementations.
+    lambda shape: hnp.arrays(np.float32, shape, elements=st.integers(0, 8).map(lambda n: n / 8))
+)
+
+
+class TestAttentionSum:
+    def test_adds_the_cells_of_each_head(self):
+        maps = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+        assert attention_sum(maps).tolist() == [[6, 22, 38], [54, 70, 86]]
+        assert attention_sum(maps).dtype == np.float32
+
+    def test_is_accurate_on_many_small_weights(self):
+        maps = np.full((1, 1000, 1000), 1e-7, dtype=np.float32)
+        assert attention_sum(maps)[0] == np.float32(1e6 * float(np.float32(1e-7)))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_refuses_what_is_not_finite(self, bad):
+        maps = np.ones((2, 3, 3), dtype=np.float32)
+        maps[1, 2, 0] = bad
+        for function in (attention_sum, spatial_entropy, binarise, component_count, bottom_row_focus):
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                function(maps)
+
+    @pytest.mark.parametrize("shape", [(3,), (2, 0, 4), (2, 4, 0)])
+    def test_refuses_what_is_no_map(self, shape):
+        with pytest.raises(ValueError, match="at least one cell"):
+            attention_sum(np.zeros(shape))
+
+
+class TestElbow:
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([0.0, 0.1, 0.2, 1.0], 0.2),  # distances to the chord: 0.23, 0.47
+            ([1.0, 0.2, 0.0, 0.1], 0.2),  # the order given does not matter
+            ([0, 8, 9, 10], 8),  # a bend above the chord counts too
+            ([0, 0, 1, 1], 0),  # a tie: distances 1/3 below and 1/3 above
+            ([0, 1, 1, 4, 4, 5], 1),  # a tie of index 2 (below) and 3 (above): the first
+            ([3, 3, 3, 3], 3),
+            ([5, 2], 2),
+            ([7], 7),
+            ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 0.1),  # a line, but for rounding
+        ],
+    )
+    def test_by_hand(self, values, expected):
+        assert elbow(values) == expected
+        assert np.sort(values)[elbow_index(values)] == expected
+
+    def test_index_is_that_of_the_tie_rule(self):
+        assert elbow_index([0, 0, 1, 1]) == 1
+        assert elbow_index([0, 1, 1, 4, 4, 5]) == 2
+        assert elbow_index([3, 3, 3]) == 0
+
+    @settings(deadline=None)
+    @given(st.lists(st.integers(0, 1000), min_size=3, max_size=40, unique=True))
+    def test_agrees_with_the_perpendicular_distance(self, values):
+        ordered = sorted(values)
+        chord = np.array([len(ordered) - 1, ordered[-1] - ordered[0]], dtype=float)
+        points = np.stack([np.arange(len(ordered)), np.array(ordered) - ordered[0]], axis=1)
+        along = np.outer(points @ chord / (chord @ chord), chord)
+        distance = np.linalg.norm(points - along, axis=1)
+        # Rounding decides between equal distances there, so only the distance itself is compared.
+        assert distance[elbow_index(values)] == pytest.approx(distance.max(), abs=1e-6)
+
+    @given(st.lists(st.integers(0, 99), min_size=1, max_size=30), st.sampled_from([0.25, 8.0]))
+    def test_scales_with_the_values(self, values, factor):
+        assert elbow([value * factor for value in values]) == elbow(values) * factor
+
+    @pytest.mark.parametrize("values", [[], [0.1, np.nan, 0.2], [0.0, np.inf]])
+    def test_refuses_what_has_no_elbow(self, values):
+        with pytest.raises(ValueError, match=r"elbow|finite"):
+            elbow(values)
+
+
+class TestKeepHeads:
+    SUMS = np.array([[0.9, 0.9], [0.8, 0.8], [0.0, 0.1], [0.2, 1.0], [0.05, 0.15]])
+
+    def test_keeps_the_elbow_and_above_outside_the_excluded_layers(self):
+        # Layers 2 to 4 sorted: 0, 0.05, 0.1, 0.15, 0.2, 1; the elbow is 0.2.
+        assert attention_sum_threshold(self.SUMS) == 0.2
+        assert np.argwhere(keep_heads(self.SUMS)).tolist() == [[3, 0], [3, 1]]
+
+    def test_excluded_layers_do_not_move_the_threshold(self):
+        louder = self.SUMS.copy()
+        louder[:2] = 100.0
+        assert (keep_heads(louder) == keep_heads(self.SUMS)).all()
+        assert attention_sum_threshold(louder) == 0.2
+        assert attention_sum_threshold(louder, exclude_layers=0) == 1.0
+
+    def test_a_given_tau_is_reached_by_an_equal_sum(self):
+        assert np.argwhere(keep_heads(self.SUMS, tau=0.15)).tolist() == [[3, 0], [3, 1], [4, 1]]
+        assert keep_heads(self.SUMS, tau=0.0)[2:].all()
+
+    def test_index_variant_compares_positions(self):
+        sums = np.array([[0.9, 0.0], [0.1, 0.2]])  # sorted: 0, 0.1, 0.2, 0.9: the elbow is at position 2
+        kept = keep_heads(sums, elbow="index", exclude_layers=0)
+        assert kept.tolist() == [[False, False], [False, True]]  # only flat index 3 lies above 2
+        assert keep_heads(sums, exclude_layers=0).tolist() == [[True, False], [False, True]]
+
+    def test_index_variant_sorts_all_heads_then_excludes(self):
+        # All sorted: 0, 0.1, 0.2, 0.9, 0.9, 1 with the elbow at position 3; without layer 0 it would be 2.
+        sums = np.array([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]])
+        kept = keep_heads(sums, elbow="index", exclude_layers=1)
+        assert np.argwhere(kept).tolist() == [[2, 0], [2, 1]]
+        kept = keep_heads(sums[::-1], elbow="index", exclude_layers=2)
+        assert np.argwhere(kept).tolist() == [[2, 0], [2, 1]]
+
+    def test_refuses_contradictions(self):
+        with pytest.raises(ValueError, match="exclude_layers=5 leaves none"):
+            keep_heads(self.SUMS, exclude_layers=5)
+        with pytest.raises(ValueError, match="tau"):
+            keep_heads(self.SUMS, tau=0.2, elbow="index")
+        with pytest.raises(ValueError, match="elbow must be one of value, index"):
+            keep_heads(self.SUMS, elbow="slope")
+
+    def test_leaves_the_sums_alone(self):
+        before = self.SUMS.copy()
+        keep_heads(self.SUMS)
+        assert (before == self.SUMS).all()
+
+
+class TestBinarise:
+    def test_is_strictly_above_the_maps_own_mean(self):
+        maps = np.array([[[0, 1], [2, 1]], [[10, 0], [0, 0]]], dtype=np.float32)  # means 1 and 2.5
+        assert binarise(maps).tolist() == [[[False, False], [True, False]], [[True, False], [False, False]]]
+
+    def test_absolute_threshold_is_on_the_excess_over_the_mean(self):
+        grid = np.array([[0.0, 0.5, 1.0, 2.5]])  # mean 1
+        assert binarise(grid, threshold=0.0).tolist() == [[False, False, False, True]]
+        assert binarise(grid, threshold=1.5).tolist() == [[False] * 4]
+        assert binarise(grid, threshold=1.499).tolist() == [[False, False, False, True]]
+
+    @settings(deadline=None)
+    @given(
+        st.floats(1e-30, 1e30),
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=40),
+    )
+    def test_a_constant_map_has_no_active_cell(self, value, dtype, shape):
+        constant = np.full(shape, np.clip(value, 0, np.finfo(dtype).max).astype(dtype))
+        assert not binarise(constant).any()
+        assert spatial_entropy(constant) == np.inf
+
+    @pytest.mark.parametrize("threshold", [-0.1, np.nan, np.inf, "median", True, None])
+    def test_refuses_other_thresholds(self, threshold):
+        with pytest.raises(ValueError, match="threshold must be"):
+            binarise(np.eye(3), threshold=threshold)
+
+
+class TestComponents:
+    def test_diagonal_neighbours_are_connected(self):
+        assert component_count(np.eye(5)) == 1
+
+    def test_neighbouring_maps_of_the_stack_are_not(self):
+        stack = np.stack([picture("#...", "...."), picture("#...", "...."), picture("....", "...#")])
+        labels = label_components(stack > 0)
+        assert component_count(stack).tolist() == [1, 1, 1]
+        assert labels[0, 0, 0], labels[1, 0, 0]
+        assert len({int(labels[0, 0, 0]), int(labels[1, 0, 0]), int(labels[2, 1, 3])}) == 3
+
+    def test_rows_do_not_wrap_around(self):
+        assert component_count(picture("...#", "#...", "....")) == 2
+
+    def test_numbers_follow_the_stack(self):
+        rng = np.random.default_rng(0)
+        masks = rng.random((40, 9, 6)) < 0.3
+        masks[::7] = False
+        labels = label_components(masks)
+        seen = 0
+        for mask, own in zip(masks, labels, strict=True):
+            expected = len(flood(mask))
+            assert sorted(set(own[own > 0].tolist())) == list(range(seen + 1, seen + expected + 1))
+            seen += expected
+        assert labels.dtype == np.int32
+
+    def test_no_maps_at_all(self):
+        assert spatial_entropy(np.zeros((0, 4, 4))).shape == (0,)
+
+
+class TestSpatialEntropy:
+    @pytest.mark.parametrize(
+        ("grid", "expected"),
+        [
+            (picture("##..", "#...", "...."), 0.0),
+            (picture("#...", "....", "...#"), LN2),
+            (picture("#.#.", "....", "#.#."), 2 * LN2),
+            # areas 3 and 1: ln 4 - 3/4 ln 3
+            (picture("###.", "....", "...#"), math.log(4) - 0.75 * math.log(3)),
+            # areas 1, 2, 3
+            (picture("#.##", "....", "###."), LN2 / 2 + math.log(3) / 3 + math.log(6) / 6),
+            (np.zeros((3, 3)), math.inf),
+        ],
+    )
+    def test_by_hand(self, grid, expected):
+        assert spatial_entropy(grid) == np.float32(expected)
+
+    def test_one_component_is_exactly_positive_zero(self):
+        maps = np.zeros((500, 9, 9))
+        maps[:, 2:7, 3:6] = 1 + np.random.default_rng(1).random((500, 5, 3))
+        for weight in ("area", "mass"):
+            entropy = spatial_entropy(maps, weight=weight)
+            assert (entropy == 0).all()
+            assert not np.signbit(entropy).any()
+
+    def test_area_ignores_how_much_attention_a_component_holds_and_mass_does_not(self):
+        grid = np.array([[9.0, 0, 0, 0, 0, 5, 0, 0, 0, 0]])  # mean 1.4, excess 7.6 and 3.6
+        share = 7.6 / 11.2
+        mass = -(share * math.log(share) + (1 - share) * math.log(1 - share))
+        assert spatial_entropy(grid) == np.float32(LN2)
+        assert spatial_entropy(grid, weight="mass") == pytest.approx(mass, rel=1e-6)
+
+    def test_published_mass_shares_are_of_the_whole_maps_excess(self):
+        grid = np.array([[9.0, 0, 0, 0, 0, 5, 0, 0, 0, 0]])
+        # Above a threshold of 4 only the first component is left, with 7.6 of 11.2.
+        share = 7.6 / 11.2
+        entropy = spatial_entropy(grid, weight="mass", threshold=4.0)
+        assert entropy == pytest.approx(-share * math.log(share), rel=1e-6)
+        assert spatial_entropy(grid, threshold=4.0) == 0
+
+    def test_ties_are_exact_wherever_the_components_lie(self):
+        rng = np.random.default_rng(3)
+        areas = [1, 2, 3, 5, 7, 11]
+        entropies = set()
+        for _ in range(200):
+            row, column = [], rng.permutation(areas)
+            for area in column:
+                row += [1.0] * int(area) + [0.0] * int(rng.integers(1, 4))
+            row += [0.0] * (60 - len(row))
+            entropies.add(spatial_entropy(np.array([row])).tobytes())
+        assert len(entropies) == 1
+
+    def test_does_not_change_with_scale_or_transposition(self):
+        maps = np.random.default_rng(4).random((30, 8, 5)).astype(np.float32)
+        assert (spatial_entropy(maps) == spatial_entropy(maps * np.float32(0.25))).all()
+        assert (spatial_entropy(maps) == spatial_entropy(maps.transpose(0, 2, 1))).all()
+
+    @settings(deadline=None, max_examples=200)
+    @given(grids, st.sampled_from(["area", "mass"]), st.sampled_from([None, 0.0, 0.1, 0.3]))
+    def test_agrees_with_flood_fill(self, grid, weight, threshold):
+        fast = spatial_entropy(grid, weight=weight, threshold="mean" if threshold is None else threshold)
+        assert fast == pytest.approx(obvious_entropy(grid, weight, threshold), rel=1e-6, abs=1e-9)
+
+    def test_a_whole_stack_agrees_with_one_map_at_a_time(self):
+        stack = np.random.default_rng(5).random((4, 6, 7, 9)).astype(np.float32) ** 3
+        stack[1, 2] = 0.5
+        whole = spatial_entropy(stack)
+        assert whole.shape == (4, 6)
+        assert whole.dtype == np.float32
+        for index in np.ndindex(4, 6):
+            assert whole[index] == spatial_entropy(stack[index])
+            assert whole[index] == pytest.approx(obvious_entropy(stack[index]), rel=1e-6)
+
+    def test_refuses_other_weights(self):
+        with pytest.raises(ValueError, match="weight must be one of area, mass"):
+            spatial_entropy(np.eye(3), weight="volume")
+
+
+class TestBottomRow:
+    def test_needs_every_cell_of_the_last_row(self):
+        stack = np.stack([picture("....", "####"), picture("....", "###."), picture("####", "....")])
+        assert bottom_row_focus(stack).tolist() == [True, False, False]
+
+    def test_is_a_row_and_not_a_column(self):
+        assert not bottom_row_focus(picture("...#", "...#"))
+
+
+class TestHeadStatistics:
+    def test_gathers_what_the_single_functions_say(self):
+        attention = np.random.default_rng(6).random((3, 4, 6, 5)).astype(np.float32) ** 4
+        attention[2, 3] = 0.25
+        attention[0, 1, :-1] = 0.0
+        attention[0, 1, -1] = 0.1
+        for options in (CriteriaOptions(), CriteriaOptions(entropy="mass", threshold=0.05)):
+            found = head_statistics(attention, options)
+            assert (found.attention_sum == attention_sum(attention)).all()
+            expected = spatial_entropy(attention, weight=options.entropy, threshold=options.threshold)
+            assert (found.spatial_entropy == expected).all()
+            counts = component_count(attention, threshold=options.threshold)
+            assert (found.num_components == counts).all()
+            flags = bottom_row_focus(attention, threshold=options.threshold)
+            assert (found.bottom_row_focus == flags).all()
+        assert found.bottom_row_focus[0, 1]
+        assert found.num_components[2, 3] == 0
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("entropy", "volume"),
+            ("threshold", -1.0),
+            ("threshold", "median"),
+            ("elbow", "slope"),
+            ("exclude_layers", -1),
+            ("exclude_layers", True),
+            ("exclude_layers", 1.5),
+            ("bottom_row_filter", 1),
+            ("tau", math.nan),
+            ("tau", "0.2"),
+        ],
+    )
+    def test_options_name_what_is_wrong(self, field, value):
+        with pytest.raises(ValueError, match=field):
+            CriteriaOptions(**{field: value})
+
+    def test_tau_and_the_index_elbow_exclude_each_other(self):
+        with pytest.raises(ValueError, match="elbow=index"):
+            CriteriaOptions(tau=0.2, elbow="index")

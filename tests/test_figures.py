@@ -1,0 +1,547 @@
+"""Figures are checked by what is drawn where: rendered pixels at places reckoned by hand, texts and their room."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib._pylab_helpers import Gcf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+from PIL import Image
+
+from localization_heads import figures
+from localization_heads.attention import AttentionMaps
+from localization_heads.figures.canvas import VERMILLION
+from localization_heads.figures.components import _colours
+from localization_heads.figures.text import drawable, wrap
+from localization_heads.grounding.maps import ground_maps
+from localization_heads.heads.criteria import head_statistics, keep_heads, label_components, spatial_entropy
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking, RankedHead
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+HOSTILE = {
+    "mathematics": r"the $\frac{1}{ cup_of_ $5 coffee^2 \left( $",
+    "long": "the man in the very long sentence " * 40,
+    "one word": "abcdefgh" * 100,
+    "scripts": "左边的猫 🐱👩‍🚀 قطة बिल्ली \U0010fffd \ud800",
+    "control": "a\x00b\x1b[31m\r\nc\u202e d\u2028e",
+    "empty": "",
+}
+
+
+def maps_of(size: tuple[int, int], *, grid: int = 6, box=None, seed: int = 0, query: str = "the cat"):
+    """Maps of 4 layers x 6 heads with a bright spot on a noisy floor."""
+    attention = np.random.default_rng(seed).random((4, 6, grid, grid)).astype(np.float32) * 0.005
+    attention[:, :, grid // 3, grid // 2] += 0.3
+    return AttentionMaps(attention, box or (0.0, 0.0, *map(float, size)), size, query=query)
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def rendered(figure) -> np.ndarray:
+    """`[H, W, 3]`, 0 to 1: the figure as it is drawn, at 100 dots an inch."""
+    figure.set_dpi(100)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3] / 255
+
+
+def colour_at(figure, axes, x: float, y: float) -> np.ndarray:
+    """The colour drawn at pixel (x, y) of the image that the axes show."""
+    pixels = rendered(figure)
+    column, row = axes.transData.transform((x, y))
+    return pixels[int(pixels.shape[0] - row), int(column)]
+
+
+def is_bright_yellow(colour: np.ndarray) -> bool:
+    """The top of the colour map, over any picture."""
+    red, green, blue = colour
+    return bool(red > 0.6 and green > 0.6 and blue < 0.45)
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def assert_all_text_fits(figure) -> None:
+    """Everything drawn, texts above all, lies within the figure, and no two titles touch."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = figure.get_tightbbox(canvas.get_renderer())  # in inches; what is clipped or not drawn left out
+    width, height = figure.get_size_inches()
+    assert drawn.x0 >= -0.05, drawn
+    assert drawn.y0 >= -0.05, drawn
+    assert drawn.x1 <= width + 0.05, drawn
+    assert drawn.y1 <= height + 0.05, drawn
+    titles = [axes.title for axes in figure.axes if axes.get_title()]
+    titles += [figure._suptitle] if figure._suptitle and figure._suptitle.get_text() else []
+    for one, other in itertools.combinations(titles, 2):
+        assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
+
+
+@pytest.fixture(autouse=True)
+def _pyplot_stays_empty():
+    before = dict(matplotlib.rcParams)
+    yield
+    assert Gcf.get_all_fig_managers() == []
+    assert {key: value for key, value in matplotlib.rcParams.items() if key != "backend"} == {
+        key: value for key, value in before.items() if key != "backend"
+    }
+
+
+# -- maps on the picture ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((60, 60), (0, 0, 60, 60)),
+        ((60, 40), (0, -10, 60, 50)),  # padded above and below: a cell is 10 x 10 pixels
+        ((40, 80), (-20, 0, 60, 80)),  # padded left and right
+        ((80, 60), (10, 0, 70, 60)),  # centre crop: the grid covers less than the image
+        ((600, 60), (0, -270, 600, 330)),
+    ],
+)
+def test_a_hot_cell_is_drawn_on_its_pixels(size, box):
+    maps = maps_of(size, box=box)
+    maps.attention[:] = 0.002
+    row, column = 3, 2
+    maps.attention[2, 1, row, column] = 0.9
+    black = Image.new("RGB", size)
+    figure = figures.plot_top_maps(black, maps, [Head(2, 1)])
+    axes = figure.axes[1]
+    assert axes.get_title() == f"L2H1  S {0.9 + 35 * 0.002:.2f}"
+    assert axes.get_xlim() == (0, size[0])
+    assert axes.get_ylim() == (size[1], 0)
+    width, height = (box[2] - box[0]) / 6, (box[3] - box[1]) / 6
+    left, top = box[0] + column * width, box[1] + row * height
+    for x, y, hot in [
+        (left + 0.5 * width, top + 0.5 * height, True),
+        (left + 0.1 * width, top + 0.1 * height, True),
+        (left + 0.9 * width, top + 0.9 * height, True),
+        (left - 0.1 * width, top + 0.5 * height, False),
+        (left + 1.1 * width, top + 0.5 * height, False),
+        (left + 0.5 * width, top - 0.1 * height, False),
+        (left + 0.5 * width, top + 1.1 * height, False),
+    ]:
+        if 0 < x < size[0] and 0 < y < size[1]:
+            assert is_bright_yellow(colour_at(figure, axes, x, y)) == hot, (x, y)
+
+
+def test_cells_in_the_padding_neither_show_nor_dim_the_others():
+    maps = maps_of((60, 40), box=(0, -10, 60, 50))
+    maps.attention[:] = 0.0
+    maps.attention[2, 1, 0, 3] = 0.9  # a sink in the padding above
+    maps.attention[2, 1, 2, 3] = 0.1  # the maximum inside: x 30 to 40, y 10 to 20
+    figure = figures.plot_top_maps(Image.new("RGB", (60, 40)), maps, [Head(2, 1)])
+    assert is_bright_yellow(colour_at(figure, figure.axes[1], 35, 15))
+    assert not is_bright_yellow(colour_at(figure, figure.axes[1], 35, 2))
+
+
+def test_the_picture_is_drawn_upright_and_undimmed_in_the_first_panel():
+    image = Image.new("RGB", (50, 40), "blue")
+    image.paste("red", (0, 0, 25, 20))
+    figure = figures.plot_top_maps(image, maps_of((50, 40)), [Head(2, 0)])
+    assert colour_at(figure, figure.axes[0], 10, 10) == pytest.approx((1, 0, 0), abs=0.02)
+    assert colour_at(figure, figure.axes[0], 40, 10) == pytest.approx((0, 0, 1), abs=0.02)
+    assert colour_at(figure, figure.axes[0], 10, 30) == pytest.approx((0, 0, 1), abs=0.02)
+    assert image.size == (50, 40)
+
+
+@pytest.mark.parametrize("plot", ["top maps", "grounding"])
+def test_boxes_are_drawn_at_their_pixels(plot):
+    maps = maps_of((100, 80), grid=10)
+    grounding = ground_maps(maps, [Head(2, 0), Head(3, 1)])
+    x0, y0, x1, y1 = grounding.box
+    image = Image.new("RGB", (100, 80), "black")
+    if plot == "top maps":
+        figure = figures.plot_top_maps(
+            image, maps, grounding.heads, grounding=grounding, truth=(70, 60, 95, 75)
+        )
+        axes = figure.axes[3]
+        assert axes.get_title() == "combined: 2 heads"
+    else:
+        figure = figures.plot_grounding(image, grounding, truth=(70, 60, 95, 75), expression="it")
+        axes = figure.axes[0]
+    middle_x, middle_y = (x0 + x1) / 2, (y0 + y1) / 2
+    for x, y in [(x0, middle_y), (x1, middle_y), (middle_x, y0), (middle_x, y1)]:
+        assert colour_at(figure, axes, x, y) == pytest.approx(to_rgb(VERMILLION), abs=0.1), (x, y)
+    solid, dashed = axes.patches[-2:]
+    assert solid.get_linestyle() == "-"
+    assert dashed.get_bbox().bounds == (70, 60, 25, 15)
+    assert dashed.get_linestyle() != "-"
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[:2] == [f"predicted box, score {grounding.score:.2f}", "true box"]
+    assert ("pseudo-mask" in labels) == (plot == "grounding")
+
+
+def test_a_flat_map_is_said_to_point_at_nothing():
+    maps = AttentionMaps(np.full((4, 6, 6, 6), 0.01, dtype=np.float32), (0, 0, 60, 60), (60, 60))
+    figure = figures.plot_grounding(None, ground_maps(maps, [Head(2, 0)]))
+    assert figure.legends[0].get_texts()[0].get_text() == "no cell stands out: whole image"
+
+
+def test_a_box_beyond_the_picture_is_cut_at_its_edge():
+    maps = maps_of((50, 40))
+    figure = figures.plot_top_maps(None, maps, [Head(2, 0)], truth=(-30, -10, 500, 20))
+    assert figure.axes[0].patches[-1].get_bbox().extents.tolist() == [0, 0, 50, 20]
+
+
+def test_the_outline_follows_the_mask():
+    maps = maps_of((100, 80), grid=10)
+    grounding = ground_maps(maps, [Head(2, 0)])
+    figure = figures.plot_grounding(None, grounding)
+    (outline,) = [artist for artist in figure.axes[0].collections if hasattr(artist, "get_paths")]
+    corners = outline.get_paths()[0].get_extents()
+    ys, xs = np.nonzero(grounding.mask)
+    expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+    assert corners.extents == pytest.approx(expected, abs=0.2)
+
+
+def test_titles_name_both_criteria():
+    maps = maps_of((60, 60))
+    maps.attention[3, 2] = 1 / 36  # constant: no component, infinite entropy
+    statistics = head_statistics(maps.attention)
+    figure = figures.plot_top_maps(None, maps, [Head(2, 1), Head(3, 2)], statistics=statistics)
+    S, H = statistics.attention_sum[2, 1], statistics.spatial_entropy[2, 1]
+    assert figure.axes[0].get_title() == f"L2H1  S {S:.2f}  H {H:.2f}"
+    assert figure.axes[1].get_title() == "L3H2  S 1.00  H ∞"
+    assert "each map's maximum" in texts(figure)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 20])
+@pytest.mark.parametrize("with_image", [True, False])
+@pytest.mark.parametrize("size", [(64, 48), (30, 200), (400, 50), (1, 1), (7, 3)])
+def test_every_shape_and_number_of_heads_fits(size, with_image, k):
+    maps = maps_of(size)
+    heads = [Head(*divmod(n + 4, 6)) for n in range(k)]
+    grounding = ground_maps(maps, heads) if heads else None
+    image = picture(size) if with_image else None
+    figure = figures.plot_top_maps(
+        image, maps, heads, grounding=grounding, statistics=head_statistics(maps.attention)
+    )
+    assert_all_text_fits(figure)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert len(titles) == with_image + k + (k > 0)
+    assert [title.split()[0] for title in titles[with_image : with_image + k]] == [
+        str(head) for head in heads
+    ]
+    assert figure.get_size_inches()[0] < 11
+
+
+# -- texts that people typed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_expressions_are_drawn_as_they_are(expression, tmp_path):
+    maps = maps_of((60, 40), query=expression)
+    grounding = ground_maps(maps, [Head(2, 0)])
+    labels = label_components(maps.attention[2, 0] > 0.1)
+    drawn = [
+        figures.plot_top_maps(None, maps, [Head(2, 0)], tmp_path / "a.png", grounding=grounding),
+        figures.plot_components(None, maps, Head(2, 0), labels, 0.0, tmp_path / "b.png"),
+        figures.plot_grounding(None, grounding, tmp_path / "c.png", expression=expression),
+    ]
+    for figure in drawn:
+        assert_all_text_fits(figure)
+        shown = figure._suptitle.get_text() if figure._suptitle else ""
+        whole = drawable(expression).replace(" ", "")
+        assert whole.startswith(shown.replace("\n", "").replace(" ", "").removesuffix("…"))
+        assert shown.count("\n") < 8
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_dollars_and_underscores_stay():
+    figure = figures.plot_grounding(
+        None, ground_maps(maps_of((60, 60)), [Head(2, 0)]), expression="$a_b$ \\frac"
+    )
+    assert figure._suptitle.get_text() == "$a_b$ \\frac"
+    assert not figure._suptitle.get_parse_math()
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"),
+    [
+        ("a cat", "a cat"),
+        ("  a\tcat\r\non\x00it ", "a cat on it"),
+        ("e\u0301t\u00e9", "\u00e9t\u00e9"),
+        ("\U0010fffd", "□"),
+        ("a\ud800", "a□"),
+        ("", ""),
+    ],
+)
+def test_drawable(text, drawn):
+    assert drawable(text) == drawn
+
+
+def test_wrap_breaks_at_words_and_keeps_all_of_them():
+    text = "the small brown dog with a red collar next to the old well-known fountain " * 3
+    lines = wrap(text, 2.0, 10, max_lines=99).split("\n")
+    assert " ".join(lines).replace("- ", "-") == text.strip()
+    assert len(lines) > 3
+
+
+def test_wrap_cuts_a_word_longer_than_a_line_and_marks_what_it_leaves_out():
+    lines = wrap("x" * 1000, 1.0, 10, max_lines=3).split("\n")
+    assert len(lines) == 3
+    assert lines[-1].endswith("…")
+    assert set("".join(lines)) == {"x", "…"}
+
+
+# -- components ---------------------------------------------------------------------------------------------
+
+
+def test_components_show_their_shares_and_entropy():
+    maps = maps_of((80, 80), grid=8)
+    maps.attention[2, 1] = 0.001
+    maps.attention[2, 1, :3, :2] = 0.1  # 6 cells
+    maps.attention[2, 1, 5:7, 6:7] = 0.1  # 2 cells
+    labels = label_components(maps.attention[2, 1] > 0.05) + 7  # numbers of a stack go on from map to map
+    labels[labels == 7] = 0
+    entropy = float(spatial_entropy(maps.attention[2, 1]))
+    assert entropy == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    figure = figures.plot_components(Image.new("RGB", (80, 80)), maps, Head(2, 1), labels, entropy)
+    left, middle, right = figure.axes
+    assert left.get_title().startswith("L2H1")
+    assert middle.get_title() == "active: 12% of cells"
+    assert right.get_title() == "2 components: H = 0.56"
+    assert [text.get_text() for text in right.texts] == ["75%", "25%"]
+    large, small = _colours(2)
+    assert colour_at(figure, right, 2, 2) == pytest.approx(np.array(large) * 0.9, abs=0.03)
+    assert colour_at(figure, right, 61, 69) == pytest.approx(np.array(small) * 0.9, abs=0.03)
+    assert colour_at(figure, right, 40, 40) == pytest.approx((0, 0, 0), abs=0.03)
+    assert colour_at(figure, middle, 61, 69) == pytest.approx((0.9, 0.9, 0.9), abs=0.03)
+
+
+def test_a_share_stands_on_its_component_even_if_that_is_a_ring():
+    maps = maps_of((90, 90), grid=9)
+    labels = np.zeros((9, 9), dtype=np.int32)
+    labels[1:8, 1:8] = 1
+    labels[2:7, 2:7] = 0
+    figure = figures.plot_components(None, maps, Head(2, 0), labels, 0.0)
+    (share,) = figure.axes[2].texts
+    column, row = (int(place // 10) for place in share.get_position())
+    assert share.get_text() == "100%"
+    assert labels[row, column] == 1
+
+
+def test_many_components_name_only_the_largest_and_no_names_touch():
+    labels = np.zeros((24, 24), dtype=np.int32)
+    labels[::3, ::3] = np.arange(1, 65).reshape(8, 8)
+    labels[1, 1:9:3] = labels[0, 0:9:3]  # three of two cells
+    figure = figures.plot_components(
+        picture((240, 240)), maps_of((240, 240), grid=24), Head(2, 0), labels, 4.1
+    )
+    names = figure.axes[2].texts
+    assert 1 <= len(names) <= 6
+    rendered(figure)
+    for one, other in itertools.combinations(names, 2):
+        assert not one.get_window_extent().overlaps(other.get_window_extent())
+    assert figure.axes[2].get_title() == "64 components: H = 4.10"
+    assert len(set(_colours(35))) == 35
+    assert_all_text_fits(figure)
+
+
+def test_no_component_at_all():
+    labels = np.zeros((6, 6), dtype=np.int32)
+    figure = figures.plot_components(None, maps_of((60, 60)), Head(2, 0), labels, math.inf)
+    assert figure.axes[2].get_title() == "no component: H = ∞"
+    assert_all_text_fits(figure)
+
+
+# -- the whole model ----------------------------------------------------------------------------------------
+
+
+def sums_with_an_elbow(layers: int = 12, heads: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).beta(0.5, 8, (layers, heads)).astype(np.float32)
+
+
+def test_attention_sums_are_sorted_and_the_elbow_is_marked():
+    sums = sums_with_an_elbow()
+    sums[0, 0] = 5.0  # an excluded layer: must not be drawn
+    kept = keep_heads(sums)
+    tau = float(sums[kept].min())
+    top = [Head(*index) for index in np.argwhere(kept)[:3].tolist()]
+    figure = figures.plot_attention_sums(sums, tau, kept=kept, top=[*top, Head(1, 1)])
+    (axes,) = figure.axes
+    curve = axes.lines[0]
+    assert curve.get_ydata() == pytest.approx(np.sort(sums[2:].ravel()))
+    assert axes.get_title(loc="left") == f"{kept.sum()} of 80 heads kept"
+    shown = texts(figure)
+    assert f"τ = {tau:.2f}" in shown
+    assert {str(head) for head in top} < set(shown)
+    assert "L1H1" not in shown
+    (place,) = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    assert place == pytest.approx([80 - kept.sum() + 1])  # the lowest head that is kept, counted from 1
+    (shade,) = [patch for patch in axes.patches if patch.get_alpha()]
+    assert shade.get_x() == 80 - kept.sum() + 0.5
+    diamonds = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "D"]
+    assert sorted(diamonds) == pytest.approx(sorted(float(sums[head]) for head in top))
+    assert_all_text_fits(figure)
+
+
+@pytest.mark.parametrize(
+    ("sums", "tau"),
+    [
+        (np.zeros((4, 4)), 0.0),
+        (np.full((3, 1), 0.2), 0.2),
+        (np.ones((2, 4)), 0.5),  # every layer excluded
+        (sums_with_an_elbow(), None),  # the rule has no tau
+        (sums_with_an_elbow(), 2.0),  # above every head
+        (sums_with_an_elbow(80, 64) / 1000, 0.0002),
+    ],
+)
+def test_odd_attention_sums_are_drawn(sums, tau):
+    top = [Head(*index) for index in np.argwhere(sums >= 0).tolist()][-20:]
+    figure = figures.plot_attention_sums(sums, tau, top=top)
+    assert_all_text_fits(figure)
+    labels = [text for text in texts(figure) if "τ" in text]
+    assert labels == (
+        [] if tau is None or len(sums) == 2 else [f"τ = {tau:.2f}" if tau >= 0.1 else f"τ = {tau:.2g}"]
+    )
+
+
+def ranking_of(count: int, *, trials: int = 5) -> HeadRanking:
+    heads = tuple(
+        RankedHead(14 + n % 3, 31 - n, 0.8 * 0.9**n, 0.01 * (n % 4), 0.3, 0.1 * n) for n in range(count)
+    )
+    return HeadRanking(heads=heads, tau=0.24, top_n=10, num_samples=1000, num_trials=trials)
+
+
+def test_selection_frequency_bars_stand_in_ranked_order():
+    figure = figures.plot_selection_frequency(ranking_of(30), top=15)
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([80 * 0.9**n for n in range(15)])
+    assert [label.get_text() for label in axes.get_xticklabels()][:4] == [
+        "L14H31",
+        "L15H30",
+        "L16H29",
+        "L14H28",
+    ]
+    segments = axes.collections[0].get_segments()
+    assert segments[1][:, 1] == pytest.approx([71, 73])
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert len(set(colours[:3])) == len(set(colours[3:])) == 1
+    assert colours[0] != colours[3]
+    assert "± s.d. over 5 draws of 1,000 samples" in texts(figure)
+    assert_all_text_fits(figure)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_any_number_of_ranked_heads_fits(count):
+    figure = figures.plot_selection_frequency(ranking_of(count, trials=1), top=40)
+    assert len(figure.axes[0].patches) == count
+    assert not figure.axes[0].collections  # one draw has no spread
+    assert_all_text_fits(figure)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (32, 32), (80, 64), (3, 1)])
+def test_head_grid(shape):
+    values = np.arange(math.prod(shape), dtype=float).reshape(shape)
+    figure = figures.plot_head_grid(values, top=[Head(2, 0)], exclude_layers=2)
+    axes = figure.axes[0]
+    cells = axes.images[0].get_array()
+    assert np.array_equal(np.ma.getdata(cells)[2:], values[2:])
+    assert np.ma.getmaskarray(np.ma.masked_invalid(cells))[:2].all()
+    assert axes.patches[0].get_xy() == (-0.5, 1.5)
+    assert_all_text_fits(figure)
+
+
+# -- on the disk and on the screen --------------------------------------------------------------------------
+
+
+def test_files_are_whole_pictures_below_a_megabyte(tmp_path):
+    """Noise is what compresses worst."""
+    maps = maps_of((2000, 1500), grid=24)
+    heads = [Head(*divmod(n + 4, 6)) for n in range(20)]
+    image = picture((2000, 1500))
+    figures.plot_top_maps(image, maps, heads, tmp_path / "sub" / "20.png", grounding=ground_maps(maps, heads))
+    figures.plot_grounding(
+        np.asarray(image), ground_maps(maps, heads), tmp_path / "1.png", expression="noise"
+    )
+    for path in (tmp_path / "sub" / "20.png", tmp_path / "1.png"):
+        assert path.stat().st_size < 1_000_000
+        with Image.open(path) as file:
+            assert min(file.size) > 400
+            file.load()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.png", "20.png", "sub"]
+
+
+def test_the_suffix_chooses_the_format(tmp_path):
+    figures.plot_head_grid(np.ones((3, 3)), tmp_path / "grid.pdf")
+    assert (tmp_path / "grid.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_failed_drawing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "grid.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        figures.plot_head_grid(np.ones((3, 3)), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_users_own_style_changes_nothing(tmp_path):
+    def image() -> bytes:
+        figures.plot_attention_sums(sums_with_an_elbow(), 0.1, tmp_path / "sums.png", top=[Head(3, 3)])
+        return (tmp_path / "sums.png").read_bytes()
+
+    plain = image()
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.facecolor": "red"}):
+        assert image() == plain
+
+
+def test_threads_draw_the_same_as_one():
+    def draw(seed: int) -> bytes:
+        maps = maps_of((60, 40), seed=seed)
+        return rendered(figures.plot_top_maps(picture((60, 40)), maps, [Head(2, 1)])).tobytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(draw, range(8))) == [draw(seed) for seed in range(8)]
+
+
+def test_drawing_does_not_import_pyplot():
+    program = """
+import sys, numpy
+from localization_heads import figures
+figures.plot_head_grid(numpy.ones((3, 3)))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_show_without_a_display_is_one_log_line(caplog):
+    figure = figures.plot_head_grid(np.ones((3, 3)))
+    with caplog.at_level(logging.INFO), matplotlib.rc_context({"backend": "agg"}):
+        assert figures.show(figure, figure) is False
+    assert len(caplog.records) == 1
+    assert "no window" in caplog.text
+
+
+def test_show_puts_the_figures_into_pyplots_windows(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    drawn = [figures.plot_head_grid(np.ones((3, 3))), figures.plot_head_grid(np.zeros((2, 2)))]
+    shown = []
+    monkeypatch.setattr(plt, "get_backend", lambda: "qtagg")
+    monkeypatch.setattr(
+        plt, "show", lambda: shown.extend(m.canvas.figure for m in Gcf.get_all_fig_managers())
+    )
+    assert figures.show(*drawn) is True
+    assert shown == drawn

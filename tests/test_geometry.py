@@ -1,0 +1,87 @@
+"""Geometry against the pixels themselves: a coordinate picture goes through the real processor and comes back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import llava_processor
+
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.geometry import grid_of
+
+SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
+LLAVA = SimpleNamespace(model_type="llava")
+
+
+def coordinate_picture(width: int, height: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the picture."""
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
+    return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
+
+
+def traced_cells(processor: Any, size: tuple[int, int], side: int) -> np.ndarray:
+    """[side, side, 2] centre of each cell in original pixels, read off the processed picture; NaN in the padding."""
+    ip = processor.image_processor
+    pixels = np.asarray(ip(images=[coordinate_picture(*size)])["pixel_values"][0], np.float64)
+    pixels = pixels * np.reshape(ip.image_std, (3, 1, 1)) + np.reshape(ip.image_mean, (3, 1, 1))
+    pixels[:, pixels[2] < 0.99] = np.nan
+    patch = pixels.shape[-1] // side
+    cells = pixels[:2].reshape(2, side, patch, side, patch).mean((2, 4))
+    return np.moveaxis(cells, 0, -1) * size
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop", "squeeze"])
+@pytest.mark.parametrize("size", SIZES)
+def test_cells_lie_where_their_pixels_come_from(mode: str, size: tuple[int, int]) -> None:
+    processor, side = llava_processor(mode=mode, side=96), 12
+    grid = grid_of(LLAVA, processor.image_processor, side * side, size)
+    x0, y0, x1, y1 = grid.image_box
+    cell_w, cell_h = (x1 - x0) / side, (y1 - y0) / side
+    columns, rows = x0 + (np.arange(side) + 0.5) * cell_w, y0 + (np.arange(side) + 0.5) * cell_h
+    expected = np.stack(np.broadcast_arrays(columns[None], rows[:, None]), -1)
+    traced = traced_cells(processor, size, side)
+    inside = np.isfinite(traced).all(-1)
+    # A picture much smaller than the grid is blurred by the resizing: its outermost cells lean inwards.
+    error = np.abs(traced - expected)[inside] / (cell_w, cell_h)
+    assert inside.sum() >= side
+    assert np.median(error) < 0.1
+    assert np.quantile(error, 0.9) < 0.25
+
+
+def test_padding_by_hand() -> None:
+    """640 x 480 is padded by 80 pixels above and below; LLaVA rounds an odd half down."""
+    pad = llava_processor(mode="pad").image_processor
+    assert grid_of(LLAVA, pad, 36, (640, 480)).image_box == (0, -80, 640, 560)
+    assert grid_of(LLAVA, pad, 36, (3, 6)).image_box == (-1, 0, 5, 6)
+
+
+def test_crop_by_hand() -> None:
+    """96 x 48 into 48: nothing is resized, 24 columns go on either side."""
+    crop = llava_processor(mode="crop").image_processor
+    assert grid_of(LLAVA, crop, 36, (96, 48)).image_box == (24, 0, 72, 48)
+    assert grid_of(LLAVA, crop, 36, (192, 96)).image_box == (48, 0, 144, 96)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_padding_is_square_and_holds_the_picture(width: int, height: int) -> None:
+    x0, y0, x1, y1 = grid_of(
+        LLAVA, llava_processor(mode="pad").image_processor, 36, (width, height)
+    ).image_box
+    assert x1 - x0 == y1 - y0 == max(width, height)
+    assert max(x0, y0) <= 0
+    assert (x1, y1) >= (width, height)
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(UsageError, match="no verified image geometry"):
+        grid_of(SimpleNamespace(model_type="aria"), None, 36, (10, 10))
+    with pytest.raises(UsageError, match="square grid"):
+        grid_of(LLAVA, llava_processor().image_processor, 35, (10, 10))

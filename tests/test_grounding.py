@@ -1,0 +1,429 @@
+"""Grounding of small maps by hand, against OpenCV-style smoothing and hulls written the obvious way."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.spatial import ConvexHull
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.grounding.maps import (
+    GroundingOptions,
+    combine,
+    convex_hull,
+    fill_polygon,
+    gaussian_kernel,
+    ground_maps,
+    hull_area,
+    largest_hull,
+    resample,
+    smooth,
+)
+from localization_heads.heads.head import Head
+
+SHARP = GroundingOptions(sigma=0.0)
+
+
+def picture(*rows):
+    return np.array([[cell == "#" for cell in row] for row in rows])
+
+
+def grounded(grid, image_box=None, image_size=None, options=SHARP):
+    """Ground one head's map; a cell is 10 pixels wide unless told otherwise."""
+    grid = np.asarray(grid, dtype=np.float32)
+    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
+    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
+    return ground_maps(maps, [Head(0, 0)], options)
+
+
+def mirrored(index, length):
+    """Index of the cell that stands beyond the border, reflected without the edge: `c b | a b c | b a`."""
+    while not 0 <= index < length:
+        index = -index if index < 0 else 2 * (length - 1) - index
+        if length == 1:
+            return 0
+    return index
+
+
+def obvious_smooth(grid, kernel_size, sigma):
+    height, width = grid.shape
+    reach = kernel_size // 2
+    taps = {
+        (dy, dx): math.exp(-(dy * dy + dx * dx) / (2 * sigma * sigma))
+        for dy in range(-reach, reach + 1)
+        for dx in range(-reach, reach + 1)
+    }
+    total = sum(taps.values())
+    result = np.zeros_like(grid)
+    for y, x in itertools.product(range(height), range(width)):
+        result[y, x] = sum(
+            tap * grid[mirrored(y + dy, height), mirrored(x + dx, width)] for (dy, dx), tap in taps.items()
+        )
+    return result / total
+
+
+def obvious_hull_area(mask):
+    """Area of the hull of every corner of every cell, by a library."""
+    cells = np.argwhere(mask)
+    corners = np.concatenate([cells + corner for corner in ((0, 0), (0, 1), (1, 0), (1, 1))])
+    return ConvexHull(corners).volume  # `volume` is the area in two dimensions
+
+
+def blobs(mask):
+    """The 8-connected components in row-major order of their first cells."""
+    left = [tuple(cell) for cell in np.argwhere(mask)]
+    found = []
+    while left:
+        blob, stack = set(), [left[0]]
+        while stack:
+            y, x = stack.pop()
+            if (y, x) in left:
+                left.remove((y, x))
+                blob.add((y, x))
+                stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        own = np.zeros_like(mask)
+        own[tuple(np.array(sorted(blob)).T)] = True
+        found.append(own)
+    return found
+
+
+masks = hnp.array_shapes(min_dims=2, max_dims=2, max_side=8).flatmap(lambda s: hnp.arrays(bool, s))
+
+
+class TestSmooth:
+    def test_kernel_by_hand(self):
+        side = math.exp(-0.5)
+        assert gaussian_kernel(3, 1.0) == pytest.approx(np.array([side, 1, side]) / (1 + 2 * side))
+        assert gaussian_kernel(7, 1.0)[0] == pytest.approx(0.004433048175243745)  # as OpenCV prints it
+        assert gaussian_kernel(7, 1.0).size == 7
+        assert gaussian_kernel(7, 0.0).tolist() == gaussian_kernel(1, 1.0).tolist() == [1.0]
+
+    def test_the_edge_is_not_repeated(self):
+        row = np.array([[4.0, 2.0, 1.0]])
+        side, centre = gaussian_kernel(3, 1.0)[:2]
+        expected = [4 * centre + 4 * side, 2 * centre + 5 * side, centre + 4 * side]
+        assert smooth(row, 3, 1.0)[0] == pytest.approx(expected)  # repeated: 8 side at the left
+
+    @pytest.mark.parametrize("shape", [(24, 24), (5, 9), (3, 2), (1, 4), (6, 1), (1, 1)])
+    @pytest.mark.parametrize(("kernel_size", "sigma"), [(7, 1.0), (3, 0.8), (9, 1.8), (5, 30.0)])
+    def test_agrees_with_the_obvious_way_on_any_grid(self, shape, kernel_size, sigma):
+        grid = np.random.default_rng(0).random(shape)
+        assert smooth(grid, kernel_size, sigma) == pytest.approx(obvious_smooth(grid, kernel_size, sigma))
+
+    def test_each_map_of_a_stack_on_its_own(self):
+        stack = np.random.default_rng(1).random((3, 6, 5)).astype(np.float32)
+        smoothed = smooth(stack)
+        for grid, own in zip(stack, smoothed, strict=True):
+            assert (smooth(grid) == own).all()
+        assert combine(stack) == pytest.approx(smoothed[0] + smoothed[1] + smoothed[2])
+
+    @pytest.mark.parametrize(("kernel_size", "sigma"), [(1, 1.0), (7, 0.0)])
+    def test_can_be_switched_off(self, kernel_size, sigma):
+        grid = np.random.default_rng(2).random((6, 5))
+        assert (smooth(grid, kernel_size, sigma) == grid).all()
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("kernel_size", 0),
+            ("kernel_size", 4),
+            ("kernel_size", 3.0),
+            ("kernel_size", True),
+            ("sigma", -1.0),
+            ("sigma", math.nan),
+            ("sigma", math.inf),
+            ("upsample", 0),
+            ("upsample", 1.5),
+            ("upsample", True),
+            ("component", "biggest"),
+        ],
+    )
+    def test_options_name_what_is_wrong(self, field, value):
+        with pytest.raises(ValueError, match=field):
+            GroundingOptions(**{field: value})
+
+
+class TestHull:
+    @pytest.mark.parametrize(
+        ("mask", "area"),
+        [
+            (picture("#"), 1),
+            (picture("##", "##"), 4),
+            (picture("#.", ".#"), 3),  # the square less two corner triangles of 1/2
+            (picture("#..", "#..", "###"), 7),  # an L: the square less a triangle of 2
+            (picture("#####"), 5),
+            (picture("....", "...."), 0),
+        ],
+    )
+    def test_area_by_hand(self, mask, area):
+        assert hull_area(mask) == area
+
+    @settings(deadline=None)
+    @given(masks)
+    def test_area_agrees_with_a_library(self, mask):
+        assume(mask.any())
+        assert hull_area(mask) == pytest.approx(obvious_hull_area(mask))
+
+    @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
+    def test_hull_holds_every_point_and_no_needless_vertex(self, points):
+        hull = convex_hull(points)
+        assert set(hull) <= set(points)
+        assume(len(hull) > 2)
+        for a, b in zip(hull, hull[1:] + hull[:1], strict=True):
+            sides = [(b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0]) for x, y in points]
+            assert min(sides) >= 0
+            assert {point for point, side in zip(points, sides, strict=True) if side == 0} & set(hull) == {
+                a,
+                b,
+            }
+
+    def test_largest_hull_is_not_largest_area(self):
+        # The block has 6 cells; the arc only 5, but its hull has 3.5 + 5 of them.
+        mask = picture("###...#", "###..#.", "....#..", "...#...", "..#....")
+        chosen = largest_hull(mask)
+        assert chosen.sum() == 5
+        assert not chosen[:2, :3].any()
+
+    def test_diagonal_cells_are_one_component(self):
+        assert largest_hull(np.eye(4, dtype=bool)).sum() == 4
+
+    def test_ties_go_to_the_mass_then_to_the_first_cell(self):
+        mask = picture("#.#", "...", "#..")
+        assert np.argwhere(largest_hull(mask)).tolist() == [[0, 0]]
+        mass = np.array([[1.0, 0, 2], [0, 0, 0], [3, 0, 0]])
+        assert np.argwhere(largest_hull(mask, mass)).tolist() == [[2, 0]]
+        mass = np.array([[1.0, 0, 1 + 1e-14], [0, 0, 0], [1, 0, 0]])  # equal but for rounding
+        assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0]]
+
+    def test_mass_decides_between_equal_hulls_only(self):
+        mask = picture("##.", "...", "..#")
+        mass = np.array([[1.0, 1, 0], [0, 0, 0], [0, 0, 99]])
+        assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0], [0, 1]]
+
+    @settings(deadline=None)
+    @given(masks)
+    def test_agrees_with_all_components_one_by_one(self, mask):
+        found = largest_hull(mask)
+        expected = max(blobs(mask), key=lambda blob: round(obvious_hull_area(blob), 6), default=mask)
+        assert (found == expected).all()
+
+
+class TestBox:
+    def test_one_cell(self):
+        grid = np.zeros((3, 4))
+        grid[1, 2] = 1
+        assert grounded(grid).box == (20, 10, 30, 20)
+
+    def test_x_and_y_are_not_swapped(self):
+        grid = np.zeros((2, 5))
+        grid[0, 1:4] = 1
+        found = grounded(grid, image_size=(100, 60))
+        assert found.box == (20, 0, 80, 30)
+        assert found.mask.shape == found.heatmap.shape == (60, 100)
+        assert found.mask[:30, 20:80].all()
+        assert found.mask.sum() == 30 * 60
+
+    def test_all_cells_is_the_published_reading(self):
+        grid = picture("##...", "##...", "....#")
+        assert grounded(grid).box == (0, 0, 20, 20)
+        both = grounded(grid, options=GroundingOptions(sigma=0.0, component="all"))
+        assert both.box == (0, 0, 50, 30)
+        assert both.cells.sum() == 5
+
+    def test_the_mean_is_not_active(self):
+        assert grounded([[0.0, 1.0, 2.0]]).box == (20, 0, 30, 10)
+
+    def test_padding_is_undone(self):
+        # A 640x480 picture padded to a square: rows 0 to 2 and 21 to 23 of 24 hold no picture.
+        grid = np.zeros((24, 24))
+        grid[0:6, 3:9] = 1
+        found = grounded(grid, (0, -80, 640, 560), (640, 480))
+        assert found.box == pytest.approx((80, 0, 240, 80))
+        assert not found.cells[:3].any()
+
+    def test_what_is_only_in_the_padding_is_dropped(self):
+        grid = np.zeros((24, 24))
+        grid[0:3] = 1
+        grid[12, 12] = 0.9
+        found = grounded(grid, (0, -80, 640, 560), (640, 480))
+        assert np.argwhere(found.cells).tolist() == [[12, 12]]
+        assert found.score == 1.0  # mass in the padding does not count
+
+    def test_padding_counts_for_the_mean(self):
+        grid = np.array([[5.0, 5.0], [1.0, 2.0]])  # with the padded first row the mean is 3.25
+        assert grounded(grid, (0, -10, 20, 10), (20, 10)).score == 0.0
+        assert grounded(grid[1:], (0, 0, 20, 10), (20, 10)).box == (10, 0, 20, 10)
+
+    def test_padding_separates_components(self):
+        grid = picture(".....", "#####", "#.#.#", "#.#.#")  # one comb, whose back lies in the padding
+        found = grounded(grid, (0, -20, 50, 20), (50, 20))
+        assert found.box == (0, 0, 10, 20)
+        assert found.cells.sum() == 2
+
+    def test_a_cell_half_in_the_padding_is_clipped(self):
+        found = grounded(picture("##..", "##..", "...."), (0, -5, 40, 25), (40, 20))
+        assert found.box == (0, 0, 20, 15)
+        assert found.mask[:15, :20].all()
+        assert found.mask.sum() == 300
+
+    @pytest.mark.parametrize(("width", "height"), [(640, 480), (500, 333), (1023, 767), (480, 641)])
+    def test_a_border_that_padding_meets_but_for_rounding(self, width, height):
+        side = max(width, height)
+        x0, y0 = (width - side) / 2, (height - side) / 2
+        for cells in (6, 14, 24, 27, 37):
+            found = grounded(np.eye(cells), (x0, y0, x0 + side, y0 + side), (width, height))
+            left, top, right, bottom = found.box
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+            assert min(right - left, bottom - top) > 0.1
+
+    def test_centre_crop_stays_inside(self):
+        grid = np.zeros((4, 4))
+        grid[0, 0] = 1
+        found = grounded(grid, (80, 0, 560, 480), (640, 480))
+        assert found.box == (80, 0, 200, 120)
+        assert (found.heatmap[:, :80] == 0).all()
+        assert (found.heatmap[:, 560:] == 0).all()
+        assert found.heatmap[0, 80] == 1
+
+    def test_upsampling_repeats_cells_and_keeps_pixels(self):
+        grid = np.zeros((4, 4))
+        grid[1, 2] = 1
+        found = grounded(grid, options=GroundingOptions(sigma=0.0, upsample=4))
+        assert found.box == (20, 10, 30, 20)
+        assert found.combined.shape == (16, 16)
+        assert found.cells[4:8, 8:12].all()
+        # The kernel counts fine cells: the blur of one coarse cell stays closer to it.
+        finer = grounded(grid, options=GroundingOptions(upsample=4))
+        coarse = grounded(grid, options=GroundingOptions())
+        assert finer.box[2] - finer.box[0] < coarse.box[2] - coarse.box[0]
+
+    def test_smoothing_comes_before_the_threshold(self):
+        grid = np.zeros((9, 9))
+        grid[4, 4] = 1
+        found = grounded(grid, options=GroundingOptions(kernel_size=3, sigma=1.0))
+        assert found.box == (30, 30, 60, 60)  # the 3x3 footprint, all of it above the mean of 1/81
+        assert found.combined.sum() == pytest.approx(1)
+
+    @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-12])
+    @pytest.mark.parametrize("options", [SHARP, GroundingOptions(), GroundingOptions(5, 1.3, 3)])
+    def test_a_constant_map_is_the_whole_image_with_score_0(self, value, options):
+        found = grounded(np.full((7, 9), value), options=options)
+        assert found.box == (0, 0, 90, 70)
+        assert found.score == 0
+        assert not found.cells.any()
+        assert found.mask.all()
+        assert np.isfinite(found.heatmap).all()
+
+    def test_score_is_the_share_of_the_mass_in_the_box(self):
+        grid = [[8.0, 0.0, 0.0], [0.5, 7.0, 0.0], [0.0, 0.0, 0.5]]  # the diagonal pair; the box is 2 x 2
+        assert grounded(grid).score == pytest.approx(15.5 / 16)
+
+    def test_heads_are_added(self):
+        attention = np.zeros((2, 2, 1, 5), dtype=np.float32)
+        attention[0, 0, 0, 0] = 1.0
+        attention[1, 1, 0, 4] = 3.0
+        attention[0, 1] = 9.0
+        maps = AttentionMaps(attention, (0, 0, 50, 10), (50, 10))
+        found = ground_maps(maps, [(0, 0), (1, 1)], SHARP)
+        assert found.combined.tolist() == [[1, 0, 0, 0, 3]]
+        assert found.heads == (Head(0, 0), Head(1, 1))
+        assert found.box == (40, 0, 50, 10)  # mean 0.8: two hulls of one cell, the heavier wins
+
+    @pytest.mark.parametrize("heads", [[], [Head(0, 1)], [Head(1, 0)], [Head(-1, 0)]])
+    def test_refuses_heads_that_are_not_there(self, heads):
+        maps = AttentionMaps(np.zeros((1, 1, 2, 2), dtype=np.float32), (0, 0, 2, 2), (2, 2))
+        with pytest.raises(ValueError, match="head"):
+            ground_maps(maps, heads)
+
+    def test_refuses_nan(self):
+        with pytest.raises(ValueError, match="NaN"):
+            grounded([[0.0, np.nan]])
+
+
+class TestPictures:
+    @settings(deadline=None, max_examples=60)
+    @given(masks, st.integers(5, 90), st.integers(5, 90), st.booleans(), st.integers(-40, 10))
+    def test_the_mask_fills_the_box(self, mask, width, height, smoothed, x0):
+        box = (float(x0), -3.0, x0 + 80.0, 85.5)
+        found = grounded(mask, box, (width, height), GroundingOptions() if smoothed else SHARP)
+        assert found.mask.shape == (height, width)
+        rows, columns = np.flatnonzero(found.mask.any(axis=1)), np.flatnonzero(found.mask.any(axis=0))
+        tight = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        assert np.abs(np.array(tight) - found.box).max() <= 1
+
+    def test_filling_counts_pixel_centres(self):
+        triangle = np.array([(0.0, 0.0), (4.0, 0.0), (0.0, 4.0)])
+        expected = picture("###.", "##..", "#...", "....")  # centres on the slanted side are outside
+        assert (fill_polygon(triangle, (4, 4)) == expected).all()
+        assert (fill_polygon(triangle[::-1], (4, 4)) == expected).all()
+
+    def test_squares_that_meet_share_no_pixel(self):
+        left = fill_polygon(np.array([(0.0, 0.0), (2.5, 0.0), (2.5, 3.0), (0.0, 3.0)]), (5, 3))
+        right = fill_polygon(np.array([(2.5, 0.0), (5.0, 0.0), (5.0, 3.0), (2.5, 3.0)]), (5, 3))
+        assert (left ^ right).all()
+
+    def test_a_hull_smaller_than_a_pixel_still_marks_one(self):
+        found = grounded(np.eye(24), image_size=(3, 3), options=GroundingOptions(1, 0.0))
+        assert found.mask.any()
+        speck = fill_polygon(np.array([(2.6, 1.6), (2.9, 1.6), (2.9, 1.9)]), (3, 3))
+        assert np.argwhere(speck).tolist() == [[1, 2]]
+
+    def test_mask_is_the_hull_and_not_the_cells(self):
+        found = grounded(picture("#..", "#..", "###"))
+        assert found.cells.sum() == 5
+        assert found.mask.sum() == pytest.approx(700, abs=20)  # the hull has 7 cells of 100 pixels
+        assert found.mask[15, 12]
+        assert not found.mask[5, 25]
+
+    def test_heatmap_is_exact_at_cell_centres_and_linear_between(self):
+        heat = resample(np.array([[1.0, 3.0], [2.0, 4.0]]), (0, 0, 6, 6), (6, 6))
+        # cell centres at 1.5 and 4.5: the centres of pixels 1 and 4
+        assert heat[1, 1] == pytest.approx(0.25)
+        assert heat[1, 4] == pytest.approx(0.75)
+        assert heat[4, 1] == pytest.approx(0.5)
+        assert heat[1, 2] == pytest.approx((1 + 2 / 3) / 4)
+        assert heat[0, 0] == heat[1, 1]  # constant beyond the outer centres
+        assert heat.max() == 1.0
+        assert heat.dtype == np.float32
+
+    def test_heatmap_is_scaled_by_what_the_image_shows(self):
+        grid = np.array([[9.0, 9.0], [1.0, 2.0], [9.0, 9.0]])
+        heat = grounded(grid, (0, -100, 200, 200), (200, 100)).heatmap
+        assert heat.max() == 1.0
+        assert heat[50, 50] < heat[50, 150]
+
+    @settings(deadline=None)
+    @given(hnp.arrays(np.float64, (3, 4), elements=st.integers(0, 9).map(float)), st.integers(-9, 9))
+    def test_heatmap_agrees_with_each_pixel_on_its_own(self, grid, shift):
+        box = (shift - 2.5, -4.0, shift + 15.0, 11.0)
+        heat = resample(grid, box, (12, 9))
+        expected = np.zeros((9, 12))
+        for row, column in np.ndindex(9, 12):
+            x, y = column + 0.5, row + 0.5
+            if not (box[0] <= x <= box[2] and box[1] <= y <= box[3]):
+                continue
+            u = min(max((x - box[0]) / (box[2] - box[0]) * 4 - 0.5, 0), 3)
+            v = min(max((y - box[1]) / (box[3] - box[1]) * 3 - 0.5, 0), 2)
+            expected[row, column] = sum(
+                max(0.0, 1 - abs(u - j)) * max(0.0, 1 - abs(v - i)) * grid[i, j] for i, j in np.ndindex(3, 4)
+            )
+        scale = expected.max() or 1.0
+        assert heat == pytest.approx(expected / scale, abs=1e-5)
+
+    def test_point_is_the_strongest_cell_on_the_image(self):
+        grid = np.array([[9.0, 0.0, 0.0], [0.0, 1.0, 3.0]])
+        assert grounded(grid).point == (5, 5)
+        assert grounded(grid, (0, -10, 30, 10), (30, 10)).point == (25, 5)  # the first row is padding
+        assert grounded(grid, (0, -15, 30, 5), (30, 5)).point == (25, 2.5)  # of the part that shows
+
+    def test_pictures_are_made_once_and_when_asked_for(self):
+        found = grounded(np.eye(4))
+        assert not {"mask", "heatmap", "polygon"} & set(vars(found))
+        assert found.mask is found.mask
+        with pytest.raises(AttributeError):
+            found.box = (0, 0, 1, 1)

@@ -1,0 +1,446 @@
+"""Selection frequency by hand, against an obvious second implementation, and the record on disk."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localization_heads.errors import UsageError
+from localization_heads.heads import ranking as ranking_module
+from localization_heads.heads.criteria import CriteriaOptions, elbow, elbow_index
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads, select_heads
+
+INF = math.inf
+ALL = CriteriaOptions(exclude_layers=0, tau=0.0)
+
+
+def obvious_marks(sums, entropy, kept, top_n):
+    """Criterion 2 of one sample with a sorted list of tuples."""
+    layers, heads = entropy.shape
+    candidates = sorted(
+        (float(entropy[layer, head]), -float(sums[layer, head]), layer, head)
+        for layer in range(layers)
+        for head in range(heads)
+        if kept[layer][head] and math.isfinite(entropy[layer, head])
+    )
+    return [(layer, head) for _, _, layer, head in candidates[:top_n]]
+
+
+def obvious_frequency(sums, entropies, samples, options, top_n):
+    """tau and the selection frequencies of one draw, sample by sample."""
+    layers, heads = sums.shape[1:]
+    mean = np.mean([sums[sample].astype(float) for sample in samples], axis=0)
+    flat = [mean[layer, head] for layer in range(options.exclude_layers, layers) for head in range(heads)]
+    tau = elbow(flat) if options.tau is None else options.tau
+    kept = [
+        [
+            layer >= options.exclude_layers
+            and (
+                layer * heads + head > elbow_index(mean.ravel())
+                if options.elbow == "index"
+                else mean[layer, head] >= tau
+            )
+            for head in range(heads)
+        ]
+        for layer in range(layers)
+    ]
+    counts = np.zeros((layers, heads))
+    for sample in samples:
+        for address in obvious_marks(sums[sample], entropies[sample], kept, top_n):
+            counts[address] += 1
+    return tau, counts / len(samples), kept
+
+
+def random_pool(samples=40, layers=5, heads=4, seed=0):
+    """Sums with clear high and low heads, and entropies with many ties and some infinite ones."""
+    rng = np.random.default_rng(seed)
+    loud = rng.random((layers, heads)) ** 3
+    sums = (loud * rng.uniform(0.8, 1.2, (samples, layers, heads))).astype(np.float32)
+    entropies = rng.integers(0, 5, (samples, layers, heads)).astype(np.float32) / 2
+    entropies[rng.random(entropies.shape) < 0.2] = INF
+    return sums, entropies
+
+
+def frequencies(ranking, shape):
+    grid = np.full(shape, np.nan)
+    for head in ranking.heads:
+        grid[head.layer, head.head] = head.selection_frequency
+    return grid
+
+
+class TestSelectHeads:
+    def test_takes_the_lowest_entropies_in_order(self):
+        entropy = np.array([[3.0, 1.0], [0.5, 2.0]])
+        assert select_heads(np.ones((2, 2)), entropy, np.ones((2, 2), bool), 3) == [(1, 0), (0, 1), (1, 1)]
+
+    def test_ties_go_to_the_higher_sum_then_layer_then_head(self):
+        entropy = np.zeros((2, 3))
+        sums = np.array([[0.1, 0.3, 0.2], [0.3, 0.9, 0.1]])
+        expected = [(1, 1), (0, 1), (1, 0), (0, 2), (0, 0), (1, 2)]
+        assert select_heads(sums, entropy, np.ones((2, 3), bool), 6) == expected
+
+    def test_a_lower_entropy_beats_a_higher_sum(self):
+        assert select_heads(np.array([[0.9, 0.1]]), np.array([[0.2, 0.1]]), np.ones((1, 2), bool), 1) == [
+            Head(0, 1)
+        ]
+
+    def test_never_takes_dropped_heads_or_maps_without_component(self):
+        entropy = np.array([[0.0, 1.0, INF, np.nan]])
+        assert select_heads(np.ones((1, 4)), entropy, np.array([[False, True, True, True]])) == [Head(0, 1)]
+
+
+class TestFrequency:
+    def test_by_hand(self):
+        # Three samples, one layer of four heads, two marks a sample; tau 0.3 drops head 3.
+        sums = np.tile(np.array([[0.6, 0.5, 0.4, 0.1]]), (3, 1, 1))
+        entropies = np.array([[[0.0, 1.0, 2.0, 0.0]], [[2.0, 1.0, 0.0, 0.0]], [[1.0, 1.0, 1.0, 0.0]]])
+        options = CriteriaOptions(exclude_layers=0, tau=0.3)
+        ranking = rank_heads(sums, entropies, options=options, top_n=2)
+        # marked: {0, 1}, {2, 1}, {0, 1} (a tie: the higher sums)
+        assert frequencies(ranking, (1, 4)).tolist() == [[2 / 3, 1.0, 1 / 3, 0.0]]
+        assert ranking.top(3) == [Head(0, 1), Head(0, 0), Head(0, 2)]
+        assert [head.kept for head in ranking.heads] == [True, True, True, False]
+        assert [head.spatial_entropy for head in ranking.heads] == [1.0, 1.0, 1.0, 0.0]
+        assert (ranking.tau, ranking.num_samples, ranking.top_n) == (0.3, 3, 2)
+
+    def test_criterion_1_is_on_the_average_and_not_on_each_sample(self):
+        # Head 1 is silent in half of the samples, but its average is kept, and it is marked in all of them.
+        sums = np.array([[[0.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.8]]])
+        entropies = np.array([[[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 0.0, 1.0]]])
+        ranking = rank_heads(sums, entropies, options=CriteriaOptions(exclude_layers=0, tau=0.3), top_n=1)
+        assert frequencies(ranking, (1, 4)).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            CriteriaOptions(),
+            CriteriaOptions(exclude_layers=0),
+            CriteriaOptions(exclude_layers=1, elbow="index"),
+            CriteriaOptions(tau=0.2),
+        ],
+    )
+    @pytest.mark.parametrize("top_n", [1, 3, 10])
+    def test_whole_pool_agrees_with_the_obvious_way(self, options, top_n):
+        sums, entropies = random_pool()
+        ranking = rank_heads(sums, entropies, options=options, top_n=top_n)
+        tau, expected, kept = obvious_frequency(sums, entropies, range(40), options, top_n)
+        assert np.allclose(frequencies(ranking, expected.shape), expected, rtol=0, atol=1e-12)
+        assert ranking.tau is None if options.elbow == "index" else ranking.tau == pytest.approx(tau)
+        assert {head.address for head in ranking.kept} == {tuple(at) for at in np.argwhere(kept)}
+
+    def test_trials_agree_with_the_obvious_way(self):
+        sums, entropies = random_pool(samples=60)
+        ranking = rank_heads(sums, entropies, top_n=2, num_trials=4, num_samples=25, seed=7)
+        rng = np.random.default_rng(7)
+        draws = [rng.choice(60, 25, replace=False) for _ in range(4)]
+        trials = [obvious_frequency(sums, entropies, draw, CriteriaOptions(), 2) for draw in draws]
+        assert ranking.tau == pytest.approx(np.mean([tau for tau, _, _ in trials]))
+        found = np.array([frequency for _, frequency, _ in trials])
+        for head in ranking.heads:
+            own = found[:, head.layer, head.head]
+            assert head.selection_frequency == pytest.approx(own.mean())
+            assert head.selection_frequency_std == pytest.approx(own.std())
+            means = [sums[draw, head.layer, head.head].mean(dtype=float) for draw in draws]
+            assert head.attention_sum == pytest.approx(np.mean(means))
+        assert ranking.num_samples == 25
+        assert ranking.num_trials == 4
+        assert any(head.selection_frequency_std > 0 for head in ranking.heads)
+
+    def test_a_small_pool_has_its_own_frequency_and_a_bootstrap_spread(self):
+        sums, entropies = random_pool(samples=30)
+        at_limit = rank_heads(sums, entropies, num_samples=30, num_trials=3, seed=5)
+        below = rank_heads(sums, entropies, num_samples=1000, num_trials=3, seed=5)
+        assert at_limit == below
+        assert at_limit.num_samples == 30
+        rng = np.random.default_rng(5)
+        resamples = [rng.integers(30, size=30) for _ in range(3)]
+        trials = np.array(
+            [obvious_frequency(sums, entropies, rows, CriteriaOptions(), 10)[1] for rows in resamples]
+        )
+        for head in at_limit.heads:
+            expected = trials[:, head.layer, head.head].std()
+            assert head.selection_frequency_std == pytest.approx(expected, abs=1e-12)
+        assert any(head.selection_frequency_std > 0 for head in at_limit.heads)
+
+    def test_one_sample_is_enough(self):
+        sums, entropies = random_pool(samples=1)
+        ranking = rank_heads(sums, entropies, top_n=1)
+        assert sum(head.selection_frequency for head in ranking.heads) == 1.0
+        assert all(head.selection_frequency_std == 0 for head in ranking.heads)
+
+    def test_infinite_entropies_are_never_marked_nor_averaged(self):
+        sums = np.full((2, 1, 3), 0.5)
+        entropies = np.array([[[INF, INF, 2.0]], [[INF, 1.0, INF]]])
+        ranking = rank_heads(sums, entropies, options=ALL, top_n=2)
+        assert frequencies(ranking, (1, 3)).tolist() == [[0.0, 0.5, 0.5]]
+        means = {head.address: head.spatial_entropy for head in ranking.heads}
+        assert means == {(0, 0): None, (0, 1): 1.0, (0, 2): 2.0}
+
+    def test_bottom_row_filter(self):
+        sums = np.full((2, 1, 2), 0.5)
+        entropies = np.array([[[0.0, 1.0]], [[0.0, 1.0]]])
+        flags = np.array([[[True, False]], [[False, False]]])
+        options = CriteriaOptions(exclude_layers=0, tau=0.0, bottom_row_filter=True)
+        for held in (flags, flags.astype(np.uint8)):
+            ranking = rank_heads(sums, entropies, options=options, top_n=1, bottom_row=held)
+            assert frequencies(ranking, (1, 2)).tolist() == [[0.5, 0.5]]
+        unfiltered = rank_heads(sums, entropies, options=ALL, top_n=1, bottom_row=flags)
+        assert frequencies(unfiltered, (1, 2)).tolist() == [[1.0, 0.0]]
+        with pytest.raises(ValueError, match="bottom_row_filter needs"):
+            rank_heads(sums, entropies, options=options)
+
+    def test_excluded_layers_are_never_kept_nor_marked(self):
+        sums, entropies = random_pool()
+        sums[:, :2] = 1.0
+        entropies[:, :2] = 0.0
+        for head in rank_heads(sums, entropies).heads:
+            assert head.layer >= 2 or (head.selection_frequency == 0 and not head.kept)
+
+
+class TestOrder:
+    def test_kept_then_frequency_then_sum_then_layer_then_head(self):
+        sums = np.array([[[0.5, 0.5, 0.9], [0.5, 0.6, 0.1]]])
+        entropies = np.array([[[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]])
+        ranking = rank_heads(
+            sums, entropies, options=CriteriaOptions(exclude_layers=0, tau=0.2), top_n=1, num_samples=1
+        )
+        order = [(head.layer, head.head) for head in ranking.heads]
+        # L0H2 is marked; the rest by sum; L1H2 has the lowest entropy but is not kept.
+        assert order == [(0, 2), (1, 1), (0, 0), (0, 1), (1, 0), (1, 2)]
+
+    def test_equal_counts_over_trials_are_a_tie(self):
+        # Frequencies of .1 and .2 add up differently in another order; counts do not.
+        trials = ranking_module._Trials(
+            size=10,
+            counts=np.array([[[1, 2]], [[2, 7]], [[7, 1]]], dtype=float),
+            sums=np.array([[[0.3, 0.6]]] * 3),
+            tau=np.zeros(3),
+            entropy=np.zeros((3, 1, 2)),
+            finite=np.zeros((3, 1, 2)),
+        )
+        _, heads = ranking_module._ranked(trials, trials, ALL)
+        assert [head.head for head in heads] == [1, 0]
+        assert heads[0].selection_frequency == heads[1].selection_frequency
+
+    def test_the_head_that_sets_tau_is_kept(self):
+        rng = np.random.default_rng(2)
+        sums = np.zeros((300, 3, 4))
+        sums[:, 2] = np.array([0.0, 0.1, 0.2, 1.0]) * rng.uniform(0.9, 1.1, (300, 1))
+        entropies = np.zeros((300, 3, 4))
+        for trials in (1, 3, 7, 11, 30):
+            ranking = rank_heads(sums, entropies, num_samples=50, num_trials=trials)
+            assert {head.address for head in ranking.kept} == {(2, 2), (2, 3)}
+            assert min(head.attention_sum for head in ranking.kept) == ranking.tau
+
+
+class TestScale:
+    def test_the_seed_decides(self):
+        sums, entropies = random_pool(samples=50)
+        first, again, other = (rank_heads(sums, entropies, num_samples=20, seed=seed) for seed in (1, 1, 2))
+        assert first == again
+        assert first != other
+
+    @pytest.mark.parametrize("num_samples", [17, 1000])
+    def test_chunks_and_memory_maps_change_nothing(self, tmp_path, monkeypatch, num_samples):
+        sums, entropies = random_pool(samples=50)
+        whole = rank_heads(sums, entropies, num_samples=num_samples)
+        for name, values in (("sums", sums), ("entropies", entropies)):
+            np.save(tmp_path / f"{name}.npy", values)
+        mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("sums", "entropies")]
+        monkeypatch.setattr(ranking_module, "CHUNK_VALUES", 3 * 20 + 1)
+        chunked = rank_heads(*mapped, num_samples=num_samples)
+        assert frequencies(chunked, (5, 4)).tolist() == frequencies(whole, (5, 4)).tolist()
+        assert chunked.to_json() == whole.to_json()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"top_n": 0}, "top_n"),
+            ({"num_trials": 0}, "num_trials"),
+            ({"num_samples": 0}, "num_samples"),
+            ({"entropies": np.zeros((2, 3, 3))}, "sample, layer, head"),
+            ({"sums": np.zeros((0, 3, 2)), "entropies": np.zeros((0, 3, 2))}, "sample, layer, head"),
+            ({"sums": np.full((2, 3, 2), np.nan)}, "finite"),
+            ({"options": CriteriaOptions(exclude_layers=3)}, "exclude_layers=3"),
+        ],
+    )
+    def test_refuses_what_cannot_be_ranked(self, change, message):
+        arguments = {"sums": np.ones((2, 3, 2)), "entropies": np.zeros((2, 3, 2)), **change}
+        with pytest.raises(ValueError, match=message):
+            rank_heads(arguments.pop("sums"), arguments.pop("entropies"), **arguments)
+
+
+class TestRecord:
+    @pytest.fixture
+    def ranking(self):
+        sums, entropies = random_pool()
+        entropies[:, 2, 0] = INF
+        return rank_heads(sums, entropies, model="llava-hf/llava-1.5-7b-hf", num_samples=20)
+
+    def test_json_has_the_fields_that_scripts_rely_on(self, ranking):
+        data = ranking.to_json()
+        assert {"version", "model", "num_samples", "num_trials", "tau", "top_n", "exclude_layers"} < set(data)
+        assert (data["version"], data["num_samples"], data["num_trials"], data["top_n"]) == (1, 20, 5, 10)
+        assert data["exclude_layers"] == 2
+        assert set(data["heads"][0]) == {
+            "layer",
+            "head",
+            "selection_frequency",
+            "selection_frequency_std",
+            "attention_sum",
+            "spatial_entropy",
+        }
+        assert len(data["heads"]) == len(ranking.kept) < len(ranking.heads)
+        assert data["criteria"]["entropy"] == "area"
+        assert data["tau"] == round(ranking.tau, 6)
+
+    def test_round_trip_through_text(self, ranking):
+        text = json.dumps(ranking.to_json(), allow_nan=False)
+        again = HeadRanking.from_json(json.loads(text))
+        assert json.dumps(again.to_json()) == text
+        assert again.top(2) == ranking.top(2)
+        assert again.options == ranking.options
+        assert again.model == ranking.model
+
+    def test_options_survive(self):
+        options = CriteriaOptions("mass", 0.001, "index", 0, True)
+        ranking = rank_heads(*random_pool(), options=options, bottom_row=np.zeros((40, 5, 4), bool))
+        again = HeadRanking.from_json(json.loads(json.dumps(ranking.to_json())))
+        assert again.options == options
+        assert again.tau is None
+
+    def test_a_file_without_criteria_is_the_papers(self, ranking):
+        data = ranking.to_json()
+        del data["criteria"]
+        assert HeadRanking.from_json(data).options == CriteriaOptions()
+
+    def test_csv_has_every_head(self, ranking):
+        rows = list(ranking.csv_rows())
+        assert len(rows) == 20
+        assert all(len(row) == len(HeadRanking.CSV_HEADER) for row in rows)
+        assert [row[0] for row in rows] == list(range(1, 21))
+        silent = next(row for row in rows if row[1:3] == (2, 0))
+        assert silent[6] == ""
+        assert sum(row[7] for row in rows) == len(ranking.kept)
+
+    def test_top_takes_kept_heads_only(self):
+        heads = tuple(RankedHead(0, index, 0.5, 0.0, 0.3, None, kept=index < 2) for index in range(4))
+        ranking = HeadRanking(heads, 0.2, 10, 5, 5)
+        assert ranking.top(2) == [Head(0, 0), Head(0, 1)]
+        with pytest.raises(ValueError, match="only 2 heads"):
+            ranking.top(3)
+        with pytest.raises(ValueError, match="at least 1"):
+            ranking.top(0)
+
+
+GOOD = HeadRanking(
+    heads=(RankedHead(14, 24, 0.571, 0.01, 0.4, 0.2), RankedHead(14, 26, 0.406, 0.02, 0.3, None)),
+    tau=0.24,
+    top_n=10,
+    num_samples=1000,
+    num_trials=5,
+).to_json()
+
+KEYS = sorted(set(GOOD) - {"criteria"})
+HEAD_KEYS = sorted(GOOD["heads"][0])
+
+
+class TestHostileJson:
+    def test_the_example_is_good(self):
+        assert HeadRanking.from_json(GOOD).top(2) == [Head(14, 24), Head(14, 26)]
+
+    @pytest.mark.parametrize("data", [None, [], "heads", 3, {}, {"version": 1}])
+    def test_not_a_ranking(self, data):
+        with pytest.raises(UsageError, match=r"heads\.json"):
+            HeadRanking.from_json(data)
+
+    @pytest.mark.parametrize("key", KEYS)
+    def test_a_missing_key_is_named(self, key):
+        with pytest.raises(UsageError, match=f"'{key}' is missing"):
+            HeadRanking.from_json({name: value for name, value in GOOD.items() if name != key})
+
+    @pytest.mark.parametrize("key", HEAD_KEYS)
+    def test_a_heads_missing_key_is_named_with_its_place(self, key):
+        broken = {name: value for name, value in GOOD["heads"][1].items() if name != key}
+        with pytest.raises(UsageError, match=rf"heads\[1\]: '{key}' is missing"):
+            HeadRanking.from_json({**GOOD, "heads": [GOOD["heads"][0], broken]})
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("version", 2),
+            ("version", True),
+            ("model", 7),
+            ("model", None),
+            ("num_samples", 0),
+            ("num_samples", 1.0),
+            ("num_trials", True),
+            ("top_n", "10"),
+            ("top_n", -1),
+            ("exclude_layers", -1),
+            ("exclude_layers", False),
+            ("tau", math.nan),
+            ("tau", INF),
+            ("tau", "0.2"),
+            ("tau", 10**400),
+            ("heads", {}),
+            ("heads", [3]),
+            ("heads", [GOOD["heads"][0]] * 2),
+            ("criteria", []),
+            ("criteria", {"entropy": "volume"}),
+            ("criteria", {"threshold": math.nan}),
+            ("criteria", {"__class__": 1}),
+            ("criteria", {"exclude_layers": 3}),
+        ],
+    )
+    def test_wrong_values(self, key, value):
+        with pytest.raises(UsageError, match=r"heads\.json"):
+            HeadRanking.from_json({**GOOD, key: value})
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("layer", -1),
+            ("layer", True),
+            ("layer", 3.0),
+            ("head", None),
+            ("selection_frequency", 1.5),
+            ("selection_frequency", -0.1),
+            ("selection_frequency", math.nan),
+            ("selection_frequency", None),
+            ("selection_frequency_std", INF),
+            ("attention_sum", "much"),
+            ("attention_sum", True),
+            ("spatial_entropy", math.nan),
+            ("spatial_entropy", -1.0),
+        ],
+    )
+    def test_wrong_values_of_a_head(self, key, value):
+        with pytest.raises(UsageError, match=rf"heads\[0\]: '{key}' must be"):
+            HeadRanking.from_json({**GOOD, "heads": [{**GOOD["heads"][0], key: value}]})
+
+    json_values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner),
+        max_leaves=8,
+    )
+
+    @given(st.sampled_from([*KEYS, "criteria"]), json_values)
+    def test_anything_is_read_or_refused(self, key, value):
+        try:
+            ranking = HeadRanking.from_json({**GOOD, key: value})
+        except UsageError:
+            return
+        json.dumps(ranking.to_json(), allow_nan=False)
+
+    @given(st.sampled_from(HEAD_KEYS), json_values)
+    def test_any_field_of_a_head_is_read_or_refused(self, key, value):
+        try:
+            ranking = HeadRanking.from_json({**GOOD, "heads": [{**GOOD["heads"][0], key: value}]})
+        except UsageError:
+            return
+        json.dumps(ranking.to_json(), allow_nan=False)

@@ -1,0 +1,293 @@
+"""Hostile and honest pickles: what is read, what is refused, and that nothing is ever run."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import copyreg
+import os
+import pickle
+import pickletools
+import struct
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localization_heads.errors import UsageError
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.safe_pickle import PickleRefusedError, load_pickle, loads_pickle
+
+PROTOCOLS = (2, 3, 4, 5)
+
+
+class Call:
+    """Pickles as a call of `function(*arguments)`, with a state to set on the result."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.parts = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.parts
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {"a": [1, (2.5, True, False), "text", b"bytes", None, -1, 10**30], 7: {}},
+        [[], (), {}, "", b"", float("inf")],
+        ("ä" * 300, b"\xff" * 300, [0] * 2000),
+    ],
+)
+def test_plain_values_come_back(value, protocol):
+    assert loads_pickle(pickle.dumps(value, protocol)) == value
+
+
+def test_shared_values_come_back():
+    part = [1, 2]
+    assert loads_pickle(pickle.dumps({"a": part, "b": part})) == {"a": part, "b": part}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "f2", "f8", "i8", "u1", "bool"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_come_back(dtype, order, protocol):
+    array = np.asarray(np.arange(24).reshape(2, 3, 4) % 5, dtype=dtype, order=order)
+    result = loads_pickle(pickle.dumps(array, protocol))
+    assert result.dtype == array.dtype
+    np.testing.assert_array_equal(result, array)
+    assert not result.flags.writeable
+
+
+def test_arrays_written_by_numpy_1_come_back():
+    old = pickle.dumps(np.arange(6, dtype="f4"), protocol=2).replace(b"numpy._core", b"numpy.core")
+    np.testing.assert_array_equal(loads_pickle(old), np.arange(6))
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), np.int64(7), np.bool_(True), np.float64("inf")])
+def test_numpy_numbers_become_plain(value):
+    result = loads_pickle(pickle.dumps(value))
+    assert result == value
+    assert type(result) in (float, int, bool)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_tensors_come_back_without_torch(dtype, protocol):
+    tensor = torch.arange(240).reshape(2, 3, 4, 10).to(dtype)
+    for view in (tensor, tensor[:, :, -1:, 2:7], tensor.transpose(0, 3), tensor[:0], tensor[1, 2, 3, 4]):
+        expected = view.float().numpy()
+        np.testing.assert_array_equal(loads_pickle(pickle.dumps(view, protocol)).astype("f4"), expected)
+
+
+def test_reading_a_tensor_imports_no_torch(tmp_path):
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps(torch.rand(2, 2, 1, 4)))
+    code = (
+        "import sys; from localization_heads.store import load_attention; "
+        "load_attention(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.pkl")], check=True)
+
+
+def _stack_global(module: str, name: str) -> bytes:
+    text = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name))
+    return text + b"\x93"
+
+
+def _reconstruct(kind: str, state: bytes) -> bytes:
+    """An array by `_reconstruct` with a dtype code and a state tuple in pickle code."""
+    return (
+        b"\x80\x04"
+        + _stack_global("numpy._core.multiarray", "_reconstruct")
+        + _stack_global("numpy", "ndarray")
+        + b"K\x00\x85C\x01b\x87R(K\x01"
+        + state.replace(b"DTYPE", _stack_global("numpy", "dtype") + b"\x8c" + bytes([len(kind)]) + kind.encode() + b"\x89\x88\x87R")
+        + b"tb."
+    )
+
+
+def _laughs(depth: int) -> bytes:
+    """A tuple of two of a tuple of two ...: 2**depth leaves in a few bytes."""
+    return b"\x80\x04)" + b"\x94" + b"".join(b"h" + bytes([i]) + b"\x86\x94" for i in range(depth)) + b"."
+
+
+def _wide_laughs() -> bytes:
+    """A list of 1000 times a list of 1000 times ...: 10**12 leaves, four deep."""
+    return b"\x80\x04]\x94" + b"".join(b"](" + bytes([0x68, i]) * 1000 + b"e\x94" for i in range(4)) + b"\x85\x85\x85\x85."
+
+
+def _hostile_tensor(numel: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
+    """A tensor of 4 numbers whose storage claims `numel` and whose view is what the other arguments say."""
+    content = pickle.dumps(torch.zeros(4)).replace(b"K\x04Nt", b"K" + bytes([numel]) + b"Nt")
+    machine = (
+        b"\x80\x04" + _stack_global("torch._utils", "_rebuild_tensor_v2") + b"("
+        + _stack_global("torch.storage", "_load_from_bytes")
+    )
+    raw = next(arg for op, arg, _ in pickletools.genops(content) if op.name == "SHORT_BINBYTES" or op.name == "BINBYTES")
+    numbers = b"".join(_integer(n) for n in size)
+    steps = b"".join(_integer(n) for n in stride)
+    return (
+        machine + b"B" + struct.pack("<I", len(raw)) + raw + b"\x85R" + _integer(offset)
+        + b"(" + numbers + b"t(" + steps + b"t\x89" + _stack_global("collections", "OrderedDict") + b")RtR."
+    )
+
+
+def _integer(value: int) -> bytes:
+    return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+
+def _poison(path: str) -> str:
+    return f"open({path!r}, 'w').close()"
+
+
+def hostile_pickles(touch: str) -> dict[str, bytes]:
+    """Attacks that write the file `touch` if anything in them runs, and ones on memory, time and the interpreter."""
+    mark = f"touch {touch}"
+    attacks = {
+        "os.system": pickle.dumps(Call(os.system, mark)),
+        "os.system in protocol 0": pickle.dumps(Call(os.system, mark), protocol=0),
+        "builtins.eval": pickle.dumps(Call(builtins.eval, _poison(touch))),
+        "builtins.exec under a dict": pickle.dumps({"attention": Call(builtins.exec, _poison(touch))}),
+        "subprocess in a list": pickle.dumps([1, Call(subprocess.getoutput, mark)]),
+        "builtins.getattr": pickle.dumps(Call(builtins.getattr, "", "format")),
+        "copyreg": pickle.dumps(Call(copyreg._reconstructor, collections.UserDict, object, None)),
+        "copyreg.add_extension": pickle.dumps(Call(copyreg.add_extension, "os", "system", 1)),
+        "an extension code": b"\x80\x04\x82\x01.",
+        "a plain class": pickle.dumps(Path("x")),
+        "NEWOBJ": pickle.dumps(collections.Counter("aab")),
+        "INST": b"(S'" + mark.encode() + b"'\nios\nsystem\n.",
+        "a persistent id": b"\x80\x04\x8c\x01aQ.",
+        "a set": pickle.dumps({1, 2}),
+        "torch.load of a nested pickle": pickle.dumps(
+            Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, mark)))
+        ),
+        "torch.load itself": pickle.dumps(Call(torch.load, touch)),
+        "a nested pickle after good headers": pickle.dumps(
+            Call(
+                torch.storage._load_from_bytes,
+                pickle.dumps(1) + pickle.dumps(1) + pickle.dumps({"little_endian": True})
+                + pickle.dumps(Call(os.system, mark)),
+            )
+        ),
+        "an array of objects": pickle.dumps(np.array([Call(os.system, mark), None], dtype=object)),
+        "an object as a scalar": pickle.dumps(
+            Call(np._core.multiarray.scalar, np.dtype("O"), pickle.dumps(Call(os.system, mark)))
+        ),
+        "an array of records": pickle.dumps(np.zeros(2, dtype=[("a", "f4")])),
+        "an array of text": pickle.dumps(np.array(["a"])),
+        "a subclass of ndarray": pickle.dumps(np.ma.masked_array([1.0], [0])),
+        "a memmap class": pickle.dumps(Call(np._core.multiarray._reconstruct, np.memmap, (0,), b"b")),
+        "a huge ndarray by call": pickle.dumps(Call(np.ndarray, (10**12,))),
+        "a dtype with strange arguments": pickle.dumps(Call(np.dtype, "O8")),
+        "state set on a constructor": b"\x80\x04" + _stack_global("_codecs", "encode") + b"N}\x8c\x0c__defaults__)s\x86b.",
+        "state set on a dict": b"\x80\x04}}\x8c\x01a)sb.",
+        "a constructor as the value": b"\x80\x04" + _stack_global("_codecs", "encode") + b".",
+        "an item of a list": b"\x80\x04]K\x00K\x01s.",
+        "an append to a dict": b"\x80\x04}K\x01a.",
+        "a tuple as a key": b"\x80\x04})K\x01s.",
+        "nested tuples as a key": b"\x80\x04}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
+        "billion laughs": _laughs(60),
+        "wide laughs": _wide_laughs(),
+        "a deep list": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
+        "a list in itself": b"\x80\x04]\x94h\x00a.",
+        "endless instructions": b"\x80\x04" + b"]" * 5_000_000 + b".",
+        "a memo of 4 billion": b"\x80\x04Nr\xff\xff\xff\xff" + b"r\xff\xff\xff\x7f0",
+        "bytes of 4 GB": b"\x80\x04B\xff\xff\xff\xffabc.",
+        "bytes of 8 EB": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc.",
+        "a bytearray of 1 TB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"abc.",
+        "a frame of 1 TB": b"\x80\x04\x95" + struct.pack("<Q", 1 << 40) + b"]K\x01",
+        "a number of 2 GB": b"\x80\x04\x8b\xff\xff\xff\x7fabc.",
+        "a number of -1 bytes": b"\x80\x04\x8b\xff\xff\xff\xff.",
+        "a million copies of a text": b"\x80\x04" + _stack_global("_codecs", "encode") + b"\x94X" + struct.pack("<I", 10**5)
+        + b"a" * 10**5 + b"\x94\x8c\x06latin1\x86\x94](" + b"h\x00h\x02R" * 50_000 + b"e.",
+        "an array of fewer bytes": _reconstruct("f4", b"(K\x7fK\x7ftDTYPE\x89C\x04abcd"),
+        "an array of a negative shape": _reconstruct("f4", b"(J\xff\xff\xff\xfftDTYPE\x89C\x04abcd"),
+        "an array of a huge shape": _reconstruct("f4", b"(" + _integer(1 << 62) + _integer(4) + b"tDTYPE\x89C\x04abcd"),
+        "an array of a huge and an empty side": _reconstruct("f4", b"(" + _integer(1 << 62) + b"K\x00tDTYPE\x89C\x00"),
+        "an array of objects by hand": _reconstruct("O", b"K\x01\x85DTYPE\x88](K\x01e"),
+        "an array without state": b"\x80\x04" + _stack_global("numpy._core.multiarray", "_reconstruct")
+        + _stack_global("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R.",
+        "a tensor beyond its numbers": _hostile_tensor(4, (3,), (2,)),
+        "a tensor before its numbers": _hostile_tensor(4, (3,), (-1,), 2),
+        "a tensor with a negative offset": _hostile_tensor(4, (1,), (1,), -1),
+        "a tensor of a huge stride": _hostile_tensor(4, (2,), (1 << 61,)),
+        "a tensor that repeats one number": _hostile_tensor(4, (1 << 15, 1 << 14), (0, 0)),
+        "a storage that claims more": _hostile_tensor(200, (4,), (1,)),
+        "a zip archive": b"PK\x03\x04" + b"\0" * 50,
+        "nothing": b"",
+        "no end": pickle.dumps({"a": 1})[:-1],
+        "text": b"hello, this is not a pickle",
+        "only a mark": b"\x80\x04(.",
+        "an empty stack": b"\x80\x04R.",
+    }
+    return attacks
+
+
+@pytest.mark.parametrize("name", list(hostile_pickles("/nowhere")))
+def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path):
+    touched = tmp_path / "touched"
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(hostile_pickles(str(touched))[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError) as caught:
+            load_pickle(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert not touched.exists()
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    assert len(message) < len(str(path)) + 200
+    assert peak < 700 << 20
+
+
+@pytest.mark.parametrize(("attack", "said"), [("os.system", "system"), ("builtins.eval", "builtins.eval")])
+def test_the_refusal_says_what_was_asked_for(attack, said, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(hostile_pickles("x")[attack])
+    with pytest.raises(UsageError, match=rf"refused: the pickle asks for .*{said}.* never needs"):
+        load_attention(tmp_path / "a.pkl")
+
+
+def test_reading_leaves_the_constructors_as_they_were():
+    """An unpickler that sets state on what it looked up could be poisoned for the next file."""
+    with pytest.raises(PickleRefusedError):
+        loads_pickle(hostile_pickles("x")["state set on a constructor"])
+    np.testing.assert_array_equal(loads_pickle(pickle.dumps(np.arange(3), protocol=2)), np.arange(3))
+
+
+def test_every_cut_of_a_good_file_is_refused():
+    content = pickle.dumps({"attention": np.zeros((1, 1, 2, 2), "f4"), "t": torch.zeros(2)}, protocol=4)
+    for end in range(len(content)):
+        with pytest.raises(PickleRefusedError):
+            loads_pickle(content[:end])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damage_is_refused_or_read_but_never_anything_else(data):
+    content = bytearray(pickle.dumps({"a": np.arange(3.0), "t": torch.zeros(2), "l": [1, "x"]}, protocol=4))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        loads_pickle(bytes(content))
+    except PickleRefusedError:
+        pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_noise_is_refused_or_read_but_never_anything_else(content):
+    try:
+        loads_pickle(b"\x80\x04" + content)
+    except PickleRefusedError:
+        pass
