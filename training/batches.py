@@ -69,15 +69,16 @@ def normalise(images: np.ndarray) -> Tensor:
 class BatchMaker:
     """Endless training batches; all randomness comes from the step's own generator."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.model = recipe, recipe.model
+    def __init__(self, recipe: Recipe, worker: int = 0):
+        self.recipe, self.model, self.worker = recipe, recipe.model, worker
 
     def make(self, step: int) -> Batch:
         """The batch of a step: the same at every run of the same recipe."""
-        rng = Random(self.recipe.seed * 1_000_003 + step)
         progress = step / self.recipe.steps
         stage = sum(progress >= start for start in self.recipe.stage_starts) - 1
-        choice = rng.choices((None, *self.recipe.canvases), self.recipe.mixes[stage])[0]
+        key = f"{self.recipe.seed} {step}"  # all workers draw the same kind of batch
+        choice = Random(key).choices((None, *self.recipe.canvases), self.recipe.mixes[stage])[0]
+        rng = Random(f"{key} {self.worker}")
         return self._text_batch(rng) if choice is None else self._image_batch(choice, rng)
 
     def _text_batch(self, rng: Random) -> Batch:

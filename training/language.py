@@ -34,7 +34,16 @@ def split(text: str) -> list[str]:
 def vocabulary() -> list[str]:
     """Special tokens first, then every word in order of first use."""
     kinds = [kind for kind, _ in VOCABULARY.values()]
-    words = [*split(SYSTEM), *split(SENTENCES), *NAMES, *kinds, *PROPERTIES, *USES.values(), *PALETTE, *NUMBERS]
+    words = [
+        *split(SYSTEM),
+        *split(SENTENCES),
+        *NAMES,
+        *kinds,
+        *PROPERTIES,
+        *USES.values(),
+        *PALETTE,
+        *NUMBERS,
+    ]
     return [*SPECIAL, *dict.fromkeys(words)]
 
 
@@ -90,7 +99,13 @@ def scene_turns(scene: Scene, rng: Random, places: bool = False) -> Iterator[tup
 
 def _with_unknown_word(text: str, rng: Random) -> str:
     """Now and then a word the model does not know in front, so that it has met one."""
-    return f"please find {text}" if rng.random() < 0.03 else f"{SPECIAL[-1]} {text}" if rng.random() < 0.02 else text
+    return (
+        f"please find {text}"
+        if rng.random() < 0.03
+        else f"{SPECIAL[-1]} {text}"
+        if rng.random() < 0.02
+        else text
+    )
 
 
 def _place(scene: Scene, index: int) -> str:
@@ -102,7 +117,12 @@ def _place(scene: Scene, index: int) -> str:
 
 def _list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     """Ask for everything; the names come from left to right."""
-    prompts = ("what is in this image ?", "describe this image .", "what do you see ?", "describe the picture .")
+    prompts = (
+        "what is in this image ?",
+        "describe this image .",
+        "what do you see ?",
+        "describe the picture .",
+    )
     ordered = sorted(scene.objects, key=lambda o: o.box[0] + o.box[2])
     return rng.choice(prompts), " , ".join(o.name for o in ordered)
 

@@ -59,7 +59,7 @@ def build_model(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
     """Attention (B, H, T, d) written out: in bfloat16 on a CPU it is faster than the fused one.
 
-    `bias` (B or 1, T, N) is added to the scores; `keep` (B, H, T, N) scales the probabilities (dropout).
+    `bias` (B or 1, T, N) is added to the scores; `keep` (B, 1, T, N) scales the probabilities (dropout).
     """
     batch, heads, length, width = q.shape
     scores = torch.bmm((q * width**-0.5).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
@@ -86,9 +86,13 @@ class FastForward:
         self.eps = text.rms_norm_eps
         self.image_dropout = image_dropout
         self.dtype = self.projector.linear_1.weight.dtype
-        frequencies = text.rope_parameters["rope_theta"] ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        frequencies = text.rope_parameters["rope_theta"] ** (
+            -torch.arange(0, self.head_dim, 2) / self.head_dim
+        )
         angles = torch.arange(text.max_position_embeddings)[:, None] * frequencies
-        self.cos, self.sin = (f(torch.cat([angles, angles], -1)).to(self.dtype) for f in (torch.cos, torch.sin))
+        self.cos, self.sin = (
+            f(torch.cat([angles, angles], -1)).to(self.dtype) for f in (torch.cos, torch.sin)
+        )
 
     def image_features(self, pixels: Tensor, cells: Tensor) -> Tensor:
         """Projected patches (B, N, D) of pixels (B, 3, h, w); `cells` (B, N): their places in the full grid."""
@@ -106,13 +110,16 @@ class FastForward:
 
     def _vision_layer(self, layer, x: Tensor) -> Tensor:
         attention, y = layer.self_attn, layer.layer_norm1(x)
-        q, k, v = (self._split(p(y), self.vision_heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            self._split(p(y), self.vision_heads)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         x = x + attention.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + layer.mlp.fc2(F.gelu(layer.mlp.fc1(layer.layer_norm2(x))))
 
     @staticmethod
     def _split(x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
 
     def _norm(self, norm, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
@@ -147,6 +154,7 @@ class FastForward:
 
     def _biases(self, num_image: int, groups: Tensor) -> list[Tensor]:
         """Additive masks of system, image and text queries over the keys they may have."""
+
         def additive(allowed: Tensor) -> Tensor:
             return torch.zeros(allowed.shape, dtype=self.dtype).masked_fill(~allowed, float("-inf"))
 
@@ -162,7 +170,8 @@ class FastForward:
         attention, batch = layer.self_attn, streams[2].shape[0]
         normed = [self._norm(layer.input_layernorm, x) for x in streams]
         keys = [
-            self._rotate(self._split(attention.k_proj(x), self.heads), p) for x, p in zip(normed, positions, strict=True)
+            self._rotate(self._split(attention.k_proj(x), self.heads), p)
+            for x, p in zip(normed, positions, strict=True)
         ]
         values = [self._split(attention.v_proj(x), self.heads) for x in normed]
         output = list(streams)
@@ -170,7 +179,9 @@ class FastForward:
             if streams[i].shape[1] == 0:
                 continue
             rows = 1 if i == 0 else batch
-            k, v = (torch.cat([y.expand(rows, -1, -1, -1) for y in part[: i + 1]], 2) for part in (keys, values))
+            k, v = (
+                torch.cat([y.expand(rows, -1, -1, -1) for y in part[: i + 1]], 2) for part in (keys, values)
+            )
             q = self._rotate(self._split(attention.q_proj(normed[i]), self.heads), positions[i])
             keep = self._dropout(q, streams[1].shape[1], k.shape[2]) if i == 2 else None
             x = streams[i] + attention.o_proj(attend(q, k, v, biases[i], keep).transpose(1, 2).flatten(2))
@@ -179,10 +190,10 @@ class FastForward:
         return output
 
     def _dropout(self, q: Tensor, num_image: int, num_keys: int) -> Tensor | None:
-        """Scales (B, H, T, keys) that drop attention to image tokens at random."""
+        """Scales (B, 1, T, keys) that drop attention to image tokens at random."""
         if not (self.image_dropout and num_image):
             return None
-        kept = torch.rand(*q.shape[:3], num_image) >= self.image_dropout
+        kept = torch.rand(q.shape[0], 1, q.shape[2], num_image) >= self.image_dropout  # the same in all heads
         scale = kept.to(self.dtype) / (1 - self.image_dropout)
         return F.pad(scale, (len(PREFIX), num_keys - num_image - len(PREFIX)), value=1.0)
 

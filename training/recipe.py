@@ -36,19 +36,19 @@ class Canvas:
 class Recipe:
     """One training run. `mixes` gives each curriculum stage's shares of (text only, canvas 0, 1, 2)."""
 
-    steps: int = 20_000
+    steps: int = 5_000
     seed: int = 0
-    threads: int = 1
+    workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
     canvases: tuple[Canvas, ...] = (Canvas(10, (1,)), Canvas(12, (2, 2, 3)), Canvas(16, None))
-    stage_starts: tuple[float, ...] = (0.0, 0.02, 0.12, 0.25)  # shares of the run
+    stage_starts: tuple[float, ...] = (0.0, 0.05, 0.15, 0.30)  # shares of the run
     mixes: tuple[tuple[float, ...], ...] = (
         (1.0, 0.0, 0.0, 0.0),
         (0.1, 0.7, 0.2, 0.0),
         (0.1, 0.25, 0.65, 0.0),
         (0.1, 0.05, 0.15, 0.70),
     )
-    image_tokens: int = 2500  # image tokens a step; the number of pictures follows
+    image_tokens: int = 2000  # image tokens a step and worker; the number of pictures follows
     text_tokens: int = 112  # packed text tokens a picture
     expression_weight: float = 0.15  # of the loss on prompt tokens; answers weigh 1
     answer_places: bool = False  # ablation: name the place first in every answer
@@ -61,5 +61,5 @@ class Recipe:
     warmup_steps: int = 100
     decay_from: float = 0.3  # share of the run after which the rates fall linearly
     checkpoint_seconds: float = 120.0
-    probe_every: int = 1000  # steps between looks at the validation scenes
+    probe_every: int = 250  # steps between looks at the validation scenes
     half: bool = True  # bfloat16 forward and backward, float32 weights
