@@ -65,7 +65,7 @@ def or_word(word: str, rule: Rule) -> Rule:
     return either
 
 
-STAGES = ("batch", "find", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize")
+STAGES = ("batch", "find", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes")
 
 RULES: dict[str, Rule] = {
     "stage": one_of(*STAGES),
@@ -98,6 +98,12 @@ RULES: dict[str, Rule] = {
     "layer": or_null(whole(0)),
     "head": or_null(whole(0)),
     "debug": switch,
+    "scenes.count": whole(1, 100_000),
+    "scenes.seed": whole(0, 1_000_000),
+    "scenes.split": one_of("test", "validation", "train"),
+    "scenes.style": or_null(one_of("noto", "twemoji", "fluent", "openmoji")),
+    "scenes.size": whole(32, 2048),
+    "scenes.folder": text,
     "criteria.entropy": one_of("area", "mass"),
     "criteria.threshold": or_word("mean", number(0)),
     "criteria.elbow": one_of("value", "index"),

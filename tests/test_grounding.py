@@ -270,16 +270,16 @@ class TestBox:
         assert found.mask[:15, :20].all()
         assert found.mask.sum() == 300
 
-    @pytest.mark.parametrize(("width", "height"), [(640, 480), (500, 333), (1023, 767), (480, 641)])
-    def test_a_border_that_padding_meets_but_for_rounding(self, width, height):
-        side = max(width, height)
-        x0, y0 = (width - side) / 2, (height - side) / 2
-        for cells in (6, 14, 24, 27, 37):
-            found = grounded(np.eye(cells), (x0, y0, x0 + side, y0 + side), (width, height))
-            left, top, right, bottom = found.box
-            assert 0 <= left < right <= width
-            assert 0 <= top < bottom <= height
-            assert min(right - left, bottom - top) > 0.1
+    @pytest.mark.parametrize(
+        ("width", "height", "cells", "padded"), [(640, 480, 24, 3), (147, 98, 18, 3), (1158, 772, 18, 3)]
+    )
+    def test_a_padding_cell_that_meets_the_image_by_rounding_is_outside(self, width, height, cells, padded):
+        grid = np.zeros((cells, cells))
+        grid[:padded, ::3] = grid[-padded:, ::3] = 1
+        margin = (width - height) / 2
+        found = grounded(grid, (0, -margin, width, height + margin), (width, height))
+        assert found.box == (0, 0, width, height)
+        assert found.score == 0
 
     def test_centre_crop_stays_inside(self):
         grid = np.zeros((4, 4))
@@ -289,6 +289,9 @@ class TestBox:
         assert (found.heatmap[:, :80] == 0).all()
         assert (found.heatmap[:, 560:] == 0).all()
         assert found.heatmap[0, 80] == 1
+        tall = grounded(grid.T, (0, 80, 480, 560), (480, 640))
+        assert (tall.heatmap[:80] == 0).all()
+        assert (tall.heatmap[560:] == 0).all()
 
     def test_upsampling_repeats_cells_and_keeps_pixels(self):
         grid = np.zeros((4, 4))
@@ -318,6 +321,11 @@ class TestBox:
         assert not found.cells.any()
         assert found.mask.all()
         assert np.isfinite(found.heatmap).all()
+
+    def test_rounding_on_a_constant_map_points_at_nothing(self):
+        noise = np.random.default_rng(0).random((7, 9))
+        assert grounded(0.1 + 1e-8 * noise).score == 0
+        assert grounded(0.1 + 1e-4 * noise).score > 0
 
     def test_score_is_the_share_of_the_mass_in_the_box(self):
         grid = [[8.0, 0.0, 0.0], [0.5, 7.0, 0.0], [0.0, 0.0, 0.5]]  # the diagonal pair; the box is 2 x 2
@@ -355,6 +363,12 @@ class TestPictures:
         rows, columns = np.flatnonzero(found.mask.any(axis=1)), np.flatnonzero(found.mask.any(axis=0))
         tight = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
         assert np.abs(np.array(tight) - found.box).max() <= 1
+
+    def test_the_hull_is_that_of_what_the_image_shows(self):
+        found = grounded(picture(".....", "...#.", "###..", "....."), (-5, -15, 45, 25), (40, 20))
+        assert found.box == (0, 0, 35, 15)
+        vertices = sorted(tuple(vertex) for vertex in found.polygon.tolist())
+        assert vertices == [(0, 5), (0, 15), (25, 0), (25, 15), (35, 0), (35, 5)]
 
     def test_filling_counts_pixel_centres(self):
         triangle = np.array([(0.0, 0.0), (4.0, 0.0), (0.0, 4.0)])

@@ -12,7 +12,7 @@ from localization_heads.errors import UsageError
 from localization_heads.heads import ranking as ranking_module
 from localization_heads.heads.criteria import CriteriaOptions, elbow, elbow_index
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads, select_heads
+from localization_heads.heads.ranking import HeadRanking, RankedHead, random_draws, rank_heads, select_heads
 
 INF = math.inf
 ALL = CriteriaOptions(exclude_layers=0, tau=0.0)
@@ -166,6 +166,46 @@ class TestFrequency:
             assert head.selection_frequency_std == pytest.approx(expected, abs=1e-12)
         assert any(head.selection_frequency_std > 0 for head in at_limit.heads)
 
+    def test_given_draws_are_those_of_a_larger_pool(self):
+        sums, entropies = random_pool(samples=60)
+        draws = random_draws(60, num_trials=4, num_samples=25, seed=7)
+        drawn = draws.any(axis=0)
+        expected = rank_heads(sums, entropies, num_trials=4, num_samples=25, seed=7)
+        found = rank_heads(
+            sums[drawn], entropies[drawn], draws=draws[:, drawn], num_trials=4, num_samples=25, seed=7
+        )
+        assert found == expected
+
+    def test_unusable_samples_leave_trials_of_different_sizes(self):
+        sums, entropies = random_pool(samples=6)
+        draws = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
+        options = CriteriaOptions(tau=0.1)
+        ranking = rank_heads(sums, entropies, draws=draws, options=options, top_n=2)
+        # With a fixed tau every drawn sample marks on its own: four samples, three of them in one trial.
+        kept = {head.address for head in ranking.kept}
+        assert len(kept) > 2
+        marks = [obvious_marks(sums[sample], entropies[sample], np.ones((5, 4)), 99) for sample in range(4)]
+        counts = dict.fromkeys(kept, 0)
+        for row in marks:
+            for address in [address for address in row if address in counts][:2]:
+                counts[address] += 1
+        for head in ranking.kept:
+            assert head.selection_frequency == counts[head.address] / 4
+        assert ranking.num_samples == 3
+
+    def test_a_single_trial_has_the_bootstrap_spread_of_its_own_draw(self):
+        sums, entropies = random_pool(samples=50)
+        draws = random_draws(50, num_trials=1, num_samples=20, seed=3)
+        held = draws[0] > 0
+        one = rank_heads(sums, entropies, draws=draws, num_trials=5, seed=3)
+        assert one == rank_heads(sums[held], entropies[held], num_trials=5, seed=3)
+        assert any(head.selection_frequency_std > 0 for head in one.heads)
+
+    @pytest.mark.parametrize("draws", [np.ones((2, 3), int), np.ones(4, int), np.zeros((2, 4), int)])
+    def test_refuses_draws_of_other_samples(self, draws):
+        with pytest.raises(ValueError, match="draws must"):
+            rank_heads(*random_pool(samples=4), draws=draws)
+
     def test_one_sample_is_enough(self):
         sums, entropies = random_pool(samples=1)
         ranking = rank_heads(sums, entropies, top_n=1)
@@ -213,10 +253,10 @@ class TestOrder:
         assert order == [(0, 2), (1, 1), (0, 0), (0, 1), (1, 0), (1, 2)]
 
     def test_equal_counts_over_trials_are_a_tie(self):
-        # Frequencies of .1 and .2 add up differently in another order; counts do not.
+        # In floats 0.2 + 0.2 + 0.7 is more than 0.2 + 0.7 + 0.2; in counts it is not.
         trials = ranking_module._Trials(
-            size=10,
-            counts=np.array([[[1, 2]], [[2, 7]], [[7, 1]]], dtype=float),
+            sizes=np.full(3, 10),
+            counts=np.array([[[2, 2]], [[2, 7]], [[7, 2]]], dtype=float),
             sums=np.array([[[0.3, 0.6]]] * 3),
             tau=np.zeros(3),
             entropy=np.zeros((3, 1, 2)),
@@ -225,6 +265,13 @@ class TestOrder:
         _, heads = ranking_module._ranked(trials, trials, ALL)
         assert [head.head for head in heads] == [1, 0]
         assert heads[0].selection_frequency == heads[1].selection_frequency
+
+    def test_kept_heads_come_first_whatever_their_sum(self):
+        sums = np.array([[[0.9, 0.0], [0.1, 0.2]]])  # the index elbow keeps only the last head
+        options = CriteriaOptions(elbow="index", exclude_layers=0)
+        ranking = rank_heads(sums, np.full((1, 2, 2), INF), options=options)
+        assert [head.address for head in ranking.heads] == [(1, 1), (0, 0), (1, 0), (0, 1)]
+        assert [head.kept for head in ranking.heads] == [True, False, False, False]
 
     def test_the_head_that_sets_tau_is_kept(self):
         rng = np.random.default_rng(2)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from localization_heads.apps import tables
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.stages import discovery, ground, single
+from localization_heads.stages import discovery, ground, scenes, single
 from localization_heads.stages.run import Run
 
 console = Console()
@@ -59,6 +59,11 @@ def evaluate(run: Run) -> int:
     return _show_failures(result.failures)
 
 
+def scenes_stage(run: Run) -> int:
+    tables.written(console, [scenes.scenes(run)])
+    return 0
+
+
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": collect,
     "analyze": analyze,
@@ -68,6 +73,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "batch": batch,
     "ground": ground_stage,
     "evaluate": evaluate,
+    "scenes": scenes_stage,
 }
 
 

@@ -28,8 +28,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     a, b = _as_boxes(a), _as_boxes(b)
     low = np.maximum(a[..., :2], b[..., :2])
     high = np.minimum(a[..., 2:], b[..., 2:])
-    # An empty box has no overlap, even where its crossed edges lie inside the other box.
-    shared = np.where((_area(a) > 0) & (_area(b) > 0), np.clip(high - low, 0, None).prod(axis=-1), 0.0)
+    shared = np.clip(high - low, 0, None).prod(axis=-1)
     union = _area(a) + _area(b) - shared
     return np.asarray(shared / np.where(union > 0, union, 1.0))
 

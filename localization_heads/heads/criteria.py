@@ -93,7 +93,7 @@ def head_statistics(
     labels = label_components(masks)
     return HeadStatistics(
         attention_sum=attention_sum(attention),
-        spatial_entropy=_entropy(attention, labels, options.entropy),
+        spatial_entropy=_entropy(attention, labels, options.entropy).astype(np.float32),
         num_components=_counts(labels),
         bottom_row_focus=np.asarray(masks[..., -1, :].all(axis=-1)),
     )
@@ -244,7 +244,8 @@ def spatial_entropy(
         ValueError: for a NaN or infinite map.
     """
     _check_choice("weight", weight, get_args(Weight))
-    return _entropy(maps, label_components(binarise(maps, threshold=threshold)), weight)
+    labels = label_components(binarise(maps, threshold=threshold))
+    return _entropy(maps, labels, weight).astype(np.float32)
 
 
 def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
@@ -254,7 +255,7 @@ def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = 
 
 def _entropy(
     maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], weight: Weight
-) -> NDArray[np.float32]:
+) -> NDArray[np.float64]:
     counts = _counts(labels).ravel()  # (n,)
     owner = np.repeat(np.arange(counts.size), counts)  # (components,): the map each belongs to
     shares = _area_shares(labels, owner) if weight == "area" else _mass_shares(maps, labels, owner)
@@ -262,7 +263,7 @@ def _entropy(
     shares = shares[np.lexsort((shares, owner))]
     sums = np.bincount(owner, weights=special.xlogy(shares, shares), minlength=counts.size)
     entropy = np.where(counts > 0, np.abs(sums), np.inf)
-    return entropy.reshape(labels.shape[:-2]).astype(np.float32)
+    return entropy.reshape(labels.shape[:-2])
 
 
 def _area_shares(labels: NDArray[np.int32], owner: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from localization_heads.heads.criteria import CriteriaOptions, attention_sum_thr
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead
 
-__all__ = ["HeadRanking", "RankedHead", "rank_heads", "select_heads"]
+__all__ = ["HeadRanking", "RankedHead", "random_draws", "rank_heads", "select_heads"]
 
 CHUNK_VALUES = 1 << 18
 """Numbers of one array that are in memory at a time: 2 MB in float64."""
@@ -89,7 +89,8 @@ def rank_heads(
         sums, entropies: `[sample, layer, head]`, arrays or memory maps; read in chunks.
         bottom_row: the flags `[sample, layer, head]` that `options.bottom_row_filter` needs.
         draws: which samples each trial holds, `[trial, sample]`, as `random_draws` made them for a pool that
-            these samples are a part of; none draws from the samples given.
+            these samples are a part of; none draws from the samples given. Where samples of the pool were
+            unusable, trials differ in size: every drawn sample counts the same.
         seed: the same seed and samples give the same ranking.
 
     Raises:
@@ -101,19 +102,17 @@ def rank_heads(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     pool = _Pool(sums, entropies, bottom_row if options.bottom_row_filter else None)
-    if draws is None:
-        draws = random_draws(len(sums), num_trials, num_samples, seed)
-    centre = _run_trials(pool, draws, options, top_n)
-    spread = centre
+    draws = random_draws(len(sums), num_trials, num_samples, seed) if draws is None else _checked(draws, sums)
+    centre = spread = _run_trials(pool, draws, options, top_n)
     if len(draws) == 1:
-        rng = np.random.default_rng(seed)
-        spread = _run_trials(pool, _bootstrap_draws(rng, len(sums), num_trials), options, top_n)
+        resamples = _bootstrap_draws(np.random.default_rng(seed), draws[0], num_trials)
+        spread = _run_trials(pool, resamples, options, top_n)
     tau, heads = _ranked(centre, spread, options)
     return HeadRanking(
         heads=heads,
         tau=tau,
         top_n=top_n,
-        num_samples=min(len(sums), num_samples),
+        num_samples=int(centre.sizes.max()),
         num_trials=num_trials,
         options=options,
         model=model,
@@ -131,7 +130,7 @@ class _Pool:
     def chunks(self, draws: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
         """The samples that any draw holds, a memory-friendly number at a time."""
         used = np.flatnonzero(draws.any(axis=0))
-        size = max(1, CHUNK_VALUES // self.sums[0].size)
+        size = max(1, CHUNK_VALUES // math.prod(self.sums.shape[1:]))
         for start in range(0, used.size, size):
             yield used[start : start + size]
 
@@ -140,7 +139,7 @@ class _Pool:
 class _Trials:
     """What each trial found, `[trial, layer, head]`; tau is `[trial]`, NaN where the rule has none."""
 
-    size: int  # samples a trial
+    sizes: NDArray[np.int64]  # samples of each trial
     counts: NDArray[np.float64]  # how many of them marked the head
     sums: NDArray[np.float64]
     tau: NDArray[np.float64]
@@ -162,20 +161,22 @@ def random_draws(pool: int, num_trials: int, num_samples: int, seed: int) -> NDA
     return draws
 
 
-def _bootstrap_draws(rng: np.random.Generator, pool: int, num_trials: int) -> NDArray[np.int64]:
-    """The same for resamples of the whole pool with replacement."""
-    return np.stack([np.bincount(rng.integers(pool, size=pool), minlength=pool) for _ in range(num_trials)])
+def _bootstrap_draws(rng: np.random.Generator, draw: NDArray[np.int64], num_trials: int) -> NDArray[np.int64]:
+    """The same for resamples, with replacement, of the samples of one draw."""
+    held = np.flatnonzero(draw)
+    resamples = [held[rng.integers(held.size, size=held.size)] for _ in range(num_trials)]
+    return np.stack([np.bincount(resample, minlength=draw.size) for resample in resamples])
 
 
 def _run_trials(pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions, top_n: int) -> _Trials:
     shape = (len(draws), *pool.sums.shape[1:])
-    size = int(draws[0].sum())
-    sums = _mean_sums(pool, draws) / size
+    sizes = draws.sum(axis=1)
+    sums = _mean_sums(pool, draws) / sizes[:, None]
     kept = np.stack([_keep(trial.reshape(shape[1:]), options) for trial in sums])
     counts, entropy, finite = _marks(pool, draws, kept.reshape(len(draws), -1), top_n)
     taus = [_tau(trial.reshape(shape[1:]), options) for trial in sums]
     return _Trials(
-        size=size,
+        sizes=sizes,
         counts=counts.reshape(shape),
         sums=sums.reshape(shape),
         tau=np.array([math.nan if tau is None else tau for tau in taus]),
@@ -186,7 +187,7 @@ def _run_trials(pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions,
 
 def _mean_sums(pool: _Pool, draws: NDArray[np.int64]) -> NDArray[np.float64]:
     """First pass: attention sums added up over each draw, `[trial, head]`; finite or a ValueError."""
-    total = np.zeros((len(draws), pool.sums[0].size))
+    total = np.zeros((len(draws), math.prod(pool.sums.shape[1:])))
     for rows in pool.chunks(draws):
         values = pool.sums[rows].reshape(rows.size, -1).astype(np.float64)
         total += _weighted(draws[:, rows], values)
@@ -248,8 +249,8 @@ def _ranked(
     sums = means[:-1].reshape(centre.sums.shape[1:])
     kept = keep_heads(sums, tau=tau, elbow=options.elbow, exclude_layers=options.exclude_layers)
     # From whole numbers: averaging the trials' frequencies would break ties by rounding.
-    frequency = centre.counts.sum(axis=0) / (len(centre.tau) * centre.size)
-    deviation = spread.counts.std(axis=0) / spread.size
+    frequency = centre.counts.sum(axis=0) / centre.sizes.sum()
+    deviation = (spread.counts / spread.sizes[:, None, None]).std(axis=0)
     finite = centre.finite.sum(axis=0)
     entropy = centre.entropy.sum(axis=0) / np.maximum(finite, 1)
     heads = [
@@ -272,6 +273,15 @@ def _keep(sums: NDArray[np.float64], options: CriteriaOptions) -> NDArray[np.boo
     return keep_heads(
         sums, tau=_tau(sums, options), elbow=options.elbow, exclude_layers=options.exclude_layers
     )
+
+
+def _checked(draws: NDArray[np.int64], sums: SampleArray) -> NDArray[np.int64]:
+    """Given draws without the trials that no usable sample is left of."""
+    if draws.ndim != 2 or draws.shape[1] != len(sums):
+        raise ValueError(f"draws must be [trial, sample] for {len(sums)} samples, not {draws.shape}")
+    if not draws.any():
+        raise ValueError("draws must hold at least one of the samples")
+    return draws[draws.any(axis=1)]
 
 
 def _check_pool(

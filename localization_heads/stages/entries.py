@@ -14,6 +14,7 @@ from localization_heads.data.samples import Sample, VisualizationEntry, load_sam
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.options import require
 from localization_heads.stages.run import Run
+from localization_heads.stages.scenes import scenes
 from localization_heads.store.statistics import sample_key
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Attended(NamedTuple):
 def select_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options ask for."""
     require(run.options, "data_file")
-    file = load_samples(find_data_file(run["data_file"]))
+    file = load_samples(scenes(run) if run["data_file"] == "scenes" else find_data_file(run["data_file"]))
     return Entries(*choose_range(run.options, file.samples, file.bad))
 
 

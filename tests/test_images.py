@@ -1,0 +1,426 @@
+"""Pictures: every mode and orientation becomes RGB; broken, huge and hostile ones are refused by name."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from localization_heads.data import download as downloading
+from localization_heads.data.download import DownloadError, download, shown_address
+from localization_heads.data.images import ImageError, load_image
+from localization_heads.errors import UsageError, WorkError
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is huge and holds nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def corner(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    pixel = image.getpixel((x, y))
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+# ----------------------------------------------------------------------------------------- modes and formats
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_every_raster_format_is_read(format, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(Image.new("RGB", (5, 3), (200, 30, 40)), format))
+    image = load_image(path)
+    assert (image.mode, image.size) == ("RGB", (5, 3))
+    np.testing.assert_allclose(corner(image), (200, 30, 40), atol=6)
+    assert load_image(str(path)).size == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "format", "expected"),
+    [
+        (Image.new("1", (2, 2), 1), "PNG", (255, 255, 255)),
+        (Image.new("L", (2, 2), 99), "PNG", (99, 99, 99)),
+        (Image.new("LA", (2, 2), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("LA", (2, 2), (40, 255)), "PNG", (40, 40, 40)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 255)), "PNG", (10, 20, 30)),
+        (Image.new("RGBA", (2, 2), (10, 20, 30, 0)), "PNG", (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG", (127, 127, 127)),
+        (Image.new("RGB", (2, 2), (10, 20, 30)).quantize(2), "PNG", (10, 20, 30)),
+        (Image.new("CMYK", (2, 2), (255, 0, 0, 0)), "TIFF", (0, 255, 255)),
+        (Image.new("F", (2, 2), 0.5), "TIFF", (128, 128, 128)),
+        (Image.new("F", (2, 2), 100.0), "TIFF", (100, 100, 100)),
+        (Image.new("F", (2, 2), float("nan")), "TIFF", (0, 0, 0)),
+        (Image.new("I", (2, 2), 200), "TIFF", (200, 200, 200)),
+        (Image.new("I", (2, 2), -5), "TIFF", (0, 0, 0)),
+        (Image.fromarray(np.full((2, 2), 257 * 80, np.uint16)), "PNG", (80, 80, 80)),
+        (Image.fromarray(np.full((2, 2), 100, np.uint16)), "PNG", (0, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_rgb(image, format, expected, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(image, format))
+    assert corner(load_image(path)) == expected
+    assert corner(load_image(image)) == expected
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L"])
+def test_a_transparent_colour_becomes_white(mode, tmp_path):
+    colour = {"P": 1, "RGB": (9, 9, 9), "L": 9}[mode]
+    image = Image.new(mode, (2, 2), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    (tmp_path / "a.png").write_bytes(encoded(image, transparency=colour))
+    assert corner(load_image(tmp_path / "a.png")) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_stand_upright(turn, tmp_path):
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste((255, 255, 255), (0, 0, 8, 8))  # the first corner as the camera stored it
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (tmp_path / "a.jpg").write_bytes(encoded(image, "JPEG", exif=exif, quality=95))
+    upright = np.asarray(load_image(tmp_path / "a.jpg").convert("L")) > 128
+    assert upright.shape == ((16, 32) if turn < 5 else (32, 16))
+    # https://www.exif.org: row 0 and column 0 of the stored picture are the visual ...
+    rows, columns = np.nonzero(upright)
+    is_top, is_left = rows.min() == 0, columns.min() == 0
+    assert (is_top, is_left) == {
+        1: (True, True), 2: (True, False), 3: (False, False), 4: (False, True),
+        5: (True, True), 6: (True, False), 7: (False, False), 8: (False, True),
+    }[turn]  # fmt: skip
+
+
+def test_broken_camera_data_does_not_lose_the_picture(tmp_path):
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12garbage"
+    (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
+    assert load_image(tmp_path / "a.jpg").size == (8, 8)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(format, tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    content = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    (tmp_path / "a").write_bytes(content)
+    red, _, blue = corner(load_image(tmp_path / "a"))
+    assert red > 200 > 60 > blue
+
+
+def test_the_picture_does_not_share_memory_with_the_one_given():
+    image = Image.new("RGB", (2, 2), "red")
+    load_image(image).putpixel((0, 0), (0, 0, 0))
+    assert corner(image) == (255, 0, 0)
+
+
+def test_a_relative_path_is_tried_against_the_base_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    Image.new("RGB", (3, 2)).save("sets/a.png")
+    assert load_image("a.png", base="sets").size == (3, 2)
+    with pytest.raises(ImageError, match=r"^b\.png: no such file \(nor in sets\)$"):
+        load_image("b.png", base="sets")
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((30_000, 30_000), "30000 x 30000 = 900 MP, over the limit of 64 MP"),
+        ((8001, 8000), "8001 x 8000 = 64 MP, over the limit of 64 MP"),
+        ((10_000, 10_000), "10000 x 10000 = 100 MP"),
+        ((2**31 - 1, 2**31 - 1), "over the limit"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_huge_pictures_are_refused_by_their_header(size, said, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png_header(*size))
+    with pytest.raises(ImageError) as caught:
+        load_image(path)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "WEBP", "JPEG"])
+def test_the_limit_holds_for_other_formats(format, tmp_path):
+    image = Image.new("L", (9000, 8000))
+    (tmp_path / "a").write_bytes(encoded(image, format))
+    with pytest.raises(ImageError, match="9000 x 8000 = 72 MP"):
+        load_image(tmp_path / "a")
+
+
+def test_the_limit_holds_for_pictures_in_memory():
+    with pytest.raises(ImageError, match="9000 x 8000 = 72 MP"):
+        load_image(Image.new("1", (9000, 8000)))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) print\n%%EOF\n"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "the file is empty"),
+        (b"hello", "not a picture in a known format"),
+        (EPS, "not a picture in a known format"),
+        (SVG, "not a picture in a known format"),
+        (b"%PDF-1.7\n", "not a picture in a known format"),
+        (encoded(Image.new("RGB", (9, 9)), "ICO"), "not a picture in a known format"),
+        (encoded(Image.effect_noise((64, 64), 90))[:200], "broken or cut short"),
+        (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:700], "broken or cut short"),
+        (encoded(Image.effect_noise((64, 64), 90), "WEBP")[:100], "broken|not a picture"),
+        (encoded(Image.effect_noise((64, 64), 90), "BMP")[:100], "broken"),
+        (png_header(10, 10), "broken or cut short"),
+        (png_header(0, 10), "not a picture|no pixels|broken"),
+        (b"P6 10 10 255\nabc", "broken or cut short"),
+    ],
+)
+def test_broken_files_are_refused_in_one_line(content, said, tmp_path):
+    import re
+
+    path = tmp_path / "picture.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        load_image(path)
+    assert re.search(said, str(caught.value)), str(caught.value)
+    assert caught.value.path == str(path)
+    assert isinstance(caught.value, UsageError)
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_is_refused_or_read(tmp_path):
+    rng = np.random.default_rng(0)
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
+        good = encoded(Image.effect_noise((16, 16), 90), format)
+        for _ in range(60):
+            content = bytearray(good)
+            for place in rng.integers(0, min(len(good), 400), 3):
+                content[place] = rng.integers(256)
+            (tmp_path / "a").write_bytes(content)
+            try:
+                assert load_image(tmp_path / "a").mode == "RGB"
+            except ImageError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("no.png", "no such file"), ("", "is a folder"), ("a\0b", "not the name"), ("x" * 300, "too long")],
+)
+def test_what_is_no_file_is_refused(name, said, tmp_path):
+    with pytest.raises(ImageError, match=said):
+        load_image(f"{tmp_path}/{name}")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ImageError, match="not a plain file"):
+            load_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_permission_is_refused(tmp_path):
+    (tmp_path / "a.png").touch(0o000)
+    with pytest.raises(ImageError, match="ermission"):
+        load_image(tmp_path / "a.png")
+
+
+# -------------------------------------------------------------------------------------------------- addresses
+
+PICTURE = encoded(Image.new("RGB", (6, 4), "green"))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by the path: pictures, troubles and tricks."""
+
+    def do_GET(self) -> None:
+        getattr(self, f"get_{self.path.strip('/').split('?')[0]}", self.get_missing)()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def answer(self, content: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def get_picture(self) -> None:
+        self.answer(PICTURE)
+
+    def get_missing(self) -> None:
+        self.answer(b"", 404)
+
+    def get_trouble(self) -> None:
+        self.answer(b"", 503)
+
+    def get_text(self) -> None:
+        self.answer(b"<html>hello</html>")
+
+    def get_nothing(self) -> None:
+        self.answer(b"")
+
+    def get_huge(self) -> None:
+        self.answer(png_header(30_000, 30_000))
+
+    def get_announced(self) -> None:
+        self.answer(b"x", Content_Length=str(1 << 40))
+
+    def get_endless(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(bytes(1 << 16))
+        except OSError:
+            pass
+
+    def get_packed(self) -> None:
+        self.answer(zlib.compress(bytes(1 << 20)), Content_Encoding="deflate")
+
+    def get_moved(self) -> None:
+        self.answer(b"", 302, Location="/picture")
+
+    def get_loop(self) -> None:
+        self.answer(b"", 302, Location="/loop")
+
+    def get_file(self) -> None:
+        self.answer(b"", 302, Location="file:///etc/passwd")
+
+    def get_ftp(self) -> None:
+        self.answer(b"", 302, Location="ftp://127.0.0.1/a.png")
+
+    def get_silent(self) -> None:
+        time.sleep(3)
+
+    def get_dripping(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            for byte in PICTURE:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+        except OSError:
+            pass
+
+    def get_cut(self) -> None:
+        self.answer(PICTURE[:20], Content_Length=str(len(PICTURE)))
+
+
+@pytest.fixture(scope="module")
+def server():
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.mark.parametrize("path", ["picture", "moved", "picture?size=big"])
+def test_a_picture_is_fetched(path, server):
+    image = load_image(f"{server}/{path}")
+    assert (image.size, corner(image)) == ((6, 4), (0, 128, 0))
+    assert load_image(f"HTTP{server[4:]}/{path}").size == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("missing", "answers 404"),
+        ("text", "not a picture in a known format"),
+        ("nothing", "is empty"),
+        ("huge", "900 MP, over the limit"),
+        ("announced", "larger than the limit of 32 MB"),
+        ("endless", "larger than the limit of 32 MB"),
+        ("packed", "compressed answer"),
+        ("loop", "more than 5 redirects"),
+        ("file", "redirects to file:///etc/passwd, which is not"),
+        ("ftp", "which is not http"),
+    ],
+)
+def test_an_address_at_fault_is_refused(path, said, server):
+    with pytest.raises(ImageError, match=said) as caught:
+        load_image(f"{server}/{path}")
+    assert str(caught.value).startswith(f"{server}/{path}: ")
+
+
+@pytest.mark.parametrize("path", ["trouble", "cut"])
+def test_a_server_in_trouble_is_a_failure_of_the_work(path, server):
+    with pytest.raises(DownloadError) as caught:
+        load_image(f"{server}/{path}")
+    assert isinstance(caught.value, WorkError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["silent", "dripping"])
+def test_a_slow_server_is_not_waited_for(path, server):
+    start = time.monotonic()
+    with pytest.raises(DownloadError, match=r"after 0\.5 s"):
+        download(f"{server}/{path}", max_seconds=0.5)
+    assert time.monotonic() - start < 2
+
+
+def test_a_silent_server_runs_into_the_time_limit_of_a_read(server, monkeypatch):
+    monkeypatch.setattr(downloading, "READ_SECONDS", 0.3)
+    with pytest.raises(DownloadError, match="does not answer in time"):
+        download(f"{server}/silent")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.png", "https://no-such-host.invalid/a.png"])
+def test_offline_is_said(address):
+    with pytest.raises(DownloadError, match=r"cannot be reached: .*is this machine offline\?"):
+        load_image(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://", "http://[::1", "http://a b/", "http://x:99999/", "http://\x00/", "http://" + "a" * 100_000],
+)
+def test_addresses_that_are_none_are_refused(address):
+    with pytest.raises((ImageError, DownloadError)) as caught:
+        load_image(address)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_passwords_are_not_shown():
+    assert shown_address("http://me:secret@example.org/a@b.png") == "http://example.org/a@b.png"
+    with pytest.raises(DownloadError) as caught:
+        load_image("http://me:secret@127.0.0.1:9/a.png")
+    assert "secret" not in str(caught.value)

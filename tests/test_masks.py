@@ -1,0 +1,164 @@
+"""Masks: agreement with pycocotools on good ones, refusal of hostile ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+from pycocotools import mask as coco
+
+from localization_heads.data.images import ImageError
+from localization_heads.data.masks import MaskError, encode_mask, read_mask
+
+masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
+
+
+@given(masks)
+def test_a_mask_comes_back_from_its_run_lengths(mask):
+    runs = encode_mask(mask)
+    assert runs["size"] == list(mask.shape)
+    assert isinstance(runs["counts"], str)
+    np.testing.assert_array_equal(read_mask(runs, mask.shape[::-1]), mask)
+    np.testing.assert_array_equal(coco.decode(runs).astype(bool), mask)
+
+
+@given(masks)
+def test_uncompressed_counts_are_read_too(mask):
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flat]).astype(int)) != 0)
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    np.testing.assert_array_equal(
+        read_mask({"size": list(mask.shape), "counts": counts}, mask.shape[::-1]), mask
+    )
+
+
+@pytest.mark.parametrize("shape", [(4000, 5000), (1, 1)])
+def test_masks_of_any_size_come_back(shape):
+    for mask in (np.zeros(shape, bool), np.ones(shape, bool)):
+        np.testing.assert_array_equal(read_mask(encode_mask(mask), shape[::-1]), mask)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        {"size": [3, 4], "counts": ""},
+        {"size": [3, 4], "counts": "zzzzzzzz"},
+        {"size": [3, 4], "counts": "<"},
+        {"size": [3, 4], "counts": "=0"},
+        {"size": [3, 4], "counts": "o" * 1000},
+        {"size": [3, 4], "counts": "ooooooooooooO"},
+        {"size": [3, 4], "counts": "\x00\x01"},
+        {"size": [3, 4], "counts": "ü"},
+        {"size": [3, 4], "counts": "0" * 100_000},
+        {"size": [3, 4], "counts": [12, -1, 1]},
+        {"size": [3, 4], "counts": [10**30]},
+        {"size": [3, 4], "counts": [1.0, 11.0]},
+        {"size": [3, 4], "counts": [True] * 12},
+        {"size": [3, 4], "counts": [11]},
+        {"size": [3, 4], "counts": None},
+        {"size": [3, 4]},
+        {"size": [0, 4], "counts": ""},
+        {"size": [-3, -4], "counts": "<"},
+        {"size": [2**40, 2**40], "counts": "<"},
+        {"size": "34", "counts": "<"},
+        {"counts": "<"},
+    ],
+)
+def test_hostile_run_lengths_are_refused(runs):
+    if runs == {"size": [3, 4], "counts": "<"}:  # chr(48 + 12): one run of 12
+        assert not read_mask(runs, (4, 3)).any()
+        return
+    with pytest.raises(MaskError):
+        read_mask(runs, (4, 3))
+
+
+@given(st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=60))
+def test_any_text_is_a_mask_or_refused(counts):
+    try:
+        mask = read_mask({"size": [5, 7], "counts": counts}, (7, 5))
+    except MaskError:
+        return
+    np.testing.assert_array_equal(mask, coco.decode({"size": [5, 7], "counts": counts}).astype(bool))
+
+
+SQUARE = [1, 1, 4, 1, 4, 3, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        [SQUARE],
+        SQUARE,
+        [[1, 1], [4, 1], [4, 3], [1, 3]],
+        [[[1, 1], [4, 1], [4, 3], [1, 3]]],
+        [SQUARE, SQUARE],
+    ],
+)
+def test_polygons_are_filled(polygons):
+    expected = np.zeros((5, 6), bool)
+    expected[1:3, 1:4] = True
+    np.testing.assert_array_equal(read_mask(polygons, (6, 5)), expected)
+
+
+def test_several_polygons_are_joined():
+    mask = read_mask([[0, 0, 2, 0, 2, 2, 0, 2], [3, 3, 6, 3, 6, 5, 3, 5]], (6, 5))
+    assert mask.sum() == 4 + 6
+
+
+@pytest.mark.parametrize("far", [1e3, 1e7, -1e7])
+def test_polygons_may_reach_beyond_the_image(far):
+    assert read_mask([[-5, -5, 50, -5, 50, 50, -5, 50]], (6, 5)).all()
+    read_mask([[0, 0, far, 0, far, far]], (6, 5))
+
+
+@pytest.mark.parametrize(
+    "polygons", [[[0, 0, 9000, 9000] * 500], [[0.0, 0.0, 5.0, 5.0]] * 3, [SQUARE] * 10_001]
+)
+def test_polygons_that_would_fill_the_memory_are_refused(polygons):
+    with pytest.raises(MaskError):
+        read_mask(polygons, (8000, 8000))
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=12), min_size=1, max_size=3))
+def test_any_polygons_give_a_mask_or_are_refused(polygons):
+    try:
+        assert read_mask(polygons, (7, 5)).shape == (5, 7)
+    except MaskError:
+        assert any(len(polygon) % 2 for polygon in polygons)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB", "RGBA", "LA"])
+def test_a_png_is_a_mask_where_it_is_not_black(mode, tmp_path):
+    expected = np.zeros((3, 4), bool)
+    expected[1, 2] = True
+    path = tmp_path / "mask.png"
+    if mode == "P":
+        image = Image.new("P", (4, 3))
+        image.putpalette([255, 255, 255, 0, 0, 0])  # index 0 is outside, whatever its colour
+        image.putpixel((2, 1), 1)
+    elif mode == "I;16":
+        image = Image.fromarray(expected.astype(np.uint16))
+    else:
+        image = Image.fromarray(expected).convert(mode)
+    image.save(path)
+    np.testing.assert_array_equal(read_mask(path, (4, 3)), expected)
+
+
+def test_broken_masks_in_files_are_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    for name in ("a.png", "no.png"):
+        with pytest.raises(ImageError):
+            read_mask(tmp_path / name, (4, 3))
+    Image.new("L", (4, 3)).save(tmp_path / "a.bmp")
+    with pytest.raises(ImageError, match="PNG"):
+        read_mask(tmp_path / "a.bmp", (4, 3))
+
+
+def test_a_mask_in_memory_is_taken_as_it_is():
+    mask = np.eye(3, 4, dtype=bool)
+    np.testing.assert_array_equal(read_mask(mask, (4, 3)), mask)
+    with pytest.raises(MaskError, match="3 x 4 pixels, its image 4 x 3"):
+        read_mask(mask.T, (4, 3))

@@ -1,0 +1,369 @@
+"""Data sets: good lines become samples, every kind of bad line becomes a reason with its number."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from localization_heads.data.jsonl import MAX_LINE_BYTES, BadLineError
+from localization_heads.data.samples import (
+    Sample,
+    check_box,
+    decode_mask,
+    load_samples,
+    load_visualization_entries,
+)
+from localization_heads.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with `images/cat.png`, and `sets/` with a picture of its own."""
+    for name in ("images/cat.png", "sets/dog.png", "sets/images/cat.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def line(**changes):
+    entry = {"id": "a", "prompt": "the cat", "image_path": "images/cat.png", **changes}
+    return json.dumps({key: value for key, value in entry.items() if value is not ...})
+
+
+def write(folder, *lines, name="sets/data.jsonl"):
+    path = folder / name
+    content = b"\n".join(text if isinstance(text, bytes) else text.encode() for text in lines)
+    path.write_bytes(content)
+    return path
+
+
+def test_the_seeds_line_is_read(folder):
+    path = write(
+        folder, '{"id": "example_1", "prompt": "What is in this image?", "image_path": "images/cat.png"}'
+    )
+    loaded = load_samples(path)
+    assert loaded.bad == []
+    assert loaded.samples == [
+        Sample(image=Path("images/cat.png"), expression="What is in this image?", id="example_1", line=1)
+    ]
+    assert loaded.samples[0].image_file == "images/cat.png"
+
+
+def test_paths_are_tried_in_the_working_directory_and_then_beside_the_file(folder):
+    path = write(
+        folder,
+        line(id="1"),
+        line(id="2", image_path="dog.png"),
+        line(id="3", image_path=str(folder / "images/cat.png")),
+    )
+    images = [sample.image for sample in load_samples(path).samples]
+    assert images == [Path("images/cat.png"), folder / "sets/dog.png", folder / "images/cat.png"]
+
+
+def test_truth_and_addresses_are_taken(folder):
+    runs = {"size": [3, 4], "counts": [6, 6]}
+    path = write(
+        folder,
+        line(id="1", image_path="https://example.org/a.png", bbox=[0, 1.5, 2, 3], mask=runs),
+        line(id="2", mask=[[0, 0, 4, 0, 4, 3]]),
+        line(id="3", mask="dog.png", bbox=None, extra="ignored"),
+    )
+    loaded = load_samples(path)
+    assert not loaded.bad
+    first, second, third = loaded.samples
+    assert (first.image, first.bbox, first.mask) == ("https://example.org/a.png", (0.0, 1.5, 2.0, 3.0), runs)
+    assert second.mask == [[0.0, 0.0, 4.0, 0.0, 4.0, 3.0]]
+    assert third.mask == folder / "sets/dog.png"
+    assert third.bbox is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + line().encode() + b"\n",
+        line().encode() + b"\r\n",
+        b"\r\n\n   \n" + line().encode(),
+        line(prompt="the cat\u2028sat").encode(),
+    ],
+)
+def test_marks_line_ends_and_blank_lines_do_not_matter(content, folder):
+    loaded = load_samples(write(folder, content))
+    assert len(loaded.samples) == 1
+    assert not loaded.bad
+
+
+BAD_LINES = [
+    ("nonsense", "not JSON"),
+    ('{"id": "a"', "not JSON"),
+    (b"\xff\xfe{\x00}\x00", "not UTF-8"),
+    (b'{"prompt": "\xe9"}', "not UTF-8"),
+    ("[1, 2]", "not a JSON object"),
+    ('"text"', "not a JSON object"),
+    ("null", "not a JSON object"),
+    ("[" * 200_000, "deep"),
+    ('{"a":' * 100_000, "deep"),
+    ('{"id": NaN}', "NaN"),
+    ('{"bbox": [0, 0, Infinity, 1]}', "Infinity"),
+    ('{"id": ' + "9" * 5000 + "}", "not usable JSON"),
+    (line(prompt=...), "'prompt' is missing"),
+    (line(prompt=..., query="the cat"), r"'prompt' is missing \(it has 'query'\)"),
+    (line(prompt=""), "'prompt' is empty"),
+    (line(prompt=" \n"), "'prompt' is empty"),
+    (line(prompt=5), "'prompt' must be text"),
+    (line(prompt=["a"]), "'prompt' must be text"),
+    (line(prompt="\ud800"), "Unicode"),
+    (line(image_path=...), "'image_path' is missing"),
+    (line(image_path=..., image="x"), r"it has 'image'"),
+    (line(image_path=True), "'image_path' must be text"),
+    (line(image_path="no.png"), "no.png: no such file"),
+    (line(image_path="images"), "is a folder"),
+    (line(image_path="images/cat.png/x"), "no such file"),
+    (line(image_path="a\0b"), "NUL"),
+    (line(image_path="n" * 5000), "too long|no such file"),
+    (line(image_path="file:///etc/passwd"), "neither a path nor"),
+    (line(image_path="ftp://example.org/a.png"), "neither a path nor"),
+    (line(image_path="\ud800"), "Unicode"),
+    (line(id="../x"), "separator|dot"),
+    (line(id="a/b"), "separator"),
+    (line(id="a\\b"), "separator"),
+    (line(id="/etc/passwd"), "separator"),
+    (line(id=".."), "dot"),
+    (line(id=""), "empty"),
+    (line(id="a\0"), "control"),
+    (line(id="\ud800"), "control"),
+    (line(id="a" * 300), "longer than"),
+    (line(id=True), "'id' must be"),
+    (line(id=["a"]), "'id' must be"),
+    ('{"id": 1e999, "prompt": "x", "image_path": "images/cat.png"}', "'id' must be"),
+    (line(bbox=[1, 2, 3]), "'bbox'"),
+    (line(bbox=[1, 2, 3, 4, 5]), "'bbox'"),
+    (line(bbox="1 2 3 4"), "'bbox'"),
+    (line(bbox={"x": 1}), "'bbox'"),
+    (line(bbox=[3, 0, 3, 4]), "empty or turned around"),
+    (line(bbox=[0, 4, 3, 1]), "empty or turned around"),
+    (line(bbox=[0, 0, True, True]), "'bbox'"),
+    (line(bbox=[0, 0, "3", 4]), "'bbox'"),
+    (line(bbox=[0, 0, 10**400, 4]), "'bbox'"),
+    (line(bbox=[0, 0, 1e300, 4]), "'bbox'"),
+    ('{"id": "a", "prompt": "x", "image_path": "images/cat.png", "bbox": [0, 0, 1e999, 1]}', "'bbox'"),
+    (line(mask=5), "the mask must be"),
+    (line(mask=[]), "the mask must be"),
+    (line(mask={}), "'size'"),
+    (line(mask={"size": [3, 4]}), "'counts'"),
+    (line(mask={"size": [3], "counts": ""}), "'size'"),
+    (line(mask={"size": [3, True], "counts": ""}), "'size'"),
+    (line(mask={"size": [10**6, 10**6], "counts": ""}), "over the limit"),
+    (line(mask=[[1, 2, 3, 4]]), "three points"),
+    (line(mask=[[1, 2, 3, 4, 5, 6, 7]]), "three points"),
+    (line(mask=[[1, 2, 3, 4, 5, "6"]]), "no coordinate"),
+    (line(mask=[[1, 2, 3, 4, 5, None]]), "no coordinate"),
+    (line(mask=[["abcdef"]]), "polygon"),
+    (line(mask=["abcdef"]), "polygon"),
+    (line(mask="no.png"), "no.png: no such file"),
+    (line(mask=""), "no such file|folder|not"),
+]
+
+
+@pytest.mark.parametrize(("bad", "said"), BAD_LINES)
+def test_a_bad_line_is_reported_by_its_number_and_the_rest_goes_on(bad, said, folder):
+    loaded = load_samples(write(folder, line(id="first"), "", bad, line(id="last")))
+    assert [sample.id for sample in loaded.samples] == ["first", "last"]
+    (entry,) = loaded.bad
+    assert entry.line == 3
+    import re
+
+    assert re.search(said, entry.reason), entry.reason
+    assert str(entry).startswith("line 3")
+    assert str(entry).isprintable()
+    assert len(entry.reason) < 6000
+
+
+def test_an_endless_line_is_passed_over(folder):
+    long = line(prompt="a" * (3 * MAX_LINE_BYTES))
+    loaded = load_samples(
+        write(folder, long, line(id="2"), long, line(prompt="b" * (MAX_LINE_BYTES // 2), id="4"), long)
+    )
+    assert [(sample.id, sample.line) for sample in loaded.samples] == [("2", 2), ("4", 4)]
+    assert [(bad.line, bad.reason) for bad in loaded.bad] == [
+        (n, "the line is longer than 1 MB") for n in (1, 3, 5)
+    ]
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"\n \r\n", "is empty")])
+def test_a_file_without_entries_is_refused(content, said, folder):
+    for load in (load_samples, load_visualization_entries):
+        with pytest.raises(UsageError, match=said):
+            load(write(folder, content))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("no.jsonl", "no such file"), ("sets", "is a folder"), ("a\0b", "no such|null")]
+)
+def test_a_missing_data_file_is_named(name, said, folder):
+    for load in (load_samples, load_visualization_entries):
+        with pytest.raises(UsageError, match=said) as caught:
+            load(name)
+        assert "data_file=" in str(caught.value)
+
+
+def test_ids_may_be_numbers_or_missing(folder):
+    path = write(folder, line(id=7), line(id=...), line(id=None), line(id=1.5), line(id=-2))
+    assert [sample.id for sample in load_samples(path).samples] == ["7", "line_2", "line_3", "1.5", "-2"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("a", "a", "that of line 1 already"),
+        ("cat", "Cat", "write over the files of 'cat' on line 1"),
+        ("é", "e\u0301", "write over"),
+        ("straße", "STRASSE", "write over"),
+        ("a", "a_analysis", "write over"),
+        ("a_analysis", "a", "write over"),
+        ("a", "A_metadata", "write over"),
+        ("line_2", ..., "that of line 1 already"),
+        (7, "7", "that of line 1 already"),
+    ],
+)
+def test_ids_that_share_a_file_are_refused(first, second, said, folder):
+    loaded = load_samples(write(folder, line(id=first), line(id=second), line(id="c")))
+    assert [sample.line for sample in loaded.samples] == [1, 3]
+    assert loaded.bad[0].line == 2
+    assert said in loaded.bad[0].reason
+
+
+def test_a_bad_line_does_not_take_its_id(folder):
+    loaded = load_samples(write(folder, line(prompt=""), line()))
+    assert [sample.line for sample in loaded.samples] == [2]
+
+
+# ------------------------------------------------------------------------------------------------- boxes
+
+
+@given(
+    st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.text(max_size=2), st.none()), max_size=6)
+)
+def test_a_box_is_four_finite_numbers_in_order_or_refused(value):
+    try:
+        box = check_box(value)
+    except BadLineError:
+        return
+    assert list(box) == value
+    assert all(type(x) is float and math.isfinite(x) for x in box)
+    assert not any(isinstance(x, bool) for x in value)
+    assert box[2] > box[0]
+    assert box[3] > box[1]
+
+
+corner = st.floats(-1e5, 1e5, width=32)
+
+
+@given(corner, corner, st.floats(0.0078125, 1e5), st.floats(0.0078125, 1e5))
+def test_every_box_of_some_size_is_taken(x, y, width, height):
+    assert check_box([x, y, x + width, y + height]) == (x, y, x + width, y + height)
+
+
+# ------------------------------------------------------------------------------------------------- noise
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+fields = ["id", "prompt", "image_path", "bbox", "mask", "layer", "head", "attention_file"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(fields), json_values, max_size=6), min_size=1, max_size=4))
+def test_any_objects_become_samples_or_reasons(entries):
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "data.jsonl"
+        path.write_text("\n".join(json.dumps(entry) for entry in entries))
+        loaded = load_samples(path)
+        assert len(loaded.samples) + len(loaded.bad) == len(entries)
+        assert all(bad.reason.isprintable() for bad in loaded.bad)
+        drawn = load_visualization_entries(path)
+        assert len(drawn.entries) + len(drawn.bad) == len(entries)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_become_reasons_or_one_error(content):
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "data.jsonl"
+        path.write_bytes(content)
+        try:
+            loaded = load_samples(path)
+        except UsageError:
+            assert not content.removeprefix(b"\xef\xbb\xbf").strip()
+            return
+        assert not loaded.samples
+        assert {bad.line for bad in loaded.bad} <= set(range(1, content.count(b"\n") + 2))
+
+
+# ------------------------------------------------------------------------------------------------- masks
+
+
+def test_a_mask_is_decoded_and_its_size_compared(folder):
+    loaded = load_samples(write(folder, line(mask={"size": [3, 4], "counts": [6, 6]})))
+    expected = np.zeros((3, 4), bool)
+    expected[:, 2:] = True
+    np.testing.assert_array_equal(decode_mask(loaded.samples[0], (4, 3)), expected)
+    with pytest.raises(UsageError, match=r"line 1 \(a\): the mask is 4 x 3 pixels, its image 5 x 3"):
+        decode_mask(loaded.samples[0], (5, 3))
+    with pytest.raises(UsageError, match="has no mask"):
+        decode_mask(Sample("x.png", "x"), (4, 3))
+
+
+# ------------------------------------------------------------------------------------ visualization entries
+
+
+def test_visualization_entries_are_read(folder):
+    for name in ("one.pkl", "sets/two.pkl"):
+        (folder / name).touch()
+    path = write(
+        folder,
+        '{"id": "a", "attention_file": "one.pkl"}',
+        '{"id": "a", "attention_file": "two.pkl", "layer": 20, "head": 5}',
+        '{"attention_file": "one.pkl"}',
+        '{"id": "b"}',
+    )
+    loaded = load_visualization_entries(path)
+    assert not loaded.bad
+    found = [(e.id, e.attention_file, e.layer, e.head, e.line) for e in loaded.entries]
+    assert found == [
+        ("a", Path("one.pkl"), None, None, 1),
+        ("a", folder / "sets/two.pkl", 20, 5, 2),
+        ("one", Path("one.pkl"), None, None, 3),
+        ("b", None, None, None, 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("{}", "'attention_file' is missing"),
+        ('{"id": "a", "attention_file": "no.pkl"}', "no.pkl: no such file"),
+        ('{"id": "a", "attention_file": 5}', "must be text"),
+        ('{"id": "a", "layer": 3}', "go together"),
+        ('{"id": "a", "layer": -1, "head": 0}', "'layer' must be"),
+        ('{"id": "a", "layer": 1, "head": true}', "'head' must be"),
+        ('{"id": "a", "layer": 1.0, "head": 1}', "'layer' must be"),
+        ('{"id": "../a"}', "the id"),
+        ("nonsense", "not JSON"),
+    ],
+)
+def test_bad_visualization_entries_are_reported(bad, said, folder):
+    loaded = load_visualization_entries(write(folder, '{"id": "x"}', bad))
+    assert len(loaded.entries) == 1
+    assert loaded.bad[0].line == 2
+    assert said in loaded.bad[0].reason

@@ -1,0 +1,477 @@
+"""Attention files, analyses, predictions, tables, names, atomic writes and the lock."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.heads.head import Head
+from localization_heads.store import (
+    Prediction,
+    RunLock,
+    analysis_path,
+    atomic_write,
+    attention_path,
+    check_id,
+    entry_path,
+    load_analysis,
+    load_attention,
+    read_predictions,
+    save_analysis,
+    save_attention,
+    side_path,
+    write_csv,
+    write_json,
+    write_predictions,
+)
+
+MAPS = AttentionMaps(
+    attention=np.random.default_rng(0).random((2, 3, 4, 5), dtype=np.float32),
+    image_box=(-10.0, 0.0, 110.5, 90.0),
+    image_size=(100, 90),
+    image_file="examples/images/cät.jpg",
+    query="the cat on the left",
+    prompt="A chat.\n<image>\nthe cat on the left.",
+    model="tiny",
+    id="example_1",
+)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same(a: AttentionMaps, b: AttentionMaps) -> bool:
+    return np.array_equal(a.attention, b.attention) and replace(a, attention=b.attention) == b
+
+
+# ---------------------------------------------------------------------------------------- attention files
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+def test_an_attention_file_comes_back_as_it_was(suffix, tmp_path):
+    path = tmp_path / "attention" / f"example_1{suffix}"
+    save_attention(MAPS, path)
+    assert same(load_attention(path), MAPS)
+    assert load_attention(path).attention.flags.writeable
+
+
+def test_the_pickle_is_the_documented_dict(tmp_path):
+    save_attention(MAPS, tmp_path / "a.pkl")
+    content = pickle.loads((tmp_path / "a.pkl").read_bytes())
+    assert list(content) == [
+        "version", "attention", "grid", "image_size", "image_box", "image_file", "query", "prompt", "model", "id",
+    ]  # fmt: skip
+    assert content["version"] == 1
+    assert content["grid"] == [4, 5]
+    assert content["image_size"] == [100, 90]
+    assert content["image_box"] == [-10.0, 0.0, 110.5, 90.0]
+    assert content["attention"].dtype == np.float32
+    assert {type(value) for value in content.values()} == {int, str, list, np.ndarray}
+
+
+def test_a_slice_that_is_not_contiguous_is_saved_as_it_looks(tmp_path):
+    maps = replace(MAPS, attention=MAPS.attention.transpose(1, 0, 3, 2)[:, :, ::2])
+    for suffix in (".pkl", ".safetensors"):
+        save_attention(maps, tmp_path / f"a{suffix}")
+        np.testing.assert_array_equal(load_attention(tmp_path / f"a{suffix}").attention, maps.attention)
+
+
+def test_another_suffix_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"ends in \.pkl or \.safetensors"):
+        save_attention(MAPS, tmp_path / "a.npz")
+
+
+GOOD = {
+    "version": 1, "attention": MAPS.attention, "grid": [4, 5], "image_size": [100, 90],
+    "image_box": [0.0, 0.0, 100.0, 90.0], "image_file": "", "query": "", "prompt": "", "model": "", "id": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"version": True}, "version True"),
+        ({"attention": [1.0]}, "not an array"),
+        ({"attention": MAPS.attention[0]}, "must be"),
+        ({"attention": MAPS.attention[:0]}, "must be"),
+        ({"attention": np.zeros((1, 1, 4, 5), "i4")}, "floating point"),
+        ({"attention": np.full((1, 1, 4, 5), np.nan, "f4")}, "NaN"),
+        ({"attention": np.full((1, 1, 4, 5), np.inf, "f4")}, "NaN"),
+        ({"attention": np.full((1, 1, 4, 5), -1e-9, "f4")}, "negative"),
+        ({"grid": [5, 4]}, "'grid'"),
+        ({"grid": None}, "'grid'"),
+        ({"image_size": [100.5, 90]}, "'image_size'"),
+        ({"image_size": [0, 90]}, "'image_size'"),
+        ({"image_size": [100]}, "'image_size'"),
+        ({"image_size": [10**400, 1]}, "'image_size'"),
+        ({"image_size": [10**9000, 1]}, "'image_size'"),
+        ({"image_size": [True, True]}, "'image_size'"),
+        ({"image_box": [0, 0, 0, 1]}, "'image_box'"),
+        ({"image_box": [0, 0, float("nan"), 1]}, "'image_box'"),
+        ({"image_box": [0, 0, float("inf"), 1]}, "'image_box'"),
+        ({"image_box": "abcd"}, "'image_box'"),
+        ({"query": 5}, "'query'"),
+        ({"query": b"x"}, "'query'"),
+    ],
+)
+def test_wrong_content_is_refused_by_name(change, said, tmp_path):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.dumps({**GOOD, **change}))
+    with pytest.raises(UsageError, match=said) as caught:
+        load_attention(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [{}, [], 5, "text", {"a": 1}, [[1, 2]], {0: 1}, None])
+def test_a_pickle_of_something_else_is_no_attention_file(content, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UsageError, match="not an attention file"):
+        load_attention(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize("name", ["no.pkl", "no.safetensors", "folder.pkl", "folder.safetensors", "a\0.pkl"])
+def test_a_missing_file_is_named(name, tmp_path):
+    (tmp_path / "folder.pkl").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UsageError, match="no such file|not a file|null"):
+        load_attention(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage" * 50,
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"{}",
+        (60).to_bytes(8, "little") + b'{"attention":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+    ],
+)
+def test_broken_safetensors_are_refused(content, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UsageError, match=r"a\.safetensors"):
+        load_attention(tmp_path / "a.safetensors")
+
+
+def test_safetensors_of_another_model_are_refused(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"weight": np.zeros(3, "f4")}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="no tensor 'attention'"):
+        load_attention(tmp_path / "w.safetensors")
+    save_file({"attention": MAPS.attention}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="version"):
+        load_attention(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((640, 480), (0.0, -80.0, 640.0, 560.0)),
+        ((480, 641), (-80.0, 0.0, 561.0, 641.0)),
+        ((10, 10), (0.0, 0.0, 10.0, 10.0)),
+    ],
+)
+def test_the_published_tools_files_are_read(dtype, size, box, tmp_path):
+    # As that tool makes them: a slice of all rows and columns, stacked over layers
+    rows = torch.rand(2, 3, 7, 20).to(dtype)
+    tensor = rows[:, :, -1:, 2:18]
+    (tmp_path / "q.pkl").write_bytes(pickle.dumps(tensor))
+    metadata = {"image_file": "dog.png", "query": "the dog", "image_size": size}
+    (tmp_path / "q_metadata.pkl").write_bytes(pickle.dumps(metadata))
+    maps = load_attention(tmp_path / "q.pkl")
+    np.testing.assert_array_equal(maps.attention, tensor.float().numpy().reshape(2, 3, 4, 4))
+    assert maps.attention.dtype == np.float32
+    assert maps.image_box == box
+    assert (maps.image_size, maps.image_file, maps.query, maps.id) == (size, "dog.png", "the dog", "q")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {1: torch.ones(3, 1, 16), 0: torch.zeros(3, 1, 16)},
+        [torch.zeros(3, 1, 16), torch.ones(3, 1, 16)],
+        {0: torch.zeros(3, 16), 1: torch.ones(3, 16)},
+        np.stack([np.zeros((3, 1, 16)), np.ones((3, 1, 16))]),
+        np.stack([np.zeros((3, 4, 4)), np.ones((3, 4, 4))]),
+    ],
+)
+def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_picture(content, tmp_path):
+    (tmp_path / "q.pkl").write_bytes(pickle.dumps(content))
+    maps = load_attention(tmp_path / "q.pkl")
+    assert maps.attention.shape == (2, 3, 4, 4)
+    assert [layer.max() for layer in maps.attention] == [0, 1]
+    assert (maps.image_size, maps.image_box) == ((4, 4), (0.0, 0.0, 4.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "metadata", "said"),
+    [
+        (torch.zeros(2, 3, 1, 15), {}, "no square grid"),
+        (torch.zeros(6), {}, "must be"),
+        ([torch.zeros(3, 1, 16), torch.zeros(2, 1, 16)], {}, "differ in shape"),
+        (torch.full((2, 3, 1, 16), float("nan")), {}, "NaN"),
+        (torch.zeros(2, 3, 1, 16), [1], "metadata"),
+        (torch.zeros(2, 3, 1, 16), {"image_size": (0, 5)}, "image_size"),
+        (torch.zeros(2, 3, 1, 16), {"image_size": "big"}, "image_size"),
+    ],
+)
+def test_broken_files_of_the_published_tool_are_refused(tensor, metadata, said, tmp_path):
+    (tmp_path / "q.pkl").write_bytes(pickle.dumps(tensor))
+    (tmp_path / "q_metadata.pkl").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UsageError, match=said):
+        load_attention(tmp_path / "q.pkl")
+
+
+# ------------------------------------------------------------------------------------------ other records
+
+
+def test_an_analysis_comes_back_plain_and_without_numpy(tmp_path):
+    heads = [
+        {
+            "layer": np.int64(3),
+            "head": 1,
+            "spatial_entropy": np.float32("inf"),
+            "above_threshold": np.bool_(True),
+        }
+    ]
+    save_analysis(heads, tmp_path / "a_analysis.pkl")
+    assert b"numpy" not in (tmp_path / "a_analysis.pkl").read_bytes()
+    assert load_analysis(tmp_path / "a_analysis.pkl") == [
+        {"layer": 3, "head": 1, "spatial_entropy": float("inf"), "above_threshold": True}
+    ]
+
+
+@pytest.mark.parametrize("content", [{}, 5, [1], [{"layer": 1}], [{"layer": "1", "head": 0}]])
+def test_something_else_is_no_analysis(content, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UsageError, match="not an analysis"):
+        load_analysis(tmp_path / "a.pkl")
+
+
+def test_predictions_come_back(tmp_path):
+    mask = {"size": [2, 2], "counts": "04"}
+    predictions = [
+        Prediction("a", (0.0, 1.0, 2.5, 3.0), 0.5, mask, (Head(1, 2), Head(3, 4))),
+        Prediction("ü", error="broken or cut short"),
+    ]
+    write_predictions(tmp_path / "p.jsonl", predictions)
+    assert list(read_predictions(tmp_path / "p.jsonl")) == predictions
+    first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    assert first == {
+        "id": "a", "bbox": [0.0, 1.0, 2.5, 3.0], "score": 0.5, "mask": mask, "heads": [[1, 2], [3, 4]], "error": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "{}", "[1]", '{"id": "a", "bbox": [1, 2]}', '{"id": "a", "bbox": 5}', "[" * 100_000]
+)
+def test_a_broken_prediction_is_named_by_its_line(line, tmp_path):
+    good = json.dumps(Prediction("a").to_json())
+    (tmp_path / "p.jsonl").write_text(f"{good}\n\n{line}\n")
+    with pytest.raises(UsageError, match="line 3"):
+        list(read_predictions(tmp_path / "p.jsonl"))
+
+
+def test_json_keeps_its_order_and_takes_no_nan(tmp_path):
+    write_json(tmp_path / "h.json", {"b": 1, "a": ["ä"]})
+    assert (tmp_path / "h.json").read_bytes() == '{\n  "b": 1,\n  "a": [\n    "ä"\n  ]\n}\n'.encode()
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "h.json", float("nan"))
+    assert json.loads((tmp_path / "h.json").read_text())["b"] == 1
+
+
+def test_csv_is_quoted_and_has_unix_lines(tmp_path):
+    write_csv(tmp_path / "h.csv", ["layer", "note"], [[1, "a, b"], [2, 'say "x"']])
+    assert (tmp_path / "h.csv").read_bytes() == b'layer,note\n1,"a, b"\n2,"say ""x"""\n'
+
+
+# ---------------------------------------------------------------------------------------------- the names
+
+
+@pytest.mark.parametrize("id", ["a", "example_1", "cat.left", "图片 1", "a" * 229, "x-y+z", "12"])
+def test_plain_names_are_ids(id, tmp_path):
+    assert check_id(id) == id
+    (tmp_path / f"{id}_components_L9999H9999.png").touch()
+
+
+BAD_IDS = [
+    "", ".", "..", ".hidden", "../x", "a/b", "/etc/passwd", "a\\b", "C:\\x", "a\0b", "a\nb", "a\x1b[31m", "\x7f",
+    "a\u2028b", "\ud800", " a", "a ", "a" * 230, "ä" * 115,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("id", BAD_IDS)
+def test_anything_else_is_no_id(id, tmp_path):
+    with pytest.raises(ValueError, match="the id") as caught:
+        check_id(id)
+    assert str(caught.value).isprintable()
+    with pytest.raises(UsageError):
+        attention_path(tmp_path, id)
+
+
+@given(st.text(max_size=40))
+def test_a_path_made_from_an_id_stays_in_its_folder(id):
+    try:
+        path = entry_path("out/attention", id, ".pkl")
+    except UsageError:
+        return
+    assert Path(os.path.normpath(path)).parent == Path("out/attention")
+
+
+def test_the_names_beside_an_attention_file():
+    assert attention_path("o", "a.b", "safetensors") == Path("o/a.b.safetensors")
+    assert analysis_path("o/a.b.safetensors") == Path("o/a.b_analysis.pkl")
+    assert side_path("o/a.pkl", "_grounding.png") == Path("o/a_grounding.png")
+    with pytest.raises(UsageError, match="attention_format=npz"):
+        attention_path("o", "a", "npz")
+
+
+# ------------------------------------------------------------------------------------------ atomic writing
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_write(path) as file:
+            file.write(b"half")
+            raise error
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "sub" / "file") as file:
+            file.write(b"x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "sub" / "file").stat().st_mode) == 0o640
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    with atomic_write(tmp_path / ("n" * 255)) as file:
+        file.write(b"x")
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "x", tmp_path / "folder"):
+        with (
+            pytest.raises(UsageError, match="cannot write .*choose another output_dir"),
+            atomic_write(path) as file,
+        ):
+            file.write(b"x")
+    assert names_in(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_a_failure_of_the_work(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkError, match="No space left"), atomic_write(tmp_path / "x") as file:
+        file.write(b"x")
+    assert names_in(tmp_path) == []
+
+
+WRITER = """
+import sys
+from localization_heads.store.atomic import write_bytes
+while True:
+    for letter in b"abc":
+        write_bytes(sys.argv[1], bytes([letter]) * 300_000)
+        print("written", flush=True)
+"""
+
+
+def test_a_killed_writer_never_leaves_half_a_file(tmp_path):
+    path = tmp_path / "file"
+    for delay in np.linspace(0.0, 0.012, 7):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        end = time.monotonic() + delay
+        while time.monotonic() < end:
+            _check_whole(path)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        _check_whole(path)
+    visible = [name for name in names_in(tmp_path) if not name.startswith(".")]
+    assert visible == ["file"]
+    with RunLock(tmp_path):
+        assert [name for name in names_in(tmp_path) if name.endswith(".tmp")] == []
+
+
+def _check_whole(path: Path) -> None:
+    content = path.read_bytes()
+    assert len(content) == 300_000
+    assert len(set(content)) == 1
+
+
+def test_the_temporary_files_of_living_and_foreign_writers_stay(tmp_path):
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+        other = tmp_path / ".lh-0123456789abcdef-00000000-1-1.tmp"
+        other.touch()
+        with RunLock(tmp_path):
+            assert other.exists()
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+# ------------------------------------------------------------------------------------------------ the lock
+
+HOLDER = """
+import sys, time
+from localization_heads.store.lock import RunLock
+with RunLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_one_dies(tmp_path):
+    folder = tmp_path / "outputs"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UsageError, match=rf"another run is working in {folder}"):
+        RunLock(folder).acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    with RunLock(folder), pytest.raises(UsageError, match="another run"), RunLock(folder):
+        pass
+    with RunLock(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write"):
+        RunLock(tmp_path / "file" / "sub").acquire()
