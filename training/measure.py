@@ -31,13 +31,13 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    model: LlavaForConditionalGeneration, samples: Iterable[tuple[Scene, Expression]], answer_prefix: str = ""
+    model: LlavaForConditionalGeneration, samples: Iterable[tuple[Scene, Expression]]
 ) -> list[Measured]:
     """Run the model's own forward on (scene, expression) samples, batched by length."""
     model.set_attn_implementation("eager")
     model.eval()
     samples = list(samples)
-    texts = [_texts(expression, answer_prefix) for _, expression in samples]
+    texts = [_texts(expression) for _, expression in samples]
     order = sorted(range(len(samples)), key=lambda i: tuple(map(len, texts[i])))
     measured: dict[int, Measured] = {}
     while order:
@@ -49,10 +49,9 @@ def measure(
     return [measured[i] for i in range(len(samples))]
 
 
-def _texts(expression: Expression, answer_prefix: str) -> tuple[list[int], list[int]]:
+def _texts(expression: Expression) -> tuple[list[int], list[int]]:
     """Token ids of the prompt after the image, and of the answer."""
-    answer = f"{answer_prefix} {expression.answer}"
-    return encode(f"{expression.text} ."), [*encode(answer), IDS["</s>"]]
+    return encode(f"{expression.text} ."), [*encode(expression.answer), IDS["</s>"]]
 
 
 def _run(model: LlavaForConditionalGeneration, samples: list, texts: list) -> list[Measured]:

@@ -6,8 +6,8 @@ image once a picture, and each packed conversation attends to that prefix and to
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from training.language import IDS, SYSTEM, encode
@@ -98,7 +98,7 @@ class FastForward:
         """Projected patches (B, N, D) of pixels (B, 3, h, w); `cells` (B, N): their places in the full grid."""
         tower = self.tower.vision_model if hasattr(self.tower, "vision_model") else self.tower
         embed = tower.embeddings
-        patches = F.unfold(pixels.to(self.dtype), self.patch, stride=self.patch).transpose(1, 2)
+        patches = functional.unfold(pixels.to(self.dtype), self.patch, stride=self.patch).transpose(1, 2)
         places = embed.position_embedding.weight.to(self.dtype)
         x = patches @ embed.patch_embedding.weight.flatten(1).t() + places[1:][cells]
         first = (embed.class_embedding.to(self.dtype) + places[0]).expand(x.shape[0], 1, -1)
@@ -106,7 +106,7 @@ class FastForward:
         for layer in tower.encoder.layers:
             x = self._vision_layer(layer, x)
         projector = self.projector
-        return projector.linear_2(F.gelu(projector.linear_1(x[:, 1:])))
+        return projector.linear_2(functional.gelu(projector.linear_1(x[:, 1:])))
 
     def _vision_layer(self, layer, x: Tensor) -> Tensor:
         attention, y = layer.self_attn, layer.layer_norm1(x)
@@ -115,14 +115,14 @@ class FastForward:
             for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         x = x + attention.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
-        return x + layer.mlp.fc2(F.gelu(layer.mlp.fc1(layer.layer_norm2(x))))
+        return x + layer.mlp.fc2(functional.gelu(layer.mlp.fc1(layer.layer_norm2(x))))
 
     @staticmethod
     def _split(x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2)
 
     def _norm(self, norm, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
+        return functional.rms_norm(x, (x.shape[-1],), norm.weight, self.eps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotary embedding of (B, H, T, d) at positions (B, T)."""
@@ -139,8 +139,8 @@ class FastForward:
         `offsets` (B, T) each token's place in its conversation; `groups` (B, T) which conversation it is in.
         """
         table = self.language.embed_tokens.weight
-        system = F.embedding(torch.tensor([PREFIX]), table).to(self.dtype)
-        text = F.embedding(ids, table).to(self.dtype)
+        system = functional.embedding(torch.tensor([PREFIX]), table).to(self.dtype)
+        text = functional.embedding(ids, table).to(self.dtype)
         if features is None:
             features, cells = text[:, :0], ids[:, :0]
         grid = self.tower.config.image_size // self.patch if features.shape[1] else 0
@@ -162,7 +162,7 @@ class FastForward:
         causal = torch.ones(system + num_image, system + num_image, dtype=torch.bool).tril()[None]
         length = groups.shape[1]
         own = (groups[:, :, None] == groups[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-        text = F.pad(own, (system + num_image, 0), value=True)
+        text = functional.pad(own, (system + num_image, 0), value=True)
         return [additive(causal[:, :system, :system]), additive(causal[:, system:]), additive(text)]
 
     def _text_layer(self, layer, streams, positions, biases, only_text: bool) -> list[Tensor]:
@@ -186,7 +186,7 @@ class FastForward:
             keep = self._dropout(q, streams[1].shape[1], k.shape[2]) if i == 2 else None
             x = streams[i] + attention.o_proj(attend(q, k, v, biases[i], keep).transpose(1, 2).flatten(2))
             y, mlp = self._norm(layer.post_attention_layernorm, x), layer.mlp
-            output[i] = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+            output[i] = x + mlp.down_proj(functional.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
         return output
 
     def _dropout(self, q: Tensor, num_image: int, num_keys: int) -> Tensor | None:
@@ -195,7 +195,7 @@ class FastForward:
             return None
         kept = torch.rand(q.shape[0], 1, q.shape[2], num_image) >= self.image_dropout  # the same in all heads
         scale = kept.to(self.dtype) / (1 - self.image_dropout)
-        return F.pad(scale, (len(PREFIX), num_keys - num_image - len(PREFIX)), value=1.0)
+        return functional.pad(scale, (len(PREFIX), num_keys - num_image - len(PREFIX)), value=1.0)
 
     def logits(self, states: Tensor) -> Tensor:
         """Scores (B, T, vocabulary) of the next token."""

@@ -1,6 +1,8 @@
 """Every number of the training run in one place."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,12 @@ class Recipe:
     checkpoint_seconds: float = 120.0
     probe_every: int = 250  # steps between looks at the validation scenes
     half: bool = True  # bfloat16 forward and backward, float32 weights
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a run wrote beside its checkpoint."""
+    values = json.loads(path.read_text())
+    values["model"] = ModelRecipe(**values["model"])
+    canvases = (Canvas(c["cells"], c["num_objects"] and tuple(c["num_objects"])) for c in values["canvases"])
+    values |= {"canvases": tuple(canvases), "stage_starts": tuple(values["stage_starts"])}
+    return Recipe(**values | {"mixes": tuple(map(tuple, values["mixes"]))})

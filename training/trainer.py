@@ -5,7 +5,6 @@ follows the trajectory it would have had.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from training.batches import Batch, BatchMaker
 from training.model import FastForward, build_model
 from training.optimiser import HalfCopy, Optimiser
-from training.recipe import Recipe
+from training.recipe import Recipe, read_recipe
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
@@ -87,7 +86,7 @@ class Trainer:
         features = None if batch.pixels is None else self.forward.image_features(batch.pixels, batch.cells)
         states = self.forward.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
         logits = self.forward.logits(states).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        losses = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         return (losses * batch.weights.flatten()).sum() / batch.weights.sum(), logits
 
     def _share_gradients(self) -> None:
@@ -117,7 +116,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{CHECKPOINT}.part"
         torch.save(state, part)
-        os.replace(part, self.folder / CHECKPOINT)
+        part.replace(self.folder / CHECKPOINT)
 
     def _load(self) -> None:
         state = torch.load(self.folder / CHECKPOINT, weights_only=True)
@@ -127,9 +126,10 @@ class Trainer:
         log.info("resumed at step %d", self.step)
 
 
-def load_trained(recipe: Recipe, folder: Path) -> LlavaForConditionalGeneration:
-    """The model of a run's checkpoint."""
-    return Trainer(recipe, folder).model.eval()
+def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
+    """Recipe and model of a run's folder."""
+    recipe = read_recipe(folder / "recipe.json")
+    return recipe, Trainer(recipe, folder).model.eval()
 
 
 @torch.no_grad()

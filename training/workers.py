@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 
 from training.recipe import Recipe
 from training.report import LiveTable
-from training.trainer import Trainer
+from training.trainer import Progress, Trainer
 
 
 def run(recipe: Recipe, folder: Path) -> None:
@@ -34,5 +35,13 @@ def _work(worker: int, recipe: Recipe, folder: Path, meeting_point: str) -> None
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting_point}", rank=worker, world_size=recipe.workers
         )
-    trainer = Trainer(recipe, folder, worker)
-    trainer.follow(LiveTable(trainer) if worker == 0 else None)
+    trainer, parent = Trainer(recipe, folder, worker), os.getppid()
+    table = LiveTable(trainer) if worker == 0 else None
+
+    def report(progress: Progress) -> None:
+        if recipe.workers > 1 and os.getppid() != parent:
+            sys.exit("the process that started this worker is gone")
+        if table:
+            table(progress)
+
+    trainer.follow(report)

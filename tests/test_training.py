@@ -1,0 +1,121 @@
+"""The trainer: its fast forward is the model's own, it learns, and a resumed run follows the same trajectory."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from random import Random
+
+import pytest
+import torch
+
+from localization_heads.data.scenes import render_scene
+from training.batches import BatchMaker
+from training.language import IDS, build_tokenizer, encode, scene_turns
+from training.model import PREFIX, FastForward, attend, build_model
+from training.recipe import Canvas, ModelRecipe, Recipe
+from training.trainer import Trainer, load_run
+
+SMALL = ModelRecipe(
+    image_size=64, width=64, vision_layers=1, vision_mlp=128, text_layers=3, text_heads=4, head_dim=16, text_mlp=128
+)  # fmt: skip
+RECIPE = Recipe(
+    steps=400,
+    model=SMALL,
+    canvases=(Canvas(6, (1,)),),
+    stage_starts=(0.0, 0.4),
+    mixes=((1.0, 0.0), (0.3, 0.7)),
+    image_tokens=400,
+    text_tokens=64,
+    warmup_steps=10,
+    query_key_cap=0.18,  # weights of a narrower model are larger
+    half=False,
+)
+
+
+@pytest.fixture(scope="module")
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_fast_forward_is_the_models_own():
+    torch.manual_seed(0)
+    model = build_model(SMALL).eval()
+    fast = FastForward(model)
+    recipe = replace(
+        RECIPE, canvases=(Canvas(8, None),), stage_starts=(0.0,), mixes=((0.0, 1.0),), text_tokens=112
+    )
+    batch = BatchMaker(recipe).make(3)
+    with torch.no_grad():
+        features = fast.image_features(batch.pixels, batch.cells)
+        states = fast.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
+        for row, group in ((0, 0), (1, 2), (2, 3)):
+            own = batch.groups[row] == group
+            ids = [*PREFIX, *[IDS["<image>"]] * 64, *batch.ids[row][own].tolist()]
+            output = model(input_ids=torch.tensor([ids]), pixel_values=batch.pixels[row : row + 1])
+            expected = output.logits[0, -int(own.sum()) :]
+            torch.testing.assert_close(fast.logits(states[row][own]), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_attention_dropout_spares_the_text():
+    q = torch.randn(2, 3, 4, 8)
+    whole, halved = attend(q, q, q), attend(q, q, q, keep=torch.full((2, 1, 4, 4), 0.5))
+    torch.testing.assert_close(halved, whole / 2)
+    keep = FastForward(build_model(SMALL), image_dropout=0.3)._dropout(q, 5, len(PREFIX) + 5 + 4)
+    assert set(keep[..., : len(PREFIX)].unique().tolist()) == {1.0}
+    assert set(keep[..., -4:].unique().tolist()) == {1.0}
+
+
+def test_tokenizer_and_trainer_agree():
+    tokenizer, rng = build_tokenizer(), Random(0)
+    for seed in range(20):
+        turns = scene_turns(render_scene(seed), rng)
+        for prompt, answer in (next(turns) for _ in range(10)):
+            if "<unk>" not in prompt:
+                assert tokenizer(f"{prompt} {answer}")["input_ids"] == [
+                    IDS["<s>"],
+                    *encode(f"{prompt} {answer}"),
+                ]
+                assert IDS["<unk>"] not in encode(f"{prompt} {answer}")
+    assert tokenizer.tokenize("The dog on the LEFT.") == ["the", "dog", "on", "the", "left", "."]
+
+
+def test_the_code_still_trains(tmp_path, threads):
+    """A tiny model learns facts about words, and says colours and sizes better than a guess."""
+    seen = []
+    trainer = Trainer(RECIPE, tmp_path).follow(seen.append)
+    first, last = seen[:20], seen[-80:]
+    text, image = ([p for p in last if bool(p.canvas) is kind] for kind in (False, True))
+
+    def mean(name, steps):
+        return sum(getattr(p, name) for p in steps) / len(steps)
+
+    assert mean("loss", first) > 0.5 * math.log(len(IDS))
+    assert mean("loss", last) < 0.6 * mean("loss", first)
+    assert mean("answer_right", text) > 0.75
+    assert mean("answer_right", image) > 0.35
+    assert all(p.square().mean().sqrt() <= 0.1801 for p in trainer.optimiser.capped)
+
+
+def test_a_resumed_run_follows_the_same_trajectory(tmp_path, threads):
+    recipe = replace(RECIPE, steps=6, half=True)
+    whole = Trainer(recipe, tmp_path / "whole").follow()
+    Trainer(recipe, tmp_path / "parts").follow(until=3)
+    parts = Trainer(recipe, tmp_path / "parts")
+    assert parts.step == 3
+    parts.follow()
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_a_run_is_read_back(tmp_path):
+
+    recipe = replace(RECIPE, steps=1)
+    (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    trained = Trainer(recipe, tmp_path).follow().model
+    again, model = load_run(tmp_path)
+    assert again == recipe
+    for a, b in zip(trained.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
