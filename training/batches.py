@@ -14,7 +14,6 @@ from training.recipe import Canvas, Recipe
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, of RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-TEXT_ROWS = 12  # rows of a batch without images
 
 
 @dataclass(frozen=True)
@@ -82,13 +81,13 @@ class BatchMaker:
         return self._text_batch(rng) if choice is None else self._image_batch(choice, rng)
 
     def _text_batch(self, rng: Random) -> Batch:
-        rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(TEXT_ROWS)]
+        rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(self.recipe.text_rows)]
         return Batch(None, None, *self._tensors(rows))
 
     def _image_batch(self, canvas: Canvas, rng: Random) -> Batch:
         count = max(4, round(self.recipe.image_tokens / canvas.cells**2))
         scenes = [self._scene(canvas, rng) for _ in range(count)]
-        rows = [self._row(scene, rng) for scene in scenes]
+        rows = [self._row(scene, canvas.text_tokens, rng) for scene in scenes]
         cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
         return Batch(normalise(np.stack([s.image for s in scenes])), cells, *self._tensors(rows))
 
@@ -101,9 +100,9 @@ class BatchMaker:
             augment=rng.random() < self.recipe.augment_share,
         )
 
-    def _row(self, scene: Scene, rng: Random) -> np.ndarray:
+    def _row(self, scene: Scene, length: int, rng: Random) -> np.ndarray:
         turns = scene_turns(scene, rng, self.recipe.answer_places)
-        return pack(turns, self.recipe.text_tokens, self.recipe.expression_weight)
+        return pack(turns, length, self.recipe.expression_weight)
 
     def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:
         """Where the canvas lies in the full grid: one index a cell, row by row."""

@@ -28,30 +28,32 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One kind of picture: cells a side, how many objects (None: as in full scenes)."""
+    """One kind of picture: cells a side, how many objects (None: as in full scenes), room for text."""
 
     cells: int
     num_objects: tuple[int, ...] | None
+    text_tokens: int = 112  # packed tokens of the conversations about it
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One training run. `mixes` gives each curriculum stage's shares of (text only, canvas 0, 1, 2)."""
 
-    steps: int = 5_000
+    steps: int = 7_400
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
-    canvases: tuple[Canvas, ...] = (Canvas(10, (1,)), Canvas(12, (2, 2, 3)), Canvas(16, None))
-    stage_starts: tuple[float, ...] = (0.0, 0.05, 0.15, 0.30)  # shares of the run
+    canvases: tuple[Canvas, ...] = (Canvas(10, (1,), 48), Canvas(12, (2, 2, 3), 80), Canvas(16, None))
+    stage_starts: tuple[float, ...] = (0.0, 0.05, 0.23, 0.40)  # shares of the run
     mixes: tuple[tuple[float, ...], ...] = (
         (1.0, 0.0, 0.0, 0.0),
-        (0.1, 0.7, 0.2, 0.0),
-        (0.1, 0.25, 0.65, 0.0),
-        (0.1, 0.05, 0.15, 0.70),
+        (0.1, 0.5, 0.4, 0.0),
+        (0.08, 0.17, 0.6, 0.15),
+        (0.08, 0.05, 0.15, 0.72),
     )
-    image_tokens: int = 2000  # image tokens a step and worker; the number of pictures follows
-    text_tokens: int = 112  # packed text tokens a picture
+    image_tokens: int = 1100  # image tokens a step and worker; the number of pictures follows
+    text_rows: int = 6  # rows of a batch without images,
+    text_tokens: int = 112  # of so many tokens
     expression_weight: float = 0.15  # of the loss on prompt tokens; answers weigh 1
     answer_places: bool = False  # ablation: name the place first in every answer
     augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
@@ -71,6 +73,9 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe that a run wrote beside its checkpoint."""
     values = json.loads(path.read_text())
     values["model"] = ModelRecipe(**values["model"])
-    canvases = (Canvas(c["cells"], c["num_objects"] and tuple(c["num_objects"])) for c in values["canvases"])
+    canvases = (
+        Canvas(**c | {"num_objects": c["num_objects"] and tuple(c["num_objects"])})
+        for c in values["canvases"]
+    )
     values |= {"canvases": tuple(canvases), "stage_starts": tuple(values["stage_starts"])}
     return Recipe(**values | {"mixes": tuple(map(tuple, values["mixes"]))})
