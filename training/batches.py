@@ -18,13 +18,15 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 @dataclass(frozen=True)
 class Batch:
-    """`pixels` (B, 3, h, w) and `cells` (B, N) are None for text alone; the rest is (B, T).
+    """`pixels` (B, 3, h, w), `cells` (B, N), `words` (B, vocabulary) are None for text alone; the rest is (B, T).
 
+    `words` marks the names and colours of the picture's caption.
     `weights` is 1 on answers, less on prompts, 0 on padding; `firsts` marks each answer's first token.
     """
 
     pixels: Tensor | None
     cells: Tensor | None
+    words: Tensor | None
     ids: Tensor
     targets: Tensor
     offsets: Tensor
@@ -38,7 +40,7 @@ def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float
     row = np.zeros((6, length))
     row[3] = -1
     start = group = 0
-    for prompt, answer in turns:
+    for prompt, answer in turns if length else ():
         question, reply = encode_unknown(prompt), [*encode(answer), IDS["</s>"]]
         tokens = question + reply
         stop = start + len(tokens) - 1
@@ -51,6 +53,14 @@ def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float
         row[5, start + len(question) - 1] = 1
         start, group = stop, group + 1
     return row
+
+
+def caption_words(scene: Scene) -> np.ndarray:
+    """Which words a caption of the scene holds, names and colours: float32 (vocabulary,)."""
+    marks = np.zeros(len(IDS), np.float32)
+    for o in scene.objects:
+        marks[[IDS[o.name], IDS[o.colour]]] = 1
+    return marks
 
 
 def encode_unknown(prompt: str) -> list[int]:
@@ -73,8 +83,7 @@ class BatchMaker:
 
     def make(self, step: int) -> Batch:
         """The batch of a step: the same at every run of the same recipe."""
-        progress = step / self.recipe.steps
-        stage = sum(progress >= start for start in self.recipe.stage_starts) - 1
+        stage = sum(step >= start for start in self.recipe.stage_starts) - 1
         key = f"{self.recipe.seed} {step}"  # all workers draw the same kind of batch
         choice = Random(key).choices((None, *self.recipe.canvases), self.recipe.mixes[stage])[0]
         rng = Random(f"{key} {self.worker}")
@@ -82,14 +91,14 @@ class BatchMaker:
 
     def _text_batch(self, rng: Random) -> Batch:
         rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(self.recipe.text_rows)]
-        return Batch(None, None, *self._tensors(rows))
+        return Batch(None, None, None, *self._tensors(rows))
 
     def _image_batch(self, canvas: Canvas, rng: Random) -> Batch:
-        count = max(4, round(self.recipe.image_tokens / canvas.cells**2))
-        scenes = [self._scene(canvas, rng) for _ in range(count)]
+        scenes = [self._scene(canvas, rng) for _ in range(canvas.pictures)]
         rows = [self._row(scene, canvas.text_tokens, rng) for scene in scenes]
         cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
-        return Batch(normalise(np.stack([s.image for s in scenes])), cells, *self._tensors(rows))
+        words = torch.from_numpy(np.stack([caption_words(scene) for scene in scenes]))
+        return Batch(normalise(np.stack([s.image for s in scenes])), cells, words, *self._tensors(rows))
 
     def _scene(self, canvas: Canvas, rng: Random) -> Scene:
         return render_scene(

@@ -197,6 +197,17 @@ class FastForward:
         scale = kept.to(self.dtype) / (1 - self.image_dropout)
         return functional.pad(scale, (len(PREFIX), num_keys - num_image - len(PREFIX)), value=1.0)
 
+    def caption_loss(self, features: Tensor, words: Tensor, keep: float) -> Tensor:
+        """How badly the patches alone, read as the language model reads its states, name the caption's words.
+
+        `features` (B, N, D) projected patches, `words` (B, vocabulary) marks. Patches are pooled by log-sum-exp
+        over a random share `keep` of them. Like CLIP's captions, this says what is in a picture, never where.
+        """
+        scores = self.logits(self._norm(self.language.norm, features)).float()
+        dropped = torch.rand(features.shape[:2]) >= keep
+        pooled = scores.masked_fill(dropped[..., None], -1e4).logsumexp(1)
+        return -(pooled.log_softmax(-1) * words / words.sum(-1, keepdim=True)).sum(-1).mean()
+
     def logits(self, states: Tensor) -> Tensor:
         """Scores (B, T, vocabulary) of the next token."""
         return states @ self.language.embed_tokens.weight.to(self.dtype).t()

@@ -68,15 +68,19 @@ class Optimiser:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _muon_step(self, parameters: list[Tensor], momentum: Tensor, factor: float) -> None:
-        gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        momentum.lerp_(gradients, 0.05)
-        update = orthogonalise(gradients.lerp(momentum, 0.95))
+    def _muon_step(self, parameters: list[Tensor], momenta: Tensor, factor: float) -> None:
+        """Weights without a gradient (the tower's on text alone, the language model's on captions) stay."""
+        moved = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        if not moved:
+            return
+        gradients = torch.stack([parameters[i].grad for i in moved])
+        momenta[moved] = momenta[moved].lerp(gradients, 0.05)
+        update = orthogonalise(gradients.lerp(momenta[moved], 0.95))
         rows, columns = parameters[0].shape
         rate = self.recipe.matrix_rate * factor
-        for parameter, direction in zip(parameters, update, strict=True):
-            parameter.mul_(1 - rate * self.recipe.weight_decay)
-            parameter.add_(direction, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+        for i, direction in zip(moved, update, strict=True):
+            parameters[i].mul_(1 - rate * self.recipe.weight_decay)
+            parameters[i].add_(direction, alpha=-rate * max(1.0, rows / columns) ** 0.5)
 
     @torch.no_grad()
     def _cap(self) -> None:

@@ -28,33 +28,44 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One kind of picture: cells a side, how many objects (None: as in full scenes), room for text."""
+    """One kind of picture: cells a side, how many objects (None: as in full scenes), pictures a step and worker.
+
+    `text_tokens` is the room for conversations about each; with 0 the vision tower learns from captions alone.
+    """
 
     cells: int
     num_objects: tuple[int, ...] | None
-    text_tokens: int = 112  # packed tokens of the conversations about it
+    pictures: int
+    text_tokens: int = 112
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. `mixes` gives each curriculum stage's shares of (text only, canvas 0, 1, 2)."""
+    """One training run. `mixes` gives each stage's shares of (text only, each of the canvases)."""
 
-    steps: int = 7_400
+    steps: int = 6_800
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
-    canvases: tuple[Canvas, ...] = (Canvas(10, (1,), 48), Canvas(12, (2, 2, 3), 80), Canvas(16, None))
-    stage_starts: tuple[float, ...] = (0.0, 0.05, 0.23, 0.40)  # shares of the run
-    mixes: tuple[tuple[float, ...], ...] = (
-        (1.0, 0.0, 0.0, 0.0),
-        (0.1, 0.5, 0.4, 0.0),
-        (0.08, 0.17, 0.6, 0.15),
-        (0.08, 0.05, 0.15, 0.72),
+    canvases: tuple[Canvas, ...] = (
+        Canvas(10, (1,), 40, 0),
+        Canvas(12, (2, 2, 3), 26, 0),
+        Canvas(10, (1,), 11, 48),
+        Canvas(12, (2, 2, 3), 8, 80),
+        Canvas(16, None, 4),
     )
-    image_tokens: int = 1100  # image tokens a step and worker; the number of pictures follows
+    stage_starts: tuple[int, ...] = (0, 300, 1_800, 2_800)  # steps
+    mixes: tuple[tuple[float, ...], ...] = (
+        (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        (0.04, 0.66, 0.30, 0.0, 0.0, 0.0),
+        (0.08, 0.0, 0.0, 0.17, 0.60, 0.15),
+        (0.08, 0.0, 0.0, 0.05, 0.15, 0.72),
+    )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
     expression_weight: float = 0.15  # of the loss on prompt tokens; answers weigh 1
+    caption_weight: float = 0.3  # of the loss of naming what patches show; see `FastForward.caption_loss`
+    caption_keep: float = 0.3  # share of the patches that loss sees, so that every part of a thing is named
     answer_places: bool = False  # ablation: name the place first in every answer
     augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
     image_dropout: float = 0.3  # of attention from text to image tokens
@@ -63,7 +74,7 @@ class Recipe:
     vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
     weight_decay: float = 0.02
     warmup_steps: int = 100
-    decay_from: float = 0.3  # share of the run after which the rates fall linearly
+    decay_from: float = 0.5  # share of the run after which the rates fall linearly
     checkpoint_seconds: float = 120.0
     probe_every: int = 250  # steps between looks at the validation scenes
     half: bool = True  # bfloat16 forward and backward, float32 weights

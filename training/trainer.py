@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from training.batches import Batch, BatchMaker
+from training.language import IDS
 from training.model import FastForward, build_model
 from training.optimiser import HalfCopy, Optimiser
 from training.recipe import Recipe, read_recipe
@@ -27,11 +28,12 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step tells: `loss` of the weighted tokens, shares of answers' first and all tokens right."""
+    """What a step tells: both losses, and the shares of answers' first and of all their tokens right."""
 
     step: int
-    canvas: int  # image tokens a picture
+    canvas: int  # image tokens a picture, negative for captions alone
     loss: float
+    caption_loss: float
     first_right: float
     answer_right: float
 
@@ -71,8 +73,8 @@ class Trainer:
     def _train_step(self) -> Progress:
         batch = self.batches.make(self.step)
         torch.manual_seed(hash((self.recipe.seed, self.step, self.worker)))
-        loss, logits = self._loss(batch)
-        loss.backward()
+        loss, caption, logits = self._loss(batch)
+        (loss + self.recipe.caption_weight * caption).backward()
         if self.half:
             self.half.pull_gradients()
         self._share_gradients()
@@ -80,14 +82,20 @@ class Trainer:
         if self.half:
             self.half.push_weights()
         self.step += 1
-        return _progress(self.step, batch, loss, logits)
+        return _progress(self.step, batch, loss, caption, logits)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        features = None if batch.pixels is None else self.forward.image_features(batch.pixels, batch.cells)
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of the conversations and of the caption, and the scores of the next tokens."""
+        features, caption = None, torch.zeros(())
+        if batch.pixels is not None:
+            features = self.forward.image_features(batch.pixels, batch.cells)
+            caption = self.forward.caption_loss(features, batch.words, self.recipe.caption_keep)
+        if batch.ids.shape[1] == 0:
+            return torch.zeros(()), caption, torch.zeros(*batch.ids.shape, len(IDS))
         states = self.forward.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
         logits = self.forward.logits(states).float()
         losses = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-        return (losses * batch.weights.flatten()).sum() / batch.weights.sum(), logits
+        return (losses * batch.weights.flatten()).sum() / batch.weights.sum(), caption, logits
 
     def _share_gradients(self) -> None:
         """Average the workers' gradients, in one message."""
@@ -133,9 +141,11 @@ def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
 
 
 @torch.no_grad()
-def _progress(step: int, batch: Batch, loss: Tensor, logits: Tensor) -> Progress:
+def _progress(step: int, batch: Batch, loss: Tensor, caption: Tensor, logits: Tensor) -> Progress:
     right = logits.argmax(-1) == batch.targets
     answers = batch.weights == 1
     tokens = 0 if batch.cells is None else batch.cells.shape[1]
+    if batch.ids.shape[1] == 0:
+        return Progress(step, -tokens, loss.item(), caption.item(), 0.0, 0.0)
     shares = (right[part].float().mean().item() for part in (batch.firsts, answers))
-    return Progress(step, tokens, loss.item(), *shares)
+    return Progress(step, tokens, loss.item(), caption.item(), *shares)
