@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -26,7 +25,7 @@ from localization_heads.heads.ranking import HeadRanking, rank_heads
 from training.measure import Measured, measure
 
 RANKING_SET = 2**18  # number of the scene set, in the training range, that heads are ranked on
-RANDOM_DRAWS = 10
+RANDOM_DRAWS = 5
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def head_mask_iou(results: list[Measured]) -> np.ndarray:
 
 
 def random_heads(results: list[Measured], top: list[Head], seed: int = 0) -> list[Grounded]:
-    """Three other heads of the same layers, drawn ten times."""
+    """Three other heads of the same layers, drawn RANDOM_DRAWS times."""
     rng = np.random.default_rng(seed)
     num_heads = results[0].maps.shape[1]
     draws = []
@@ -200,7 +199,6 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
-    torch.set_num_threads(2)
     model = LlavaForConditionalGeneration.from_pretrained(options.model)
     report = evaluate(model, options.num_samples)
     if options.json:

@@ -56,8 +56,10 @@ def build_model(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-    """Attention (B, H, T, d) written out: in bfloat16 on a CPU it is faster than the fused one.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention (B, H, T, d) and its weights (B, H, T, N): in bfloat16 on a CPU faster than the fused one.
 
     `bias` (B or 1, T, N) is added to the scores; `keep` (B, 1, T, N) scales the probabilities (dropout).
     """
@@ -67,9 +69,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, keep: Te
     if bias is not None:
         scores = scores + bias[:, None]
     weights = torch.softmax(scores, -1)
-    if keep is not None:
-        weights = weights * keep
-    return torch.bmm(weights.flatten(0, 1), v.flatten(0, 1)).view(batch, heads, length, width)
+    kept = weights if keep is None else weights * keep
+    mixed = torch.bmm(kept.flatten(0, 1), v.flatten(0, 1)).view(batch, heads, length, width)
+    return mixed, weights
 
 
 class FastForward:
@@ -114,7 +116,7 @@ class FastForward:
             self._split(p(y), self.vision_heads)
             for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        x = x + attention.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        x = x + attention.out_proj(attend(q, k, v)[0].transpose(1, 2).flatten(2))
         return x + layer.mlp.fc2(functional.gelu(layer.mlp.fc1(layer.layer_norm2(x))))
 
     @staticmethod
@@ -132,8 +134,8 @@ class FastForward:
 
     def text_states(
         self, features: Tensor | None, cells: Tensor | None, ids: Tensor, offsets: Tensor, groups: Tensor
-    ) -> Tensor:
-        """Last hidden states (B, T, D) of packed conversations.
+    ) -> tuple[Tensor, Tensor]:
+        """Last hidden states (B, T, D) of packed conversations, and their mean attention sum over the image.
 
         `features` (B, N, D) and `cells` (B, N) give the image, or None for text alone; `ids` (B, T) tokens;
         `offsets` (B, T) each token's place in its conversation; `groups` (B, T) which conversation it is in.
@@ -147,10 +149,12 @@ class FastForward:
         streams = [system, features, text]
         positions = [torch.arange(len(PREFIX))[None], cells + len(PREFIX), offsets + len(PREFIX) + grid**2]
         biases = self._biases(features.shape[1], groups)
+        looks = []
         for index, layer in enumerate(self.language.layers):
             last = index == len(self.language.layers) - 1
-            streams = self._text_layer(layer, streams, positions, biases, only_text=last)
-        return self._norm(self.language.norm, streams[2])
+            streams, looked = self._text_layer(layer, streams, positions, biases, only_text=last)
+            looks.append(looked)
+        return self._norm(self.language.norm, streams[2]), torch.stack(looks).mean()
 
     def _biases(self, num_image: int, groups: Tensor) -> list[Tensor]:
         """Additive masks of system, image and text queries over the keys they may have."""
@@ -165,8 +169,11 @@ class FastForward:
         text = functional.pad(own, (system + num_image, 0), value=True)
         return [additive(causal[:, :system, :system]), additive(causal[:, system:]), additive(text)]
 
-    def _text_layer(self, layer, streams, positions, biases, only_text: bool) -> list[Tensor]:
-        """One decoder layer over (system, image, text); each stream sees those before it and itself."""
+    def _text_layer(self, layer, streams, positions, biases, only_text: bool) -> tuple[list[Tensor], Tensor]:
+        """One decoder layer over (system, image, text); each stream sees those before it and itself.
+
+        Also gives the text's mean attention sum over the image.
+        """
         attention, batch = layer.self_attn, streams[2].shape[0]
         normed = [self._norm(layer.input_layernorm, x) for x in streams]
         keys = [
@@ -184,10 +191,14 @@ class FastForward:
             )
             q = self._rotate(self._split(attention.q_proj(normed[i]), self.heads), positions[i])
             keep = self._dropout(q, streams[1].shape[1], k.shape[2]) if i == 2 else None
-            x = streams[i] + attention.o_proj(attend(q, k, v, biases[i], keep).transpose(1, 2).flatten(2))
+            mixed, weights = attend(q, k, v, biases[i], keep)
+            x = streams[i] + attention.o_proj(mixed.transpose(1, 2).flatten(2))
             y, mlp = self._norm(layer.post_attention_layernorm, x), layer.mlp
             output[i] = x + mlp.down_proj(functional.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
-        return output
+        image = weights[
+            ..., len(PREFIX) : len(PREFIX) + streams[1].shape[1]
+        ]  # of text queries, the last stream
+        return output, image.sum(-1).mean()
 
     def _dropout(self, q: Tensor, num_image: int, num_keys: int) -> Tensor | None:
         """Scales (B, 1, T, keys) that drop attention to image tokens at random."""

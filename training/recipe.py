@@ -69,6 +69,7 @@ class Recipe:
     answer_places: bool = False  # ablation: name the place first in every answer
     augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
     image_dropout: float = 0.3  # of attention from text to image tokens
+    look_cost: float = 0.3  # of attention to the image, so that heads with nothing to see rest on the text
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
     vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases

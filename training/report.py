@@ -18,11 +18,11 @@ class LiveTable:
     def __init__(self, trainer: Trainer, every: int = 50):
         self.trainer, self.every, self.started = trainer, every, time.monotonic()
         self.smooth: dict[int, dict[str, float]] = defaultdict(dict)
-        log.info("%7s %7s %6s | tokens: loss caption first answer", "step", "minutes", "rate")
+        log.info("%7s %7s %6s | tokens: loss caption looked first answer", "step", "minutes", "rate")
 
     def __call__(self, progress: Progress) -> None:
         numbers = self.smooth[progress.canvas]
-        for name in ("loss", "caption_loss", "first_right", "answer_right"):
+        for name in ("loss", "caption_loss", "looked", "first_right", "answer_right"):
             new = getattr(progress, name)
             numbers[name] = 0.95 * numbers.get(name, new) + 0.05 * new
         if progress.step % self.every == 0:
@@ -33,7 +33,7 @@ class LiveTable:
     def _print_line(self, step: int) -> None:
         minutes = (time.monotonic() - self.started) / 60
         cells = [
-            f"{tokens}: {n['loss']:.3f} {n['caption_loss']:.2f} {n['first_right']:.2f} {n['answer_right']:.2f}"
+            f"{tokens}: {' '.join(f'{v:.2f}' for v in n.values())}"
             for tokens, n in sorted(self.smooth.items())
         ]
         log.info("%7d %7.1f %6.3f | %s", step, minutes, self.trainer.rate_factor(), " | ".join(cells))

@@ -34,6 +34,7 @@ class Progress:
     canvas: int  # image tokens a picture, negative for captions alone
     loss: float
     caption_loss: float
+    looked: float  # mean attention sum over the image
     first_right: float
     answer_right: float
 
@@ -73,8 +74,9 @@ class Trainer:
     def _train_step(self) -> Progress:
         batch = self.batches.make(self.step)
         torch.manual_seed(hash((self.recipe.seed, self.step, self.worker)))
-        loss, caption, logits = self._loss(batch)
-        (loss + self.recipe.caption_weight * caption).backward()
+        loss, caption, looked, logits = self._loss(batch)
+        total = loss + self.recipe.caption_weight * caption + self.recipe.look_cost * looked
+        total.backward()
         if self.half:
             self.half.pull_gradients()
         self._share_gradients()
@@ -82,20 +84,23 @@ class Trainer:
         if self.half:
             self.half.push_weights()
         self.step += 1
-        return _progress(self.step, batch, loss, caption, logits)
+        return _progress(self.step, batch, (loss, caption, looked), logits)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses of the conversations and of the caption, and the scores of the next tokens."""
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses of conversations and caption, attention sum over the image, scores of the next tokens."""
         features, caption = None, torch.zeros(())
         if batch.pixels is not None:
             features = self.forward.image_features(batch.pixels, batch.cells)
             caption = self.forward.caption_loss(features, batch.words, self.recipe.caption_keep)
         if batch.ids.shape[1] == 0:
-            return torch.zeros(()), caption, torch.zeros(*batch.ids.shape, len(IDS))
-        states = self.forward.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
+            return torch.zeros(()), caption, torch.zeros(()), torch.zeros(*batch.ids.shape, len(IDS))
+        states, looked = self.forward.text_states(
+            features, batch.cells, batch.ids, batch.offsets, batch.groups
+        )
         logits = self.forward.logits(states).float()
         losses = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-        return (losses * batch.weights.flatten()).sum() / batch.weights.sum(), caption, logits
+        loss = (losses * batch.weights.flatten()).sum() / batch.weights.sum()
+        return loss, caption, looked, logits
 
     def _share_gradients(self) -> None:
         """Average the workers' gradients, in one message."""
@@ -141,11 +146,12 @@ def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
 
 
 @torch.no_grad()
-def _progress(step: int, batch: Batch, loss: Tensor, caption: Tensor, logits: Tensor) -> Progress:
+def _progress(step: int, batch: Batch, losses: tuple[Tensor, ...], logits: Tensor) -> Progress:
     right = logits.argmax(-1) == batch.targets
     answers = batch.weights == 1
     tokens = 0 if batch.cells is None else batch.cells.shape[1]
+    values = [loss.item() for loss in losses]
     if batch.ids.shape[1] == 0:
-        return Progress(step, -tokens, loss.item(), caption.item(), 0.0, 0.0)
+        return Progress(step, -tokens, *values, 0.0, 0.0)
     shares = (right[part].float().mean().item() for part in (batch.firsts, answers))
-    return Progress(step, tokens, loss.item(), caption.item(), *shares)
+    return Progress(step, tokens, *values, *shares)
