@@ -22,6 +22,7 @@ from localization_heads.heads.head import Head
 from training.evaluate import RANKING_SET, rank
 from training.measure import Measured, measure
 
+# Image tokens a picture (negative: captions alone) -> what the curve is called.
 NAMES = {0: "text alone", 100: "one object", 144: "two or three objects", 256: "full scenes"}
 
 
