@@ -44,15 +44,14 @@ def find_heads(
         UsageError: a picture or an expression that cannot be used.
     """
     criteria = criteria or CriteriaOptions()
-    found = [
-        head_statistics(lvlm.attend(load_image(s.image), s.expression).attention, criteria) for s in samples
-    ]
+    found = [_row(lvlm, sample, criteria) for sample in samples]
     if not found:
         raise ValueError("find_heads needs at least one sample")
+    sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
     return rank_heads(
-        np.stack([statistics.attention_sum for statistics in found]),
-        np.stack([statistics.spatial_entropy for statistics in found]),
-        bottom_row=np.stack([statistics.bottom_row_focus for statistics in found]),
+        sums,
+        entropies,
+        bottom_row=bottom_row,
         options=criteria,
         top_n=top_n,
         num_trials=num_trials,
@@ -60,6 +59,13 @@ def find_heads(
         seed=seed,
         model=lvlm.name,
     )
+
+
+def _row(lvlm: LVLM, sample: Sample, criteria: CriteriaOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the ranking needs of a sample, each `[layer, head]`: sums, entropies, bottom-row flags."""
+    maps = lvlm.attend(load_image(sample.image), sample.expression)
+    statistics = head_statistics(maps.attention, criteria)
+    return statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
 
 
 def ground(

@@ -15,7 +15,7 @@ Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image: floats, half-open, origin at the top left."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """Attention of the query token over the image tokens, for every head (`A[l,h]` of Sec. 4.1).
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from localization_heads.errors import UsageError
+from localization_heads.store.paths import check_id
 
 Rule = Callable[[Any], str | None]
 """Says what a value must be, or None if it is fine."""
@@ -37,8 +38,8 @@ def number(least: float) -> Rule:
 
 
 def odd(value: Any) -> str | None:
-    """A kernel has a middle."""
-    return whole(1)(value) or (None if value % 2 else "give an odd number")
+    """A kernel has a middle, and one wider than any grid smooths nothing more."""
+    return whole(1, 63)(value) or (None if value % 2 else "give an odd number")
 
 
 def switch(value: Any) -> str | None:
@@ -46,7 +47,23 @@ def switch(value: Any) -> str | None:
 
 
 def text(value: Any) -> str | None:
-    return None if isinstance(value, (str, int, float)) and str(value).strip() else "give a text"
+    """Not empty; a number is taken as it is written."""
+    fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return None if fits and str(value).strip() else "give a text"
+
+
+def sentence(value: Any) -> str | None:
+    """Also an empty one."""
+    return None if isinstance(value, str) else "give a text"
+
+
+def folder_name(value: Any) -> str | None:
+    """One plain name: files are written into it."""
+    try:
+        check_id(value if isinstance(value, str) else "")
+    except ValueError:
+        return "give a plain folder name"
+    return None
 
 
 def or_null(rule: Rule) -> Rule:
@@ -65,7 +82,18 @@ def or_word(word: str, rule: Rule) -> Rule:
     return either
 
 
-STAGES = ("batch", "find", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes")
+STAGES = (
+    "batch",
+    "find",
+    "pipeline",
+    "ground",
+    "evaluate",
+    "collect",
+    "analyze",
+    "visualize",
+    "scenes",
+    "doctor",
+)
 
 RULES: dict[str, Rule] = {
     "stage": one_of(*STAGES),
@@ -87,12 +115,16 @@ RULES: dict[str, Rule] = {
     "save_fig": switch,
     "show_components": switch,
     "cli_mode": switch,
-    "conv_mode": one_of("referseg", "chat", "plain"),
-    "batch_size": whole(1),
+    "conv_mode": or_null(one_of("referseg", "chat", "plain")),
+    "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
+    "view": one_of("combined", "whole", "tiles"),
+    "doctor.check": or_null(switch),
+    "batch_size": whole(1, 4096),
+    "num_threads": or_null(whole(1)),
     "max_new_tokens": whole(0),
-    "k": whole(1),
-    "top_n": whole(1),
-    "num_trials": whole(1),
+    "k": whole(1, 10_000),
+    "top_n": whole(1, 10_000),
+    "num_trials": whole(1, 1000),
     "num_samples": whole(1),
     "random_seed": whole(0, 2**32 - 1),
     "layer": or_null(whole(0)),
@@ -115,9 +147,14 @@ RULES: dict[str, Rule] = {
     "grounding.upsample": whole(1, 16),
     "grounding.component": one_of("largest_hull", "all"),
     "model.name": text,
+    "model.label": or_null(folder_name),
+    "model.system": or_null(sentence),
+    "model.device_map": or_null(text),
+    "model.attn_implementation": or_null(one_of("sdpa", "eager", "flash_attention_2")),
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.quantization": or_null(one_of("4bit", "8bit")),
     "model.pad_to_square": or_null(switch),
+    "model.conv_mode": or_null(one_of("referseg", "chat", "plain")),
 }
 
 
@@ -137,6 +174,18 @@ def check_options(options: Mapping[str, Any]) -> None:
             if problem := rule(value):
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
                 raise UsageError(f"{name}={shown}: {problem}")
+    _check_together(options)
+
+
+def _check_together(options: Mapping[str, Any]) -> None:
+    """What depends on other options."""
+    if "mode" not in options and options.get("output_dir", "") is None:  # the viewer alone can do without
+        raise UsageError("output_dir=null: give a folder")
+    start, end = options.get("start_index", 0), options.get("end_index", -1)
+    if 0 <= end <= start:
+        raise UsageError(
+            f"start_index={start} end_index={end}: the range is empty; end_index is the entry before which to stop"
+        )
 
 
 def require(options: Mapping[str, Any], *names: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
@@ -26,7 +27,7 @@ from localization_heads.figures.text import drawable, wrap
 from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, label_components, spatial_entropy
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -152,6 +153,28 @@ def test_cells_in_the_padding_neither_show_nor_dim_the_others():
     assert not is_bright_yellow(colour_at(figure, figure.axes[1], 35, 2))
 
 
+@pytest.mark.parametrize("colour", ["orange", "white", "black", "blue", "green"])
+def test_the_picture_keeps_its_colours_where_nobody_looks(colour):
+    maps = maps_of((60, 60))
+    maps.attention[:] = 0.0
+    maps.attention[:, :, 3, 2] = 0.5
+    image = Image.new("RGB", (60, 60), colour)
+    grounding = ground_maps(maps, [Head(2, 1)])
+    figure = figures.plot_top_maps(image, maps, [Head(2, 1)], grounding=grounding)
+    overlay = figures.plot_grounding(image, grounding)
+    for drawn, axes in [(figure, figure.axes[1]), (figure, figure.axes[2]), (overlay, overlay.axes[0])]:
+        assert colour_at(drawn, axes, 56, 4) == pytest.approx(to_rgb(colour), abs=0.12)
+    assert colour_at(figure, figure.axes[1], 25, 35) == pytest.approx((0.99, 0.91, 0.14), abs=0.2)
+
+
+def test_the_colour_bar_is_as_see_through_as_the_maps():
+    maps = maps_of((60, 60))
+    for image, least in [(picture((60, 60)), 0.1), (None, 1.0)]:
+        bar = figures.plot_top_maps(image, maps, [Head(2, 1)]).axes[-1]
+        assert bar.images[0].get_alpha().min() == pytest.approx(least)
+        assert np.asarray(bar.images[0].get_array())[0, [0, -1]].tolist() == [0, 1]
+
+
 def test_the_picture_is_drawn_upright_and_undimmed_in_the_first_panel():
     image = Image.new("RGB", (50, 40), "blue")
     image.paste("red", (0, 0, 25, 20))
@@ -211,6 +234,37 @@ def test_the_outline_follows_the_mask():
     ys, xs = np.nonzero(grounding.mask)
     expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     assert corners.extents == pytest.approx(expected, abs=0.2)
+
+
+@pytest.mark.parametrize("size", [(100, 80), (2400, 1800), (2000, 90)])
+def test_heat_map_and_mask_drawn_small_are_those_of_the_full_size(size):
+    box = (-0.1 * size[0], 0, 1.1 * size[0], size[1])  # padded left and right
+    grounding = ground_maps(maps_of(size, grid=10, box=box), [Head(2, 0), Head(3, 1)])
+    figure = figures.plot_grounding(None, grounding)
+    heat = np.asarray(figure.axes[0].images[0].get_array())
+    height, width = heat.shape
+    step = max(1.0, max(size) / 1200)
+    assert (width, height) == (round(size[0] / step), round(size[1] / step))
+    rows = ((np.arange(height) + 0.5) * size[1] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * size[0] / width).astype(int)
+    assert heat == pytest.approx(grounding.heatmap[np.ix_(rows, columns)], abs=0.06)
+    (outline,) = [artist for artist in figure.axes[0].collections if hasattr(artist, "get_paths")]
+    ys, xs = np.nonzero(grounding.mask)
+    expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+    assert outline.get_paths()[0].get_extents().extents == pytest.approx(expected, abs=step + 0.2)
+
+
+def test_no_array_of_the_size_of_a_huge_picture_is_made():
+    size = (20_000, 20_000)
+    grounding = ground_maps(maps_of(size, grid=24), [Head(2, 0)])
+    tracemalloc.start()
+    try:
+        figures.plot_grounding(None, grounding)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6  # a byte a pixel would be 400e6
+    assert {"heatmap", "mask"}.isdisjoint(vars(grounding))
 
 
 def test_titles_name_both_criteria():
@@ -357,6 +411,22 @@ def test_many_components_name_only_the_largest_and_no_names_touch():
     assert_all_text_fits(figure)
 
 
+def test_cells_in_the_padding_are_said_to_be_counted():
+    maps = maps_of((60, 40), box=(0, -10, 60, 50))  # of six rows, the first and the last see no image
+    labels = np.zeros((6, 6), dtype=np.int32)
+    labels[0, :3] = 1
+    labels[2, 2] = 2
+    figure = figures.plot_components(None, maps, Head(2, 0), labels, 0.56)
+    (note,) = [text for text in texts(figure) if "padding" in text]
+    assert note.replace("\n", " ").startswith("12 of the 36 cells are in the padding, 3 of them active")
+    assert_all_text_fits(figure)
+    boxes = [text.get_window_extent() for text in figure.texts if "padding" in text.get_text()]
+    assert not any(axes.get_window_extent().overlaps(boxes[0]) for axes in figure.axes)
+    for box in [(0, 0, 60, 40), (10, 0, 50, 40), (-1e-9, 0, 60, 40 + 1e-9)]:  # no padding: whole, or cropped
+        figure = figures.plot_components(None, maps_of((60, 40), box=box), Head(2, 0), labels, 0.56)
+        assert not [text for text in texts(figure) if "padding" in text]
+
+
 def test_no_component_at_all():
     labels = np.zeros((6, 6), dtype=np.int32)
     figure = figures.plot_components(None, maps_of((60, 60)), Head(2, 0), labels, math.inf)
@@ -392,6 +462,56 @@ def test_attention_sums_are_sorted_and_the_elbow_is_marked():
     assert shade.get_x() == 80 - kept.sum() + 0.5
     diamonds = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert sorted(diamonds) == pytest.approx(sorted(float(sums[head]) for head in top))
+    assert_all_text_fits(figure)
+
+
+LIKE_LLAVA = 0.7 * np.random.default_rng(0).permutation(np.linspace(0.02, 1, 1024) ** 4).reshape(32, 32)
+LIKE_EMBEDDED = 1 - 0.3 * np.random.default_rng(0).beta(0.5, 2.5, (6, 8))
+EARLY_ELBOW = np.concatenate([[0.81, 0.92], np.linspace(0.944, 0.99, 46)]).reshape(6, 8)[::-1].copy()
+
+
+@pytest.mark.parametrize(
+    ("sums", "tau", "bottom"),
+    [
+        (LIKE_LLAVA, 0.2, 0.0),
+        (LIKE_EMBEDDED, 0.97, LIKE_EMBEDDED[2:].min()),
+        (LIKE_EMBEDDED, 0.4, 0.0),  # the threshold lies far below
+        (np.full((4, 4), 0.9), 0.9, 0.0),
+    ],
+)
+def test_the_axis_of_sums_starts_where_the_sums_do(sums, tau, bottom):
+    (axes,) = figures.plot_attention_sums(sums, tau).axes
+    lowest, highest = axes.get_ylim()
+    assert lowest == pytest.approx(bottom, abs=0.1 * (highest - lowest))
+    assert lowest <= bottom
+    assert lowest == 0 or bottom > 0
+    assert highest > sums.max()
+
+
+@pytest.mark.parametrize(("sums", "tau"), [(LIKE_LLAVA, 0.2), (LIKE_EMBEDDED, 0.97), (EARLY_ELBOW, 0.944)])
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_names_and_their_lines_stay_off_the_curve(sums, tau, count):
+    best = [Head(*index) for index in np.argwhere(sums >= tau).tolist() if index[0] >= 2]
+    top = [best[n] for n in np.linspace(0, len(best) - 1, count).astype(int)]
+    figure = figures.plot_attention_sums(sums, tau, top=top)
+    rendered(figure)
+    (axes,) = figure.axes
+    curve = axes.transData.transform(axes.lines[0].get_xydata())  # in dots
+    names = [text for text in axes.texts if text.get_text().startswith("L")]
+    assert len(names) == count
+    boxes = [Text.get_window_extent(name) for name in names]  # an annotation's own includes its line
+    (tau_label,) = [text for text in axes.texts if "τ" in text.get_text()]
+    for box in [*boxes, Text.get_window_extent(tau_label)]:
+        for x, y in curve[(curve[:, 0] > box.x0) & (curve[:, 0] < box.x1)]:
+            assert not box.y0 - 2 < y < box.y1 + 2, (x, y, box)
+    for name in names:
+        start, end = name.arrow_patch.get_path().vertices[[0, -1]]  # what is cut at the ends included
+        for share in np.linspace(0.05, 0.95, 50):
+            x, y = start + share * (end - start)
+            above = y - np.interp(x, *curve.T)
+            assert (above > -1) if sums is LIKE_LLAVA else (above < 1), (name, share)
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
     assert_all_text_fits(figure)
 
 
@@ -439,6 +559,16 @@ def test_selection_frequency_bars_stand_in_ranked_order():
     assert len(set(colours[:3])) == len(set(colours[3:])) == 1
     assert colours[0] != colours[3]
     assert "± s.d. over 5 draws of 1,000 samples" in texts(figure)
+    assert_all_text_fits(figure)
+
+
+@pytest.mark.parametrize("pool", [18, 19])
+def test_the_caption_says_what_the_deviations_are_over(pool):
+    """Of a pool of 18 no 18 can be drawn twice: there the spread is the bootstrap's."""
+    sums, entropies = np.random.default_rng(0).random((2, pool, 4, 3))
+    figure = figures.plot_selection_frequency(rank_heads(sums, entropies, num_samples=18))
+    trials = "bootstrap resamples" if pool == 18 else "draws"
+    assert f"± s.d. over 5 {trials} of 18 samples" in texts(figure)
     assert_all_text_fits(figure)
 
 

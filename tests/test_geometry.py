@@ -13,10 +13,20 @@ from PIL import Image
 from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.geometry import grid_of
+from localization_heads.lvlm.families import check_family, views_of
+from localization_heads.lvlm.geometry import EncodedImage, View
 
 SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
-LLAVA = SimpleNamespace(model_type="llava")
+LLAVA = SimpleNamespace(model_type="llava", image_token_id=4, vision_config=SimpleNamespace())
+
+
+def grid_of(config: Any, image_processor: Any, num_tokens: int, size: tuple[int, int]) -> View:
+    """The only view of a picture that became that many tokens."""
+    inputs = {"input_ids": np.full((1, num_tokens), config.image_token_id)}
+    (view,) = views_of(
+        EncodedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size)
+    )
+    return view
 
 
 def coordinate_picture(width: int, height: int) -> Image.Image:
@@ -42,7 +52,7 @@ def traced_cells(processor: Any, size: tuple[int, int], side: int) -> np.ndarray
 def test_cells_lie_where_their_pixels_come_from(mode: str, size: tuple[int, int]) -> None:
     processor, side = llava_processor(mode=mode, side=96), 12
     grid = grid_of(LLAVA, processor.image_processor, side * side, size)
-    x0, y0, x1, y1 = grid.image_box
+    x0, y0, x1, y1 = grid.box
     cell_w, cell_h = (x1 - x0) / side, (y1 - y0) / side
     columns, rows = x0 + (np.arange(side) + 0.5) * cell_w, y0 + (np.arange(side) + 0.5) * cell_h
     expected = np.stack(np.broadcast_arrays(columns[None], rows[:, None]), -1)
@@ -58,30 +68,28 @@ def test_cells_lie_where_their_pixels_come_from(mode: str, size: tuple[int, int]
 def test_padding_by_hand() -> None:
     """640 x 480 is padded by 80 pixels above and below; LLaVA rounds an odd half down."""
     pad = llava_processor(mode="pad").image_processor
-    assert grid_of(LLAVA, pad, 36, (640, 480)).image_box == (0, -80, 640, 560)
-    assert grid_of(LLAVA, pad, 36, (3, 6)).image_box == (-1, 0, 5, 6)
+    assert grid_of(LLAVA, pad, 36, (640, 480)).box == (0, -80, 640, 560)
+    assert grid_of(LLAVA, pad, 36, (3, 6)).box == (-1, 0, 5, 6)
 
 
 def test_crop_by_hand() -> None:
     """96 x 48 into 48: nothing is resized, 24 columns go on either side."""
     crop = llava_processor(mode="crop").image_processor
-    assert grid_of(LLAVA, crop, 36, (96, 48)).image_box == (24, 0, 72, 48)
-    assert grid_of(LLAVA, crop, 36, (192, 96)).image_box == (48, 0, 144, 96)
+    assert grid_of(LLAVA, crop, 36, (96, 48)).box == (24, 0, 72, 48)
+    assert grid_of(LLAVA, crop, 36, (192, 96)).box == (48, 0, 144, 96)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_padding_is_square_and_holds_the_picture(width: int, height: int) -> None:
-    x0, y0, x1, y1 = grid_of(
-        LLAVA, llava_processor(mode="pad").image_processor, 36, (width, height)
-    ).image_box
+    x0, y0, x1, y1 = grid_of(LLAVA, llava_processor(mode="pad").image_processor, 36, (width, height)).box
     assert x1 - x0 == y1 - y0 == max(width, height)
     assert max(x0, y0) <= 0
     assert (x1, y1) >= (width, height)
 
 
-def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(UsageError, match="no verified image geometry"):
-        grid_of(SimpleNamespace(model_type="aria"), None, 36, (10, 10))
+def test_what_has_no_grid_is_refused() -> None:
+    with pytest.raises(UsageError, match="resampler"):
+        check_family(SimpleNamespace(model_type="aria"))
     with pytest.raises(UsageError, match="square grid"):
         grid_of(LLAVA, llava_processor().image_processor, 35, (10, 10))

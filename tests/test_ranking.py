@@ -360,6 +360,18 @@ class TestRecord:
         assert again.options == options
         assert again.tau is None
 
+    @pytest.mark.parametrize(
+        ("num_samples", "spread"), [(39, "draws"), (40, "bootstrap"), (1000, "bootstrap")]
+    )
+    def test_it_is_recorded_what_the_deviations_are_over(self, num_samples, spread):
+        ranking = rank_heads(*random_pool(samples=40), num_samples=num_samples)
+        data = ranking.to_json()
+        assert (ranking.spread, data["spread"]) == (spread, spread)
+        assert list(data)[3:5] == ["num_trials", "spread"]
+        assert HeadRanking.from_json(data).spread == spread
+        del data["spread"]  # files written before it was recorded
+        assert HeadRanking.from_json(data).spread == "draws"
+
     def test_a_file_without_criteria_is_the_papers(self, ranking):
         data = ranking.to_json()
         del data["criteria"]
@@ -392,7 +404,7 @@ GOOD = HeadRanking(
     num_trials=5,
 ).to_json()
 
-KEYS = sorted(set(GOOD) - {"criteria"})
+KEYS = sorted(set(GOOD) - {"criteria", "spread"})
 HEAD_KEYS = sorted(GOOD["heads"][0])
 
 
@@ -437,6 +449,9 @@ class TestHostileJson:
             ("heads", {}),
             ("heads", [3]),
             ("heads", [GOOD["heads"][0]] * 2),
+            ("spread", "guess"),
+            ("spread", None),
+            ("spread", ["draws"]),
             ("criteria", []),
             ("criteria", {"entropy": "volume"}),
             ("criteria", {"threshold": math.nan}),
@@ -476,7 +491,7 @@ class TestHostileJson:
         max_leaves=8,
     )
 
-    @given(st.sampled_from([*KEYS, "criteria"]), json_values)
+    @given(st.sampled_from([*KEYS, "criteria", "spread"]), json_values)
     def test_anything_is_read_or_refused(self, key, value):
         try:
             ranking = HeadRanking.from_json({**GOOD, key: value})

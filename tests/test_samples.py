@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -128,6 +129,7 @@ BAD_LINES = [
     (line(image_path="images"), "is a folder"),
     (line(image_path="images/cat.png/x"), "no such file"),
     (line(image_path="a\0b"), "NUL"),
+    (line(image_path="a\nb\x1b[31m"), "no such file"),
     (line(image_path="n" * 5000), "too long|no such file"),
     (line(image_path="file:///etc/passwd"), "neither a path nor"),
     (line(image_path="ftp://example.org/a.png"), "neither a path nor"),
@@ -179,12 +181,10 @@ def test_a_bad_line_is_reported_by_its_number_and_the_rest_goes_on(bad, said, fo
     assert [sample.id for sample in loaded.samples] == ["first", "last"]
     (entry,) = loaded.bad
     assert entry.line == 3
-    import re
-
     assert re.search(said, entry.reason), entry.reason
     assert str(entry).startswith("line 3")
     assert str(entry).isprintable()
-    assert len(entry.reason) < 6000
+    assert len(entry.reason) < 500
 
 
 def test_an_endless_line_is_passed_over(folder):
@@ -336,6 +336,7 @@ def test_visualization_entries_are_read(folder):
         '{"id": "a", "attention_file": "two.pkl", "layer": 20, "head": 5}',
         '{"attention_file": "one.pkl"}',
         '{"id": "b"}',
+        '{"id": "c", "attention_file": "elsewhere/three.pkl"}',
     )
     loaded = load_visualization_entries(path)
     assert not loaded.bad
@@ -345,6 +346,7 @@ def test_visualization_entries_are_read(folder):
         ("a", folder / "sets/two.pkl", 20, 5, 2),
         ("one", Path("one.pkl"), None, None, 3),
         ("b", None, None, None, 4),
+        ("c", Path("elsewhere/three.pkl"), None, None, 5),  # another model's folder may hold it
     ]
 
 
@@ -352,7 +354,7 @@ def test_visualization_entries_are_read(folder):
     ("bad", "said"),
     [
         ("{}", "'attention_file' is missing"),
-        ('{"id": "a", "attention_file": "no.pkl"}', "no.pkl: no such file"),
+        ('{"id": "a", "attention_file": "."}', "is a folder"),
         ('{"id": "a", "attention_file": 5}', "must be text"),
         ('{"id": "a", "layer": 3}', "go together"),
         ('{"id": "a", "layer": -1, "head": 0}', "'layer' must be"),

@@ -89,6 +89,12 @@ def test_tensors_come_back_without_torch(dtype, protocol):
         np.testing.assert_array_equal(loads_pickle(pickle.dumps(view, protocol)).astype("f4"), expected)
 
 
+def test_a_tensor_of_a_7b_model_comes_back():
+    """Its strides multiply to far more than its 590,000 numbers, and that is no fault."""
+    tensor = torch.arange(32 * 32 * 576, dtype=torch.float32).reshape(32, 32, 1, 576)
+    np.testing.assert_array_equal(loads_pickle(pickle.dumps(tensor)), tensor.numpy())
+
+
 def test_reading_a_tensor_imports_no_torch(tmp_path):
     (tmp_path / "t.pkl").write_bytes(pickle.dumps(torch.rand(2, 2, 1, 4)))
     code = (

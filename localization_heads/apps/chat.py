@@ -23,6 +23,8 @@ def _main(cfg: Any) -> int:
     from localization_heads.stages.run import Run
 
     run = Run(plain_options(cfg), model_choice=HydraConfig.get().runtime.choices["model"])
+    if run["max_new_tokens"] < 1:
+        raise UsageError("max_new_tokens=0: give a whole number of at least 1")
     if run["cli_mode"]:
         from localization_heads.apps.terminal import converse
 

@@ -16,8 +16,8 @@ def main() -> int:
 def _main(cfg: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
-    from localization_heads.apps.finder_stages import STAGES
+    from localization_heads.apps.finder_stages import run_stage
     from localization_heads.stages.run import Run
 
     run = Run(plain_options(cfg), model_choice=HydraConfig.get().runtime.choices["model"])
-    return STAGES[run["stage"]](run)
+    return run_stage(run)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-
 from localization_heads.apps import tables
+from localization_heads.apps.printable import printable
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.stages import discovery, ground, scenes, single
+from localization_heads.errors import NothingDoneError
+from localization_heads.stages import discovery, doctor, ground, scenes, single
 from localization_heads.stages.run import Run
-
-console = Console()
 
 
 def collect(run: Run) -> int:
@@ -47,21 +45,30 @@ def batch(run: Run) -> int:
 
 def ground_stage(run: Run) -> int:
     result = ground.ground(run)
-    console.print(tables.predictions_table(result.outcomes))
-    tables.written(console, result.paths)
+    tables.show(tables.predictions_table(result.outcomes))
+    tables.written(result.paths)
     return _show_failures(result.failures)
 
 
 def evaluate(run: Run) -> int:
     result = ground.evaluate(run)
-    console.print(tables.metrics_table(result.metrics))
-    tables.written(console, result.paths)
+    tables.show(tables.metrics_table(result.metrics))
+    tables.written(result.paths)
     return _show_failures(result.failures)
 
 
 def scenes_stage(run: Run) -> int:
-    tables.written(console, [scenes.scenes(run)])
+    tables.written([scenes.scenes(run)])
     return 0
+
+
+def doctor_stage(run: Run) -> int:
+    result = doctor.doctor(run)
+    examination = result.examination
+    tables.show(tables.examination_table(examination))
+    tables.show(tables.marked_prompt(examination), soft_wrap=True)
+    tables.written(result.paths)
+    return 0 if examination.is_well else 1
 
 
 STAGES: dict[str, Callable[[Run], int]] = {
@@ -74,40 +81,50 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "ground": ground_stage,
     "evaluate": evaluate,
     "scenes": scenes_stage,
+    "doctor": doctor_stage,
 }
+
+
+def run_stage(run: Run) -> int:
+    """The exit status of `stage=`. If no entry could be used, each one's reason is shown before the error."""
+    try:
+        return STAGES[run["stage"]](run)
+    except NothingDoneError as error:
+        _show_failures(error.failures)
+        raise
 
 
 def _show_collected(collected: single.Collected) -> None:
     if collected.answer is not None:
-        console.print(f"answer: {collected.answer}", markup=False, highlight=False)
-    tables.written(console, [collected.path])
+        tables.show(f"answer: {printable(collected.answer)}", markup=False, highlight=False)
+    tables.written([collected.path])
 
 
 def _show_analysed(run: Run, analysed: single.Analysed) -> None:
-    console.print(tables.analysis_table(analysed.rows, run["top_k"]))
-    tables.written(console, [analysed.path])
+    tables.show(tables.analysis_table(analysed.rows, run["top_k"]))
+    tables.written([analysed.path])
 
 
 def _show_visualised(visualised: single.Visualised) -> None:
     grounding = visualised.grounding
     heads = " ".join(map(str, grounding.heads))
-    console.print(
+    tables.show(
         f"box: {tables.box_text(grounding.box)}   score {grounding.score:.2f}   heads {heads}",
         highlight=False,
     )
-    tables.written(console, visualised.paths)
+    tables.written(visualised.paths)
 
 
 def _show_discovered(run: Run, result: discovery.Discovered) -> int:
-    console.print(tables.ranking_table(result.ranking, run["k"]))
+    tables.show(tables.ranking_table(result.ranking, run["k"]))
     if result.grounded:
-        console.print(tables.predictions_table(result.grounded))
-    tables.written(console, result.paths)
+        tables.show(tables.predictions_table(result.grounded))
+    tables.written(result.paths)
     return _show_failures(result.failures)
 
 
 def _show_failures(failures: Sequence[BadEntry]) -> int:
     if not failures:
         return 0
-    console.print(tables.failures_table(failures))
+    tables.show(tables.failures_table(failures))
     return 1

@@ -8,10 +8,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
+from localization_heads.apps.printable import printable
 from localization_heads.errors import UsageError, WorkError
 
 FREE_TEXT = (
@@ -21,10 +23,14 @@ FREE_TEXT = (
     "data_file",
     "output_dir",
     "save_id",
+    "scenes.folder",
     "model.name",
+    "model.label",
     "model.system",
 )
 """Options whose value is any text. Hydra's grammar would trip over their commas, quotes and equals signs."""
+
+_QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
 
 
 def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequence[str] | None = None) -> int:
@@ -56,7 +62,7 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
 def help_text(config_name: str, program: str) -> str:
     """The config files themselves, whose comments explain every option, without what only Hydra reads."""
     text = _config_text(config_name).split("\nhydra:\n")[0]
-    groups = re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE)
+    groups = _groups(config_name)
     text = re.sub(r"\n  - (_self_|override [^\n]*)", "", text)
     parts = [f"usage: {program} [NAME=VALUE ...]", text, *(_group_help(*group) for group in groups)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -64,7 +70,13 @@ def help_text(config_name: str, program: str) -> str:
 
 def _group_help(group: str, choice: str) -> str:
     """The options of a group, under the names that the command line knows them by."""
-    text = re.sub(r"^(?=\w)", f"{group}.", _config_text(f"{group}/{choice}"), flags=re.MULTILINE)
+    text = _config_text(f"{group}/{choice}")
+    if "  - base\n" in text:  # the file says what is special, the base explains every option
+        special = re.findall(r"^((?!defaults)\w+:).*$", text, re.MULTILINE)
+        lines = {name: line for name in special for line in text.splitlines() if line.startswith(name)}
+        base = _config_text(f"{group}/base").splitlines()
+        text = "\n".join(lines.get(line.partition(" ")[0], line) for line in base)
+    text = re.sub(r"^(?=\w)", f"{group}.", text, flags=re.MULTILINE)
     return f"# --- {group}={choice} {'-' * (100 - len(group) - len(choice))}\n{text}"
 
 
@@ -75,12 +87,12 @@ def quote_free_text(argument: str) -> str:
     "query='the dog, on the left'"
     """
     name, equals, value = argument.partition("=")
-    if not equals or name not in FREE_TEXT or value in ("", "null"):
+    is_file = name == "heads" and value.endswith(".json")
+    if not equals or value in ("", "null") or not (name in FREE_TEXT or is_file) or _QUOTED.fullmatch(value):
         return argument
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
-        return argument  # already quoted for Hydra
-    value = re.sub(r"(\\+)(?='|$)", r"\1\1", value)  # backslashes before a quote would escape it
-    value = value.replace("'", "\\'").replace("${", "\\${")
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # text, not an interpolation of OmegaConf's
+    value = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)  # backslashes before a quote would escape it
+    value = value.replace("'", "\\'")
     return f"{name}='{value}'"
 
 
@@ -95,9 +107,7 @@ def plain_options(cfg: Any) -> dict[str, Any]:
 def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
     import hydra
 
-    for argument in arguments:
-        if argument.startswith("+") and not argument.lstrip("+").startswith("hydra"):
-            raise UsageError(unknown_option(argument.lstrip("+").partition("=")[0], config_name))
+    _check_grammar(arguments, config_name)
     statuses: list[int] = []
     problems: list[BaseException] = []
 
@@ -107,17 +117,50 @@ def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, argum
         except BaseException as error:  # Hydra would print a line of its own about it
             problems.append(error)
 
-    saved, sys.argv = sys.argv, [program, *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting: we print
-    try:
-        hydra.main(
-            version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
-        )(job)()
-    finally:
-        sys.argv = saved
+    entry = hydra.main(
+        version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
+    )(job)
+    with _as_hydra_wants_it([program, *arguments]):
+        entry()
     if problems:
         raise problems[0]
     return max(statuses, default=0)
+
+
+def _check_grammar(arguments: Sequence[str], config_name: str) -> None:
+    """Raises UsageError for the first argument that Hydra could not read, or would take as another command."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, sweeps = OverridesParser.create(), {"-m", "--multirun"} & set(arguments)
+    for argument in arguments:
+        if argument[:1] == "-" or not ("=" in argument or argument[:1] in "+~"):
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException as error:
+            raise UsageError(f"{argument}: cannot be read as NAME=VALUE ({_one_line(error)})") from error
+        name = override.key_or_group
+        if not name or (argument[0] in "+~" and not name.startswith("hydra")):
+            raise UsageError(unknown_option(argument.partition("=")[0], config_name))
+        if override.is_sweep_override() and not sweeps:
+            raise UsageError(f"{argument}: give one value; a list is written [A,B]")
+        if override.value() is None and name in dict(_groups(config_name)):
+            raise UsageError(f"{name}=null: choose one of {', '.join(_choices(name))}")
+
+
+@contextmanager
+def _as_hydra_wants_it(argv: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv`, and told so by the environment it raises instead of printing and exiting."""
+    saved_argv, saved_setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = saved_argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if saved_setting is not None:
+            os.environ["HYDRA_FULL_ERROR"] = saved_setting
 
 
 def _option_error(error: Exception, config_name: str) -> str | None:
@@ -145,24 +188,39 @@ def unknown_option(name: str, config_name: str) -> str:
     return f"{name}= is no option: {hint}--help lists all"
 
 
+def _groups(config_name: str) -> list[tuple[str, str]]:
+    """The groups of a config, each with its default choice."""
+    return re.findall(r"^  - (\w+): (\w+)$", _config_text(config_name), re.MULTILINE)
+
+
+def _choices(group: str) -> list[str]:
+    names = (file.name for file in (files("localization_heads") / "config" / group).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
 def _config_text(config_name: str) -> str:
     return (files("localization_heads") / "config" / f"{config_name}.yaml").read_text(encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+    return " ".join(str(error).split("\nSee ")[0].split())[:400]
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(printable(f"error: {message}\n"))
     return status
+
+
+class _Notes(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.setFormatter(_Notes("note: %(message)s"))
     package = logging.getLogger("localization_heads")
     package.handlers[:] = [handler]
     package.propagate = False

@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from localization_heads.apps.printable import printable
 from localization_heads.attention import Box
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.stages.outcome import Outcome
 
+if TYPE_CHECKING:
+    from localization_heads.lvlm.doctor import Examination
+    from localization_heads.lvlm.geometry import View
+
 ROWS = 30
 """Longest table that is printed whole; the files hold everything."""
+
+REASON = 300
+"""Longest reason of a failure that is printed whole, in characters."""
 
 
 def analysis_table(rows: Sequence[Mapping[str, Any]], top_k: int) -> Table:
@@ -42,7 +51,7 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
     """The best heads over a data set; the first `k` are the localization heads."""
     tau = "none" if ranking.tau is None else f"{ranking.tau:.3f}"
     table = Table(
-        title=f"Heads of {escape(ranking.model)} over {ranking.num_samples} samples",
+        title=f"Heads of {_cell(ranking.model)} over {ranking.num_samples} samples",
         caption=f"tau {tau}: {len(ranking.kept)} of {len(ranking.heads)} heads kept by criterion 1",
     )
     for column in ("rank", "head", "selection frequency", "attention sum", "spatial entropy"):
@@ -68,7 +77,7 @@ def predictions_table(outcomes: Sequence[Outcome]) -> Table:
         sample, prediction = outcome.sample, outcome.prediction
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
         box, score = box_text(prediction.bbox or (0, 0, 0, 0)), f"{prediction.score or 0:.2f}"
-        table.add_row(escape(sample.id), escape(sample.expression), box, score, iou)
+        table.add_row(_cell(sample.id), _cell(sample.expression), box, score, iou)
     return table
 
 
@@ -78,9 +87,18 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
-        if isinstance(value, (int, float)):
-            table.add_row(escape(name), f"{value:.3f}" if isinstance(value, float) else str(value))
+        if not name.endswith("_interval"):
+            bounds = metrics.get(f"{name}_interval") or []
+            interval = f" [{', '.join(_number(bound, 2) for bound in bounds)}]" if bounds else ""
+            table.add_row(_cell(name), escape(_number(value) + interval))
     return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A count stays whole; what is not known is a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def failures_table(failures: Iterable[BadEntry]) -> Table:
@@ -89,18 +107,79 @@ def failures_table(failures: Iterable[BadEntry]) -> Table:
     table.add_column("id", overflow="fold")
     table.add_column("reason", overflow="fold")
     for bad in failures:
-        table.add_row(str(bad.line or "-"), escape(bad.id or "-"), escape(bad.reason))
+        table.add_row(str(bad.line or "-"), _cell(bad.id or "-"), _cell(bad.reason, REASON))
     return table
 
 
+def examination_table(found: Examination) -> Table:
+    """What `stage=doctor` found, a line a fact; what is wrong stands in bold."""
+    table = Table(title="What was found", show_header=False)
+    table.add_column("fact", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for name, value in found.facts:
+        table.add_row(name, escape(value))
+    table.add_row("query", escape(found.query))
+    for view in found.views:
+        table.add_row(f"view {escape(view.name)}", _view_text(view))
+    if found.unplaced:
+        table.add_row("in no view", f"{found.unplaced} image tokens (ends of lines, means)")
+    if found.problem:
+        table.add_row("views", f"[bold]WRONG[/bold]: {escape(found.problem)}")
+    table.add_row("captured", _check_text(found))
+    return table
+
+
+def _view_text(view: View) -> str:
+    rows, columns = view.index.shape
+    x0, y0, x1, y1 = (f"{edge:.1f}" for edge in view.box)
+    sizes = "equal cells" if view.is_uniform else "cells of several sizes"
+    return f"{columns} x {rows} {sizes} over the pixels x {x0} to {x1}, y {y0} to {y1}"
+
+
+def _check_text(found: Examination) -> str:
+    check = found.check
+    if check.difference is None:
+        return escape(check.note) if check.passed else f"[bold]WRONG[/bold]: {escape(check.note)}"
+    verdict = "as eager attention" if check.passed else "[bold]WRONG[/bold]: not as eager attention"
+    return f"{verdict}: they differ by {check.difference:.1e} at most ({escape(check.note)})"
+
+
+def marked_prompt(found: Examination) -> Text:
+    """The prompt as it was tokenized, image tokens counted, query tokens marked with >> <<."""
+    text = Text("prompt: ")
+    for piece in found.pieces:
+        if piece.kind == "query":
+            text.append(f">>{piece.text}<<", style="bold reverse")
+        else:
+            text.append(f"[{piece.text}]" if piece.kind == "image" else piece.text, style="dim")
+    return text
+
+
 def box_text(box: Box) -> str:
-    return " ".join(f"{value:.0f}" for value in box)
+    """Whole pixels, but tenths where the box is smaller than 10 pixels a side.
+
+    >>> box_text((0.4, 2.0, 30.6, 40.0)), box_text((0.4, 2.0, 3.6, 40.0))
+    ('0 2 31 40', '0.4 2.0 3.6 40.0')
+    """
+    x0, y0, x1, y1 = box
+    digits = 1 if min(x1 - x0, y1 - y0) < 10 else 0
+    return " ".join(f"{value:.{digits}f}" for value in box)
 
 
-def written(console: Console, paths: Iterable[Path]) -> None:
+def show(content: object, **options: Any) -> None:
+    """Print for people, as wide as the terminal is now."""
+    Console().print(content, **options)
+
+
+def written(paths: Iterable[Path]) -> None:
     """Name the files that were written, one a line, so that a terminal can open them."""
     for path in paths:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False, markup=False)
+        show(printable(f"wrote {path}"), soft_wrap=True, highlight=False, markup=False)
+
+
+def _cell(text: str, limit: int = 80) -> str:
+    """Text of others in a table: nothing in it is obeyed, and nothing is endless."""
+    return escape(printable(text, limit))
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from localization_heads import figures
 from localization_heads.api import ground
+from localization_heads.apps.printable import printable
 from localization_heads.apps.tables import box_text
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
@@ -55,7 +56,7 @@ def print_answer(conversation: Conversation, question: str) -> None:
     pieces = conversation.ask(question)
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            sys.stdout.write(printable(piece))
             sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" [stopped]")
@@ -93,6 +94,8 @@ class Session:
             say(f"error: {error}")
         except KeyboardInterrupt:
             say("stopped")
+        except Exception as error:  # whatever it is, the conversation is worth more
+            say(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def look_at(self, path: str) -> None:
         if not path:
@@ -104,12 +107,15 @@ class Session:
 
     def ground(self, expression: str) -> None:
         """Print the box and save the overlay."""
+        from localization_heads import figures
+
         image = self.conversation.image
         if image is None:
             raise UsageError("there is no picture yet: /image PATH")
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
-        found = ground(self.run.lvlm, image, expression, self._heads(), options=self.run.grounding)
+        lvlm = self.run.lvlm.prompted("referseg")  # the prompt that the known heads were found with
+        found = ground(lvlm, image, expression, self._heads(), options=self.run.grounding)
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
         say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")
@@ -133,6 +139,9 @@ def line_reader() -> Callable[[], str]:
         session: PromptSession[str] = PromptSession()
         return lambda: session.prompt("> ")
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes in another encoding cost their line only
+
     def read() -> str:
         if not (line := sys.stdin.readline()):
             raise EOFError
@@ -142,5 +151,5 @@ def line_reader() -> Callable[[], str]:
 
 
 def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()

@@ -14,24 +14,20 @@ def main() -> int:
 
 
 def _main(cfg: Any) -> int:
-    from rich.console import Console
-
     from localization_heads.apps import tables
     from localization_heads.errors import UsageError
     from localization_heads.options import check_options
     from localization_heads.stages.visualizing import show_entries, show_file
 
-    options, console = plain_options(cfg), Console()
+    options = plain_options(cfg)
     check_options(options)
     if options["mode"] == "batch":
         paths, failures = show_entries(options)
-        tables.written(console, paths)
+        tables.written(paths)
         if failures:
-            console.print(tables.failures_table(failures))
+            tables.show(tables.failures_table(failures))
         return 1 if failures else 0
     if not options["attention_file"]:
         raise UsageError("attention_file= is missing: mode=single needs it")
-    tables.written(
-        console, show_file(options, str(options["attention_file"]), options["layer"], options["head"])
-    )
+    tables.written(show_file(options, str(options["attention_file"]), options["layer"], options["head"]))
     return 0

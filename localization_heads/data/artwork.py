@@ -112,7 +112,7 @@ def _photo(name: str) -> Image.Image:
 
 
 def _random_colour(rng: Random) -> tuple[int, int, int]:
-    return tuple(rng.randrange(20, 240) for _ in range(3))
+    return rng.randrange(20, 240), rng.randrange(20, 240), rng.randrange(20, 240)
 
 
 def _noise_background(rng: Random, size: int, cells: int) -> Image.Image:
@@ -147,5 +147,8 @@ def draw_clutter(rng: Random, picture: Image.Image) -> None:
     for _ in range(rng.randint(3, 10)):
         x, y, width = rng.random() * size, rng.random() * size, rng.uniform(0.02, 0.12) * size
         box, colour = (x, y, x + width, y + width * rng.uniform(0.3, 1)), _random_colour(rng)
-        shape = rng.choice((draw.ellipse, draw.rectangle, draw.line))
-        shape(box, fill=colour, **({"width": max(1, size // 64)} if shape == draw.line else {}))
+        shape = rng.choice(("ellipse", "rectangle", "line"))
+        if shape == "line":
+            draw.line(box, fill=colour, width=max(1, size // 64))
+        else:
+            getattr(draw, shape)(box, fill=colour)

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from localization_heads.data.images import ImageError, is_address
+from localization_heads.data.image_error import ImageError, is_address
 from localization_heads.errors import WorkError
 
 MAX_BYTES = 32 << 20
@@ -27,9 +27,9 @@ class DownloadError(WorkError):
 
 def shown_address(address: str) -> str:
     """The address for people: without user name and password, and not endless."""
-    scheme, _, rest = address.partition("://")
+    scheme, colon, rest = address.partition("://")
     host, slash, tail = rest.partition("/")
-    text = f"{scheme}://{host.rpartition('@')[2]}{slash}{tail}"
+    text = scheme + colon + host.rpartition("@")[2] + slash + tail
     printable = "".join(char if char.isprintable() else "?" for char in text)
     return printable if len(printable) <= 200 else printable[:199] + "~"
 

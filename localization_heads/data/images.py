@@ -17,29 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from localization_heads.data.download import download, shown_address
+from localization_heads.data.image_error import ImageError, is_address
 from localization_heads.errors import UsageError
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-class ImageError(UsageError):
-    """A picture that cannot be used. The message is one line and starts with `path`.
-
-    Args:
-        path: the file or address as the user knows it.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
-
-
-def is_address(source: object) -> bool:
-    """Whether `source` is an http(s) address and not a path."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 def load_image(source: Image.Image | str | Path, *, base: str | Path | None = None) -> Image.Image:
@@ -55,8 +38,6 @@ def load_image(source: Image.Image | str | Path, *, base: str | Path | None = No
         _check_pixels("image", source.size)
         return _decoded("image", source)
     if is_address(source):
-        from localization_heads.data.download import download, shown_address
-
         address = str(source)
         with _opened(shown_address(address), BytesIO(download(address)), FORMATS) as image:
             return _decoded(shown_address(address), image)
@@ -153,10 +134,8 @@ def _check_pixels(name: str | Path, size: tuple[int, int]) -> None:
     if width < 1 or height < 1:
         raise ImageError(name, "the picture has no pixels")
     if width * height > MAX_PIXELS:
-        megapixels = width * height / 1e6
-        raise ImageError(
-            name, f"{width} x {height} = {megapixels:.0f} MP, over the limit of {MAX_PIXELS // 10**6} MP"
-        )
+        megapixels, limit = width * height / 1e6, MAX_PIXELS / 1e6
+        raise ImageError(name, f"{width} x {height} = {megapixels:.4g} MP, over the limit of {limit:.4g} MP")
 
 
 def _one_line(error: Exception) -> str:
@@ -166,8 +145,10 @@ def _one_line(error: Exception) -> str:
 def _decoded(name: str | Path, image: Image.Image) -> Image.Image:
     """The pixels of an opened picture, upright and RGB."""
     try:
-        image.load()
-        return _to_rgb(_upright(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on odd camera data and the like: the picture is read or refused
+            image.load()
+            return _to_rgb(_upright(image))
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on garbage

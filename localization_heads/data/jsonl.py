@@ -12,6 +12,10 @@ from localization_heads.errors import UsageError
 
 MAX_LINE_BYTES = 1 << 20
 
+EXAMPLES_HINT = (
+    "; the examples come with the repository: run this in its folder, or name your own with data_file="
+)
+
 
 @dataclass(frozen=True)
 class BadEntry:
@@ -44,7 +48,8 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineErro
         if path.is_dir():
             raise UsageError(f"data_file={path} is a folder: name a .jsonl file in it")
         if not path.is_file():
-            raise UsageError(f"data_file={path}: no such file")
+            hint = EXAMPLES_HINT if path.parts[:1] == ("examples",) else ""
+            raise UsageError(f"data_file={path}: no such file{hint}")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):

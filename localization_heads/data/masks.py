@@ -21,9 +21,8 @@ MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
 """Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself."""
 
 MAX_POLYGONS = 10_000
-MAX_POLYGON_LENGTH = (
-    4_000_000  # pixels of outline: bounds the memory of the rasteriser (about 100 bytes each)
-)
+MAX_POLYGON_LENGTH = 1_000_000
+"""Pixels of outline: bounds the memory of the rasteriser, which takes about 100 bytes for each."""
 
 
 class MaskError(UsageError):

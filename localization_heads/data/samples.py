@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box
-from localization_heads.data.images import ImageError, find_file, is_address
+from localization_heads.data.image_error import ImageError, is_address
+from localization_heads.data.images import find_file
 from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import UsageError
@@ -60,7 +61,8 @@ class VisualizationEntry:
     """A line of `visualize_attention.py mode=batch`: whose maps to draw, and which head's (None: the best ones).
 
     Args:
-        attention_file: None if the line names none: it is then the one of the id in the output folder.
+        attention_file: as it was found, or as the line names it; it may be gone, or another model's folder hold it.
+            None if the line names none: it is then the one of the id in the finder's output folder.
     """
 
     id: str
@@ -247,10 +249,20 @@ def _visualization_entry(entry: Mapping[str, Any], id: str, line: int, folder: P
     named = entry.get("attention_file") is not None
     if not named and entry.get("id") is None:
         raise BadLineError("'attention_file' is missing")
-    path = _file(_text(entry, "attention_file"), folder) if named else None
+    path = _attention_file(_text(entry, "attention_file"), folder) if named else None
     if path is not None and entry.get("id") is None:
         id = path.stem
     return VisualizationEntry(id, path, layer, head, line)
+
+
+def _attention_file(value: str, folder: Path) -> Path:
+    """Whether there is such a file, perhaps under another model, is seen when it is drawn."""
+    try:
+        return _file(value, folder)
+    except ImageError as error:
+        if not error.reason.startswith("no such file"):
+            raise
+        return Path(value)
 
 
 def _index(entry: Mapping[str, Any], name: str) -> int | None:

@@ -86,7 +86,7 @@ def render_scene(
     """
     rng = Random(seed)
     style = style or rng.choice(STYLES)
-    count = num_objects or rng.choices(list(COUNTS), COUNTS.values())[0]
+    count = num_objects or rng.choices(list(COUNTS), list(COUNTS.values()))[0]
     placements = _lay_out(rng, style, count, span)
     expressions = refer([placement.thing() for placement in placements], rng)
     image, masks = _draw(rng, placements, size, augment)
@@ -145,7 +145,7 @@ def _place(
 ) -> _Placement | None:
     """Try thirty places for an object; None where it does not fit."""
     colour = rng.choice(list(PALETTE)) if rng.random() < 0.6 else "plain"
-    look = {"colour": colour, "brightness": rng.randrange(5), "mirrored": rng.random() < 0.5}
+    brightness, mirrored = rng.randrange(5), rng.random() < 0.5
     shape = artwork.sprite_shape(style, name)
     size_word = rng.choice(("small", "big")) if count <= 4 else rng.choice(("small", "small", "big"))
     for attempt in range(30):
@@ -158,7 +158,7 @@ def _place(
         x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         box = (x, y, x + width, y + height)
         if not any(_collide(box, other) for other in taken):
-            return _Placement(name, style, size_word=size_word, box=box, **look)
+            return _Placement(name, style, colour, brightness, mirrored, size_word, box)
     return None
 
 

@@ -130,7 +130,7 @@ def summarize(
     Args:
         ious: box IoU of every sample that was evaluated; a sample without a box counts as 0.
         pointing: pointing-game hits of the samples that have a truth to point at.
-        overlaps: `mask_overlap` of the samples with masks; adds `ciou` and `giou`.
+        overlaps: `mask_overlap` of the samples with masks; adds `ciou`, `giou` and `num_masks`.
         num_failed: entries that could not be read or run; they are counted and not part of any mean.
 
     Raises:
@@ -148,6 +148,7 @@ def summarize(
     summary["pointing"] = _rounded(_mean(() if pointing is None else pointing))
     if overlaps is not None:
         summary |= {"ciou": _rounded(ciou(overlaps)), "giou": _rounded(giou(overlaps))}
+        summary["num_masks"] = len(overlaps)
     return summary | {"num_samples": len(values), "num_failed": num_failed}
 
 

@@ -5,12 +5,14 @@ given a path, and returns it; `show` opens it in a window. No pyplot state is to
 """
 
 from localization_heads.figures.canvas import show
+from localization_heads.figures.cells import plot_cells
 from localization_heads.figures.components import plot_components
 from localization_heads.figures.maps import plot_grounding, plot_top_maps
 from localization_heads.figures.ranking import plot_attention_sums, plot_head_grid, plot_selection_frequency
 
 __all__ = [
     "plot_attention_sums",
+    "plot_cells",
     "plot_components",
     "plot_grounding",
     "plot_head_grid",

@@ -24,7 +24,14 @@ from localization_heads.figures.canvas import (
     paper_style,
     save,
 )
-from localization_heads.figures.overlay import Picture, draw_cells, draw_image, draw_map, prepare
+from localization_heads.figures.overlay import (
+    Picture,
+    cells_inside,
+    draw_cells,
+    draw_image,
+    draw_map,
+    prepare,
+)
 from localization_heads.figures.sheet import new_sheet, panel_size
 from localization_heads.heads.head import Head
 
@@ -65,7 +72,8 @@ def plot_components(
     numbers, shares = numbers[order], areas[order] / max(1, areas.sum())
     title = attention.query if expression is None else expression
     with paper_style():
-        figure, (map_axes, binary_axes, component_axes) = new_sheet(size, 3, title)
+        note = _padding_note(labels, attention)
+        figure, (map_axes, binary_axes, component_axes) = new_sheet(size, 3, title, note=note)
         for axes in (map_axes, binary_axes, component_axes):
             draw_image(axes, picture, attention.image_size)
         draw_map(map_axes, attention.attention[head], attention.image_box, opaque=image is None)
@@ -76,6 +84,16 @@ def plot_components(
         component_axes.set_title(_summary(shares, entropy))
         _name_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
         return save(figure, path)
+
+
+def _padding_note(labels: NDArray[np.integer], attention: AttentionMaps) -> str:
+    """What the numbers count although no panel shows it: cells beyond the image's edge."""
+    hidden = np.ones(labels.shape, dtype=bool)
+    hidden[cells_inside(labels.shape, attention.image_box, attention.image_size)] = False
+    if not hidden.any():
+        return ""
+    cells = f"{hidden.sum()} of the {hidden.size} cells are in the padding, {(labels[hidden] > 0).sum()} of them active"
+    return f"{cells}: all numbers count them, no panel shows them"
 
 
 def _summary(shares: NDArray[np.floating], entropy: float) -> str:

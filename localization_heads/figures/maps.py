@@ -7,27 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.figures.canvas import SKY, VERMILLION, paper_style, save
 from localization_heads.figures.overlay import (
     BOX_WIDTH,
+    LONGEST,
     RIM,
     Picture,
     draw_box,
     draw_image,
     draw_map,
     draw_outline,
+    opacity,
     prepare,
 )
 from localization_heads.figures.sheet import new_sheet, panel_size
+from localization_heads.grounding.maps import Grounding, fill_polygon, resample
 from localization_heads.heads.head import Head
 
 if TYPE_CHECKING:
-    from localization_heads.grounding.maps import Grounding
     from localization_heads.heads.criteria import HeadStatistics
 
 
@@ -60,7 +64,8 @@ def plot_top_maps(
     panels = (image is not None) + len(heads) + (grounding is not None)
     title = attention.query if expression is None else expression
     with paper_style():
-        figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=True)
+        bar = np.ones_like if image is None else opacity
+        figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=bar)
         for axes in sheet:
             draw_image(axes, picture, attention.image_size)
         rest = iter(sheet)
@@ -118,21 +123,33 @@ def plot_grounding(
 
     Args:
         image: `None` draws the heat map alone.
-        grounding: its `heatmap` and `mask` are `[H, W]`, a value a pixel.
+        grounding: its heat map and mask are made at the size drawn, whatever the size of the picture.
         truth: true box in pixels, drawn dashed.
         expression: the title.
     """
-    H, W = grounding.heatmap.shape
-    size = panel_size((W, H), area=14)
+    size = panel_size(grounding.image_size, area=14)
     picture = prepare(image, max(size))
+    heat, mask = _at_drawn_size(grounding)
     legend = _box_entries(grounding, truth)
-    if grounding.mask.any():
-        legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label="pseudo-mask"))
+    legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label="pseudo-mask"))
     with paper_style():
         figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend)
-        draw_image(axes, picture, (W, H))
-        step = max(1, math.ceil(max(H, W) / 1200))  # a photograph's every pixel would take long to draw
-        draw_map(axes, grounding.heatmap[::step, ::step], (0, 0, W, H), opaque=image is None)
-        draw_outline(axes, grounding.mask)
+        draw_image(axes, picture, grounding.image_size)
+        draw_map(axes, heat, (0, 0, *grounding.image_size), opaque=image is None)
+        draw_outline(axes, mask)
         _draw_boxes(axes, grounding, truth)
         return save(figure, path)
+
+
+def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Heat map and pseudo-mask of the picture shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
+
+    Those of a photograph's every pixel would take gigabytes, and nobody could see the difference.
+    """
+    W, H = grounding.image_size
+    shrink = min(1.0, LONGEST / max(W, H))
+    drawn = max(1, round(W * shrink)), max(1, round(H * shrink))
+    scale = np.array([drawn[0] / W, drawn[1] / H])
+    x0, y0, x1, y1 = np.multiply(grounding.image_box, [*scale, *scale]).tolist()
+    heat = resample(grounding.combined, (x0, y0, x1, y1), drawn)
+    return heat, fill_polygon(grounding.polygon * scale, drawn)

@@ -17,11 +17,12 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.figures.canvas import COLOUR_MAP, DPI
+from localization_heads.grounding.maps import SLIVER, visible_edges
 
 Picture = Image.Image | NDArray[np.uint8]
 """An RGB picture; as an array `[H, W, 3]`, 0 to 255."""
 
-_LONGEST = 1200  # pixels of a mask worth following
+LONGEST = 1200  # pixels of a heat map or a mask worth drawing
 BOX_WIDTH = 1.7  # points
 RIM = [matplotlib.patheffects.withStroke(linewidth=2.6, foreground="black")]
 
@@ -31,10 +32,14 @@ def prepare(image: Picture | None, inches: float) -> Image.Image | None:
     if image is None:
         return None
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture = picture.convert("RGB")  # a copy, or the caller's own picture, which thumbnail would shrink
-    picture = picture.copy() if picture is image else picture
-    picture.thumbnail((math.ceil(inches * DPI),) * 2)
-    return picture
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+    shrink = math.ceil(inches * DPI) / max(picture.size)
+    if shrink >= 1:
+        return picture
+    W, H = (max(1, round(side * shrink)) for side in picture.size)
+    return picture.resize(
+        (W, H), Image.Resampling.BICUBIC, reducing_gap=2
+    )  # unlike `thumbnail`, copies nothing
 
 
 def draw_image(axes: Axes, picture: Image.Image | None, image_size: tuple[int, int]) -> None:
@@ -55,11 +60,12 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
     """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image.
 
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
-    What is low stays see-through, so that the picture can be recognised below.
+    What is low stays see-through (`opacity`), so that the picture keeps its colours where nobody looks.
     """
     x0, y0, x1, y1 = box
     values = np.nan_to_num(np.asarray(values, dtype=float), posinf=0)
-    inside = values[_cells_inside(values.shape, box, axes)]
+    image_size = int(axes.get_xlim()[1]), int(axes.get_ylim()[0])
+    inside = values[cells_inside(values.shape, box, image_size)]
     top = float(inside.max(initial=0.0)) or 1.0
     share = np.clip(values / top, 0, 1)
     return axes.imshow(
@@ -68,10 +74,15 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
         cmap=COLOUR_MAP,
         vmin=0,
         vmax=1,
-        alpha=None if opaque else 0.35 + 0.45 * share,
+        alpha=None if opaque else opacity(share),
         interpolation="nearest",
         zorder=2,
     )
+
+
+def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How much a map hides of the picture below, from its value as a share of its maximum."""
+    return np.asarray(0.1 + 0.75 * share)
 
 
 def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box) -> AxesImage:
@@ -80,16 +91,12 @@ def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box) -> AxesImage:
     return axes.imshow(cells, extent=(x0, x1, y1, y0), interpolation="nearest", zorder=2)
 
 
-def _cells_inside(shape: tuple[int, ...], box: Box, axes: Axes) -> tuple[NDArray[np.intp], ...]:
+def cells_inside(
+    shape: tuple[int, ...], box: Box, image_size: tuple[int, int]
+) -> tuple[NDArray[np.intp], ...]:
     """Index of the cells of a grid over `box` that overlap the image; those in the padding are not seen."""
-    x0, y0, x1, y1 = box
-    (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
-    rows = np.linspace(y0, y1, shape[0] + 1)
-    columns = np.linspace(x0, x1, shape[1] + 1)
-    return np.ix_(
-        np.flatnonzero((rows[1:] > 0) & (rows[:-1] < H)),
-        np.flatnonzero((columns[1:] > 0) & (columns[:-1] < W)),
-    )
+    columns, rows = visible_edges(box, image_size, shape)
+    return np.ix_(np.flatnonzero(np.diff(rows) > SLIVER), np.flatnonzero(np.diff(columns) > SLIVER))
 
 
 def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None:
@@ -114,14 +121,12 @@ def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None
 
 
 def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
-    """Draw the outline of a mask `[H, W]` that covers the image: white with a black rim."""
+    """Draw the outline of a mask `[h, w]` that covers the image, at any size: white with a black rim."""
     if not mask.any():
         return
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
-    step = max(1, math.ceil(max(mask.shape) / _LONGEST))
-    fine = mask[::step, ::step]
     # the contour cuts corners by half a pixel, which must not show where pixels are large
-    fine = fine.repeat(repeats := max(1, 500 // max(fine.shape)), axis=0).repeat(repeats, axis=1)
+    fine = mask.repeat(repeats := max(1, 500 // max(mask.shape)), axis=0).repeat(repeats, axis=1)
     padded = np.pad(fine, 1).astype(float)  # closes the outline at the image's edge
     x = (np.arange(padded.shape[1]) - 0.5) * W / (padded.shape[1] - 2)
     y = (np.arange(padded.shape[0]) - 0.5) * H / (padded.shape[0] - 2)

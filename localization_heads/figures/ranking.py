@@ -67,12 +67,23 @@ def plot_attention_sums(
         if len(curve):
             axes.plot(place[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)
             axes.set_xlim(0, len(curve) * 1.03 + 0.5)
-            axes.set_ylim(0, max(curve[-1], tau or 0.0) * 1.06 or 1.0)
+            axes.set_ylim(*_span(curve, tau))
             axes.set_title(f"{is_kept.sum()} of {len(curve)} heads kept", loc="left", color=BLUE)
             if tau is not None:
                 _mark_elbow(axes, curve, tau)
-            _name_heads(axes, [(h, considered.index(h) + 1, sums[h]) for h in top if h in considered])
+            marks = [(h, considered.index(h) + 1, float(sums[h])) for h in top if h in considered]
+            _name_heads(axes, marks, curve)
         return save(figure, path)
+
+
+def _span(curve: NDArray[np.floating], tau: float | None) -> tuple[float, float]:
+    """Limits of the axis of `S`: from 0, unless all that is drawn lies in the upper half of that."""
+    low, high = (float(bound) for bound in (curve[0], curve[-1]))
+    if tau is not None:
+        low, high = min(low, tau), max(high, tau)
+    if low > 0.5 * high and low < high:
+        return low - 0.06 * (high - low), high + 0.06 * (high - low)
+    return 0.0, high * 1.06 or 1.0
 
 
 def _mark_elbow(axes: Axes, curve: NDArray[np.floating], tau: float) -> None:
@@ -82,31 +93,48 @@ def _mark_elbow(axes: Axes, curve: NDArray[np.floating], tau: float) -> None:
     axes.axhline(tau, color=VERMILLION, linewidth=0.9, linestyle="--", zorder=2)
     crossing = np.interp(tau, curve, np.arange(1, len(curve) + 1))
     axes.plot([crossing], [tau], "o", color="white", mec=VERMILLION, mew=1.4, markersize=6, zorder=5)
-    high = tau > 0.9 * axes.get_ylim()[1]
+    bottom, top = axes.get_ylim()
+    early = bool(curve[0] < tau and crossing < 0.35 * axes.get_xlim()[1])  # the curve rises on the left
+    low = tau > bottom + (0.1 if early else 0.6) * (top - bottom)
     axes.annotate(
         f"τ = {tau:.2f}" if tau >= 0.1 else f"τ = {tau:.2g}",
-        (0.02, tau),
+        (0.98 if early else 0.02, tau),
         xycoords=("axes fraction", "data"),
-        xytext=(0, -3 if high else 3),
+        xytext=(0, -3 if low else 3),
         textcoords="offset points",
         color=VERMILLION,
-        va="top" if high else "bottom",
+        ha="right" if early else "left",
+        va="top" if low else "bottom",
+        path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
+        zorder=5,
     )
 
 
-def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]]) -> None:
-    """Mark heads (head, place, sum) on the curve; their names stand in a column left of it, in its order."""
-    marks = sorted(marks[:_MAX_NAMES], key=lambda mark: mark[1], reverse=True)
+def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]], curve: NDArray[np.floating]) -> None:
+    """Mark heads (head, place, sum) on the curve; their names stand in a column on its hollow side.
+
+    That is above a curve that sags below its chord and below one that bulges above it: a line from there to
+    the curve does not cross it. The names closest to the corner have the farthest
+    marks, so that no line crosses another.
+    """
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    sags = np.mean((curve - bottom) / (top - bottom)) < 0.5
+    height, step = (0.95, -0.08) if sags else (0.05, 0.08)
     rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")  # over the lines it crosses
-    height = 0.95
-    for head, place, value in marks:
+
+    def across(mark: tuple[Head, int, float]) -> float:
+        """How far right of the column, which is in the middle, a mark is, in widths of the axes."""
+        return (mark[1] - left) / (right - left) - 0.5
+
+    for mark in sorted(marks[:_MAX_NAMES], key=lambda mark: -abs(across(mark))):
+        head, place, value = mark
         axes.plot([place], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6)
         axes.annotate(
             str(head),
             (place, value),
-            xytext=(0.55, height),
+            xytext=(0.5, height),
             textcoords="axes fraction",
-            ha="right",
+            ha="center",
             va="center",
             arrowprops={
                 "arrowstyle": "-",
@@ -114,18 +142,18 @@ def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]]) -> None:
                 "linewidth": 0.5,
                 "shrinkA": 1,
                 "shrinkB": 2,
-                "relpos": (1, 0.5),
+                "relpos": (float(across(mark) > 0), 0.5),
             },
             zorder=4,
             path_effects=[rim],
         )
-        height -= 0.08
+        height += step
 
 
 def plot_selection_frequency(
     ranking: HeadRanking, path: str | Path | None = None, *, top: int = 15, emphasised: int = 3
 ) -> Figure:
-    """Fig. 6a: the selection frequency of the first `top` heads, with its standard deviation over the draws.
+    """Fig. 6a: the selection frequency of the first `top` heads, with its standard deviation over the trials.
 
     Args:
         emphasised: how many of them are the localization heads.
@@ -153,15 +181,17 @@ def plot_selection_frequency(
         axes.set_ylim(0, max(float((frequency + deviation).max(initial=0)) * 1.05, 1.0))
         axes.set_ylabel("Selection frequency (%)")
         axes.grid(axis="y", color="0.9", linewidth=0.6, zorder=0)
-        axes.set_title(_draws(ranking.num_trials, ranking.num_samples), loc="right", color="0.35")
+        axes.set_title(_trials(ranking), loc="right", color="0.35")
         return save(figure, path)
 
 
-def _draws(trials: int, samples: int) -> str:
+def _trials(ranking: HeadRanking) -> str:
     """The caption that says what the error bars are."""
-    if trials > 1:
-        return f"± s.d. over {trials} draws of {samples:,} samples"
-    return f"{samples:,} sample{'s' if samples != 1 else ''}"
+    samples = f"{ranking.num_samples:,} sample{'s' if ranking.num_samples != 1 else ''}"
+    if ranking.num_trials == 1:
+        return samples
+    trials = "bootstrap resamples" if ranking.spread == "bootstrap" else "draws"
+    return f"± s.d. over {ranking.num_trials} {trials} of {samples}"
 
 
 def plot_head_grid(

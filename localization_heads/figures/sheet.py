@@ -7,13 +7,13 @@ shape of the image, and a page of twenty panels takes no time to arrange.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from localization_heads.figures.canvas import COLOUR_MAP, TITLE_SIZE
 from localization_heads.figures.text import wrap
@@ -22,6 +22,7 @@ _PAGE = 9.9  # inches: the width a sheet may take
 _NARROWEST = 1.75  # inches: `L14H24  S 0.41  H 0.00` on one line
 _TALLEST = 2.9  # inches: a panel of a small area
 _GAP = 0.06  # inches between columns
+_NOTE_SIZE = 7.5  # points
 _PANEL_TITLE, _COLOUR_BAR, _LEGEND = 0.22, 0.2, 0.2  # inches high
 
 
@@ -43,7 +44,8 @@ def new_sheet(
     *,
     titled: bool = True,
     legend: Sequence[Line2D] = (),
-    bar: bool = False,
+    bar: Callable[[NDArray[np.floating]], NDArray[np.floating]] | None = None,
+    note: str = "",
 ) -> tuple[Figure, list[Axes]]:
     """A figure with `panels` empty axes of `size` inches, in rows of even length.
 
@@ -51,7 +53,8 @@ def new_sheet(
         title: what a person typed; wrapped to the width, one strip a line.
         titled: whether each panel has a title of its own.
         legend: entries of the legend at the bottom.
-        bar: whether to state how maps are coloured.
+        bar: states how maps are coloured, given how opaque each share of the maximum is drawn.
+        note: a remark below the panels.
     """
     width = max(size[0], _NARROWEST) + _GAP
     rows = max(1, math.ceil(panels / max(1, _PAGE // width)))
@@ -59,7 +62,9 @@ def new_sheet(
     sheet = max(width * columns, 3.6)
     lines = wrap(title, sheet - 0.1, TITLE_SIZE)
     head = (lines.count("\n") + 1) * TITLE_SIZE * 1.25 / 72 + 0.06 if lines else 0.0
-    foot = _LEGEND * bool(legend) + _COLOUR_BAR * bar
+    remark = wrap(note, sheet - 0.1, _NOTE_SIZE)
+    below = (remark.count("\n") + 1) * _NOTE_SIZE * 1.25 / 72 if remark else 0.0
+    foot = _LEGEND * bool(legend) + _COLOUR_BAR * (bar is not None) + below
     row = size[1] + (_PANEL_TITLE if titled else _GAP)
     figure = Figure(figsize=(sheet, head + row * rows + foot + 0.05))
     figure.suptitle(lines, y=1, va="top", fontsize=TITLE_SIZE, linespacing=1.2, parse_math=False)
@@ -72,8 +77,11 @@ def new_sheet(
         figure.legend(
             handles=legend, loc="lower center", ncols=len(legend), handlelength=2.8, borderaxespad=0
         )
-    if bar:
-        _colour_bar(figure, sheet, _LEGEND * bool(legend))
+    if bar is not None:
+        _colour_bar(figure, sheet, _LEGEND * bool(legend), bar)
+    if remark:
+        bottom = (foot - below) / figure.get_size_inches()[1]
+        figure.text(0.5, bottom, remark, ha="center", va="bottom", fontsize=_NOTE_SIZE, linespacing=1.2)
     return figure, axes
 
 
@@ -83,12 +91,19 @@ def _axes_at(figure: Figure, left: float, bottom: float, width: float, height: f
     return figure.add_axes((left / W, bottom / H, width / W, height / H))
 
 
-def _colour_bar(figure: Figure, sheet: float, bottom: float) -> None:
-    """State how all maps are coloured: each from 0 to its own maximum."""
+def _colour_bar(
+    figure: Figure,
+    sheet: float,
+    bottom: float,
+    opacity: Callable[[NDArray[np.floating]], NDArray[np.floating]],
+) -> None:
+    """State how all maps are coloured: each from 0, which lets the picture through, to its own maximum."""
     width = min(2.0, sheet * 0.3)
     axes = _axes_at(figure, (sheet - width) / 2 - 0.1, bottom + 0.09, width, 0.08)
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOUR_MAP), cax=axes, orientation="horizontal")
-    bar.outline.set_visible(False)
+    shares = np.linspace(0, 1, 256)[None]
+    axes.imshow(shares, cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=opacity(shares), aspect="auto")
+    axes.spines[:].set_visible(False)
     axes.set_xticks([])
+    axes.set_yticks([])
     axes.text(-0.03, 0.45, "attention: 0", transform=axes.transAxes, ha="right", va="center")
     axes.text(1.03, 0.45, "each map's maximum", transform=axes.transAxes, ha="left", va="center")

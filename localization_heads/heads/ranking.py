@@ -104,7 +104,8 @@ def rank_heads(
     pool = _Pool(sums, entropies, bottom_row if options.bottom_row_filter else None)
     draws = random_draws(len(sums), num_trials, num_samples, seed) if draws is None else _checked(draws, sums)
     centre = spread = _run_trials(pool, draws, options, top_n)
-    if len(draws) == 1:
+    one_draw = len(draws) == 1
+    if one_draw:
         resamples = _bootstrap_draws(np.random.default_rng(seed), draws[0], num_trials)
         spread = _run_trials(pool, resamples, options, top_n)
     tau, heads = _ranked(centre, spread, options)
@@ -116,6 +117,7 @@ def rank_heads(
         num_trials=num_trials,
         options=options,
         model=model,
+        spread="bootstrap" if one_draw else "draws",
     )
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head
+
+Spread = Literal["draws", "bootstrap"]
+"""Where a standard deviation comes from: random draws of a pool, or resamples of a pool too small to draw from."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class RankedHead:
 
     Args:
         selection_frequency: share of the samples that marked it, averaged over the trials, 0 to 1.
-        selection_frequency_std: its (population) standard deviation over the trials.
+        selection_frequency_std: its (population) standard deviation over the trials, or over as many
+            bootstrap resamples: `HeadRanking.spread` says which.
         attention_sum: mean attention sum.
         spatial_entropy: mean over the samples where it is finite, in nats; none if there is no such sample.
         kept: whether criterion 1 keeps it.
@@ -56,6 +60,7 @@ class HeadRanking:
     num_trials: int
     options: CriteriaOptions = field(default_factory=CriteriaOptions)
     model: str = ""
+    spread: Spread = "draws"
 
     CSV_HEADER = (
         "rank",
@@ -111,6 +116,7 @@ class HeadRanking:
             "model": self.model,
             "num_samples": self.num_samples,
             "num_trials": self.num_trials,
+            "spread": self.spread,
             "tau": None if self.tau is None else _rounded(self.tau),
             "top_n": self.top_n,
             "exclude_layers": self.options.exclude_layers,
@@ -147,6 +153,7 @@ class HeadRanking:
             num_trials=fields.integer("num_trials", 1),
             options=_options_from_json(fields),
             model=fields.text("model"),
+            spread=_spread_from_json(fields),
         )
 
 
@@ -175,6 +182,15 @@ def _head_from_json(entry: object, number: int) -> RankedHead:
         attention_sum=fields.required_number("attention_sum"),
         spatial_entropy=fields.number("spatial_entropy", 0.0),
     )
+
+
+def _spread_from_json(fields: _Fields) -> Spread:
+    """What the deviations are over; older files do not say, and draws are what the paper has."""
+    given = fields.values.get("spread", "draws")
+    for known in get_args(Spread):
+        if given == known:
+            return cast(Spread, known)
+    raise UsageError(f"heads.json: spread must be {' or '.join(get_args(Spread))}, not {str(given)[:40]!r}")
 
 
 def _options_from_json(fields: _Fields) -> CriteriaOptions:

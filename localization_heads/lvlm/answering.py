@@ -12,6 +12,7 @@ from PIL import Image
 
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.prompts import clean_expression
 
 
 @dataclass
@@ -29,21 +30,33 @@ class Conversation:
         self.messages.clear()
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces. Closing the iterator stops the model; what was said until then is kept."""
+        """The answer in pieces. Closing the iterator stops the model; what was said until then is kept.
+
+        Raises:
+            UsageError: an empty question, or one with control tokens.
+            WorkError: the generation failed; the question is forgotten.
+        """
+        question = clean_expression(question, tuple(self.lvlm.processor.tokenizer.all_special_tokens))
         turn = _turn("user", question, with_image=self.image is not None and not self.messages)
         prompt = self._prompt([*self.messages, turn], question)
         pieces: list[str] = []
+        failed = False
         try:
             for piece in stream(self.lvlm, self.image, prompt, self.max_new_tokens):
                 pieces.append(piece)
                 yield piece
+        except WorkError:
+            failed = True
+            raise
         finally:
-            self.messages += [turn, _turn("assistant", "".join(pieces).strip())]
+            if not failed:
+                self.messages += [turn, _turn("assistant", "".join(pieces).strip())]
 
     def _prompt(self, messages: list[dict[str, Any]], question: str) -> str:
         if self.lvlm.conv_mode == "chat":
             return self.lvlm.apply_chat_template(messages)
-        return self.lvlm.prompt(question)  # the other templates know no turns
+        prompt = self.lvlm.prompt(question)  # the other templates know no turns
+        return prompt if self.image else prompt.replace(f"{self.lvlm.image_token}\n", "")
 
 
 def stream(

@@ -1,4 +1,4 @@
-"""Capture the query token's attention while the model runs its own fast attention.
+"""Capture the query tokens' attention while the model runs its own fast attention.
 
 transformers looks its attention functions up in one registry at every call. We wrap the registered functions in
 place (counted, under a lock, undone with the last capture); a wrapper acts only if a recorder is active in the
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import WorkError
-from localization_heads.lvlm.row import attention_row
+from localization_heads.lvlm.row import Query, query_row
 
 AttentionFunction = Callable[..., Any]
+LAST = Query()
 
 _recorder: ContextVar[Recorder | None] = ContextVar("attention_recorder", default=None)
 _lock = threading.Lock()
@@ -42,33 +44,43 @@ class Recorder:
     Args:
         modules: the attention module of each LM layer, by layer index.
         stop_after: the layer after whose row the forward pass is abandoned (early exit), or None.
+        query: the query positions of each sample; by default the last one, at prefill.
     """
 
-    def __init__(self, modules: dict[int, nn.Module], stop_after: int | None = None) -> None:
+    def __init__(
+        self, modules: dict[int, nn.Module], stop_after: int | None = None, query: Query = LAST
+    ) -> None:
         self.layer_of = {id(module): layer for layer, module in modules.items()}
         self.stop_after = stop_after
+        self.query = query
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
+        self._calls: Counter[int] = Counter()
 
     def see(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict) -> None:
-        """Record the row of one layer; only its first call counts (later ones are decoding steps)."""
+        """Record the row of one layer, in the one call that is wanted (the others are decoding steps)."""
         layer = self.layer_of.get(id(module))
-        if layer is None or layer in self.rows:
+        if layer is None:
             return
-        self.rows[layer] = attention_row(module, query, key, mask, **extras)
+        call, self._calls[layer] = self._calls[layer], self._calls[layer] + 1
+        if call != self.query.step:
+            return
+        self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
         if layer == self.stop_after:
             raise StopForward
 
 
 @contextmanager
-def capture(modules: dict[int, nn.Module], stop_after: int | None = None) -> Iterator[Recorder]:
-    """Record the last query position's attention of every given module during the `with` block.
+def capture(
+    modules: dict[int, nn.Module], stop_after: int | None = None, query: Query = LAST
+) -> Iterator[Recorder]:
+    """Record the attention of each sample's query positions in every given module during the `with` block.
 
     >>> with capture(lvlm.attention_modules) as recorder:          # doctest: +SKIP
     ...     lvlm.model(**inputs)
     >>> recorder.rows[14].shape                                    # doctest: +SKIP
     torch.Size([1, 32, 640])
     """
-    recorder = Recorder(modules, stop_after)
+    recorder = Recorder(modules, stop_after, query)
     _install()
     token = _recorder.set(recorder)
     try:
@@ -81,32 +93,58 @@ def capture(modules: dict[int, nn.Module], stop_after: int | None = None) -> Ite
 
 
 def attention_modules(model: Any) -> dict[int, nn.Module]:
-    """The self-attention module of every LM layer that has one, by layer index.
+    """The attention module of every LM layer whose heads can look at the image, by layer index.
 
-    Hybrid models have layers without attention heads: they have no entry.
+    Hybrid models have layers without attention heads: they have no entry. Where the image is seen through
+    cross-attention (Llama 3.2 Vision, Florence-2), only the layers that have it do, and it is their module.
     """
-    decoder = model.get_decoder()
-    layers: Sequence[nn.Module] | None = getattr(decoder, "layers", None)
-    if layers is None:
-        raise WorkError(
-            f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
-        )
-    found = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(layers)}
-    modules = {index: module for index, module in found.items() if module is not None}
+    layers = decoder_layers(model)
+    modules = _cross_attention(layers) or _named(layers, "self_attn")
     if not modules:
         raise WorkError(f"{type(model).__name__}: no layer of its language model has attention heads")
     return modules
 
 
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """The layers of the language model; an encoder-decoder's are its decoder's."""
+    decoder = model.get_decoder()
+    for part in (decoder, getattr(decoder, "decoder", None), getattr(decoder, "model", None)):
+        if (layers := getattr(part, "layers", None)) is not None:
+            return layers
+    raise WorkError(
+        f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
+    )
+
+
+def looks_across(model: Any) -> bool:
+    """Whether the image is seen through cross-attention, whose keys are not the prompt's tokens."""
+    return bool(_cross_attention(decoder_layers(model)))
+
+
+def _cross_attention(layers: Sequence[nn.Module]) -> dict[int, nn.Module]:
+    return _named(layers, "cross_attn") or _named(layers, "encoder_attn")  # Llama 3.2 Vision; BART
+
+
+def _named(layers: Sequence[nn.Module], name: str) -> dict[int, nn.Module]:
+    found = {index: getattr(layer, name, None) for index, layer in enumerate(layers)}
+    return {index: module for index, module in found.items() if module is not None}
+
+
 def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kw: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,  # some call it by this name
+        *args: Any,
+        **kw: Any,
     ) -> Any:
         original = registered or _eager_function(module)
         recorder = _recorder.get()
         if recorder is not None:
-            recorder.see(module, query, key, mask, kw)
-        return original(module, query, key, value, mask, *args, **kw)
+            recorder.see(module, query, key, attention_mask, kw)
+        return original(module, query, key, value, attention_mask, *args, **kw)
 
     return attention
 

@@ -1,67 +1,225 @@
-"""Where each image token lies in the original picture: one small function a model family.
+"""Where image tokens lie in the original picture: the arithmetic that all families share.
 
-A family function gets (config, image processor, number of image tokens, image size) and returns the `Grid` of
-its tokens. Everything that the processor did to the picture, padding, resizing, cropping, is undone exactly.
+Processors pad, resize, crop and tile a picture before the vision tower cuts it into patches. Everything here
+undoes one of those steps exactly, in floats, so that a cell's edges come out in pixels of the original image.
+What each family does with its pictures is in `families.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from localization_heads.attention import Box
 from localization_heads.errors import UsageError
 
+MAX_PREPARED_PIXELS = 400_000_000
+"""Largest picture, in pixels, that padding or resizing may make on the way: 1.2 GB."""
 
-class Grid(NamedTuple):
-    """Row-major grid of image tokens and the part of the picture that it covers.
-
-    `image_box` is in pixels of the original image: beyond it where the processor padded, inside it where it
-    cropped. The cells are equal in size.
-    """
-
-    height: int
-    width: int
-    image_box: Box
+Size = tuple[int, int]
+"""`(W, H)` in pixels."""
+Edges = NDArray[np.float64]
+"""Borders of a grid's columns `[w + 1]` or rows `[h + 1]`, rising, in pixels of the original image."""
 
 
-def grid_of(config: Any, image_processor: Any, num_tokens: int, image_size: tuple[int, int]) -> Grid:
-    """The grid of one image's tokens.
+@dataclass(frozen=True, eq=False)
+class View:
+    """One grid of image tokens over one rendering of the picture: the whole of it, or its tiles side by side.
 
     Args:
-        image_size: `(W, H)` of the original image in pixels.
+        name: `whole` (the picture in one piece) or `tiles` (the same at a higher resolution).
+        index: `[h, w]` positions of the cells' tokens in the key sequence, row by row.
+        x_edges: `[w + 1]` borders of the columns in pixels of the original image: outside it where the
+            processor padded.
+        y_edges: `[h + 1]` borders of the rows.
+    """
+
+    name: str
+    index: NDArray[np.intp]
+    x_edges: Edges
+    y_edges: Edges
+
+    def __post_init__(self) -> None:
+        h, w = self.index.shape
+        if self.x_edges.shape != (w + 1,) or self.y_edges.shape != (h + 1,):
+            raise ValueError(f"a grid of {h} x {w} cells needs {h + 1} and {w + 1} edges")
+
+    @property
+    def box(self) -> Box:
+        """The region that the grid covers."""
+        return (
+            float(self.x_edges[0]),
+            float(self.y_edges[0]),
+            float(self.x_edges[-1]),
+            float(self.y_edges[-1]),
+        )
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all cells are equal in size."""
+        return all(
+            np.allclose(np.diff(e), (e[-1] - e[0]) / (len(e) - 1)) for e in (self.x_edges, self.y_edges)
+        )
+
+
+def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) -> None:
+    """Refuse a picture so long and thin that padding it to a square, or resizing it, would fill the memory.
 
     Raises:
-        UsageError: the family is unknown, or its token count is not what its geometry says.
+        UsageError: names its size.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise UsageError(
-            f"model type '{config.model_type}' has no verified image geometry yet (known: {known}); "
-            "choose another model with model= or model.name="
-        )
-    return family(image_processor, num_tokens, image_size)
-
-
-def square(image_processor: Any, num_tokens: int, image_size: tuple[int, int]) -> Grid:
-    """LLaVA-1.5 and its kin: a square grid over a picture that is padded to a square, cropped, or squeezed."""
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise UsageError(
-            f"{num_tokens} image tokens do not make a square grid: the processor does not fit the model"
-        )
+    if config.model_type not in ("llava", "vipllava"):  # the others resize to a bounded number of pixels
+        return
     box = padded_box(image_size) if getattr(image_processor, "do_pad", False) else whole_box(image_size)
-    return Grid(side, side, cropped_box(image_processor, box))
+    padded = round(box[2] - box[0]), round(box[3] - box[1])
+    resized = resized_size(image_processor, *padded)
+    if max(padded[0] * padded[1], resized[0] * resized[1]) > MAX_PREPARED_PIXELS:
+        W, H = image_size
+        raise UsageError(f"the picture is {W} x {H} pixels: too long and thin for this model; cut it")
 
 
-def whole_box(image_size: tuple[int, int]) -> Box:
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """One sample of a batch: its picture's size, and what the processor made of it.
+
+    Args:
+        config: the model's configuration.
+        processor: the processor that encoded the batch.
+        inputs: the processor's output of the whole batch, one image a sample.
+        sample: which of the batch.
+        image_size: `(W, H)` of the original image in pixels.
+    """
+
+    config: Any
+    processor: Any
+    inputs: Mapping[str, Any]
+    sample: int
+    image_size: Size
+
+    @property
+    def image_processor(self) -> Any:
+        return self.processor.image_processor
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """Token ids of the padded prompt."""
+        return self.inputs["input_ids"][self.sample].tolist()
+
+    @cached_property
+    def tokens(self) -> NDArray[np.intp]:
+        """Positions of the image tokens in the prompt, padding included."""
+        return np.flatnonzero(np.asarray(self.ids) == image_token_id(self.config))
+
+    def row(self, name: str) -> list[Any]:
+        """This sample's entry of a processor output that has one for each image."""
+        return self.inputs[name][self.sample].tolist()
+
+    def words(self) -> list[str]:
+        """The prompt's tokens as text: families write rows and columns of their tiles into it."""
+        return self.processor.tokenizer.convert_ids_to_tokens(self.ids)
+
+
+def image_token_id(config: Any) -> int:
+    """The id that an image's features replace. Asked of the config: some processors name another token."""
+    for part in (config, getattr(config, "vision_config", None)):
+        for name in ("image_token_id", "image_token_index", "image_patch_id"):
+            if isinstance(value := getattr(part, name, None), int):
+                return value
+    raise UsageError(
+        f"model type '{config.model_type}' has no image token in its prompt: its geometry is unknown"
+    )
+
+
+def grid(positions: NDArray[np.intp], height: int, width: int) -> NDArray[np.intp]:
+    """Positions `[h * w]` as `[h, w]`. Raises UsageError if they are more or fewer."""
+    if positions.size != height * width:
+        raise UsageError(
+            f"{positions.size} image tokens where {height} x {width} are expected: "
+            "the processor does not fit the model"
+        )
+    return positions.reshape(height, width)
+
+
+def square(positions: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Positions `[n * n]` as `[n, n]`. Raises UsageError if that is not possible."""
+    side = math.isqrt(positions.size)
+    if side == 0 or side * side != positions.size:
+        raise UsageError(
+            f"{positions.size} image tokens do not make a square grid: the processor does not fit the model"
+        )
+    return positions.reshape(side, side)
+
+
+def mosaic(positions: NDArray[np.intp], rows: int, columns: int) -> NDArray[np.intp]:
+    """Tile after tile, row-major inside each, as one grid of `rows x columns` square tiles."""
+    side = math.isqrt(max(1, positions.size // (rows * columns)))
+    tiles = grid(positions, rows * columns, side * side).reshape(rows, columns, side, side)
+    return tiles.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+
+
+def even_view(name: str, index: NDArray[np.intp], box: Box) -> View:
+    """A grid of equal cells over a region."""
+    h, w = index.shape
+    return View(name, index, np.linspace(box[0], box[2], w + 1), np.linspace(box[1], box[3], h + 1))
+
+
+def tile_edges(tiles: int, cells: int, covered: float = 1.0) -> Edges:
+    """Borders `[tiles * cells + 1]` of the cells of tiles in a row, in tiles.
+
+    Args:
+        cells: in one tile.
+        covered: share of a tile that its patches cover. A patch size that does not divide the tile's leaves a
+            strip that no token sees (6 of 384 pixels with patches of 14): its neighbours share it.
+
+    >>> tile_edges(2, 2, covered=0.8).round(6).tolist()
+    [0.0, 0.4, 0.9, 1.4, 1.8]
+    """
+    step = np.arange(tiles * cells + 1)
+    edges = step // cells + step % cells / cells * covered
+    edges[cells::cells] -= (1 - covered) / 2
+    edges[-1] = tiles - 1 + covered
+    return edges
+
+
+def whole_box(image_size: Size) -> Box:
     """The picture itself."""
     return 0.0, 0.0, float(image_size[0]), float(image_size[1])
 
 
-def padded_box(image_size: tuple[int, int]) -> Box:
+def canvas_box(image_size: Size, resized: Size, canvas: Size, offset: Size = (0, 0)) -> Box:
+    """The region of the original that a canvas shows, on which the resized picture was laid.
+
+    Args:
+        resized: size of the picture after resizing.
+        canvas: what the vision tower gets; larger than the picture where it was padded.
+        offset: where on the canvas the picture's top left corner lies; negative where it was cropped.
+    """
+    (W, H), (x, y) = image_size, offset
+    pixel_w, pixel_h = W / resized[0], H / resized[1]  # original pixels in one resized pixel
+    return -x * pixel_w, -y * pixel_h, (canvas[0] - x) * pixel_w, (canvas[1] - y) * pixel_h
+
+
+def fitted_size(image_size: Size, limit: Size) -> Size:
+    """The largest size of the picture's aspect within a limit, rounded down (Llama 4, Llama 3.2 Vision)."""
+    (W, H), (w, h) = image_size, limit
+    if w / W < h / H:
+        return w, max(1, min(math.floor(H * (w / W)), h))
+    return max(1, min(math.floor(W * (h / H)), w)), h
+
+
+def upscaling_limit(image_size: Size, tile: int, canvas: Size) -> Size:
+    """Pictures are enlarged to one tile at most, and shrunk to the canvas."""
+    (W, H), (w, h) = image_size, canvas
+    return min(max(W, tile), w), min(max(H, tile), h)
+
+
+def padded_box(image_size: Size) -> Box:
     """The square that LLaVA pads a picture to: the original lies in its middle, rounded down to a pixel."""
     W, H = image_size
     side = max(W, H)
@@ -80,7 +238,7 @@ def cropped_box(image_processor: Any, box: Box) -> Box:
     return x0, y0, x1, y1
 
 
-def resized_size(image_processor: Any, width: int, height: int) -> tuple[int, int]:
+def resized_size(image_processor: Any, width: int, height: int) -> Size:
     """`(W, H)` after the processor's resizing: a fixed size, or the shortest edge with the aspect kept."""
     size = image_processor.size
     if not getattr(image_processor, "do_resize", True):
@@ -99,7 +257,23 @@ def _crop_axis(start: float, end: float, resized: int, crop: int) -> tuple[float
     return start + first * pixel, start + (first + crop) * pixel
 
 
-FAMILIES: dict[str, Callable[[Any, int, tuple[int, int]], Grid]] = {
-    "llava": square,
-    "vipllava": square,
-}
+def patches_of(vision_config: Any) -> tuple[int, float]:
+    """Patches along a side of the vision tower's square input, and the share of that side that they cover."""
+    side, patch = _first(vision_config.image_size), _first(vision_config.patch_size)
+    return side // patch, side // patch * patch / side
+
+
+def seen_box(config: Any, index: NDArray[np.intp], box: Box) -> Box:
+    """`box` less the strip at its right and bottom that a patch size leaves over which does not divide it."""
+    vision = config.vision_config
+    if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
+        return box
+    patches, covered = patches_of(vision)
+    if covered == 1 or patches != index.shape[0]:
+        return box
+    return box[0], box[1], box[0] + covered * (box[2] - box[0]), box[1] + covered * (box[3] - box[1])
+
+
+def _first(value: Any) -> int:
+    """Configs write a square's side as a number or as `[h, w]`."""
+    return value[0] if isinstance(value, list | tuple) else value

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.geometry import FAMILIES
+from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.processors import processor_kind
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
-from localization_heads.lvlm.spec import CONVERTED, EMBEDDED, ModelSpec, find_spec
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec, local_path
+from localization_heads.lvlm.views import VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,9 @@ def load_model(
     device: str | int | None = "auto",
     device_map: str | None = None,
     quantization: str | None = None,
-    conv_mode: str = "referseg",
+    conv_mode: str | None = None,
+    query_token: str = "last",
+    view: str = "combined",
 ) -> LVLM:
     """Load a vision-language model whose attention can be captured.
 
@@ -42,31 +47,62 @@ def load_model(
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or a GPU's number. Ignored with a `device_map`.
         device_map: spread the model over devices, as in transformers (`auto`, `balanced`, ...).
         quantization: None, `8bit` or `4bit` (needs the extra `quantization`).
-        conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`.
+        conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`; None for what the model's config
+            recommends, and if nothing, `referseg`.
+        query_token: whose attention is read: `last` (the paper's), `expression_end`, `expression_mean` or
+            `answer_first`.
+        view: of a model that gets a picture as a whole and again as tiles: `combined` (both in one map),
+            `whole` or `tiles`. Pictures with one view only have that.
 
     Raises:
         UsageError: an option or a name that cannot be.
         WorkError: the weights cannot be had or read.
     """
-    if conv_mode not in CONV_MODES:
-        raise UsageError(f"conv_mode={conv_mode}: choose one of {', '.join(CONV_MODES)}")
     spec = find_spec(name) if isinstance(name, str) else name
+    conv_mode = conv_mode or spec.conv_mode or "referseg"
+    _check_choice("conv_mode", conv_mode, CONV_MODES)
+    _check_choice("query_token", query_token, QUERY_TOKENS)
+    _check_choice("view", view, VIEWS)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
-    if spec.name in CONVERTED:
-        log.warning(
-            "%s is in the original LLaVA format: taking its converted twin %s",
-            spec.name,
-            CONVERTED[spec.name],
-        )
-        spec = replace(spec, name=CONVERTED[spec.name])
+    spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    _check_family(source, spec)
-    processor, model = _load_processor(source, spec), _load_weights(source, spec)
+    model_type = _check_family(source, spec)
+    processor, model = _load_processor(source, spec, model_type), _load_weights(source, spec)
     if target is not None and not spec.quantization:
         model.to(target)
-    return LVLM(model.eval(), processor, spec, system=_system_sentence(source, spec), conv_mode=conv_mode)
+    system = _system_sentence(source, spec)
+    options = {"conv_mode": conv_mode, "query_token": query_token, "view": view}
+    lvlm = LVLM(model.eval(), processor, spec, system=system, **options)
+    _check_order(lvlm)
+    return lvlm
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option}={value}: choose one of {', '.join(choices)}")
+
+
+def _check_order(lvlm: LVLM) -> None:
+    """Say so when the chat template puts the image after the text: attention looks back, never ahead."""
+    if lvlm.image_text not in lvlm.prompt("it"):
+        raise UsageError(
+            f"conv_mode=chat: the chat template of {lvlm.name} leaves the picture out; "
+            "use conv_mode=referseg or plain"
+        )
+    if lvlm.image_comes_first:
+        return
+    if lvlm.query_token.startswith("expression"):
+        raise UsageError(
+            f"query_token={lvlm.query_token}: the chat template of {lvlm.name} puts the image after the text, which "
+            "cannot see it; use query_token=last, or conv_mode=referseg"
+        )
+    log.warning(
+        "the chat template of %s puts the image after the text: its tokens were read before the image was seen, "
+        "and only those after it can look; conv_mode=referseg puts the image first",
+        lvlm.name,
+    )
 
 
 def pick_device(device: str | int | None) -> torch.device:
@@ -90,7 +126,7 @@ def _source(spec: ModelSpec) -> str:
     """What `from_pretrained` is given: the embedded folder, a local folder, or a hub id."""
     if spec.name == EMBEDDED:
         return str(files("localization_heads") / "lvlm" / "embedded")
-    folder = Path(spec.name).expanduser()
+    folder = local_path(spec.name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(
@@ -105,24 +141,21 @@ def _source(spec: ModelSpec) -> str:
     return spec.name
 
 
-def _check_family(source: str, spec: ModelSpec) -> None:
-    """Refuse a model of an unknown family before its weights are fetched."""
+def _check_family(source: str, spec: ModelSpec) -> str:
+    """The model type. Refuses one without image tokens to find, before its weights are fetched."""
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source, spec)
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UsageError(
-            f"model.name={spec.name} is of the family '{config.model_type}', whose image geometry is not known here "
-            f"(known: {known})"
-        )
+    try:
+        check_family(config)
+    except UsageError as error:
+        raise UsageError(f"model.name={spec.name}: {error}") from None
+    return config.model_type
 
 
-def _load_processor(source: str, spec: ModelSpec) -> Any:
-    from transformers import AutoProcessor
-
+def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
     logging.getLogger("transformers").addFilter(_no_torchvision_warning)
-    processor = _from_pretrained(AutoProcessor, source, spec)
+    processor = _from_pretrained(processor_kind(model_type), source, spec)
     if spec.pad_to_square is not None:
         processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
     return processor
@@ -155,7 +188,17 @@ def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
     if spec.quantization:
         options["quantization_config"] = _quantization(spec.quantization)
         options.setdefault("device_map", "auto")
-    return _from_pretrained(AutoModelForImageTextToText, source, spec, **options)
+    model, info = _from_pretrained(
+        AutoModelForImageTextToText, source, spec, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):
+        log.warning(
+            "the checkpoint of %s lacks %d tensors, such as %s: they are random, and so may be its answers",
+            spec.name,
+            len(missing),
+            missing[0],
+        )
+    return model
 
 
 def _quantization(bits: str) -> Any:
@@ -179,7 +222,7 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
             return kind.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
-    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # broken weights and configs raise anything
         raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}") from error
 
 

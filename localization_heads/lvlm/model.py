@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -15,10 +16,15 @@ from torch import Tensor, nn
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.capture import attention_modules, capture
-from localization_heads.lvlm.geometry import Grid, grid_of
-from localization_heads.lvlm.prompts import clean_expression, expression_prompt
+from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
+from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
+from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
+from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
+from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
+from localization_heads.lvlm.query_tokens import query_of
+from localization_heads.lvlm.row import Query
 from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.lvlm.views import read_maps
 
 
 class LVLM:
@@ -27,13 +33,32 @@ class LVLM:
     Made by `load_model`. The model itself is never changed: `lvlm.model` is plain transformers.
     """
 
-    def __init__(self, model: Any, processor: Any, spec: ModelSpec, *, system: str, conv_mode: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        spec: ModelSpec,
+        *,
+        system: str,
+        conv_mode: str,
+        query_token: str = "last",
+        view: str = "combined",
+    ) -> None:
         self.model = model
         self.processor = processor
         self.spec = spec
         self.system = system
         self.conv_mode = conv_mode
+        self.query_token = query_token
+        self.view = view
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
+        self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
+
+    def prompted(self, conv_mode: str) -> LVLM:
+        """The same loaded model with another prompt."""
+        twin = copy(self)
+        twin.conv_mode = conv_mode
+        return twin
 
     def __repr__(self) -> str:
         return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"
@@ -45,17 +70,27 @@ class LVLM:
     @property
     def num_layers(self) -> int:
         """Layers of the language model, those without attention heads included."""
-        return len(self.model.get_decoder().layers)
+        return len(decoder_layers(self.model))
 
     @property
     def num_heads(self) -> int:
         """Query heads in a layer of the language model."""
-        return self.model.config.get_text_config().num_attention_heads
+        text = self.model.config.get_text_config()
+        return getattr(text, "decoder_attention_heads", None) or text.num_attention_heads
+
+    @property
+    def looks_across(self) -> bool:
+        """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
+        return looks_across(self.model)
 
     @property
     def known_heads(self) -> tuple[Head, ...]:
         """Published localization heads of this checkpoint, best first; empty if nobody published any."""
         return self.spec.heads
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,20 +102,40 @@ class LVLM:
 
     @property
     def image_token_id(self) -> int:
-        return self.model.config.image_token_id
+        return image_token_id(self.model.config)
 
     @property
     def image_token(self) -> str:
-        """The placeholder that stands for an image in a prompt."""
+        """What the processor looks for in a prompt and replaces by an image's tokens."""
         return getattr(self.processor, "image_token", None) or self.processor.tokenizer.convert_ids_to_tokens(
             self.image_token_id
         )
 
+    @cached_property
+    def image_text(self) -> str:
+        """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
+        if self.model.config.model_type in ADDS_IMAGE_ITSELF:
+            return ""
+        return image_placeholder(self.processor, self.image_token)
+
+    @cached_property
+    def image_comes_first(self) -> bool:
+        """Whether the prompt names the image before the expression, whose tokens cannot see it otherwise."""
+        render = template_renderer(self.processor)
+        return self.conv_mode != "chat" or render is None or image_comes_first(render, self.image_text)
+
     def prompt(self, expression: str) -> str:
-        """The text around an expression; its last token is the query token (Sec. 4.1)."""
+        """The text around an expression; its last token is the paper's query token (Sec. 4.1)."""
+        return self.located_prompt(expression).text
+
+    def located_prompt(self, expression: str) -> Prompt:
+        """The prompt, and where in it the expression lies."""
         text = clean_expression(expression, tuple(self.processor.tokenizer.all_special_tokens))
+        return locate_expression(self._render, text)
+
+    def _render(self, text: str) -> str:
         return expression_prompt(
-            text, self.conv_mode, image_token=self.image_token, system=self.system, chat=self.chat_prompt
+            text, self.conv_mode, image_text=self.image_text, system=self.system, chat=self.chat_prompt
         )
 
     def chat_prompt(self, text: str) -> str:
@@ -89,22 +144,42 @@ class LVLM:
         return self.apply_chat_template([{"role": "user", "content": content}])
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        """Raises UsageError if the checkpoint brings no chat template."""
+        """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
         if not getattr(self.processor, "chat_template", None):
             raise UsageError(
                 f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
             )
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs of other people: they fail in their own ways
+            raise UsageError(
+                f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
+                "use conv_mode=referseg or plain"
+            ) from error
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
-        """Processor output on the model's device and in its precision, left-padded to one length."""
-        inputs = self.processor(
-            images=list(images), text=list(prompts), return_tensors="pt", padding=True, padding_side="left"
-        )
+        """Processor output on the model's device and in its precision, padded to one length.
+
+        On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
+        """
+        for image in images:
+            check_shape(self.model.config, self.processor.image_processor, image.size)
+        bos = self.processor.tokenizer.bos_token
+        twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
+        options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
+        with self._tokenizing:
+            inputs = self.processor(
+                images=[[image] for image in images],
+                text=list(prompts),
+                return_tensors="pt",
+                padding=True,
+                padding_side="right" if self.model.config.is_encoder_decoder else "left",
+                **options,
+            )
         return dict(inputs.to(self.model.device, self.model.dtype))
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
-        """Where every head looks while the model reads the last token of the expression.
+        """Where every head looks from the query token: by default, while the model reads the prompt's last token.
 
         Args:
             image: RGB picture of any size.
@@ -116,47 +191,99 @@ class LVLM:
         self, images: Sequence[Image.Image], expressions: Sequence[str], *, last_layer: int | None = None
     ) -> list[AttentionMaps]:
         """`attend` for several pairs in one forward pass, in their order."""
-        prompts = [self.prompt(expression) for expression in expressions]
+        located = [self.located_prompt(expression) for expression in expressions]
+        prompts = [prompt.text for prompt in located]
         inputs = self.encode(images, prompts)
-        rows = self._query_rows(inputs, last_layer)
-        is_image = inputs["input_ids"] == self.image_token_id  # (B, T)
+        rows = self.query_rows(inputs, self.query(located, inputs), last_layer)
         return [
-            self._maps(row[..., here.to(row.device)], image, expression, prompt)
-            for row, here, image, expression, prompt in zip(
-                rows, is_image, images, expressions, prompts, strict=True
+            self._maps(row, self.views_in(inputs, sample, image), image, expression, prompt)
+            for sample, (row, image, expression, prompt) in enumerate(
+                zip(rows, images, expressions, prompts, strict=True)
             )
         ]
 
-    def _query_rows(self, inputs: dict[str, Any], last_layer: int | None) -> list[Tensor]:
-        """Per sample `[layer, head, token]` fp32 on the CPU. One prefill; no LM head, no cache, no generation."""
+    def query(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Query:
+        """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
+        if not self.model.config.is_encoder_decoder:
+            with self._tokenizing:
+                return query_of(self.query_token, prompts, inputs, self.processor.tokenizer)
+        if self.query_token.startswith("expression"):
+            raise UsageError(
+                f"query_token={self.query_token}: {self.name} reads the expression in its encoder, whose attention "
+                "is not captured; use query_token=last (the decoder's first token) or answer_first"
+            )
+        return Query(step=int(self.query_token == "answer_first"))
+
+    def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
+        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
         try:
-            with torch.inference_mode(), capture(self.attention_modules, stop_after=last_layer) as recorder:
-                self.model.base_model(**inputs, use_cache=False)
+            with torch.inference_mode(), capture(self.attention_modules, last_layer, query) as recorder:
+                self.run(inputs, query)
         except torch.OutOfMemoryError as error:
             raise WorkError("out of memory: lower batch_size, or load the model in fewer bits") from error
-        layers = [recorder.rows[index].cpu() for index in sorted(recorder.rows)]  # each (B, H, T)
+        length = inputs["input_ids"].shape[1]
+        rows = {layer: row.cpu() for layer, row in recorder.rows.items()}
+        if not self.looks_across:
+            rows = {layer: _prompt_keys(row, length, query) for layer, row in rows.items()}
+        layers = [rows[index] for index in sorted(rows)]  # each (B, H, T)
         if not layers:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
         batch, heads, tokens = layers[0].shape
         full = torch.zeros(batch, self.num_layers, heads, tokens)
-        full[:, sorted(recorder.rows)] = torch.stack(layers, 1)
+        full[:, sorted(rows)] = torch.stack(layers, 1)
         return list(full)
 
-    def _maps(self, row: Tensor, image: Image.Image, expression: str, prompt: str) -> AttentionMaps:
-        """`row`: [layer, head, image token] of one sample."""
-        grid = self.grid(row.shape[-1], image.size)
-        maps = row.reshape(*row.shape[:2], grid.height, grid.width).numpy()
+    def run(self, inputs: dict[str, Any], query: Query) -> None:
+        """One prefill without LM head and cache; or, for the first token of the answer, greedy generation of two.
+
+        Two, because a token's attention is computed when it is read, in the step that predicts the next.
+        """
+        if query.step == 0:
+            self.model.base_model(**inputs, use_cache=False)
+        else:
+            self.model.generate(
+                **inputs,
+                max_new_tokens=query.step + 1,
+                min_new_tokens=query.step + 1,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                use_cache=True,
+            )
+
+    def _maps(
+        self, row: Tensor, views: Sequence[View], image: Image.Image, expression: str, prompt: str
+    ) -> AttentionMaps:
+        """`row`: [layer, head, key] of one sample."""
+        maps, box = read_maps(row.numpy(), views, image.size, self.view)
         return AttentionMaps(
-            attention=np.ascontiguousarray(maps, np.float32),
-            image_box=grid.image_box,
+            attention=maps,
+            image_box=box,
             image_size=image.size,
             query=expression,
             prompt=prompt,
             model=self.name,
         )
 
-    def grid(self, num_tokens: int, image_size: tuple[int, int]) -> Grid:
-        """Where an image's tokens lie; `image_size` is `(W, H)` in pixels."""
-        return grid_of(self.model.config, self.processor.image_processor, num_tokens, image_size)
+    def views(self, image: Image.Image) -> list[View]:
+        """Where the picture's tokens lie, in every rendering of it that the model gets."""
+        return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
+
+    def views_in(self, inputs: dict[str, Any], sample: int, image: Image.Image) -> list[View]:
+        """The views of one sample of an encoded batch."""
+        return views_of(EncodedImage(self.model.config, self.processor, inputs, sample, image.size))
+
+
+def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
+    """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of its call.
+
+    A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
+    keys: the attention of those that fell out is zero.
+    """
+    if query.step == 0:
+        return row
+    return torch.nn.functional.pad(row, (max(0, num_tokens + query.step - row.shape[-1]), 0))[
+        ..., :num_tokens
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -12,6 +13,10 @@ from typing import Any
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 
+log = logging.getLogger(__name__)
+
+BASE = "base"
+"""The file of `config/model/` that holds every option; the others build on it."""
 EMBEDDED = "embedded"
 """The `name` of the model inside this package."""
 
@@ -37,6 +42,7 @@ class ModelSpec:
     quantization: str | None = None
     attn_implementation: str | None = None
     pad_to_square: bool | None = None
+    conv_mode: str | None = None
     system: str | None = None
     heads: tuple[Head, ...] = field(default=())
 
@@ -50,9 +56,15 @@ class ModelSpec:
         """From a composed `model` group. Raises UsageError on unknown keys and wrong heads."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise UsageError(f"model.{min(unknown)} is no option of a model; see config/model/tiny.yaml")
-        heads = tuple(Head.parse(str(head)) for head in values.get("heads") or ())
-        return cls(**{**values, "heads": heads})
+            raise UsageError(f"model.{min(unknown)} is no option of a model; see config/model/{BASE}.yaml")
+        return cls(**{**values, "heads": _published_heads(values.get("heads"))})
+
+
+def _published_heads(names: Any) -> tuple[Head, ...]:
+    try:
+        return tuple(Head.parse(str(name)) for name in names or ())
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.heads={names}: write a list such as [14-24,14-13,14-26]") from error
 
 
 def folder_name(name: str) -> str:
@@ -62,29 +74,48 @@ def folder_name(name: str) -> str:
     ('org--some-model', 'mine')
     """
     local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    text = Path(name).expanduser().resolve().name if local else name.replace("/", "--")
+    text = local_path(name).resolve().name if local else name.replace("/", "--")
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip(".")
     return safe or "model"
 
 
+def local_path(name: str) -> Path:
+    """The path that a name would be, with `~` for a home folder."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~someone who is not known here
+        return Path(name)
+
+
 @cache
 def known_specs() -> dict[str, ModelSpec]:
-    """Every file of `config/model/`, by its stem (`tiny`, `llava`, ...)."""
+    """Every file of `config/model/` but the base, by its stem (`tiny`, `llava`, ...)."""
+    folder = files("localization_heads") / "config" / "model"
+    stems = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    base = _read(BASE)
+    return {stem: ModelSpec.from_mapping({**base, **_read(stem)}) for stem in stems if stem != BASE}
+
+
+def _read(stem: str) -> dict[str, Any]:
+    """The keys of one file, without Hydra's own."""
     from omegaconf import OmegaConf  # a Hydra dependency; not needed to import the package
 
-    folder = files("localization_heads") / "config" / "model"
-    found = {}
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".yaml"):
-            values = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-            assert isinstance(values, dict)
-            found[file.name.removesuffix(".yaml")] = ModelSpec.from_mapping(values)  # type: ignore[arg-type]
-    return found
+    text = (files("localization_heads") / "config" / "model" / f"{stem}.yaml").read_text(encoding="utf-8")
+    values = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key != "defaults"}
+
+
+def converted(name: str) -> str:
+    """The name itself, or with a notice that of the same weights in the format of transformers."""
+    if name in CONVERTED:
+        log.warning("%s is in the original LLaVA format: taking its converted twin %s", name, CONVERTED[name])
+    return CONVERTED.get(name, name)
 
 
 def find_spec(name: str) -> ModelSpec:
     """The spec of a config's stem, of a checkpoint's name, or a bare one for a checkpoint that nobody described."""
-    name = CONVERTED.get(name, name)
+    name = converted(name)
     known = known_specs()
     if name in known:
         return known[name]
@@ -100,7 +131,7 @@ def compose_spec(values: Mapping[str, Any], choice: str) -> ModelSpec:
     When `model.name` names another checkpoint than the chosen file, the file's facts (heads, padding, system
     sentence) are about the wrong model: take those of the named one and keep only what the user overrode.
     """
-    asked, chosen = ModelSpec.from_mapping(values), known_specs()[choice]
+    asked, chosen = ModelSpec.from_mapping(values), known_specs().get(choice, ModelSpec(name=""))
     if asked.name == chosen.name:
         return asked
     overrides = {f.name: getattr(asked, f.name) for f in fields(ModelSpec) if f.name != "name"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.attention import AttentionMaps
@@ -30,10 +29,24 @@ class Entries:
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
+    _keys: dict[int, bytes] = field(default_factory=dict, repr=False)
+
+    def key(self, sample: Sample) -> bytes:
+        """16 bytes that change with the sample's expression, picture or id.
+
+        Made once a run: a picture that is touched meanwhile must not lose its place.
+        """
+        if sample.line not in self._keys:
+            self._keys[sample.line] = sample_key(sample.expression, sample.image_file, sample.id)
+        return self._keys[sample.line]
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on."""
         self.failures.append(BadEntry(sample.line, sample.id, " ".join(str(reason).split())))
+
+    def in_order(self) -> list[BadEntry]:
+        """The failures by line."""
+        return sorted(self.failures, key=lambda failure: failure.line)
 
     @property
     def good(self) -> list[Sample]:
@@ -53,29 +66,25 @@ class Attended(NamedTuple):
 def select_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options ask for."""
     require(run.options, "data_file")
-    file = load_samples(scenes(run) if run["data_file"] == "scenes" else find_data_file(run["data_file"]))
+    file = load_samples(scenes(run) if run["data_file"] == "scenes" else run["data_file"])
     return Entries(*choose_range(run.options, file.samples, file.bad))
 
 
 def choose_range(
     options: Mapping[str, Any], entries: Sequence[Line], bad: Sequence[BadEntry]
 ) -> tuple[list[Line], list[BadEntry]]:
-    """All entries, or with `process_all=false` those from `start_index` up to `end_index`, bad lines counted."""
-    if options["process_all"]:
-        return list(entries), list(bad)
+    """The entries from `start_index` up to `end_index`, bad lines counted.
+
+    A range that is given is meant, whatever `process_all` says; none that is given is every entry.
+    """
     start, end = options["start_index"], options["end_index"]
+    if (start, end) == (0, -1):
+        return list(entries), list(bad)
     lines = sorted([entry.line for entry in entries] + [entry.line for entry in bad])
     chosen = set(lines[start : None if end == -1 else end])
     if not chosen:
         raise UsageError(f"start_index={start} end_index={end}: data_file has only {len(lines)} entries")
     return [entry for entry in entries if entry.line in chosen], [b for b in bad if b.line in chosen]
-
-
-def find_data_file(name: str) -> Path:
-    """`name` against the working directory; the shipped examples are also found from elsewhere."""
-    path = Path(name)
-    shipped = Path(__file__).parents[2] / name
-    return shipped if not path.exists() and path.parts[:1] == ("examples",) and shipped.is_file() else path
 
 
 def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tuple[Sample, Image.Image]]:
@@ -90,16 +99,14 @@ def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tupl
     return opened
 
 
-def attend_chunk(
-    run: Run, entries: Entries, chunk: Sequence[Sample], *, last_layer: int | None = None
+def attend(
+    run: Run,
+    entries: Entries,
+    opened: Sequence[tuple[Sample, Image.Image]],
+    *,
+    last_layer: int | None = None,
 ) -> list[Attended]:
     """The maps of a chunk. If the model cannot take it whole, one by one, so that only the culprit fails."""
-    return _attend(run, entries, open_chunk(run, entries, chunk), last_layer)
-
-
-def _attend(
-    run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Image]], last_layer: int | None
-) -> list[Attended]:
     if not opened:
         return []
     samples, images = zip(*opened, strict=True)
@@ -110,8 +117,11 @@ def _attend(
         raise  # out of memory: every chunk would fail
     except Exception as error:
         if len(opened) > 1:
-            return [found for one in opened for found in _attend(run, entries, [one], last_layer)]
-        entries.fail(samples[0], f"the model cannot take it: {type(error).__name__}: {error}")
+            return [found for one in opened for found in attend(run, entries, [one], last_layer=last_layer)]
+        known = isinstance(error, UsageError)
+        entries.fail(
+            samples[0], error if known else f"the model cannot take it: {type(error).__name__}: {error}"
+        )
         return []
     return [Attended(*found) for found in zip(samples, images, maps, strict=True)]
 
@@ -120,8 +130,3 @@ def chunks(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     """Consecutive samples, always cut at the same places, so that a resumed run forms the same batches."""
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
-
-
-def key_of(sample: Sample) -> bytes:
-    """16 bytes that change with the sample's expression, picture or id."""
-    return sample_key(sample.expression, sample.image_file, sample.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,12 +15,19 @@ from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_mask
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.metrics import mask_overlap, pointing_hit, summarize
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.options import require
-from localization_heads.stages.entries import Attended, Entries, attend_chunk, chunks, key_of, select_entries
+from localization_heads.stages.entries import (
+    Attended,
+    Entries,
+    attend,
+    chunks,
+    open_chunk,
+    select_entries,
+)
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.run import Run, check_heads
 from localization_heads.stages.single import default_id
@@ -28,6 +35,9 @@ from localization_heads.store.atomic import write_json
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import entry_path
 from localization_heads.store.result_log import ResultLog
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -42,32 +52,36 @@ class Groundings:
 
 def ground(run: Run) -> Groundings:
     """Boxes and pseudo-masks for one picture, or for every entry of `data_file` if no picture is named."""
+    alone = bool(run["image_file"] or run["query"])
+    entries = _one_entry(run) if alone else select_entries(run)
     with RunLock(run.folder):
-        entries = _one_entry(run) if run["image_file"] else select_entries(run)
-        log = ResultLog(run.folder, "ground", _settings(run))
+        log = ResultLog(run.folder, "ground_one" if alone else "ground", _settings(run))
         outcomes, drawn = _ground_all(run, entries, log)
-        path = save_predictions(run, outcomes, entries.failures)
+        path = save_predictions(run, outcomes, entries.in_order(), alone=alone)
         log.finish()
-        return Groundings(outcomes, entries.failures, [*drawn, path], {})
+        return Groundings(outcomes, entries.in_order(), [*drawn, path], {})
 
 
 def evaluate(run: Run) -> Groundings:
     """`ground` over `data_file`, scored against its true boxes and masks -> `metrics.json`."""
+    entries = _with_truth(select_entries(run))
     with RunLock(run.folder):
-        entries = _with_truth(select_entries(run))
         log = ResultLog(run.folder, "ground", _settings(run))
         outcomes, drawn = _ground_all(run, entries, log)
-        predictions = save_predictions(run, outcomes, entries.failures)
-        metrics = _score(outcomes, len(entries.failures))
+        overlaps = _overlaps(outcomes, entries)
+        outcomes = [outcome for outcome in outcomes if outcome.sample.id in overlaps]
+        predictions = save_predictions(run, outcomes, entries.in_order())
+        metrics = _score(outcomes, list(overlaps.values()), len(entries.failures))
         write_json(run.folder / "metrics.json", metrics)
         log.finish()
         paths = [*drawn, predictions, run.folder / "metrics.json"]
-        return Groundings(outcomes, entries.failures, paths, metrics)
+        return Groundings(outcomes, entries.in_order(), paths, metrics)
 
 
 def _one_entry(run: Run) -> Entries:
     require(run.options, "image_file", "query")
     id = str(run["save_id"] or default_id(run["image_file"], run["query"]))
+    entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_image(str(run["image_file"]))  # a wrong picture is wrong use here, not a failed entry
     run.lvlm.prompt(str(run["query"]))
     return Entries([Sample(str(run["image_file"]), str(run["query"]), id=id)])
@@ -79,47 +93,47 @@ def _ground_all(run: Run, entries: Entries, log: ResultLog) -> tuple[list[Outcom
     drawn: list[Path] = []
     bar = tqdm(total=len(entries.samples), desc="ground", unit="expression", disable=None)
     for chunk in chunks(entries.samples, run["batch_size"]):
-        found = _from_log(log, chunk)
-        if found is None:
-            found = [_ground_one(run, one, drawn) for one in _attend(run, entries, chunk)]
-            log.append([(key_of(outcome.sample), outcome.to_json()) for outcome in found])
+        found = _from_log(log, entries, chunk)
+        missing = {sample.line for sample in chunk} - {outcome.sample.line for outcome in found}
+        # As in `collect`: the whole chunk goes through the model or nothing of it.
+        opened = open_chunk(run, entries, chunk) if missing else []
+        if any(sample.line in missing for sample, _ in opened):
+            found = [_ground_one(run, one, drawn) for one in _attend(run, entries, opened)]
+            log.append([(entries.key(outcome.sample), outcome.to_json()) for outcome in found])
         outcomes += found
         bar.update(len(chunk))
     bar.close()
     if not outcomes:
-        raise WorkError(f"no entry could be grounded; the first: {entries.failures[0]}")
+        raise NothingDoneError("no entry could be grounded", entries.in_order())
     return outcomes, drawn
 
 
 def _settings(run: Run) -> dict[str, Any]:
     """All that a box depends on besides its sample."""
     return {
-        "model": [run.lvlm.name, run.lvlm.fingerprint, run["conv_mode"], run.lvlm.system, run.spec.dtype],
+        "model": run.model_settings,
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [run["k"], run["batch_size"], dict(run["criteria"]), dict(run["grounding"])],
     }
 
 
-def _from_log(log: ResultLog, chunk: Sequence[Sample]) -> list[Outcome] | None:
-    """The outcomes of a chunk, if all of it was finished."""
-    results = [log.get(key_of(sample)) for sample in chunk]
-    if any(result is None for result in results):
-        return None
-    return [
-        Outcome.from_json(sample, result) for sample, result in zip(chunk, results, strict=True) if result
-    ]
+def _from_log(log: ResultLog, entries: Entries, chunk: Sequence[Sample]) -> list[Outcome]:
+    """The outcomes of a chunk that are finished already."""
+    results = [(sample, log.get(entries.key(sample))) for sample in chunk]
+    return [Outcome.from_json(sample, result) for sample, result in results if result]
 
 
-def _attend(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[Attended]:
+def _attend(run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Image]]) -> list[Attended]:
     """With fixed heads the layers above the deepest one are not run."""
     heads = run.named_heads
     if heads:
         check_heads(heads, run.lvlm.num_layers, run.lvlm.num_heads)
-    return attend_chunk(run, entries, chunk, last_layer=max(head.layer for head in heads) if heads else None)
+    last_layer = max(head.layer for head in heads) if heads else None
+    return attend(run, entries, opened, last_layer=last_layer)
 
 
 def _ground_one(run: Run, one: Attended, drawn: list[Path]) -> Outcome:
-    heads = run.heads_for(head_statistics(one.maps.attention, run.criteria))
+    heads = run.named_heads or run.own_heads(head_statistics(one.maps.attention, run.criteria))
     grounding = ground_maps(one.maps, heads, run.grounding)
     limit = run["visualize_limit"] if run["visualize_batch"] else 0
     if limit is None or len(drawn) < limit:
@@ -151,7 +165,9 @@ def _with_truth(entries: Entries) -> Entries:
         except (UsageError, WorkError) as error:
             entries.fail(sample, error)
     if not samples:
-        raise UsageError(f"stage=evaluate needs entries with bbox or mask; the first: {entries.failures[0]}")
+        raise UsageError(
+            f"stage=evaluate needs entries with bbox or mask; the first: {entries.in_order()[0]}"
+        )
     return Entries(samples, entries.failures)
 
 
@@ -164,14 +180,27 @@ def _mask_box(sample: Sample) -> Box:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def _score(outcomes: Sequence[Outcome], num_failed: int) -> dict[str, Any]:
-    overlaps = [overlap for outcome in outcomes if (overlap := _overlap(outcome)) is not None]
+def _overlaps(outcomes: Sequence[Outcome], entries: Entries) -> dict[str, tuple[int, int] | None]:
+    """By id; an entry whose true mask cannot be read is put aside."""
+    overlaps = {}
+    for outcome in outcomes:
+        try:
+            overlaps[outcome.sample.id] = _overlap(outcome)
+        except UsageError as error:
+            entries.fail(outcome.sample, error)
+    return overlaps
+
+
+def _score(
+    outcomes: Sequence[Outcome], overlaps: Sequence[tuple[int, int] | None], num_failed: int
+) -> dict[str, Any]:
+    known = [overlap for overlap in overlaps if overlap is not None]
     return summarize(
         [outcome.iou or 0.0 for outcome in outcomes],
         pointing=[
             pointing_hit(outcome.point, outcome.sample.bbox) for outcome in outcomes if outcome.sample.bbox
         ],
-        overlaps=overlaps or None,
+        overlaps=known or None,
         num_failed=num_failed,
     )
 

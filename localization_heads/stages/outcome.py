@@ -13,6 +13,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.grounding.maps import Grounding, Point
 from localization_heads.stages.run import Run
+from localization_heads.store.paths import entry_path
 from localization_heads.store.predictions import Prediction, write_predictions
 
 
@@ -56,9 +57,17 @@ def outcome_of(sample: Sample, grounding: Grounding) -> Outcome:
     return Outcome(sample, prediction, grounding.point)
 
 
-def save_predictions(run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry]) -> Path:
-    """Every entry has its line: those that worked in file order, then those that failed, with the reason."""
+def save_predictions(
+    run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry], *, alone: bool = False
+) -> Path:
+    """Every entry has its line: those that worked in file order, then those that failed, with the reason.
+
+    Args:
+        alone: the one entry is no data set: its line must not replace a data set's predictions.jsonl.
+    """
     path = run.folder / "predictions.jsonl"
+    if alone:
+        path = entry_path(run.attention_folder, outcomes[0].sample.id, "_prediction.jsonl")
     failed = [Prediction(id=bad.id or f"line_{bad.line}", error=bad.reason) for bad in failures]
     write_predictions(path, [*(outcome.prediction for outcome in outcomes), *failed])
     return path

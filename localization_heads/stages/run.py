@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.model import LVLM
 
 log = logging.getLogger(__name__)
+
+SMALL_MODEL = 50_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,27 @@ class Run:
         from localization_heads.lvlm.loading import load_model
 
         torch.manual_seed(self["random_seed"])
-        return load_model(self.spec, device=self["device"], conv_mode=self["conv_mode"])
+        lvlm = load_model(
+            self.spec,
+            device=self["device"],
+            conv_mode=self["conv_mode"],
+            query_token=self["query_token"],
+            view=self["view"],
+        )
+        if threads := self["num_threads"] or small_model_threads(lvlm.num_parameters):
+            torch.set_num_threads(threads)
+        return lvlm
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """All that the maps of a sample depend on besides the sample, as JSON values."""
+        weights = [self.lvlm.name, self.lvlm.fingerprint, self.spec.dtype, self.spec.quantization]
+        return {
+            "weights": weights,
+            "kernel": self.spec.attn_implementation,
+            "pad_to_square": self.spec.pad_to_square,
+            "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
+        }
 
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
@@ -88,6 +111,7 @@ class Run:
 
     def own_heads(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads that one sample picks by itself (the paper's "greedy"); its first head if none passes."""
+        check_criteria(self.criteria, len(statistics.attention_sum))
         return greedy_heads(statistics, self.criteria, self["k"]) or [Head(self.criteria.exclude_layers, 0)]
 
     def heads_for(self, statistics: HeadStatistics) -> list[Head]:
@@ -95,18 +119,32 @@ class Run:
         return list(self.named_heads or self.own_heads(statistics))
 
 
+def small_model_threads(num_parameters: int) -> int | None:
+    """One thread for a model that is too small to share out, None (torch's choice) for the others.
+
+    The threads of a small layer spend their time waiting for each other; on a busy machine that made the embedded
+    model twenty times slower. `OMP_NUM_THREADS` is respected.
+    """
+    return 1 if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ else None
+
+
 def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
-    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder."""
+    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder.
+
+    None where neither is there: a heads.json of another model says nothing about this one.
+    """
     if published := find_spec(model).heads:
         return published[:k]
     latest = folder / "heads.json"
-    return tuple(load_ranking(latest).top(k)) if latest.is_file() else None
+    if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
+        return None
+    return tuple(head.address for head in ranking.kept[:k]) or None
 
 
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
     if isinstance(value, str) and value.endswith(".json"):
-        return tuple(load_ranking(Path(value)).top(k))
+        return _best_of(Path(value), k)
     names = value if isinstance(value, (list, tuple)) else [value]
     try:
         heads = tuple(Head.parse(str(name)) for name in names)
@@ -116,7 +154,24 @@ def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
         ) from error
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
+    if twice := [str(head) for i, head in enumerate(heads) if head in heads[:i]]:
+        raise UsageError(f"heads names {twice[0]} twice: name each head once")
     return heads
+
+
+def _best_of(path: Path, k: int) -> tuple[Head, ...]:
+    ranking = load_ranking(path)
+    if len(ranking.kept) < k:
+        raise UsageError(f"k={k}: {path} lists only {len(ranking.kept)} heads")
+    return tuple(ranking.top(k))
+
+
+def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
+    """Raises UsageError if no layer is left to choose heads from."""
+    if criteria.exclude_layers >= num_layers:
+        raise UsageError(
+            f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
+        )
 
 
 def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:

@@ -6,26 +6,35 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.images import load_image
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.analysis import analysis_rows, greedy_heads
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options import require
-from localization_heads.stages.run import Run, check_heads, known_heads
+from localization_heads.stages.run import Run, check_criteria, check_heads, known_heads
 from localization_heads.store.atomic import writable_folder
-from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
-from localization_heads.store.paths import analysis_path, attention_path, side_path
+from localization_heads.store.attention_files import (
+    load_analysis,
+    load_attention,
+    save_analysis,
+    save_attention,
+)
+from localization_heads.store.paths import ATTENTION_FORMATS, analysis_path, attention_path, side_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
+
+OUTPUTS = Path("outputs/localization_heads")
+"""Where the finder writes unless `output_dir` says otherwise; a folder a model."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +77,33 @@ def analyze(run: Run) -> Analysed:
     return analyse_file(run, load_attention(path), path)
 
 
-def analyse_file(run: Run, maps: AttentionMaps, path: Path) -> Analysed:
+def analyse_file(run: Run, maps: AttentionMaps, path: Path, *, replace: bool = True) -> Analysed:
+    """Analyse the maps; without `replace`, an analysis that is on the disk already stays as it is."""
+    check_criteria(run.criteria, maps.num_layers)
     statistics = head_statistics(maps.attention, run.criteria)
     rows = analysis_rows(statistics, run.criteria)
-    save_analysis(rows, analysis_path(path))
+    if replace or not _is_analysis(analysis_path(path)):
+        save_analysis(rows, analysis_path(path))
     return Analysed(maps, statistics, rows, analysis_path(path))
+
+
+def _is_analysis(path: Path) -> bool:
+    try:
+        load_analysis(path)
+    except (UsageError, WorkError):
+        return False
+    return True
 
 
 def visualize(run: Run) -> Visualised:
     """The picture, the maps of its top heads and the combined map with its box, as a figure."""
-    analysed, path = analyze(run), find_attention_file(run["attention_file"])
-    heads = run.named_heads
+    require(run.options, "attention_file")
+    path = find_attention_file(run["attention_file"])
+    analysed = analyse_file(run, load_attention(path), path, replace=False)
     if run["heads"] == "auto":  # the file may be of another model than model= names: take those of its own
         heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
+    else:
+        heads = run.named_heads
     return draw(run, analysed, path, heads=heads or run.own_heads(analysed.statistics))
 
 
@@ -99,8 +122,8 @@ def draw(
 
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
-    grounding = ground_maps(maps, chosen, run.grounding)
     check_heads(chosen, maps.num_layers, maps.num_heads)
+    grounding = ground_maps(maps, chosen, run.grounding)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     image = picture_of(maps)
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
@@ -125,10 +148,11 @@ def top_heads(
 
 
 def picture_of(maps: AttentionMaps) -> Image.Image | None:
-    """The picture that the maps are of, or None if it is not there any more."""
+    """The picture that the maps are of, or None, with a note, if it is not there any more."""
     try:
         return load_image(maps.image_file) if maps.image_file else None
-    except UsageError:
+    except (UsageError, WorkError) as error:
+        log.warning("drawing without the picture: %s", error)
         return None
 
 
@@ -142,13 +166,30 @@ def find_attention_file(name: str) -> Path:
     if path.is_file():
         return path
     if path.parent.name == "attention":
-        twins = sorted(path.parent.parent.parent.glob(f"*/attention/{path.name}"))
+        twins = sorted(path.parent.parent.parent.glob(f"*/attention/{escape(path.name)}"))
         if len(twins) == 1:
             log.warning("there is no %s: taking %s", path, twins[0])
             return twins[0]
+        if twins:
+            raise UsageError(f"attention_file={name}: there is no such file; {_choose(twins)}")
     raise UsageError(
         f"attention_file={name}: there is no such file; stage=collect or stage=batch writes them"
     )
+
+
+def attention_file_of(id: str) -> Path:
+    """The attention file of that id, whatever model it is of. UsageError if there is none, or several."""
+    endings = ATTENTION_FORMATS.values()
+    found = [path for ending in endings for path in OUTPUTS.glob(f"*/attention/{escape(id)}{ending}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"names no attention_file; {_choose(sorted(found))}")
+    raise UsageError(f"names no attention_file, and there is no {OUTPUTS}/*/attention/{id}.pkl")
+
+
+def _choose(paths: Sequence[Path]) -> str:
+    return f"name one of {', '.join(map(str, paths[:5]))}"
 
 
 def default_id(image_file: str, query: str) -> str:

@@ -89,7 +89,7 @@ class ArrayParts:
     @classmethod
     def strided(cls, numbers: np.ndarray, offset: object, size: object, stride: object) -> ArrayParts:
         """A tensor: element `i, j, ...` is `numbers[offset + i * stride[0] + j * stride[1] + ...]`."""
-        shape, steps = _sizes(size), _sizes(stride)
+        shape, steps = _sizes(size), _whole_numbers(stride)
         if len(shape) != len(steps) or type(offset) is not int or offset < 0:
             raise ArrayRefusedError("a tensor with an unknown layout")
         last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
@@ -112,14 +112,20 @@ class ArrayParts:
 
 
 def _sizes(value: object) -> tuple[int, ...]:
-    """A tuple of sizes, checked so that no product of them can overflow or ask for absurd memory."""
+    """A tuple of sizes, checked so that their product asks for no absurd memory."""
+    sizes = _whole_numbers(value)
+    if math.prod(sizes) > MAX_ELEMENTS:
+        raise ArrayRefusedError("an array with too many numbers")
+    return sizes
+
+
+def _whole_numbers(value: object) -> tuple[int, ...]:
+    """A short tuple of numbers that cannot overflow."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         raise ArrayRefusedError("an array with an unknown shape")
     for size in value:
         if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
             raise ArrayRefusedError("an array with an unknown shape")
-    if math.prod(value) > MAX_ELEMENTS:
-        raise ArrayRefusedError("an array with too many numbers")
     return value
 
 

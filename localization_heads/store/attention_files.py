@@ -182,7 +182,8 @@ def _stacked(content: Any) -> np.ndarray:
         )
     if len({layer.shape for layer in layers}) != 1:
         raise _MalformedError("the layers differ in shape")
-    return np.stack(layers)
+    one_sample_each = all(layer.ndim == 4 and layer.shape[0] == 1 for layer in layers)  # [1, H, 1, P*P]
+    return np.concatenate(layers) if one_sample_each else np.stack(layers)
 
 
 def _square_maps(attention: np.ndarray) -> np.ndarray:

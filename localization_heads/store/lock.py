@@ -19,7 +19,7 @@ class RunLock:
 
     A second run on the folder gets a UsageError at once instead of waiting. The system drops the lock when
     the process ends, however it ends, so a kill leaves nothing to clear. Taking it clears the temporary files
-    of killed runs from the folder and from `attention/` in it.
+    of killed runs from the folder and from `attention/` and `statistics/` in it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -39,8 +39,8 @@ class RunLock:
         except (OSError, NotImplementedError) as error:
             raise UsageError(f"cannot lock {self.folder} ({error}): choose another output_dir") from error
         self._lock = lock
-        for folder in (self.folder, self.folder / "attention"):
-            remove_leftovers(folder)
+        for name in ("", "attention", "statistics"):
+            remove_leftovers(self.folder / name)
         return self
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ ATTENTION_FORMATS = {"pkl": ".pkl", "safetensors": ".safetensors"}
 SIDE_SUFFIXES = ("_analysis", "_metadata")
 """`<id>_analysis.pkl` and `<id>_metadata.pkl` lie beside `<id>.pkl`: what an id must not make of another."""
 
-MAX_ID_BYTES = 255 - len("_components_L9999H9999.png")
+MAX_ID_BYTES = 255 - len("_visualization_L9999H9999.png")
 """File systems allow 255 bytes a name, and the longest one made from an id ends like this."""
 
 

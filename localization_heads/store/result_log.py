@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from localization_heads.errors import WorkError
 from localization_heads.store.atomic import write_bytes
 
 
@@ -30,10 +31,13 @@ class ResultLog:
     def append(self, results: Sequence[tuple[bytes, dict[str, Any]]]) -> None:
         """Add finished results; they are on the disk on return."""
         lines = [json.dumps({"key": key.hex(), "result": result}, allow_nan=False) for key, result in results]
-        with self.path.open("ab") as file:
-            file.write("".join(line + "\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("ab") as file:
+                file.write("".join(line + "\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise WorkError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._results.update((key.hex(), result) for key, result in results)
 
     def finish(self) -> None:
@@ -41,12 +45,26 @@ class ResultLog:
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        """The sound lines; a line that a kill cut off is dropped from the file, so that the next starts clean."""
+        """The sound lines. One that a kill cut off or a disk damaged is dropped, and its work done again."""
         if not self.path.is_file():
             return {}
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
+        sound = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n") and _parse(line)]
+        if (whole := b"".join(sound)) != content:
             write_bytes(self.path, whole)
-        entries = [json.loads(line) for line in whole.splitlines()]
+        entries = [entry for line in sound if (entry := _parse(line))]
         return {entry["key"]: entry["result"] for entry in entries}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of the log, None if it is none."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    complete = (
+        isinstance(entry, dict)
+        and isinstance(entry.get("key"), str)
+        and isinstance(entry.get("result"), dict)
+    )
+    return entry if complete else None

@@ -24,7 +24,7 @@ from localization_heads.store.arrays import ArrayParts, ArrayRefusedError, TypeP
 
 MAX_FILE_BYTES = 4 << 30
 MAX_INSTRUCTIONS = 1_000_000  # an analysis of 10,000 heads takes 250,000
-MAX_VALUES = 1_000_000
+MAX_VALUES = 400_000
 MAX_DEPTH = 16
 
 

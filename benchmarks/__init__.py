@@ -1,0 +1,1 @@
+"""Two ways of doing one thing, timed in one run: `python -m benchmarks`. Not installed."""

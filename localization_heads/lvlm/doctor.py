@@ -1,0 +1,269 @@
+"""`examine`: what was found out about a model, on one picture and one expression, for a person to judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm.capture import attention_modules, decoder_layers
+from localization_heads.lvlm.families import FAMILIES
+from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.row import Query
+
+SMALL = 1_000_000_000
+"""Weights up to which the captured attention is compared with eager attention unasked."""
+TOLERANCE = {torch.float32: 1e-4}
+ROUGH = 0.05  # what rounding does to a row in 16 bits or less
+
+
+class Piece(NamedTuple):
+    """A stretch of the prompt. `kind`: text, image (a run of image tokens) or query (a query token)."""
+
+    text: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """Captured against eager attention. `difference` is None where they were not compared; `note` says why."""
+
+    difference: float | None
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What `stage=doctor` shows.
+
+    Args:
+        facts: name and value, in the order of printing.
+        pieces: the prompt with its query tokens.
+        query: what the query tokens are, in words.
+        views: empty where they could not be told; `problem` says why.
+        unplaced: image tokens that no view holds (newlines, means); None where the keys are not the prompt's.
+    """
+
+    facts: list[tuple[str, str]]
+    pieces: list[Piece]
+    query: str
+    views: list[View]
+    unplaced: int | None
+    problem: str | None
+    check: Check
+
+    @property
+    def is_well(self) -> bool:
+        return self.problem is None and self.check.passed
+
+
+def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None = None) -> Examination:
+    """Look at a model from all sides.
+
+    Args:
+        check: whether to compare with eager attention; None does so for small models.
+
+    Raises:
+        UsageError: an expression that cannot be asked.
+    """
+    prompt = lvlm.located_prompt(expression)
+    inputs = lvlm.encode([image], [prompt.text])
+    query = lvlm.query([prompt], inputs)
+    ids = inputs["input_ids"][0].tolist()
+    views, problem = _views(lvlm, inputs, image)
+    return Examination(
+        facts=[*_architecture(lvlm), *_tokens(lvlm, ids)],
+        pieces=list(_pieces(lvlm, ids, query)),
+        query=_in_words(lvlm, query, len(ids)),
+        views=views,
+        unplaced=None if lvlm.looks_across or not views else _unplaced(lvlm, ids, views),
+        problem=problem,
+        check=_check(lvlm, inputs, query, check),
+    )
+
+
+def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
+    model, config = lvlm.model, lvlm.model.config
+    family = "verified" if config.model_type in FAMILIES else "NOT verified: square grid over the whole image"
+    weights = sum(p.numel() for p in model.parameters())
+    decoder = type(decoder_layers(model)[0]).__name__
+    heads = config.get_text_config()
+    seen = "all" if len(lvlm.attention_modules) == lvlm.num_layers else ranges(sorted(lvlm.attention_modules))
+    across = ", through cross-attention" if lvlm.looks_across else ""
+    yield "model", lvlm.name
+    yield "family", f"{config.model_type} ({family})"
+    yield "class", f"{type(model).__name__}; its decoder's layers are {decoder}"
+    yield "weights", f"{weights:,} in {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    yield (
+        "layers",
+        f"{lvlm.num_layers} (0 to {lvlm.num_layers - 1}); with heads that see the image: {seen}{across}",
+    )
+    yield (
+        "heads",
+        f"{lvlm.num_heads} a layer, on {getattr(heads, 'num_key_value_heads', None) or lvlm.num_heads} keys",
+    )
+    yield "attention", str(config.get_text_config()._attn_implementation or config._attn_implementation)
+    yield "known heads", " ".join(map(str, lvlm.known_heads)) or "none published"
+
+
+def _tokens(lvlm: LVLM, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+    places = [position for position, id in enumerate(ids) if id == lvlm.image_token_id]
+    coder = lvlm.processor.tokenizer
+    yield "image token", f"{coder.convert_ids_to_tokens(lvlm.image_token_id)} (id {lvlm.image_token_id})"
+    yield "in a prompt", lvlm.image_text or "nothing: the processor puts the image before the text"
+    yield "image tokens", f"{len(places)} of {len(ids)} tokens, at {ranges(places)}" if places else "none"
+    yield "prompt", f"conv_mode={lvlm.conv_mode}{'' if lvlm.image_comes_first else ', IMAGE AFTER THE TEXT'}"
+
+
+def _in_words(lvlm: LVLM, query: Query, length: int) -> str:
+    kind = f"query_token={lvlm.query_token}"
+    if query.step:
+        return f"{kind}: the first token of the answer, which follows the prompt"
+    if lvlm.model.config.is_encoder_decoder:
+        return f"{kind}: the decoder's first token; the prompt is read by the encoder"
+    places = _positions(query, length)
+    return f"{kind}: token {ranges(places)} of 0-{length - 1}"
+
+
+def _positions(query: Query, length: int) -> list[int]:
+    """Query positions of the only sample."""
+    return [length - 1] if query.positions is None else query.positions[0].tolist()
+
+
+def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
+    """The prompt as it was tokenized: image tokens counted, query tokens marked."""
+    marked = set() if query.step or lvlm.model.config.is_encoder_decoder else set(_positions(query, len(ids)))
+    coder = lvlm.processor.tokenizer
+
+    def kind(position: int) -> str:
+        return "query" if position in marked else "image" if ids[position] == lvlm.image_token_id else "text"
+
+    for name, group in groupby(range(len(ids)), kind):
+        run = [ids[position] for position in group]
+        if name == "image":
+            yield Piece(f"{coder.convert_ids_to_tokens(run[0])} x {len(run)}", name)
+        else:
+            yield Piece(coder.decode(run, clean_up_tokenization_spaces=False), name)
+    if query.step:
+        yield Piece("(first token of the answer)", "query")
+
+
+def _views(lvlm: LVLM, inputs: dict[str, Any], image: Image.Image) -> tuple[list[View], str | None]:
+    try:
+        return lvlm.views_in(inputs, 0, image), None
+    except UsageError as error:
+        return [], str(error)
+
+
+def _unplaced(lvlm: LVLM, ids: Sequence[int], views: Sequence[View]) -> int:
+    placed = {int(key) for view in views for key in view.index.flat}
+    return sum(id == lvlm.image_token_id for position, id in enumerate(ids) if position not in placed)
+
+
+def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None) -> Check:
+    weights = sum(p.numel() for p in lvlm.model.parameters())
+    unwanted = wanted is False or (wanted is None and weights > SMALL)
+    try:
+        return _capture_only(lvlm, inputs, query) if unwanted else compare(lvlm, inputs, query)
+    except (WorkError, UsageError, RuntimeError, ValueError) as error:
+        return Check(None, False, f"failed: {' '.join(str(error).split())[:300]}")
+
+
+def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
+    """Whether every layer was seen; a layer that computes its attention in a way of its own stays zero."""
+    rows = lvlm.query_rows(inputs, query, None)[0]  # (layer, head, key)
+    silent = [layer for layer in sorted(lvlm.attention_modules) if not rows[layer].any()]
+    if silent:
+        return Check(None, False, f"no attention was seen in layers {ranges(silent)}")
+    return Check(
+        None, True, "every layer was seen; not compared with eager attention (doctor.check=true does so)"
+    )
+
+
+def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
+    """The largest difference in a batch between captured rows and those that eager attention returns."""
+    captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
+    truth = eager_rows(lvlm, inputs, query)
+    length = captured.shape[-1]
+    gaps = [(captured[:, layer] - _fit(row, length)).abs().max().item() for layer, row in truth.items()]
+    limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
+    worst = max(gaps)
+    return Check(worst, worst <= limit, f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}")
+
+
+def _fit(row: Tensor, length: int) -> Tensor:
+    """Keys `[B, H, K]` of a decoding step, brought to the prompt's: the answer's left out, forgotten ones zero."""
+    extra = max(0, length + 1 - row.shape[-1]) if row.shape[-1] != length else 0
+    return nn.functional.pad(row, (extra, 0))[..., :length]
+
+
+def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> dict[int, Tensor]:
+    """Rows (B, H, K) by layer of the weights that each attention module itself returns under eager attention."""
+    rows: dict[int, Tensor] = {}
+    calls: dict[int, int] = {}
+
+    def keep(layer: int, output: Any) -> None:
+        call = calls[layer] = calls.get(layer, -1) + 1
+        if call == query.step:
+            rows[layer] = _mean_row(output[1].float().cpu(), query)
+
+    modules = attention_modules(lvlm.model)
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, layer=layer: keep(layer, output))
+        for layer, module in modules.items()
+    ]
+    try:
+        with torch.inference_mode(), eager(lvlm.model):
+            lvlm.run(inputs, query)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rows
+
+
+def _mean_row(weights: Tensor, query: Query) -> Tensor:
+    """(B, H, Q, K) -> (B, H, K): the obvious way, sample by sample."""
+    if query.positions is None:
+        return weights[:, :, -1]
+    share = torch.ones(query.positions.shape) if query.weights is None else query.weights
+    rows = [
+        (weights[b][:, places] * share[b][:, None]).sum(1)  # (H, n, K) -> (H, K)
+        for b, places in enumerate(query.positions.tolist())
+    ]
+    return torch.stack(rows)
+
+
+@contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """Eager attention for a while, in every part of the model; then each part's own again."""
+    own = {
+        id(module.config): (module.config, module.config._attn_implementation)
+        for module in model.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation")
+    }
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for config, implementation in own.values():
+            config._attn_implementation_internal = implementation
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers in rising order, runs drawn together.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs = [[n for _, n in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(parts if len(parts) <= 8 else [*parts[:4], f"... ({len(parts)} runs)", *parts[-2:]])

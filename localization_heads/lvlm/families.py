@@ -1,0 +1,247 @@
+"""How each model family turns a picture into tokens: one small function a family, from an encoded image to views.
+
+The facts come from the families' processors and modelling code in transformers 5.23; `tests/test_families.py`
+checks them against the pixels. Grids and tiles are row-major throughout.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.geometry import (
+    EncodedImage,
+    View,
+    canvas_box,
+    cropped_box,
+    even_view,
+    fitted_size,
+    grid,
+    image_token_id,
+    mosaic,
+    padded_box,
+    patches_of,
+    seen_box,
+    square,
+    tile_edges,
+    upscaling_limit,
+    whole_box,
+)
+from localization_heads.lvlm.tiled_families import anyres, cohere, idefics3, internvl, lfm2, llama4, ovis2
+
+log = logging.getLogger(__name__)
+
+Family = Callable[[EncodedImage], list[View]]
+Positions = NDArray[np.intp]
+
+_NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
+REFUSED = {
+    "aria": _NO_GRID,
+    "blip-2": _NO_GRID,
+    "idefics": _NO_GRID,
+    "idefics2": _NO_GRID,
+    "instructblip": _NO_GRID,
+    "kosmos-2": _NO_GRID,
+    "kosmos-2.5": _NO_GRID,
+}
+"""Model types without a grid of image tokens, and why."""
+
+ADDS_IMAGE_ITSELF = {"florence2"}
+"""Model types whose processor puts the image before the text: their prompts name none."""
+
+
+def views_of(image: EncodedImage) -> list[View]:
+    """Where one image's tokens lie, in every rendering of the picture that the model gets.
+
+    Raises:
+        UsageError: the family has no grid of image tokens, or the token count is not what its geometry says.
+    """
+    return FAMILIES.get(image.config.model_type, unknown)(image)
+
+
+def check_family(config: Any) -> None:
+    """Before any weights are fetched: refuse a family without a grid, warn of one that nobody has verified.
+
+    Raises:
+        UsageError: the family is refused, or has no image tokens to find.
+    """
+    name = config.model_type
+    if name in REFUSED:
+        raise UsageError(f"model type '{name}' cannot be used: {REFUSED[name]}")
+    if name not in FAMILIES:
+        image_token_id(config)
+        log.warning(
+            "model type '%s' is not among the verified families: its image tokens are taken for a square grid over "
+            "the whole image, which nobody has checked",
+            name,
+        )
+
+
+def unknown(image: EncodedImage) -> list[View]:
+    """A fair try: one unbroken run of image tokens, as many as a square grid has, over the whole image."""
+    tokens = image.tokens
+    run = tokens.size > 0 and int(tokens[-1] - tokens[0]) + 1 == tokens.size
+    if not run or math.isqrt(tokens.size) ** 2 != tokens.size:
+        raise UsageError(
+            f"model type '{image.config.model_type}' is not known here (known: {', '.join(sorted(FAMILIES))}), and "
+            f"its {tokens.size} image tokens are no single square grid: their places cannot be told"
+        )
+    return [even_view("whole", square(tokens), whole_box(image.image_size))]
+
+
+def llava(image: EncodedImage) -> list[View]:
+    """LLaVA-1.5 and its kin: a square grid over a picture that is padded to a square, cropped, or squeezed.
+
+    Pixtral 12B is a LLaVA by name with a tower for pictures of any size.
+    """
+    if getattr(image.config.vision_config, "model_type", "") == "pixtral":
+        return pixtral(image)
+    ip, size = image.image_processor, image.image_size
+    box = cropped_box(ip, padded_box(size) if getattr(ip, "do_pad", False) else whole_box(size))
+    return [even_view("whole", index := square(image.tokens), seen_box(image.config, index, box))]
+
+
+def whole_square(image: EncodedImage) -> list[View]:
+    """PaliGemma, Gemma 3n: a square grid over the picture, squeezed into a square."""
+    index = square(image.tokens)
+    return [even_view("whole", index, seen_box(image.config, index, whole_box(image.image_size)))]
+
+
+def deepseek(image: EncodedImage) -> list[View]:
+    """DeepSeek-VL, Janus: the longer side is fitted to the square, the shorter one padded on both sides."""
+    ip, (W, H) = image.image_processor, image.image_size
+    if not getattr(ip, "do_pad", True):
+        return whole_square(image)
+    scale = ip.size["height"] / max(W, H)
+    resized = max(round(W * scale), ip.min_size), max(round(H * scale), ip.min_size)
+    side = max(resized)
+    offset = (side - resized[0]) // 2, (side - resized[1]) // 2
+    box = canvas_box((W, H), resized, (side, side), offset)
+    index = square(image.tokens)
+    return [even_view("whole", index, seen_box(image.config, index, box))]
+
+
+def qwen(image: EncodedImage) -> list[View]:
+    """Qwen-VL from 2 on, GLM-4V: the picture at nearly its own size, patches merged `merge x merge`."""
+    return [even_view("whole", _merged_grid(image), whole_box(image.image_size))]
+
+
+def _merged_grid(image: EncodedImage) -> Positions:
+    _, rows, columns = image.row("image_grid_thw")  # in patches, before merging
+    merge = image.image_processor.merge_size
+    return grid(image.tokens, rows // merge, columns // merge)
+
+
+def kimi(image: EncodedImage) -> list[View]:
+    """Kimi K2.5: shrunk if too large, then padded to whole cells on the right and below."""
+    ip, (W, H) = image.image_processor, image.image_size
+    index, patch, most = _merged_grid(image), ip.patch_size, ip.size["max_height"] * ip.patch_size
+    patches = max(1, H // patch) * max(1, W // patch)
+    scale = min(1.0, math.sqrt(ip.max_patches / patches), most / H, most / W)
+    resized = min(max(1, int(W * scale)), most), min(max(1, int(H * scale)), most)
+    cell = patch * ip.merge_size
+    canvas = index.shape[1] * cell, index.shape[0] * cell
+    return [even_view("whole", index, canvas_box((W, H), resized, canvas))]
+
+
+def pixtral(image: EncodedImage) -> list[View]:
+    """Pixtral, Mistral 3: the picture at nearly its own size; the tokens that break lines have other ids."""
+    height, width = image.row("image_sizes")  # after resizing, in pixels
+    cell = image.config.vision_config.patch_size * getattr(image.config, "spatial_merge_size", 1)
+    return [
+        even_view("whole", grid(image.tokens, height // cell, width // cell), whole_box(image.image_size))
+    ]
+
+
+def gemma3(image: EncodedImage) -> list[View]:
+    """Gemma 3: the picture squeezed into a square; with pan and scan, crops along its longer side as well."""
+    (W, H), each = image.image_size, image.config.mm_tokens_per_image
+    whole, rest = image.tokens[:each], image.tokens[each:]
+    views = [even_view("whole", square(whole), whole_box(image.image_size))]
+    if rest.size:
+        crops, cells = rest.size // each, math.isqrt(each)
+        rows, columns = (1, crops) if W >= H else (crops, 1)
+        index = mosaic(rest, rows, columns)
+        views.append(View("tiles", index, _crop_edges(W, columns, cells), _crop_edges(H, rows, cells)))
+    return views
+
+
+def _crop_edges(length: int, crops: int, cells: int) -> NDArray[np.float64]:
+    """Crops are rounded up to whole pixels, so that the last one is narrower."""
+    size = math.ceil(length / crops)
+    borders = np.minimum(np.arange(crops + 1) * size, length)
+    return np.interp(np.arange(crops * cells + 1) / cells, np.arange(crops + 1), borders)
+
+
+def gemma4(image: EncodedImage) -> list[View]:
+    """Gemma 4: the picture at its own aspect; `image_position_ids` number its patches before pooling."""
+    columns, rows = (int(n) + 1 for n in image.inputs["image_position_ids"][image.sample].amax(0))
+    pool = image.config.vision_config.pooling_kernel_size
+    index = grid(image.tokens, rows // pool, columns // pool)
+    return [even_view("whole", index, whole_box(image.image_size))]
+
+
+def mllama(image: EncodedImage) -> list[View]:
+    """Llama 3.2 Vision: the keys are those of cross-attention, tile after tile, a class token before each."""
+    vision, tile = image.config.vision_config, image.image_processor.size["height"]
+    rows, columns = vision.supported_aspect_ratios[image.row("aspect_ratio_ids")[0] - 1]
+    cells, covered = patches_of(vision)
+    keys = np.arange(rows * columns * (cells * cells + 1)).reshape(rows * columns, -1)[:, 1:]
+    canvas = columns * tile, rows * tile
+    limit = upscaling_limit(image.image_size, tile, canvas)
+    x0, y0, x1, y1 = canvas_box(image.image_size, fitted_size(image.image_size, limit), (tile, tile))
+    x_edges, y_edges = tile_edges(columns, cells, covered), tile_edges(rows, cells, covered)
+    index = mosaic(keys.reshape(-1), rows, columns)
+    return [View("whole", index, x_edges * (x1 - x0) + x0, y_edges * (y1 - y0) + y0)]
+
+
+def florence2(image: EncodedImage) -> list[View]:
+    """Florence-2: the keys are the encoder's; the first image token is the mean of the others.
+
+    Its four strided convolutions centre a token 15.5 of 768 pixels left of and above the middle of its 32, so the
+    cells' borders are moved by as much, but for the outermost.
+    """
+    view = even_view("whole", square(image.tokens[1:]), whole_box(image.image_size))
+    shift = 15.5 / image.image_processor.size["height"]
+    for edges, length in zip((view.x_edges, view.y_edges), image.image_size, strict=True):
+        edges[1:-1] -= shift * length
+    return [view]
+
+
+FAMILIES: dict[str, Family] = {
+    "aya_vision": cohere,
+    "cohere2_vision": cohere,
+    "deepseek_vl": deepseek,
+    "deepseek_vl_hybrid": deepseek,
+    "florence2": florence2,
+    "gemma3": gemma3,
+    "gemma3n": whole_square,
+    "gemma4": gemma4,
+    "glm4v": qwen,
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "janus": deepseek,
+    "kimi_k25": kimi,
+    "lfm2_vl": lfm2,
+    "llama4": llama4,
+    "llava": llava,
+    "llava_next": anyres,
+    "llava_onevision": anyres,
+    "mistral3": pixtral,
+    "mllama": mllama,
+    "ovis2": ovis2,
+    "paligemma": whole_square,
+    "qwen2_5_vl": qwen,
+    "qwen2_vl": qwen,
+    "qwen3_5": qwen,
+    "qwen3_vl": qwen,
+    "smolvlm": idefics3,
+    "vipllava": llava,
+}
+"""The verified families, by `model_type`."""

@@ -1,0 +1,509 @@
+"""`visualize_attention.py` and `cli_llava.py` as a user meets them."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from front import Front, Result, draw_picture, fronts, one_line, stub_figures, write_lines
+from PIL import Image
+
+from localization_heads.apps import terminal
+from localization_heads.attention import AttentionMaps
+from localization_heads.lvlm import answering
+from localization_heads.lvlm.model import LVLM
+from localization_heads.store.attention_files import load_attention, save_attention
+
+ROOT = Path(__file__).parents[1]
+LAYERS, HEADS = 5, 4
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    """A picture, and two attention files of no model in particular."""
+    draw_picture(tmp_path / "cat.png")
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        maps = AttentionMaps(
+            attention=rng.dirichlet(np.full(36, 0.2), (LAYERS, HEADS))
+            .astype("f4")
+            .reshape(LAYERS, HEADS, 6, 6),
+            image_box=(0.0, -8.0, 64.0, 56.0),
+            image_size=(64, 48),
+            image_file="cat.png",
+            query="the dog",
+            id=name,
+        )
+        save_attention(maps, tmp_path / f"{name}.pkl")
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------------------------------- visualize_attention
+
+
+def figures_in(folder: str = ".") -> set[str]:
+    return {path.name for path in Path(folder).glob("*.png")} - {"cat.png"}
+
+
+def test_single_shows_the_top_heads(front: Front) -> None:
+    """Real figures, beside the file."""
+    result = front.visualize("mode=single", "attention_file=a.pkl", "show_components=true", "top_k=2")
+    assert result.status == 0, result.err
+    names = figures_in()
+    assert "a_visualization.png" in names
+    assert sum(name.startswith("a_components_L") for name in names) == 2
+    assert sorted(f"wrote {name}" for name in names) == sorted(result.out.split("\n")[:-1])
+    for name in names:
+        assert np.asarray(Image.open(name).convert("L")).std() > 1, "an empty figure"
+
+
+def test_single_shows_one_head(front: Front) -> None:
+    result = front.visualize("attention_file=a.pkl", "layer=3", "head=1", "show_components=true")
+    assert result.status == 0, result.err
+    assert figures_in() == {"a_visualization_L3H1.png", "a_components_L3H1.png"}
+
+
+def test_what_is_drawn(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The named head alone without a box, or as many as `top_k` with the box of the best `k`."""
+    from localization_heads import figures
+
+    drawn: list[tuple[list[Any], Any]] = []
+
+    def spy(image: Any, maps: Any, heads: Any, path: Any, *, grounding: Any, statistics: Any) -> None:
+        drawn.append((list(heads), grounding))
+
+    monkeypatch.setattr(figures, "plot_top_maps", spy)
+    assert front.visualize("attention_file=a.pkl", "layer=3", "head=1").status == 0
+    assert front.visualize("attention_file=a.pkl", "top_k=5", "k=2").status == 0
+    assert drawn[0] == ([(3, 1)], None)
+    heads, grounding = drawn[1]
+    assert len(heads) == 5
+    assert grounding.heads == tuple(heads[:2])
+
+
+def test_where_figures_go(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`output_dir` instead of beside the file; nowhere with `save_fig=false`."""
+    stub_figures(monkeypatch)
+    assert front.visualize("attention_file=a.pkl", "output_dir=figures/new").status == 0
+    assert figures_in("figures/new") == {"a_visualization.png"}
+    assert front.visualize("attention_file=b.pkl", "save_fig=false").out == ""
+    assert figures_in() == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["layer=3"], "layer= and head= go together"),
+        (["head=3"], "layer= and head= go together"),
+        (
+            [f"layer={LAYERS}", "head=0"],
+            f"layer={LAYERS} head=0: there is no L{LAYERS}H0; the layers are 0 to 4",
+        ),
+        (["layer=0", f"head={HEADS}"], "and the heads 0 to 3"),
+        (["layer=-1", "head=0"], "layer=-1: give a whole number"),
+        (["criteria.exclude_layers=5"], "criteria.exclude_layers=5: there are only 5 layers"),
+        (["attention_file=cat.png"], "cat.png"),
+        (["output_dir=cat.png"], "choose another output_dir"),
+    ],
+)
+def test_wrong_use_of_single(front: Front, options: list[str], said: str) -> None:
+    given = ["attention_file=a.pkl", *options] if "attention_file=cat.png" not in options else options
+    result = front.visualize(*given)
+    assert result.status == 2, result.err
+    assert said in one_line(result.err)
+    assert figures_in() == set()
+
+
+def test_batch_draws_every_entry(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad entry is reported with its line, and the others are drawn."""
+    stub_figures(monkeypatch)
+    entries: list[Any] = [
+        {"id": "first", "attention_file": "a.pkl"},
+        {"attention_file": "b.pkl", "layer": 2, "head": 3},
+        "{",
+        {"attention_file": "no.pkl"},
+        {"attention_file": "a.pkl", "layer": 99, "head": 0},
+        {"attention_file": "a.pkl", "layer": 1},
+        {"attention_file": "cat.png"},
+        {"id": "no_file"},
+    ]
+    write_lines(Path("data.jsonl"), entries)
+    result = front.visualize("mode=batch", "data_file=data.jsonl", "show_components=true", "top_k=1")
+    assert result.status == 1
+    assert {"first_visualization.png", "b_visualization_L2H3.png", "b_components_L2H3.png"} <= figures_in()
+    report = result.out[result.out.index("Entries that failed") :]
+    lines = [
+        int(row.split()[1]) for row in report.splitlines() if row[:1] == "│" and row.split()[1].isdecimal()
+    ]
+    assert lines == [3, 4, 5, 6, 7, 8]
+    assert (
+        front.visualize("mode=batch", "data_file=data.jsonl", "process_all=false", "end_index=2").status == 0
+    )
+
+
+def test_batch_of_the_finders_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `stage=batch` wrote, relative to the data file's own folder as well."""
+    stub_figures(monkeypatch)
+    Path("sub").mkdir()
+    Path("a.pkl").rename("sub/a.pkl")
+    write_lines(Path("sub/data.jsonl"), [{"attention_file": "a.pkl"}])
+    assert front.visualize("mode=batch", "data_file=sub/data.jsonl").status == 0
+    assert figures_in("sub") == {"a_visualization.png"}
+
+
+def test_no_figure_of_a_batch_is_lost(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry has its own file, named after its id and its head; one that would write over another is refused."""
+    stub_figures(monkeypatch)
+    Path("other").mkdir()
+    Path("other/a.pkl").write_bytes(Path("b.pkl").read_bytes())
+    head = {"layer": 2, "head": 3}
+    entries: list[dict[str, Any]] = [
+        {"attention_file": "a.pkl"},
+        {"attention_file": "a.pkl", **head},
+        {"attention_file": "a.pkl", "layer": 2, "head": 1},
+        {"id": "mine", "attention_file": "a.pkl"},
+        {"id": "mine", "attention_file": "a.pkl", **head},
+        {"attention_file": "other/a.pkl"},
+        {"attention_file": "a.pkl", **head},
+    ]
+    write_lines(Path("data.jsonl"), entries)
+    result = front.visualize("mode=batch", "data_file=data.jsonl", "output_dir=drawn")
+    assert result.status == 1
+    assert figures_in("drawn") == {
+        "a_visualization.png", "a_visualization_L2H3.png", "a_visualization_L2H1.png",
+        "mine_visualization.png", "mine_visualization_L2H3.png",
+    }  # fmt: skip
+    assert result.out.count("wrote ") == 5
+    assert "its figures would write over those of line 1" in result.out
+    assert "its figure is that of line 2 already" in result.out
+    result = front.visualize("mode=batch", "data_file=data.jsonl")  # beside their files they do not meet
+    assert figures_in("other") == {"a_visualization.png"}
+
+
+def test_a_batch_finds_files_by_id_and_under_other_models(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id alone, and the path of the first document, as with `attention_file=`; several candidates are named."""
+    stub_figures(monkeypatch)
+    outputs = Path("outputs/localization_heads")
+    for model, name in (("tiny", "x"), ("tiny", "y"), ("other", "y")):
+        (outputs / model / "attention").mkdir(parents=True, exist_ok=True)
+        (outputs / model / "attention" / f"{name}.pkl").write_bytes(Path("a.pkl").read_bytes())
+    asked = outputs / "llava/attention"
+    write_lines(
+        Path("data.jsonl"),
+        [
+            {"id": "x"},
+            {"id": "again", "attention_file": f"{asked}/x.pkl"},
+            {"id": "y"},
+            {"id": "y", "attention_file": f"{asked}/y.pkl"},
+            {"id": "z"},
+        ],
+    )
+    result = front.visualize("mode=batch", "data_file=data.jsonl")
+    assert result.status == 1
+    assert figures_in(f"{outputs}/tiny/attention") == {"x_visualization.png", "again_visualization.png"}
+    report = " ".join(result.out[result.out.index("Entries that failed") :].split())
+    assert "there is no outputs/localization_heads/*/attention/z.pkl" in report
+    result = front.visualize(f"attention_file={asked}/y.pkl")
+    assert result.status == 2
+    choices = "name one of outputs/localization_heads/other/attention/y.pkl, outputs/localization_heads/tiny/"
+    assert choices in one_line(result.err)
+    assert report.count("name one of") == 2
+
+
+def test_the_examples_come_with_the_repository(front: Front) -> None:
+    """Without arguments outside it, as `locheads` may be run."""
+    for result in (front.finder(), front.visualize("mode=batch")):
+        assert result.status == 2
+        assert "no such file; the examples come with the repository" in one_line(result.err)
+    assert "examples" not in front.finder("data_file=no.jsonl").err
+
+
+# ------------------------------------------------------------------------------------------------- cli_llava
+
+
+@pytest.fixture
+def talk(front: Front, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """A conversation whose lines come from a pipe."""
+    stub_figures(monkeypatch)
+
+    def say(lines: str, *options: str) -> Result:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        return front.chat("cli_mode=true", "max_new_tokens=3", *options)
+
+    return say
+
+
+def test_a_single_question(front: Front) -> None:
+    """Only the answer is printed, on one line, the same every time; also without a picture."""
+    options = ("query=Describe this image", "image_file=cat.png", "max_new_tokens=5")
+    result = front.chat(*options)
+    assert (result.status, result.err) == (0, "")
+    assert result.out.endswith("\n")
+    assert front.chat(*options).out == result.out
+    assert front.chat("query=Hello", "max_new_tokens=2").status == 0
+
+
+def test_a_question_with_control_tokens(front: Front) -> None:
+    result = front.chat("query=a </s> b", "image_file=cat.png")
+    assert result.status == 2
+    assert "control token" in one_line(result.err)
+
+
+def test_a_conversation(talk: Callable[..., Result]) -> None:
+    """Answers, commands and errors; every error is said and the conversation goes on to `/exit`."""
+    lines = [
+        "/ground the dog", "/image", "/image no.png", "/image cat.png", "What is it?", "/ground", "/ground </s>",
+        "/ground the dog, on the left", "/dance", "   ", "<image> and </s>", "/help", "/exit", "never said",
+    ]  # fmt: skip
+    result = talk("\n".join(lines) + "\n")
+    assert result.status == 0
+    assert "error" not in result.err
+    said = [
+        "/help lists the commands",
+        "error: there is no picture yet: /image PATH",
+        "error: write /image PATH",
+        "error: no.png: no such file",
+        "looking at cat.png, 64 x 48 pixels",
+        "error: write /ground EXPRESSION",
+        "error: the expression holds '</s>'",
+        "box ",
+        "wrote outputs/localization_heads/tiny/attention/cat_the-dog-on-the-left_grounding.png",
+        "/dance is no command; /help lists them",
+        "error: the expression holds '</s>'",
+        "Ctrl-C stops an answer",
+    ]
+    place = 0
+    for words in said:
+        assert words in result.out[place:], (words, result.out)
+        place = result.out.index(words, place) + len(words)
+    assert Path("outputs/localization_heads/tiny/attention/cat_the-dog-on-the-left_grounding.png").is_file()
+
+
+def test_the_end_of_the_input_ends_the_conversation(talk: Callable[..., Result]) -> None:
+    """Also in the middle of a line; the picture may come as an option."""
+    result = talk("/ground the dog", "image_file=cat.png")
+    assert result.status == 0
+    assert "box " in result.out
+
+
+def test_wrong_heads_are_said(talk: Callable[..., Result]) -> None:
+    result = talk("/ground the dog\n/help\n", "image_file=cat.png", "heads=[99-0]")
+    assert result.status == 0
+    assert "error: heads: there is no L99H0" in result.out
+    assert "/exit" in result.out
+
+
+def test_another_picture_is_another_conversation(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is asked after `/image` knows nothing of the turns before."""
+    prompts: list[tuple[tuple[int, int] | None, str]] = []
+
+    def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
+        prompts.append((image and image.size, prompt))
+        yield "yes"
+
+    monkeypatch.setattr(answering, "stream", answer)
+    draw_picture(Path("dog.png"), 1, (32, 32))
+    talk("One?\nTwo?\n/image dog.png\nThree?\n", "image_file=cat.png")
+    assert [size for size, _ in prompts] == [(64, 48), (64, 48), (32, 32)]
+    assert "One?" in prompts[1][1]
+    assert "yes" in prompts[1][1]
+    assert "One?" not in prompts[2][1]
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During an answer, during `/ground`, and at the prompt."""
+
+    def endless(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
+        yield "well"
+        raise KeyboardInterrupt
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answering, "stream", endless)
+    monkeypatch.setattr(terminal, "ground", interrupted)
+    lines = iter(["What?\n", "/ground the dog\n", None, "/help\n"])
+
+    class Keyboard:
+        def isatty(self) -> bool:
+            return False
+
+        def readline(self) -> str:
+            line = next(lines, "")
+            if line is None:
+                raise KeyboardInterrupt
+            return line
+
+    read = terminal.line_reader
+
+    def keyboard() -> Callable[[], str]:
+        monkeypatch.setattr(sys, "stdin", Keyboard())
+        return read()
+
+    monkeypatch.setattr(terminal, "line_reader", keyboard)
+    result = talk("", "image_file=cat.png")
+    assert result.status == 0
+    for words in ("well [stopped]", "stopped\n", "/exit leaves", "Ctrl-D"):
+        assert words in result.out
+
+
+def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line, a corrected line, Ctrl-C and Ctrl-D."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        read = terminal.line_reader()
+        keys.send_text("hello\nhex\x7fy\n")
+        assert [read(), read()] == ["hello", "hey"]
+        keys.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            read()
+
+
+def test_a_real_ctrl_c_stops_the_model(
+    front: Front, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The signal arrives while the model generates; its thread ends, and what was said is kept."""
+    from front import cached_load_model
+
+    lvlm = cached_load_model("tiny", device="cpu", conv_mode="chat")
+    monkeypatch.setattr(lvlm.model.generation_config, "eos_token_id", None)  # it would go on for hours
+    conversation = answering.Conversation(lvlm, Image.open("cat.png"), max_new_tokens=100_000)
+    threads, seen = set(threading.enumerate()), []
+
+    class Screen(io.StringIO):
+        def flush(self) -> None:
+            if not seen:
+                seen.append(self.getvalue())
+                os.kill(os.getpid(), signal.SIGINT)
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    terminal.print_answer(conversation, "What is it?")
+    assert screen.getvalue().endswith(" [stopped]\n")
+    assert set(threading.enumerate()) <= threads
+    assert conversation.messages[-1]["content"][0]["text"].startswith(seen[0].strip())
+
+
+def test_a_failing_model_does_not_end_the_conversation(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", fail)
+    result = talk("What?\n/help\n", "image_file=cat.png")
+    assert result.status == 0
+    assert "error: the model could not answer: no more memory" in result.out
+    assert "/exit" in result.out
+
+
+def test_whatever_fails_the_conversation_goes_on(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(terminal, "ground", fail)
+    result = talk("/ground the dog\n/help\n", "image_file=cat.png")
+    assert result.status == 0
+    assert "error: ZeroDivisionError: by zero\n" in result.out
+    assert "/exit" in result.out
+
+
+def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A control sequence that comes in pieces, too; the lines of an answer stay."""
+
+    def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
+        yield from ("a\nb\u001b", "[2J", "c\u202e")
+
+    monkeypatch.setattr(answering, "stream", answer)
+    result = talk("What?\n/\u001b[2J\n")
+    assert "a\nb\ufffd[2Jc\ufffd\n" in result.out
+    assert "\u001b" not in result.out
+
+
+def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
+    """Latin-1 bytes from a pipe and in an argument, in a real process."""
+    draw_picture(tmp_path / "cat.png")
+    run = [sys.executable, str(ROOT / "cli_llava.py"), "image_file=cat.png", "max_new_tokens=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    lines = b"un caf\xe9?\n/caf\xe9\n/nonsense\n"
+    ended = subprocess.run(
+        [*run, "cli_mode=true"], input=lines, capture_output=True, cwd=tmp_path, env=env, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.decode().splitlines()[1:]
+    assert said[0].startswith("error: the expression is not valid Unicode text")
+    assert said[1:] == [
+        "/caf\ufffd is no command; /help lists them", "/nonsense is no command; /help lists them",
+    ]  # fmt: skip
+    ended = subprocess.run(
+        [*map(os.fsencode, run), b"query=un caf\xe9?"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=env,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "not valid Unicode" in one_line(ended.stderr.decode())
+
+
+def test_a_piped_conversation_in_a_real_process(tmp_path: Path) -> None:
+    """`printf ... | python cli_llava.py cli_mode=true`."""
+    draw_picture(tmp_path / "cat.png")
+    ended = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "cli_llava.py"),
+            "cli_mode=true",
+            "image_file=cat.png",
+            "max_new_tokens=2",
+        ],
+        input="What is it?\n/nonsense\n/exit\n",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "embedded: /help lists the commands"
+    assert lines[-1] == "/nonsense is no command; /help lists them"
+    assert len(lines) == 3
+
+
+def test_the_finders_maps_are_what_the_viewer_draws(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one command to the other, through the file."""
+    stub_figures(monkeypatch)
+    assert front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=x").status == 0
+    path = front.out / "attention/x.pkl"
+    last = load_attention(path).num_layers - 1
+    result = front.visualize(f"attention_file={path}", f"layer={last}", "head=0", "show_components=true")
+    assert result.status == 0, result.err
+    assert (front.out / f"attention/x_components_L{last}H0.png").is_file()

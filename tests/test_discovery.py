@@ -1,0 +1,583 @@
+"""`find` and `batch`: the same heads whatever happens on the way, and nothing computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.data.masks import read_mask
+from localization_heads.errors import UsageError
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.ranking import random_draws, rank_heads
+from localization_heads.lvlm.model import LVLM
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.lock import RunLock
+
+ROOT = Path(__file__).parents[1]
+HEAD_KEYS = [
+    "layer", "head", "selection_frequency", "selection_frequency_std", "attention_sum", "spatial_entropy",
+]  # fmt: skip
+DATA = "data_file=data.jsonl"
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    """Five entries in `data.jsonl`, and no figures."""
+    write_data(tmp_path)
+    stub_figures(monkeypatch)
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+class Calls(list[list[str]]):
+    """The expressions of every forward pass; Ctrl-C before the one that is to fail."""
+
+    fail_at: int | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(chunk) for chunk in self]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    seen = Calls()
+    original = LVLM.attend_batch
+
+    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        if len(seen) == seen.fail_at:
+            raise KeyboardInterrupt
+        seen.append(list(expressions))
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", spy)
+    return seen
+
+
+def heads_of(folder: Path | str) -> bytes:
+    return (Path(folder) / "heads.json").read_bytes()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def visible(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.parent.name != "statistics"
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the files
+
+
+def test_batch_writes_what_the_contract_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lvlm: LVLM
+) -> None:
+    """With its figures; then each file's form."""
+    write_data(tmp_path, 3, bbox=[0, 0, 32, 24])
+    for front in fronts(tmp_path, monkeypatch, capsys):
+        result = front.finder("stage=batch", DATA, "visualize_limit=1", "k=2")
+    assert result.status == 0, result.err
+    per_entry = {f"attention/entry_{n}{end}" for n in range(3) for end in (".pkl", "_analysis.pkl")}
+    drawn = {"attention/entry_0_visualization.png", "attention/entry_0_grounding.png"}
+    figures = {"attention_sums.png", "selection_frequency.png", "head_grid.png"}
+    assert visible(front.out) == per_entry | drawn | figures | {
+        "heads.json",
+        "heads.csv",
+        "predictions.jsonl",
+    }
+
+    heads = json.loads(heads_of(front.out))
+    for name, value in {
+        "version": 1,
+        "model": "embedded",
+        "num_samples": 3,
+        "num_trials": 5,
+        "top_n": 10,
+    }.items():
+        assert heads[name] == value
+    assert heads["exclude_layers"] == 2
+    assert isinstance(heads["tau"], float)
+    assert all(list(head) == HEAD_KEYS for head in heads["heads"])
+    ranks = [(-head["selection_frequency"], -head["attention_sum"]) for head in heads["heads"]]
+    assert ranks == sorted(ranks)
+    assert all(head["attention_sum"] >= heads["tau"] - 1e-6 for head in heads["heads"])
+    assert all(2 <= head["layer"] < lvlm.num_layers for head in heads["heads"])
+
+    table = (front.out / "heads.csv").read_text().splitlines()
+    assert len(table) == 1 + lvlm.num_layers * lvlm.num_heads
+    assert table[0].startswith("rank,layer,head,selection_frequency")
+
+    best = [[head["layer"], head["head"]] for head in heads["heads"][:2]]
+    for number, line in enumerate(read_lines(front.out / "predictions.jsonl")):
+        assert list(line) == ["id", "bbox", "score", "mask", "heads", "error"]
+        assert (line["id"], line["heads"], line["error"]) == (f"entry_{number}", best, None)
+        assert [type(x) for x in line["bbox"]] == [float] * 4
+        assert read_mask(line["mask"], (64, 48)).any()
+        maps = load_attention(front.out / f"attention/entry_{number}.pkl")
+        found = lh.ground(lvlm, maps.image_file, maps.query, heads=[lh.Head(*head) for head in best])
+        assert line["bbox"] == pytest.approx(found.box)
+    assert "selection frequency" in result.out
+    assert "mean IoU" in result.out
+    assert Image.open(front.out / "head_grid.png").width > 100
+
+
+def test_find_writes_the_ranking_alone_and_agrees_with_batch_and_python(front: Front, lvlm: LVLM) -> None:
+    """No attention files; the same heads.json byte for byte; the same ranking from `find_heads`."""
+    assert front.finder("stage=find", DATA, "output_dir=found").status == 0
+    assert visible(Path("found/tiny")) == {
+        "heads.json", "heads.csv", "attention_sums.png", "selection_frequency.png", "head_grid.png",
+    }  # fmt: skip
+    assert front.finder("stage=batch", DATA).status == 0
+    assert heads_of("found/tiny") == heads_of(front.out)
+    assert (front.out / "heads.csv").read_bytes() == Path("found/tiny/heads.csv").read_bytes()
+    samples = [lh.Sample(f"picture_{n}.png", EXPRESSIONS[n]) for n in range(5)]
+    ranking = lh.find_heads(lvlm, samples)
+    listed = [(head["layer"], head["head"]) for head in json.loads(heads_of(front.out))["heads"]]
+    assert [tuple(head.address) for head in ranking.kept] == listed
+
+
+def test_the_batch_size_only_rounds(front: Front) -> None:
+    """The same heads in the same order; sums equal to 1e-4."""
+    found = []
+    for size in (1, 2, 8):
+        assert front.finder("stage=find", DATA, f"batch_size={size}", f"output_dir=by_{size}").status == 0
+        found.append(json.loads(heads_of(f"by_{size}/tiny"))["heads"])
+    for other in found[1:]:
+        assert [(h["layer"], h["head"]) for h in other] == [(h["layer"], h["head"]) for h in found[0]]
+        for one, two in zip(other, found[0], strict=True):
+            assert one["attention_sum"] == pytest.approx(two["attention_sum"], abs=1e-4)
+
+
+def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM) -> None:
+    """Three trials of two samples, as drawn; samples that no trial draws are not looked at."""
+    options = ("stage=find", DATA, "num_trials=3", "num_samples=2", "batch_size=1")
+    assert front.finder(*options).status == 0
+    assert 2 <= len(calls) < 5
+    ranking = json.loads(heads_of(front.out))
+    assert (ranking["num_samples"], ranking["num_trials"]) == (2, 3)
+    draws = random_draws(5, 3, 2, seed=42)
+    found = [lvlm.attend(Image.open(f"picture_{n}.png"), EXPRESSIONS[n]).attention for n in range(5)]
+    statistics = [head_statistics(attention) for attention in found]
+    expected = rank_heads(
+        np.stack([one.attention_sum for one in statistics]),
+        np.stack([one.spatial_entropy for one in statistics]),
+        draws=draws,
+        num_trials=3,
+        num_samples=2,
+    )
+    listed = [(head["layer"], head["head"], head["selection_frequency"]) for head in ranking["heads"]]
+    assert listed == [(*head.address, round(head.selection_frequency, 6)) for head in expected.kept]
+    first = heads_of(front.out)
+    assert front.finder(*options, "output_dir=again").status == 0
+    assert heads_of("again/tiny") == first
+    seeds = set()
+    for seed in range(4):
+        front.finder(*options, f"random_seed={seed}")
+        seeds.add(heads_of(front.out))
+    assert len(seeds) > 1
+
+
+def test_a_range_of_entries(front: Front, calls: Calls) -> None:
+    """`start_index` counts from 0, `end_index` is where it stops, -1 goes to the end; bad lines count."""
+    ids = []
+    for start, end in ((1, 3), (3, -1), (0, 99)):
+        options = (f"start_index={start}", f"end_index={end}")  # a range that is given is meant
+        assert front.finder("stage=batch", DATA, *options).status == 0
+        ids.append([line["id"] for line in read_lines(front.out / "predictions.jsonl")])
+    assert ids == [["entry_1", "entry_2"], ["entry_3", "entry_4"], [f"entry_{n}" for n in range(5)]]
+    assert sum(calls.sizes) >= 5
+    result = front.finder("stage=find", DATA, "process_all=false", "start_index=5")
+    assert result.status == 2
+    assert "start_index=5" in one_line(result.err)
+    Path("data.jsonl").write_text("nonsense\n" + Path("data.jsonl").read_text())
+    result = front.finder("stage=find", DATA, "process_all=false", "start_index=0", "end_index=2")
+    assert result.status == 1
+    assert json.loads(heads_of(front.out))["num_samples"] == 1
+
+
+def test_visualize_batch_false_draws_no_entry(front: Front) -> None:
+    assert front.finder("stage=batch", DATA, "visualize_batch=false").status == 0
+    assert not list((front.out / "attention").glob("*.png"))
+
+
+def test_attention_format_of_a_batch(front: Front) -> None:
+    """The same heads from safetensors."""
+    assert front.finder("stage=batch", DATA, "attention_format=safetensors", "output_dir=st").status == 0
+    assert front.finder("stage=batch", DATA).status == 0
+    assert heads_of("st/tiny") == heads_of(front.out)
+    assert Path("st/tiny/predictions.jsonl").read_bytes() == (front.out / "predictions.jsonl").read_bytes()
+    assert len(list(Path("st/tiny/attention").glob("*.safetensors"))) == 5
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def bad_data(front: Front) -> None:
+    """Two good entries among every kind of bad one; lines 3 to 12 are bad."""
+    Path("text.png").write_text("hello")
+    Path("cut.png").write_bytes(Path("picture_0.png").read_bytes()[:200])
+    good = {"id": "first", "prompt": "the dog", "image_path": "picture_0.png"}
+    bad: list[Any] = [
+        "{not json",
+        '"a text"',
+        {**good, "id": "../x"},
+        {**good, "id": "/etc/x"},
+        {"id": "no_prompt", "image_path": "picture_0.png"},
+        {**good, "id": "missing", "image_path": "no.png"},
+        {**good, "id": "text", "image_path": "text.png"},
+        {**good, "id": "cut", "image_path": "cut.png"},
+        {**good, "id": "token", "prompt": "the <s> dog"},
+        good,
+    ]
+    write_lines(Path("bad.jsonl"), [good, "", *bad, {**good, "id": "last", "prompt": "the cat"}])
+
+
+@pytest.mark.parametrize("stage", ["batch", "find"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_bad_entries_are_reported_and_the_rest_goes_on(front: Front, stage: str, size: int) -> None:
+    """Every one with its line; status 1; the heads are those of the good ones alone."""
+    bad_data(front)
+    result = front.finder(f"stage={stage}", "data_file=bad.jsonl", f"batch_size={size}")
+    assert result.status == 1, result.err
+    assert "Traceback" not in result.err
+    report = result.out[result.out.index("Entries that failed") :]
+    lines = [
+        int(row.split()[1]) for row in report.splitlines() if row[:1] == "│" and row.split()[1].isdecimal()
+    ]
+    assert lines == list(range(3, 13))
+    for words in ("not JSON", "path separator", "'prompt' is missing", "control token", "line 1 already"):
+        assert words in report
+    assert json.loads(heads_of(front.out))["num_samples"] == 2
+    good = [line for line in Path("bad.jsonl").read_text().splitlines() if line]
+    write_lines(Path("good.jsonl"), [good[0], good[-1]])
+    assert (
+        front.finder("stage=find", "data_file=good.jsonl", f"batch_size={size}", "output_dir=good").status
+        == 0
+    )
+    assert [h["layer"] for h in json.loads(heads_of("good/tiny"))["heads"]] == [
+        h["layer"] for h in json.loads(heads_of(front.out))["heads"]
+    ]
+
+
+def test_predictions_hold_the_errors(front: Front) -> None:
+    """A line for every entry: the good ones first, then every bad one with its reason."""
+    bad_data(front)
+    front.finder("stage=batch", "data_file=bad.jsonl")
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert [line["id"] for line in lines if line["error"] is None] == ["first", "last"]
+    failed = [line for line in lines if line["error"] is not None]
+    assert len(failed) == 10
+    assert all(
+        (line["bbox"], line["score"], line["mask"], line["heads"]) == (None, None, None, [])
+        for line in failed
+    )
+    assert not Path("x.pkl").exists()
+    assert not Path("/etc/x.pkl").exists()
+
+
+def test_nothing_usable(front: Front) -> None:
+    """Status 1, the first reason and a table of all; an empty file is wrong use."""
+    write_lines(Path("bad.jsonl"), ["{", {"id": "a", "prompt": "x", "image_path": "no.png"}])
+    for stage in ("batch", "find", "ground"):
+        result = front.finder(f"stage={stage}", "data_file=bad.jsonl")
+        assert result.status == 1
+        assert "line 1: not JSON" in one_line(result.err)
+        assert "no.png: no such file" in result.out[result.out.index("Entries that failed") :]
+    Path("bad.jsonl").write_text("\n\n")
+    result = front.finder("stage=find", "data_file=bad.jsonl")
+    assert result.status == 2
+    assert "bad.jsonl is empty" in one_line(result.err)
+
+
+def test_only_the_culprit_of_a_batch_fails(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that cannot take one sample takes the others of its chunk."""
+    original = LVLM.attend_batch
+
+    def picky(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        if "the cat" in expressions:
+            raise RuntimeError("the tensor\nis too large")
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", picky)
+    result = front.finder("stage=batch", DATA)
+    assert result.status == 1
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert [line["id"] for line in lines if line["error"]] == ["entry_2"]
+    assert "the model cannot take it: RuntimeError: the tensor is too large" in lines[-1]["error"]
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("heads", ["[99-0]", "no.json", "[x]", "[]"])
+def test_wrong_heads_are_refused_before_the_work(front: Front, calls: Calls, heads: str) -> None:
+    result = front.finder("stage=batch", DATA, f"heads={heads}")
+    assert result.status == 2
+    assert "heads" in one_line(result.err)
+    assert not calls
+
+
+def test_named_heads_ground_a_batch(front: Front) -> None:
+    """A list, and each sample's own; the ranking does not depend on them."""
+    assert front.finder("stage=batch", DATA, "heads=[2-0,3-1]").status == 0
+    ranking = heads_of(front.out)
+    assert {str(line["heads"]) for line in read_lines(front.out / "predictions.jsonl")} == {
+        "[[2, 0], [3, 1]]"
+    }
+    assert front.finder("stage=batch", DATA, "heads=greedy", "k=1").status == 0
+    assert all(len(line["heads"]) == 1 for line in read_lines(front.out / "predictions.jsonl"))
+    assert heads_of(front.out) == ranking
+
+
+def test_a_criterion_that_keeps_no_head(front: Front) -> None:
+    """heads.json is empty, every sample gets a box all the same, and nothing breaks."""
+    result = front.finder("stage=batch", DATA, "criteria.tau=2")
+    assert result.status == 0, result.err
+    assert json.loads(heads_of(front.out))["heads"] == []
+    assert all(line["bbox"] for line in read_lines(front.out / "predictions.jsonl"))
+    result = front.finder("stage=find", DATA, "criteria.exclude_layers=99")
+    assert result.status == 2
+    assert "criteria.exclude_layers=99" in one_line(result.err)
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("stage", ["batch", "find"])
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+def test_interrupted_and_resumed(front: Front, calls: Calls, stage: str, fail_at: int) -> None:
+    """Ctrl-C keeps the finished chunks; only the others are computed; heads.json is the same byte for byte."""
+    options = (f"stage={stage}", DATA, "batch_size=2")
+    assert front.finder(*options, "output_dir=whole").status == 0
+    assert calls.sizes == [2, 2, 1]
+    calls.clear()
+    calls.fail_at = fail_at
+    result = front.finder(*options)
+    assert result.status == 130
+    assert "what was finished is kept" in one_line(result.err)
+    done = visible(front.out)
+    if stage == "batch":
+        assert len([name for name in done if name.endswith("_analysis.pkl")]) == 2 * fail_at
+    assert "heads.json" not in done
+    calls.clear()
+    calls.fail_at = None
+    assert front.finder(*options).status == 0
+    assert calls.sizes == [2, 2, 1][fail_at:]
+    assert heads_of(front.out) == heads_of("whole/tiny")
+    if stage == "batch":
+        whole = Path("whole/tiny/predictions.jsonl").read_bytes()
+        assert (front.out / "predictions.jsonl").read_bytes() == whole
+    calls.clear()
+    assert front.finder(*options).status == 0
+    assert calls == []
+
+
+KILLER = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from localization_heads import figures
+from localization_heads.apps import finder
+from localization_heads.lvlm import loading
+
+# Imported and loaded once; every child below is a copy of this process, which has not computed anything.
+torch.set_num_threads(1)
+loaded = loading.load_model(device="cpu")
+
+def run(options, moment):
+    torch.set_num_threads(2)
+    loading.load_model = lambda *arguments, **named: loaded
+    for name in figures.__all__:
+        setattr(figures, name, lambda *arguments, **named: None)
+    fsync, count = os.fsync, [0]
+    def counted(descriptor):
+        count[0] += 1
+        if count[0] == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+    os.fsync = counted
+    sys.argv = ["finder", *options]
+    os._exit(finder.main())
+
+statuses = []
+for folder, options, moment in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        run([*options, "output_dir=" + folder], moment)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
+    """kill -9 in the middle of a write, early and late; the next run ends with the same bytes."""
+    moments = [("batch", m) for m in (1, 6, 9, 14)] + [("find", m) for m in (1, 3, 5)]
+    jobs = [
+        (f"killed_{stage}_{moment}", [f"stage={stage}", DATA, "batch_size=2", "device=cpu"], moment)
+        for stage, moment in moments
+    ]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(jobs)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1]) == [-9] * len(jobs), ended.stderr
+    for stage in ("batch", "find"):
+        assert front.finder(f"stage={stage}", DATA, "batch_size=2", f"output_dir=whole_{stage}").status == 0
+    computed = []
+    for folder, options, _ in jobs:
+        calls.clear()
+        assert front.finder(*options, f"output_dir={folder}").status == 0
+        computed.append(sum(calls.sizes))
+        stage = options[0].removeprefix("stage=")
+        assert heads_of(f"{folder}/tiny") == heads_of(f"whole_{stage}/tiny")
+        assert not list(Path(folder).rglob("*.tmp")), "leftovers of the killed run"
+        if stage == "batch":
+            whole = Path("whole_batch/tiny/predictions.jsonl").read_bytes()
+            assert Path(f"{folder}/tiny/predictions.jsonl").read_bytes() == whole
+    assert computed[0] == 5
+    assert 0 < computed[2] < 5
+
+
+def test_a_torn_record_is_made_again(front: Front, calls: Calls) -> None:
+    """A write that a power cut left half done costs its chunk and nothing else."""
+    options = ("stage=find", DATA, "batch_size=2")
+    assert front.finder(*options).status == 0
+    before = heads_of(front.out)
+    (store,) = (front.out / "statistics").glob("*.bin")
+    os.truncate(store, store.stat().st_size - 7)
+    calls.clear()
+    assert front.finder(*options).status == 0
+    assert calls.sizes == [1]
+    assert heads_of(front.out) == before
+
+
+def test_a_bad_entry_does_not_make_its_chunk_run_again(front: Front, calls: Calls) -> None:
+    """The failures are found and reported again, without the model."""
+    bad_data(front)
+    options = ("stage=batch", "data_file=bad.jsonl", "batch_size=8")
+    assert front.finder(*options).status == 1
+    first = (front.out / "predictions.jsonl").read_bytes()
+    calls.clear()
+    result = front.finder(*options)
+    assert result.status == 1
+    assert calls == []
+    assert "control token" in result.out
+    assert (front.out / "predictions.jsonl").read_bytes() == first
+
+
+# ------------------------------------------------------------------------------------------ what must not mix
+
+
+@pytest.mark.parametrize("stage", ["batch", "find"])
+def test_an_edited_prompt_or_picture_is_recomputed(front: Front, calls: Calls, stage: str) -> None:
+    """Under the same id; only the chunk of the edited entry."""
+    options = (f"stage={stage}", DATA, "batch_size=1")
+    assert front.finder(*options).status == 0
+    before = heads_of(front.out)
+    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    entries[1]["prompt"] = "a blue house"
+    write_lines(Path("data.jsonl"), entries)
+    calls.clear()
+    assert front.finder(*options).status == 0
+    assert calls == [["a blue house"]]
+    draw_picture(Path("picture_3.png"), 99)
+    calls.clear()
+    assert front.finder(*options).status == 0
+    assert calls == [[entries[3]["prompt"]]]
+    assert front.finder(*options, "output_dir=fresh").status == 0
+    assert heads_of(front.out) == heads_of("fresh/tiny") != before
+    if stage == "batch":
+        for name in ("entry_1.pkl", "entry_3.pkl"):
+            one, two = (
+                load_attention(folder / "attention" / name) for folder in (front.out, Path("fresh/tiny"))
+            )
+            np.testing.assert_array_equal(one.attention, two.attention)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["criteria=published", "model.pad_to_square=false", "model.dtype=bfloat16", "model.system=Look."],
+)
+def test_other_options_do_not_mix(front: Front, other: str) -> None:
+    """There and back again in one folder: each time the files are those of a fresh folder."""
+    for number, options in enumerate(([], [other], [])):
+        assert front.finder("stage=batch", DATA, *options).status == 0
+        fresh = f"fresh_{number}"
+        assert front.finder("stage=batch", DATA, *options, f"output_dir={fresh}").status == 0
+        assert heads_of(front.out) == heads_of(f"{fresh}/tiny")
+        for name in (
+            "predictions.jsonl",
+            "heads.csv",
+            "attention/entry_2.pkl",
+            "attention/entry_2_analysis.pkl",
+        ):
+            assert (front.out / name).read_bytes() == (Path(fresh) / "tiny" / name).read_bytes(), (
+                number,
+                name,
+            )
+    assert heads_of("fresh_0/tiny") != heads_of("fresh_1/tiny")
+
+
+def test_criteria_that_only_rank_reuse_the_statistics(front: Front, calls: Calls) -> None:
+    """Another elbow needs no model; the analyses on disk follow all the same."""
+    assert front.finder("stage=batch", DATA).status == 0
+    path = front.out / "attention/entry_0_analysis.pkl"
+    before = pickle.loads(path.read_bytes())
+    calls.clear()
+    assert front.finder("stage=batch", DATA, "criteria.tau=0", "criteria.exclude_layers=0").status == 0
+    assert calls == []
+    after = pickle.loads(path.read_bytes())
+    assert all(row["above_threshold"] for row in after)
+    assert not all(row["above_threshold"] for row in before)
+
+
+def test_a_damaged_attention_file_is_made_again(front: Front, calls: Calls) -> None:
+    options = ("stage=batch", DATA, "batch_size=1")
+    assert front.finder(*options).status == 0
+    before = (front.out / "attention/entry_1.pkl").read_bytes()
+    (front.out / "attention/entry_1.pkl").write_bytes(before[:100])
+    (front.out / "attention/entry_2_analysis.pkl").unlink()
+    calls.clear()
+    assert front.finder(*options).status == 0
+    assert calls == [[EXPRESSIONS[1]], [EXPRESSIONS[2]]]
+    assert (front.out / "attention/entry_1.pkl").read_bytes() == before
+
+
+@pytest.mark.parametrize("stage", ["batch", "find", "ground"])
+def test_the_folder_is_locked_during_the_work(
+    front: Front, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """A second run is refused where it counts, and the first one goes on unharmed."""
+    original, refused = LVLM.attend_batch, []
+
+    def meanwhile(self: LVLM, *arguments: Any, **options: Any) -> Any:
+        with pytest.raises(UsageError, match="another run is working") as caught:
+            RunLock(front.out).acquire()
+        refused.append(caught)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", meanwhile)
+    assert front.finder(f"stage={stage}", DATA, "batch_size=5").status == 0
+    assert len(refused) == 1
+    with RunLock(front.out):
+        pass

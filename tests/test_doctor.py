@@ -1,0 +1,169 @@
+"""`stage=doctor`: it says what is there, and does not call well what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgba
+from PIL import Image
+from test_model_configs import composed
+from test_query_token import tiny_lvlm
+
+from localization_heads.apps.finder_stages import STAGES
+from localization_heads.errors import UsageError
+from localization_heads.figures import plot_cells
+from localization_heads.figures.canvas import ORANGE, SKY
+from localization_heads.lvlm import capture, doctor
+from localization_heads.lvlm.doctor import eager, examine
+from localization_heads.lvlm.geometry import View, even_view
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.stages.run import Run
+
+
+@pytest.fixture
+def picture_file(picture: Image.Image, tmp_path: Path) -> Path:
+    path = tmp_path / "noise.png"
+    picture.save(path)
+    return path
+
+
+def run_of(tmp_path: Path, *overrides: str) -> Run:
+    return Run(composed("stage=doctor", "device=cpu", f"output_dir={tmp_path}/out", *overrides))
+
+
+def test_embedded_model(
+    picture_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    run = run_of(tmp_path, f"image_file={picture_file}", "query='the dog'")
+    assert STAGES["doctor"](run) == 0
+    shown = capsys.readouterr().out
+    grid = int(run.lvlm.attend(Image.open(picture_file), "the dog").grid[0])
+    for words in (
+        "LlamaDecoderLayer",
+        "float32 on cpu",
+        f"<image> (id {run.lvlm.image_token_id})",
+        f"{grid} x {grid} equal cells over the pixels x 0.0 to 160.0, y -35.0 to 125.0",
+        "as eager attention",
+        f"[<image> x {grid * grid}]",
+        "the dog>>.<<",
+    ):
+        assert words in shown
+    assert (tmp_path / "out/tiny/attention/noise_the-dog_doctor.png").is_file()
+
+
+def test_picture_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localization_heads.stages.doctor.EXAMPLE", "examples/images/none.jpg")
+    with pytest.raises(UsageError, match="image_file="):
+        STAGES["doctor"](run_of(tmp_path))
+
+
+@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+def test_query_tokens_are_marked(picture: Image.Image, query_token: str) -> None:
+    found = examine(tiny_lvlm(query_token), picture, "the dog")
+    marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")
+    expected = {"last": ".", "expression_end": "dog", "expression_mean": "the dog"}
+    assert marked == expected.get(query_token, "(first token of the answer)")
+    assert [piece.text for piece in found.pieces if piece.kind == "image"] == ["<image> x 36"]
+    assert found.is_well
+    assert found.check.difference is not None
+    assert found.check.difference < 1e-5
+
+
+def test_wrong_capture_is_found(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that ignores the scaling of the logits."""
+    right = capture.query_row
+
+    def wrong(*args: Any, **extras: Any) -> torch.Tensor:
+        return right(*args, **{**extras, "scaling": 1.0})
+
+    monkeypatch.setattr(capture, "query_row", wrong)
+    found = examine(tiny_lvlm("last"), picture, "the dog")
+    assert not found.check.passed
+    assert not found.is_well
+
+
+def test_check_is_left_out_when_not_wanted(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    lvlm = tiny_lvlm("last")
+    assert examine(lvlm, picture, "the dog", check=False).check.difference is None
+    monkeypatch.setattr(doctor, "SMALL", 10)
+    unasked = examine(lvlm, picture, "the dog")
+    assert unasked.check.difference is None
+    assert "doctor.check=true" in unasked.check.note
+    assert unasked.is_well
+    assert examine(lvlm, picture, "the dog", check=True).check.difference is not None
+
+
+def test_layers_that_are_not_seen(picture: Image.Image) -> None:
+    """A layer whose attention does not go through transformers' registry."""
+    lvlm = tiny_lvlm("last")
+    lvlm.model.get_decoder().layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    found = examine(lvlm, picture, "the dog", check=False)
+    assert not found.is_well
+    assert found.check.note == "no attention was seen in layers 2"
+
+
+def test_eager_for_a_while() -> None:
+    model = tiny_lvlm("last").model
+    model.get_decoder().config._attn_implementation_internal = "flash_attention_2"  # parts may differ
+
+    def kernels() -> list[str]:
+        return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+
+    before = kernels()
+    with eager(model):
+        assert set(kernels()) == {"eager"}
+    assert kernels() == before
+    assert {"sdpa", "flash_attention_2"} <= set(before)
+
+
+def test_views_that_cannot_be_told(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything else is shown all the same, and the exit status says that something is wrong."""
+
+    def refuse(*_: Any) -> list[View]:
+        raise UsageError("no single square grid")
+
+    lvlm = tiny_lvlm("last")
+    monkeypatch.setattr(lvlm, "views_in", refuse)
+    found = examine(lvlm, picture, "the dog", check=False)
+    assert (found.views, found.problem, found.is_well) == ([], "no single square grid", False)
+    assert dict(found.facts)["layers"].startswith("4 (0 to 3)")
+
+
+def test_tokens_in_no_view(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    lvlm: LVLM = tiny_lvlm("last")
+    whole = lvlm.views(picture)[0]
+    part = even_view("whole", whole.index[:, :-1], whole.box)
+    monkeypatch.setattr(lvlm, "views_in", lambda *_: [part])
+    assert examine(lvlm, picture, "the dog").unplaced == 6
+
+
+def test_cells_are_drawn_where_they_lie(picture: Image.Image) -> None:
+    """A padded view and a cropped one of uneven cells; first and last cell filled, all lines in pixels."""
+    padded = even_view("whole", np.arange(16).reshape(4, 4), (0.0, -35.0, 160.0, 125.0))
+    edges = np.array([10.0, 20.0, 50.0, 70.0]), np.array([5.0, 45.0, 85.0])
+    uneven = View("tiles", np.arange(6).reshape(2, 3), *edges)
+    figure = plot_cells(picture, [padded, uneven], title="a model")
+    first, second = figure.axes
+    assert first.get_title() == "whole: 4 x 4 cells of 40.0 x 40.0 pixels"
+    assert second.get_title() == "tiles: 3 x 2 cells, of several sizes"
+    for axes, view in ((first, padded), (second, uneven)):
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert left < 0 < 160 < right
+        assert top < -35 < 125 < bottom
+        filled = {
+            patch.get_facecolor(): patch.get_bbox().bounds for patch in axes.patches if patch.get_fill()
+        }
+        corner = view.x_edges[0], view.y_edges[0], *(np.diff(view.x_edges)[:1]), *(np.diff(view.y_edges)[:1])
+        assert filled[to_rgba(ORANGE)] == pytest.approx(corner)
+        end = view.x_edges[-2], view.y_edges[-2], np.diff(view.x_edges)[-1], np.diff(view.y_edges)[-1]
+        assert filled[to_rgba(SKY)] == pytest.approx(end)
+        drawn = [tuple(map(tuple, line.tolist())) for line in axes.collections[-1].get_segments()]
+        x0, y0, x1, y1 = view.box
+        assert drawn[: len(view.x_edges)] == [((x, y0), (x, y1)) for x in view.x_edges]
+        assert drawn[len(view.x_edges) :] == [((x0, y), (x1, y)) for y in view.y_edges]

@@ -1,0 +1,175 @@
+"""Every family against the pixels and against eager attention, on tiny random models with the real processors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from family_models import BUILDERS, tiny
+from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from footprints import coordinate_picture, footprint_centres
+
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.capture import capture
+from localization_heads.lvlm.families import FAMILIES, REFUSED, check_family, views_of
+from localization_heads.lvlm.geometry import EncodedImage, View
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.model import LVLM
+
+CHECKS = json.loads(Path(__file__).with_name("family_checks.json").read_text(encoding="utf-8"))
+SIZES = {"wide": (1000, 560), "tall": (420, 760), "small": (150, 110)}
+SAMPLED = 8
+EAGER = {"rtol": 0, "atol": 1e-5}
+
+
+CUT_AT_THE_BORDER = {"florence2"}
+"""Families whose convolutions reach over their cells: at the picture's border, their footprints are one-sided."""
+
+NO_FOOTPRINTS = {"gemma3n"}
+"""Families whose vision tower is timm's, whose attention cannot be switched off here."""
+
+
+def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
+    """The four corners and a few others, all at least `rim` cells from the border."""
+    h, w = (side - 2 * rim for side in view.index.shape)
+    inner = np.random.default_rng(0).choice(h * w, min(SAMPLED, h * w), replace=False)
+    cells = {(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), *((int(i) // w, int(i) % w) for i in inner)}
+    return sorted((row + rim, column + rim) for row, column in cells)
+
+
+def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
+    views = {view.name: view for view in lvlm.views(coordinate_picture(*image_size))}
+    cells = {
+        name: sampled_cells(view, rim=int(lvlm.name in CUT_AT_THE_BORDER)) for name, view in views.items()
+    }
+    keys = [int(views[name].index[cell]) for name in views for cell in cells[name]]
+    centres = footprint_centres(lvlm, image_size, keys)
+    return {name: np.array(list(_errors(views[name], cells[name], centres))) for name in views}
+
+
+def _errors(
+    view: View, cells: list[tuple[int, int]], centres: dict[int, tuple[float, float]]
+) -> Iterator[tuple[float, float]]:
+    for r, c in cells:
+        if (centre := centres.get(int(view.index[r, c]))) is not None:
+            (x0, x1), (y0, y1) = view.x_edges[c : c + 2], view.y_edges[r : r + 2]
+            yield (centre[0] - (x0 + x1) / 2) / (x1 - x0), (centre[1] - (y0 + y1) / 2) / (y1 - y0)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", sorted(BUILDERS.keys() - NO_FOOTPRINTS))
+def test_footprints_lie_in_their_cells(name: str, size: tuple[int, int]) -> None:
+    """Within a quarter of a cell of where the geometry says, in every view; padding has no footprint."""
+    for view, errors in footprint_errors(tiny(name), size).items():
+        assert len(errors) >= 3, f"{view}: too few tokens show the picture alone"
+        assert np.abs(errors).max() < 0.25, view
+
+
+def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:
+    """Largest difference of the captured rows, at every key, from eager `output_attentions`, in fp32."""
+    inputs = lvlm.encode([coordinate_picture(*image_size)], [lvlm.prompt("the red car")])
+    with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
+        lvlm.model(**inputs, use_cache=False)
+    before = lvlm.model.config.get_text_config()._attn_implementation
+    lvlm.model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            output = lvlm.model(**inputs, output_attentions=True, use_cache=False)
+    finally:
+        lvlm.model.set_attn_implementation(before)
+    eager = [a for a in getattr(output, "cross_attentions", None) or output.attentions if a is not None]
+    if len(eager) == lvlm.num_layers:
+        eager = [eager[layer] for layer in sorted(recorder.rows)]
+    assert len(eager) == len(recorder.rows) > 0
+    rows = (recorder.rows[layer] for layer in sorted(recorder.rows))
+    return max(float((row - a[:, :, -1]).abs().max()) for row, a in zip(rows, eager, strict=True))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_capture_equals_eager(name: str) -> None:
+    assert capture_difference(tiny(name), SIZES["small"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_batch_is_its_samples(name: str) -> None:
+    """Pictures of different sizes and expressions of different lengths, padded to one length."""
+    lvlm = tiny(name)
+    images = [coordinate_picture(150, 110), coordinate_picture(110, 190), coordinate_picture(64, 64)]
+    expressions = ["the red car", "the dog left in this image", "car"]
+    for image, expression, batched in zip(
+        images, expressions, lvlm.attend_batch(images, expressions), strict=True
+    ):
+        alone = lvlm.attend(image, expression)
+        assert alone.image_box == batched.image_box
+        np.testing.assert_allclose(alone.attention, batched.attention, **EAGER)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_image_token_has_one_cell(name: str) -> None:
+    """No token twice, none of another kind, and every view of the table is seen at one size or another."""
+    lvlm, names = tiny(name), set()
+    for size in SIZES.values():
+        picture = coordinate_picture(*size)
+        inputs = lvlm.encode([picture], [lvlm.prompt("the dog")])
+        image = EncodedImage(lvlm.model.config, lvlm.processor, inputs, 0, size)
+        views = views_of(image)
+        names |= {view.name for view in views}
+        cells = np.concatenate([view.index.ravel() for view in views])
+        assert len(np.unique(cells)) == len(cells)
+        if not lvlm.looks_across:
+            assert set(cells) <= set(image.tokens)
+    assert names == set(CHECKS["families"][name]["views"])
+
+
+def test_video_families_load_without_torchvision(tmp_path: Path) -> None:
+    """A saved Qwen2-VL: transformers alone would not load its processor, for its video half needs torchvision."""
+    lvlm = tiny("qwen2_vl")
+    lvlm.processor.save_pretrained(tmp_path)
+    lvlm.model.save_pretrained(tmp_path)
+    loaded, picture = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_picture(150, 110)
+    expected = lvlm.attend(picture, "the dog").attention
+    np.testing.assert_allclose(loaded.attend(picture, "the dog").attention, expected, **EAGER)
+
+
+def test_the_table_of_checks_is_whole() -> None:
+    """`family_checks.json`, which the documentation is written from."""
+    assert CHECKS["families"].keys() == BUILDERS.keys()
+    assert CHECKS["refused"] == REFUSED
+    assert {entry["model_type"] for entry in CHECKS["families"].values()} == FAMILIES.keys()
+
+
+def test_resamplers_are_refused() -> None:
+    for name in ("aria", "idefics2"):
+        with pytest.raises(UsageError, match="resampler"):
+            check_family(SimpleNamespace(model_type=name))
+
+
+def encoded(ids: list[int]) -> EncodedImage:
+    """A sample of a family that nobody knows, whose image token is 7."""
+    config = SimpleNamespace(model_type="novel", image_token_id=7)
+    return EncodedImage(config, None, {"input_ids": np.array([ids])}, 0, (30, 20))
+
+
+def test_an_unknown_family_gets_a_fair_try(caplog: pytest.LogCaptureFixture) -> None:
+    check_family(SimpleNamespace(model_type="novel", image_token_id=7))
+    assert "nobody has checked" in caplog.text
+    (view,) = views_of(encoded([1, 7, 7, 7, 7, 2]))
+    assert view.box == (0, 0, 30, 20)
+    assert view.index.tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("ids", [[1, 7, 7, 7, 2], [7, 7, 1, 7, 7], [1, 2]], ids=["count", "gap", "none"])
+def test_an_unknown_family_whose_tokens_make_no_grid_is_refused(ids: list[int]) -> None:
+    with pytest.raises(UsageError, match="no single square grid"):
+        views_of(encoded(ids))
+
+
+def test_a_family_without_image_tokens_is_refused() -> None:
+    with pytest.raises(UsageError, match="no image token"):
+        check_family(SimpleNamespace(model_type="novel"))

@@ -1,0 +1,326 @@
+"""The front door: help at once, free text as it was typed, one line for an error, and the exit statuses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from front import Front, fronts, one_line
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from localization_heads.apps.frontdoor import FREE_TEXT, help_text, plain_options, quote_free_text, run
+from localization_heads.errors import UsageError, WorkError
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "finder": "localization_heads_finder.py",
+    "visualize": "visualize_attention.py",
+    "chat": "cli_llava.py",
+}
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def finder_options(*overrides: str) -> dict[str, Any]:
+    """The composed options of a command line."""
+    with initialize_config_module("localization_heads.config", version_base="1.3"):
+        return plain_options(compose("finder", [quote_free_text(override) for override in overrides]))
+
+
+def arrived(argument: str) -> Any:
+    """The value that Hydra's real grammar and OmegaConf's interpolations make of an argument."""
+    override = OverridesParser.create().parse_override(quote_free_text(argument))
+    return OmegaConf.to_container(OmegaConf.create({"value": override.value()}), resolve=True)["value"]
+
+
+def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **extra}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+
+
+# ------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with the comment of its config file; nothing that only Hydra reads."""
+    assert run(lambda cfg: 1, name, f"python {SCRIPTS[name]}", ["--help"]) == 0
+    text, err = capsys.readouterr()
+    assert not err
+    assert text.startswith(f"usage: python {SCRIPTS[name]} [NAME=VALUE ...]")
+    with initialize_config_module("localization_heads.config", version_base="1.3"):
+        options = plain_options(compose(name))
+    for option, value in options.items():
+        inner = [f"{option}.{key}:" for key in value] if option in ("model", "criteria", "grounding") else []
+        for line in inner or [f"{option}:"]:
+            assert f"\n{line}" in text, line
+    assert "hydra" not in text
+    assert "_self_" not in text
+
+
+IMPORT_PROBE = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "transformers", "hydra", "omegaconf", "numpy", "matplotlib", "PIL"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_help_imports_nothing_heavy(script: str) -> None:
+    """A real process: it answers in milliseconds, not after importing torch."""
+    ended = process("-c", IMPORT_PROBE, str(ROOT / script), "--help")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("usage: ")
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    code = """
+import sys, localization_heads as lh
+dir(lh)
+sys.exit(len({"torch", "numpy", "hydra", "PIL"} & set(sys.modules)))
+"""
+    assert process("-c", code).returncode == 0
+
+
+# -------------------------------------------------------------------------------------------- free text
+
+
+TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TYPED, name=st.sampled_from(FREE_TEXT))
+@example(text="the dog, on the left", name="query")
+@example(text="a=b, c={d: [e]}", name="query")
+@example(text='it\'s "that" one', name="query")
+@example(text='"this" or "that"', name="query")
+@example(text="'the dog'", name="query")
+@example(text='"', name="query")
+@example(text="'", name="query")
+@example(text="ends in \\", name="query")
+@example(text="\\'", name="query")
+@example(text="${oc.env:HOME}", name="query")
+@example(text="\\${oc.env:HOME}", name="query")
+@example(text="\\\\${x}\\", name="query")
+@example(text="$", name="query")
+@example(text="5", name="query")
+@example(text="true", name="query")
+@example(text="???", name="query")
+@example(text="a\nb\tc", name="query")
+@example(text=" spaces ", name="query")
+@example(text="C:\\pictures\\cat.png", name="image_file")
+@example(text="https://a.example/x.png?a=1,2&b={c}", name="image_file")
+def test_free_text_arrives_as_it_was_typed(text: str, name: str) -> None:
+    """Whatever it is, except null and what a user has quoted for Hydra."""
+    value = arrived(f"{name}={text}")
+    if text == "null":
+        assert value is None
+    elif re.fullmatch(r"""'[^'\\]+'|"[^"\\]+\"""", text):
+        assert value == text[1:-1]
+    else:
+        assert value == text
+
+
+@pytest.mark.parametrize(
+    "argument", ["k=5", "heads=[1-2,3-4]", "--info", "model=tiny", "query", "query=", "query=null"]
+)
+def test_what_is_no_free_text_is_left_alone(argument: str) -> None:
+    assert quote_free_text(argument) == argument
+
+
+def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
+    """A path may hold an equals sign, a comma or a space."""
+    for value, expected in (
+        ("out/a=b, c/heads.json", "out/a=b, c/heads.json"),
+        ("[1-2,L3H4]", ["1-2", "L3H4"]),
+        ("1-2", "1-2"),
+        ("auto", "auto"),
+    ):
+        assert finder_options(f"heads={value}")["heads"] == expected
+
+
+# ------------------------------------------------------------------------------------ errors and statuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stage=nap"], "stage=nap: choose one of batch, find,"),
+        (["stag=batch"], "stag= is no option: did you mean stage=? --help lists all"),
+        (["model=big"], "model=big: choose one of "),
+        (["criteria=own"], "criteria=own: choose one of paper, published"),
+        (["model.nme=x"], "model.nme= is no option: did you mean model.name=?"),
+        (["criteria.tua=1"], "did you mean criteria.tau=?"),
+        (["+new=1"], "+new= is no option"),
+        (["++k=1"], "++k= is no option: --help lists all"),
+        (["~k"], "~k= is no option"),
+        (["k=0"], "k=0: give a whole number of at least 1"),
+        (["k=three"], "k=three: give a whole number"),
+        (["k=1,2"], "k=1,2: give one value"),
+        (["heads=1-2,3-4"], "heads=1-2,3-4: give one value; a list is written [A,B]"),
+        (["top_k=0"], "top_k=0: "),
+        (["heads=[1-2"], "heads=[1-2"),
+        (["k"], "k"),
+        (["=5"], "= is no option: --help lists all"),
+        (["stage=collect"], "image_file= is missing: stage=collect needs image_file and query"),
+        (["stage=collect", "image_file=a.png"], "query= is missing"),
+        (["stage=collect", "image_file=a.png", "query=   "], "query="),
+        (["stage=analyze"], "attention_file= is missing"),
+        (["stage=visualize"], "attention_file= is missing"),
+        (["stage=batch", "data_file=no.jsonl"], "data_file=no.jsonl: no such file"),
+        (["stage=batch", "data_file=null"], "data_file= is missing"),
+        (["stage=ground", "image_file=no.png", "query=x"], "no.png: no such file"),
+        (["stage=ground", "image_file=a=${x}, 'b'.png", "query={${y"], "a=${x}, 'b'.png: no such file"),
+        (["stage=ground", "query=x"], "image_file= is missing"),
+        (["stage=ground", "image_file=no.png"], "query= is missing"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(front: Front, arguments: list[str], said: str) -> None:
+    """It names the option and the way out, and nothing is written."""
+    result = front.finder(*arguments)
+    assert result.status == 2, result.err
+    assert said in one_line(result.err)
+    assert not result.out
+    assert list(front.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "attention_file= is missing"),
+        (["attention_file=no.pkl"], "attention_file=no.pkl: there is no such file"),
+        (["mode=both"], "mode=both: choose one of single, batch"),
+        (["mode=batch", "data_file=no.jsonl"], "data_file=no.jsonl: no such file"),
+        (["mode=batch", "data_file=null"], "data_file= is missing"),
+        (["layr=5"], "did you mean layer=?"),
+    ],
+)
+def test_wrong_use_of_the_viewer(front: Front, arguments: list[str], said: str) -> None:
+    result = front.visualize(*arguments)
+    assert result.status == 2
+    assert said in one_line(result.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "query= is missing"),
+        (["query=Hi", "image_file=no.png"], "no.png: no such file"),
+        (["query=Hi", "max_new_tokens=0"], "max_new_tokens=0: "),
+        (["cli_mode=maybe"], "cli_mode=maybe: give true or false"),
+    ],
+)
+def test_wrong_use_of_the_chat(front: Front, arguments: list[str], said: str) -> None:
+    result = front.chat(*arguments)
+    assert result.status == 2
+    assert said in one_line(result.err)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UsageError("k=0: no"), 2, "error: k=0: no\n"),
+        (WorkError("no memory"), 1, "error: no memory\n"),
+        (ValueError("two\nlines"), 1, "error: ValueError: two lines (debug=true shows where)\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; what was finished is kept"),
+    ],
+)
+@pytest.mark.parametrize("debug", [None, "option", "environment"])
+def test_statuses_and_tracebacks(
+    front: Front,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    said: str,
+    debug: str | None,
+) -> None:
+    """A traceback only on request, and a run does not turn it on for the next one."""
+
+    def fail(cfg: Any) -> int:
+        raise error
+
+    if debug == "environment":
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    else:
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    arguments = ["debug=true"] if debug == "option" else []
+    for _ in range(2):
+        assert run(fail, "finder", "program", arguments) == status
+        err = capsys.readouterr().err
+        assert said in err
+        assert ("Traceback" in err) == (debug is not None)
+    assert os.environ.get("HYDRA_FULL_ERROR") == ("1" if debug == "environment" else None)
+
+
+def test_the_status_of_main_is_that_of_the_run(front: Front) -> None:
+    assert [run(lambda cfg, s=s: s, "finder", "program", []) for s in (0, 1)] == [0, 1]
+
+
+def test_hydra_leaves_no_folder(front: Front) -> None:
+    """No outputs/date/time, no .hydra, no change of folder."""
+    where: list[str] = []
+    run(lambda cfg: where.append(os.getcwd()) or 0, "finder", "program", ["k=2"])  # noqa: PTH109
+    assert where == [str(front.folder)]
+    assert list(front.folder.iterdir()) == []
+
+
+def test_a_real_process(tmp_path: Path) -> None:
+    """The script itself: its status, one line on standard error, nothing on standard output."""
+    ended = process(str(ROOT / "localization_heads_finder.py"), "stage=collect", "query=x")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert one_line(ended.stderr).startswith("error: image_file= is missing")
+
+
+def test_help_text_names_the_groups() -> None:
+    text = help_text("finder", "x")
+    for line in (
+        "model.name: embedded",
+        "criteria.entropy: area",
+        "grounding.sigma: 1.0",
+        "  - data: examples",
+    ):
+        assert line in text
+
+
+@pytest.mark.parametrize("option", ["model=null", "criteria=null", "grounding=null", "data=null"])
+def test_a_group_cannot_be_null(front: Front, option: str) -> None:
+    result = front.finder(option)
+    assert result.status == 2
+    assert f"{option}: choose one of " in one_line(result.err)
+
+
+@pytest.mark.parametrize("module", ["apps.terminal", "stages.visualizing", "apps.finder_stages"])
+def test_figures_are_imported_when_they_are_drawn(module: str) -> None:
+    """matplotlib costs a second that a question or a wrong option need not wait for."""
+    code = f"import sys, localization_heads.{module}; print('matplotlib' in sys.modules)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert ended.stdout == "False\n"

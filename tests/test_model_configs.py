@@ -1,0 +1,162 @@
+"""`config/model/`: every file composes, says what it must, and claims nothing that nobody published."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from localization_heads.apps.frontdoor import help_text
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.families import FAMILIES
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.prompts import CONV_MODES
+from localization_heads.lvlm.spec import BASE, EMBEDDED, ModelSpec, compose_spec, find_spec, known_specs
+from localization_heads.options import check_options
+from localization_heads.stages.run import Run
+
+FOLDER = files("localization_heads") / "config" / "model"
+PUBLISHED = {"llava": ["14-24", "14-13", "14-26"], "llava-13b": ["15-39", "16-30", "7-2"]}  # Fig. 6a
+STEMS = sorted(known_specs())
+MODEL_TYPES = {
+    "aya-vision": "aya_vision",
+    "cohere2-vision": "cohere2_vision",
+    "deepseek-vl": "deepseek_vl_hybrid",
+    "deepseek-vl-1_3b": "deepseek_vl",
+    "florence2": "florence2",
+    "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma4": "gemma4",
+    "glm4v": "glm4v",
+    "idefics3": "idefics3",
+    "internvl": "internvl",
+    "internvl-1b": "internvl",
+    "janus": "janus",
+    "janus-1b": "janus",
+    "kimi-k2_5": "kimi_k25",
+    "lfm2-vl": "lfm2_vl",
+    "llama4": "llama4",
+    "llava": "llava",
+    "llava-13b": "llava",
+    "llava-next": "llava_next",
+    "llava-next-mistral": "llava_next",
+    "llava-onevision": "llava_onevision",
+    "llava-onevision-0_5b": "llava_onevision",
+    "mistral3": "mistral3",
+    "mllama": "mllama",
+    "ovis2": "ovis2",
+    "paligemma": "paligemma",
+    "paligemma2": "paligemma",
+    "pixtral": "llava",
+    "qwen2-vl": "qwen2_vl",
+    "qwen2-vl-2b": "qwen2_vl",
+    "qwen2_5-vl": "qwen2_5_vl",
+    "qwen2_5-vl-3b": "qwen2_5_vl",
+    "qwen3-vl": "qwen3_vl",
+    "qwen3-vl-4b": "qwen3_vl",
+    "qwen3_5": "qwen3_5",
+    "smolvlm": "smolvlm",
+    "smolvlm-256m": "idefics3",
+    "tiny": "llava",
+    "vip-llava": "vipllava",
+}
+"""The `model_type` of each checkpoint's configuration."""
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_module("localization_heads.config", version_base="1.3"):
+        options = OmegaConf.to_container(compose("finder", list(overrides)), resolve=True)
+    assert isinstance(options, dict)
+    return {str(name): value for name, value in options.items()}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_composes(stem: str) -> None:
+    """Through Hydra, and the same when the files are read without it."""
+    options = composed(f"model={stem}")
+    check_options(options)
+    assert compose_spec(options["model"], stem) == known_specs()[stem] == find_spec(stem)
+    spec = known_specs()[stem]
+    assert spec.label == stem
+    assert spec.conv_mode in CONV_MODES
+    assert spec.name == EMBEDDED or re.fullmatch(r"[\w.-]+/[\w.-]+", spec.name)
+    assert find_spec(spec.name) == spec
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_file_explains_itself(stem: str) -> None:
+    text = (FOLDER / f"{stem}.yaml").read_text(encoding="utf-8")
+    assert re.match(r"# \w.*\.\ndefaults:\n  - base\n  - _self_\n\nname: ", text)
+
+
+def test_no_invented_heads() -> None:
+    found = {
+        stem: [f"{h.layer}-{h.head}" for h in spec.heads]
+        for stem, spec in known_specs().items()
+        if spec.heads and stem != "tiny"  # ours: measured here
+    }
+    assert found == PUBLISHED
+
+
+def test_names_are_unique() -> None:
+    names = [spec.name for spec in known_specs().values()]
+    assert len(set(names)) == len(names)
+
+
+def test_every_family_has_a_file() -> None:
+    assert sorted(MODEL_TYPES) == STEMS
+    assert set(MODEL_TYPES.values()) == set(FAMILIES)
+
+
+def test_base_has_every_option() -> None:
+    keys = OmegaConf.create((FOLDER / f"{BASE}.yaml").read_text(encoding="utf-8")).keys()
+    assert list(keys) == [field.name for field in fields(ModelSpec)]
+
+
+def test_any_option_can_be_overridden() -> None:
+    options = composed("model=qwen3-vl", "model.dtype=bfloat16", "model.conv_mode=plain", "model.heads=[3-1]")
+    spec = compose_spec(options["model"], "qwen3-vl")
+    assert (spec.dtype, spec.conv_mode, list(map(str, spec.heads))) == ("bfloat16", "plain", ["L3H1"])
+
+
+def test_base_serves_a_checkpoint_that_nobody_described() -> None:
+    options = composed("model=base", "model.name=someone/some-model", "model.dtype=float16")
+    assert compose_spec(options["model"], "base") == ModelSpec("someone/some-model", dtype="float16")
+    with pytest.raises(UsageError, match=r"model\.name=null"):
+        check_options(composed("model=base"))
+
+
+def test_help_explains_every_option_once() -> None:
+    text = help_text("finder", "")
+    for field in fields(ModelSpec):
+        assert len(re.findall(rf"^model\.{field.name}:", text, re.MULTILINE)) == 1
+    assert "\nmodel.name: embedded\n" in text
+    assert "\nquery_token: last\n" in text
+
+
+def test_conv_mode_comes_from_the_model_unless_it_is_given() -> None:
+    spec = find_spec("tiny")
+    chatty = ModelSpec(EMBEDDED, conv_mode="chat")
+    assert load_model(ModelSpec(EMBEDDED), device="cpu").conv_mode == "referseg"
+    assert load_model(spec, device="cpu").conv_mode == spec.conv_mode == "referseg"
+    assert load_model(chatty, device="cpu").conv_mode == "chat"
+    assert load_model(chatty, device="cpu", conv_mode="plain").conv_mode == "plain"
+
+
+def test_conv_mode_option_overrides_the_file() -> None:
+    assert Run(composed("device=cpu")).lvlm.conv_mode == "referseg"
+    assert Run(composed("device=cpu", "model.conv_mode=plain")).lvlm.conv_mode == "plain"
+    assert Run(composed("device=cpu", "model.conv_mode=plain", "conv_mode=chat")).lvlm.conv_mode == "chat"
+
+
+def test_bad_choices() -> None:
+    for options in ("query_token=first", "conv_mode=shout", "model.conv_mode=shout"):
+        with pytest.raises(UsageError, match=options.partition("=")[0]):
+            check_options(composed(options))
+    with pytest.raises(UsageError, match="query_token=first"):
+        load_model(query_token="first")

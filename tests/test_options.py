@@ -1,0 +1,208 @@
+"""Every config composes, every option is explained, and every wrong value is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from itertools import product
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from localization_heads.apps.finder_stages import STAGES as FINDER_STAGES
+from localization_heads.errors import UsageError
+from localization_heads.options import RULES, STAGES, check_options, require
+from localization_heads.stages.run import Run
+
+CONFIG = files("localization_heads") / "config"
+APPLICATIONS = ("finder", "visualize", "chat")
+GROUPS = {
+    group: sorted(f.name.removesuffix(".yaml") for f in (CONFIG / group).iterdir() if f.name.endswith("yaml"))
+    for group in ("model", "criteria", "grounding", "data")
+}
+
+WITHOUT_RULE = {
+    "device": "pick_device asks torch what this machine has",
+    "heads": "chosen_heads reads names and files",
+    "model.heads": "ModelSpec reads them",
+}
+"""Options that options.py has no rule for, and who checks them instead."""
+
+
+def composed(application: str, *overrides: str) -> dict[str, Any]:
+    with initialize_config_module("localization_heads.config", version_base="1.3"):
+        options = OmegaConf.to_container(compose(application, list(overrides)), resolve=True)
+    assert isinstance(options, dict)
+    return {str(name): value for name, value in options.items()}
+
+
+def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`model.name` and so on."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def yaml_files() -> list[str]:
+    groups = [f"{group}/{choice}" for group, choices in GROUPS.items() for choice in choices]
+    return [*APPLICATIONS, *groups]
+
+
+def test_the_shipped_choices() -> None:
+    assert {"tiny", "llava", "llava-13b"} <= set(GROUPS["model"])
+    assert {"paper", "published"} <= set(GROUPS["criteria"]) & set(GROUPS["grounding"])
+    assert {"examples", "scenes"} <= set(GROUPS["data"])
+
+
+MODELS = [(model, "paper", "paper", "examples") for model in GROUPS["model"] if model != "base"]
+RECIPES = list(product(["tiny"], GROUPS["criteria"], GROUPS["grounding"], GROUPS["data"]))
+
+
+@pytest.mark.parametrize("choices", [*MODELS, *RECIPES], ids=" ".join)
+def test_every_choice_composes_and_passes_its_rules(choices: tuple[str, ...]) -> None:
+    """Also into the objects that the stages work with."""
+    overrides = [f"{group}={choice}" for group, choice in zip(GROUPS, choices, strict=True)]
+    run = Run(composed("finder", *overrides), model_choice=choices[0])
+    assert run.spec.name
+    assert run.criteria
+    assert run.grounding
+
+
+@pytest.mark.parametrize("application", APPLICATIONS)
+def test_every_application_composes(application: str) -> None:
+    check_options(composed(application))
+
+
+@pytest.mark.parametrize("name", yaml_files())
+def test_every_option_has_a_comment_above_it(name: str) -> None:
+    """A comment may stand above several lines that go together; Hydra's own block needs none."""
+    text = (CONFIG / f"{name}.yaml").read_text(encoding="utf-8").split("\nhydra:\n")[0]
+    for block in re.split(r"\n\s*\n", text):
+        lines = [line for line in block.splitlines() if not line.startswith("# @package")]
+        options = [
+            i for i, line in enumerate(lines) if re.match(r"\s*(- )?\w+:", line) and "override" not in line
+        ]
+        for i in options:
+            if lines[i].strip() in ("defaults:", "scenes:", "doctor:") or re.match(r"  - \w+:", lines[i]):
+                continue
+            if name.startswith("model/") and name != "model/base":
+                continue  # base explains every option once; the others say only what is special
+            above = [line for line in lines[:i] if line.lstrip().startswith("#") and "---" not in line]
+            assert above, f"{name}.yaml: {lines[i].strip()} has no comment"
+
+
+@pytest.mark.parametrize("application", APPLICATIONS)
+def test_every_option_has_a_rule_or_a_reason(application: str) -> None:
+    without = [name for name in leaves(composed(application)) if name not in RULES]
+    assert not [name for name in without if name not in WITHOUT_RULE]
+
+
+def test_every_rule_is_about_an_option_that_exists() -> None:
+    known = {name for application in APPLICATIONS for name in leaves(composed(application))}
+    assert set(RULES) <= known
+    assert set(WITHOUT_RULE) <= known
+
+
+def test_every_file_of_a_group_has_the_same_options() -> None:
+    """Or changing the choice would change what the command line knows."""
+    for group in ("criteria", "grounding"):  # the files of model/ build on base.yaml
+        choices = GROUPS[group]
+        keys = {
+            choice: set(yaml.safe_load((CONFIG / group / f"{choice}.yaml").read_text())) for choice in choices
+        }
+        assert len({frozenset(found) for found in keys.values()}) == 1, (group, keys)
+
+
+def test_every_stage_has_its_function() -> None:
+    assert set(STAGES) == set(FINDER_STAGES)
+
+
+def test_the_options_of_the_seed_are_there() -> None:
+    """Names that users' scripts hold."""
+    seed = (
+        "stage image_file query attention_file top_k output_dir data_file batch_size visualize_batch show_plot "
+        "save_id process_all start_index end_index max_new_tokens random_seed device conv_mode"
+    )
+    assert set(seed.split()) <= set(composed("finder"))
+    viewer = "mode attention_file layer head show_components top_k data_file output_dir save_fig show_plot"
+    assert set(viewer.split()) <= set(composed("visualize"))
+    assert {"query", "image_file", "cli_mode"} <= set(composed("chat"))
+
+
+WRONG = {
+    "stage": ["nap", None, 5],
+    "top_k": [0, -1, 1.5, "three", None, True, 101],
+    "batch_size": [0, "8", 4097],
+    "process_all": ["yes", 1, None],
+    "end_index": [-2],
+    "random_seed": [-1, 2**32],
+    "attention_format": ["npz"],
+    "conv_mode": ["vicuna"],
+    "visualize_limit": [-1],
+    "query": ["", "  ", ["a"], True],
+    "image_file": [["a"], ""],
+    "k": [0, 10_001],
+    "top_n": [0, 10_001],
+    "num_trials": [0, 1001],
+    "output_dir": [None, "", ["a"]],
+    "criteria.threshold": [-1, "median", float("nan"), float("inf"), True],
+    "criteria.tau": [-0.1, "x", float("nan")],
+    "criteria.entropy": ["volume"],
+    "grounding.kernel_size": [2, 0, -1, 1.0, 65],
+    "grounding.sigma": [-1, float("inf")],
+    "grounding.upsample": [0, 17],
+    "model.dtype": ["int8", None],
+    "model.quantization": ["2bit"],
+    "model.name": [None, ""],
+    "model.label": ["", "../elsewhere", "a/b", ".."],
+    "model.attn_implementation": ["fast"],
+    "model.device_map": [""],
+    "model.system": [5],
+    "scenes.count": [0, 10**9],
+    "scenes.split": ["all"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in WRONG.items() for value in bad])
+def test_wrong_values_are_named(name: str, value: Any) -> None:
+    group, _, key = name.rpartition(".")
+    options = {group: {key: value}} if group else {key: value}
+    with pytest.raises(UsageError, match=rf"^{re.escape(name)}=.*: ") as caught:
+        check_options(options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query": 5},
+        {"visualize_limit": None},
+        {"criteria": {"threshold": 0.001, "tau": 0}},
+        {"model": {"system": "", "label": None, "quantization": "4bit"}},
+        {"end_index": -1},
+        {"start_index": 5, "end_index": -1},
+        {"start_index": 5, "end_index": 6},
+        {"mode": "single", "output_dir": None},
+        {"batch_size": 4096, "num_trials": 1000, "k": 10_000, "grounding": {"kernel_size": 63}},
+        {"unknown": "is Hydra's to refuse"},
+    ],
+)
+def test_right_values_pass(options: Mapping[str, Any]) -> None:
+    check_options(options)
+
+
+@pytest.mark.parametrize(("start", "end"), [(5, 3), (3, 3), (0, 0)])
+def test_an_empty_range_is_said(start: int, end: int) -> None:
+    with pytest.raises(UsageError, match=f"start_index={start} end_index={end}: the range is empty"):
+        check_options({"start_index": start, "end_index": end})
+
+
+def test_a_missing_option_is_named_with_its_stage() -> None:
+    with pytest.raises(UsageError, match="query= is missing: stage=collect needs image_file and query"):
+        require({"stage": "collect", "image_file": "a.png", "query": None}, "image_file", "query")

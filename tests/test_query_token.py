@@ -1,0 +1,232 @@
+"""`query_token`: the expression's tokens are found, and each reading equals eager attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_model_configs import composed
+from tiny_models import llava_model, llava_processor, tokenizer
+from tiny_tokenizers import KINDS, tiny_tokenizer
+from transformers.modeling_utils import AttentionInterface
+
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS, expression_tokens, query_of
+from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.stages.discovery import batch
+from localization_heads.stages.run import Run
+from localization_heads.store.attention_files import load_attention
+
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+CHAT = (
+    "{% for m in messages %}this {% for c in m['content'] %}"
+    "{% if c['type']=='image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    " , {% endfor %}{% if add_generation_prompt %}the image ?{% endif %}"
+)
+CHAT_ORDER = {
+    "chatml": "<start>user\n<start><image><end>{}<end>\n<start>assistant\n",
+    "llama": "<s>user: <image>\n{} assistant:",
+}
+RENDERERS = {
+    "referseg": lambda text: referseg_prompt(text, "<image>"),
+    "plain": lambda text: plain_prompt(text, "<image>"),
+    **{name: template.format for name, template in CHAT_ORDER.items()},
+}
+
+
+class Slow:
+    """A tokenizer that cannot say where its tokens come from."""
+
+    is_fast = False
+
+    def __init__(self, fast: Any) -> None:
+        self.decode = fast.decode
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", RENDERERS)
+@pytest.mark.parametrize(
+    "expression", ["the red car", "a", "user", "assistant", "the dog.", "café", "左边的狗", "second giraffe?"]
+)
+@pytest.mark.parametrize("slow", [False, True])
+def test_expression_is_found(kind: str, mode: str, expression: str, slow: bool) -> None:
+    """In any template, behind the image's tokens, padded; also where the template says the same words."""
+    coder = tiny_tokenizer(kind)
+    prompt = locate_expression(RENDERERS[mode], expression)
+    assert prompt.expression == expression.rstrip(".?")
+    ids = coder("<pad><pad>" + prompt.text.replace("<image>", "<image>" * 9))["input_ids"]
+    rest = prompt.text[prompt.start :]
+    if slow and spelled(rest, unknown="?") not in spelled(coder.decode(ids), unknown="?"):
+        with pytest.raises(
+            UsageError, match="query_token"
+        ):  # no guess where the tokens do not spell the text
+            expression_tokens(Slow(coder), prompt, ids)
+        return
+    span = expression_tokens(Slow(coder) if slow else coder, prompt, ids)
+    found = coder.decode(ids[span[0] : span[-1] + 1])
+    before, after = coder.decode(ids[: span[0]]), coder.decode(ids[span[-1] + 1 :])
+    if "<unk>" not in found:
+        assert spelled(found) == spelled(prompt.expression)
+    assert before.count("<image>") == 9
+    assert spelled(after) in spelled(prompt.text[prompt.end :])
+
+
+def spelled(text: str, unknown: str = "") -> str:
+    text = "".join(text.replace("<unk>", unknown).split())
+    return text if unknown else text.lower().replace("é", "e")
+
+
+def test_expression_that_is_not_there() -> None:
+    coder = tiny_tokenizer("byte-level")
+    with pytest.raises(UsageError, match="query_token"):
+        expression_tokens(coder, Prompt("<image> the dog.", 8, 15), coder("<image> a car.")["input_ids"])
+
+
+def test_template_that_rewrites_the_expression() -> None:
+    assert locate_expression(lambda text: f"say: {text.strip().lower()}!", "a dog").start == 5
+    with pytest.raises(UsageError, match="conv_mode"):
+        locate_expression(lambda text: "nothing of it", "a dog")
+
+
+def test_last_token_of_right_padded_prompts() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    query = query_of("last", [], {"attention_mask": mask}, None)
+    assert query.positions is not None
+    assert query.positions.tolist() == [[2], [3], [0]]
+    assert query_of("last", [], {"attention_mask": mask.flip(1)}, None).positions is None
+
+
+def tiny_lvlm(
+    query_token: str, conv_mode: str = "referseg", *, attention: str = "sdpa", **options: Any
+) -> LVLM:
+    processor = llava_processor()
+    processor.chat_template = CHAT
+    model = llava_model(attention=attention, **options)
+    return LVLM(
+        model,
+        processor,
+        ModelSpec("tiny"),
+        system="the car in this image",
+        conv_mode=conv_mode,
+        query_token=query_token,
+    )
+
+
+def reference(lvlm: LVLM, inputs: dict[str, torch.Tensor], span: list[list[int]]) -> torch.Tensor:
+    """[layer, B, H, T] from eager attention: the query token's row, or the mean of those of the expression."""
+    lvlm.model.set_attn_implementation("eager")
+    T = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        if lvlm.query_token == "answer_first":
+            steps = lvlm.model.generate(
+                **inputs,
+                max_new_tokens=2,
+                min_new_tokens=2,
+                do_sample=False,
+                output_attentions=True,
+                return_dict_in_generate=True,
+            ).attentions
+            return torch.stack([keys_of_prompt(layer[:, :, -1], T) for layer in steps[1]])
+        rows = torch.stack(lvlm.model(**inputs, output_attentions=True).attentions)  # [layer, B, H, Q, K]
+    if lvlm.query_token == "last":
+        return rows[:, :, :, -1]
+    chosen = span if lvlm.query_token == "expression_mean" else [positions[-1:] for positions in span]
+    return torch.stack([rows[:, b, :, chosen[b]].mean(2) for b in range(len(span))], 1)
+
+
+def keys_of_prompt(row: torch.Tensor, T: int) -> torch.Tensor:
+    """A sliding window has forgotten the first keys."""
+    missing = T + 1 - row.shape[-1]
+    return torch.cat([row.new_zeros(*row.shape[:-1], missing), row], -1)[..., :T]
+
+
+@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("conv_mode", ["referseg", "plain", "chat"])
+@pytest.mark.parametrize("expressions", [["red car"], ["the dog", "the left red dog , this car", "car."]])
+def test_equals_eager(picture: Any, query_token: str, conv_mode: str, expressions: list[str]) -> None:
+    """Also in left-padded batches, where every sample has its own positions."""
+    check_against_eager(tiny_lvlm(query_token, conv_mode), picture, expressions)
+
+
+@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("text", ["mistral", "gemma2"])
+def test_equals_eager_with_a_window(picture: Any, query_token: str, text: str) -> None:
+    """A sliding window shorter than the prompt: at the decoding step its cache holds the last keys only."""
+    options: dict[str, Any] = {"text": text, "sliding_window": 24}
+    if text == "gemma2":
+        options |= {"head_dim": 8, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 2.0}
+    kernel = "eager" if text == "gemma2" else "sdpa"
+    lvlm = tiny_lvlm(query_token, attention=kernel, **options)
+    check_against_eager(lvlm, picture, ["the dog", "the left red dog in this image"])
+
+
+def check_against_eager(lvlm: LVLM, picture: Any, expressions: list[str]) -> None:
+    images = [picture] * len(expressions)
+    maps = lvlm.attend_batch(images, expressions)
+    inputs = lvlm.encode(images, [lvlm.prompt(expression) for expression in expressions])
+    spans = [words_of(ids, text) for ids, text in zip(inputs["input_ids"].tolist(), expressions, strict=True)]
+    expected = reference(lvlm, inputs, spans)
+    for b, one in enumerate(maps):
+        on_image = expected[:, b][..., inputs["input_ids"][b] == lvlm.image_token_id]
+        torch.testing.assert_close(torch.from_numpy(one.attention).flatten(2), on_image, **TOLERANCE)
+
+
+def words_of(ids: list[int], expression: str) -> list[int]:
+    """Positions of the expression's words: a word is a token here, and the last match is the expression."""
+    words = tokenizer()(expression.rstrip("."), add_special_tokens=False)["input_ids"]
+    start = max(i for i in range(len(ids)) if ids[i : i + len(words)] == words)
+    return list(range(start, start + len(words)))
+
+
+def test_readings_differ(picture: Any) -> None:
+    maps = {kind: tiny_lvlm(kind).attend(picture, "the left red dog").attention for kind in QUERY_TOKENS}
+    for one in QUERY_TOKENS:
+        for other in QUERY_TOKENS:
+            assert (one == other) == bool((abs(maps[one] - maps[other]) < 1e-4).all())
+
+
+@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+def test_early_exit(picture: Any, query_token: str) -> None:
+    before = dict(AttentionInterface._global_mapping)
+    lvlm = tiny_lvlm(query_token)
+    early = lvlm.attend(picture, "the dog", last_layer=1).attention
+    torch.testing.assert_close(early[:2], lvlm.attend(picture, "the dog").attention[:2], rtol=0, atol=0)
+    assert not early[2:].any()
+    assert before == AttentionInterface._global_mapping
+
+
+def test_caches_never_mix(picture: Any, tmp_path: Path) -> None:
+    """A batch with another query token, and back: the files are those of the token that was asked for last."""
+    picture.save(tmp_path / "noise.png")
+    lines = [
+        {"id": f"e{n}", "prompt": p, "image_path": "noise.png"}
+        for n, p in enumerate(["the dog", "the red cat"])
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+
+    def maps_of(query_token: str) -> np.ndarray:
+        run = Run(
+            composed(
+                "device=cpu",
+                "visualize_batch=false",
+                f"data_file={data}",
+                f"output_dir={tmp_path}/out",
+                f"query_token={query_token}",
+            )
+        )
+        batch(run)
+        return np.stack(
+            [load_attention(run.attention_folder / f"{line['id']}.pkl").attention for line in lines]
+        )
+
+    last, mean = maps_of("last"), maps_of("expression_mean")
+    assert abs(last - mean).max() > 1e-3
+    assert len(list((tmp_path / "out/tiny/statistics").glob("*.bin"))) == 2
+    np.testing.assert_array_equal(maps_of("last"), last)

@@ -1,0 +1,104 @@
+"""What is known of a checkpoint before it is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localization_heads.errors import UsageError
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.spec import (
+    CONVERTED,
+    ModelSpec,
+    compose_spec,
+    find_spec,
+    folder_name,
+    known_specs,
+)
+
+
+def values(choice: str, **changes: object) -> dict[str, object]:
+    """The options of a `config/model` file as Hydra hands them over, some overridden."""
+    spec = known_specs()[choice]
+    options = {name: getattr(spec, name) for name in ModelSpec.__dataclass_fields__}
+    return {**options, "heads": [f"{layer}-{head}" for layer, head in spec.heads], **changes}
+
+
+def test_the_shipped_models() -> None:
+    """The paper's heads of LLaVA-1.5 (Fig. 6a); the embedded model is the default of everything."""
+    specs = known_specs()
+    assert specs["llava"].heads == (Head(14, 24), Head(14, 13), Head(14, 26))
+    assert specs["llava"].name == "llava-hf/llava-1.5-7b-hf"
+    assert specs["llava-13b"].name == "llava-hf/llava-1.5-13b-hf"
+    assert specs["tiny"].name == "embedded"
+    assert len({spec.folder for spec in specs.values()}) == len(specs)
+
+
+def test_a_spec_is_found_by_stem_by_name_or_made() -> None:
+    assert find_spec("llava") is find_spec("llava-hf/llava-1.5-7b-hf") is known_specs()["llava"]
+    assert find_spec("someone/some-model") == ModelSpec(name="someone/some-model")
+
+
+@pytest.mark.parametrize("original", sorted(CONVERTED))
+def test_original_llava_ids_are_taken_as_their_twins_with_a_notice(
+    original: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python and from the command line."""
+    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    for find in (find_spec, lambda name: compose_spec(values("tiny", name=name), "tiny")):
+        caplog.clear()
+        assert find(original).name == CONVERTED[original]
+        assert [r.getMessage() for r in caplog.records if original in r.getMessage()], "no notice"
+
+
+def test_another_name_takes_the_facts_of_that_model() -> None:
+    """`model.name=` with the embedded model's config must not keep the embedded model's facts."""
+    assert compose_spec(values("tiny", name="llava-hf/llava-1.5-7b-hf"), "tiny") == known_specs()["llava"]
+    other = compose_spec(values("llava", name="someone/some-model"), "llava")
+    assert other == ModelSpec(name="someone/some-model")
+    assert other.folder == "someone--some-model"
+
+
+def test_what_the_user_overrode_stays() -> None:
+    changes = {"name": "llava-hf/llava-1.5-7b-hf", "dtype": "bfloat16", "heads": ["1-2"]}
+    spec = compose_spec(values("tiny", **changes), "tiny")
+    assert (spec.dtype, spec.heads, spec.pad_to_square) == ("bfloat16", (Head(1, 2),), True)
+    assert compose_spec(values("llava", dtype="float16"), "llava").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"size": 7}, r"model\.size"), ({"heads": ["14"]}, r"model\.heads"), ({"heads": 5}, r"model\.heads")],
+)
+def test_wrong_options_of_a_model_are_named(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        compose_spec(values("tiny", **changes), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf--llava-1.5-7b-hf"),
+        ("/data/models/mine/", "mine"),
+        ("./mine", "mine"),
+        ("~/models/mine", "mine"),
+        ("/data/my model", "my_model"),
+        ("/", "model"),
+        ("..", None),
+    ],
+)
+def test_folder_names(name: str, folder: str | None) -> None:
+    assert folder_name(name) == (folder or Path("..").resolve().name or "model")
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1))
+def test_a_folder_name_is_one_plain_name(name: str) -> None:
+    """Nothing leads out of the output folder."""
+    folder = folder_name(name)
+    assert folder not in ("", ".", "..")
+    assert "/" not in folder
+    assert "\\" not in folder

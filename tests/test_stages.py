@@ -1,0 +1,683 @@
+"""Single pictures, figures' files, grounding, evaluation and scenes, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from front import Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from PIL import Image
+from tiny_models import llava_model, llava_processor
+
+import localization_heads as lh
+from localization_heads.data.masks import encode_mask, read_mask
+from localization_heads.lvlm.model import LVLM
+from localization_heads.stages.single import default_id
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.lock import RunLock
+
+ATTENTION_KEYS = [
+    "version", "attention", "grid", "image_size", "image_box", "image_file", "query", "prompt", "model", "id",
+]  # fmt: skip
+ANALYSIS_KEYS = [
+    "layer", "head", "head_idx", "attn_sum", "spatial_entropy", "bottom_row_focus", "num_components", "above_threshold",
+]  # fmt: skip
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    draw_picture(tmp_path / "cat.png")
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The expressions of every forward pass."""
+    seen: list[list[str]] = []
+    original = LVLM.attend_batch
+
+    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        seen.append(list(expressions))
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", spy)
+    return seen
+
+
+def load_pickle(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def files(folder: Path) -> set[str]:
+    """Everything that a user sees."""
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+# ---------------------------------------------------------------------------------------------- one picture
+
+
+def test_pipeline_writes_what_the_contract_says(front: Front, lvlm: LVLM) -> None:
+    """Attention, analysis and both figures, named after picture and query, and the box on the screen."""
+    result = front.finder("stage=pipeline", "image_file=cat.png", "query=What is in this image?", "top_k=2")
+    assert result.status == 0, result.err
+    stem = "attention/cat_what-is-in-this-image"
+    assert files(front.out) == {
+        f"{stem}{end}" for end in (".pkl", "_analysis.pkl", "_visualization.png", "_grounding.png")
+    }
+    assert "box: " in result.out
+    assert f"wrote {front.out}/{stem}.pkl" in result.out
+    for end in ("_visualization.png", "_grounding.png"):
+        assert Image.open(front.out / f"{stem}{end}").width > 100
+
+    content = load_pickle(front.out / f"{stem}.pkl")
+    assert list(content) == ATTENTION_KEYS
+    attention = content["attention"]
+    assert type(attention) is np.ndarray
+    assert attention.dtype == np.float32
+    assert attention.shape == (lvlm.num_layers, lvlm.num_heads, *content["grid"])
+    assert (content["version"], content["model"], content["image_file"]) == (1, "embedded", "cat.png")
+    assert (content["query"], content["id"]) == ("What is in this image?", "cat_what-is-in-this-image")
+    assert content["image_size"] == [64, 48]
+    assert [type(x) for x in content["image_box"]] == [float] * 4
+    expected = lvlm.attend(Image.open("cat.png").convert("RGB"), "What is in this image?")
+    np.testing.assert_allclose(attention, expected.attention, rtol=0, atol=1e-6)
+    assert content["prompt"] == expected.prompt
+
+    rows = load_pickle(front.out / f"{stem}_analysis.pkl")
+    assert len(rows) == lvlm.num_layers * lvlm.num_heads
+    assert all(list(row) == ANALYSIS_KEYS for row in rows)
+    types = {name: type(value) for name, value in rows[0].items()}
+    assert types == dict(zip(ANALYSIS_KEYS, (int, int, int, float, float, bool, int, bool), strict=True))
+    entropies = [row["spatial_entropy"] for row in rows]
+    assert entropies == sorted(entropies)
+    for row in rows:
+        assert row["head_idx"] == row["layer"] * lvlm.num_heads + row["head"]
+        assert row["attn_sum"] == pytest.approx(attention[row["layer"], row["head"]].sum(), abs=1e-5)
+    assert any(row["above_threshold"] for row in rows)
+    assert not any(row["above_threshold"] for row in rows if row["layer"] < 2)
+
+
+def test_collect_analyze_visualize_in_turn(front: Front) -> None:
+    """Each adds its files; visualize alone analyses first."""
+    assert (
+        front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=example_1").status == 0
+    )
+    assert files(front.out) == {"attention/example_1.pkl"}
+    name = f"attention_file={front.out}/attention/example_1.pkl"
+    result = front.finder("stage=analyze", name, "top_k=2")
+    assert result.status == 0
+    assert "Top 2 heads of this sample" in result.out
+    assert files(front.out) == {"attention/example_1.pkl", "attention/example_1_analysis.pkl"}
+    (front.out / "attention/example_1_analysis.pkl").unlink()
+    assert front.finder("stage=visualize", name).status == 0
+    assert files(front.out) == {
+        f"attention/example_1{end}"
+        for end in (".pkl", "_analysis.pkl", "_visualization.png", "_grounding.png")
+    }
+
+
+def test_the_path_of_the_first_document_finds_the_model_that_was_run(front: Front) -> None:
+    """`outputs/localization_heads/llava/attention/example_1.pkl` works after a run of any model."""
+    front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=example_1")
+    asked = "outputs/localization_heads/llava/attention/example_1.pkl"
+    result = front.finder("stage=analyze", f"attention_file={asked}")
+    assert result.status == 0
+    assert f"taking {front.out}/attention/example_1.pkl" in result.err
+    result = front.finder("stage=visualize", f"attention_file={asked}")
+    assert result.err.count("taking ") == 1
+
+
+def test_visualize_keeps_an_analysis_that_is_there(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been made under other criteria; one that cannot be read is made again."""
+    stub_figures(monkeypatch)
+    front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
+    name, path = f"attention_file={front.out}/attention/a.pkl", front.out / "attention/a_analysis.pkl"
+    front.finder("stage=analyze", name, "criteria.tau=0.9")
+    before = path.read_bytes()
+    assert front.finder("stage=visualize", name, "criteria.tau=0").status == 0
+    assert path.read_bytes() == before
+    path.write_bytes(b"torn")
+    assert front.finder("stage=visualize", name).status == 0
+    assert len(load_pickle(path)) > 1
+
+
+def test_safetensors_hold_the_same_maps(front: Front) -> None:
+    options = ("stage=pipeline", "image_file=cat.png", "query=the dog", "save_id=a", "k=2")
+    pickled = front.finder(*options)
+    tensors = front.finder(*options, "attention_format=safetensors", "output_dir=other")
+    assert (pickled.status, tensors.status) == (0, 0)
+    one = load_attention(front.out / "attention/a.pkl")
+    two = load_attention(Path("other/tiny/attention/a.safetensors"))
+    np.testing.assert_array_equal(one.attention, two.attention)
+    assert [getattr(one, name) for name in ("image_box", "image_size", "query", "prompt", "model", "id")] == [
+        getattr(two, name) for name in ("image_box", "image_size", "query", "prompt", "model", "id")
+    ]
+    assert load_pickle(front.out / "attention/a_analysis.pkl") == load_pickle(
+        Path("other/tiny/attention/a_analysis.pkl")
+    )
+    assert next(line for line in pickled.out.splitlines() if "box:" in line) in tensors.out
+
+
+def test_the_seed_tools_own_files(front: Front) -> None:
+    """A bare torch tensor `[L, H, 1, P*P]` with `_metadata.pkl`: analysed and drawn, without a model."""
+    folder = Path("outputs/localization_heads/llava/attention")
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    tensor = torch.rand(5, 4, 1, 36).half()
+    (folder / "example_1.pkl").write_bytes(pickle.dumps(tensor))
+    metadata = {"image_file": "cat.png", "query": "the dog", "image_size": (64, 48)}
+    (folder / "example_1_metadata.pkl").write_bytes(pickle.dumps(metadata))
+    name = f"attention_file={folder}/example_1.pkl"
+    assert front.finder("stage=analyze", name).status == 0
+    rows = load_pickle(folder / "example_1_analysis.pkl")
+    assert len(rows) == 20
+    sums = tensor.float().sum(-1).squeeze(-1)
+    assert all(
+        row["attn_sum"] == pytest.approx(float(sums[row["layer"], row["head"]]), rel=1e-3) for row in rows
+    )
+    result = front.finder("stage=visualize", name, "top_k=3")
+    assert result.status == 0, result.err
+    assert "box: " in result.out
+    assert {"example_1_visualization.png", "example_1_grounding.png"} <= files(folder)
+    assert front.visualize("mode=single", name).status == 0
+
+
+def test_the_answer_is_printed_on_request(front: Front) -> None:
+    options = ("stage=collect", "image_file=cat.png", "query=the dog")
+    assert "answer:" not in front.finder(*options).out
+    assert "answer:" in front.finder(*options, "max_new_tokens=3").out
+
+
+def test_criteria_reach_the_analysis(front: Front) -> None:
+    """The published reading, and a threshold of one's own."""
+    front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
+    path = front.out / "attention/a_analysis.pkl"
+    name = f"attention_file={front.out}/attention/a.pkl"
+    found = {}
+    for choice in ("criteria=paper", "criteria=published", "criteria.tau=0", "criteria.tau=0.9"):
+        assert front.finder("stage=analyze", name, choice).status == 0
+        found[choice] = load_pickle(path)
+    kept = {name: sum(row["above_threshold"] for row in rows) for name, rows in found.items()}
+    layers = {row["layer"] for row in found["criteria.tau=0"] if row["above_threshold"]}
+    assert min(layers) == 2
+    assert kept["criteria.tau=0"] > kept["criteria.tau=0.9"]
+    assert found["criteria=published"] != found["criteria=paper"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["heads=[99-0]"], "there is no L99H0"),
+        (["heads=0-999"], "there is no L0H999"),
+        (["heads=[first]"], "names no head"),
+        (["heads=[]"], "names no head"),
+        (["heads=[3-2,2-0,L3H2]"], "heads names L3H2 twice"),
+        (["heads=no.json"], "heads=no.json: "),
+        (["heads=cat.png"], "names no head"),
+        (["criteria.exclude_layers=99"], "criteria.exclude_layers=99"),
+        (["save_id=../x"], "the id"),
+        (["save_id=/etc/passwd"], "the id"),
+        (["query=</s>"], "control token"),
+        (["query=<image>"], "the expression is empty"),
+        (["image_file=."], "is a folder"),
+        (["image_file=text.png"], "text.png: not a picture"),
+        (["image_file=cut.png"], "cut.png: broken or cut short"),
+        (["image_file=empty.png"], "empty.png: the file is empty"),
+        (["image_file=bomb.png"], "bomb.png: 9000 x 9000 = 81 MP, over the limit"),
+        (["output_dir=cat.png"], "choose another output_dir"),
+        (["model.name=gpt2"], "model.name=gpt2"),
+        (["conv_mode=chat", "query=<s>"], "control token"),
+    ],
+)
+def test_wrong_input_is_named(front: Front, options: list[str], said: str) -> None:
+    """Status 2, one line, no traceback; a later option overrides an earlier one."""
+    Path("text.png").write_text("hello")
+    Path("empty.png").touch()
+    Path("cut.png").write_bytes(Path("cat.png").read_bytes()[:300])
+    if "image_file=bomb.png" in options:
+        Image.new("1", (9000, 9000)).save("bomb.png")
+    given = {"stage": "pipeline", "image_file": "cat.png", "query": "the dog", "k": "1"}
+    given |= dict(option.split("=", 1) for option in options)
+    result = front.finder(*(f"{name}={value}" for name, value in given.items()))
+    assert result.status == 2, result.err
+    assert said in one_line(result.err)
+    assert not Path("/etc/passwd.pkl").exists()
+
+
+def test_an_address_without_a_network(front: Front) -> None:
+    """A failure of the work, soon, that names the address."""
+    result = front.finder("stage=collect", "image_file=http://127.0.0.1:9/cat.png", "query=the dog")
+    assert result.status == 1
+    assert "http://127.0.0.1:9/cat.png: cannot be reached" in one_line(result.err)
+
+
+def test_a_model_that_is_not_here(front: Front) -> None:
+    """Offline: the message names the embedded model and the local folder."""
+    result = front.finder("model=llava", "stage=pipeline", "image_file=cat.png", "query=the dog")
+    assert result.status == 1
+    line = one_line(result.err)
+    assert "model=tiny" in line
+    assert "model.name=/path/to/folder" in line
+
+
+def test_a_local_folder_runs_through_the_pipeline(front: Front) -> None:
+    """Its files go to a folder named after it."""
+    llava_model().save_pretrained("my model")
+    llava_processor().save_pretrained("my model")
+    result = front.finder(
+        "stage=pipeline", "model.name=./my model", "image_file=cat.png", "query=the red car"
+    )
+    assert result.status == 0, result.err
+    found = files(Path("outputs/localization_heads"))
+    assert "my_model/attention/cat_the-red-car.pkl" in found
+    assert "no heads are known for ./my model" in result.err
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("stage", ["analyze", "visualize"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_hostile_pickles_run_nothing(front: Front, stage: str, beside: bool) -> None:
+    """As the attention file, inside one, and as the metadata beside one."""
+    good = pickle.dumps(torch.rand(3, 2, 1, 16))
+    Path("bad.pkl").write_bytes(good if beside else pickle.dumps({"version": 1, "attention": _Bomb()}))
+    if beside:
+        Path("bad_metadata.pkl").write_bytes(pickle.dumps(_Bomb()))
+    for result in (
+        front.finder(f"stage={stage}", "attention_file=bad.pkl"),
+        front.visualize("attention_file=bad.pkl"),
+    ):
+        assert result.status == 2
+        assert "bad" in one_line(result.err)
+    assert not Path("exploded").exists()
+
+
+def test_a_picture_that_is_gone_costs_only_the_picture(front: Front) -> None:
+    """An attention file outlives its picture, and an address that cannot be reached."""
+    front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
+    path = front.out / "attention/a.pkl"
+    Path("cat.png").unlink()
+    result = front.finder("stage=visualize", f"attention_file={path}")
+    assert result.status == 0
+    assert result.err.count("note: drawing without the picture: cat.png: no such file") == 1
+    content = load_pickle(path)
+    path.write_bytes(pickle.dumps({**content, "image_file": "http://127.0.0.1:9/cat.png"}))
+    assert front.finder("stage=visualize", f"attention_file={path}").status == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "id"),
+    [
+        ("The dog, on the LEFT!", "cat_the-dog-on-the-left"),
+        ("../../etc", "cat_etc"),
+        ("🐕", "cat"),
+        ("狗", "cat_狗"),
+        ("x" * 500, "cat_" + "x" * 96),
+    ],
+)
+def test_default_ids_are_safe_names(query: str, id: str) -> None:
+    assert default_id("pictures/cat.png", query) == id
+    assert default_id("https://a.example/cat.png?size=1", query) == id
+
+
+@pytest.mark.parametrize("query", ["🐕", "a\nb", "the dog " * 300, "<image>\nthe dog"])
+def test_odd_expressions_run(front: Front, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
+    stub_figures(monkeypatch)
+    result = front.finder("stage=pipeline", "image_file=cat.png", f"query={query}")
+    assert result.status == 0, result.err
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "CMYK", "P", "I;16"])
+def test_every_kind_of_picture_runs(front: Front, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    stub_figures(monkeypatch)
+    name = "odd.tif" if mode in ("CMYK", "I;16") else "odd.png"
+    Image.open("cat.png").convert("L" if mode == "I;16" else mode).convert(mode).save(name)
+    result = front.finder("stage=pipeline", f"image_file={name}", "query=the dog", "save_id=odd")
+    assert result.status == 0, result.err
+    assert load_attention(front.out / "attention/odd.pkl").image_size == (64, 48)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+def test_tiny_pictures_get_a_box_inside_them(front: Front, size: tuple[int, int]) -> None:
+    """With figures, masks and all."""
+    draw_picture(Path("dot.png"), 0, size)
+    result = front.finder("stage=pipeline", "image_file=dot.png", "query=the dog")
+    assert result.status == 0, result.err
+    assert front.finder("stage=ground", "image_file=dot.png", "query=the dog").status == 0
+    (line,) = read_lines(front.out / "attention/dot_the-dog_prediction.jsonl")
+    x0, y0, x1, y1 = line["bbox"]
+    assert 0 <= x0 < x1 <= size[0]
+    assert 0 <= y0 < y1 <= size[1]
+    assert read_mask(line["mask"], size).any()
+
+
+# ---------------------------------------------------------------------------------------------------- ground
+
+
+def test_ground_one_picture(front: Front) -> None:
+    """A box, a mask, an overlay; the same as from Python."""
+    result = front.finder(
+        "stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0,2-1]", "save_id=a"
+    )
+    assert result.status == 0, result.err
+    assert files(front.out) == {"attention/a_prediction.jsonl", "attention/a_grounding.png"}
+    (line,) = read_lines(front.out / "attention/a_prediction.jsonl")
+    assert list(line) == ["id", "bbox", "score", "mask", "heads", "error"]
+    assert (line["id"], line["heads"], line["error"]) == ("a", [[2, 0], [2, 1]], None)
+    lvlm = lh.load_model(device="cpu")
+    found = lh.ground(lvlm, "cat.png", "the dog", heads=[lh.Head(2, 0), lh.Head(2, 1)])
+    assert line["bbox"] == pytest.approx(found.box)
+    assert line["score"] == pytest.approx(found.score, abs=1e-5)
+    assert line["mask"]["size"] == [48, 64]
+    np.testing.assert_array_equal(read_mask(line["mask"], (64, 48)), found.mask)
+    assert found.heatmap.shape == found.mask.shape == (48, 64)
+
+
+def test_one_picture_leaves_the_data_sets_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its predictions, and what an interrupted run has finished, are not those of the picture."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 4)
+    data, heads = ("stage=ground", "data_file=data.jsonl", "batch_size=2"), "heads=[2-0]"
+    assert front.finder(*data, heads).status == 0
+    before = (front.out / "predictions.jsonl").read_bytes()
+    original, seen = LVLM.attend_batch, []
+
+    def interrupted(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        seen.append(list(expressions))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", interrupted)
+    assert front.finder(*data, heads).status == 130
+    picture = ("stage=ground", "image_file=cat.png", "query=the dog", "batch_size=2")
+    assert front.finder(*picture, heads).status == 0
+    assert (front.out / "predictions.jsonl").read_bytes() == before
+    assert front.finder(*data, heads).status == 0
+    assert [len(expressions) for expressions in seen] == [2, 2, 1, 2]
+
+
+def test_fixed_heads_need_no_statistics(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    from localization_heads.stages import ground
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the heads are known")
+
+    monkeypatch.setattr(ground, "head_statistics", fail)
+    result = front.finder("stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0]")
+    assert result.status == 0, result.err
+
+
+def test_ground_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line an entry, in order; the figures of the first `visualize_limit`."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 4)
+    result = front.finder(
+        "stage=ground", "data_file=data.jsonl", "heads=[2-0]", "visualize_limit=2", "batch_size=3"
+    )
+    assert result.status == 0, result.err
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert [line["id"] for line in lines] == [f"entry_{n}" for n in range(4)]
+    assert files(front.out) == {
+        "predictions.jsonl", "attention/entry_0_grounding.png", "attention/entry_1_grounding.png",
+    }  # fmt: skip
+
+
+def test_heads_from_everywhere(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """greedy, a list, a heads.json, and auto before and after a heads.json is there."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 3)
+    options = ("stage=ground", "data_file=data.jsonl", "k=2")
+
+    def heads(choice: str) -> list[list[list[int]]]:
+        result = front.finder(*options, f"heads={choice}")
+        assert result.status == 0, result.err
+        return [line["heads"] for line in read_lines(front.out / "predictions.jsonl")]
+
+    greedy = heads("greedy")
+    assert all(len(found) == 2 for found in greedy)
+    assert heads("L2H1") == [[[2, 1]]] * 3
+    assert front.finder("stage=find", "data_file=data.jsonl").status == 0
+    best = [[h["layer"], h["head"]] for h in json.loads((front.out / "heads.json").read_text())["heads"]]
+    (front.out / "heads.json").rename("my heads=1.json")
+    assert heads("my heads=1.json") == [best[:2]] * 3
+    known = lh.load_model(device="cpu").known_heads
+    if not known:
+        assert heads("auto") == greedy
+        Path("my heads=1.json").rename(front.out / "heads.json")
+        assert heads("auto") == [best[:2]] * 3
+    else:
+        assert heads("auto") == [[list(head) for head in known[:2]]] * 3
+
+
+def test_heads_of_another_model(front: Front) -> None:
+    """A heads.json whose heads do not exist here is wrong use, not a wrong box; so is one with too few."""
+    head = {
+        "layer": 40, "head": 2, "selection_frequency": 1.0, "selection_frequency_std": 0.0,
+        "attention_sum": 0.5, "spatial_entropy": 0.1,
+    }  # fmt: skip
+    ranking = {
+        "version": 1, "model": "big", "num_samples": 5, "num_trials": 1, "tau": 0.2, "top_n": 10,
+        "exclude_layers": 2, "heads": [head],
+    }  # fmt: skip
+    Path("big.json").write_text(json.dumps(ranking))
+    options = ("stage=ground", "image_file=cat.png", "query=the dog", "heads=big.json")
+    result = front.finder(*options, "k=1")
+    assert result.status == 2
+    assert "there is no L40H2" in one_line(result.err)
+    result = front.finder(*options, "k=3")
+    assert result.status == 2
+    assert "k=3" in one_line(result.err)
+
+
+def test_ground_reports_bad_entries_and_goes_on(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_figures(monkeypatch)
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n rest")
+    entries: list[Any] = [
+        {"id": "good", "prompt": "the dog", "image_path": "cat.png"},
+        "{not json",
+        {"id": "../x", "prompt": "the dog", "image_path": "cat.png"},
+        {"id": "broken", "prompt": "the dog", "image_path": "broken.png"},
+        {"id": "token", "prompt": "the </s> dog", "image_path": "cat.png"},
+        {"id": "last", "prompt": "the cat", "image_path": "cat.png"},
+    ]
+    write_lines(Path("data.jsonl"), entries)
+    result = front.finder("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "batch_size=6")
+    assert result.status == 1
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert [line["id"] for line in lines if line["error"] is None] == ["good", "last"]
+    assert sum(line["error"] is not None for line in lines) == 4
+    assert all(line["bbox"] is None and line["mask"] is None for line in lines if line["error"])
+
+
+def test_ground_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]) -> None:
+    """After an interruption the finished chunks are not done again, and the file is the same byte for byte."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 5)
+    options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2")
+    assert front.finder(*options, "output_dir=whole").status == 0
+    assert len(calls) == 3
+    spy = LVLM.attend_batch
+
+    def interrupted(self: LVLM, *arguments: Any, **named: Any) -> Any:
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return spy(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", interrupted)
+        result = front.finder(*options)
+    assert result.status == 130
+    assert "interrupted" in one_line(result.err)
+    assert not (front.out / "predictions.jsonl").exists()
+    calls.clear()
+    assert front.finder(*options).status == 0
+    assert [len(chunk) for chunk in calls] == [1]
+    whole = Path("whole/tiny/predictions.jsonl").read_bytes()
+    assert (front.out / "predictions.jsonl").read_bytes() == whole
+    calls.clear()
+    assert front.finder(*options).status == 0  # a finished run starts anew
+    assert len(calls) == 3
+
+
+def test_an_interrupted_ground_with_other_options_starts_anew(
+    front: Front, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]
+) -> None:
+    """Another padding is another box: nothing of the interrupted run is taken."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 4)
+    options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "batch_size=2")
+    spy = LVLM.attend_batch
+
+    def interrupted(self: LVLM, *arguments: Any, **named: Any) -> Any:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return spy(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", interrupted)
+        assert front.finder(*options).status == 130
+    calls.clear()
+    assert front.finder(*options, "model.pad_to_square=false").status == 0
+    assert len(calls) == 2
+
+
+def test_a_second_run_in_the_same_folder_is_refused(front: Front) -> None:
+    write_data(front.folder, 2)
+    with RunLock(front.out):
+        for stage in ("ground", "batch", "find"):
+            result = front.finder(f"stage={stage}", "data_file=data.jsonl")
+            assert result.status == 2
+            assert f"another run is working in {front.out}" in one_line(result.err)
+
+
+# -------------------------------------------------------------------------------------- evaluate and scenes
+
+
+def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truth is the prediction itself, shifted for one entry: every number is known."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 2)
+    assert front.finder("stage=ground", "data_file=data.jsonl", "heads=[2-0]").status == 0
+    lines = read_lines(front.out / "predictions.jsonl")
+    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    entries[0] |= {"bbox": lines[0]["bbox"], "mask": lines[0]["mask"]}
+    entries[1] |= {"bbox": [1000.0, 1000.0, 1001.0, 1001.0]}
+    entries.append({"id": "no_truth", "prompt": "the dog", "image_path": "cat.png"})
+    write_lines(Path("data.jsonl"), entries)
+    result = front.finder("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]")
+    assert result.status == 1
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert {"acc@0.5", "acc@0.25", "acc@0.75", "mean_iou", "pointing", "ciou", "giou"} <= set(metrics)
+    assert metrics["acc@0.5"] == metrics["acc@0.75"] == metrics["mean_iou"] == 0.5
+    assert metrics["pointing"] == 0.5
+    assert metrics["ciou"] == metrics["giou"] == 1.0
+    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
+    assert "there is nothing to score against" in result.out
+
+
+def test_evaluate_with_masks_alone_and_broken_ones(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask gives its tight box; one of another size fails its entry and not the run."""
+    stub_figures(monkeypatch)
+    mask = np.zeros((48, 64), bool)
+    mask[10:20, 5:30] = True
+    good = {"id": "good", "prompt": "the dog", "image_path": "cat.png", "mask": encode_mask(mask)}
+    wrong = encode_mask(np.ones((7, 7), bool))
+    write_lines(
+        Path("data.jsonl"),
+        [
+            good,
+            {**good, "id": "alone", "mask": wrong},
+            {**good, "id": "boxed", "mask": wrong, "bbox": [5, 10, 30, 20]},
+            {**good, "id": "empty", "mask": encode_mask(np.zeros((48, 64), bool))},
+        ],
+    )
+    result = front.finder("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]")
+    assert result.status == 1, result.err
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert (metrics["num_samples"], metrics["num_failed"]) == (1, 3)
+    errors = {line["id"]: line["error"] for line in read_lines(front.out / "predictions.jsonl")}
+    assert errors["good"] is None
+    assert "7 x 7" in errors["alone"]
+    assert "7 x 7" in errors["boxed"]
+    assert "empty" in errors["empty"]
+
+
+def test_evaluate_needs_truth(front: Front) -> None:
+    write_data(front.folder, 1)
+    result = front.finder("stage=evaluate", "data_file=data.jsonl")
+    assert result.status == 2
+    assert "bbox or mask" in one_line(result.err)
+
+
+def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stage=scenes` writes the benchmark, `data=scenes` uses it; another seed is another one."""
+    stub_figures(monkeypatch)
+    options = ("scenes.count=3", "scenes.size=64")
+    assert front.finder("stage=scenes", *options).status == 0
+    (data_file,) = Path("outputs/scenes").glob("*/scenes.jsonl")
+    before = data_file.stat().st_mtime_ns
+    entries = read_lines(data_file)
+    assert len(entries) == 3
+    for entry in entries:
+        picture = Image.open(data_file.parent / entry["image_path"])
+        assert picture.size == (64, 64)
+        mask = read_mask(entry["mask"], picture.size)
+        x0, y0, x1, y1 = entry["bbox"]
+        rows, columns = np.nonzero(mask)
+        assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x0, y0, x1, y1)
+    result = front.finder("stage=evaluate", "data=scenes", *options)
+    assert result.status == 0, result.err
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert metrics["num_samples"] == 3
+    assert 0 <= metrics["mean_iou"] <= 1
+    assert "ciou" in metrics
+    assert data_file.stat().st_mtime_ns == before
+    assert front.finder("stage=scenes", *options, "scenes.seed=1").status == 0
+    other = [path for path in Path("outputs/scenes").glob("*/scenes.jsonl") if path != data_file]
+    assert other[0].read_text() != data_file.read_text()
+
+
+# ------------------------------------------------------------------------------------------------ from Python
+
+
+def test_from_python(lvlm: LVLM, tmp_path: Path) -> None:
+    """The few lines of the contract."""
+    picture = Image.open(draw_picture(tmp_path / "cat.png"))
+    ranking = lh.find_heads(lvlm, [lh.Sample(picture, "the dog"), lh.Sample(tmp_path / "cat.png", "the cat")])
+    assert ranking.num_samples == 2
+    result = lh.ground(lvlm, picture, "the cat on the left", heads=ranking.top(3))
+    assert result.heads == tuple(ranking.top(3))
+    assert result.mask.shape == result.heatmap.shape == (48, 64)
+    assert result.mask.dtype == bool
+    with pytest.raises(ValueError, match="at least one sample"):
+        lh.find_heads(lvlm, [])
+    with pytest.raises(ValueError, match="no head L99H0"):
+        lh.ground(lvlm, picture, "the cat", heads=[lh.Head(99, 0)])
+
+
+def test_greedy_from_python_without_known_heads(lvlm: LVLM, tmp_path: Path) -> None:
+    if lvlm.known_heads:
+        pytest.skip("this model's heads are published")
+    found = lh.ground(lvlm, draw_picture(tmp_path / "cat.png"), "the dog")
+    assert len(found.heads) == 3
