@@ -43,7 +43,8 @@ def test_a_seed_decides_everything_even_in_another_process():
 def test_every_style_draws_every_name(style):
     for name in NAMES if style else ():
         pixels = artwork.sprite_pixels(style, name, 40, 40)
-        assert pixels.shape == (40, 40, 4) and (pixels[..., 3] > 127).mean() > 0.05
+        assert pixels.shape == (40, 40, 4)
+        assert (pixels[..., 3] > 127).mean() > 0.05
     assert render_scene(1, style=style).image.dtype == np.uint8
 
 
@@ -51,7 +52,8 @@ def test_every_style_draws_every_name(style):
 def test_boxes_are_the_masks_tight_boxes(size):
     for seed in SEEDS:
         scene = render_scene(seed, size=size)
-        assert scene.image.shape == (size, size, 3) and 2 <= len(scene.objects) <= 6
+        assert scene.image.shape == (size, size, 3)
+        assert 2 <= len(scene.objects) <= 6
         assert sum(o.mask.astype(int) for o in scene.objects).max() == 1
         for o in scene.objects:
             rows, columns = np.nonzero(o.mask)
@@ -141,7 +143,8 @@ def test_fixed_sets_repeat_and_splits_never_meet():
     first, again = ([e for _, e in scene_samples(20, seed=3)] for _ in range(2))
     assert first == again != [e for _, e in scene_samples(20, seed=4)]
     assert {e.kind for _, e in scene_samples(200)} >= {"name", "place", "colour", "size", "kind", "property"}
-    assert TRAIN_SEEDS.stop <= VALIDATION_SEEDS.start and VALIDATION_SEEDS.stop <= TEST_SEEDS.start
+    assert TRAIN_SEEDS.stop <= VALIDATION_SEEDS.start
+    assert VALIDATION_SEEDS.stop <= TEST_SEEDS.start
     assert next(islice(scene_samples(1, style=HELD_OUT_STYLE), 1))[0].expressions
 
 

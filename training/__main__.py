@@ -1,0 +1,31 @@
+"""Train the embedded model: python -m training [--folder runs/main] [--workers 3] [--steps 6000] ...
+
+Killed at any time, the same command goes on from the last checkpoint.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from training.recipe import Recipe
+from training.workers import run
+
+
+def main() -> None:
+    """Parse the options and train."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/main"), help="checkpoint and log")
+    for name in ("steps", "workers", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
+    parser.add_argument("--answer-places", action="store_true", help="ablation: places in the answers")
+    options = vars(parser.parse_args())
+    folder = options.pop("folder")
+    recipe = replace(Recipe(), **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    run(recipe, folder)
+
+
+if __name__ == "__main__":
+    main()

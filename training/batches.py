@@ -1,0 +1,126 @@
+"""Batches: pictures, and conversations about each packed into one row of tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localization_heads.data.scenes import TRAIN_SEEDS, Scene, render_scene
+from training.language import IDS, encode, scene_turns, text_turns
+from training.recipe import Canvas, Recipe
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, of RGB in [0, 1]
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`pixels` (B, 3, h, w), `cells` (B, N), `words` (B, vocabulary) are None for text alone; the rest is (B, T).
+
+    `words` marks the names and colours of the picture's caption.
+    `weights` is 1 on answers, less on prompts, 0 on padding; `firsts` marks each answer's first token.
+    """
+
+    pixels: Tensor | None
+    cells: Tensor | None
+    words: Tensor | None
+    ids: Tensor
+    targets: Tensor
+    offsets: Tensor
+    groups: Tensor
+    weights: Tensor
+    firsts: Tensor
+
+
+def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float) -> np.ndarray:
+    """Fill one row with (prompt, answer) turns: (6, T) of ids, targets, offsets, groups, weights, firsts."""
+    row = np.zeros((6, length))
+    row[3] = -1
+    start = group = 0
+    for prompt, answer in turns if length else ():
+        question, reply = encode_unknown(prompt), [*encode(answer), IDS["</s>"]]
+        tokens = question + reply
+        stop = start + len(tokens) - 1
+        if stop > length:
+            return row
+        place = np.arange(len(tokens) - 1)
+        row[0, start:stop], row[1, start:stop] = tokens[:-1], tokens[1:]
+        row[2, start:stop], row[3, start:stop] = place, group
+        row[4, start:stop] = np.where(place < len(question) - 1, expression_weight, 1.0)
+        row[5, start + len(question) - 1] = 1
+        start, group = stop, group + 1
+    return row
+
+
+def caption_words(scene: Scene) -> np.ndarray:
+    """Which words a caption of the scene holds, names and colours: float32 (vocabulary,)."""
+    marks = np.zeros(len(IDS), np.float32)
+    for o in scene.objects:
+        marks[[IDS[o.name], IDS[o.colour]]] = 1
+    return marks
+
+
+def encode_unknown(prompt: str) -> list[int]:
+    """Token ids of a prompt that may start with the unknown word."""
+    unknown = prompt.startswith("<unk>")
+    return [IDS["<unk>"]] * unknown + encode(prompt.removeprefix("<unk>"))
+
+
+def normalise(images: np.ndarray) -> Tensor:
+    """uint8 (B, h, w, 3) -> float (B, 3, h, w) as the image processor gives it."""
+    pixels = (images.astype(np.float32) / 255 - MEAN) / STD
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+class BatchMaker:
+    """Endless training batches; all randomness comes from the step's own generator."""
+
+    def __init__(self, recipe: Recipe, worker: int = 0):
+        self.recipe, self.model, self.worker = recipe, recipe.model, worker
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step: the same at every run of the same recipe."""
+        stage = sum(step >= start for start in self.recipe.stage_starts) - 1
+        key = f"{self.recipe.seed} {step}"  # all workers draw the same kind of batch
+        choice = Random(key).choices((None, *self.recipe.canvases), self.recipe.mixes[stage])[0]
+        rng = Random(f"{key} {self.worker}")
+        return self._text_batch(rng) if choice is None else self._image_batch(choice, rng)
+
+    def _text_batch(self, rng: Random) -> Batch:
+        rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(self.recipe.text_rows)]
+        return Batch(None, None, None, *self._tensors(rows))
+
+    def _image_batch(self, canvas: Canvas, rng: Random) -> Batch:
+        scenes = [self._scene(canvas, rng) for _ in range(canvas.pictures)]
+        rows = [self._row(scene, canvas.text_tokens, rng) for scene in scenes]
+        cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
+        words = torch.from_numpy(np.stack([caption_words(scene) for scene in scenes]))
+        return Batch(normalise(np.stack([s.image for s in scenes])), cells, words, *self._tensors(rows))
+
+    def _scene(self, canvas: Canvas, rng: Random) -> Scene:
+        return render_scene(
+            rng.randrange(TRAIN_SEEDS.stop),
+            size=canvas.cells * self.model.patch_size,
+            num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
+            span=canvas.cells / self.model.grid,
+            augment=rng.random() < self.recipe.augment_share,
+        )
+
+    def _row(self, scene: Scene, length: int, rng: Random) -> np.ndarray:
+        turns = scene_turns(scene, rng, self.recipe.answer_places)
+        return pack(turns, length, self.recipe.expression_weight)
+
+    def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:
+        """Where the canvas lies in the full grid: one index a cell, row by row."""
+        room = self.model.grid - canvas.cells
+        rows, columns = (np.arange(canvas.cells) + rng.randint(0, room) for _ in range(2))
+        return (rows[:, None] * self.model.grid + columns).ravel()
+
+    @staticmethod
+    def _tensors(rows: list[np.ndarray]) -> list[Tensor]:
+        kinds = (torch.int64, torch.int64, torch.int64, torch.int64, torch.float32, torch.bool)
+        stacked = torch.from_numpy(np.stack(rows, 1))
+        return [part.to(kind) for part, kind in zip(stacked, kinds, strict=True)]

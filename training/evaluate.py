@@ -1,0 +1,210 @@
+"""Every number of the model card on held-out scenes: python -m training.evaluate MODEL_FOLDER [--json FILE]
+
+Heads are ranked by the paper's recipe, without labels, on scenes of their own; all figures come from test scenes
+that nothing was chosen on. Intervals are 95 % bootstrap intervals over the scenes.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from transformers import LlavaForConditionalGeneration
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.scenes import HELD_OUT_STYLE, TRAIN_SEEDS, scene_samples
+from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit
+from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.heads.criteria import CriteriaOptions, attention_sum, spatial_entropy
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking, rank_heads
+from training.measure import Measured, measure
+
+RANKING_SET = 2**18  # number of the scene set, in the training range, that heads are ranked on
+RANDOM_DRAWS = 5
+
+
+@dataclass(frozen=True)
+class Grounded:
+    """Values a scene: `iou` as is and with the map upsampled twice before smoothing, and pointing."""
+
+    pointing: np.ndarray
+    iou: np.ndarray
+    iou_x2: np.ndarray
+
+    def table(self) -> dict[str, np.ndarray]:
+        """Metric name -> one value a scene."""
+        return {
+            "pointing": self.pointing,
+            "acc@0.5": self.iou >= 0.5,
+            "mean_iou": self.iou,
+            "acc@0.5 x2": self.iou_x2 >= 0.5,
+            "mean_iou x2": self.iou_x2,
+        }
+
+
+def ground_all(results: list[Measured], heads: list[Head]) -> Grounded:
+    """Ground every scene with the same heads, as the tool does."""
+    pointing, ious = [], {1: [], 2: []}
+    for result in results:
+        size = result.scene.image.shape[0]
+        maps = AttentionMaps(result.maps, (0.0, 0.0, float(size), float(size)), (size, size))
+        for upsample, values in ious.items():
+            found = ground_maps(maps, heads, GroundingOptions(upsample=upsample))
+            values.append(float(box_iou(found.box, result.target.box)))
+            if upsample == 1:
+                pointing.append(pointing_hit(found.point, result.target.box))
+    return Grounded(np.array(pointing), np.array(ious[1]), np.array(ious[2]))
+
+
+def rank(results: list[Measured], options: CriteriaOptions | None = None) -> HeadRanking:
+    """The paper's label-free ranking."""
+    maps = np.stack([r.maps for r in results])
+    return rank_heads(attention_sum(maps), spatial_entropy(maps), options=options)
+
+
+def head_mask_iou(results: list[Measured]) -> np.ndarray:
+    """Mean IoU of every head's map, binarised at its mean, with the target's mask: (layer, head)."""
+    total = 0.0
+    for result in results:
+        cell = result.scene.image.shape[0] // result.maps.shape[-1]
+        active = result.maps > result.maps.mean((-2, -1), keepdims=True)
+        pixels = active.repeat(cell, -2).repeat(cell, -1)
+        mask = result.target.mask
+        total = total + (pixels & mask).sum((-2, -1)) / (pixels | mask).sum((-2, -1))
+    return total / len(results)
+
+
+def random_heads(results: list[Measured], top: list[Head], seed: int = 0) -> list[Grounded]:
+    """Three other heads of the same layers, drawn RANDOM_DRAWS times."""
+    rng = np.random.default_rng(seed)
+    num_heads = results[0].maps.shape[1]
+    draws = []
+    for _ in range(RANDOM_DRAWS):
+        heads: list[Head] = []
+        for layer, _ in top:
+            free = [Head(layer, h) for h in range(num_heads) if Head(layer, h) not in (*top, *heads)]
+            heads.append(free[rng.integers(len(free))])
+        draws.append(ground_all(results, heads))
+    return draws
+
+
+def evaluate(model: LlavaForConditionalGeneration, num_samples: int = 1000) -> dict:
+    """All figures as plain values."""
+    size = model.config.vision_config.image_size
+    ranking_scenes = scene_samples(num_samples, RANKING_SET, size=size, seeds=TRAIN_SEEDS)
+    ranked_on = measure(model, ranking_scenes)
+    ranking = rank(ranked_on)
+    top = [head.address for head in ranking.heads[:3]]
+    report: dict = {"heads": describe_ranking(ranking), "num_samples": num_samples}
+    for name, style in (("in style", None), ("held-out style", HELD_OUT_STYLE)):
+        results = measure(model, scene_samples(num_samples, size=size, style=style))
+        report[name] = {"top 3": intervals(ground_all(results, top).table()), "answers": answers(results)}
+        if style is None:
+            report |= compare(results, ranked_on, ranking, top)
+            report["by kind"] = by_kind(results, top)
+    return report
+
+
+def compare(
+    results: list[Measured], ranked_on: list[Measured], ranking: HeadRanking, top: list[Head]
+) -> dict:
+    """The contrasts: random heads, single heads, all heads, one criterion alone, frequency against IoU."""
+    candidates = [h.address for h in ranking.heads if h.layer >= 2]
+    iou = head_mask_iou(results)
+    oracle = sorted(candidates, key=lambda head: -iou[head])[:3]
+    no_sum = rank(ranked_on, CriteriaOptions(tau=0.0))
+    by_sum = sorted(candidates, key=lambda h: -np.mean([r.maps[h].sum() for r in ranked_on]))[:3]
+    settings = {
+        "three best by IoU (oracle)": oracle,
+        "best head by IoU (oracle)": oracle[:1],
+        "all heads": candidates,
+        "criterion 1 only": by_sum,
+        "criterion 2 only": [h.address for h in no_sum.heads[:3]],
+    }
+    rows = {name: intervals(ground_all(results, heads).table()) for name, heads in settings.items()}
+    draws = [draw.table() for draw in random_heads(results, top)]
+    rows["layer-matched random 3"] = intervals({k: np.mean([d[k] for d in draws], 0) for k in draws[0]})
+    return {"contrasts": rows, "frequency and IoU": correlation(ranking, iou)}
+
+
+def correlation(ranking: HeadRanking, iou: np.ndarray) -> dict:
+    """Spearman correlation of selection frequency and mask IoU over heads marked in 1 % of the scenes or more."""
+    heads = [h for h in ranking.heads if h.selection_frequency >= 0.01]
+    frequency, values = [h.selection_frequency for h in heads], [iou[h.address] for h in heads]
+    rho, p = spearmanr(frequency, values)
+    return {"rho": float(rho), "p": float(p), "heads": len(heads)}
+
+
+def describe_ranking(ranking: HeadRanking) -> dict:
+    """tau, and how many candidate heads criterion 1 drops."""
+    candidates = [h for h in ranking.heads if h.layer >= 2]
+    top = [[h.layer, h.head, h.selection_frequency, h.attention_sum] for h in ranking.heads[:3]]
+    below = sum(not h.kept for h in candidates)
+    return {"top 3": top, "tau": ranking.tau, "below tau": below, "candidates": len(candidates)}
+
+
+def answers(results: list[Measured]) -> dict:
+    """Shares of answers right: the first word, each word given those before, the whole answer."""
+    values = {
+        "first word": np.array([r.right[0] for r in results]),
+        "words": np.array([np.mean(r.right) for r in results]),
+        "whole answer": np.array([all(r.right) for r in results]),
+    }
+    return intervals(values)
+
+
+def by_kind(results: list[Measured], top: list[Head]) -> dict:
+    """Means for every kind of expression."""
+    table = ground_all(results, top).table()
+    table["whole answer"] = np.array([all(r.right) for r in results])
+    kinds = np.array([r.expression.kind for r in results])
+    return {
+        kind: {"scenes": int((kinds == kind).sum())}
+        | {k: float(v[kinds == kind].mean()) for k, v in table.items()}
+        for kind in dict.fromkeys(kinds.tolist())
+    }
+
+
+def intervals(table: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Metric -> mean and both ends of its 95 % bootstrap interval."""
+    return {k: [float(np.mean(v)), *map(float, bootstrap_interval(v))] for k, v in table.items()}
+
+
+def show(report: dict) -> None:
+    """Print the report for people."""
+    console = Console()
+    groups = {"in style, top 3": report["in style"]["top 3"], **report["contrasts"]}
+    groups["held-out style, top 3"] = report["held-out style"]["top 3"]
+    table = Table("heads", *next(iter(groups.values())))
+    for name, row in groups.items():
+        table.add_row(name, *(f"{mean:.3f} [{low:.2f}, {high:.2f}]" for mean, low, high in row.values()))
+    console.print(table)
+    for key in ("heads", "frequency and IoU"):
+        console.print(key, report[key])
+    for style in ("in style", "held-out style"):
+        console.print(style, report[style]["answers"])
+    for kind, row in report["by kind"].items():
+        console.print(kind, {k: round(v, 2) for k, v in row.items()})
+
+
+def main() -> None:
+    """Parse the options, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--num-samples", type=int, default=1000)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    options = parser.parse_args()
+    model = LlavaForConditionalGeneration.from_pretrained(options.model)
+    report = evaluate(model, options.num_samples)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Write a trained model as plain transformers load it: weights, tokenizer, processor, chat template.
+
+Usage: python -m training.export RUN_FOLDER [TARGET_FOLDER]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from training.language import IDS, SYSTEM, build_tokenizer
+from training.recipe import ModelRecipe
+from training.trainer import load_run
+
+EMBEDDED = Path(__file__).parents[1] / "localization_heads" / "lvlm" / "embedded"
+# System sentence, image, the user's words; earlier answers of a conversation end with </s>.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}{{- '" + SYSTEM.replace("'", "\\'") + "\n' -}}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}"
+    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\n' -}}{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}"
+    "{{- '</s>' if message['role'] == 'assistant' else '\n' -}}"
+    "{%- endfor -%}"
+)
+
+
+def build_processor(recipe: ModelRecipe) -> LlavaProcessor:
+    """Pads a picture to a square, as LLaVA does, and scales it to the model's size."""
+    side = recipe.image_size
+    images = LlavaImageProcessorPil(
+        do_pad=True, size={"height": side, "width": side}, crop_size={"height": side, "width": side}
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        patch_size=recipe.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def export(model: LlavaForConditionalGeneration, recipe: ModelRecipe, folder: Path = EMBEDDED) -> None:
+    """Write the folder that `from_pretrained` and the tool load."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=IDS["<s>"], eos_token_id=IDS["</s>"], pad_token_id=IDS["<pad>"], max_new_tokens=24
+    )
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    build_processor(recipe).save_pretrained(folder)
+    (folder / "localization_heads.json").write_text(json.dumps({"system": SYSTEM}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    recipe, trained = load_run(Path(sys.argv[1]))
+    export(trained, recipe.model, *map(Path, sys.argv[2:3]))

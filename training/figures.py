@@ -1,0 +1,87 @@
+"""The model card's figures: python -m training.figures RUN_FOLDER MODEL_FOLDER TARGET_FOLDER
+
+Curves of the run, and a contact sheet of ten test scenes with what the three localization heads see.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+from transformers import LlavaForConditionalGeneration
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.scenes import TRAIN_SEEDS, scene_samples
+from localization_heads.evaluation.metrics import box_iou
+from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.heads.head import Head
+from training.evaluate import RANKING_SET, rank
+from training.measure import Measured, measure
+
+# Image tokens a picture (negative: captions alone) -> what the curve is called.
+NAMES = {0: "text alone", 100: "one object", 144: "two or three objects", 256: "full scenes"}
+
+
+def draw_curves(log: Path, target: Path) -> None:
+    """Loss and answers on training batches; answers and localisation on validation scenes."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [r for r in records if "canvases" in r]
+    looks = [r for r in records if "validation" in r]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for tokens, name in NAMES.items():
+        rows = [(r["step"], r["canvases"][str(tokens)]) for r in steps if str(tokens) in r["canvases"]]
+        for axis, key in zip(axes, ("loss", "answer_right"), strict=False):
+            axis.plot([step for step, _ in rows], [numbers[key] for _, numbers in rows], label=name)
+    for key in ("first_right", "answer_right", "top_pointing", "best_pointing", "mean_pointing"):
+        axes[2].plot(
+            [r["step"] for r in looks], [r["validation"][key] for r in looks], label=key.replace("_", " ")
+        )
+    titles = ("training loss", "training: answer tokens right", "60 validation scenes")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    figure.savefig(target, dpi=110)
+
+
+def draw_sheet(model: LlavaForConditionalGeneration, target: Path, num_scenes: int = 10) -> None:
+    """The first test scenes: picture with true and found box, and the combined map."""
+    size = model.config.vision_config.image_size
+    ranking = rank(measure(model, scene_samples(300, RANKING_SET, size=size, seeds=TRAIN_SEEDS)))
+    top = [head.address for head in ranking.heads[:3]]
+    results = measure(model, scene_samples(num_scenes, size=size))
+    figure, axes = plt.subplots(4, num_scenes // 2, figsize=(13, 11), layout="constrained")
+    for index, result in enumerate(results):
+        row, column = divmod(index, num_scenes // 2)
+        _draw_scene(axes[2 * row, column], axes[2 * row + 1, column], result, top)
+    figure.savefig(target, dpi=90)
+
+
+def _draw_scene(above, below, result: Measured, top: list[Head]) -> None:
+    size = result.scene.image.shape[0]
+    maps = AttentionMaps(result.maps, (0.0, 0.0, float(size), float(size)), (size, size))
+    found = ground_maps(maps, top, GroundingOptions(upsample=2))
+    iou = float(box_iou(found.box, result.target.box))
+    above.imshow(result.scene.image)
+    for (x0, y0, x1, y1), colour in ((result.target.box, "lime"), (found.box, "red")):
+        above.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
+    words = zip([*result.expression.answer.split(), "(end)"], result.right, strict=True)
+    above.set_title(f"{result.expression.text}. IoU {iou:.2f}", fontsize=9)
+    wrong = [word for word, right in words if not right]
+    below.imshow(result.scene.image, alpha=0.5)
+    below.imshow(found.heatmap, cmap="jet", alpha=0.6)
+    verdict = f"missed: {' '.join(wrong)}" if wrong else "answer right"
+    below.set_title(f"{result.expression.answer}\n{verdict}", fontsize=9)
+    for axis in (above, below):
+        axis.set_axis_off()
+
+
+if __name__ == "__main__":
+    run, folder, docs = map(Path, sys.argv[1:4])
+    docs.mkdir(parents=True, exist_ok=True)
+    draw_curves(run / "log.jsonl", docs / "embedded-curves.png")
+    draw_sheet(LlavaForConditionalGeneration.from_pretrained(folder), docs / "embedded-scenes.jpg")

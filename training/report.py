@@ -1,0 +1,51 @@
+"""The live table of a training run, and its log as one JSON object a line."""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from dataclasses import asdict
+
+from training.probe import probe
+from training.trainer import Progress, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class LiveTable:
+    """Called after every step: smooths the numbers a canvas and prints a line now and then."""
+
+    def __init__(self, trainer: Trainer, every: int = 50):
+        self.trainer, self.every, self.started = trainer, every, time.monotonic()
+        self.smooth: dict[int, dict[str, float]] = defaultdict(dict)
+        log.info("%7s %7s %6s | tokens: loss caption looked first answer", "step", "minutes", "rate")
+
+    def __call__(self, progress: Progress) -> None:
+        numbers = self.smooth[progress.canvas]
+        for name in ("loss", "caption_loss", "looked", "first_right", "answer_right"):
+            new = getattr(progress, name)
+            numbers[name] = 0.95 * numbers.get(name, new) + 0.05 * new
+        if progress.step % self.every == 0:
+            self._print_line(progress.step)
+        if progress.step % self.trainer.recipe.probe_every == 0:
+            self._look(progress.step)
+
+    def _print_line(self, step: int) -> None:
+        minutes = (time.monotonic() - self.started) / 60
+        cells = [
+            f"{tokens}: {' '.join(f'{v:.2f}' for v in n.values())}"
+            for tokens, n in sorted(self.smooth.items())
+        ]
+        log.info("%7d %7.1f %6.3f | %s", step, minutes, self.trainer.rate_factor(), " | ".join(cells))
+        self._write(
+            {"step": step, "minutes": minutes, "canvases": {str(k): v for k, v in self.smooth.items()}}
+        )
+
+    def _look(self, step: int) -> None:
+        found = probe(self.trainer.model)
+        log.info("        validation: %s", "  ".join(f"{k} {v:.3f}" for k, v in asdict(found).items()))
+        self._write({"step": step, "validation": asdict(found)})
+
+    def _write(self, record: dict) -> None:
+        with (self.trainer.folder / "log.jsonl").open("a") as lines:
+            lines.write(json.dumps(record) + "\n")

@@ -1,0 +1,157 @@
+"""The training loop: data parallel over processes, resumable after any kill, the same at every run.
+
+A step's batch and dropout depend on (seed, step, worker) alone, so that a run resumed from its checkpoint
+follows the trajectory it would have had.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlavaForConditionalGeneration
+
+from training.batches import Batch, BatchMaker
+from training.language import IDS
+from training.model import FastForward, build_model
+from training.optimiser import HalfCopy, Optimiser
+from training.recipe import Recipe, read_recipe
+
+log = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step tells: both losses, and the shares of answers' first and of all their tokens right."""
+
+    step: int
+    canvas: int  # image tokens a picture, negative for captions alone
+    loss: float
+    caption_loss: float
+    looked: float  # mean attention sum over the image
+    first_right: float
+    answer_right: float
+
+
+class Trainer:
+    """Model, optimiser and step counter of one worker."""
+
+    def __init__(self, recipe: Recipe, folder: Path, worker: int = 0):
+        self.recipe, self.folder, self.worker = recipe, folder, worker
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(recipe.model)
+        self.optimiser = Optimiser(self.model, recipe)
+        self.half = HalfCopy(self.model) if recipe.half else None
+        self.forward = FastForward(self.half.twin if self.half else self.model, recipe.image_dropout)
+        self.batches = BatchMaker(recipe, worker)
+        self.step = 0
+        if (folder / CHECKPOINT).exists():
+            self._load()
+        if self.half:
+            self.half.push_weights()
+
+    def follow(self, report: Callable[[Progress], None] | None = None, until: int | None = None) -> "Trainer":
+        """Train up to a step (default: all), writing checkpoints and telling `report` of every step."""
+        saved = time.monotonic()
+        until = self.recipe.steps if until is None else until
+        while self.step < until:
+            progress = self._train_step()
+            if report:
+                report(progress)
+            if self.worker == 0 and time.monotonic() - saved > self.recipe.checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+        if self.worker == 0:
+            self.save()
+        return self
+
+    def _train_step(self) -> Progress:
+        batch = self.batches.make(self.step)
+        torch.manual_seed(hash((self.recipe.seed, self.step, self.worker)))
+        loss, caption, looked, logits = self._loss(batch)
+        total = loss + self.recipe.caption_weight * caption + self.recipe.look_cost * looked
+        total.backward()
+        if self.half:
+            self.half.pull_gradients()
+        self._share_gradients()
+        self.optimiser.step(self.rate_factor())
+        if self.half:
+            self.half.push_weights()
+        self.step += 1
+        return _progress(self.step, batch, (loss, caption, looked), logits)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses of conversations and caption, attention sum over the image, scores of the next tokens."""
+        features, caption = None, torch.zeros(())
+        if batch.pixels is not None:
+            features = self.forward.image_features(batch.pixels, batch.cells)
+            caption = self.forward.caption_loss(features, batch.words, self.recipe.caption_keep)
+        if batch.ids.shape[1] == 0:
+            return torch.zeros(()), caption, torch.zeros(()), torch.zeros(*batch.ids.shape, len(IDS))
+        states, looked = self.forward.text_states(
+            features, batch.cells, batch.ids, batch.offsets, batch.groups
+        )
+        logits = self.forward.logits(states).float()
+        losses = functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        loss = (losses * batch.weights.flatten()).sum() / batch.weights.sum()
+        return loss, caption, looked, logits
+
+    def _share_gradients(self) -> None:
+        """Average the workers' gradients, in one message."""
+        if not dist.is_initialized():
+            return
+        parameters = [p for p in self.optimiser.parameters if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def rate_factor(self) -> float:
+        """Share of the full learning rate: linear warm-up, constant, linear decay to 2 %."""
+        recipe = self.recipe
+        left = (1 - self.step / recipe.steps) / (1 - recipe.decay_from)
+        return min(1.0, (self.step + 1) / recipe.warmup_steps, max(0.02, left))
+
+    def save(self) -> None:
+        """Write the checkpoint atomically."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{CHECKPOINT}.part"
+        torch.save(state, part)
+        part.replace(self.folder / CHECKPOINT)
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / CHECKPOINT, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = state["step"]
+        log.info("resumed at step %d", self.step)
+
+
+def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
+    """Recipe and model of a run's folder."""
+    recipe = read_recipe(folder / "recipe.json")
+    return recipe, Trainer(recipe, folder).model.eval()
+
+
+@torch.no_grad()
+def _progress(step: int, batch: Batch, losses: tuple[Tensor, ...], logits: Tensor) -> Progress:
+    right = logits.argmax(-1) == batch.targets
+    answers = batch.weights == 1
+    tokens = 0 if batch.cells is None else batch.cells.shape[1]
+    values = [loss.item() for loss in losses]
+    if batch.ids.shape[1] == 0:
+        return Progress(step, -tokens, *values, 0.0, 0.0)
+    shares = (right[part].float().mean().item() for part in (batch.firsts, answers))
+    return Progress(step, tokens, *values, *shares)
