@@ -18,7 +18,10 @@ from PIL import Image
 from tiny_models import llava_model, llava_processor
 
 import localization_heads as lh
+from localization_heads.api import ground
 from localization_heads.data.masks import encode_mask, read_mask
+from localization_heads.evaluation.metrics import pointing_hit
+from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages.single import default_id
 from localization_heads.store.attention_files import load_attention
@@ -575,7 +578,7 @@ def test_a_second_run_in_the_same_folder_is_refused(front: Front) -> None:
 # -------------------------------------------------------------------------------------- evaluate and scenes
 
 
-def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.MonkeyPatch, lvlm: LVLM) -> None:
     """The truth is the prediction itself, or a fifth of it: every number is known."""
     stub_figures(monkeypatch)
     write_data(front.folder, 2)
@@ -593,7 +596,9 @@ def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.Monke
     assert {"acc@0.5", "acc@0.25", "acc@0.75", "mean_iou", "pointing", "ciou", "giou"} <= set(metrics)
     assert metrics["acc@0.5"] == metrics["acc@0.75"] == metrics["acc@0.25"] == 0.5
     assert metrics["mean_iou"] == pytest.approx(0.6)
-    assert metrics["pointing"] in (0.5, 1.0)  # the strongest cell may lie in that fifth
+    points = [ground(lvlm, e["image_path"], e["prompt"], [Head(2, 0)]).point for e in entries[:2]]
+    hits = [pointing_hit(point, tuple(e["bbox"])) for point, e in zip(points, entries, strict=False)]
+    assert metrics["pointing"] == np.mean(hits)
     assert metrics["ciou"] == metrics["giou"] == 1.0
     assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
     assert "there is nothing to score against" in result.out
