@@ -227,7 +227,9 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
     except Exception as error:  # broken weights and configs raise anything
-        raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}") from error
+        missing = isinstance(error, ImportError) or "torchvision" in str(error).lower()
+        hint = "; pip install 'localization-heads[families]'" if missing else ""
+        raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}{hint}") from error
 
 
 @cache
