@@ -507,3 +507,20 @@ def test_the_finders_maps_are_what_the_viewer_draws(front: Front, monkeypatch: p
     result = front.visualize(f"attention_file={path}", f"layer={last}", "head=0", "show_components=true")
     assert result.status == 0, result.err
     assert (front.out / f"attention/x_components_L{last}H0.png").is_file()
+
+
+def test_the_first_document_names_a_head_of_another_model(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With that model's file missing, its head is replaced with a note as the file is; never without both."""
+    stub_figures(monkeypatch)
+    folder = Path("outputs/localization_heads/tiny/attention")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "x.pkl").write_bytes(Path("a.pkl").read_bytes())
+    result = front.visualize(
+        "attention_file=outputs/localization_heads/llava/attention/x.pkl", "layer=20", "head=50"
+    )
+    assert result.status == 0, result.err
+    assert f"has no L20H50: showing L{LAYERS - 1}H{HEADS - 1}" in " ".join(result.err.split())
+    assert figures_in(folder) == {f"x_visualization_L{LAYERS - 1}H{HEADS - 1}.png"}
+    assert front.visualize(f"attention_file={folder}/x.pkl", "layer=20", "head=50").status == 2

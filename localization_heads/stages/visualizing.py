@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from localization_heads.store.paths import side_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,21 @@ def show_file(options: Mapping[str, Any], name: str, layer: int | None, head: in
         The figures written; none with `save_fig=false`.
     """
     path = find_attention_file(name)
+    if path != Path(name) and layer is not None and head is not None:
+        layer, head = _nearest_head(path, layer, head)
     return _show(options, path, _figure_stem(options, path), layer, head)
+
+
+def _nearest_head(path: Path, layer: int, head: int) -> tuple[int, int]:
+    """A head that the file has, where the one named is of the other model whose file was asked for.
+
+    The tool's first document names L20H5 of LLaVA-1.5-7B; taken together with its file, by another model's.
+    """
+    maps = load_attention(path)
+    nearest = Head(min(layer, maps.num_layers - 1), min(head, maps.num_heads - 1))
+    if nearest != Head(layer, head):
+        log.warning("the model of %s has no %s: showing %s", path, Head(layer, head), nearest)
+    return nearest
 
 
 def _show(
