@@ -22,24 +22,16 @@ from hypothesis import strategies as st
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.store import (
-    Prediction,
-    RunLock,
-    analysis_path,
-    atomic_write,
-    attention_path,
-    check_id,
-    entry_path,
+from localization_heads.store.atomic import atomic_write, write_csv, write_json
+from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
-    read_predictions,
     save_analysis,
     save_attention,
-    side_path,
-    write_csv,
-    write_json,
-    write_predictions,
 )
+from localization_heads.store.lock import RunLock
+from localization_heads.store.paths import analysis_path, attention_path, check_id, entry_path, side_path
+from localization_heads.store.predictions import Prediction, read_predictions, write_predictions
 
 MAPS = AttentionMaps(
     attention=np.random.default_rng(0).random((2, 3, 4, 5), dtype=np.float32),

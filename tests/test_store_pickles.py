@@ -98,7 +98,7 @@ def test_a_tensor_of_a_7b_model_comes_back():
 def test_reading_a_tensor_imports_no_torch(tmp_path):
     (tmp_path / "t.pkl").write_bytes(pickle.dumps(torch.rand(2, 2, 1, 4)))
     code = (
-        "import sys; from localization_heads.store import load_attention; "
+        "import sys; from localization_heads.store.attention_files import load_attention; "
         "load_attention(sys.argv[1]); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.pkl")], check=True)

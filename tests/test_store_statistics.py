@@ -14,7 +14,7 @@ import pytest
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.ranking import rank_heads
-from localization_heads.store import StatisticsStore, sample_key
+from localization_heads.store.statistics import StatisticsStore, sample_key
 
 L, H = 3, 5
 
