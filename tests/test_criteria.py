@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -305,6 +305,7 @@ class TestSpatialEntropy:
         assert (spatial_entropy(maps) == spatial_entropy(maps.transpose(0, 2, 1))).all()
 
     @settings(deadline=None, max_examples=200)
+    @example(np.array([[0] * 4] * 2 + [[7, 8, 7, 8], [8, 8, 7, 7], [8] * 4], np.float32) / 8, "area", 0.3)
     @given(grids, st.sampled_from(["area", "mass"]), st.sampled_from([None, 0.0, 0.1, 0.3]))
     def test_agrees_with_flood_fill(self, grid, weight, threshold):
         fast = spatial_entropy(grid, weight=weight, threshold="mean" if threshold is None else threshold)

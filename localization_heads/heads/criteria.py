@@ -200,8 +200,10 @@ def binarise(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") 
     """
     maps = _as_maps(maps)
     _check_threshold(threshold)
-    offset = 0.0 if threshold == "mean" else float(threshold)
-    return np.asarray(maps > _means(maps) + offset)
+    if threshold == "mean":
+        return np.asarray(maps > _means(maps))
+    # Subtracted, as the formula says: `maps > mean + threshold` rounds otherwise where both sides are equal.
+    return np.asarray(maps - _means(maps) > float(threshold))
 
 
 def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
