@@ -6,7 +6,6 @@ A run that was killed finds them there and goes on, with the same batches and so
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from localization_heads.store.heads_file import save_ranking
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import attention_path
 from localization_heads.store.statistics import StatisticsStore
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

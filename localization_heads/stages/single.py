@@ -118,7 +118,7 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
 def draw(
     run: Run, analysed: Analysed, path: Path, *, heads: Sequence[Head] | None = None, truth: Box | None = None
 ) -> Visualised:
-    """Ground one sample and draw it: `<id>_visualization.png`, `<id>_grounding.png`, a components figure."""
+    """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
 
     maps, statistics = analysed.maps, analysed.statistics
