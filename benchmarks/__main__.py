@@ -1,45 +1,78 @@
-"""Run every benchmark and print a table of ratios."""
+"""Run every benchmark and print one table of ratios: `python -m benchmarks`, or `--only a,d --rounds 3`."""
 
 from __future__ import annotations
 
-import os
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import platform
-from collections.abc import Callable
-from statistics import median
-from time import perf_counter
-from typing import Any
-
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import entropy
+from benchmarks import capture, discovery, early_exit, entropy, machine, published, sharing, startup, workers
+from benchmarks.result import Row, markdown_of, table_of
+from benchmarks.setting import Setting
 
-
-def milliseconds(work: Callable[[], Any], runs: int = 7) -> float:
-    """Median over `runs`, after one run that is not counted."""
-    times = []
-    for _ in range(runs + 1):
-        start = perf_counter()
-        work()
-        times.append(1000 * (perf_counter() - start))
-    return median(times[1:])
+BENCHMARKS: dict[str, ModuleType] = {
+    module.KEY: module
+    for module in (capture, published, sharing, early_exit, entropy, workers, discovery, startup)
+}
 
 
-def main() -> None:
-    maps = entropy.maps()
-    np.testing.assert_allclose(entropy.all_at_once(maps), entropy.one_by_one(maps), rtol=1e-5, atol=1e-6)
-    ours, loop = (milliseconds(lambda f=way: f(maps)) for way in (entropy.all_at_once, entropy.one_by_one))
-    table = Table(caption=f"one core; {platform.machine()}, Python {platform.python_version()}")
-    for column in ("what", "here", "the other way", "ratio"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    what = f"spatial entropy of {entropy.HEADS} maps, {entropy.SIDE} x {entropy.SIDE}: all at once / head by head"
-    table.add_row(what, f"{ours:.1f} ms", f"{loop:.1f} ms", f"{ours / loop:.2f}")
-    Console().print(table)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options().parse_args(arguments)
+    keys = options.only.split(",") if options.only else list(BENCHMARKS)
+    if unknown := [key for key in keys if key not in BENCHMARKS]:
+        sys.stderr.write(
+            f"error: --only={options.only}: there is no {unknown[0]!r}; {', '.join(BENCHMARKS)} are\n"
+        )
+        return 2
+    measured = machine.measure(quick=options.quick)
+    setting = Setting(measured, options.rounds, options.layers, options.quick)
+    rows: list[Row] = []
+    caption = f"{measured.describe()}; medians of {options.rounds} rounds, in which the ways take turns"
+    for key in keys:
+        sys.stderr.write(f"{key}: {(BENCHMARKS[key].__doc__ or '').splitlines()[0]}\n")
+        rows += BENCHMARKS[key].rows(setting)
+        _write(options, rows, caption)  # what was measured is not lost if a later one fails
+    Console(width=None if sys.stdout.isatty() else 200).print(table_of(rows, caption))
+    return 0
+
+
+def _write(options: argparse.Namespace, rows: Sequence[Row], caption: str) -> None:
+    if options.json:
+        content = {"machine": caption, "rows": [row.to_json() for row in rows]}
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.markdown:
+        Path(options.markdown).write_text(f"{markdown_of(rows)}\n\n{caption}\n", encoding="utf-8")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    names = "; ".join(f"{key} {module.__name__.split('.')[-1]}" for key, module in BENCHMARKS.items())
+    parser.add_argument("--only", metavar="a,c", help=f"only these: {names}")
+    parser.add_argument(
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="layers of the LM in a, b, c (4; on a GPU 32)",
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, metavar="N", help="how often each way is timed (5)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there as well")
+    parser.add_argument("--quick", action="store_true", help="toy sizes: see that everything runs")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("give a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

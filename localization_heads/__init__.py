@@ -1,9 +1,10 @@
 """Find the attention heads of a vision-language model that know where things are, and ground with them.
 
 >>> import localization_heads as lh
->>> lvlm = lh.load_model()                                        # doctest: +SKIP
->>> result = lh.ground(lvlm, image, "the cat on the left")        # doctest: +SKIP
->>> result.box, result.mask, result.heatmap                       # doctest: +SKIP
+>>> lvlm = lh.load_model(device="cpu")
+>>> result = lh.ground(lvlm, "examples/images/octopus_14.png", "the animal")
+>>> len(result.box), result.mask.shape == result.heatmap.shape
+(4, True)
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from localization_heads.api import find_heads, ground
+    from localization_heads.api import evaluate, find_heads, ground
     from localization_heads.attention import AttentionMaps
     from localization_heads.data.samples import Sample
     from localization_heads.grounding.maps import Grounding
     from localization_heads.heads.head import Head
     from localization_heads.heads.ranking import HeadRanking
+    from localization_heads.interop.hub import load_heads, push_heads
+    from localization_heads.interop.pipeline import pipeline
     from localization_heads.lvlm.loading import load_model
 
 __version__ = "0.1.0"
@@ -30,9 +33,13 @@ _HOMES = {
     "Head": "heads.head",
     "HeadRanking": "heads.ranking",
     "Sample": "data.samples",
+    "evaluate": "api",
     "find_heads": "api",
     "ground": "api",
+    "load_heads": "interop.hub",
     "load_model": "lvlm.loading",
+    "pipeline": "interop.pipeline",
+    "push_heads": "interop.hub",
 }
 
 __all__ = [
@@ -41,9 +48,13 @@ __all__ = [
     "Head",
     "HeadRanking",
     "Sample",
+    "evaluate",
     "find_heads",
     "ground",
+    "load_heads",
     "load_model",
+    "pipeline",
+    "push_heads",
 ]
 
 

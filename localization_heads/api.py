@@ -1,25 +1,39 @@
-"""The tool from Python: `find_heads` and `ground`, what the commands do without files and options."""
+"""The tool from Python: `find_heads`, `ground` and `evaluate`, what the commands do without files and options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
+from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
+from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
-from localization_heads.heads.analysis import greedy_heads
+from localization_heads.heads.analysis import own_heads
 from localization_heads.heads.criteria import CriteriaOptions, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, rank_heads
+from localization_heads.segmentation.options import GRABCUT, SegmenterOptions, make_segmenter
+from localization_heads.segmentation.refine import Segmenter, refine
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from localization_heads.lvlm.model import LVLM
+
+K = 3
+"""Heads that a sample picks for itself (the paper's k)."""
+AT_ONCE = 16
+"""Expressions of one picture whose maps are in memory together."""
 
 
 def find_heads(
@@ -35,7 +49,8 @@ def find_heads(
     """Rank a model's heads by selection frequency (Sec. 4), without labels.
 
     Args:
-        samples: pictures with expressions, read one at a time; only a few kilobytes of each are kept.
+        samples: pictures with expressions, read as they are needed; only a few kilobytes of each are kept. A picture
+            whose samples follow each other is encoded once for them all.
         top_n: heads marked in each sample (the paper's N).
         num_trials, num_samples: random draws to average over, and their size.
 
@@ -44,7 +59,7 @@ def find_heads(
         UsageError: a picture or an expression that cannot be used.
     """
     criteria = criteria or CriteriaOptions()
-    found = [_row(lvlm, sample, criteria) for sample in samples]
+    found = [_row(one.maps, criteria) for one in _attended(lvlm, samples)]
     if not found:
         raise ValueError("find_heads needs at least one sample")
     sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
@@ -61,9 +76,8 @@ def find_heads(
     )
 
 
-def _row(lvlm: LVLM, sample: Sample, criteria: CriteriaOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """What the ranking needs of a sample, each `[layer, head]`: sums, entropies, bottom-row flags."""
-    maps = lvlm.attend(load_image(sample.image), sample.expression)
     statistics = head_statistics(maps.attention, criteria)
     return statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
 
@@ -75,23 +89,176 @@ def ground(
     heads: Sequence[Head] | None = None,
     *,
     options: GroundingOptions | None = None,
+    segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
 ) -> Grounding:
-    """The box, pseudo-mask and heat map of an expression in a picture (Sec. 5).
+    """The box, mask and heat map of an expression in a picture (Sec. 5).
+
+    Asked about the same picture again, the model does not read it again (`LVLM.ask`).
 
     Args:
         image: a picture, a path or an http(s) address.
         heads: whose maps are added; None takes the model's known localization heads, and if there are none,
             the three that this very picture and expression pick (the paper's "greedy" ablation).
+        segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask. A SAM is loaded once,
+            by `make_segmenter`, and handed in here.
 
     Raises:
         ValueError: a head that the model does not have.
-        UsageError: a picture or an expression that cannot be used.
+        UsageError: a picture or an expression that cannot be used, or one that no head passes the criteria for.
     """
     picture = load_image(image)
-    chosen = tuple(heads or lvlm.known_heads)
-    last_layer = max(layer for layer, _ in chosen) if chosen else None
-    maps = lvlm.attend(picture, expression, last_layer=last_layer)
-    if not chosen:
-        criteria = CriteriaOptions()
-        chosen = tuple(greedy_heads(head_statistics(maps.attention, criteria), criteria, k=3))
-    return ground_maps(maps, chosen, options)
+    grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
+    (maps,) = lvlm.ask(picture, [expression], last_layer=grounder.last_layer)
+    return grounder.ground(maps, picture)
+
+
+class Scored(NamedTuple):
+    """What became of one sample: the box that was found, and how well each method did.
+
+    Args:
+        id: the sample's.
+        box: xyxy in pixels.
+        scores: by method, as in `metrics["controls"]`, those of the heads first, as `"heads"`.
+    """
+
+    id: str
+    expression: str
+    box: Box
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` finds out.
+
+    Args:
+        metrics: what `metrics.json` holds: each metric and its 95 % interval, the counts, `controls` and `choices`.
+        samples: in the order in which they came.
+    """
+
+    metrics: dict[str, Any]
+    samples: list[Scored]
+
+
+def evaluate(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    heads: Sequence[Head] | None = None,
+    *,
+    criteria: CriteriaOptions | None = None,
+    options: GroundingOptions | None = None,
+    segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
+    controls: bool = True,
+    native: bool | None = None,
+    bootstrap: Bootstrap = "expression",
+    seed: int = 42,
+) -> Evaluation:
+    """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
+
+    Args:
+        samples: with `bbox` or `mask`, or both; read as they are needed, as by `find_heads`.
+        heads, options, segmenter: as in `ground`, for all samples and for the controls.
+        criteria: what heads must pass where each sample picks its own; `exclude_layers` is also that of the control
+            which takes all heads.
+        controls: score random heads, all heads, the centre box and the oracle as well; they need all layers.
+        native: ask the model for a box of its own; None asks one that is known to write boxes, beside the controls.
+        bootstrap: what the 95 % intervals draw: expressions, or images with all their expressions.
+        seed: of the random heads and of the bootstrap.
+
+    Raises:
+        ValueError: there is no sample, or a head that the model does not have.
+        UsageError: a sample whose picture, expression or truth cannot be used.
+    """
+    from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+
+    grounder = _grounder(lvlm, heads, criteria or CriteriaOptions(), options, segmenter)
+    judge = Judge(grounder.criteria, grounder.options, controls, bootstrap, seed)
+    form = wanted_format(lvlm, native, by_default=controls)
+    scored: list[Scored] = []
+    images: list[str] = []
+    for sample, picture, number, maps in _attended(lvlm, samples, None if controls else grounder.last_layer):
+        truth = truth_of(sample, picture.size)
+        grounding = grounder.ground(maps, picture)
+        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, picture=picture))
+        if form:
+            box, _ = ask_for_box(lvlm, form, picture, sample.expression)
+            scores["native"] = [score_box(box, truth, picture.size)]
+        scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
+        images.append(sample.image_file or f"picture {number}")
+    if not scored:
+        raise ValueError("evaluate needs at least one sample")
+    choices = {
+        **lvlm.choices,
+        **judge.choices(grounder.heads, K),
+        "segmenter": _named(segmenter),
+        "native": form and form.prompt,
+    }
+    metrics = judge.metrics([one.scores for one in scored], images)
+    return Evaluation({**metrics, "choices": choices}, scored)
+
+
+@dataclass(frozen=True)
+class _Grounder:
+    """How maps become a box and a mask. Without heads, each sample's own three are taken."""
+
+    heads: tuple[Head, ...]
+    criteria: CriteriaOptions
+    options: GroundingOptions
+    segmenter: Segmenter | None
+
+    @property
+    def last_layer(self) -> int | None:
+        """The deepest layer that is looked at; None for all."""
+        return max(layer for layer, _ in self.heads) if self.heads else None
+
+    def ground(self, maps: AttentionMaps, picture: Image.Image) -> Grounding:
+        heads = self.heads or own_heads(head_statistics(maps.attention, self.criteria), self.criteria, K)
+        return self.refine(ground_maps(maps, heads, self.options), picture)
+
+    def refine(self, grounding: Grounding, picture: Image.Image) -> Grounding:
+        return refine(grounding, picture, self.segmenter, box_from=self.options.box_from)
+
+
+def _grounder(
+    lvlm: LVLM,
+    heads: Sequence[Head] | None,
+    criteria: CriteriaOptions,
+    options: GroundingOptions | None,
+    segmenter: Segmenter | SegmenterOptions | None,
+) -> _Grounder:
+    """What `ground` and `evaluate` have in common. ValueError for a head that the model does not have."""
+    chosen = tuple(Head(*head) for head in heads or lvlm.known_heads)
+    for head in chosen:
+        if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):
+            raise ValueError(f"no head {head} among {lvlm.num_layers} layers of {lvlm.num_heads}")
+    made = make_segmenter(segmenter) if isinstance(segmenter, SegmenterOptions) else segmenter
+    return _Grounder(chosen, criteria, options or GroundingOptions(), made)
+
+
+def _named(segmenter: Segmenter | SegmenterOptions | None) -> dict[str, Any]:
+    """As `metrics.json` names it."""
+    if isinstance(segmenter, SegmenterOptions):
+        return asdict(segmenter)
+    return {"kind": "none" if segmenter is None else segmenter.name}
+
+
+class _Attended(NamedTuple):
+    """A sample with its picture, the picture's place among those that follow each other, and every head's maps."""
+
+    sample: Sample
+    picture: Image.Image
+    number: int
+    maps: AttentionMaps
+
+
+def _attended(lvlm: LVLM, samples: Iterable[Sample], last_layer: int | None = None) -> Iterator[_Attended]:
+    """The maps of each sample, in order. Samples that follow each other share a picture that is the same."""
+    # A picture in memory is told by its pixels, one in a file by its path.
+    pictures = groupby(samples, key=lambda sample: sample.image_file or sample.image)
+    for number, (image, group) in enumerate(pictures):
+        picture = load_image(image)
+        while part := list(islice(group, AT_ONCE)):
+            expressions = [sample.expression for sample in part]
+            maps = lvlm.attend_batch([picture] * len(part), expressions, last_layer=last_layer)
+            for sample, found in zip(part, maps, strict=True):
+                yield _Attended(sample, picture, number, found)

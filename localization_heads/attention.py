@@ -15,6 +15,16 @@ Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image: floats, half-open, origin at the top left."""
 
 
+def misses_picture(box: Box, image_size: tuple[int, int]) -> bool:
+    """Whether a box covers nothing of its picture of `(W, H)` pixels: one of the two is then of another one.
+
+    >>> misses_picture((-5, 0, 1, 1), (4, 4)), misses_picture((4, 0, 5, 1), (4, 4))
+    (False, True)
+    """
+    x0, y0, x1, y1 = box
+    return min(x1, image_size[0]) <= max(x0, 0) or min(y1, image_size[1]) <= max(y0, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """Attention of the query token over the image tokens, for every head (`A[l,h]` of Sec. 4.1).
@@ -24,6 +34,10 @@ class AttentionMaps:
         image_box: the region of the original image that the grid covers, in pixels. Its cells are equal in
             size. It reaches beyond the image where the processor padded and stays inside where it cropped.
         image_size: `(W, H)` of the original image in pixels.
+
+    >>> maps = AttentionMaps(np.zeros((32, 32, 24, 24), np.float32), (0, 0, 640, 640), (640, 480))
+    >>> maps.num_layers, maps.num_heads, maps.grid
+    (32, 32, (24, 24))
     """
 
     attention: NDArray[np.float32]
@@ -42,15 +56,15 @@ class AttentionMaps:
     @property
     def grid(self) -> tuple[int, int]:
         """`(grid_h, grid_w)`."""
-        return self.attention.shape[2], self.attention.shape[3]
+        return int(self.attention.shape[2]), int(self.attention.shape[3])
 
     @property
     def num_layers(self) -> int:
-        return self.attention.shape[0]
+        return int(self.attention.shape[0])
 
     @property
     def num_heads(self) -> int:
-        return self.attention.shape[1]
+        return int(self.attention.shape[1])
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
         """The same maps with the entry's name and picture written on them."""

@@ -24,6 +24,10 @@ class WorkError(Exception):
     exit_status = 1
 
 
+class OutOfMemoryError(WorkError):
+    """The batch does not fit into the memory; a smaller one may."""
+
+
 class NothingDoneError(WorkError):
     """No entry of a data set could be used.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.native_box import FORMATS
 from localization_heads.store.paths import check_id
 
 Rule = Callable[[Any], str | None]
@@ -15,6 +16,21 @@ Rule = Callable[[Any], str | None]
 
 def one_of(*choices: str) -> Rule:
     return lambda value: None if value in choices else f"choose one of {', '.join(choices)}"
+
+
+def some_of(*choices: str) -> Rule:
+    """A list of different ones, not empty."""
+
+    def rule(value: Any) -> str | None:
+        fits = isinstance(value, (list, tuple)) and 0 < len(value) == len({str(item) for item in value})
+        fits = fits and all(item in choices for item in value)
+        return (
+            None
+            if fits
+            else f"give a list of some of {', '.join(choices)}, such as [{','.join(choices[:2])}]"
+        )
+
+    return rule
 
 
 def whole(least: int, most: int | None = None) -> Rule:
@@ -37,9 +53,31 @@ def number(least: float) -> Rule:
     return rule
 
 
+def share(value: Any) -> str | None:
+    """A part of a whole, never nothing."""
+    problem = number(0)(value)
+    return "give a number above 0 and at most 1" if problem or not 0 < value <= 1 else None
+
+
 def odd(value: Any) -> str | None:
     """A kernel has a middle, and one wider than any grid smooths nothing more."""
     return whole(1, 63)(value) or (None if value % 2 else "give an odd number")
+
+
+def list_of(rule: Rule, least: int = 0) -> Rule:
+    """A list of at least that many values that each obey the rule."""
+
+    def every(value: Any) -> str | None:
+        if not isinstance(value, (list, tuple)) or len(value) < least:
+            return f"give a list such as [A,B]{f' of at least {least}' if least else ''}"
+        problems = (rule(item) for item in value)
+        return next((f"in the list, {problem}" for problem in problems if problem), None)
+
+    return every
+
+
+def portion(value: Any) -> str | None:
+    return number(0)(value) or (None if value <= 1 else "give a number from 0 to 1")
 
 
 def switch(value: Any) -> str | None:
@@ -50,6 +88,14 @@ def text(value: Any) -> str | None:
     """Not empty; a number is taken as it is written."""
     fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     return None if fits and str(value).strip() else "give a text"
+
+
+def texts(value: Any) -> str | None:
+    """A list of texts, or one of them."""
+    fits = all(
+        isinstance(item, str) and item.strip() for item in (value if isinstance(value, list) else [value])
+    )
+    return None if fits else "give a list such as [A,B]"
 
 
 def sentence(value: Any) -> str | None:
@@ -85,6 +131,7 @@ def or_word(word: str, rule: Rule) -> Rule:
 STAGES = (
     "batch",
     "find",
+    "rank",
     "pipeline",
     "ground",
     "evaluate",
@@ -93,6 +140,30 @@ STAGES = (
     "visualize",
     "scenes",
     "doctor",
+    "experiment",
+    "export",
+    "prepare",
+)
+
+EXPERIMENTS = (
+    "fig3",
+    "fig6a",
+    "fig6b",
+    "random",
+    "tab1",
+    "tab2",
+    "tab3",
+    "tab4",
+    "tab5",
+    "tab8",
+    "fig13",
+    "fig14",
+    "ladder",
+)
+
+BENCHMARKS = (
+    *(f"{dataset}-{split}" for dataset in ("refcoco", "refcoco+") for split in ("val", "testA", "testB")),
+    *(f"{dataset}-{split}" for dataset in ("refcocog", "reasonseg") for split in ("val", "test")),
 )
 
 RULES: dict[str, Rule] = {
@@ -102,6 +173,9 @@ RULES: dict[str, Rule] = {
     "query": or_null(text),
     "attention_file": or_null(text),
     "data_file": or_null(text),
+    "host": text,
+    "port": or_null(whole(1, 65535)),
+    "open_browser": switch,
     "output_dir": or_null(text),
     "save_id": or_null(text),
     "process_all": switch,
@@ -112,6 +186,8 @@ RULES: dict[str, Rule] = {
     "visualize_limit": or_null(whole(0)),
     "top_k": whole(1, 100),
     "show_plot": switch,
+    "report": switch,
+    "report_samples": whole(0, 1000),
     "save_fig": switch,
     "show_components": switch,
     "cli_mode": switch,
@@ -119,7 +195,8 @@ RULES: dict[str, Rule] = {
     "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
     "view": one_of("combined", "whole", "tiles"),
     "doctor.check": or_null(switch),
-    "batch_size": whole(1, 4096),
+    "batch_size": or_word("auto", whole(1, 4096)),
+    "picture_memory": whole(0),
     "num_threads": or_null(whole(1)),
     "max_new_tokens": whole(0),
     "k": whole(1, 10_000),
@@ -135,7 +212,15 @@ RULES: dict[str, Rule] = {
     "scenes.split": one_of("test", "validation", "train"),
     "scenes.style": or_null(one_of("noto", "twemoji", "fluent", "openmoji")),
     "scenes.size": whole(32, 2048),
+    "scenes.height": or_null(whole(16, 2048)),
     "scenes.folder": text,
+    "dataset": or_null(one_of("refcoco", "refcoco+", "refcocog", "reasonseg")),
+    "dataset_path": or_null(text),
+    "images": or_null(text),
+    "split": one_of("train", "val", "test", "testA", "testB"),
+    "exclude": or_null(texts),
+    "allow_leakage": switch,
+    "dataset_folder": text,
     "criteria.entropy": one_of("area", "mass"),
     "criteria.threshold": or_word("mean", number(0)),
     "criteria.elbow": one_of("value", "index"),
@@ -146,6 +231,32 @@ RULES: dict[str, Rule] = {
     "grounding.sigma": number(0),
     "grounding.upsample": whole(1, 16),
     "grounding.component": one_of("largest_hull", "all"),
+    "grounding.ignore_padding": switch,
+    "experiment.names": list_of(one_of(*EXPERIMENTS)),
+    "experiment.benchmark": or_null(one_of(*BENCHMARKS)),
+    "experiment.ks": list_of(whole(1, 10_000), 1),
+    "experiment.sigmas": list_of(number(0), 1),
+    "experiment.kernels": list_of(odd, 1),
+    "experiment.taus": or_null(list_of(number(0), 1)),
+    "experiment.top_ns": list_of(whole(1, 10_000), 1),
+    "experiment.min_frequency": portion,
+    "experiment.random_sets": whole(2, 1000),
+    "rung.step": whole(0, 100),
+    "rung.name": folder_name,
+    "rung.about": text,
+    "rung.segmenter": one_of("none", "chosen", "points"),
+    "grounding.interpolation": one_of("nearest", "bilinear"),
+    "grounding.binarise": one_of("mean", "otsu", "top_mass"),
+    "grounding.top_mass": share,
+    "grounding.box_from": one_of("map", "mask"),
+    "segmenter.kind": one_of("none", "grabcut", "sam", "sam2", "sam3"),
+    "segmenter.name": text,
+    "segmenter.prompt": some_of("box", "points", "map"),
+    "segmenter.num_points": whole(1, 100),
+    "segmenter.multimask": switch,
+    "segmenter.iterations": whole(1, 100),
+    "phrases.by": one_of("split", "spacy", "whole"),
+    "phrases.model": text,
     "model.name": text,
     "model.label": or_null(folder_name),
     "model.system": or_null(sentence),
@@ -155,7 +266,21 @@ RULES: dict[str, Rule] = {
     "model.quantization": or_null(one_of("4bit", "8bit")),
     "model.pad_to_square": or_null(switch),
     "model.conv_mode": or_null(one_of("referseg", "chat", "plain")),
+    "model.native_box": or_null(one_of(*FORMATS)),
+    "controls": switch,
+    "native": or_null(switch),
+    "bootstrap": one_of("expression", "image"),
+    "worst": whole(0, 200),
+    "engine.kind": one_of("local", "ray"),
+    "engine.num_workers": or_null(whole(1, 10_000)),
+    "engine.cpus_per_worker": whole(1, 1024),
+    "engine.gpus_per_worker": or_null(number(0)),
+    "engine.address": or_null(text),
+    "engine.object_store": whole(80),
 }
+
+SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment")
+"""Those that run the model over a data set."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -181,11 +306,36 @@ def _check_together(options: Mapping[str, Any]) -> None:
     """What depends on other options."""
     if "mode" not in options and options.get("output_dir", "") is None:  # the viewer alone can do without
         raise UsageError("output_dir=null: give a folder")
+    grounding, segmenter = options.get("grounding") or {}, options.get("segmenter") or {}
+    if grounding.get("box_from") == "mask" and segmenter.get("kind", "none") == "none":
+        way = "such as segmenter=grabcut" if segmenter else "which stage=visualize of the finder has"
+        raise UsageError(f"grounding.box_from=mask needs a segmenter, {way}")
+    if isinstance(scenes := options.get("scenes"), Mapping):
+        _check_height(scenes)
+    if (options.get("engine") or {}).get("kind") == "ray":
+        _check_spread(options)
     start, end = options.get("start_index", 0), options.get("end_index", -1)
     if 0 <= end <= start:
         raise UsageError(
             f"start_index={start} end_index={end}: the range is empty; end_index is the entry before which to stop"
         )
+
+
+def _check_height(scenes: Mapping[str, Any]) -> None:
+    """A scene cannot be cut higher than it is."""
+    height, size = scenes.get("height"), scenes.get("size", math.inf)
+    if height is not None and height > size:
+        raise UsageError(f"scenes.height={height}: the pictures have only scenes.size={size} rows")
+
+
+def _check_spread(options: Mapping[str, Any]) -> None:
+    """Ray gives each worker its GPUs, so the device can only say whether to use any."""
+    if (stage := options.get("stage")) not in SPREAD_STAGES:
+        raise UsageError(f"engine=ray: stage={stage} has no data set to spread; leave out engine=")
+    if options.get("image_file") or options.get("query"):
+        raise UsageError("engine=ray: one picture cannot be spread; leave out engine=")
+    if (device := options.get("device", "auto")) not in ("auto", "cpu", "cuda", "mps"):
+        raise UsageError(f"device={device}: with engine=ray, choose one of auto, cpu, cuda, mps")
 
 
 def require(options: Mapping[str, Any], *names: str) -> None:

@@ -64,9 +64,10 @@ class Front:
 def fronts(folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> Iterator[Front]:
     """A `Front`; afterwards the package's log goes where other tests expect it."""
     package = logging.getLogger("localization_heads")
-    handlers, propagate = list(package.handlers), package.propagate
+    handlers, propagate, level = list(package.handlers), package.propagate, package.level
     yield Front(folder, patch, capture)
     package.handlers[:], package.propagate = handlers, propagate
+    package.setLevel(level)
 
 
 def draw_picture(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:

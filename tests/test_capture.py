@@ -14,7 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.lvlm.capture import attention_modules, capture
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.row import attention_row
+from localization_heads.lvlm.row import attention_row, attention_rows
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -189,6 +189,16 @@ def test_row_into_an_empty_static_cache() -> None:
     row = attention_row(nn.Module(), query, longer, None)
     assert (row[..., 5:] == 0).all()
     torch.testing.assert_close(row[..., :5], attention_row(nn.Module(), query, key, None))
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 2}], ids=["causal", "window"])
+def test_rows_after_a_prefix(options: dict[str, Any]) -> None:
+    """Two of five tokens read later, without a mask (flash): the same rows, the keys of before first."""
+    query, key = random_qk()
+    whole = attention_rows(nn.Module(), query, key, None, positions=torch.tensor([[3, 4]]), **options)
+    positions = torch.tensor([[0, 1]])
+    later = attention_rows(nn.Module(), query[:, :, 3:], key, None, positions=positions, past=3, **options)
+    torch.testing.assert_close(later, whole)
 
 
 def test_row_with_a_sink_and_a_softcap() -> None:

@@ -101,6 +101,7 @@ def test_batch_writes_what_the_contract_says(
         "heads.json",
         "heads.csv",
         "predictions.jsonl",
+        "report.html",
     }
 
     heads = json.loads(heads_of(front.out))
@@ -143,6 +144,7 @@ def test_find_writes_the_ranking_alone_and_agrees_with_batch_and_python(front: F
     assert front.finder("stage=find", DATA, "output_dir=found").status == 0
     assert visible(Path("found/tiny")) == {
         "heads.json", "heads.csv", "attention_sums.png", "selection_frequency.png", "head_grid.png",
+        "report.html",
     }  # fmt: skip
     assert front.finder("stage=batch", DATA).status == 0
     assert heads_of("found/tiny") == heads_of(front.out)
@@ -345,11 +347,13 @@ def test_named_heads_ground_a_batch(front: Front) -> None:
 
 
 def test_a_criterion_that_keeps_no_head(front: Front) -> None:
-    """heads.json is empty, every sample gets a box all the same, and nothing breaks."""
+    """heads.json is empty, no sample gets a box of heads that nobody chose, and nothing breaks."""
     result = front.finder("stage=batch", DATA, "criteria.tau=2")
-    assert result.status == 0, result.err
+    assert result.status == 1, result.err
     assert json.loads(heads_of(front.out))["heads"] == []
-    assert all(line["bbox"] for line in read_lines(front.out / "predictions.jsonl"))
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert lines and not any(line["bbox"] for line in lines)
+    assert all("no head passes the criteria" in line["error"] for line in lines)
     result = front.finder("stage=find", DATA, "criteria.exclude_layers=99")
     assert result.status == 2
     assert "criteria.exclude_layers=99" in one_line(result.err)

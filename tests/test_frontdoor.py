@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, fronts, one_line
+from front import Front, fronts, one_line, write_data
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from localization_heads.apps import frontdoor
 from localization_heads.apps.frontdoor import FREE_TEXT, help_text, plain_options, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
 
@@ -58,17 +59,21 @@ def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------------------------------------------- help
 
 
+PREFIXED = ("model", "criteria", "grounding", "segmenter", "experiment")
+"""Groups whose options are written with their name before."""
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each with the comment of its config file; nothing that only Hydra reads."""
     assert run(lambda cfg: 1, name, f"python {SCRIPTS[name]}", ["--help"]) == 0
     text, err = capsys.readouterr()
     assert not err
-    assert text.startswith(f"usage: python {SCRIPTS[name]} [NAME=VALUE ...]")
+    assert text.startswith(f"usage: python {SCRIPTS[name]} [-q | -v] [NAME=VALUE ...]")
     with initialize_config_module("localization_heads.config", version_base="1.3"):
         options = plain_options(compose(name))
     for option, value in options.items():
-        inner = [f"{option}.{key}:" for key in value] if option in ("model", "criteria", "grounding") else []
+        inner = [f"{option}.{key}:" for key in value] if option in PREFIXED else []
         for line in inner or [f"{option}:"]:
             assert f"\n{line}" in text, line
     assert "hydra" not in text
@@ -324,3 +329,81 @@ def test_figures_are_imported_when_they_are_drawn(module: str) -> None:
         check=True,
     )
     assert ended.stdout == "False\n"
+
+
+# ------------------------------------------------------------------------------------------------- -q and -v
+
+
+def test_quiet_says_nothing_but_errors(front: Front) -> None:
+    write_data(front.folder, 2)
+    result = front.finder("-q", "stage=find", "data_file=data.jsonl")
+    assert (result.status, result.out, result.err) == (0, "", "")
+    assert (front.out / "heads.json").is_file()
+    wrong = front.finder("-q", "stage=find", "data_file=none.jsonl")
+    assert wrong.status == 2
+    assert "none.jsonl" in one_line(wrong.err)
+
+
+def test_verbose_says_what_was_loaded_and_how_long_it_took(front: Front) -> None:
+    write_data(front.folder, 2)
+    said = front.finder("stage=find", "data_file=data.jsonl", "--verbose").err
+    assert "note: LVLM(embedded" in said
+    assert "note: stage=find took" in said
+    assert "note: stage" not in front.finder("stage=find", "data_file=data.jsonl").err
+
+
+def test_bars_are_back_after_a_quiet_run(front: Front) -> None:
+    from tqdm import tqdm
+
+    front.finder("-q", "stage=find", "data_file=none.jsonl")
+    with Path(os.devnull).open("w") as nowhere:
+        assert not tqdm(total=1, file=nowhere, disable=False).disable
+
+
+# ------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (0, 0, ""),
+        (1, 1, "a job of the sweep ended with status 1"),
+        (UsageError("query= is missing"), 2, "query= is missing"),
+        (WorkError("no memory"), 1, "no memory"),
+    ],
+)
+def test_what_a_job_elsewhere_ends_with_comes_back(
+    outcome: Any,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a job in another process, as launchers for clusters run them, errors arrive and nothing else."""
+    processes = iter([("login", 1)])
+    monkeypatch.setattr(frontdoor, "_process", lambda: next(processes, ("node", 2)))
+
+    def main(_: Any) -> int:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return int(outcome)
+
+    assert run(main, "finder", "program", []) == status
+    assert said in capsys.readouterr().err
+
+
+def test_the_error_that_submitit_sends_home() -> None:
+    """A traceback with its own lines around it: the last error counts, as one line."""
+    trace = (
+        "Job (task=0) failed during processing with trace:\n----------------------\n"
+        'Traceback (most recent call last):\n  File "a.py", line 3, in run\n    x: int = 1 / 0\n'
+        "ZeroDivisionError: division by zero\nDuring handling of it, another:\n"
+        "{0}: {1}\n\n----------------------\nYou can check full logs with 'job.stderr(0)': or there\n"
+    )
+    ours = RuntimeError(
+        trace.format("localization_heads.errors.WorkError", "out of memory: lower batch_size")
+    )
+    assert frontdoor._why_a_job_failed(ours) == "out of memory: lower batch_size"
+    theirs = RuntimeError(trace.format("RuntimeError", "no space"))
+    assert frontdoor._why_a_job_failed(theirs) == "a job of the sweep failed: RuntimeError: no space"
+    assert "timed out" in frontdoor._why_a_job_failed(RuntimeError("timed out"))

@@ -14,7 +14,7 @@ from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.families import check_family, views_of
-from localization_heads.lvlm.geometry import EncodedImage, View
+from localization_heads.lvlm.geometry import EncodedImage, View, check_shape
 
 SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
 LLAVA = SimpleNamespace(model_type="llava", image_token_id=4, vision_config=SimpleNamespace())
@@ -93,3 +93,9 @@ def test_what_has_no_grid_is_refused() -> None:
         check_family(SimpleNamespace(model_type="aria"))
     with pytest.raises(UsageError, match="square grid"):
         grid_of(LLAVA, llava_processor().image_processor, 35, (10, 10))
+
+
+def test_pixtral_may_get_any_shape() -> None:
+    """A LLaVA by name, whose processor has neither a shortest edge nor a fixed size: it resizes to a longest edge."""
+    config, processor = SimpleNamespace(model_type="llava"), SimpleNamespace(size={"longest_edge": 1024})
+    check_shape(config, processor, (60_000, 500))

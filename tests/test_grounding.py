@@ -11,18 +11,15 @@ from hypothesis.extra import numpy as hnp
 from scipy.spatial import ConvexHull
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.grounding.hull import convex_hull, fill_polygon, hull_area, largest_hull
 from localization_heads.grounding.maps import (
     GroundingOptions,
     combine,
-    convex_hull,
-    fill_polygon,
     gaussian_kernel,
     ground_maps,
-    hull_area,
-    largest_hull,
-    resample,
     smooth,
 )
+from localization_heads.grounding.raster import resample
 from localization_heads.heads.head import Head
 
 SHARP = GroundingOptions(sigma=0.0)
@@ -140,6 +137,13 @@ class TestSmooth:
             ("upsample", 1.5),
             ("upsample", True),
             ("component", "biggest"),
+            ("interpolation", "cubic"),
+            ("binarise", "median"),
+            ("top_mass", 0.0),
+            ("top_mass", 1.01),
+            ("top_mass", math.nan),
+            ("top_mass", True),
+            ("box_from", "air"),
         ],
     )
     def test_options_name_what_is_wrong(self, field, value):

@@ -1,23 +1,27 @@
 """Metrics by hand and against counting pixels."""
 
-import json
 import math
+from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as coco
 
 from localization_heads.evaluation.metrics import (
     accuracy_at,
     bootstrap_interval,
+    bootstrap_ratios,
     box_iou,
     ciou,
+    energy_in_box,
     giou,
     mask_iou,
     mask_overlap,
+    percentile_interval,
     pointing_hit,
-    summarize,
 )
 
 boxes = st.tuples(*[st.integers(0, 12)] * 4).map(
@@ -134,46 +138,80 @@ class TestPointing:
         assert not pointing_hit(point, np.ones((12, 12), dtype=bool))
 
 
-class TestSummary:
-    def test_accuracy_includes_the_threshold(self):
-        assert accuracy_at([0.5, 0.49999, 1.0, 0.0]) == 0.5
-        assert accuracy_at([0.5, 0.3, 0.75], 0.75) == pytest.approx(1 / 3)
-        assert math.isnan(accuracy_at([]))
+def test_accuracy_includes_the_threshold():
+    assert accuracy_at([0.5, 0.49999, 1.0, 0.0]) == 0.5
+    assert accuracy_at([0.5, 0.3, 0.75], 0.75) == pytest.approx(1 / 3)
+    assert math.isnan(accuracy_at([]))
 
-    def test_by_hand(self):
-        summary = summarize(
-            [0.8, 0.5, 0.3, 0.0], pointing=[True, True, False], overlaps=[(1, 2), (3, 4)], num_failed=2
-        )
-        interval = summary.pop("acc@0.5_interval")
-        assert summary == {
-            "acc@0.5": 0.5,
-            "acc@0.25": 0.75,
-            "acc@0.75": 0.25,
-            "mean_iou": 0.4,
-            "pointing": 0.666667,
-            "ciou": 0.666667,
-            "giou": 0.625,
-            "num_masks": 2,
-            "num_samples": 4,
-            "num_failed": 2,
-        }
-        assert interval == [0.0, 1.0]
 
-    def test_nothing_to_report_is_null_and_valid_json(self):
-        summary = json.loads(json.dumps(summarize([], num_failed=3), allow_nan=False))
-        assert summary["acc@0.5"] is summary["mean_iou"] is summary["pointing"] is None
-        assert summary["acc@0.5_interval"] == [None, None]
-        assert (summary["num_samples"], summary["num_failed"]) == (0, 3)
-        assert not {"ciou", "num_masks"} & set(summary)
+class TestEnergy:
+    @pytest.mark.parametrize(
+        ("mass", "image_box", "box", "expected"),
+        [
+            # 4 x 4 pixels, cells of 2 x 2
+            ([[1, 1], [1, 1]], (0, 0, 4, 4), (0, 0, 2, 2), 1 / 4),
+            ([[1, 2], [3, 4]], (0, 0, 4, 4), (2, 0, 4, 4), 6 / 10),
+            ([[1, 2], [3, 4]], (0, 0, 4, 4), (1, 0, 4, 4), 8 / 10),  # half of the left column
+            ([[1, 2], [3, 4]], (0, 0, 4, 4), (-9, -9, 99, 99), 1),
+            ([[0, 0], [0, 0]], (0, 0, 4, 4), (0, 0, 4, 4), 0),
+            # the upper row of cells is padding, and the lower one half of it
+            ([[9, 9], [1, 3]], (0, -6, 4, 2), (0, 0, 2, 4), 1 / 4),
+            ([[9, 9], [1, 3]], (0, -6, 4, 2), (0, -6, 2, 4), 1 / 4),  # a true box that leaves the picture
+            # the grid covers the middle of the picture only (centre crop)
+            ([[1, 3]], (1, 1, 3, 3), (0, 0, 2, 4), 1 / 4),
+            ([[1, 3]], (1, 1, 3, 3), (3, 3, 4, 4), 0),
+        ],
+    )
+    def test_by_hand(self, mass, image_box, box, expected):
+        assert energy_in_box(np.array(mass, float), image_box, (4, 4), box) == pytest.approx(expected)
 
-    def test_takes_arrays(self):
-        summary = summarize(np.array([0.6, 0.2]), pointing=np.array([True, False]))
-        assert summary["pointing"] == summary["acc@0.5"] == 0.5
+    @given(
+        st.integers(0, 2**32 - 1),
+        st.tuples(st.integers(1, 4), st.integers(1, 5)),
+        st.tuples(st.integers(-6, 3), st.integers(-6, 3)),
+        boxes,
+    )
+    def test_agrees_with_counting_pixels(self, seed, grid, corner, box):
+        """Cells of 3 x 2 pixels, painted one by one on a 12 x 12 picture."""
+        mass = np.random.default_rng(seed).random(grid)
+        x0, y0 = corner
+        inside = total = 0.0
+        for row, column in np.ndindex(grid):
+            for y in range(y0 + 2 * row, y0 + 2 * row + 2):
+                for x in range(x0 + 3 * column, x0 + 3 * column + 3):
+                    if 0 <= x < 12 and 0 <= y < 12:
+                        total += mass[row, column] / 6
+                        inside += mass[row, column] / 6 * painted(box)[y, x]
+        found = energy_in_box(mass, (x0, y0, x0 + 3 * grid[1], y0 + 2 * grid[0]), (12, 12), box)
+        assert found == pytest.approx(inside / total if total else 0)
 
-    @pytest.mark.parametrize("iou", [math.nan, -0.1, 1.1])
-    def test_refuses_what_is_no_iou(self, iou):
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            summarize([0.5, iou])
+
+class TestAgainstOthers:
+    """The libraries of the field. torchmetrics' box IoU needs torchvision, which has no CPU build here; its
+    segmentation part does not, and COCO's own code does boxes."""
+
+    @given(boxes, boxes)
+    def test_box_iou_of_pycocotools(self, a, b):
+        if not (painted(a).any() and painted(b).any()):
+            return
+        wide = [[float(x0), float(y0), float(x1 - x0), float(y1 - y0)] for x0, y0, x1, y1 in (a, b)]
+        assert box_iou(a, b) == pytest.approx(coco.iou([wide[0]], [wide[1]], [0])[0, 0])
+
+    def test_masks_of_pycocotools_and_torchmetrics(self):
+        from torchmetrics.functional.classification import binary_jaccard_index
+        from torchmetrics.functional.segmentation import mean_iou
+
+        rng = np.random.default_rng(5)
+        predicted, true = rng.random((2, 7, 9, 11)) < rng.random((2, 7, 1, 1))
+        overlaps = [mask_overlap(p, t) for p, t in zip(predicted, true, strict=True)]
+        assert all(union for _, union in overlaps)
+        runs = [[coco.encode(np.asfortranarray(m, np.uint8)) for m in masks] for masks in (predicted, true)]
+        assert [s / u for s, u in overlaps] == pytest.approx(np.diag(coco.iou(*runs, [0] * 7)))
+        p, t = torch.from_numpy(predicted).long(), torch.from_numpy(true).long()
+        each = mean_iou(p, t, 2, include_background=False, input_format="index")
+        assert giou(overlaps) == pytest.approx(float(each.mean()))
+        whole = binary_jaccard_index(p, t)
+        assert ciou(overlaps) == pytest.approx(float(whole))
 
 
 class TestBootstrap:
@@ -196,6 +234,55 @@ class TestBootstrap:
         means = [values[rng.integers(30, size=30)].mean() for _ in range(200)]
         expected = np.quantile(means, [0.025, 0.975])
         assert bootstrap_interval(values, num_resamples=200, seed=9) == pytest.approx(tuple(expected))
+
+    def test_ratios_agree_with_one_resample_at_a_time(self):
+        rng = np.random.default_rng(2)
+        unions = rng.integers(1, 100, 25)
+        shared = rng.integers(0, unions)
+        drawn = np.random.default_rng(7)
+        expected = []
+        for _ in range(50):
+            rows = drawn.integers(25, size=25)
+            expected.append(ciou([(shared[row], unions[row]) for row in rows]))
+        found = bootstrap_ratios(shared[:, None], unions[:, None], num_resamples=50, seed=7)
+        assert found[:, 0] == pytest.approx(expected)
+
+    def test_large_sets_are_drawn_in_parts(self):
+        """More numbers than fit into one step, which must not repeat a draw."""
+        values = np.random.default_rng(0).random((300_000, 1))
+        means = bootstrap_ratios(values, np.ones_like(values), num_resamples=8)
+        assert means.shape == (8, 1)
+        assert len(np.unique(means)) == 8
+        assert means.std() == pytest.approx(math.sqrt(1 / 12 / 300_000), rel=0.7)
+
+    def test_groups_are_drawn_whole(self):
+        """Three images with 1, 2 and 3 expressions: only the sums of whole images can come up."""
+        tops = np.array([1.0, 0, 1, 0, 0, 1])[:, None]
+        found = bootstrap_ratios(
+            tops, np.ones_like(tops), groups=["a", "b", "b", "c", "c", "c"], num_resamples=300
+        )
+        images = [(1, 1), (1, 2), (1, 3)]
+        possible = {
+            round(sum(images[i][0] for i in draw) / sum(images[i][1] for i in draw), 9)
+            for draw in product(range(3), repeat=3)
+        }
+        assert set(np.round(found[:, 0], 9).tolist()) == possible
+
+    def test_groups_widen_the_interval_of_expressions_that_go_together(self):
+        hits = np.repeat(np.random.default_rng(1).random(60) < 0.5, 10).astype(float)[:, None]
+        images = np.repeat(np.arange(60), 10)
+        spread = [
+            bootstrap_ratios(hits, np.ones_like(hits), groups=groups).std() for groups in (None, images)
+        ]
+        assert spread[1] / spread[0] == pytest.approx(math.sqrt(10), rel=0.1)
+
+    def test_nothing_to_divide_by(self):
+        assert np.isnan(bootstrap_ratios(np.zeros((0, 2)), np.zeros((0, 2)), num_resamples=3)).all()
+        found = bootstrap_ratios([[1.0], [0]], [[1.0], [0]], num_resamples=200)
+        assert set(np.unique(found[~np.isnan(found)])) == {1.0}
+        assert 0.15 < np.isnan(found).mean() < 0.35  # a quarter of the draws hold no denominator
+        assert percentile_interval(found) == (1, 1)
+        assert all(math.isnan(bound) for bound in percentile_interval([math.nan]))
 
     def test_edge_cases(self):
         assert bootstrap_interval([0.4]) == (0.4, 0.4)

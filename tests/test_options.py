@@ -15,20 +15,29 @@ from omegaconf import OmegaConf
 
 from localization_heads.apps.finder_stages import STAGES as FINDER_STAGES
 from localization_heads.errors import UsageError
-from localization_heads.options import RULES, STAGES, check_options, require
+from localization_heads.experiments.catalogue import EXPERIMENTS
+from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
+from localization_heads.options import BENCHMARKS, RULES, STAGES, check_options, require
+from localization_heads.options import EXPERIMENTS as EXPERIMENT_NAMES
 from localization_heads.stages.run import Run
 
 CONFIG = files("localization_heads") / "config"
-APPLICATIONS = ("finder", "visualize", "chat")
+APPLICATIONS = ("finder", "visualize", "chat", "demo")
 GROUPS = {
     group: sorted(f.name.removesuffix(".yaml") for f in (CONFIG / group).iterdir() if f.name.endswith("yaml"))
-    for group in ("model", "criteria", "grounding", "data")
+    for group in ("model", "criteria", "grounding", "data", "segmenter")
 }
+
+
+def config_files(group: str) -> list[str]:
+    return sorted(f.name.removesuffix(".yaml") for f in (CONFIG / group).iterdir() if f.name.endswith("yaml"))
+
 
 WITHOUT_RULE = {
     "device": "pick_device asks torch what this machine has",
     "heads": "chosen_heads reads names and files",
     "model.heads": "ModelSpec reads them",
+    "segmenter.device": "pick_device, when the weights are loaded",
 }
 """Options that options.py has no rule for, and who checks them instead."""
 
@@ -60,8 +69,47 @@ def test_the_shipped_choices() -> None:
     assert {"examples", "scenes"} <= set(GROUPS["data"])
 
 
-MODELS = [(model, "paper", "paper", "examples") for model in GROUPS["model"] if model != "base"]
-RECIPES = list(product(["tiny"], GROUPS["criteria"], GROUPS["grounding"], GROUPS["data"]))
+PRESETS = [f"{group}={choice}" for group in ("experiment", "rung") for choice in config_files(group)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_experiment_and_every_rung_composes(preset: str) -> None:
+    group, _, choice = preset.partition("=")
+    options = composed("finder", preset)
+    run = Run(options)
+    if group == "rung":
+        assert options["rung"]["name"] == choice
+    elif choice not in ("all", "base", "none"):
+        assert options["experiment"]["names"] == [choice]
+    assert run.criteria and run.grounding
+
+
+def test_the_experiments_are_those_of_the_catalogue() -> None:
+    single = [*EXPERIMENTS, "ladder"]
+    assert sorted(single) == sorted(set(config_files("experiment")) - {"all", "base", "none"})
+    assert list(EXPERIMENT_NAMES) == single
+    assert composed("finder", "experiment=all")["experiment"]["names"] == list(EXPERIMENTS)
+    assert (*SPLITS, *REASON_SPLITS) == BENCHMARKS
+
+
+def test_a_scene_cannot_be_cut_higher_than_it_is() -> None:
+    with pytest.raises(UsageError, match=r"^scenes\.height=300: .*256 rows"):
+        check_options({"scenes": {"size": 256, "height": 300}})
+    check_options({"scenes": {"size": 256, "height": 256}})
+
+
+def test_the_rungs_of_the_ladder_are_in_order() -> None:
+    """What the multirun climbs is every preset there is, by its number."""
+    ladder = yaml.safe_load((CONFIG / "experiment" / "ladder.yaml").read_text())
+    climbed = ladder["hydra"]["sweeper"]["params"]["rung"].split(",")
+    steps = {rung: composed("finder", f"rung={rung}")["rung"]["step"] for rung in config_files("rung")}
+    assert climbed == sorted(set(steps) - {"none"}, key=lambda rung: steps[rung])
+    assert len(set(steps.values())) == len(steps)
+
+
+MODELS = [(model, "paper", "paper", "examples", "grabcut") for model in GROUPS["model"] if model != "base"]
+RECIPES = list(product(["tiny"], GROUPS["criteria"], GROUPS["grounding"], GROUPS["data"], ["grabcut"]))
+RECIPES += [("tiny", "paper", "paper", "examples", segmenter) for segmenter in GROUPS["segmenter"]]
 
 
 @pytest.mark.parametrize("choices", [*MODELS, *RECIPES], ids=" ".join)
@@ -89,7 +137,9 @@ def test_every_option_has_a_comment_above_it(name: str) -> None:
             i for i, line in enumerate(lines) if re.match(r"\s*(- )?\w+:", line) and "override" not in line
         ]
         for i in options:
-            if lines[i].strip() in ("defaults:", "scenes:", "doctor:") or re.match(r"  - \w+:", lines[i]):
+            if lines[i].strip() in ("defaults:", "scenes:", "doctor:", "phrases:") or re.match(
+                r"  - \w+:", lines[i]
+            ):
                 continue
             if name.startswith("model/") and name != "model/base":
                 continue  # base explains every option once; the others say only what is special
@@ -105,6 +155,10 @@ def test_every_option_has_a_rule_or_a_reason(application: str) -> None:
 
 def test_every_rule_is_about_an_option_that_exists() -> None:
     known = {name for application in APPLICATIONS for name in leaves(composed(application))}
+    known |= {
+        name for choice in GROUPS["segmenter"] for name in leaves(composed("finder", f"segmenter={choice}"))
+    }
+    known |= set(leaves(composed("finder", "engine=ray")))
     assert set(RULES) <= known
     assert set(WITHOUT_RULE) <= known
 
@@ -157,6 +211,17 @@ WRONG = {
     "grounding.kernel_size": [2, 0, -1, 1.0, 65],
     "grounding.sigma": [-1, float("inf")],
     "grounding.upsample": [0, 17],
+    "grounding.interpolation": ["cubic"],
+    "grounding.binarise": ["median", None],
+    "grounding.top_mass": [0, 1.01, -0.5, True, "half", float("nan")],
+    "grounding.box_from": ["air"],
+    "segmenter.kind": ["magic"],
+    "segmenter.prompt": [[], "box", ["box", "scribble"], ["box", "box"], [["box"]]],
+    "segmenter.num_points": [0, 101],
+    "segmenter.iterations": [0],
+    "segmenter.multimask": ["yes"],
+    "phrases.by": ["magic"],
+    "phrases.model": ["", None],
     "model.dtype": ["int8", None],
     "model.quantization": ["2bit"],
     "model.name": [None, ""],
@@ -166,6 +231,22 @@ WRONG = {
     "model.system": [5],
     "scenes.count": [0, 10**9],
     "scenes.split": ["all"],
+    "scenes.height": [0, "all"],
+    "experiment.names": ["fig3", ["fig4"], None],
+    "experiment.ks": [[], [0], 3, ["x"]],
+    "experiment.sigmas": [[-1], [float("inf")]],
+    "experiment.kernels": [[2]],
+    "experiment.taus": [[-0.1], 0.2],
+    "experiment.min_frequency": [-0.1, 1.1],
+    "experiment.random_sets": [1, 1001],
+    "experiment.benchmark": ["refcoco"],
+    "grounding.ignore_padding": ["yes", None],
+    "engine.kind": ["spark"],
+    "engine.num_workers": [0, "two"],
+    "engine.cpus_per_worker": [0, None],
+    "engine.gpus_per_worker": [-1],
+    "engine.address": [""],
+    "engine.object_store": [10],
 }
 
 
@@ -206,3 +287,12 @@ def test_an_empty_range_is_said(start: int, end: int) -> None:
 def test_a_missing_option_is_named_with_its_stage() -> None:
     with pytest.raises(UsageError, match="query= is missing: stage=collect needs image_file and query"):
         require({"stage": "collect", "image_file": "a.png", "query": None}, "image_file", "query")
+
+
+@pytest.mark.parametrize(
+    ("application", "segmenter", "way"),
+    [("finder", ["segmenter=none"], "segmenter=grabcut"), ("visualize", [], "stage=visualize")],
+)
+def test_a_box_of_a_mask_needs_a_mask(application: str, segmenter: list[str], way: str) -> None:
+    with pytest.raises(UsageError, match=f"grounding.box_from=mask needs a segmenter, .*{way}"):
+        check_options(composed(application, "grounding.box_from=mask", *segmenter))

@@ -404,7 +404,7 @@ GOOD = HeadRanking(
     num_trials=5,
 ).to_json()
 
-KEYS = sorted(set(GOOD) - {"criteria", "spread"})
+KEYS = sorted(set(GOOD) - {"criteria", "spread", "pictures"})
 HEAD_KEYS = sorted(GOOD["heads"][0])
 
 
@@ -491,7 +491,7 @@ class TestHostileJson:
         max_leaves=8,
     )
 
-    @given(st.sampled_from([*KEYS, "criteria", "spread"]), json_values)
+    @given(st.sampled_from([*KEYS, "criteria", "spread", "pictures"]), json_values)
     def test_anything_is_read_or_refused(self, key, value):
         try:
             ranking = HeadRanking.from_json({**GOOD, key: value})
@@ -506,3 +506,10 @@ class TestHostileJson:
         except UsageError:
             return
         json.dumps(ranking.to_json(), allow_nan=False)
+
+
+def test_the_pictures_that_heads_were_found_on_are_kept():
+    ranking = HeadRanking.from_json({**GOOD, "pictures": ["coco:7", "file:0a"]})
+    assert ranking.pictures == ("coco:7", "file:0a")
+    assert HeadRanking.from_json(ranking.to_json()) == ranking
+    assert HeadRanking.from_json({k: v for k, v in GOOD.items() if k != "pictures"}).pictures == ()

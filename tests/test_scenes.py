@@ -10,6 +10,7 @@ import pytest
 
 from localization_heads.data import artwork
 from localization_heads.data.expressions import RELATIONS, Phrase, Thing, meant_by
+from localization_heads.data.masks import tight_box
 from localization_heads.data.scenes import (
     HELD_OUT_STYLE,
     NAMES,
@@ -19,7 +20,6 @@ from localization_heads.data.scenes import (
     VALIDATION_SEEDS,
     render_scene,
     scene_samples,
-    tight_box,
 )
 
 SEEDS = range(60)
@@ -146,6 +146,22 @@ def test_fixed_sets_repeat_and_splits_never_meet():
     assert TRAIN_SEEDS.stop <= VALIDATION_SEEDS.start
     assert VALIDATION_SEEDS.stop <= TEST_SEEDS.start
     assert next(islice(scene_samples(1, style=HELD_OUT_STYLE), 1))[0].expressions
+
+
+@pytest.mark.parametrize("bars", [(0.2, 0.0), (0.0, 0.1)])
+def test_bars_are_empty_and_of_the_colour_that_is_padded_with(bars):
+    for seed in range(8):
+        scene = render_scene(seed, size=100, bars=bars, augment=True)
+        across, down = (int(100 * share) for share in bars)
+        inner = np.zeros((100, 100), bool)
+        inner[down : 100 - down, across : 100 - across] = True
+        assert (scene.image[~inner] == (122, 116, 104)).all()
+        assert not any((o.mask & ~inner).any() for o in scene.objects)
+
+
+def test_the_styles_to_learn_from_draw_every_name_too():
+    for style in artwork.TRAINING_STYLES:
+        assert {artwork.sprite_pixels(style, name, 40, 40, angle=12).shape for name in NAMES} == {(40, 40, 4)}
 
 
 def test_smaller_canvases_and_augmentation_keep_the_objects():

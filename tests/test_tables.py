@@ -12,8 +12,10 @@ from rich.console import Console
 
 from localization_heads.apps import tables
 from localization_heads.apps.printable import printable
+from localization_heads.apps.scores_table import metrics_table
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.samples import Sample
+from localization_heads.evaluation.scores import Score, summarize
 from localization_heads.stages.outcome import Outcome
 from localization_heads.store.predictions import Prediction
 
@@ -64,14 +66,25 @@ def test_written_paths_obey_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\u001b" not in capsys.readouterr().out
 
 
-def test_metrics_with_intervals_and_without_values() -> None:
-    metrics = {
-        "acc@0.5": 0.6666, "acc@0.5_interval": [0.614, 0.719], "mean_iou": None, "num_samples": 3,
-    }  # fmt: skip
-    text = printed(tables.metrics_table(metrics))
-    rows = [[cell.strip() for cell in row.split("│")[1:3]] for row in text.splitlines() if row[:1] == "│"]
-    assert rows == [["acc@0.5", "0.667 [0.61, 0.72]"], ["mean_iou", "-"], ["num_samples", "3"]]
-    assert "[-, -]" in printed(tables.metrics_table({"acc@0.5": None, "acc@0.5_interval": [None, None]}))
+def test_scores_with_intervals_and_controls() -> None:
+    heads, other = [[Score(1.0, True, 0.5, (4, 4))]] * 3, [[Score(0.4, False, 0.25, (1, 4))]] * 3
+    summary = summarize({"heads": heads, "random_heads": other, "native": other})
+    metrics = {**summary.pop("heads"), "controls": summary, "num_samples": 3, "num_masks": 3, "num_failed": 2}
+    text = printed(metrics_table(metrics), width=80)
+    assert "Scores of 3 expressions, 3 with a mask, 2 failed" in text
+    heads_row = next(line for line in text.splitlines() if line.startswith("heads"))
+    assert heads_row.split()[1:] == ["1.000", "1.000", "1.000", "1.000", "1.000", "0.500", "1.000", "1.000"]
+    assert "1.0-1.0" in text and ".40-.40" in text
+    assert "Acc@0.5 +1.000 (+1.00 to +1.00), " in text and "mean IoU +0.600" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_scores_without_masks_and_controls() -> None:
+    metrics = {**summarize({"heads": [[Score(0.5, True, 0.5)]]})["heads"], "num_samples": 1, "num_failed": 0}
+    text = printed(metrics_table(metrics))
+    assert "IoU" in text and "cIoU" not in text and "ahead" not in text
+    nothing = {**metrics, "energy": None, "energy_interval": [None, None]}
+    assert "-" in printed(metrics_table(nothing))
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,15 @@ import json
 from dataclasses import asdict, replace
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from localization_heads.data.scenes import render_scene
+from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker
 from training.language import IDS, build_tokenizer, encode, scene_turns
+from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
 from training.recipe import Canvas, ModelRecipe, Recipe
 from training.trainer import Trainer, load_run
@@ -27,6 +30,13 @@ RECIPE = Recipe(
     warmup_steps=10,
     query_key_cap=0.18,  # weights of a narrower model are larger
     half=False,
+    image_keep=0.8,
+    augment_share=0.0,  # easy pictures: the test is short
+    bars_share=0.0,
+    training_styles_share=0.0,
+    calm_from=250,
+    look_from=200,
+    look_steps=100,
 )
 
 
@@ -62,6 +72,60 @@ def test_attention_dropout_spares_the_text():
     keep = FastForward(build_model(SMALL), image_dropout=0.3)._dropout(q, 5, len(PREFIX) + 5 + 4)
     assert set(keep[..., : len(PREFIX)].unique().tolist()) == {1.0}
     assert set(keep[..., -4:].unique().tolist()) == {1.0}
+
+
+def test_cells_of_smaller_scenes_are_spread_over_the_grid():
+    maker, rng = BatchMaker(Recipe()), Random(0)
+    seen = set()
+    for _ in range(200):
+        cells = maker._cells(Canvas(10, (1,), 1, scene_cells=16), rng).reshape(10, 10)
+        rows, columns = cells[:, 0] // 24, cells[0] % 24
+        assert (cells == rows[:, None] * 24 + columns).all()
+        for line in (rows, columns):
+            assert set(np.diff(line).tolist()) == {1, 2}
+            assert 13 <= line[-1] - line[0] <= 14
+        seen |= {*rows.tolist(), *columns.tolist()}
+    assert seen == set(range(24))
+    full = maker._cells(Canvas(24, None, 1), rng)
+    assert (full == np.arange(24 * 24)).all()
+
+
+def test_thinned_out_tokens_stand_for_all():
+    """Where all tokens are alike, the image takes the same share of attention however many of its tokens are left."""
+    model, groups, shares = build_model(SMALL), torch.zeros(1, 5, dtype=torch.int64), []
+    for keep in (1.0, 0.5):
+        fast = FastForward(model, image_keep=keep)
+        features, cells = fast._thin_out(torch.randn(1, 64, 8), torch.arange(64)[None])
+        number = cells.shape[1]
+        assert (number, features.shape[1]) == (64 * keep, 64 * keep)
+        assert (cells.diff() > 0).all()
+        keys = torch.zeros(1, 1, len(PREFIX) + number + 5, 8)
+        weights = attend(keys[:, :, -5:], keys, keys, fast._biases(number, groups)[2])[1]
+        shares.append(weights[..., len(PREFIX) : len(PREFIX) + number].sum(-1))
+    torch.testing.assert_close(*shares)
+
+
+def test_a_shrunk_model_reads_spread_cells_as_in_training():
+    torch.manual_seed(0)
+    model = build_model(SMALL).eval()
+    cells = spread_cells(8, 4)
+    assert cells[:5].tolist() == [9, 11, 13, 15, 25]
+    batch = BatchMaker(
+        replace(RECIPE, canvases=(Canvas(4, (1,), 1, 48, 4),), stage_starts=(0,), mixes=((0.0, 1.0),))
+    ).make(3)
+    with torch.no_grad():
+        fast, own = FastForward(model), batch.groups[0] == 0
+        features = fast.image_features(batch.pixels, cells[None])
+        states, _ = fast.text_states(features, cells[None], batch.ids, batch.offsets, batch.groups)
+        ids = torch.tensor([[*PREFIX, *[IDS["<image>"]] * 16, *batch.ids[0][own].tolist()]])
+        output = shrink(model, 4)(
+            input_ids=ids,
+            pixel_values=batch.pixels,
+            attention_mask=torch.ones_like(ids),
+            position_ids=_positions((8, cells), ids.shape[1]),
+        )
+    expected = output.logits[0, -int(own.sum()) :]
+    torch.testing.assert_close(fast.logits(states[0][own]), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_tokenizer_and_trainer_agree():
@@ -105,7 +169,7 @@ def test_the_code_still_trains(tmp_path, threads):
     image_level, best_guess = guessing(2)
     assert mean("loss", text) < 0.6 * text_level
     assert mean("loss", image) < 0.65 * image_level
-    assert mean("first_right", image) > best_guess + 0.06
+    assert mean("first_right", image) > best_guess + 0.03
     assert all(p.square().mean().sqrt() <= 0.1801 for p in trainer.optimiser.capped)
 
 
@@ -140,4 +204,14 @@ def test_a_run_is_read_back(tmp_path):
     again, model = load_run(tmp_path)
     assert again == recipe
     for a, b in zip(trained.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_arm_of_the_ablation_starts_from_a_runs_weights(tmp_path):
+    recipe = replace(RECIPE, steps=1)
+    trained = Trainer(recipe, tmp_path / "run").follow().model
+    start_from(tmp_path / "run", recipe, tmp_path / "arm")
+    arm = Trainer(recipe, tmp_path / "arm")
+    assert arm.step == 0
+    for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localization_heads.data.artwork import TRAINING_STYLES
 from localization_heads.data.scenes import TRAIN_SEEDS, Scene, render_scene
 from training.language import IDS, encode, scene_turns, text_turns
 from training.recipe import Canvas, Recipe
@@ -75,6 +76,12 @@ def normalise(images: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
+def _bars(rng: Random) -> tuple[float, float]:
+    """Bars left and right, or top and bottom, each up to a fifth of the side."""
+    share = rng.uniform(0.02, 0.2)
+    return rng.choice(((share, 0.0), (0.0, share)))
+
+
 class BatchMaker:
     """Endless training batches; all randomness comes from the step's own generator."""
 
@@ -105,7 +112,9 @@ class BatchMaker:
             rng.randrange(TRAIN_SEEDS.stop),
             size=canvas.cells * self.model.patch_size,
             num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
-            span=canvas.cells / self.model.grid,
+            style=rng.choice(TRAINING_STYLES) if rng.random() < self.recipe.training_styles_share else None,
+            span=canvas.cells / (canvas.scene_cells or self.model.grid),
+            bars=_bars(rng) if rng.random() < self.recipe.bars_share else (0.0, 0.0),
             augment=rng.random() < self.recipe.augment_share,
         )
 
@@ -115,9 +124,14 @@ class BatchMaker:
 
     def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:
         """Where the canvas lies in the full grid: one index a cell, row by row."""
-        room = self.model.grid - canvas.cells
-        rows, columns = (np.arange(canvas.cells) + rng.randint(0, room) for _ in range(2))
-        return (rows[:, None] * self.model.grid + columns).ravel()
+        stride = self.model.grid / (canvas.scene_cells or self.model.grid)
+        room = self.model.grid - (canvas.cells - 1) * stride
+        starts = (rng.uniform(0, room) for _ in range(2))
+        rows, columns = (np.floor(start + stride * np.arange(canvas.cells)) for start in starts)
+        cells = rows.clip(max=self.model.grid - 1)[:, None] * self.model.grid + columns.clip(
+            max=self.model.grid - 1
+        )
+        return cells.ravel().astype(np.int64)
 
     @staticmethod
     def _tensors(rows: list[np.ndarray]) -> list[Tensor]:

@@ -6,7 +6,7 @@ that nothing was chosen on. Intervals are 95 % bootstrap intervals over the scen
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from training.measure import Measured, measure
 
 RANKING_SET = 2**18  # number of the scene set, in the training range, that heads are ranked on
 RANDOM_DRAWS = 5
+PADDED = (0.0, 0.125)  # bars above and below: pictures of 4:3, padded to a square as LLaVA does
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,17 @@ def ground_all(results: list[Measured], heads: list[Head]) -> Grounded:
             if upsample == 1:
                 pointing.append(pointing_hit(found.point, result.target.box))
     return Grounded(np.array(pointing), np.array(ious[1]), np.array(ious[2]))
+
+
+def perfect_maps(results: list[Measured]) -> list[Measured]:
+    """The same scenes with one map each, of one head: how much of every cell the target's mask fills."""
+    perfect = []
+    for result in results:
+        grid = result.maps.shape[-1]
+        cell = result.scene.image.shape[0] // grid
+        filled = result.target.mask.reshape(grid, cell, grid, cell).mean((1, 3), dtype=np.float32)
+        perfect.append(replace(result, maps=filled[None, None] / filled.sum()))
+    return perfect
 
 
 def rank(results: list[Measured], options: CriteriaOptions | None = None) -> HeadRanking:
@@ -107,6 +119,8 @@ def evaluate(model: LlavaForConditionalGeneration, num_samples: int = 1000) -> d
         if style is None:
             report |= compare(results, ranked_on, ranking, top)
             report["by kind"] = by_kind(results, top)
+    padded = measure(model, scene_samples(num_samples, size=size, bars=PADDED))
+    report["padded"] = {"top 3": intervals(ground_all(padded, top).table()), "answers": answers(padded)}
     return report
 
 
@@ -127,16 +141,33 @@ def compare(
         "criterion 2 only": [h.address for h in no_sum.heads[:3]],
     }
     rows = {name: intervals(ground_all(results, heads).table()) for name, heads in settings.items()}
+    rows["a perfect map (the target's mask)"] = intervals(
+        ground_all(perfect_maps(results), [Head(0, 0)]).table()
+    )
     draws = [draw.table() for draw in random_heads(results, top)]
     rows["layer-matched random 3"] = intervals({k: np.mean([d[k] for d in draws], 0) for k in draws[0]})
-    return {"contrasts": rows, "frequency and IoU": correlation(ranking, iou)}
+    return {
+        "contrasts": rows,
+        "frequency and IoU": correlation(ranking, iou),
+        "frequency by criterion 2 only, and IoU": correlation(no_sum, iou),
+        "attention sum and IoU": sum_correlation(ranking, iou),
+    }
 
 
 def correlation(ranking: HeadRanking, iou: np.ndarray) -> dict:
     """Spearman correlation of selection frequency and mask IoU over heads marked in 1 % of the scenes or more."""
     heads = [h for h in ranking.heads if h.selection_frequency >= 0.01]
     frequency, values = [h.selection_frequency for h in heads], [iou[h.address] for h in heads]
+    if len(set(frequency)) < 2:  # all the same: no order to compare
+        return {"rho": None, "p": None, "heads": len(heads)}
     rho, p = spearmanr(frequency, values)
+    return {"rho": float(rho), "p": float(p), "heads": len(heads)}
+
+
+def sum_correlation(ranking: HeadRanking, iou: np.ndarray) -> dict:
+    """Spearman correlation of mean attention sum and mask IoU over all candidate heads."""
+    heads = [h for h in ranking.heads if h.layer >= 2]
+    rho, p = spearmanr([h.attention_sum for h in heads], [iou[h.address] for h in heads])
     return {"rho": float(rho), "p": float(p), "heads": len(heads)}
 
 
@@ -179,13 +210,15 @@ def show(report: dict) -> None:
     """Print the report for people."""
     console = Console()
     groups = {"in style, top 3": report["in style"]["top 3"], **report["contrasts"]}
-    groups["held-out style, top 3"] = report["held-out style"]["top 3"]
+    for name in ("held-out style", "padded"):
+        groups[f"{name}, top 3"] = report[name]["top 3"]
     table = Table("heads", *next(iter(groups.values())))
     for name, row in groups.items():
         table.add_row(name, *(f"{mean:.3f} [{low:.2f}, {high:.2f}]" for mean, low, high in row.values()))
     console.print(table)
-    for key in ("heads", "frequency and IoU"):
-        console.print(key, report[key])
+    for key in report:
+        if "IoU" in key or key == "heads":
+            console.print(key, report[key])
     for style in ("in style", "held-out style"):
         console.print(style, report[style]["answers"])
     for kind, row in report["by kind"].items():

@@ -23,24 +23,45 @@ from training.evaluate import RANKING_SET, rank
 from training.measure import Measured, measure
 
 # Image tokens a picture (negative: captions alone) -> what the curve is called.
-NAMES = {0: "text alone", 100: "one object", 144: "two or three objects", 256: "full scenes"}
+NAMES = {
+    0: "text alone",
+    100: "10 x 10: one object",
+    144: "12 x 12: two or three",
+    196: "14 x 14: one or two",
+    324: "18 x 18: two or three",
+    256: "16 x 16: full scenes",
+    576: "24 x 24: full scenes",
+}
 
 
 def draw_curves(log: Path, target: Path) -> None:
-    """Loss and answers on training batches; answers and localisation on validation scenes."""
+    """Losses and answers on training batches; answers and localisation on validation scenes."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [r for r in records if "canvases" in r]
     looks = [r for r in records if "validation" in r]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
     for tokens, name in NAMES.items():
-        rows = [(r["step"], r["canvases"][str(tokens)]) for r in steps if str(tokens) in r["canvases"]]
-        for axis, key in zip(axes, ("loss", "answer_right"), strict=False):
-            axis.plot([step for step, _ in rows], [numbers[key] for _, numbers in rows], label=name)
+        captions, turns = (
+            [(r["step"], r["canvases"][key]) for r in steps if key in r["canvases"]]
+            for key in (str(-tokens), str(tokens))
+        )
+        for axis, rows, key in (
+            (axes[0], captions if tokens else [], "caption_loss"),
+            (axes[1], turns, "loss"),
+            (axes[2], turns, "answer_right"),
+        ):
+            if rows:
+                axis.plot([step for step, _ in rows], [numbers[key] for _, numbers in rows], label=name)
     for key in ("first_right", "answer_right", "top_pointing", "best_pointing", "mean_pointing"):
-        axes[2].plot(
+        axes[3].plot(
             [r["step"] for r in looks], [r["validation"][key] for r in looks], label=key.replace("_", " ")
         )
-    titles = ("training loss", "training: answer tokens right", "60 validation scenes")
+    titles = (
+        "captions alone: loss",
+        "conversations: loss",
+        "conversations: answer tokens right",
+        "60 validation scenes",
+    )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=7)

@@ -72,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
-        model_max_length=512,
+        model_max_length=1024,
         clean_up_tokenization_spaces=True,
     )
 

@@ -48,7 +48,7 @@ def main() -> None:
     entries = [_photograph(number, *row) for number, row in enumerate(PHOTOGRAPHS, start=1)]
     entries += [_scene(number, *found) for number, found in enumerate(_good_scenes(), start=len(entries) + 1)]
     _write("localization_data.jsonl", entries)
-    _write("visualization_data.jsonl", [_view(5), _view(9, layer=2, head=5), _view(13)])
+    _write("visualization_data.jsonl", [_view(5), _view(9, layer=4, head=4), _view(13)])
     _write("sample_data.jsonl", [_line(id, prompt, f"{name}.jpg") for id, prompt, name in SAMPLES])
 
 

@@ -31,9 +31,14 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    model: LlavaForConditionalGeneration, samples: Iterable[tuple[Scene, Expression]]
+    model: LlavaForConditionalGeneration,
+    samples: Iterable[tuple[Scene, Expression]],
+    places: tuple[int, torch.Tensor] | None = None,
 ) -> list[Measured]:
-    """Run the model's own forward on (scene, expression) samples, batched by length."""
+    """Run the model's own forward on (scene, expression) samples, batched by length.
+
+    `places`: a grid's side, and where in that grid the image's cells lie, if they do not fill it.
+    """
     model.set_attn_implementation("eager")
     model.eval()
     samples = list(samples)
@@ -44,7 +49,7 @@ def measure(
         lengths = tuple(map(len, texts[order[0]]))
         chosen = [i for i in order[:BATCH] if tuple(map(len, texts[i])) == lengths]
         order = order[len(chosen) :]
-        results = _run(model, [samples[i] for i in chosen], [texts[i] for i in chosen])
+        results = _run(model, [samples[i] for i in chosen], [texts[i] for i in chosen], places)
         measured.update(zip(chosen, results, strict=True))
     return [measured[i] for i in range(len(samples))]
 
@@ -54,14 +59,28 @@ def _texts(expression: Expression) -> tuple[list[int], list[int]]:
     return encode(f"{expression.text} ."), [*encode(expression.answer), IDS["</s>"]]
 
 
-def _run(model: LlavaForConditionalGeneration, samples: list, texts: list) -> list[Measured]:
+def _run(model: LlavaForConditionalGeneration, samples: list, texts: list, places) -> list[Measured]:
     grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
     start, image = len(PREFIX), [IDS["<image>"]] * grid**2
     ids = torch.tensor([[*PREFIX, *image, *prompt, *answer] for prompt, answer in texts])
     pixels = normalise(np.stack([scene.image for scene, _ in samples]))
-    output = model(input_ids=ids, pixel_values=pixels, output_attentions=True, use_cache=False)
+    output = model(
+        input_ids=ids,
+        pixel_values=pixels,
+        attention_mask=torch.ones_like(ids),
+        position_ids=_positions(places or (grid, torch.arange(grid**2)), ids.shape[1]),
+        output_attentions=True,
+        use_cache=False,
+    )
     last = start + len(image) + len(texts[0][0]) - 1
     rows = torch.stack([a[:, :, last, start : start + len(image)] for a in output.attentions], 1)
     maps = rows.unflatten(-1, (grid, grid)).numpy()
     right = output.logits[:, last:-1].argmax(-1) == ids[:, last + 1 :]
     return [Measured(*s, m, tuple(r.tolist())) for s, m, r in zip(samples, maps, right, strict=True)]
+
+
+def _positions(places: tuple[int, torch.Tensor], length: int) -> torch.Tensor:
+    """Position of every token (1, T) of a prompt of `length` tokens: those of a prompt with the full grid."""
+    (grid, cells), start = places, len(PREFIX)
+    rest = start + grid**2 + torch.arange(length - start - len(cells))
+    return torch.cat([torch.arange(start), start + cells, rest])[None]

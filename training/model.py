@@ -5,6 +5,8 @@ conversations share one image: keys and values of the system sentence are comput
 image once a picture, and each packed conversation attends to that prefix and to itself.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -77,7 +79,9 @@ def attend(
 class FastForward:
     """Hidden states of packed conversations, given the model's own modules."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, image_dropout: float = 0.0):
+    def __init__(
+        self, model: LlavaForConditionalGeneration, image_dropout: float = 0.0, image_keep: float = 1.0
+    ):
         text = model.config.text_config
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
@@ -86,7 +90,7 @@ class FastForward:
         self.vision_heads = model.config.vision_config.num_attention_heads
         self.patch = model.config.vision_config.patch_size
         self.eps = text.rms_norm_eps
-        self.image_dropout = image_dropout
+        self.image_dropout, self.image_keep = image_dropout, image_keep
         self.dtype = self.projector.linear_1.weight.dtype
         frequencies = text.rope_parameters["rope_theta"] ** (
             -torch.arange(0, self.head_dim, 2) / self.head_dim
@@ -146,6 +150,7 @@ class FastForward:
         if features is None:
             features, cells = text[:, :0], ids[:, :0]
         grid = self.tower.config.image_size // self.patch if features.shape[1] else 0
+        features, cells = self._thin_out(features, cells)
         streams = [system, features, text]
         positions = [torch.arange(len(PREFIX))[None], cells + len(PREFIX), offsets + len(PREFIX) + grid**2]
         biases = self._biases(features.shape[1], groups)
@@ -167,7 +172,18 @@ class FastForward:
         length = groups.shape[1]
         own = (groups[:, :, None] == groups[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
         text = functional.pad(own, (system + num_image, 0), value=True)
-        return [additive(causal[:, :system, :system]), additive(causal[:, system:]), additive(text)]
+        biases = [additive(causal[:, :system, :system]), additive(causal[:, system:]), additive(text)]
+        for bias in biases[1:]:  # the tokens that are left stand for all
+            bias[..., system : system + num_image] -= math.log(self.image_keep)
+        return biases
+
+    def _thin_out(self, features: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """A random share `image_keep` of the image tokens (B, N, D) and their cells (B, N), in their order."""
+        number = round(self.image_keep * features.shape[1])
+        if number == features.shape[1]:
+            return features, cells
+        kept = torch.rand(features.shape[:2]).topk(number).indices.sort(1).values
+        return features.gather(1, kept[..., None].expand(-1, -1, features.shape[2])), cells.gather(1, kept)
 
     def _text_layer(self, layer, streams, positions, biases, only_text: bool) -> tuple[list[Tensor], Tensor]:
         """One decoder layer over (system, image, text); each stream sees those before it and itself.

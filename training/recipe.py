@@ -9,7 +9,7 @@ from pathlib import Path
 class ModelRecipe:
     """Shape of the LLaVA: CLIP tower, projector, Llama."""
 
-    image_size: int = 128
+    image_size: int = 192
     patch_size: int = 8
     width: int = 128
     vision_layers: int = 5
@@ -31,12 +31,15 @@ class Canvas:
     """One kind of picture: cells a side, how many objects (None: as in full scenes), pictures a step and worker.
 
     `text_tokens` is the room for conversations about each; with 0 the vision tower learns from captions alone.
+    `scene_cells` is how many cells the side of a full scene would take (None: the model's grid). With fewer, scenes
+    are drawn smaller, and the cells are spread over the grid, so that places and extents stay those of full pictures.
     """
 
     cells: int
     num_objects: tuple[int, ...] | None
     pictures: int
     text_tokens: int = 112
+    scene_cells: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,44 +47,58 @@ class Recipe:
     """One training run. `mixes` gives each stage's shares of (text only, each of the canvases).
 
     The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; pictures of
-    few objects; full scenes.
+    few objects; full scenes, drawn in 16 x 16 cells first, then in all of them.
     """
 
-    steps: int = 5_200
+    steps: int = 12_700
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
     canvases: tuple[Canvas, ...] = (
-        Canvas(10, (1,), 40, 0),
-        Canvas(12, (2, 2, 3), 26, 0),
-        Canvas(10, (1,), 11, 48),
-        Canvas(12, (2, 2, 3), 8, 80),
-        Canvas(16, None, 5, 64),
+        Canvas(10, (1,), 40, 0, 16),
+        Canvas(12, (2, 2, 3), 26, 0, 16),
+        Canvas(14, (1, 2), 20, 0),
+        Canvas(24, None, 5, 0),
+        Canvas(10, (1,), 14, 48, 16),
+        Canvas(12, (2, 2, 3), 11, 80, 16),
+        Canvas(16, None, 7, 80, 16),
+        Canvas(18, (2, 3), 5, 80),
+        Canvas(24, None, 3, 128),
+        Canvas(24, None, 2, 160),
     )
-    stage_starts: tuple[int, ...] = (0, 300, 2_000, 2_450)  # steps
+    stage_starts: tuple[int, ...] = (0, 300, 4_200, 5_400, 9_000)  # steps
     mixes: tuple[tuple[float, ...], ...] = (
-        (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-        (0.04, 0.66, 0.30, 0.0, 0.0, 0.0),
-        (0.08, 0.0, 0.0, 0.17, 0.60, 0.15),
-        (0.04, 0.10, 0.14, 0.02, 0.12, 0.58),
+        (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        (0.04, 0.42, 0.34, 0.20, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        (0.08, 0.0, 0.0, 0.0, 0.0, 0.17, 0.58, 0.17, 0.0, 0.0, 0.0),
+        (0.05, 0.06, 0.08, 0.06, 0.02, 0.03, 0.14, 0.42, 0.07, 0.07, 0.0),
+        (0.04, 0.0, 0.05, 0.05, 0.08, 0.0, 0.0, 0.04, 0.12, 0.0, 0.62),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
     expression_weight: float = 0.15  # of the loss on prompt tokens; answers weigh 1
     caption_weight: float = 0.3  # of the loss of naming what patches show; see `FastForward.caption_loss`
-    caption_keep: float = 0.3  # share of the patches that loss sees, so that every part of a thing is named
+    caption_beside: float = 0.5  # the same, beside conversations
+    caption_keep: float = 0.2  # share of the patches that loss sees, so that every part of a thing is named
     answer_places: bool = False  # ablation: name the place first in every answer
     augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
+    image_keep: float = 1.0  # share of the image tokens that the language model sees
     image_dropout: float = 0.3  # of attention from text to image tokens
+    bars_share: float = 0.15  # of the pictures with bars, as of a picture that was not square
+    training_styles_share: float = 0.35  # of the pictures in the styles that are there to learn from only
     look_cost: float = 0.4  # of attention to the image, so that heads with nothing to see rest on the text
+    look_from: int = 6_200  # the step from which that cost grows, once there is something to look for,
+    look_steps: int = 1_500  # in so many steps
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
     vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
     weight_decay: float = 0.02
     warmup_steps: int = 100
-    decay_from: float = 0.6  # share of the run after which the rates fall linearly
+    decay_from: float = 0.33  # share of the run after which the rates fall linearly
+    calm_from: int = 6_327  # step from which the rates are
+    calm: float = 0.6  # times what they would be
     checkpoint_seconds: float = 120.0
-    probe_every: int = 250  # steps between looks at the validation scenes
+    probe_every: int = 1_000  # steps between looks at the validation scenes
     half: bool = True  # bfloat16 forward and backward, float32 weights
 
 

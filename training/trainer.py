@@ -48,7 +48,9 @@ class Trainer:
         self.model = build_model(recipe.model)
         self.optimiser = Optimiser(self.model, recipe)
         self.half = HalfCopy(self.model) if recipe.half else None
-        self.forward = FastForward(self.half.twin if self.half else self.model, recipe.image_dropout)
+        self.forward = FastForward(
+            self.half.twin if self.half else self.model, recipe.image_dropout, recipe.image_keep
+        )
         self.batches = BatchMaker(recipe, worker)
         self.step = 0
         if (folder / CHECKPOINT).exists():
@@ -75,7 +77,8 @@ class Trainer:
         batch = self.batches.make(self.step)
         torch.manual_seed(hash((self.recipe.seed, self.step, self.worker)))
         loss, caption, looked, logits = self._loss(batch)
-        total = loss + self.recipe.caption_weight * caption + self.recipe.look_cost * looked
+        weight = self.recipe.caption_beside if batch.ids.shape[1] else self.recipe.caption_weight
+        total = loss + weight * caption + self._look_cost() * looked
         total.backward()
         if self.half:
             self.half.pull_gradients()
@@ -113,11 +116,17 @@ class Trainer:
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
 
+    def _look_cost(self) -> float:
+        """The weight of looking: none at first, then growing to its full value."""
+        recipe = self.recipe
+        return recipe.look_cost * min(1.0, max(0.0, (self.step - recipe.look_from) / recipe.look_steps))
+
     def rate_factor(self) -> float:
-        """Share of the full learning rate: linear warm-up, constant, linear decay to 2 %."""
+        """Share of the full learning rate: linear warm-up, constant, linear decay to 2 %, with a drop on the way."""
         recipe = self.recipe
         left = (1 - self.step / recipe.steps) / (1 - recipe.decay_from)
-        return min(1.0, (self.step + 1) / recipe.warmup_steps, max(0.02, left))
+        calm = recipe.calm if self.step >= recipe.calm_from else 1.0
+        return min(1.0, (self.step + 1) / recipe.warmup_steps, max(0.02, calm * left))
 
     def save(self) -> None:
         """Write the checkpoint atomically."""

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from localization_heads.apps import tables
 from localization_heads.apps.printable import printable
+from localization_heads.apps.scores_table import metrics_table
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.errors import NothingDoneError
-from localization_heads.stages import discovery, doctor, ground, scenes, single
+from localization_heads.experiments.finding import Finding
+from localization_heads.stages import (
+    discovery,
+    doctor,
+    evaluating,
+    experimenting,
+    exporting,
+    ground,
+    ladder,
+    prepare,
+    scenes,
+    single,
+)
 from localization_heads.stages.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def collect(run: Run) -> int:
@@ -39,6 +57,10 @@ def find(run: Run) -> int:
     return _show_discovered(run, discovery.find(run))
 
 
+def rank(run: Run) -> int:
+    return _show_discovered(run, discovery.rank(run))
+
+
 def batch(run: Run) -> int:
     return _show_discovered(run, discovery.batch(run))
 
@@ -51,8 +73,8 @@ def ground_stage(run: Run) -> int:
 
 
 def evaluate(run: Run) -> int:
-    result = ground.evaluate(run)
-    tables.show(tables.metrics_table(result.metrics))
+    result = evaluating.evaluate(run)
+    tables.show(metrics_table(result.metrics))
     tables.written(result.paths)
     return _show_failures(result.failures)
 
@@ -60,6 +82,15 @@ def evaluate(run: Run) -> int:
 def scenes_stage(run: Run) -> int:
     tables.written([scenes.scenes(run)])
     return 0
+
+
+def prepare_stage(run: Run) -> int:
+    result = prepare.prepare(run)
+    tables.show(tables.prepared_table(result))
+    tables.written(result.paths)
+    if result.failures:
+        tables.show(tables.reasons_table(result.failures))
+    return 1 if result.failures else 0
 
 
 def doctor_stage(run: Run) -> int:
@@ -71,24 +102,43 @@ def doctor_stage(run: Run) -> int:
     return 0 if examination.is_well else 1
 
 
+def experiment_stage(run: Run) -> int:
+    if run["experiment"]["names"] == ["ladder"]:
+        return _show_findings(*ladder.climb(run))
+    result = experimenting.experiment(run)
+    return _show_findings(result.findings, result.failures, result.paths)
+
+
+def export(run: Run) -> int:
+    tables.written(exporting.export(run))
+    return 0
+
+
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": collect,
     "analyze": analyze,
     "visualize": visualize,
     "pipeline": pipeline,
     "find": find,
+    "rank": rank,
     "batch": batch,
     "ground": ground_stage,
     "evaluate": evaluate,
     "scenes": scenes_stage,
     "doctor": doctor_stage,
+    "experiment": experiment_stage,
+    "export": export,
+    "prepare": prepare_stage,
 }
 
 
 def run_stage(run: Run) -> int:
     """The exit status of `stage=`. If no entry could be used, each one's reason is shown before the error."""
+    started = time.monotonic()
     try:
-        return STAGES[run["stage"]](run)
+        status = STAGES[run["stage"]](run)
+        log.info("stage=%s took %.1f s", run["stage"], time.monotonic() - started)
+        return status
     except NothingDoneError as error:
         _show_failures(error.failures)
         raise
@@ -121,6 +171,16 @@ def _show_discovered(run: Run, result: discovery.Discovered) -> int:
         tables.show(tables.predictions_table(result.grounded))
     tables.written(result.paths)
     return _show_failures(result.failures)
+
+
+def _show_findings(findings: Sequence[Finding], failures: Sequence[BadEntry], paths: Sequence[Path]) -> int:
+    for finding in findings:
+        tables.show(f"\n{finding.title}", style="bold", markup=False, highlight=False)
+        for table in finding.tables:
+            tables.show(tables.finding_table(table))
+        tables.show(finding.reading, markup=False, highlight=False)
+    tables.written(paths)
+    return _show_failures(failures)
 
 
 def _show_failures(failures: Sequence[BadEntry]) -> int:

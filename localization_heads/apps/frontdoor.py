@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
+import platform
 import re
 import sys
 import traceback
@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from localization_heads.apps.printable import printable
+from localization_heads.apps.verbosity import HELP, verbosity
 from localization_heads.errors import UsageError, WorkError
 
 FREE_TEXT = (
@@ -24,11 +25,19 @@ FREE_TEXT = (
     "output_dir",
     "save_id",
     "scenes.folder",
+    "dataset_path",
+    "dataset_folder",
+    "images",
     "model.name",
     "model.label",
     "model.system",
+    "segmenter.name",
+    "phrases.model",
+    "engine.address",
 )
 """Options whose value is any text. Hydra's grammar would trip over their commas, quotes and equals signs."""
+
+_GLOBAL = "# @package _global_\n"
 
 _QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
 
@@ -44,9 +53,9 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
         sys.stdout.write(help_text(config_name, program))
         return 0
     debug = "debug=true" in [a.lower() for a in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
-    _log_to_stderr()
     try:
-        return _run_hydra(main, config_name, program, [quote_free_text(a) for a in arguments])
+        with verbosity(arguments) as options:
+            return _run_hydra(main, config_name, program, [quote_free_text(a) for a in options])
     except KeyboardInterrupt:
         return _fail(
             "interrupted; what was finished is kept, and the same command goes on from there", 130, debug
@@ -64,7 +73,11 @@ def help_text(config_name: str, program: str) -> str:
     text = _config_text(config_name).split("\nhydra:\n")[0]
     groups = _groups(config_name)
     text = re.sub(r"\n  - (_self_|override [^\n]*)", "", text)
-    parts = [f"usage: {program} [NAME=VALUE ...]", text, *(_group_help(*group) for group in groups)]
+    parts = [
+        f"usage: {program} [-q | -v] [NAME=VALUE ...]\n\n{HELP}",
+        text,
+        *(_group_help(*group) for group in groups),
+    ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -76,7 +89,10 @@ def _group_help(group: str, choice: str) -> str:
         lines = {name: line for name in special for line in text.splitlines() if line.startswith(name)}
         base = _config_text(f"{group}/base").splitlines()
         text = "\n".join(lines.get(line.partition(" ")[0], line) for line in base)
-    text = re.sub(r"^(?=\w)", f"{group}.", text, flags=re.MULTILINE)
+    if text.startswith(_GLOBAL):  # its options stand beside those above
+        text = text.removeprefix(_GLOBAL)
+    else:
+        text = re.sub(r"^(?=\w)", f"{group}.", text, flags=re.MULTILINE)
     return f"# --- {group}={choice} {'-' * (100 - len(group) - len(choice))}\n{text}"
 
 
@@ -110,21 +126,45 @@ def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, argum
     _check_grammar(arguments, config_name)
     statuses: list[int] = []
     problems: list[BaseException] = []
+    here = _process()
 
     def job(cfg: Any) -> None:
         try:
-            statuses.append(main(cfg))
+            status = main(cfg)
         except BaseException as error:  # Hydra would print a line of its own about it
+            if _process() != here:
+                raise
             problems.append(error)
+            return
+        if _process() != here and status:
+            raise WorkError(f"a job of the sweep ended with status {status}; its log says why")
+        statuses.append(status)
 
     entry = hydra.main(
         version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
     )(job)
     with _as_hydra_wants_it([program, *arguments]):
-        entry()
+        try:
+            entry()
+        except Exception as error:
+            if not type(error).__module__.startswith("submitit"):
+                raise
+            raise WorkError(_why_a_job_failed(error)) from error
     if problems:
         raise problems[0]
     return max(statuses, default=0)
+
+
+def _process() -> tuple[str, int]:
+    """Where this runs: a launcher of Hydra's runs the jobs of a sweep elsewhere, and only errors come back."""
+    return platform.node(), os.getpid()
+
+
+def _why_a_job_failed(error: Exception) -> str:
+    """The last line of the traceback that submitit sends home."""
+    found = re.findall(r"^[\w.]*?(\w+): (.+)$", str(error).split("You can check full logs")[0], re.MULTILINE)
+    name, reason = found[-1] if found else ("", _one_line(error))
+    return reason if name in ("UsageError", "WorkError") else f"a job of the sweep failed: {name}: {reason}"
 
 
 def _check_grammar(arguments: Sequence[str], config_name: str) -> None:
@@ -211,16 +251,3 @@ def _fail(message: str, status: int, debug: bool) -> int:
         traceback.print_exc()
     sys.stderr.write(printable(f"error: {message}\n"))
     return status
-
-
-class _Notes(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Notes("note: %(message)s"))
-    package = logging.getLogger("localization_heads")
-    package.handlers[:] = [handler]
-    package.propagate = False

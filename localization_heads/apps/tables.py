@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from localization_heads.apps import verbosity
 from localization_heads.apps.printable import printable
 from localization_heads.attention import Box
+from localization_heads.data.benchmarks import OFFICIAL
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.stages.outcome import Outcome
+from localization_heads.stages.prepare import Prepared
 
 if TYPE_CHECKING:
+    from localization_heads.experiments.finding import Table as FindingTable
     from localization_heads.lvlm.doctor import Examination
     from localization_heads.lvlm.geometry import View
 
 ROWS = 30
 """Longest table that is printed whole; the files hold everything."""
+
+TOP_REASONS = 10
+"""Different reasons that are listed of a run with many failures."""
+SHORT = 14
+"""Cells of up to so many characters are never folded."""
 
 REASON = 300
 """Longest reason of a failure that is printed whole, in characters."""
@@ -81,26 +91,6 @@ def predictions_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """Every metric with its 95 % interval where it has one."""
-    table = Table(title="Metrics")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        if not name.endswith("_interval"):
-            bounds = metrics.get(f"{name}_interval") or []
-            interval = f" [{', '.join(_number(bound, 2) for bound in bounds)}]" if bounds else ""
-            table.add_row(_cell(name), escape(_number(value) + interval))
-    return table
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    """A count stays whole; what is not known is a dash."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
 def failures_table(failures: Iterable[BadEntry]) -> Table:
     table = Table(title="Entries that failed")
     table.add_column("line", justify="right")
@@ -108,6 +98,50 @@ def failures_table(failures: Iterable[BadEntry]) -> Table:
     table.add_column("reason", overflow="fold")
     for bad in failures:
         table.add_row(str(bad.line or "-"), _cell(bad.id or "-"), _cell(bad.reason, REASON))
+    return table
+
+
+def prepared_table(result: Prepared) -> Table:
+    """What the source holds, beside the counts of papers; the split that was written stands in bold."""
+    written = result.written
+    table = Table(
+        title=f"{_cell(result.dataset)}: what was found",
+        caption=f"{written.expressions} expressions for {written.references} references written",
+    )
+    table.add_column("split")
+    for column in ("references", "expressions", "in papers"):
+        table.add_column(column, justify="right")
+    for split, found in result.splits.items():
+        official = OFFICIAL.get((result.dataset, split))
+        published = f"{official.references:,} / {official.expressions:,}" if official else "-"
+        style = "bold" if split == result.split else ""
+        table.add_row(split, f"{found.references:,}", f"{found.expressions:,}", published, style=style)
+    return table
+
+
+def reasons_table(failures: Sequence[BadEntry]) -> Table:
+    """The reasons of many failures, each once: a picture that is missing fails all that is said of it."""
+    reasons = Counter(bad.reason for bad in failures)
+    table = Table(title=f"{len(failures)} expressions could not be used, for {len(reasons)} reasons")
+    table.add_column("expressions", justify="right")
+    table.add_column("reason", overflow="fold")
+    for reason, number in list(reasons.items())[:TOP_REASONS]:
+        table.add_row(str(number), _cell(reason, REASON))
+    if len(reasons) > TOP_REASONS:
+        table.add_row(
+            str(sum(list(reasons.values())[TOP_REASONS:])), f"{len(reasons) - TOP_REASONS} more reasons"
+        )
+    return table
+
+
+def finding_table(found: FindingTable) -> Table:
+    """A table of an experiment, in the paper's layout."""
+    table = Table(title=_cell(found.title) if found.title else None)
+    for number, column in enumerate(found.columns):
+        short = all(len(row[number]) <= SHORT for row in found.rows)
+        table.add_column(_cell(column), justify="right" if number else "left", overflow="fold", no_wrap=short)
+    for row in found.rows:
+        table.add_row(*(_cell(cell) for cell in row))
     return table
 
 
@@ -167,8 +201,8 @@ def box_text(box: Box) -> str:
 
 
 def show(content: object, **options: Any) -> None:
-    """Print for people, as wide as the terminal is now."""
-    Console().print(content, **options)
+    """Print for people, as wide as the terminal is now; nothing with `-q`."""
+    Console(quiet=verbosity.is_quiet).print(content, **options)
 
 
 def written(paths: Iterable[Path]) -> None:

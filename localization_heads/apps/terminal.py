@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from localization_heads.api import ground
 from localization_heads.apps.printable import printable
@@ -19,6 +21,11 @@ from localization_heads.stages.run import Run, check_heads
 from localization_heads.stages.single import default_id
 from localization_heads.store.paths import entry_path
 
+if TYPE_CHECKING:
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+    from prompt_toolkit.history import History
+
+COMMANDS = ("/image", "/ground", "/help", "/exit")
 HELP = """\
 Type a question and press Enter. Ctrl-C stops an answer.
 /image PATH         look at another picture (a path or an http address)
@@ -115,7 +122,8 @@ class Session:
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
         lvlm = self.run.lvlm.prompted("referseg")  # the prompt that the known heads were found with
-        found = ground(lvlm, image, expression, self._heads(), options=self.run.grounding)
+        options, segmenter = self.run.grounding, self.run.segmenter
+        found = ground(lvlm, image, expression, self._heads(), options=options, segmenter=segmenter)
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
         say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")
@@ -132,12 +140,9 @@ class Session:
 
 
 def line_reader() -> Callable[[], str]:
-    """How lines come in: with history and editing on a terminal, plainly from a pipe. EOFError at the end."""
+    """How lines come in: with history and completion on a terminal, plainly from a pipe. EOFError at the end."""
     if sys.stdin.isatty():
-        from prompt_toolkit import PromptSession
-
-        session: PromptSession[str] = PromptSession()
-        return lambda: session.prompt("> ")
+        return _prompt()
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes in another encoding cost their line only
@@ -148,6 +153,46 @@ def line_reader() -> Callable[[], str]:
         return line
 
     return read
+
+
+def _prompt() -> Callable[[], str]:
+    """A line with editing; up and ctrl-R find earlier lines, also of earlier conversations, Tab completes."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+
+    session: PromptSession[str] = PromptSession(
+        history=_history(), auto_suggest=AutoSuggestFromHistory(), completer=completer()
+    )
+    return lambda: session.prompt("> ")
+
+
+def _history() -> History:
+    """Earlier lines, kept beside other programs' state; in memory where that place cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(state) / "localization-heads" / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def completer() -> Completer:
+    """Tab completes the commands, and after `/image` the names of files."""
+    from prompt_toolkit.completion import PathCompleter, WordCompleter, merge_completers
+    from prompt_toolkit.document import Document
+
+    class Files(PathCompleter):
+        """Completes what follows `/image`."""
+
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+            command, space, path = document.text_before_cursor.partition(" ")
+            return super().get_completions(Document(path), event) if command == "/image" and space else ()
+
+    return merge_completers([WordCompleter(list(COMMANDS), sentence=True), Files(expanduser=True)])
 
 
 def say(text: str) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 SPRITES = Path(__file__).parent / "sprites"
 STYLES = ("noto", "twemoji", "fluent")
 HELD_OUT_STYLE = "openmoji"
+TRAINING_STYLES = ("noto_v1", "emojione", "fxemoji")  # beside STYLES, to learn from; not in the benchmark
 CELL, COLUMNS = 160, 10  # layout of an atlas: pixels a sprite, sprites a row
 PALETTE = {
     "red": (225, 30, 30), "green": (30, 170, 50), "blue": (40, 80, 230), "yellow": (240, 210, 20),
@@ -35,13 +36,17 @@ NAMES = tuple(VOCABULARY)
 
 @lru_cache
 def _atlas(style: str) -> dict[str, Image.Image]:
-    """Every name's RGBA sprite in one style, cropped to what it draws (longer side CELL pixels)."""
+    """Every name's RGBA sprite in one style, cropped to what it draws (longer side CELL pixels).
+
+    Names that a training style does not draw are borrowed from the first style.
+    """
     sheet = Image.open(SPRITES / f"{style}.webp").convert("RGBA")
     sprites = {}
     for index, name in enumerate(NAMES):
         left, top = index % COLUMNS * CELL, index // COLUMNS * CELL
         cell = sheet.crop((left, top, left + CELL, top + CELL))
-        sprites[name] = cell.crop(cell.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
+        drawn = cell.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()
+        sprites[name] = cell.crop(drawn) if drawn else _atlas(STYLES[0])[name]
     return sprites
 
 
@@ -63,19 +68,31 @@ def sprite_shape(style: str, name: str) -> tuple[float, float]:
     return width / max(width, height), height / max(width, height)
 
 
-@lru_cache(maxsize=2048)
-def _halved(style: str, name: str, outlined: bool, times: int) -> Image.Image:
+@lru_cache(maxsize=4096)
+def _halved(style: str, name: str, outlined: bool, angle: int, times: int) -> Image.Image:
     """The sprite at CELL / 2**times pixels: small objects are scaled from a small picture, which is faster."""
     if times:
-        return _halved(style, name, outlined, times - 1).reduce(2)
-    return _outlined(style, name) if outlined else _atlas(style)[name]
+        return _halved(style, name, outlined, angle, times - 1).reduce(2)
+    sprite = _outlined(style, name) if outlined else _atlas(style)[name]
+    return _turned(sprite, angle) if angle else sprite
 
 
-@lru_cache(maxsize=4096)
-def sprite_pixels(style: str, name: str, width: int, height: int, outlined: bool = False) -> np.ndarray:
-    """The sprite at a given size in pixels, uint8 (height, width, 4), read-only."""
+def _turned(sprite: Image.Image, angle: int) -> Image.Image:
+    """The sprite turned by some degrees, cropped to what it draws."""
+    turned = sprite.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    return turned.crop(turned.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
+
+
+@lru_cache(maxsize=8192)
+def sprite_pixels(
+    style: str, name: str, width: int, height: int, outlined: bool = False, angle: int = 0
+) -> np.ndarray:
+    """The sprite at a given size in pixels, uint8 (height, width, 4), read-only.
+
+    `outlined` and turns by an `angle` in degrees are for training; the turned sprite fills the same size.
+    """
     times = min(3, max(0, int(np.log2(CELL / max(width, height)))))
-    sprite = _halved(style, name, outlined, times)
+    sprite = _halved(style, name, outlined, angle, times)
     return np.asarray(sprite.resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -103,7 +120,7 @@ def tint(pixels: np.ndarray, colour: str, step: int) -> np.ndarray:
     """Recolour RGB(A) pixels (h, w, 3+): luminance decides the shade, a fifth of the old colour stays."""
     rgb = pixels[..., :3].astype(np.uint16)
     luminance = (rgb[..., 0] * 77 + rgb[..., 1] * 151 + rgb[..., 2] * 28) >> 8
-    return ((_tint_table(colour, step)[luminance] * 205 + rgb * 51) >> 8).astype(np.uint8)
+    return np.asarray((_tint_table(colour, step)[luminance] * 205 + rgb * 51) >> 8, dtype=np.uint8)
 
 
 @lru_cache

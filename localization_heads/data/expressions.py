@@ -140,10 +140,12 @@ def _text(phrase: Phrase, thing: Thing, rng: Random) -> str:
     return f"{rng.choice(('the ', 'the ', ''))}{noun}"
 
 
-def describe(thing: Thing, kind: str = "name") -> str:
-    """The answer: colour, size and name; size comes first where the expression has named the colour already."""
-    order = (thing.size_word, thing.colour) if kind == "colour" else (thing.colour, thing.size_word)
-    return f"{' '.join(order)} {thing.name}"
+def describe(thing: Thing, phrase: Phrase) -> str:
+    """The answer: colour, size and name; where the expression has named the colour, first what it has not said."""
+    colour, size, name = thing.colour, thing.size_word, thing.name
+    if phrase.modifier[:1] != ("colour",):
+        return f"{colour} {size} {name}"
+    return f"{size} {colour} {name}" if phrase.noun[0] == "name" else f"{name} {size} {colour}"
 
 
 def refer(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
@@ -153,7 +155,7 @@ def refer(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
         for kind, phrase in _phrases(index, things):
             if meant_by(phrase, things) == [index]:
                 text = _text(phrase, thing, rng)
-                expressions.append(Expression(kind, text, describe(thing, kind), index))
+                expressions.append(Expression(kind, text, describe(thing, phrase), index))
     return tuple(expressions)
 
 

@@ -15,14 +15,16 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from localization_heads.data.download import download, shown_address
+from localization_heads.data.download import MAX_BYTES, download, shown_address
 from localization_heads.data.image_error import ImageError, is_address
 from localization_heads.errors import UsageError
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 
 
 def load_image(source: Image.Image | str | Path, *, base: str | Path | None = None) -> Image.Image:
@@ -44,6 +46,25 @@ def load_image(source: Image.Image | str | Path, *, base: str | Path | None = No
     path = find_file(source, base)
     with open_raster(path) as image:
         return _decoded(path, image)
+
+
+def image_size(source: Image.Image | str | Path) -> tuple[int, int]:
+    """`(W, H)` of the picture that `load_image` gives, from the header of a file. Raises what `load_image` does."""
+    if isinstance(source, Image.Image):
+        return source.size
+    if is_address(source):
+        return load_image(source).size
+    with open_raster(find_file(source)) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+        return image.size[::-1] if turned else image.size
+
+
+def check_image(name: str, content: bytes) -> tuple[str, tuple[int, int]]:
+    """Decode a picture in memory: its format (one of FORMATS) and its `(W, H)`. Raises ImageError, naming `name`."""
+    if len(content) > MAX_BYTES:
+        raise ImageError(name, f"larger than the limit of {MAX_BYTES >> 20} MB")
+    with _opened(name, BytesIO(content), FORMATS) as image:
+        return str(image.format), _decoded(name, image).size
 
 
 def find_file(source: str | Path, base: str | Path | None = None) -> Path:
@@ -111,7 +132,7 @@ def _open_header(name: str | Path, file: object, formats: Sequence[str]) -> Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our limit, which names the size, is below Pillow's
             return Image.open(file, formats=formats)  # type: ignore[arg-type]
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(name, f"not a picture in a known format ({', '.join(formats)})") from error
     except Image.DecompressionBombError:
         _check_pixels(name, _bomb_size(file, formats))

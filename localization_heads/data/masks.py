@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.attention import Box
 from localization_heads.data.images import MAX_PIXELS, open_raster
 from localization_heads.errors import UsageError
 
@@ -30,7 +31,13 @@ class MaskError(UsageError):
 
 
 def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask as bool `(H, W)` for an image of `size` `(W, H)` pixels. MaskError where it does not fit."""
+    """The mask as bool `(H, W)` for an image of `size` `(W, H)` pixels. MaskError where it does not fit.
+
+    >>> read_mask({"size": [2, 2], "counts": [1, 2, 1]}, (2, 2)).tolist()
+    [[False, True], [True, False]]
+    >>> int(read_mask([[0, 0, 2, 0, 2, 1, 0, 1]], (3, 2)).sum())
+    2
+    """
     width, height = size
     if width * height > MAX_PIXELS:
         raise MaskError(f"a mask of {width} x {height} pixels is over the limit")
@@ -48,11 +55,39 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
     return mask
 
 
+def tight_box(mask: NDArray[np.bool_]) -> Box | None:
+    """The smallest box that holds a mask, bool `(H, W)`: xyxy in pixels, half-open; None for an empty mask.
+
+    >>> tight_box(np.array([[False, False, False], [False, True, True]]))
+    (1.0, 1.0, 3.0, 2.0)
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return None
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO run lengths of a bool `(H, W)` mask, counts as text: `{"size": [H, W], "counts": "..."}`."""
+    """COCO run lengths of a bool `(H, W)` mask, counts as text: `{"size": [H, W], "counts": "..."}`.
+
+    >>> encode_mask(np.array([[False, True], [True, False]]))
+    {'size': [2, 2], 'counts': '121'}
+    """
     from pycocotools import mask as coco
 
-    runs = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return _as_text(coco.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
+def encode_source(source: MaskSource, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO run lengths, as of `encode_mask`, of any mask that `read_mask` reads; polygons are not decoded between."""
+    if isinstance(source, np.ndarray | Path | Mapping):
+        return encode_mask(read_mask(source, size))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise MaskError(f"a mask of {size[0]} x {size[1]} pixels is over the limit")
+    return _as_text(_polygon_runs(flat_polygons(source), *size))
+
+
+def _as_text(runs: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": [int(n) for n in runs["size"]], "counts": runs["counts"].decode("ascii")}
 
 
@@ -143,6 +178,13 @@ def _flat_polygon(polygon: object) -> list[float]:
 def _fill_polygons(polygons: list[list[float]], width: int, height: int) -> NDArray[np.bool_]:
     from pycocotools import mask as coco
 
+    return np.asarray(coco.decode(_polygon_runs(polygons, width, height)), dtype=bool)
+
+
+def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[str, Any]:
+    """COCO run lengths of the union of polygons."""
+    from pycocotools import mask as coco
+
     # What lies outside the image cannot be in the mask; the margin keeps the slope of the outline about right.
     margin = 2 * max(width, height)
     outline = 0.0
@@ -153,8 +195,8 @@ def _fill_polygons(polygons: list[list[float]], width: int, height: int) -> NDAr
         clipped.append(points.ravel().tolist())
     if not math.isfinite(outline) or outline > MAX_POLYGON_LENGTH:
         raise MaskError("the polygons of the mask are too long")
-    runs = coco.merge(coco.frPyObjects(clipped, height, width))
-    return coco.decode(runs).astype(bool)
+    runs: dict[str, Any] = coco.merge(coco.frPyObjects(clipped, height, width))
+    return runs
 
 
 def _read_png(path: Path) -> NDArray[np.bool_]:
@@ -163,4 +205,4 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
         if image.mode in ("LA", "RGBA", "PA"):
             image = image.convert({"LA": "L", "RGBA": "RGB", "PA": "P"}[image.mode])
         values = np.asarray(image) != 0
-    return values.any(axis=2) if values.ndim == 3 else values
+    return np.asarray(values.any(axis=2) if values.ndim == 3 else values)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from localization_heads.attention import Box
+from localization_heads.attention import Box, misses_picture
 from localization_heads.data.image_error import ImageError, is_address
 from localization_heads.data.images import find_file
 from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
@@ -31,6 +31,8 @@ class Sample:
         image: a picture, the path of one, or an http(s) address.
         bbox: xyxy in pixels of the image.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
+        ignore: the same for the pixels that do not count when masks are scored (ReasonSeg has them).
+        picture: a name of the picture that its other copies share (such as coco:581857), "" if it has none.
         line: where in its data set it stands, from 1; 0 if it comes from elsewhere.
     """
 
@@ -40,6 +42,8 @@ class Sample:
     bbox: Box | None = None
     mask: MaskSource | None = field(default=None, repr=False)
     line: int = 0
+    ignore: MaskSource | None = field(default=None, repr=False)
+    picture: str = ""
 
     @property
     def image_file(self) -> str:
@@ -121,16 +125,39 @@ def load_visualization_entries(data_file: str | Path) -> VisualizationFile:
 
 
 def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The sample's true mask, bool `(H, W)`, for its image of `size` `(W, H)`. UsageError, naming the line."""
+    """The sample's true mask, bool `(H, W)`, for its image of `size` `(W, H)`. UsageError, naming the line.
+
+    >>> decode_mask(Sample("cat.jpg", "the cat", mask=[[0, 0, 2, 0, 2, 2, 0, 2]]), (3, 2)).tolist()
+    [[True, True, False], [True, True, False]]
+    """
     if sample.mask is None:
-        raise UsageError(f"{_where(sample)}: it has no mask")
+        raise UsageError(f"{where(sample)}: it has no mask")
     try:
         return read_mask(sample.mask, size)
     except (MaskError, ImageError) as error:
-        raise MaskError(f"{_where(sample)}: {error}") from error
+        raise MaskError(f"{where(sample)}: {error}") from error
 
 
-def _where(sample: Sample) -> str:
+def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
+    """The pixels that do not count, bool `(H, W)`, or None if all do. UsageError, naming the line."""
+    if sample.ignore is None:
+        return None
+    try:
+        return read_mask(sample.ignore, size)
+    except (MaskError, ImageError) as error:
+        raise MaskError(f"{where(sample)}: ignore: {error}") from error
+
+
+def check_inside(sample: Sample, size: tuple[int, int]) -> None:
+    """Raises UsageError if the true box lies outside the picture of `(W, H)`: one of the two is of another picture."""
+    if sample.bbox is not None and misses_picture(sample.bbox, size):
+        raise UsageError(
+            f"{where(sample)}: the true box lies outside the picture, which is {size[0]} x {size[1]} pixels"
+        )
+
+
+def where(sample: Sample) -> str:
+    """A sample's name in messages: its line and id, as far as it has them."""
     return f"line {sample.line} ({sample.id})" if sample.line else sample.id or "sample"
 
 
@@ -177,6 +204,8 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path) -> Sampl
         bbox=check_box(entry["bbox"]) if entry.get("bbox") is not None else None,
         mask=_mask(entry["mask"], folder) if entry.get("mask") is not None else None,
         line=line,
+        ignore=_mask(entry["ignore"], folder) if entry.get("ignore") is not None else None,
+        picture=_text(entry, "picture") if entry.get("picture") is not None else "",
     )
 
 

@@ -15,6 +15,8 @@ from localization_heads.attention import Box
 
 THRESHOLDS = (0.5, 0.25, 0.75)
 """IoUs at which accuracy is reported; the first is REC's Acc@0.5."""
+NUM_RESAMPLES = 1000
+"""Of the bootstrap."""
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
@@ -38,6 +40,9 @@ def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, in
 
     Raises:
         ValueError: for masks of different shapes.
+
+    >>> mask_overlap(np.array([[1, 1, 0]]), np.array([[0, 1, 1]]))
+    (1, 3)
     """
     prediction, truth = np.asarray(prediction, dtype=bool), np.asarray(truth, dtype=bool)
     if prediction.shape != truth.shape:
@@ -46,7 +51,11 @@ def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, in
 
 
 def mask_iou(prediction: NDArray[Any], truth: NDArray[Any]) -> float:
-    """`|a ∩ b| / |a ∪ b|` of two masks `[H, W]`; two empty masks agree: 1."""
+    """`|a ∩ b| / |a ∪ b|` of two masks `[H, W]`; two empty masks agree: 1.
+
+    >>> mask_iou(np.array([[1, 1, 0]]), np.array([[0, 1, 1]]))
+    0.3333333333333333
+    """
     return giou([mask_overlap(prediction, truth)])
 
 
@@ -58,6 +67,9 @@ def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
 
     Returns:
         0 to 1; 1 if every prediction and every truth is empty, NaN without samples.
+
+    >>> ciou([(1, 2), (9, 10)])
+    0.8333333333333334
     """
     shared, union = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2).sum(axis=0)
     if len(overlaps) == 0:
@@ -70,10 +82,13 @@ def giou(overlaps: Sequence[tuple[int, int]]) -> float:
 
     A sample with empty prediction and empty truth counts 1, one with either empty counts 0. NaN without
     samples.
+
+    >>> giou([(1, 2), (9, 10)])
+    0.7
     """
     pairs = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2)
     shared, union = pairs.T
-    return _mean(np.where(union > 0, shared / np.where(union > 0, union, 1.0), 1.0))
+    return _mean(np.where(union > 0, divided(shared, union), 1.0))
 
 
 def pointing_hit(point: tuple[float, float], truth: Box | NDArray[np.bool_]) -> bool:
@@ -82,6 +97,9 @@ def pointing_hit(point: tuple[float, float], truth: Box | NDArray[np.bool_]) -> 
     Args:
         point: (x, y) in pixels, such as `Grounding.point`, the centre of the strongest cell.
         truth: a box, or a mask `[H, W]`.
+
+    >>> pointing_hit((3.0, 1.0), (2, 0, 4, 2)), pointing_hit((4.0, 1.0), (2, 0, 4, 2))
+    (True, False)
     """
     x, y = point
     if isinstance(truth, np.ndarray) and truth.ndim == 2:
@@ -92,64 +110,129 @@ def pointing_hit(point: tuple[float, float], truth: Box | NDArray[np.bool_]) -> 
 
 
 def accuracy_at(ious: ArrayLike, threshold: float = 0.5) -> float:
-    """Share of samples with `IoU >= threshold` (Acc@0.5 of REC); NaN without samples."""
+    """Share of samples with `IoU >= threshold` (Acc@0.5 of REC); NaN without samples.
+
+    >>> accuracy_at([0.5, 0.49, 0.9, 0.0])
+    0.5
+    """
     return _mean(np.asarray(ious, dtype=np.float64) >= threshold)
 
 
+def energy_in_box(
+    mass: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], box: Box
+) -> float:
+    """Share of a map's mass on the image that lies in `box`: `sum m_c |c ∩ box| / sum m_c |c ∩ image|`, 0 to 1.
+
+    Within a cell the mass is even, so a cell that the box or the image's edge cuts counts by area. What lies on the
+    padding counts nowhere. 0 for a map without mass on the image.
+
+    Args:
+        mass: `[h, w]`, none below 0, over the region `image_box` of the image, in pixels.
+        image_size: `(W, H)`.
+        box: xyxy in pixels; cut at the image's edge.
+
+    >>> energy_in_box(np.array([[3.0, 1.0]]), (0, 0, 4, 2), (4, 2), (1, 0, 4, 2))
+    0.625
+    """
+    h, w = mass.shape
+    W, H = image_size
+    x_edges, y_edges = (np.linspace(image_box[i], image_box[i + 2], n + 1) for i, n in ((0, w), (1, h)))
+
+    def within(x0: float, y0: float, x1: float, y1: float) -> float:
+        return float(interval_shares(y_edges, y0, y1) @ mass @ interval_shares(x_edges, x0, x1))
+
+    total = within(0, 0, W, H)
+    x0, y0, x1, y1 = box
+    return within(max(x0, 0), max(y0, 0), min(x1, W), min(y1, H)) / total if total > 0 else 0.0
+
+
+def interval_shares(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
+    """The share of each interval between rising `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
+
+    >>> interval_shares([0, 2, 4, 6], 1, 4.5).tolist()
+    [0.5, 1.0, 0.25]
+    """
+    edges = np.asarray(edges, dtype=np.float64)
+    shared = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+    return np.asarray(np.clip(shared, 0, None) / np.diff(edges))
+
+
+def bootstrap_ratios(
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 42,
+) -> NDArray[np.float64]:
+    """`sum n_i / sum d_i` over samples drawn with replacement: float64 `[num_resamples, column]`.
+
+    All columns see the same draws, so the difference of two columns is a paired one. With denominators 1 the ratio is
+    a mean, with unions it is cIoU. NaN where a draw has nothing to divide by.
+
+    Args:
+        numerators, denominators: `[sample, column]`.
+        groups: `[sample]` of what hangs together (the image of an expression): whole groups are drawn. None draws
+            samples.
+    """
+    sums = np.stack([np.asarray(part, dtype=np.float64) for part in (numerators, denominators)], -1)
+    if groups is not None:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        added = np.zeros((int(group.max(initial=-1)) + 1, *sums.shape[1:]))
+        np.add.at(added, group.ravel(), sums)
+        sums = added
+    count, columns = sums.shape[:2]
+    if count == 0:
+        return np.full((num_resamples, columns), np.nan)
+    rng = np.random.default_rng(seed)
+    step = max(1, (1 << 20) // count)  # resamples at a time: a million draws
+    drawn = [
+        _counts(rng, min(step, num_resamples - done), count) @ sums.reshape(count, -1)
+        for done in range(0, num_resamples, step)
+    ]
+    top, bottom = np.moveaxis(np.concatenate(drawn).reshape(num_resamples, columns, 2), -1, 0)
+    return divided(top, bottom)
+
+
+def divided(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`top / bottom`, NaN where there is nothing to divide by."""
+    return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan)
+
+
+def _counts(rng: np.random.Generator, rows: int, count: int) -> NDArray[np.float64]:
+    """How often each of `count` samples comes up in `count` draws: `[rows, count]`."""
+    drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
+    return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+
+
+def percentile_interval(resampled: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
+    """The middle `confidence` of the resampled values that are defined; `(NaN, NaN)` if none is.
+
+    >>> percentile_interval([1.0, 2.0, 3.0], confidence=0.5)
+    (1.5, 2.5)
+    """
+    values = np.asarray(resampled, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if values.size == 0:
+        return float("nan"), float("nan")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, num_resamples: int = 1000, seed: int = 42
+    values: ArrayLike, *, confidence: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 42
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`; `(NaN, NaN)` without values.
 
     The same seed and values give the same interval.
+
+    >>> bootstrap_interval([1.0, 1.0, 1.0])
+    (1.0, 1.0)
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    rows = max(1, (1 << 20) // array.size)  # resamples at a time, a million numbers
-    means: list[float] = []
-    while len(means) < num_resamples:
-        size = (min(rows, num_resamples - len(means)), array.size)
-        means.extend(array[rng.integers(array.size, size=size)].mean(axis=1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def summarize(
-    ious: Sequence[float],
-    *,
-    pointing: Sequence[bool] | None = None,
-    overlaps: Sequence[tuple[int, int]] | None = None,
-    num_failed: int = 0,
-    seed: int = 42,
-) -> dict[str, Any]:
-    """The content of `metrics.json`: plain values, rounded to six decimals, null where undefined.
-
-    Args:
-        ious: box IoU of every sample that was evaluated; a sample without a box counts as 0.
-        pointing: pointing-game hits of the samples that have a truth to point at.
-        overlaps: `mask_overlap` of the samples with masks; adds `ciou`, `giou` and `num_masks`.
-        num_failed: entries that could not be read or run; they are counted and not part of any mean.
-
-    Raises:
-        ValueError: for an IoU that is not between 0 and 1.
-    """
-    values = np.asarray(ious, dtype=np.float64)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError("every IoU must lie between 0 and 1")
-    summary: dict[str, Any] = {
-        f"acc@{threshold}": _rounded(accuracy_at(values, threshold)) for threshold in THRESHOLDS
-    }
-    interval = bootstrap_interval(values >= THRESHOLDS[0], seed=seed)
-    summary[f"acc@{THRESHOLDS[0]}_interval"] = [_rounded(bound) for bound in interval]
-    summary["mean_iou"] = _rounded(_mean(values))
-    summary["pointing"] = _rounded(_mean(() if pointing is None else pointing))
-    if overlaps is not None:
-        summary |= {"ciou": _rounded(ciou(overlaps)), "giou": _rounded(giou(overlaps))}
-        summary["num_masks"] = len(overlaps)
-    return summary | {"num_samples": len(values), "num_failed": num_failed}
+    column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
+    means = bootstrap_ratios(column, np.ones_like(column), num_resamples=num_resamples, seed=seed)
+    return percentile_interval(means, confidence)
 
 
 def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
@@ -166,7 +249,3 @@ def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 def _mean(values: ArrayLike) -> float:
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()) if array.size else float("nan")
-
-
-def _rounded(value: float) -> float | None:
-    return None if np.isnan(value) else round(float(value), 6)

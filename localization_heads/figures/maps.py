@@ -28,7 +28,9 @@ from localization_heads.figures.overlay import (
     prepare,
 )
 from localization_heads.figures.sheet import new_sheet, panel_size
-from localization_heads.grounding.maps import Grounding, fill_polygon, resample
+from localization_heads.grounding.hull import fill_polygon
+from localization_heads.grounding.maps import Grounding
+from localization_heads.grounding.raster import resample
 from localization_heads.heads.head import Head
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def plot_grounding(
     truth: Box | None = None,
     expression: str = "",
 ) -> Figure:
-    """The heat map over the picture, the outline of the pseudo-mask, the box with its score, the true box.
+    """The heat map over the picture, the outline of the mask, the box with its score, the true box.
 
     Args:
         image: `None` draws the heat map alone.
@@ -131,7 +133,8 @@ def plot_grounding(
     picture = prepare(image, max(size))
     heat, mask = _at_drawn_size(grounding)
     legend = _box_entries(grounding, truth)
-    legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label="pseudo-mask"))
+    label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
+    legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
     with paper_style():
         figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend)
         draw_image(axes, picture, grounding.image_size)
@@ -142,7 +145,7 @@ def plot_grounding(
 
 
 def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Heat map and pseudo-mask of the picture shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
+    """Heat map and mask of the picture shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
 
     Those of a photograph's every pixel would take gigabytes, and nobody could see the difference.
     """
@@ -152,4 +155,9 @@ def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[n
     scale = np.array([drawn[0] / W, drawn[1] / H])
     x0, y0, x1, y1 = np.multiply(grounding.image_box, [*scale, *scale]).tolist()
     heat = resample(grounding.combined, (x0, y0, x1, y1), drawn)
-    return heat, fill_polygon(grounding.polygon * scale, drawn)
+    if grounding.refined is None:
+        return heat, fill_polygon(grounding.polygon * scale, drawn)
+    rows, columns = (
+        ((np.arange(n) + 0.5) / share).astype(int) for n, share in zip(drawn[::-1], scale[::-1], strict=True)
+    )
+    return heat, grounding.refined[np.ix_(rows, columns)]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.figures.canvas import COLOUR_MAP, DPI
-from localization_heads.grounding.maps import SLIVER, visible_edges
+from localization_heads.grounding.raster import SLIVER, visible_edges
 
 Picture = Image.Image | NDArray[np.uint8]
 """An RGB picture; as an array `[H, W, 3]`, 0 to 255."""

@@ -80,7 +80,8 @@ def wrap(text: str, width: float, size: float, *, max_lines: int = 8) -> str:
 
     def fits(line: str) -> bool:
         # 3 % of slack: hinting makes glyphs a little wider at some resolutions than at this one
-        return renderer.get_text_width_height_descent(line, font, ismath=False)[0] * 1.03 <= width * 72
+        across: float = renderer.get_text_width_height_descent(line, font, ismath=False)[0]
+        return across * 1.03 <= width * 72
 
     lines: list[str] = []
     rest = drawable(text[:4000])

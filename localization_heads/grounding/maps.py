@@ -1,16 +1,16 @@
 """From the maps of a few heads to one box and one mask (Sec. 5, App. B.2 of the paper).
 
 Smooth each head's map, add them up, binarise the sum at its mean, take the convex hulls of the 8-connected
-components and keep the largest: its tight box is the answer, its filled hull the pseudo-mask. Choices are
-made in cells, where areas are whole numbers and ties exact; the result is in pixels of the original image,
-with padding and cropping undone by `AttentionMaps.image_box`.
+components and keep the largest: its tight box is the answer, its filled hull the pseudo-mask, until a segmenter
+makes a better one (`segmentation.refine`). Choices are made in cells, where areas are whole numbers and ties
+exact; the result is in pixels of the original image, with padding and cropping undone by `AttentionMaps.image_box`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -19,16 +19,20 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.heads.criteria import binarise, label_components
+from localization_heads.grounding.binarise import Binarise, threshold
+from localization_heads.grounding.hull import Point, convex_hull, corners, fill_polygon, largest_hull
+from localization_heads.grounding.raster import (
+    Interpolation,
+    mass_inside,
+    resample,
+    upsample,
+    visible_cells,
+    visible_edges,
+)
 from localization_heads.heads.head import Head
 
 Component = Literal["largest_hull", "all"]
-Point = tuple[float, float]
-
-FLAT = 1e-6
-"""A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""
-SLIVER = 1e-6
-"""Pixels: a cell that shows less of the image than this is outside; it touches the border by rounding."""
+BoxFrom = Literal["map", "mask"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,18 @@ class GroundingOptions:
     Args:
         kernel_size: taps of the Gaussian kernel, odd; 1 switches smoothing off.
         sigma: its standard deviation in cells; 0 switches smoothing off.
-        upsample: repeat each cell that many times along both axes before smoothing. Kernel and sigma then
-            count the finer cells.
+        upsample: cut each cell into that many along both axes before smoothing. Kernel and sigma then count
+            the finer cells.
         component: `"largest_hull"` (paper), or `"all"` active cells (published code).
+        interpolation: what the finer cells get: the cell's value (`"nearest"`), or one that goes linearly from
+            centre to centre (`"bilinear"`).
+        binarise: a cell is active above the `"mean"` (paper), above `"otsu"`'s threshold, or if it is among the
+            fewest that hold a share of the attention (`"top_mass"`).
+        top_mass: that share, above 0 and at most 1.
+        box_from: the `"map"` (paper), or the segmenter's `"mask"`: its tight box. `ground_maps` knows the map alone;
+            `segmentation.refine` sees to the mask.
+        ignore_padding: take the grid as if it covered the picture and nothing else (published code). Wrong on
+            purpose wherever the processor pads or crops; kept to measure what that costs.
 
     Raises:
         ValueError: for a value outside these, naming the option.
@@ -50,13 +63,30 @@ class GroundingOptions:
     sigma: float = 1.0
     upsample: int = 1
     component: Component = "largest_hull"
+    interpolation: Interpolation = "nearest"
+    binarise: Binarise = "mean"
+    top_mass: float = 0.7
+    box_from: BoxFrom = "map"
+    ignore_padding: bool = False
 
     def __post_init__(self) -> None:
         gaussian_kernel(self.kernel_size, self.sigma)
         if isinstance(self.upsample, bool) or not isinstance(self.upsample, int) or self.upsample < 1:
             raise ValueError(f"upsample must be a whole number of at least 1, not {self.upsample!r}")
-        if self.component not in get_args(Component):
-            raise ValueError(f"component must be largest_hull or all, not {self.component!r}")
+        choices = {
+            "component": Component,
+            "interpolation": Interpolation,
+            "binarise": Binarise,
+            "box_from": BoxFrom,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                listed = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
+        if isinstance(self.top_mass, bool) or not 0 < self.top_mass <= 1:
+            raise ValueError(f"top_mass must be above 0 and at most 1, not {self.top_mass!r}")
+        if not isinstance(self.ignore_padding, bool):
+            raise ValueError(f"ignore_padding must be true or false, not {self.ignore_padding!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +102,9 @@ class Grounding:
         heads: whose maps were added.
         image_box: the region of the image, in pixels, that the grid covers.
         image_size: `(W, H)`.
+        threshold: value of `combined` above which a cell is active; infinite if no cell stands out.
+        refined: the segmenter's mask, bool `[H, W]`, where one has been at work.
+        mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
     """
 
     box: Box
@@ -81,6 +114,9 @@ class Grounding:
     heads: tuple[Head, ...]
     image_box: Box
     image_size: tuple[int, int]
+    threshold: float = math.inf
+    refined: NDArray[np.bool_] | None = field(default=None, repr=False)
+    mask_from: str = "map"
 
     @cached_property
     def polygon(self) -> NDArray[np.float64]:
@@ -89,11 +125,16 @@ class Grounding:
         if not self.cells.any():
             return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
         edges = visible_edges(self.image_box, self.image_size, self.cells.shape)
-        return np.array(convex_hull(_corners(self.cells, *edges)), dtype=np.float64)
+        return np.array(convex_hull(corners(self.cells, *edges)), dtype=np.float64)
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """Pseudo-mask: the filled hull, bool `[H, W]`. A pixel belongs if its centre does."""
+        """The segmenter's mask, bool `[H, W]`, or else the pseudo-mask: pixels whose centres lie in the hull."""
+        return self.pseudo_mask if self.refined is None else self.refined
+
+    @cached_property
+    def pseudo_mask(self) -> NDArray[np.bool_]:
+        """The filled hull, bool `[H, W]`. A pixel belongs if its centre does."""
         return fill_polygon(self.polygon, self.image_size)
 
     @cached_property
@@ -109,7 +150,7 @@ class Grounding:
     def point(self) -> Point:
         """Centre (x, y), in pixels, of the strongest cell on the image: the pointing game's answer."""
         x_edges, y_edges = visible_edges(self.image_box, self.image_size, self.combined.shape)
-        on_image = np.where(_visible(x_edges, y_edges), self.combined, -np.inf)
+        on_image = np.where(visible_cells(x_edges, y_edges), self.combined, -np.inf)
         row, column = np.unravel_index(np.argmax(on_image), on_image.shape)
         return (
             float(x_edges[column] + x_edges[column + 1]) / 2,
@@ -124,25 +165,35 @@ def ground_maps(
 
     Raises:
         ValueError: for no head, a head that the model does not have, or maps with NaN or infinite values.
+
+    >>> maps = np.zeros((4, 2, 4, 4), np.float32)
+    >>> maps[3, 1, 1:3, 2:] = 0.25
+    >>> attention = AttentionMaps(maps, image_box=(0, 0, 64, 64), image_size=(64, 64))
+    >>> ground_maps(attention, [Head(3, 1)], GroundingOptions(sigma=0)).box
+    (32.0, 16.0, 64.0, 48.0)
     """
     options = options or GroundingOptions()
-    maps = np.repeat(np.repeat(_maps_of(attention, heads), options.upsample, -2), options.upsample, -1)
+    whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
+    if options.ignore_padding:
+        attention = replace(attention, image_box=whole)
+    maps = upsample(_maps_of(attention, heads), options.upsample, options.interpolation)
     combined = combine(maps, options.kernel_size, options.sigma)
     x_edges, y_edges = visible_edges(attention.image_box, attention.image_size, combined.shape)
-    visible = _visible(x_edges, y_edges)
-    cells = _active(combined) & visible
+    visible = visible_cells(x_edges, y_edges)
+    level = threshold(combined, options.binarise, options.top_mass, visible)
+    cells = (combined > level) & visible
     if options.component == "largest_hull":
         cells = largest_hull(cells, combined)
-    box, score = _box_and_score(cells, np.where(visible, combined, 0.0), x_edges, y_edges)
-    whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
+    box = _tight_box(cells, x_edges, y_edges)
     return Grounding(
         box=box or whole,
-        score=score,
+        score=mass_inside(box, combined, x_edges, y_edges) if box else 0.0,
         combined=combined,
         cells=cells,
         heads=tuple(Head(*head) for head in heads),
         image_box=attention.image_box,
         image_size=attention.image_size,
+        threshold=level,
     )
 
 
@@ -151,6 +202,9 @@ def gaussian_kernel(kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.floa
 
     Raises:
         ValueError: for an even or non-positive size, or a negative or infinite sigma.
+
+    >>> gaussian_kernel(3, 1.0).round(4).tolist()
+    [0.2741, 0.4519, 0.2741]
     """
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1:
         raise ValueError(f"kernel_size must be a whole number of at least 1, not {kernel_size!r}")
@@ -184,135 +238,19 @@ def combine(maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float 
     return np.asarray(smooth(maps, kernel_size, sigma).sum(axis=0))
 
 
-def largest_hull(
-    cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]] | None = None
-) -> NDArray[np.bool_]:
-    """The 8-connected component whose convex hull has the largest area (App. B.2).
-
-    The hull is that of the cells' corners, so a single cell has area 1. Of equal hulls the one with more
-    `mass` wins, then the one whose first cell comes first, row by row.
-
-    Args:
-        cells, mass: `[h, w]`.
-
-    Returns:
-        bool `[h, w]`; no cell if `cells` has none.
-    """
-    labels = label_components(cells)
-    best, best_area, best_mass = 0, 0.0, 0.0
-    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        member = labels[rows, columns] == label
-        if member.size < best_area:  # the hull lies within the bounding box
-            continue
-        area = hull_area(member)
-        weight = 0.0 if mass is None else float(mass[rows, columns][member].sum())
-        # Masses of mirrored components differ by rounding, which must not overrule the order of the cells.
-        heavier = weight > best_mass * (1 + 1e-9)
-        if area > best_area or (area == best_area and heavier):
-            best, best_area, best_mass = label, area, weight
-    return np.asarray((labels == best) & cells)
-
-
-def hull_area(cells: NDArray[np.bool_]) -> float:
-    """Area, in cells, of the convex hull of the corners of the active cells `[h, w]`; exact."""
-    hull = convex_hull(_corners(cells, np.arange(cells.shape[1] + 1), np.arange(cells.shape[0] + 1)))
-    following = [*hull[1:], hull[0]] if hull else []
-    return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(hull, following, strict=True))) / 2
-
-
-def convex_hull(points: Sequence[Point]) -> list[Point]:
-    """Vertices of the convex hull, in order around it (Andrew's monotone chain); none on a straight side.
-
-    >>> convex_hull([(0, 0), (2, 0), (1, 0), (2, 2), (1, 1), (0, 2)])
-    [(0, 0), (2, 0), (2, 2), (0, 2)]
-    """
-    ordered = sorted(set(points))
-    if len(ordered) < 3:
-        return ordered
-    return _chain(ordered)[:-1] + _chain(ordered[::-1])[:-1]
-
-
-def fill_polygon(polygon: NDArray[np.float64], image_size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels whose centres lie in a convex polygon: bool `[H, W]`.
-
-    A polygon too small to hold any pixel's centre gets the pixel under the middle of its box, so that a
-    mask is never empty.
-
-    Args:
-        polygon: vertices `[n, 2]` (x, y) in pixels, in order.
-        image_size: `(W, H)`.
-    """
-    W, H = image_size
-    y = np.arange(H) + 0.5
-    left, right = np.full(H, np.inf), np.full(H, -np.inf)
-    for (xa, ya), (xb, yb) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
-        crossed = (min(ya, yb) <= y) & (y < max(ya, yb))  # never true of a horizontal side
-        x = xa + (y[crossed] - ya) * (xb - xa) / (yb - ya) if crossed.any() else y[crossed]
-        left[crossed] = np.minimum(left[crossed], x)
-        right[crossed] = np.maximum(right[crossed], x)
-    centres = np.arange(W) + 0.5
-    mask = (centres >= left[:, None]) & (centres < right[:, None])
-    if not mask.any():
-        x, y = (polygon.min(axis=0) + polygon.max(axis=0)) / 2
-        mask[min(int(y), H - 1), min(int(x), W - 1)] = True
-    return mask
-
-
-def resample(
-    combined: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int]
-) -> NDArray[np.float32]:
-    """A map `[h, w]` over `image_box` on the pixels of the image, `[H, W]`, scaled to a maximum of 1."""
-    x0, y0, x1, y1 = image_box
-    columns, next_columns, across, in_x = _between_centres(x0, x1, combined.shape[1], image_size[0])
-    rows, next_rows, down, in_y = _between_centres(y0, y1, combined.shape[0], image_size[1])
-    cells = combined.astype(np.float32)
-    lines = cells[rows] + down[:, None] * (cells[next_rows] - cells[rows])  # (H, w)
-    heat = lines[:, columns] + across * (lines[:, next_columns] - lines[:, columns])  # (H, W)
-    heat[~in_y] = 0.0
-    heat[:, ~in_x] = 0.0
-    peak = heat.max()
-    return heat / peak if peak > 0 else heat
-
-
-def visible_edges(
-    image_box: Box, image_size: tuple[int, int], grid: tuple[int, ...]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Borders of the grid's columns `[w + 1]` and rows `[h + 1]` in pixels, clipped to the image.
-
-    A cell outside the image has no extent left.
-    """
-    x0, y0, x1, y1 = image_box
-    x_edges = np.linspace(x0, x1, grid[1] + 1)
-    y_edges = np.linspace(y0, y1, grid[0] + 1)
-    return np.clip(x_edges, 0.0, image_size[0]), np.clip(y_edges, 0.0, image_size[1])
-
-
-def _visible(x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """The cells that show some of the image: bool `[h, w]`."""
-    return np.logical_and.outer(np.diff(y_edges) > SLIVER, np.diff(x_edges) > SLIVER)
-
-
-def _active(combined: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """`> mean`, but nothing of a flat map: smoothing leaves rounding on a constant one."""
-    mean = combined.mean()
-    cells = binarise(combined)
-    return cells if combined.max() - mean > FLAT * abs(mean) else np.zeros_like(cells)
-
-
-def _box_and_score(
-    cells: NDArray[np.bool_],
-    mass: NDArray[np.float64],
-    x_edges: NDArray[np.float64],
-    y_edges: NDArray[np.float64],
-) -> tuple[Box | None, float]:
-    """Tight box of the cells in pixels, and the share of the mass in that block; none without cells."""
+def _tight_box(
+    cells: NDArray[np.bool_], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]
+) -> Box | None:
+    """Tight box of the cells in pixels; none without cells."""
     rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
     if rows.size == 0:
-        return None, 0.0
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    box = float(x_edges[left]), float(y_edges[top]), float(x_edges[right]), float(y_edges[bottom])
-    total = mass.sum()
-    return box, float(mass[top:bottom, left:right].sum() / total) if total > 0 else 0.0
+        return None
+    return (
+        float(x_edges[columns[0]]),
+        float(y_edges[rows[0]]),
+        float(x_edges[columns[-1] + 1]),
+        float(y_edges[rows[-1] + 1]),
+    )
 
 
 def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float32]:
@@ -325,37 +263,3 @@ def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.floa
                 f"no head {Head(layer, head)} among {attention.num_layers} layers of {attention.num_heads}"
             )
     return np.stack([attention.attention[layer, head] for layer, head in heads])
-
-
-def _corners(cells: NDArray[np.bool_], x_edges: NDArray[Any], y_edges: NDArray[Any]) -> list[Point]:
-    """Corners of the outermost active cells of each row: all that the convex hull depends on."""
-    corners: list[Point] = []
-    for row in np.flatnonzero(cells.any(axis=1)):
-        active = np.flatnonzero(cells[row])
-        for x in (x_edges[active[0]].item(), x_edges[active[-1] + 1].item()):
-            corners += [(x, y_edges[row].item()), (x, y_edges[row + 1].item())]
-    return corners
-
-
-def _chain(ordered: list[Point]) -> list[Point]:
-    """The half of the hull that turns left all the way from the first point to the last."""
-    chain: list[Point] = []
-    for x, y in ordered:
-        while len(chain) > 1:
-            (ax, ay), (bx, by) = chain[-2:]
-            if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
-                break
-            chain.pop()
-        chain.append((x, y))
-    return chain
-
-
-def _between_centres(
-    start: float, stop: float, cells: int, pixels: int
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32], NDArray[np.bool_]]:
-    """For each pixel centre: the cells on either side, how far it is between them, and if the grid has it."""
-    centres = np.arange(pixels) + 0.5
-    place = np.clip((centres - start) * cells / (stop - start) - 0.5, 0, cells - 1)
-    lower = place.astype(np.intp)
-    upper = np.minimum(lower + 1, cells - 1)
-    return lower, upper, (place - lower).astype(np.float32), (start <= centres) & (centres <= stop)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, keep_heads
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import select_heads
@@ -26,11 +27,32 @@ def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -
     """The `k` heads that both criteria pick in this sample alone (the paper's "greedy" ablation, Tab. 5).
 
     Fewer if fewer pass criterion 1 with a finite entropy.
+
+    >>> from localization_heads.heads.criteria import head_statistics
+    >>> maps = np.zeros((4, 2, 3, 3))  # layer, head, row, column
+    >>> maps[3, 1, 0, 0] = 1.0
+    >>> greedy_heads(head_statistics(maps), CriteriaOptions(), k=3)
+    [Head(layer=3, head=1)]
     """
     kept = kept_heads(statistics, options)
     if options.bottom_row_filter:
         kept = kept & ~statistics.bottom_row_focus
     return select_heads(statistics.attention_sum, statistics.spatial_entropy, kept, k)
+
+
+def own_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
+    """`greedy_heads` where a box has to come of them: at least one.
+
+    Raises:
+        UsageError: no head passes the criteria in this sample.
+    """
+    heads = greedy_heads(statistics, options, k)
+    if not heads:
+        raise UsageError(
+            "no head passes the criteria in this sample, so none can ground it: lower criteria.tau, or name heads "
+            "as in heads=[14-24,14-13,14-26]"
+        )
+    return heads
 
 
 def analysis_rows(statistics: HeadStatistics, options: CriteriaOptions) -> list[dict[str, Any]]:

@@ -66,14 +66,20 @@ class CriteriaOptions:
 class HeadStatistics:
     """What the criteria say of every head in one sample. Every array is `[layer, head]`.
 
-    `attention_sum` and `spatial_entropy` are float32 (entropy in nats, +inf for a map without component),
-    `num_components` int64, `bottom_row_focus` bool.
+    `attention_sum` and both entropies are float32 (in nats, +inf for a map without component),
+    `num_components` int64, `bottom_row_focus` bool. `weight` says which entropy counts.
     """
 
     attention_sum: NDArray[np.float32]
-    spatial_entropy: NDArray[np.float32]
+    area_entropy: NDArray[np.float32]
+    mass_entropy: NDArray[np.float32]
     num_components: NDArray[np.int64]
     bottom_row_focus: NDArray[np.bool_]
+    weight: Weight = "area"
+
+    @property
+    def spatial_entropy(self) -> NDArray[np.float32]:
+        return self.area_entropy if self.weight == "area" else self.mass_entropy
 
 
 def head_statistics(
@@ -83,19 +89,26 @@ def head_statistics(
 
     Args:
         attention: `[layer, head, h, w]`.
-        options: `entropy` and `threshold` matter here; the rest belongs to the ranking.
+        options: `threshold` matters here, and `entropy` says which of the two counts; the rest belongs to the
+            ranking.
 
     Raises:
         ValueError: for a NaN or infinite map; the sample is unusable, not merely its worst head.
+
+    >>> statistics = head_statistics(np.ones((32, 32, 24, 24)) / 1152)
+    >>> statistics.attention_sum.shape, float(statistics.attention_sum[0, 0]), float(statistics.spatial_entropy[0, 0])
+    ((32, 32), 0.5, inf)
     """
     options = options or CriteriaOptions()
     masks = binarise(attention, threshold=options.threshold)
     labels = label_components(masks)
     return HeadStatistics(
         attention_sum=attention_sum(attention),
-        spatial_entropy=_entropy(attention, labels, options.entropy).astype(np.float32),
+        area_entropy=_entropy(attention, labels, "area").astype(np.float32),
+        mass_entropy=_entropy(attention, labels, "mass").astype(np.float32),
         num_components=_counts(labels),
         bottom_row_focus=np.asarray(masks[..., -1, :].all(axis=-1)),
+        weight=options.entropy,
     )
 
 
@@ -107,6 +120,9 @@ def attention_sum(maps: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
 
     Returns:
         float32 `[...]`.
+
+    >>> float(attention_sum(np.array([[0.25, 0.0], [0.125, 0.125]])))
+    0.5
     """
     sums = _as_maps(maps).sum(axis=(-2, -1), dtype=np.float64)
     _check_finite(sums)
@@ -126,7 +142,11 @@ def elbow(values: ArrayLike) -> float:
 
 
 def elbow_index(values: ArrayLike) -> int:
-    """Position of the elbow in the ascending order of the values, from 0."""
+    """Position of the elbow in the ascending order of the values, from 0.
+
+    >>> elbow_index([0.0, 0.1, 0.2, 1.0])
+    2
+    """
     return _elbow_of_sorted(np.sort(_as_values(values)))
 
 
@@ -147,7 +167,12 @@ def _elbow_of_sorted(ordered: NDArray[np.float64]) -> int:
 
 
 def attention_sum_threshold(sums: NDArray[np.floating[Any]], *, exclude_layers: int = 2) -> float:
-    """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded."""
+    """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded.
+
+    >>> sums = np.array([[9.0, 9.0], [9.0, 9.0], [0.0, 0.125], [0.25, 1.0]])
+    >>> attention_sum_threshold(sums)
+    0.25
+    """
     if exclude_layers >= sums.shape[0]:
         raise ValueError(f"exclude_layers={exclude_layers} leaves none of the {sums.shape[0]} layers")
     return elbow(sums[exclude_layers:].ravel())
@@ -171,6 +196,10 @@ def keep_heads(
 
     Returns:
         bool `[layer, head]`.
+
+    >>> sums = np.array([[9.0, 9.0], [9.0, 9.0], [0.0, 0.125], [0.25, 1.0]])
+    >>> keep_heads(sums).tolist()
+    [[False, False], [False, False], [False, False], [True, True]]
     """
     _check_choice("elbow", elbow, get_args(ElbowRule))
     threshold = attention_sum_threshold(sums, exclude_layers=exclude_layers) if tau is None else tau
@@ -197,6 +226,9 @@ def binarise(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") 
 
     Raises:
         ValueError: for a NaN or infinite map, or a negative threshold.
+
+    >>> binarise(np.array([[4.0, 0.0], [1.0, 1.0]])).tolist()
+    [[True, False], [False, False]]
     """
     maps = _as_maps(maps)
     _check_threshold(threshold)
@@ -214,15 +246,22 @@ def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
 
     Returns:
         int32 `[..., h, w]`; the numbers of one map are consecutive and above those of the maps before it.
+
+    >>> label_components(np.array([[True, False, True], [False, False, True]])).tolist()
+    [[1, 0, 2], [0, 0, 2]]
     """
     neighbours = np.zeros((3, 3, 3), dtype=bool)
     neighbours[1] = True  # eight neighbours in the plane, none in the planes beside it
     labels, _ = ndimage.label(masks.reshape(-1, *masks.shape[-2:]), structure=neighbours, output=np.int32)
-    return labels.reshape(masks.shape)
+    return np.asarray(labels.reshape(masks.shape), dtype=np.int32)
 
 
 def component_count(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.int64]:
-    """Number of 8-connected components of each binarised map: int64 `[...]`."""
+    """Number of 8-connected components of each binarised map: int64 `[...]`.
+
+    >>> int(component_count(np.array([[4.0, 0.0, 3.0], [0.0, 0.0, 3.0]])))
+    2
+    """
     return _counts(label_components(binarise(maps, threshold=threshold)))
 
 
@@ -244,6 +283,12 @@ def spatial_entropy(
 
     Raises:
         ValueError: for a NaN or infinite map.
+
+    >>> maps = np.array([[4.0, 0.0, 3.0], [0.0, 0.0, 3.0]])  # a component of one cell, and one of two
+    >>> round(float(spatial_entropy(maps)), 4)
+    0.6365
+    >>> round(-(math.log(1 / 3) / 3 + math.log(2 / 3) * 2 / 3), 4)
+    0.6365
     """
     _check_choice("weight", weight, get_args(Weight))
     labels = label_components(binarise(maps, threshold=threshold))
@@ -251,7 +296,11 @@ def spatial_entropy(
 
 
 def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
-    """Whether every cell of the bottom row is active (the published code's flag): bool `[...]`."""
+    """Whether every cell of the bottom row is active (the published code's flag): bool `[...]`.
+
+    >>> bool(bottom_row_focus(np.array([[0.0, 0.0], [1.0, 1.0]])))
+    True
+    """
     return np.asarray(binarise(maps, threshold=threshold)[..., -1, :].all(axis=-1))
 
 
@@ -294,7 +343,7 @@ def _means(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     means = maps.mean(axis=(-2, -1), dtype=np.float64, keepdims=True)
     _check_finite(means)
     # A rounded mean may fall an ulp below the smallest cell, and a constant map would be active everywhere.
-    return np.maximum(means, maps.min(axis=(-2, -1), keepdims=True))
+    return np.asarray(np.maximum(means, maps.min(axis=(-2, -1), keepdims=True)), dtype=np.float64)
 
 
 def _as_maps(maps: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:

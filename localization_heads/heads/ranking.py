@@ -42,6 +42,11 @@ def select_heads(
 
     Returns:
         At most `top_n` heads; fewer if fewer have a finite entropy.
+
+    >>> sums = np.array([[0.5, 0.25], [0.75, 0.125]])
+    >>> entropy = np.array([[1.0, 0.0], [0.0, np.inf]])
+    >>> select_heads(sums, entropy, kept=sums > 0, top_n=2)
+    [Head(layer=1, head=0), Head(layer=0, head=1)]
     """
     order = _by_entropy(sums.reshape(1, -1), entropy.reshape(1, -1))[0]
     allowed = (kept & np.isfinite(entropy)).ravel()
@@ -95,6 +100,12 @@ def rank_heads(
 
     Raises:
         ValueError: for shapes that differ, no sample, numbers below 1 or sums that are not finite.
+
+    >>> sums = np.full((20, 4, 2), 0.1)  # sample, layer, head
+    >>> sums[:, 3, 1] = 0.9
+    >>> ranking = rank_heads(sums, np.ones_like(sums), top_n=1)
+    >>> ranking.top(1), ranking.heads[0].selection_frequency
+    ([Head(layer=3, head=1)], 1.0)
     """
     options = options or CriteriaOptions()
     _check_pool(sums, entropies, bottom_row, options)
@@ -153,6 +164,11 @@ def random_draws(pool: int, num_trials: int, num_samples: int, seed: int) -> NDA
     """How often each trial holds each of `pool` samples, `[trial, sample]`: `num_samples` different ones.
 
     One row of ones, the whole pool, if it is not larger than `num_samples`: all draws would be the same.
+
+    >>> random_draws(pool=3, num_trials=5, num_samples=1000, seed=42).tolist()
+    [[1, 1, 1]]
+    >>> random_draws(pool=9, num_trials=2, num_samples=4, seed=42).sum(axis=1).tolist()
+    [4, 4]
     """
     if pool <= num_samples:
         return np.ones((1, pool), dtype=np.int64)

@@ -51,6 +51,7 @@ class HeadRanking:
 
     `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
     `tau` is the threshold of criterion 1 averaged over the trials; none for `elbow="index"`, which has none.
+    `pictures` names the pictures that the heads were found on, so that they are not scored on them.
     """
 
     heads: tuple[RankedHead, ...]
@@ -61,6 +62,7 @@ class HeadRanking:
     options: CriteriaOptions = field(default_factory=CriteriaOptions)
     model: str = ""
     spread: Spread = "draws"
+    pictures: tuple[str, ...] = ()
 
     CSV_HEADER = (
         "rank",
@@ -128,6 +130,7 @@ class HeadRanking:
                 "tau": self.options.tau,
             },
             "heads": [_head_to_json(head) for head in self.kept],
+            "pictures": list(self.pictures),
         }
 
     @classmethod
@@ -154,7 +157,16 @@ class HeadRanking:
             options=_options_from_json(fields),
             model=fields.text("model"),
             spread=_spread_from_json(fields),
+            pictures=_pictures_from_json(fields),
         )
+
+
+def _pictures_from_json(fields: _Fields) -> tuple[str, ...]:
+    """None in files of earlier versions and hand-made ones."""
+    names = fields.sequence("pictures") if "pictures" in fields.values else []
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError("heads.json: 'pictures' must be a list of texts")
+    return tuple(str(name) for name in names)
 
 
 def _rounded(value: float) -> float:

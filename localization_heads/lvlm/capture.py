@@ -44,11 +44,12 @@ class Recorder:
     Args:
         modules: the attention module of each LM layer, by layer index.
         stop_after: the layer after whose row the forward pass is abandoned (early exit), or None.
-        query: the query positions of each sample; by default the last one, at prefill.
+        query: the query positions of each sample; by default the last one, at prefill. None records nothing: the
+            forward pass only ends early.
     """
 
     def __init__(
-        self, modules: dict[int, nn.Module], stop_after: int | None = None, query: Query = LAST
+        self, modules: dict[int, nn.Module], stop_after: int | None = None, query: Query | None = LAST
     ) -> None:
         self.layer_of = {id(module): layer for layer, module in modules.items()}
         self.stop_after = stop_after
@@ -56,22 +57,25 @@ class Recorder:
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
         self._calls: Counter[int] = Counter()
 
-    def see(self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict) -> None:
+    def see(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]
+    ) -> None:
         """Record the row of one layer, in the one call that is wanted (the others are decoding steps)."""
         layer = self.layer_of.get(id(module))
         if layer is None:
             return
         call, self._calls[layer] = self._calls[layer], self._calls[layer] + 1
-        if call != self.query.step:
-            return
-        self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
+        if self.query is not None:
+            if call != self.query.step:
+                return
+            self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
         if layer == self.stop_after:
             raise StopForward
 
 
 @contextmanager
 def capture(
-    modules: dict[int, nn.Module], stop_after: int | None = None, query: Query = LAST
+    modules: dict[int, nn.Module], stop_after: int | None = None, query: Query | None = LAST
 ) -> Iterator[Recorder]:
     """Record the attention of each sample's query positions in every given module during the `with` block.
 
@@ -109,7 +113,8 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
     """The layers of the language model; an encoder-decoder's are its decoder's."""
     decoder = model.get_decoder()
     for part in (decoder, getattr(decoder, "decoder", None), getattr(decoder, "model", None)):
-        if (layers := getattr(part, "layers", None)) is not None:
+        layers: Sequence[nn.Module] | None = getattr(part, "layers", None)
+        if layers is not None:
             return layers
     raise WorkError(
         f"{type(model).__name__}: its language model has no `layers`; this architecture is not supported"
@@ -151,7 +156,8 @@ def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
 
 def _eager_function(module: nn.Module) -> AttentionFunction:
     """Eager attention is not in the registry: every modelling file has its own."""
-    return sys.modules[type(module).__module__].eager_attention_forward
+    eager: AttentionFunction = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
 
 
 def _install() -> None:

@@ -55,6 +55,12 @@ REFUSED = {
 ADDS_IMAGE_ITSELF = {"florence2"}
 """Model types whose processor puts the image before the text: their prompts name none."""
 
+NOT_SHARED = {
+    "florence2": "its encoder reads picture and expression together",
+    "paligemma": "its image tokens look ahead at the expression (a bidirectional prefix)",
+}
+"""Model types whose pictures cannot be encoded once for all expressions, and why."""
+
 
 def views_of(image: EncodedImage) -> list[View]:
     """Where one image's tokens lie, in every rendering of the picture that the model gets.

@@ -76,6 +76,8 @@ def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) 
     """
     if config.model_type not in ("llava", "vipllava"):  # the others resize to a bounded number of pixels
         return
+    if image_processor.size.get("longest_edge"):  # so does Pixtral, a LLaVA by name
+        return
     box = padded_box(image_size) if getattr(image_processor, "do_pad", False) else whole_box(image_size)
     padded = round(box[2] - box[0]), round(box[3] - box[1])
     resized = resized_size(image_processor, *padded)
@@ -109,7 +111,7 @@ class EncodedImage:
     @cached_property
     def ids(self) -> list[int]:
         """Token ids of the padded prompt."""
-        return self.inputs["input_ids"][self.sample].tolist()
+        return list(self.inputs["input_ids"][self.sample].tolist())
 
     @cached_property
     def tokens(self) -> NDArray[np.intp]:
@@ -118,11 +120,11 @@ class EncodedImage:
 
     def row(self, name: str) -> list[Any]:
         """This sample's entry of a processor output that has one for each image."""
-        return self.inputs[name][self.sample].tolist()
+        return list(self.inputs[name][self.sample].tolist())
 
     def words(self) -> list[str]:
         """The prompt's tokens as text: families write rows and columns of their tiles into it."""
-        return self.processor.tokenizer.convert_ids_to_tokens(self.ids)
+        return list(self.processor.tokenizer.convert_ids_to_tokens(self.ids))
 
 
 def image_token_id(config: Any) -> int:
@@ -276,4 +278,4 @@ def seen_box(config: Any, index: NDArray[np.intp], box: Box) -> Box:
 
 def _first(value: Any) -> int:
     """Configs write a square's side as a number or as `[h, w]`."""
-    return value[0] if isinstance(value, list | tuple) else value
+    return int(value[0] if isinstance(value, list | tuple) else value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -151,7 +152,7 @@ def _check_family(source: str, spec: ModelSpec) -> str:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"model.name={spec.name}: {error}") from None
-    return config.model_type
+    return str(config.model_type)
 
 
 def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
@@ -165,7 +166,7 @@ def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
 def _padding_processor(image_processor: Any, pad: bool) -> Any:
     """LLaVA's image processor with the given one's settings: unlike CLIP's it can pad to a square."""
     from transformers import LlavaImageProcessor, LlavaImageProcessorPil
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     settings = {
         k: v
@@ -189,6 +190,7 @@ def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
     if spec.quantization:
         options["quantization_config"] = _quantization(spec.quantization)
         options.setdefault("device_map", "auto")
+    model: nn.Module
     model, info = _from_pretrained(
         AutoModelForImageTextToText, source, spec, output_loading_info=True, **options
     )
@@ -204,7 +206,7 @@ def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
 
 def _quantization(bits: str) -> Any:
     from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
+    from transformers.utils.import_utils import is_bitsandbytes_available
 
     if bits not in ("4bit", "8bit"):
         raise UsageError(f"model.quantization={bits}: choose 4bit, 8bit or null")
@@ -217,7 +219,7 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     """`kind.from_pretrained`, whose many ways to fail become one line that says what to do."""
     local = Path(source).is_dir()
     _progress_bars(enabled=not local)  # a download shows its bars; reading a local file needs none
-    only_here = local or not _hub_answers()
+    only_here = local or not hub_answers()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -229,11 +231,11 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     except Exception as error:  # broken weights and configs raise anything
         missing = isinstance(error, ImportError) or "torchvision" in str(error).lower()
         hint = "; pip install 'localization-heads[families]'" if missing else ""
-        raise WorkError(f"model.name={spec.name} cannot be loaded: {_first_line(error)}{hint}") from error
+        raise WorkError(f"model.name={spec.name} cannot be loaded: {first_line(error)}{hint}") from error
 
 
 @cache
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached at all; without this, every file is asked for many times before the error."""
     import httpx
     from huggingface_hub import constants
@@ -251,15 +253,15 @@ def _hub_answers() -> bool:
 
 def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
     if local:
-        return f"model.name={spec.name} cannot be read: {_first_line(error)}"
+        return f"model.name={spec.name} cannot be read: {first_line(error)}"
     return (
         f"model.name={spec.name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({_first_line(error)}). Without a network: model=tiny runs the embedded model, "
+        f"({first_line(error)}). Without a network: model=tiny runs the embedded model, "
         "model.name=/path/to/folder a model saved on this machine"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -284,4 +286,7 @@ def _no_torchvision_warning(record: logging.LogRecord) -> bool:
 def _progress_bars(*, enabled: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
-    (transformers_logging.enable_progress_bar if enabled else transformers_logging.disable_progress_bar)()
+    switch: Callable[[], None] = (
+        transformers_logging.enable_progress_bar if enabled else transformers_logging.disable_progress_bar
+    )
+    switch()

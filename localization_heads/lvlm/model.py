@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
+from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
 from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
+from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
+from localization_heads.lvlm.prefix import why_not_shared
 from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
 from localization_heads.lvlm.query_tokens import query_of
+from localization_heads.lvlm.recent import RecentPictures, content
 from localization_heads.lvlm.row import Query
+from localization_heads.lvlm.sharing import EncodedPicture
 from localization_heads.lvlm.spec import ModelSpec
 from localization_heads.lvlm.views import read_maps
 
@@ -51,6 +56,7 @@ class LVLM:
         self.conv_mode = conv_mode
         self.query_token = query_token
         self.view = view
+        self.recent = RecentPictures()
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
 
@@ -58,6 +64,7 @@ class LVLM:
         """The same loaded model with another prompt."""
         twin = copy(self)
         twin.conv_mode = conv_mode
+        twin.__dict__.pop("image_comes_first", None)  # known for the other prompt
         return twin
 
     def __repr__(self) -> str:
@@ -76,12 +83,20 @@ class LVLM:
     def num_heads(self) -> int:
         """Query heads in a layer of the language model."""
         text = self.model.config.get_text_config()
-        return getattr(text, "decoder_attention_heads", None) or text.num_attention_heads
+        return int(getattr(text, "decoder_attention_heads", None) or text.num_attention_heads)
 
     @property
     def looks_across(self) -> bool:
         """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
         return looks_across(self.model)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Which model it is and how it is asked, by name, as JSON values: what `metrics.json` says of it."""
+        loaded = ("dtype", "quantization", "pad_to_square")
+        asked = ("conv_mode", "query_token", "view")
+        values = {name: getattr(self.spec, name) for name in loaded}
+        return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}}
 
     @property
     def known_heads(self) -> tuple[Head, ...]:
@@ -107,9 +122,9 @@ class LVLM:
     @property
     def image_token(self) -> str:
         """What the processor looks for in a prompt and replaces by an image's tokens."""
-        return getattr(self.processor, "image_token", None) or self.processor.tokenizer.convert_ids_to_tokens(
-            self.image_token_id
-        )
+        tokenizer = self.processor.tokenizer
+        own = getattr(self.processor, "image_token", None)
+        return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @cached_property
     def image_text(self) -> str:
@@ -150,7 +165,8 @@ class LVLM:
                 f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
             )
         try:
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            options = {"add_generation_prompt": True, "tokenize": False}
+            return str(self.processor.apply_chat_template(messages, **options))
         except Exception as error:  # templates are programs of other people: they fail in their own ways
             raise UsageError(
                 f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
@@ -162,13 +178,29 @@ class LVLM:
 
         On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
         """
+        return self.on_device(self.processed(images, prompts))
+
+    def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors on the model's device, pixels in its precision."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def processed(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], processor: Any = None
+    ) -> Mapping[str, Any]:
+        """Processor output as it comes, of the model's processor or of another."""
         for image in images:
             check_shape(self.model.config, self.processor.image_processor, image.size)
         bos = self.processor.tokenizer.bos_token
         twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
         with self._tokenizing:
-            inputs = self.processor(
+            inputs: Mapping[str, Any] = (processor or self.processor)(
                 images=[[image] for image in images],
                 text=list(prompts),
                 return_tensors="pt",
@@ -177,7 +209,7 @@ class LVLM:
                 **options,
             )
         self._check_length(inputs["input_ids"].shape[1])
-        return dict(inputs.to(self.model.device, self.model.dtype))
+        return inputs
 
     def _check_length(self, num_tokens: int) -> None:
         """Raises UsageError if a prompt is longer than the model's positions: it would answer nonsense."""
@@ -197,21 +229,72 @@ class LVLM:
         return self.attend_batch([image], [expression], last_layer=last_layer)[0]
 
     def attend_batch(
+        self,
+        images: Sequence[Image.Image],
+        expressions: Sequence[str],
+        *,
+        last_layer: int | None = None,
+        ready: Batch | None = None,
+    ) -> list[AttentionMaps]:
+        """`attend` for several pairs, in their order.
+
+        A picture that is there several times, as one and the same object, is encoded once for all its expressions;
+        the others go through the model in one forward pass.
+
+        Args:
+            ready: what `make_ready` made of the same pairs.
+        """
+        return (ready or self.make_ready(images, expressions)).run(self, last_layer)
+
+    def make_ready(self, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
+        """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
+        return make_batch(self, images, expressions)
+
+    @property
+    def why_not_shared(self) -> str | None:
+        """Why a picture cannot be encoded once for all its expressions; None if it can."""
+        if self.query_token == "answer_first":
+            return "the first token of the answer is generated anew for each prompt"
+        if not self.image_comes_first:
+            return "its template puts the picture after the expression"
+        return self._family_not_shared
+
+    @cached_property
+    def _family_not_shared(self) -> str | None:
+        return why_not_shared(self.model.config)
+
+    def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedPicture:
+        """Read a picture once, to ask it for many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
+
+        Args:
+            image: RGB picture of any size.
+            last_layer: the deepest layer that will be asked for (early exit); None for all.
+        """
+        encoded = EncodedPicture(self, image)
+        encoded.encode(last_layer)
+        return encoded
+
+    def ask(
+        self, image: Image.Image, expressions: Sequence[str], *, last_layer: int | None = None
+    ) -> list[AttentionMaps]:
+        """`encode_image(image).attend(expressions)`, for conversations: the last pictures stay encoded.
+
+        They are known by their pixels, and dropped when `recent.max_bytes` are full.
+        """
+        key = (content(image), self.conv_mode, self.system, self.query_token, self.view)
+        try:
+            picture = self.recent.get(key, lambda: EncodedPicture(self, image))
+            return picture.attend(expressions, last_layer=last_layer)
+        finally:
+            self.recent.shrink()
+
+    def attend_apart(
         self, images: Sequence[Image.Image], expressions: Sequence[str], *, last_layer: int | None = None
     ) -> list[AttentionMaps]:
-        """`attend` for several pairs in one forward pass, in their order."""
-        located = [self.located_prompt(expression) for expression in expressions]
-        prompts = [prompt.text for prompt in located]
-        inputs = self.encode(images, prompts)
-        rows = self.query_rows(inputs, self.query(located, inputs), last_layer)
-        return [
-            self._maps(row, self.views_in(inputs, sample, image), image, expression, prompt)
-            for sample, (row, image, expression, prompt) in enumerate(
-                zip(rows, images, expressions, prompts, strict=True)
-            )
-        ]
+        """`attend_batch` that shares nothing: every pair is a prompt of its own, all in one forward pass."""
+        return apart(self, images, expressions).run(self, last_layer)
 
-    def query(self, prompts: Sequence[Prompt], inputs: dict[str, Any]) -> Query:
+    def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
         if not self.model.config.is_encoder_decoder:
             with self._tokenizing:
@@ -225,11 +308,16 @@ class LVLM:
 
     def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
         """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
-        try:
-            with torch.inference_mode(), capture(self.attention_modules, last_layer, query) as recorder:
-                self.run(inputs, query)
-        except torch.OutOfMemoryError as error:
-            raise WorkError("out of memory: lower batch_size, or load the model in fewer bits") from error
+        deepest = (
+            max(self.attention_modules) if query.step == 0 else None
+        )  # what comes after it is not needed
+        stop = deepest if last_layer is None else last_layer
+        with (
+            memory_errors(),
+            torch.inference_mode(),
+            capture(self.attention_modules, stop, query) as recorder,
+        ):
+            self.run(inputs, query)
         length = inputs["input_ids"].shape[1]
         rows = {layer: row.cpu() for layer, row in recorder.rows.items()}
         if not self.looks_across:
@@ -250,7 +338,7 @@ class LVLM:
         Two, because a token's attention is computed when it is read, in the step that predicts the next.
         """
         if query.step == 0:
-            self.model.base_model(**inputs, use_cache=False)
+            self.model.base_model(**{"use_cache": False, **inputs})
         else:
             self.model.generate(
                 **inputs,
@@ -262,7 +350,7 @@ class LVLM:
                 use_cache=True,
             )
 
-    def _maps(
+    def maps(
         self, row: Tensor, views: Sequence[View], image: Image.Image, expression: str, prompt: str
     ) -> AttentionMaps:
         """`row`: [layer, head, key] of one sample."""
@@ -280,7 +368,7 @@ class LVLM:
         """Where the picture's tokens lie, in every rendering of it that the model gets."""
         return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
 
-    def views_in(self, inputs: dict[str, Any], sample: int, image: Image.Image) -> list[View]:
+    def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
         return views_of(EncodedImage(self.model.config, self.processor, inputs, sample, image.size))
 

@@ -36,7 +36,7 @@ def template_renderer(processor: Any) -> Render | None:
 
     def render(content: list[dict[str, str]]) -> str:
         messages = [{"role": "user", "content": content}]
-        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     try:
         render([_IMAGE, _text(_AFTER)])

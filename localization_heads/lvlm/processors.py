@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
-from transformers.utils import is_torchvision_available
+from transformers.models.auto.processing_auto import (  # type: ignore[attr-defined]  # imported there, not declared
+    PROCESSOR_MAPPING_NAMES,
+    processor_class_from_name,
+)
+from transformers.utils.import_utils import is_torchvision_available
 
 
 class _WithoutVideo(ProcessorMixin):
@@ -14,7 +17,7 @@ class _WithoutVideo(ProcessorMixin):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options.pop("video_processor", None)
-        super().__init__(*args, **options)
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
 
 
 def images_only(kind: Any) -> Any:

@@ -6,7 +6,7 @@ last tokens are the same for every expression; there one of the others may see m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ QUERY_TOKENS = ("last", "expression_end", "expression_mean", "answer_first")
 _LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding
 
 
-def query_of(kind: str, prompts: Sequence[Prompt], inputs: dict[str, Any], tokenizer: Any) -> Query:
+def query_of(kind: str, prompts: Sequence[Prompt], inputs: Mapping[str, Any], tokenizer: Any) -> Query:
     """The query positions of a batch.
 
     Args:
@@ -58,6 +58,21 @@ def _mean(spans: Sequence[range]) -> Query:
     positions = torch.tensor([[*span, *[span[-1]] * (n - len(span))] for span in spans])
     lengths = torch.tensor([[float(len(span))] for span in spans])
     return Query(positions, (torch.arange(n) < lengths) / lengths)
+
+
+def continued(queries: Sequence[tuple[Query, int]], past: int) -> Query:
+    """The queries of single prompts, each with its number of tokens, as a batch of what follows `past` shared tokens.
+
+    >>> continued([(Query(), 9), (Query(torch.tensor([[7]])), 10)], past=6)[:2]
+    (tensor([[2],
+            [1]]), None)
+    """
+    places = [[length - 1] if q.positions is None else q.positions[0].tolist() for q, length in queries]
+    shares = [[1.0] if q.weights is None else q.weights[0].tolist() for q, _ in queries]
+    n = max(len(row) for row in places)
+    positions = torch.tensor([row + row[-1:] * (n - len(row)) for row in places])
+    weights = torch.tensor([row + [0.0] * (n - len(row)) for row in shares])
+    return Query(positions - past, weights if n > 1 else None, past=past)
 
 
 def expression_tokens(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range:

@@ -21,18 +21,20 @@ class Query(NamedTuple):
         positions: (B, n) indices into the padded prompt; None for the last one.
         weights: (B, n), what each position's row counts; a sample's sum to one. None where n is 1.
         step: which call of each layer: 0 the prefill, 1 the first decoding step.
+        past: how many tokens were read before, whose keys come first; positions count from there.
     """
 
     positions: Tensor | None = None
     weights: Tensor | None = None
     step: int = 0
+    past: int = 0
 
 
 def query_row(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, wanted: Query, **extras: Any
 ) -> Tensor:
     """The weighted mean of the wanted rows, fp32 (B, H, K). Arguments as for `attention_rows`."""
-    rows = attention_rows(module, query, key, mask, positions=wanted.positions, **extras)
+    rows = attention_rows(module, query, key, mask, positions=wanted.positions, past=wanted.past, **extras)
     if wanted.weights is None:
         return rows[:, :, 0]
     return torch.einsum("bhnk,bn->bhk", rows, wanted.weights.to(rows))
@@ -52,6 +54,7 @@ def attention_rows(
     mask: Tensor | None,
     *,
     positions: Tensor | None = None,
+    past: int = 0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
@@ -68,6 +71,7 @@ def attention_rows(
 
     Args:
         positions: which queries, (B, n) indices into Q, each sample its own; None for the last one.
+        past: keys of earlier calls, which all queries see.
 
     Returns:
         fp32 (B, H, n, K); sums to one over K (to less where the model has sinks).
@@ -81,7 +85,7 @@ def attention_rows(
     if mask is not None and mask.dim() == 4:
         logits = _apply_mask(logits, _pick(mask, positions)[..., : logits.shape[-1]])
     else:
-        own = _key_of_query(query.shape[2], logits.shape[-1], positions, causal=causal)
+        own = _key_of_query(query.shape[2], logits.shape[-1], positions, past=past, causal=causal)
         visible = _visible_keys(logits, own, mask, window=sliding_window if causal else None)
         logits = logits.masked_fill(~visible, _MASKED)
     if s_aux is None:
@@ -114,12 +118,14 @@ def _apply_mask(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, _MASKED) if mask.dtype == torch.bool else logits + mask.float()
 
 
-def _key_of_query(num_queries: int, num_keys: int, positions: Tensor | None, *, causal: bool) -> Tensor:
+def _key_of_query(
+    num_queries: int, num_keys: int, positions: Tensor | None, *, past: int, causal: bool
+) -> Tensor:
     """(B or 1, n): the last key that each query may see when the kernel gets no explicit mask."""
     if not causal or num_queries == 1:  # a decode step is aligned at the end of the keys
         return torch.full((1, 1), num_keys - 1)
     # A prefill into a longer, still empty static cache is aligned at its start.
-    return torch.full((1, 1), num_queries - 1) if positions is None else positions
+    return past + (torch.full((1, 1), num_queries - 1) if positions is None else positions)
 
 
 def _visible_keys(logits: Tensor, last: Tensor, padding: Tensor | None, *, window: int | None) -> Tensor:

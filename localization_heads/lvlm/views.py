@@ -68,4 +68,4 @@ def shares(source: Edges, target: Edges) -> NDArray[np.float64]:
     """
     start = np.maximum(source[None, :-1], target[:-1, None])
     end = np.minimum(source[None, 1:], target[1:, None])
-    return np.clip(end - start, 0, None) / np.diff(source)
+    return np.asarray(np.clip(end - start, 0, None) / np.diff(source))

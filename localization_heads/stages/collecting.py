@@ -1,23 +1,22 @@
-"""Running the model over a data set once: statistics into the store, and for a batch every map onto the disk.
-
-The data are cut into the same chunks in every run, and a chunk is on the disk before the next begins. So a run that
-was killed goes on with the same batches, and the same numbers, to the last bit.
-"""
+"""Running the model over a data set once: statistics into the store, and for a batch every map onto the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.heads.analysis import analysis_rows
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
-from localization_heads.stages.entries import Attended, Entries, attend, chunks, open_chunk
+from localization_heads.lvlm.spec import local_path
+from localization_heads.stages.entries import Attended, Entries
+from localization_heads.stages.passing import go_through
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.paths import analysis_path, attention_path
@@ -31,31 +30,45 @@ def open_store(run: Run) -> StatisticsStore:
     """The statistics of this model under these options; other options keep theirs in another file."""
     return StatisticsStore(
         run.folder / "statistics",
-        settings={
-            **run.model_settings,
-            "entropy": run.criteria.entropy,
-            "threshold": run.criteria.threshold,
-        },
+        settings={"asked": asked_settings(run), **run.model_settings},
         num_layers=run.lvlm.num_layers,
         num_heads=run.lvlm.num_heads,
     )
+
+
+def asked_settings(run: Run) -> dict[str, Any]:
+    """The options that the statistics depend on, as far as they are known without the model: `stage=rank` has none.
+
+    The entropy's weight is not among them: the store holds both.
+    """
+    spec = run.spec
+    return {
+        "model.name": str(path.resolve()) if (path := local_path(spec.name)).is_dir() else spec.name,
+        "model.dtype": spec.dtype,
+        "model.quantization": spec.quantization,
+        "model.attn_implementation": spec.attn_implementation,
+        "model.pad_to_square": spec.pad_to_square,
+        "model.system": spec.system,
+        "conv_mode": run["conv_mode"] or spec.conv_mode or "referseg",
+        "query_token": run["query_token"],
+        "view": run["view"],
+        "criteria.threshold": run.criteria.threshold,
+    }
 
 
 def collect(
     run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
 ) -> None:
     """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet."""
-    bar = tqdm(total=len(samples), desc="collect", unit="expression", disable=None)
-    for chunk in chunks(samples, run["batch_size"]):
-        missing = {s.line for s in chunk if not _is_done(run, entries, s, store, keep_maps)}
-        # The whole chunk goes through the model or nothing of it: a smaller batch would round differently.
-        opened = open_chunk(run, entries, chunk) if missing else []
-        if any(sample.line in missing for sample, _ in opened):
-            attended = attend(run, entries, opened)
-            fresh = [one for one in attended if one.sample.line in missing]
-            _keep(run, entries, fresh, store, keep_maps=keep_maps)
-        bar.update(len(chunk))
-    bar.close()
+    go_through(
+        run,
+        entries,
+        samples,
+        "collect",
+        is_done=lambda sample: _is_done(run, entries, sample, store, keep_maps),
+        work=partial(_analysed, keep_maps=keep_maps),
+        keep=lambda collected: _keep(run, entries, collected, store),
+    )
 
 
 def _is_done(run: Run, entries: Entries, sample: Sample, store: StatisticsStore, keep_maps: bool) -> bool:
@@ -79,20 +92,36 @@ def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
     return same and maps.query == sample.expression and analysis_path(path).is_file()
 
 
-def _keep(
-    run: Run, entries: Entries, attended: Sequence[Attended], store: StatisticsStore, *, keep_maps: bool
-) -> None:
+class _Collected(NamedTuple):
+    """A sample's statistics, and its maps where they are kept."""
+
+    sample: Sample
+    statistics: HeadStatistics
+    maps: AttentionMaps | None
+
+
+def _analysed(run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool) -> list[_Collected]:
+    return [
+        _Collected(
+            one.sample,
+            head_statistics(one.maps.attention, run.criteria),
+            one.maps if keep_maps else None,
+        )
+        for one in attended
+    ]
+
+
+def _keep(run: Run, entries: Entries, collected: Sequence[_Collected], store: StatisticsStore) -> None:
     """Files first, statistics last: what the store holds is complete."""
-    if not attended:
-        return
-    statistics = [head_statistics(one.maps.attention, run.criteria) for one in attended]
-    if keep_maps:
-        for one, found in zip(attended, statistics, strict=True):
-            _save_entry(run, one.sample, one.maps, found)
+    for one in collected:
+        if one.maps is not None:
+            _save_entry(run, one.sample, one.maps, one.statistics)
+    statistics = [one.statistics for one in collected]
     store.append(
-        [entries.key(one.sample) for one in attended],
+        [entries.key(one.sample) for one in collected],
         np.stack([found.attention_sum for found in statistics]),
-        np.stack([found.spatial_entropy for found in statistics]),
+        np.stack([found.area_entropy for found in statistics]),
+        np.stack([found.mass_entropy for found in statistics]),
         np.stack([found.bottom_row_focus for found in statistics]),
     )
 

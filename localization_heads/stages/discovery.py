@@ -1,33 +1,40 @@
 """Finding the heads over a data set: `find` (statistics only, streaming) and `batch` (every file and figure).
 
-Both go through the data in fixed chunks and append each chunk's statistics to a store before the next begins.
+The two go through the data in fixed chunks and append each chunk's statistics to a store before the next begins.
 A run that was killed finds them there and goes on, with the same batches and so the same bytes in heads.json.
+`rank` takes the last step of both again, from that store alone.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.errors import NothingDoneError
+from localization_heads.data.leakage import picture_keys
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
-from localization_heads.stages.collecting import collect, open_store
+from localization_heads.stages.collecting import asked_settings, collect, open_store
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
+from localization_heads.stages.reporting import Reporter
 from localization_heads.stages.run import Run, check_criteria, check_heads
-from localization_heads.stages.single import analyse_file, draw
+from localization_heads.stages.single import analyse_file, draw, picture_of
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.heads_file import save_ranking
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import attention_path
-from localization_heads.store.statistics import StatisticsStore
+from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,21 @@ def find(run: Run) -> Discovered:
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
         store = open_store(run)
         collect(run, entries, used, store, keep_maps=False)
+        _note_failures(entries, store)
+        ranking = _rank(run, entries, draws, store)
+        paths = [*_save(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
+        return Discovered(ranking, [], entries.in_order(), paths)
+
+
+def rank(run: Run) -> Discovered:
+    """What `find` ends with, from the statistics on disk and without the model; only the ranking's options count."""
+    entries = select_entries(run)
+    record = _choose_record(run)
+    check_criteria(run.criteria, record.num_layers)
+    with RunLock(run.folder):
+        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        store = record.open()
+        _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
         ranking = _rank(run, entries, draws, store)
         return Discovered(ranking, [], entries.in_order(), _save(run, ranking))
 
@@ -63,11 +85,60 @@ def batch(run: Run) -> Discovered:
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         store = open_store(run)
         collect(run, entries, entries.samples, store, keep_maps=True)
+        _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
         paths = _save(run, ranking)
-        grounded = _ground_all(run, entries, ranking)
+        report = Reporter(run, ranking)
+        grounded = _ground_all(run, entries, ranking, report)
         paths.append(save_predictions(run, grounded, entries.in_order()))
+        paths += report.write(entries, grounded, store=store)
         return Discovered(ranking, grounded, entries.in_order(), paths)
+
+
+def _note_failures(entries: Entries, store: StatisticsStore) -> None:
+    """So that `rank`, which opens no picture, reports what this run reports."""
+    reasons = {failure.line: failure.reason for failure in entries.failures}
+    failed = (sample for sample in entries.samples if sample.line in reasons)
+    store.note_failures({entries.key(sample): reasons[sample.line] for sample in failed})
+
+
+def _choose_record(run: Run) -> Recorded:
+    """The store that these options would make. Of several (the weights have changed), the one used last."""
+    asked = asked_settings(run)
+    records = recorded(run.folder / "statistics")
+    fitting = [record for record in records if record.settings.get("asked") == asked]
+    if len(fitting) > 1:
+        log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
+    if fitting:
+        return fitting[0]
+    there = [_difference(record.settings.get("asked"), asked) for record in records]
+    held = f"only with {'; or with '.join(sorted(set(there)))}" if there else "none yet"
+    raise UsageError(
+        f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
+        "run stage=find with them first"
+    )
+
+
+def _difference(made: Any, asked: dict[str, Any]) -> str:
+    """`conv_mode=chat, view=tiles`: where a store's options differ from those of this run."""
+    made = made if isinstance(made, dict) else {}
+    pairs = ((name, made.get(name)) for name, value in asked.items() if made.get(name) != value)
+    return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
+
+
+def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:
+    """Put aside the drawn samples that are known to fail. WorkError if others have no statistics."""
+    missing = [sample for sample in (entries.samples[i] for i in drawn) if entries.key(sample) not in store]
+    known = store.failures() if missing else {}
+    for sample in missing:
+        if (reason := known.get(entries.key(sample))) is not None:
+            entries.fail(sample, reason)
+    unseen = [sample for sample in missing if entries.key(sample) not in known]
+    if unseen:
+        raise WorkError(
+            f"{len(unseen)} of the {len(drawn)} entries drawn have no statistics on disk (the first: line "
+            f"{unseen[0].line}, {unseen[0].id}): run stage=find with the same options, which does only those"
+        )
 
 
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
@@ -79,9 +150,9 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
         raise NothingDoneError("no entry could be used", entries.in_order())
     keys = [entries.key(sample) for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted]
     rows = store.rows(keys)
-    return rank_heads(
+    ranking = rank_heads(
         rows.attention_sum,
-        rows.spatial_entropy,
+        rows.spatial_entropy(run.criteria.entropy),
         bottom_row=rows.bottom_row_focus,
         draws=draws[:, chosen],
         options=run.criteria,
@@ -89,8 +160,10 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
         num_trials=run["num_trials"],
         num_samples=run["num_samples"],
         seed=run["random_seed"],
-        model=run.lvlm.name,
+        model=store.settings["weights"][0],
     )
+    shown = picture_keys(sample for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted)
+    return replace(ranking, pictures=tuple(sorted({key for key in shown if key})))
 
 
 def _save(run: Run, ranking: HeadRanking) -> list[Path]:
@@ -99,7 +172,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
 
     paths = [*save_ranking(ranking, run.folder)]
     top = [head.address for head in ranking.kept[: run["k"]]]
-    shape = run.lvlm.num_layers, run.lvlm.num_heads
+    shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
     sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     for head in ranking.heads:
         sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
@@ -122,7 +195,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
     return paths + [target for target in targets if target.is_file()]
 
 
-def _ground_all(run: Run, entries: Entries, ranking: HeadRanking) -> list[Outcome]:
+def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Reporter) -> list[Outcome]:
     """Boxes for every entry, from the maps on disk, with the heads just found or those that were named."""
     best = [head.address for head in ranking.kept[: run["k"]]]
     heads: Sequence[Head] | None = best if run["heads"] == "auto" else run.named_heads
@@ -132,10 +205,16 @@ def _ground_all(run: Run, entries: Entries, ranking: HeadRanking) -> list[Outcom
         path = attention_path(run.attention_folder, sample.id, run["attention_format"])
         # The analysis on disk may be of an earlier run under other criteria.
         analysed = analyse_file(run, load_attention(path), path)
-        chosen = list(heads or run.own_heads(analysed.statistics))
+        try:
+            chosen = list(heads or run.own_heads(analysed.statistics))
+        except UsageError as error:
+            entries.fail(sample, error)
+            continue
         if limit is None or number < limit:
             grounding = draw(run, analysed, path, heads=chosen, truth=sample.bbox).grounding
         else:
-            grounding = ground_maps(analysed.maps, chosen, run.grounding)
+            image = picture_of(analysed.maps) if run.segmenter else None
+            grounding = run.refine(ground_maps(analysed.maps, chosen, run.grounding), image)
         grounded.append(outcome_of(sample, grounding))
+        report.add(sample, analysed.maps, grounding)
     return grounded

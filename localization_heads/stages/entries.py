@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
-from localization_heads.data.samples import Sample, VisualizationEntry, load_samples
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.data.samples import Sample, VisualizationEntry, check_inside, load_samples
+from localization_heads.errors import OutOfMemoryError, UsageError, WorkError
+from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.options import require
 from localization_heads.stages.run import Run
 from localization_heads.stages.scenes import scenes
@@ -19,26 +21,35 @@ from localization_heads.store.statistics import sample_key
 if TYPE_CHECKING:
     from PIL import Image
 
+    from localization_heads.lvlm.batches import Batch
+    from localization_heads.lvlm.model import LVLM
+
+log = logging.getLogger(__name__)
 
 Line = TypeVar("Line", Sample, VisualizationEntry)
 
 
 @dataclass
 class Entries:
-    """The samples to work on, in file order, and the failures met so far."""
+    """The samples to work on, in file order, and the failures met so far.
+
+    Args:
+        fitting: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
+    """
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
-    _keys: dict[int, bytes] = field(default_factory=dict, repr=False)
+    fitting: int | None = None
+    _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def key(self, sample: Sample) -> bytes:
         """16 bytes that change with the sample's expression, picture or id.
 
         Made once a run: a picture that is touched meanwhile must not lose its place.
         """
-        if sample.line not in self._keys:
-            self._keys[sample.line] = sample_key(sample.expression, sample.image_file, sample.id)
-        return self._keys[sample.line]
+        if sample.id not in self._keys:
+            self._keys[sample.id] = sample_key(sample.expression, sample.image_file, sample.id)
+        return self._keys[sample.id]
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on."""
@@ -70,6 +81,23 @@ def select_entries(run: Run) -> Entries:
     return Entries(*choose_range(run.options, file.samples, file.bad))
 
 
+def with_truth(
+    entries: Entries, what: str, completed: Callable[[Sample], Sample] = lambda sample: sample
+) -> Entries:
+    """Only the entries that say where the object is, `completed`; the others fail. `what` needs at least one."""
+    samples = []
+    for sample in entries.samples:
+        try:
+            if sample.bbox is None and sample.mask is None:
+                raise UsageError(NO_TRUTH)
+            samples.append(completed(sample))
+        except (UsageError, WorkError) as error:
+            entries.fail(sample, error)
+    if not samples:
+        raise UsageError(f"{what} needs entries with bbox or mask; the first: {entries.in_order()[0]}")
+    return Entries(samples, entries.failures)
+
+
 def choose_range(
     options: Mapping[str, Any], entries: Sequence[Line], bad: Sequence[BadEntry]
 ) -> tuple[list[Line], list[BadEntry]]:
@@ -88,27 +116,35 @@ def choose_range(
 
 
 def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tuple[Sample, Image.Image]]:
-    """The pictures of a chunk; samples whose picture or expression is unusable are put aside."""
-    opened = []
+    """The pictures of a chunk; samples whose picture or expression is unusable are put aside.
+
+    Samples of one picture get one and the same object.
+    """
+    opened: list[tuple[Sample, Image.Image]] = []
+    pictures: dict[str | int, Image.Image] = {}
     for sample in chunk:
         try:
             run.lvlm.prompt(sample.expression)
-            opened.append((sample, _open(sample)))
+            if (key := picture_of(sample)) not in pictures:
+                pictures[key] = load_image(sample.image)
+            check_inside(sample, pictures[key].size)
+            opened.append((sample, pictures[key]))
         except (UsageError, WorkError) as error:
             entries.fail(sample, error)
     return opened
 
 
-def _open(sample: Sample) -> Image.Image:
-    """The picture. Raises UsageError if the true box lies outside it: one of the two is of another picture."""
-    image = load_image(sample.image)
-    if sample.bbox is not None:
-        x0, y0, x1, y1 = sample.bbox
-        if min(x1, image.width) <= max(x0, 0) or min(y1, image.height) <= max(y0, 0):
-            raise UsageError(
-                f"the true box lies outside the picture, which is {image.width} x {image.height} pixels"
-            )
-    return image
+def picture_of(sample: Sample) -> str | int:
+    """What stands for a sample's picture: two samples of one file have one and the same."""
+    return sample.image_file or id(sample.image)
+
+
+def made_ready(lvlm: LVLM, opened: Sequence[tuple[Sample, Image.Image]]) -> Batch | None:
+    """What the host can do ahead of the model. None where it fails: `attend` then finds out with which entry."""
+    try:
+        return lvlm.make_ready([image for _, image in opened], [sample.expression for sample, _ in opened])
+    except Exception:
+        return None
 
 
 def attend(
@@ -117,28 +153,62 @@ def attend(
     opened: Sequence[tuple[Sample, Image.Image]],
     *,
     last_layer: int | None = None,
+    ready: Batch | None = None,
 ) -> list[Attended]:
-    """The maps of a chunk. If the model cannot take it whole, one by one, so that only the culprit fails."""
+    """The maps of a chunk. If the model cannot take it whole, one by one, so that only the culprit fails.
+
+    With `batch_size=auto`, a chunk that does not fit into the memory is halved until it does, and later ones are cut
+    to what fitted.
+
+    Args:
+        ready: what `made_ready` made of the chunk.
+
+    Raises:
+        WorkError: out of memory, with a `batch_size` that was given or with a single entry.
+    """
     if not opened:
         return []
+    if entries.fitting and len(opened) > entries.fitting:
+        return _in_parts(run, entries, opened, entries.fitting, last_layer)
     samples, images = zip(*opened, strict=True)
     expressions = [sample.expression for sample in samples]
     try:
-        maps = run.lvlm.attend_batch(images, expressions, last_layer=last_layer)
+        maps = run.lvlm.attend_batch(images, expressions, last_layer=last_layer, ready=ready)
+    except OutOfMemoryError:
+        if run["batch_size"] != "auto" or len(opened) == 1:
+            raise  # every chunk would fail
     except WorkError:
-        raise  # out of memory: every chunk would fail
+        raise
     except Exception as error:
         if len(opened) > 1:
-            return [found for one in opened for found in attend(run, entries, [one], last_layer=last_layer)]
+            return _in_parts(run, entries, opened, 1, last_layer)
         known = isinstance(error, UsageError)
         entries.fail(
             samples[0], error if known else f"the model cannot take it: {type(error).__name__}: {error}"
         )
         return []
-    return [Attended(*found) for found in zip(samples, images, maps, strict=True)]
+    else:
+        return [Attended(*found) for found in zip(samples, images, maps, strict=True)]
+    return _in_halves(run, entries, opened, last_layer)  # here nothing holds on to the batch that failed
 
 
-def chunks(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    """Consecutive samples, always cut at the same places, so that a resumed run forms the same batches."""
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
+def _in_halves(
+    run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Image]], last_layer: int | None
+) -> list[Attended]:
+    from localization_heads.lvlm.memory import free_memory
+
+    entries.fitting = (len(opened) + 1) // 2
+    log.warning("out of memory: going on with %d entries at a time", entries.fitting)
+    free_memory()
+    return _in_parts(run, entries, opened, entries.fitting, last_layer)
+
+
+def _in_parts(
+    run: Run,
+    entries: Entries,
+    opened: Sequence[tuple[Sample, Image.Image]],
+    size: int,
+    last_layer: int | None,
+) -> list[Attended]:
+    parts = (opened[start : start + size] for start in range(0, len(opened), size))
+    return [found for part in parts for found in attend(run, entries, part, last_layer=last_layer)]

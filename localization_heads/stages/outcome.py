@@ -11,7 +11,8 @@ from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.evaluation.metrics import box_iou
-from localization_heads.grounding.maps import Grounding, Point
+from localization_heads.grounding.hull import Point
+from localization_heads.grounding.maps import Grounding
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
 from localization_heads.store.predictions import Prediction, write_predictions
@@ -23,11 +24,13 @@ class Outcome:
 
     Args:
         point: centre (x, y) of the strongest cell, in pixels: the pointing game's answer.
+        measured: what `evaluate` adds, as JSON values.
     """
 
     sample: Sample
     prediction: Prediction
     point: Point
+    measured: Mapping[str, Any] | None = None
 
     @property
     def iou(self) -> float | None:
@@ -37,16 +40,18 @@ class Outcome:
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
 
     def to_json(self) -> dict[str, Any]:
-        return {"prediction": self.prediction.to_json(), "point": list(self.point)}
+        known = {} if self.measured is None else {"measured": self.measured}
+        return {"prediction": self.prediction.to_json(), "point": list(self.point), **known}
 
     @classmethod
     def from_json(cls, sample: Sample, data: Mapping[str, Any]) -> Outcome:
         x, y = data["point"]
-        return cls(sample, Prediction.from_json(data["prediction"]), (float(x), float(y)))
+        prediction = Prediction.from_json(data["prediction"])
+        return cls(sample, prediction, (float(x), float(y)), data.get("measured"))
 
 
 def outcome_of(sample: Sample, grounding: Grounding) -> Outcome:
-    """The mask of a prediction is the pseudo-mask: the filled hull of the chosen component."""
+    """The mask of a prediction is the segmenter's; without one, the filled hull of the chosen component."""
     prediction = Prediction(
         id=sample.id,
         bbox=grounding.box,
@@ -58,16 +63,16 @@ def outcome_of(sample: Sample, grounding: Grounding) -> Outcome:
 
 
 def save_predictions(
-    run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry], *, alone: bool = False
+    run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry], *, alone: str | None = None
 ) -> Path:
     """Every entry has its line: those that worked in file order, then those that failed, with the reason.
 
     Args:
-        alone: the one entry is no data set: its line must not replace a data set's predictions.jsonl.
+        alone: id of the one entry that is no data set: its lines must not replace a data set's predictions.jsonl.
     """
     path = run.folder / "predictions.jsonl"
-    if alone:
-        path = entry_path(run.attention_folder, outcomes[0].sample.id, "_prediction.jsonl")
+    if alone is not None:
+        path = entry_path(run.attention_folder, alone, "_prediction.jsonl")
     failed = [Prediction(id=bad.id or f"line_{bad.line}", error=bad.reason) for bad in failures]
     write_predictions(path, [*(outcome.prediction for outcome in outcomes), *failed])
     return path

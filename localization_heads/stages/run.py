@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.errors import UsageError
-from localization_heads.grounding.maps import GroundingOptions
-from localization_heads.heads.analysis import greedy_heads
+from localization_heads.grounding.maps import Grounding, GroundingOptions
+from localization_heads.heads.analysis import own_heads
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
 from localization_heads.heads.head import Head
+from localization_heads.interop.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import ModelSpec, compose_spec, find_spec
 from localization_heads.options import check_options
-from localization_heads.store.heads_file import load_ranking
+from localization_heads.segmentation.refine import Segmenter, refine
+from localization_heads.store.heads_file import load_head_list, load_ranking
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from localization_heads.lvlm.model import LVLM
 
 log = logging.getLogger(__name__)
@@ -69,22 +74,42 @@ class Run:
         return GroundingOptions(**self["grounding"])
 
     @cached_property
+    def segmenter(self) -> Segmenter | None:
+        """What makes the masks, loaded on first use; None leaves the pseudo-masks of the maps."""
+        from localization_heads.segmentation.options import SegmenterOptions, make_segmenter
+
+        return make_segmenter(SegmenterOptions.of(self["segmenter"], self["device"]))
+
+    def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
+        """The grounding with the segmenter's mask, and with that mask's box if `grounding.box_from` asks for it."""
+        return refine(grounding, image, self.segmenter, box_from=self.grounding.box_from)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether workers run the model over the data set (`engine=ray`), and not this process."""
+        return bool(self.options.get("engine", {}).get("kind") == "ray")
+
+    @cached_property
     def lvlm(self) -> LVLM:
-        """The model, loaded on first use."""
+        """The model, loaded on first use. Where workers run it, it is only asked for its shape: GPUs are theirs."""
         import torch
 
         from localization_heads.lvlm.loading import load_model
 
         torch.manual_seed(self["random_seed"])
+        started = time.monotonic()
         lvlm = load_model(
-            self.spec,
-            device=self["device"],
+            replace(self.spec, device_map=None) if self.is_spread else self.spec,
+            device="cpu" if self.is_spread else self["device"],
             conv_mode=self["conv_mode"],
             query_token=self["query_token"],
             view=self["view"],
         )
+        if "picture_memory" in self.options:  # of the conversation; the others ask all of a picture at once
+            lvlm.recent.max_bytes = self["picture_memory"] * 2**20
         if threads := self["num_threads"] or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)
+        log.info("%s loaded on %s in %.1f s", lvlm, lvlm.model.device, time.monotonic() - started)
         return lvlm
 
     @property
@@ -112,9 +137,9 @@ class Run:
         return known
 
     def own_heads(self, statistics: HeadStatistics) -> list[Head]:
-        """The `k` heads that one sample picks by itself (the paper's "greedy"); its first head if none passes."""
+        """The `k` heads that one sample picks by itself (the paper's "greedy"). UsageError if none passes."""
         check_criteria(self.criteria, len(statistics.attention_sum))
-        return greedy_heads(statistics, self.criteria, self["k"]) or [Head(self.criteria.exclude_layers, 0)]
+        return own_heads(statistics, self.criteria, self["k"])
 
     def heads_for(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads to ground one sample with."""
@@ -146,13 +171,15 @@ def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
     if isinstance(value, str) and value.endswith(".json"):
-        return _best_of(Path(value), k)
+        return _best_of(value, load_head_list(value), k)
+    if isinstance(value, str) and is_repository(value):
+        return _best_of(value, [head.address for head in load_heads(value).kept], k)
     names = value if isinstance(value, (list, tuple)) else [value]
     try:
         heads = tuple(Head.parse(str(name)) for name in names)
     except ValueError as error:
         raise UsageError(
-            f"heads={value}: {error}; or write auto, greedy, or the path of a heads.json"
+            f"heads={value}: {error}; or write auto, greedy, the path of a heads.json, or a hub repository user/repo"
         ) from error
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
@@ -161,11 +188,10 @@ def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     return heads
 
 
-def _best_of(path: Path, k: int) -> tuple[Head, ...]:
-    ranking = load_ranking(path)
-    if len(ranking.kept) < k:
-        raise UsageError(f"k={k}: {path} lists only {len(ranking.kept)} heads")
-    return tuple(ranking.top(k))
+def _best_of(source: str, heads: Sequence[Head], k: int) -> tuple[Head, ...]:
+    if len(heads) < k:
+        raise UsageError(f"k={k}: {source} lists only {len(heads)} heads")
+    return tuple(heads[:k])
 
 
 def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
+from localization_heads.attention import Box
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.scenes import (
     TEST_SEEDS,
@@ -45,7 +48,7 @@ def scenes_folder(options: Mapping[str, Any]) -> Path:
         options["style"] or "mixed",
         options["seed"],
         options["count"],
-        options["size"],
+        options["size"] if options["height"] is None else f"{options['size']}x{options['height']}",
     )
     return Path(options["folder"]) / "-".join(map(str, parts))
 
@@ -55,23 +58,47 @@ def _write(options: Mapping[str, Any], folder: Path, data_file: Path) -> None:
         options["count"], options["seed"], options["style"], options["size"], SPLITS[options["split"]]
     )
     progress = tqdm(samples, total=options["count"], desc="scenes", unit="scene", disable=None)
-    entries = [write_scene(folder, number, *sample) for number, sample in enumerate(progress)]
+    entries = [
+        write_scene(folder, number, scene, expression, options["height"])
+        for number, (scene, expression) in enumerate(progress)
+    ]
     write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
-def write_scene(folder: Path, number: int, scene: Scene, expression: Expression) -> dict[str, Any]:
-    """Write a scene's picture; returns the line of the data file, with true box and mask."""
+def write_scene(
+    folder: Path, number: int, scene: Scene, expression: Expression, height: int | None = None
+) -> dict[str, Any]:
+    """Write a scene's picture; returns the line of the data file, with true box and mask.
+
+    Args:
+        height: rows to keep, the object's among them; None keeps the whole picture.
+    """
     id = f"scene_{number:05d}"
-    picture = BytesIO()
-    Image.fromarray(scene.image).save(picture, "PNG")
-    write_bytes(folder / f"{id}.png", picture.getvalue())
     target = scene.objects[expression.object_index]
+    rows = kept_rows(target.box, scene.image.shape[0], height, seed=number)
+    picture = BytesIO()
+    Image.fromarray(scene.image[rows]).save(picture, "PNG")
+    write_bytes(folder / f"{id}.png", picture.getvalue())
+    x0, y0, x1, y1 = target.box
     return {
         "id": id,
         "prompt": expression.text,
         "image_path": f"{id}.png",
-        "bbox": list(target.box),
-        "mask": encode_mask(target.mask),
+        "bbox": [x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start],
+        "mask": encode_mask(target.mask[rows]),
         "kind": expression.kind,
         "answer": expression.answer,
     }
+
+
+def kept_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
+    """`height` rows, of `size`, with the whole box somewhere in them; the box's middle where it is too high.
+
+    >>> kept_rows((0, 10, 9, 60), 100, 50), kept_rows((0, 0, 9, 100), 100, 50), kept_rows((0, 0, 9, 9), 100, None)
+    (slice(10, 60, None), slice(25, 75, None), slice(0, 100, None))
+    """
+    if height is None:
+        return slice(0, size)
+    first, last = max(0, math.ceil(box[3]) - height), min(math.floor(box[1]), size - height)
+    top = Random(seed).randint(first, last) if first <= last else round((box[1] + box[3] - height) / 2)
+    return slice(top, top + height)

@@ -124,9 +124,9 @@ def draw(
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = ground_maps(maps, chosen, run.grounding)
-    shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     image = picture_of(maps)
+    grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
+    shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
     drawn = [
         figures.plot_top_maps(

@@ -13,7 +13,7 @@ from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
-from localization_heads.heads.analysis import greedy_heads
+from localization_heads.heads.analysis import own_heads
 from localization_heads.heads.criteria import (
     CriteriaOptions,
     HeadStatistics,
@@ -147,7 +147,7 @@ def _top(options: Mapping[str, Any], opened: Opened) -> tuple[list[Head], Ground
     """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
     criteria, maps = CriteriaOptions(**options["criteria"]), opened.maps
     chosen = known_heads(maps.model, opened.path.parent.parent, options["k"])
-    chosen = chosen or tuple(greedy_heads(opened.statistics, criteria, options["k"]))
+    chosen = chosen or tuple(own_heads(opened.statistics, criteria, options["k"]))
     check_heads(chosen, maps.num_layers, maps.num_heads)
     grounding = ground_maps(maps, chosen, GroundingOptions(**options["grounding"]))
     return top_heads(chosen, opened.statistics, criteria, options["top_k"]), grounding

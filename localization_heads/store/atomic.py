@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -74,6 +75,47 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """Fill a new folder that takes the place of `path` when the block ends, and vanishes if the block raises.
+
+    Whoever looks finds the old content or the new, never a mixture; for a moment in between, none. Raises UsageError
+    where the place cannot be written to, WorkError where the disk fails.
+    """
+    path = Path(path)
+    new = _temporary_path(path)
+    old = new.with_name(f"{new.name.removesuffix('.tmp')}00.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(new)
+        _remove(old)
+        new.mkdir()
+    except OSError as error:
+        raise _refusal(path, error) from error
+    try:
+        yield new
+        with suppress(FileNotFoundError):
+            path.rename(old)
+        new.rename(path)
+        _remove(old)
+    except BaseException as error:
+        with suppress(OSError):
+            _remove(new)
+        with suppress(OSError):
+            old.rename(path)  # fails where the new content is there already
+        if isinstance(error, OSError):
+            raise _refusal(path, error) from error
+        raise
+
+
+def _remove(path: Path) -> None:
+    """A file, a link (never what it leads to) or a folder with all that is in it; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_write(path) as file:
@@ -98,13 +140,13 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes of this machine left in `folder` (not below it)."""
+    """Delete the temporary files and folders that killed processes of this machine left in `folder` (not below it)."""
     for path in Path(folder).glob(".lh-*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and match["host"] == _this_host() and not _is_running(int(match["pid"])):
             log.debug("removing the leftover %s", path)
             with suppress(OSError):
-                path.unlink()
+                _remove(path)
 
 
 def _is_running(pid: int) -> bool:

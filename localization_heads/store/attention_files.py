@@ -235,7 +235,7 @@ def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 def load_analysis(path: str | Path) -> list[dict[str, Any]]:
     """Read an analysis, ours or the published tool's. UsageError if it is not a list of dicts with layer and head."""
-    heads = load_pickle(path)
+    heads: list[dict[str, Any]] = load_pickle(path)
     named = isinstance(heads, list) and all(
         isinstance(head, dict) and type(head.get("layer")) is int and type(head.get("head")) is int
         for head in heads

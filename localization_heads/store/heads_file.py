@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from localization_heads.errors import UsageError
+from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.scores import read_scores
 from localization_heads.store.atomic import write_csv, write_json
 
 _LARGEST = 64 << 20  # bytes; 100,000 heads take 20 MB
@@ -22,16 +25,40 @@ def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
 
 def load_ranking(path: str | Path) -> HeadRanking:
     """Read a `heads.json`. Raises UsageError, naming the file, for anything else."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise UsageError(f"heads={path}: {path.stat().st_size >> 20} MB is too large for a heads.json")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"heads={path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"heads={path}: not a JSON file ({error})") from error
+    data = _read(Path(path))
     try:
         return HeadRanking.from_json(data)
     except UsageError as error:
         raise UsageError(f"heads={path}: {error}") from error
+
+
+def is_ranking(path: str | Path) -> bool:
+    """Whether a file holds a ranking, and not another tool's scores. UsageError if it is no JSON file."""
+    data = _read(Path(path))
+    return isinstance(data, dict) and "heads" in data
+
+
+def load_head_list(path: str | Path) -> list[Head]:
+    """Heads, best first, from a `heads.json` or from another tool's scores (`heads.scores`).
+
+    Raises:
+        UsageError: naming the file, for anything else.
+    """
+    if is_ranking(path):
+        return [head.address for head in load_ranking(path).kept]
+    try:
+        return [head for head, _ in read_scores(_read(Path(path)))]
+    except UsageError as error:
+        raise UsageError(f"heads={path}: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    """The JSON value in a file of bounded size."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise UsageError(f"heads={path}: {path.stat().st_size >> 20} MB is too large for a heads.json")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"heads={path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"heads={path}: not a JSON file ({error})") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,20 @@ from localization_heads.errors import UsageError
 from localization_heads.store.arrays import ArrayParts, ArrayRefusedError, TypeParts, tensor_type
 
 MAX_FILE_BYTES = 4 << 30
-MAX_INSTRUCTIONS = 1_000_000  # an analysis of 10,000 heads takes 250,000
-MAX_VALUES = 400_000
-MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a pickle may take: instructions, values in the result, and how deep they nest.
+
+    Args:
+        kind: what the file should be, for messages.
+    """
+
+    instructions: int = 1_000_000  # an analysis of 10,000 heads takes 250,000
+    values: int = 400_000
+    depth: int = 16
+    kind: str = "an attention file"
 
 
 class PickleRefusedError(Exception):
@@ -52,7 +64,7 @@ class _Mark:
 _MARK = _Mark()
 
 
-def load_pickle(path: str | Path) -> Any:
+def load_pickle(path: str | Path, limits: Limits = Limits()) -> Any:
     """The plain value in a pickle file: None, numbers, text, bytes, lists, tuples, dicts and numpy arrays.
 
     Arrays are read-only views. Tensors come as arrays (bfloat16 as float32). Raises UsageError, in one line
@@ -68,32 +80,33 @@ def load_pickle(path: str | Path) -> Any:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     try:
-        return loads_pickle(content)
+        return loads_pickle(content, limits)
     except PickleRefusedError as error:
         raise UsageError(f"{path}: {error}") from error
     except MemoryError as error:
         raise UsageError(f"{path}: not enough memory to read it") from error
 
 
-def loads_pickle(content: bytes) -> Any:
+def loads_pickle(content: bytes, limits: Limits = Limits()) -> Any:
     """`load_pickle` for bytes; raises PickleRefusedError."""
     if content[:4] == b"PK\x03\x04":
         raise PickleRefusedError(
             "a zip archive (of torch.save?), not a pickle: save the maps as .pkl or .safetensors"
         )
     stream = BytesIO(content)
-    value = _Machine(stream).run()
+    value = _Machine(stream, limits).run()
     try:
-        return _Plain().of(value, MAX_DEPTH)
+        return _Plain(limits).of(value, limits.depth)
     except ArrayRefusedError as error:
         raise PickleRefusedError(f"refused: {error}") from error
 
 
 class _Machine:
-    """The stack machine of the pickle protocol (2 to 5), without the instructions that run code."""
+    """The stack machine of the pickle protocol (0 to 5), without the instructions that run code."""
 
-    def __init__(self, stream: BytesIO, *, storages: bool = False) -> None:
+    def __init__(self, stream: BytesIO, limits: Limits, *, storages: bool = False) -> None:
         self.stream = stream
+        self.limits = limits
         self.storages = storages  # whether persistent ids, which name tensor storages, may be used
         self.size = stream.getbuffer().nbytes
         self.spent = 0  # bytes made by conversions: bounds a small pickle that makes many copies of one text
@@ -104,8 +117,8 @@ class _Machine:
         """Run to the STOP instruction; the stream is left behind it."""
         try:
             for count, (opcode, argument, _) in enumerate(pickletools.genops(self.stream)):
-                if count > MAX_INSTRUCTIONS:
-                    raise PickleRefusedError("refused: far more instructions than an attention file needs")
+                if count > self.limits.instructions:
+                    raise PickleRefusedError(f"refused: far more instructions than {self.limits.kind} needs")
                 if opcode.name == "STOP":
                     break
                 self.step(opcode.name, argument)
@@ -126,7 +139,7 @@ class _Machine:
         elif name in _STEPS:
             _STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
-            raise PickleRefusedError(f"refused: the pickle uses {name}, which an attention file never needs")
+            raise PickleRefusedError(f"refused: the pickle uses {name}, which {self.limits.kind} never needs")
 
     def spend(self, count: int) -> None:
         """Account for `count` bytes copied: an honest pickle copies each of its own at most a few times."""
@@ -161,6 +174,10 @@ class _Machine:
             raise PickleRefusedError("refused: the pickle appends to something that is no list")
         target.extend(values)
 
+    def make_dict(self, flat: list[Any]) -> None:
+        self.stack.append({})
+        self.set_items(flat)
+
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(flat) % 2:
@@ -173,7 +190,7 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         if (module, name) not in _ALLOWED and not (self.storages and tensor_type(module, name)):
             raise PickleRefusedError(
-                f"refused: the pickle asks for {_quoted(module, name)}, which an attention file never needs"
+                f"refused: the pickle asks for {_quoted(module, name)}, which {self.limits.kind} never needs"
             )
         self.stack.append(_Name(module, name))
 
@@ -203,13 +220,23 @@ def _quoted(module: object, name: object) -> str:
 
 
 _VALUE_INSTRUCTIONS = (
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
 
+
+def _old_text(text: str) -> str:
+    """What Python 2 wrote as a plain string: bytes, here as Latin-1; UTF-8 where they are that."""
+    try:
+        return text if text.isascii() else text.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        return text
+
+
 _LITERALS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(_VALUE_INSTRUCTIONS, lambda argument: argument),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _old_text),
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
     "NEWFALSE": lambda _: False,
@@ -220,6 +247,8 @@ _LITERALS: dict[str, Callable[[Any], Any]] = {
 }
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    "LIST": lambda m, _: m.stack.append(m.since_mark()),
+    "DICT": lambda m, _: m.make_dict(m.since_mark()),
     "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
     "TUPLE1": lambda m, _: m.pack(1),
     "TUPLE2": lambda m, _: m.pack(2),
@@ -229,8 +258,10 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
     "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
+    "PUT": lambda m, index: m.memoize(index),
     "BINPUT": lambda m, index: m.memoize(index),
     "LONG_BINPUT": lambda m, index: m.memoize(index),
+    "GET": lambda m, index: m.stack.append(m.memo[index]),
     "BINGET": lambda m, index: m.stack.append(m.memo[index]),
     "LONG_BINGET": lambda m, index: m.stack.append(m.memo[index]),
     "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
@@ -259,7 +290,8 @@ def _number(_: _Machine, kind: Any, content: Any) -> bool | int | float:
     """`numpy.core.multiarray.scalar`, as the plain number it holds."""
     parts = ArrayParts()
     parts.fill(content, kind, (), fortran=False)
-    return parts.array().item()
+    value: bool | int | float = parts.array().item()
+    return value
 
 
 def _empty_dict(_: _Machine, *arguments: Any) -> dict[str, Any]:
@@ -289,11 +321,11 @@ def _storage(machine: _Machine, content: Any) -> _Storage:
     machine.spend(len(content))
     stream = BytesIO(content)
     for _header in range(3):  # magic number, protocol version, byte order and sizes
-        header = _Machine(stream).run()
+        header = _Machine(stream, machine.limits).run()
     if type(header) is not dict or header.get("little_endian") is not True:
         raise PickleRefusedError("refused: a tensor in an unknown byte order")
-    pid = _Machine(stream, storages=True).run()
-    _Machine(stream).run()  # the list of storage keys
+    pid = _Machine(stream, machine.limits, storages=True).run()
+    _Machine(stream, machine.limits).run()  # the list of storage keys
     match pid:
         case ("storage", _Name(module, name), str(), str(), int(count), *_) if tensor_type(module, name):
             code = tensor_type(module, name)
@@ -332,13 +364,14 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any] | None] = {
 class _Plain:
     """Copies the result, with arrays in the place of their parts, and refuses whatever is not plain."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.count = 0
 
     def of(self, value: Any, depth: int) -> Any:
         self.count += 1
-        if depth < 0 or self.count > MAX_VALUES:
-            raise PickleRefusedError("refused: far deeper or larger than an attention file")
+        if depth < 0 or self.count > self.limits.values:
+            raise PickleRefusedError(f"refused: far deeper or larger than {self.limits.kind}")
         if type(value) in (type(None), bool, int, float, str, bytes):
             return value
         if type(value) is bytearray:

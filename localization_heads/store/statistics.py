@@ -1,12 +1,13 @@
-"""What `find` and `batch` keep of every sample: sums, entropies and the bottom-row flag of all heads.
+"""What `find` and `batch` keep of every sample: sums, both entropies and the bottom-row flag of all heads.
 
-A file of records of one size, appended a chunk at a time and read through the page cache, so neither a
-hundred thousand samples nor a kill in the middle of a write costs more than the last chunk. A record is
+A file of records of one size, appended a chunk at a time and read a record at a time, so neither a hundred
+thousand samples nor a kill in the middle of a write costs more than the last chunk. A record is
 
-    key (16 bytes) | attention_sum f4 [L, H] | spatial_entropy f4 [L, H] | bottom_row u1 [L, H] | pad | CRC32 u4
+    key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] | pad | CRC32 u4
 
 and a JSON file of the same name beside it says what the numbers were made with. Both names carry a digest of
-that, so statistics of another model, prompt or criterion never mix in.
+that, so statistics of another model, prompt or threshold never mix in. All that the ranking's options choose
+among is in the records, so `stage=rank` needs nothing else: `recorded` lists what a folder holds.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.heads.criteria import Weight
 from localization_heads.store.atomic import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 KEY_BYTES = 16
+COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
+"""What a record holds of every head, in the order of the file."""
 _SCAN_BYTES = 16 << 20
+_LARGEST_JSON = 64 << 20  # bytes
+_LARGEST_MODEL = 1 << 20  # heads
 
 
 def sample_key(expression: str, image: str | Path, id: str = "") -> bytes:
@@ -58,51 +64,118 @@ def _digest(value: object) -> bytes:
 
 @dataclass(frozen=True)
 class StatisticsRows:
-    """Rows in the order that was asked for. The three views read from the file what is indexed, no more."""
+    """Rows in the order that was asked for. The views read from the file what is indexed, no more."""
 
     attention_sum: RowView
-    spatial_entropy: RowView
+    area_entropy: RowView
+    mass_entropy: RowView
     bottom_row_focus: RowView
 
     def __len__(self) -> int:
         return len(self.attention_sum)
 
-    def chunks(self, size: int = 256) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        """Yield `(sums, entropies, bottom_row)` of up to `size` samples, as arrays in memory."""
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield self.attention_sum[part], self.spatial_entropy[part], self.bottom_row_focus[part]
+    def spatial_entropy(self, weight: Weight) -> RowView:
+        """The entropy whose components weigh by their `area` or their `mass`."""
+        return self.area_entropy if weight == "area" else self.mass_entropy
 
 
 class RowView:
     """An array `[sample, layer, head]` on disk, in an order of its own.
 
-    `view[i]`, `view[i:j]` and `view[indices]` are arrays in memory; `np.asarray(view)` reads all of it.
+    `view[i]`, `view[i:j]` and `view[indices]` are arrays in memory; `np.asarray(view)` reads all of it. Rows are
+    read and not mapped: the pages of a map would count as this process's memory.
     """
 
-    def __init__(self, stored: NDArray[Any], order: NDArray[np.int64], dtype: type) -> None:
-        self._stored = stored
+    def __init__(self, path: Path, record: np.dtype[Any], column: str, order: NDArray[np.int64]) -> None:
+        self._path = path
         self._order = order
-        self.dtype = np.dtype(dtype)
-        self.shape: tuple[int, ...] = (len(order), *stored.shape[1:])
-        self.ndim = stored.ndim
+        self._record_bytes = record.itemsize
+        assert record.fields is not None
+        stored = record.fields[column][0]
+        self._offset: int = record.fields[column][1]
+        self._stored = stored.base
+        self.dtype = np.dtype(np.bool_) if self._stored == np.uint8 else self._stored
+        self.shape: tuple[int, ...] = (len(order), *stored.shape)
+        self.ndim = len(self.shape)
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        rows = np.asarray(self._stored[self._order[first]], dtype=self.dtype)
-        if not rest:
+        places = self._order[first]
+        rows = self._read(np.atleast_1d(places)).astype(self.dtype, copy=False)
+        return np.asarray(rows[(0 if np.ndim(places) == 0 else slice(None), *rest)])
+
+    def _read(self, places: NDArray[np.int64]) -> NDArray[Any]:
+        rows = np.empty((len(places), *self.shape[1:]), self._stored)
+        if not len(rows):
             return rows
-        keep = () if isinstance(first, int | np.integer) else (slice(None),)
-        return rows[(*keep, *rest)]
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                for row, place in zip(rows, places.tolist(), strict=True):
+                    file.seek(place * self._record_bytes + self._offset)
+                    if file.readinto(row.reshape(-1).view(np.uint8).data) != row.nbytes:
+                        raise WorkError(f"cannot read {self._path}: it has become shorter meanwhile")
+        except OSError as error:
+            raise WorkError(f"cannot read {self._path}: {error.strerror or error}") from error
+        return rows
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         return (self[i] for i in range(len(self)))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self[:].astype(dtype or self.dtype, copy=False)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The header of a store in a folder.
+
+    Args:
+        settings: what the numbers were made with.
+        used: when a run last opened the store, in seconds since 1970.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    num_layers: int
+    num_heads: int
+    used: float
+
+    def open(self) -> StatisticsStore:
+        return StatisticsStore(
+            self.folder, settings=self.settings, num_layers=self.num_layers, num_heads=self.num_heads
+        )
+
+
+def recorded(folder: str | Path) -> list[Recorded]:
+    """The stores of a folder, the one used last first. What is not a sound header of this version is passed over."""
+    found = []
+    for path in Path(folder).glob("statistics-*.json"):
+        header = _read_json(path)
+        if not isinstance(header, dict) or path.stem != f"statistics-{_digest(header).hex()[:16]}":
+            continue
+        layers, heads, settings = header.get("layers"), header.get("heads"), header.get("settings")
+        sizes = (
+            type(layers) is int
+            and type(heads) is int
+            and layers > 0
+            and 0 < heads <= _LARGEST_MODEL // layers
+        )
+        if header.get("version") == VERSION and sizes and isinstance(settings, dict):
+            found.append(Recorded(Path(folder), settings, layers, heads, path.stat().st_mtime))  # type: ignore[arg-type]
+    return sorted(found, key=lambda one: -one.used)
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file, None if it is none."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 class StatisticsStore:
@@ -118,13 +191,16 @@ class StatisticsStore:
     def __init__(
         self, folder: str | Path, *, settings: Mapping[str, Any], num_layers: int, num_heads: int
     ) -> None:
+        self.settings = dict(settings)
+        self.num_layers = num_layers
+        self.num_heads = num_heads
         self._dtype = _record_type(num_layers, num_heads)
         header = {
             "version": VERSION,
             "layers": int(num_layers),
             "heads": int(num_heads),
             "record_bytes": self._dtype.itemsize,
-            "settings": dict(settings),
+            "settings": self.settings,
         }
         digest = _digest(header)
         self._seed = zlib.crc32(digest)  # a record of other settings does not pass as one of these
@@ -151,15 +227,16 @@ class StatisticsStore:
         self,
         keys: Sequence[bytes],
         attention_sum: NDArray[Any],
-        spatial_entropy: NDArray[Any],
+        area_entropy: NDArray[Any],
+        mass_entropy: NDArray[Any],
         bottom_row_focus: NDArray[Any],
     ) -> None:
-        """Add a chunk: keys `[sample]` and three arrays `[sample, layer, head]`, in one write, on disk on return.
+        """Add a chunk: keys `[sample]` and four arrays `[sample, layer, head]`, in one write, on disk on return.
 
         Keys that are already there are left out. Raises ValueError for wrong shapes or NaN, WorkError where
         the disk fails; the store is then as it was.
         """
-        records = self._records(keys, attention_sum, spatial_entropy, bottom_row_focus)
+        records = self._records(keys, attention_sum, area_entropy, mass_entropy, bottom_row_focus)
         if not len(records):
             return
         try:
@@ -180,20 +257,29 @@ class StatisticsStore:
     def rows(self, keys: Sequence[bytes]) -> StatisticsRows:
         """The statistics of `keys`, in that order; a key may come more than once. KeyError if one is missing."""
         order = np.array([self._positions[key] for key in keys], dtype=np.int64)
-        if self._count:
-            records: NDArray[Any] = np.memmap(self.path, dtype=self._dtype, mode="r", shape=(self._count,))
-        else:
-            records = np.zeros(0, self._dtype)
-        return StatisticsRows(
-            RowView(records["attention_sum"], order, np.float32),
-            RowView(records["spatial_entropy"], order, np.float32),
-            RowView(records["bottom_row_focus"], order, np.bool_),
-        )
+        return StatisticsRows(*(RowView(self.path, self._dtype, column, order) for column in COLUMNS))
+
+    def note_failures(self, reasons: Mapping[bytes, str]) -> None:
+        """Remember why samples have no statistics, beside what was noted before; those that have some are left out."""
+        noted = {key: why for key, why in {**self.failures(), **reasons}.items() if key not in self}
+        if noted or self._failures_path.exists():
+            write_json(self._failures_path, {key.hex(): why for key, why in noted.items()})
+
+    def failures(self) -> dict[bytes, str]:
+        """By key, the reasons that `note_failures` was told."""
+        noted = _read_json(self._failures_path)
+        try:
+            return {bytes.fromhex(key): str(why) for key, why in (noted or {}).items()}
+        except (AttributeError, ValueError):
+            return {}  # a file of somebody else
+
+    @property
+    def _failures_path(self) -> Path:
+        return self.path.with_name(self.path.stem.replace("statistics", "failed") + ".json")
 
     def _records(self, keys: Sequence[bytes], *arrays: NDArray[Any]) -> NDArray[Any]:
-        names = ("attention_sum", "spatial_entropy", "bottom_row_focus")
-        shape = (len(keys), *self._dtype["attention_sum"].shape)
-        for name, array in zip(names, arrays, strict=True):
+        shape = (len(keys), self.num_layers, self.num_heads)
+        for name, array in zip(COLUMNS, arrays, strict=True):
             if np.shape(array) != shape:
                 raise ValueError(f"{name} must be {shape}, not {np.shape(array)}")
             if np.isnan(array).any():
@@ -206,7 +292,7 @@ class StatisticsStore:
                 fresh.setdefault(bytes(key), i)
         records = np.zeros(len(fresh), self._dtype)
         chosen = list(fresh.values())
-        for name, array in zip(names, arrays, strict=True):
+        for name, array in zip(COLUMNS, arrays, strict=True):
             records[name] = np.asarray(array)[chosen]
         for row, key in enumerate(fresh):
             records["key"][row] = np.frombuffer(key, np.uint8)
@@ -252,14 +338,18 @@ def _record_type(num_layers: int, num_heads: int) -> np.dtype[Any]:
     heads = num_layers * num_heads
     if heads < 1:
         raise ValueError("a model has at least one layer and one head")
-    flags_end = KEY_BYTES + 9 * heads
-    crc = -(-flags_end // 4) * 4  # so that the floats of every record are aligned
-    shape = (num_layers, num_heads)
+    sizes = [heads * np.dtype(kind).itemsize for kind in COLUMNS.values()]
+    starts = [KEY_BYTES, *(KEY_BYTES + np.cumsum(sizes)).tolist()]
+    crc = -(-starts[-1] // 4) * 4  # so that the floats of every record are aligned
     return np.dtype(
         {
-            "names": ["key", "attention_sum", "spatial_entropy", "bottom_row_focus", "crc"],
-            "formats": [("u1", KEY_BYTES), ("<f4", shape), ("<f4", shape), ("u1", shape), "<u4"],
-            "offsets": [0, KEY_BYTES, KEY_BYTES + 4 * heads, KEY_BYTES + 8 * heads, crc],
+            "names": ["key", *COLUMNS, "crc"],
+            "formats": [
+                ("u1", KEY_BYTES),
+                *((kind, (num_layers, num_heads)) for kind in COLUMNS.values()),
+                "<u4",
+            ],
+            "offsets": [0, *starts[:-1], crc],
             "itemsize": crc + 4,
         }
     )

@@ -1,0 +1,31 @@
+"""(h) What a command costs before it does anything: whole processes, against the goal of half a second."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.result import Row, limit_row, seconds_text
+from benchmarks.setting import Setting
+
+KEY = "h"
+LIMIT = 0.5  # seconds
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    "--help": ["localization_heads_finder.py", "--help"],
+    "import localization_heads": ["-c", "import localization_heads"],
+}
+
+
+def rows(setting: Setting) -> list[Row]:
+    ways = {name: lambda c=command: run(c) for name, command in COMMANDS.items()}  # type: ignore[misc]
+    timings = setting.time(ways)
+    return [
+        limit_row(KEY, f"{name}: whole process / limit", timings.median(name), LIMIT, seconds_text)
+        for name in ways
+    ]
+
+
+def run(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)

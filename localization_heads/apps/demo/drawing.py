@@ -1,0 +1,124 @@
+"""The page's pictures, drawn with Pillow: quick enough to follow a slider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from localization_heads.figures.canvas import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from localization_heads.figures.overlay import opacity
+from localization_heads.grounding.maps import Grounding
+from localization_heads.heads.head import Head
+
+COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE)
+"""Okabe and Ito's, one an expression."""
+LONGEST = 720  # pixels of a picture on the page
+MARGIN = 40  # of the grid of heads, for its labels
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def draw_boxes(
+    image: Image.Image, groundings: Sequence[Grounding], labels: Sequence[str], longest: int | None = LONGEST
+) -> Image.Image:
+    """The picture with a tinted mask, a box and a label for each grounding, each in its colour."""
+    shown, scale = _shown(image, longest)
+    for colour, found in zip(COLOURS, groundings, strict=False):
+        mask = Image.fromarray(found.mask).resize(shown.size, Image.Resampling.NEAREST)
+        tint = Image.new("RGB", shown.size, colour)
+        shown.paste(tint, mask=mask.convert("L").point(lambda value: value and 90))
+    pen = ImageDraw.Draw(shown)
+    line = max(2, round(max(shown.size) / 180))
+    for colour, found, label in zip(COLOURS, groundings, labels, strict=False):
+        x0, y0, x1, y1 = (edge * scale for edge in found.box)
+        corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
+        pen.rectangle(corners, outline=PAPER, width=line + 2)
+        pen.rectangle(corners, outline=colour, width=line)
+        _label(pen, shown.size, (x0, y0), f"{label}  {found.score:.2f}", colour)
+    return shown
+
+
+def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
+    """The picture under the combined map; what is low stays see-through."""
+    shown, _ = _shown(image, LONGEST)
+    heat = Image.fromarray(found.heatmap).resize(shown.size, Image.Resampling.BILINEAR)
+    share = np.clip(np.asarray(heat), 0, 1)
+    colours = colormaps[COLOUR_MAP](share)[..., :3] * 255
+    alpha = opacity(share)[..., None]
+    return Image.fromarray((np.asarray(shown) * (1 - alpha) + colours * alpha).astype(np.uint8))
+
+
+def draw_grid(sums: NDArray[np.floating], on: Sequence[Head], others: Sequence[Head] = ()) -> Image.Image:
+    """Every head's attention sum, a row a layer: a ring around heads that are on, a dot in those of the other set."""
+    layers, heads = sums.shape
+    cell = cell_size(sums.shape)
+    canvas = Image.new("RGB", (MARGIN + heads * cell + 4, MARGIN + layers * cell + 4), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    shares = np.nan_to_num(sums / (np.nanmax(sums) or 1.0))
+    for (layer, head), share in np.ndenumerate(shares):
+        x, y = MARGIN + head * cell, MARGIN + layer * cell
+        colour = tuple(int(255 * c) for c in colormaps[COLOUR_MAP](float(share))[:3])
+        pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), fill=colour)
+        if Head(layer, head) in on:
+            pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=PAPER, width=4)
+            pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=VERMILLION, width=3)
+        if Head(layer, head) in others:
+            middle, r = (x + cell / 2, y + cell / 2), cell / 6
+            pen.ellipse((middle[0] - r, middle[1] - r, middle[0] + r, middle[1] + r), fill=PAPER, outline=INK)
+    _axes(pen, layers, heads, cell)
+    return canvas
+
+
+def cell_size(shape: tuple[int, ...]) -> int:
+    """Pixels a cell of the grid of heads: the more heads, the smaller."""
+    return max(14, min(44, 560 // max(shape)))
+
+
+def head_at(x: float, y: float, shape: tuple[int, int]) -> Head | None:
+    """The head whose cell holds a pixel of the grid's picture, None on its margins."""
+    cell = cell_size(shape)
+    head, layer = int((x - MARGIN) // cell), int((y - MARGIN) // cell)
+    return Head(layer, head) if 0 <= layer < shape[0] and 0 <= head < shape[1] else None
+
+
+def _shown(image: Image.Image, longest: int | None) -> tuple[Image.Image, float]:
+    """A copy no larger than the page shows it, and its scale."""
+    scale = min(1.0, longest / max(image.size)) if longest else 1.0
+    W, H = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((W, H), Image.Resampling.LANCZOS, reducing_gap=2), scale
+
+
+def _label(
+    pen: ImageDraw.ImageDraw, size: tuple[int, int], corner: tuple[float, float], text: str, colour: str
+) -> None:
+    """A name plate above the corner, or below it at the picture's edge; never beyond the picture."""
+    font = _font(max(13, round(max(size) / 45)))
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+    width, height = right - left + 10, bottom - top + 8
+    x = min(max(0.0, corner[0]), max(0.0, size[0] - width))
+    y = corner[1] - height if corner[1] >= height else corner[1]
+    pen.rectangle((x, y, x + width, y + height), fill=colour, outline=PAPER)
+    pen.text((x + 5 - left, y + 4 - top), text, font=font, fill="white" if colour != SKY else "black")
+
+
+def _axes(pen: ImageDraw.ImageDraw, layers: int, heads: int, cell: int) -> None:
+    font, step = _font(12), 1 if cell >= 22 else 4
+    middle = MARGIN - 8
+    for head in range(0, heads, step):
+        pen.text((MARGIN + (head + 0.5) * cell, middle), str(head), font=font, fill=INK, anchor="ms")
+    for layer in range(0, layers, step):
+        pen.text((middle, MARGIN + (layer + 0.5) * cell), str(layer), font=font, fill=INK, anchor="rm")
+    pen.text((MARGIN + heads * cell / 2, 9), "head", font=font, fill=INK, anchor="mm")
+    pen.text((2, MARGIN - 8), "layer", font=font, fill=INK, anchor="ls")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """matplotlib's own font: it is on every machine and has more letters than Pillow's."""
+    from matplotlib.font_manager import findfont
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)

@@ -1,0 +1,76 @@
+"""Which pictures two sets of samples share: heads found on a picture must not be scored on it.
+
+Two copies of a picture are the same one if their lines name it the same way (`picture`, as `stage=prepare` writes
+it), if their files have COCO's name of it, or else if the files hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from localization_heads.data.image_error import is_address
+from localization_heads.data.jsonl import read_objects
+from localization_heads.data.reference import coco_picture_of
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError
+
+KEY_DIGITS = 16
+
+
+def picture_keys(samples: Iterable[Sample]) -> list[str | None]:
+    """What tells each sample's picture from others; None for one in memory, or whose file cannot be read."""
+    known: dict[str, str | None] = {}
+    keys: list[str | None] = []
+    for sample in samples:
+        if sample.picture:
+            keys.append(sample.picture)
+            continue
+        name = sample.image_file
+        if name not in known:
+            known[name] = _file_key(name)
+        keys.append(known[name])
+    return keys
+
+
+def _file_key(name: str) -> str | None:
+    """By COCO's name, or else by content; an address by its text."""
+    if not name:
+        return None
+    if known := coco_picture_of(Path(name).name):
+        return known
+    if is_address(name):
+        return "address:" + hashlib.sha256(name.encode()).hexdigest()[:KEY_DIGITS]
+    try:
+        with Path(name).open("rb") as file:
+            return "file:" + hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
+    except (OSError, ValueError):
+        return None
+
+
+def prepared_pictures(data_file: Path) -> set[str]:
+    """The pictures of a file that `stage=prepare` wrote. UsageError for any other file."""
+    pictures: set[str] = set()
+    for line, entry in read_objects(data_file):
+        name = entry.get("picture") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise UsageError(
+                f"{data_file}: line {line} names no picture: give files that stage=prepare wrote"
+            )
+        pictures.add(name)
+    return pictures
+
+
+def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files that `stage=prepare` wrote into a folder, each with what it recorded of it."""
+    for side in sorted(folder.glob("*.json")):
+        data_file = side.with_suffix(".jsonl")
+        try:
+            record = json.loads(side.read_text(encoding="utf-8")) if side.stat().st_size < 1 << 20 else None
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("split"), str) and data_file.is_file():
+            yield data_file, record

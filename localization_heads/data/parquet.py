@@ -1,0 +1,150 @@
+"""Parquet files of benchmarks: their columns, their split, and rows a few at a time, within bounds.
+
+pyarrow is imported when a file is opened. Whatever a file claims of itself is checked before memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.data.jsonl import BadLineError
+from localization_heads.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+MAX_ROWS = 10_000_000
+MAX_GROUP_BYTES = 4 << 30
+MAX_GROUP_VALUES = 1 << 31
+"""Of one column in one row group: the masks of a hundred pictures of twenty million pixels."""
+
+MAX_CELL = 64 << 20
+"""Bytes of JSON in one cell."""
+
+BATCH = 16
+_SPLITS = {
+    "validation": "val",
+    "val": "val",
+    "train": "train",
+    "testA": "testA",
+    "testB": "testB",
+    "test": "test",
+}
+
+
+@contextmanager
+def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """A parquet file whose row groups are within bounds. UsageError, naming it, for anything that is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_bounds(path, file, columns)
+            yield file
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UsageError(f"{path}: not a parquet file that can be read ({reason})") from error
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns at the top level."""
+    with opened(path, ()) as file:
+        return list(file.schema_arrow.names)
+
+
+def num_rows(path: Path) -> int:
+    with opened(path, ()) as file:
+        return int(file.metadata.num_rows)
+
+
+def num_values(path: Path, column: str) -> int:
+    """How many values a column of nested lists holds in all."""
+    with opened(path, (column,)) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        return sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+
+
+def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+    metadata = file.metadata
+    if metadata.num_rows > MAX_ROWS:
+        raise UsageError(f"{path}: more than {MAX_ROWS} rows")
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+        if sum(chunk.total_uncompressed_size for chunk in chunks) > MAX_GROUP_BYTES or any(
+            chunk.num_values > MAX_GROUP_VALUES for chunk in chunks
+        ):
+            raise UsageError(f"{path}: row group {number} is over the limit of {MAX_GROUP_BYTES >> 30} GB")
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every row of some small columns, as plain values."""
+    with opened(path, columns) as file:
+        for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
+            yield from batch.to_pylist()
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], rows: Sequence[int], batch_size: int = BATCH
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """These rows, which ascend, each as a batch of one; row groups that hold none of them are not read."""
+    with opened(path, columns) as file:
+        first, wanted = 0, iter(rows)
+        row = next(wanted, None)
+        for number in range(file.metadata.num_row_groups):
+            end = first + file.metadata.row_group(number).num_rows
+            at = first
+            if row is not None and row < end:
+                for batch in file.iter_batches(batch_size, row_groups=[number], columns=list(columns)):
+                    while row is not None and row < at + batch.num_rows:
+                        yield row, batch.slice(row - at, 1)
+                        row = next(wanted, None)
+                    at += batch.num_rows
+                    if row is None or row >= end:
+                        break
+            first = end
+
+
+def split_of(path: Path) -> str:
+    """The split that a file's name tells, or its folder's, as Hugging Face names them.
+
+    >>> split_of(Path("data/validation-00000-of-00001.parquet")), split_of(Path("default/testA/0000.parquet"))
+    ('val', 'testA')
+    """
+    for name in (path.name, path.parent.name):
+        found = {_SPLITS[word] for word in re.split(r"[^A-Za-z]+", name) if word in _SPLITS}
+        if len(found) == 1:
+            return found.pop()
+        if found:
+            break
+    raise UsageError(f"{path}: its name does not tell its split; name it as in val-00000-of-00001.parquet")
+
+
+def json_cell(value: object, name: str) -> dict[str, Any]:
+    """The object in a column of JSON texts. BadLineError, naming the column, for anything else."""
+    if not isinstance(value, str) or len(value) > MAX_CELL:
+        raise BadLineError(f"{name} is not text")
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadLineError(f"{name} is not JSON ({str(error)[:60]})") from error
+    if not isinstance(parsed, dict):
+        raise BadLineError(f"{name} is not a JSON object")
+    return parsed
+
+
+def image_cell(value: object) -> bytes:
+    """The bytes in a column of pictures, which is `{"bytes", "path"}`. Raises BadLineError."""
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes) or not content:
+        raise BadLineError("the picture's bytes are not in the file")
+    return content

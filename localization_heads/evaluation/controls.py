@@ -1,0 +1,134 @@
+"""What the localization heads have to be compared with, all from the maps of the same forward pass.
+
+| control | what it answers |
+| --- | --- |
+| `random_heads` | Is it these heads, or any heads of their layers? |
+| `all_heads` | Is choosing heads worth anything at all? |
+| `centre_box` | How much does it take to know nothing but that objects stand in the middle? |
+| `oracle` | How good can a map on this model's grid be, through these grounding options? |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.evaluation.metrics import interval_shares
+from localization_heads.evaluation.random_heads import layer_matched
+from localization_heads.evaluation.scores import Truth
+from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
+from localization_heads.heads.head import Head
+
+DRAWS = 5
+"""How often random heads are drawn."""
+CENTRE = 0.5
+"""Sides of the centre box, as shares of the picture's."""
+
+_ONLY = [Head(0, 0)]
+
+
+def control_groundings(
+    maps: AttentionMaps,
+    heads: Sequence[Head],
+    truth: Truth,
+    options: GroundingOptions,
+    *,
+    exclude_layers: int,
+    draws: int = DRAWS,
+    seed: int = 42,
+) -> dict[str, list[Grounding]]:
+    """What each control that makes a map answers, through the same `options`: `random_heads` once a draw."""
+    drawn = random_heads(heads, maps.num_heads, draws=draws, seed=seed)
+    return {
+        "random_heads": [ground_maps(maps, other, options) for other in drawn],
+        "all_heads": [ground_maps(mean_map(maps, exclude_layers), _ONLY, options)],
+        "oracle": [ground_maps(oracle_map(maps, truth), _ONLY, options)],
+    }
+
+
+def random_heads(
+    chosen: Sequence[Head], num_heads: int, *, draws: int = DRAWS, seed: int = 42
+) -> list[tuple[Head, ...]]:
+    """Layer-matched random heads: for each head chosen, another of its layer, evenly, none twice in a draw.
+
+    The same seed and heads give the same draws. Where a layer has too few others, the chosen ones are drawn from too:
+    the control then comes closer to what it is compared with, never further away.
+    """
+    rng = np.random.default_rng(seed)
+    shape = max(head.layer for head in chosen) + 1, num_heads
+    return [layer_matched(chosen, shape, rng) for _ in range(draws)]
+
+
+def mean_map(maps: AttentionMaps, exclude_layers: int) -> AttentionMaps:
+    """The mean over every head of the layers from `exclude_layers` on, as the one head `L0H0`."""
+    mean = maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64)
+    return _as_one_head(maps, mean)
+
+
+def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
+    """The true mask, or the true box where no mask is known, on the model's own grid, as the one head `L0H0`.
+
+    A cell's value is the share of its area that the truth covers.
+    """
+    if truth.mask is None:
+        return _as_one_head(maps, box_shares(truth.box, maps.image_box, maps.grid))
+    return _as_one_head(maps, mask_shares(truth.mask, maps.image_box, maps.grid))
+
+
+def mask_shares(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """The share of each cell that a mask `[H, W]` covers: float64 `[h, w]` for a grid over `image_box`.
+
+    Pixels that a cell's edge cuts count by area; beyond the image there is no mask.
+
+    >>> mask_shares(np.array([[True, False, False, True]]), (0, 0, 4, 1), (1, 2)).tolist()
+    [[0.5, 0.5]]
+    """
+    height, width = mask.shape
+    x_edges, y_edges = _edges(image_box, grid)
+    columns = np.stack([_pixels(low, high, width) for low, high in pairwise(x_edges)])
+    shares = np.zeros(grid)
+    for row, (low, high) in enumerate(pairwise(y_edges)):
+        weights = _pixels(low, high, height)
+        rows = np.flatnonzero(weights)  # a grid's row at a time: a large mask is never copied whole
+        shares[row] = columns @ (weights[rows] @ mask[rows].astype(np.float64))
+    return np.asarray(shares / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
+
+
+def _pixels(low: float, high: float, count: int) -> NDArray[np.float64]:
+    """How much of each of `count` pixels lies in `[low, high]`."""
+    start = np.arange(count)
+    return np.asarray(np.clip(np.minimum(start + 1, high) - np.maximum(start, low), 0, None))
+
+
+def box_shares(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """The share of each cell that a box covers: float64 `[h, w]` for a grid over `image_box`.
+
+    >>> box_shares((1, 0, 4, 1), (0, 0, 4, 1), (1, 2)).tolist()
+    [[0.5, 1.0]]
+    """
+    x_edges, y_edges = _edges(image_box, grid)
+    return np.outer(interval_shares(y_edges, box[1], box[3]), interval_shares(x_edges, box[0], box[2]))
+
+
+def centre_box(image_size: tuple[int, int]) -> Box:
+    """The box in the middle of a `(W, H)` picture with half its sides, a quarter of its area.
+
+    >>> centre_box((640, 480))
+    (160.0, 120.0, 480.0, 360.0)
+    """
+    W, H = image_size
+    return W * (1 - CENTRE) / 2, H * (1 - CENTRE) / 2, W * (1 + CENTRE) / 2, H * (1 + CENTRE) / 2
+
+
+def _edges(image_box: Box, grid: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x0, y0, x1, y1 = image_box
+    return np.linspace(x0, x1, grid[1] + 1), np.linspace(y0, y1, grid[0] + 1)
+
+
+def _as_one_head(maps: AttentionMaps, values: NDArray[np.float64]) -> AttentionMaps:
+    return replace(maps, attention=values[None, None].astype(np.float32))

@@ -1,0 +1,153 @@
+"""One grounded expression against the truth, beside the controls, and what many of them come to: `metrics.json`.
+
+The command `stage=evaluate` and the function `localization_heads.evaluate` both ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.masks import tight_box
+from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
+from localization_heads.errors import UsageError
+from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
+from localization_heads.evaluation.metrics import NUM_RESAMPLES
+from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding, summarize
+from localization_heads.grounding.maps import Grounding, GroundingOptions
+from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.heads.head import Head
+
+NO_TRUTH = "has neither bbox nor mask: there is nothing to score against"
+
+Bootstrap = Literal["expression", "image"]
+Scores = dict[str, list[Score]]
+"""What each method answered one expression, by the method's name: several times, or once."""
+
+HEADS = "heads"
+"""The method that all others are controls of."""
+CONTROLS = ("random_heads", "all_heads", "centre_box", "oracle")
+"""In the order of `metrics.json`."""
+
+
+def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
+    """Where the sample's object is: its box, or else the tight box of its mask, and its mask.
+
+    Args:
+        image_size: `(W, H)` of its picture in pixels.
+
+    Raises:
+        UsageError: naming the sample; it has neither, or they do not fit the picture.
+
+    >>> truth_of(Sample("cat.jpg", "the cat", bbox=(1, 2, 3, 4)), (8, 8))
+    Truth(box=(1, 2, 3, 4), mask=None, ignored=None)
+    """
+    if sample.bbox is None and sample.mask is None:
+        raise UsageError(f"{where(sample)}: {NO_TRUTH}")
+    check_inside(sample, image_size)
+    mask = None if sample.mask is None else decode_mask(sample, image_size)
+    box = sample.bbox or (None if mask is None else tight_box(mask))
+    if box is None:
+        raise UsageError(f"{where(sample)}: the mask is empty and there is no bbox")
+    return Truth(box, mask, None if mask is None else decode_ignored(sample, image_size))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is scored beside the heads, and how the scores are put together.
+
+    Args:
+        criteria: of the heads; `exclude_layers` bounds the layers that the control of all heads looks at.
+        grounding: how the maps of the controls become boxes, as those of the heads do.
+        controls: whether the controls are scored at all.
+        bootstrap: what the intervals draw: expressions, or images with all their expressions.
+        seed: of the random heads and of the bootstrap.
+
+    Raises:
+        ValueError: `bootstrap` is neither.
+    """
+
+    criteria: CriteriaOptions
+    grounding: GroundingOptions
+    controls: bool = True
+    bootstrap: Bootstrap = "expression"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.bootstrap not in get_args(Bootstrap):
+            raise ValueError(f"bootstrap must be expression or image, not {self.bootstrap!r}")
+
+    def scores(
+        self,
+        maps: AttentionMaps,
+        grounding: Grounding,
+        truth: Truth,
+        refine: Callable[[Grounding], Grounding] = lambda answer: answer,
+    ) -> Scores:
+        """The scores of the heads' grounding, and of the controls, which the segmenter (`refine`) refines as well.
+
+        Args:
+            maps: of all layers, if there are controls.
+        """
+        scores = {HEADS: [score_grounding(grounding, truth)]}
+        if not self.controls:
+            return scores
+        grounded = control_groundings(
+            maps,
+            grounding.heads,
+            truth,
+            self.grounding,
+            exclude_layers=self.criteria.exclude_layers,
+            seed=self.seed,
+        )
+        controls = {
+            name: [score_grounding(refine(answer), truth) for answer in answers]
+            for name, answers in grounded.items()
+        }
+        controls["centre_box"] = [score_box(centre_box(maps.image_size), truth, maps.image_size)]
+        return scores | {name: controls[name] for name in CONTROLS}
+
+    def metrics(
+        self, scored: Sequence[Mapping[str, Sequence[Score]]], images: Sequence[str], num_failed: int = 0
+    ) -> dict[str, Any]:
+        """The numbers of `metrics.json`: the heads' with their intervals, the counts, and the controls'.
+
+        Args:
+            scored: of each expression, one or more; the same methods in each.
+            images: a name of each expression's picture.
+        """
+        methods = {name: [scores[name] for scores in scored] for name in scored[0]}
+        groups = images if self.bootstrap == "image" else None
+        summary = summarize(methods, groups=groups, seed=self.seed)
+        masks = sum(answers[0].overlap is not None for answers in methods[HEADS])
+        return {
+            **summary.pop(HEADS),
+            **({"num_masks": masks} if masks else {}),
+            "num_samples": len(scored),
+            "num_failed": num_failed,
+            "controls": summary,
+        }
+
+    def choices(self, heads: Sequence[Head] | None, k: int) -> dict[str, Any]:
+        """Whatever the numbers depend on here, by name, as JSON values.
+
+        Args:
+            heads: that were fixed; None or none where each sample picks its own `k`.
+        """
+        controls = {
+            "random_heads": f"{DRAWS} draws of other heads of the same layers, averaged",
+            "all_heads": f"mean over all heads of the layers from {self.criteria.exclude_layers} on",
+            "centre_box": f"the middle {CENTRE:g} of width and height",
+            "oracle": "true mask (true box where there is none) on the model's grid by area",
+        }
+        return {
+            "heads": [str(head) for head in heads] if heads else "greedy: each sample's own",
+            "k": len(heads) if heads else k,
+            "criteria": asdict(self.criteria),
+            "grounding": asdict(self.grounding),
+            "controls": controls if self.controls else None,
+            "bootstrap": f"{NUM_RESAMPLES} resamples of {self.bootstrap}s, 95 %",
+            "random_seed": self.seed,
+        }

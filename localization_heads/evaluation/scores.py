@@ -1,0 +1,195 @@
+"""How well each method did on each expression, and what that comes to over a data set, with intervals.
+
+A method is the localization heads or one of the controls beside them. It may answer an expression several times
+(random heads are drawn anew); its answers to one expression are averaged before anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import Box
+from localization_heads.evaluation.metrics import (
+    THRESHOLDS,
+    bootstrap_ratios,
+    box_iou,
+    divided,
+    energy_in_box,
+    mask_overlap,
+    percentile_interval,
+    pointing_hit,
+)
+from localization_heads.grounding.hull import fill_polygon
+from localization_heads.grounding.maps import Grounding
+
+METRICS = (
+    *(f"acc@{threshold}" for threshold in THRESHOLDS),
+    "mean_iou",
+    "pointing",
+    "energy",
+    "ciou",
+    "giou",
+)
+"""In the order of `metrics.json`; the last two only where there are true masks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """Where the object really is: its box in pixels, and its mask, bool `[H, W]`, if that is known.
+
+    Args:
+        ignored: pixels, bool `[H, W]`, in neither intersection nor union of the masks, as LISA scores ReasonSeg.
+    """
+
+    box: Box
+    mask: NDArray[np.bool_] | None = None
+    ignored: NDArray[np.bool_] | None = None
+
+    def overlap(self, predicted: NDArray[np.bool_] | None) -> tuple[int, int] | None:
+        """Pixels in the intersection and the union of both masks; None without a true one. None covers nothing."""
+        if self.mask is None:
+            return None
+        counted = np.ones_like(self.mask) if self.ignored is None else ~self.ignored
+        covered = np.zeros_like(self.mask) if predicted is None else predicted & counted
+        return mask_overlap(covered, self.mask & counted)
+
+
+class Score(NamedTuple):
+    """One answer against the truth.
+
+    Args:
+        iou: of the boxes.
+        pointing: whether the point lies in the true box.
+        energy: share of the map's mass on the image that lies in the true box.
+        overlap: pixels in intersection and union of the masks; None without a true mask.
+    """
+
+    iou: float
+    pointing: bool
+    energy: float
+    overlap: tuple[int, int] | None = None
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> Score:
+        """What JSON makes of a score: a list."""
+        iou, pointing, energy, overlap = data
+        return cls(iou, pointing, energy, None if overlap is None else (overlap[0], overlap[1]))
+
+
+Answers = Sequence[Sequence[Score]]
+"""Of one method: for each expression its answers, one or more."""
+
+
+def score_grounding(grounding: Grounding, truth: Truth) -> Score:
+    """A grounded box with its map and its mask."""
+    energy = energy_in_box(grounding.combined, grounding.image_box, grounding.image_size, truth.box)
+    iou = float(box_iou(grounding.box, truth.box))
+    overlap = truth.overlap(grounding.mask) if truth.mask is not None else None
+    return Score(iou, pointing_hit(grounding.point, truth.box), energy, overlap)
+
+
+def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Score:
+    """A box without a map: it points at its middle, its mass is even, its mask is filled. None is a miss.
+
+    >>> score_box((0, 0, 2, 2), Truth((1, 0, 3, 2)), image_size=(4, 4))
+    Score(iou=0.3333333333333333, pointing=True, energy=0.5, overlap=None)
+    """
+    if box is None:
+        return Score(0.0, False, 0.0, truth.overlap(None))
+    x0, y0, x1, y1 = box
+    overlap = None
+    if truth.mask is not None:
+        corners = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+        overlap = truth.overlap(fill_polygon(corners, image_size))
+    energy = energy_in_box(np.ones((1, 1)), box, image_size, truth.box)
+    hit = pointing_hit(((x0 + x1) / 2, (y0 + y1) / 2), truth.box)
+    return Score(float(box_iou(box, truth.box)), hit, energy, overlap)
+
+
+def summarize(
+    methods: Mapping[str, Answers], *, groups: Sequence[str] | None = None, seed: int = 42
+) -> dict[str, dict[str, Any]]:
+    """Every metric of every method, with its 95 % bootstrap interval: plain values, six decimals, null if undefined.
+
+    Args:
+        methods: answers by name, all to the same expressions in the same order. The first is the one that the others
+            are controls of; each of these also gets `difference`, how far the first is ahead of it: `[value, low,
+            high]`, where the interval is that of the paired difference.
+        groups: of each expression (its image): the bootstrap draws whole groups. None draws expressions.
+
+    Returns:
+        By method: `<metric>` and `<metric>_interval`, of METRICS.
+
+    >>> scores = [[Score(0.6, True, 0.5)], [Score(0.2, False, 0.1)]]
+    >>> summary = summarize({"heads": scores})["heads"]
+    >>> summary["acc@0.5"], summary["mean_iou"], summary["acc@0.5_interval"]
+    (0.5, 0.4, [0.0, 1.0])
+    """
+    tables = [ratio_table(answers) for answers in methods.values()]
+    tops, bottoms = (np.concatenate([table[i] for table in tables], axis=1) for i in (0, 1))
+    values = _empty_agree(divided(tops.sum(axis=0), bottoms.sum(axis=0)).reshape(len(tables), -1))
+    drawn = bootstrap_ratios(tops, bottoms, groups=groups, seed=seed)
+    resampled = _empty_agree(drawn.reshape(-1, len(tables), len(METRICS)))
+    known = np.flatnonzero(~np.isnan(values[0])).tolist()
+    summary: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(methods):
+        row = summary[name] = {}
+        for i in known:
+            row[METRICS[i]] = rounded(values[number, i])
+            row[f"{METRICS[i]}_interval"] = _interval(resampled[:, number, i])
+        if number:
+            ahead, spread = values[0] - values[number], resampled[:, 0] - resampled[:, number]
+            row["difference"] = {METRICS[i]: [rounded(ahead[i]), *_interval(spread[:, i])] for i in known}
+    return summary
+
+
+def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Numerators and denominators `[expression, metric]`: each of METRICS is a ratio of their sums.
+
+    An expression without a true mask has denominator 0 in the metrics of masks. An empty prediction of an empty truth
+    agrees: 1 of 1.
+    """
+    counts = np.array([len(scores) for scores in answers])
+    row = np.repeat(np.arange(len(answers)), counts)
+    flat = [score for scores in answers for score in scores]
+
+    def mean(values: NDArray[Any]) -> NDArray[np.float64]:
+        """Of each expression's answers."""
+        return np.asarray(np.bincount(row, weights=values, minlength=len(answers)) / counts)
+
+    iou, hit, energy = np.array([score[:3] for score in flat], dtype=np.float64).reshape(-1, 3).T
+    masked = np.array([score.overlap is not None for score in flat], dtype=np.float64)
+    pairs = [score.overlap or (0, 0) for score in flat]
+    shared, union = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    agreement = np.where(union > 0, divided(shared, union), 1.0) * masked
+    boxes = [*(mean(iou >= threshold) for threshold in THRESHOLDS), mean(iou), mean(hit), mean(energy)]
+    tops = [*boxes, mean(shared), mean(agreement)]
+    bottoms = [*(np.ones_like(column) for column in boxes), mean(union), mean(masked)]
+    return np.stack(tops, 1), np.stack(bottoms, 1)
+
+
+def _empty_agree(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ratios `[..., metric]`, where cIoU of masks that are all empty, predicted and true, is 1 (as `ciou` has it)."""
+    ciou, giou = METRICS.index("ciou"), METRICS.index("giou")
+    values[..., ciou] = np.where(
+        np.isnan(values[..., ciou]) & ~np.isnan(values[..., giou]), 1.0, values[..., ciou]
+    )
+    return values
+
+
+def _interval(resampled: NDArray[np.float64]) -> list[float | None]:
+    return [rounded(bound) for bound in percentile_interval(resampled)]
+
+
+def rounded(value: float) -> float | None:
+    """Six decimals; None for what is not defined.
+
+    >>> rounded(1 / 3), rounded(float("nan"))
+    (0.333333, None)
+    """
+    return None if np.isnan(value) else round(float(value), 6)

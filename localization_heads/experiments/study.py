@@ -1,0 +1,148 @@
+"""`Study`: all that the experiments need to know of a model on a set of entries, after one pass of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.grounding.maps import GroundingOptions
+from localization_heads.heads.analysis import greedy_heads
+from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking, rank_heads
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What is swept over, and what is held.
+
+    Args:
+        k, top_n, num_trials, num_samples, seed, criteria, grounding: the recipe around which is swept.
+        ks: head counts of Tab. 4.
+        sigmas, kernels: smoothing of Tab. 8; one is swept while the other is the recipe's.
+        taus: thresholds of Fig. 13; none takes multiples of the elbow.
+        top_ns: heads marked in each sample, of Fig. 14.
+        min_frequency: heads selected less often are not in Fig. 6b.
+        random_sets: how many random sets of heads the found ones are compared with.
+        benchmark: the split that the entries are of, such as `refcoco-val`; none for any other data.
+    """
+
+    k: int = 3
+    top_n: int = 10
+    num_trials: int = 5
+    num_samples: int = 1000
+    seed: int = 42
+    criteria: CriteriaOptions = field(default_factory=CriteriaOptions)
+    grounding: GroundingOptions = field(default_factory=GroundingOptions)
+    ks: tuple[int, ...] = (1, 2, 3, 4, 5)
+    sigmas: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0, 1.4, 1.8)
+    kernels: tuple[int, ...] = (1, 3, 5, 7, 9)
+    taus: tuple[float, ...] | None = None
+    top_ns: tuple[int, ...] = tuple(range(1, 15))
+    min_frequency: float = 0.01
+    random_sets: int = 20
+    benchmark: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One model on one set of entries. Arrays are `[sample, layer, head]`.
+
+    Args:
+        model, data: names for people.
+        sums, entropies, bottom_row: what the criteria say of every head (`head_statistics`).
+        ious: `head_ious` of every sample, or None where no truth is known.
+        hits: `head_hits`, likewise.
+        num_masks: how many samples have a true mask; the IoU of the others is with their box.
+        given_heads: localization heads that were named; none takes those found here.
+        segmenter: what makes the masks of Tab. 1 to 3.
+    """
+
+    model: str
+    data: str
+    sums: NDArray[np.float32]
+    entropies: NDArray[np.float32]
+    bottom_row: NDArray[np.bool_]
+    ious: NDArray[np.float32] | None = None
+    hits: NDArray[np.bool_] | None = None
+    num_masks: int = 0
+    given_heads: tuple[Head, ...] | None = None
+    segmenter: str = "none"
+    options: StudyOptions = field(default_factory=StudyOptions)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(layers, heads a layer)`."""
+        return self.sums.shape[1], self.sums.shape[2]
+
+    @cached_property
+    def ranking(self) -> HeadRanking:
+        """The heads by selection frequency, as `stage=find` ranks them."""
+        return self.ranked()
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The localization heads, best first: those named, else the first `k` found here."""
+        return self.given_heads or self.found()
+
+    def ranked(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
+        """The ranking with another threshold or another number of marked heads; nothing is run again."""
+        options = self.options
+        criteria = options.criteria
+        if tau is not None:
+            criteria = replace(criteria, tau=tau, elbow="value")
+        return rank_heads(
+            self.sums,
+            self.entropies,
+            bottom_row=self.bottom_row,
+            options=criteria,
+            top_n=options.top_n if top_n is None else top_n,
+            num_trials=options.num_trials,
+            num_samples=options.num_samples,
+            seed=options.seed,
+            model=self.model,
+        )
+
+    def found(self, k: int | None = None) -> tuple[Head, ...]:
+        """The first `k` heads by both criteria; fewer if fewer are kept."""
+        return first(self.ranking, self.options.k if k is None else k)
+
+    def greedy(self, k: int | None = None, *, tau: float | None = None) -> tuple[tuple[Head, ...], ...]:
+        """The heads that each sample picks by itself (the paper's "greedy"), a tuple a sample.
+
+        A sample in which no head passes takes the first head of the first layer that counts, as `heads=greedy`.
+        """
+        options = self.options
+        criteria = options.criteria if tau is None else replace(options.criteria, tau=tau, elbow="value")
+        no_count = np.zeros(self.shape, dtype=np.int64)
+        picked = []
+        for sums, entropies, bottom in zip(self.sums, self.entropies, self.bottom_row, strict=True):
+            statistics = HeadStatistics(sums, entropies, entropies, no_count, bottom)
+            heads = greedy_heads(statistics, criteria, options.k if k is None else k)
+            picked.append(tuple(heads) or (Head(criteria.exclude_layers, 0),))
+        return tuple(picked)
+
+
+def first(ranking: HeadRanking, k: int) -> tuple[Head, ...]:
+    """The first `k` heads that criterion 1 keeps; fewer if there are fewer."""
+    return tuple(head.address for head in ranking.kept[:k])
+
+
+def highest(sums: NDArray[np.floating], k: int, exclude_layers: int) -> tuple[Head, ...]:
+    """The `k` heads `[layer, head]` of the highest values; of equal ones the lower layer, then the lower head."""
+    allowed = np.array(sums, dtype=np.float64)
+    allowed[:exclude_layers] = -np.inf
+    order = np.argsort(-allowed, axis=None, kind="stable")[:k]
+    return tuple(Head(*divmod(int(index), sums.shape[1])) for index in order if allowed.flat[index] > -np.inf)
+
+
+def names(heads: Sequence[Head]) -> str:
+    """`L2H0 L2H2`."""
+    return " ".join(map(str, heads)) or "none"

@@ -1,0 +1,200 @@
+"""Do heads that were found without labels localise, and better ones more often? Fig. 6b and random heads."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from localization_heads.evaluation.correlation import spearman
+from localization_heads.evaluation.metrics import bootstrap_interval
+from localization_heads.evaluation.random_heads import layer_matched
+from localization_heads.experiments import paper
+from localization_heads.experiments.finding import Finding, Table, percent, probability, two_digits
+from localization_heads.experiments.scoring import Recipe, Scores
+from localization_heads.experiments.study import Study, names
+from localization_heads.heads.head import Head
+from localization_heads.heads.record import RankedHead
+
+
+def frequency_and_iou(study: Study, scores: Mapping[Any, Scores]) -> Finding:
+    """Fig. 6b: selection frequency against the IoU of the head's own map, averaged over the samples."""
+    assert study.ious is not None
+    assert study.hits is not None
+    iou, hit = study.ious.mean(axis=0, dtype=np.float64), study.hits.mean(axis=0, dtype=np.float64)
+    options, ranking = study.options, study.ranking
+    often = [head for head in ranking.kept if head.selection_frequency >= options.min_frequency]
+    everyone = [head for head in ranking.heads if head.layer >= ranking.exclude_layers]
+    rows = [
+        (
+            str(head.address),
+            percent(head.selection_frequency),
+            percent(iou[head.address]),
+            percent(hit[head.address]),
+            str(1 + sum(iou[other.address] > iou[head.address] for other in everyone)),
+        )
+        for head in often[:10]
+    ]
+    columns = (
+        "head",
+        "selection frequency (%)",
+        "mean IoU (%)",
+        "pointing (%)",
+        "its IoU's rank among all heads",
+    )
+    results = {
+        "selected": _correlation(often, iou),
+        "all": _correlation(everyone, iou),
+    }
+    tables = (
+        _correlation_table(study, often, everyone, results),
+        Table(columns, tuple(rows), "The heads selected most often"),
+    )
+    points = [
+        {"head": list(head.address), "frequency": head.selection_frequency, "iou": float(iou[head.address])}
+        for head in everyone
+    ]
+    numbers = {
+        "points": points,
+        "min_frequency": options.min_frequency,
+        "top": [list(head) for head in study.found()],
+        **{name: found and {"rho": found[0], "p": found[1]} for name, found in results.items()},
+        "num_selected": len(often),
+        "num_all": len(everyone),
+    }
+    return Finding(
+        "fig6b", "Fig. 6b: selection frequency and IoU", tables, _reading(study, results, often), numbers
+    )
+
+
+def _correlation(heads: Sequence[RankedHead], iou: NDArray[np.float64]) -> tuple[float, float] | None:
+    return spearman([head.selection_frequency for head in heads], [iou[head.address] for head in heads])
+
+
+def _correlation_table(
+    study: Study,
+    often: Sequence[RankedHead],
+    everyone: Sequence[RankedHead],
+    results: Mapping[str, tuple[float, float] | None],
+) -> Table:
+    share = f"{study.options.min_frequency:.0%}"
+    rows = [
+        (what, str(len(heads)), *(_rho_cells(results[name])))
+        for what, name, heads in (
+            (f"ours, heads selected in at least {share}", "selected", often),
+            ("ours, all heads", "all", everyone),
+        )
+    ]
+    rows.append(("paper, every model", "-", f"> {paper.LEAST_RHO}", "p < 0.001"))
+    return Table(("heads", "number", "Spearman rho", "p"), tuple(rows))
+
+
+def _rho_cells(found: tuple[float, float] | None) -> tuple[str, str]:
+    return ("-", "-") if found is None else (two_digits(found[0]), probability(found[1]))
+
+
+def _reading(
+    study: Study, results: Mapping[str, tuple[float, float] | None], often: Sequence[RankedHead]
+) -> str:
+    found, truth = results["selected"], "mask" if study.num_masks == len(study) else "mask or box"
+    if found is None:
+        return f"Only {len(often)} heads are selected often enough: no correlation can be told."
+    rho, p = found
+    if p >= 0.05:
+        verdict = "so here, unlike in the paper, selection frequency does not tell which heads localise"
+    elif rho <= 0:
+        verdict = "so here, unlike in the paper, heads that are selected more often localise worse"
+    elif rho > paper.LEAST_RHO:
+        verdict = "as in the paper's models, heads that are selected more often localise better"
+    else:
+        verdict = "heads that are selected more often localise better, though less strictly than in the paper"
+    reading = (
+        f"Over the {len(often)} heads that are selected often enough, selection frequency, which no label went into, "
+        f"and the IoU of the head's own map with the true {truth} have Spearman's rho = {two_digits(rho)} "
+        f"({probability(p)}): {verdict} (there rho > {paper.LEAST_RHO}, p < 0.001)."
+    )
+    if (everyone := results["all"]) is not None:
+        rho, p = everyone
+        reading += f" With all heads, also those never selected, rho is {two_digits(rho)} ({probability(p)})."
+    return reading
+
+
+def random_sets(study: Study) -> list[tuple[Head, ...]]:
+    """Sets of heads from the layers of the localization heads, the same in every run."""
+    rng = np.random.default_rng(study.options.seed)
+    return [layer_matched(study.heads, study.shape, rng) for _ in range(study.options.random_sets)]
+
+
+def random_recipes(study: Study) -> dict[Hashable, Recipe]:
+    found = {"found": Recipe(study.heads, study.options.grounding)}
+    return found | {
+        ("random", number): Recipe(heads, study.options.grounding)
+        for number, heads in enumerate(random_sets(study))
+    }
+
+
+def against_random(study: Study, scores: Mapping[Any, Scores]) -> Finding:
+    """The heads found against random heads of the same layers, sample by sample."""
+    found = scores["found"]
+    random = [scores["random", number] for number in range(study.options.random_sets)]
+    measures: dict[str, tuple[NDArray[Any], list[NDArray[Any]]]] = {
+        "REC Acc@0.5": (found.iou >= 0.5, [one.iou >= 0.5 for one in random]),
+        "mean box IoU": (found.iou, [one.iou for one in random]),
+        "pointing": (found.hit, [one.hit for one in random]),
+    }
+    rows, numbers = [], {}
+    for name, (ours, theirs) in measures.items():
+        result = contrast(ours, theirs)
+        low, high = result["interval"]
+        rows.append(
+            (
+                name,
+                percent(result["found"]),
+                percent(result["random"]),
+                f"{percent(result['difference'])} [{percent(low)}, {percent(high)}]",
+                f"{result['beaten']} of {len(random)}",
+            )
+        )
+        numbers[name] = result
+    columns = ("measure (%)", "heads found", "random heads", "difference [95 %]", "sets beaten")
+    table = Table(
+        columns, tuple(rows), f"{names(study.heads)} against {len(random)} random sets of the same layers"
+    )
+    title = "Against random heads of the same layers"
+    return Finding("random", title, (table,), _random_reading(numbers["REC Acc@0.5"], len(random)), numbers)
+
+
+def contrast(found: ArrayLike, random: Sequence[ArrayLike]) -> dict[str, Any]:
+    """Mean of `found [sample]` over that of the sets `random [set, sample]`, paired by sample.
+
+    The interval is the 95 % bootstrap interval, over samples, of the mean difference to the sets' average.
+    """
+    ours, sets = np.asarray(found, dtype=np.float64), np.asarray(random, dtype=np.float64)
+    difference = ours - sets.mean(axis=0)
+    return {
+        "found": float(ours.mean()),
+        "random": float(sets.mean()),
+        "sets": [float(mean) for mean in sets.mean(axis=1)],
+        "difference": float(difference.mean()),
+        "interval": list(bootstrap_interval(difference)),
+        "beaten": int((sets.mean(axis=1) < ours.mean()).sum()),
+    }
+
+
+def _random_reading(result: Mapping[str, Any], num_sets: int) -> str:
+    low, high = result["interval"]
+    verdict = (
+        "more than luck gives"
+        if low > 0
+        else "less than random heads give"
+        if high < 0
+        else "not to be told from luck with this many expressions"
+    )
+    return (
+        f"The heads found reach an Acc@0.5 of {percent(result['found'])}, random heads of the same layers "
+        f"{percent(result['random'])} on average over {num_sets} sets. The difference of "
+        f"{percent(result['difference'])} points [{percent(low)}, {percent(high)}] is {verdict}; "
+        f"{result['beaten']} of the {num_sets} sets do worse."
+    )

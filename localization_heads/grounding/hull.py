@@ -1,0 +1,114 @@
+"""Convex hulls of cells (App. B.2): which component has the largest, its outline, and its filled pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from localization_heads.heads.criteria import label_components
+
+Point = tuple[float, float]
+
+
+def largest_hull(
+    cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]] | None = None
+) -> NDArray[np.bool_]:
+    """The 8-connected component whose convex hull has the largest area (App. B.2).
+
+    The hull is that of the cells' corners, so a single cell has area 1. Of equal hulls the one with more
+    `mass` wins, then the one whose first cell comes first, row by row.
+
+    Args:
+        cells, mass: `[h, w]`.
+
+    Returns:
+        bool `[h, w]`; no cell if `cells` has none.
+    """
+    labels = label_components(cells)
+    best, best_area, best_mass = 0, 0.0, 0.0
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        member = labels[rows, columns] == label
+        if member.size < best_area:  # the hull lies within the bounding box
+            continue
+        area = hull_area(member)
+        weight = 0.0 if mass is None else float(mass[rows, columns][member].sum())
+        # Masses of mirrored components differ by rounding, which must not overrule the order of the cells.
+        heavier = weight > best_mass * (1 + 1e-9)
+        if area > best_area or (area == best_area and heavier):
+            best, best_area, best_mass = label, area, weight
+    return np.asarray((labels == best) & cells)
+
+
+def hull_area(cells: NDArray[np.bool_]) -> float:
+    """Area, in cells, of the convex hull of the corners of the active cells `[h, w]`; exact."""
+    hull = convex_hull(corners(cells, np.arange(cells.shape[1] + 1), np.arange(cells.shape[0] + 1)))
+    following = [*hull[1:], hull[0]] if hull else []
+    return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(hull, following, strict=True))) / 2
+
+
+def convex_hull(points: Sequence[Point]) -> list[Point]:
+    """Vertices of the convex hull, in order around it (Andrew's monotone chain); none on a straight side.
+
+    >>> convex_hull([(0, 0), (2, 0), (1, 0), (2, 2), (1, 1), (0, 2)])
+    [(0, 0), (2, 0), (2, 2), (0, 2)]
+    """
+    ordered = sorted(set(points))
+    if len(ordered) < 3:
+        return ordered
+    return _chain(ordered)[:-1] + _chain(ordered[::-1])[:-1]
+
+
+def fill_polygon(polygon: NDArray[np.float64], image_size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The pixels whose centres lie in a convex polygon: bool `[H, W]`.
+
+    A polygon too small to hold any pixel's centre gets the pixel under the middle of its box, so that a
+    mask is never empty.
+
+    Args:
+        polygon: vertices `[n, 2]` (x, y) in pixels, in order.
+        image_size: `(W, H)`.
+
+    >>> fill_polygon(np.array([(0, 0), (2, 0), (2, 1), (0, 1)]), (3, 2)).tolist()
+    [[True, True, False], [False, False, False]]
+    """
+    W, H = image_size
+    y = np.arange(H) + 0.5
+    left, right = np.full(H, np.inf), np.full(H, -np.inf)
+    for (xa, ya), (xb, yb) in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+        crossed = (min(ya, yb) <= y) & (y < max(ya, yb))  # never true of a horizontal side
+        x = xa + (y[crossed] - ya) * (xb - xa) / (yb - ya) if crossed.any() else y[crossed]
+        left[crossed] = np.minimum(left[crossed], x)
+        right[crossed] = np.maximum(right[crossed], x)
+    centres = np.arange(W) + 0.5
+    mask = (centres >= left[:, None]) & (centres < right[:, None])
+    if not mask.any():
+        x, y = (polygon.min(axis=0) + polygon.max(axis=0)) / 2
+        mask[min(int(y), H - 1), min(int(x), W - 1)] = True
+    return mask
+
+
+def corners(cells: NDArray[np.bool_], x_edges: NDArray[Any], y_edges: NDArray[Any]) -> list[Point]:
+    """Corners of the outermost active cells of each row: all that the convex hull depends on."""
+    corners: list[Point] = []
+    for row in np.flatnonzero(cells.any(axis=1)):
+        active = np.flatnonzero(cells[row])
+        for x in (x_edges[active[0]].item(), x_edges[active[-1] + 1].item()):
+            corners += [(x, y_edges[row].item()), (x, y_edges[row + 1].item())]
+    return corners
+
+
+def _chain(ordered: list[Point]) -> list[Point]:
+    """The half of the hull that turns left all the way from the first point to the last."""
+    chain: list[Point] = []
+    for x, y in ordered:
+        while len(chain) > 1:
+            (ax, ay), (bx, by) = chain[-2:]
+            if (bx - ax) * (y - ay) > (by - ay) * (x - ax):
+                break
+            chain.pop()
+        chain.append((x, y))
+    return chain

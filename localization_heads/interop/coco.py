@@ -1,0 +1,81 @@
+"""Predictions as a COCO data set: what labelling tools, FiftyOne and pycocotools open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from localization_heads.data.images import image_size
+from localization_heads.data.samples import Sample
+from localization_heads.store.predictions import Prediction
+
+CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
+
+
+def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> dict[str, Any]:
+    """`{"info", "images", "annotations", "categories"}`: an annotation an expression that has a box.
+
+    Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Beside COCO's own keys an annotation has
+    `score`, `expression` and the sample's `sample_id`. Expressions of one picture share its image entry.
+
+    Args:
+        predictions: as `read_predictions` gives them; those that failed are left out.
+        samples: by id; predictions of other ids are left out, for their picture is not known.
+
+    Raises:
+        ImageError: a picture whose size is needed cannot be read.
+    """
+    images: dict[str, dict[str, Any]] = {}
+    annotations: list[dict[str, Any]] = []
+    for prediction in predictions:
+        sample = samples.get(prediction.id)
+        if sample is None or prediction.bbox is None:
+            continue
+        image = images.setdefault(
+            sample.image_file or prediction.id, _image(len(images) + 1, sample, prediction)
+        )
+        annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction))
+    return {
+        "info": {"description": "localization-heads predictions"},
+        "images": list(images.values()),
+        "annotations": annotations,
+        "categories": [CATEGORY],
+    }
+
+
+def _image(number: int, sample: Sample, prediction: Prediction) -> dict[str, Any]:
+    if prediction.mask is not None:
+        height, width = (int(n) for n in prediction.mask["size"])
+    else:
+        width, height = image_size(sample.image)
+    name = sample.image_file or prediction.id
+    return {"id": number, "file_name": name, "width": width, "height": height}
+
+
+def _annotation(number: int, image_id: int, sample: Sample, prediction: Prediction) -> dict[str, Any]:
+    assert prediction.bbox is not None
+    x0, y0, x1, y1 = prediction.bbox
+    return {
+        "id": number,
+        "image_id": image_id,
+        "category_id": CATEGORY["id"],
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": _area(prediction),
+        "segmentation": prediction.mask if prediction.mask is not None else [],
+        "iscrowd": 0,
+        "score": prediction.score,
+        "expression": sample.expression,
+        "sample_id": prediction.id,
+    }
+
+
+def _area(prediction: Prediction) -> float:
+    """Pixels of the mask, or of the box where there is none."""
+    if prediction.mask is None:
+        assert prediction.bbox is not None
+        x0, y0, x1, y1 = prediction.bbox
+        return (x1 - x0) * (y1 - y0)
+    from localization_heads.data.masks import read_mask
+
+    height, width = prediction.mask["size"]
+    return float(read_mask(prediction.mask, (width, height)).sum())

@@ -1,0 +1,122 @@
+"""Groundings as `supervision.Detections` and as a FiftyOne data set. Both libraries are extras."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import Box
+from localization_heads.data.images import image_size
+from localization_heads.data.masks import read_mask
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError
+from localization_heads.grounding.maps import Grounding
+from localization_heads.store.predictions import Prediction
+
+
+def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] | None = None) -> Any:
+    """One picture's groundings as `supervision.Detections`, a detection each, in their order.
+
+    Boxes are xyxy pixels, masks bool `[n, H, W]`, confidences the scores; `class_id` counts from 0 and
+    `data["class_name"]` holds the expressions where they are given.
+
+    Raises:
+        UsageError: supervision is not installed, or the groundings are of pictures of different sizes.
+        ValueError: another number of expressions than of groundings.
+    """
+    sv = _extra("supervision", "supervision")
+    if len({grounding.image_size for grounding in groundings}) > 1:
+        raise UsageError("supervision.Detections holds one picture: these groundings are of several")
+    if expressions is not None and len(expressions) != len(groundings):
+        raise ValueError(f"{len(expressions)} expressions for {len(groundings)} groundings")
+    if not groundings:
+        return sv.Detections.empty()
+    return sv.Detections(
+        xyxy=np.array([grounding.box for grounding in groundings], dtype=np.float32),
+        mask=np.stack([grounding.mask for grounding in groundings]),
+        confidence=np.array([grounding.score for grounding in groundings], dtype=np.float32),
+        class_id=np.arange(len(groundings)),
+        data={} if expressions is None else {"class_name": np.array(expressions)},
+    )
+
+
+def to_fiftyone(
+    predictions: Iterable[Prediction], samples: Mapping[str, Sample], name: str | None = None
+) -> Any:
+    """Predictions as a `fiftyone.Dataset`: a sample a picture, with `predictions` and, where known, `ground_truth`.
+
+    Boxes are relative to the picture, masks are cut to their box, labels are the expressions.
+
+    Args:
+        samples: by id; predictions of other ids, and those that failed, are left out.
+        name: of the data set; FiftyOne names it if none is given.
+
+    Raises:
+        UsageError: FiftyOne is not installed.
+        ImageError: a picture whose size is needed cannot be read.
+    """
+    fo = _extra("fiftyone", "fiftyone")
+    dataset = fo.Dataset(name)
+    dataset.add_samples(fiftyone_samples(predictions, samples))
+    return dataset
+
+
+def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> list[Any]:
+    """The `fiftyone.Sample`s of `to_fiftyone`, for a data set that is there already; needs no database."""
+    fo = _extra("fiftyone", "fiftyone")
+    pictures: dict[str, Any] = {}
+    for prediction in predictions:
+        sample = samples.get(prediction.id)
+        if sample is None or prediction.bbox is None or not sample.image_file:
+            continue
+        if sample.image_file not in pictures:
+            picture = pictures[sample.image_file] = fo.Sample(filepath=sample.image_file)
+            picture["predictions"] = fo.Detections(detections=[])
+            picture["ground_truth"] = fo.Detections(detections=[])
+        picture = pictures[sample.image_file]
+        picture["predictions"].detections.append(_detection(fo, sample, prediction))
+        if sample.bbox is not None:
+            box = _relative(sample.bbox, image_size(sample.image))
+            picture["ground_truth"].detections.append(fo.Detection(label=sample.expression, bounding_box=box))
+    return list(pictures.values())
+
+
+def _detection(fo: Any, sample: Sample, prediction: Prediction) -> Any:
+    assert prediction.bbox is not None
+    size = image_size(sample.image)
+    cut = None
+    if prediction.mask is not None:
+        cut = _cut(read_mask(prediction.mask, size), prediction.bbox)
+    return fo.Detection(
+        label=sample.expression,
+        bounding_box=_relative(prediction.bbox, size),
+        mask=cut,
+        confidence=prediction.score,
+        sample_id=prediction.id,
+    )
+
+
+def _relative(box: Box, size: tuple[int, int]) -> list[float]:
+    """`[x, y, width, height]` in shares of the picture."""
+    (x0, y0, x1, y1), (width, height) = box, size
+    return [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]
+
+
+def _cut(mask: NDArray[np.bool_], box: Box) -> NDArray[np.bool_]:
+    """The part of a mask `[H, W]` in the pixels that a box touches."""
+    x0, y0, x1, y1 = (int(edge) for edge in (*np.floor(box[:2]), *np.ceil(box[2:])))
+    return mask[y0:y1, x0:x1]
+
+
+def _extra(module: str, extra: str) -> Any:
+    """The module, or a UsageError that says how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"{module} is not installed: pip install 'localization-heads[{extra}]' ({error})"
+        ) from None

@@ -1,0 +1,93 @@
+"""`pipeline`: grounding behind the interface of a transformers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.api import ground
+from localization_heads.data.images import load_image
+from localization_heads.grounding.maps import Grounding, GroundingOptions
+from localization_heads.heads.head import Head
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from localization_heads.lvlm.model import LVLM
+
+
+class GroundingPipeline:
+    """Call it with a picture and expressions; it answers as transformers' object detection pipelines do.
+
+    Args:
+        lvlm: the loaded model.
+        heads: whose maps are added; None takes what `ground` takes.
+        options: how maps become a box.
+    """
+
+    task = "visual-grounding"
+
+    def __init__(
+        self, lvlm: LVLM, heads: Sequence[Head] | None = None, options: GroundingOptions | None = None
+    ) -> None:
+        self.lvlm, self.heads, self.options = lvlm, heads, options
+
+    def __repr__(self) -> str:
+        return f"GroundingPipeline({self.lvlm.name})"
+
+    def __call__(
+        self, image: Image.Image | str | Path, expressions: str | Sequence[str]
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; of several expressions a list.
+
+        The box is in whole pixels, the mask a PIL picture of mode L with 255 inside, as in transformers.
+
+        Args:
+            image: a picture, a path or an http(s) address.
+
+        Raises:
+            UsageError: a picture or an expression that cannot be used.
+        """
+        picture = load_image(image)
+        if isinstance(expressions, str):
+            return self._answer(picture, expressions)
+        return [self._answer(picture, expression) for expression in expressions]
+
+    def _answer(self, picture: Image.Image, expression: str) -> dict[str, Any]:
+        return answer_of(ground(self.lvlm, picture, expression, self.heads, options=self.options), expression)
+
+
+def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
+    """A grounding as one entry of a transformers pipeline's output."""
+    from PIL import Image
+
+    corners = zip(("xmin", "ymin", "xmax", "ymax"), grounding.box, strict=True)
+    return {
+        "label": label,
+        "score": grounding.score,
+        "box": {name: round(edge) for name, edge in corners},
+        "mask": Image.fromarray(grounding.mask).convert("L"),
+    }
+
+
+def pipeline(
+    model: str | LVLM = "tiny",
+    heads: Sequence[Head] | None = None,
+    *,
+    options: GroundingOptions | None = None,
+    **loading: Any,
+) -> GroundingPipeline:
+    """A pipeline for a model by name, or for one that is loaded.
+
+    Args:
+        loading: what `load_model` takes besides the name.
+
+    Raises:
+        UsageError, WorkError: as `load_model` does.
+    """
+    from localization_heads.lvlm.loading import load_model
+    from localization_heads.lvlm.model import LVLM
+
+    lvlm = model if isinstance(model, LVLM) else load_model(model, **loading)
+    return GroundingPipeline(lvlm, heads, options)

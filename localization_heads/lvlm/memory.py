@@ -1,0 +1,37 @@
+"""Running out of memory, in the words of every device, becomes one kind of error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from localization_heads.errors import OutOfMemoryError
+
+_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+"""How torch's allocators of the CPU and of Apple's GPUs say it, in plain RuntimeErrors."""
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raises OutOfMemoryError, which names the ways out, where an allocation fails."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not _is_memory(error):
+            raise
+        raise OutOfMemoryError(
+            "out of memory: lower batch_size, write batch_size=auto, or load the model in fewer bits"
+        ) from error
+
+
+def free_memory() -> None:
+    """Give unused blocks back to the device, so that a smaller batch finds them in one piece."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_memory(error: Exception) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(sign in str(error).lower() for sign in _SIGNS)

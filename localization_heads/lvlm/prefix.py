@@ -1,0 +1,174 @@
+"""The shared beginning of all prompts about one picture, as a cache that any number of prompts can continue.
+
+While the model reads the prefix, its keys and values are recorded in transformers' own cache. From then on they are
+only read: each batch of prompts' ends gets a cache of its own, whose layers show the prefix to every prompt and keep
+nothing of what follows. So one prefix serves several threads, and a layer's copies live no longer than its attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
+
+from localization_heads.lvlm.families import NOT_SHARED
+
+SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""Outputs of processors `[B, T, ...]` that have an entry for each token."""
+
+
+def why_not_shared(config: Any) -> str | None:
+    """Why the pictures of such a model cannot be encoded once for all expressions; None if they can.
+
+    Asked of the configuration alone: a family's attention (`families.NOT_SHARED`), and options that any decoder can
+    have.
+    """
+    if reason := NOT_SHARED.get(config.model_type):
+        return reason
+    if config.is_encoder_decoder:
+        return "its encoder reads picture and expression together"
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
+    if kinds & {"dynamic", "longrope"}:
+        return "its rotary positions depend on the length of the whole prompt"
+    if any(type(layer) not in _LAYERS for layer in DynamicCache(config=text).layers):
+        return "its cache has layers of an unknown kind"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What the model has computed of the first tokens of a prompt.
+
+    Args:
+        ids: the tokens, the image's included.
+        layers: a cache layer for each layer of the language model up to the deepest one that was run.
+        depth: that layer.
+        can_be_cut: whether every layer keeps its tokens apart, and nothing but tokens: recurrent layers keep only
+            what became of them, cross-attention the image's keys.
+    """
+
+    ids: list[int]
+    layers: list[Any]
+    depth: int
+    can_be_cut: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for layer in self.layers for tensor in _tensors(layer))
+
+    def cache(self, batch_size: int, length: int) -> Cache:
+        """For prompts that continue the first `length` tokens of the prefix."""
+        kept = length if self.can_be_cut else None
+        return Cache(layers=[_continued(layer, batch_size, kept) for layer in self.layers])
+
+
+class SharedLayer(DynamicLayer):
+    """Keys and values of the prefix, for a batch; what follows is shown with them, and not kept."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = self.prefix = keys, values  # each (B, H, P, D), one prefix seen B times
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.prefix
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
+
+
+def recording_cache(config: Any) -> DynamicCache:
+    """An empty cache that keeps all tokens, where transformers' own would forget those outside a sliding window."""
+    cache = DynamicCache(config=config.get_text_config())
+    cache.layers = [
+        DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def _continued(layer: Any, batch_size: int, length: int | None) -> Any:
+    """The layer for a batch. Those above the deepest one that was run are empty, and will not be run either."""
+    if isinstance(layer, LinearAttentionLayer):
+        return _state_copy(layer, batch_size)
+    if isinstance(layer, DummyLayer) or not layer.is_initialized:
+        return type(layer)()
+    keys, values = (t[:, :, :length].expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
+    return SharedLayer(keys, values)
+
+
+def _state_copy(layer: LinearAttentionLayer, batch_size: int) -> LinearAttentionLayer:
+    """Recurrent layers write into their states: each batch gets its own."""
+    twin = copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, {key: _repeated(entry, batch_size) for key, entry in value.items()})
+    return twin
+
+
+def _repeated(entry: Any, batch_size: int) -> Any:
+    return entry.repeat_interleave(batch_size, 0) if isinstance(entry, Tensor) else entry
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    states = [t for value in vars(layer).values() if isinstance(value, dict) for t in value.values()]
+    own = [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
+    return [tensor for tensor in own if isinstance(tensor, Tensor)]
+
+
+def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The inputs of one prompt cut to its first tokens, with everything that belongs to its picture."""
+    return {name: t[:, :length] if name in SEQUENCES else t for name, t in inputs.items()}
+
+
+def last_tokens(prompts: Sequence[Mapping[str, Any]], start: int) -> dict[str, Any]:
+    """What follows the first `start` tokens of each prompt, as a batch.
+
+    Shorter ones are padded on the right by their own last token: attention looks back only, so that no mask is needed.
+    """
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    names = [name for name in ("input_ids", "cross_attention_mask") if name in prompts[0]]
+    return {
+        name: torch.cat([_padded(prompt[name], longest)[:, start:] for prompt in prompts]) for name in names
+    }
+
+
+def _padded(tokens: Tensor, length: int) -> Tensor:
+    """(1, T, ...) with its last entry repeated up to `length`."""
+    missing = length - tokens.shape[1]
+    return torch.cat([tokens, *[tokens[:, -1:]] * missing], 1)
+
+
+def spatial_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """(3, 1, T) rotary positions in time, height and width of one prompt; None for models that only count tokens."""
+    index = getattr(model.base_model, "get_rope_index", None)
+    if index is None:
+        return None
+    names = signature(index).parameters
+    positions: Tensor = index(**{name: value for name, value in inputs.items() if name in names})[0]
+    return positions
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts have in common at their start.
+
+    >>> shared_length([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

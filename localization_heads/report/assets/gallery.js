@@ -1,0 +1,73 @@
+// The gallery: sorted and filtered; a sample's maps are drawn when it comes near the screen.
+
+function gallery(host) {
+  const cards = [...host.children];
+  const text = new Map(cards.map((card) => [card, card.querySelector("header").textContent.toLowerCase()]));
+  const number = (card, key) => Number(card.dataset[key] ?? NaN);
+  const orders = [["number", "as in the data set"]];
+  for (const [key, name] of [["iou", "IoU"], ["score", "score"]]) {
+    if (!cards.some((card) => key in card.dataset)) continue;
+    orders.push([`${key} up`, `worst first: lowest ${name}`], [`${key} down`, `best first: highest ${name}`]);
+  }
+  const count = make("span", { class: "count", role: "status" });
+  const filter = make("input", { type: "search", placeholder: "words or an id", autocomplete: "off" });
+
+  function sort(choice) {
+    const [key, way] = choice.split(" ");
+    const sign = way === "down" ? -1 : 1;
+    const place = (card) => (Number.isNaN(number(card, key)) ? Infinity : sign * number(card, key));
+    // unknown comes last; Infinity minus Infinity is NaN, which falls through to the order of the data set
+    host.append(...[...cards].sort((a, b) => place(a) - place(b) || number(a, "number") - number(b, "number")));
+  }
+
+  function sift() {
+    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const card of cards) card.hidden = !words.every((word) => text.get(card).includes(word));
+    const left = cards.filter((card) => !card.hidden).length;
+    count.textContent = left === cards.length ? `${cards.length} samples` : `${left} of ${cards.length} samples`;
+  }
+
+  filter.addEventListener("input", sift);
+  document.getElementById("gallery-controls").append(chooser("Order", orders, sort), make("label", {}, "Filter", filter), count);
+  sift();
+
+  const seen = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) if (isIntersecting) { seen.unobserve(target); drawMaps(target); }
+  }, { rootMargin: "600px" });
+  cards.forEach((card) => seen.observe(card));
+  addEventListener("beforeprint", () => cards.filter((card) => !card.hidden).forEach(drawMaps));
+}
+
+function drawMaps(card) {
+  const place = card.querySelector(".maps");
+  if (place.childElementCount) return;
+  const id = card.dataset.number, { maps, region } = data.cards[id];
+  const large = card.querySelector(".large .picture"), layer = large.querySelector(".map");
+  const [, , W, H] = large.getAttribute("viewBox").split(" ").map(Number);
+
+  const overlay = (map) => {
+    const [x0, y0, x1, y1] = region;
+    const cells = draw("image", {
+      class: "pixels", x: x0, y: y0, width: x1 - x0, height: y1 - y0, preserveAspectRatio: "none", href: mapAddress(map),
+    });
+    return draw("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}` }, cells); // cuts off what lies outside
+  };
+
+  const button = (map) => {
+    const small = draw("svg", { class: "picture", viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" },
+      draw("use", { href: `#picture-${id}` }), overlay(map));
+    if (map.name === "combined") small.append(large.querySelector(".shapes").cloneNode(true));
+    const made = make("button", { type: "button", "aria-pressed": "false", title: `Lay the map of ${map.name} over the picture` },
+      small, make("span", {}, map.name));
+    made.addEventListener("click", () => {
+      const on = made.getAttribute("aria-pressed") === "false";
+      for (const other of place.children) other.setAttribute("aria-pressed", "false");
+      made.setAttribute("aria-pressed", String(on));
+      layer.replaceChildren(...(on ? [overlay(map)] : []));
+    });
+    return made;
+  };
+  place.append(...maps.map(button));
+}
+
+if (document.getElementById("gallery")) gallery(document.getElementById("gallery"));

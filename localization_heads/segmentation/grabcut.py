@@ -1,0 +1,147 @@
+"""GrabCut (Rother, Kolmogorov, Blake 2004) from OpenCV, started from box and map: masks offline, without weights.
+
+Outside the box is background for certain. Inside it the half of the map's range next to its peak is probably object,
+the rest probably background; colours decide from there, and of several pieces the
+one that holds most of the map is kept. Nothing is certainly object: a head may look beside it.
+Only the box and its surroundings are looked at, and never more than `WORKING_SIDE` pixels a side, so a large picture
+costs no more time than a small one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from localization_heads.attention import Box
+from localization_heads.errors import UsageError
+from localization_heads.grounding.maps import Grounding
+from localization_heads.grounding.raster import spread
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SURROUNDINGS = 0.5
+"""How far beyond the box the background is learned from, in sides of the box."""
+WORKING_SIDE = 256  # pixels
+LIKELY = 0.5
+"""Share of the map's range in the box above which a pixel begins as object."""
+
+Region = tuple[int, int, int, int]
+"""x0, y0, x1, y1 in whole pixels."""
+
+
+@dataclass(frozen=True)
+class GrabCut:
+    """Segments with OpenCV's GrabCut; the same input gives the same mask.
+
+    Args:
+        iterations: of fitting colours and cutting.
+    """
+
+    iterations: int = 5
+    name: str = "grabcut"
+
+    def __post_init__(self) -> None:
+        try:
+            import cv2  # noqa: F401
+        except ImportError as error:
+            raise UsageError(
+                "segmenter=grabcut needs OpenCV: pip install opencv-python-headless, or segmenter=none"
+            ) from error
+
+    def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
+        """The mask, bool `[H, W]`; empty where colours tell nothing apart."""
+        region = _around(grounding.box, SURROUNDINGS, grounding.image_size)
+        shrink = min(1.0, WORKING_SIDE / max(region[2] - region[0], region[3] - region[1]))
+        size = (
+            max(1, round((region[2] - region[0]) * shrink)),
+            max(1, round((region[3] - region[1]) * shrink)),
+        )
+        pixels = np.asarray(image.convert("RGB").resize(size, box=region, reducing_gap=2.0))
+        heat = spread(grounding.combined, _seen_from(grounding.image_box, region, size), size)
+        found = cut(pixels, heat, _seen_from(grounding.box, region, size), self.iterations)
+        return _placed(found, region, grounding.image_size)
+
+
+def cut(
+    pixels: NDArray[np.uint8], heat: NDArray[np.floating], box: Box, iterations: int = 5
+) -> NDArray[np.bool_]:
+    """GrabCut on a small picture.
+
+    Args:
+        pixels: RGB `[h, w, 3]`.
+        heat: the map on these pixels, `[h, w]`.
+        box: xyxy in these pixels.
+
+    Returns:
+        bool `[h, w]`; empty if there is no object or no background to begin with, or OpenCV finds none.
+    """
+    import cv2
+
+    labels = first_guess(heat, box)
+    nothing = np.zeros(heat.shape, dtype=bool)
+    is_object = labels == cv2.GC_PR_FGD
+    if not is_object.any() or is_object.all():
+        return nothing
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.setRNGSeed(0)  # its first clusters are drawn
+    try:
+        bgr = np.ascontiguousarray(pixels[:, :, ::-1])
+        cv2.grabCut(bgr, labels, (0, 0, 0, 0), *models, iterations, cv2.GC_INIT_WITH_MASK)
+    except cv2.error:  # fewer pixels than colour clusters
+        return nothing
+    return _hottest((labels == cv2.GC_PR_FGD) | (labels == cv2.GC_FGD), heat)
+
+
+def _hottest(mask: NDArray[np.bool_], heat: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """The one 8-connected piece of a mask that holds most of the map: the others are of the same colours."""
+    pieces, count = ndimage.label(mask, np.ones((3, 3)))
+    held = ndimage.sum_labels(heat, pieces, range(1, count + 1))
+    return np.asarray(pieces == 1 + np.argmax(held)) if count else mask
+
+
+def first_guess(heat: NDArray[np.floating], box: Box) -> NDArray[np.uint8]:
+    """OpenCV's labels, uint8 `[h, w]`: 0 background; 2 and 3 probably background, probably object."""
+    h, w = heat.shape
+    x0, y0, x1, y1 = _around(box, 0, (w, h))
+    labels = np.zeros((h, w), dtype=np.uint8)
+    inside = heat[y0:y1, x0:x1]
+    middle = inside.min() + LIKELY * (inside.max() - inside.min())
+    labels[y0:y1, x0:x1] = np.where(inside > middle, 3, 2)
+    return labels
+
+
+def _around(box: Box, margin: float, size: tuple[int, int]) -> Region:
+    """The whole pixels that a box touches, with `margin` sides more on each side, inside a picture; never none."""
+    x0, y0, x1, y1 = box
+    across, down = margin * (x1 - x0), margin * (y1 - y0)
+    left, top = min(max(0, int(x0 - across)), size[0] - 1), min(max(0, int(y0 - down)), size[1] - 1)
+    right, bottom = min(size[0], int(np.ceil(x1 + across))), min(size[1], int(np.ceil(y1 + down)))
+    return left, top, max(left + 1, right), max(top + 1, bottom)
+
+
+def _seen_from(box: Box, region: Region, size: tuple[int, int]) -> Box:
+    """A box of the image in pixels of the region drawn at `size`."""
+    across, down = size[0] / (region[2] - region[0]), size[1] / (region[3] - region[1])
+    x0, y0, x1, y1 = box
+    return (
+        (x0 - region[0]) * across,
+        (y0 - region[1]) * down,
+        (x1 - region[0]) * across,
+        (y1 - region[1]) * down,
+    )
+
+
+def _placed(found: NDArray[np.bool_], region: Region, image_size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The region's mask, of any size, in a mask of the whole image `[H, W]`."""
+    import cv2
+
+    mask = np.zeros(image_size[::-1], dtype=bool)
+    x0, y0, x1, y1 = region
+    fine = cv2.resize(found.astype(np.uint8) * 255, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+    mask[y0:y1, x0:x1] = fine > 127
+    return mask

@@ -1,0 +1,146 @@
+"""`evaluate`: `ground` over a data file, scored against its truth beside the controls -> metrics, rows, failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from localization_heads.data.images import load_image
+from localization_heads.data.samples import Sample
+from localization_heads.evaluation.controls import CENTRE, DRAWS
+from localization_heads.evaluation.judging import Judge, Scores, truth_of
+from localization_heads.evaluation.scores import Score, score_box
+from localization_heads.grounding.maps import Grounding
+from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
+from localization_heads.stages.entries import Attended, select_entries, with_truth
+from localization_heads.stages.failed_boxes import save_failed_boxes
+from localization_heads.stages.ground import Groundings, ground_all, settings
+from localization_heads.stages.outcome import Outcome, save_predictions
+from localization_heads.stages.per_sample import save_per_sample
+from localization_heads.stages.reporting import Reporter
+from localization_heads.stages.run import Run
+from localization_heads.stages.unseen import check_unseen
+from localization_heads.store.atomic import write_json
+from localization_heads.store.lock import RunLock
+from localization_heads.store.result_log import ResultLog
+
+
+def evaluate(run: Run) -> Groundings:
+    """Score every entry that has a true box or mask, and the controls beside it."""
+    entries = with_truth(select_entries(run), "stage=evaluate", _with_box)
+    check_unseen(run, entries.samples)
+    with RunLock(run.folder):
+        report = Reporter(run)
+        judge = Judge(
+            run.criteria,
+            run.grounding,
+            controls=run["controls"],
+            bootstrap=run["bootstrap"],
+            seed=run["random_seed"],
+        )
+        asked = Examination(judge, wanted_format(run.lvlm, run["native"], by_default=judge.controls))
+        log = ResultLog(run.folder, "evaluate", {**settings(run), **asked.settings(entries.samples)})
+        outcomes, drawn = ground_all(
+            run,
+            entries,
+            log,
+            asked.measure,
+            report,
+            every_layer=run["controls"],
+            measure_runs_model=asked.native is not None,
+        )
+        metrics = _metrics(run, asked, outcomes, len(entries.failures))
+        paths = [
+            save_predictions(run, outcomes, entries.in_order()),
+            save_per_sample(run, outcomes, entries.in_order()),
+            *save_failed_boxes(run, outcomes),
+            run.folder / "metrics.json",
+        ]
+        write_json(paths[-1], metrics)
+        paths += report.write(entries, outcomes, metrics=metrics)
+        log.finish()
+        return Groundings(outcomes, entries.in_order(), [*drawn, *paths], metrics)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is asked about each grounded entry; `native` is how the model writes boxes, or None to leave that."""
+
+    judge: Judge
+    native: BoxFormat | None
+
+    def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
+        """Scores of every method by name, as lists; the heads' first."""
+        truth = truth_of(one.sample, one.image.size)
+        scores = self.judge.scores(one.maps, grounding, truth, partial(run.refine, image=one.image))
+        measured: dict[str, Any] = {"scores": scores}
+        if self.native:
+            box, answer = ask_for_box(run.lvlm, self.native, one.image, one.sample.expression)
+            scores["native"] = [score_box(box, truth, one.image.size)]
+            measured["native"] = {"box": None if box is None else list(box), "answer": answer}
+        return measured
+
+    def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """All that the scores depend on besides the boxes."""
+        digest = hashlib.sha256()
+        for sample in samples:
+            digest.update(json.dumps([sample.id, sample.bbox, _mask_identity(sample)]).encode())
+        asked = None if self.native is None else [self.native.prompt, self.native.pattern]
+        options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, asked]
+        return {"truth": digest.hexdigest(), "evaluation": options}
+
+
+def _mask_identity(sample: Sample) -> Any:
+    """JSON values that change with the true mask: a PNG counts by its size and time of change."""
+    mask = sample.mask
+    if isinstance(mask, Path):
+        try:
+            status = mask.stat()
+        except OSError:  # gone since the data file was read: its entry will fail
+            return str(mask)
+        return [str(mask), status.st_size, status.st_mtime_ns]
+    if isinstance(mask, np.ndarray):
+        return hashlib.sha256(mask.tobytes()).hexdigest()
+    return dict(mask) if isinstance(mask, Mapping) else mask
+
+
+def _with_box(sample: Sample) -> Sample:
+    """A mask alone gives its tight box."""
+    if sample.bbox is not None:
+        return sample
+    return replace(sample, bbox=truth_of(sample, load_image(sample.image).size).box)
+
+
+def _metrics(
+    run: Run, examination: Examination, outcomes: Sequence[Outcome], num_failed: int
+) -> dict[str, Any]:
+    """The content of `metrics.json`: the heads' numbers, the controls', and every choice that made them."""
+    scored = [_scores(outcome) for outcome in outcomes]
+    images = [outcome.sample.image_file for outcome in outcomes]
+    numbers = examination.judge.metrics(scored, images, num_failed)
+    return {**numbers, "choices": _choices(run, examination)}
+
+
+def _scores(outcome: Outcome) -> Scores:
+    scores = (outcome.measured or {})["scores"]
+    return {name: [Score.from_json(score) for score in answers] for name, answers in scores.items()}
+
+
+def _choices(run: Run, examination: Examination) -> dict[str, Any]:
+    """Whatever the numbers depend on, by name."""
+    return {
+        **run.lvlm.choices,
+        "data_file": str(run["data_file"]),
+        "scenes": dict(run["scenes"]) if run["data_file"] == "scenes" else None,
+        "range": [run["start_index"], run["end_index"]],
+        **examination.judge.choices(run.named_heads, run["k"]),
+        "segmenter": run.options.get("segmenter"),
+        "native": examination.native and examination.native.prompt,
+    }

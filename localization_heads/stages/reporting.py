@@ -1,0 +1,330 @@
+"""`report.html` at the end of `batch`, `find` and `evaluate`: what is kept for it meanwhile, and its writing."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import load_image
+from localization_heads.data.masks import read_mask
+from localization_heads.data.samples import Sample, decode_mask
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.evaluation.metrics import box_iou
+from localization_heads.grounding.maps import Grounding, ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.report.builder import LEAST_FREQUENCY, HeadFacts, Report
+from localization_heads.report.gallery import Card, Gallery
+from localization_heads.report.head_iou import HeadIoU
+from localization_heads.report.thumbnails import outline, thumbnail, tiny_map
+from localization_heads.stages.entries import Entries
+from localization_heads.stages.outcome import Outcome
+from localization_heads.stages.run import Run
+from localization_heads.store.atomic import write_bytes
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.heads_file import load_ranking
+from localization_heads.store.paths import attention_path
+from localization_heads.store.statistics import StatisticsStore
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+MAPS_SHOWN = 3
+"""Maps of single heads on a card; the combined map is of all heads."""
+MEASURED_HEADS = 128
+"""Heads whose IoU is measured: all of a small model, the best of a large one."""
+
+ROWS = 256
+"""Samples whose statistics are in memory at a time."""
+
+UNKNOWN_SIZE = (1, 1)
+"""Of a picture that cannot be opened, until its mask tells."""
+
+Maps = tuple[AttentionMaps, Grounding]
+
+
+class Reporter:
+    """Gathers what the report shows of each grounded sample, a few kilobytes of each, and writes it at the end.
+
+    Args:
+        ranking: the heads that the run has found; without, those of the model's heads.json if it is there.
+    """
+
+    def __init__(self, run: Run, ranking: HeadRanking | None = None) -> None:
+        self._run = run
+        self._wanted = bool(run["report"])
+        self._ranking, self._no_ranking = (ranking, "") if ranking else _known_ranking(run)
+        self._gallery = Gallery(run["report_samples"] if self._wanted else 0)
+        heads = _measured(self._ranking) if self._wanted else []
+        self._iou = HeadIoU(heads, _shape(run), run.grounding)
+        self._seen: set[str] = set()
+
+    def add(
+        self, sample: Sample, maps: AttentionMaps, grounding: Grounding, image: Image.Image | None = None
+    ) -> None:
+        """A sample that was just grounded. Its picture is opened again where it is needed and not given."""
+        if not self._wanted:
+            return
+        self._seen.add(sample.id)
+        iou = None
+        if sample.bbox is not None:
+            iou = float(box_iou(grounding.box, sample.bbox))
+            self._iou.add(maps, sample.bbox)
+        self._offer(sample, grounding.score, iou, lambda: _look(sample, (maps, grounding), image))
+
+    def _offer(
+        self, sample: Sample, score: float | None, iou: float | None, make: Callable[[], Card]
+    ) -> None:
+        """The worst have the lowest IoU or, where there is no truth, the lowest score."""
+        self._gallery.offer(sample.line, -((score if iou is None else iou) or 0.0), make)
+
+    def _offer_earlier(self, outcome: Outcome) -> None:
+        """A sample that an earlier run has grounded: its maps are shown if its attention file is there."""
+        sample = outcome.sample
+        self._offer(
+            sample, outcome.prediction.score, outcome.iou, lambda: _look(sample, self._stored_maps(outcome))
+        )
+
+    def write(
+        self,
+        entries: Entries,
+        outcomes: Sequence[Outcome] = (),
+        *,
+        store: StatisticsStore | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> list[Path]:
+        """Write `report.html` into the model's folder -> its path; nothing with `report=false`.
+
+        Outcomes that were not added are those of an earlier run.
+        """
+        if not self._wanted:
+            return []
+        for outcome in outcomes:
+            if outcome.sample.id not in self._seen:
+                self._offer_earlier(outcome)
+        from localization_heads.report.page import render
+
+        path = self._run.folder / "report.html"
+        report = self._report(entries, outcomes, store, metrics or {})
+        write_bytes(path, render(report).encode(errors="replace"))
+        return [path]
+
+    def _report(
+        self,
+        entries: Entries,
+        outcomes: Sequence[Outcome],
+        store: StatisticsStore | None,
+        metrics: Mapping[str, Any],
+    ) -> Report:
+        run = self._run
+        by_id = {outcome.sample.id: outcome for outcome in outcomes}  # without those that failed later
+        lines = {sample.line for sample in entries.samples} | {bad.line for bad in entries.failures}
+        return Report(
+            stage=run["stage"],
+            model=run.lvlm.name,
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            facts=list(_facts(run)),
+            options=list(_flat(run.options)),
+            num_entries=len(lines),
+            heads=self._heads(entries, outcomes, store),
+            no_heads=self._no_ranking,
+            no_scatter=self._why_no_scatter(outcomes),
+            metrics=metrics,
+            cards=[_completed(card, by_id[card.id]) for card in self._gallery.cards if card.id in by_id],
+            no_cards=self._why_no_cards(),
+            num_grounded=len(outcomes),
+            ious=[outcome.iou for outcome in outcomes if outcome.iou is not None],
+            failures=entries.in_order(),
+        )
+
+    def _heads(
+        self, entries: Entries, outcomes: Sequence[Outcome], store: StatisticsStore | None
+    ) -> HeadFacts | None:
+        if self._ranking is None:
+            return None
+        shape = _shape(self._run)
+        return HeadFacts(
+            ranking=self._ranking,
+            shape=shape,
+            used=_used(outcomes) if outcomes else [h.address for h in self._ranking.kept[: self._run["k"]]],
+            bottom_row=None if store is None else _bottom_row(entries, store),
+            iou=self._iou.means if self._iou.num_samples else None,
+            iou_samples=self._iou.num_samples,
+        )
+
+    def _why_no_scatter(self, outcomes: Sequence[Outcome]) -> str:
+        if self._iou.num_samples:
+            return ""
+        if self._run["stage"] == "find":
+            return "No IoU of single heads: find keeps no maps. stage=batch measures it where the data have true boxes."
+        if all(outcome.sample.bbox is None for outcome in outcomes):
+            return "No IoU of single heads: no entry has a true box (bbox) to compare with."
+        return "No IoU of single heads: the boxes are those of an earlier run, whose maps are not kept."
+
+    def _why_no_cards(self) -> str:
+        if self._run["stage"] == "find":
+            return "No samples: find keeps only each head's sums and entropies. stage=batch shows maps and boxes."
+        return "No samples: report_samples=0."
+
+    def _stored_maps(self, outcome: Outcome) -> Maps | None:
+        """The maps of an attention file, if they are those that the box was made of."""
+        run, sample = self._run, outcome.sample
+        try:
+            path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+            maps = load_attention(path)
+            grounding = ground_maps(maps, outcome.prediction.heads, run.grounding)
+        except (UsageError, WorkError, ValueError):
+            return None
+        same = maps.model == run.lvlm.name and maps.query == sample.expression
+        return (maps, grounding) if same and grounding.box == outcome.prediction.bbox else None
+
+
+def _look(sample: Sample, found: Maps | None, image: Image.Image | None = None) -> Card:
+    """What can be seen of a sample while its maps are at hand; the prediction comes at the end."""
+    image = image or _reopened(sample)
+    picture = thumbnail(image) if image else ""
+    if found is None:
+        size = image.size if image else UNKNOWN_SIZE
+        return Card(id=sample.id, expression=sample.expression, image_size=size, picture=picture)
+    maps, grounding = found
+    region = maps.image_box, maps.image_size
+    return Card(
+        id=sample.id,
+        expression=sample.expression,
+        image_size=maps.image_size,
+        picture=picture,
+        heads=grounding.heads,
+        maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:MAPS_SHOWN]),
+        combined=tiny_map(grounding.combined, *region),
+        image_box=maps.image_box,
+    )
+
+
+def _completed(card: Card, outcome: Outcome) -> Card:
+    """The card with its boxes, masks and scores."""
+    sample, prediction = outcome.sample, outcome.prediction
+    mask = None if prediction.mask is None else read_mask(prediction.mask, prediction.mask["size"][::-1])
+    size = card.image_size
+    if size == UNKNOWN_SIZE and mask is not None:
+        size = mask.shape[1], mask.shape[0]
+    return replace(
+        card,
+        image_size=size,
+        box=prediction.bbox,
+        truth=sample.bbox,
+        mask="" if mask is None else outline(mask),
+        truth_mask=_true_outline(outcome, size),
+        score=prediction.score,
+        iou=outcome.iou,
+    )
+
+
+def _reopened(sample: Sample) -> Image.Image | None:
+    try:
+        return load_image(sample.image)
+    except (UsageError, WorkError) as error:
+        log.warning("report: %s is shown without its picture: %s", sample.id, error)
+        return None
+
+
+def _true_outline(outcome: Outcome, size: tuple[int, int]) -> str:
+    if outcome.sample.mask is None:
+        return ""
+    try:
+        return outline(decode_mask(outcome.sample, size))
+    except (UsageError, WorkError):  # evaluate reports it as a failure
+        return ""
+
+
+def _known_ranking(run: Run) -> tuple[HeadRanking | None, str]:
+    """The ranking in the model's folder, or why there is none."""
+    path = run.folder / "heads.json"
+    if not path.is_file():
+        return None, f"No ranking: {path.name} is not there. stage=find or stage=batch writes it."
+    try:
+        ranking = load_ranking(path)
+    except (UsageError, WorkError) as error:
+        return None, f"No ranking: {error}"
+    if ranking.model != run.lvlm.name:
+        return None, f"No ranking: {path.name} is of another model, {ranking.model}."
+    layers, heads = _shape(run)
+    if any(head.layer >= layers or head.head >= heads for head in ranking.heads):
+        return None, f"No ranking: {path.name} names heads that this model does not have."
+    return ranking, ""
+
+
+def _measured(ranking: HeadRanking | None) -> list[Head]:
+    """Every head of a small model; of a large one those that take part in the scatter, the best first."""
+    if ranking is None:
+        return []
+    heads = ranking.heads
+    if len(heads) > MEASURED_HEADS:
+        heads = tuple(h for h in heads if h.selection_frequency >= LEAST_FREQUENCY)[:MEASURED_HEADS]
+    return [head.address for head in heads]
+
+
+def _shape(run: Run) -> tuple[int, int]:
+    return run.lvlm.num_layers, run.lvlm.num_heads
+
+
+def _used(outcomes: Sequence[Outcome]) -> list[Head]:
+    """The heads of all boxes; none where every sample has picked its own."""
+    heads = {tuple(outcome.prediction.heads) for outcome in outcomes}
+    return [Head(*head) for head in heads.pop()] if len(heads) == 1 else []
+
+
+def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64] | None:
+    """Share of the samples whose map has a whole positive bottom row, `[layer, head]`."""
+    keys = [key for sample in entries.good if (key := entries.key(sample)) in store]
+    if not keys:
+        return None
+    flags = store.rows(keys).bottom_row_focus
+    total = sum(flags[start : start + ROWS].sum(axis=0) for start in range(0, len(keys), ROWS))
+    return np.asarray(total / len(keys))
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    """What was run, on what and with what."""
+    lvlm = run.lvlm
+    layers, heads = _shape(run)
+    yield "model", lvlm.name
+    yield "layers and heads", f"{layers} layers of {heads} heads, {lvlm.num_parameters:,} parameters"
+    yield "weights", f"fingerprint {lvlm.fingerprint}"
+    yield "data", str(run["data_file"])
+    yield "output", str(run.folder)
+    if run.overrides is not None:
+        yield "command line", " ".join(run.overrides) or "(no option given)"
+    yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in ("localization-heads", "torch", "transformers", "numpy"):
+        yield package, _version(package)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        from localization_heads import __version__
+
+        return f"{__version__} (not installed)"
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every option as the command line would name it."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            yield f"{prefix}{name}", shown

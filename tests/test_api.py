@@ -1,0 +1,254 @@
+"""From Python: `evaluate` says what `stage=evaluate` says, pictures are read once, and all of it is typed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from front import Front, fronts, stub_figures
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.data.images import load_image
+from localization_heads.data.samples import Sample, decode_mask, load_samples
+from localization_heads.errors import UsageError
+from localization_heads.evaluation.judging import truth_of
+from localization_heads.heads.head import Head
+from localization_heads.lvlm import batches
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.sharing import EncodedPicture
+
+ROOT = Path(__file__).parents[1]
+HEADS = (Head(2, 0), Head(3, 1))
+COUNT = 6
+OPTIONS = (
+    *("stage=evaluate", "data=scenes", f"scenes.count={COUNT}", "scenes.size=96", "heads=[2-0,3-1]"),
+    *("visualize_batch=false", "worst=0", "report=false"),
+)
+ELSEWHERE = ("data_file", "scenes", "range")
+"""Choices that only a command has."""
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    stub_figures(monkeypatch)
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def commanded(front: Front, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[Sample]]:
+    """`metrics.json`, the rows of `per_sample.parquet`, and the samples that they are of."""
+    result = front.finder(*OPTIONS, *options)
+    assert result.status == 0, result.err
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    (data_file,) = Path("outputs/scenes").rglob("*.jsonl")
+    rows = pyarrow.parquet.read_table(front.out / "per_sample.parquet").to_pylist()
+    return metrics, rows, load_samples(data_file).samples
+
+
+def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Every value of two nested dicts of metrics; batches round differently."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_same_numbers(found[name], value)
+        else:
+            assert found[name] == pytest.approx(value, abs=2e-5), name
+
+
+@pytest.mark.parametrize("bootstrap", ["expression", "image"])
+def test_evaluate_is_the_command(front: Front, lvlm: LVLM, bootstrap: Any) -> None:
+    metrics, rows, samples = commanded(front, f"bootstrap={bootstrap}")
+    evaluation = lh.evaluate(lvlm, iter(samples), HEADS, bootstrap=bootstrap)
+    choices, expected = evaluation.metrics.pop("choices"), metrics.pop("choices")
+    assert_same_numbers(evaluation.metrics, metrics)
+    assert metrics["num_samples"] == metrics["num_masks"] == COUNT
+    assert json.loads(json.dumps(choices["criteria"])) == expected["criteria"]
+    segmenter, told = choices.pop("segmenter"), expected.pop("segmenter")
+    assert segmenter.items() >= told.items()
+    assert {name: value for name, value in expected.items() if name not in ELSEWHERE} == choices
+    for one, sample, row in zip(evaluation.samples, samples, rows, strict=True):
+        assert (one.id, one.expression) == (sample.id, sample.expression) == (row["id"], row["expression"])
+        assert one.box == pytest.approx(row["predicted_box"])
+        (score,) = one.scores["heads"]
+        assert score.iou == pytest.approx(row["iou"], abs=2e-5)
+        assert score.overlap == (row["intersection"], row["union"])
+        drawn = [answer.iou for answer in one.scores["random_heads"]]
+        assert np.mean(drawn) == pytest.approx(row["random_heads_iou"], abs=2e-5)
+
+
+def test_without_controls_and_with_the_models_heads(front: Front, lvlm: LVLM) -> None:
+    metrics, _, samples = commanded(front, "heads=auto", "controls=false", "segmenter=none")
+    evaluation = lh.evaluate(lvlm, samples, controls=False, segmenter=None)
+    assert evaluation.metrics["controls"] == {} and evaluation.metrics["choices"]["controls"] is None
+    assert evaluation.metrics["choices"]["heads"] == metrics["choices"]["heads"]
+    for name in ("acc@0.5", "mean_iou", "mean_iou_interval", "energy", "ciou"):
+        assert evaluation.metrics[name] == pytest.approx(metrics[name], abs=2e-5)
+
+
+def test_each_sample_may_pick_its_own_heads(
+    front: Front, lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, _, samples = commanded(front, "heads=greedy", "controls=false")
+    monkeypatch.setattr(LVLM, "known_heads", ())
+    found = lh.evaluate(lvlm, samples, controls=False).metrics
+    assert found["mean_iou"] == pytest.approx(metrics["mean_iou"], abs=2e-5)
+    assert (found["choices"]["heads"], found["choices"]["k"]) == (metrics["choices"]["heads"], 3)
+
+
+def several(count: int = 3) -> list[Sample]:
+    """Expressions for one picture in memory, one with a mask only."""
+    image = load_image(ROOT / "examples" / "images" / "octopus_14.png")
+    mask = np.zeros((image.height, image.width), bool)
+    mask[5:40, 10:60] = True
+    words = ["the animal", "the octopus", "the purple animal"]
+    samples = [Sample(image, text, bbox=(10.0, 5.0, 60.0, 40.0), id=text) for text in words[:count]]
+    return [replace(samples[0], bbox=None, mask=mask), *samples[1:]]
+
+
+def test_a_picture_is_read_once_for_the_samples_that_follow_each_other(
+    lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+
+    class Counted(EncodedPicture):
+        def __init__(self, lvlm: LVLM, image: Image.Image) -> None:
+            read.append(image)
+            super().__init__(lvlm, image)
+
+    samples = several()
+    alone = [lh.find_heads(lvlm, [sample], top_n=3) for sample in samples]
+    apart = [lh.evaluate(lvlm, [sample], HEADS).samples[0] for sample in samples]
+    monkeypatch.setattr(batches, "EncodedPicture", Counted)
+    other = Sample(Image.new("RGB", (64, 64), "white"), "the animal", bbox=(0, 0, 9, 9))
+    evaluation = lh.evaluate(lvlm, [*samples, other, other], HEADS)
+    assert len(read) == 2
+    for one, expected in zip(evaluation.samples, apart, strict=False):
+        assert one.box == pytest.approx(expected.box, abs=1e-3)
+        assert one.scores["heads"][0].iou == pytest.approx(expected.scores["heads"][0].iou, abs=1e-4)
+    ranking = lh.find_heads(lvlm, samples, top_n=3)
+    assert len(read) == 3 and ranking.num_samples == 3
+    sums = [{head.address: head.attention_sum for head in one.heads} for one in (*alone, ranking)]
+    for address, value in sums[-1].items():
+        known = [one[address] for one in sums[:-1] if address in one]
+        if len(known) == len(alone):
+            assert value == pytest.approx(np.mean(known), abs=1e-5)
+
+
+def test_samples_are_read_as_they_are_needed(lvlm: LVLM) -> None:
+    """A generator stays at most one sample ahead of the model."""
+    ahead: list[int] = []
+    original, done = LVLM.attend_batch, 0
+
+    def endless() -> Iterator[Sample]:
+        for number in range(4):
+            ahead.append(number - done)
+            yield Sample(Image.new("RGB", (64, 64), (number * 9, 90, 9)), "the animal", bbox=(0, 0, 9, 9))
+
+    def counted(self: LVLM, *arguments: Any, **options: Any) -> Any:
+        nonlocal done
+        done += 1
+        return original(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", counted)
+        lh.evaluate(lvlm, endless(), HEADS)
+    assert done == 4 and max(ahead) <= 1
+
+
+def test_the_truth_of_a_sample() -> None:
+    by_mask, by_box, _ = several()
+    size = by_box.image.size  # type: ignore[union-attr]
+    found = truth_of(by_mask, size)
+    assert found.box == (10, 5, 60, 40) and found.mask is not None and found.mask.sum() == 50 * 35
+    assert truth_of(by_box, size).box == by_box.bbox and truth_of(by_box, size).mask is None
+    both = truth_of(replace(by_mask, bbox=(1, 2, 3, 4), ignore=by_mask.mask), size)
+    assert both.box == (1, 2, 3, 4) and both.ignored is not None
+    assert (both.mask == decode_mask(by_mask, size)).all()
+
+
+def test_what_cannot_be_evaluated_is_refused(lvlm: LVLM) -> None:
+    sample = several()[1]
+    wrong = {
+        "the octopus: has neither bbox nor mask": replace(sample, bbox=None),
+        "the octopus: the true box lies outside the picture": replace(sample, bbox=(9e3, 9e3, 9.1e3, 9.1e3)),
+        "the octopus: the mask is empty": replace(
+            sample,
+            bbox=None,
+            mask=np.zeros(sample.image.size[::-1], bool),  # type: ignore[union-attr]
+        ),
+        "the octopus: the mask is 2 x 2 pixels": replace(sample, mask=np.ones((2, 2), bool)),
+    }
+    for message, one in wrong.items():
+        with pytest.raises(UsageError, match=message):
+            lh.evaluate(lvlm, [one], HEADS)
+    with pytest.raises(ValueError, match="at least one sample"):
+        lh.evaluate(lvlm, [], HEADS)
+    with pytest.raises(ValueError, match="no head L99H0"):
+        lh.evaluate(lvlm, [sample], [Head(99, 0)])
+    with pytest.raises(ValueError, match="no head L0H-1"):
+        lh.ground(lvlm, sample.image, "the animal", [Head(0, -1)])
+    with pytest.raises(ValueError, match="bootstrap"):
+        lh.evaluate(lvlm, [sample], HEADS, bootstrap="word")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="embedded is not known to write boxes"):
+        lh.evaluate(lvlm, [sample], HEADS, native=True)
+
+
+def test_a_model_is_asked_for_its_own_box(lvlm: LVLM) -> None:
+    """Told that it writes boxes, the embedded model is asked; it writes words, and that is a miss."""
+    from copy import copy
+
+    writer = copy(lvlm)
+    writer.spec = replace(lvlm.spec, native_box="paligemma")
+    evaluation = lh.evaluate(writer, several()[1:2], HEADS)
+    assert list(evaluation.metrics["controls"])[-1] == "native"
+    assert evaluation.metrics["controls"]["native"]["mean_iou"] == 0
+    assert evaluation.metrics["choices"]["native"] == "detect {expression}"
+
+
+SCRIPT = """\
+import localization_heads as lh
+
+lvlm = lh.load_model()
+samples = [lh.Sample("cat.jpg", "the cat", bbox=(0, 0, 9, 9))]
+ranking: lh.HeadRanking = lh.find_heads(lvlm, samples)
+result: lh.Grounding = lh.ground(lvlm, "cat.jpg", "the cat", heads=ranking.top(3))
+x0: float = result.box[0]
+accuracy = lh.evaluate(lvlm, samples, ranking.top(3)).metrics["acc@0.5"]
+head: lh.Head = ranking.top(1)[0]
+shape: tuple[int, ...] = result.mask.shape
+reveal_type(lh.evaluate(lvlm, samples).samples[0].scores["heads"][0].iou)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+def test_scripts_of_users_are_checked_strictly(tmp_path: Path) -> None:
+    """A right script passes `mypy --strict` with the types that it is told; three wrong lines are each found."""
+    wrong = SCRIPT + 'lh.ground(lvlm, 3, "x")\nlh.evaluate(lvlm, samples, bootstrap="word")\nresult.bax\n'
+    first, last = SCRIPT.count("\n") + 1, wrong.count("\n")
+    for name, text in (("right.py", SCRIPT), ("wrong.py", wrong)):
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file="]
+    result = subprocess.run(
+        [*command, f"--cache-dir={tmp_path / 'cache'}", "right.py", "wrong.py"],
+        cwd=tmp_path,
+        env={"PATH": "", "MYPYPATH": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    revealed = result.stdout.replace("builtins.", "")  # mypy's older versions say where a type is from
+    assert revealed.count('Revealed type is "float"') == 2, result
+    found = [line.split(": error: ")[0] for line in result.stdout.splitlines() if ": error: " in line]
+    assert found == [f"wrong.py:{line}" for line in range(first, last + 1)], result.stdout

@@ -1,0 +1,231 @@
+"""The benchmarks measure what they say: formulas by hand and by torch's own counter, and every one of them runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import __main__ as command
+from benchmarks import floor, machine
+from benchmarks.discovery import LIMIT
+from benchmarks.floor import Shape, Work
+from benchmarks.memory import peak_bytes
+from benchmarks.models import EXPRESSIONS, QUICK, eager, picture, random_llava
+from benchmarks.result import cells, timed_row
+from benchmarks.sharing import check, token_counts
+from benchmarks.timing import Timings, interleaved
+
+CPU = torch.device("cpu")
+SMALL = Shape(3, 2, 3, 1, 2, 2, 5, 1, side=4, patch=2)
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    return random_llava(QUICK, CPU, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ the floor
+
+
+def test_a_matrix_product_by_hand() -> None:
+    """3 tokens, 4 in, 5 out: 60 multiplications and 60 additions; 20 weights of 2 bytes."""
+    assert floor.linear(3, 4, 5) == Work(120, 40)
+    assert floor.linear(3, 4, 5, width=4) == Work(120, 80)
+
+
+def test_causal_pairs_by_hand() -> None:
+    """Three tokens look at 1 + 2 + 3; after ten others, at 11 + 12 + 13."""
+    assert [floor.causal_pairs(3), floor.causal_pairs(3, 10), floor.causal_pairs(0, 9)] == [6, 36, 0]
+
+
+def test_a_decoder_layer_by_hand() -> None:
+    """Two tokens, width 2, MLP 3: 4 x 16 + 3 x 24 + 4 x 3 pairs x 2 = 160; 4 x 4 + 3 x 6 weights of 2 bytes."""
+    assert floor.decoder_layer(SMALL, 2) == Work(64 + 72 + 24, 2 * 34)
+    assert floor.decoder_layer(SMALL, 2, before=5) == Work(64 + 72 + 4 * 13 * 2, 2 * 34)
+
+
+def test_the_deepest_layer_by_hand() -> None:
+    """Keys of 2 tokens 16, a query 8, scores with 2 keys 8; two matrices of 4 weights."""
+    assert floor.last_row(SMALL, 2) == Work(16 + 8 + 8, 16)
+
+
+def test_the_vision_tower_by_hand() -> None:
+    """Four patches of 12 numbers; one layer of the two, over five tokens; two matrices of the projector."""
+    patches = Work(2 * 4 * 12 * 2, 2 * 24)
+    layer = Work(4 * 2 * 5 * 2 * 2 + 2 * 2 * 5 * 2 * 5 + 4 * 25 * 2, 2 * (4 * 4 + 2 * 10))
+    projector = 2 * Work(2 * 4 * 2 * 2, 2 * 4)
+    assert floor.vision(SMALL) == patches + layer + projector
+
+
+def test_capture_stops_at_the_deepest_layer() -> None:
+    """Two whole layers and the row of the third; or none and the row of the first."""
+    below, row = floor.decoder_layer(SMALL, 7), floor.last_row(SMALL, 7)
+    assert floor.capture(SMALL, 7) == floor.vision(SMALL) + 2 * below + row
+    assert floor.capture(SMALL, 7, last_layer=0) == floor.vision(SMALL) + row
+
+
+def test_sharing_pays_the_ends_only() -> None:
+    """One expression costs what it costs alone but the last row; seven cost little more."""
+    shape = Shape()
+    alone = floor.capture(shape, 610)
+    one, seven = (floor.shared_capture(shape, 600, [10] * n) for n in (1, 7))
+    assert one.flops == pytest.approx(alone.flops, rel=1e-3)
+    assert seven.bytes == one.bytes
+    assert alone.flops < seven.flops < 1.2 * alone.flops
+
+
+def test_llava_7b_is_as_large_as_it_is() -> None:
+    """6.48e9 weights in its decoder layers (Vicuna-7B has 6.74e9 with its embeddings), 0.3e9 in its tower."""
+    layers = 32 * floor.decoder_layer(Shape(), 1)
+    assert layers.bytes / 2 == pytest.approx(6.48e9, rel=0.001)
+    assert floor.vision(Shape()).bytes / 2 == pytest.approx(0.303e9 * 23 / 24 + 0.021e9, rel=0.02)
+
+
+def test_the_formulas_agree_with_torchs_counter(small: Any) -> None:
+    """Eager attention in one real forward pass: whole maps, every layer of the tower, every layer of the LM."""
+    inputs = small.encode([picture()], [small.prompt("the red car")])
+    tokens = inputs["input_ids"].shape[1]
+    small.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        small.model.base_model(**inputs, use_cache=False)
+    small.model.set_attn_implementation("sdpa")
+    whole = floor.attention(tokens * tokens, QUICK.hidden).flops
+    causal = floor.attention(floor.causal_pairs(tokens), QUICK.hidden).flops
+    layer = floor.decoder_layer(QUICK, tokens).flops - causal + whole
+    tower = floor.vision(replace(QUICK, vision_layers=QUICK.vision_layers + 1)).flops
+    assert counter.get_total_flops() == tower + QUICK.layers * layer
+
+
+def test_the_longer_of_arithmetic_and_traffic_counts() -> None:
+    assert Work(100, 10).seconds(10, 10) == 10
+    assert Work(100, 1000).seconds(10, 10) == 100
+    assert str(Work(1.5e12, 2.4e9)) == "1.5 TFLOP, 2.4 GB"
+
+
+# ------------------------------------------------------------------------------------------------ time and memory
+
+
+def test_ways_take_turns() -> None:
+    """A round not counted, then each way once a round; the ratio is of the two of a round."""
+    calls: list[str] = []
+    timings = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4)
+    assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
+    assert {name: len(times) for name, times in timings.seconds.items()} == {"a": 4, "b": 4}
+    by_hand = Timings({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
+    assert (by_hand.median("a"), by_hand.ratios("a", "b")) == (3.0, [2.0, 1.5, 4.0])
+
+
+def test_a_row_by_hand() -> None:
+    """The probe does 10 operations; a machine as fast as in the round does the work's 30 in three times its time."""
+    timings = Timings({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0], "machine": [0.5, 0.5, 2.0]})
+    quiet = machine.Machine(CPU, torch.float32, 20.0, 1000.0, lambda: None, 10.0)
+    row = timed_row("x", "this", timings, "a", "b", goal=2, work=Work(30, 1), machine=quiet)
+    shares = [0.75, 0.5, 0.75]
+    assert (row.ratio, row.low, row.high, row.floor, row.share) == (2.0, 1.5, 4.0, 1.5, sorted(shares)[1])
+    assert cells(row)[2:] == [
+        "3.00 s", "2.00 s", "2.00 (1.50 to 4.00)", "2.00 met", "30 FLOP, 1 B", "1.50 s", "75 %",
+    ]  # fmt: skip
+    assert "MISSED" in cells(replace(row, goal=1.9))[5]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_that_of_the_height() -> None:
+    """200 MB that are given back before the end still count; work without any does not."""
+    peak = peak_bytes(lambda: np.ones(200_000_000, np.uint8).sum())
+    assert peak is not None
+    assert 195e6 <= peak < 230e6
+    assert (peak_bytes(lambda: None) or 0) < 5e6
+
+
+# ----------------------------------------------------------------------------------------------------- the models
+
+
+def test_repeated_layers_cost_time_and_no_memory(small: Any) -> None:
+    """Six layers of two layers' weights: as many parameters as two, six different rows, cache places of their own."""
+    deep = random_llava(replace(QUICK, layers=6), CPU, torch.float32, distinct=2)
+    assert deep.num_parameters == small.num_parameters
+    assert (deep.num_layers, len(deep.attention_modules)) == (6, 6)
+    assert [module.layer_idx for module in deep.attention_modules.values()] == list(range(6))
+    found, first = (lvlm.attend(picture(), EXPRESSIONS[0]).attention for lvlm in (deep, small))
+    np.testing.assert_allclose(found[:2], first, atol=1e-6)
+    assert np.abs(found[2] - found[0]).max() > 1e-9
+
+
+def test_both_ways_of_each_comparison_agree(small: Any) -> None:
+    """Eager hands out the rows that the capture finds; the published way holds them too; sharing changes nothing."""
+    from benchmarks import capture, published
+
+    inputs = small.encode([picture()], [small.prompt(EXPRESSIONS[0])])
+    (rows,) = capture.ours(small, inputs)
+    np.testing.assert_allclose(published.output_attentions(small, inputs)[:, 0], rows, atol=1e-6)
+    steps = published.published(small, inputs)
+    assert len(steps) == published.ANSWER
+    np.testing.assert_allclose(torch.stack([layer[0, :, -1] for layer in steps[0]]), rows, atol=1e-6)
+    with eager(small):
+        pass
+    assert small.model.model.language_model.config._attn_implementation == "sdpa"
+    prefix, ends = token_counts(small, picture())
+    assert prefix > QUICK.image_tokens
+    assert len(set(ends)) > 1
+    assert min(ends) >= 3
+    shared = small.encode_image(picture()).attend(EXPRESSIONS)
+    apart = [small.attend(picture(), expression) for expression in EXPRESSIONS]
+    check(shared, apart, tolerance=1e-5)
+    with pytest.raises(AssertionError):
+        check(shared, apart[::-1], tolerance=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def test_every_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At toy size; the table, the JSON and the Markdown say the same."""
+    files = ["--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "rows.md")]
+    assert command.main(["--quick", "--rounds", "1", *files]) == 0
+    written = json.loads((tmp_path / "rows.json").read_text())
+    rows = [SimpleNamespace(**row) for row in written["rows"]]
+    assert sorted({row.key for row in rows}) == list("abcdefgh")
+    for row in rows:
+        assert (row.ratio is not None and row.ratio > 0) or row.note.startswith(
+            ("skipped", "not measured", "measured")
+        )
+        assert (row.floor is None) == (row.share is None)
+    (memory,) = (row for row in rows if row.key == "g")
+    if memory.ratio is not None:
+        assert memory.ratio < 1
+        assert LIMIT == 300_000_000
+    out = capsys.readouterr().out
+    markdown = (tmp_path / "rows.md").read_text()
+    assert torch.__version__ in written["machine"]
+    for text in (out, markdown):
+        assert "met" in text
+        assert "encoded once" in text
+    assert len(markdown.splitlines()) == len(rows) + 4
+
+
+def test_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--quick", "--rounds", "1", "--only", "e"]) == 0
+    out = capsys.readouterr().out
+    assert "spatial entropy" in out and "sdpa prefill" not in out
+    assert command.main(["--only", "a,z"]) == 2
+    assert "'z'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--rounds", "0"])
+
+
+def test_the_machine_is_measured() -> None:
+    found = machine.measure(quick=True)
+    assert found.flops > 1e6
+    assert found.bandwidth > 1e6
+    quiet = found.probe_flops / found.flops
+    assert found.floor(Work(found.flops, 0), quiet) == pytest.approx(1)
+    assert found.floor(Work(0, found.bandwidth), 3 * quiet) == pytest.approx(3)

@@ -1,0 +1,182 @@
+"""Which cells count: the three thresholds by hand, and against trying every split or every set."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.grounding.binarise import otsu, threshold, top_mass
+from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.grounding.raster import mass_inside, upsample, visible_edges
+from localization_heads.heads.head import Head
+
+
+def grounded(grid, image_box=None, image_size=None, **options):
+    """One head's map without smoothing; a cell is 10 pixels wide unless told otherwise."""
+    grid = np.asarray(grid, dtype=np.float32)
+    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
+    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
+    return ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0.0, **options))
+
+
+class TestOtsu:
+    def test_by_hand(self):
+        # {1,1,2} | {8,9}: 3*2*(8.5-4/3)^2 = 308.2; {1,1} | {2,8,9}: 2*3*(19/3-1)^2 = 170.7; {1,1,2,8} | {9}: 4*1*36
+        assert otsu(np.array([9.0, 1, 8, 2, 1])) == 2.0
+
+    def test_equal_values_have_no_split(self):
+        assert otsu(np.full((3, 4), 0.1)) == np.inf
+        assert otsu(np.array([])) == np.inf
+
+    def test_of_equal_splits_the_lowest(self):
+        assert otsu(np.array([0.0, 1, 2])) == 0.0  # 1*2*(1.5)^2 = 2*1*(1.5)^2
+
+    @settings(deadline=None)
+    @given(hnp.arrays(np.float64, st.integers(2, 30), elements=st.floats(0, 1, width=16)))
+    def test_no_split_is_better(self, values):
+        if values.min() == values.max():
+            return
+        best = max(variance(values, values > cut) for cut in values)
+        assert variance(values, values > otsu(values)) == pytest.approx(best)
+
+
+def variance(values, above):
+    """Between-class variance times n^2, the obvious way; 0 if a class is empty."""
+    high, low = values[above].astype(float), values[~above].astype(float)
+    return len(high) * len(low) * (high.mean() - low.mean()) ** 2 if len(high) and len(low) else 0.0
+
+
+class TestTopMass:
+    def test_by_hand(self):
+        values = np.array([[4.0, 1.0], [2.0, 3.0]])
+        for share, cells in ((0.4, 1), (0.41, 2), (0.7, 2), (0.71, 3), (0.9, 3), (1.0, 4), (1e-9, 1)):
+            assert (values > top_mass(values, share)).sum() == cells, share
+
+    def test_equal_cells_go_together(self):
+        assert (np.array([1.0, 1, 1, 0]) > top_mass(np.array([1.0, 1, 1, 0]), 0.3)).sum() == 3
+
+    def test_nothing_holds_no_mass(self):
+        assert top_mass(np.zeros(4)) == top_mass(np.array([-1.0, -2])) == top_mass(np.array([])) == np.inf
+
+    def test_rounding_takes_no_cell_more(self):
+        values = np.full(10, 0.1)
+        values[:7] += 1e-3
+        assert (values > top_mass(values, values[:7].sum() / values.sum())).sum() == 7
+
+    @settings(deadline=None)
+    @given(
+        hnp.arrays(np.int64, st.integers(1, 8), elements=st.integers(0, 20), unique=True), st.integers(1, 10)
+    )
+    def test_no_smaller_set_holds_as_much(self, values, tenths):
+        if values.sum() == 0:
+            return
+        active = values > top_mass(values, tenths / 10)
+        enough = [
+            size
+            for size in range(1, len(values) + 1)
+            for chosen in itertools.combinations(values.tolist(), size)
+            if 10 * sum(chosen) >= tenths * values.sum()
+        ]
+        assert active.sum() == min(enough)
+        assert 10 * values[active].sum() >= tenths * values.sum()
+
+
+class TestThreshold:
+    @pytest.mark.parametrize("method", ["mean", "otsu", "top_mass"])
+    @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
+    def test_a_flat_map_has_no_active_cell(self, method, value):
+        noise = 1e-9 * np.random.default_rng(0).random((7, 9))
+        assert threshold(value + noise * value, method) == np.inf
+        found = grounded(np.full((7, 9), value), binarise=method)
+        assert (found.score, found.box, found.threshold) == (0.0, (0, 0, 90, 70), np.inf)
+        assert not found.cells.any()
+
+    @pytest.mark.parametrize("method", ["mean", "otsu", "top_mass"])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_refuses_what_is_no_number(self, method, bad):
+        with pytest.raises(ValueError, match="NaN"):
+            threshold(np.array([[1.0, bad]]), method)
+
+    def test_the_padding_counts_for_the_mean_alone(self):
+        grid = np.array([[40.0, 40, 40], [1, 3, 9]])  # the first row is padding
+        seen = {"image_box": (0, -10, 30, 10), "image_size": (30, 10)}
+        assert not grounded(grid, **seen).cells.any()  # the mean is 22.2
+        assert grounded(grid, **seen, binarise="otsu").box == (20, 0, 30, 10)  # {1, 3} | {9}
+        assert grounded(grid, **seen, binarise="top_mass", top_mass=0.9).box == (10, 0, 30, 10)  # 12 of 13
+
+    def test_what_lies_in_the_padding_alone_is_nothing(self):
+        grid = np.array([[9.0, 9, 9], [1, 1, 1]])
+        for method in ("mean", "otsu", "top_mass"):
+            found = grounded(grid, (0, -10, 30, 10), (30, 10), binarise=method)
+            assert found.box == (0, 0, 30, 10)
+
+    def test_each_method_makes_its_own_box(self):
+        grid = np.array([[0.0, 1, 2, 9, 2]])
+        assert grounded(grid).box == (30, 0, 40, 10)  # the mean is 2.8
+        assert grounded(grid, binarise="top_mass", top_mass=0.9).box == (20, 0, 50, 10)  # 13 of 14
+
+
+class TestUpsample:
+    def test_by_hand(self):
+        row = np.array([[0.0, 4.0]])
+        assert upsample(row, 2).tolist() == [[0, 0, 4, 4], [0, 0, 4, 4]]
+        # fine centres at -1/4, 1/4, 3/4, 5/4 cells from the first centre
+        assert upsample(row, 2, "bilinear").tolist() == [[0, 1, 3, 4], [0, 1, 3, 4]]
+        assert upsample(row, 1, "bilinear") is row
+
+    @pytest.mark.parametrize("times", [2, 3, 5])
+    def test_agrees_with_torch(self, times):
+        torch = pytest.importorskip("torch")
+        maps = np.random.default_rng(0).random((2, 3, 5))
+        theirs = torch.nn.functional.interpolate(
+            torch.from_numpy(maps)[None], scale_factor=times, mode="bilinear"
+        )
+        assert upsample(maps, times, "bilinear") == pytest.approx(theirs[0].numpy(), abs=1e-6)
+
+    def test_a_box_may_end_inside_a_cell(self):
+        grid = np.array([[0.0, 0, 8, 0, 0]])  # the mean is 1.6: active up to 0.8 cells from the centre
+        found = grounded(grid, upsample=10, interpolation="bilinear")
+        assert found.box == (17, 0, 33, 10)
+
+    @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["nearest", "bilinear"]))
+    def test_any_grid(self, height, width, times, interpolation):
+        maps = np.random.default_rng(0).random((2, height, width)).astype(np.float32)
+        fine = upsample(maps, times, interpolation)
+        assert fine.shape == (2, height * times, width * times)
+        assert fine.min() >= maps.min() - 1e-6 and fine.max() <= maps.max() + 1e-6
+
+
+class TestMassInside:
+    def test_a_cut_cell_counts_in_part(self):
+        edges = visible_edges((0, 0, 20, 10), (20, 10), (1, 2))
+        mass = np.array([[1.0, 3.0]])
+        assert mass_inside((0, 0, 20, 10), mass, *edges) == 1.0
+        assert mass_inside((5, 0, 20, 10), mass, *edges) == pytest.approx((0.5 + 3) / 4)
+        assert mass_inside((5, 0, 20, 5), mass, *edges) == pytest.approx((0.5 + 3) / 8)
+        assert mass_inside((20, 0, 30, 5), mass, *edges) == 0.0
+
+    def test_padding_does_not_count(self):
+        edges = visible_edges((-10, 0, 20, 10), (15, 10), (1, 3))
+        mass = np.array([[7.0, 1.0, 3.0]])  # in the padding; whole; half of it shows
+        assert mass_inside((0, 0, 15, 10), mass, *edges) == 1.0
+        assert mass_inside((10, 0, 15, 10), mass, *edges) == 0.75
+
+    def test_no_mass_is_no_score(self):
+        edges = visible_edges((0, 0, 20, 10), (20, 10), (1, 2))
+        assert mass_inside((0, 0, 20, 10), np.zeros((1, 2)), *edges) == 0.0
+
+    @settings(deadline=None)
+    @given(hnp.arrays(np.float64, (4, 5), elements=st.integers(0, 9).map(float)), st.data())
+    def test_agrees_with_counting_pixels(self, mass, data):
+        x0, x1 = sorted(data.draw(st.lists(st.integers(0, 30), min_size=2, max_size=2, unique=True)))
+        y0, y1 = sorted(data.draw(st.lists(st.integers(0, 24), min_size=2, max_size=2, unique=True)))
+        edges = visible_edges((0, 0, 30, 24), (30, 24), (4, 5))  # cells of 6 x 6 pixels
+        pixels = np.kron(mass, np.ones((6, 6)))
+        expected = pixels[y0:y1, x0:x1].sum() / pixels.sum() if pixels.sum() else 0.0
+        assert mass_inside((x0, y0, x1, y1), mass, *edges) == pytest.approx(expected)

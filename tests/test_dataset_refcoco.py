@@ -1,0 +1,386 @@
+"""RefCOCO from the authors' pickles, from jxu124's parquet and from lmms-lab's: one world, the same truth."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco
+
+from localization_heads.data import parquet, refer_pickles
+from localization_heads.data.benchmarks import OFFICIAL, Counts, count, open_source
+from localization_heads.data.masks import encode_source, read_mask
+from localization_heads.data.reference import BadRecord, Record
+from localization_heads.errors import UsageError
+from localization_heads.store.safe_pickle import loads_pickle
+from tests.dataset_files import (
+    JXU,
+    LMMS,
+    Ref,
+    as_python2,
+    jxu_row,
+    lmms_row,
+    save_jxu,
+    save_lmms,
+    save_pictures,
+    save_refer,
+    save_rows,
+    world,
+)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return save_pictures(tmp_path / "train2014", world())
+
+
+def opened(path, images, dataset="refcoco"):
+    source = open_source(dataset, path, images)
+    return source, source.index()
+
+
+def all_records(source, index):
+    return list(source.records(sorted({entry.row for entry in index.entries})))
+
+
+def coco_mask(ref):
+    """The second implementation: pycocotools' own decoding of COCO's own annotation."""
+    width, height = ref.size
+    runs = coco.frPyObjects(ref.segmentation, height, width)
+    decoded = coco.decode(runs)
+    return (decoded.any(axis=2) if decoded.ndim == 3 else decoded).astype(bool)
+
+
+@pytest.mark.parametrize("save", [save_refer, save_jxu], ids=["pickles", "jxu124"])
+def test_both_sources_of_unc_give_cocos_truth(tmp_path, images, save):
+    refs = world()
+    save(tmp_path / "data_of", refs)
+    source, index = opened(tmp_path / "data_of", images)
+    assert not index.bad
+    assert {(e.id, e.split, e.picture, e.text) for e in index.entries} == {
+        (f"ref{ref.ref_id}_sent{s['sent_id']}", ref.split, f"coco:{ref.image_id}", s["sent"])
+        for ref in refs
+        for s in ref.sentences()
+    }
+    by_row = {entry.row: entry.id for entry in index.entries}
+    by_id = {ref.ref_id: ref for ref in refs}
+    for record in all_records(source, index):
+        assert isinstance(record, Record)
+        ref = by_id[int(by_row[record.row].split("_")[0].removeprefix("ref"))]
+        x, y, width, height = ref.bbox
+        assert record.box == (x, y, x + width, y + height)
+        assert record.size == ref.size
+        assert record.image == images / f"COCO_train2014_{ref.image_id:012d}.jpg"
+        assert record.more == {"ref_id": ref.ref_id, "ann_id": ref.ann_id}
+        written = encode_source(record.mask, record.size)
+        np.testing.assert_array_equal(coco.decode(written).astype(bool), coco_mask(ref))
+        np.testing.assert_array_equal(read_mask(written, ref.size), coco_mask(ref))
+
+
+def test_the_sample_world_has_what_it_should_test():
+    """A crowd of run lengths and an object in two parts, of which a single polygon would be another mask."""
+    refs = world()
+    assert any(ref.iscrowd for ref in refs)
+    parts = next(ref for ref in refs if len(ref.segmentation) == 2 and not ref.iscrowd)
+    one = read_mask([parts.segmentation[0]], parts.size)
+    assert one.sum() < coco_mask(parts).sum()
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+def test_python_2_pickles(protocol):
+    """As Python 3's own unpickler reads them."""
+    value = [
+        world()[2].reference(),
+        {"long": "x" * 700, "n": -3, "f": 1.5, "t": (1, None, True), "big": 10**30},
+    ]
+    content = as_python2(pickle.dumps(value, protocol))
+    assert (b"U" in content or b"S'" in content) and loads_pickle(content) == pickle.loads(content) == value
+
+
+def test_python_2_byte_strings_are_utf8_or_latin1():
+    assert loads_pickle(b"\x80\x02U\x05caf\xc3\xa9.") == "caf\xe9"
+    assert loads_pickle(b"\x80\x02U\x04caf\xe9.") == "caf\xe9"
+
+
+def test_lmms_boxes_are_xywh_and_pictures_come_out(tmp_path):
+    refs = [ref for ref in world() if ref.split != "train"]
+    save_lmms(tmp_path, refs, shards=2)
+    source, index = opened(tmp_path, None)
+    assert source.variant == "lmms" and any("8,811" in note for note in source.notes)
+    assert {entry.split: entry.picture for entry in index.entries} == {
+        "testA": "coco:30",
+        "testB": "coco:40",
+        "val": "coco:20",
+    }
+    assert [e.id for e in index.entries if e.split == "testB"] == ["row1_sent0", "row1_sent1"]
+    record = next(r for r in all_records(source, index) if r.more["file_name"] == refs[0].file_name)
+    assert record.box == (10.0, 10.0, 60.0, 44.0)
+    assert isinstance(record.image, bytes) and record.image[:2] == b"\xff\xd8"
+    np.testing.assert_array_equal(
+        read_mask(encode_source(record.mask, (64, 48)), (64, 48)),
+        read_mask([refs[0].segmentation[0]], (64, 48)),
+    )
+
+
+def test_rows_are_found_in_any_row_group(tmp_path):
+    refs = [Ref(n, n, "val", (f"number {n}",)) for n in range(9)]
+    save_lmms(tmp_path, refs)
+    source, _ = opened(tmp_path, None)
+    for rows in ([0], [8], [1, 2, 3], [0, 4, 7], list(range(9)), [3, 8]):
+        found = list(source.records(rows))
+        assert [r.row for r in found] == rows
+        assert [r.more["file_name"] for r in found] == [refs[n].file_name for n in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("val-00000-of-00004.parquet", "val"),
+        ("validation-00000-of-00001-6f1b.parquet", "val"),
+        ("testA.parquet", "testA"),
+        ("refcoco_train.parquet", "train"),
+        ("test-00001-of-00002.parquet", "test"),
+        ("default/validation/0000.parquet", "val"),
+    ],
+)
+def test_a_files_name_tells_its_split(name, split):
+    assert parquet.split_of(Path(name)) == split
+
+
+def test_a_name_that_tells_no_split_is_refused():
+    for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
+        with pytest.raises(UsageError, match="does not tell its split"):
+            parquet.split_of(Path(name))
+
+
+def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
+    save_jxu(tmp_path / "a", [Ref(1, 1, "testA", ("x",))])
+    for dataset, split in (("refcoco", "testA"), ("refcoco+", "testA"), ("refcocog", "test")):
+        _, index = opened(tmp_path / "a", images, dataset)
+        assert [entry.split for entry in index.entries] == [split]
+
+
+def test_the_folder_of_the_data_set_is_found(tmp_path, images):
+    """The layout of lichengunc/refer: one folder a data set, pictures beside them."""
+    root = tmp_path / "refer"
+    save_refer(root / "refcoco", world(), "google")
+    save_refer(root / "refcoco", world(), "unc")
+    save_refer(root / "refcoco+", world()[:3], "unc")
+    save_refer(root / "refcocog", world()[:1], "umd")
+    save_pictures(root / "images/mscoco/images/train2014", world())
+    for dataset, number in (("refcoco", len(world())), ("refcoco+", 3), ("refcocog", 1)):
+        source, index = opened(root, None, dataset)
+        assert count(index.entries).references == number and source.variant == "" and not source.notes
+    source, _ = opened(root / "refcoco" / "refs(google).p", None)
+    assert source.variant == "google" and any("splits objects" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("names", [("{:012d}.jpg",), ("train2017/{:012d}.jpg",), ("val2017/{:012d}.jpg",)])
+def test_pictures_of_coco_2017_are_found(tmp_path, images, names):
+    save_refer(tmp_path / "r", world()[:1])
+    there = tmp_path / "coco" / names[0].format(1)
+    there.parent.mkdir(parents=True)
+    there.write_bytes((images / "COCO_train2014_000000000001.jpg").read_bytes())
+    source, index = opened(tmp_path / "r", tmp_path / "coco")
+    assert all_records(source, index)[0].image == there
+
+
+def test_the_published_counts_add_up():
+    """References and expressions of whole data sets are published on their own."""
+    for dataset, total in {
+        "refcoco": Counts(50_000, 142_210),
+        "refcoco+": Counts(49_856, 141_564),
+        "refcocog": Counts(49_822, 95_010),
+    }.items():
+        parts = [counts for (name, _), counts in OFFICIAL.items() if name == dataset]
+        assert Counts(sum(c.references for c in parts), sum(c.expressions for c in parts)) == total
+
+
+BAD_REFS = {
+    "no sentences": {"sentences": []},
+    "sentences are none": {"sentences": "abc"},
+    "a sentence is no dict": {"sentences": ["abc"]},
+    "an empty expression": {"sentences": [{"sent_id": 1, "sent": "  ", "raw": ""}]},
+    "an expression with a control character": {"sentences": [{"sent_id": 1, "sent": "a\x00b"}]},
+    "an endless expression": {"sentences": [{"sent_id": 1, "sent": "a" * 100_000}]},
+    "an id that is a path": {"ref_id": "../../etc/passwd"},
+    "a sentence id that is a path": {"sentences": [{"sent_id": "../x", "sent": "cat"}]},
+    "a picture that is a path": {"image_id": "../x"},
+    "a negative picture": {"image_id": -1},
+    "a huge picture": {"image_id": 10**40},
+    "a huge id": {"ref_id": 10**40},
+    "an unknown split": {"split": "secret"},
+}
+
+
+@pytest.mark.parametrize("change", BAD_REFS.values(), ids=BAD_REFS)
+def test_a_bad_reference_costs_only_itself(tmp_path, images, change):
+    good, bad = world()[0].reference(), {**world()[1].reference(), **change}
+    path = save_refer(tmp_path, world())
+    path.write_bytes(pickle.dumps([bad, good], 2))
+    _, index = opened(tmp_path, images)
+    assert {entry.row for entry in index.entries} == {1}
+    assert [entry.line for entry in index.bad] == [1]
+
+
+BAD_ANNOTATIONS = {
+    "box outside": Ref(1, 1, "val", ("x",), bbox=(200.0, 10.0, 5.0, 5.0)),
+    "box turned around": Ref(1, 1, "val", ("x",), bbox=(20.0, 10.0, -5.0, 5.0)),
+    "box empty": Ref(1, 1, "val", ("x",), bbox=(20.0, 10.0, 0.0, 5.0)),
+    "box of text": Ref(1, 1, "val", ("x",), bbox=("a", 10.0, 5.0, 5.0)),
+    "box of three": Ref(1, 1, "val", ("x",), bbox=(20.0, 10.0, 5.0)),
+    "box beyond floats": Ref(1, 1, "val", ("x",), bbox=(0, 0, 10**400, 5)),
+    "box endless": Ref(1, 1, "val", ("x",), bbox=(0.0, 0.0, 1e300, 1e300)),
+    "no size": Ref(1, 1, "val", ("x",), size=(0, 48)),
+    "size of text": Ref(1, 1, "val", ("x",), size=("64", 48)),
+    "a segmentation of text": Ref(1, 1, "val", ("x",), segmentation="abc"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ANNOTATIONS.values(), ids=BAD_ANNOTATIONS)
+def test_a_bad_annotation_costs_only_itself(tmp_path, images, bad):
+    good = world()[0]
+    good.image_id = 2
+    save_refer(tmp_path, [bad, good])
+    source, index = opened(tmp_path, images)
+    first, second = all_records(source, index)
+    assert isinstance(first, BadRecord) and isinstance(second, Record)
+
+
+def test_annotations_of_other_pictures_or_none_are_told(tmp_path, images):
+    path = save_refer(tmp_path, world()[:3])
+    refs = [ref.reference() for ref in world()[:3]]
+    refs[0]["ann_id"] = 5  # there is none
+    refs[1]["image_id"] = 3  # another picture's
+    refs[2]["ann_id"] = "x"
+    path.write_bytes(pickle.dumps(refs, 2))
+    source, index = opened(tmp_path, images)
+    reasons = [record.reason for record in all_records(source, index)]
+    assert "no such annotation" in reasons[0] and "another picture" in reasons[1] and "no such" in reasons[2]
+
+
+def test_refs_that_would_run_code_are_refused(tmp_path, images):
+    path = save_refer(tmp_path, world())
+    for content in (b"cos\nsystem\n(S'touch /tmp/x'\ntR.", b"\x80\x02]", b"\x80\x02}.", b"not a pickle", b""):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"refs\(unc\)\.p"):
+            opened(tmp_path, images)
+
+
+def test_a_refs_bomb_is_refused(tmp_path, images, monkeypatch):
+    """A list of ten times the same list of ten times the same list: 10,000 values in a hundred bytes."""
+    levels = b"".join(b"](" + (b"h" + bytes([n])) * 10 + b"eq" + bytes([n + 1]) for n in range(4))
+    path = save_refer(tmp_path, world())
+    path.write_bytes(b"\x80\x02(]q\x00" + levels + b"l.")
+    monkeypatch.setattr(refer_pickles, "LIMITS", replace(refer_pickles.LIMITS, values=5000))
+    with pytest.raises(UsageError, match="far deeper or larger than a refs file"):
+        opened(tmp_path, images)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"images": 1}', '{"images": [], "annotations": NaN}', "[" * 10**5]
+)
+def test_broken_instances_are_refused(tmp_path, images, content):
+    save_refer(tmp_path, world())
+    (tmp_path / "instances.json").write_text(content)
+    source, index = opened(tmp_path, images)
+    with pytest.raises(UsageError, match=r"instances\.json"):
+        all_records(source, index)
+
+
+BAD_JXU = {
+    "bbox is xywh": {"bbox": [10.0, 10.0, 20.0, 15.5]},
+    "bbox is NaN": {"bbox": [float("nan")] * 4},
+    "bbox is missing": {"bbox": None},
+    "raw_anns is no JSON": {"raw_anns": "{'segmentation': 1}"},
+    "raw_anns is a list": {"raw_anns": "[1]"},
+    "raw_anns is deep": {"raw_anns": "[" * 10**5},
+    "raw_anns is missing": {"raw_anns": None},
+    "raw_anns holds NaN": {"raw_anns": '{"bbox": [NaN, 1, 2, 3], "segmentation": []}'},
+    "raw_anns holds endless numbers": {"raw_anns": '{"bbox": [1e999, 1, 2, 3], "segmentation": []}'},
+    "raw_image_info is no JSON": {"raw_image_info": "x"},
+    "raw_image_info has no size": {"raw_image_info": "{}"},
+}
+
+
+@pytest.mark.parametrize("change", BAD_JXU.values(), ids=BAD_JXU)
+def test_a_bad_row_of_jxu_costs_only_itself(tmp_path, images, change):
+    good = world()[0]
+    rows = [{**jxu_row(good), **change}, jxu_row(good)]
+    save_rows(tmp_path / "train-00000-of-00001.parquet", rows, JXU)
+    source, index = opened(tmp_path, images)
+    first, second = all_records(source, index)
+    assert isinstance(first, BadRecord) and isinstance(second, Record)
+
+
+def test_paths_in_parquet_are_not_followed(tmp_path, images):
+    """`file_name` and `image_path` of a stranger are not used: the picture is COCO's of `image_id`."""
+    row = {**jxu_row(world()[0]), "file_name": "../../../etc/passwd", "image_path": "/etc/passwd"}
+    row["raw_image_info"] = json.dumps({**world()[0].image(), "file_name": "../../../etc/passwd"})
+    save_rows(tmp_path / "train-00000-of-00001.parquet", [row], JXU)
+    source, index = opened(tmp_path, images)
+    (record,) = all_records(source, index)
+    assert record.image == images / "COCO_train2014_000000000001.jpg"
+
+
+BAD_LMMS = {
+    "no bytes": {"image": {"bytes": None, "path": "/etc/passwd"}},
+    "no box": {"bbox": [1.0, 2.0]},
+    "a box of NaN": {"bbox": [float("nan")] * 4},
+}
+
+
+@pytest.mark.parametrize("change", BAD_LMMS.values(), ids=BAD_LMMS)
+def test_a_bad_row_of_lmms_costs_only_itself(tmp_path, change):
+    rows = [{**lmms_row(world()[0]), **change}, lmms_row(world()[0])]
+    save_rows(tmp_path / "val-00000-of-00001.parquet", rows, LMMS)
+    source, index = opened(tmp_path, None)
+    first, second = all_records(source, index)
+    assert isinstance(first, BadRecord) and isinstance(second, Record)
+
+
+def test_lmms_rows_without_expressions_or_picture_names_are_told(tmp_path):
+    rows = [{**lmms_row(world()[0]), **change} for change in ({"answer": []}, {"file_name": "../x.jpg"}, {})]
+    save_rows(tmp_path / "val-00000-of-00001.parquet", rows, LMMS)
+    _, index = opened(tmp_path, None)
+    assert [bad.line for bad in index.bad] == [1, 2] and {entry.row for entry in index.entries} == {2}
+
+
+def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
+    save_lmms(tmp_path, world())
+    source, index = opened(tmp_path, None)
+    for name, limit in (("MAX_ROWS", 0), ("MAX_GROUP_BYTES", 100), ("MAX_GROUP_VALUES", 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(parquet, name, limit)
+            with pytest.raises(UsageError, match=r"\.parquet"):
+                all_records(source, index)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"x" * 1000])
+def test_broken_parquet_is_refused(tmp_path, content):
+    path = tmp_path / "val-00000-of-00001.parquet"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="not a parquet file"):
+        opened(path, None)
+
+
+def test_what_is_there_is_listed_when_nothing_fits(tmp_path, images):
+    save_refer(tmp_path / "x", world(), "berkeley")
+    save_refer(tmp_path / "x", world(), "google")
+    with pytest.raises(UsageError, match=r"refs\(berkeley\)\.p, refs\(google\)\.p"):
+        open_source("refcoco", tmp_path / "x", images)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="found nothing"):
+        open_source("refcoco", tmp_path / "empty", images)
+    with pytest.raises(UsageError, match="no such file"):
+        open_source("refcoco", tmp_path / "gone", images)
+    with pytest.raises(UsageError, match="images= is missing"):
+        open_source("refcoco", save_jxu(tmp_path / "j", world()), None)
+    with pytest.raises(UsageError, match=r"images=.*no such folder"):
+        open_source("refcoco", tmp_path / "j", tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"columns ann_id.*reasonseg as parquet has"):
+        open_source("reasonseg", tmp_path / "j", images)

@@ -1,0 +1,60 @@
+"""Every code block of the documentation runs, and its site builds without a warning."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import blocks, commands
+from front import Front, cached_load_model, fronts
+
+from localization_heads.lvlm import loading
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    """The commands in a folder that looks like the repository's root."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load_model", cached_load_model)
+    names: dict[str, Any] = {"__name__": "a_page"}
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        if not block.is_run:
+            continue
+        if block.language == "python":
+            exec(compile(block.text, where, "exec"), names)
+        elif block.language == "bash":
+            for door, options in commands(block):
+                if "cli_mode=true" in options:
+                    monkeypatch.setattr(sys, "stdin", (front.folder / "no-lines").open("w+"))
+                result = getattr(front, door)(*options)
+                assert result.status == 0, f"{where}: {' '.join(options)}\n{result.err}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site's generator is not installed")
+    pytest.importorskip("mkdocstrings", reason="the site's generator is not installed")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "api.html").is_file()

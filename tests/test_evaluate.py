@@ -1,0 +1,464 @@
+"""`stage=evaluate` from the command line to its files: controls, rows, failures, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_lines
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.data.masks import encode_mask, read_mask
+from localization_heads.evaluation.controls import centre_box, mean_map, oracle_map, random_heads
+from localization_heads.evaluation.metrics import energy_in_box, mask_overlap, pointing_hit
+from localization_heads.evaluation.scores import Truth
+from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.model import LVLM
+from localization_heads.stages.failed_boxes import worst_outcomes
+from localization_heads.stages.outcome import Outcome
+from localization_heads.store.predictions import Prediction
+
+CONTROLS = ["random_heads", "all_heads", "centre_box", "oracle"]
+OPTIONS = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "visualize_batch=false")
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def quick(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
+    """Figures as empty files."""
+    stub_figures(monkeypatch)
+    return front
+
+
+def write_truths(count: int = 5, masks: bool = True) -> list[dict[str, Any]]:
+    """`data.jsonl`: two expressions a picture, boxes all over the place, a mask for every other one."""
+    rng = np.random.default_rng(3)
+    entries = []
+    for number in range(count):
+        picture = draw_picture(Path(f"picture_{number // 2}.png"), number // 2)
+        x0, y0 = rng.integers(0, 40), rng.integers(0, 30)
+        box = [int(x0), int(y0), int(x0 + rng.integers(8, 24)), int(y0 + rng.integers(8, 18))]
+        entry = {
+            "id": f"entry_{number}",
+            "prompt": EXPRESSIONS[number],
+            "image_path": picture.name,
+            "bbox": box,
+        }
+        if masks and number % 2 == 0:
+            mask = np.zeros((48, 64), bool)
+            mask[box[1] : box[3], box[0] : box[2]] = rng.random((box[3] - box[1], box[2] - box[0])) < 0.8
+            entry["mask"] = encode_mask(mask)
+        entries.append(entry)
+    write_lines(Path("data.jsonl"), entries)
+    return entries
+
+
+def read_metrics(front: Front) -> dict[str, Any]:
+    return json.loads((front.out / "metrics.json").read_text(encoding="utf-8"))
+
+
+def read_rows(front: Front) -> list[dict[str, Any]]:
+    return pyarrow.parquet.read_table(front.out / "per_sample.parquet").to_pylist()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
+    """Each row and each mean, computed once more from the maps of one expression at a time."""
+    entries = write_truths()
+    result = quick.finder(*OPTIONS, "batch_size=1")
+    assert result.status == 0, result.err
+    rows, metrics = read_rows(quick), read_metrics(quick)
+    assert [row["id"] for row in rows] == [entry["id"] for entry in entries]
+    heads, options = [Head(2, 0), Head(3, 1)], GroundingOptions()
+    for entry, row in zip(entries, rows, strict=True):
+        image = Image.open(entry["image_path"])
+        maps, box = lvlm.attend(image, entry["prompt"]), tuple(map(float, entry["bbox"]))
+        mask = read_mask(entry["mask"], image.size) if "mask" in entry else None
+        found = ground_maps(maps, heads, options)
+        assert row["image"] == entry["image_path"] and row["expression"] == entry["prompt"]
+        assert tuple(row["true_box"]) == box and tuple(row["predicted_box"]) == pytest.approx(found.box)
+        assert row["iou"] == pytest.approx(iou(found.box, box), abs=2e-3)  # another batch rounds differently
+        assert row["pointing"] == pointing_hit(found.point, box)
+        assert row["energy"] == pytest.approx(
+            energy_in_box(found.combined, maps.image_box, image.size, box), abs=1e-6
+        )
+        assert row["score"] == pytest.approx(found.score, abs=1e-6) and row["heads"] == ["L2H0", "L3H1"]
+        expected = (None, None) if mask is None else mask_overlap(found.mask, mask)
+        assert (row["intersection"], row["union"]) == expected
+        drawn = [ground_maps(maps, other, options) for other in random_heads(heads, lvlm.num_heads, seed=42)]
+        assert row["random_heads_iou"] == pytest.approx(np.mean([iou(one.box, box) for one in drawn]))
+        hits = [pointing_hit(one.point, box) for one in drawn]
+        assert row["random_heads_pointing"] == pytest.approx(np.mean(hits))
+        for name, control in (
+            ("all_heads", mean_map(maps, 2)),
+            ("oracle", oracle_map(maps, Truth(box, mask))),
+        ):
+            one = ground_maps(control, [Head(0, 0)], options)
+            assert row[f"{name}_iou"] == pytest.approx(iou(one.box, box)), name
+            assert row[f"{name}_pointing"] == pointing_hit(one.point, box), name
+        assert row["centre_box_iou"] == pytest.approx(iou(centre_box(image.size), box))
+        assert row["error"] is row["native_box"] is row["native_answer"] is None
+    means = {"mean_iou": "iou", "pointing": "pointing", "energy": "energy"}
+    for metric, column in means.items():
+        assert metrics[metric] == pytest.approx(np.mean([row[column] for row in rows]), abs=1e-6)
+        for name in CONTROLS:
+            values = [row[f"{name}_{column}"] for row in rows]
+            assert metrics["controls"][name][metric] == pytest.approx(np.mean(values), abs=1e-6)
+    assert metrics["acc@0.25"] == np.mean([row["iou"] >= 0.25 for row in rows])
+    masked = [row for row in rows if row["union"] is not None]
+    assert metrics["ciou"] == pytest.approx(
+        sum(r["intersection"] for r in masked) / sum(r["union"] for r in masked), abs=1e-6
+    )
+    assert (metrics["num_samples"], metrics["num_masks"], metrics["num_failed"]) == (5, 3, 0)
+
+
+def iou(a: Any, b: Any) -> float:
+    """By counting, in sixteenths of pixels."""
+    cells = []
+    for x0, y0, x1, y1 in (a, b):
+        x, y = (np.arange(64 * 16) + 0.5) / 16, (np.arange(48 * 16) + 0.5) / 16
+        cells.append(((y0 <= y) & (y < y1))[:, None] & ((x0 <= x) & (x < x1)))
+    return float((cells[0] & cells[1]).sum() / (cells[0] | cells[1]).sum())
+
+
+def test_the_screen_and_the_choices(quick: Front) -> None:
+    write_truths()
+    result = quick.finder(*OPTIONS, "grounding.sigma=0.8", "bootstrap=image")
+    assert result.status == 0, result.err
+    for text in ("heads", "random heads", "all heads", "centre box", "oracle", "ahead of random heads"):
+        assert text in result.out
+    metrics = read_metrics(quick)
+    assert list(metrics["controls"]) == CONTROLS
+    assert all("difference" in row for row in metrics["controls"].values())
+    choices = metrics["choices"]
+    assert choices["heads"] == ["L2H0", "L3H1"] and choices["k"] == 2
+    assert choices["grounding"]["sigma"] == 0.8
+    assert (choices["query_token"], choices["conv_mode"]) == ("last", "referseg")
+    assert "images" in choices["bootstrap"]
+    assert (choices["model"], choices["data_file"], choices["native"]) == ("embedded", "data.jsonl", None)
+    by_image = metrics["mean_iou_interval"]
+    assert quick.finder(*OPTIONS, "grounding.sigma=0.8").status == 0
+    assert read_metrics(quick)["mean_iou_interval"] != by_image
+
+
+def test_every_sample_may_have_heads_of_its_own(quick: Front) -> None:
+    write_truths(3)
+    result = quick.finder(*OPTIONS, "heads=greedy", "k=2")
+    assert result.status == 0, result.err
+    assert "own" in read_metrics(quick)["choices"]["heads"]
+    assert all(len(row["heads"]) == 2 for row in read_rows(quick))
+
+
+def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `controls=false` the heads' numbers are the same, and the forward pass stops at the deepest head."""
+    write_truths()
+    stops: list[Any] = []
+    original = LVLM.attend_batch
+
+    def spy(self: LVLM, *arguments: Any, last_layer: int | None = None, **named: Any) -> Any:
+        stops.append(last_layer)
+        return original(self, *arguments, last_layer=last_layer, **named)
+
+    monkeypatch.setattr(LVLM, "attend_batch", spy)
+    assert quick.finder(*OPTIONS, "worst=0").status == 0
+    assert set(stops) == {None}
+    whole = read_metrics(quick)
+    stops.clear()
+    assert quick.finder(*OPTIONS, "worst=0", "controls=false").status == 0
+    assert set(stops) == {3}
+    bare = read_metrics(quick)
+    assert bare["controls"] == {} and bare["choices"]["controls"] is None
+    for name in ("acc@0.5", "mean_iou", "mean_iou_interval", "pointing", "energy", "ciou"):
+        assert bare[name] == whole[name]
+    assert not [name for name in read_rows(quick)[0] if name.startswith("oracle")]
+
+
+# -------------------------------------------------------------------------------------------------- files
+
+
+def test_a_killed_run_ends_with_the_same_bytes(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_truths()
+    options = (*OPTIONS, "batch_size=2")
+    assert quick.finder(*options, "output_dir=whole").status == 0
+    seen: list[int] = []
+    original = LVLM.attend_batch
+
+    def interrupted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return original(self, images, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", interrupted)
+        assert quick.finder(*options).status == 130
+    assert not (quick.out / "metrics.json").exists()
+    done = sum(seen)
+    seen.clear()
+
+    def counted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append(len(images))
+        return original(self, images, *arguments, **named)
+
+    monkeypatch.setattr(LVLM, "attend_batch", counted)
+    assert quick.finder(*options, "worst=0").status == 0
+    assert sum(seen) == 5 - done  # the last chunk alone
+    for name in ("metrics.json", "per_sample.parquet", "predictions.jsonl"):
+        assert (quick.out / name).read_bytes() == Path("whole/tiny", name).read_bytes(), name
+    assert not list(quick.out.glob(".evaluate-*"))
+
+
+def test_another_truth_is_scored_anew(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run whose truth is edited meanwhile must not mix old scores with new ones."""
+    entries = write_truths()
+    options = (*OPTIONS, "batch_size=2", "worst=0")
+    original, seen = LVLM.attend_batch, list[int]()
+
+    def interrupted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(images))
+        return original(self, images, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", interrupted)
+        assert quick.finder(*options).status == 130
+    entries[0]["bbox"] = [0, 0, 64, 48]
+    write_lines(Path("data.jsonl"), entries)
+    assert quick.finder(*options).status == 0
+    x0, y0, x1, y1 = read_rows(quick)[0]["predicted_box"]
+    assert read_rows(quick)[0]["iou"] == pytest.approx((x1 - x0) * (y1 - y0) / (64 * 48))
+
+
+def test_the_worst_are_drawn_and_replace_the_last_ones(front: Front) -> None:
+    entries = write_truths()
+    assert front.finder(*OPTIONS, "worst=2").status == 0
+    rows = {row["id"]: row for row in read_rows(front)}
+    order = sorted(rows, key=lambda id: (rows[id]["iou"], rows[id]["energy"]))
+    bad = [id for id in order if rows[id]["iou"] < 0.5]
+    assert len(bad) >= 3
+    folder = front.out / "failures"
+    assert set(files_of(folder)) == {f"001_{bad[0]}.png", f"002_{bad[1]}.png", "worst.png"}
+    assert all(Image.open(path).size[0] > 100 for path in folder.glob("*.png"))
+    assert front.finder(*OPTIONS, "worst=1").status == 0
+    assert set(files_of(folder)) == {f"001_{bad[0]}.png", "worst.png"}
+    assert front.finder(*OPTIONS, "worst=0").status == 0
+    assert files_of(folder) == {}
+    for entry in entries:
+        entry["bbox"], entry["mask"] = rows[entry["id"]]["predicted_box"], None
+    write_lines(Path("data.jsonl"), entries)
+    result = front.finder(*OPTIONS, "worst=5")
+    assert result.status == 0 and "failures" not in result.out
+    assert files_of(folder) == {}
+    assert not [path for path in front.out.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_worst_first_and_only_those_below_a_half() -> None:
+    def made(id: str, width: float, energy: float) -> Outcome:
+        """A prediction of IoU `width / 10`."""
+        prediction = Prediction(id=id, bbox=(0.0, 0.0, width, 1.0), heads=(Head(2, 0),))
+        sample = lh.Sample("cat.png", "the cat", id=id, bbox=(0.0, 0.0, 10.0, 1.0))
+        return Outcome(sample, prediction, (0, 0), {"scores": {"heads": [[width / 10, False, energy, None]]}})
+
+    outcomes = [
+        made("half", 5, 0.0), made("fair", 4, 0.9), made("zero", 0, 0.3), made("zero_far", 0, 0.1),
+        made("zero_too", 0, 0.3), made("good", 9, 0.0),
+    ]  # fmt: skip
+    assert [o.sample.id for o in worst_outcomes(outcomes, 9)] == ["zero_far", "zero", "zero_too", "fair"]
+    assert [o.sample.id for o in worst_outcomes(outcomes, 2)] == ["zero_far", "zero"]
+    assert worst_outcomes(outcomes, 0) == []
+
+
+def test_the_boxes_drawn_are_those_that_were_scored(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the model again, alone and not in their batch: rounding must not show another box."""
+    from localization_heads import figures
+
+    drawn: list[tuple[str, Any, Any]] = []
+
+    def record(image: Any, grounding: Any, path: Path, *, truth: Any, expression: str) -> None:
+        drawn.append((path.name, grounding, truth))
+
+    monkeypatch.setattr(figures, "plot_grounding", record)
+    write_truths()
+    assert quick.finder(*OPTIONS).status == 0
+    rows = {row["id"]: row for row in read_rows(quick)}
+    assert len(drawn) >= 3
+    for name, grounding, truth in drawn:
+        row = rows[name[4:-4]]
+        assert list(grounding.box) == row["predicted_box"] and grounding.score == row["score"]
+        assert list(truth) == row["true_box"]
+        assert [str(head) for head in grounding.heads] == row["heads"]
+
+
+def test_bad_entries_have_their_rows(quick: Front) -> None:
+    entries = write_truths(2)
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n rest")
+    mask = Path("mask.png")
+    Image.new("L", (7, 7), 255).save(mask)
+    good = entries[1]
+    odd: list[Any] = [
+        *entries,
+        {**good, "id": "other_mask", "mask": "mask.png"},
+        {**good, "id": "broken", "image_path": "broken.png"},
+        {**good, "id": "outside", "bbox": [500, 500, 600, 600]},
+        "{not json",
+    ]
+    write_lines(Path("data.jsonl"), odd)
+    result = quick.finder(*OPTIONS)
+    assert result.status == 1
+    rows = read_rows(quick)
+    assert [row["id"] for row in rows] == ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6"]
+    assert "7 x 7" in rows[2]["error"] and "outside the picture" in rows[4]["error"]
+    assert all(row["error"] and row["iou"] is None for row in rows[2:])
+    assert all(row["error"] is None for row in rows[:2])
+    metrics = read_metrics(quick)
+    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 4)
+    lines = (quick.out / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
+
+
+def test_a_file_in_the_place_of_the_folder(quick: Front) -> None:
+    """Whatever is called `failures` is replaced; what a link leads to is left alone."""
+    write_truths(2)
+    quick.out.mkdir(parents=True)
+    precious = Path("precious")
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    (quick.out / "failures").symlink_to(precious.resolve())
+    assert quick.finder(*OPTIONS).status == 0
+    assert (precious / "thesis.tex").read_text() == "x"
+    assert not (quick.out / "failures").is_symlink()
+
+
+# -------------------------------------------------------------------------------------------- the model's box
+
+
+def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that writes the true box of every other expression, and no box of the rest."""
+    entries = write_truths()
+    boxes = {entry["prompt"]: entry["bbox"] for entry in entries}
+    asked: list[str] = []
+
+    def answer(self: Any, form: Any, image: Any, expression: str) -> Any:
+        asked.append(expression)
+        x0, y0, x1, y1 = boxes[expression]
+        return ((x0, y0, x1, y1), "yes") if list(boxes).index(expression) % 2 == 0 else (None, "I see none")
+
+    monkeypatch.setattr("localization_heads.stages.evaluating.ask_for_box", answer)
+    assert quick.finder(*OPTIONS, "worst=0").status == 0
+    assert not asked and "native" not in read_metrics(quick)["controls"]  # the embedded model writes none
+    result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "model.conv_mode=chat")
+    assert result.status == 0, result.err
+    assert sorted(asked) == sorted(boxes)
+    metrics = read_metrics(quick)
+    assert metrics["controls"]["native"]["acc@0.5"] == metrics["controls"]["native"]["mean_iou"] == 0.6
+    assert metrics["choices"]["native"].startswith("Please provide")
+    rows = read_rows(quick)
+    assert [row["native_answer"] for row in rows] == ["yes", "I see none", "yes", "I see none", "yes"]
+    assert rows[0]["native_box"] == entries[0]["bbox"] and rows[1]["native_box"] is None
+    asked.clear()
+    assert quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "native=false").status == 0
+    assert quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "controls=false").status == 0
+    assert not asked
+    assert (
+        quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "controls=false", "native=true").status
+        == 0
+    )
+    assert len(asked) == 5 and list(read_metrics(quick)["controls"]) == ["native"]
+
+
+def test_the_embedded_model_is_really_asked(quick: Front) -> None:
+    """Told to answer as LLaVA does, it writes words, in which there is no box: misses, not a crash."""
+    write_truths(2)
+    result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava")
+    assert result.status == 0, result.err
+    assert read_metrics(quick)["controls"]["native"]["mean_iou"] == 0
+    assert all(isinstance(row["native_answer"], str) for row in read_rows(quick))
+
+
+def test_a_model_without_boxes_is_not_asked(quick: Front) -> None:
+    write_truths(1)
+    result = quick.finder(*OPTIONS, "native=true")
+    assert result.status == 2
+    assert "native=true: embedded is not known to write boxes" in one_line(result.err)
+
+
+@pytest.mark.parametrize(
+    "option", ["controls=maybe", "native=yes please", "bootstrap=word", "worst=-1", "model.native_box=gpt"]
+)
+def test_wrong_options_are_named(quick: Front, option: str) -> None:
+    write_truths(1)
+    result = quick.finder(*OPTIONS, option.replace(" ", "\\ "))
+    assert result.status == 2
+    assert option.partition("=")[0] in one_line(result.err)
+
+
+# ------------------------------------------------------------------------------------------ no head passes
+
+
+def test_no_head_passes(quick: Front, lvlm: LVLM) -> None:
+    """One refusal for a picture, one failed entry in a batch; never a head that nobody chose."""
+    write_truths(2)
+    nobody = ("heads=greedy", "criteria.tau=2", "visualize_batch=false")
+    one = ("image_file=picture_0.png", "query=the dog")
+    for stage in ("ground", "pipeline"):
+        result = quick.finder(f"stage={stage}", *one, *nobody)
+        assert result.status == 2, (stage, result.err)
+        assert "no head passes the criteria" in one_line(result.err)
+    for stage in ("ground", "evaluate"):
+        result = quick.finder(f"stage={stage}", "data_file=data.jsonl", *nobody)
+        assert result.status == 1
+        assert "no head passes the criteria" in result.out
+    result = quick.finder("stage=batch", "data_file=data.jsonl", *nobody)
+    assert result.status == 1, result.err
+    assert result.out.count("no head passes") == 2
+    lines = [json.loads(line) for line in (quick.out / "predictions.jsonl").read_text().splitlines()]
+    assert all(line["bbox"] is None and "no head passes" in line["error"] for line in lines)
+
+
+def test_no_head_passes_in_the_viewer_and_from_python(
+    quick: Front, lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from localization_heads import api
+    from localization_heads.heads.criteria import CriteriaOptions
+    from localization_heads.stages import visualizing
+
+    write_truths(1)
+    monkeypatch.setattr(visualizing, "known_heads", lambda *_: None)
+    assert quick.finder("stage=collect", "image_file=picture_0.png", "query=the dog", "save_id=x").status == 0
+    result = quick.visualize(f"attention_file={quick.out}/attention/x.pkl", "criteria.tau=2")
+    assert result.status == 2
+    assert "no head passes the criteria" in one_line(result.err)
+    monkeypatch.setattr(LVLM, "known_heads", ())
+    monkeypatch.setattr(api, "CriteriaOptions", lambda: CriteriaOptions(tau=2.0))
+    with pytest.raises(lh.errors.UsageError, match="no head passes the criteria"):
+        lh.ground(lvlm, "picture_0.png", "the dog")
+
+
+def test_a_wrong_option_is_not_every_entrys_fault(quick: Front) -> None:
+    write_truths(2)
+    for heads in ("heads=greedy", "heads=[2-0]"):
+        result = quick.finder("stage=evaluate", "data_file=data.jsonl", heads, "criteria.exclude_layers=99")
+        assert result.status == 2
+        assert "criteria.exclude_layers=99" in one_line(result.err)

@@ -1,0 +1,231 @@
+"""`stage=experiment` end to end: the model runs once, everything else follows from what it left on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from front import Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from PIL import Image
+
+from localization_heads.experiments.catalogue import EXPERIMENTS
+from localization_heads.lvlm.model import LVLM
+
+ROOT = Path(__file__).parents[1]
+SCENES = ("data=scenes", "scenes.count=12", "scenes.size=128")
+EXPERIMENT = ("stage=experiment", *SCENES)
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many expressions went into each pass of the model."""
+    sizes: list[int] = []
+    original = LVLM.attend_batch
+
+    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        sizes.append(len(expressions))
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", spy)
+    return sizes
+
+
+def numbers(front: Front, name: str) -> Any:
+    return json.loads((front.out / "experiments" / f"{name}.json").read_text())
+
+
+def test_all_experiments_in_one_pass(front: Front, passes: list[int]) -> None:
+    result = front.finder(*EXPERIMENT, "experiment=all")
+    assert result.status == 0, result.err
+    assert sum(passes) == 12
+    for name in EXPERIMENTS:
+        assert numbers(front, name)["samples"] == 12
+        text = (front.out / "experiments" / f"{name}.md").read_text()
+        assert text.startswith("## ") and "\n| " in text
+        assert f"{name}.json" in result.out
+    for name in ("fig3", "fig6a", "fig6b", "random", "fig13", "fig14"):
+        with Image.open(front.out / "experiments" / f"{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5, name
+    # Another experiment, other values to sweep over, other heads: the model is not run again.
+    again = front.finder(*EXPERIMENT, "experiment=tab4", "experiment.ks=[2]", "heads=[3-1]")
+    assert again.status == 0 and sum(passes) == 12
+    assert [point["k"] for point in numbers(front, "tab4")["numbers"]["points"]] == [2]
+    assert numbers(front, "tab4")["heads"] == [[3, 1]]
+
+
+def test_the_numbers_are_those_of_the_other_stages(front: Front) -> None:
+    """Heads as `find` ranks them, scores as `evaluate` has them."""
+    assert front.finder("stage=find", *SCENES).status == 0
+    ranked = json.loads((front.out / "heads.json").read_text())
+    top = [[head["layer"], head["head"]] for head in ranked["heads"][:3]]
+    assert front.finder(*EXPERIMENT, "experiment=all").status == 0
+    assert numbers(front, "fig6a")["numbers"]["top"] == top
+    assert numbers(front, "fig3")["numbers"]["tau"] == pytest.approx(ranked["tau"], abs=1e-6)
+    names = ",".join(f"{layer}-{head}" for layer, head in top)
+    for heads, key in ((f"heads=[{names}]", "both, fixed"), ("heads=greedy", "both, greedy")):
+        assert (
+            front.finder("stage=evaluate", *SCENES, heads, "visualize_batch=false", "segmenter=none").status
+            == 0
+        )
+        metrics = json.loads((front.out / "metrics.json").read_text())
+        found = numbers(front, "tab5")["numbers"][key]
+        for name in ("acc@0.5", "mean_iou", "pointing", "ciou", "giou"):
+            assert found[name] == pytest.approx(metrics[name], abs=1e-6), (key, name)
+
+
+def test_a_killed_run_goes_on(front: Front, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same numbers, and without the samples that were done."""
+    stub_figures(monkeypatch)
+    whole = [*EXPERIMENT, "experiment=fig6b", "batch_size=4"]
+    assert front.finder(*whole).status == 0
+    expected = numbers(front, "fig6b")
+    original = LVLM.attend_batch
+
+    def killed(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        if len(passes) == 5:
+            raise KeyboardInterrupt
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", killed)
+    assert front.finder(*whole, "output_dir=elsewhere").status == 130
+    monkeypatch.setattr(LVLM, "attend_batch", original)
+    before = sum(passes)
+    assert front.finder(*whole, "output_dir=elsewhere").status == 0
+    assert sum(passes) - before == 4
+    assert json.loads(Path("elsewhere/tiny/experiments/fig6b.json").read_text()) == expected
+
+
+def test_entries_without_truth(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs no label works without any; what needs one says so."""
+    stub_figures(monkeypatch)
+    data = f"data_file={write_data(front.folder)}"
+    assert front.finder("stage=experiment", "experiment=fig3", data).status == 0
+    assert front.finder("stage=experiment", "experiment=fig6a", data).status == 0
+    result = front.finder("stage=experiment", "experiment=tab1", data)
+    assert result.status == 2 and "needs entries with bbox or mask" in one_line(result.err)
+
+
+def test_bad_entries_are_put_aside(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_figures(monkeypatch)
+    picture = draw_picture(front.folder / "p.png").name
+    entry = {"prompt": "the dog", "image_path": picture}
+    lines = [
+        {**entry, "id": "good", "bbox": [0, 0, 20, 20]},
+        {**entry, "id": "masked", "mask": [[5, 5, 30, 5, 30, 30]]},
+        {**entry, "id": "bare"},
+        {**entry, "id": "wrong_mask", "mask": {"size": [2, 2], "counts": [4]}},
+        {**entry, "id": "empty_mask", "mask": {"size": [48, 64], "counts": [48 * 64]}},
+        {**entry, "id": "gone", "image_path": "nowhere.png", "bbox": [0, 0, 2, 2]},
+        "not json",
+    ]
+    data = f"data_file={write_lines(front.folder / 'data.jsonl', lines)}"
+    result = front.finder("stage=experiment", "experiment=all", data)
+    assert result.status == 1, result.err
+    for id in ("bare", "wrong_mask", "empty_mask", "gone"):
+        assert id in result.out
+    assert numbers(front, "tab1")["samples"] == 2
+    # The tight box of the mask stands for the box that is missing.
+    assert numbers(front, "tab2")["numbers"]["ciou"] is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["stage=experiment"], "experiment= is missing: choose one of fig3, fig6a"),
+        (["stage=experiment", "experiment=fig4"], "experiment=fig4: choose one of all"),
+        (
+            ["stage=experiment", "experiment=fig3", "heads=greedy"],
+            "heads=greedy: experiments rank fixed heads",
+        ),
+        (["stage=experiment", "experiment=fig3", "heads=[99-0]"], "there is no L99H0"),
+        (["stage=experiment", "experiment=fig3", "criteria.exclude_layers=99"], "criteria.exclude_layers=99"),
+        (["stage=experiment", "experiment=ladder"], "rung= is missing"),
+        (["stage=experiment", "experiment.names=[ladder,fig3]"], "the ladder is a run of its own"),
+        (["stage=experiment", "experiment=tab4", "experiment.ks=[]"], "experiment.ks=[]: give a list"),
+    ],
+)
+def test_wrong_use_is_one_line(front: Front, options: list[str], said: str) -> None:
+    result = front.finder(*options, *SCENES)
+    assert result.status == 2
+    assert said in one_line(result.err)
+
+
+def test_the_ladder_is_one_command(tmp_path: Path) -> None:
+    """A Hydra multirun, in a process of its own as a user starts it; a wide picture shows what padding does."""
+    command = [
+        sys.executable, str(ROOT / "localization_heads_finder.py"), "stage=experiment", "experiment=ladder",
+        "data=scenes", "scenes.count=6", "scenes.size=128", "scenes.height=88", "device=cpu",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs/localization_heads/tiny"
+    rungs = json.loads((folder / "experiments/ladder.json").read_text())["numbers"]["rungs"]
+    assert [rung["name"] for rung in rungs] == ["published", "padding", "hull", "fixed", "masks", "mask_box"]
+    assert "rung=points is left out: segmenter=grabcut" in done.stderr
+    boxes = {}
+    for rung in rungs:
+        own = folder / "ladder" / rung["name"]
+        assert rung["metrics"]["acc@0.5"] == json.loads((own / "metrics.json").read_text())["acc@0.5"]
+        lines = (own / "predictions.jsonl").read_text().splitlines()
+        boxes[rung["name"]] = [json.loads(line)["bbox"] for line in lines]
+    assert boxes["masks"] == boxes["fixed"]
+    assert len({str(found) for found in boxes.values()}) == 5
+    ciou = {rung["name"]: rung["metrics"]["ciou"] for rung in rungs}
+    assert ciou["masks"] == ciou["mask_box"] != ciou["fixed"]
+    # The square's 128 rows begin 20 above the picture's 88; taken as the picture's own they are squeezed. Cells in the
+    # padding, which only the wrong reading counts, can make its box larger, never smaller.
+    for wrong, exact in zip(boxes["published"], boxes["padding"], strict=True):
+        top, bottom = (value * 128 / 88 - 20 for value in wrong[1::2])
+        assert wrong[0] <= exact[0] and exact[2] <= wrong[2]
+        assert top <= exact[1] + 1e-6 and exact[3] <= bottom + 1e-6
+        assert 0 <= exact[1] < exact[3] <= 88
+    assert not list(tmp_path.glob("multirun*"))
+
+
+def test_a_ladder_shows_the_rungs_of_the_same_entries_only(front: Front) -> None:
+    ladder = ("stage=experiment", "experiment=ladder", "data=scenes", "scenes.size=128")
+    assert front.finder(*ladder, "scenes.count=3", "rung=hull").status == 0
+    assert front.finder(*ladder, "scenes.count=2", "rung=fixed").status == 0
+    assert [rung["name"] for rung in numbers(front, "ladder")["numbers"]["rungs"]] == ["fixed"]
+    (front.out / "ladder/hull/rung.json").write_text("[broken")
+    assert front.finder(*ladder, "scenes.count=2", "rung=padding").status == 0
+    assert [rung["name"] for rung in numbers(front, "ladder")["numbers"]["rungs"]] == ["padding", "fixed"]
+
+
+def test_wide_scenes_keep_the_object(front: Front) -> None:
+    from localization_heads.data.samples import decode_mask, load_samples
+
+    assert front.finder("stage=scenes", *SCENES, "scenes.height=80").status == 0
+    (data,) = Path("outputs/scenes").glob("*/scenes.jsonl")
+    for sample in load_samples(data).samples:
+        with Image.open(sample.image) as picture:  # type: ignore[arg-type]
+            assert picture.size == (128, 80)
+        mask = decode_mask(sample, (128, 80))
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert sample.bbox == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
+def test_the_page_of_experiments_shows_every_one() -> None:
+    """`docs/build_experiments.py` made it after the catalogue was last changed, and its figures are there."""
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for name in (*EXPERIMENTS, "ladder"):
+        figure_or_table = {"random": "Against random heads", "ladder": "The ladder"}.get(name)
+        title = figure_or_table or f"{name[:3].title()}. {name[3:]}:"
+        assert f"\n### {title}" in page, name
+    linked = set(re.findall(r"\(images/experiments/(\S+\.png)\)", page))
+    assert linked == {path.name for path in (ROOT / "docs" / "images" / "experiments").glob("*")}
+    assert linked

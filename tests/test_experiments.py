@@ -1,0 +1,503 @@
+"""Every experiment's numbers on a tiny made-up study, against an obvious second implementation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.evaluation.correlation import spearman
+from localization_heads.evaluation.scores import Truth
+from localization_heads.experiments import paper
+from localization_heads.experiments.catalogue import EXPERIMENTS
+from localization_heads.experiments.finding import Finding, Table, percent
+from localization_heads.experiments.ladder import Climbed, ladder_finding
+from localization_heads.experiments.scoring import Recipe, Scores, score
+from localization_heads.experiments.selection import ELBOWS
+from localization_heads.experiments.study import Study, StudyOptions, highest
+from localization_heads.experiments.tables import criteria_recipes
+from localization_heads.experiments.truth import cell_shares, head_hits, head_ious, object_area
+from localization_heads.experiments.validation import contrast, random_sets
+from localization_heads.grounding.maps import GroundingOptions, ground_maps, visible_edges
+from localization_heads.heads.criteria import CriteriaOptions, head_statistics
+from localization_heads.heads.head import Head
+
+LAYERS, HEADS, GRID, SIZE, SAMPLES = 4, 5, 6, 24, 14
+SHAPE = (LAYERS, HEADS)
+
+
+def make_sample(seed: int) -> tuple[AttentionMaps, Truth]:
+    """Heads of higher number look more at the object, which is a rectangle of whole cells, with a dented mask."""
+    rng = np.random.default_rng(seed)
+    top, left = (int(value) for value in rng.integers(0, GRID - 2, 2))
+    height, width = (int(value) for value in rng.integers(2, GRID - max(top, left) + 1, 2))
+    attention = rng.random((LAYERS, HEADS, GRID, GRID)) * rng.random((LAYERS, HEADS, 1, 1))
+    weight = np.arange(HEADS)[None, :, None, None] * rng.random((LAYERS, HEADS, 1, 1))
+    attention[:, :, top : top + height, left : left + width] += weight
+    attention /= attention.sum(axis=(2, 3), keepdims=True)
+    attention *= np.linspace(0.05, 0.95, LAYERS * HEADS).reshape(LAYERS, HEADS, 1, 1)
+    cell = SIZE // GRID
+    box = (left * cell, top * cell, (left + width) * cell, (top + height) * cell)
+    mask = np.zeros((SIZE, SIZE), dtype=bool)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    mask[box[1], box[0]] = False
+    maps = AttentionMaps(attention.astype(np.float32), (0.0, 0.0, SIZE, SIZE), (SIZE, SIZE))
+    return maps, Truth(tuple(map(float, box)), mask)  # type: ignore[arg-type]
+
+
+SET = [make_sample(seed) for seed in range(SAMPLES)]
+
+
+def make_study(**options: object) -> Study:
+    found = [head_statistics(maps.attention) for maps, _ in SET]
+    return Study(
+        model="made up",
+        data="rectangles",
+        sums=np.stack([one.attention_sum for one in found]),
+        entropies=np.stack([one.spatial_entropy for one in found]),
+        bottom_row=np.stack([one.bottom_row_focus for one in found]),
+        ious=np.stack([head_ious(*sample) for sample in SET]),
+        hits=np.stack([head_hits(*sample) for sample in SET]),
+        num_masks=SAMPLES,
+        options=StudyOptions(top_n=4, criteria=CriteriaOptions(exclude_layers=1), **options),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return make_study()
+
+
+def find(name: str, study: Study) -> Finding:
+    experiment = EXPERIMENTS[name]
+    found = experiment.find(study, score(experiment.recipes(study), SET))
+    json.dumps(found.numbers, allow_nan=False)  # it goes into a file
+    assert found.reading.endswith(".")
+    return found
+
+
+# --- the obvious second implementations ---------------------------------------------------------------------------
+
+
+def frequencies(study: Study, tau: float, top_n: int) -> dict[Head, float]:
+    """Selection frequency in plain loops over the whole pool."""
+    sums = study.sums.astype(np.float64).mean(axis=0)
+    kept = [Head(i, j) for i, j in np.ndindex(SHAPE) if i >= 1 and sums[i, j] >= tau]
+    marks = dict.fromkeys(kept, 0)
+    for s in range(len(study)):
+        usable = [head for head in kept if math.isfinite(study.entropies[s][head])]
+        usable.sort(key=lambda head: (study.entropies[s][head], -study.sums[s][head], head))
+        for head in usable[:top_n]:
+            marks[head] += 1
+    return {head: count / len(study) for head, count in marks.items()}
+
+
+def best(study: Study, tau: float, top_n: int, k: int) -> list[Head]:
+    sums = study.sums.astype(np.float64).mean(axis=0)
+    found = frequencies(study, tau, top_n)
+    return sorted(found, key=lambda head: (-found[head], -sums[head], head))[:k]
+
+
+def slow_score(heads: Sequence[Sequence[Head]], options: GroundingOptions) -> tuple[float, float, float]:
+    """Acc@0.5, cIoU and pointing in plain loops."""
+    right = hit = shared = union = 0
+    for own, (maps, truth) in zip(heads, SET, strict=True):
+        found = ground_maps(maps, own, options)
+        a, b = found.box, truth.box
+        w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+        inside = max(w, 0) * max(h, 0)
+        whole = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
+        right += inside / whole >= 0.5
+        x, y = found.point
+        hit += b[0] <= x < b[2] and b[1] <= y < b[3]
+        assert truth.mask is not None
+        shared += int((found.mask & truth.mask).sum())
+        union += int((found.mask | truth.mask).sum())
+    return right / len(SET), shared / union, hit / len(SET)
+
+
+def fixed(heads: Sequence[Head]) -> list[Sequence[Head]]:
+    return [heads] * SAMPLES
+
+
+# --- a head alone (Fig. 6b's IoU) ---------------------------------------------------------------------------------
+
+
+def test_head_iou_by_hand() -> None:
+    """Two by two cells of 4 pixels; one active cell, of whose 16 pixels the object has 8; it has 12 in all."""
+    attention = np.array([[[[1.0, 0.0], [0.0, 0.0]]]], dtype=np.float32)
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[0:2, 0:6] = True
+    maps = AttentionMaps(attention, (0.0, 0.0, 8.0, 8.0), (8, 8))
+    assert head_ious(maps, Truth((0, 0, 6, 2), mask))[0, 0] == pytest.approx(8 / (16 + 12 - 8))
+    assert head_ious(maps, Truth((0, 0, 6, 2)))[0, 0] == pytest.approx(8 / (16 + 12 - 8))
+    flat = replace(maps, attention=np.ones_like(attention))
+    assert head_ious(flat, Truth((0, 0, 6, 2), mask))[0, 0] == 0
+
+
+def test_head_iou_is_that_of_the_upsampled_binary_map() -> None:
+    for maps, truth in SET:
+        cell = SIZE // GRID
+        ious = head_ious(maps, truth)
+        for index in np.ndindex(SHAPE):
+            own = maps.attention[index]
+            active = np.kron(own > own.astype(np.float64).mean(), np.ones((cell, cell))).astype(bool)
+            assert truth.mask is not None
+            expected = (active & truth.mask).sum() / (active | truth.mask).sum()
+            assert ious[index] == pytest.approx(expected, abs=1e-6)
+
+
+def test_padding_has_no_area_and_cropped_parts_count_as_missed() -> None:
+    """A picture of 8 x 4 in the middle of a padded square of 8: only the middle rows of cells have area."""
+    attention = np.zeros((1, 1, 4, 4), dtype=np.float32)
+    attention[..., 0, :] = 1  # padding
+    attention[..., 1, 0] = 1  # pixels (0, 0) to (2, 2)
+    padded = AttentionMaps(attention, (0.0, -2.0, 8.0, 6.0), (8, 4))
+    assert head_ious(padded, Truth((0, 0, 2, 4)))[0, 0] == pytest.approx(4 / 8)
+    assert not head_hits(padded, Truth((4, 0, 8, 4)))[0, 0]
+    cropped = AttentionMaps(np.array([[[[1, 0]]]], dtype=np.float32), (2.0, 0.0, 6.0, 4.0), (8, 4))
+    assert head_ious(cropped, Truth((0, 0, 4, 4)))[0, 0] == pytest.approx(8 / 16)
+
+
+def test_cells_that_cut_pixels_share_them_by_area() -> None:
+    """Against a picture drawn twelve times finer, whose pixels no cell cuts."""
+    rng = np.random.default_rng(5)
+    mask = rng.random((5, 7)) < 0.5
+    x_edges, y_edges = visible_edges((-1.0, 0.0, 8.0, 5.0), (7, 5), (3, 4))
+    fine = np.kron(mask, np.ones((12, 12)))
+    shares = cell_shares(Truth((0, 0, 7, 5), mask), x_edges, y_edges)
+    for row, column in np.ndindex(3, 4):
+        rows = slice(round(12 * y_edges[row]), round(12 * y_edges[row + 1]))
+        columns = slice(round(12 * x_edges[column]), round(12 * x_edges[column + 1]))
+        assert shares[row, column] == pytest.approx(fine[rows, columns].sum() / 144)
+    assert shares.sum() == pytest.approx(object_area(Truth((0, 0, 7, 5), mask), (7, 5)))
+
+
+def test_a_heads_hit_is_its_groundings_point() -> None:
+    bare = GroundingOptions(sigma=0)
+    for maps, truth in SET:
+        hits = head_hits(maps, truth)
+        for index in np.ndindex(SHAPE):
+            x, y = ground_maps(maps, [Head(*index)], bare).point
+            inside = truth.box[0] <= x < truth.box[2] and truth.box[1] <= y < truth.box[3]
+            assert hits[index] == inside
+
+
+# --- selection ----------------------------------------------------------------------------------------------------
+
+
+def test_fig3_and_fig6a(study: Study) -> None:
+    sums = study.sums.astype(np.float64).mean(axis=0)[1:].ravel()
+    ordered = np.sort(sums)
+    chord = ordered[0] + (ordered[-1] - ordered[0]) * np.arange(ordered.size) / (ordered.size - 1)
+    tau = ordered[np.argmax(np.abs(ordered - chord))]
+    numbers = find("fig3", study).numbers
+    assert numbers["tau"] == pytest.approx(tau)
+    assert numbers["kept"] == (sums >= tau).sum() and numbers["considered"] == sums.size
+    found = find("fig6a", study)
+    expected = frequencies(study, tau, 4)
+    top = best(study, tau, 4, 3)
+    assert [Head(*head) for head in found.numbers["top"]] == top
+    assert found.numbers["frequency"] == pytest.approx([expected[head] for head in top])
+    assert found.numbers["ever_selected"] == sum(value > 0 for value in expected.values())
+    assert [row[1] for row in found.tables[0].rows[:3]] == [str(head) for head in top]
+
+
+def test_fig13_sweeps_tau(study: Study) -> None:
+    assert study.ranking.tau is not None
+    points = find("fig13", study).numbers["points"]
+    assert [point["value"] for point in points] == pytest.approx([f * study.ranking.tau for f in ELBOWS])
+    tops = set()
+    for point in points:
+        expected = best(study, point["value"], 4, 3)
+        assert [Head(*head) for head in point["top"]] == expected
+        assert point["shared"] == len(set(expected) & set(study.found()))
+        if expected:
+            tops.add(tuple(expected))
+            assert point["acc@0.5"] == pytest.approx(slow_score(fixed(expected), GroundingOptions())[0])
+    assert len(tops) > 1  # or the sweep would have shown nothing
+
+
+def test_a_tau_that_no_head_reaches_leaves_the_row_empty() -> None:
+    found = find("fig13", make_study(taus=(0.1, 5.0)))
+    assert found.tables[0].rows[-1] == ("5.000", "0", "none", "0 of 3", "-", "-")
+    assert found.numbers["points"][-1]["acc@0.5"] is None
+
+
+def test_fig14_sweeps_n(study: Study) -> None:
+    assert study.ranking.tau is not None
+    points = find("fig14", study).numbers["points"]
+    assert [point["value"] for point in points] == list(range(1, 15))
+    for point in points:
+        expected = best(study, study.ranking.tau, int(point["value"]), 3)
+        assert [Head(*head) for head in point["top"]] == expected
+    assert len({str(point["top"]) for point in points}) > 1
+
+
+# --- validation ---------------------------------------------------------------------------------------------------
+
+
+def test_spearman_by_hand() -> None:
+    """1 - 6 sum d^2 / n (n^2 - 1) where there is no tie: d = 0, 1, -1, 0."""
+    found = spearman([1, 2, 3, 4], [10, 30, 20, 40])
+    assert found is not None
+    assert found[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert spearman([1, 2], [1, 2]) is None
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Average ranks, by counting."""
+    array = np.asarray(values)
+    return np.array([(array < v).sum() + ((array == v).sum() + 1) / 2 for v in array])
+
+
+def test_fig6b_is_the_correlation_of_ranks(study: Study) -> None:
+    from scipy import stats
+
+    assert study.ranking.tau is not None and study.ious is not None
+    numbers = find("fig6b", study).numbers
+    counted = {head: f for head, f in frequencies(study, study.ranking.tau, 4).items() if f >= 0.01}
+    iou = study.ious.astype(np.float64).mean(axis=0)
+    x, y = ranks(list(counted.values())), ranks([iou[head] for head in counted])
+    rho = np.corrcoef(x, y)[0, 1]
+    assert numbers["num_selected"] == len(counted) > 3
+    assert numbers["selected"]["rho"] == pytest.approx(rho)
+    t = rho * math.sqrt((len(x) - 2) / (1 - rho**2))
+    assert numbers["selected"]["p"] == pytest.approx(2 * stats.t.sf(abs(t), len(x) - 2))
+    assert numbers["num_all"] == (LAYERS - 1) * HEADS
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"),
+    [
+        (1, "as in the paper's models, heads that are selected more often localise better"),
+        (-1, "localise worse"),
+    ],
+)
+def test_fig6b_says_what_its_numbers_say(study: Study, sign: int, said: str) -> None:
+    """IoUs that go with the frequency, and against it."""
+    frequency = np.zeros(SHAPE)
+    for head in study.ranking.heads:
+        frequency[head.address] = head.selection_frequency
+    ious = np.broadcast_to(0.5 + 0.1 * sign * frequency, study.sums.shape).astype(np.float32)
+    assert said in find("fig6b", replace(study, ious=ious)).reading
+    constant = find("fig6b", replace(study, ious=np.full_like(ious, 0.5)))
+    assert constant.numbers["selected"] is None and "no correlation can be told" in constant.reading
+
+
+def test_contrast_by_hand() -> None:
+    found = contrast([1, 1, 0, 1], [[1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
+    assert found["found"] == 0.75 and found["random"] == 0.5 and found["sets"] == [0.25, 0.25, 1.0]
+    assert found["difference"] == 0.25 and found["beaten"] == 2
+    low, high = found["interval"]
+    differences = [1 / 3, 2 / 3, -1 / 3, 1 / 3]
+    assert min(differences) <= low < 0.25 < high <= max(differences)
+
+
+def test_random_heads_are_of_the_same_layers_and_the_same_every_time(study: Study) -> None:
+    sets = random_sets(study)
+    assert sets == random_sets(study) and len(sets) == 20 and len(set(sets)) > 1
+    numbers = find("random", study).numbers["REC Acc@0.5"]
+    assert numbers["found"] == pytest.approx(slow_score(fixed(study.heads), GroundingOptions())[0])
+    assert numbers["sets"] == pytest.approx(
+        [slow_score(fixed(heads), GroundingOptions())[0] for heads in sets]
+    )
+
+
+@pytest.mark.parametrize(
+    ("better", "said"), [(0, "more than luck"), (1, "less than random"), (None, "not to be told")]
+)
+def test_the_contrast_says_what_its_numbers_say(study: Study, better: int | None, said: str) -> None:
+    good = Scores(np.ones(50), np.ones(50, bool), np.zeros((0, 2), int))
+    bad = Scores(np.zeros(50), np.zeros(50, bool), np.zeros((0, 2), int))
+    mixed = Scores(np.tile([0.0, 1.0], 25), np.zeros(50, bool), np.zeros((0, 2), int))
+    found, other = {0: (good, bad), 1: (bad, good), None: (mixed, mixed)}[better]
+    scores = {"found": found} | {("random", i): other for i in range(20)}
+    assert said in EXPERIMENTS["random"].find(study, scores).reading
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------
+
+
+def test_tab1_to_tab3(study: Study) -> None:
+    accuracy, ciou, hit = slow_score(fixed(study.found()), GroundingOptions())
+    first = find("tab1", study)
+    assert first.tables[0].rows == (("ours, made up, Acc@0.5", percent(accuracy)),)
+    assert first.tables[0].columns == ("model", "rectangles")
+    assert first.numbers["acc@0.5"] == pytest.approx(accuracy) and first.numbers["pointing"] == pytest.approx(
+        hit
+    )
+    assert find("tab2", study).tables[0].rows[0][1] == percent(ciou)
+    ious = [np.divide(*pair) for pair in score({0: Recipe(study.heads, GroundingOptions())}, SET)[0].overlap]
+    assert [row[1] for row in find("tab3", study).tables[0].rows] == [
+        percent(ciou),
+        percent(float(np.mean(ious))),
+    ]
+
+
+def test_the_papers_numbers_stand_beside_ours_where_the_model_is_one_of_its(study: Study) -> None:
+    known = replace(study, model="llava-hf/llava-1.5-7b-hf")
+    table = find("tab1", known).tables[0]
+    assert table.columns == ("model", *paper.SPLITS, "rectangles")
+    assert table.rows[0] == ("paper, LLaVA-1.5-7B", *map(str, paper.MODELS[known.model].rec or ()), "-")
+    assert table.rows[1][1:-1] == ("-",) * 8 and table.rows[1][-1] != "-"
+    split = replace(known, options=replace(known.options, benchmark="refcoco+-testA"))
+    table = find("tab2", split).tables[0]
+    assert table.columns == ("model", *paper.SPLITS)
+    ours = dict(zip(table.columns, table.rows[1], strict=True))
+    assert [name for name, cell in ours.items() if cell != "-"] == ["model", "refcoco+-testA"]
+    reason = find("tab3", replace(known, options=replace(known.options, benchmark="reasonseg-val"))).tables[0]
+    assert reason.rows[0] == ("paper, LLaVA-1.5-7B", "52.4", "48.7")
+    assert find("fig3", known).tables[0].rows[1][:2] == ("paper, LLaVA-1.5-7B", "0.24")
+    assert find("fig6a", known).tables[0].columns[-1] == "paper's rank"
+
+
+def test_the_papers_models_are_those_of_our_configs() -> None:
+    """Each of the paper's models that we name is a checkpoint that we know, with the same heads."""
+    from localization_heads.lvlm.spec import find_spec, known_specs
+
+    names = {spec.name for spec in known_specs().values()}
+    for name, model in paper.MODELS.items():
+        assert name in names
+        assert [str(head) for head in find_spec(name).heads] == list(model.heads)
+        assert model.rec is None or len(model.rec) == len(paper.SPLITS)
+        assert model.res is None or len(model.res) == len(paper.SPLITS)
+
+
+def test_tab4_adds_heads_in_the_order_of_the_ranking(study: Study) -> None:
+    points = find("tab4", study).numbers["points"]
+    for point in points:
+        heads = study.found(point["k"])
+        assert len(heads) == point["k"] and heads == study.found(5)[: point["k"]]
+        assert point["acc@0.5"] == pytest.approx(slow_score(fixed(heads), GroundingOptions())[0])
+    few = find("tab4", make_study(ks=(90,)))
+    assert few.numbers["points"] == [] and "fewer" in few.reading
+
+
+def test_tab5_by_plain_loops(study: Study) -> None:
+    sums = study.sums.astype(np.float64)
+    heads = [Head(i, j) for i, j in np.ndindex(SHAPE) if i >= 1]
+    assert study.ranking.tau is not None
+
+    def lowest(s: int, allowed: Sequence[Head]) -> list[Head]:
+        usable = [head for head in allowed if math.isfinite(study.entropies[s][head])]
+        return sorted(usable, key=lambda head: (study.entropies[s][head], -study.sums[s][head], head))[:3]
+
+    def own_elbow(s: int) -> float:
+        ordered = np.sort(sums[s, 1:].ravel())
+        chord = ordered[0] + (ordered[-1] - ordered[0]) * np.arange(ordered.size) / (ordered.size - 1)
+        return float(ordered[np.argmax(np.abs(ordered - chord))])
+
+    expected = {
+        ("criterion 1", "fixed"): fixed(sorted(heads, key=lambda head: -sums.mean(axis=0)[head])[:3]),
+        ("criterion 2", "fixed"): fixed(best(study, 0.0, 4, 3)),
+        ("both", "fixed"): fixed(best(study, study.ranking.tau, 4, 3)),
+        ("criterion 1", "greedy"): [sorted(heads, key=lambda head: -one[head])[:3] for one in sums],
+        ("criterion 2", "greedy"): [lowest(s, heads) for s in range(SAMPLES)],
+        ("both", "greedy"): [
+            lowest(s, [head for head in heads if sums[s][head] >= own_elbow(s)]) for s in range(SAMPLES)
+        ],
+    }
+    recipes, numbers = criteria_recipes(study), find("tab5", study).numbers
+    for name, chosen in expected.items():
+        assert [list(recipes[name].of(s)) for s in range(SAMPLES)] == [list(own) for own in chosen], name
+        accuracy, ciou, _ = slow_score(chosen, GroundingOptions())
+        assert numbers[", ".join(name)]["acc@0.5"] == pytest.approx(accuracy, abs=1e-6)
+        assert numbers[", ".join(name)]["ciou"] == pytest.approx(ciou, abs=1e-6)
+    assert len({str(chosen) for chosen in expected.values()}) > 3
+
+
+def test_tab8_changes_one_thing_at_a_time(study: Study) -> None:
+    numbers = find("tab8", study).numbers
+    for point in numbers["sigma"]:
+        options = GroundingOptions(sigma=point["sigma"])
+        assert point["acc@0.5"] == pytest.approx(slow_score(fixed(study.heads), options)[0], abs=1e-6)
+    for point in numbers["kernel"]:
+        options = GroundingOptions(kernel_size=point["kernel"])
+        assert point["acc@0.5"] == pytest.approx(slow_score(fixed(study.heads), options)[0], abs=1e-6)
+    bare = [point["acc@0.5"] for point in numbers["sigma"] if point["sigma"] == 0]
+    assert bare == [point["acc@0.5"] for point in numbers["kernel"] if point["kernel"] == 1]
+
+
+def test_named_heads_are_used_where_heads_are_fixed(study: Study) -> None:
+    named = replace(study, given_heads=(Head(1, 1),))
+    accuracy = slow_score(fixed([Head(1, 1)]), GroundingOptions())[0]
+    assert find("tab1", named).numbers["acc@0.5"] == pytest.approx(accuracy)
+    assert find("tab4", named).numbers == find("tab4", study).numbers  # the ranking's, whatever was named
+
+
+def test_highest_breaks_ties_by_layer_and_head() -> None:
+    sums = np.array([[9.0, 9.0], [1.0, 2.0], [2.0, 0.0]])
+    assert highest(sums, 3, 1) == (Head(1, 1), Head(2, 0), Head(1, 0))
+    assert len(highest(sums, 9, 1)) == 4
+
+
+def test_equal_recipes_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from localization_heads.experiments import scoring
+
+    calls = []
+
+    def spy(*arguments: object) -> object:
+        calls.append(arguments)
+        return ground_maps(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scoring, "ground_maps", spy)
+    one, options = (Head(2, 0),), GroundingOptions()
+    scores = score({"a": Recipe(one, options), "b": Recipe(one, options)}, SET)
+    assert len(calls) == SAMPLES and scores["a"] is scores["b"]
+
+
+def test_entries_without_masks_have_no_res(study: Study) -> None:
+    boxes = [(maps, Truth(truth.box)) for maps, truth in SET]
+    scores = score(EXPERIMENTS["tab2"].recipes(study), boxes)
+    found = EXPERIMENTS["tab2"].find(study, scores)
+    assert found.tables[0].rows[0][1] == "-" and found.numbers["ciou"] is None
+
+
+# --- the ladder ---------------------------------------------------------------------------------------------------
+
+
+def climbed(step: int, name: str, accuracy: float) -> Climbed:
+    return Climbed(step, name, f"+ {name}", {"acc@0.5": accuracy, "num_samples": 8})
+
+
+def test_the_ladders_gains_by_hand() -> None:
+    found = ladder_finding("embedded", [climbed(1, "a", 0.25), climbed(2, "b", 0.2), climbed(3, "c", 0.5)])
+    assert [row[3] for row in found.tables[0].rows] == ["-", "-5.0", "+30.0"]
+    assert '"+ c" (+30.0 points)' in found.reading
+    assert "no rung raises it" in ladder_finding("x", [climbed(1, "a", 0.25), climbed(2, "b", 0.2)]).reading
+    assert "One rung so far" in ladder_finding("x", [climbed(1, "a", 0.25)]).reading
+    assert len(found.tables) == 1  # what others report is of the paper's models
+    assert len(ladder_finding("llava-hf/llava-1.5-7b-hf", [climbed(1, "a", 0.25)]).tables) == 2
+    rung = climbed(3, "c", 0.5)
+    assert Climbed.from_json(json.loads(json.dumps(rung.to_json()))) == rung
+
+
+def test_padding_ignored_by_hand() -> None:
+    """8 x 4 pixels padded to a square: cell row 1 shows y 0 to 2; taken as the picture's own it is y 1 to 2."""
+    attention = np.zeros((1, 1, 4, 4), dtype=np.float32)
+    attention[..., 1, 1] = 1
+    maps = AttentionMaps(attention, (0.0, -2.0, 8.0, 6.0), (8, 4))
+    exact = ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0))
+    wrong = ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0, ignore_padding=True))
+    assert exact.box == (2.0, 0.0, 4.0, 2.0)
+    assert wrong.box == (2.0, 1.0, 4.0, 2.0)
+    with pytest.raises(ValueError, match="ignore_padding"):
+        GroundingOptions(ignore_padding="yes")  # type: ignore[arg-type]
+
+
+# --- findings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_tables_text_cannot_break_it() -> None:
+    text = Table(("a|b", "c"), (("x\ny", "<b>"),), "t").markdown()
+    assert text == "**t**\n\n| a\\|b | c |\n| --- | ---: |\n| x y | &lt;b> |\n"
+    with pytest.raises(ValueError, match="cells"):
+        Table(("a",), (("1", "2"),))

@@ -1,0 +1,53 @@
+"""`stage=export` after a batch, and without one."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from front import Front, fronts, one_line, stub_figures, write_data
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    stub_figures(monkeypatch)
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def test_export_after_a_batch(front):
+    data = write_data(front.folder, 3)
+    assert front.finder(f"data_file={data}").status == 0
+    result = front.finder("stage=export", f"data_file={data}")
+    assert result.status == 0, result.err
+    assert "predictions_coco.json" in result.out
+    coco = json.loads((front.out / "predictions_coco.json").read_text())
+    lines = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
+    for annotation, line in zip(coco["annotations"], lines, strict=True):
+        x, y, width, height = annotation["bbox"]
+        assert [x, y, x + width, y + height] == pytest.approx(line["bbox"])
+        assert annotation["sample_id"] == line["id"]
+    ranked = json.loads((front.out / "heads.json").read_text())["heads"]
+    scores = json.loads((front.out / "heads_scores.json").read_text())
+    assert scores == [[h["layer"], h["head"], h["selection_frequency"]] for h in ranked]
+    heads = front.out / "heads_scores.json"
+    again = front.finder("stage=ground", f"data_file={data}", f"heads={heads}", "k=2")
+    assert again.status == 0, again.err
+    first = json.loads((front.out / "predictions.jsonl").read_text().splitlines()[0])
+    assert first["heads"] == [row[:2] for row in scores[:2]]
+
+
+def test_export_of_nothing(front):
+    result = front.finder("stage=export")
+    assert result.status == 2
+    assert "run stage=batch first" in one_line(result.err)
+
+
+def test_export_with_another_data_file(front):
+    data = write_data(front.folder, 2)
+    assert front.finder("stage=ground", f"data_file={data}").status == 0
+    (front.folder / "other.jsonl").write_text(data.read_text().replace("entry_", "other_"))
+    result = front.finder("stage=export", "data_file=other.jsonl")
+    assert result.status == 2
+    assert "name the data_file" in one_line(result.err)

@@ -1,0 +1,262 @@
+"""Other tools' forms: heads in and out, COCO, supervision, FiftyOne, the hub, the pipeline."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import image_size, load_image
+from localization_heads.data.masks import encode_mask
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.grounding.maps import ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import rank_heads
+from localization_heads.heads.scores import read_scores, scores_of
+from localization_heads.interop import detections, hub
+from localization_heads.interop.coco import to_coco
+from localization_heads.interop.pipeline import answer_of
+from localization_heads.stages.run import chosen_heads
+from localization_heads.store.heads_file import load_head_list, save_ranking
+from localization_heads.store.predictions import Prediction
+
+
+@pytest.fixture
+def ranking():
+    rng = np.random.default_rng(0)
+    return rank_heads(rng.random((6, 4, 3)), rng.random((6, 4, 3)), top_n=4, model="org/model")
+
+
+@pytest.fixture
+def grounding():
+    cells = np.zeros((1, 1, 4, 4), np.float32)
+    cells[0, 0, 1:3, 2:4] = 1
+    return ground_maps(AttentionMaps(cells, (0.0, 0.0, 40.0, 40.0), (40, 40)), [Head(0, 0)])
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 20), "white").save(path)
+    return path
+
+
+def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores_of(ranking)))
+    assert load_head_list(path) == [head.address for head in ranking.kept]
+    assert chosen_heads(str(path), 2) == tuple(ranking.top(2))
+
+
+def test_heads_json_is_read_as_before(ranking, tmp_path):
+    path, _ = save_ranking(ranking, tmp_path)
+    assert load_head_list(path) == [head.address for head in ranking.kept]
+    assert lh.load_heads(path).top(2) == ranking.top(2)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "names no head"),
+        ({}, "names no head"),
+        ([[1, 2]], "entry 0"),
+        ([[1, -2, 0.5]], "entry 0"),
+        ([[True, 2, 0.5]], "entry 0"),
+        ([[1, 2, float("nan")]], "finite"),
+        ([[1, 2, 10**400]], "finite"),
+        ([[1, 2, "x"]], "finite"),
+        ([[1, 2, 0.1], [1, 2, 0.3]], "twice"),
+        ({"one-two": 1.0}, "one-two"),
+        ({"1-2": [0.5, None]}, "finite"),
+        ("L1H2", "no list of heads"),
+    ],
+)
+def test_scores_that_are_none(data, said):
+    with pytest.raises(UsageError, match=said):
+        read_scores(data)
+
+
+def test_a_mapping_with_no_scores_for_a_head_is_refused():
+    with pytest.raises(UsageError, match="finite"):
+        read_scores({"1-2": []})
+
+
+def test_coco_boxes_masks_and_shared_pictures(picture):
+    mask = np.zeros((20, 40), bool)
+    mask[5:10, 10:30] = True
+    samples = {id: Sample(picture, f"the {id}", id=id) for id in ("a", "b", "c")}
+    predictions = [
+        Prediction("a", (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask)),
+        Prediction("b", (0.0, 0.0, 4.0, 2.0), 0.25),
+        Prediction("c", error="broken"),
+        Prediction("unknown", (0.0, 0.0, 1.0, 1.0), 1.0),
+    ]
+    coco = to_coco(predictions, samples)
+    assert [(i["width"], i["height"], i["file_name"]) for i in coco["images"]] == [(40, 20, str(picture))]
+    first, second = coco["annotations"]
+    assert first["bbox"] == [10.0, 5.0, 20.0, 5.0]
+    assert (first["area"], second["area"]) == (100.0, 8.0)
+    assert (first["image_id"], second["image_id"]) == (1, 1)
+    assert (second["expression"], second["sample_id"], second["score"]) == ("the b", "b", 0.25)
+
+
+def test_pycocotools_reads_what_is_exported(picture, tmp_path):
+    from pycocotools.coco import COCO
+
+    mask = np.zeros((20, 40), bool)
+    mask[5:10, 10:30] = True
+    prediction = Prediction("a", (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask))
+    file = tmp_path / "coco.json"
+    file.write_text(json.dumps(to_coco([prediction], {"a": Sample(picture, "it", id="a")})))
+    read = COCO(str(file))
+    (annotation,) = read.loadAnns(read.getAnnIds())
+    assert np.array_equal(read.annToMask(annotation).astype(bool), mask)
+
+
+def test_supervision_detections(grounding):
+    pytest.importorskip("supervision")
+    found = detections.to_supervision([grounding, grounding], ["dog", "cat"])
+    assert np.allclose(found.xyxy, [grounding.box] * 2)
+    assert np.array_equal(found.mask[1], grounding.mask)
+    assert found.confidence == pytest.approx([grounding.score] * 2)
+    assert list(found["class_name"]) == ["dog", "cat"]
+    assert len(detections.to_supervision([])) == 0
+    with pytest.raises(ValueError, match="1 expressions for 2"):
+        detections.to_supervision([grounding, grounding], ["dog"])
+
+
+def test_a_missing_extra_says_what_to_install(grounding, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    monkeypatch.setitem(sys.modules, "fiftyone", None)
+    with pytest.raises(UsageError, match=r"pip install 'localization-heads\[supervision\]'"):
+        detections.to_supervision([grounding])
+    with pytest.raises(UsageError, match=r"pip install 'localization-heads\[fiftyone\]'"):
+        detections.to_fiftyone([], {})
+
+
+class FakeDetection(SimpleNamespace):
+    pass
+
+
+class FakeSample(dict):
+    def __init__(self, filepath):
+        super().__init__(filepath=filepath)
+
+
+class FakeDataset:
+    def __init__(self, name):
+        self.name, self.samples = name, []
+
+    def add_samples(self, samples):
+        self.samples += samples
+
+
+def test_fiftyone_gets_relative_boxes_and_cut_masks(picture, monkeypatch):
+    """Against the four names of the library that we use; the samples were also made with FiftyOne 1.22 itself."""
+    fake = SimpleNamespace(
+        Dataset=FakeDataset,
+        Sample=FakeSample,
+        Detection=FakeDetection,
+        Detections=SimpleNamespace,
+    )
+    monkeypatch.setitem(sys.modules, "fiftyone", fake)
+    mask = np.zeros((20, 40), bool)
+    mask[5:10, 10:30] = True
+    samples = {id: Sample(picture, id, id=id, bbox=(0.0, 0.0, 40.0, 10.0)) for id in "ab"}
+    predictions = [Prediction(id, (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask)) for id in "ab"]
+    (sample,) = detections.to_fiftyone(predictions, samples, "mine").samples
+    found = sample["predictions"].detections
+    assert [d.label for d in found] == ["a", "b"]
+    assert found[0].bounding_box == [0.25, 0.25, 0.5, 0.25]
+    assert found[0].mask.shape == (5, 20)
+    assert found[0].mask.all()
+    assert sample["ground_truth"].detections[0].bounding_box == [0.0, 0.0, 1.0, 0.5]
+
+
+def test_an_answer_is_what_transformers_pipelines_give(grounding):
+    answer = answer_of(grounding, "dog")
+    x0, y0, x1, y1 = grounding.box
+    assert answer["box"] == {"xmin": round(x0), "ymin": round(y0), "xmax": round(x1), "ymax": round(y1)}
+    assert answer["mask"].mode == "L"
+    assert np.array_equal(np.asarray(answer["mask"]) == 255, grounding.mask)
+    assert (answer["label"], answer["score"]) == ("dog", grounding.score)
+
+
+def test_the_pipeline_grounds_as_ground_does():
+    pipe = lh.pipeline()
+    picture = "examples/images/cat.jpg"
+    one, two = pipe(picture, ["cat", "the cat"])
+    same = lh.ground(pipe.lvlm, picture, "cat")
+    assert one["box"] == answer_of(same, "cat")["box"]
+    assert two["label"] == "the cat"
+    assert pipe(load_image(picture), "cat")["score"] == one["score"]
+    assert lh.pipeline(pipe.lvlm).lvlm is pipe.lvlm
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_image_size_is_that_of_the_loaded_picture(tmp_path, orientation):
+    image = Image.new("RGB", (30, 20))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert image_size(tmp_path / "turned.jpg") == load_image(tmp_path / "turned.jpg").size
+
+
+class FakeApi:
+    """The hub's answers, and what it was given."""
+
+    error: Exception | None = None
+
+    def __init__(self, token=None):
+        self.files = {}
+
+    def create_repo(self, repository, private, exist_ok):
+        if self.error:
+            raise self.error
+        type(self).made = repository
+
+    def create_commit(self, repository, additions, commit_message):
+        type(self).pushed = {a.path_in_repo: a.path_or_fileobj for a in additions}
+        return SimpleNamespace(commit_url=f"hub/{repository}/commit/1")
+
+
+def test_heads_pushed_are_the_heads_loaded(ranking, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    assert lh.push_heads(ranking, "me/heads") == "hub/me/heads/commit/1"
+    (tmp_path / "heads.json").write_bytes(FakeApi.pushed["heads.json"])
+    asked = []
+
+    def download(repository, name, **options):
+        asked.append((repository, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert lh.load_heads("me/heads").top(3) == ranking.top(3)
+    assert chosen_heads("me/heads", 2) == tuple(ranking.top(2))
+    assert asked == [("me/heads", "heads.json")] * 2
+    card = FakeApi.pushed["README.md"].decode()
+    assert 'base_model: "org/model"' in card
+    assert 'lh.load_heads("me/heads")' in card
+
+
+def test_a_hub_that_refuses_is_one_line(ranking, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "error", OSError("401 Unauthorized\nlong tail"))
+    with pytest.raises(WorkError, match=r"me/heads cannot be written \(401 Unauthorized\)"):
+        lh.push_heads(ranking, "me/heads")
+
+
+def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr("localization_heads.lvlm.loading.hub_answers", lambda: False)
+    with pytest.raises(WorkError, match="neither a file here nor to be had from the hub"):
+        lh.load_heads("nobody-at-all/no-such-heads")
+
+
+@pytest.mark.parametrize("name", ["auto", "greedy", "a/b/c", "../heads", "user/heads.json", "3-4", "user/"])
+def test_names_that_are_no_repository(name):
+    assert not hub.is_repository(name)

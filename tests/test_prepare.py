@@ -1,0 +1,373 @@
+"""`stage=prepare` as a user runs it: files, samples, pictures, leakage, and that `evaluate` works on what it wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from localization_heads.data.benchmarks import OFFICIAL, Counts
+from localization_heads.data.leakage import picture_keys
+from localization_heads.data.masks import read_mask
+from localization_heads.data.reference import Entry
+from localization_heads.data.samples import Sample, decode_ignored, load_samples
+from localization_heads.stages import prepare
+from localization_heads.stages.prepare import sample_entries
+from tests.dataset_files import (
+    LMMS,
+    RICKY,
+    Ref,
+    lmms_row,
+    ricky_row,
+    save_jxu,
+    save_lisa,
+    save_lmms,
+    save_pictures,
+    save_refer,
+    save_rows,
+    shape,
+    world,
+)
+from tests.front import Front
+
+OUT = Path("outputs/datasets")
+
+
+@pytest.fixture
+def front(tmp_path, monkeypatch, capsys):
+    front = Front(tmp_path, monkeypatch, capsys)
+    save_refer(Path("refer/refcoco"), world())
+    save_pictures(Path("train2014"), world())
+    return front
+
+
+def prepared(front, *options, dataset="refcoco", path="refer"):
+    return front.finder(
+        "stage=prepare", f"dataset={dataset}", f"dataset_path={path}", "images=train2014", *options
+    )
+
+
+def lines(name):
+    return [json.loads(line) for line in (OUT / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_val_is_written_whole_and_evaluate_scores_it(front):
+    result = prepared(front)
+    assert result.status == 0 and "2 expressions for 1 references" in result.out
+    first, second = lines("refcoco-val.jsonl")
+    assert first["id"] == "ref10_sent100" and second["prompt"] == "vase"
+    assert first["bbox"] == [10.0, 10.0, 60.0, 44.0] and first["picture"] == "coco:20"
+    ref = world()[9]
+    np.testing.assert_array_equal(read_mask(first["mask"], ref.size), read_mask(ref.segmentation, ref.size))
+    file = load_samples(OUT / "refcoco-val.jsonl")
+    assert not file.bad and [sample.picture for sample in file.samples] == ["coco:20"] * 2
+    result = front.finder("stage=evaluate", f"data_file={OUT}/refcoco-val.jsonl", "visualize_batch=false")
+    assert result.status == 0
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert metrics["num_samples"] == metrics["num_masks"] == 2
+
+
+def test_the_side_file_says_where_it_came_from(front):
+    prepared(front, "split=train", "num_samples=5", "random_seed=7")
+    record = json.loads((OUT / "refcoco-train-5-seed7.json").read_text())
+    assert record["num_samples"] == 5 and record["random_seed"] == 7 and record["split"] == "train"
+    assert (record["expressions"], record["failed"], record["excluded"]) == (5, 0, 0)
+    for file, source in zip(record["files"], ("refs(unc).p", "instances.json"), strict=True):
+        content = (Path("refer/refcoco") / source).read_bytes()
+        assert file == {"name": source, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_sample_is_the_same_at_every_run_and_from_every_source(front):
+    options = ("split=train", "num_samples=6")
+    prepared(front, *options)
+    first = (OUT / "refcoco-train-6-seed42.jsonl").read_bytes()
+    prepared(front, *options)
+    assert (OUT / "refcoco-train-6-seed42.jsonl").read_bytes() == first
+    save_jxu(Path("jxu"), world())
+    prepared(front, *options, path="jxu")
+    assert (OUT / "refcoco-train-6-seed42.jsonl").read_bytes() == first
+    prepared(front, *options, "random_seed=1")
+    assert (OUT / "refcoco-train-6-seed1.jsonl").read_bytes() != first
+
+
+def test_samples_are_random_nested_and_in_order():
+    entries = [Entry(f"e{n}", "train", "p", "t", n) for n in range(1000)]
+    drawn = sample_entries(entries, 100, 42)
+    assert len(drawn) == 100 and drawn == sorted(drawn, key=lambda entry: entry.row)
+    assert set(sample_entries(entries, 30, 42)) < set(drawn)
+    assert sample_entries(list(reversed(entries)), 100, 42) == list(reversed(drawn))
+    assert abs(np.mean([entry.row for entry in drawn]) - 500) < 4 * 1000 / np.sqrt(12 * 100)
+    overlap = len(set(drawn) & set(sample_entries(entries, 100, 43)))
+    assert overlap < 30  # 10 are expected
+    assert sample_entries(entries, 2000, 42) == entries
+
+
+def test_evaluation_splits_are_sampled_only_when_told(front):
+    front.finder(
+        "stage=prepare", "dataset=refcoco", "dataset_path=refer", "images=train2014", "num_samples=1"
+    )
+    assert len(lines("refcoco-val-1-seed42.jsonl")) == 1
+
+
+def test_missing_pictures_are_named_once_and_the_others_go_on(front):
+    Path("train2014/COCO_train2014_000000000002.jpg").unlink()
+    Path("train2014/COCO_train2014_000000000003.jpg").write_bytes(b"not a picture")
+    Image.new("RGB", (48, 64)).save("train2014/COCO_train2014_000000000004.jpg")
+    result = prepared(front, "split=train")
+    assert result.status == 1 and "7 expressions could not be used, for 3 reasons" in result.out
+    for words in (
+        "000000000002.jpg: no such file",
+        "not a picture in a known format",
+        "48 x 64 pixels, the source says 64 x 48",
+    ):
+        assert words in result.out
+    assert len(lines("refcoco-train-1000-seed42.jsonl")) == 18 - 7
+    assert json.loads((OUT / "refcoco-train-1000-seed42.json").read_text())["failed"] == 7
+
+
+def test_no_picture_at_all_is_an_error_and_leaves_no_file(front):
+    Path("empty").mkdir()
+    result = prepared(front, "images=empty", "split=train")
+    assert result.status == 1 and "none of 18 expressions" in result.err and "no such file" in result.err
+    assert not list(OUT.glob("*.json*"))
+
+
+def test_counts_that_are_not_those_of_papers_are_told(front, monkeypatch):
+    assert "val has 1 references and 2 expressions here, 3811 and 10834 in papers" in prepared(front).err
+    monkeypatch.setitem(OFFICIAL, ("refcoco", "val"), Counts(1, 2))
+    assert "in papers" not in prepared(front).err
+
+
+def test_pictures_inside_parquet_become_files(front):
+    save_lmms(Path("lmms"), [ref for ref in world() if ref.split == "val"] * 2)
+    result = prepared(front, path="lmms")
+    assert result.status == 0 and "8,811" in result.err
+    written = lines("refcoco-lmms-val.jsonl")
+    assert len(written) == 4 and len({line["id"] for line in written}) == 4
+    (picture,) = (OUT / "images").iterdir()
+    assert {line["image_path"] for line in written} == {f"images/{picture.name}"}
+    assert picture.stem == hashlib.sha256(picture.read_bytes()).hexdigest()[:32]
+    assert not load_samples(OUT / "refcoco-lmms-val.jsonl").bad
+
+
+def test_what_is_no_picture_is_not_written(front):
+    rows = [lmms_row(ref) for ref in world()[9:]]
+    rows[0]["image"] = {"bytes": b"#!/bin/sh", "path": "../../run.sh"}
+    rows[1]["image"] = {"bytes": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "path": None}
+    save_rows(Path("lmms/val-00000-of-00001.parquet"), rows, LMMS)
+    result = prepared(front, path="lmms")
+    assert result.status == 1 and "3 expressions could not be used" in result.out
+    assert len(list((OUT / "images").iterdir())) == 1 and not Path("run.sh").exists()
+
+
+def test_a_picture_over_the_limit_is_not_decoded(front, monkeypatch):
+    save_lmms(Path("lmms"), world())
+    monkeypatch.setattr("localization_heads.data.images.MAX_PIXELS", 100)
+    result = prepared(front, path="lmms")
+    assert result.status == 1 and "over the limit" in result.err and not (OUT / "images").exists()
+
+
+def test_reasonseg_keeps_what_lisa_ignores(front):
+    corners = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
+    shapes = [shape("target", *corners(2, 40)), shape("ignore", *corners(10, 20))]
+    save_lisa(Path("rs/val"), "one", {"text": ["what is wet?"], "is_sentence": True, "shapes": shapes})
+    assert prepared(front, dataset="reasonseg", path="rs").status == 0
+    (line,) = lines("reasonseg-val.jsonl")
+    assert line["bbox"] == [2.0, 2.0, 41.0, 41.0] and line["is_sentence"] is True
+    (sample,) = load_samples(OUT / "reasonseg-val.jsonl").samples
+    assert decode_ignored(sample, (64, 48)).sum() == 11 * 11
+    assert read_mask(sample.mask, (64, 48)).sum() == 39 * 39 - 11 * 11
+
+
+def test_ignored_pixels_do_not_count(front):
+    """Everything but the box that is predicted is ignored, so the predicted mask is wholly right or empty."""
+    picture, size = Path("train2014/COCO_train2014_000000000001.jpg"), (64, 48)
+    everything = {"size": [48, 64], "counts": [0, 48 * 64]}
+    line = {"id": "a", "prompt": "the lady", "image_path": str(picture), "mask": everything}
+    Path("d.jsonl").write_text(json.dumps(line))
+    front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
+    plain = json.loads((front.out / "metrics.json").read_text())["ciou"]
+    (prediction,) = [json.loads(text) for text in (front.out / "predictions.jsonl").read_text().splitlines()]
+    predicted = read_mask(prediction["mask"], size)
+    assert plain == pytest.approx(predicted.mean(), abs=1e-6) and 0 < plain < 1
+    from localization_heads.data.masks import encode_mask
+
+    Path("d.jsonl").write_text(json.dumps({**line, "ignore": encode_mask(~predicted)}))
+    front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
+    assert json.loads((front.out / "metrics.json").read_text())["ciou"] == 1.0
+
+
+def test_reasonseg_parquet_is_written(front):
+    mask = np.zeros((48, 64), bool)
+    mask[5:9, 7:20] = True
+    save_rows(Path("ReasonSeg_val/data/test-00000-of-00001.parquet"), [ricky_row("x", "why?", mask)], RICKY)
+    result = prepared(front, dataset="reasonseg", path="ReasonSeg_val")
+    assert result.status == 0 and "do not tell the regions that LISA ignores" in result.err
+    (line,) = lines("reasonseg-parquet-val.jsonl")
+    assert line["bbox"] == [7.0, 5.0, 20.0, 9.0]
+    np.testing.assert_array_equal(read_mask(line["mask"], (64, 48)), mask)
+
+
+# --- leakage ---------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_pictures_of_the_source_itself_are_refused(front):
+    """As in the google partition, which splits objects and not pictures."""
+    save_refer(Path("g"), [*world(), Ref(50, 1, "val", ("her hat",))], "google")
+    result = prepared(front, "split=train", path="g")
+    assert result.status == 2 and "1 of refcoco val" in result.err and "allow_leakage=true" in result.err
+    assert not (OUT / "refcoco-google-train-1000-seed42.jsonl").exists()
+    result = prepared(front, "split=train", "allow_leakage=true", path="g")
+    assert result.status == 0
+    assert json.loads((OUT / "refcoco-google-train-1000-seed42.json").read_text())["allow_leakage"] is True
+
+
+def test_pictures_of_another_set_are_refused_and_can_be_left_out(front):
+    """RefCOCOg evaluates pictures of RefCOCO's training split."""
+    save_refer(
+        Path("refer/refcocog"), [Ref(0, 1, "val", ("a lady",)), Ref(1, 5, "test", ("a thing",))], "umd"
+    )
+    for split in ("val", "test"):
+        assert prepared(front, f"split={split}", dataset="refcocog").status == 0
+    result = prepared(front, "split=train")
+    assert result.status == 2 and "1 of refcocog-test.jsonl, 1 of refcocog-val.jsonl" in result.err
+    exclude = f"exclude=[{OUT}/refcocog-val.jsonl,{OUT}/refcocog-test.jsonl]"
+    assert prepared(front, "split=train", exclude).status == 0
+    assert {line["picture"] for line in lines("refcoco-train-1000-seed42.jsonl")} == {
+        "coco:2",
+        "coco:3",
+        "coco:4",
+        "coco:6",
+    }
+    assert json.loads((OUT / "refcoco-train-1000-seed42.json").read_text())["excluded"] == 3 + 4
+
+
+def test_one_excluded_file_needs_no_list_and_must_be_prepared(front):
+    prepared(front)
+    assert prepared(front, "split=train", f"exclude={OUT}/refcoco-val.jsonl").status == 0
+    Path("own.jsonl").write_text('{"id": "a", "prompt": "x", "image_path": "a.png"}\n')
+    result = prepared(front, "split=train", "exclude=own.jsonl")
+    assert result.status == 2 and "own.jsonl: line 1 names no picture" in result.err
+    assert prepared(front, "split=train", "exclude=gone.jsonl").status == 2
+    assert prepared(front, "exclude=[outputs/datasets/refcoco-val.jsonl]").status == 2  # leaves nothing
+
+
+@pytest.fixture
+def discovered(front):
+    """Heads found on a prepared training sample."""
+    prepared(front, "split=train", "num_samples=4")
+    front.finder("stage=find", f"data_file={OUT}/refcoco-train-4-seed42.jsonl", "num_samples=4")
+    return front
+
+
+def test_heads_json_names_its_pictures(discovered):
+    names = {line["picture"] for line in lines("refcoco-train-4-seed42.jsonl")}
+    assert json.loads((discovered.out / "heads.json").read_text())["pictures"] == sorted(names)
+
+
+def evaluated(front, data_file, *options):
+    heads = f"heads={front.out}/heads.json"
+    return front.finder(
+        "stage=evaluate", f"data_file={data_file}", heads, "k=1", "visualize_batch=false", *options
+    )
+
+
+def test_heads_are_not_scored_on_pictures_they_were_found_on(discovered):
+    prepared(discovered)
+    assert evaluated(discovered, OUT / "refcoco-val.jsonl").status == 0
+    result = evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl")
+    assert (
+        result.status == 2
+        and "4 of the 4 entries show pictures" in result.err
+        and "allow_leakage=true" in result.err
+    )
+    assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl", "allow_leakage=true").status == 0
+
+
+def test_pictures_of_a_foreign_heads_json_are_checked(discovered):
+    path = discovered.out / "heads.json"
+    content = json.loads(path.read_text())
+    for pictures in ("coco:1", [1], {"a": 1}):
+        path.write_text(json.dumps({**content, "pictures": pictures}))
+        result = evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl")
+        assert result.status == 2 and "'pictures' must be a list" in result.err
+    del content["pictures"]  # as before there were any
+    path.write_text(json.dumps(content))
+    assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl").status == 0
+
+
+def test_copies_of_a_picture_are_known(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"abc")
+    (tmp_path / "b.png").write_bytes(b"abc")
+    (tmp_path / "c.png").write_bytes(b"abd")
+    samples = [Sample(tmp_path / f"{name}.png", "x") for name in "abc"]
+    samples += [
+        Sample(tmp_path / "COCO_train2014_000000000007.jpg", "x"),
+        Sample(tmp_path / "a.png", "x", picture="coco:7"),
+        Sample("https://example.org/a.png", "x"),
+        Sample(tmp_path / "gone.png", "x"),
+        Sample(Image.new("RGB", (4, 4)), "x"),
+    ]
+    a, b, c, coco, named, address, gone, memory = picture_keys(samples)
+    assert a == b != c and coco == named == "coco:7" and address.startswith("address:")
+    assert gone is None and memory is None
+
+
+# --- wrong use -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["dataset=refcoco"], "dataset_path"),
+        (["dataset_path=refer"], "dataset="),
+        (["dataset=coco", "dataset_path=refer"], "choose one of refcoco, refcoco+"),
+        (["dataset=refcoco", "dataset_path=gone", "images=train2014"], "dataset_path=gone: no such file"),
+        (["dataset=refcoco", "dataset_path=refer"], "images= is missing"),
+        (
+            ["dataset=refcoco", "dataset_path=refer", "images=train2014", "split=test"],
+            "dataset_path has train (18 expressions)",
+        ),
+        (["dataset=refcoco", "dataset_path=refer", "images=train2014", "split=dev"], "split=dev"),
+        (["dataset=refcoco", "dataset_path=train2014", "images=train2014"], "found COCO_train2014"),
+        (["dataset=reasonseg", "dataset_path=refer/refcoco"], "LISA's folders"),
+        (
+            ["dataset=refcocog", "dataset_path=refer/refcoco", "images=train2014", "split=testB"],
+            "not the partition",
+        ),
+        (["dataset=refcoco", "dataset_path=refer", "images=train2014", "exclude=[1,2]"], "exclude"),
+        (
+            ["dataset=refcoco", "dataset_path=train2014/COCO_train2014_000000000001.jpg", "images=train2014"],
+            "must be a .parquet",
+        ),
+    ],
+)
+def test_wrong_use_is_one_line(front, options, words):
+    result = front.finder("stage=prepare", *options)
+    assert words in result.err and "Traceback" not in result.err
+    assert result.status == (0 if "refcocog" in options[0] else 2)
+
+
+def test_a_split_that_is_there_twice_is_refused(front):
+    path = Path("refer/refcoco/refs(unc).p")
+    refs = [ref.reference() for ref in world()]
+    path.write_bytes(pickle.dumps(refs * 2, 2))
+    result = prepared(front)
+    assert result.status == 2 and "twice: ref10_sent100" in result.err
+
+
+def test_a_write_that_fails_leaves_the_old_file(front, monkeypatch):
+    prepared(front)
+    before = (OUT / "refcoco-val.jsonl").read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "encode_source", fail)
+    assert prepared(front).status == 130
+    assert (OUT / "refcoco-val.jsonl").read_bytes() == before and not list(OUT.glob(".lh-*.tmp"))

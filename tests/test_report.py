@@ -1,0 +1,784 @@
+"""report.html: what stands in it, what cannot break it, how large it gets; and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tomllib
+from base64 import b64decode
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from chromium import CHROMIUM, Browser, browser
+from front import Front, draw_picture, fronts, stub_figures, write_data, write_lines
+from PIL import Image
+from report_samples import HOSTILE, made_card, made_ranking, made_report
+from scipy.stats import spearmanr
+
+import localization_heads as lh
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import load_image
+from localization_heads.data.jsonl import BadEntry
+from localization_heads.data.masks import encode_mask
+from localization_heads.evaluation.correlation import spearman
+from localization_heads.evaluation.metrics import box_iou
+from localization_heads.grounding.maps import GroundingOptions, fill_polygon, ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.model import LVLM
+from localization_heads.report import Card, Gallery, HeadFacts, HeadIoU, outline, render, thumbnail, tiny_map
+from localization_heads.report.markup import Markup, element, json_block, plain
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.result_log import ResultLog
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+
+class Page(HTMLParser):
+    """A page as a browser takes it apart: elements with their attributes, texts by the element that holds them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._in_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag == "script":
+            self._in_script = True
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = self._in_script and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+        elif data.strip():
+            self.texts.append(data.strip())
+
+    def of(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+        return [found for name, found in self.elements if name == tag and wanted.items() <= found.items()]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])
+
+
+def page_of(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize(
+    "text", [HOSTILE, "</p><script>boom=1</script>", "&lt;", "a" * 5000, "\u202e dlrow", ""]
+)
+def test_text_of_strangers_comes_back_as_text(text: str) -> None:
+    """Parsed again, element and attribute hold the very text, cleaned of what no page can hold, and nothing else."""
+    clean = plain(text, 5000)
+    page = Page(element("p", {"title": clean}, clean))
+    assert page.elements == [("p", {"title": clean})]
+    assert page.texts == ([clean] if clean else [])
+    clean.encode()
+    assert not any(ord(char) < 32 for char in clean)
+
+
+def test_markup_is_escaped_once_and_json_cannot_end_its_element() -> None:
+    inner = element("b", None, "<&>")
+    assert element("p", None, inner, None, 3) == "<p><b>&lt;&amp;&gt;</b>3</p>"
+    assert isinstance(inner, Markup)
+    block = json_block({"text": HOSTILE})
+    assert not set("<>&\u2028") & set(block)
+    assert json.loads(block) == {"text": HOSTILE}
+    with pytest.raises(ValueError, match="Out of range"):
+        json_block([float("nan")])
+
+
+@pytest.mark.parametrize("size", [(640, 480), (64, 48), (1, 1), (3000, 2), (2, 3000)])
+def test_thumbnail_is_small_and_shows_the_picture(size: tuple[int, int]) -> None:
+    """Even of noise; the proportions stay, and so do the colours of smooth pictures."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    smooth = np.zeros_like(noise)
+    smooth[..., 0] = np.linspace(40, 220, size[0])
+    for pixels in (noise, smooth):
+        address = thumbnail(Image.fromarray(pixels))
+        kind, _, content = address.partition(";base64,")
+        assert kind in ("data:image/webp", "data:image/jpeg")
+        small = Image.open(BytesIO(b64decode(content)))
+        assert len(b64decode(content)) <= 8000
+        assert max(small.size) <= max(224, 1)
+        assert min(small.size) >= 1
+        if min(size) > 10:
+            assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.02)
+    if min(size) > 10:
+        shown = np.asarray(small.convert("RGB").resize(size), dtype=float)
+        assert np.abs(shown - smooth).mean() < 12
+
+
+def test_tiny_map_is_a_share_of_the_maximum_inside_the_image() -> None:
+    """The strongest cell lies in the padding above the picture: it does not set the scale."""
+    cells = np.array([[9.0, 9.0], [1.0, 2.0]])
+    tiny = tiny_map(cells, (0, -10, 20, 10), (20, 10))
+    assert (tiny.rows, tiny.columns) == (2, 2)
+    assert list(b64decode(tiny.cells)) == [255, 255, 128, 255]
+    assert list(b64decode(tiny_map(np.zeros((1, 2)), (0, 0, 2, 1), (2, 1)).cells)) == [0, 0]
+    assert list(b64decode(tiny_map(np.array([[np.nan, 1.0]]), (0, 0, 2, 1), (2, 1)).cells)) == [0, 255]
+
+
+def test_fine_maps_are_averaged_over_blocks() -> None:
+    values = np.random.default_rng(0).random((96, 64))
+    tiny = tiny_map(values, (0, 0, 64, 96), (64, 96))
+    blocks = values.reshape(32, 3, 32, 2).mean(axis=(1, 3))
+    found = np.frombuffer(b64decode(tiny.cells), np.uint8).reshape(tiny.rows, tiny.columns)
+    np.testing.assert_allclose(found, 255 * blocks / blocks.max(), atol=1)
+
+
+def filled(path: str, size: tuple[int, int]) -> np.ndarray:
+    """The mask of an SVG path of convex loops without holes."""
+    mask = np.zeros((size[1], size[0]), bool)
+    for loop in path.strip("MZ").split("ZM"):
+        points = np.array([[float(x) for x in point.split()] for point in loop.split("L")])
+        mask |= fill_polygon(points, size)
+    return mask
+
+
+@pytest.mark.parametrize("size", [(640, 480), (30, 20), (3000, 400)])
+def test_outline_encloses_the_mask(size: tuple[int, int]) -> None:
+    """Filled again it is the mask, but for a rim thinner than the tracing; a mask that touches the edge is closed."""
+    W, H = size
+    y, x = np.mgrid[:H, :W]
+    disc = np.hypot((x - 0.3 * W) / W, (y - 0.5 * H) / H) < 0.25
+    corner = (x > 0.8 * W) & (y > 0.7 * H)
+    path = outline(disc | corner)
+    found = filled(path, size)
+    assert path.count("M") == 2
+    assert (found & (disc | corner)).sum() / (found | disc | corner).sum() > 0.93
+    assert len(path) < 3000
+    coordinates = np.array([float(number) for number in re.findall(r"[\d.]+", path)]).reshape(-1, 2)
+    assert (coordinates >= 0).all() and (coordinates <= (W, H)).all()
+    assert outline(np.zeros((H, W), bool)) == ""
+    assert filled(outline(np.ones((H, W), bool)), size).mean() > 0.97
+
+
+def test_gallery_keeps_the_first_and_the_worst_whatever_the_order() -> None:
+    """Against the obvious way: sort all; no more cards are made than need be."""
+    random = np.random.default_rng(3)
+    badness = random.integers(0, 12, 60) / 10  # many ties
+    card = made_card(0, size=(8, 8), grid=2)
+    rest = sorted(range(4, 60), key=lambda i: (-badness[i], i))[:3]
+    for order in (range(60), random.permutation(60).tolist(), range(59, -1, -1)):
+        gallery = Gallery(7)
+        made = []
+
+        def make(place: int, made: list[int] = made) -> Card:
+            made.append(place)
+            return dataclasses.replace(card, id=str(place))
+
+        for place in order:
+            gallery.offer(place, float(badness[place]), lambda place=place: make(place))  # type: ignore[misc]
+        assert [int(one.id) for one in gallery.cards] == [0, 1, 2, 3, *sorted(rest)]
+        if order == range(60):
+            assert len(made) < 30
+    empty = Gallery(0)
+    empty.offer(1, 1.0, lambda: pytest.fail("no place for it"))
+    assert empty.cards == []
+
+
+def test_iou_of_single_heads_is_that_of_their_own_boxes() -> None:
+    random = np.random.default_rng(0)
+    options = GroundingOptions()
+    maps = [
+        AttentionMaps(random.random((2, 3, 6, 6), dtype=np.float32), (0, 0, 60, 60), (60, 60))
+        for _ in range(4)
+    ]
+    maps[0].attention[1, 2] = 0  # its layer was not run
+    truth = (10.0, 10.0, 40.0, 50.0)
+    heads = [Head(0, 1), Head(1, 2)]
+    iou = HeadIoU(heads, (2, 3), options, max_samples=3)
+    for one in maps:
+        iou.add(one, truth)
+    own = {
+        head: [float(box_iou(ground_maps(m, [head], options).box, truth)) for m in maps[:3]] for head in heads
+    }
+    assert iou.means[0, 1] == pytest.approx(np.mean(own[Head(0, 1)]))
+    assert iou.means[1, 2] == pytest.approx(np.mean(own[Head(1, 2)][1:]))
+    assert np.isnan(iou.means[[0, 1], [0, 0]]).all()
+    assert iou.num_samples == 3
+
+
+def test_spearman_where_it_is_defined() -> None:
+    x, y = np.array([0.1, 0.2, 0.2, 0.9]), np.array([0.3, 0.1, 0.5, 0.8])
+    ranks = np.array([1, 2.5, 2.5, 4]), np.array([2, 1, 3, 4])
+    found = spearman(x, y)
+    assert found == pytest.approx((np.corrcoef(*ranks)[0, 1], spearmanr(x, y).pvalue))
+    assert spearman(x[:2], y[:2]) is None
+    assert spearman(x, np.ones(4)) is None
+
+
+def test_the_pages_viridis_is_matplotlibs() -> None:
+    """The seventeen colours of the script, against matplotlib."""
+    script = (Path(lh.__file__).parent / "report/assets/colours.js").read_text()
+    inside = re.findall(r"VIRIDIS = \[(.*?)\];", script, re.DOTALL)[0]
+    anchors = np.array(re.findall(r"\d+", inside), dtype=float).reshape(-1, 3)
+    expected = matplotlib.colormaps["viridis"](np.linspace(0, 1, 17))[:, :3] * 255
+    assert anchors.shape == (17, 3)
+    np.testing.assert_allclose(anchors, expected, atol=1)
+
+
+# ------------------------------------------------------------------------------------------------------ content
+
+
+def test_page_holds_what_the_report_says() -> None:
+    cards = [made_card(number, size=(64, 48), grid=4) for number in range(3)]
+    report = made_report(cards, metrics={"acc@0.5": 0.25, "acc@0.5_interval": [0.2, 0.3], "num_masks": 1234})
+    page = Page(render(report))
+    heads = report.heads
+    assert heads is not None
+    rows = page.of("tr")
+    listed = [Head(int(r["data-layer"] or 0), int(r["data-head"] or 0)) for r in rows if "data-layer" in r]
+    assert listed == [head.address for head in heads.ranking.kept]
+    assert [r.get("class") for r in rows if "data-layer" in r].count("best") == 3
+    assert {"0.250", "[0.20, 0.30]", "1,234", "made_0", "the thing number 2", "2026-01-02 03:04 UTC"} <= {
+        part for text in page.texts for part in (text, *text.split(" · "))
+    }
+    assert "7" in page.texts and "broken.png: no such file" in page.texts
+    drawn = page.data["heads"]
+    assert (drawn["layers"], drawn["heads"], drawn["tau"]) == (
+        6,
+        8,
+        pytest.approx(heads.ranking.tau, abs=1e-5),
+    )
+    by_head = {(row["layer"], row["head"]): row for row in drawn["rows"]}
+    assert len(by_head) == 48
+    for head in heads.ranking.heads:
+        row = by_head[head.address]
+        assert row["frequency"] == pytest.approx(head.selection_frequency, abs=1e-5)
+        assert row["entropy"] == (
+            None if head.spatial_entropy is None else pytest.approx(head.spatial_entropy, abs=1e-5)
+        )
+        assert heads.iou is not None and row["iou"] == pytest.approx(heads.iou[head.address], abs=1e-5)
+    assert [one["name"] for one in page.data["cards"][0]["maps"]] == ["L2H0", "L3H1", "L4H2", "combined"]
+    assert page.data["cards"][2]["maps"][3]["cells"] == cards[2].combined.cells  # type: ignore[union-attr]
+
+
+def test_error_bars_are_where_the_numbers_say() -> None:
+    ranking = made_ranking()
+    best = dataclasses.replace(ranking.heads[0], selection_frequency=0.98, selection_frequency_std=0.1)
+    facts = HeadFacts(dataclasses.replace(ranking, heads=(best, *ranking.heads[1:])), (6, 8))
+    page = Page(render(made_report(heads=facts)))
+    assert page.of("rect", class_="bar-value")[0]["width"] == "98.0"
+    assert page.of("path", class_="bar-error")[0]["d"] == "M88.0 7H100.0M88.0 3.5V10.5M100.0 3.5V10.5"
+    assert "98.0 ± 10.0 %" in page.texts
+
+
+def test_boxes_are_drawn_where_they_are_and_cut_at_the_edge() -> None:
+    card = dataclasses.replace(made_card(0, size=(64, 48), grid=4), box=(-5.0, 3.0, 70.0, 40.0), truth=None)
+    page = Page(render(made_report([card])))
+    line = page.of("rect", class_="line predicted")[0]
+    assert [line[name] for name in ("x", "y", "width", "height")] == ["0.0", "3.0", "64.0", "37.0"]
+    assert not page.of("rect", class_="line truth")
+    assert page.of("svg", class_="picture")[0]["viewbox"] == "0 0 64 48"
+
+
+@pytest.mark.parametrize("where", ["expression", "id", "model", "reason", "option", "metric"])
+def test_hostile_text_stays_text(where: str) -> None:
+    """No element, no attribute and no script more than the same page with a harmless text has."""
+
+    def report(text: str) -> Any:
+        card = dataclasses.replace(made_card(0, size=(8, 8), grid=2), expression=text, id=text)
+        changes: dict[str, Any] = {
+            "expression": {"cards": [card]},
+            "id": {"cards": [card]},
+            "model": {"model": text, "no_heads": text, "heads": None},
+            "reason": {"failures": [BadEntry(1, text, text), BadEntry(2, text, f"{text}: {text}")]},
+            "option": {"options": [(text, text)], "facts": [(text, text)]},
+            "metric": {
+                "metrics": {
+                    text: text,
+                    "controls": {text: {text: text, "d": {text: text}}},
+                    "c": {text: text},
+                }
+            },
+        }[where]
+        return made_report(**changes)
+
+    hostile, harmless = render(report(HOSTILE)), render(report("harmless"))
+    assert [tag for tag, _ in Page(hostile).elements] == [tag for tag, _ in Page(harmless).elements]
+    assert [set(attributes) for _, attributes in Page(hostile).elements] == [
+        set(attributes) for _, attributes in Page(harmless).elements
+    ]
+    assert any(plain(HOSTILE) in text or plain(HOSTILE, 80) in text for text in Page(hostile).texts)
+    assert len(Page(hostile).scripts) == 2
+    hostile.encode()
+
+
+def test_page_asks_for_nothing() -> None:
+    """No address but `data:` and places in the page; a policy that allows its own style and script alone."""
+    text = render(made_report([made_card(0)]))
+    page = Page(text)
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), name
+            assert name != "style"
+            if name in ("href", "src", "action", "srcset", "xlink:href"):
+                assert (value or "").startswith(("#", "data:image/"))
+    assert "url(http" not in text and "@import" not in text
+    policy = page.of("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"] or ""
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in policy and "http" not in policy
+
+
+def test_long_texts_and_many_failures_are_cut() -> None:
+    failures = [BadEntry(n, f"id_{n}", f"{n}.png: no such file") for n in range(1, 5001)]
+    card = made_card(0, "word " * 100_000, size=(8, 8), grid=2)
+    text = render(made_report([card], failures=failures))
+    assert len(text) < 250_000
+    page = Page(text)
+    assert "5,000" in page.texts  # the count of the one reason
+    assert "and 4,900 more in predictions.jsonl" in page.texts
+
+
+def test_a_thousand_samples_stay_below_20_mb() -> None:
+    """Of noise, which compresses worst, with fine maps, both masks and long expressions."""
+    base = [made_card(number, grid=64) for number in range(8)]
+    cards = [
+        dataclasses.replace(base[n % 8], id=f"made_{n}", expression=f"{n} " + "x" * 290) for n in range(1000)
+    ]
+    assert len(render(made_report(cards)).encode()) < 20_000_000
+
+
+def test_assets_are_packaged() -> None:
+    """Each file of the page is matched by a pattern of package-data."""
+    root = Path(lh.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["localization_heads"]
+    packaged = {path for pattern in patterns for path in root.glob(pattern)}
+    assets = set((root / "report/assets").iterdir())
+    assert assets and assets <= packaged
+
+
+# --------------------------------------------------------------------------------------------------- the stages
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    stub_figures(monkeypatch)
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def test_batch_ends_with_a_report_of_its_own_numbers(front: Front) -> None:
+    """Ranking as in heads.json, bottom row and maps as in the attention files, boxes as in predictions.jsonl."""
+    write_data(front.folder, bbox=[8, 8, 40, 40])
+    result = front.finder("data_file=data.jsonl", "k=2")
+    assert result.status == 0, result.err
+    assert f"wrote {front.out}/report.html" in result.out
+    page = page_of(front.out / "report.html")
+    heads = json.loads((front.out / "heads.json").read_text())
+    drawn = page.data["heads"]
+    ranked = sorted((row for row in drawn["rows"] if row["kept"]), key=lambda row: row["rank"])
+    assert [(r["layer"], r["head"]) for r in ranked] == [(h["layer"], h["head"]) for h in heads["heads"]]
+    assert [r["frequency"] for r in ranked] == pytest.approx(
+        [h["selection_frequency"] for h in heads["heads"]], abs=1e-5
+    )
+    files = [load_attention(front.out / f"attention/entry_{n}.pkl") for n in range(5)]
+    positive = np.array([m.attention > m.attention.mean((2, 3), keepdims=True) for m in files])
+    bottom = positive[:, :, :, -1].all(-1).mean(0)
+    used = [Head(*head) for head in drawn["used"]]
+    assert used == [Head(h["layer"], h["head"]) for h in heads["heads"][:2]]
+    predictions = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
+    for row in drawn["rows"]:
+        head = Head(row["layer"], row["head"])
+        assert row["bottom"] == pytest.approx(bottom[head], abs=1e-5)
+        own = [float(box_iou(ground_maps(m, [head]).box, (8, 8, 40, 40))) for m in files]
+        assert row["iou"] == pytest.approx(np.mean(own), abs=1e-5)
+    cards = page.of("article", class_="card")
+    assert len(cards) == len(page.data["cards"]) == 5
+    for number, (card, prediction) in enumerate(zip(cards, predictions, strict=True)):
+        iou = float(box_iou(prediction["bbox"], (8, 8, 40, 40)))
+        assert float(card["data-iou"] or -1) == pytest.approx(iou, abs=1e-4)
+        assert float(card["data-score"] or -1) == pytest.approx(prediction["score"], abs=1e-4)
+        maps = page.data["cards"][number]["maps"]
+        assert [one["name"] for one in maps] == [*map(str, used), "combined"]
+        expected = tiny_map(
+            files[number].attention[used[0]], files[number].image_box, files[number].image_size
+        )
+        assert maps[0]["cells"] == expected.cells
+    assert {"k", "2", "torch", "transformers", "data.jsonl", "Python"} <= set(page.texts)
+
+
+def test_report_can_be_switched_off_and_shortened(front: Front) -> None:
+    write_data(front.folder)
+    assert front.finder("data_file=data.jsonl", "report=false").status == 0
+    assert not (front.out / "report.html").exists()
+    front.finder("data_file=data.jsonl", "report_samples=3")
+    page = page_of(front.out / "report.html")
+    assert len(page.of("article", class_="card")) == 3
+    assert any(text.startswith("3 of 5 grounded samples: the first 2 ") for text in page.texts)
+    front.finder("data_file=data.jsonl", "report_samples=0")
+    assert "No samples: report_samples=0." in page_of(front.out / "report.html").texts
+
+
+def test_find_says_why_it_has_no_samples(front: Front) -> None:
+    write_data(front.folder)
+    assert front.finder("stage=find", "data_file=data.jsonl").status == 0
+    page = page_of(front.out / "report.html")
+    assert page.data["cards"] == []
+    assert all(row["bottom"] is not None and row["iou"] is None for row in page.data["heads"]["rows"])
+    assert sum("find keeps" in text for text in page.texts) == 2
+
+
+def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
+    """Without a heads.json it says so; with one it shows it, and the heads that were used."""
+    draw_picture(front.folder / "picture_0.png")
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 10:40] = True
+    write_data(front.folder, bbox=[8, 8, 40, 40], mask=encode_mask(mask))
+    options = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]")
+    assert front.finder(*options).status == 0
+    page = page_of(front.out / "report.html")
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert f"{metrics['mean_iou']:.3f}" in page.texts
+    assert page.data["heads"] is None
+    assert any(text.startswith("No ranking: heads.json is not there") for text in page.texts)
+    assert len(page.of("path", class_="line truth-mask")) == 5
+    assert all(len(card["maps"]) == 3 for card in page.data["cards"])
+
+    front.finder("stage=find", "data_file=data.jsonl")
+    front.finder(*options)
+    drawn = page_of(front.out / "report.html").data["heads"]
+    assert drawn["used"] == [[2, 0], [3, 1]]
+    assert {(row["layer"], row["head"]) for row in drawn["rows"]} <= set(
+        np.ndindex(*(drawn[n] for n in ("layers", "heads")))
+    )
+    assert all(
+        row["iou"] is not None for row in drawn["rows"] if [row["layer"], row["head"]] in drawn["used"]
+    )
+
+
+def test_failures_are_counted_with_their_reasons(front: Front) -> None:
+    write_data(front.folder, count=2)
+    lines = (front.folder / "data.jsonl").read_text().splitlines()
+    missing = [{"id": f"gone_{n}", "prompt": "the dog", "image_path": f"gone_{n}.png"} for n in range(3)]
+    write_lines(front.folder / "data.jsonl", [*(line for line in lines), *missing, "{"])
+    assert front.finder("data_file=data.jsonl").status == 1
+    page = page_of(front.out / "report.html")
+    assert "Failures: 4" in page.texts
+    assert "of 6 entries" in page.texts
+    assert {"gone_0", "gone_1", "gone_2"} <= set(page.texts)
+
+
+def test_resumed_evaluate_shows_pictures_and_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run has grounded has no maps at hand; pictures are opened again, a lost one is left blank."""
+    write_data(front.folder, bbox=[8, 8, 40, 40])
+    options = ("stage=evaluate", "data_file=data.jsonl", "batch_size=2")
+    original = LVLM.attend_batch
+    calls = []
+
+    def interrupted(self: LVLM, images: Any, *arguments: Any, **others: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, images, *arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", interrupted)
+        assert front.finder(*options).status == 130
+    assert front.finder(*options).status == 0
+    page = page_of(front.out / "report.html")
+    assert sorted(len(card["maps"]) for card in page.data["cards"]) == [0, 0, 4, 4, 4]
+    assert len(page.of("image")) == 5
+    assert len(page.of("rect", class_="line predicted")) == 5
+
+
+def test_stored_maps_are_shown_again_where_they_fit(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a batch with the same heads a resumed evaluate finds the maps in the attention files."""
+    write_data(front.folder, bbox=[8, 8, 40, 40])
+    front.finder("data_file=data.jsonl", "heads=[2-0,3-1]")
+    options = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]")
+
+    def interrupted(self: ResultLog) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultLog, "finish", interrupted)
+        assert front.finder(*options).status == 130
+    assert front.finder(*options).status == 0
+    page = page_of(front.out / "report.html")
+    assert [len(card["maps"]) for card in page.data["cards"]] == [3] * 5
+
+
+# ---------------------------------------------------------------------------------------------------- a browser
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with a hostile sample among forty."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    cards = [made_card(number, size=(64, 48)) for number in range(40)]
+    cards[3] = dataclasses.replace(cards[3], expression=HOSTILE, id=HOSTILE)
+    cards[4] = dataclasses.replace(
+        cards[4], maps=(), combined=None, picture="", box=None, truth=None, iou=None
+    )
+    failures = [BadEntry(1, HOSTILE, HOSTILE)]
+    path.write_bytes(render(made_report(cards, failures=failures, model=HOSTILE)).encode())
+    return path
+
+
+def choose(page: Browser, where: str, value: str) -> None:
+    page.run(
+        f"(() => {{ const s = document.querySelector({where!r}); s.value = {value!r};"
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    page.settle()
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_opens_without_complaint_or_request(
+    chromium: Browser, report_file: Path, width: int, dark: bool
+) -> None:
+    """At every width nothing sticks out sideways, nothing is fetched, and what is hostile does not run."""
+    chromium.open(report_file, width=width, dark=dark)
+    assert chromium.complaints == []
+    assert chromium.requests == [report_file.resolve().as_uri()]
+    assert chromium.run("typeof boom") == "undefined"
+    assert chromium.run("document.documentElement.scrollWidth") <= width
+    light = chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light is not dark
+    shown = chromium.run("document.querySelectorAll('.card h3')[3].textContent")
+    assert shown == plain(HOSTILE)
+
+
+@needs_chromium
+def test_clipped_text(chromium: Browser, report_file: Path) -> None:
+    """Every text of a chart lies inside its drawing."""
+    for width in (360, 1280):
+        chromium.open(report_file, width=width)
+        outside = chromium.run(
+            """[...document.querySelectorAll('.chart svg')].flatMap(svg => {
+                 const frame = svg.getBoundingClientRect();
+                 return [...svg.querySelectorAll('text')].filter(text => {
+                   const r = text.getBoundingClientRect();
+                   return r.left < frame.left - 1 || r.right > frame.right + 1 || r.bottom > frame.bottom + 2;
+                 }).map(text => text.textContent); })"""
+        )
+        assert outside == []
+
+
+@needs_chromium
+def test_heat_map_is_coloured_and_sorted_by_any_statistic(chromium: Browser, report_file: Path) -> None:
+    chromium.open(report_file)
+    report = Page(report_file.read_text(encoding="utf-8")).data["heads"]
+    names = chromium.run("[...document.querySelector('#grid-controls select').options].map(o => o.value)")
+    assert names == ["frequency", "sum", "entropy", "bottom", "iou"]
+    for name in names:
+        choose(chromium, "#grid-controls select", name)
+        values = {(r["layer"], r["head"]): r[name] for r in report["rows"]}
+        if name == "frequency":
+            values = {at: None if at[0] < 2 else value for at, value in values.items()}
+        best = max(values, key=lambda at: -1 if values[at] is None else values[at])
+        fills = dict(
+            chromium.run(
+                "[...document.querySelectorAll('rect.cell[id]')].map(c => [c.id, c.getAttribute('fill')])"
+            )
+        )
+        assert fills[f"cell-{best[0]}-{best[1]}"] == "rgb(253 231 37)"
+        assert [at for at in values if fills[f"cell-{at[0]}-{at[1]}"] is None] == [
+            at for at in values if values[at] is None
+        ]
+    choose(chromium, "#grid-controls label:nth-child(2) select", "all")
+    placed = chromium.run(
+        "[...document.querySelectorAll('rect.cell[id]')].map(c => [c.id, +c.getAttribute('x'), +c.getAttribute('y')])"
+    )
+    order = [name for name, _, _ in sorted(placed, key=lambda cell: (cell[2], cell[1]))]
+    expected = sorted(report["rows"], key=lambda row: -(-1 if row["iou"] is None else row["iou"]))
+    assert order == [f"cell-{row['layer']}-{row['head']}" for row in expected]
+    choose(chromium, "#grid-controls label:nth-child(2) select", "layer")
+    placed = chromium.run(
+        "[...document.querySelectorAll('rect.cell[id]')].map(c => [c.id, +c.getAttribute('x'), +c.getAttribute('y')])"
+    )
+    top = [
+        name
+        for name, _, y in sorted(placed, key=lambda cell: cell[1])
+        if y == min(cell[2] for cell in placed)
+    ]
+    last = [row for row in expected if row["layer"] == 5]
+    assert top == [f"cell-5-{row['head']}" for row in last]
+
+
+@needs_chromium
+def test_heat_map_by_pointer_and_by_keys(chromium: Browser, report_file: Path) -> None:
+    """Pointing shows a tip; arrow keys walk, and what they reach is read out and lit in the table."""
+    chromium.open(report_file)
+    chromium.run(
+        "document.querySelector('#grid-chart').scrollIntoView({block: 'center', behavior: 'instant'})"
+    )
+    chromium.settle()
+    x, y = chromium.run(
+        "(r => [r.x + 9, r.y + 9])(document.getElementById('cell-3-2').getBoundingClientRect())"
+    )
+    chromium.move(x, y)
+    chromium.settle()
+    assert chromium.run("document.getElementById('tip').textContent").startswith("L3H2")
+    assert chromium.run("document.getElementById('tip').hidden") is False
+    chromium.run("document.querySelector('#grid-chart svg').focus()")
+    for key, head in (
+        ("ArrowRight", "L3H3"),
+        ("ArrowUp", "L4H3"),
+        ("Home", "L4H0"),
+        ("ArrowDown", "L3H0"),
+        ("End", "L3H7"),
+        ("ArrowRight", "L3H7"),
+    ):
+        chromium.key(key)
+        chromium.settle()
+        assert chromium.run("document.querySelector('#grid-readout strong').textContent") == head
+        active = chromium.run(
+            "document.querySelector('#grid-chart svg').getAttribute('aria-activedescendant')"
+        )
+        assert active == f"cell-{head[1]}-{head[3]}"
+    kept = next(
+        row for row in Page(report_file.read_text(encoding="utf-8")).data["heads"]["rows"] if row["kept"]
+    )
+    chromium.run(
+        f"lookAt(data.heads.rows.find(r => r.layer === {kept['layer']} && r.head === {kept['head']}))"
+    )
+    lit = chromium.run(
+        "[...document.querySelectorAll('#ranking tr.current')].map(r => [+r.dataset.layer, +r.dataset.head])"
+    )
+    assert lit == [[kept["layer"], kept["head"]]]
+    assert chromium.run("document.querySelectorAll('.mark.current').length") == 2  # the curve and the scatter
+
+
+@needs_chromium
+def test_gallery_is_sorted_and_filtered(chromium: Browser, report_file: Path) -> None:
+    chromium.open(report_file)
+    visible = "[...document.querySelectorAll('.card')].filter(c => !c.hidden).map(c => +c.dataset.number)"
+    ious = [None if n == 4 else (n * 61 % 100) / 100 for n in range(40)]
+    assert chromium.run(visible) == list(range(40))
+    choose(chromium, "#gallery-controls select", "iou up")
+    known = [n for n in range(40) if n != 4]
+    assert chromium.run(visible) == [*sorted(known, key=lambda n: ious[n]), 4]
+    choose(chromium, "#gallery-controls select", "iou down")
+    assert chromium.run(visible) == [*sorted(known, key=lambda n: -(ious[n] or 0)), 4]
+    for words, expected in (
+        ("NUMBER 17", [17]),
+        ("made_1", {1, *range(10, 20)}),
+        ("onerror", [3]),
+        ("nothing", []),
+    ):
+        chromium.run(
+            f"(i => {{ i.value = {words!r}; i.dispatchEvent(new Event('input')); }})(document.querySelector('input'))"
+        )
+        assert set(chromium.run(visible)) == set(expected)
+    assert chromium.run("document.querySelector('.count').textContent") == "0 of 40 samples"
+
+
+@needs_chromium
+def test_maps_are_drawn_when_they_come_near_and_laid_over_the_picture(
+    chromium: Browser, report_file: Path
+) -> None:
+    """Not before; the strongest cell is yellow and hides most; the button lays the map over the large picture."""
+    chromium.open(report_file, height=300)
+    drawn = "[...document.querySelectorAll('.card')].filter(c => c.querySelector('.maps button')).length"
+    assert chromium.run(drawn) < 20
+    chromium.run("document.querySelector('.card').scrollIntoView({behavior: 'instant'})")
+    chromium.settle()
+    assert 1 <= chromium.run(drawn) < 40
+    chromium.run("document.querySelector('.card .maps button').click()")
+    address = chromium.run("document.querySelector('.card .large .map image').getAttribute('href')")
+    pixels = np.asarray(Image.open(BytesIO(b64decode(address.partition(",")[2]))))
+    cells = np.frombuffer(b64decode(chromium.run("data.cards[0].maps[0].cells")), np.uint8).reshape(24, 24)
+    assert pixels.shape == (24, 24, 4)
+    np.testing.assert_allclose(pixels[..., 3], 255 * (0.1 + 0.75 * cells / 255), atol=1)
+    expected = matplotlib.colormaps["viridis"](cells / 255.0)[..., :3] * 255
+    strong = cells > 128  # low cells are nearly clear, and a canvas keeps few of their bits
+    np.testing.assert_allclose(pixels[..., :3][strong], expected[strong], atol=9)
+    assert chromium.run("document.querySelector('.card .maps button').getAttribute('aria-pressed')") == "true"
+    chromium.run("document.querySelector('.card .maps button').click()")
+    assert chromium.run("document.querySelector('.card .large .map').childElementCount") == 0
+
+
+@needs_chromium
+def test_table_is_sorted_by_its_headers(chromium: Browser, report_file: Path) -> None:
+    chromium.open(report_file)
+    rows = [row for row in Page(report_file.read_text(encoding="utf-8")).data["heads"]["rows"] if row["kept"]]
+    listed = (
+        "[...document.querySelectorAll('#ranking tbody tr')].map(r => [+r.dataset.layer, +r.dataset.head])"
+    )
+    for column, key, sign in ((3, "sum", -1), (4, "entropy", 1), (6, "iou", -1)):
+        chromium.run(f"document.querySelectorAll('#ranking th button')[{column}].click()")
+        expected = sorted(rows, key=lambda row: sign * row[key])
+        assert chromium.run(listed) == [[row["layer"], row["head"]] for row in expected]
+        assert chromium.run("document.querySelectorAll('#ranking th[aria-sort]').length") == 1
+    chromium.run("document.querySelectorAll('#ranking th button')[6].click()")
+    assert chromium.run(listed) == [
+        [row["layer"], row["head"]] for row in sorted(rows, key=lambda row: row["iou"])
+    ]
+
+
+@needs_chromium
+def test_without_scripts_ranking_and_pictures_are_there(chromium: Browser, report_file: Path) -> None:
+    chromium.open(report_file, script=False)
+    text = Image.open(BytesIO(b64decode(chromium.call("Page.captureScreenshot")["data"])))
+    assert len(np.unique(np.asarray(text.convert("L")))) > 50  # something is drawn
+    tree = json.dumps(chromium.call("Accessibility.getFullAXTree"))
+    assert "Scripts are off" in tree and "the thing number 0" in tree and "selection frequency" in tree
+
+
+@needs_chromium
+def test_a_thousand_samples_open_at_once(chromium: Browser, tmp_path: Path) -> None:
+    """Generous bounds for a busy machine; a page that draws every map at once takes many times as long."""
+    base = [made_card(number) for number in range(8)]
+    cards = [dataclasses.replace(base[n % 8], id=f"made_{n}") for n in range(1000)]
+    path = tmp_path / "report.html"
+    path.write_bytes(render(made_report(cards)).encode())
+    chromium.open(path)
+    assert chromium.run("document.querySelectorAll('.card').length") == 1000
+    assert chromium.run("performance.getEntriesByType('navigation')[0].loadEventEnd") < 10_000
+    assert chromium.run("document.querySelectorAll('.maps button').length") < 400
+
+
+@needs_chromium
+def test_prints_light_and_with_every_map(chromium: Browser, report_file: Path) -> None:
+    chromium.open(report_file, dark=True)
+    content = b64decode(chromium.call("Page.printToPDF", printBackground=True)["data"])
+    assert content.startswith(b"%PDF")
+    assert (
+        chromium.run(
+            "[...document.querySelectorAll('.card')].filter(c => c.querySelector('.maps button')).length"
+        )
+        == 39
+    )
+    assert chromium.complaints == []
+
+
+def test_pictures_of_the_examples_are_recognisable() -> None:
+    """A photograph's thumbnail stays close to it."""
+    photo = load_image(Path(lh.__file__).parent.parent / "examples/images/cat.jpg")
+    small = Image.open(BytesIO(b64decode(thumbnail(photo).partition(",")[2])))
+    difference = np.asarray(photo.resize((64, 48)), float) - np.asarray(
+        small.convert("RGB").resize((64, 48)), float
+    )
+    assert np.abs(difference).mean() < 8

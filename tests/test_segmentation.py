@@ -1,0 +1,538 @@
+"""Masks: prompts by hand, geometry held against the families' own processors, GrabCut on drawn pictures, tiny SAMs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image, ImageDraw
+from tiny_sams import SIDE, TINY
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.masks import tight_box
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.figures import plot_grounding
+from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.segmentation import grabcut
+from localization_heads.segmentation.checkpoint import FAMILIES
+from localization_heads.segmentation.grabcut import GrabCut
+from localization_heads.segmentation.options import GRABCUT, SegmenterOptions, make_segmenter
+from localization_heads.segmentation.prompts import LOGIT, Frame, interior_points, map_logits
+from localization_heads.segmentation.refine import refine
+from localization_heads.segmentation.sam import Sam, load_sam, on_image
+
+
+def grounded(grid, image_box=None, image_size=None, **options) -> Grounding:
+    """One head's map without smoothing; a cell is 10 pixels wide unless told otherwise."""
+    grid = np.asarray(grid, dtype=np.float32)
+    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
+    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
+    return ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0.0, **options))
+
+
+def square(side: int = 9, start: int = 2, stop: int = 7) -> np.ndarray:
+    grid = np.zeros((side, side))
+    grid[start:stop, start:stop] = 1
+    return grid
+
+
+class TestInteriorPoints:
+    def test_by_hand(self):
+        # depths in the 5 x 5 block: 3 cells in the middle, 2 around it; half of 3 is reached by the inner 3 x 3
+        points = interior_points(grounded(square()), 9)
+        assert points[0] == (45, 45)  # the deepest
+        assert set(points[1:5]) == {
+            (35, 35),
+            (55, 35),
+            (35, 55),
+            (55, 55),
+        }  # then the corners, far from all before
+        assert len(points) == len(set(points)) == 9
+
+    def test_the_stronger_of_equals_comes_first(self):
+        grid = square()
+        grid[5, 5] = 2
+        assert interior_points(grounded(grid, component="all"), 2)[1] == (55, 55)
+
+    def test_points_lie_on_what_the_image_shows(self):
+        # the first column of cells lies half in the padding: its visible part is 5 pixels wide
+        found = grounded([[9.0, 0, 0]], (-5, 0, 25, 10), (25, 10))
+        assert interior_points(found, 3) == [(2.5, 5)]
+
+    def test_an_arc_gets_no_point_in_its_hollow(self):
+        grid = np.zeros((7, 7))
+        grid[0:2] = grid[:, 0:2] = grid[5:7] = 1
+        found = grounded(grid)
+        for x, y in interior_points(found, 6):
+            assert found.cells[int(y // 10), int(x // 10)]
+
+    def test_a_flat_map_has_none(self):
+        assert interior_points(grounded(np.ones((3, 3))), 3) == []
+
+    @settings(deadline=None, max_examples=50)
+    @given(
+        hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8)), st.integers(1, 6)
+    )
+    def test_compact_spread_and_away_from_the_border(self, mask, count):
+        found = grounded(mask)
+        points = interior_points(found, count)
+        if not found.cells.any():
+            return
+        cells = [(int(y // 10), int(x // 10)) for x, y in points]
+        outside = list(np.ndindex(mask.shape[0] + 2, mask.shape[1] + 2))
+        padded = np.pad(found.cells, 1)
+        depth = {
+            (r - 1, c - 1): min(np.hypot(r - r2, c - c2) for r2, c2 in outside if not padded[r2, c2])
+            for r, c in np.argwhere(padded).tolist()
+        }
+        core = [cell for cell, d in depth.items() if d >= max(depth.values()) / 2 - 1e-9]
+        assert len(cells) == len(set(cells)) == min(count, len(core))
+        assert set(cells) <= set(core)
+        assert depth[cells[0]] == pytest.approx(max(depth.values()))
+        for n in range(1, len(cells)):  # nobody else was farther from those before
+
+            def gap(cell, before=tuple(cells[:n])):
+                return min(np.hypot(cell[0] - r, cell[1] - c) for r, c in before)
+
+            assert gap(cells[n]) == pytest.approx(max(gap(cell) for cell in core))
+
+
+class TestMapLogits:
+    def test_by_hand(self):
+        found = grounded([[0.0, 1, 5]])  # mean 2; a frame of one pixel a cell
+        frame = Frame((30, 10), side=6, inner=(6, 2))
+        logits = map_logits(found, frame, 6)
+        # two pixels a cell, a quarter of a cell from its centre; logits of the cells: -10, -5, 10
+        assert logits[0] == pytest.approx([-10, -8.75, -6.25, -1.25, 6.25, 10])
+        assert (logits[2:] == -LOGIT).all()  # the padding below the picture
+
+    def test_the_grid_beyond_the_image_is_not_shown(self):
+        # padded by the model to a square of 4 x 4 cells: the rows 0 and 3 hold no picture
+        found = grounded(np.arange(16.0).reshape(4, 4), (0, -10, 40, 30), (40, 20))
+        logits = map_logits(found, Frame.squashed((40, 20), 8), 8)
+        # the first and the last cell of the rows 1 and 2 are the smallest and the largest that the image shows
+        assert (logits[0, 0], logits[-1, -1]) == (-LOGIT, LOGIT)
+        assert logits[2, 4] == pytest.approx(
+            10 * (6.25 - 7.5) / (7.5 - 4), abs=1
+        )  # the mean of 0 to 15 is 7.5
+        assert (np.diff(logits, axis=1) >= -1e-5).all()
+
+    @pytest.mark.parametrize("size", [(160, 90), (90, 160), (64, 64), (640, 200)])
+    @pytest.mark.parametrize("make", [Frame.padded, Frame.squashed])
+    def test_the_peak_lies_where_the_processor_puts_its_pixels(self, size, make):
+        """Traced: a picture with one bright cell goes where the map's peak goes."""
+        grid = np.zeros((8, 8))
+        grid[5, 2] = 1
+        found = grounded(grid, (0, 0, *size), size)
+        frame = make(size, 64)
+        logits = map_logits(found, frame, 64)
+        picture = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+        x0, y0, x1, y1 = (round(x) for x in found.box)
+        picture[y0 : max(y1, y0 + 1), x0:x1] = 255
+        pixels = np.asarray(Image.fromarray(picture).resize(frame.inner, Image.Resampling.BILINEAR))[..., 0]
+        rows, columns = np.nonzero(logits > 0)
+        bright = np.argwhere(pixels > pixels.max() / 2)
+        assert abs(rows.mean() - bright[:, 0].mean()) <= 1
+        assert abs(columns.mean() - bright[:, 1].mean()) <= 1
+
+    def test_cropped_models_say_nothing_of_what_they_did_not_see(self):
+        found = grounded(square(8, 2, 6), (40, 0, 120, 80), (160, 80))
+        logits = map_logits(found, Frame.squashed((160, 80), 16), 16)
+        assert (logits[:, :4] == -LOGIT).all() and (logits[:, 12:] == -LOGIT).all()
+        assert (logits[8, 6:10] > 0).all()
+
+
+def sam_processor(side: int):
+    from transformers import SamProcessor
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+    sizes = {
+        "size": {"longest_edge": side},
+        "pad_size": {"height": side, "width": side},
+        "mask_size": {"longest_edge": side // 4},
+    }
+    return SamImageProcessorPil(**sizes), SamProcessor
+
+
+@pytest.fixture(scope="module", params=list(TINY))
+def sam(request) -> Sam:
+    family = FAMILIES[request.param]
+    return Sam(TINY[request.param](), family, family.mean, family.std)
+
+
+def told(sam: Sam, *prompt: str, **options) -> Sam:
+    return Sam(sam.model, sam.family, sam.mean, sam.std, prompt=prompt, **options)
+
+
+SIZES = [(160, 90), (90, 160), (64, 64), (33, 50), (501, 499)]
+
+
+class TestGeometry:
+    @pytest.mark.parametrize("size", SIZES)
+    def test_pixels_are_those_of_sams_processor(self, size):
+        family = FAMILIES["sam"]
+        sam = Sam(TINY["sam"](), family, family.mean, family.std)
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        processor, _ = sam_processor(SIDE)
+        theirs = processor(image, return_tensors="np")
+        assert sam.frame(size).inner == tuple(theirs["reshaped_input_sizes"][0][::-1])
+        assert sam.pixel_values(image) == pytest.approx(theirs["pixel_values"], abs=1e-4)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_masks_come_back_as_sams_processor_brings_them(self, size):
+        frame = Frame.padded(size, SIDE)
+        logits = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+        processor, _ = sam_processor(SIDE)
+        theirs = processor.post_process_masks(
+            logits[None, None, None],
+            original_sizes=[size[::-1]],
+            reshaped_input_sizes=[frame.inner[::-1]],
+            pad_size={"height": SIDE, "width": SIDE},
+        )
+        assert (on_image(logits, frame) == theirs[0][0, 0]).all()
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_coordinates_are_those_of_the_processors(self, size):
+        from transformers import SamProcessor
+        from transformers.models.sam2.processing_sam2 import Sam2Processor
+
+        box = torch.tensor([[3.0, 5.0, 31.0, 29.5]])
+        for make, kind in ((Frame.padded, SamProcessor), (Frame.squashed, Sam2Processor)):
+            (across, down), arguments = make(size, 1024).scale, (1024, box.numpy(), size[::-1])
+            if kind is Sam2Processor:
+                arguments = (1024, box, size[::-1])
+            processor = object.__new__(kind)
+            if kind is SamProcessor:
+                processor.image_processor = sam_processor(1024)[0]
+            theirs = processor._normalize_coordinates(*arguments, is_bounding_box=True)
+            ours = box.numpy() * (across, down, across, down)
+            assert np.asarray(theirs).reshape(1, 4) == pytest.approx(ours, rel=1e-5)
+
+    def test_a_mask_comes_back_to_where_its_prompt_was(self, sam):
+        """The map as logits, brought back as if the model had answered with its prompt."""
+        for size in (160, 90), (90, 160), (501, 499):
+            found = grounded(square(8, 2, 5), (0, 0, *size), size)
+            frame = sam.frame(size)
+            logits = map_logits(found, replace(frame, side=SIDE), 64)
+            back = on_image(torch.from_numpy(logits), frame).numpy()
+            x0, y0, x1, y1 = found.box
+            # bilinear values cross the threshold (mean 9/64, peak 1) a little outside the active cells
+            margin = 0.5 * max(size) / 8 + max(size) / 64
+            assert np.abs(np.array(tight_box(back)) - (x0, y0, x1, y1)).max() <= margin
+            assert back[int((y0 + y1) / 2), int((x0 + x1) / 2)]
+
+
+class TestSam:
+    def test_every_combination_of_prompts(self, sam):
+        image = Image.effect_noise((160, 90), 80).convert("RGB")
+        found = grounded(square(), (0, 0, 160, 90), (160, 90))
+        masks = []
+        for count in (1, 2, 3):
+            for prompt in itertools.combinations(("box", "points", "map"), count):
+                masks.append(told(sam, *prompt).segment(image, found))
+                assert masks[-1].shape == (90, 160) and masks[-1].dtype == bool
+        assert len({mask.tobytes() for mask in masks}) == len(masks)  # each prompt is heard
+
+    def test_prompts_are_in_the_square(self, sam):
+        found = grounded(square(), (0, 0, 160, 90), (160, 90))
+        frame = sam.frame((160, 90))
+        prompts = told(sam, "box", "points", "map", num_points=2).prompts(found, frame)
+        down = SIDE / 90 if sam.family.squashes else SIDE / 160
+        x0, y0, x1, y1 = found.box
+        expected = [x0 * SIDE / 160, y0 * down, x1 * SIDE / 160, y1 * down]
+        assert prompts["input_boxes"].flatten().tolist() == pytest.approx(expected)
+        assert prompts["input_points"].shape == (1, 1, 2, 2)
+        points = [[x * SIDE / 160, y * down] for x, y in interior_points(found, 2)]
+        assert prompts["input_points"][0, 0].numpy() == pytest.approx(np.array(points))
+        assert prompts["input_labels"].tolist() == [[[1, 1]]]
+        side = 4 * sam.model.prompt_encoder.image_embedding_size[0]
+        assert prompts["input_masks"].shape == (1, 1, side, side)
+
+    def test_three_masks_the_best_is_taken(self, sam):
+        image = Image.effect_noise((80, 80), 80).convert("RGB")
+        found = grounded(square(8))
+        many = told(sam, "box", multimask=True)
+        with torch.inference_mode():
+            output = sam.model(
+                image_embeddings=many.encode(image),
+                multimask_output=True,
+                **many.prompts(found, many.frame(image.size)),
+            )
+        assert output.pred_masks.shape[2] == 3
+        best = output.pred_masks[0, 0, output.iou_scores[0, 0].argmax()]
+        assert (many.segment(image, found) == on_image(best, many.frame(image.size)).numpy()).all()
+
+    def test_a_picture_is_encoded_once(self, sam, monkeypatch):
+        fresh, calls = told(sam, "box"), []
+        encode = type(sam.model).get_image_embeddings
+        monkeypatch.setattr(
+            type(sam.model),
+            "get_image_embeddings",
+            lambda self, pixels: calls.append(1) or encode(self, pixels),
+        )
+        images = [Image.effect_noise((40, 30), 80).convert("RGB") for _ in range(6)]
+        found = grounded(square(), (0, 0, 40, 30), (40, 30))
+        first = fresh.segment(images[0], found)
+        assert (fresh.segment(images[0].copy(), found) == first).all()
+        assert len(calls) == 1
+        for image in images:
+            fresh.segment(image, found)
+        assert len(calls) == 6
+        assert (fresh.segment(images[0], found) == first).all()
+        assert len(calls) == 7  # only the last few are kept
+        turned = Image.frombytes("RGB", (30, 40), images[0].tobytes())
+        fresh.encode(turned)
+        assert len(calls) == 8  # the same bytes in another shape are another picture
+
+    def test_the_image_goes_in_as_the_model_alone_would_take_it(self, sam):
+        image = Image.effect_noise((80, 80), 80).convert("RGB")
+        found = grounded(square(8))
+        one = told(sam, "box")
+        pixels = torch.from_numpy(one.pixel_values(image))
+        with torch.inference_mode():
+            prompts = one.prompts(found, one.frame(image.size))
+            output = sam.model(pixel_values=pixels, multimask_output=False, **prompts)
+        expected = on_image(output.pred_masks[0, 0, 0], one.frame(image.size)).numpy()
+        assert (one.segment(image, found) == expected).all()
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
+    def test_odd_pictures(self, sam, size):
+        found = grounded(square(8), (0, 0, *size), size)
+        mask = told(sam, "box", "points", "map").segment(Image.new("RGB", size), found)
+        assert mask.shape == size[::-1]
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def saved(self, sam, tmp_path):
+        sam.model.save_pretrained(tmp_path / "weights")
+        return tmp_path / "weights"
+
+    def test_a_local_folder(self, sam, saved):
+        (saved / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+        loaded = load_sam(SegmenterOptions(sam.family.kind, str(saved), ("box",), device="cpu"))
+        assert (loaded.mean, loaded.std, loaded.name) == ((0.1, 0.2, 0.3), sam.family.std, sam.family.kind)
+        image, found = Image.effect_noise((80, 80), 80).convert("RGB"), grounded(square(8))
+        plain = Sam(sam.model, sam.family, loaded.mean, loaded.std, prompt=("box",))
+        assert (loaded.segment(image, found) == plain.segment(image, found)).all()
+
+    def test_another_family_is_named(self, sam, saved):
+        other = next(kind for kind in FAMILIES if kind != sam.family.kind)
+        with pytest.raises(UsageError, match=f"write segmenter={sam.family.kind}"):
+            load_sam(SegmenterOptions(other, str(saved)))
+
+    def test_missing_weights_are_no_model(self, sam, saved):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(saved / "model.safetensors")
+        name = next(name for name in weights if "mask_decoder" in name)
+        del weights[name]
+        save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(WorkError, match="lacks 1 tensor"):
+            load_sam(SegmenterOptions(sam.family.kind, str(saved)))
+
+    def test_broken_weights_are_one_line(self, sam, saved):
+        (saved / "model.safetensors").write_bytes(b"nothing")
+        with pytest.raises(WorkError, match=r"segmenter\.name=") as caught:
+            load_sam(SegmenterOptions(sam.family.kind, str(saved)))
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "error"),
+        [
+            ("/nowhere/sam", "no such folder"),
+            ("sam", "no such folder"),
+            ("facebook/sam-vit-huge", "Without a network"),
+        ],
+    )
+    def test_what_is_not_there_says_what_to_do(self, name, error):
+        with pytest.raises((UsageError, WorkError), match=error) as caught:
+            load_sam(SegmenterOptions("sam", name))
+        assert "segmenter=grabcut" in str(caught.value)
+
+    def test_a_folder_without_a_model(self, tmp_path):
+        with pytest.raises(UsageError, match=r"no config\.json"):
+            load_sam(SegmenterOptions("sam", str(tmp_path)))
+
+
+def drawn(size=(160, 120), box=(50, 30, 110, 90)) -> tuple[Image.Image, np.ndarray]:
+    """A red disc on a green field with some noise, and its true mask."""
+    noise = np.random.default_rng(0).normal(0, 8, (*size[::-1], 3))
+    field = Image.new("RGB", size, (40, 140, 60))
+    ImageDraw.Draw(field).ellipse(box, fill=(200, 40, 40))
+    truth = np.asarray(field)[..., 0] > 100
+    return Image.fromarray(np.clip(np.asarray(field) + noise, 0, 255).astype(np.uint8)), truth
+
+
+def iou(a, b) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+def disc_grounding(size=(160, 120)) -> Grounding:
+    """A coarse map of the disc: its hull is a block much larger than the disc."""
+    grid = np.zeros((6, 8))
+    grid[1:5, 2:6] = 0.6
+    grid[2:4, 3:5] = 1
+    return grounded(grid, (0, 0, *size), size)
+
+
+class TestGrabCut:
+    def test_finds_the_disc(self):
+        image, truth = drawn()
+        found = disc_grounding()
+        mask = GrabCut().segment(image, found)
+        assert iou(mask, truth) > 0.95 > 0.8 > iou(found.pseudo_mask, truth)
+
+    def test_is_repeatable(self):
+        image, _ = drawn()
+        first = GrabCut().segment(image, disc_grounding())
+        np.random.default_rng(0).random(100)
+        assert (GrabCut().segment(image, disc_grounding()) == first).all()
+
+    def test_a_large_picture_is_worked_on_small(self, monkeypatch):
+        seen = []
+        original = grabcut.cut
+        monkeypatch.setattr(
+            grabcut, "cut", lambda pixels, *rest: seen.append(pixels.shape) or original(pixels, *rest)
+        )
+        size = (4000, 3000)
+        image, truth = drawn()
+        image, truth = image.resize(size), np.asarray(Image.fromarray(truth).resize(size))
+        mask = GrabCut().segment(image, disc_grounding(size))
+        assert max(seen[0]) <= grabcut.WORKING_SIDE
+        assert mask.shape == (3000, 4000)
+        assert iou(mask, truth) > 0.93
+
+    def test_first_guess_by_hand(self):
+        heat = np.array([[9.0, 9, 9, 9], [9, 0, 2, 9], [9, 1, 0, 9]])
+        labels = grabcut.first_guess(heat, (1, 1, 3, 3))
+        assert labels.tolist() == [[0, 0, 0, 0], [0, 2, 3, 0], [0, 2, 2, 0]]  # above 1, the middle of 0 and 2
+
+    def test_the_piece_that_the_map_points_at_is_kept(self):
+        image, truth = drawn()
+        twin = np.asarray(image).copy()
+        twin[95:105, 60:70] = (200, 40, 40)  # of the object's colour, inside the box
+        mask = GrabCut().segment(Image.fromarray(twin), disc_grounding())
+        assert not mask[95:105, 60:70].any()
+        assert iou(mask, truth) > 0.9
+
+    @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 50), (3, 3), (5000, 2)])
+    def test_odd_pictures_end_in_a_mask_of_their_size(self, size):
+        found = grounded(square(8), (0, 0, *size), size)
+        refined = refine(found, Image.new("RGB", size), GrabCut(), box_from="mask")
+        assert refined.mask.shape == size[::-1]
+        assert refined.mask.any()
+        x0, y0, x1, y1 = refined.box
+        assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+
+    def test_one_colour_ends_in_some_mask(self):
+        found = disc_grounding()
+        refined = refine(found, Image.new("RGB", (160, 120), "grey"), GrabCut())
+        assert refined.mask.any()
+
+    def test_all_object_is_nothing_to_cut(self):
+        heat = np.ones((5, 5))
+        assert not grabcut.cut(np.zeros((5, 5, 3), np.uint8), heat, (0, 0, 5, 5)).any()
+
+    def test_a_box_at_the_border(self):
+        image, truth = drawn(box=(100, 60, 219, 179))
+        grid = np.zeros((6, 8))
+        grid[3:, 5:] = 1
+        mask = GrabCut().segment(image, grounded(grid, (0, 0, 160, 120), (160, 120)))
+        assert iou(mask, truth) > 0.9
+
+    def test_cropped_models_have_no_heat_outside(self):
+        image, truth = drawn()
+        grid = np.zeros((6, 6))
+        grid[1:5, 1:5] = 0.6
+        grid[2:4, 2:4] = 1
+        found = grounded(grid, (20, 0, 140, 120), (160, 120))
+        assert iou(GrabCut().segment(image, found), truth) > 0.9
+
+
+class Fixed:
+    """A segmenter that always answers the same."""
+
+    name = "fixed"
+
+    def __init__(self, mask) -> None:
+        self.mask = mask
+
+    def segment(self, image, grounding):
+        return self.mask
+
+
+class TestRefine:
+    image = Image.new("RGB", (90, 90))
+
+    def test_the_mask_takes_the_place_of_the_pseudo_mask(self):
+        found, mask = grounded(square()), np.zeros((90, 90), dtype=bool)
+        mask[30:41, 20:65] = True
+        refined = refine(found, self.image, Fixed(mask))
+        assert (refined.mask == mask).all() and refined.mask_from == "fixed"
+        assert (refined.box, refined.score) == (found.box, found.score)
+        assert (refined.pseudo_mask == found.pseudo_mask).all()
+        assert found.mask_from == "map"
+
+    def test_the_box_of_the_mask(self):
+        found, mask = grounded(square()), np.zeros((90, 90), dtype=bool)
+        mask[30:40, 15:45] = True
+        refined = refine(found, self.image, Fixed(mask), box_from="mask")
+        assert refined.box == (15, 30, 45, 40)
+        assert refined.score == pytest.approx(
+            2.5 / 25
+        )  # a row of 5 cells from 20 to 70: two and a half of them
+
+    def test_what_changes_nothing(self, caplog):
+        found = grounded(square())
+        flat = grounded(np.ones((9, 9)))
+        full = Fixed(np.ones((90, 90), dtype=bool))
+        assert refine(found, self.image, None, box_from="mask") is found
+        assert refine(found, None, full) is found
+        assert refine(flat, self.image, full) is flat
+        assert not caplog.records
+        assert refine(found, self.image, Fixed(np.zeros((90, 90), dtype=bool)), box_from="mask") is found
+        assert "finds nothing" in caplog.text
+        assert refine(found, Image.new("RGB", (80, 90)), full) is found
+
+    @given(hnp.arrays(bool, (5, 7)))
+    def test_tight_box_agrees_with_every_pixel(self, mask):
+        if mask.any():
+            rows, columns = zip(*np.argwhere(mask).tolist(), strict=True)
+            assert tight_box(mask) == (min(columns), min(rows), max(columns) + 1, max(rows) + 1)
+
+    def test_it_is_what_the_figure_shows(self, tmp_path):
+        image, _ = drawn()
+        refined = refine(disc_grounding(), image, GrabCut())
+        figure = plot_grounding(image, refined, tmp_path / "figure.png", expression="the disc")
+        assert "mask (grabcut)" in [text.get_text() for text in figure.legends[0].get_texts()]
+        assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("kind", "magic"),
+            ("prompt", ()),
+            ("prompt", ("box", "scribble")),
+            ("num_points", 0),
+            ("num_points", True),
+            ("iterations", 1.5),
+        ],
+    )
+    def test_options_name_what_is_wrong(self, field, value):
+        with pytest.raises(ValueError, match=field):
+            SegmenterOptions(**{field: value})
+
+    def test_the_default_needs_no_weights(self):
+        assert isinstance(make_segmenter(GRABCUT), GrabCut)
+        assert make_segmenter(SegmenterOptions("none")) is None

@@ -1,0 +1,241 @@
+"""Encode once, ask many: a picture that was read once gives every expression what a run of its own gives."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import family_models_tiled  # noqa: F401 -- more of tiny's families
+import numpy as np
+import pytest
+import torch
+from family_models import BUILDERS, tiny
+from footprints import coordinate_picture
+from PIL import Image
+
+from localization_heads.errors import OutOfMemoryError, UsageError
+from localization_heads.lvlm import sharing
+from localization_heads.lvlm.capture import decoder_layers
+from localization_heads.lvlm.families import NOT_SHARED
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.prefix import why_not_shared
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+
+SAME = {"rtol": 0, "atol": 1e-5}
+EXPRESSIONS = ["the red car", "the dog left in this image", "car", "the dog"]
+APART = {"florence2", "paligemma", "paligemma2"}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_family_is_as_if_asked_apart(name: str) -> None:
+    lvlm, picture = tiny(name), coordinate_picture(190, 110)
+    encoded = lvlm.encode_image(picture)
+    assert encoded.shares == (name not in APART)
+    together = encoded.attend(EXPRESSIONS)
+    for expression, maps in zip(EXPRESSIONS, together, strict=True):
+        alone = lvlm.attend(picture, expression)
+        assert (maps.image_box, maps.prompt, maps.query) == (alone.image_box, alone.prompt, expression)
+        np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "internvl", "idefics3", "gemma3", "mllama", "qwen3_5", "gemma4"]
+)
+@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+def test_every_query_token(name: str, query_token: str) -> None:
+    """Expressions of several lengths that begin with the same words; the answer's first token is asked apart."""
+    lvlm, picture = copy.copy(tiny(name)), coordinate_picture(110, 150)
+    lvlm.query_token = query_token
+    encoded = lvlm.encode_image(picture)
+    assert encoded.shares == (query_token != "answer_first")
+    for expression, maps in zip(EXPRESSIONS, encoded.attend(EXPRESSIONS), strict=True):
+        np.testing.assert_allclose(maps.attention, lvlm.attend(picture, expression).attention, **SAME)
+
+
+@pytest.mark.parametrize("mode", ["referseg", "chat", "plain"])
+def test_every_template(mode: str, picture: Image.Image) -> None:
+    """The embedded model; `a` and `it's` share letters with the stand-ins, and a long one is much padded."""
+    lvlm = load_model(device="cpu", conv_mode=mode)
+    asked = ["it", "it's 2", "a", "?", "the dog " * 30, "狗在左边"]
+    encoded = lvlm.encode_image(picture)
+    assert encoded.shares
+    for expression, maps in zip(asked, encoded.attend(asked), strict=True):
+        alone = lvlm.attend(picture, expression)
+        np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
+        assert maps.prompt == alone.prompt
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma4", "mllama", "qwen3_5"])
+def test_early_exit(name: str) -> None:
+    """Down to a layer, then deeper: the picture is read again; then less deeply: it is not."""
+    lvlm, picture = tiny(name), coordinate_picture(110, 150)
+    first, last = min(lvlm.attention_modules), max(lvlm.attention_modules)
+    encoded = lvlm.encode_image(picture, last_layer=first)
+    shallow = encoded.num_bytes
+    for layer in (first, last, first):
+        for expression, maps in zip(EXPRESSIONS, encoded.attend(EXPRESSIONS, last_layer=layer), strict=True):
+            alone = lvlm.attend(picture, expression, last_layer=layer)
+            np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
+            assert not maps.attention[layer + 1 :].any()
+    assert encoded.num_bytes > shallow or first == last
+
+
+def count(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[int]:
+    """How long the first argument was in each call."""
+    original, calls = getattr(target, name), []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(target, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3"])
+def test_the_picture_is_worked_on_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resized once, seen once by the vision tower, and each layer reads its tokens once, whatever is asked."""
+    lvlm, picture = tiny(name), coordinate_picture(110, 150)
+    resized = count(monkeypatch, type(lvlm.processor.image_processor), "preprocess")
+    seen = count(monkeypatch, lvlm.model.base_model, "get_image_features")
+    read: list[tuple[int, int]] = []
+    layer = decoder_layers(lvlm.model)[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+    try:
+        encoded = lvlm.encode_image(picture)
+        encoded.attend(EXPRESSIONS)
+        encoded.attend(["the left car"])
+    finally:
+        hook.remove()
+    tokens = lvlm.encode([picture], [lvlm.prompt(EXPRESSIONS[0])])["input_ids"].shape[1]
+    assert (len(resized), len(seen)) == (2, 1)  # the second is the line above
+    (whole, ends, end) = read
+    assert whole[0] == 1 and whole[1] > tokens - 10
+    assert ends[0] == len(EXPRESSIONS) and ends[1] < 12
+    assert end[0] == 1 and end[1] < 8
+
+
+def test_early_exit_runs_no_later_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    lvlm, picture = tiny("gemma4"), coordinate_picture(110, 150)
+    later = count(monkeypatch, decoder_layers(lvlm.model)[2], "forward")
+    head = count(monkeypatch, lvlm.model.lm_head, "forward")
+    lvlm.encode_image(picture, last_layer=1).attend(EXPRESSIONS, last_layer=1)
+    assert (later, head) == ([], [])
+    lvlm.encode_image(picture).attend(EXPRESSIONS)
+    assert (len(later), head) == (2, [])
+
+
+def test_a_batch_shares_its_pictures(
+    lvlm: LVLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same object several times is encoded once; order and results are those of single pairs."""
+    other, third = picture.rotate(180), picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    images = [picture, other, picture, third, picture, other]
+    asked = ["the dog", "a red car", "the cat on the left", "the dog", "a house", "it"]
+    encoded = count(monkeypatch, sharing.EncodedPicture, "_computed")
+    found = lvlm.attend_batch(images, asked)
+    assert len(encoded) == 2
+    for maps, image, expression in zip(found, images, asked, strict=True):
+        assert maps.query == expression
+        np.testing.assert_allclose(maps.attention, lvlm.attend(image, expression).attention, **SAME)
+    assert np.abs(found[0].attention - found[3].attention).max() > 1e-3
+
+
+def test_a_prefix_that_reaches_into_an_expression_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins that begin alike, as with a tokenizer that merges over the edge: what is common then is less."""
+    monkeypatch.setattr(sharing, "STAND_INS", ("the red car in this", "the red car in image"))
+    picture = coordinate_picture(110, 150)
+    for name in ("llava", "qwen2_vl", "aya_vision", "gemma3", "gemma4", "mllama", "qwen3_5"):
+        lvlm = copy.copy(tiny(name))
+        for lvlm.query_token in ("last", "expression_mean"):
+            asked = ["the red car in this image", "the dog", "the red car"]
+            for expression, maps in zip(asked, lvlm.encode_image(picture).attend(asked), strict=True):
+                np.testing.assert_allclose(maps.attention, lvlm.attend(picture, expression).attention, **SAME)
+
+
+def test_several_threads_ask_one_picture(lvlm: LVLM, picture: Image.Image) -> None:
+    encoded = lvlm.encode_image(picture, last_layer=1)
+    asked = ["the dog", "a red car", "the cat on the left", "a house"] * 4
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(encoded.attend, [e, "it"], last_layer=n % 4) for n, e in enumerate(asked)]
+    for n, (expression, job) in enumerate(zip(asked, jobs, strict=True)):
+        alone = lvlm.attend(picture, expression, last_layer=n % 4)
+        np.testing.assert_allclose(job.result()[0].attention, alone.attention, **SAME)
+
+
+def test_a_picture_after_the_text_is_not_shared() -> None:
+    lvlm = copy.copy(tiny("llava"))
+    lvlm._render = lambda text: f"{text}. {lvlm.image_text} here"  # type: ignore[method-assign]
+    encoded = lvlm.encode_image(coordinate_picture(110, 150))
+    assert not encoded.shares
+    (maps,) = encoded.attend(["the dog"])
+    np.testing.assert_allclose(maps.attention, lvlm.attend(encoded.image, "the dog").attention, **SAME)
+
+
+def test_why_a_picture_is_not_shared() -> None:
+    assert "bidirectional" in (tiny("paligemma").why_not_shared or "")
+    assert "encoder" in (tiny("florence2").why_not_shared or "")
+    assert tiny("llava").why_not_shared is None
+    config = copy.deepcopy(tiny("llava").model.config)
+    config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert "length" in (why_not_shared(config) or "")
+
+
+def test_the_documentation_names_who_cannot_share() -> None:
+    """From the same table, word for word; and no family besides."""
+    text = (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
+    section = text.partition("## One picture, many expressions\n")[2].partition("\n## ")[0]
+    listed = dict(re.findall(r"^- `(\w+)`: (.+)$", section, re.MULTILINE))
+    assert listed == NOT_SHARED
+    apart = {tiny(name).model.config.model_type for name in APART}
+    assert apart == NOT_SHARED.keys()
+
+
+def test_wrong_questions(lvlm: LVLM, picture: Image.Image) -> None:
+    encoded = lvlm.encode_image(picture)
+    assert encoded.attend([]) == []
+    with pytest.raises(UsageError, match="empty"):
+        encoded.attend(["the dog", " "])
+    with pytest.raises(UsageError, match="tokens with the image"):
+        encoded.attend(["dog " * 5000])
+
+
+@pytest.mark.parametrize("where", ["on_device", "query_rows"])
+def test_out_of_memory(lvlm: LVLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """On the way to the device as in the model: one kind of error, which names the ways out."""
+    encoded = lvlm.encode_image(picture)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LVLM, where, full)
+    asked: list[Callable[[], object]] = [
+        lambda: lvlm.attend_batch([picture] * 2, ["the dog", "a car"]),
+        lambda: lvlm.attend_batch([picture, picture.copy()], ["the dog", "a car"]),
+        lambda: lvlm.attend(picture, "the dog"),
+    ]
+    asked.append(
+        (lambda: encoded.attend(["the dog"])) if where == "query_rows" else lambda: lvlm.encode_image(picture)
+    )
+    for ask in asked:
+        with pytest.raises(OutOfMemoryError, match="batch_size=auto"):
+            ask()
+
+
+def test_bytes_are_counted(lvlm: LVLM, picture: Image.Image) -> None:
+    """Two tensors of every layer, for every token before the expression, and the pixels before and after resizing."""
+    encoded = lvlm.encode_image(picture)
+    text = lvlm.model.config.get_text_config()
+    tokens = lvlm.encode([picture], [lvlm.prompt("the dog")])["input_ids"].shape[1]
+    width = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    most = 2 * lvlm.num_layers * tokens * width * 4
+    pixels = (
+        lvlm.encode([picture], [lvlm.prompt("it")])["pixel_values"].nbytes
+        + picture.width * picture.height * 3
+    )
+    assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most

@@ -1,0 +1,235 @@
+"""`engine=ray`: the results of `engine=local` to the byte, whatever becomes of the workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import killing
+import numpy as np
+import pytest
+from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_lines
+
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError
+from localization_heads.stages import passing, spreading
+from localization_heads.stages.run import Run
+
+ROOT = Path(__file__).parents[1]
+RAY = ("engine=ray", "engine.num_workers=2", "engine.cpus_per_worker=1")
+DATA = ("data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "visualize_limit=1")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """Two cores, started once. Its workers find the modules of these tests."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_USAGE_STATS_ENABLED")}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level=logging.CRITICAL,
+        _node_ip_address="127.0.0.1",
+    )
+    yield ray
+    ray.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    """Twelve entries of six pictures, one of them broken and one line no entry at all; figures are stubs."""
+    stub_figures(monkeypatch)
+    write_entries(tmp_path)
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def write_entries(folder: Path) -> None:
+    dice, entries = np.random.default_rng(5), list[Any]()
+    for number in range(12):
+        path = draw_picture(folder / f"picture_{number % 6}.png", number % 6)
+        x0, y0 = (int(value) for value in dice.integers(0, 30, 2))
+        entry = {"id": f"entry_{number}", "prompt": EXPRESSIONS[number % 5], "image_path": path.name}
+        entries.append({**entry, "bbox": [x0, y0, x0 + 20, y0 + 15]})
+    (folder / "picture_3.png").write_bytes((folder / "picture_3.png").read_bytes()[:100])
+    entries.insert(7, "{no json")
+    write_lines(folder / "data.jsonl", entries)
+
+
+def folder_of(engine: str) -> Path:
+    return Path(f"by_{engine}/tiny")
+
+
+def files_of(engine: str) -> dict[str, bytes]:
+    """What a run has written, but for the page with its date and the stores' own files."""
+    folder = folder_of(engine)
+    names = ("heads.json", "heads.csv", "predictions.jsonl", "metrics.json", "per_sample.parquet")
+    found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    maps = sorted(path for path in folder.glob("attention/*") if path.suffix in (".pkl", ".json", ".csv"))
+    return found | {path.name: path.read_bytes() for path in maps}
+
+
+@pytest.mark.parametrize(
+    ("stage", "made"),
+    [
+        ("find", {"heads.json"}),
+        ("batch", {"heads.json", "predictions.jsonl"}),
+        ("ground", {"predictions.jsonl"}),
+        ("evaluate", {"predictions.jsonl", "metrics.json", "per_sample.parquet"}),
+    ],
+)
+def test_the_same_as_locally(
+    ray: Any, front: Front, monkeypatch: pytest.MonkeyPatch, stage: str, made: set[str]
+) -> None:
+    """Files to the byte, and bad entries in the same words; what is there already is not sent out again."""
+    local = front.finder(f"stage={stage}", *DATA, "output_dir=by_local")
+    monkeypatch.setattr(passing, "compute", killing.left_to_workers)
+    spread = front.finder(f"stage={stage}", *DATA, "output_dir=by_ray", *RAY)
+    assert (local.status, spread.status) == (1, 1), spread.err
+    assert spread.out.replace("by_ray", "by_local") == local.out
+    for number in (3, 9):
+        assert f"entry_{number}" in spread.out
+    files = files_of("ray")
+    assert made <= set(files)
+    assert files == files_of("local")
+
+
+def test_a_worker_is_killed(ray: Any, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a chunk: another does it, and the end is the same."""
+    assert front.finder("stage=find", *DATA, "output_dir=by_local").status == 1
+    monkeypatch.setattr("localization_heads.stages.collecting._analysed", killing.killed_once)
+    assert front.finder("stage=find", *DATA, "output_dir=by_ray", *RAY).status == 1
+    assert int(killing.MARK.read_text()) != os.getpid()
+    assert files_of("ray") == files_of("local")
+
+
+def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is given up after a few tries, and what was finished is kept: the next run does the rest."""
+    original = killing.analysed
+    monkeypatch.setattr("localization_heads.stages.collecting._analysed", killing.killed_always)
+    result = front.finder("stage=find", *DATA, "output_dir=by_ray", *RAY)
+    assert result.status == 1
+    assert "a worker died 4 times" in one_line(result.err)
+    assert killing.MARK.read_text() == "xxxx"
+    monkeypatch.setattr("localization_heads.stages.collecting._analysed", original)
+    assert front.finder("stage=find", *DATA, "output_dir=by_ray").status == 1
+    assert front.finder("stage=find", *DATA, "output_dir=by_local").status == 1
+    assert files_of("ray") == files_of("local")
+
+
+def test_without_room(ray: Any, front: Front) -> None:
+    result = front.finder(
+        "stage=find", *DATA, "engine=ray", "engine.num_workers=3", "engine.cpus_per_worker=1"
+    )
+    assert result.status == 2
+    assert one_line(result.err) == (
+        "error: engine.num_workers=3: there is room for 2 with engine.cpus_per_worker=1, for there are 2 cpus"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ without Ray
+
+
+def test_results_come_back_with_the_samples_of_the_command() -> None:
+    """Only their ids travel."""
+    samples = {id: Sample("p.png", "x" * 1000, id=id, line=1) for id in ("a", "b")}
+    value = spreading.Done([(samples["a"], np.arange(3)), {"again": samples["a"], "other": samples["b"]}], [])
+    data = spreading._without_samples(value)
+    assert len(data) < 500
+    found = spreading._with_samples(data, samples).results
+    assert found[0][0] is found[1]["again"] is samples["a"]
+    assert found[1]["other"] is samples["b"]
+    assert list(found[0][1]) == [0, 1, 2]
+
+
+ENGINE = {
+    "kind": "ray",
+    "num_workers": None,
+    "cpus_per_worker": 2,
+    "gpus_per_worker": None,
+    "address": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "device", "expected"),
+    [
+        ({"CPU": 8}, {}, "auto", (4, 2, 0)),
+        ({"CPU": 1}, {}, "auto", (1, 2, 0)),  # a cluster that may grow
+        ({"CPU": 64, "GPU": 4}, {}, "auto", (4, 2, 1)),
+        ({"CPU": 4, "GPU": 4}, {}, "cuda", (2, 2, 1)),
+        ({"CPU": 64, "GPU": 4}, {}, "cpu", (32, 2, 0)),
+        ({"CPU": 64, "GPU": 4}, {"gpus_per_worker": 0.5}, "auto", (8, 2, 0.5)),
+        ({"CPU": 64, "GPU": 4}, {"num_workers": 9}, "auto", (9, 2, 1)),
+    ],
+)
+def test_how_many_workers(
+    resources: dict[str, float], asked: dict[str, Any], device: str, expected: Sequence[float]
+) -> None:
+    run = Run({"engine": {**ENGINE, **asked}, "device": device, "stage": "find"})
+    assert spreading._spread(run, resources) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "problem"),
+    [
+        (
+            {"CPU": 1},
+            {},
+            "num_workers=1: there is room for 0 with engine.cpus_per_worker=2, for there are 1 cpus",
+        ),
+        ({"CPU": 8, "GPU": 1}, {"num_workers": 2}, "engine.gpus_per_worker=1, for there are 1 gpus"),
+    ],
+)
+def test_this_machine_does_not_grow(resources: dict[str, float], asked: dict[str, Any], problem: str) -> None:
+    run = Run({"engine": {**ENGINE, "address": None, **asked}, "device": "auto", "stage": "find"})
+    with pytest.raises(UsageError, match=problem):
+        spreading._spread(run, resources)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"stage": "rank"}, "stage=rank has no data set to spread"),
+        ({"stage": "ground", "image_file": "p.png"}, "one picture cannot be spread"),
+        ({"stage": "find", "device": "cuda:1"}, "device=cuda:1: with engine=ray, choose one of"),
+    ],
+)
+def test_what_cannot_be_spread(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        Run({"engine": {**ENGINE}, **options})
+
+
+def test_without_the_extra(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = front.finder("stage=find", *DATA, "engine=ray")
+    assert result.status == 2
+    assert "pip install 'localization-heads[ray]'" in one_line(result.err)
+
+
+def test_the_work_holds_no_model() -> None:
+    """It is pickled for the workers: a run in it would take its model along."""
+    from functools import partial
+
+    from localization_heads.stages.evaluating import Judge
+    from localization_heads.stages.ground import _ground_each
+
+    work = partial(_ground_each, heads=None, measure=Judge(None).measure, seen=None)
+    assert len(pickle.dumps(work)) < 1000

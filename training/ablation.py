@@ -1,0 +1,141 @@
+"""What location words in the answers do: two short runs from one checkpoint, without and with them.
+
+Usage: python -m training.ablation CHECKPOINT_FOLDER TARGET_FOLDER [--steps N] [--only with|without]
+
+The checkpoint is one from before looking costs anything.
+Both arms see the same pictures, mostly full scenes in 16 x 16 cells, and differ in nothing but the answers. What
+comes out is measured on scenes of 16 x 16 cells.
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from localization_heads.data.scenes import TRAIN_SEEDS, scene_samples
+from training.evaluate import (
+    RANKING_SET,
+    correlation,
+    describe_ranking,
+    ground_all,
+    head_mask_iou,
+    intervals,
+    rank,
+)
+from training.measure import measure
+from training.recipe import Recipe
+from training.trainer import CHECKPOINT, Trainer
+from training.workers import run
+
+CELLS = 16  # a side
+ARMS = {"without": False, "with": True}  # location words?
+
+
+def arm_recipe(steps: int, answer_places: bool) -> Recipe:
+    """The main recipe's conversations in scenes of 16 cells a side, nothing else."""
+    base = Recipe()
+    mix = [0.06, *(_share(canvas) for canvas in base.canvases)]
+    return replace(
+        base,
+        steps=steps,
+        stage_starts=(0,),
+        mixes=(tuple(mix),),
+        matrix_rate=0.4 * base.matrix_rate,
+        vector_rate=0.4 * base.vector_rate,
+        look_from=steps // 7,
+        look_steps=steps // 2,
+        answer_places=answer_places,
+    )
+
+
+def _share(canvas) -> float:
+    if canvas.scene_cells != CELLS or not canvas.text_tokens:
+        return 0.0
+    return {10: 0.04, 12: 0.15, 16: 0.75}[canvas.cells]
+
+
+def start_from(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
+    """Write a run's folder whose first checkpoint has the weights of another run, at step 0."""
+    if (folder / CHECKPOINT).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    trainer = Trainer(recipe, folder)
+    weights = torch.load(checkpoint / CHECKPOINT, weights_only=True)["model"]
+    trainer.model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    trainer.save()
+
+
+def spread_cells(grid: int, side: int) -> torch.Tensor:
+    """Indices in a grid of `grid` x `grid` of `side` x `side` cells spread over it, row by row: (side**2,)."""
+    line = ((torch.arange(side) + 0.5) * grid / side).long()
+    return (line[:, None] * grid + line).flatten()
+
+
+def shrink(model: LlavaForConditionalGeneration, side: int) -> LlavaForConditionalGeneration:
+    """The model for pictures of `side` x `side` cells, spread over its grid; `measure` takes their `places`."""
+    model = copy.deepcopy(model)
+    config = model.config.vision_config
+    cells = spread_cells(config.image_size // config.patch_size, side)
+    config.image_size = side * config.patch_size
+    tower = model.model.vision_tower
+    embeddings = (tower.vision_model if hasattr(tower, "vision_model") else tower).embeddings
+    table = embeddings.position_embedding.weight.data
+    embeddings.position_embedding = nn.Embedding.from_pretrained(
+        torch.cat([table[:1], table[1:][cells]]), freeze=False
+    )
+    embeddings.image_size, embeddings.num_patches = config.image_size, side**2
+    embeddings.num_positions = side**2 + 1
+    embeddings.position_ids = torch.arange(side**2 + 1)[None]
+    return model
+
+
+def evaluate_arm(folder: Path, num_samples: int) -> dict:
+    """Top 3 of the label-free ranking on test scenes, drawn in 16 x 16 cells."""
+    recipe = arm_recipe(**json.loads((folder / "arm.json").read_text()))
+    whole = Trainer(recipe, folder).model.eval()
+    model, places = shrink(whole, CELLS), spread_cells(recipe.model.grid, CELLS)
+    size = model.config.vision_config.image_size
+    ranked_on = measure(
+        model,
+        scene_samples(num_samples, RANKING_SET, size=size, seeds=TRAIN_SEEDS),
+        (recipe.model.grid, places),
+    )
+    ranking = rank(ranked_on)
+    top = [head.address for head in ranking.heads[:3]]
+    results = measure(model, scene_samples(num_samples, size=size), (recipe.model.grid, places))
+    return {
+        "top 3": intervals(ground_all(results, top).table()),
+        "heads": describe_ranking(ranking),
+        "frequency and IoU": correlation(ranking, head_mask_iou(results)),
+    }
+
+
+def main() -> None:
+    """Train what is not trained yet, then measure both arms."""
+    parser = argparse.ArgumentParser(prog="python -m training.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, before looking costs anything")
+    parser.add_argument("target", type=Path, help="folder for both arms and their report.json")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--only", choices=[*ARMS], help="one arm, not measured: to train both side by side")
+    options = parser.parse_args()
+    for name in [options.only] if options.only else ARMS:
+        folder, settings = options.target / name, {"steps": options.steps, "answer_places": ARMS[name]}
+        recipe = arm_recipe(**settings)
+        start_from(options.checkpoint, recipe, folder)
+        (folder / "arm.json").write_text(json.dumps(settings))
+        run(recipe, folder)
+    if not options.only:
+        report = {name: evaluate_arm(options.target / name, options.num_samples) for name in ARMS}
+        (options.target / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
