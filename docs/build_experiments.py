@@ -24,13 +24,12 @@ PROGRAM = "localization_heads_finder.py"
 NOT_RUN = "<!-- not run: it takes minutes; tests/test_experimenting.py runs the same on a dozen scenes -->"
 
 RUNS = {
-    "scenes": ("experiment=all", "data=scenes", "top_n=3"),
+    "scenes": ("experiment=all", "data=scenes"),
     "openmoji": (
         "experiment=all",
         "experiment.names=[fig6b,random,tab5]",
         "data=scenes",
         "scenes.style=openmoji",
-        "top_n=3",
     ),
     "wide": ("experiment=ladder", "data=scenes", "scenes.height=176"),
 }

@@ -41,7 +41,7 @@ def find_heads(
     samples: Iterable[Sample],
     *,
     criteria: CriteriaOptions | None = None,
-    top_n: int = 10,
+    top_n: int | None = None,
     num_trials: int = 5,
     num_samples: int = 1000,
     seed: int = 42,
@@ -51,7 +51,8 @@ def find_heads(
     Args:
         samples: pictures with expressions, read as they are needed; only a few kilobytes of each are kept. A picture
             whose samples follow each other is encoded once for them all.
-        top_n: heads marked in each sample (the paper's N).
+        top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
+            has few heads.
         num_trials, num_samples: random draws to average over, and their size.
 
     Raises:
@@ -68,7 +69,7 @@ def find_heads(
         entropies,
         bottom_row=bottom_row,
         options=criteria,
-        top_n=top_n,
+        top_n=top_n or lvlm.spec.top_n,
         num_trials=num_trials,
         num_samples=num_samples,
         seed=seed,

@@ -110,7 +110,7 @@ def test_batch_writes_what_the_contract_says(
         "model": "embedded",
         "num_samples": 3,
         "num_trials": 5,
-        "top_n": 10,
+        "top_n": 3,
     }.items():
         assert heads[name] == value
     assert heads["exclude_layers"] == 2
@@ -181,6 +181,7 @@ def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM)
         np.stack([one.attention_sum for one in statistics]),
         np.stack([one.spatial_entropy for one in statistics]),
         draws=draws,
+        top_n=3,
         num_trials=3,
         num_samples=2,
     )

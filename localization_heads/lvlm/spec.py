@@ -46,6 +46,7 @@ class ModelSpec:
     conv_mode: str | None = None
     system: str | None = None
     heads: tuple[Head, ...] = field(default=())
+    top_n: int = 10
     native_box: str | None = None
 
     @property

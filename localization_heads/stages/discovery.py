@@ -156,7 +156,7 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
         bottom_row=rows.bottom_row_focus,
         draws=draws[:, chosen],
         options=run.criteria,
-        top_n=run["top_n"],
+        top_n=run.top_n,
         num_trials=run["num_trials"],
         num_samples=run["num_samples"],
         seed=run["random_seed"],

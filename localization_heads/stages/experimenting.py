@@ -82,10 +82,9 @@ def study_options(run: Run) -> StudyOptions:
     own = {field.name for field in fields(StudyOptions)}
     swept = {name: value for name, value in run["experiment"].items() if name in own}
     swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
-    held = {name: run[name] for name in ("k", "top_n", "num_trials", "num_samples")}
-    return StudyOptions(
-        **held, **swept, seed=run["random_seed"], criteria=run.criteria, grounding=run.grounding
-    )
+    held = {name: run[name] for name in ("k", "num_trials", "num_samples")}
+    held |= {"top_n": run.top_n, "seed": run["random_seed"]}
+    return StudyOptions(**held, **swept, criteria=run.criteria, grounding=run.grounding)
 
 
 def _chosen(run: Run) -> list[str]:

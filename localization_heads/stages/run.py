@@ -62,6 +62,11 @@ class Run:
         return Path(self["output_dir"]) / self.spec.folder
 
     @property
+    def top_n(self) -> int:
+        """Heads marked in each sample: what was asked for, or what suits the model."""
+        return int(self["top_n"] or self.spec.top_n)
+
+    @property
     def attention_folder(self) -> Path:
         return self.folder / "attention"
 
