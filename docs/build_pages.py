@@ -1,0 +1,96 @@
+"""Writes the outputs that the pages show anew: `python docs/build_pages.py [PAGE ...]`, from the repository's root.
+
+Runs, in a folder of its own, what a reader would run, and replaces what the page says came out:
+
+- a `bash` block whose commands begin with `$`: what each of them prints (one with a comment is shown, not run);
+- what stands between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
+- the pictures in `docs/images` that come out of these commands (`PICTURES`), and those of `docs/screens.py`.
+
+No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "docs" / "images"
+SHOWN = re.compile(r"^```bash\n(?=\$ )(.*?)^```$", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"(<!-- output of: (.+?) -->\n)(.*?)(^<!-- end of output -->)", re.MULTILINE | re.DOTALL)
+FENCE = "```"
+
+TINY = Path("outputs") / "localization_heads" / "tiny"
+PICTURES = {
+    "visualization.png": TINY / "attention" / "one_visualization.png",
+    "components.png": TINY / "attention" / "one_components_L4H4.png",
+    "several.png": TINY / "attention" / "two_grounding.png",
+}
+"""Pictures that the commands of the pages draw, by their name in docs/images."""
+
+
+def main() -> None:
+    names = sys.argv[1:] or ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+    with tempfile.TemporaryDirectory() as folder:
+        work = _workplace(Path(folder))
+        for name in names:
+            _rewrite(ROOT / name, work)
+        for picture, source in PICTURES.items():
+            if (work / source).is_file():
+                shutil.copyfile(work / source, IMAGES / picture)
+                print(f"wrote docs/images/{picture}")  # noqa: T201
+
+
+def _workplace(folder: Path) -> Path:
+    """A folder that looks like the repository's root, but for what was written there before."""
+    for path in ROOT.iterdir():
+        if path.name not in ("outputs", ".venv"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def _rewrite(page: Path, work: Path) -> None:
+    before = page.read_text(encoding="utf-8")
+    after = MARKED.sub(lambda match: _marked(match, work), before)
+    after = SHOWN.sub(lambda match: f"```bash\n{_session(match[1], work)}```", after)
+    if after != before:
+        page.write_text(after, encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}")  # noqa: T201
+
+
+def _marked(match: re.Match[str], work: Path) -> str:
+    """The output of one command, in a fence if it stood in one before."""
+    fence = re.match(rf"{FENCE}\w*\n", match[3])
+    shown = _run(match[2], work)
+    return f"{match[1]}{fence[0] + shown + FENCE if fence else shown.rstrip()}\n{match[4]}"
+
+
+def _session(block: str, work: Path) -> str:
+    """The commands of a block, each followed by what it prints."""
+    text = []
+    for command in re.findall(r"^\$ .*(?:\\\n.*)*", block, re.MULTILINE):
+        text.append(f"{command}\n")
+        if "#" not in command:
+            text.append(_run(command[2:], work))
+    return "".join(text)
+
+
+def _run(command: str, work: Path) -> str:
+    """What a command prints on a terminal of 80 columns, without the blanks at the ends of lines."""
+    words = shlex.split(command.replace("\\\n", " "))
+    words = [sys.executable, *words[1:]] if words[0] == "python" else words
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(work)}
+    done = subprocess.run(words, cwd=work, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{command!r} ended with status {done.returncode}")
+    return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
+
+
+if __name__ == "__main__":
+    main()
