@@ -59,7 +59,7 @@ def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
 # ------------------------------------------------------------------------------------------------- help
 
 
-PREFIXED = ("model", "criteria", "grounding", "segmenter", "experiment")
+PREFIXED = ("model", "criteria", "grounding", "segmenter", "experiment", "engine")
 """Groups whose options are written with their name before."""
 
 

@@ -228,8 +228,12 @@ def test_the_work_holds_no_model() -> None:
     """It is pickled for the workers: a run in it would take its model along."""
     from functools import partial
 
-    from localization_heads.stages.evaluating import Judge
+    from localization_heads.evaluation.judging import Judge
+    from localization_heads.grounding.maps import GroundingOptions
+    from localization_heads.heads.criteria import CriteriaOptions
+    from localization_heads.stages.evaluating import Examination
     from localization_heads.stages.ground import _ground_each
 
-    work = partial(_ground_each, heads=None, measure=Judge(None).measure, seen=None)
-    assert len(pickle.dumps(work)) < 1000
+    judge = Judge(CriteriaOptions(), GroundingOptions())
+    work = partial(_ground_each, heads=None, measure=Examination(judge, None).measure, seen=None)
+    assert len(pickle.dumps(work)) < 2000
