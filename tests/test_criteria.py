@@ -198,6 +198,15 @@ class TestBinarise:
         assert binarise(grid, threshold=1.5).tolist() == [[False] * 4]
         assert binarise(grid, threshold=1.499).tolist() == [[False, False, False, True]]
 
+    def test_two_means_are_taken_off(self):
+        grid = np.array([[0.0, 0.5, 0.5, 3.0]])  # mean 1
+        assert binarise(grid, means=2).tolist() == [[False, False, False, True]]
+        assert binarise(grid, threshold=1.0, means=2).tolist() == [[False] * 4]
+        assert binarise(grid, threshold=0.999, means=2).tolist() == [[False, False, False, True]]
+        assert not binarise(np.full((2, 2), 0.1), means=2).any()
+        with pytest.raises(ValueError, match="means must be"):
+            binarise(grid, means=0.5)
+
     @settings(deadline=None)
     @given(
         st.floats(1e-30, 1e30),
@@ -353,6 +362,22 @@ class TestHeadStatistics:
         assert found.bottom_row_focus[0, 1]
         assert found.num_components[2, 3] == 0
 
+    def test_the_code_of_august_by_hand(self):
+        """`relu(A - 2 mean) > 0.001`, components by that mass, heads out whose bottom row has a cell above 0.05."""
+        grid = np.zeros((4, 4))  # mean 0.1: of 0.5, 0.8, 0.25 and 0.05 there are 0.3, 0.6 and 0.05 left
+        grid[0, 0], grid[0, 3], grid[2, 2], grid[3, 0] = 0.5, 0.8, 0.25, 0.05
+        low = grid.copy()
+        low[3, 0] = 0.0501
+        options = CriteriaOptions("mass", 0.001, means=2, bottom_row_filter=True, bottom_row_above=0.05)
+        found = head_statistics(np.stack([grid, low])[None], options)
+        assert found.num_components.tolist() == [[3, 3]]
+        shares = np.array([0.3, 0.6, 0.05]) / 0.95
+        assert found.mass_entropy[0, 0] == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-6)
+        assert found.bottom_row_focus.tolist() == [[False, True]]
+        once = head_statistics(grid[None, None], CriteriaOptions("mass", 0.001))
+        assert once.mass_entropy[0, 0] != pytest.approx(found.mass_entropy[0, 0], rel=1e-3)
+        assert not once.bottom_row_focus.any()
+
     @pytest.mark.parametrize(
         ("field", "value"),
         [
@@ -366,6 +391,10 @@ class TestHeadStatistics:
             ("bottom_row_filter", 1),
             ("tau", math.nan),
             ("tau", "0.2"),
+            ("means", 0.9),
+            ("means", True),
+            ("bottom_row_above", -1.0),
+            ("bottom_row_above", "0.05"),
         ],
     )
     def test_options_name_what_is_wrong(self, field, value):

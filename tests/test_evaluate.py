@@ -164,6 +164,13 @@ def test_the_screen_and_the_choices(quick: Front) -> None:
 
 def test_every_sample_may_have_heads_of_its_own(quick: Front) -> None:
     write_truths(3)
+    code = ("criteria=published_august", "grounding=published_two_means")
+    result = quick.finder(*OPTIONS, "heads=greedy", "k=2", *code)
+    assert result.status == 0, result.err
+    choices = read_metrics(quick)["choices"]
+    assert (choices["criteria"]["means"], choices["criteria"]["bottom_row_above"]) == (2, 0.05)
+    assert (choices["grounding"]["means"], choices["grounding"]["margin"]) == (2, 0.001)
+    assert (choices["grounding"]["component"], choices["grounding"]["border"]) == ("all", "repeat")
     result = quick.finder(*OPTIONS, "heads=greedy", "k=2")
     assert result.status == 0, result.err
     assert "own" in read_metrics(quick)["choices"]["heads"]

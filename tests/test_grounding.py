@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 from localization_heads.attention import AttentionMaps
@@ -111,6 +112,16 @@ class TestSmooth:
         grid = np.random.default_rng(0).random(shape)
         assert smooth(grid, kernel_size, sigma) == pytest.approx(obvious_smooth(grid, kernel_size, sigma))
 
+    def test_a_repeated_edge_by_hand(self):
+        # Beyond the left edge stands the 1 once more, and so it gets both side taps' share: 1 - 0.274 (of the 0).
+        smoothed = smooth(np.array([[1.0, 0.0, 0.0]]), 3, 1.0, "repeat")
+        np.testing.assert_allclose(smoothed, [[0.7259, 0.2741, 0.0]], atol=1e-4)
+
+    def test_nine_taps_and_a_repeated_edge_are_scipys_filter(self):
+        for shape in ((24, 24), (5, 3), (1, 7)):
+            grid = np.random.default_rng(5).random(shape)
+            np.testing.assert_allclose(smooth(grid, 9, 1.0, "repeat"), ndimage.gaussian_filter(grid, 1.0))
+
     def test_each_map_of_a_stack_on_its_own(self):
         stack = np.random.default_rng(1).random((3, 6, 5)).astype(np.float32)
         smoothed = smooth(stack)
@@ -144,6 +155,11 @@ class TestSmooth:
             ("top_mass", math.nan),
             ("top_mass", True),
             ("box_from", "air"),
+            ("means", 0.5),
+            ("means", math.nan),
+            ("means", True),
+            ("margin", -0.001),
+            ("border", "reflect"),
         ],
     )
     def test_options_name_what_is_wrong(self, field, value):
@@ -237,6 +253,28 @@ class TestBox:
         both = grounded(grid, options=GroundingOptions(sigma=0.0, component="all"))
         assert both.box == (0, 0, 50, 30)
         assert both.cells.sum() == 5
+
+    def test_positive_cells_above_two_means_by_hand(self):
+        grid = [
+            [1.5, 0.0, 0.0, 0.0],
+            [2.5, 3.0, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 2.0],
+            [0.0, 3.0, 0.0, 4.0],
+        ]  # mean 1
+        expected = {
+            (1, 0.0): (0, 0, 40, 40),  # 1.5 is above the mean
+            (2, 0.0): (0, 10, 40, 40),  # not above twice the mean, nor is 2.0
+            (2, 0.5): (10, 10, 40, 40),  # 2.5 - 2 is not above 0.5
+            (2, 0.499): (0, 10, 40, 40),
+            (3, 0.0): (30, 30, 40, 40),
+        }
+        for (means, margin), box in expected.items():
+            options = GroundingOptions(sigma=0.0, component="all", means=means, margin=margin)
+            assert grounded(grid, options=options).box == box, (means, margin)
+
+    def test_no_cell_above_two_means_points_at_nothing(self):
+        found = grounded([[1.0, 2.0, 3.0]], options=GroundingOptions(sigma=0.0, means=2))
+        assert (found.box, found.score, found.threshold) == ((0, 0, 30, 10), 0.0, math.inf)
 
     def test_the_mean_is_not_active(self):
         assert grounded([[0.0, 1.0, 2.0]]).box == (20, 0, 30, 10)

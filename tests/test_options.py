@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from itertools import product
 from typing import Any
@@ -17,6 +18,8 @@ from localization_heads.apps.finder_stages import STAGES as FINDER_STAGES
 from localization_heads.errors import UsageError
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
+from localization_heads.grounding.maps import GroundingOptions
+from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.options import BENCHMARKS, RULES, STAGES, check_options, require
 from localization_heads.options import EXPERIMENTS as EXPERIMENT_NAMES
 from localization_heads.stages.run import Run
@@ -67,6 +70,25 @@ def test_the_shipped_choices() -> None:
     assert {"tiny", "llava", "llava-13b"} <= set(GROUPS["model"])
     assert {"paper", "published"} <= set(GROUPS["criteria"]) & set(GROUPS["grounding"])
     assert {"examples", "scenes"} <= set(GROUPS["data"])
+
+
+def test_the_presets_are_the_readings_that_they_name() -> None:
+    """Each as the table of docs/reproducing-the-paper.md has it; `paper` is what the code does without options."""
+    criteria, grounding = (
+        {choice: composed("finder", f"{group}={choice}")[group] for choice in GROUPS[group]}
+        for group in ("criteria", "grounding")
+    )
+    assert CriteriaOptions(**criteria["paper"]) == CriteriaOptions()
+    assert GroundingOptions(**grounding["paper"]) == GroundingOptions()
+    assert CriteriaOptions(**criteria["published"]) == CriteriaOptions("mass", 0.001, "index", 0)
+    assert CriteriaOptions(**criteria["published_august"]) == CriteriaOptions(
+        "mass", 0.001, "value", 2, bottom_row_filter=True, means=2, bottom_row_above=0.05
+    )
+    of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
+    assert GroundingOptions(**grounding["published"]) == of_all_cells
+    assert GroundingOptions(**grounding["published_two_means"]) == replace(
+        of_all_cells, means=2, margin=0.001
+    )
 
 
 PRESETS = [f"{group}={choice}" for group in ("experiment", "rung") for choice in config_files(group)]
@@ -208,6 +230,8 @@ WRONG = {
     "criteria.threshold": [-1, "median", float("nan"), float("inf"), True],
     "criteria.tau": [-0.1, "x", float("nan")],
     "criteria.entropy": ["volume"],
+    "criteria.means": [0, 0.9, None, True, "two", float("nan")],
+    "criteria.bottom_row_above": [-0.1, "x", True],
     "grounding.kernel_size": [2, 0, -1, 1.0, 65],
     "grounding.sigma": [-1, float("inf")],
     "grounding.upsample": [0, 17],
@@ -215,6 +239,9 @@ WRONG = {
     "grounding.binarise": ["median", None],
     "grounding.top_mass": [0, 1.01, -0.5, True, "half", float("nan")],
     "grounding.box_from": ["air"],
+    "grounding.means": [0, 0.5, None, True, float("inf")],
+    "grounding.margin": [-0.001, None, "x"],
+    "grounding.border": ["reflect", None],
     "segmenter.kind": ["magic"],
     "segmenter.prompt": [[], "box", ["box", "scribble"], ["box", "box"], [["box"]]],
     "segmenter.num_points": [0, 101],

@@ -1,7 +1,8 @@
 """Which cells of a map are active: three ways to find the value above which a cell counts.
 
-`mean` is the paper's (App. B.2), over the whole grid with its padding. The other two look only at the cells
-that show some of the image: Otsu's threshold (1979), and the fewest cells that hold a share of the attention.
+`mean` is the paper's (App. B.2), over the whole grid with its padding; twice the mean, and a margin above it, are
+readings of the published code. The other two look only at the cells that show some of the image: Otsu's threshold
+(1979), and the fewest cells that hold a share of the attention.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ def threshold(
     method: Binarise = "mean",
     share: float = 0.5,
     visible: NDArray[np.bool_] | None = None,
+    means: float = 1.0,
+    margin: float = 0.0,
 ) -> float:
-    """The value above which a cell of a map `[h, w]` is active; infinite for a flat map.
+    """The value above which a cell of a map `[h, w]` is active; infinite if none is, as of a flat map.
 
     Args:
         share: of the mass that `top_mass` keeps.
         visible: the cells that show some of the image, bool `[h, w]`; all by default.
+        means, margin: of `mean`: `means * mean + margin`, so 2 and 0.001 are `relu(A - 2 mean(A)) > 0.001`.
 
     Raises:
         ValueError: NaN or infinite values.
@@ -40,7 +44,8 @@ def threshold(
     if combined.size == 0 or not combined.max() - mean > FLAT * abs(mean):
         return float("inf")  # smoothing leaves rounding on a constant map
     if method == "mean":
-        return mean
+        level = means * mean + margin
+        return level if level < combined.max() else float("inf")
     values = combined[visible] if visible is not None else combined.ravel()
     return otsu(values) if method == "otsu" else top_mass(values, share)
 

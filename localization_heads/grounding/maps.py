@@ -33,6 +33,7 @@ from localization_heads.heads.head import Head
 
 Component = Literal["largest_hull", "all"]
 BoxFrom = Literal["map", "mask"]
+Border = Literal["mirror", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class GroundingOptions:
         top_mass: that share, above 0 and at most 1.
         box_from: the `"map"` (paper), or the segmenter's `"mask"`: its tight box. `ground_maps` knows the map alone;
             `segmentation.refine` sees to the mask.
+        means, margin: of `binarise="mean"`: a cell is active above `means` times the mean, and by more than `margin`;
+            1 and 0 are the paper's, 2 and 0.001 those of the published code, `relu(A - 2 mean(A)) > 0.001`.
+        border: how the map goes on beyond its edge when it is smoothed: `"mirror"` does not repeat the edge cell
+            (`c b | a b c`, OpenCV and torchvision), `"repeat"` does (`b a | a b c`, scipy and so the published code).
         ignore_padding: take the grid as if it covered the picture and nothing else (published code). Wrong on
             purpose wherever the processor pads or crops; kept to measure what that costs.
 
@@ -68,6 +73,9 @@ class GroundingOptions:
     top_mass: float = 0.7
     box_from: BoxFrom = "map"
     ignore_padding: bool = False
+    means: float = 1.0
+    margin: float = 0.0
+    border: Border = "mirror"
 
     def __post_init__(self) -> None:
         gaussian_kernel(self.kernel_size, self.sigma)
@@ -78,6 +86,7 @@ class GroundingOptions:
             "interpolation": Interpolation,
             "binarise": Binarise,
             "box_from": BoxFrom,
+            "border": Border,
         }
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -85,6 +94,10 @@ class GroundingOptions:
                 raise ValueError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
         if isinstance(self.top_mass, bool) or not 0 < self.top_mass <= 1:
             raise ValueError(f"top_mass must be above 0 and at most 1, not {self.top_mass!r}")
+        for name, least in (("means", 1), ("margin", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be a finite number of at least {least}, not {value!r}")
         if not isinstance(self.ignore_padding, bool):
             raise ValueError(f"ignore_padding must be true or false, not {self.ignore_padding!r}")
 
@@ -177,10 +190,12 @@ def ground_maps(
     if options.ignore_padding:
         attention = replace(attention, image_box=whole)
     maps = upsample(_maps_of(attention, heads), options.upsample, options.interpolation)
-    combined = combine(maps, options.kernel_size, options.sigma)
+    combined = combine(maps, options.kernel_size, options.sigma, options.border)
     x_edges, y_edges = visible_edges(attention.image_box, attention.image_size, combined.shape)
     visible = visible_cells(x_edges, y_edges)
-    level = threshold(combined, options.binarise, options.top_mass, visible)
+    level = threshold(
+        combined, options.binarise, options.top_mass, visible, means=options.means, margin=options.margin
+    )
     cells = (combined > level) & visible
     if options.component == "largest_hull":
         cells = largest_hull(cells, combined)
@@ -219,23 +234,29 @@ def gaussian_kernel(kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.floa
     return np.asarray(weights / weights.sum())
 
 
-def smooth(maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.float64]:
+def smooth(
+    maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float = 1.0, border: Border = "mirror"
+) -> NDArray[np.float64]:
     """Gaussian smoothing of every map `[..., h, w]` (App. B.2), float64.
 
     Beyond the border the map is mirrored without repeating the edge cell (`c b | a b c`), what OpenCV and
-    torchvision call reflect; grids smaller than the kernel are mirrored again and again.
+    torchvision call reflect, or with `border="repeat"` repeating it (`b a | a b c`), what scipy calls reflect; grids
+    smaller than the kernel are mirrored again and again.
     """
     kernel = gaussian_kernel(kernel_size, sigma)
     smoothed = np.asarray(maps, dtype=np.float64)
+    mode = "mirror" if border == "mirror" else "reflect"
     if kernel.size > 1:
         for axis in (-2, -1):
-            smoothed = ndimage.correlate1d(smoothed, kernel, axis=axis, mode="mirror")
+            smoothed = ndimage.correlate1d(smoothed, kernel, axis=axis, mode=mode)
     return smoothed
 
 
-def combine(maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.float64]:
+def combine(
+    maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float = 1.0, border: Border = "mirror"
+) -> NDArray[np.float64]:
     """`sum_k G * A_k`: the smoothed maps `[k, h, w]` added up to `[h, w]`, not renormalised."""
-    return np.asarray(smooth(maps, kernel_size, sigma).sum(axis=0))
+    return np.asarray(smooth(maps, kernel_size, sigma, border).sum(axis=0))
 
 
 def _tight_box(

@@ -29,10 +29,14 @@ class CriteriaOptions:
         entropy: what weighs a component: its `"area"` (paper) or its attention `"mass"` (published code).
         threshold: a cell is active if `A > mean(A)` (`"mean"`, paper) or if `relu(A - mean(A))` exceeds this
             number (published code: 0.001).
+        means: how many times its mean is taken off a map: once (paper), or twice as the published code of August
+            2025 does, `relu(A - 2 mean(A))`. Binarising and the mass of a component both follow it.
         elbow: keep heads whose sum reaches the elbow's `"value"` (paper), or those whose flat index exceeds
             the elbow's `"index"` in the sorted order (a bug of the published code, kept for comparison).
         exclude_layers: the first layers that are left out everywhere.
-        bottom_row_filter: never mark a head in a sample where its whole bottom row is active.
+        bottom_row_filter: never mark a head in a sample whose bottom row is in focus.
+        bottom_row_above: what that is: none, if every cell of the row is active (code of June 2025); a number, if any
+            cell of it has more attention than that (code of August 2025: 0.05).
         tau: a fixed threshold for criterion 1 instead of the elbow; 0 switches the criterion off.
 
     Raises:
@@ -45,17 +49,23 @@ class CriteriaOptions:
     exclude_layers: int = 2
     bottom_row_filter: bool = False
     tau: float | None = None
+    means: float = 1.0
+    bottom_row_above: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice("entropy", self.entropy, get_args(Weight))
         _check_choice("elbow", self.elbow, get_args(ElbowRule))
         _check_threshold(self.threshold)
+        _check_means(self.means)
         if isinstance(self.exclude_layers, bool) or not isinstance(self.exclude_layers, int):
             raise ValueError(f"exclude_layers must be a whole number, not {self.exclude_layers!r}")
         if self.exclude_layers < 0:
             raise ValueError(f"exclude_layers must be 0 or more, not {self.exclude_layers}")
         if not isinstance(self.bottom_row_filter, bool):
             raise ValueError(f"bottom_row_filter must be true or false, not {self.bottom_row_filter!r}")
+        above = self.bottom_row_above
+        if above is not None and not (_is_number(above) and above >= 0):
+            raise ValueError(f"bottom_row_above must be a number of at least 0 or none, not {above!r}")
         if self.tau is not None and not _is_number(self.tau):
             raise ValueError(f"tau must be a finite number or none, not {self.tau!r}")
         if self.tau is not None and self.elbow == "index":
@@ -89,8 +99,8 @@ def head_statistics(
 
     Args:
         attention: `[layer, head, h, w]`.
-        options: `threshold` matters here, and `entropy` says which of the two counts; the rest belongs to the
-            ranking.
+        options: `threshold`, `means` and `bottom_row_above` matter here, and `entropy` says which of the two
+            counts; the rest belongs to the ranking.
 
     Raises:
         ValueError: for a NaN or infinite map; the sample is unusable, not merely its worst head.
@@ -100,14 +110,15 @@ def head_statistics(
     ((32, 32), 0.5, inf)
     """
     options = options or CriteriaOptions()
-    masks = binarise(attention, threshold=options.threshold)
+    masks = binarise(attention, threshold=options.threshold, means=options.means)
     labels = label_components(masks)
+    above = options.bottom_row_above
     return HeadStatistics(
         attention_sum=attention_sum(attention),
         area_entropy=_entropy(attention, labels, "area").astype(np.float32),
-        mass_entropy=_entropy(attention, labels, "mass").astype(np.float32),
+        mass_entropy=_entropy(attention, labels, "mass", options.means).astype(np.float32),
         num_components=_counts(labels),
-        bottom_row_focus=np.asarray(masks[..., -1, :].all(axis=-1)),
+        bottom_row_focus=_bottom_row(masks) if above is None else _bottom_row_peak(attention, above),
         weight=options.entropy,
     )
 
@@ -213,8 +224,10 @@ def keep_heads(
     return kept
 
 
-def binarise(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
-    """`A > mean(A)`, each map by its own mean; or `relu(A - mean(A)) > threshold` for a number.
+def binarise(
+    maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean", means: float = 1.0
+) -> NDArray[np.bool_]:
+    """`A > means * mean(A)`, each map by its own mean; or `relu(A - means * mean(A)) > threshold` for a number.
 
     The comparison is strict, so a constant map has no active cell.
 
@@ -225,17 +238,21 @@ def binarise(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") 
         bool `[..., h, w]`.
 
     Raises:
-        ValueError: for a NaN or infinite map, or a negative threshold.
+        ValueError: for a NaN or infinite map, a negative threshold, or means below 1.
 
     >>> binarise(np.array([[4.0, 0.0], [1.0, 1.0]])).tolist()
     [[True, False], [False, False]]
+    >>> binarise(np.array([[4.0, 3.0], [1.0, 0.0]]), means=2).tolist()  # twice the mean is 4
+    [[False, False], [False, False]]
     """
     maps = _as_maps(maps)
     _check_threshold(threshold)
+    _check_means(means)
+    taken = means * _means(maps)
     if threshold == "mean":
-        return np.asarray(maps > _means(maps))
+        return np.asarray(maps > taken)
     # Subtracted, as the formula says: `maps > mean + threshold` rounds otherwise where both sides are equal.
-    return np.asarray(maps - _means(maps) > float(threshold))
+    return np.asarray(maps - taken > float(threshold))
 
 
 def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -266,12 +283,16 @@ def component_count(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "
 
 
 def spatial_entropy(
-    maps: NDArray[np.floating[Any]], *, weight: Weight = "area", threshold: Threshold = "mean"
+    maps: NDArray[np.floating[Any]],
+    *,
+    weight: Weight = "area",
+    threshold: Threshold = "mean",
+    means: float = 1.0,
 ) -> NDArray[np.float32]:
     """`H = -sum_i p_i ln p_i` over the 8-connected components (criterion 2, Sec. 4.2, App. B).
 
     With `weight="area"`, `p_i = |C_i| / sum_j |C_j|`. With `"mass"` (published code), `p_i` is the
-    component's `sum relu(A - mean)` over that of the whole map; under a numeric threshold these shares need
+    component's `sum relu(A - means * mean)` over that of the whole map; under a numeric threshold these shares need
     not add up to 1.
 
     Args:
@@ -291,8 +312,8 @@ def spatial_entropy(
     0.6365
     """
     _check_choice("weight", weight, get_args(Weight))
-    labels = label_components(binarise(maps, threshold=threshold))
-    return _entropy(maps, labels, weight).astype(np.float32)
+    labels = label_components(binarise(maps, threshold=threshold, means=means))
+    return _entropy(maps, labels, weight, means).astype(np.float32)
 
 
 def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
@@ -301,15 +322,24 @@ def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = 
     >>> bool(bottom_row_focus(np.array([[0.0, 0.0], [1.0, 1.0]])))
     True
     """
-    return np.asarray(binarise(maps, threshold=threshold)[..., -1, :].all(axis=-1))
+    return _bottom_row(binarise(maps, threshold=threshold))
+
+
+def _bottom_row(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return np.asarray(masks[..., -1, :].all(axis=-1))
+
+
+def _bottom_row_peak(maps: NDArray[np.floating[Any]], above: float) -> NDArray[np.bool_]:
+    """Whether any cell of the bottom row has more attention than that (published code of August 2025)."""
+    return np.asarray((maps[..., -1, :] > above).any(axis=-1))
 
 
 def _entropy(
-    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], weight: Weight
+    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], weight: Weight, means: float = 1.0
 ) -> NDArray[np.float64]:
     counts = _counts(labels).ravel()  # (n,)
     owner = np.repeat(np.arange(counts.size), counts)  # (components,): the map each belongs to
-    shares = _area_shares(labels, owner) if weight == "area" else _mass_shares(maps, labels, owner)
+    shares = _area_shares(labels, owner) if weight == "area" else _mass_shares(maps, labels, owner, means)
     # Summed from the smallest share up, the result does not depend on where the components lie.
     shares = shares[np.lexsort((shares, owner))]
     sums = np.bincount(owner, weights=special.xlogy(shares, shares), minlength=counts.size)
@@ -323,9 +353,9 @@ def _area_shares(labels: NDArray[np.int32], owner: NDArray[np.intp]) -> NDArray[
 
 
 def _mass_shares(
-    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], owner: NDArray[np.intp]
+    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], owner: NDArray[np.intp], means: float
 ) -> NDArray[np.float64]:
-    excess = np.maximum(maps - _means(maps), 0.0)
+    excess = np.maximum(maps - means * _means(maps), 0.0)
     masses = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=owner.size + 1)[1:]
     totals = excess.sum(axis=(-2, -1)).ravel()
     # The two sums add the cells in different orders: rounding makes a lone component's share exactly 1.
@@ -376,6 +406,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_threshold(threshold: object) -> None:
     if threshold != "mean" and not (_is_number(threshold) and float(threshold) >= 0):  # type: ignore[arg-type]
         raise ValueError(f"threshold must be mean or a number of at least 0, not {threshold!r}")
+
+
+def _check_means(means: object) -> None:
+    if not (_is_number(means) and float(means) >= 1):  # type: ignore[arg-type]
+        raise ValueError(f"means must be a number of at least 1, not {means!r}")
 
 
 def _is_number(value: object) -> bool:

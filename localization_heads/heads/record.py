@@ -128,6 +128,8 @@ class HeadRanking:
                 "elbow": self.options.elbow,
                 "bottom_row_filter": self.options.bottom_row_filter,
                 "tau": self.options.tau,
+                "means": self.options.means,
+                "bottom_row_above": self.options.bottom_row_above,
             },
             "heads": [_head_to_json(head) for head in self.kept],
             "pictures": list(self.pictures),
@@ -208,7 +210,7 @@ def _spread_from_json(fields: _Fields) -> Spread:
 def _options_from_json(fields: _Fields) -> CriteriaOptions:
     """The recipe's reading; a file without `criteria` is taken as the paper's."""
     given = fields.values.get("criteria", {})
-    known = {"entropy", "threshold", "elbow", "bottom_row_filter", "tau"}
+    known = {"entropy", "threshold", "elbow", "bottom_row_filter", "tau", "means", "bottom_row_above"}
     if not isinstance(given, dict) or not set(given) <= known:
         raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(known))}")
     try:

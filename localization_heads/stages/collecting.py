@@ -53,6 +53,8 @@ def asked_settings(run: Run) -> dict[str, Any]:
         "query_token": run["query_token"],
         "view": run["view"],
         "criteria.threshold": run.criteria.threshold,
+        "criteria.means": run.criteria.means,
+        "criteria.bottom_row_above": run.criteria.bottom_row_above,
     }
 
 

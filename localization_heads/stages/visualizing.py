@@ -184,7 +184,8 @@ def _draw_components(
 ) -> Figure:
     from localization_heads import figures
 
-    labels = label_components(binarise(opened.maps.attention[head], threshold=criteria.threshold))
+    cells = binarise(opened.maps.attention[head], threshold=criteria.threshold, means=criteria.means)
+    labels = label_components(cells)
     return figures.plot_components(
         image, opened.maps, head, labels, float(opened.statistics.spatial_entropy[head]), path
     )
