@@ -345,6 +345,21 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
     assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
 
 
+def test_nothing_that_can_be_used_is_said_as_it_is(quick: Front) -> None:
+    """Boxes on pictures that are not there do not lack a box; entries without one do."""
+    (entry,) = write_truths(1)
+    gone = {**entry, "id": "gone", "image_path": "gone.png"}
+    write_lines(Path("data.jsonl"), [gone, "{not json"])
+    result = quick.finder(*OPTIONS)
+    assert result.status == 1
+    assert "no entry could be used; the first: line 1 (gone): gone.png" in one_line(result.err)
+    bare = {name: entry[name] for name in ("id", "prompt", "image_path")}
+    write_lines(Path("data.jsonl"), [gone, bare])
+    result = quick.finder(*OPTIONS)
+    assert result.status == 2
+    assert "needs entries with bbox or mask; the first: line 2 (entry_0)" in one_line(result.err)
+
+
 def test_a_file_in_the_place_of_the_folder(quick: Front) -> None:
     """Whatever is called `failures` is replaced; what a link leads to is left alone."""
     write_truths(2)

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from localization_heads.apps.finder_stages import STAGES as FINDER_STAGES
+from localization_heads.apps.frontdoor import quote_free_text
 from localization_heads.errors import UsageError
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
@@ -89,6 +90,13 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     assert GroundingOptions(**grounding["published_two_means"]) == replace(
         of_all_cells, means=2, margin=0.001
     )
+
+
+def test_a_label_can_name_what_is_swept() -> None:
+    """As docs/grounding.md has it: each evaluation of a sweep gets a folder of its own."""
+    label = "model.label='${grounding.binarise}'"
+    assert quote_free_text(label) == label
+    assert composed("finder", "grounding.binarise=otsu", label)["model"]["label"] == "otsu"
 
 
 PRESETS = [f"{group}={choice}" for group in ("experiment", "rung") for choice in config_files(group)]

@@ -16,6 +16,7 @@ from localization_heads.apps.scores_table import metrics_table
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.samples import Sample
 from localization_heads.evaluation.scores import Score, summarize
+from localization_heads.experiments.finding import Table as FindingTable
 from localization_heads.stages.outcome import Outcome
 from localization_heads.store.predictions import Prediction
 
@@ -97,3 +98,21 @@ def test_scores_without_masks_and_controls() -> None:
 )
 def test_small_boxes_show_tenths(box: tuple[float, float, float, float], text: str) -> None:
     assert tables.box_text(box) == text
+
+
+def test_a_narrow_screen_keeps_names_and_numbers_whole() -> None:
+    """The headings of Fig. 6b are long, its names short: the headings break."""
+    columns = (
+        "head",
+        "selection frequency (%)",
+        "mean IoU (%)",
+        "pointing (%)",
+        "its IoU's rank among all heads",
+    )
+    found = FindingTable(
+        columns, (("L14H24", "100.0", "56.3", "83.3", "2"), ("L2H0", "9.1", "5.0", "1.2", "17"))
+    )
+    text = printed(tables.finding_table(found), 80)
+    assert "L14H24" in text and "L2H0" in text and "100.0" in text
+    assert "rank" in text and "heads" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 80

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -34,6 +35,8 @@ TOP_REASONS = 10
 """Different reasons that are listed of a run with many failures."""
 SHORT = 14
 """Cells of up to so many characters are never folded."""
+HEADING = 16
+"""Headings above them are, from so many characters on."""
 
 REASON = 300
 """Longest reason of a failure that is printed whole, in characters."""
@@ -139,7 +142,10 @@ def finding_table(found: FindingTable) -> Table:
     table = Table(title=_cell(found.title) if found.title else None)
     for number, column in enumerate(found.columns):
         short = all(len(row[number]) <= SHORT for row in found.rows)
-        table.add_column(_cell(column), justify="right" if number else "left", overflow="fold", no_wrap=short)
+        heading = _cell(column)
+        if short:  # rich folds no heading of such a column, but cuts the columns beside a long one
+            heading = fill(heading, HEADING)
+        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=short)
     for row in found.rows:
         table.add_row(*(_cell(cell) for cell in row))
     return table

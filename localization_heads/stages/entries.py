@@ -11,7 +11,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.samples import Sample, VisualizationEntry, check_inside, load_samples
-from localization_heads.errors import OutOfMemoryError, UsageError, WorkError
+from localization_heads.errors import NothingDoneError, OutOfMemoryError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.options import require
 from localization_heads.stages.run import Run
@@ -84,7 +84,12 @@ def select_entries(run: Run) -> Entries:
 def with_truth(
     entries: Entries, what: str, completed: Callable[[Sample], Sample] = lambda sample: sample
 ) -> Entries:
-    """Only the entries that say where the object is, `completed`; the others fail. `what` needs at least one."""
+    """Only the entries that say where the object is, `completed`; the others fail. `what` needs at least one.
+
+    Raises:
+        UsageError: none is left, and some say nothing of where the object is.
+        NothingDoneError: none is left, for other reasons.
+    """
     samples = []
     for sample in entries.samples:
         try:
@@ -94,7 +99,11 @@ def with_truth(
         except (UsageError, WorkError) as error:
             entries.fail(sample, error)
     if not samples:
-        raise UsageError(f"{what} needs entries with bbox or mask; the first: {entries.in_order()[0]}")
+        failed = entries.in_order()
+        without = next((failure for failure in failed if NO_TRUTH in failure.reason), None)
+        if without is None:
+            raise NothingDoneError("no entry could be used", failed)
+        raise UsageError(f"{what} needs entries with bbox or mask; the first: {without}")
     return Entries(samples, entries.failures)
 
 

@@ -116,8 +116,10 @@ def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path)
 def _choose(run: Run, index: Index) -> tuple[list[Entry], int]:
     """The expressions to write, and how many `exclude` has left out."""
     splits = _by_split(index.entries)
+    if not index.entries and not index.bad:
+        raise UsageError(f"dataset_path={run['dataset_path']}: it holds no reference")
     if not index.entries:
-        raise NothingDoneError("no row could be read", index.bad[:10] or [BadEntry(0, "", "there are none")])
+        raise NothingDoneError("no row could be read", index.bad[:10])
     if run["split"] not in splits:
         found = ", ".join(f"{name} ({len(entries)} expressions)" for name, entries in splits.items())
         raise UsageError(f"split={run['split']}: dataset_path has {found}")
