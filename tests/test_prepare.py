@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from localization_heads.data.leakage import picture_keys
 from localization_heads.data.masks import read_mask
 from localization_heads.data.reference import Entry
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
-from localization_heads.stages import prepare
+from localization_heads.interop import hub
+from localization_heads.lvlm.spec import compose_spec, find_spec
+from localization_heads.stages import prepare, unseen
+from localization_heads.stages import run as stages_run
 from localization_heads.stages.prepare import sample_entries
 from tests.dataset_files import (
     LMMS,
@@ -287,6 +291,32 @@ def test_heads_are_not_scored_on_pictures_they_were_found_on(discovered):
         and "allow_leakage=true" in result.err
     )
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl", "allow_leakage=true").status == 0
+
+
+def test_neither_experiments_nor_the_ladder_score_heads_where_they_were_found(discovered, monkeypatch):
+    data = f"data_file={OUT}/refcoco-train-4-seed42.jsonl"
+    rung = ("stage=experiment", "experiment=ladder", "rung=fixed", "k=1", data)
+    named = f"heads={discovered.out}/heads.json"
+    assert (
+        discovered.finder("stage=experiment", "experiment=fig3", data, named).status == 0
+    )  # looks at no truth
+    # A model without published heads: heads=auto takes its latest heads.json.
+    for module in (stages_run, unseen):
+        monkeypatch.setattr(module, "find_spec", lambda name: replace(find_spec(name), heads=()))
+    monkeypatch.setattr(stages_run, "compose_spec", lambda *a: replace(compose_spec(*a), heads=()))
+    for command in (("stage=experiment", "experiment=tab1", data, named), (*rung, named), rung):
+        result = discovered.finder(*command)
+        assert result.status == 2 and "4 of the 4 entries show pictures" in result.err, command
+    assert discovered.finder(*rung, "allow_leakage=true", "controls=false").status == 0
+
+
+def test_pictures_of_a_hub_repository_are_checked(discovered, monkeypatch):
+    path = discovered.out / "heads.json"
+    monkeypatch.setattr(hub, "_fetched", lambda *_: path)
+    result = discovered.finder(
+        "stage=evaluate", f"data_file={OUT}/refcoco-train-4-seed42.jsonl", "heads=someone/heads", "k=1"
+    )
+    assert result.status == 2 and "that someone/heads was found on" in result.err
 
 
 def test_pictures_of_a_foreign_heads_json_are_checked(discovered):

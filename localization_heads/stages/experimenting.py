@@ -30,6 +30,7 @@ from localization_heads.heads.head import Head
 from localization_heads.stages.collecting import collect, open_store
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.run import Run, check_criteria, check_heads, chosen_heads
+from localization_heads.stages.unseen import check_unseen
 from localization_heads.store.atomic import write_bytes, write_json
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.lock import RunLock
@@ -52,6 +53,8 @@ def experiment(run: Run) -> Experimented:
     needs_truth = any(EXPERIMENTS[name].needs_truth for name in chosen)
     if needs_truth:
         entries = with_truth(entries, "this experiment")
+        if run["heads"] != "auto":  # which here are found on the entries themselves
+            check_unseen(run, entries.samples)
     with RunLock(run.folder):
         check_criteria(run.criteria, run.lvlm.num_layers)
         given = _given_heads(run)

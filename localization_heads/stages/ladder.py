@@ -20,6 +20,7 @@ from localization_heads.experiments.ladder import Climbed, ladder_finding
 from localization_heads.stages.entries import select_entries
 from localization_heads.stages.evaluating import evaluate
 from localization_heads.stages.run import Run
+from localization_heads.stages.unseen import check_unseen
 from localization_heads.store.atomic import write_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ def climb(run: Run) -> tuple[list[Finding], list[BadEntry], list[Path]]:
         raise UsageError(
             "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
         )
+    if (
+        run["heads"] == "auto"
+    ):  # the rung's own run names the heads, and then nothing tells what they were found on
+        check_unseen(run, select_entries(run).samples)
     own = rung_run(run)
     if rung["segmenter"] == "points" and "prompt" not in run["segmenter"]:
         log.warning("rung=points is left out: segmenter=%s cannot be told points", run["segmenter"]["kind"])
