@@ -484,3 +484,7 @@ def test_a_wrong_option_is_not_every_entrys_fault(quick: Front) -> None:
         result = quick.finder("stage=evaluate", "data_file=data.jsonl", heads, "criteria.exclude_layers=99")
         assert result.status == 2
         assert "criteria.exclude_layers=99" in one_line(result.err)
+    Path("folder").mkdir()
+    result = quick.finder(*OPTIONS, "segmenter=sam", "segmenter.name=folder")
+    assert result.status == 2
+    assert "segmenter.name=folder" in one_line(result.err)

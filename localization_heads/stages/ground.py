@@ -118,6 +118,8 @@ def ground_all(
         outcomes.update((outcome.sample.id, outcome) for outcome in found)
 
     last_layer, seen = _deepest(run, every_layer), None if report else frozenset(shown)
+    if not run.is_spread:  # workers load their own
+        _ = run.segmenter  # one that cannot be had is not every entry's fault
     go_through(
         run,
         entries,
