@@ -383,6 +383,12 @@ def test_wrong_use_is_one_line(front, options, words):
     assert result.status == (0 if "refcocog" in options[0] else 2)
 
 
+def test_a_source_without_references_is_named(front):
+    Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps([]))
+    result = prepared(front)
+    assert result.status == 2 and "error: dataset_path=refer: it holds no reference" in result.err
+
+
 def test_a_split_that_is_there_twice_is_refused(front):
     path = Path("refer/refcoco/refs(unc).p")
     refs = [ref.reference() for ref in world()]
