@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from localization_heads.evaluation.correlation import FEWEST
 from localization_heads.heads.ranking import HeadRanking, RankedHead
 from localization_heads.report.builder import HeadFacts, Report
 from localization_heads.report.markup import Markup, element, join, plain
@@ -89,12 +90,21 @@ def heads_section(report: Report) -> Markup:
     listed = (
         " From heads.json, which lists the kept heads only." if len(ranking.heads) < _num_heads(facts) else ""
     )
-    note = f"{_method(ranking)} Averages over {_samples(ranking.num_samples)}. {_spread(ranking)}{listed}"
+    note = (
+        f"{_method(ranking)} Averages over {_samples(ranking.num_samples)}. {_spread(ranking)}{listed}"
+        f"{'' if facts.bottom_row is None else BOTTOM_ROW}"
+    )
     table = element("div", {"class": "panel"}, element("h3", None, "Ranking"), _ranking_table(facts))
     columns = element("div", {"class": "columns"}, table, grid)
     return section(
         "heads", "Heads", columns, element("div", {"class": "columns"}, *_charts(report)), intro=note
     )
+
+
+BOTTOM_ROW = (
+    " Bottom row: the share of samples in which all cells of a map's lowest row are above its mean, "
+    "a sign of a sink rather than of an object."
+)
 
 
 def _method(ranking: HeadRanking) -> str:
@@ -136,10 +146,9 @@ def _charts(report: Report) -> list[Markup]:
 
 
 def _scatter(facts: HeadFacts) -> Markup:
-    rho = facts.correlation
-    correlation = "" if rho is None else f" Spearman's rank correlation: {rho:.2f}."
     caption = (
-        f"IoU of the box that a head's map makes alone, mean over {_samples(facts.iou_samples)}.{correlation}"
+        f"IoU of the box that a head's map makes alone, mean over {_samples(facts.iou_samples)}. "
+        f"{_correlation(facts)}"
     )
     return element(
         "div",
@@ -148,6 +157,19 @@ def _scatter(facts: HeadFacts) -> Markup:
         element("div", {"class": "chart", "id": "scatter-chart"}),
         element("p", {"class": "caption"}, caption),
     )
+
+
+def _correlation(facts: HeadFacts) -> str:
+    """The number with what it stands on: how many heads, and how often luck alone gives as much."""
+    count = len(facts.scatter)
+    heads = f"{count} head{'' if count == 1 else 's'}"
+    found = facts.correlation
+    if found is None:
+        why = "they are too few" if count < FEWEST else "one of the two is the same for all"
+        return f"No rank correlation over {heads}: {why}."
+    rho, p = found
+    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"Spearman's rank correlation: {rho:.2f} over {heads} ({chance})."
 
 
 COLUMNS = (
