@@ -300,6 +300,22 @@ def test_page_holds_what_the_report_says() -> None:
     assert page.data["cards"][2]["maps"][3]["cells"] == cards[2].combined.cells  # type: ignore[union-attr]
 
 
+def test_heads_are_named_without_a_ranking() -> None:
+    """Where all samples were grounded with the same ones, as `evaluate heads=auto` does."""
+    cards = [made_card(number, size=(8, 8), grid=2) for number in range(2)]
+    assert "L2H0 L3H1 L4H2" in Page(render(made_report(cards, heads=None))).texts
+    cards[1] = dataclasses.replace(cards[1], heads=(Head(5, 5),))
+    page = Page(render(made_report(cards, heads=None)))
+    assert "localization heads" not in page.texts
+
+
+def test_controls_are_explained_and_differences_say_whose() -> None:
+    row = {"mean_iou": [0.2, 0.1, 0.3], "difference": {"mean_iou": [0.3, 0.2, 0.4]}}
+    page = Page(render(made_report(metrics={"mean_iou": 0.5, "controls": {"random_heads": row}})))
+    assert "controls: how far these heads are ahead of each" in page.texts
+    assert any("random heads of the same layers" in text for text in page.texts)
+
+
 def test_error_bars_are_where_the_numbers_say() -> None:
     ranking = made_ranking()
     best = dataclasses.replace(ranking.heads[0], selection_frequency=0.98, selection_frequency_std=0.1)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from localization_heads.evaluation.correlation import FEWEST
+from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead
 from localization_heads.report.builder import HeadFacts, Report
 from localization_heads.report.markup import Markup, element, join, plain
@@ -29,10 +30,10 @@ def section(id: str, title: str, *children: object, intro: str = "") -> Markup:
 def summary(report: Report) -> Markup:
     """The answers first: which heads, how good, how many failed."""
     tiles = []
+    if used := _used(report):
+        tiles.append(_tile("localization heads", " ".join(map(str, used[:6]))))
     if report.heads is not None:
         ranking = report.heads.ranking
-        if report.heads.used:
-            tiles.append(_tile("localization heads", " ".join(map(str, report.heads.used[:6]))))
         tiles.append(
             _tile("kept by criterion 1", f"{len(ranking.kept)}", f"of {_num_heads(report.heads)} heads")
         )
@@ -43,6 +44,14 @@ def summary(report: Report) -> Markup:
     entries = f"of {report.num_entries:,} entries"
     tiles.append(_tile("failed", f"{failed:,}", entries, "bad" if failed else ""))
     return element("dl", {"class": "tiles"}, *tiles)
+
+
+def _used(report: Report) -> Sequence[Head]:
+    """The heads that made the boxes; without a ranking those of the samples, where they are the same in all."""
+    if report.heads is not None:
+        return report.heads.used
+    sets = {card.heads for card in report.cards if card.heads}
+    return sets.pop() if len(sets) == 1 else ()
 
 
 def _scores(report: Report) -> list[Markup]:
@@ -249,10 +258,18 @@ def _bar(value: float, deviation: float) -> Markup:
 # ----------------------------------------------------------------------------------------------------- the rest
 
 
+CONTROLS = (
+    "The controls tell an effect from luck: random heads of the same layers, the mean of all heads, "
+    "a box in the middle, and the oracle, which is the truth on the model's own grid."
+)
+
+
 def metrics_section(report: Report) -> Markup | None:
     if not report.metrics:
         return None
-    return section("metrics", "Metrics", *metrics_tables(report.metrics))
+    controls = CONTROLS if "controls" in report.metrics else ""
+    intro = f"Named as in metrics.json; in brackets 95 % intervals. {controls}"
+    return section("metrics", "Metrics", *metrics_tables(report.metrics), intro=intro)
 
 
 def failures_section(report: Report) -> Markup:
