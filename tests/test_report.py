@@ -280,6 +280,7 @@ def test_page_holds_what_the_report_says() -> None:
     assert {"0.250", "[0.20, 0.30]", "1,234", "made_0", "the thing number 2", "2026-01-02 03:04 UTC"} <= {
         part for text in page.texts for part in (text, *text.split(" · "))
     }
+    assert "of 48 heads, 2 layers left out" in page.texts
     assert "7" in page.texts and "broken.png: no such file" in page.texts
     drawn = page.data["heads"]
     assert (drawn["layers"], drawn["heads"], drawn["tau"]) == (
@@ -666,9 +667,11 @@ def test_the_scatter_uses_its_room(
 
 
 @needs_chromium
-def test_the_heat_map_names_its_colours_in_print(chromium: Browser, report_file: Path) -> None:
-    """The chooser is not printed; the scale says what it is of."""
+def test_charts_say_what_they_are_of(chromium: Browser, report_file: Path) -> None:
+    """The chooser is not printed: the scale names the statistic; the curve is of 32 of the 48 heads, and says which."""
     chromium.open(report_file)
+    names = "[...document.querySelectorAll('#curve-chart text')].map(t => t.textContent)"
+    assert "heads of layers 2 and up, in ascending order" in chromium.run(names)
     for key, name in (("frequency", "selection frequency"), ("sum", "attention sum")):
         choose(chromium, "#grid-controls select", key)
         scale = "[...document.querySelectorAll('#grid-chart svg:last-child text')].map(t => t.textContent)"

@@ -34,9 +34,10 @@ def summary(report: Report) -> Markup:
         tiles.append(_tile("localization heads", " ".join(map(str, used[:6]))))
     if report.heads is not None:
         ranking = report.heads.ranking
-        tiles.append(
-            _tile("kept by criterion 1", f"{len(ranking.kept)}", f"of {_num_heads(report.heads)} heads")
-        )
+        left_out = ranking.exclude_layers
+        left = f", {left_out} layer{'' if left_out == 1 else 's'} left out" if left_out else ""
+        note = f"of {_num_heads(report.heads)} heads{left}"
+        tiles.append(_tile("kept by criterion 1", f"{len(ranking.kept)}", note))
         if ranking.tau is not None:
             tiles.append(_tile("threshold τ", number(ranking.tau)))
     tiles += _scores(report)

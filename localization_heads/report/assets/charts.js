@@ -138,13 +138,14 @@ function step(event, svg, marks, width) {
 
 function drawCharts() {
   const rows = data.heads.rows;
-  const considered = rows.filter((row) => row.layer >= data.heads.excluded).sort((a, b) => a.sum - b.sum);
+  const { excluded } = data.heads;
+  const considered = rows.filter((row) => row.layer >= excluded).sort((a, b) => a.sum - b.sum);
   const kept = considered.filter((row) => row.kept).length;
   const charts = [{
     host: document.getElementById("curve-chart"),
     label: `Average attention sums of ${considered.length} heads in ascending order; ${kept} are kept. Arrow keys go from head to head.`,
     points: considered.map((row, i) => ({ x: i + 1, y: row.sum, row })),
-    x: { name: "heads, in ascending order", low: 0, top: considered.length * 1.03 || 1, text: (value) => value.toFixed(0) },
+    x: { name: `${excluded ? `heads of layers ${excluded} and up` : "heads"}, in ascending order`, low: 0, top: considered.length * 1.03 || 1, text: (value) => value.toFixed(0) },
     y: { name: "average attention sum", low: 0, top: axisTop([...considered.map((row) => row.sum), data.heads.tau || 0]), text: tick },
     threshold: data.heads.tau,
   }];
