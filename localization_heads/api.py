@@ -53,7 +53,8 @@ def find_heads(
             whose samples follow each other is encoded once for them all.
         top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
             has few heads.
-        num_trials, num_samples: random draws to average over, and their size.
+        num_trials: random draws to average over.
+        num_samples: samples in each of them.
 
     Raises:
         ValueError: there is no sample.
@@ -116,7 +117,7 @@ def ground(
 class Scored(NamedTuple):
     """What became of one sample: the box that was found, and how well each method did.
 
-    Args:
+    Attributes:
         id: the sample's.
         box: xyxy in pixels.
         scores: by method, as in `metrics["controls"]`, those of the heads first, as `"heads"`.
@@ -158,7 +159,9 @@ def evaluate(
 
     Args:
         samples: with `bbox` or `mask`, or both; read as they are needed, as by `find_heads`.
-        heads, options, segmenter: as in `ground`, for all samples and for the controls.
+        heads: as in `ground`, for all samples.
+        options: as in `ground`, for the controls too.
+        segmenter: as in `ground`, for the controls too.
         criteria: what heads must pass where each sample picks its own; `exclude_layers` is also that of the control
             which takes all heads.
         controls: score random heads, all heads, the centre box and the oracle as well; they need all layers.

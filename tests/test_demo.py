@@ -121,10 +121,10 @@ def test_every_cell_of_the_grid_is_its_head():
     assert drawing.head_at(60, drawing.MARGIN + 6 * cell, shape) is None
 
 
-def test_the_grid_rings_the_heads_that_are_on():
+def test_the_grid_frames_the_heads_that_are_on():
     sums = np.zeros((6, 8))
-    plain, ringed = (np.asarray(drawing.draw_grid(sums, on)) for on in ([], [Head(2, 3)]))
-    rows, columns = np.nonzero((plain != ringed).any(-1))
+    plain, framed = (np.asarray(drawing.draw_grid(sums, on)) for on in ([], [Head(2, 3)]))
+    rows, columns = np.nonzero((plain != framed).any(-1))
     for x, y in ((columns.min(), rows.min()), (columns.max(), rows.max())):
         assert drawing.head_at(x, y, sums.shape) == Head(2, 3)
 
@@ -199,7 +199,9 @@ def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
         number = len(asked)
         assert asked[-1] == expression
         check_clicks(page)
-        assert len(asked) == number, "a click ran the model"
+        check_keys(page)
+        assert len(asked) == number, "a click or a key ran the model"
+        check_phone(page)
         assert not trouble
     finally:
         blocks.close()
@@ -223,6 +225,29 @@ def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]
     y, x = np.unravel_index(np.argmax(ndimage.uniform_filter(warm, 25)), warm.shape)
     assert truth[0] <= x / scale <= truth[2]
     assert truth[1] <= y / scale <= truth[3]
+
+
+def check_keys(page: Any) -> None:
+    """A slider that is moved without a pointer redraws too; Shift+Enter asks, as the page says."""
+    for slider, changed in (("sigma", "heat"), ("k", "boxes"), ("threshold", "boxes")):
+        before = page.get_attribute(f"#{changed} img", "src")
+        page.focus(f"#{slider} input[type=range]")
+        page.keyboard.press("ArrowLeft")
+        source = f"src => document.querySelector('#{changed} img').src !== src"
+        page.wait_for_function(source, arg=before, timeout=20_000)
+    assert "Shift+Enter" in page.inner_text("body")
+    page.fill("#expression textarea", "")
+    page.keyboard.press("Shift+Enter")
+    page.wait_for_selector("text=type what to look for")
+
+
+def check_phone(page: Any) -> None:
+    """Nothing sticks out sideways, and the score is in sight."""
+    page.set_viewport_size({"width": 390, "height": 900})
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    cells = "[...document.querySelectorAll('#table th, #table td')].map(cell => cell.getBoundingClientRect().right)"
+    assert max(page.evaluate(cells)) <= 390
 
 
 def check_clicks(page: Any) -> None:

@@ -13,6 +13,7 @@ from documents import blocks, commands
 from front import Front, cached_load_model, fronts
 
 from localization_heads.lvlm import loading
+from localization_heads.options import STAGES
 
 ROOT = Path(__file__).parents[1]
 SCENES = 24
@@ -49,11 +50,17 @@ def test_every_block_runs(page: Path, front: Front, monkeypatch: pytest.MonkeyPa
                 assert result.status == 0, f"{where}: {' '.join(options)}\n{result.err}"
 
 
+def test_every_stage_has_its_lines_of_python() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [stage for stage in STAGES if f"`stage={stage}`" not in page and f"`{stage}`" not in page] == []
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Not with `--quiet`, which keeps warnings from being counted."""
     pytest.importorskip("mkdocs", reason="the site's generator is not installed")
     pytest.importorskip("mkdocstrings", reason="the site's generator is not installed")
     built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,

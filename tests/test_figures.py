@@ -452,6 +452,7 @@ def test_attention_sums_are_sorted_and_the_elbow_is_marked():
     curve = axes.lines[0]
     assert curve.get_ydata() == pytest.approx(np.sort(sums[2:].ravel()))
     assert axes.get_title(loc="left") == f"{kept.sum()} of 80 heads kept"
+    assert axes.get_xlabel() == "Heads of layers 2 and up, in ascending order"  # 80 of the model's 96
     shown = texts(figure)
     assert f"τ = {tau:.2f}" in shown
     assert {str(head) for head in top} < set(shown)

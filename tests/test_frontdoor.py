@@ -292,6 +292,15 @@ def test_hydra_leaves_no_folder(front: Front) -> None:
     assert list(front.folder.iterdir()) == []
 
 
+def test_a_python_that_is_not_set_up_is_one_line(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first command after `make run` in a shell that has not activated `.venv`."""
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    result = front.finder("stage=doctor")
+    assert result.status == 2
+    assert "source .venv/bin/activate" in result.err and sys.executable in result.err
+    assert result.err.count("\n") == 1
+
+
 def test_a_real_process(tmp_path: Path) -> None:
     """The script itself: its status, one line on standard error, nothing on standard output."""
     ended = process(str(ROOT / "localization_heads_finder.py"), "stage=collect", "query=x")

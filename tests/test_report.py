@@ -227,6 +227,33 @@ def test_spearman_where_it_is_defined() -> None:
     assert spearman(x, np.ones(4)) is None
 
 
+@pytest.mark.parametrize(
+    ("iou", "said"),
+    [
+        ((0.1, 0.2, 0.3, 0.4), "Spearman's rank correlation: -1.00 over 4 heads (p < 0.001)."),
+        ((0.2, 0.1, 0.4, 0.3), "Spearman's rank correlation: -0.60 over 4 heads (p = 0.400)."),
+        ((0.2, 0.2, 0.2, 0.2), "No rank correlation over 4 heads: one of the two is the same for all."),
+        ((0.2, 0.1, np.nan, np.nan), "No rank correlation over 2 heads: they are too few."),
+    ],
+)
+def test_the_scatter_says_over_how_many_heads(iou: tuple[float, ...], said: str) -> None:
+    ranking = made_ranking()
+    measured = np.full((6, 8), np.nan)
+    for head, value in zip(ranking.heads, iou, strict=False):
+        measured[head.address] = value
+    page = Page(render(made_report(heads=HeadFacts(ranking, (6, 8), iou=measured, iou_samples=20))))
+    caption = "IoU of the box that a head's map makes alone, mean over 20 samples. "
+    assert caption + said in page.texts
+
+
+def test_columns_are_explained_where_they_are_shown() -> None:
+    facts = made_report().heads
+    assert facts is not None
+    for shown in (facts, dataclasses.replace(facts, bottom_row=None)):
+        text = " ".join(Page(render(made_report(heads=shown))).texts)
+        assert ("Bottom row: the share of samples" in text) is (shown.bottom_row is not None)
+
+
 def test_the_pages_viridis_is_matplotlibs() -> None:
     """The seventeen colours of the script, against matplotlib."""
     script = (Path(lh.__file__).parent / "report/assets/colours.js").read_text()
@@ -253,6 +280,7 @@ def test_page_holds_what_the_report_says() -> None:
     assert {"0.250", "[0.20, 0.30]", "1,234", "made_0", "the thing number 2", "2026-01-02 03:04 UTC"} <= {
         part for text in page.texts for part in (text, *text.split(" · "))
     }
+    assert "of 48 heads, 2 layers left out" in page.texts
     assert "7" in page.texts and "broken.png: no such file" in page.texts
     drawn = page.data["heads"]
     assert (drawn["layers"], drawn["heads"], drawn["tau"]) == (
@@ -271,6 +299,22 @@ def test_page_holds_what_the_report_says() -> None:
         assert heads.iou is not None and row["iou"] == pytest.approx(heads.iou[head.address], abs=1e-5)
     assert [one["name"] for one in page.data["cards"][0]["maps"]] == ["L2H0", "L3H1", "L4H2", "combined"]
     assert page.data["cards"][2]["maps"][3]["cells"] == cards[2].combined.cells  # type: ignore[union-attr]
+
+
+def test_heads_are_named_without_a_ranking() -> None:
+    """Where all samples were grounded with the same ones, as `evaluate heads=auto` does."""
+    cards = [made_card(number, size=(8, 8), grid=2) for number in range(2)]
+    assert "L2H0 L3H1 L4H2" in Page(render(made_report(cards, heads=None))).texts
+    cards[1] = dataclasses.replace(cards[1], heads=(Head(5, 5),))
+    page = Page(render(made_report(cards, heads=None)))
+    assert "localization heads" not in page.texts
+
+
+def test_controls_are_explained_and_differences_say_whose() -> None:
+    row = {"mean_iou": [0.2, 0.1, 0.3], "difference": {"mean_iou": [0.3, 0.2, 0.4]}}
+    page = Page(render(made_report(metrics={"mean_iou": 0.5, "controls": {"random_heads": row}})))
+    assert "controls: how far these heads are ahead of each" in page.texts
+    assert any("random heads of the same layers" in text for text in page.texts)
 
 
 def test_error_bars_are_where_the_numbers_say() -> None:
@@ -584,6 +628,54 @@ def test_clipped_text(chromium: Browser, report_file: Path) -> None:
                  }).map(text => text.textContent); })"""
         )
         assert outside == []
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("frequency", "iou"),
+    [((0.15, 0.45), (0.4, 0.6)), ((0.02, 0.9), (0.0, 0.5)), ((1.0, 1.0), (0.55, 0.55))],
+)
+def test_the_scatter_uses_its_room(
+    chromium: Browser, tmp_path: Path, frequency: tuple[float, float], iou: tuple[float, float]
+) -> None:
+    """All points lie inside the axes; those that differ fill more than half of each; every axis has its numbers."""
+    ranking = made_ranking()
+    shares = np.linspace(*frequency, len(ranking.kept))
+    heads = tuple(
+        dataclasses.replace(head, selection_frequency=float(share))
+        for head, share in zip(ranking.kept, shares[::-1], strict=True)
+    )
+    values = np.resize(np.linspace(*iou, 5), (6, 8))
+    facts = HeadFacts(dataclasses.replace(ranking, heads=heads), (6, 8), iou=values, iou_samples=9)
+    path = tmp_path / "report.html"
+    path.write_text(render(made_report(heads=facts)), encoding="utf-8")
+    chromium.open(path)
+    assert chromium.complaints == []
+    found = chromium.run(
+        """(svg => ({
+             marks: [...svg.querySelectorAll('circle.mark')].map(m => [m.cx.baseVal.value, m.cy.baseVal.value]),
+             axes: (b => [b.x, b.y, b.width, b.height])(svg.querySelector('path.axis').getBBox()),
+             texts: [...svg.querySelectorAll('text')].map(t => t.textContent),
+           }))(document.querySelector('#scatter-chart svg'))"""
+    )
+    marks, (x, y, width, height) = np.array(found["marks"]), found["axes"]
+    assert (marks >= (x, y)).all() and (marks <= (x + width, y + height)).all()
+    for values, span, length in ((frequency, marks[:, 0], width), (iou, marks[:, 1], height)):
+        assert values[0] == values[1] or np.ptp(span) > 0.5 * length
+    percents = [float(text.rstrip(" %")) for text in found["texts"] if text.endswith("%")]
+    assert len(percents) >= 2 and max(percents) <= 100 and len(set(percents)) == len(percents)
+
+
+@needs_chromium
+def test_charts_say_what_they_are_of(chromium: Browser, report_file: Path) -> None:
+    """The chooser is not printed: the scale names the statistic; the curve is of 32 of the 48 heads, and says which."""
+    chromium.open(report_file)
+    names = "[...document.querySelectorAll('#curve-chart text')].map(t => t.textContent)"
+    assert "heads of layers 2 and up, in ascending order" in chromium.run(names)
+    for key, name in (("frequency", "selection frequency"), ("sum", "attention sum")):
+        choose(chromium, "#grid-controls select", key)
+        scale = "[...document.querySelectorAll('#grid-chart svg:last-child text')].map(t => t.textContent)"
+        assert name in chromium.run(scale)
 
 
 @needs_chromium

@@ -37,6 +37,11 @@ FREE_TEXT = (
 )
 """Options whose value is any text. Hydra's grammar would trip over their commas, quotes and equals signs."""
 
+NOT_SET_UP = (
+    "lacks what this needs: `make setup`, then `source .venv/bin/activate`; "
+    "or `pip install -r requirements.txt` in an environment of your own"
+)
+
 _GLOBAL = "# @package _global_\n"
 
 _QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
@@ -121,8 +126,10 @@ def plain_options(cfg: Any) -> dict[str, Any]:
 
 
 def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
-    import hydra
-
+    try:
+        import hydra
+    except ModuleNotFoundError:
+        raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
     _check_grammar(arguments, config_name)
     statuses: list[int] = []
     problems: list[BaseException] = []

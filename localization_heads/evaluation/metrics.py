@@ -171,7 +171,8 @@ def bootstrap_ratios(
     a mean, with unions it is cIoU. NaN where a draw has nothing to divide by.
 
     Args:
-        numerators, denominators: `[sample, column]`.
+        numerators: `[sample, column]`.
+        denominators: `[sample, column]`.
         groups: `[sample]` of what hangs together (the image of an expression): whole groups are drawn. None draws
             samples.
     """

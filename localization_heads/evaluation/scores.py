@@ -62,7 +62,7 @@ class Truth:
 class Score(NamedTuple):
     """One answer against the truth.
 
-    Args:
+    Attributes:
         iou: of the boxes.
         pointing: whether the point lies in the true box.
         energy: share of the map's mass on the image that lies in the true box.

@@ -21,9 +21,16 @@ class StudyOptions:
     """What is swept over, and what is held.
 
     Args:
-        k, top_n, num_trials, num_samples, seed, criteria, grounding: the recipe around which is swept.
+        k: localization heads of the recipe around which is swept; so are the next six.
+        top_n: heads marked in each sample.
+        num_trials: random draws of the ranking.
+        num_samples: samples in each of them.
+        seed: of the draws and of the random heads.
+        criteria: what heads must pass.
+        grounding: how boxes are made.
         ks: head counts of Tab. 4.
-        sigmas, kernels: smoothing of Tab. 8; one is swept while the other is the recipe's.
+        sigmas: smoothing of Tab. 8; swept while the kernel is the recipe's.
+        kernels: likewise, while sigma is the recipe's.
         taus: thresholds of Fig. 13; none takes multiples of the elbow.
         top_ns: heads marked in each sample, of Fig. 14.
         min_frequency: heads selected less often are not in Fig. 6b.
@@ -53,8 +60,11 @@ class Study:
     """One model on one set of entries. Arrays are `[sample, layer, head]`.
 
     Args:
-        model, data: names for people.
-        sums, entropies, bottom_row: what the criteria say of every head (`head_statistics`).
+        model: its name for people.
+        data: likewise.
+        sums: what the criteria say of every head (`head_statistics`); so do the next two.
+        entropies: likewise.
+        bottom_row: likewise.
         ious: `head_ious` of every sample, or None where no truth is known.
         hits: `head_hits`, likewise.
         num_masks: how many samples have a true mask; the IoU of the others is with their box.

@@ -62,7 +62,8 @@ def plot_attention_sums(
         place = np.arange(1, len(curve) + 1)
         axes.plot(place, curve, color=GREY, zorder=2)
         axes.scatter(place[is_kept], curve[is_kept], s=5, color=BLUE, zorder=3)
-        axes.set_xlabel("Heads, in ascending order")
+        which = f"Heads of layers {exclude_layers} and up" if exclude_layers else "Heads"
+        axes.set_xlabel(f"{which}, in ascending order")
         axes.set_ylabel("Average attention sum $S$")
         if len(curve):
             axes.plot(place[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)

@@ -38,7 +38,9 @@ def select_heads(
     lower layer, then the lower head.
 
     Args:
-        sums, entropy, kept: `[layer, head]`.
+        sums: attention sums, `[layer, head]`.
+        entropy: spatial entropies, `[layer, head]`.
+        kept: what criterion 1 keeps, `[layer, head]`.
 
     Returns:
         At most `top_n` heads; fewer if fewer have a finite entropy.
@@ -91,7 +93,8 @@ def rank_heads(
     Heads are ranked by kept first, frequency, then mean attention sum, then layer, then head.
 
     Args:
-        sums, entropies: `[sample, layer, head]`, arrays or memory maps; read in chunks.
+        sums: attention sums, `[sample, layer, head]`, an array or a memory map; read in chunks.
+        entropies: spatial entropies, likewise.
         bottom_row: the flags `[sample, layer, head]` that `options.bottom_row_filter` needs.
         draws: which samples each trial holds, `[trial, sample]`, as `random_draws` made them for a pool that
             these samples are a part of; none draws from the samples given. Where samples of the pool were

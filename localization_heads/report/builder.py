@@ -40,18 +40,21 @@ class HeadFacts:
     iou_samples: int = 0
 
     @property
-    def correlation(self) -> float | None:
-        """Spearman's correlation of selection frequency and IoU over the heads of the scatter."""
+    def scatter(self) -> list[tuple[float, float]]:
+        """Selection frequency and IoU of the heads that are selected often enough and measured."""
         if self.iou is None:
-            return None
-        points = [
+            return []
+        return [
             (head.selection_frequency, float(self.iou[head.address]))
             for head in self.ranking.heads
             if head.selection_frequency >= LEAST_FREQUENCY and math.isfinite(self.iou[head.address])
         ]
-        frequency, iou = np.array(points, dtype=np.float64).reshape(-1, 2).T
-        found = spearman(frequency, iou)
-        return None if found is None else found[0]
+
+    @property
+    def correlation(self) -> tuple[float, float] | None:
+        """Spearman's rho and its two-sided p over the heads of the scatter; None where it is undefined."""
+        frequency, iou = np.array(self.scatter, dtype=np.float64).reshape(-1, 2).T
+        return spearman(frequency, iou)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ def number(value: object, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else plain(value, 160)
 
 
+DIFFERENCE = "how far these heads are ahead of each"
+
+
 def metrics_tables(metrics: Mapping[str, Any]) -> list[Markup]:
     """The metrics themselves, then whatever groups lie among them, under their names."""
     flat = {name: value for name, value in metrics.items() if not isinstance(value, Mapping)}
@@ -47,7 +50,8 @@ def _group_tables(title: str, group: Mapping[str, Any], ours: Mapping[str, Any])
     parts = [element("h3", None, title), _group_table({"these heads": _numbers(ours, group), **group})]
     for key in inner:
         rows = {name: row[key] for name, row in group.items() if isinstance(row.get(key), Mapping)}
-        parts += [element("h3", None, f"{title}: {plain(key, 80)}"), _group_table(rows)]
+        name = DIFFERENCE if key == "difference" else plain(key, 80)
+        parts += [element("h3", None, f"{title}: {name}"), _group_table(rows)]
     return element("div", {"class": "panel"}, *parts)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from localization_heads.evaluation.correlation import FEWEST
+from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead
 from localization_heads.report.builder import HeadFacts, Report
 from localization_heads.report.markup import Markup, element, join, plain
@@ -28,13 +30,14 @@ def section(id: str, title: str, *children: object, intro: str = "") -> Markup:
 def summary(report: Report) -> Markup:
     """The answers first: which heads, how good, how many failed."""
     tiles = []
+    if used := _used(report):
+        tiles.append(_tile("localization heads", " ".join(map(str, used[:6]))))
     if report.heads is not None:
         ranking = report.heads.ranking
-        if report.heads.used:
-            tiles.append(_tile("localization heads", " ".join(map(str, report.heads.used[:6]))))
-        tiles.append(
-            _tile("kept by criterion 1", f"{len(ranking.kept)}", f"of {_num_heads(report.heads)} heads")
-        )
+        left_out = ranking.exclude_layers
+        left = f", {left_out} layer{'' if left_out == 1 else 's'} left out" if left_out else ""
+        note = f"of {_num_heads(report.heads)} heads{left}"
+        tiles.append(_tile("kept by criterion 1", f"{len(ranking.kept)}", note))
         if ranking.tau is not None:
             tiles.append(_tile("threshold τ", number(ranking.tau)))
     tiles += _scores(report)
@@ -42,6 +45,14 @@ def summary(report: Report) -> Markup:
     entries = f"of {report.num_entries:,} entries"
     tiles.append(_tile("failed", f"{failed:,}", entries, "bad" if failed else ""))
     return element("dl", {"class": "tiles"}, *tiles)
+
+
+def _used(report: Report) -> Sequence[Head]:
+    """The heads that made the boxes; without a ranking those of the samples, where they are the same in all."""
+    if report.heads is not None:
+        return report.heads.used
+    sets = {card.heads for card in report.cards if card.heads}
+    return sets.pop() if len(sets) == 1 else ()
 
 
 def _scores(report: Report) -> list[Markup]:
@@ -89,12 +100,21 @@ def heads_section(report: Report) -> Markup:
     listed = (
         " From heads.json, which lists the kept heads only." if len(ranking.heads) < _num_heads(facts) else ""
     )
-    note = f"{_method(ranking)} Averages over {_samples(ranking.num_samples)}. {_spread(ranking)}{listed}"
+    note = (
+        f"{_method(ranking)} Averages over {_samples(ranking.num_samples)}. {_spread(ranking)}{listed}"
+        f"{'' if facts.bottom_row is None else BOTTOM_ROW}"
+    )
     table = element("div", {"class": "panel"}, element("h3", None, "Ranking"), _ranking_table(facts))
     columns = element("div", {"class": "columns"}, table, grid)
     return section(
         "heads", "Heads", columns, element("div", {"class": "columns"}, *_charts(report)), intro=note
     )
+
+
+BOTTOM_ROW = (
+    " Bottom row: the share of samples in which all cells of a map's lowest row are above its mean, "
+    "a sign of a sink rather than of an object."
+)
 
 
 def _method(ranking: HeadRanking) -> str:
@@ -136,10 +156,9 @@ def _charts(report: Report) -> list[Markup]:
 
 
 def _scatter(facts: HeadFacts) -> Markup:
-    rho = facts.correlation
-    correlation = "" if rho is None else f" Spearman's rank correlation: {rho:.2f}."
     caption = (
-        f"IoU of the box that a head's map makes alone, mean over {_samples(facts.iou_samples)}.{correlation}"
+        f"IoU of the box that a head's map makes alone, mean over {_samples(facts.iou_samples)}. "
+        f"{_correlation(facts)}"
     )
     return element(
         "div",
@@ -148,6 +167,19 @@ def _scatter(facts: HeadFacts) -> Markup:
         element("div", {"class": "chart", "id": "scatter-chart"}),
         element("p", {"class": "caption"}, caption),
     )
+
+
+def _correlation(facts: HeadFacts) -> str:
+    """The number with what it stands on: how many heads, and how often luck alone gives as much."""
+    count = len(facts.scatter)
+    heads = f"{count} head{'' if count == 1 else 's'}"
+    found = facts.correlation
+    if found is None:
+        why = "they are too few" if count < FEWEST else "one of the two is the same for all"
+        return f"No rank correlation over {heads}: {why}."
+    rho, p = found
+    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"Spearman's rank correlation: {rho:.2f} over {heads} ({chance})."
 
 
 COLUMNS = (
@@ -227,10 +259,18 @@ def _bar(value: float, deviation: float) -> Markup:
 # ----------------------------------------------------------------------------------------------------- the rest
 
 
+CONTROLS = (
+    "The controls tell an effect from luck: random heads of the same layers, the mean of all heads, "
+    "a box in the middle, and the oracle, which is the truth on the model's own grid."
+)
+
+
 def metrics_section(report: Report) -> Markup | None:
     if not report.metrics:
         return None
-    return section("metrics", "Metrics", *metrics_tables(report.metrics))
+    controls = CONTROLS if "controls" in report.metrics else ""
+    intro = f"Named as in metrics.json; in brackets 95 % intervals. {controls}"
+    return section("metrics", "Metrics", *metrics_tables(report.metrics), intro=intro)
 
 
 def failures_section(report: Report) -> Markup:

@@ -53,7 +53,7 @@ def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
 
 
 def draw_grid(sums: NDArray[np.floating], on: Sequence[Head], others: Sequence[Head] = ()) -> Image.Image:
-    """Every head's attention sum, a row a layer: a ring around heads that are on, a dot in those of the other set."""
+    """Every head's attention sum, a row a layer: a frame around heads that are on, a dot in those of the other set."""
     layers, heads = sums.shape
     cell = cell_size(sums.shape)
     canvas = Image.new("RGB", (MARGIN + heads * cell + 4, MARGIN + layers * cell + 4), PAPER)

@@ -31,9 +31,9 @@ from localization_heads.stages.run import Run
 SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 """Fonts of the visitor's machine: the page fetches nothing."""
 ABOUT = """# Localization heads
-**{model}**, {layers} layers x {heads} heads. A few of them look at what you name: the rings in the grid.
-Choose a picture, type an expression, press Enter. The model runs once for a question; sliders and clicks only redo
-the sum and the box."""
+**{model}**, {layers} layers x {heads} heads. A few of them look at what you name: those framed in the grid.
+Choose a picture, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
+clicks only redo the sum and the box."""
 CSS = "#grid img, #grid button {cursor: crosshair} footer {display: none !important}"
 
 
@@ -125,7 +125,12 @@ class Page:
             self.boxes_b = _picture("**Box and mask**, set B", "boxes_b")
             self.heat_b = _picture("**Map**, set B", "heat_b")
         self.table = gr.Dataframe(
-            headers=["expression", "set", "box", "score"], interactive=False, label="Boxes", elem_id="table"
+            headers=["expression", "set", "box", "score"],
+            interactive=False,
+            label="Boxes",
+            wrap=True,
+            column_widths=["36%", "14%", "30%", "20%"],  # all four fit on a phone
+            elem_id="table",
         )
         with gr.Row():
             self.json_file = gr.DownloadButton("JSON", elem_id="download_json")
@@ -152,7 +157,9 @@ class Page:
     def _grid(self) -> None:
         self.edits = gr.Radio(["A", "B"], value="A", label="Clicks switch heads of set", visible=False)
         self.grid = _picture(
-            "**Heads by attention sum.** Click one to switch it on or off.", "grid", buttons=[]
+            "**Heads by attention sum.** A click switches one on (framed) or off; a dot: on in set B.",
+            "grid",
+            buttons=[],
         )
         self.heads = gr.Textbox(label="Heads that are on", elem_id="heads", placeholder="L2H0 L3H1")
 
@@ -171,11 +178,13 @@ class Page:
         for event in (load, self.button.click, self.text.submit):
             event(**asking).success(**redo)
         self.gallery.select(self.choose, None, [self.image, self.text]).then(**asking).success(**redo)
-        picking = self.k.release(shown_to_people(self.best), [self.asked, self.k], self.heads)
+        # Not `release`, which the keyboard never fires; of the steps of a drag only the last that waits is drawn.
+        last: dict[str, Any] = {"trigger_mode": "always_last"}
+        picking = self.k.input(shown_to_people(self.best), [self.asked, self.k], self.heads, **last)
         picking.success(**redo)
-        for event in (self.sigma.release, self.binarise.input, self.which.input, self.heads.submit):
-            event(**redo)
-        self.threshold.release(lambda: "top_mass", None, self.binarise).then(**redo)
+        for event in (self.sigma.input, self.binarise.input, self.which.input, self.heads.submit):
+            event(**redo, **last)
+        self.threshold.input(lambda: "top_mass", None, self.binarise, **last).then(**redo)
         self.compare.input(self.show_second, self.compare, [self.second, self.edits]).then(**redo)
         self.grid.select(
             shown_to_people(self.switch),

@@ -3,22 +3,32 @@
 const HEIGHT = 290;
 const EDGE = { left: 58, right: 24, top: 12, bottom: 40 };
 
-function niceSteps(top) {
-  const raw = top / 4 || 0.25;
+function niceSteps({ low, top }) {
+  const raw = (top - low) / 4;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= raw * 0.999);
-  return Array.from({ length: Math.floor(top / step + 1e-6) + 1 }, (_, i) => i * step);
+  const first = Math.ceil(low / step - 1e-6), last = Math.floor(top / step + 1e-6);
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
-// chart: { host, label, points: [{ x, y, row }], x: axis, y: axis, threshold }; an axis: { name, top, text }
+// The ends of an axis of shares: the values with some room around them; from 0 where they come near it.
+function ends(values) {
+  const low = Math.min(...values, 1), high = Math.max(...values, 0);
+  if (!values.length) return { low: 0, top: 1 };
+  const room = Math.max(0.08 * (high - low), 0.02);
+  return { low: low < (high - low) / 2 ? 0 : Math.max(0, low - room), top: Math.min(1, high + room) };
+}
+
+// chart: { host, label, points: [{ x, y, row }], x: axis, y: axis, threshold }; an axis: { name, low, top, text }
 function plotPoints(chart) {
   fit(chart.host, (width) => paintPoints(chart, width));
 }
 
 function paintPoints(chart, width) {
   const right = width - EDGE.right, bottom = HEIGHT - EDGE.bottom;
-  const toX = (x) => EDGE.left + (x / chart.x.top) * (right - EDGE.left);
-  const toY = (y) => bottom - (y / chart.y.top) * (bottom - EDGE.top);
+  const share = (axis, value) => (value - axis.low) / (axis.top - axis.low);
+  const toX = (x) => EDGE.left + share(chart.x, x) * (right - EDGE.left);
+  const toY = (y) => bottom - share(chart.y, y) * (bottom - EDGE.top);
   const svg = draw("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`, width: "100%", role: "img", tabindex: "0", "aria-label": chart.label,
   });
@@ -35,12 +45,12 @@ function paintPoints(chart, width) {
 
 function axes(chart, toX, toY, right, bottom) {
   const parts = [draw("path", { class: "axis", d: `M${EDGE.left} ${EDGE.top}V${bottom}H${right}` })];
-  for (const value of niceSteps(chart.y.top)) {
+  for (const value of niceSteps(chart.y)) {
     const y = toY(value);
     parts.push(draw("path", { class: "axis", d: `M${EDGE.left} ${y}H${right}`, "stroke-opacity": 0.6 }));
     parts.push(draw("text", { x: EDGE.left - 7, y: y + 4, "text-anchor": "end" }, chart.y.text(value)));
   }
-  for (const value of niceSteps(chart.x.top)) {
+  for (const value of niceSteps(chart.x)) {
     parts.push(draw("text", { x: toX(value), y: bottom + 17, "text-anchor": "middle" }, chart.x.text(value)));
   }
   const middle = (EDGE.left + right) / 2;
@@ -128,14 +138,15 @@ function step(event, svg, marks, width) {
 
 function drawCharts() {
   const rows = data.heads.rows;
-  const considered = rows.filter((row) => row.layer >= data.heads.excluded).sort((a, b) => a.sum - b.sum);
+  const { excluded } = data.heads;
+  const considered = rows.filter((row) => row.layer >= excluded).sort((a, b) => a.sum - b.sum);
   const kept = considered.filter((row) => row.kept).length;
   const charts = [{
     host: document.getElementById("curve-chart"),
     label: `Average attention sums of ${considered.length} heads in ascending order; ${kept} are kept. Arrow keys go from head to head.`,
     points: considered.map((row, i) => ({ x: i + 1, y: row.sum, row })),
-    x: { name: "heads, in ascending order", top: considered.length * 1.03 || 1, text: (value) => value.toFixed(0) },
-    y: { name: "average attention sum", top: axisTop([...considered.map((row) => row.sum), data.heads.tau || 0]), text: tick },
+    x: { name: `${excluded ? `heads of layers ${excluded} and up` : "heads"}, in ascending order`, low: 0, top: considered.length * 1.03 || 1, text: (value) => value.toFixed(0) },
+    y: { name: "average attention sum", low: 0, top: axisTop([...considered.map((row) => row.sum), data.heads.tau || 0]), text: tick },
     threshold: data.heads.tau,
   }];
   const both = rows.filter((row) => row.iou !== null && row.frequency >= data.heads.leastFrequency);
@@ -143,8 +154,8 @@ function drawCharts() {
     host: document.getElementById("scatter-chart"),
     label: `Selection frequency against mean IoU for ${both.length} heads. Arrow keys go from head to head.`,
     points: both.map((row) => ({ x: row.frequency, y: row.iou, row })),
-    x: { name: "selection frequency", top: 1, text: (value) => `${(100 * value).toFixed(0)} %` },
-    y: { name: "mean IoU", top: axisTop(both.map((row) => row.iou)), text: tick },
+    x: { name: "selection frequency", ...ends(both.map((row) => row.frequency)), text: (value) => `${tick(100 * value)} %` },
+    y: { name: "mean IoU", ...ends(both.map((row) => row.iou)), text: tick },
     threshold: null,
   });
   charts.forEach(plotPoints);

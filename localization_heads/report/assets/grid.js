@@ -104,10 +104,11 @@ function headGrid() {
 
   function scale(top, width, left) {
     const stops = VIRIDIS.map((_, i) => draw("stop", { offset: i / 16, "stop-color": viridisText(i / 16) }));
-    return draw("svg", { width: left + width + 4, height: 30, "aria-hidden": "true" },
+    return draw("svg", { width: left + Math.max(width, 240), height: 46, "aria-hidden": "true" },
       draw("defs", {}, draw("linearGradient", { id: "viridis" }, ...stops)),
       draw("rect", { x: left, y: 0, width, height: 10, fill: "url(#viridis)", rx: 2 }),
       draw("text", { x: left, y: 25 }, "0"),
+      draw("text", { x: left, y: 41 }, state.statistic.name), // paper shows no chooser
       draw("text", { x: left + width, y: 25, "text-anchor": "end" }, state.statistic.text(top)));
   }
 
