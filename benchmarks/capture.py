@@ -26,7 +26,7 @@ def rows(setting: Setting) -> list[Row]:
     timings = setting.time(ways)
     time = timed_row(
         KEY,
-        f"capture / plain sdpa prefill, {tokens} tokens, {shape.layers} layers: time",
+        f"capture / plain sdpa prefill, {tokens} tokens, {shape}: time",
         timings,
         "capture",
         "prefill",

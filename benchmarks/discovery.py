@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def rows(setting: Setting) -> list[Row]:
-    """In a process of its own: memory that others have left behind would hide what `find` takes."""
+    """Measured in a process of its own: memory that others have left behind would hide what `find` takes."""
     count = 700 if setting.quick else EXPRESSIONS
     what = (
         f"find over {count:,} expressions, 1,024 heads, all of them ranked: memory beyond the model / limit"
@@ -39,13 +39,13 @@ def rows(setting: Setting) -> list[Row]:
     if not sys.platform.startswith("linux"):
         return [Row(KEY, what, note="measured on Linux only")]
     with tempfile.TemporaryDirectory() as folder:
-        _in_a_process("prepare", folder, count)
-        peak = json.loads(_in_a_process("measure", folder, count))["peak"]
+        prepare(Path(folder), count)
+        peak = json.loads(_measured(folder, count))["peak"]
     return [limit_row(KEY, what, peak, LIMIT, bytes_text)]
 
 
-def _in_a_process(task: str, folder: str, count: int) -> bytes:
-    command = [sys.executable, "-m", "benchmarks.discovery", task, folder, str(count)]
+def _measured(folder: str, count: int) -> bytes:
+    command = [sys.executable, "-m", "benchmarks.discovery", folder, str(count)]
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
 
 
@@ -150,4 +150,4 @@ class StandIn:
 
 
 if __name__ == "__main__":
-    {"prepare": prepare, "measure": measure}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    measure(Path(sys.argv[1]), int(sys.argv[2]))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from benchmarks.floor import Shape
 from benchmarks.floor import capture as least_work
 from benchmarks.models import EXPRESSIONS
 from benchmarks.result import Row, timed_row
 from benchmarks.setting import Setting
+from localization_heads.grounding.maps import Grounding, ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.model import LVLM
 
 KEY = "d"
 HEADS_IN = 14
@@ -14,25 +21,46 @@ HEADS_IN = 14
 
 
 def rows(setting: Setting) -> list[Row]:
+    """Everything from picture and expression to the box, against the prefill that any answer begins with."""
     shape = setting.shape(None if setting.quick else Shape().layers)
     last = HEADS_IN * shape.layers // Shape().layers
-    lvlm, image, expression = setting.lvlm(shape), setting.image, EXPRESSIONS[0]
-    tokens = lvlm.encode([image], [lvlm.prompt(expression)])["input_ids"].shape[1]
+    lvlm, image = setting.lvlm(shape), setting.image
+    tokens = encoded(lvlm, image)["input_ids"].shape[1]
     ways = {
-        "early": lambda: lvlm.attend(image, expression, last_layer=last),
-        "full": lambda: lvlm.attend(image, expression),
+        "early": lambda: ground(lvlm, image, last, last_layer=last),
+        "whole": lambda: whole_prefill(lvlm, image),
+        "all": lambda: ground(lvlm, image, last, last_layer=None),
     }
-    repeated = "" if setting.on_gpu else "layers share weights to fit"
+    timings = setting.time(ways)
+    what = f"grounding with heads in layer {last} of {shape}, picture to box"
+    note = "" if setting.on_gpu or setting.quick else "layers share the weights of four, to fit"
+    work = least_work(shape, tokens, last, setting.machine.width)
+    shown: dict[str, Any] = {"work": work, "machine": setting.machine, "note": note}
     return [
         timed_row(
             KEY,
-            f"heads in layer {last} of {shape.layers}: stop there / run all",
-            setting.time(ways),
+            f"{what} / plain prefill, LM head of its last token",
+            timings,
             "early",
-            "full",
+            "whole",
             goal=0.5,
-            work=least_work(shape, tokens, last, setting.machine.width),
-            machine=setting.machine,
-            note=repeated,
-        )
+            **shown,
+        ),
+        timed_row(KEY, f"{what} / the same from the rows of all layers, no LM head", timings, "early", "all"),
     ]
+
+
+def ground(lvlm: LVLM, image: Any, layer: int, *, last_layer: int | None) -> Grounding:
+    """By three heads of that layer; `last_layer` None runs the others too."""
+    maps = lvlm.attend(image, EXPRESSIONS[0], last_layer=last_layer)
+    return ground_maps(maps, [Head(layer, number) for number in range(3)])
+
+
+def whole_prefill(lvlm: LVLM, image: Any) -> Any:
+    """All layers to their ends and the logits of one token, as generation computes them before its first token."""
+    with torch.inference_mode():
+        return lvlm.model(**encoded(lvlm, image), use_cache=False, logits_to_keep=1)
+
+
+def encoded(lvlm: LVLM, image: Any) -> dict[str, Any]:
+    return lvlm.encode([image], [lvlm.prompt(EXPRESSIONS[0])])

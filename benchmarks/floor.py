@@ -6,7 +6,9 @@ is the traffic of activations: every weight that is used is read once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+VOCABULARY = 32064
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,30 @@ class Shape:
     side: int = 336
     patch: int = 14
 
+    def __str__(self) -> str:
+        """What is not LLaVA-1.5-7B's, and the layers."""
+        narrow = (
+            ""
+            if self.hidden == Shape.hidden
+            else f" of {self.hidden:,}, LLaVA-1.5-7B's have {Shape.hidden:,}"
+        )
+        return f"{self.layers} layers{narrow}"
+
     @property
     def image_tokens(self) -> int:
         return (self.side // self.patch) ** 2
+
+    def weights(self, distinct: int, width: int = 2) -> float:
+        """Bytes of a model in which only so many layers have weights of their own."""
+        embeddings = 2 * linear(1, VOCABULARY, self.hidden, width)
+        return (distinct * decoder_layer(self, 1, width=width) + embeddings + vision(self, width)).bytes
+
+    def fitting(self, room: float, distinct: int, width: int = 2) -> Shape:
+        """Half as wide, and again, until the weights and half as much again have room."""
+        shape = self
+        while 1.5 * shape.weights(distinct, width) > room and shape.heads % 2 == 0:
+            shape = replace(shape, hidden=shape.hidden // 2, mlp=shape.mlp // 2, heads=shape.heads // 2)
+        return shape
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.floor import Work
+from benchmarks.memory import free_memory
 from benchmarks.timing import synchronize
 
 
@@ -26,6 +27,7 @@ class Machine:
         flops, bandwidth: the best of several large matrix products and copies, a second, at the start.
         probe: one such product, to run beside what is timed: a busy machine is slower than it was at the start.
         probe_flops: its operations.
+        memory: bytes that were free for models; None where the system does not say.
     """
 
     device: torch.device
@@ -34,6 +36,7 @@ class Machine:
     bandwidth: float
     probe: Callable[[], Any]
     probe_flops: float
+    memory: int | None = None
 
     def floor(self, work: Work, probe_seconds: float) -> float:
         """Seconds that the least work takes at the speed that the probe had in the same round."""
@@ -60,9 +63,8 @@ def measure(*, quick: bool = False) -> Machine:
     seconds = {dtype: _best(probe) for dtype, probe in probes.items()}
     dtype = min(seconds, key=lambda kind: seconds[kind])
     operations = 2.0 * math.prod(_sizes(quick))
-    return Machine(
-        device, dtype, operations / seconds[dtype], _copy_rate(device, quick), probes[dtype], operations
-    )
+    rate, bandwidth = operations / seconds[dtype], _copy_rate(device, quick)
+    return Machine(device, dtype, rate, bandwidth, probes[dtype], operations, free_memory(device))
 
 
 def _sizes(quick: bool) -> tuple[int, int, int]:

@@ -29,6 +29,17 @@ def peak_bytes(work: Callable[[], Any]) -> int | None:
     return resident_peak() - before
 
 
+def free_memory(device: Any) -> int | None:
+    """Bytes that can be had on a device (Linux only on the CPU; None elsewhere)."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not sys.platform.startswith("linux"):
+        return None
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
 def reset_peak() -> int:
     """Forget the process's highest resident size; returns the present one, in bytes."""
     gc.collect()
@@ -43,6 +54,10 @@ def resident_peak() -> int:
 
 
 def _status(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return _kilobytes(Path("/proc/self/status"), field)
+
+
+def _kilobytes(file: Path, field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", file.read_text())
     assert found is not None
     return 1024 * int(found[1])

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.floor import Shape
+from benchmarks.floor import VOCABULARY, Shape
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import LLAVA_SYSTEM
 from localization_heads.lvlm.spec import ModelSpec
@@ -79,7 +79,7 @@ def eager(lvlm: LVLM) -> Iterator[None]:
 def _config(shape: Shape, layers: int) -> LlavaConfig:
     text: dict[str, Any] = {
         "model_type": "llama",
-        "vocab_size": 32064,
+        "vocab_size": VOCABULARY,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.mlp,
         "num_hidden_layers": layers,

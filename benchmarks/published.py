@@ -37,9 +37,7 @@ def rows(setting: Setting) -> list[Row]:
         ("published", f"capture / the published way: eager, all maps to the host, {ANSWER} tokens"),
     ):
         options: dict[str, Any] = {"work": work, "machine": setting.machine} if other == "eager" else {}
-        found.append(
-            timed_row(KEY, f"{what}, {shape.layers} layers: time", timings, "ours", other, **options)
-        )
+        found.append(timed_row(KEY, f"{what}, {shape}: time", timings, "ours", other, **options))
         found.append(memory_row(KEY, "the same: peak memory over the weights", peaks["ours"], peaks[other]))
     return found
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
+from subprocess import CalledProcessError
 from typing import Any
 
 from rich.markup import escape
@@ -14,6 +16,8 @@ from benchmarks.floor import Work
 from benchmarks.machine import Machine
 from benchmarks.timing import Timings
 
+BEGIN, END = "<!-- table of python -m benchmarks -->", "<!-- end of table -->"
+"""Where a page has its table."""
 PROBE = "machine"
 """The way that is no way: the machine's probe, timed in every round."""
 
@@ -78,6 +82,14 @@ def timed_row(
     )
 
 
+def failed_row(key: str, what: str, error: Exception) -> Row:
+    """In place of the rows of a benchmark that failed: the last line of what it, or its process, said."""
+    said = error.stderr if isinstance(error, CalledProcessError) and error.stderr else f"{error}"
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said
+    lines = text.strip().splitlines() or [""]
+    return Row(key, what, note=f"failed: {type(error).__name__}: {lines[-1]}")
+
+
 def limit_row(key: str, what: str, value: float, limit: float, text: Callable[[float], str]) -> Row:
     """The row of one measured value against a limit."""
     return Row(key, what, text(value), text(limit), value / limit, goal=1.0)
@@ -122,4 +134,14 @@ def markdown_of(rows: Sequence[Row]) -> str:
     """The same table for a document."""
     head = ["", "what", "here", "the other way", "ratio", "goal", "least work", "floor", "reached"]
     lines = [head, ["---"] * len(head), *(cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def put_into(page: Path, text: str | None) -> None:
+    """Replace what the page has between its two marks; with None, only see whether it has them (ValueError)."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there is no place between {BEGIN!r} and {END!r}")
+    if text is not None:
+        page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

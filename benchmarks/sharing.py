@@ -26,7 +26,7 @@ def rows(setting: Setting) -> list[Row]:
     return [
         timed_row(
             KEY,
-            f"{len(EXPRESSIONS)} expressions of one picture: encoded once / each anew, {shape.layers} layers",
+            f"{len(EXPRESSIONS)} expressions of one picture: encoded once / each anew, {shape}",
             setting.time(ways),
             "shared",
             "apart",

@@ -14,12 +14,19 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+FEWEST = 2
+"""Rounds that every comparison gets, however long they take: one has no spread."""
+
 
 @dataclass(frozen=True)
 class Timings:
     """Seconds of every round by way, each list in the order of the rounds."""
 
     seconds: Mapping[str, list[float]]
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
 
     def median(self, way: str) -> float:
         return median(self.seconds[way])
@@ -29,11 +36,19 @@ class Timings:
         return [a / b for a, b in zip(self.seconds[way], self.seconds[other], strict=True)]
 
 
-def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: bool = True) -> Timings:
-    """Time every way once a round, in a random order, after one round that is not counted."""
-    shuffled = random.Random(0)
+def interleaved(
+    ways: Mapping[str, Callable[[], Any]], rounds: int, *, at_most: float | None = None, warm_up: bool = True
+) -> Timings:
+    """Time every way once a round, in a random order, after one round that is not counted.
+
+    Args:
+        at_most: seconds after which no round begins, but for the first `FEWEST`.
+    """
+    shuffled, begin = random.Random(0), perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-1 if warm_up else 0, rounds):
+        if at_most is not None and number >= FEWEST and perf_counter() - begin > at_most:
+            break
         for name in shuffled.sample(list(ways), len(ways)):
             gc.collect()
             start = perf_counter()

@@ -16,7 +16,7 @@ from benchmarks.setting import Setting
 
 KEY = "f"
 ROOT = Path(__file__).parents[1]
-ONE_CORE = "engine.cpus_per_worker=1"
+ONE_CORE = ("engine.cpus_per_worker=1", "engine.gpus_per_worker=0")
 
 
 def rows(setting: Setting) -> list[Row]:
@@ -25,30 +25,30 @@ def rows(setting: Setting) -> list[Row]:
         return [Row(KEY, what, note="skipped: this version has no engine=ray")]
     if find_spec("ray") is None:
         return [Row(KEY, what, note="skipped: pip install 'localization-heads[ray]'")]
-    count = 16 if setting.quick else 600
-    alone = seconds_of_find(count, "engine=local")
-    found = []
-    for workers in (1, 2, 4)[: 1 if setting.quick else None]:
-        if workers <= (os.cpu_count() or 1):
-            spread = seconds_of_find(count, "engine=ray", f"engine.num_workers={workers}", ONE_CORE)
-            rate = f"{count / spread:.0f} a second"
-            name = f"find of {count} scenes: {workers} ray workers / engine=local, start-up included"
-            found.append(Row(KEY, name, seconds_text(spread), seconds_text(alone), spread / alone, note=rate))
+    count = 16 if setting.quick else 1500
+    with tempfile.TemporaryDirectory() as folder:
+        data = ["data=scenes", f"scenes.count={count}", f"scenes.folder={folder}/scenes"]
+        seconds_of("stage=scenes", *data)
+        find = ["stage=find", *data, f"num_samples={count}", "num_threads=1", "device=cpu"]
+        alone = seconds_of(*find, "engine=local", f"output_dir={folder}/local")
+        found = []
+        for workers in (1, 2, 4)[: 1 if setting.quick else None]:
+            if workers <= (os.cpu_count() or 1):
+                spread = [f"engine.num_workers={workers}", f"output_dir={folder}/{workers}"]
+                seconds = seconds_of(*find, "engine=ray", *ONE_CORE, *spread)
+                found.append(row(count, workers, seconds, alone))
     return found
 
 
-def seconds_of_find(count: int, *options: str) -> float:
-    """A whole command, in a fresh folder, one thread a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        scenes = ["data=scenes", f"scenes.count={count}", f"scenes.folder={folder}/scenes"]
-        finder = [sys.executable, str(ROOT / "localization_heads_finder.py")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*finder, "stage=scenes", *scenes], check=True, env=environment, capture_output=True)
-        start = perf_counter()
-        subprocess.run(
-            [*finder, "stage=find", *scenes, f"output_dir={folder}/out", *options],
-            check=True,
-            env=environment,
-            capture_output=True,
-        )
-        return perf_counter() - start
+def row(count: int, workers: int, seconds: float, alone: float) -> Row:
+    what = f"find of {count} scenes: {workers} ray workers / engine=local, start-up included"
+    rates = f"{count / seconds:.1f} a second, locally {count / alone:.1f}"
+    return Row(KEY, what, seconds_text(seconds), seconds_text(alone), seconds / alone, note=rates)
+
+
+def seconds_of(*options: str) -> float:
+    """A whole command, one thread a process."""
+    command = [sys.executable, str(ROOT / "localization_heads_finder.py"), *options]
+    start = perf_counter()
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    return perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
 from benchmarks.memory import peak_bytes
 from benchmarks.models import EXPRESSIONS, QUICK, eager, picture, random_llava
-from benchmarks.result import cells, timed_row
+from benchmarks.result import BEGIN, END, cells, put_into, timed_row
+from benchmarks.setting import Setting
 from benchmarks.sharing import check, token_counts
-from benchmarks.timing import Timings, interleaved
+from benchmarks.timing import FEWEST, Timings, interleaved
 
 CPU = torch.device("cpu")
 SMALL = Shape(3, 2, 3, 1, 2, 2, 5, 1, side=4, patch=2)
@@ -120,6 +122,7 @@ def test_ways_take_turns() -> None:
     timings = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 4)
     assert [sorted(calls[i : i + 2]) for i in range(0, 10, 2)] == [["a", "b"]] * 5
     assert {name: len(times) for name, times in timings.seconds.items()} == {"a": 4, "b": 4}
+    assert interleaved({"a": lambda: None}, 9, at_most=0).rounds == FEWEST
     by_hand = Timings({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
     assert (by_hand.median("a"), by_hand.ratios("a", "b")) == (3.0, [2.0, 1.5, 4.0])
 
@@ -222,8 +225,51 @@ def test_some_of_them(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--rounds", "0"])
 
 
+def test_one_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its row says why, the status is 1, and the page gets the table between its marks and nowhere else."""
+
+    def fail(_: Any) -> Any:
+        raise subprocess.CalledProcessError(1, ["finder"], stderr=b"Traceback\nerror: no a | b\n")
+
+    monkeypatch.setattr(command.sharing, "rows", fail)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert command.main(["--quick", "--rounds", "1", "--only", "c,e", "--page", str(page)]) == 1
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n\n| ") and text.endswith(f"\n\n{END}\nafter\n")
+    assert "old" not in text and "spatial entropy" in text and torch.__version__ in text
+    assert "[failed: CalledProcessError: error: no a \\| b]" in text
+    page.write_text("no marks")
+    capsys.readouterr()
+    assert command.main(["--only", "e", "--page", str(page)]) == 2
+    assert "there is no place" in capsys.readouterr().err
+    assert page.read_text() == "no marks"
+
+
+def test_the_page_of_the_results_has_a_place_for_them() -> None:
+    put_into(Path(__file__).parents[1] / "docs" / "performance.md", None)
+
+
+def test_narrower_where_the_memory_is_small() -> None:
+    """Four layers of LLaVA-1.5-7B's with weights of their own are 2.8 GB in 2 bytes each; a row says its width."""
+    full = Shape()
+    assert full.weights(4) == pytest.approx(2 * (4 * 202.4e6 + 2 * 131.3e6 + 311e6), rel=0.01)
+    assert full.fitting(5e9, 4) == full
+    half = full.fitting(4e9, 4)
+    assert (half.hidden, half.mlp, half.heads, half.layers) == (2048, 5504, 16, 32)
+    assert 1.5 * half.weights(4) <= 4e9
+    assert (str(full), str(half)) == ("32 layers", "32 layers of 2,048, LLaVA-1.5-7B's have 4,096")
+    poor = machine.Machine(CPU, torch.float32, 1.0, 1.0, lambda: None, 1.0, memory=6 * 10**9)
+    assert Setting(poor, 1).shape(32).hidden == 2048
+    assert Setting(replace(poor, memory=None), 1).shape(32) == full
+
+
 def test_the_machine_is_measured() -> None:
     found = machine.measure(quick=True)
+    if sys.platform.startswith("linux"):
+        assert 1e8 < (found.memory or 0) < 1e14
     assert found.flops > 1e6
     assert found.bandwidth > 1e6
     quiet = found.probe_flops / found.flops

@@ -405,7 +405,6 @@ torch.set_num_threads(1)
 loaded = loading.load_model(device="cpu")
 
 def run(options, moment):
-    torch.set_num_threads(2)
     loading.load_model = lambda *arguments, **named: loaded
     for name in figures.__all__:
         setattr(figures, name, lambda *arguments, **named: None)
@@ -433,8 +432,9 @@ print(json.dumps(statuses))
 def test_killed_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
     """kill -9 in the middle of a write, early and late; the next run ends with the same bytes."""
     moments = [("batch", m) for m in (1, 6, 9, 14)] + [("find", m) for m in (1, 3, 5)]
+    options = [DATA, "batch_size=2", "num_threads=1"]
     jobs = [
-        (f"killed_{stage}_{moment}", [f"stage={stage}", DATA, "batch_size=2", "device=cpu"], moment)
+        (f"killed_{stage}_{moment}", [f"stage={stage}", *options, "device=cpu"], moment)
         for stage, moment in moments
     ]
     ended = subprocess.run(
@@ -447,7 +447,7 @@ def test_killed_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout.splitlines()[-1]) == [-9] * len(jobs), ended.stderr
     for stage in ("batch", "find"):
-        assert front.finder(f"stage={stage}", DATA, "batch_size=2", f"output_dir=whole_{stage}").status == 0
+        assert front.finder(f"stage={stage}", *options, f"output_dir=whole_{stage}").status == 0
     computed = []
     for folder, options, _ in jobs:
         calls.clear()

@@ -105,7 +105,7 @@ def spread(
             worker_options(run, spread), run.model_choice, run.overrides, str(Path.cwd()), work, last_layer
         )
         samples = {sample.id: sample for chunk in chunks for sample in chunk.samples}
-        with closing(_rows(ray, chunks, spread, recipe)) as rows:
+        with _silent(ray), closing(_rows(ray, chunks, spread, recipe)) as rows:
             for row in rows:
                 done = _with_samples(row["done"], samples)
                 if done.error:
@@ -172,7 +172,8 @@ def _ray(engine: Mapping[str, Any]) -> Iterator[Any]:
     else:
         quiet["address"] = engine["address"]
     try:
-        ray.init(**quiet)
+        with _no_standard_error():
+            ray.init(**quiet)
     except Exception as error:
         shown = "null" if engine["address"] is None else engine["address"]
         raise WorkError(f"engine.address={shown}: Ray does not start: {_first_line(error)}") from error
@@ -181,6 +182,34 @@ def _ray(engine: Mapping[str, Any]) -> Iterator[Any]:
     finally:
         with suppress(Exception):
             ray.shutdown()
+
+
+@contextmanager
+def _no_standard_error() -> Iterator[None]:
+    """Ray's core tells there that its log level was set, before it heeds it. What goes wrong is raised."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+@contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    """Ray tells of every dead worker on the command's own output; what comes of it, the command says itself.
+
+    The switch is that of Ray's debugger: there is no public one.
+    """
+    worker = ray._private.worker
+    before = getattr(worker, "_worker_logs_enabled", True)
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
 
 
 def _spread(run: Run, resources: Mapping[str, float]) -> Spread:
