@@ -31,6 +31,8 @@ PICTURES = {
     "visualization.png": TINY / "attention" / "one_visualization.png",
     "components.png": TINY / "attention" / "one_components_L4H4.png",
     "several.png": TINY / "attention" / "two_grounding.png",
+    "attention_sums.png": TINY / "attention_sums.png",
+    "selection_frequency.png": TINY / "selection_frequency.png",
 }
 """Pictures that the commands of the pages draw, by their name in docs/images."""
 
