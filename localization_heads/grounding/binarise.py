@@ -33,7 +33,8 @@ def threshold(
     Args:
         share: of the mass that `top_mass` keeps.
         visible: the cells that show some of the image, bool `[h, w]`; all by default.
-        means, margin: of `mean`: `means * mean + margin`, so 2 and 0.001 are `relu(A - 2 mean(A)) > 0.001`.
+        means: of `mean`, whose threshold is `means * mean + margin`.
+        margin: the same; 2 means and 0.001 are `relu(A - 2 mean(A)) > 0.001`.
 
     Raises:
         ValueError: NaN or infinite values.

@@ -53,8 +53,9 @@ class GroundingOptions:
         top_mass: that share, above 0 and at most 1.
         box_from: the `"map"` (paper), or the segmenter's `"mask"`: its tight box. `ground_maps` knows the map alone;
             `segmentation.refine` sees to the mask.
-        means, margin: of `binarise="mean"`: a cell is active above `means` times the mean, and by more than `margin`;
-            1 and 0 are the paper's, 2 and 0.001 those of the published code, `relu(A - 2 mean(A)) > 0.001`.
+        means: of `binarise="mean"`: how many means a cell has to exceed; the paper's 1, or the published code's 2 in
+            `relu(A - 2 mean(A)) > 0.001`.
+        margin: of `binarise="mean"`: and by how much; 0, or the published code's 0.001.
         border: how the map goes on beyond its edge when it is smoothed: `"mirror"` does not repeat the edge cell
             (`c b | a b c`, OpenCV and torchvision), `"repeat"` does (`b a | a b c`, scipy and so the published code).
         ignore_padding: take the grid as if it covered the picture and nothing else (published code). Wrong on
