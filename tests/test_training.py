@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from localization_heads.data.scenes import render_scene
+from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.heads.ranking import HeadRanking, RankedHead
 from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker
+from training.evaluate import correlation
 from training.language import IDS, build_tokenizer, encode, scene_turns
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
@@ -285,3 +288,33 @@ def test_an_arm_of_the_ablation_starts_from_a_runs_weights(tmp_path):
     assert arm.step == 0
     for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def ranked(frequencies):
+    """A ranking of (layer, head) -> selection frequency; heads that are never marked were dropped."""
+    heads = [
+        RankedHead(layer, head, share, 0.0, attention_sum=share, spatial_entropy=1.0, kept=share > 0)
+        for (layer, head), share in frequencies.items()
+    ]
+    return HeadRanking(tuple(heads), 0.1, 10, 100, 1, CriteriaOptions())
+
+
+def test_frequency_and_iou_are_compared_as_in_the_paper_and_over_all_candidates():
+    frequencies = {
+        (2, 0): 0.9,
+        (2, 1): 0.5,
+        (3, 0): 0.1,
+        (3, 1): 0.001,
+        (2, 2): 0.0,
+        (3, 2): 0.0,
+        (0, 0): 0.0,
+    }
+    iou = np.zeros((4, 3))
+    iou[[2, 2, 3, 3, 2, 3, 0], [0, 1, 0, 1, 2, 2, 0]] = 0.5, 0.3, 0.4, 0.2, 0.1, 0.1, 0.9
+    found = correlation(ranked(frequencies), iou)
+    assert (found["heads"], found["all"]["heads"]) == (3, 6)
+    assert found["rho"] == pytest.approx(0.5)  # ranks 3 2 1 and 3 1 2
+    assert found["all"]["rho"] == pytest.approx(1 - 2 / 34)  # two neighbours change places
+    same = correlation(ranked({(2, head): 1.0 for head in range(3)} | {(3, 0): 0.0}), iou)
+    assert same["rho"] is None and same["all"]["heads"] == 4
+    assert same["all"]["rho"] is not None
