@@ -40,8 +40,7 @@ RECIPE = Recipe(
     rates=((0, 0.1), (9, 1.0), (132, 1.0), (249, 0.57), (250, 0.34)),
     look_from=200,
     look_steps=100,
-    few_look_from=360,
-    few_look_cost=0.3,
+    few_look_costs=((360, 0.3), (380, 0.5)),
 )
 
 
@@ -205,7 +204,7 @@ def test_a_resumed_run_follows_the_same_trajectory(tmp_path, threads):
 
 def test_rates_are_lines_from_point_to_point(tmp_path):
     """The first 12,700 steps: warm-up, constant for a third, down to nothing, 0.6 of that from step 6,327 on."""
-    trainer = Trainer(replace(RECIPE, steps=21_900, rates=Recipe().rates), tmp_path)
+    trainer = Trainer(replace(RECIPE, steps=13_850, rates=Recipe().rates[:8]), tmp_path)
 
     def rate(step):
         trainer.step = step
@@ -216,8 +215,8 @@ def test_rates_are_lines_from_point_to_point(tmp_path):
         before = min(1.0, (step + 1) / 100, max(0.02, left * (0.6 if step >= 6_327 else 1.0)))
         assert rate(step) == pytest.approx(before, abs=2e-4)
     assert rate(12_850) == 0.3
-    assert rate(17_375) == pytest.approx(0.16)
-    assert rate(21_900) == rate(30_000) == 0.02
+    assert rate(13_350) == pytest.approx(0.16)
+    assert rate(13_850) == rate(20_000) == 0.02
 
 
 def test_in_the_end_much_looking_in_few_heads_is_cheaper(tmp_path):
@@ -229,10 +228,10 @@ def test_in_the_end_much_looking_in_few_heads_is_cheaper(tmp_path):
         expected = torch.tensor(0.1 * share * RECIPE.look_cost)
         torch.testing.assert_close(trainer._look_cost(alike), expected)
         torch.testing.assert_close(trainer._look_cost(few), expected)
-    trainer.step = 360
     roots = (0.101**0.5 - LOOK_EPS**0.5, (0.301**0.5 - LOOK_EPS**0.5) / 3)
-    for looked, root in zip((alike, few), roots, strict=True):
-        torch.testing.assert_close(trainer._look_cost(looked), torch.tensor(0.3 * root))
+    for trainer.step, weight in ((360, 0.3), (370, 0.4), (380, 0.5), (399, 0.5)):
+        for looked, root in zip((alike, few), roots, strict=True):
+            torch.testing.assert_close(trainer._look_cost(looked), torch.tensor(weight * root))
     asleep = torch.zeros(3, 4, requires_grad=True)
     trainer._look_cost(asleep).backward()
     assert asleep.grad.isfinite().all()

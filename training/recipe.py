@@ -65,7 +65,7 @@ class Recipe:
     rise once more, with more places, colours and relations to tell apart, and a cost that few heads escape.
     """
 
-    steps: int = 21_900
+    steps: int = 21_700
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -108,10 +108,9 @@ class Recipe:
     look_cost: float = 0.4  # of attention to the image, so that heads with nothing to see rest on the text
     look_from: int = 6_200  # the step from which that cost grows, once there is something to look for,
     look_steps: int = 1_500  # in so many steps
-    few_look_from: int = (
-        12_700  # the step from which each head pays the root of what it looks, not the amount itself
-    )
-    few_look_cost: float = 0.4  # times this: a little looking in many heads costs more than much in few
+    # (step, weight), joined by lines. From the first of these steps on each head pays the root of what it looks, not
+    # the amount itself: a little looking in many heads costs more than much in few.
+    few_look_costs: tuple[tuple[int, float], ...] = ((12_700, 0.4), (18_122, 0.4), (18_822, 1.2))
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
     vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
@@ -126,10 +125,13 @@ class Recipe:
         (12_416, 0.02),
         (12_700, 0.02),
         (12_850, 0.30),
+        (16_373, 0.1910),
+        (16_573, 0.16),
+        (17_564, 0.1300),
     )
     last_rate: float = 0.02
     checkpoint_seconds: float = 120.0
-    probe_every: int = 1_000  # steps between looks at the validation scenes,
+    probe_every: int = 2_000  # steps between looks at the validation scenes,
     probe_scenes: int = 120  # at so many of them
     half: bool = True  # bfloat16 forward and backward, float32 weights
 
@@ -147,4 +149,5 @@ def read_recipe(path: Path) -> Recipe:
         for s in values["stages"]
     )
     values |= {"canvases": tuple(canvases), "stages": tuple(stages)}
-    return Recipe(**values | {"rates": tuple(map(tuple, values["rates"]))})
+    lines = {name: tuple(map(tuple, values[name])) for name in ("rates", "few_look_costs")}
+    return Recipe(**values | lines)

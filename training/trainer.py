@@ -124,8 +124,9 @@ class Trainer:
         `looked`: each head's mean attention sum over the image. With the root, looking is cheapest in few heads.
         """
         recipe = self.recipe
-        if self.step >= recipe.few_look_from:
-            return recipe.few_look_cost * ((looked + LOOK_EPS).sqrt() - LOOK_EPS**0.5).mean()
+        if self.step >= recipe.few_look_costs[0][0]:
+            weight = float(np.interp(self.step, *zip(*recipe.few_look_costs, strict=True)))
+            return weight * ((looked + LOOK_EPS).sqrt() - LOOK_EPS**0.5).mean()
         grown = min(1.0, max(0.0, (self.step - recipe.look_from) / recipe.look_steps))
         return recipe.look_cost * grown * looked.mean()
 
