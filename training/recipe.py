@@ -110,7 +110,15 @@ class Recipe:
     look_steps: int = 1_500  # in so many steps
     # (step, weight), joined by lines. From the first of these steps on each head pays the root of what it looks, not
     # the amount itself: a little looking in many heads costs more than much in few.
-    few_look_costs: tuple[tuple[int, float], ...] = ((12_700, 0.4), (18_122, 0.4), (18_822, 1.2))
+    few_look_costs: tuple[tuple[int, float], ...] = (
+        (12_700, 0.4),
+        (18_122, 0.4),
+        (18_822, 1.2),
+        (19_049, 1.2),
+        (19_949, 2.4),
+        (20_735, 2.4),
+        (20_736, 1.2),
+    )
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
     vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
