@@ -64,6 +64,7 @@ def draw_curves(log: Path, target: Path) -> None:
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.savefig(target, dpi=110)
