@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from localization_heads.data.scenes import render_scene
+from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.heads.ranking import HeadRanking, RankedHead
 from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker
+from training.evaluate import correlation
 from training.language import IDS, build_tokenizer, encode, scene_turns
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
-from training.recipe import Canvas, ModelRecipe, Recipe
-from training.trainer import Trainer, load_run
+from training.recipe import Canvas, ModelRecipe, Recipe, Stage
+from training.trainer import LOOK_EPS, Trainer, load_run
 
 SMALL = ModelRecipe(
     image_size=64, width=64, vision_layers=1, vision_mlp=128, text_layers=3, text_heads=4, head_dim=16, text_mlp=128
@@ -24,20 +27,26 @@ RECIPE = Recipe(
     steps=400,
     model=SMALL,
     canvases=(Canvas(6, (1,), 24, 0), Canvas(6, (1,), 16, 40)),
-    stage_starts=(0, 100, 200),
-    mixes=((1.0, 0.0, 0.0), (0.2, 0.8, 0.0), (0.1, 0.1, 0.8)),
+    stages=(  # easy pictures: the test is short
+        Stage(0, (1.0, 0.0, 0.0), (), 0.0, 0.0),
+        Stage(100, (0.2, 0.8, 0.0), (), 0.0, 0.0),
+        Stage(200, (0.1, 0.1, 0.8), (), 0.0, 0.0),
+    ),
     text_tokens=64,
-    warmup_steps=10,
     query_key_cap=0.18,  # weights of a narrower model are larger
     half=False,
     image_keep=0.8,
-    augment_share=0.0,  # easy pictures: the test is short
     bars_share=0.0,
-    training_styles_share=0.0,
-    calm_from=250,
+    rates=((0, 0.1), (9, 1.0), (132, 1.0), (249, 0.57), (250, 0.34)),
     look_from=200,
     look_steps=100,
+    few_look_costs=((360, 0.3), (380, 0.5)),
 )
+
+
+def showing(*mix, **options):
+    """The small recipe with one stage."""
+    return replace(RECIPE, stages=(Stage(0, mix),), **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +61,7 @@ def test_fast_forward_is_the_models_own():
     torch.manual_seed(0)
     model = build_model(SMALL).eval()
     fast = FastForward(model)
-    recipe = replace(RECIPE, canvases=(Canvas(8, None, 4),), stage_starts=(0,), mixes=((0.0, 1.0),))
-    batch = BatchMaker(recipe).make(3)
+    batch = BatchMaker(showing(0.0, 1.0, canvases=(Canvas(8, None, 4),))).make(3)
     with torch.no_grad():
         features = fast.image_features(batch.pixels, batch.cells)
         states, _ = fast.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
@@ -110,9 +118,7 @@ def test_a_shrunk_model_reads_spread_cells_as_in_training():
     model = build_model(SMALL).eval()
     cells = spread_cells(8, 4)
     assert cells[:5].tolist() == [9, 11, 13, 15, 25]
-    batch = BatchMaker(
-        replace(RECIPE, canvases=(Canvas(4, (1,), 1, 48, 4),), stage_starts=(0,), mixes=((0.0, 1.0),))
-    ).make(3)
+    batch = BatchMaker(showing(0.0, 1.0, canvases=(Canvas(4, (1,), 1, 48, 4),))).make(3)
     with torch.no_grad():
         fast, own = FastForward(model), batch.groups[0] == 0
         features = fast.image_features(batch.pixels, cells[None])
@@ -144,8 +150,8 @@ def test_tokenizer_and_trainer_agree():
 
 def guessing(kind):
     """Loss in nats of the best guess that looks at nothing, and how often the commonest first word is right."""
-    mix = tuple(float(kind == i) for i in range(3))
-    maker = BatchMaker(replace(RECIPE, stage_starts=(0,), mixes=(mix,)))
+    stage = replace(RECIPE.stages[-1], start=0, mix=tuple(float(kind == i) for i in range(3)))
+    maker = BatchMaker(replace(RECIPE, stages=(stage,)))
     batches = [maker.make(step) for step in range(20)]
     targets, weights = (
         torch.cat([getattr(b, name).flatten() for b in batches]) for name in ("targets", "weights")
@@ -175,8 +181,8 @@ def test_the_code_still_trains(tmp_path, threads):
 
 def test_weights_that_a_batch_does_not_use_stay(tmp_path):
     """Momentum of old gradients must not move them: it would be made as large as a real step."""
-    mixes = ((0.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
-    trainer = Trainer(replace(RECIPE, stage_starts=(0, 2, 3), mixes=mixes), tmp_path).follow(until=2)
+    stages = (Stage(0, (0.0, 0.0, 1.0)), Stage(2, (1.0, 0.0, 0.0)), Stage(3, (0.0, 1.0, 0.0)))
+    trainer = Trainer(replace(RECIPE, stages=stages), tmp_path).follow(until=2)
     layers = [trainer.model.model.vision_tower, trainer.model.model.language_model.layers]
     for unused, step in zip(layers, (3, 4), strict=True):
         before = [p.clone() for p in unused.parameters() if p.ndim == 2]
@@ -196,9 +202,75 @@ def test_a_resumed_run_follows_the_same_trajectory(tmp_path, threads):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
-def test_a_run_is_read_back(tmp_path):
+def test_rates_are_lines_from_point_to_point(tmp_path):
+    """The first 12,700 steps: warm-up, constant for a third, down to nothing, 0.6 of that from step 6,327 on."""
+    trainer = Trainer(replace(RECIPE, steps=13_850, rates=Recipe().rates[:8]), tmp_path)
 
-    recipe = replace(RECIPE, steps=1)
+    def rate(step):
+        trainer.step = step
+        return trainer.rate_factor()
+
+    for step in (0, 50, 99, 100, 3_000, 4_191, 5_000, 6_326, 6_327, 9_000, 12_000, 12_500, 12_699):
+        left = (1 - step / 12_700) / 0.67
+        before = min(1.0, (step + 1) / 100, max(0.02, left * (0.6 if step >= 6_327 else 1.0)))
+        assert rate(step) == pytest.approx(before, abs=2e-4)
+    assert rate(12_850) == 0.3
+    assert rate(13_350) == pytest.approx(0.16)
+    assert rate(13_850) == rate(20_000) == 0.02
+
+
+def test_in_the_end_much_looking_in_few_heads_is_cheaper(tmp_path):
+    trainer, alike = Trainer(RECIPE, tmp_path), torch.full((3, 4), 0.1)
+    few = torch.zeros(3, 4)
+    few[2] = 0.3  # the same on average
+    for step, share in ((0, 0.0), (200, 0.0), (250, 0.5), (300, 1.0), (359, 1.0)):
+        trainer.step = step
+        expected = torch.tensor(0.1 * share * RECIPE.look_cost)
+        torch.testing.assert_close(trainer._look_cost(alike), expected)
+        torch.testing.assert_close(trainer._look_cost(few), expected)
+    roots = (0.101**0.5 - LOOK_EPS**0.5, (0.301**0.5 - LOOK_EPS**0.5) / 3)
+    for trainer.step, weight in ((360, 0.3), (370, 0.4), (380, 0.5), (399, 0.5)):
+        for looked, root in zip((alike, few), roots, strict=True):
+            torch.testing.assert_close(trainer._look_cost(looked), torch.tensor(weight * root))
+    asleep = torch.zeros(3, 4, requires_grad=True)
+    trainer._look_cost(asleep).backward()
+    assert asleep.grad.isfinite().all()
+
+
+def test_what_each_head_looks_is_told_apart():
+    torch.manual_seed(0)
+    fast, batch = FastForward(build_model(SMALL)), BatchMaker(showing(0.0, 0.0, 1.0)).make(0)
+    with torch.no_grad():
+        features = fast.image_features(batch.pixels, batch.cells)
+        for values in (features, None):
+            _, looked = fast.text_states(values, batch.cells, batch.ids, batch.offsets, batch.groups)
+            assert looked.shape == (3, 4)
+            assert ((looked > 0) == (values is not None)).all()
+
+
+def test_a_stage_says_which_expressions_are_asked():
+    scene = next(s for s in map(render_scene, range(100)) if len({e.kind for e in s.expressions}) == 7)
+    kind_of = {e.text: e.kind for e in scene.expressions}
+
+    def kinds(weights, number=600):
+        turns, found = scene_turns(scene, Random(0), weights=weights), []
+        for _ in range(number):
+            text = next(turns)[0].removesuffix(" .").removeprefix("please find ").removeprefix("<unk> ")
+            found += [kind_of[text]] if text in kind_of else []
+        return {kind: found.count(kind) / len(found) for kind in kind_of.values()}
+
+    uniform = kinds({})
+    assert len(uniform) == 7
+    assert all(share == pytest.approx(1 / 7, abs=0.06) for share in uniform.values())
+    weighted = kinds({"place": 4.0, "name": 0.0})
+    assert weighted["name"] == 0
+    assert weighted["place"] == pytest.approx(4 / 9, abs=0.08)
+    assert weighted["size"] == pytest.approx(1 / 9, abs=0.06)
+
+
+def test_a_run_is_read_back(tmp_path):
+    stage = Stage(0, (1.0, 0.0, 0.0), (("place", 2.0),))
+    recipe = replace(RECIPE, steps=1, stages=(stage,))
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
     trained = Trainer(recipe, tmp_path).follow().model
     again, model = load_run(tmp_path)
@@ -215,3 +287,33 @@ def test_an_arm_of_the_ablation_starts_from_a_runs_weights(tmp_path):
     assert arm.step == 0
     for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def ranked(frequencies):
+    """A ranking of (layer, head) -> selection frequency; heads that are never marked were dropped."""
+    heads = [
+        RankedHead(layer, head, share, 0.0, attention_sum=share, spatial_entropy=1.0, kept=share > 0)
+        for (layer, head), share in frequencies.items()
+    ]
+    return HeadRanking(tuple(heads), 0.1, 10, 100, 1, CriteriaOptions())
+
+
+def test_frequency_and_iou_are_compared_as_in_the_paper_and_over_all_candidates():
+    frequencies = {
+        (2, 0): 0.9,
+        (2, 1): 0.5,
+        (3, 0): 0.1,
+        (3, 1): 0.001,
+        (2, 2): 0.0,
+        (3, 2): 0.0,
+        (0, 0): 0.0,
+    }
+    iou = np.zeros((4, 3))
+    iou[[2, 2, 3, 3, 2, 3, 0], [0, 1, 0, 1, 2, 2, 0]] = 0.5, 0.3, 0.4, 0.2, 0.1, 0.1, 0.9
+    found = correlation(ranked(frequencies), iou)
+    assert (found["heads"], found["all"]["heads"]) == (3, 6)
+    assert found["rho"] == pytest.approx(0.5)  # ranks 3 2 1 and 3 1 2
+    assert found["all"]["rho"] == pytest.approx(1 - 2 / 34)  # two neighbours change places
+    same = correlation(ranked({(2, head): 1.0 for head in range(3)} | {(3, 0): 0.0}), iou)
+    assert same["rho"] is None and same["all"]["heads"] == 4
+    assert same["all"]["rho"] is not None

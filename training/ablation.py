@@ -28,7 +28,7 @@ from training.evaluate import (
     rank,
 )
 from training.measure import measure
-from training.recipe import Recipe
+from training.recipe import Recipe, Stage
 from training.trainer import CHECKPOINT, Trainer
 from training.workers import run
 
@@ -43,8 +43,8 @@ def arm_recipe(steps: int, answer_places: bool) -> Recipe:
     return replace(
         base,
         steps=steps,
-        stage_starts=(0,),
-        mixes=(tuple(mix),),
+        stages=(Stage(0, tuple(mix)),),
+        rates=((0, 0.01), (99, 1.0), (round(0.33 * steps), 1.0)),
         matrix_rate=0.4 * base.matrix_rate,
         vector_rate=0.4 * base.vector_rate,
         look_from=steps // 7,

@@ -11,7 +11,7 @@ from torch import Tensor
 from localization_heads.data.artwork import TRAINING_STYLES
 from localization_heads.data.scenes import TRAIN_SEEDS, Scene, render_scene
 from training.language import IDS, encode, scene_turns, text_turns
-from training.recipe import Canvas, Recipe
+from training.recipe import Canvas, Recipe, Stage
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, of RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -90,36 +90,36 @@ class BatchMaker:
 
     def make(self, step: int) -> Batch:
         """The batch of a step: the same at every run of the same recipe."""
-        stage = sum(step >= start for start in self.recipe.stage_starts) - 1
+        stage = [s for s in self.recipe.stages if step >= s.start][-1]
         key = f"{self.recipe.seed} {step}"  # all workers draw the same kind of batch
-        choice = Random(key).choices((None, *self.recipe.canvases), self.recipe.mixes[stage])[0]
+        choice = Random(key).choices((None, *self.recipe.canvases), stage.mix)[0]
         rng = Random(f"{key} {self.worker}")
-        return self._text_batch(rng) if choice is None else self._image_batch(choice, rng)
+        return self._text_batch(rng) if choice is None else self._image_batch(choice, stage, rng)
 
     def _text_batch(self, rng: Random) -> Batch:
         rows = [pack(text_turns(rng), self.recipe.text_tokens, 0.5) for _ in range(self.recipe.text_rows)]
         return Batch(None, None, None, *self._tensors(rows))
 
-    def _image_batch(self, canvas: Canvas, rng: Random) -> Batch:
-        scenes = [self._scene(canvas, rng) for _ in range(canvas.pictures)]
-        rows = [self._row(scene, canvas.text_tokens, rng) for scene in scenes]
+    def _image_batch(self, canvas: Canvas, stage: Stage, rng: Random) -> Batch:
+        scenes = [self._scene(canvas, stage, rng) for _ in range(canvas.pictures)]
+        rows = [self._row(scene, canvas.text_tokens, stage, rng) for scene in scenes]
         cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
         words = torch.from_numpy(np.stack([caption_words(scene) for scene in scenes]))
         return Batch(normalise(np.stack([s.image for s in scenes])), cells, words, *self._tensors(rows))
 
-    def _scene(self, canvas: Canvas, rng: Random) -> Scene:
+    def _scene(self, canvas: Canvas, stage: Stage, rng: Random) -> Scene:
         return render_scene(
             rng.randrange(TRAIN_SEEDS.stop),
             size=canvas.cells * self.model.patch_size,
             num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
-            style=rng.choice(TRAINING_STYLES) if rng.random() < self.recipe.training_styles_share else None,
+            style=rng.choice(TRAINING_STYLES) if rng.random() < stage.training_styles_share else None,
             span=canvas.cells / (canvas.scene_cells or self.model.grid),
             bars=_bars(rng) if rng.random() < self.recipe.bars_share else (0.0, 0.0),
-            augment=rng.random() < self.recipe.augment_share,
+            augment=rng.random() < stage.augment_share,
         )
 
-    def _row(self, scene: Scene, length: int, rng: Random) -> np.ndarray:
-        turns = scene_turns(scene, rng, self.recipe.answer_places)
+    def _row(self, scene: Scene, length: int, stage: Stage, rng: Random) -> np.ndarray:
+        turns = scene_turns(scene, rng, self.recipe.answer_places, dict(stage.kinds))
         return pack(turns, length, self.recipe.expression_weight)
 
     def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:

@@ -60,10 +60,11 @@ def draw_curves(log: Path, target: Path) -> None:
         "captions alone: loss",
         "conversations: loss",
         "conversations: answer tokens right",
-        "60 validation scenes",
+        "60 validation scenes, from step 13,000 on 120",
     )
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlabel="step")
+        axis.locator_params(axis="x", nbins=5)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.savefig(target, dpi=110)

@@ -77,10 +77,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def scene_turns(scene: Scene, rng: Random, places: bool = False) -> Iterator[tuple[str, str]]:
+def scene_turns(
+    scene: Scene, rng: Random, places: bool = False, weights: dict[str, float] | None = None
+) -> Iterator[tuple[str, str]]:
     """(prompt, answer) turns about a scene, endless: a description, then expressions and questions.
 
-    `places` puts the object's place in front of every description (the ablation).
+    `places` puts the object's place in front of every description (the ablation). `weights` says how often which
+    kind of expression is drawn (1 for kinds not named); all alike if empty.
     """
     if rng.random() < 0.6:
         yield _list_turn(scene, rng)
@@ -92,7 +95,11 @@ def scene_turns(scene: Scene, rng: Random, places: bool = False) -> Iterator[tup
         if not telling or rng.random() < 0.2:
             yield _question_turn(scene, rng)
         else:
-            e = rng.choice(by_kind[rng.choice(list(by_kind))])
+            kinds = list(by_kind)
+            kind = (
+                rng.choices(kinds, [weights.get(k, 1.0) for k in kinds])[0] if weights else rng.choice(kinds)
+            )
+            e = rng.choice(by_kind[kind])
             place = f"{_place(scene, e.object_index)} " if places else ""
             yield f"{_with_unknown_word(e.text, rng)} .", place + e.answer
 

@@ -12,8 +12,6 @@ from training.batches import normalise
 from training.language import IDS, encode
 from training.model import PREFIX
 
-BATCH = 25
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -35,48 +33,32 @@ def measure(
     samples: Iterable[tuple[Scene, Expression]],
     places: tuple[int, torch.Tensor] | None = None,
 ) -> list[Measured]:
-    """Run the model's own forward on (scene, expression) samples, batched by length.
+    """Run the model's own forward on (scene, expression) samples, one by one: larger batches are slower on a CPU.
 
     `places`: a grid's side, and where in that grid the image's cells lie, if they do not fill it.
     """
     model.set_attn_implementation("eager")
     model.eval()
-    samples = list(samples)
-    texts = [_texts(expression) for _, expression in samples]
-    order = sorted(range(len(samples)), key=lambda i: tuple(map(len, texts[i])))
-    measured: dict[int, Measured] = {}
-    while order:
-        lengths = tuple(map(len, texts[order[0]]))
-        chosen = [i for i in order[:BATCH] if tuple(map(len, texts[i])) == lengths]
-        order = order[len(chosen) :]
-        results = _run(model, [samples[i] for i in chosen], [texts[i] for i in chosen], places)
-        measured.update(zip(chosen, results, strict=True))
-    return [measured[i] for i in range(len(samples))]
+    return [_measure(model, scene, expression, places) for scene, expression in samples]
 
 
-def _texts(expression: Expression) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt after the image, and of the answer."""
-    return encode(f"{expression.text} ."), [*encode(expression.answer), IDS["</s>"]]
-
-
-def _run(model: LlavaForConditionalGeneration, samples: list, texts: list, places) -> list[Measured]:
+def _measure(model: LlavaForConditionalGeneration, scene: Scene, expression: Expression, places) -> Measured:
     grid = model.config.vision_config.image_size // model.config.vision_config.patch_size
     start, image = len(PREFIX), [IDS["<image>"]] * grid**2
-    ids = torch.tensor([[*PREFIX, *image, *prompt, *answer] for prompt, answer in texts])
-    pixels = normalise(np.stack([scene.image for scene, _ in samples]))
+    prompt, answer = encode(f"{expression.text} ."), [*encode(expression.answer), IDS["</s>"]]
+    ids = torch.tensor([[*PREFIX, *image, *prompt, *answer]])
     output = model(
         input_ids=ids,
-        pixel_values=pixels,
+        pixel_values=normalise(scene.image[None]),
         attention_mask=torch.ones_like(ids),
         position_ids=_positions(places or (grid, torch.arange(grid**2)), ids.shape[1]),
         output_attentions=True,
         use_cache=False,
     )
-    last = start + len(image) + len(texts[0][0]) - 1
-    rows = torch.stack([a[:, :, last, start : start + len(image)] for a in output.attentions], 1)
-    maps = rows.unflatten(-1, (grid, grid)).numpy()
-    right = output.logits[:, last:-1].argmax(-1) == ids[:, last + 1 :]
-    return [Measured(*s, m, tuple(r.tolist())) for s, m, r in zip(samples, maps, right, strict=True)]
+    last = start + len(image) + len(prompt) - 1
+    rows = torch.stack([a[0, :, last, start : start + len(image)] for a in output.attentions])
+    right = output.logits[0, last:-1].argmax(-1) == ids[0, last + 1 :]
+    return Measured(scene, expression, rows.unflatten(-1, (grid, grid)).numpy(), tuple(right.tolist()))
 
 
 def _positions(places: tuple[int, torch.Tensor], length: int) -> torch.Tensor:

@@ -139,7 +139,7 @@ class FastForward:
     def text_states(
         self, features: Tensor | None, cells: Tensor | None, ids: Tensor, offsets: Tensor, groups: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Last hidden states (B, T, D) of packed conversations, and their mean attention sum over the image.
+        """Last hidden states (B, T, D) of packed conversations, and each head's mean attention sum over the image.
 
         `features` (B, N, D) and `cells` (B, N) give the image, or None for text alone; `ids` (B, T) tokens;
         `offsets` (B, T) each token's place in its conversation; `groups` (B, T) which conversation it is in.
@@ -159,7 +159,7 @@ class FastForward:
             last = index == len(self.language.layers) - 1
             streams, looked = self._text_layer(layer, streams, positions, biases, only_text=last)
             looks.append(looked)
-        return self._norm(self.language.norm, streams[2]), torch.stack(looks).mean()
+        return self._norm(self.language.norm, streams[2]), torch.stack(looks)  # (layer, head)
 
     def _biases(self, num_image: int, groups: Tensor) -> list[Tensor]:
         """Additive masks of system, image and text queries over the keys they may have."""
@@ -188,7 +188,7 @@ class FastForward:
     def _text_layer(self, layer, streams, positions, biases, only_text: bool) -> tuple[list[Tensor], Tensor]:
         """One decoder layer over (system, image, text); each stream sees those before it and itself.
 
-        Also gives the text's mean attention sum over the image.
+        Also gives the text's mean attention sum over the image in each head: (H,).
         """
         attention, batch = layer.self_attn, streams[2].shape[0]
         normed = [self._norm(layer.input_layernorm, x) for x in streams]
@@ -214,7 +214,7 @@ class FastForward:
         image = weights[
             ..., len(PREFIX) : len(PREFIX) + streams[1].shape[1]
         ]  # of text queries, the last stream
-        return output, image.sum(-1).mean()
+        return output, image.sum(-1).float().mean((0, 2))
 
     def _dropout(self, q: Tensor, num_image: int, num_keys: int) -> Tensor | None:
         """Scales (B, 1, T, keys) that drop attention to image tokens at random."""

@@ -43,14 +43,29 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One training run. `mixes` gives each stage's shares of (text only, each of the canvases).
+class Stage:
+    """What a run shows from step `start` on: shares of (text only, each of the canvases), and what the pictures are.
 
-    The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; pictures of
-    few objects; full scenes, drawn in 16 x 16 cells first, then in all of them.
+    `kinds` weighs the kinds of expression that conversations draw from (1 for those not named; none: all alike).
     """
 
-    steps: int = 12_700
+    start: int
+    mix: tuple[float, ...]
+    kinds: tuple[tuple[str, float], ...] = ()
+    augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
+    training_styles_share: float = 0.35  # of the pictures in the styles that are there to learn from only
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; pictures of
+    few objects; full scenes, drawn in 16 x 16 cells first, then in all of them; and more of these, at rates that
+    rise once more, with more places, colours and relations to tell apart, and a cost that few heads escape.
+    """
+
+    steps: int = 21_700
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -66,13 +81,19 @@ class Recipe:
         Canvas(24, None, 3, 128),
         Canvas(24, None, 2, 160),
     )
-    stage_starts: tuple[int, ...] = (0, 300, 4_200, 5_400, 9_000)  # steps
-    mixes: tuple[tuple[float, ...], ...] = (
-        (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-        (0.04, 0.42, 0.34, 0.20, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-        (0.08, 0.0, 0.0, 0.0, 0.0, 0.17, 0.58, 0.17, 0.0, 0.0, 0.0),
-        (0.05, 0.06, 0.08, 0.06, 0.02, 0.03, 0.14, 0.42, 0.07, 0.07, 0.0),
-        (0.04, 0.0, 0.05, 0.05, 0.08, 0.0, 0.0, 0.04, 0.12, 0.0, 0.62),
+    stages: tuple[Stage, ...] = (
+        Stage(0, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+        Stage(300, (0.04, 0.42, 0.34, 0.20, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+        Stage(4_200, (0.08, 0.0, 0.0, 0.0, 0.0, 0.17, 0.58, 0.17, 0.0, 0.0, 0.0)),
+        Stage(5_400, (0.05, 0.06, 0.08, 0.06, 0.02, 0.03, 0.14, 0.42, 0.07, 0.07, 0.0)),
+        Stage(9_000, (0.04, 0.0, 0.05, 0.05, 0.08, 0.0, 0.0, 0.04, 0.12, 0.0, 0.62)),
+        Stage(
+            12_700,
+            (0.04, 0.0, 0.03, 0.04, 0.12, 0.0, 0.0, 0.0, 0.07, 0.0, 0.70),
+            kinds=(("name", 0.7), ("place", 2.0), ("colour", 2.0), ("relation", 1.6)),
+            augment_share=0.7,
+            training_styles_share=0.45,
+        ),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
@@ -81,24 +102,45 @@ class Recipe:
     caption_beside: float = 0.5  # the same, beside conversations
     caption_keep: float = 0.2  # share of the patches that loss sees, so that every part of a thing is named
     answer_places: bool = False  # ablation: name the place first in every answer
-    augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
     image_keep: float = 1.0  # share of the image tokens that the language model sees
     image_dropout: float = 0.3  # of attention from text to image tokens
     bars_share: float = 0.15  # of the pictures with bars, as of a picture that was not square
-    training_styles_share: float = 0.35  # of the pictures in the styles that are there to learn from only
     look_cost: float = 0.4  # of attention to the image, so that heads with nothing to see rest on the text
     look_from: int = 6_200  # the step from which that cost grows, once there is something to look for,
     look_steps: int = 1_500  # in so many steps
+    # (step, weight), joined by lines. From the first of these steps on each head pays the root of what it looks, not
+    # the amount itself: a little looking in many heads costs more than much in few.
+    few_look_costs: tuple[tuple[int, float], ...] = (
+        (12_700, 0.4),
+        (18_122, 0.4),
+        (18_822, 1.2),
+        (19_049, 1.2),
+        (19_949, 2.4),
+        (20_735, 2.4),
+        (20_736, 1.2),
+    )
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
     vector_rate: float = 1e-3  # AdamW, for embeddings, norms, biases
     weight_decay: float = 0.02
-    warmup_steps: int = 100
-    decay_from: float = 0.33  # share of the run after which the rates fall linearly
-    calm_from: int = 6_327  # step from which the rates are
-    calm: float = 0.6  # times what they would be
+    # (step, share of the full rates), joined by lines; the last line goes to `last_rate` at the last step.
+    rates: tuple[tuple[int, float], ...] = (
+        (0, 0.01),
+        (99, 1.0),
+        (4_191, 1.0),
+        (6_326, 0.7491),
+        (6_327, 0.4494),
+        (12_416, 0.02),
+        (12_700, 0.02),
+        (12_850, 0.30),
+        (16_373, 0.1910),
+        (16_573, 0.16),
+        (17_564, 0.1300),
+    )
+    last_rate: float = 0.02
     checkpoint_seconds: float = 120.0
-    probe_every: int = 1_000  # steps between looks at the validation scenes
+    probe_every: int = 2_000  # steps between looks at the validation scenes,
+    probe_scenes: int = 120  # at so many of them
     half: bool = True  # bfloat16 forward and backward, float32 weights
 
 
@@ -110,5 +152,10 @@ def read_recipe(path: Path) -> Recipe:
         Canvas(**c | {"num_objects": c["num_objects"] and tuple(c["num_objects"])})
         for c in values["canvases"]
     )
-    values |= {"canvases": tuple(canvases), "stage_starts": tuple(values["stage_starts"])}
-    return Recipe(**values | {"mixes": tuple(map(tuple, values["mixes"]))})
+    stages = (
+        Stage(**s | {"mix": tuple(s["mix"]), "kinds": tuple(map(tuple, s["kinds"]))})
+        for s in values["stages"]
+    )
+    values |= {"canvases": tuple(canvases), "stages": tuple(stages)}
+    lines = {name: tuple(map(tuple, values[name])) for name in ("rates", "few_look_costs")}
+    return Recipe(**values | lines)

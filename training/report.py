@@ -42,7 +42,7 @@ class LiveTable:
         )
 
     def _look(self, step: int) -> None:
-        found = probe(self.trainer.model)
+        found = probe(self.trainer.model, self.trainer.recipe.probe_scenes)
         log.info("        validation: %s", "  ".join(f"{k} {v:.3f}" for k, v in asdict(found).items()))
         self._write({"step": step, "validation": asdict(found)})
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,7 @@ from training.recipe import Recipe, read_recipe
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
+LOOK_EPS = 1e-3  # keeps the slope of the root finite where a head does not look at all
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Trainer:
         torch.manual_seed(hash((self.recipe.seed, self.step, self.worker)))
         loss, caption, looked, logits = self._loss(batch)
         weight = self.recipe.caption_beside if batch.ids.shape[1] else self.recipe.caption_weight
-        total = loss + weight * caption + self._look_cost() * looked
+        total = loss + weight * caption + self._look_cost(looked)
         total.backward()
         if self.half:
             self.half.pull_gradients()
@@ -87,16 +89,16 @@ class Trainer:
         if self.half:
             self.half.push_weights()
         self.step += 1
-        return _progress(self.step, batch, (loss, caption, looked), logits)
+        return _progress(self.step, batch, (loss, caption, looked.mean()), logits)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses of conversations and caption, attention sum over the image, scores of the next tokens."""
+        """Losses of conversations and caption, each head's attention sum over the image, scores of the next tokens."""
         features, caption = None, torch.zeros(())
         if batch.pixels is not None:
             features = self.forward.image_features(batch.pixels, batch.cells)
             caption = self.forward.caption_loss(features, batch.words, self.recipe.caption_keep)
         if batch.ids.shape[1] == 0:
-            return torch.zeros(()), caption, torch.zeros(()), torch.zeros(*batch.ids.shape, len(IDS))
+            return torch.zeros(()), caption, torch.zeros(1), torch.zeros(*batch.ids.shape, len(IDS))
         states, looked = self.forward.text_states(
             features, batch.cells, batch.ids, batch.offsets, batch.groups
         )
@@ -116,17 +118,22 @@ class Trainer:
         for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
 
-    def _look_cost(self) -> float:
-        """The weight of looking: none at first, then growing to its full value."""
+    def _look_cost(self, looked: Tensor) -> Tensor:
+        """What the heads pay for looking: nothing at first, then more and more; in the end, the root of each one's.
+
+        `looked`: each head's mean attention sum over the image. With the root, looking is cheapest in few heads.
+        """
         recipe = self.recipe
-        return recipe.look_cost * min(1.0, max(0.0, (self.step - recipe.look_from) / recipe.look_steps))
+        if self.step >= recipe.few_look_costs[0][0]:
+            weight = float(np.interp(self.step, *zip(*recipe.few_look_costs, strict=True)))
+            return weight * ((looked + LOOK_EPS).sqrt() - LOOK_EPS**0.5).mean()
+        grown = min(1.0, max(0.0, (self.step - recipe.look_from) / recipe.look_steps))
+        return recipe.look_cost * grown * looked.mean()
 
     def rate_factor(self) -> float:
-        """Share of the full learning rate: linear warm-up, constant, linear decay to 2 %, with a drop on the way."""
-        recipe = self.recipe
-        left = (1 - self.step / recipe.steps) / (1 - recipe.decay_from)
-        calm = recipe.calm if self.step >= recipe.calm_from else 1.0
-        return min(1.0, (self.step + 1) / recipe.warmup_steps, max(0.02, calm * left))
+        """Share of the full learning rate."""
+        steps, shares = zip(*self.recipe.rates, (self.recipe.steps, self.recipe.last_rate), strict=True)
+        return float(np.interp(self.step, steps, shares))
 
     def save(self) -> None:
         """Write the checkpoint atomically."""
