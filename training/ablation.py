@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 
 from localization_heads.data.scenes import TRAIN_SEEDS, scene_samples
 from training.evaluate import (
-    RANKING_SET,
+    PAPER_N,
     correlation,
     describe_ranking,
     ground_all,
@@ -33,6 +33,7 @@ from training.trainer import CHECKPOINT, Trainer
 from training.workers import run
 
 CELLS = 16  # a side
+RANKING_SET = 2**18  # number of the scene set, in the training range, that heads are ranked on
 ARMS = {"without": False, "with": True}  # location words?
 
 
@@ -106,7 +107,7 @@ def evaluate_arm(folder: Path, num_samples: int) -> dict:
         scene_samples(num_samples, RANKING_SET, size=size, seeds=TRAIN_SEEDS),
         (recipe.model.grid, places),
     )
-    ranking = rank(ranked_on)
+    ranking = rank(ranked_on, top_n=PAPER_N)
     top = [head.address for head in ranking.heads[:3]]
     results = measure(model, scene_samples(num_samples, size=size), (recipe.model.grid, places))
     return {
