@@ -486,13 +486,13 @@ def test_find_says_why_it_has_no_samples(front: Front) -> None:
 
 
 def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
-    """Without a heads.json it says so; with one it shows it, and the heads that were used."""
+    """Without a heads.json and all layers' maps it says so; with one it shows it, and the heads that were used."""
     draw_picture(front.folder / "picture_0.png")
     mask = np.zeros((48, 64), bool)
     mask[10:30, 10:40] = True
     write_data(front.folder, bbox=[8, 8, 40, 40], mask=encode_mask(mask))
     options = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]")
-    assert front.finder(*options).status == 0
+    assert front.finder(*options, "controls=false").status == 0
     page = page_of(front.out / "report.html")
     metrics = json.loads((front.out / "metrics.json").read_text())
     assert f"{metrics['mean_iou']:.3f}" in page.texts
@@ -500,10 +500,15 @@ def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
     assert any(text.startswith("No ranking: heads.json is not there") for text in page.texts)
     assert len(page.of("path", class_="line truth-mask")) == 5
     assert all(len(card["maps"]) == 3 for card in page.data["cards"])
+    assert not (front.out / "statistics").exists()
 
     front.finder("stage=find", "data_file=data.jsonl")
+    known = (front.out / "heads.json").read_bytes()
     front.finder(*options)
-    drawn = page_of(front.out / "report.html").data["heads"]
+    assert (front.out / "heads.json").read_bytes() == known
+    page = page_of(front.out / "report.html")
+    assert any(text.startswith("The ranking of heads.json, which lists") for text in page.texts)
+    drawn = page.data["heads"]
     assert drawn["used"] == [[2, 0], [3, 1]]
     assert {(row["layer"], row["head"]) for row in drawn["rows"]} <= set(
         np.ndindex(*(drawn[n] for n in ("layers", "heads")))
@@ -511,6 +516,88 @@ def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
     assert all(
         row["iou"] is not None for row in drawn["rows"] if [row["layer"], row["head"]] in drawn["used"]
     )
+
+
+BOX = [8, 8, 40, 40]
+SCORED = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "worst=0")
+
+
+def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `find` over the same entries does, which then has nothing left to run; heads.json is for `find` to write."""
+    write_data(front.folder, bbox=BOX)
+    assert front.finder(*SCORED).status == 0
+    assert not (front.out / "heads.json").exists()
+    page = page_of(front.out / "report.html")
+    own = page.data["heads"]
+    text = " ".join(page.texts)
+    assert "Ranked on these samples, without their truth, for heads.json is not there." in text
+    assert "The boxes of this page are those of L2H0 L3H1, which this ranking did not choose." in text
+    assert own["used"] == [[2, 0], [3, 1]]
+    assert "mean over 5 samples" in text and page.of("div", id="scatter-chart")
+    assert len(own["rows"]) == own["layers"] * own["heads"]
+
+    monkeypatch.setattr(LVLM, "attend_batch", lambda *_, **__: pytest.fail("the statistics are there"))
+    assert front.finder("stage=find", "data_file=data.jsonl", "batch_size=2").status == 0
+    found = page_of(front.out / "report.html").data["heads"]
+    assert all(row.pop("iou") is None for row in found["rows"])
+    assert all(row.pop("iou") is not None for row in own["rows"])
+    assert {**found, "used": own["used"]} == own
+
+
+def test_a_large_models_heads_are_measured_on_fewer_samples(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localization_heads.stages.reporting.MEASURED_HEADS", 10)
+    monkeypatch.setattr("localization_heads.stages.reporting.FEWER_SAMPLES", 3)
+    write_data(front.folder, bbox=BOX)
+    assert front.finder(*SCORED).status == 0
+    page = page_of(front.out / "report.html")
+    assert any("makes alone, mean over 3 samples." in text for text in page.texts)
+    assert all(row["iou"] is not None for row in page.data["heads"]["rows"])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_resumed_evaluate_ranks_the_same(front: Front, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """Killed between two chunks; also if the statistics of what was scored before have gone."""
+    write_data(front.folder, bbox=BOX)
+    assert front.finder(*SCORED, "output_dir=whole").status == 0
+    original = LVLM.attend_batch
+    calls = []
+
+    def interrupted(self: LVLM, *arguments: Any, **others: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", interrupted)
+        assert front.finder(*SCORED).status == 130
+    if lost:
+        next((front.out / "statistics").glob("*.bin")).unlink()
+    calls.clear()
+    monkeypatch.setattr(LVLM, "attend_batch", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
+    assert front.finder(*SCORED).status == 0
+    assert len(calls) == (3 if lost else 1)
+    resumed, whole = (
+        page_of(folder / "report.html").data["heads"] for folder in (front.out, Path("whole/tiny"))
+    )
+    assert resumed == whole
+
+
+def test_evaluate_ranks_what_it_can_use(front: Front) -> None:
+    """Of a data set of which the only samples drawn have failed there is no ranking; the scores stand."""
+    write_data(front.folder, count=2, bbox=BOX)
+    (front.folder / "picture_0.png").write_bytes(b"no picture")
+    assert front.finder(*SCORED).status == 1
+    drawn = page_of(front.out / "report.html").data["heads"]
+    assert len(drawn["rows"]) == drawn["layers"] * drawn["heads"]
+    seeds = [seed for seed in range(9) if np.random.default_rng(seed).choice(2, 1, replace=False)[0] == 0]
+    options = (f"random_seed={seeds[0]}", "num_samples=1", "num_trials=1")
+    assert front.finder(*SCORED, *options).status == 1
+    page = page_of(front.out / "report.html")
+    assert page.data["heads"] is None
+    assert json.loads((front.out / "metrics.json").read_text())["num_samples"] == 1
 
 
 def test_failures_are_counted_with_their_reasons(front: Front) -> None:

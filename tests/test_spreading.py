@@ -80,10 +80,14 @@ def folder_of(engine: str) -> Path:
 
 
 def files_of(engine: str) -> dict[str, bytes]:
-    """What a run has written, but for the page with its date and the stores' own files."""
+    """What a run has written, but for the stores' own files; of the page with its date, what its scripts draw."""
     folder = folder_of(engine)
     names = ("heads.json", "heads.csv", "predictions.jsonl", "metrics.json", "per_sample.parquet")
     found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    if (page := folder / "report.html").is_file():
+        found["report"] = (
+            page.read_bytes().partition(b'type="application/json">')[2].partition(b"</script>")[0]
+        )
     maps = sorted(path for path in folder.glob("attention/*") if path.suffix in (".pkl", ".json", ".csv"))
     return found | {path.name: path.read_bytes() for path in maps}
 
@@ -114,6 +118,7 @@ def test_the_same_as_locally(
     files = files_of("ray")
     assert made <= set(files)
     assert files == files_of("local")
+    assert stage == "ground" or b'"frequency":' in files["report"]
     assert (stage == "find") == killing.MARK.exists()
     if stage == "find":
         assert int(killing.MARK.read_text()) != os.getpid()

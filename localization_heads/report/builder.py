@@ -30,6 +30,7 @@ class HeadFacts:
         used: the heads that made the boxes, or would: the localization heads.
         bottom_row: share of the samples whose map has a whole positive bottom row, `[layer, head]`.
         iou: mean IoU of each head alone, `[layer, head]`, NaN where it was not measured; over `iou_samples`.
+        origin: where the ranking is from, unless the run has just found it: a sentence.
     """
 
     ranking: HeadRanking
@@ -38,6 +39,7 @@ class HeadFacts:
     bottom_row: NDArray[np.float64] | None = None
     iou: NDArray[np.float64] | None = None
     iou_samples: int = 0
+    origin: str = ""
 
     @property
     def scatter(self) -> list[tuple[float, float]]:

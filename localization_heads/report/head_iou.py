@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,16 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.grounding.maps import GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
+
+
+def head_ious(
+    maps: AttentionMaps, heads: Sequence[Head], truth: Box, options: GroundingOptions
+) -> list[float | None]:
+    """IoU of the true box and the box of each head's map; None where the map is empty (its layer was not run)."""
+    return [
+        float(box_iou(ground_maps(maps, [head], options).box, truth)) if maps.attention[head].any() else None
+        for head in heads
+    ]
 
 
 class HeadIoU:
@@ -33,14 +43,16 @@ class HeadIoU:
         self.num_samples = 0
 
     def add(self, maps: AttentionMaps, truth: Box) -> None:
-        """Count one sample. A head whose map is empty (its layer was not run) is passed over."""
-        if self.num_samples >= self._max_samples:
-            return
+        """Measure and count one sample."""
+        if self.num_samples < self._max_samples:
+            self.count(head_ious(maps, self._heads, truth, self._options))
+
+    def count(self, ious: Sequence[float | None]) -> None:
+        """Count one sample, whose `head_ious` were found before; a head without one is passed over."""
         self.num_samples += 1
-        for head in self._heads:
-            if maps.attention[head].any():
-                box = ground_maps(maps, [head], self._options).box
-                self._total[head] += float(box_iou(box, truth))
+        for head, iou in zip(self._heads, ious, strict=True):
+            if iou is not None:
+                self._total[head] += iou
                 self._count[head] += 1
 
     @property

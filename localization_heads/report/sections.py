@@ -97,11 +97,9 @@ def heads_section(report: Report) -> Markup:
         element("div", {"class": "chart", "id": "grid-chart"}),
         element("p", {"class": "readout", "id": "grid-readout", "aria-live": "polite"}),
     )
-    listed = (
-        " From heads.json, which lists the kept heads only." if len(ranking.heads) < _num_heads(facts) else ""
-    )
+    origin = f"{plain(facts.origin, 1000)} " if facts.origin else ""
     note = (
-        f"{_method(ranking)} Averages over {_samples(ranking.num_samples)}. {_spread(ranking)}{listed}"
+        f"{origin}{_method(ranking)} Averages over {_samples(ranking.num_samples)}. {_spread(ranking)}"
         f"{'' if facts.bottom_row is None else BOTTOM_ROW}"
     )
     table = element("div", {"class": "panel"}, element("h3", None, "Ranking"), _ranking_table(facts))
@@ -205,7 +203,8 @@ def _ranking_table(facts: HeadFacts) -> Markup:
         body,
     )
     rest = len(facts.ranking.kept) - len(heads)
-    more = element("p", {"class": "caption"}, f"and {rest} more in heads.csv") if rest else None
+    where = "" if facts.origin else " in heads.csv"
+    more = element("p", {"class": "caption"}, f"and {rest} more{where}") if rest else None
     return element("div", None, element("div", {"class": "scroll"}, table), more)
 
 

@@ -118,9 +118,16 @@ def _keep(run: Run, entries: Entries, collected: Sequence[_Collected], store: St
     for one in collected:
         if one.maps is not None:
             _save_entry(run, one.sample, one.maps, one.statistics)
-    statistics = [one.statistics for one in collected]
+    keep_statistics(entries, [(one.sample, one.statistics) for one in collected], store)
+
+
+def keep_statistics(
+    entries: Entries, found: Sequence[tuple[Sample, HeadStatistics]], store: StatisticsStore
+) -> None:
+    """Add the statistics of a chunk, one sample or more; those of a sample that is there already stay."""
+    samples, statistics = zip(*found, strict=True)
     store.append(
-        [entries.key(one.sample) for one in collected],
+        [entries.key(sample) for sample in samples],
         np.stack([found.attention_sum for found in statistics]),
         np.stack([found.area_entropy for found in statistics]),
         np.stack([found.mass_entropy for found in statistics]),

@@ -142,19 +142,34 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 
 
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
-    """Selection frequency over the samples that were drawn and could be used, in file order."""
+    """The ranking, with the pictures that it was made on."""
+    ranking = rank_entries(run, entries, draws, store)
+    shown = picture_keys(entries.samples[place] for place in _usable(entries, draws))
+    return replace(ranking, pictures=tuple(sorted({key for key in shown if key})))
+
+
+def _usable(entries: Entries, draws: np.ndarray) -> np.ndarray:
+    """The places of the samples that were drawn and have not failed."""
     failed = {failure.line for failure in entries.failures}
-    usable = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
-    chosen = usable & draws.any(axis=0)
-    if not chosen.any():
+    good = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
+    return np.flatnonzero(good & draws.any(axis=0))
+
+
+def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
+    """Selection frequency over the samples that were drawn and could be used, in file order.
+
+    Raises:
+        NothingDoneError: there are none.
+    """
+    places = _usable(entries, draws)
+    if not len(places):
         raise NothingDoneError("no entry could be used", entries.in_order())
-    keys = [entries.key(sample) for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted]
-    rows = store.rows(keys)
-    ranking = rank_heads(
+    rows = store.rows([entries.key(entries.samples[place]) for place in places])
+    return rank_heads(
         rows.attention_sum,
         rows.spatial_entropy(run.criteria.entropy),
         bottom_row=rows.bottom_row_focus,
-        draws=draws[:, chosen],
+        draws=draws[:, places],
         options=run.criteria,
         top_n=run.top_n,
         num_trials=run["num_trials"],
@@ -162,8 +177,6 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
         seed=run["random_seed"],
         model=store.settings["weights"][0],
     )
-    shown = picture_keys(sample for sample, wanted in zip(entries.samples, chosen, strict=True) if wanted)
-    return replace(ranking, pictures=tuple(sorted({key for key in shown if key})))
 
 
 def _save(run: Run, ranking: HeadRanking) -> list[Path]:
@@ -217,4 +230,5 @@ def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Report
             grounding = run.refine(ground_maps(analysed.maps, chosen, run.grounding), image)
         grounded.append(outcome_of(sample, grounding))
         report.add(sample, analysed.maps, grounding)
+        report.measure(sample, analysed.maps)
     return grounded

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +44,20 @@ log = logging.getLogger(__name__)
 MAPS_SHOWN = 3
 """Maps of single heads on a card; the combined map is of all heads."""
 MEASURED_HEADS = 128
-"""Heads whose IoU is measured: all of a small model, the best of a large one."""
+"""Heads whose IoU is measured: all of a small model, the best of a large one, if they are known beforehand."""
+MEASURED_SAMPLES = 200
+FEWER_SAMPLES = 50
+"""Samples on which all heads of a large model are measured: each box takes 0.3 ms."""
 
 ROWS = 256
 """Samples whose statistics are in memory at a time."""
+
+HEAD_IOU = "head_iou"
+"""The name, in what `evaluate` measures of an entry, of the IoU of every head of `Reporter.alone`."""
+
+FROM_FILE = (
+    "The ranking of heads.json, which lists the kept heads only: it was not made anew on these samples."
+)
 
 UNKNOWN_SIZE = (1, 1)
 """Of a picture that cannot be opened, until its mask tells."""
@@ -55,21 +65,51 @@ UNKNOWN_SIZE = (1, 1)
 Maps = tuple[AttentionMaps, Grounding]
 
 
+class Alone(NamedTuple):
+    """Which heads are measured alone, by the boxes of their own maps, and on which samples (ids)."""
+
+    heads: Sequence[Head] = ()
+    samples: Container[str] = ()
+
+
 class Reporter:
     """Gathers what the report shows of each grounded sample, a few kilobytes of each, and writes it at the end.
 
     Args:
         ranking: the heads that the run has found; without, those of the model's heads.json if it is there.
+
+    Where neither is there, `write` takes a ranking that was made of the run's own samples.
     """
 
     def __init__(self, run: Run, ranking: HeadRanking | None = None) -> None:
         self._run = run
         self._wanted = bool(run["report"])
-        self._ranking, self._no_ranking = (ranking, "") if ranking else _known_ranking(run)
+        self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
+        self._origin = "" if ranking else FROM_FILE
         self._gallery = Gallery(run["report_samples"] if self._wanted else 0)
-        heads = _measured(self._ranking) if self._wanted else []
-        self._iou = HeadIoU(heads, _shape(run), run.grounding)
+        self._iou = HeadIoU(self._measured, _shape(run), run.grounding, MEASURED_SAMPLES)
         self._seen: set[str] = set()
+
+    @property
+    def lacks_ranking(self) -> bool:
+        """Whether the report would show a ranking of the run's own samples, had it one."""
+        return self._wanted and self._ranking is None
+
+    @property
+    def _measured(self) -> list[Head]:
+        """The heads whose IoU is measured: all of them where nobody knows yet which are the best."""
+        if not self._wanted:
+            return []
+        if self._ranking is not None:
+            return _best(self._ranking)
+        # Without the controls not every layer is run, and nothing will be ranked.
+        return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run["controls"] else []
+
+    def alone(self, entries: Entries) -> Alone:
+        """What `evaluate` measures of single heads while the maps are there, in every run the same."""
+        heads = self._measured
+        number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES
+        return Alone(heads, {sample.id for sample in entries.samples[:number]}) if heads else Alone()
 
     def add(
         self, sample: Sample, maps: AttentionMaps, grounding: Grounding, image: Image.Image | None = None
@@ -81,8 +121,12 @@ class Reporter:
         iou = None
         if sample.bbox is not None:
             iou = float(box_iou(grounding.box, sample.bbox))
-            self._iou.add(maps, sample.bbox)
         self._offer(sample, grounding.score, iou, lambda: _look(sample, (maps, grounding), image))
+
+    def measure(self, sample: Sample, maps: AttentionMaps) -> None:
+        """The IoU of single heads in this sample, if its true box is known."""
+        if self._wanted and sample.bbox is not None:
+            self._iou.add(maps, sample.bbox)
 
     def _offer(
         self, sample: Sample, score: float | None, iou: float | None, make: Callable[[], Card]
@@ -104,14 +148,24 @@ class Reporter:
         *,
         store: StatisticsStore | None = None,
         metrics: Mapping[str, Any] | None = None,
+        own: HeadRanking | None = None,
     ) -> list[Path]:
         """Write `report.html` into the model's folder -> its path; nothing with `report=false`.
 
         Outcomes that were not added are those of an earlier run.
+
+        Args:
+            store: the statistics of the samples that the ranking is of.
+            own: a ranking of the very samples of this run, which did not choose the heads of their boxes. It is
+                shown if no other is known.
         """
         if not self._wanted:
             return []
+        if self._ranking is None and own is not None:
+            self._ranking, self._origin = own, _own_origin(self._unknown, _used(outcomes))
         for outcome in outcomes:
+            if ious := (outcome.measured or {}).get(HEAD_IOU):
+                self._iou.count(ious)
             if outcome.sample.id not in self._seen:
                 self._offer_earlier(outcome)
         from localization_heads.report.page import render
@@ -139,7 +193,7 @@ class Reporter:
             options=list(_flat(run.options)),
             num_entries=len(lines),
             heads=self._heads(entries, outcomes, store),
-            no_heads=self._no_ranking,
+            no_heads=f"No ranking: {self._unknown}. stage=find or stage=batch writes one.",
             no_scatter=self._why_no_scatter(outcomes),
             metrics=metrics,
             cards=[_completed(card, by_id[card.id]) for card in self._gallery.cards if card.id in by_id],
@@ -162,6 +216,7 @@ class Reporter:
             bottom_row=None if store is None else _bottom_row(entries, store),
             iou=self._iou.means if self._iou.num_samples else None,
             iou_samples=self._iou.num_samples,
+            origin=self._origin,
         )
 
     def _why_no_scatter(self, outcomes: Sequence[Outcome]) -> str:
@@ -171,7 +226,7 @@ class Reporter:
             return "No IoU of single heads: find keeps no maps. stage=batch measures it where the data have true boxes."
         if all(outcome.sample.bbox is None for outcome in outcomes):
             return "No IoU of single heads: no entry has a true box (bbox) to compare with."
-        return "No IoU of single heads: the boxes are those of an earlier run, whose maps are not kept."
+        return "No IoU of single heads: the entries that it was to be measured on have failed."
 
     def _why_no_cards(self) -> str:
         if self._run["stage"] == "find":
@@ -252,23 +307,29 @@ def _known_ranking(run: Run) -> tuple[HeadRanking | None, str]:
     """The ranking in the model's folder, or why there is none."""
     path = run.folder / "heads.json"
     if not path.is_file():
-        return None, f"No ranking: {path.name} is not there. stage=find or stage=batch writes it."
+        return None, f"{path.name} is not there"
     try:
         ranking = load_ranking(path)
     except (UsageError, WorkError) as error:
-        return None, f"No ranking: {error}"
+        return None, f"{error}"
     if ranking.model != run.lvlm.name:
-        return None, f"No ranking: {path.name} is of another model, {ranking.model}."
+        return None, f"{path.name} is of another model, {ranking.model}"
     layers, heads = _shape(run)
     if any(head.layer >= layers or head.head >= heads for head in ranking.heads):
-        return None, f"No ranking: {path.name} names heads that this model does not have."
+        return None, f"{path.name} names heads that this model does not have"
     return ranking, ""
 
 
-def _measured(ranking: HeadRanking | None) -> list[Head]:
+def _own_origin(unknown: str, used: Sequence[Head]) -> str:
+    boxes = " ".join(map(str, used)) or "each sample's own heads"
+    return (
+        f"Ranked on these samples, without their truth, for {unknown}. "
+        f"The boxes of this page are those of {boxes}, which this ranking did not choose."
+    )
+
+
+def _best(ranking: HeadRanking) -> list[Head]:
     """Every head of a small model; of a large one those that take part in the scatter, the best first."""
-    if ranking is None:
-        return []
     heads = ranking.heads
     if len(heads) > MEASURED_HEADS:
         heads = tuple(h for h in heads if h.selection_frequency >= LEAST_FREQUENCY)[:MEASURED_HEADS]

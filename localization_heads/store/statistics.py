@@ -1,4 +1,4 @@
-"""What `find` and `batch` keep of every sample: sums, both entropies and the bottom-row flag of all heads.
+"""What `find`, `batch` and `evaluate` keep of every sample: sums, both entropies and the bottom-row flag of all heads.
 
 A file of records of one size, appended a chunk at a time and read a record at a time, so neither a hundred
 thousand samples nor a kill in the middle of a write costs more than the last chunk. A record is
