@@ -93,7 +93,14 @@ def main() -> None:
 
 def run(name: str, options: tuple[str, ...]) -> None:
     places = [f"output_dir={WORK / name}", f"scenes.folder={WORK / 'scenes_data'}"]
-    subprocess.run([sys.executable, PROGRAM, "stage=experiment", *options, *places], cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "stage=experiment", *options, *places], cwd=ROOT, check=False
+    )
+    if done.returncode not in (
+        0,
+        1,
+    ):  # 1: the published criteria keep no head in some scenes; the table says so
+        sys.exit(f"{name}: status {done.returncode}")
 
 
 def page(work: Path) -> str:

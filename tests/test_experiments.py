@@ -470,8 +470,11 @@ def climbed(step: int, name: str, accuracy: float) -> Climbed:
 
 def test_the_ladders_gains_by_hand() -> None:
     found = ladder_finding("embedded", [climbed(1, "a", 0.25), climbed(2, "b", 0.2), climbed(3, "c", 0.5)])
-    assert [row[3] for row in found.tables[0].rows] == ["-", "-5.0", "+30.0"]
-    assert '"+ c" (+30.0 points)' in found.reading
+    assert [row[4] for row in found.tables[0].rows] == ["-", "-5.0", "+30.0"]
+    assert [row[2] for row in found.tables[0].rows] == ["8", "8", "8"]
+    assert found.reading.endswith('"+ c" (+30.0 points).')
+    fewer = replace(climbed(1, "a", 0.25), metrics={"acc@0.5": 0.25, "num_samples": 6})
+    assert "Rungs with fewer expressions" in ladder_finding("x", [fewer, climbed(2, "b", 0.5)]).reading
     assert "no rung raises it" in ladder_finding("x", [climbed(1, "a", 0.25), climbed(2, "b", 0.2)]).reading
     assert "One rung so far" in ladder_finding("x", [climbed(1, "a", 0.25)]).reading
     assert len(found.tables) == 1  # what others report is of the paper's models

@@ -50,12 +50,11 @@ def ladder_finding(model: str, rungs: Sequence[Climbed]) -> Finding:
         low, high = rung.metrics.get("acc@0.5_interval") or (None, None)
         shown = percent(accuracy) if low is None else f"{percent(accuracy)} [{percent(low)}, {percent(high)}]"
         others = (percent(rung.metrics.get(name)) for name in METRICS[1:])
-        rows.append((rung.about, f"rung={rung.name}", shown, gain, *others))
+        count = str(rung.metrics.get("num_samples", MISSING))
+        rows.append((rung.about, f"rung={rung.name}", count, shown, gain, *others))
         before = accuracy
-    columns = ("rung", "option", "Acc@0.5 [95 %]", "gain", "mean IoU", "pointing", "cIoU")
-    tables = [
-        Table(columns, tuple(rows), f"{model}, {rungs[0].metrics.get('num_samples', MISSING)} expressions")
-    ]
+    columns = ("rung", "option", "expressions", "Acc@0.5 [95 %]", "gain", "mean IoU", "pointing", "cIoU")
+    tables = [Table(columns, tuple(rows), model)]
     if model in paper.MODELS:
         reported = tuple((who, printed(value)) for who, value in REPORTED)
         tables.append(Table(("reported elsewhere", "REC Acc@0.5"), reported))
@@ -72,8 +71,18 @@ def _reading(rungs: Sequence[Climbed]) -> str:
     largest = max(range(len(gains)), key=lambda i: gains[i])
     steps = f"from {percent(accuracy[0])} ({known[0].about}) to {percent(accuracy[-1])} ({known[-1].about})"
     if gains[largest] <= 0:
-        return f"Acc@0.5 goes {steps}; no rung raises it."
+        return f"Acc@0.5 goes {steps}; no rung raises it.{_counts(known)}"
     return (
         f'Acc@0.5 goes {steps}; the rung that raises it most is "{known[largest + 1].about}" '
-        f"({100 * gains[largest]:+.1f} points)."
+        f"({100 * gains[largest]:+.1f} points).{_counts(known)}"
+    )
+
+
+def _counts(rungs: Sequence[Climbed]) -> str:
+    """A warning where rungs could ground different numbers of expressions."""
+    if len({rung.metrics.get("num_samples") for rung in rungs}) < 2:
+        return ""
+    return (
+        " Rungs with fewer expressions are scored on those alone that they ground: in the others no head passes "
+        "their criteria."
     )
