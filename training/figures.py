@@ -15,11 +15,12 @@ from matplotlib.patches import Rectangle
 from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.scenes import TRAIN_SEEDS, scene_samples
+from localization_heads.data.scenes import scene_samples
 from localization_heads.evaluation.metrics import box_iou
+from localization_heads.figures.canvas import SKY, VERMILLION
 from localization_heads.grounding.maps import GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
-from training.evaluate import RANKING_SET, rank
+from localization_heads.lvlm.spec import find_spec
 from training.measure import Measured, measure
 
 # Image tokens a picture (negative: captions alone) -> what the curve is called.
@@ -73,8 +74,7 @@ def draw_curves(log: Path, target: Path) -> None:
 def draw_sheet(model: LlavaForConditionalGeneration, target: Path, num_scenes: int = 10) -> None:
     """The first test scenes: picture with true and found box, and the combined map."""
     size = model.config.vision_config.image_size
-    ranking = rank(measure(model, scene_samples(300, RANKING_SET, size=size, seeds=TRAIN_SEEDS)))
-    top = [head.address for head in ranking.heads[:3]]
+    top = list(find_spec("tiny").heads)
     results = measure(model, scene_samples(num_scenes, size=size))
     figure, axes = plt.subplots(4, num_scenes // 2, figsize=(13, 11), layout="constrained")
     for index, result in enumerate(results):
@@ -89,13 +89,13 @@ def _draw_scene(above, below, result: Measured, top: list[Head]) -> None:
     found = ground_maps(maps, top, GroundingOptions(upsample=2))
     iou = float(box_iou(found.box, result.target.box))
     above.imshow(result.scene.image)
-    for (x0, y0, x1, y1), colour in ((result.target.box, "lime"), (found.box, "red")):
+    for (x0, y0, x1, y1), colour in ((result.target.box, SKY), (found.box, VERMILLION)):
         above.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2))
     words = zip([*result.expression.answer.split(), "(end)"], result.right, strict=True)
     above.set_title(f"{result.expression.text}. IoU {iou:.2f}", fontsize=9)
     wrong = [word for word, right in words if not right]
     below.imshow(result.scene.image, alpha=0.5)
-    below.imshow(found.heatmap, cmap="jet", alpha=0.6)
+    below.imshow(found.heatmap, cmap="viridis", alpha=0.6)
     verdict = f"missed: {' '.join(wrong)}" if wrong else "answer right"
     below.set_title(f"{result.expression.answer}\n{verdict}", fontsize=9)
     for axis in (above, below):
