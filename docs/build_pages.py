@@ -76,7 +76,7 @@ def _marked(match: re.Match[str], work: Path) -> str:
 def _session(block: str, work: Path) -> str:
     """The commands of a block, each followed by what it prints."""
     text = []
-    for command in re.findall(r"^\$ .*(?:\\\n.*)*", block, re.MULTILINE):
+    for command in re.findall(r"^\$ (?:.*\\\n)*.*", block, re.MULTILINE):
         text.append(f"{command}\n")
         if "#" not in command:
             text.append(_run(command[2:], work))
