@@ -143,7 +143,7 @@ def test_a_batch_shares_its_pictures(
     for maps, image, expression in zip(found, images, asked, strict=True):
         assert maps.query == expression
         np.testing.assert_allclose(maps.attention, lvlm.attend(image, expression).attention, **SAME)
-    assert np.abs(found[0].attention - found[3].attention).max() > 1e-3
+    assert np.abs(found[0].attention - found[3].attention).max() > 1e-4  # they are told apart
 
 
 def test_a_prefix_that_reaches_into_an_expression_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
