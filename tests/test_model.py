@@ -58,8 +58,8 @@ def test_one_by_one_and_in_a_batch(lvlm: LVLM, picture: Image.Image) -> None:
 def test_the_expression_and_the_picture_matter(lvlm: LVLM, picture: Image.Image) -> None:
     """Otherwise the tests above compare nothing with nothing."""
     first = lvlm.attend(picture, "the dog").attention
-    assert np.abs(first - lvlm.attend(picture, "What is on the left?").attention).max() > 1e-3
-    assert np.abs(first - lvlm.attend(picture.rotate(180), "the dog").attention).max() > 1e-3
+    assert np.abs(first - lvlm.attend(picture, "What is on the left?").attention).max() > 1e-4
+    assert np.abs(first - lvlm.attend(picture.rotate(180), "the dog").attention).max() > 1e-4
 
 
 def test_the_same_twice(lvlm: LVLM, picture: Image.Image) -> None:
