@@ -563,6 +563,13 @@ def test_selection_frequency_bars_stand_in_ranked_order():
     assert_all_text_fits(figure)
 
 
+def test_heads_of_layers_that_are_left_out_have_no_bar():
+    heads = (RankedHead(2, 0, 0.8, 0.01, 0.3, 0.1), RankedHead(1, 0, 0.0, 0.0, 0.3, 0.1))
+    ranking = HeadRanking(heads=heads, tau=0.24, top_n=10, num_samples=9, num_trials=1)
+    (axes,) = figures.plot_selection_frequency(ranking).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["L2H0"]
+
+
 @pytest.mark.parametrize("pool", [18, 19])
 def test_the_caption_says_what_the_deviations_are_over(pool):
     """Of a pool of 18 no 18 can be drawn twice: there the spread is the bootstrap's."""

@@ -159,7 +159,7 @@ def plot_selection_frequency(
     Args:
         emphasised: how many of them are the localization heads.
     """
-    heads = ranking.heads[:top]
+    heads = [head for head in ranking.heads if head.layer >= ranking.exclude_layers][:top]
     frequency = 100 * np.array([head.selection_frequency for head in heads])
     deviation = 100 * np.array([head.selection_frequency_std for head in heads])
     with paper_style():
