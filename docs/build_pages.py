@@ -4,9 +4,10 @@ Runs, in a folder of its own, what a reader would run, and replaces what the pag
 
 - a `bash` block whose commands begin with `$`: what each of them prints (one with a comment is shown, not run);
 - what stands between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
-- the pictures in `docs/images` that come out of these commands (`PICTURES`), and those of `docs/screens.py`.
+- the pictures in `docs/images` that come out of these commands (`PICTURES`).
 
-No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments.
+No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments, `docs/screens.py`
+the pictures of the report and the demo.
 """
 
 from __future__ import annotations

@@ -204,10 +204,8 @@ def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.Mon
 # -------------------------------------------------------------------------------------------------- files
 
 
-def test_a_killed_run_ends_with_the_same_bytes(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_truths()
-    options = (*OPTIONS, "batch_size=2")
-    assert quick.finder(*options, "output_dir=whole").status == 0
+def interrupt(quick: Front, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> list[int]:
+    """Run evaluate with a Ctrl-C before the third batch; the sizes of the batches before it."""
     seen: list[int] = []
     original = LVLM.attend_batch
 
@@ -220,8 +218,16 @@ def test_a_killed_run_ends_with_the_same_bytes(quick: Front, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(LVLM, "attend_batch", interrupted)
         assert quick.finder(*options).status == 130
+    return seen
+
+
+def test_a_killed_run_ends_with_the_same_bytes(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_truths()
+    options = (*OPTIONS, "batch_size=2")
+    assert quick.finder(*options, "output_dir=whole").status == 0
+    seen = interrupt(quick, monkeypatch, options)
     assert not (quick.out / "metrics.json").exists()
-    done = sum(seen)
+    done, original = sum(seen), LVLM.attend_batch
     seen.clear()
 
     def counted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
@@ -240,17 +246,7 @@ def test_another_truth_is_scored_anew(quick: Front, monkeypatch: pytest.MonkeyPa
     """A killed run whose truth is edited meanwhile must not mix old scores with new ones."""
     entries = write_truths()
     options = (*OPTIONS, "batch_size=2", "worst=0")
-    original, seen = LVLM.attend_batch, list[int]()
-
-    def interrupted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(len(images))
-        return original(self, images, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LVLM, "attend_batch", interrupted)
-        assert quick.finder(*options).status == 130
+    interrupt(quick, monkeypatch, options)
     entries[0]["bbox"] = [0, 0, 64, 48]
     write_lines(Path("data.jsonl"), entries)
     assert quick.finder(*options).status == 0
