@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from localization_heads.data import artwork
 from localization_heads.data.expressions import RELATIONS, Phrase, Thing, meant_by
@@ -159,9 +160,22 @@ def test_bars_are_empty_and_of_the_colour_that_is_padded_with(bars):
         assert not any((o.mask & ~inner).any() for o in scene.objects)
 
 
-def test_the_styles_to_learn_from_draw_every_name_too():
-    for style in artwork.TRAINING_STYLES:
-        assert {artwork.sprite_pixels(style, name, 40, 40, angle=12).shape for name in NAMES} == {(40, 40, 4)}
+def test_a_style_may_be_another_atlas(tmp_path):
+    """It is drawn with, and the names that it lacks are borrowed from the first style."""
+    sheet = Image.new("RGBA", (artwork.COLUMNS * artwork.CELL, 8 * artwork.CELL))
+    sheet.paste((10, 20, 30, 255), (0, 0, artwork.CELL, artwork.CELL // 2))
+    sheet.save(tmp_path / "plain.webp", lossless=True)
+    style = str(tmp_path / "plain")
+    assert artwork.sprite_shape(style, NAMES[0]) == (1.0, 0.5)
+    assert (artwork.sprite_pixels(style, NAMES[0], 8, 4) == (10, 20, 30, 255)).all()
+    borrowed = artwork.sprite_pixels(style, NAMES[1], 8, 8)
+    assert (borrowed == artwork.sprite_pixels(artwork.STYLES[0], NAMES[1], 8, 8)).all()
+
+
+def test_names_come_as_often_as_asked():
+    for share in (0.0, 1.0):
+        scenes = [render_scene(seed, size=32, num_objects=2, repeats=share) for seed in range(40)]
+        assert {len({o.name for o in scene.objects}) for scene in scenes} == {2 - share}
 
 
 def test_smaller_canvases_and_augmentation_keep_the_objects():

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from localization_heads.data.scenes import render_scene
+from localization_heads.data import artwork
+from localization_heads.data.scenes import NAMES, render_scene
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.ranking import HeadRanking, RankedHead
 from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker
 from training.evaluate import correlation
-from training.language import IDS, build_tokenizer, encode, scene_turns
+from training.language import IDS, NUMBERS, _where_turn, build_tokenizer, encode, scene_turns
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
-from training.recipe import Canvas, ModelRecipe, Recipe, Stage
+from training.recipe import SPRITES, Canvas, ModelRecipe, Recipe, Stage
 from training.trainer import LOOK_EPS, Trainer, load_run
 
 SMALL = ModelRecipe(
@@ -268,8 +269,56 @@ def test_a_stage_says_which_expressions_are_asked():
     assert weighted["size"] == pytest.approx(1 / 9, abs=0.06)
 
 
+def test_comparisons_are_asked_apart():
+    """Places and relations of things whose name comes more than once: nothing else, where they weigh most."""
+    seen = set()
+    for seed in range(200):
+        scene = render_scene(seed, repeats=1.0)
+        names = [o.name for o in scene.objects]
+        kinds = {
+            f"{e.text} .": e.kind if names.count(names[e.object_index]) > 1 else "other" for e in scene.expressions
+        }
+        if {"place", "relation"} & set(kinds.values()):
+            turns = scene_turns(scene, Random(0), weights={"comparison": 1e9})
+            seen |= {kinds[prompt] for prompt, _ in (next(turns) for _ in range(12)) if prompt in kinds}
+    assert seen == {"place", "relation"}
+
+
+def test_questions_about_places_are_answered_by_the_masks():
+    said = {"yes": 0, "no": 0}
+    for seed in range(300):
+        scene = render_scene(seed)
+        prompt, answer = _where_turn(scene, Random(seed))
+        if prompt.startswith("how many"):
+            assert answer == NUMBERS[len(scene.objects)]
+            continue
+        words = prompt.removesuffix(" ?").split()
+        word = next(w for w in words if w in ("left", "right", "top", "bottom", "above", "below"))
+        named = [o for o in scene.objects if o.name in words]
+        assert len(named) == sum(w in NAMES for w in words)
+        named.sort(key=lambda o: words.index(o.name))
+        axis, sign = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "above": (1, -1)}.get(word, (1, 1))
+        middles = [(o.box[axis] + o.box[axis + 2]) / 2 for o in named] + [scene.image.shape[0] / 2]
+        assert answer == ("yes" if sign * (middles[0] - middles[1]) > 0 else "no")
+        assert IDS["<unk>"] not in encode(prompt)
+        said[answer] += 1
+    assert min(said.values()) > 80
+
+
+def test_some_angles_stand_for_the_column_of_an_image_token():
+    """The last two rotary angles are the same in every row of the grid; others tell rows apart."""
+    rotary = build_model(SMALL).model.language_model.rotary_emb
+    angles = torch.arange(64.0).reshape(8, 8)[..., None] * rotary.inv_freq
+    turns = torch.stack([angles.cos(), angles.sin()])
+    columns, rows = turns[..., -2:], turns[:, :, 0, 2:-2]
+    torch.testing.assert_close(columns, columns[:, :1].expand_as(columns), atol=1e-5, rtol=0)
+    assert (columns[0, 0, 0] > columns[0, 0, 1:]).all()
+    assert (rows.diff(dim=1).abs().amax((0, 1, 2)) > 0.01).all()
+    assert rotary.attention_scaling == 1.0
+
+
 def test_a_run_is_read_back(tmp_path):
-    stage = Stage(0, (1.0, 0.0, 0.0), (("place", 2.0),))
+    stage = Stage(0, (1.0, 0.0, 0.0), (("place", 2.0),), styles=("noto_v1",))
     recipe = replace(RECIPE, steps=1, stages=(stage,))
     (tmp_path / "recipe.json").write_text(json.dumps(asdict(recipe)))
     trained = Trainer(recipe, tmp_path).follow().model
@@ -277,6 +326,12 @@ def test_a_run_is_read_back(tmp_path):
     assert again == recipe
     for a, b in zip(trained.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_styles_to_learn_from_draw_every_name():
+    for style in {style for stage in Recipe().stages for style in stage.styles}:
+        for name in NAMES:
+            assert artwork.sprite_pixels(str(SPRITES / style), name, 40, 40, angle=12).shape == (40, 40, 4)
 
 
 def test_an_arm_of_the_ablation_starts_from_a_runs_weights(tmp_path):

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localization_heads.data.artwork import TRAINING_STYLES
 from localization_heads.data.scenes import TRAIN_SEEDS, Scene, render_scene
 from training.language import IDS, encode, scene_turns, text_turns
-from training.recipe import Canvas, Recipe, Stage
+from training.recipe import SPRITES, Canvas, Recipe, Stage
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, of RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -112,10 +111,11 @@ class BatchMaker:
             rng.randrange(TRAIN_SEEDS.stop),
             size=canvas.cells * self.model.patch_size,
             num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
-            style=rng.choice(TRAINING_STYLES) if rng.random() < stage.training_styles_share else None,
+            style=str(SPRITES / rng.choice(stage.styles)) if rng.random() < stage.training_styles_share else None,
             span=canvas.cells / (canvas.scene_cells or self.model.grid),
             bars=_bars(rng) if rng.random() < self.recipe.bars_share else (0.0, 0.0),
             augment=rng.random() < stage.augment_share,
+            repeats=stage.repeats,
         )
 
     def _row(self, scene: Scene, length: int, stage: Stage, rng: Random) -> np.ndarray:

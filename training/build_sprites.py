@@ -2,7 +2,7 @@
 
 Usage: python -m training.build_sprites FOLDER
 
-FOLDER holds the unpacked npm packages `@iconify-json/<set>` of SETS, each at `FOLDER/<set>/icons.json`; styles whose
+FOLDER holds the unpacked npm packages `@iconify-json/<set>`, each at `FOLDER/<set>/icons.json`; styles whose
 package is not there are left as they are. Needs `resvg_py` (SVG to pixels) and scikit-image (the CC0 photos).
 Writes one lossless WebP atlas a style, in the order of vocabulary.txt, and one JPEG a background.
 """
@@ -16,12 +16,16 @@ import numpy as np
 from PIL import Image
 from resvg_py import svg_to_bytes
 
-SPRITES = Path(__file__).parents[1] / "localization_heads" / "data" / "sprites"
-SETS = {
+from training.recipe import SPRITES as TRAINING_SPRITES
+
+SPRITES = Path(__file__).parents[1] / "localization_heads" / "data" / "sprites"  # the benchmark's
+BENCHMARK_SETS = {
     "noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat", "openmoji": "openmoji",
-    "noto_v1": "noto-v1", "emojione": "emojione", "fxemoji": "fxemoji",
 }  # fmt: skip
-COMPLETE = {"noto", "twemoji", "fluent-emoji-flat", "openmoji"}  # of the benchmark: every name is drawn
+TRAINING_SETS = {
+    "noto_v1": "noto-v1", "emojione": "emojione", "fxemoji": "fxemoji", "emojione_v1": "emojione-v1",
+    "fluent_3d": "fluent-emoji", "streamline": "streamline-emojis",
+}  # fmt: skip
 CELL, COLUMNS = 160, 10  # pixels a sprite, sprites a row of the atlas
 PHOTOS = ("brick.png", "grass.png", "gravel.png", "coffee.png", "hubble_deep_field.jpg")
 # Where the emoji's name is not the plain one.
@@ -43,7 +47,8 @@ FX_ICONS = {
 def find_icon(icons: dict, name: str) -> dict | None:
     """The record (SVG body, frame) of the emoji that draws `name`, aliases followed; None where there is none."""
     plain = ICONS.get(name, name)
-    for candidate in (plain, name, plain.replace("-", ""), FX_ICONS.get(name)):
+    variants = (f"{plain}-1", f"{plain}-face")  # Streamline draws some things more than once
+    for candidate in (plain, name, plain.replace("-", ""), FX_ICONS.get(name), *variants):
         alias = icons.get("aliases", {}).get(candidate, {}).get("parent")
         record = icons["icons"].get(candidate) or icons["icons"].get(alias)
         if record:
@@ -72,7 +77,7 @@ def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for index, name in enumerate(names):
         icon = find_icon(icon_set, name)
-        if icon is None and icon_set["prefix"] in COMPLETE:
+        if icon is None and icon_set["prefix"] in BENCHMARK_SETS.values():
             raise KeyError(f"no icon for {name!r}")
         if icon is None:
             continue  # borrowed from another style
@@ -92,18 +97,21 @@ def build_photos(folder: Path) -> None:
         photo.save(folder / f"{Path(name).stem}.jpg", quality=80)
 
 
+def build_style(package: Path, names: list[str], target: Path, lossless: bool) -> None:
+    """Write one style's atlas as WebP."""
+    pixels = np.array(build_atlas(json.loads((package / "icons.json").read_text()), names))
+    pixels[pixels[..., 3] == 0] = 0  # colour under full transparency only costs bytes
+    Image.fromarray(pixels).save(target, lossless=lossless, quality=100 if lossless else 90, method=6)
+
+
 def main(packages: Path) -> None:
-    """Write everything into the package's sprites folder."""
+    """Write everything into the package's sprites folder, and into the training's."""
     lines = (SPRITES / "vocabulary.txt").read_text().splitlines()
     names = [line.split()[0] for line in lines if line and not line.startswith("#")]
-    there = {style: package for style, package in SETS.items() if (packages / package).exists()}
-    for style, package in there.items():
-        icon_set = json.loads((packages / package / "icons.json").read_text())
-        atlas = build_atlas(icon_set, names)
-        pixels = np.asarray(atlas).copy()
-        pixels[pixels[..., 3] == 0] = 0  # colour under full transparency only costs bytes
-        atlas = Image.fromarray(pixels)
-        atlas.save(SPRITES / f"{style}.webp", lossless=True, quality=100, method=6)
+    for folder, sets in ((SPRITES, BENCHMARK_SETS), (TRAINING_SPRITES, TRAINING_SETS)):
+        for style, package in sets.items():
+            if (packages / package).exists():
+                build_style(packages / package, names, folder / f"{style}.webp", lossless=folder == SPRITES)
     build_photos(SPRITES)
 
 

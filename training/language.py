@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from localization_heads.data.artwork import NAMES, PALETTE, VOCABULARY
-from localization_heads.data.expressions import USES
+from localization_heads.data.expressions import PLACES, RELATIONS, USES, Expression
 from localization_heads.data.scenes import Scene
 
 SYSTEM = (
@@ -22,6 +22,8 @@ what colour is that ? color how big or small plain are there many objects does h
 the thing on the left right at top bottom above below of which has with something to and a an
 what kind of can you name repeat : i me find where show object only it
 """
+COMPARISON = "comparison"
+QUESTIONS = 0.2  # share of the turns about an image
 PROPERTIES = tuple(dict.fromkeys(feature for _, feature in VOCABULARY.values() if feature))
 
 
@@ -83,16 +85,17 @@ def scene_turns(
     """(prompt, answer) turns about a scene, endless: a description, then expressions and questions.
 
     `places` puts the object's place in front of every description (the ablation). `weights` says how often which
-    kind of expression is drawn (1 for kinds not named); all alike if empty.
+    kind of expression is drawn (1 for kinds not named); all alike if empty. A weight for COMPARISON sets apart the
+    places and relations that tell things of one name from each other.
     """
     if rng.random() < 0.6:
         yield _list_turn(scene, rng)
     telling = [e for e in scene.expressions if len(scene.objects) > 1 or scene.objects[0].name not in e.text]
     by_kind: dict[str, list] = {}
     for expression in telling:
-        by_kind.setdefault(expression.kind, []).append(expression)
+        by_kind.setdefault(_kind(expression, scene, weights or {}), []).append(expression)
     while True:
-        if not telling or rng.random() < 0.2:
+        if not telling or rng.random() < QUESTIONS:
             yield _question_turn(scene, rng)
         else:
             kinds = list(by_kind)
@@ -102,6 +105,14 @@ def scene_turns(
             e = rng.choice(by_kind[kind])
             place = f"{_place(scene, e.object_index)} " if places else ""
             yield f"{_with_unknown_word(e.text, rng)} .", place + e.answer
+
+
+def _kind(expression: Expression, scene: Scene, weights: dict[str, float]) -> str:
+    """The kind of an expression, or COMPARISON where that has a weight of its own."""
+    name = scene.objects[expression.object_index].name
+    if COMPARISON in weights and expression.kind in ("place", "relation"):
+        return COMPARISON if [o.name for o in scene.objects].count(name) > 1 else expression.kind
+    return expression.kind
 
 
 def _with_unknown_word(text: str, rng: Random) -> str:
@@ -135,8 +146,10 @@ def _list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def _question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
-    """A question about one object, the number of objects, or whether something is there."""
-    kind = rng.choice(("colour", "colour", "size", "name", "count", "exists"))
+    """A question about one object, the number of objects, or whether something is there, or where one says."""
+    kind = rng.choice(("colour", "colour", "size", "name", "count", "exists", "where", "where"))
+    if kind == "where":
+        return _where_turn(scene, rng)
     if kind == "count":
         return "how many objects are there ?", NUMBERS[len(scene.objects)]
     if kind == "exists" or not scene.expressions:
@@ -151,6 +164,29 @@ def _question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     if kind == "size":
         return f"how big is {phrase} ?", target.size_word
     return f"what {rng.choice(('colour', 'color'))} is {phrase} ?", target.colour
+
+
+def _where_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+    """Ask whether an object is in one half of the picture, or on one side of another; the answer is yes or no."""
+    names = [o.name for o in scene.objects]
+    single = [o for o in scene.objects if names.count(o.name) == 1]
+    if not single:
+        return "how many objects are there ?", NUMBERS[len(scene.objects)]
+    target, *others = rng.sample(single, min(2, len(single)))
+    side = scene.image.shape[0]
+    other = others[0] if others and rng.random() < 0.5 else None
+    words = RELATIONS if other else PLACES
+
+    def offset(word: str) -> float:
+        axis, sign = words[word]
+        centre = other.box[axis] + other.box[axis + 2] if other else side
+        return sign * (target.box[axis] + target.box[axis + 2] - centre) / 2 / side
+
+    word = max(rng.sample(list(words), 2), key=lambda word: abs(offset(word)))  # rather the telling axis
+    answer = "yes" if offset(word) > 0 else "no"
+    if other:
+        return f"is the {target.name} {word} the {other.name} ?", answer
+    return f"is the {target.name} {'at' if word in ('top', 'bottom') else 'on'} the {word} ?", answer
 
 
 def text_turns(rng: Random) -> Iterator[tuple[str, str]]:

@@ -47,6 +47,9 @@ def main() -> None:
     (FOLDER / "images").mkdir(parents=True, exist_ok=True)
     entries = [_photograph(number, *row) for number, row in enumerate(PHOTOGRAPHS, start=1)]
     entries += [_scene(number, *found) for number, found in enumerate(_good_scenes(), start=len(entries) + 1)]
+    used = {Path(entry["image_path"]).name for entry in entries}
+    for left in {picture.name for picture in (FOLDER / "images").iterdir()} - used:
+        (FOLDER / "images" / left).unlink()
     _write("localization_data.jsonl", entries)
     _write("visualization_data.jsonl", [_view(5), _view(9, layer=4, head=4), _view(13)])
     _write("sample_data.jsonl", [_line(id, prompt, f"{name}.jpg") for id, prompt, name in SAMPLES])

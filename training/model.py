@@ -43,7 +43,7 @@ def build_model(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
         pad_token_id=IDS["<pad>"],
         bos_token_id=IDS["<s>"],
         eos_token_id=IDS["</s>"],
-        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
+        rope_parameters=rotary(recipe),
     )
     config = LlavaConfig(
         vision_config=vision,
@@ -56,6 +56,24 @@ def build_model(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
         pad_token_id=IDS["<pad>"],
     )
     return LlavaForConditionalGeneration(config)
+
+
+def rotary(recipe: ModelRecipe) -> dict:
+    """Rotary frequencies theta ** (-2 i / d), but the last two turn once a row of image tokens.
+
+    Image tokens come row by row. Low frequencies tell rows apart, but with the plain ones no angle stands for a column,
+    and no head can tell left from right. The last two would hardly turn at all.
+    """
+    number = recipe.head_dim // 2
+    plain = [recipe.rope_theta ** (-i / number) for i in range(number)]
+    factors = [1.0] * (number - 2) + [frequency * recipe.grid / (2 * math.pi) for frequency in plain[-2:]]
+    return {
+        "rope_type": "longrope",  # the type with a factor for every frequency
+        "rope_theta": recipe.rope_theta,
+        "factor": 1.0,
+        "short_factor": factors,
+        "long_factor": factors,
+    }
 
 
 def attend(
@@ -94,7 +112,7 @@ class FastForward:
         self.dtype = self.projector.linear_1.weight.dtype
         frequencies = text.rope_parameters["rope_theta"] ** (
             -torch.arange(0, self.head_dim, 2) / self.head_dim
-        )
+        ) / torch.tensor(text.rope_parameters["short_factor"])
         angles = torch.arange(text.max_position_embeddings)[:, None] * frequencies
         self.cos, self.sin = (
             f(torch.cat([angles, angles], -1)).to(self.dtype) for f in (torch.cos, torch.sin)

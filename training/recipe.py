@@ -4,6 +4,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+SPRITES = Path(__file__).parent / "sprites"  # the styles that are there to learn from only, a file each
+TRAINING_STYLES = ("noto_v1", "emojione", "fxemoji")
+MORE_STYLES = (*TRAINING_STYLES, "emojione_v1", "fluent_3d", "streamline", "streamline")  # the last is the only one with outlines
+
 
 @dataclass(frozen=True)
 class ModelRecipe:
@@ -46,14 +50,17 @@ class Canvas:
 class Stage:
     """What a run shows from step `start` on: shares of (text only, each of the canvases), and what the pictures are.
 
-    `kinds` weighs the kinds of expression that conversations draw from (1 for those not named; none: all alike).
+    `kinds` weighs the kinds of expression that conversations draw from (1 for those not named; none: all alike);
+    see `language.scene_turns`.
     """
 
     start: int
     mix: tuple[float, ...]
     kinds: tuple[tuple[str, float], ...] = ()
     augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
-    training_styles_share: float = 0.35  # of the pictures in the styles that are there to learn from only
+    training_styles_share: float = 0.35  # of the pictures in the styles that are there to learn from only,
+    styles: tuple[str, ...] = TRAINING_STYLES  # one of these
+    repeats: float = 0.4  # share of the scenes in which a name comes more than once
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,12 @@ class Recipe:
     """One training run.
 
     The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; pictures of
-    few objects; full scenes, drawn in 16 x 16 cells first, then in all of them; and more of these, at rates that
-    rise once more, with more places, colours and relations to tell apart, and a cost that few heads escape.
+    few objects; full scenes, drawn in 16 x 16 cells first, then in all of them; more of these, at rates that rise
+    once more, with more places, colours and relations to tell apart, and a cost that few heads escape; and once more,
+    with more styles, and more things of one name to tell apart by where they are.
     """
 
-    steps: int = 21_700
+    steps: int = 31_500
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -93,6 +101,32 @@ class Recipe:
             kinds=(("name", 0.7), ("place", 2.0), ("colour", 2.0), ("relation", 1.6)),
             augment_share=0.7,
             training_styles_share=0.45,
+        ),
+        Stage(
+            21_700,
+            (0.04, 0.0, 0.03, 0.04, 0.12, 0.0, 0.0, 0.0, 0.07, 0.0, 0.70),
+            kinds=(("name", 0.7), ("place", 3.0), ("colour", 1.5), ("relation", 2.0)),
+            augment_share=0.7,
+            training_styles_share=0.5,
+            styles=MORE_STYLES,
+        ),
+        Stage(
+            25_565,
+            (0.03, 0.0, 0.02, 0.02, 0.05, 0.0, 0.22, 0.18, 0.14, 0.0, 0.34),
+            kinds=(("name", 0.7), ("place", 0.7), ("comparison", 6.0)),
+            augment_share=0.7,
+            training_styles_share=0.5,
+            repeats=0.8,
+            styles=MORE_STYLES,
+        ),
+        Stage(
+            26_500,
+            (0.04, 0.0, 0.0, 0.03, 0.10, 0.0, 0.08, 0.08, 0.07, 0.0, 0.60),
+            kinds=(("name", 0.7), ("place", 0.7), ("colour", 1.5), ("comparison", 3.0)),
+            augment_share=0.7,
+            training_styles_share=0.5,
+            repeats=0.6,
+            styles=MORE_STYLES,
         ),
     )
     text_rows: int = 6  # rows of a batch without images,
@@ -136,6 +170,11 @@ class Recipe:
         (16_373, 0.1910),
         (16_573, 0.16),
         (17_564, 0.1300),
+        (21_700, 0.02),
+        (21_850, 0.25),
+        (25_565, 0.1728),
+        (25_665, 0.35),
+        (26_500, 0.30),
     )
     last_rate: float = 0.02
     checkpoint_seconds: float = 120.0
@@ -152,10 +191,8 @@ def read_recipe(path: Path) -> Recipe:
         Canvas(**c | {"num_objects": c["num_objects"] and tuple(c["num_objects"])})
         for c in values["canvases"]
     )
-    stages = (
-        Stage(**s | {"mix": tuple(s["mix"]), "kinds": tuple(map(tuple, s["kinds"]))})
-        for s in values["stages"]
-    )
+    stages = [s | {name: tuple(s[name]) for name in ("mix", "styles")} for s in values["stages"]]
+    stages = [Stage(**s | {"kinds": tuple(map(tuple, s["kinds"]))}) for s in stages]
     values |= {"canvases": tuple(canvases), "stages": tuple(stages)}
     lines = {name: tuple(map(tuple, values[name])) for name in ("rates", "few_look_costs")}
     return Recipe(**values | lines)

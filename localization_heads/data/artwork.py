@@ -13,7 +13,6 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 SPRITES = Path(__file__).parent / "sprites"
 STYLES = ("noto", "twemoji", "fluent")
 HELD_OUT_STYLE = "openmoji"
-TRAINING_STYLES = ("noto_v1", "emojione", "fxemoji")  # beside STYLES, to learn from; not in the benchmark
 CELL, COLUMNS = 160, 10  # layout of an atlas: pixels a sprite, sprites a row
 PALETTE = {
     "red": (225, 30, 30), "green": (30, 170, 50), "blue": (40, 80, 230), "yellow": (240, 210, 20),
@@ -38,9 +37,10 @@ NAMES = tuple(VOCABULARY)
 def _atlas(style: str) -> dict[str, Image.Image]:
     """Every name's RGBA sprite in one style, cropped to what it draws (longer side CELL pixels).
 
-    Names that a training style does not draw are borrowed from the first style.
+    `style` is one of the package's, or the path of another atlas without its ending (the styles that are there to
+    learn from only). Names that it does not draw are borrowed from the first style.
     """
-    sheet = Image.open(SPRITES / f"{style}.webp").convert("RGBA")
+    sheet = Image.open(SPRITES / f"{style}.webp").convert("RGBA")  # a path of its own replaces the folder
     sprites = {}
     for index, name in enumerate(NAMES):
         left, top = index % COLUMNS * CELL, index // COLUMNS * CELL

@@ -82,6 +82,7 @@ def render_scene(
     span: float = 1.0,
     bars: tuple[float, float] = (0.0, 0.0),
     augment: bool = False,
+    repeats: float = 0.4,
 ) -> Scene:
     """The scene of a seed, drawn at `size` x `size` pixels.
 
@@ -90,6 +91,7 @@ def render_scene(
     (for training). `bars` is the share of the picture that bars at the left and at the right, at the top and at the
     bottom each take, in the colour that LLaVA pads with (for training: a picture that was not square).
     `augment` varies the art style further (outlines, turns, contrast, colour cast, grain; for training).
+    `repeats` is the share of scenes in which a name comes twice, or three times.
 
     >>> scene = render_scene(3, size=64)
     >>> scene.image.shape, len(scene.objects) >= 2
@@ -98,7 +100,7 @@ def render_scene(
     rng = Random(seed)
     style = style or rng.choice(STYLES)
     count = num_objects or rng.choices(list(COUNTS), list(COUNTS.values()))[0]
-    placements = _lay_out(rng, style, count, span, bars)
+    placements = _lay_out(rng, style, count, span, bars, repeats)
     expressions = refer([placement.thing() for placement in placements], rng)
     image, masks = _draw(rng, placements, size, augment)
     _paint_bars(image, bars)
@@ -129,11 +131,13 @@ def scene_samples(
             yield scene, pick(scene.expressions, Random(scene_seed + 1))
 
 
-def _lay_out(rng: Random, style: str, count: int, span: float, bars: tuple[float, float]) -> list[_Placement]:
-    """Place `count` objects, repeating one name in 40 % of the scenes; at least two fit (or `count`)."""
+def _lay_out(
+    rng: Random, style: str, count: int, span: float, bars: tuple[float, float], repeats: float
+) -> list[_Placement]:
+    """Place `count` objects; at least two fit (or `count`)."""
     while True:
         placements: list[_Placement] = []
-        for name in _draw_names(rng, count):
+        for name in _draw_names(rng, count, repeats):
             placement = _place(rng, name, style, count, span, bars, [p.box for p in placements])
             if placement:
                 placements.append(placement)
@@ -141,9 +145,9 @@ def _lay_out(rng: Random, style: str, count: int, span: float, bars: tuple[float
             return placements
 
 
-def _draw_names(rng: Random, count: int) -> list[str]:
+def _draw_names(rng: Random, count: int, repeats: float) -> list[str]:
     names = rng.sample(NAMES, count)
-    if count >= 2 and rng.random() < 0.4:
+    if count >= 2 and rng.random() < repeats:
         names[1] = names[0]
         if count >= 4 and rng.random() < 0.3:
             names[2] = names[0]
