@@ -12,9 +12,10 @@ from localization_heads.data import artwork
 from localization_heads.data.scenes import NAMES, render_scene
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.ranking import HeadRanking, RankedHead
+from training import card
 from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker
-from training.evaluate import correlation
+from training.evaluate import comparison_samples, correlation
 from training.language import IDS, NUMBERS, _where_turn, build_tokenizer, encode, scene_turns
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
@@ -276,7 +277,8 @@ def test_comparisons_are_asked_apart():
         scene = render_scene(seed, repeats=1.0)
         names = [o.name for o in scene.objects]
         kinds = {
-            f"{e.text} .": e.kind if names.count(names[e.object_index]) > 1 else "other" for e in scene.expressions
+            f"{e.text} .": e.kind if names.count(names[e.object_index]) > 1 else "other"
+            for e in scene.expressions
         }
         if {"place", "relation"} & set(kinds.values()):
             turns = scene_turns(scene, Random(0), weights={"comparison": 1e9})
@@ -372,3 +374,21 @@ def test_frequency_and_iou_are_compared_as_in_the_paper_and_over_all_candidates(
     same = correlation(ranked({(2, head): 1.0 for head in range(3)} | {(3, 0): 0.0}), iou)
     assert same["rho"] is None and same["all"]["heads"] == 4
     assert same["all"]["rho"] is not None
+
+
+def test_the_cards_tables_are_those_of_the_reports():
+    now, before = (json.loads((card.REPORTS / f"{name}.json").read_text()) for name in ("now", "before"))
+    page = card.PAGE.read_text()
+    assert card.fill(page, now, before) == page
+    assert all(f"<!-- table: {name} -->\n| " in page for name in card.TABLES)
+    best = now["in style"]["top 3"]["pointing"]
+    assert f"| {best[0]:.3f} [{best[1]:.2f}, {best[2]:.2f}] |" in page
+    now["in style"]["top 3"]["pointing"] = [0.5, 0.4, 0.6]
+    assert "| pointing >= 0.93 | 0.500 [0.40, 0.60] | missed |" in card.fill(page, now, before)
+
+
+def test_comparisons_are_between_things_of_one_name():
+    for scene, expression in comparison_samples(20, 64):
+        name = scene.objects[expression.object_index].name
+        assert [o.name for o in scene.objects].count(name) > 1
+        assert name in expression.text and expression.kind == "place"

@@ -111,7 +111,9 @@ class BatchMaker:
             rng.randrange(TRAIN_SEEDS.stop),
             size=canvas.cells * self.model.patch_size,
             num_objects=rng.choice(canvas.num_objects) if canvas.num_objects else None,
-            style=str(SPRITES / rng.choice(stage.styles)) if rng.random() < stage.training_styles_share else None,
+            style=str(SPRITES / rng.choice(stage.styles))
+            if rng.random() < stage.training_styles_share
+            else None,
             span=canvas.cells / (canvas.scene_cells or self.model.grid),
             bars=_bars(rng) if rng.random() < self.recipe.bars_share else (0.0, 0.0),
             augment=rng.random() < stage.augment_share,

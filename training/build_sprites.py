@@ -4,7 +4,7 @@ Usage: python -m training.build_sprites FOLDER
 
 FOLDER holds the unpacked npm packages `@iconify-json/<set>`, each at `FOLDER/<set>/icons.json`; styles whose
 package is not there are left as they are. Needs `resvg_py` (SVG to pixels) and scikit-image (the CC0 photos).
-Writes one lossless WebP atlas a style, in the order of vocabulary.txt, and one JPEG a background.
+Writes one WebP atlas a style (lossless for the benchmark), in the order of vocabulary.txt, and one JPEG a background.
 """
 
 import io

@@ -6,8 +6,10 @@ test scenes that nothing was chosen on. Intervals are 95 % bootstrap intervals o
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +17,15 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.scenes import HELD_OUT_STYLE, VALIDATION_SEEDS, scene_samples
+from localization_heads.data.expressions import PLACES, Expression
+from localization_heads.data.scenes import (
+    HELD_OUT_STYLE,
+    TEST_SEEDS,
+    VALIDATION_SEEDS,
+    Scene,
+    render_scene,
+    scene_samples,
+)
 from localization_heads.evaluation.correlation import spearman
 from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit
 from localization_heads.grounding.maps import GroundingOptions, ground_maps
@@ -119,6 +129,7 @@ def evaluate(model: LlavaForConditionalGeneration, num_samples: int = 1000) -> d
         if style is None:
             report |= compare(results, ranked_on, ranking, top)
             report["by kind"] = by_kind(results, top)
+    report["comparisons"] = by_word(measure(model, comparison_samples(num_samples // 2, size)), top)
     padded = measure(model, scene_samples(num_samples, size=size, bars=PADDED))
     report["padded"] = {"top 3": intervals(ground_all(padded, top).table()), "answers": answers(padded)}
     return report
@@ -216,6 +227,33 @@ def by_kind(results: list[Measured], top: list[Head]) -> dict:
     }
 
 
+def comparison_samples(num_samples: int, size: int) -> Iterator[tuple[Scene, Expression]]:
+    """Test scenes with two or three things of one name, and a place that tells them apart ("the left dog")."""
+    start, produced = TEST_SEEDS.start + 2**20, 0
+    for seed in range(start, TEST_SEEDS.stop):
+        if produced == num_samples:
+            return
+        scene = render_scene(seed, size=size, repeats=1.0)
+        names = [o.name for o in scene.objects]
+        places = [
+            e for e in scene.expressions if e.kind == "place" and names.count(names[e.object_index]) > 1
+        ]
+        if places:
+            produced += 1
+            yield scene, Random(seed).choice(places)
+
+
+def by_word(results: list[Measured], top: list[Head]) -> dict:
+    """Means over the comparisons, for each of the four places and for all."""
+    table = ground_all(results, top).table()
+    table["whole answer"] = np.array([all(r.right) for r in results])
+    words = np.array([next(w for w in r.expression.text.split() if w in PLACES) for r in results])
+    return {
+        word: {"scenes": int(rows.sum())} | {k: float(v[rows].mean()) for k, v in table.items()}
+        for word, rows in {"all": words != "", **{word: words == word for word in PLACES}}.items()
+    }
+
+
 def intervals(table: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Metric -> mean and both ends of its 95 % bootstrap interval."""
     return {k: [float(np.mean(v)), *map(float, bootstrap_interval(v))] for k, v in table.items()}
@@ -236,7 +274,7 @@ def show(report: dict) -> None:
             console.print(key, report[key])
     for style in ("in style", "held-out style"):
         console.print(style, report[style]["answers"])
-    for kind, row in report["by kind"].items():
+    for kind, row in (report["by kind"] | report["comparisons"]).items():
         console.print(kind, {k: round(v, 2) for k, v in row.items()})
 
 

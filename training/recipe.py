@@ -6,7 +6,13 @@ from pathlib import Path
 
 SPRITES = Path(__file__).parent / "sprites"  # the styles that are there to learn from only, a file each
 TRAINING_STYLES = ("noto_v1", "emojione", "fxemoji")
-MORE_STYLES = (*TRAINING_STYLES, "emojione_v1", "fluent_3d", "streamline", "streamline")  # the last is the only one with outlines
+MORE_STYLES = (
+    *TRAINING_STYLES,
+    "emojione_v1",
+    "fluent_3d",
+    "streamline",
+    "streamline",
+)  # the last is the only one with outlines
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ class Recipe:
         (19_949, 2.4),
         (20_735, 2.4),
         (20_736, 1.2),
+        (27_700, 1.2),
+        (28_200, 0.6),
     )
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
