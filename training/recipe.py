@@ -79,7 +79,7 @@ class Recipe:
     with more styles, and more things of one name to tell apart by where they are.
     """
 
-    steps: int = 31_500
+    steps: int = 31_000
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -134,6 +134,15 @@ class Recipe:
             repeats=0.6,
             styles=MORE_STYLES,
         ),
+        Stage(
+            28_500,
+            (0.04, 0.0, 0.0, 0.03, 0.10, 0.0, 0.04, 0.06, 0.05, 0.0, 0.68),
+            kinds=(("comparison", 2.0),),
+            augment_share=0.7,
+            training_styles_share=0.5,
+            repeats=0.5,
+            styles=MORE_STYLES,
+        ),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
@@ -160,6 +169,8 @@ class Recipe:
         (20_736, 1.2),
         (27_700, 1.2),
         (28_200, 0.6),
+        (28_450, 0.6),
+        (28_550, 1.2),
     )
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
