@@ -184,6 +184,11 @@ def test_why_a_picture_is_not_shared() -> None:
     config = copy.deepcopy(tiny("llava").model.config)
     config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "length" in (why_not_shared(config) or "")
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "short_factor": [1.0, 0.5]}
+    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.25]}
+    assert "length" in (why_not_shared(config) or "")
+    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.5]}
+    assert why_not_shared(config) is None
 
 
 def test_the_documentation_names_who_cannot_share() -> None:

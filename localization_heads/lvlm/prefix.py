@@ -42,12 +42,18 @@ def why_not_shared(config: Any) -> str | None:
         return "its encoder reads picture and expression together"
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
-    if kinds & {"dynamic", "longrope"}:
+    if any(_depends_on_length(part) for part in (rope, *rope.values()) if isinstance(part, Mapping)):
         return "its rotary positions depend on the length of the whole prompt"
     if any(type(layer) not in _LAYERS for layer in DynamicCache(config=text).layers):
         return "its cache has layers of an unknown kind"
     return None
+
+
+def _depends_on_length(rope: Mapping[str, Any]) -> bool:
+    """`longrope` has factors for long and for short prompts; where they are the same, it is a list of frequencies."""
+    if rope.get("rope_type") == "longrope":
+        return bool(rope["long_factor"] != rope["short_factor"])
+    return rope.get("rope_type") == "dynamic"
 
 
 @dataclass(frozen=True, eq=False)
