@@ -16,10 +16,11 @@ from training import card
 from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker
 from training.evaluate import comparison_samples, correlation
-from training.language import IDS, NUMBERS, _where_turn, build_tokenizer, encode, scene_turns
+from training.language import IDS, NUMBERS, _where_turn, build_tokenizer, encode, question_turn, scene_turns
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
 from training.recipe import SPRITES, Canvas, ModelRecipe, Recipe, Stage
+from training.talk import KINDS, list_scores
 from training.trainer import LOOK_EPS, Trainer, load_run
 
 SMALL = ModelRecipe(
@@ -392,3 +393,30 @@ def test_comparisons_are_between_things_of_one_name():
         name = scene.objects[expression.object_index].name
         assert [o.name for o in scene.objects].count(name) > 1
         assert name in expression.text and expression.kind == "place"
+
+
+def test_the_most_that_rho_can_be_with_heads_at_zero():
+    """Two of five candidates are marked, in the order of their IoU: nothing could agree better."""
+    iou = np.zeros((3, 5))
+    iou[2] = [0.1, 0.5, 0.2, 0.4, 0.3]
+    frequencies = {(2, head): value for head, value in enumerate((0.0, 0.9, 0.0, 0.5, 0.0))}
+    report = {
+        "heads": {"below tau": 3, "candidates": 5},
+        "frequency and IoU": correlation(ranked(frequencies), iou),
+    }
+    found = report["frequency and IoU"]["all"]["rho"]
+    assert found == pytest.approx((1 - 24 / 120) ** 0.5)
+    assert f"at most {found:.2f} with 3 of them at 0" in card._bounded_correlation(report)
+
+
+def test_lists_are_compared_as_bags_of_names():
+    scores = list_scores(["dog", "cat", "dog", "bus"], ["bus", "dog", "owl"])
+    assert list(scores.values()) == pytest.approx([2 / 4, 2 / 3, 0])
+    assert list_scores(["dog", "cat"], ["cat", "dog"])["list: all of it right"] == 1
+    assert list_scores(["dog", "cat"], [""])["list: names that are right"] == 0
+
+
+def test_every_question_is_counted_under_its_kind():
+    rng = Random(0)
+    asked = {question_turn(render_scene(seed, size=48), rng)[0] for seed in range(20) for _ in range(20)}
+    assert {" ".join(question.split()[:2]) for question in asked} == KINDS.keys()

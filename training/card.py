@@ -145,6 +145,14 @@ def comparisons(now: dict, before: dict) -> Iterator[str]:
         yield f"| {word} | {row['scenes']} | {' | '.join(cells)} |"
 
 
+def talk(now: dict, before: dict) -> Iterator[str]:
+    """Answers to questions about a picture; the last column is the release before."""
+    yield "| asked | answers | right | the release before |"
+    yield "|---|---|---|---|"
+    for kind, (share, number) in now["talk"].items():
+        yield f"| {kind} | {number} | {share:.2f} | {before['talk'][kind][0]:.2f} |"
+
+
 def answers(now: dict, before: dict) -> Iterator[str]:
     """Shares of answers right, in the three sets of scenes."""
     yield "| scenes | first word | every word | whole answer | whole answer, the release before |"
@@ -154,7 +162,7 @@ def answers(now: dict, before: dict) -> Iterator[str]:
         yield f"| {part} | {' | '.join(cells)} | {_interval(before[part]['answers']['whole answer'])} |"
 
 
-TABLES = {f.__name__: f for f in (numbers, targets, correlations, kinds, comparisons, answers)}
+TABLES = {f.__name__: f for f in (numbers, targets, correlations, kinds, comparisons, answers, talk)}
 
 
 def fill(page: str, now: dict, before: dict) -> str:

@@ -33,6 +33,7 @@ from localization_heads.heads.criteria import CriteriaOptions, attention_sum, sp
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 from training.measure import Measured, measure
+from training.talk import talk
 
 RANDOM_DRAWS = 5
 TOP_N = 3  # heads that criterion 2 marks in a scene, as model.top_n of config/model/tiny.yaml,
@@ -274,6 +275,8 @@ def show(report: dict) -> None:
             console.print(key, report[key])
     for style in ("in style", "held-out style"):
         console.print(style, report[style]["answers"])
+    for kind, (share, number) in report["talk"].items():
+        console.print(f"{kind}: {share:.2f} of {number} right")
     for kind, row in (report["by kind"] | report["comparisons"]).items():
         console.print(kind, {k: round(v, 2) for k, v in row.items()})
 
@@ -286,7 +289,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     model = LlavaForConditionalGeneration.from_pretrained(options.model)
-    report = evaluate(model, options.num_samples)
+    report = evaluate(model, options.num_samples) | {"talk": talk(options.model, options.num_samples // 2)}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     show(report)

@@ -89,14 +89,14 @@ def scene_turns(
     places and relations that tell things of one name from each other.
     """
     if rng.random() < 0.6:
-        yield _list_turn(scene, rng)
+        yield list_turn(scene, rng)
     telling = [e for e in scene.expressions if len(scene.objects) > 1 or scene.objects[0].name not in e.text]
     by_kind: dict[str, list] = {}
     for expression in telling:
         by_kind.setdefault(_kind(expression, scene, weights or {}), []).append(expression)
     while True:
         if not telling or rng.random() < QUESTIONS:
-            yield _question_turn(scene, rng)
+            yield question_turn(scene, rng)
         else:
             kinds = list(by_kind)
             kind = (
@@ -133,7 +133,7 @@ def _place(scene: Scene, index: int) -> str:
     return f"{row} {'left' if x0 + x1 < size else 'right'}"
 
 
-def _list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+def list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     """Ask for everything; the names come from left to right."""
     prompts = (
         "what is in this image ?",
@@ -145,7 +145,7 @@ def _list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     return rng.choice(prompts), " , ".join(o.name for o in ordered)
 
 
-def _question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+def question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     """A question about one object, the number of objects, or whether something is there, or where one says."""
     kind = rng.choice(("colour", "colour", "size", "name", "count", "exists", "where", "where"))
     if kind == "where":
