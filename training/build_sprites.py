@@ -7,9 +7,9 @@ package is not there are left as they are. Needs `resvg_py` (SVG to pixels) and 
 Writes one WebP atlas a style (lossless for the benchmark), in the order of vocabulary.txt, and one JPEG a background.
 """
 
+import argparse
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,4 +116,6 @@ def main(packages: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the unpacked packages")
+    main(parser.parse_args().folder)

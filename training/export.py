@@ -1,10 +1,10 @@
-"""Write a trained model as plain transformers load it: weights, tokenizer, processor, chat template.
+"""Write a trained model as plain transformers load it (weights, tokenizer, processor, chat template).
 
-Usage: python -m training.export RUN_FOLDER [TARGET_FOLDER]
+python -m training.export RUN_FOLDER [TARGET_FOLDER]
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
@@ -56,6 +56,15 @@ def export(model: LlavaForConditionalGeneration, recipe: ModelRecipe, folder: Pa
     (folder / "localization_heads.json").write_text(json.dumps({"system": SYSTEM}, indent=2) + "\n")
 
 
+def main() -> None:
+    """Parse the options, write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a training run")
+    parser.add_argument("target", type=Path, nargs="?", default=EMBEDDED)
+    options = parser.parse_args()
+    recipe, trained = load_run(options.run)
+    export(trained, recipe.model, options.target)
+
+
 if __name__ == "__main__":
-    recipe, trained = load_run(Path(sys.argv[1]))
-    export(trained, recipe.model, *map(Path, sys.argv[2:3]))
+    main()

@@ -3,8 +3,8 @@
 Curves of the run, and a contact sheet of ten test scenes with what the three localization heads see.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -102,8 +102,19 @@ def _draw_scene(above, below, result: Measured, top: list[Head]) -> None:
         axis.set_axis_off()
 
 
+def main() -> None:
+    """Parse the options, draw both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a training run")
+    parser.add_argument("model", type=Path, help="folder of an exported model")
+    parser.add_argument("docs", type=Path, help="where the pictures go")
+    options = parser.parse_args()
+    options.docs.mkdir(parents=True, exist_ok=True)
+    draw_curves(options.run / "log.jsonl", options.docs / "embedded-curves.png")
+    draw_sheet(
+        LlavaForConditionalGeneration.from_pretrained(options.model), options.docs / "embedded-scenes.jpg"
+    )
+
+
 if __name__ == "__main__":
-    run, folder, docs = map(Path, sys.argv[1:4])
-    docs.mkdir(parents=True, exist_ok=True)
-    draw_curves(run / "log.jsonl", docs / "embedded-curves.png")
-    draw_sheet(LlavaForConditionalGeneration.from_pretrained(folder), docs / "embedded-scenes.jpg")
+    main()

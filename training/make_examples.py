@@ -9,6 +9,7 @@ all held-out scenes, in docs/embedded-model.md.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -111,4 +112,5 @@ def _write(name: str, entries: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()
