@@ -279,14 +279,16 @@ def test_fig6b_is_the_correlation_of_ranks(study: Study) -> None:
     [
         (1, "as in the paper's models, heads that are selected more often localise better"),
         (-1, "localise worse"),
+        (0, "do not show that heads selected more often localise better"),
     ],
 )
 def test_fig6b_says_what_its_numbers_say(study: Study, sign: int, said: str) -> None:
-    """IoUs that go with the frequency, and against it."""
+    """IoUs that go with the frequency, against it, and neither."""
     frequency = np.zeros(SHAPE)
     for head in study.ranking.heads:
         frequency[head.address] = head.selection_frequency
-    ious = np.broadcast_to(0.5 + 0.1 * sign * frequency, study.sums.shape).astype(np.float32)
+    values = sign * frequency if sign else np.random.default_rng(0).random(SHAPE)
+    ious = np.broadcast_to(0.5 + 0.1 * values, study.sums.shape).astype(np.float32)
     assert said in find("fig6b", replace(study, ious=ious)).reading
     constant = find("fig6b", replace(study, ious=np.full_like(ious, 0.5)))
     assert constant.numbers["selected"] is None and "no correlation can be told" in constant.reading
