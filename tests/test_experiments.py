@@ -248,6 +248,7 @@ def test_spearman_by_hand() -> None:
     found = spearman([1, 2, 3, 4], [10, 30, 20, 40])
     assert found is not None
     assert found[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert found[1] == pytest.approx(8 / 24)  # orders: the same, three neighbours changed, and these backwards
     assert spearman([1, 2], [1, 2]) is None
     assert spearman([1, 1, 1], [1, 2, 3]) is None
 
@@ -269,9 +270,14 @@ def test_fig6b_is_the_correlation_of_ranks(study: Study) -> None:
     rho = np.corrcoef(x, y)[0, 1]
     assert numbers["num_selected"] == len(counted) > 3
     assert numbers["selected"]["rho"] == pytest.approx(rho)
-    t = rho * math.sqrt((len(x) - 2) / (1 - rho**2))
-    assert numbers["selected"]["p"] == pytest.approx(2 * stats.t.sf(abs(t), len(x) - 2))
+    every = stats.permutation_test(
+        (x,), lambda one: np.corrcoef(one, y)[0, 1], permutation_type="pairings", n_resamples=np.inf
+    )
+    assert numbers["selected"]["p"] == pytest.approx(every.pvalue)
+    everyone = numbers["all"]
     assert numbers["num_all"] == (LAYERS - 1) * HEADS
+    t = everyone["rho"] * math.sqrt((numbers["num_all"] - 2) / (1 - everyone["rho"] ** 2))
+    assert everyone["p"] == pytest.approx(2 * stats.t.sf(abs(t), numbers["num_all"] - 2))
 
 
 @pytest.mark.parametrize(
