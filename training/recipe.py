@@ -79,7 +79,7 @@ class Recipe:
     with more styles, and more things of one name to tell apart by where they are.
     """
 
-    steps: int = 31_000
+    steps: int = 34_500
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -171,6 +171,10 @@ class Recipe:
         (28_200, 0.6),
         (28_450, 0.6),
         (28_550, 1.2),
+        (31_000, 1.2),
+        (31_100, 0.3),
+        (32_500, 0.3),
+        (32_600, 0.05),
     )
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
@@ -194,6 +198,10 @@ class Recipe:
         (25_565, 0.1728),
         (25_665, 0.35),
         (26_500, 0.30),
+        (31_000, 0.02),
+        (31_100, 0.12),
+        (32_500, 0.02),
+        (32_600, 0.15),
     )
     last_rate: float = 0.02
     checkpoint_seconds: float = 120.0
