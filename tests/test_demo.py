@@ -220,11 +220,17 @@ def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]
     pixels = shown(page, "boxes")
     scale = pixels.shape[1] / 384
     assert box_iou(np.array(coloured_box(pixels)) / scale, truth) > 0.4
-    heat = shown(page, "heat").astype(float)
-    warm = heat[..., 0] + heat[..., 1] - 2 * heat[..., 2]  # viridis ends in yellow
-    y, x = np.unravel_index(np.argmax(ndimage.uniform_filter(warm, 25)), warm.shape)
+    heat = shown(page, "heat")
+    plain = Image.open(path).convert("RGB").resize(heat.shape[1::-1])
+    added = yellow(heat) - yellow(np.asarray(plain))  # where viridis ends, beyond what the picture has of it
+    y, x = np.unravel_index(np.argmax(ndimage.uniform_filter(added, 25)), added.shape)
     assert truth[0] <= x / scale <= truth[2]
     assert truth[1] <= y / scale <= truth[3]
+
+
+def yellow(pixels: np.ndarray) -> np.ndarray:
+    """How much red and green there is beyond the blue."""
+    return pixels[..., 0].astype(float) + pixels[..., 1] - 2.0 * pixels[..., 2]
 
 
 def check_keys(page: Any) -> None:

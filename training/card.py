@@ -27,6 +27,9 @@ ROWS = {
 PERFECT = "a perfect map (the target's mask)"
 # Releases and trials that cannot be measured anew: from their own reports.
 OLD_ROWS = """\
+| the second release (step 12,700): top 3 | 0.84 [0.80, 0.87] | 0.51 [0.47, 0.56] | 0.47 [0.45, 0.49] | 0.67 [0.63, 0.71] | 0.55 [0.52, 0.57] |
+| the second release: layer-matched random 3 | 0.70 [0.67, 0.73] | 0.41 [0.38, 0.44] | 0.39 [0.37, 0.41] | 0.53 [0.50, 0.56] | 0.45 [0.43, 0.47] |
+| the second release: top 3, held-out style | 0.66 [0.62, 0.70] | 0.36 [0.32, 0.40] | 0.36 [0.34, 0.39] | 0.51 [0.47, 0.55] | 0.43 [0.40, 0.46] |
 | the first release (16 x 16): top 3 | 0.81 [0.77, 0.84] | 0.33 [0.29, 0.37] | 0.40 [0.38, 0.42] | 0.55 [0.51, 0.59] | 0.47 [0.45, 0.49] |
 | the first release: top 3, held-out style | 0.62 [0.57, 0.66] | 0.24 [0.20, 0.28] | 0.32 [0.30, 0.34] | 0.42 [0.38, 0.46] | 0.38 [0.36, 0.41] |
 | the spike: top 3 | .89-.90 | .31 | .40 | .44 | .45 |
@@ -55,7 +58,7 @@ def numbers(now: dict, before: dict) -> Iterator[str]:
     yield _row("**top 3, held-out style**", now["held-out style"]["top 3"])
     yield _row("top 3, pictures of 4:3, padded", now["padded"]["top 3"])
     yield _row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
-    yield _row("the release before: top 3", before["in style"]["top 3"])
+    yield _row("the release before (step 21,700): top 3", before["in style"]["top 3"])
     yield _row("the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"])
     yield _row("the release before: top 3, held-out style", before["held-out style"]["top 3"])
     yield from OLD_ROWS.splitlines()
@@ -83,8 +86,17 @@ def targets(now: dict, before: dict) -> Iterator[str]:
     below, candidates = now["heads"]["below tau"], now["heads"]["candidates"]
     verdict = _verdict(0 < below < candidates)
     yield f"| heads below tau | {below} of {candidates} | {verdict} | {before['heads']['below tau']} |"
+    yield _ranking_row(now, before)
     yield _criterion_row(now, before, "3", "top 3", "criterion 2 only")
     yield _criterion_row(now, before, "10, the paper's", "both, N = 10", "criterion 2 only, N = 10")
+
+
+def _ranking_row(now: dict, before: dict) -> str:
+    """How well the whole ranking goes with the IoU, with criterion 1 and without it."""
+    keys = ("frequency and IoU", "frequency by criterion 2 only, and IoU")
+    (one, other), then = ([r[key]["all"]["rho"] for key in keys] for r in (now, before))
+    asked = "criterion 1 helps: rho over all candidates with it and without it"
+    return f"| {asked} | {one:.2f} and {other:.2f} | {_verdict(one > other)} | {then[0]:.2f} and {then[1]:.2f} |"
 
 
 def _criterion_row(now: dict, before: dict, number: str, both: str, alone: str) -> str:
@@ -100,7 +112,7 @@ def _criterion_row(now: dict, before: dict, number: str, both: str, alone: str) 
         return ", ".join(f"{name} {one:.2f} and {other:.2f}" for (_, name), one, other in pairs)
 
     worse = all(one > other for one, other in zip(values(now, both), values(now, alone), strict=True))
-    asked = f"criterion 1 helps: scores with it and without it (N = {number})"
+    asked = f"the same: scores of the three heads (N = {number})"
     return f"| {asked} | {said(now)} | {_verdict(worse)} | {said(before)} |"
 
 
