@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -133,6 +134,18 @@ def test_boxes_are_drawn_where_they_are(asked):
     answers = asked.answers(asked.ranked[:3], GroundingOptions())[:1]
     drawn = drawing.draw_boxes(asked.image, answers, [""])
     assert box_iou(coloured_box(np.asarray(drawn)), answers[0].box) > 0.9
+
+
+def test_names_do_not_cover_each_other(asked):
+    """Three answers with one box: each name's plate, filled with its colour, is as large as when it stands alone."""
+    answer = asked.answers(asked.ranked[:3], GroundingOptions())[0]
+    answer = replace(answer, box=(4.0, 4.0, 30.0, 30.0))
+    picture = Image.new("RGB", (300, 300), "white")
+    together = np.asarray(drawing.draw_boxes(picture, [answer] * 3, ["the dog"] * 3))
+    for number, colour in enumerate(drawing.COLOURS[:3]):
+        filled = (together == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
+        rows = np.flatnonzero(filled.sum(1) > 40)
+        assert 14 <= len(rows) <= 30 and np.ptp(rows) < 30, number
 
 
 def coloured_box(pixels: np.ndarray, colour: str = VERMILLION) -> tuple[float, float, float, float]:

@@ -248,7 +248,7 @@ def test_spearman_by_hand() -> None:
     found = spearman([1, 2, 3, 4], [10, 30, 20, 40])
     assert found is not None
     assert found[0] == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert found[1] == pytest.approx(8 / 24)  # orders: the same, three neighbours changed, and these backwards
+    assert found[1] == pytest.approx(8 / 24)  # the same order, three with neighbours changed; these backwards
     assert spearman([1, 2], [1, 2]) is None
     assert spearman([1, 1, 1], [1, 2, 3]) is None
 
@@ -285,7 +285,7 @@ def test_fig6b_is_the_correlation_of_ranks(study: Study) -> None:
     [
         (1, "as in the paper's models, heads that are selected more often localise better"),
         (-1, "localise worse"),
-        (0, "do not show that heads selected more often localise better"),
+        (0, "heads selected more often are not seen to localise better"),
     ],
 )
 def test_fig6b_says_what_its_numbers_say(study: Study, sign: int, said: str) -> None:

@@ -96,7 +96,9 @@ def _ranking_row(now: dict, before: dict) -> str:
     keys = ("frequency and IoU", "frequency by criterion 2 only, and IoU")
     (one, other), then = ([r[key]["all"]["rho"] for key in keys] for r in (now, before))
     asked = "criterion 1 helps: rho over all candidates with it and without it"
-    return f"| {asked} | {one:.2f} and {other:.2f} | {_verdict(one > other)} | {then[0]:.2f} and {then[1]:.2f} |"
+    return (
+        f"| {asked} | {one:.2f} and {other:.2f} | {_verdict(one > other)} | {then[0]:.2f} and {then[1]:.2f} |"
+    )
 
 
 def _criterion_row(now: dict, before: dict, number: str, both: str, alone: str) -> str:

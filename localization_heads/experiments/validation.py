@@ -103,7 +103,7 @@ def _reading(
         return f"Only {len(often)} heads are selected often enough: no correlation can be told."
     rho, p = found
     if p >= 0.05:
-        verdict = "so here, unlike in the paper, they do not show that heads selected more often localise better"
+        verdict = "so here, unlike in the paper, heads selected more often are not seen to localise better"
     elif rho <= 0:
         verdict = "so here, unlike in the paper, heads that are selected more often localise worse"
     elif rho > paper.LEAST_RHO:

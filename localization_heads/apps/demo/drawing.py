@@ -20,6 +20,8 @@ COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE)
 LONGEST = 720  # pixels of a picture on the page
 MARGIN = 40  # of the grid of heads, for its labels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+Plate = tuple[float, float, float, float]
+"""Where a name stands: x0, y0, x1, y1 in pixels of what is shown."""
 
 
 def draw_boxes(
@@ -33,12 +35,15 @@ def draw_boxes(
         shown.paste(tint, mask=mask.convert("L").point(lambda value: value and 90))
     pen = ImageDraw.Draw(shown)
     line = max(2, round(max(shown.size) / 180))
-    for colour, found, label in zip(COLOURS, groundings, labels, strict=False):
+    for colour, found in zip(COLOURS, groundings, strict=False):
         x0, y0, x1, y1 = (edge * scale for edge in found.box)
         corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
         pen.rectangle(corners, outline=PAPER, width=line + 2)
         pen.rectangle(corners, outline=colour, width=line)
-        _label(pen, shown.size, (x0, y0), f"{label}  {found.score:.2f}", colour)
+    plates: list[Plate] = []
+    for colour, found, label in zip(COLOURS, groundings, labels, strict=False):
+        corner = found.box[0] * scale, found.box[1] * scale
+        plates.append(_label(pen, shown.size, corner, f"{label}  {found.score:.2f}", colour, plates))
     return shown
 
 
@@ -93,16 +98,26 @@ def _shown(image: Image.Image, longest: int | None) -> tuple[Image.Image, float]
 
 
 def _label(
-    pen: ImageDraw.ImageDraw, size: tuple[int, int], corner: tuple[float, float], text: str, colour: str
-) -> None:
-    """A name plate above the corner, or below it at the picture's edge; never beyond the picture."""
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    corner: tuple[float, float],
+    text: str,
+    colour: str,
+    taken: Sequence[Plate],
+) -> Plate:
+    """A name plate above the corner, or below it at the picture's edge; below others, never beyond the picture."""
     font = _font(max(13, round(max(size) / 45)))
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 10, bottom - top + 8
     x = min(max(0.0, corner[0]), max(0.0, size[0] - width))
     y = corner[1] - height if corner[1] >= height else corner[1]
+    for x0, y0, x1, y1 in sorted(taken, key=lambda plate: plate[1]):
+        if x0 <= x + width and x <= x1 and y0 <= y + height and y <= y1:
+            y = y1 + 1
+    y = min(y, max(0.0, size[1] - height))
     pen.rectangle((x, y, x + width, y + height), fill=colour, outline=PAPER)
     pen.text((x + 5 - left, y + 4 - top), text, font=font, fill="white" if colour != SKY else "black")
+    return x, y, x + width, y + height
 
 
 def _axes(pen: ImageDraw.ImageDraw, layers: int, heads: int, cell: int) -> None:
