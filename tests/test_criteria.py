@@ -1,14 +1,18 @@
 """The criteria against hand-computed values and an obvious second implementation, one map at a time."""
 
 import math
+from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from localization_heads.heads import criteria
+from localization_heads.heads.analysis import analysis_rows, greedy_heads
 from localization_heads.heads.criteria import (
     CriteriaOptions,
     attention_sum,
@@ -17,14 +21,22 @@ from localization_heads.heads.criteria import (
     bottom_row_focus,
     component_count,
     elbow,
+    elbow_head,
     elbow_index,
     head_statistics,
     keep_heads,
     label_components,
     spatial_entropy,
 )
+from localization_heads.heads.ranking import criterion_1
 
 LN2 = math.log(2)
+JUNE, AUGUST = (
+    CriteriaOptions(
+        **yaml.safe_load((files("localization_heads.config") / f"criteria/{name}.yaml").read_text())
+    )
+    for name in ("published", "published_august")
+)
 
 
 def picture(*rows):
@@ -48,20 +60,20 @@ def flood(mask):
     return components
 
 
-def obvious_entropy(grid, weight="area", threshold=None):
+def obvious_entropy(grid, weight="area", threshold=None, means=1):
     """Spatial entropy of one map in plain Python."""
     cells = [float(value) for value in np.ravel(grid)]
-    mean = math.fsum(cells) / len(cells)
-    excess = [[max(float(value) - mean, 0.0) for value in row] for row in grid]
+    level = means * math.fsum(cells) / len(cells)
+    excess = [[max(float(value) - level, 0.0) for value in row] for row in grid]
     components = flood([[value > (threshold or 0.0) for value in row] for row in excess])
-    if not components:
-        return math.inf
     if weight == "area":
         shares = [len(component) for component in components]
         total = sum(shares)
     else:
         shares = [math.fsum(excess[y][x] for y, x in component) for component in components]
         total = math.fsum(value for row in excess for value in row)
+    if total <= 0:
+        return math.inf
     return -sum(share / total * math.log(share / total) for share in shares)
 
 
@@ -159,19 +171,38 @@ class TestKeepHeads:
         assert np.argwhere(keep_heads(self.SUMS, tau=0.15)).tolist() == [[3, 0], [3, 1], [4, 1]]
         assert keep_heads(self.SUMS, tau=0.0)[2:].all()
 
-    def test_index_variant_compares_positions(self):
-        sums = np.array([[0.9, 0.0], [0.1, 0.2]])  # sorted: 0, 0.1, 0.2, 0.9: the elbow is at position 2
+    def test_index_variant_takes_the_head_at_the_elbow(self):
+        sums = np.array(
+            [[0.9, 0.0], [0.2, 0.1]]
+        )  # sorted: heads 1, 3, 2, 0: head 2 stands at the elbow, at position 2
+        assert elbow_head(sums) == 2
         kept = keep_heads(sums, elbow="index", exclude_layers=0)
-        assert kept.tolist() == [[False, False], [False, True]]  # only flat index 3 lies above 2
-        assert keep_heads(sums, exclude_layers=0).tolist() == [[True, False], [False, True]]
+        assert kept.tolist() == [
+            [False, False],
+            [True, True],
+        ]  # 2 itself and what comes after it, however silent
+        assert keep_heads(sums, exclude_layers=0).tolist() == [[True, False], [True, False]]
+        sums = np.array(
+            [[0.2, 0.0], [0.1, 0.9]]
+        )  # sorted: heads 1, 2, 0, 3: now it is head 0, and all are kept
+        assert elbow_head(sums) == 0
+        assert keep_heads(sums, elbow="index", exclude_layers=0).all()
 
     def test_index_variant_sorts_all_heads_then_excludes(self):
-        # All sorted: 0, 0.1, 0.2, 0.9, 0.9, 1 with the elbow at position 3; without layer 0 it would be 2.
+        # All sorted: heads 2, 3, 4, 0, 1, 5 with the elbow at 0 (0.9); without layer 0 it would be head 4 (0.2).
         sums = np.array([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]])
         kept = keep_heads(sums, elbow="index", exclude_layers=1)
+        assert kept.tolist() == [[False, False], [True, True], [True, True]]
+        kept = keep_heads(sums, elbow="index", exclude_layers=2)
         assert np.argwhere(kept).tolist() == [[2, 0], [2, 1]]
-        kept = keep_heads(sums[::-1], elbow="index", exclude_layers=2)
-        assert np.argwhere(kept).tolist() == [[2, 0], [2, 1]]
+
+    def test_the_elbow_may_be_of_all_heads(self):
+        # Of all: 0, 0.05, 0.1, 0.15, 0.2, 0.8, 0.8, 0.9, 0.9, 1: the elbow is 0.2; louder first layers move it to 1.
+        assert attention_sum_threshold(self.SUMS, elbow_heads="all") == 0.2
+        louder = np.concatenate([100 * self.SUMS[:2], self.SUMS[2:]])
+        assert attention_sum_threshold(louder, elbow_heads="all") == 1.0
+        kept = keep_heads(louder, elbow_heads="all")
+        assert np.argwhere(kept).tolist() == [[3, 1]]
 
     def test_refuses_contradictions(self):
         with pytest.raises(ValueError, match="exclude_layers=5 leaves none"):
@@ -294,6 +325,15 @@ class TestSpatialEntropy:
         assert entropy == pytest.approx(-share * math.log(share), rel=1e-6)
         assert spatial_entropy(grid, threshold=4.0) == 0
 
+    def test_a_map_whose_excess_stays_below_the_threshold_has_no_mass_to_share(self):
+        faint = np.array([[0.1001, 0.1, 0.1, 0.0999]])  # 0.0001 above the mean
+        assert spatial_entropy(faint, weight="mass", threshold=0.001) == 0
+        assert component_count(faint, threshold=0.001) == 0
+        assert spatial_entropy(faint, threshold=0.001) == np.inf  # areas: there is none
+        for means in (1, 2):  # nothing above the mean, nothing above twice the mean
+            grid = np.full((2, 2), 0.1) if means == 1 else faint
+            assert spatial_entropy(grid, weight="mass", threshold=0.001, means=means) == np.inf
+
     def test_ties_are_exact_wherever_the_components_lie(self):
         rng = np.random.default_rng(3)
         areas = [1, 2, 3, 5, 7, 11]
@@ -395,6 +435,10 @@ class TestHeadStatistics:
             ("means", True),
             ("bottom_row_above", -1.0),
             ("bottom_row_above", "0.05"),
+            ("elbow_heads", "most"),
+            ("per_sample", 1),
+            ("ties", "layer"),
+            ("fallback", True),
         ],
     )
     def test_options_name_what_is_wrong(self, field, value):
@@ -404,3 +448,198 @@ class TestHeadStatistics:
     def test_tau_and_the_index_elbow_exclude_each_other(self):
         with pytest.raises(ValueError, match="elbow=index"):
             CriteriaOptions(tau=0.2, elbow="index")
+
+
+def by_chord(values):
+    """Positions in ascending order, and the place in it that is farthest from the chord, by plane geometry."""
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    width, height = len(values) - 1, values[order[-1]] - values[order[0]]
+    distances = [
+        abs(height * place - width * (values[index] - values[order[0]])) / math.hypot(width, height)
+        for place, index in enumerate(order)
+    ]
+    return order, distances.index(max(distances))
+
+
+def obvious_june(attention):
+    """The code of June 2025, from its description: threshold, entropies and the first five heads."""
+    layers, heads = attention.shape[:2]
+    maps = attention.reshape(layers * heads, *attention.shape[2:])
+    order, place = by_chord([float(np.float32(math.fsum(grid.ravel().tolist()))) for grid in maps])
+    threshold = order[place]
+    entropies = [obvious_entropy(grid, "mass", 0.001) for grid in maps]
+    ranked = [value if index >= threshold else math.inf for index, value in enumerate(entropies)]
+    best = sorted(range(len(maps)), key=lambda index: ranked[index])[:5]  # stable: of equal ones the first
+    return threshold, entropies, [divmod(index, heads) for index in best]
+
+
+def obvious_august(attention):
+    """The code of August 2025, likewise."""
+    layers, heads = attention.shape[:2]
+    maps = attention.reshape(layers * heads, *attention.shape[2:])
+    sums = [float(np.float32(math.fsum(grid.ravel().tolist()))) for grid in maps]
+    order, place = by_chord(sums)
+    tau = sums[order[place]]
+    entropies = [obvious_entropy(grid, "mass", 0.001, means=2) for grid in maps]
+    above = [index for index in range(len(maps)) if sums[index] >= tau]
+    low = [index for index in above if any(value > 0.05 for value in maps[index][-1])]
+    kept = [i for i in above if i not in low and i >= 2 * heads and math.isfinite(entropies[i])]
+    if not kept:
+        kept = sorted((i for i in range(len(maps)) if i not in low), key=lambda i: -sums[i])[:1]
+    return tau, entropies, [divmod(index, heads) for index in sorted(kept, key=lambda i: entropies[i])[:5]]
+
+
+def cells(weight, **at):
+    """A 4 x 4 map: a share of the weight at each cell, named by row and column."""
+    grid = np.zeros((4, 4))
+    for place, share in at.items():
+        grid[int(place[1]), int(place[2])] = share * weight
+    return grid
+
+
+def faint(weight):
+    """Nearly flat: 0.0005 above the mean at one cell, as much below it at another."""
+    grid = np.full((4, 4), weight / 16)
+    grid[0, 0] += 0.0005
+    grid[3, 3] -= 0.0005
+    return grid
+
+
+SHAPES = {
+    "one": lambda w: cells(w, c11=1),
+    "two": lambda w: cells(w, c00=0.5, c22=0.5),
+    "three": lambda w: cells(w, c00=0.5, c02=0.25, c20=0.25),
+    "low": lambda w: cells(w, c30=0.75, c00=0.25),
+    "faint": faint,
+    "flat": lambda w: np.full((4, 4), w / 16),
+    "upper": lambda w: np.repeat([w / 12, 0], [12, 4]).reshape(4, 4),
+}
+
+
+def built(layers, heads, shift, special, otherwise="two"):
+    """Maps whose sums have their elbow at the fifth place from the end, where head `5 (n - 5) + shift (mod n)` stands.
+
+    In ascending order the sums are 0.1, 0.10001, 0.10002, ... and at the end 0.3, 0.5, 0.7, 0.9. The chord rises by
+    0.8 over n - 1 places, far more than 0.00001 a place, so that the last before 0.3 lies farthest below it.
+    """
+    n = layers * heads
+    sums = [0.1 + place / 100_000 for place in range(n - 4)] + [0.3, 0.5, 0.7, 0.9]
+    maps = np.zeros((n, 4, 4))
+    for place, weight in enumerate(sums):
+        index = (5 * place + shift) % n
+        maps[index] = SHAPES[special.get(divmod(index, heads), otherwise)](weight)
+    return maps.reshape(layers, heads, 4, 4)
+
+
+class TestPublishedCode:
+    """Both generations, by hand and against an obvious second implementation."""
+
+    @pytest.mark.parametrize(
+        ("layers", "heads", "first", "best"),
+        [
+            # 5 * 43 + 3 = 218 = 26 (mod 48): L3H2 stands at the elbow, and it and all after it are kept
+            (6, 8, (3, 2), [(3, 4), (3, 6), (3, 2), (3, 5), (4, 0)]),
+            # 5 * 59 + 3 = 298 = 42 (mod 64)
+            (8, 8, (5, 2), [(5, 4), (5, 6), (5, 2), (5, 5), (6, 0)]),
+            # 5 * 1019 + 3 = 5098 = 1002 (mod 1024)
+            (32, 32, (31, 10), [(31, 12), (31, 14), (31, 10), (31, 13), (31, 16)]),
+        ],
+    )
+    def test_june_by_hand(self, layers, heads, first, best):
+        """Of the heads kept, the faint one and that of one component have entropy 0, then come those of two."""
+        at = first[0] * heads + first[1]
+        special = dict(
+            zip([divmod(at + n, heads) for n in (1, 2, 4, 5)], ["flat", "faint", "one", "three"], strict=True)
+        )
+        attention = built(layers, heads, 3, {**special, (0, 0): "one", (1, 1): "one"})
+        found = head_statistics(attention, JUNE)
+        assert elbow_head(found.attention_sum) == at
+        assert np.flatnonzero(criterion_1(found.attention_sum, JUNE)).tolist() == list(
+            range(at, layers * heads)
+        )
+        assert greedy_heads(found, JUNE, 5) == best
+        # Shares of the whole excess: 7/16, 3/16 and 3/16 of 13/16.
+        three = -(7 / 13 * math.log(7 / 13) + 6 / 13 * math.log(3 / 13))
+        entropies = found.spatial_entropy.ravel()[at : at + 6].tolist()
+        assert entropies == pytest.approx([LN2, math.inf, 0, LN2, 0, three], rel=1e-6)
+        rows = analysis_rows(found, JUNE)
+        assert [(row["layer"], row["head"]) for row in rows[:5]] == best
+        assert [row["above_threshold"] for row in rows] == sorted(
+            (row["above_threshold"] for row in rows), reverse=True
+        )
+        assert sum(row["above_threshold"] for row in rows) == layers * heads - at
+
+    @pytest.mark.parametrize(
+        ("layers", "heads", "loud"),
+        [
+            # 5 * 43 + 21 = 236 = 44 (mod 48), then 1, 6, 11 and 16: two of layer 0, one of layer 1, one of layer 2
+            (6, 8, [(5, 4), (0, 1), (0, 6), (1, 3), (2, 0)]),
+            # 5 * 59 + 21 = 316 = 60 (mod 64), then the same
+            (8, 8, [(7, 4), (0, 1), (0, 6), (1, 3), (2, 0)]),
+            # 5 * 1019 + 21 = 5116 = 1020 (mod 1024), then 1, 6, 11 and 16, all of layer 0
+            (32, 32, [(31, 28), (0, 1), (0, 6), (0, 11), (0, 16)]),
+        ],
+    )
+    def test_august_by_hand(self, layers, heads, loud):
+        tau = np.float32(0.1 + (layers * heads - 5) / 100_000)
+        deep = [head for head in loud if head[0] > 1]
+
+        def found(shapes):
+            statistics = head_statistics(built(layers, heads, 21, shapes), AUGUST)
+            assert np.float32(attention_sum_threshold(statistics.attention_sum, elbow_heads="all")) == tau
+            kept = criterion_1(statistics.attention_sum, AUGUST)
+            assert sorted(map(tuple, np.argwhere(kept).tolist())) == sorted(deep)
+            return statistics, greedy_heads(statistics, AUGUST, 5)
+
+        # Three components above twice the mean: 3/8, 1/8 and 1/8 of 5/8. So the other of the two comes first.
+        statistics, best = found({deep[0]: "three"})
+        assert best == [*deep[1:], deep[0]]
+        three = -(0.6 * math.log(0.6) + 0.4 * math.log(0.2))
+        assert statistics.spatial_entropy[deep[0]] == pytest.approx(three, rel=1e-6)
+        # Three quarters of 0.1 in a cell of the bottom row are more than 0.05.
+        assert found({deep[0]: "low"})[1] == (deep[1:] or [loud[4]])
+        # 4/3 of the mean are not twice the mean: no entropy, and none is kept; the loudest is taken in any layer.
+        upper = dict.fromkeys(loud, "upper")
+        assert found(upper)[1] == [loud[4]]
+        # ... unless its bottom row is in focus: then the next.
+        assert found({**upper, loud[4]: "low"})[1] == [loud[3]]
+
+    def test_too_few_heads_above_the_elbow(self):
+        """June fills up with heads that do not pass, in the model's order; the paper takes what there is."""
+        attention = built(6, 8, 24, {})  # 5 * 43 + 24 = 239 = 47 (mod 48): only the last head is kept
+        found = head_statistics(attention, JUNE)
+        assert greedy_heads(found, JUNE, 5) == [(5, 7), (0, 0), (0, 1), (0, 2), (0, 3)]
+        assert greedy_heads(found, replace(JUNE, fallback="none"), 5) == [(5, 7)]
+
+    @pytest.mark.parametrize(("layers", "heads", "side"), [(6, 8, 7), (8, 8, 5), (32, 32, 4)])
+    @pytest.mark.parametrize("sharp", [1, 12])
+    def test_agrees_with_the_obvious_way(self, layers, heads, side, sharp):
+        """Softmax-like maps, dull and sharp: in dull ones many have no component, some nothing above two means."""
+        rng = np.random.default_rng(layers + sharp)
+        logits = rng.standard_normal((layers, heads, side, side)) * sharp / 3
+        maps = np.exp(logits) / np.exp(logits).sum(axis=(2, 3), keepdims=True)
+        attention = (maps * rng.random((layers, heads, 1, 1)) ** 4).astype(np.float32)
+
+        threshold, entropies, best = obvious_june(attention)
+        june = head_statistics(attention, JUNE)
+        assert elbow_head(june.attention_sum) == threshold
+        np.testing.assert_allclose(june.spatial_entropy.ravel(), entropies, rtol=1e-5, atol=1e-7)
+        assert greedy_heads(june, JUNE, 5) == best
+
+        tau, entropies, best = obvious_august(attention)
+        august = head_statistics(attention, AUGUST)
+        assert attention_sum_threshold(august.attention_sum, elbow_heads="all") == pytest.approx(
+            tau, rel=1e-6
+        )
+        np.testing.assert_allclose(august.spatial_entropy.ravel(), entropies, rtol=1e-5, atol=1e-7)
+        assert greedy_heads(august, AUGUST, 5) == best
+
+    def test_a_dropped_bottom_row_comes_after_the_heads_that_are_taken(self):
+        attention = built(6, 8, 21, {(2, 0): "low"})
+        found = head_statistics(attention, AUGUST)
+        rows = analysis_rows(found, AUGUST)
+        assert [(row["layer"], row["head"], row["above_threshold"]) for row in rows[:2]] == [
+            (5, 4, True),
+            (2, 0, True),
+        ]
+        assert not any(row["above_threshold"] for row in rows[2:])

@@ -164,12 +164,13 @@ def test_the_screen_and_the_choices(quick: Front) -> None:
 
 def test_every_sample_may_have_heads_of_its_own(quick: Front) -> None:
     write_truths(3)
-    code = ("criteria=published_august", "grounding=published_two_means")
-    result = quick.finder(*OPTIONS, *code)  # heads of their own they may lack: these criteria can drop all
+    code = ("criteria=published_august", "grounding=published", "heads=greedy", "k=5")
+    result = quick.finder(*OPTIONS, *code)  # one head at least, whatever these criteria drop
     assert result.status == 0, result.err
+    assert all(1 <= len(row["heads"]) <= 5 for row in read_rows(quick))
     choices = read_metrics(quick)["choices"]
     assert (choices["criteria"]["means"], choices["criteria"]["bottom_row_above"]) == (2, 0.05)
-    assert (choices["grounding"]["means"], choices["grounding"]["margin"]) == (2, 0.001)
+    assert (choices["grounding"]["means"], choices["grounding"]["margin"]) == (1, 0)
     assert (choices["grounding"]["component"], choices["grounding"]["border"]) == ("all", "repeat")
     result = quick.finder(*OPTIONS, "heads=greedy", "k=2")
     assert result.status == 0, result.err

@@ -81,15 +81,19 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     )
     assert CriteriaOptions(**criteria["paper"]) == CriteriaOptions()
     assert GroundingOptions(**grounding["paper"]) == GroundingOptions()
-    assert CriteriaOptions(**criteria["published"]) == CriteriaOptions("mass", 0.001, "index", 0)
-    assert CriteriaOptions(**criteria["published_august"]) == CriteriaOptions(
-        "mass", 0.001, "value", 2, bottom_row_filter=True, means=2, bottom_row_above=0.05
+    june = CriteriaOptions(
+        "mass", 0.001, "index", 0, elbow_heads="all", per_sample=True, ties="order", fallback="order"
     )
+    assert CriteriaOptions(**criteria["published"]) == june
+    dropped = {"exclude_layers": 2, "bottom_row_filter": True, "bottom_row_above": 0.05}
+    august = replace(june, elbow="value", means=2, fallback="sum", **dropped)
+    assert CriteriaOptions(**criteria["published_august"]) == august
     of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
     assert GroundingOptions(**grounding["published"]) == of_all_cells
-    assert GroundingOptions(**grounding["published_two_means"]) == replace(
-        of_all_cells, means=2, margin=0.001
-    )
+    assert set(grounding) == {
+        "paper",
+        "published",
+    }  # the only box that was ever published is that of August 2025
 
 
 def test_a_label_can_name_what_is_swept() -> None:
@@ -239,6 +243,10 @@ WRONG = {
     "criteria.tau": [-0.1, "x", float("nan")],
     "criteria.entropy": ["volume"],
     "criteria.means": [0, 0.9, None, True, "two", float("nan")],
+    "criteria.elbow_heads": ["most", None, 2],
+    "criteria.per_sample": ["sometimes", None, 1],
+    "criteria.ties": ["layer", None, True],
+    "criteria.fallback": ["five", None, False],
     "criteria.bottom_row_above": [-0.1, "x", True],
     "grounding.kernel_size": [2, 0, -1, 1.0, 65],
     "grounding.sigma": [-1, float("inf")],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from localization_heads.errors import UsageError
 from localization_heads.heads import ranking as ranking_module
 from localization_heads.heads.criteria import CriteriaOptions, elbow, elbow_index
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead, random_draws, rank_heads, select_heads
+from localization_heads.heads.ranking import (
+    HeadRanking,
+    RankedHead,
+    random_draws,
+    rank_heads,
+    sample_heads,
+    select_heads,
+)
 
 INF = math.inf
 ALL = CriteriaOptions(exclude_layers=0, tau=0.0)
@@ -40,7 +48,7 @@ def obvious_frequency(sums, entropies, samples, options, top_n):
         [
             layer >= options.exclude_layers
             and (
-                layer * heads + head > elbow_index(mean.ravel())
+                layer * heads + head >= np.argsort(mean.ravel(), kind="stable")[elbow_index(mean)]
                 if options.elbow == "index"
                 else mean[layer, head] >= tau
             )
@@ -88,6 +96,11 @@ class TestSelectHeads:
             Head(0, 1)
         ]
 
+    def test_ties_may_go_to_the_layer_at_once(self):
+        entropy, sums = np.zeros((2, 2)), np.array([[0.1, 0.3], [0.9, 0.2]])
+        everyone = np.ones((2, 2), bool)
+        assert select_heads(sums, entropy, everyone, 3, ties="order") == [(0, 0), (0, 1), (1, 0)]
+
     def test_never_takes_dropped_heads_or_maps_without_component(self):
         entropy = np.array([[0.0, 1.0, INF, np.nan]])
         assert select_heads(np.ones((1, 4)), entropy, np.array([[False, True, True, True]])) == [Head(0, 1)]
@@ -113,6 +126,45 @@ class TestFrequency:
         entropies = np.array([[[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 0.0, 1.0]]])
         ranking = rank_heads(sums, entropies, options=CriteriaOptions(exclude_layers=0, tau=0.3), top_n=1)
         assert frequencies(ranking, (1, 4)).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+    def test_each_sample_may_have_its_own_elbow(self):
+        """As the published code has it: what is counted is how often a head is among the first of a sample."""
+        # Elbows: 0.2, 0.3 and 0.2. Heads 2 and 3, 0 and 3, 1 and 3 pass; in the last sample 3 has no component.
+        sums = np.array([[[0.0, 0.1, 0.2, 1.0]], [[0.3, 0.0, 0.1, 1.0]], [[0.1, 0.7, 0.0, 0.2]]])
+        entropies = np.array([[[0.0, 0.0, 1.0, 0.0]], [[0.5, 0.0, 0.0, 0.6]], [[0.0, 2.0, 0.0, INF]]])
+        options = CriteriaOptions(exclude_layers=0, per_sample=True)
+        ranking = rank_heads(sums, entropies, options=options, top_n=1)
+        assert frequencies(ranking, (1, 4)).tolist() == [[1 / 3, 1 / 3, 0.0, 1 / 3]]
+        assert ranking.tau == pytest.approx(0.7 / 3)
+        assert ranking.top(4) == [(0, 3), (0, 1), (0, 0), (0, 2)]  # 2 passes once, and is kept
+        both = rank_heads(sums, entropies, options=options, top_n=2)
+        assert frequencies(both, (1, 4)).tolist() == [[1 / 3, 1 / 3, 1 / 3, 2 / 3]]
+        # The elbow of the averages (0.4, 0.8, 0.3 and 2.2, by 3) is 0.8 / 3: heads 1 and 3, in all samples.
+        shared = rank_heads(sums, entropies, options=CriteriaOptions(exclude_layers=0), top_n=1)
+        assert frequencies(shared, (1, 4)).tolist() == [[0.0, 2 / 3, 0.0, 1 / 3]]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            CriteriaOptions(tau=0.2, ties="order", fallback="order", bottom_row_filter=True),
+            CriteriaOptions("mass", elbow="index", exclude_layers=0, ties="order", fallback="order"),
+            CriteriaOptions("mass", elbow_heads="all", bottom_row_filter=True, ties="order", fallback="sum"),
+        ],
+    )
+    def test_own_elbows_agree_with_a_loop_over_the_samples(self, options, monkeypatch):
+        monkeypatch.setattr(ranking_module, "CHUNK_VALUES", 64)
+        sums, entropies = random_pool()
+        flags = np.random.default_rng(9).random(sums.shape) < 0.3
+        options = replace(options, per_sample=True)
+        draws = random_draws(40, 3, 15, seed=1)
+        ranking = rank_heads(
+            sums, entropies, options=options, top_n=4, num_samples=15, bottom_row=flags, draws=draws
+        )
+        counts = np.zeros(sums.shape[1:])
+        for sample, times in enumerate(draws.sum(axis=0)):
+            for head in sample_heads(sums[sample], entropies[sample], flags[sample], options, 4):
+                counts[head] += times
+        assert np.allclose(frequencies(ranking, counts.shape), counts / 45, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize(
         "options",
@@ -261,13 +313,16 @@ class TestOrder:
             tau=np.zeros(3),
             entropy=np.zeros((3, 1, 2)),
             finite=np.zeros((3, 1, 2)),
+            kept=np.ones((3, 1, 2), bool),
         )
         _, heads = ranking_module._ranked(trials, trials, ALL)
         assert [head.head for head in heads] == [1, 0]
         assert heads[0].selection_frequency == heads[1].selection_frequency
 
     def test_kept_heads_come_first_whatever_their_sum(self):
-        sums = np.array([[[0.9, 0.0], [0.1, 0.2]]])  # the index elbow keeps only the last head
+        sums = np.array(
+            [[[0.9, 0.0], [0.1, 0.2]]]
+        )  # the last head stands at the elbow: the index keeps it alone
         options = CriteriaOptions(elbow="index", exclude_layers=0)
         ranking = rank_heads(sums, np.full((1, 2, 2), INF), options=options)
         assert [head.address for head in ranking.heads] == [(1, 1), (0, 0), (1, 0), (0, 1)]
@@ -354,7 +409,17 @@ class TestRecord:
         assert again.model == ranking.model
 
     def test_options_survive(self):
-        options = CriteriaOptions("mass", 0.001, "index", 0, True)
+        options = CriteriaOptions(
+            "mass",
+            0.001,
+            "index",
+            0,
+            True,
+            elbow_heads="all",
+            per_sample=True,
+            ties="order",
+            fallback="order",
+        )
         ranking = rank_heads(*random_pool(), options=options, bottom_row=np.zeros((40, 5, 4), bool))
         again = HeadRanking.from_json(json.loads(json.dumps(ranking.to_json())))
         assert again.options == options

@@ -8,25 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError
-from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, keep_heads
+from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import select_heads
-
-
-def kept_heads(statistics: HeadStatistics, options: CriteriaOptions) -> NDArray[np.bool_]:
-    """Criterion 1 with this sample's own elbow: bool `[layer, head]`."""
-    return keep_heads(
-        statistics.attention_sum,
-        tau=options.tau,
-        elbow=options.elbow,
-        exclude_layers=options.exclude_layers,
-    )
+from localization_heads.heads.ranking import by_entropy, criterion_1, sample_heads
 
 
 def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
     """The `k` heads that both criteria pick in this sample alone (the paper's "greedy" ablation, Tab. 5).
 
-    Fewer if fewer pass criterion 1 with a finite entropy.
+    Fewer if fewer pass criterion 1 with a finite entropy, unless `options.fallback` names others.
 
     >>> from localization_heads.heads.criteria import head_statistics
     >>> maps = np.zeros((4, 2, 3, 3))  # layer, head, row, column
@@ -34,10 +24,8 @@ def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -
     >>> greedy_heads(head_statistics(maps), CriteriaOptions(), k=3)
     [Head(layer=3, head=1)]
     """
-    kept = kept_heads(statistics, options)
-    if options.bottom_row_filter:
-        kept = kept & ~statistics.bottom_row_focus
-    return select_heads(statistics.attention_sum, statistics.spatial_entropy, kept, k)
+    found = statistics
+    return sample_heads(found.attention_sum, found.spatial_entropy, found.bottom_row_focus, options, k)
 
 
 def own_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
@@ -56,15 +44,17 @@ def own_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> l
 
 
 def analysis_rows(statistics: HeadStatistics, options: CriteriaOptions) -> list[dict[str, Any]]:
-    """A row a head, lowest spatial entropy first; ties as everywhere: higher sum, then layer, then head.
+    """A row a head: those that pass criterion 1 first, then by spatial entropy; ties as everywhere (`options.ties`).
 
+    So `analysis[:k]` holds heads that pass. Of these, heads that `options.bottom_row_filter` drops come last.
     `above_threshold` says whether criterion 1 keeps the head in this sample; `head_idx` is `layer * H + head`.
     """
-    kept = kept_heads(statistics, options)
-    everyone = np.ones_like(kept)
-    order = select_heads(statistics.attention_sum, statistics.spatial_entropy, everyone, kept.size)
-    without_component = [Head(*index) for index in np.argwhere(np.isinf(statistics.spatial_entropy)).tolist()]
-    return [_row(statistics, kept, head) for head in [*order, *without_component]]
+    kept = criterion_1(statistics.attention_sum, options)
+    dropped = statistics.bottom_row_focus & options.bottom_row_filter
+    group = np.where(kept, np.where(dropped, 1, 0), 2).ravel()
+    order = by_entropy(statistics.attention_sum.ravel(), statistics.spatial_entropy.ravel(), options.ties)
+    order = order[np.argsort(group[order], kind="stable")]
+    return [_row(statistics, kept, Head(*divmod(index, kept.shape[1]))) for index in order.tolist()]
 
 
 def _row(statistics: HeadStatistics, kept: NDArray[np.bool_], head: Head) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from scipy import ndimage, special
 
 Weight = Literal["area", "mass"]
 ElbowRule = Literal["value", "index"]
+ElbowHeads = Literal["considered", "all"]
+Ties = Literal["sum", "order"]
+Fallback = Literal["none", "order", "sum"]
 Threshold = float | Literal["mean"]
 
 
@@ -31,13 +34,22 @@ class CriteriaOptions:
             number (published code: 0.001).
         means: how many times its mean is taken off a map: once (paper), or twice as the published code of August
             2025 does, `relu(A - 2 mean(A))`. Binarising and the mass of a component both follow it.
-        elbow: keep heads whose sum reaches the elbow's `"value"` (paper), or those whose flat index exceeds
-            the elbow's `"index"` in the sorted order (a bug of the published code, kept for comparison).
+        elbow: keep heads whose sum reaches the elbow's `"value"` (paper), or those whose flat index is at least the
+            `"index"` of the head that stands at the elbow (a bug of the published code, kept for comparison).
         exclude_layers: the first layers that are left out everywhere.
         bottom_row_filter: never mark a head in a sample whose bottom row is in focus.
         bottom_row_above: what that is: none, if every cell of the row is active (code of June 2025); a number, if any
             cell of it has more attention than that (code of August 2025: 0.05).
         tau: a fixed threshold for criterion 1 instead of the elbow; 0 switches the criterion off.
+        elbow_heads: whose sums the elbow is of: the `"considered"` heads', without the excluded layers (paper), or
+            `"all"` (published code; `elbow="index"` always).
+        per_sample: a ranking takes the elbow of every sample for itself (published code), and not that of the average
+            sums (paper).
+        ties: which head comes first of those with one entropy: that of the higher attention `"sum"` in the sample, or
+            the first in the model's own `"order"`, by layer and head (published code).
+        fallback: what a sample that picks its own heads takes where too few pass: `"none"` (paper); the heads that do
+            not pass, in the model's `"order"` (code of June 2025, which gives them an infinite entropy); or, where no
+            head at all passes, the one of the highest `"sum"` (August 2025).
 
     Raises:
         ValueError: for a value outside these, naming the option.
@@ -51,18 +63,26 @@ class CriteriaOptions:
     tau: float | None = None
     means: float = 1.0
     bottom_row_above: float | None = None
+    elbow_heads: ElbowHeads = "considered"
+    per_sample: bool = False
+    ties: Ties = "sum"
+    fallback: Fallback = "none"
 
     def __post_init__(self) -> None:
         _check_choice("entropy", self.entropy, get_args(Weight))
         _check_choice("elbow", self.elbow, get_args(ElbowRule))
+        _check_choice("elbow_heads", self.elbow_heads, get_args(ElbowHeads))
+        _check_choice("ties", self.ties, get_args(Ties))
+        _check_choice("fallback", self.fallback, get_args(Fallback))
         _check_threshold(self.threshold)
         _check_means(self.means)
         if isinstance(self.exclude_layers, bool) or not isinstance(self.exclude_layers, int):
             raise ValueError(f"exclude_layers must be a whole number, not {self.exclude_layers!r}")
         if self.exclude_layers < 0:
             raise ValueError(f"exclude_layers must be 0 or more, not {self.exclude_layers}")
-        if not isinstance(self.bottom_row_filter, bool):
-            raise ValueError(f"bottom_row_filter must be true or false, not {self.bottom_row_filter!r}")
+        for name in ("bottom_row_filter", "per_sample"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         above = self.bottom_row_above
         if above is not None and not (_is_number(above) and above >= 0):
             raise ValueError(f"bottom_row_above must be a number of at least 0 or none, not {above!r}")
@@ -76,8 +96,8 @@ class CriteriaOptions:
 class HeadStatistics:
     """What the criteria say of every head in one sample. Every array is `[layer, head]`.
 
-    `attention_sum` and both entropies are float32 (in nats, +inf for a map without component),
-    `num_components` int64, `bottom_row_focus` bool. `weight` says which entropy counts.
+    `attention_sum` and both entropies are float32 (in nats, as `spatial_entropy` has them), `num_components` int64,
+    `bottom_row_focus` bool. `weight` says which entropy counts.
     """
 
     attention_sum: NDArray[np.float32]
@@ -161,6 +181,15 @@ def elbow_index(values: ArrayLike) -> int:
     return _elbow_of_sorted(np.sort(_as_values(values)))
 
 
+def elbow_head(sums: NDArray[np.floating[Any]]) -> int:
+    """Flat index `layer * H + head` of the head that stands at the elbow; of equal sums the first stands first.
+
+    >>> elbow_head(np.array([[0.9, 0.0], [0.1, 0.2]]))  # sorted 0, 0.1, 0.2, 0.9: the elbow is 0.2, of the last head
+    3
+    """
+    return int(np.argsort(sums, axis=None, kind="stable")[elbow_index(sums)])
+
+
 def _elbow_of_sorted(ordered: NDArray[np.float64]) -> int:
     """`argmax_i |(n-1)(v_i - v_0) - i(v_{n-1} - v_0)|`, the first if several; 0 where there is no bend.
 
@@ -177,8 +206,10 @@ def _elbow_of_sorted(ordered: NDArray[np.float64]) -> int:
     return index if distance[index] > 1e-9 * last * rise else 0
 
 
-def attention_sum_threshold(sums: NDArray[np.floating[Any]], *, exclude_layers: int = 2) -> float:
-    """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded.
+def attention_sum_threshold(
+    sums: NDArray[np.floating[Any]], *, exclude_layers: int = 2, elbow_heads: ElbowHeads = "considered"
+) -> float:
+    """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded, or of all.
 
     >>> sums = np.array([[9.0, 9.0], [9.0, 9.0], [0.0, 0.125], [0.25, 1.0]])
     >>> attention_sum_threshold(sums)
@@ -186,7 +217,7 @@ def attention_sum_threshold(sums: NDArray[np.floating[Any]], *, exclude_layers: 
     """
     if exclude_layers >= sums.shape[0]:
         raise ValueError(f"exclude_layers={exclude_layers} leaves none of the {sums.shape[0]} layers")
-    return elbow(sums[exclude_layers:].ravel())
+    return elbow(sums if elbow_heads == "all" else sums[exclude_layers:])
 
 
 def keep_heads(
@@ -195,15 +226,17 @@ def keep_heads(
     tau: float | None = None,
     elbow: ElbowRule = "value",
     exclude_layers: int = 2,
+    elbow_heads: ElbowHeads = "considered",
 ) -> NDArray[np.bool_]:
     """Criterion 1: the heads with `S >= tau` outside the excluded layers.
 
     Args:
         sums: attention sums `[layer, head]`, averaged over the data set.
-        tau: the threshold; none takes the elbow of the layers that are not excluded.
-        elbow: `"index"` is the published bug: it keeps the heads whose flat index `layer * H + head` lies
-            above the elbow's position in the sorted order of *all* heads. It has no tau.
+        tau: the threshold; none takes the elbow.
+        elbow: `"index"` is the published bug: it keeps the heads whose flat index `layer * H + head` is at least that
+            of the head at the elbow of *all* heads, whatever their own sums. It has no tau.
         exclude_layers: that many first layers are never kept.
+        elbow_heads: `"all"` takes the elbow of all heads, those of the excluded layers included.
 
     Returns:
         bool `[layer, head]`.
@@ -213,11 +246,15 @@ def keep_heads(
     [[False, False], [False, False], [False, False], [True, True]]
     """
     _check_choice("elbow", elbow, get_args(ElbowRule))
-    threshold = attention_sum_threshold(sums, exclude_layers=exclude_layers) if tau is None else tau
+    threshold = (
+        attention_sum_threshold(sums, exclude_layers=exclude_layers, elbow_heads=elbow_heads)
+        if tau is None
+        else tau
+    )
     if elbow == "value":
         kept = sums >= threshold
     elif tau is None:
-        kept = np.arange(sums.size).reshape(sums.shape) > elbow_index(sums.ravel())
+        kept = np.arange(sums.size).reshape(sums.shape) >= elbow_head(sums)
     else:
         raise ValueError("tau is a value: it cannot be combined with elbow=index")
     kept[:exclude_layers] = False
@@ -293,14 +330,15 @@ def spatial_entropy(
 
     With `weight="area"`, `p_i = |C_i| / sum_j |C_j|`. With `"mass"` (published code), `p_i` is the
     component's `sum relu(A - means * mean)` over that of the whole map; under a numeric threshold these shares need
-    not add up to 1.
+    not add up to 1, and a map whose positive cells all stay below it has no share at all: H is 0 there.
 
     Args:
         maps: attention `[..., h, w]`; the entropy does not change if a map is scaled.
 
     Returns:
-        float32 `[...]` in nats; 0 for one component, +inf for none. Maps whose components have the same
-        areas get the same bits wherever the components lie, so that ties are ties.
+        float32 `[...]` in nats; 0 for one component, +inf where there is nothing to have a share of: no component
+        (area), no cell above `means` means (mass). Maps whose components have the same areas get the same bits
+        wherever the components lie, so that ties are ties.
 
     Raises:
         ValueError: for a NaN or infinite map.
@@ -339,27 +377,21 @@ def _entropy(
 ) -> NDArray[np.float64]:
     counts = _counts(labels).ravel()  # (n,)
     owner = np.repeat(np.arange(counts.size), counts)  # (components,): the map each belongs to
-    shares = _area_shares(labels, owner) if weight == "area" else _mass_shares(maps, labels, owner, means)
+    if weight == "area":
+        parts = np.bincount(labels.ravel(), minlength=owner.size + 1)[1:]
+        totals = np.bincount(owner, weights=parts, minlength=counts.size)
+        shares = parts / totals[owner]
+    else:
+        excess = np.maximum(maps - means * _means(maps), 0.0)
+        parts = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=owner.size + 1)[1:]
+        totals = excess.sum(axis=(-2, -1)).ravel()
+        # The two sums add the cells in different orders: rounding makes a lone component's share exactly 1.
+        shares = np.round(parts / totals[owner], 12)
     # Summed from the smallest share up, the result does not depend on where the components lie.
     shares = shares[np.lexsort((shares, owner))]
     sums = np.bincount(owner, weights=special.xlogy(shares, shares), minlength=counts.size)
-    entropy = np.where(counts > 0, np.abs(sums), np.inf)
+    entropy = np.where(totals > 0, np.abs(sums), np.inf)
     return entropy.reshape(labels.shape[:-2])
-
-
-def _area_shares(labels: NDArray[np.int32], owner: NDArray[np.intp]) -> NDArray[np.float64]:
-    areas = np.bincount(labels.ravel(), minlength=owner.size + 1)[1:]
-    return np.asarray(areas / np.bincount(owner, weights=areas)[owner])
-
-
-def _mass_shares(
-    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], owner: NDArray[np.intp], means: float
-) -> NDArray[np.float64]:
-    excess = np.maximum(maps - means * _means(maps), 0.0)
-    masses = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=owner.size + 1)[1:]
-    totals = excess.sum(axis=(-2, -1)).ravel()
-    # The two sums add the cells in different orders: rounding makes a lone component's share exactly 1.
-    return np.asarray(np.round(masses / totals[owner], 12))
 
 
 def _counts(labels: NDArray[np.int32]) -> NDArray[np.int64]:

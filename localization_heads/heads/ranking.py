@@ -3,24 +3,33 @@
 Per draw of samples: average the attention sums, keep the heads above the elbow (criterion 1), then mark in
 every sample the `top_n` kept heads of lowest spatial entropy (criterion 2). A head's selection frequency is
 the share of samples that marked it. The threshold needs the average first, so the data are read twice, in
-chunks: `rank_heads` takes memory maps of any length.
+chunks: `rank_heads` takes memory maps of any length. The published code has no average: there each sample picks
+heads by its own elbow (`sample_heads`), and `CriteriaOptions.per_sample` counts these picks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.heads.criteria import CriteriaOptions, attention_sum_threshold, keep_heads
+from localization_heads.heads.criteria import CriteriaOptions, Ties, attention_sum_threshold, keep_heads
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead
 
-__all__ = ["HeadRanking", "RankedHead", "random_draws", "rank_heads", "select_heads"]
+__all__ = [
+    "HeadRanking",
+    "RankedHead",
+    "criterion_1",
+    "random_draws",
+    "rank_heads",
+    "sample_heads",
+    "select_heads",
+]
 
 CHUNK_VALUES = 1 << 18
 """Numbers of one array that are in memory at a time: 2 MB in float64."""
@@ -31,11 +40,12 @@ def select_heads(
     entropy: NDArray[np.floating[Any]],
     kept: NDArray[np.bool_],
     top_n: int = 10,
+    ties: Ties = "sum",
 ) -> list[Head]:
     """Criterion 2 in one sample: the `top_n` kept heads of lowest finite spatial entropy, best first.
 
     Ties (many heads have entropy 0 on small grids) go to the higher attention sum of this sample, then the
-    lower layer, then the lower head.
+    lower layer, then the lower head; with `ties="order"` to the lower layer at once.
 
     Args:
         sums: attention sums, `[layer, head]`.
@@ -50,10 +60,74 @@ def select_heads(
     >>> select_heads(sums, entropy, kept=sums > 0, top_n=2)
     [Head(layer=1, head=0), Head(layer=0, head=1)]
     """
-    order = _by_entropy(sums.reshape(1, -1), entropy.reshape(1, -1))[0]
     allowed = (kept & np.isfinite(entropy)).ravel()
-    chosen = [index for index in order if allowed[index]][:top_n]
-    return [Head(*divmod(int(index), sums.shape[1])) for index in chosen]
+    order = by_entropy(sums.ravel(), entropy.ravel(), ties)
+    return _addresses(order[allowed[order]][:top_n], sums.shape[1])
+
+
+def criterion_1(sums: NDArray[np.floating[Any]], options: CriteriaOptions) -> NDArray[np.bool_]:
+    """The heads that criterion 1 keeps, by the fixed tau or by the elbow of these sums: bool `[layer, head]`.
+
+    Args:
+        sums: attention sums `[layer, head]`, of one sample or averaged over several.
+    """
+    return keep_heads(
+        sums,
+        tau=options.tau,
+        elbow=options.elbow,
+        exclude_layers=options.exclude_layers,
+        elbow_heads=options.elbow_heads,
+    )
+
+
+def sample_heads(
+    sums: NDArray[np.floating[Any]],
+    entropy: NDArray[np.floating[Any]],
+    bottom_row: NDArray[np.bool_],
+    options: CriteriaOptions,
+    top_n: int,
+) -> list[Head]:
+    """The `top_n` heads that one sample picks by both criteria, with its own elbow; best first.
+
+    Args:
+        sums: attention sums, `[layer, head]`; likewise the others.
+        bottom_row: the flags that `options.bottom_row_filter` looks at.
+
+    Returns:
+        Fewer heads where fewer pass, unless `options.fallback` names others.
+
+    >>> sums = np.array([[0.9, 0.1], [0.2, 0.8]])
+    >>> options = CriteriaOptions(exclude_layers=0, tau=0.5, fallback="order")
+    >>> sample_heads(sums, np.array([[1.0, 0.0], [0.0, 0.5]]), sums < 0, options, top_n=3)
+    [Head(layer=1, head=1), Head(layer=0, head=0), Head(layer=0, head=1)]
+    """
+    allowed = criterion_1(sums, options)
+    if options.bottom_row_filter:
+        allowed &= ~bottom_row
+    chosen = select_heads(sums, entropy, allowed, top_n, options.ties)
+    if options.fallback == "order":
+        others = [head for index in np.ndindex(sums.shape) if (head := Head(*index)) not in chosen]
+        return [*chosen, *others][:top_n]
+    if options.fallback == "sum" and not chosen:
+        return _highest(sums, bottom_row, options)
+    return chosen
+
+
+def _highest(
+    sums: NDArray[np.floating[Any]], bottom_row: NDArray[np.bool_], options: CriteriaOptions
+) -> list[Head]:
+    """The head of the highest sum in any layer; one above the elbow only if its bottom row is not in focus.
+
+    The code of August 2025 looks at no bottom row below the elbow.
+    """
+    above = criterion_1(sums, replace(options, exclude_layers=0))
+    left_out = (above & bottom_row & options.bottom_row_filter).ravel()
+    order = np.argsort(-sums, axis=None, kind="stable")
+    return _addresses(order[~left_out[order]][:1], sums.shape[1])
+
+
+def _addresses(flat: NDArray[np.intp], num_heads: int) -> list[Head]:
+    return [Head(*divmod(index, num_heads)) for index in flat.tolist()]
 
 
 class SampleArray(Protocol):
@@ -90,7 +164,9 @@ def rank_heads(
     pool: every such draw would be the whole pool and the spread a meaningless 0, so frequency, sums and tau
     are those of the whole pool and the spread comes from `num_trials` bootstrap resamples of it.
 
-    Heads are ranked by kept first, frequency, then mean attention sum, then layer, then head.
+    Heads are ranked by kept first, frequency, then mean attention sum, then layer, then head. With
+    `options.per_sample` criterion 1 is applied to each sample by its own elbow (`sample_heads`): tau is the average
+    of these, and a head is kept if it passes in any sample.
 
     Args:
         sums: attention sums, `[sample, layer, head]`, an array or a memory map; read in chunks.
@@ -161,6 +237,7 @@ class _Trials:
     tau: NDArray[np.float64]
     entropy: NDArray[np.float64]  # totals of the finite entropies and
     finite: NDArray[np.float64]  # how many there are
+    kept: NDArray[np.bool_]  # by criterion 1: of the trial's average, or in any of its samples
 
 
 def random_draws(pool: int, num_trials: int, num_samples: int, seed: int) -> NDArray[np.int64]:
@@ -192,18 +269,15 @@ def _bootstrap_draws(rng: np.random.Generator, draw: NDArray[np.int64], num_tria
 def _run_trials(pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions, top_n: int) -> _Trials:
     shape = (len(draws), *pool.sums.shape[1:])
     sizes = draws.sum(axis=1)
-    sums = _mean_sums(pool, draws) / sizes[:, None]
-    kept = np.stack([_keep(trial.reshape(shape[1:]), options) for trial in sums])
-    counts, entropy, finite = _marks(pool, draws, kept.reshape(len(draws), -1), top_n)
-    taus = [_tau(trial.reshape(shape[1:]), options) for trial in sums]
-    return _Trials(
-        sizes=sizes,
-        counts=counts.reshape(shape),
-        sums=sums.reshape(shape),
-        tau=np.array([math.nan if tau is None else tau for tau in taus]),
-        entropy=entropy.reshape(shape),
-        finite=finite.reshape(shape),
-    )
+    sums = (_mean_sums(pool, draws) / sizes[:, None]).reshape(shape)
+    if options.per_sample:
+        counts, kept, tau = _own_marks(pool, draws, options, top_n)
+    else:
+        kept = np.stack([criterion_1(trial, options) for trial in sums])
+        counts = _marks(pool, draws, kept.reshape(len(draws), -1), options, top_n).reshape(shape)
+        tau = np.array([_tau(trial, options) for trial in sums])
+    entropy, finite = _mean_entropies(pool, draws)
+    return _Trials(sizes, counts, sums, tau, entropy.reshape(shape), finite.reshape(shape), kept)
 
 
 def _mean_sums(pool: _Pool, draws: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -217,20 +291,29 @@ def _mean_sums(pool: _Pool, draws: NDArray[np.int64]) -> NDArray[np.float64]:
     return total
 
 
+def _mean_entropies(pool: _Pool, draws: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Finite entropies of each head, `[trial, head]`: their total over each draw, and how many there are."""
+    entropy, finite = (np.zeros((len(draws), math.prod(pool.sums.shape[1:]))) for _ in range(2))
+    for rows in pool.chunks(draws):
+        values = pool.entropies[rows].reshape(rows.size, -1)
+        usable = np.isfinite(values)
+        entropy += _weighted(draws[:, rows], np.where(usable, values, 0.0))
+        finite += _weighted(draws[:, rows], usable.astype(np.float64))
+    return entropy, finite
+
+
 def _marks(
-    pool: _Pool, draws: NDArray[np.int64], kept: NDArray[np.bool_], top_n: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Second pass: how often each trial marked each head, and its finite entropies: total and number."""
-    counts, entropy, finite = (np.zeros(kept.shape) for _ in range(3))
+    pool: _Pool, draws: NDArray[np.int64], kept: NDArray[np.bool_], options: CriteriaOptions, top_n: int
+) -> NDArray[np.float64]:
+    """Second pass: how often each trial marked each of the heads it kept, `[trial, head]`."""
+    counts = np.zeros(kept.shape)
     for rows in pool.chunks(draws):
         weights = draws[:, rows]
         values = pool.entropies[rows].reshape(rows.size, -1)
         usable = np.isfinite(values)
-        entropy += _weighted(weights, np.where(usable, values, 0.0))
-        finite += _weighted(weights, usable.astype(np.float64))
         if pool.bottom_row is not None:
             usable &= ~pool.bottom_row[rows].reshape(rows.size, -1).astype(bool)
-        order = _by_entropy(pool.sums[rows].reshape(rows.size, -1), values)
+        order = by_entropy(pool.sums[rows].reshape(rows.size, -1), values, options.ties)
         usable = np.take_along_axis(usable, order, axis=1)  # best head first, as `order`
         for trial, allowed in enumerate(kept):
             candidates = usable & allowed[order]
@@ -238,12 +321,35 @@ def _marks(
             counts[trial] += np.bincount(
                 order[sample, place], weights=weights[trial, sample], minlength=kept.shape[1]
             )
-    return counts, entropy, finite
+    return counts
 
 
-def _by_entropy(sums: NDArray[np.floating[Any]], entropies: NDArray[np.floating[Any]]) -> NDArray[np.intp]:
-    """Heads of each sample `[sample, head]` by (entropy, higher sum, index): the tie rule in one place."""
-    return np.lexsort((-sums, entropies), axis=-1)  # stable, so equal keys stay in layer, head order
+def _own_marks(
+    pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions, top_n: int
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+    """The same where each sample has its own elbow: marks and heads kept `[trial, layer, head]`, mean tau `[trial]`."""
+    shape = pool.sums.shape[1:]
+    counts, kept = np.zeros((len(draws), *shape)), np.zeros((len(draws), *shape), dtype=bool)
+    tau = np.zeros(len(draws))
+    for rows in pool.chunks(draws):
+        flags = np.zeros((rows.size, *shape), bool) if pool.bottom_row is None else pool.bottom_row[rows]
+        samples = zip(
+            pool.sums[rows], pool.entropies[rows], flags.astype(bool), draws[:, rows].T, strict=True
+        )
+        for sums, entropy, bottom_row, weights in samples:
+            for head in sample_heads(sums, entropy, bottom_row, options, top_n):
+                counts[:, head.layer, head.head] += weights
+            kept[weights > 0] |= criterion_1(sums, options)
+            tau += weights * _tau(sums, options)
+    return counts, kept, tau / draws.sum(axis=1)
+
+
+def by_entropy(
+    sums: NDArray[np.floating[Any]], entropies: NDArray[np.floating[Any]], ties: Ties = "sum"
+) -> NDArray[np.intp]:
+    """Order of heads along the last axis by (entropy, higher sum, index): the tie rule in one place."""
+    keys = (entropies,) if ties == "order" else (-sums, entropies)
+    return np.lexsort(keys, axis=-1)  # stable, so equal keys stay in layer, head order
 
 
 def _weighted(weights: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -251,12 +357,15 @@ def _weighted(weights: NDArray[np.int64], values: NDArray[np.float64]) -> NDArra
     return np.asarray(np.einsum("ts,sn->tn", weights.astype(np.float64), values))
 
 
-def _tau(sums: NDArray[np.float64], options: CriteriaOptions) -> float | None:
+def _tau(sums: NDArray[np.floating[Any]], options: CriteriaOptions) -> float:
+    """The threshold of criterion 1; NaN where the rule has none."""
     if options.elbow == "index":
-        return None
+        return math.nan
     if options.tau is not None:
         return float(options.tau)
-    return attention_sum_threshold(sums, exclude_layers=options.exclude_layers)
+    return attention_sum_threshold(
+        sums, exclude_layers=options.exclude_layers, elbow_heads=options.elbow_heads
+    )
 
 
 def _ranked(
@@ -268,7 +377,7 @@ def _ranked(
     means = np.column_stack([centre.sums.reshape(len(centre.tau), -1), centre.tau]).mean(axis=0)
     tau = None if options.elbow == "index" else float(means[-1])
     sums = means[:-1].reshape(centre.sums.shape[1:])
-    kept = keep_heads(sums, tau=tau, elbow=options.elbow, exclude_layers=options.exclude_layers)
+    kept = centre.kept.any(axis=0) if options.per_sample else criterion_1(sums, replace(options, tau=tau))
     # From whole numbers: averaging the trials' frequencies would break ties by rounding.
     frequency = centre.counts.sum(axis=0) / centre.sizes.sum()
     deviation = (spread.counts / spread.sizes[:, None, None]).std(axis=0)
@@ -288,12 +397,6 @@ def _ranked(
     ]
     heads.sort(key=lambda h: (not h.kept, -h.selection_frequency, -h.attention_sum))  # stable: layer, head
     return tau, tuple(heads)
-
-
-def _keep(sums: NDArray[np.float64], options: CriteriaOptions) -> NDArray[np.bool_]:
-    return keep_heads(
-        sums, tau=_tau(sums, options), elbow=options.elbow, exclude_layers=options.exclude_layers
-    )
 
 
 def _checked(draws: NDArray[np.int64], sums: SampleArray) -> NDArray[np.int64]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head
+
+_CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
+"""The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
 
 Spread = Literal["draws", "bootstrap"]
 """Where a standard deviation comes from: random draws of a pool, or resamples of a pool too small to draw from."""
@@ -50,7 +53,8 @@ class HeadRanking:
     """The heads of a model, best first, and the recipe that ranked them.
 
     `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
-    `tau` is the threshold of criterion 1 averaged over the trials; none for `elbow="index"`, which has none.
+    `tau` is the threshold of criterion 1 averaged over the trials (and over their samples, where each has its own);
+    none for `elbow="index"`, which has none.
     `pictures` names the pictures that the heads were found on, so that they are not scored on them.
     """
 
@@ -122,15 +126,7 @@ class HeadRanking:
             "tau": None if self.tau is None else _rounded(self.tau),
             "top_n": self.top_n,
             "exclude_layers": self.options.exclude_layers,
-            "criteria": {
-                "entropy": self.options.entropy,
-                "threshold": self.options.threshold,
-                "elbow": self.options.elbow,
-                "bottom_row_filter": self.options.bottom_row_filter,
-                "tau": self.options.tau,
-                "means": self.options.means,
-                "bottom_row_above": self.options.bottom_row_above,
-            },
+            "criteria": {name: getattr(self.options, name) for name in _CRITERIA},
             "heads": [_head_to_json(head) for head in self.kept],
             "pictures": list(self.pictures),
         }
@@ -210,9 +206,8 @@ def _spread_from_json(fields: _Fields) -> Spread:
 def _options_from_json(fields: _Fields) -> CriteriaOptions:
     """The recipe's reading; a file without `criteria` is taken as the paper's."""
     given = fields.values.get("criteria", {})
-    known = {"entropy", "threshold", "elbow", "bottom_row_filter", "tau", "means", "bottom_row_above"}
-    if not isinstance(given, dict) or not set(given) <= known:
-        raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(known))}")
+    if not isinstance(given, dict) or not set(given) <= set(_CRITERIA):
+        raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(_CRITERIA))}")
     try:
         return CriteriaOptions(exclude_layers=fields.integer("exclude_layers"), **given)
     except ValueError as error:

@@ -31,7 +31,7 @@ from localization_heads.store.atomic import write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 KEY_BYTES = 16
 COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
 """What a record holds of every head, in the order of the file."""
