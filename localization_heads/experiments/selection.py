@@ -33,9 +33,11 @@ def attention_sums(study: Study, scores: Mapping[Any, Scores]) -> Finding:
     if known and known.tau is not None:
         rows.append((f"paper, {known.name}", f"{known.tau:.2f}", "-", "-", "-"))
     share = len(ranking.kept) / len(considered)
+    kept = f"criterion 1 keeps {len(ranking.kept)} of {len(considered)} heads ({percent(share, 0)} %)"
     reading = (
-        f"The elbow of the sorted averages over {len(study):,} expressions lies at tau = {tau}: criterion 1 keeps "
-        f"{len(ranking.kept)} of {len(considered)} heads ({percent(share, 0)} %)."
+        f"Each of {len(study):,} expressions has its own elbow, on average tau = {tau}: in one at least, {kept}."
+        if ranking.options.per_sample
+        else f"The elbow of the sorted averages over {len(study):,} expressions lies at tau = {tau}: {kept}."
     )
     table = Table(("model", "tau", "kept", "heads", "attention sums"), tuple(rows))
     numbers = {"tau": ranking.tau, "kept": len(ranking.kept), "considered": len(considered)}

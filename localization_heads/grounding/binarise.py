@@ -34,7 +34,7 @@ def threshold(
         share: of the mass that `top_mass` keeps.
         visible: the cells that show some of the image, bool `[h, w]`; all by default.
         means: of `mean`, whose threshold is `means * mean + margin`.
-        margin: the same; 2 means and 0.001 are `relu(A - 2 mean(A)) > 0.001`.
+        margin: the same.
 
     Raises:
         ValueError: NaN or infinite values.

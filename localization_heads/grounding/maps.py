@@ -53,9 +53,8 @@ class GroundingOptions:
         top_mass: that share, above 0 and at most 1.
         box_from: the `"map"` (paper), or the segmenter's `"mask"`: its tight box. `ground_maps` knows the map alone;
             `segmentation.refine` sees to the mask.
-        means: of `binarise="mean"`: how many means a cell has to exceed; the paper's 1, or the published code's 2 in
-            `relu(A - 2 mean(A)) > 0.001`.
-        margin: of `binarise="mean"`: and by how much; 0, or the published code's 0.001.
+        means: of `binarise="mean"`: how many means a cell has to exceed; 1 in the paper and in the published code.
+        margin: of `binarise="mean"`: and by how much; 0 in both.
         border: how the map goes on beyond its edge when it is smoothed: `"mirror"` does not repeat the edge cell
             (`c b | a b c`, OpenCV and torchvision), `"repeat"` does (`b a | a b c`, scipy and so the published code).
         ignore_padding: take the grid as if it covered the picture and nothing else (published code). Wrong on

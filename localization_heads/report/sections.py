@@ -117,9 +117,10 @@ BOTTOM_ROW = (
 
 def _method(ranking: HeadRanking) -> str:
     """What the columns mean, for a reader who has not read the paper."""
-    kept = (
-        "" if ranking.tau is None else f" if its attention sum on the image reaches τ = {number(ranking.tau)}"
-    )
+    where = " in a sample" if ranking.options.per_sample else ""
+    average = " on average" if ranking.options.per_sample else ""
+    tau = "" if ranking.tau is None else f"τ = {number(ranking.tau)}{average}"
+    kept = f"{where} if its attention sum on the image reaches {tau}" if tau else where
     return (
         f"Criterion 1 keeps a head{kept}. Criterion 2 marks, in every sample, the {ranking.top_n} kept heads "
         "whose maps are the most compact (lowest spatial entropy); the selection frequency is the share of samples "
