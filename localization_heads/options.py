@@ -193,6 +193,7 @@ RULES: dict[str, Rule] = {
     "cli_mode": switch,
     "conv_mode": or_null(one_of("referseg", "chat", "plain")),
     "query_token": one_of("last", "expression_end", "expression_mean", "answer_first"),
+    "drop_lone_spaces": switch,
     "view": one_of("combined", "whole", "tiles"),
     "doctor.check": or_null(switch),
     "batch_size": or_word("auto", whole(1, 4096)),

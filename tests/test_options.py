@@ -90,10 +90,9 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     assert CriteriaOptions(**criteria["published_august"]) == august
     of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
     assert GroundingOptions(**grounding["published"]) == of_all_cells
-    assert set(grounding) == {
-        "paper",
-        "published",
-    }  # the only box that was ever published is that of August 2025
+    assert set(grounding) == {"paper", "published"}  # no other box was ever published
+    dropping = {rung: composed("finder", f"rung={rung}")["drop_lone_spaces"] for rung in GROUPS["rung"]}
+    assert {rung for rung, drops in dropping.items() if drops} == {"published", "padding", "hull"}
 
 
 def test_a_label_can_name_what_is_swept() -> None:
@@ -243,6 +242,7 @@ WRONG = {
     "criteria.tau": [-0.1, "x", float("nan")],
     "criteria.entropy": ["volume"],
     "criteria.means": [0, 0.9, None, True, "two", float("nan")],
+    "drop_lone_spaces": ["some", None, 1],
     "criteria.elbow_heads": ["most", None, 2],
     "criteria.per_sample": ["sometimes", None, 1],
     "criteria.ties": ["layer", None, True],

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from test_model_configs import composed
-from tiny_models import llava_model, llava_processor, tokenizer
-from tiny_tokenizers import KINDS, tiny_tokenizer
+from tiny_models import llava_config, llava_model, llava_processor, tokenizer
+from tiny_tokenizers import KINDS, llama_tokenizer, tiny_tokenizer
+from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.lone_spaces import lone_space_id, without_token
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS, expression_tokens, query_of
@@ -230,3 +232,93 @@ def test_caches_never_mix(picture: Any, tmp_path: Path) -> None:
     assert abs(last - mean).max() > 1e-3
     assert len(list((tmp_path / "out/tiny/statistics").glob("*.bin"))) == 2
     np.testing.assert_array_equal(maps_of("last"), last)
+
+
+LONE = ["the dog", "the dog in 3", "3", "the dog in 3 and 3"]
+"""Expressions with none, one and two lone spaces of their own; each prompt has one after the image as well."""
+
+
+def lone_space_lvlm(query_token: str = "last", conv_mode: str = "referseg", **options: Any) -> LVLM:
+    """A LLaVA whose tokens have LLaMA's own ids."""
+    config = llava_config()
+    config.text_config.vocab_size, config.image_token_id = 32064, 32000
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    processor = llava_processor()
+    processor.tokenizer, processor.image_token, processor.image_token_id = llama_tokenizer(), "<image>", 32000
+    processor.chat_template = CHAT
+    asked = {"conv_mode": conv_mode, "query_token": query_token, **options}
+    return LVLM(model, processor, ModelSpec("tiny"), system="the car in 3", **asked)
+
+
+@pytest.mark.parametrize(
+    ("expression", "kept", "dropped"),
+    [  # the rows of docs/method.md
+        ("the dog", [29871, 13, 1552, 11203, 29889], [13, 1552, 11203, 29889]),
+        (
+            "the dog in 3",
+            [29871, 13, 1552, 11203, 297, 29871, 29941, 29889],
+            [13, 1552, 11203, 297, 29941, 29889],
+        ),
+    ],
+)
+def test_lone_spaces_go_as_in_the_published_code(
+    picture: Any, expression: str, kept: list[int], dropped: list[int]
+) -> None:
+    for expected, drop in ((kept, False), (dropped, True)):
+        lvlm = lone_space_lvlm(drop_lone_spaces=drop)
+        ids = lvlm.encode([picture], [lvlm.prompt(expression)])["input_ids"][0].tolist()
+        assert ids[len(ids) - ids[::-1].index(32000) :] == expected
+        assert (29871 in ids[: ids.index(32000)]) is not drop  # in the system sentence too
+        assert lvlm.choices["drop_lone_spaces"] is drop
+    assert lone_space_id(tokenizer()) is None  # nothing to drop, and nothing is
+
+
+def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
+    ids = torch.tensor([[5, 7, 6, 7], [8, 9, 0, 0]])
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long(), "token_type_ids": ids % 2, "other": 3}
+    right = without_token(given, 7, side="right", pad=1)
+    assert right["input_ids"].tolist() == [[5, 6], [8, 9]]
+    assert right["attention_mask"].tolist() == [[1, 1], [1, 1]]
+    assert right["token_type_ids"].tolist() == [[1, 0], [0, 1]]
+    assert right["other"] == 3
+    ids = torch.tensor([[0, 5, 7, 6], [7, 8, 7, 7]])
+    left = without_token({"input_ids": ids, "attention_mask": (ids != 0).long()}, 7, side="left", pad=1)
+    assert left["input_ids"].tolist() == [[5, 6], [1, 8]]
+    assert left["attention_mask"].tolist() == [[1, 1], [0, 1]]
+    assert without_token({"input_ids": ids}, 7, side="left", pad=1)["input_ids"].tolist() == [
+        [0, 5, 6],
+        [1, 1, 8],
+    ]
+
+
+@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("conv_mode", ["referseg", "chat"])
+def test_without_lone_spaces_all_ways_agree(picture: Any, query_token: str, conv_mode: str) -> None:
+    """One by one, in a padded batch, and with the picture encoded once; and eager attention on the ids by hand."""
+    lvlm = lone_space_lvlm(query_token, conv_mode, drop_lone_spaces=True)
+    alone = [lvlm.attend(picture, expression).attention for expression in LONE]
+    batch_of = lvlm.attend_apart([picture] * len(LONE), LONE)
+    shared = lvlm.encode_image(picture)
+    assert shared.shares == (query_token != "answer_first")
+    for one, other, third in zip(alone, batch_of, shared.attend(LONE), strict=True):
+        np.testing.assert_allclose(other.attention, one, **TOLERANCE)
+        np.testing.assert_allclose(third.attention, one, **TOLERANCE)
+    if query_token == "answer_first":
+        return
+    plain = lone_space_lvlm(query_token, conv_mode)
+    for expression, found in zip(LONE, alone, strict=True):
+        inputs = plain.encode([picture], [plain.prompt(expression)])
+        keep = inputs["input_ids"][0] != 29871
+        filtered = {**inputs, **{name: inputs[name][:, keep] for name in ("input_ids", "attention_mask")}}
+        ids = filtered["input_ids"][0].tolist()
+        words = [
+            token
+            for token in llama_tokenizer()(f"\n{expression}")["input_ids"]
+            if token not in (1, 13, 29871)
+        ]
+        start = max(i for i in range(len(ids)) if ids[i : i + len(words)] == words)
+        row = reference(lvlm, filtered, [list(range(start, start + len(words)))])[:, 0]
+        on_image = row[..., filtered["input_ids"][0] == 32000]
+        torch.testing.assert_close(torch.from_numpy(found).flatten(2), on_image, **TOLERANCE)
+        assert abs(plain.attend(picture, expression).attention - found).max() > 1e-5

@@ -67,6 +67,43 @@ KINDS = {
 }
 
 
+LLAMA_IDS = {
+    **{
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        "<0x0A>": 13,
+        "in": 262,
+        "▁in": 297,
+        "the": 1552,
+        "▁dog": 11203,
+        "▁": 29871,
+    },
+    **{letter: 29900 + place for place, letter in enumerate("acdefghilmnorstu")},
+    **{".": 29889, "3": 29941, "th": 31990, "do": 31991, "dog": 31992, "<image>": 32000, "<pad>": 32001},
+}
+"""Tokens of LLaMA under its own ids, as far as prompts about a dog need them; letters under ids of their own."""
+
+
+@cache
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """LLaMA's kind: a space before every piece of text, which is a token by itself if none begins with it."""
+    merges = [("t", "h"), ("th", "e"), ("d", "o"), ("do", "g"), ("i", "n"), ("▁", "dog"), ("▁", "in")]
+    tokenizer = Tokenizer(models.BPE(LLAMA_IDS, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{
+            f"{name}_token": f"<{word}>"
+            for name, word in (("pad", "pad"), ("bos", "s"), ("eos", "/s"), ("unk", "unk"))
+        },
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
 @cache
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(

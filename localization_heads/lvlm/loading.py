@@ -40,6 +40,7 @@ def load_model(
     conv_mode: str | None = None,
     query_token: str = "last",
     view: str = "combined",
+    drop_lone_spaces: bool = False,
 ) -> LVLM:
     """Load a vision-language model whose attention can be captured.
 
@@ -55,6 +56,8 @@ def load_model(
             `answer_first`.
         view: of a model that gets a picture as a whole and again as tiles: `combined` (both in one map),
             `whole` or `tiles`. Pictures with one view only have that.
+        drop_lone_spaces: delete SentencePiece's lone spaces from the prompt's tokens, as the paper's published code
+            does; nothing changes for tokenizers without one.
 
     Raises:
         UsageError: an option or a name that cannot be.
@@ -76,7 +79,7 @@ def load_model(
         model.to(target)
     system = _system_sentence(source, spec)
     options = {"conv_mode": conv_mode, "query_token": query_token, "view": view}
-    lvlm = LVLM(model.eval(), processor, spec, system=system, **options)
+    lvlm = LVLM(model.eval(), processor, spec, system=system, drop_lone_spaces=drop_lone_spaces, **options)
     _check_order(lvlm)
     return lvlm
 

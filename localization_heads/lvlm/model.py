@@ -20,6 +20,7 @@ from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
 from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
+from localization_heads.lvlm.lone_spaces import lone_space_id, without_token
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
 from localization_heads.lvlm.prefix import why_not_shared
@@ -48,6 +49,7 @@ class LVLM:
         conv_mode: str,
         query_token: str = "last",
         view: str = "combined",
+        drop_lone_spaces: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -56,6 +58,7 @@ class LVLM:
         self.conv_mode = conv_mode
         self.query_token = query_token
         self.view = view
+        self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.recent = RecentPictures()
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
@@ -96,7 +99,8 @@ class LVLM:
         loaded = ("dtype", "quantization", "pad_to_square")
         asked = ("conv_mode", "query_token", "view")
         values = {name: getattr(self.spec, name) for name in loaded}
-        return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}}
+        dropped = {"drop_lone_spaces": self.dropped_token is not None}
+        return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}, **dropped}
 
     @property
     def known_heads(self) -> tuple[Head, ...]:
@@ -199,15 +203,19 @@ class LVLM:
         bos = self.processor.tokenizer.bos_token
         twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
+        side = "right" if self.model.config.is_encoder_decoder else "left"
         with self._tokenizing:
             inputs: Mapping[str, Any] = (processor or self.processor)(
                 images=[[image] for image in images],
                 text=list(prompts),
                 return_tensors="pt",
                 padding=True,
-                padding_side="right" if self.model.config.is_encoder_decoder else "left",
+                padding_side=side,
                 **options,
             )
+        if self.dropped_token is not None:
+            pad = self.processor.tokenizer.pad_token_id or 0
+            inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
         self._check_length(inputs["input_ids"].shape[1])
         return inputs
 
@@ -281,7 +289,7 @@ class LVLM:
 
         They are known by their pixels, and dropped when `recent.max_bytes` are full.
         """
-        key = (content(image), self.conv_mode, self.system, self.query_token, self.view)
+        key = (content(image), self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
         try:
             picture = self.recent.get(key, lambda: EncodedPicture(self, image))
             return picture.attend(expressions, last_layer=last_layer)
@@ -298,7 +306,9 @@ class LVLM:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
         if not self.model.config.is_encoder_decoder:
             with self._tokenizing:
-                return query_of(self.query_token, prompts, inputs, self.processor.tokenizer)
+                return query_of(
+                    self.query_token, prompts, inputs, self.processor.tokenizer, self.dropped_token
+                )
         if self.query_token.startswith("expression"):
             raise UsageError(
                 f"query_token={self.query_token}: {self.name} reads the expression in its encoder, whose attention "

@@ -20,7 +20,13 @@ QUERY_TOKENS = ("last", "expression_end", "expression_mean", "answer_first")
 _LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding
 
 
-def query_of(kind: str, prompts: Sequence[Prompt], inputs: Mapping[str, Any], tokenizer: Any) -> Query:
+def query_of(
+    kind: str,
+    prompts: Sequence[Prompt],
+    inputs: Mapping[str, Any],
+    tokenizer: Any,
+    dropped_token: int | None = None,
+) -> Query:
     """The query positions of a batch.
 
     Args:
@@ -28,6 +34,7 @@ def query_of(kind: str, prompts: Sequence[Prompt], inputs: Mapping[str, Any], to
             without its full stop), `expression_mean` (all its tokens, averaged) or `answer_first` (the first
             token that the model answers).
         inputs: what the processor made of the prompts, padded on either side.
+        dropped_token: an id that was deleted from them.
 
     Raises:
         UsageError: the expression's tokens cannot be told from the others.
@@ -37,7 +44,10 @@ def query_of(kind: str, prompts: Sequence[Prompt], inputs: Mapping[str, Any], to
     if kind == "answer_first":
         return Query(step=1)
     ids = inputs["input_ids"].tolist()
-    spans = [expression_tokens(tokenizer, prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
+    spans = [
+        expression_tokens(tokenizer, prompt, row, dropped_token)
+        for prompt, row in zip(prompts, ids, strict=True)
+    ]
     if kind == "expression_end":
         return Query(torch.tensor([[span[-1]] for span in spans]))
     return _mean(spans)
@@ -75,13 +85,15 @@ def continued(queries: Sequence[tuple[Query, int]], past: int) -> Query:
     return Query(positions - past, weights if n > 1 else None, past=past)
 
 
-def expression_tokens(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range:
+def expression_tokens(
+    tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None = None
+) -> range:
     """Indices into `ids` of the tokens that spell the expression, its closing full stop left out.
 
     The processor puts hundreds of image tokens into the text, so the prompt's own tokens are looked up in `ids`
     from the end. A token that reaches over the edge of the expression (the space before it) counts as part of it.
     """
-    span = _by_offsets(tokenizer, prompt, ids) or _by_decoding(tokenizer, prompt, ids)
+    span = _by_offsets(tokenizer, prompt, ids, dropped_token) or _by_decoding(tokenizer, prompt, ids)
     if span is None:
         raise UsageError(
             f"query_token: the tokens of '{prompt.expression}' cannot be told from the rest of this model's prompt; "
@@ -90,20 +102,24 @@ def expression_tokens(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> ran
     return span
 
 
-def _by_offsets(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range | None:
+def _by_offsets(
+    tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None
+) -> range | None:
     """Ask a fast tokenizer which tokens the expression's characters went into, and find those in `ids`."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     coded = tokenizer(prompt.text, return_offsets_mapping=True, add_special_tokens=False)
+    tokens = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+    kept = [(token, place) for token, place in tokens if token != dropped_token]
     inside = [
         index
-        for index, (start, end) in enumerate(coded["offset_mapping"])
+        for index, (_, (start, end)) in enumerate(kept)
         if start < end and start < prompt.end and end > prompt.start
     ]
     if not inside:
         return None
     first, count = inside[0], inside[-1] - inside[0] + 1
-    own = coded["input_ids"]
+    own = [token for token, _ in kept]
     expected = len(ids) - (len(own) - first)  # but for padding on the right, and what the processor adds
     # to the prompt's end, which is not to be confused; or alone, where the processor changes the end
     for wanted in (own[first:], own[first : first + count]):

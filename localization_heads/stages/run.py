@@ -109,6 +109,7 @@ class Run:
             conv_mode=self["conv_mode"],
             query_token=self["query_token"],
             view=self["view"],
+            drop_lone_spaces=self.drop_lone_spaces,
         )
         if "picture_memory" in self.options:  # of the conversation; the others ask all of a picture at once
             lvlm.recent.max_bytes = self["picture_memory"] * 2**20
@@ -118,6 +119,11 @@ class Run:
         return lvlm
 
     @property
+    def drop_lone_spaces(self) -> bool:
+        """Only the finder has the option: it is of no use in a conversation."""
+        return bool(self.options.get("drop_lone_spaces", False))
+
+    @property
     def model_settings(self) -> dict[str, Any]:
         """All that the maps of a sample depend on besides the sample, as JSON values."""
         weights = [self.lvlm.name, self.lvlm.fingerprint, self.spec.dtype, self.spec.quantization]
@@ -125,6 +131,7 @@ class Run:
             "weights": weights,
             "kernel": self.spec.attn_implementation,
             "pad_to_square": self.spec.pad_to_square,
+            "drop_lone_spaces": self.drop_lone_spaces,
             "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
         }
 
