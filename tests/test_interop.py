@@ -53,6 +53,28 @@ def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
     assert chosen_heads(str(path), 2) == tuple(ranking.top(2))
 
 
+def test_head_lists_of_the_published_code_and_of_gaze_heads(tmp_path):
+    rows = [
+        {"layer": 14, "head": 26, "count": 406, "frequency": 0.406},
+        {"layer": 14, "head": 24, "frequency": 0.571},
+    ]
+    august = {
+        "directory": "/content",
+        "model_dir": "llava",
+        "top_k": 5,
+        "total_files": 1000,
+        "head_frequency": rows,
+    }
+    gaze = [{"layer": 14, "head": 26, "score": 0.4}, {"layer": 14, "head": 24, "score": 0.6}]
+    path = tmp_path / "batch_selected_heads.json"
+    for content in (august, gaze):
+        path.write_text(json.dumps(content))
+        assert chosen_heads(str(path), 2) == ((14, 24), (14, 26))
+    path.write_text(json.dumps({"head_frequency": [{"layer": 14, "frequency": 0.5}]}))
+    with pytest.raises(UsageError, match=r"batch_selected_heads.json: entry 0 is '\[14, None, 0.5\]'"):
+        chosen_heads(str(path), 1)
+
+
 def test_heads_json_is_read_as_before(ranking, tmp_path):
     path, _ = save_ranking(ranking, tmp_path)
     assert load_head_list(path) == [head.address for head in ranking.kept]
@@ -70,6 +92,9 @@ def test_heads_json_is_read_as_before(ranking, tmp_path):
         ([[1, 2, float("nan")]], "finite"),
         ([[1, 2, 10**400]], "finite"),
         ([[1, 2, "x"]], "finite"),
+        ([{"layer": 1, "head": 2}], "finite"),
+        ({"head_frequency": {"layer": 1}}, "finite|names no head"),
+        ({"head_frequency": "L1H2"}, "no list of heads"),
         ([[1, 2, 0.1], [1, 2, 0.3]], "twice"),
         ({"one-two": 1.0}, "one-two"),
         ({"1-2": [0.5, None]}, "finite"),

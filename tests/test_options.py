@@ -62,6 +62,9 @@ def leaves(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+RUNGS = ("none", "published", "padding", "hull", "fixed", "masks", "mask_box", "points")
+
+
 def yaml_files() -> list[str]:
     groups = [f"{group}/{choice}" for group, choices in GROUPS.items() for choice in choices]
     return [*APPLICATIONS, *groups]
@@ -91,7 +94,7 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
     assert GroundingOptions(**grounding["published"]) == of_all_cells
     assert set(grounding) == {"paper", "published"}  # no other box was ever published
-    dropping = {rung: composed("finder", f"rung={rung}")["drop_lone_spaces"] for rung in GROUPS["rung"]}
+    dropping = {rung: composed("finder", f"rung={rung}")["drop_lone_spaces"] for rung in RUNGS}
     assert {rung for rung, drops in dropping.items() if drops} == {"published", "padding", "hull"}
 
 

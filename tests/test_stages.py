@@ -223,6 +223,9 @@ def test_criteria_reach_the_analysis(front: Front) -> None:
     assert min(layers) == 2
     assert kept["criteria.tau=0"] > kept["criteria.tau=0.9"]
     assert found["criteria=published"] != found["criteria=paper"]
+    for rows in found.values():  # so that analysis[:top_k] holds heads that passed
+        keys = [(not row["above_threshold"], row["spatial_entropy"]) for row in rows]
+        assert keys == sorted(keys)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +202,52 @@ def test_the_published_tools_files_are_read(dtype, size, box, tmp_path):
     assert (maps.image_size, maps.image_file, maps.query, maps.id) == (size, "dog.png", "the dog", "q")
 
 
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("meta", ["inside", "beside"])
+def test_the_files_of_august_are_read(gzipped, meta, tmp_path):
+    tensor = torch.rand(2, 3, 1, 16).half() / 16
+    facts = {
+        "image_file": "dog.png",
+        "query": "the dog",
+        "image_size": (640, 480),
+        "patch_size": 4,
+        "vis_len": 16,
+    }
+    content = pickle.dumps({"attn": tensor, "meta": facts if meta == "inside" else {}})
+    path = tmp_path / ("q.pkl.gz" if gzipped else "q.pkl")
+    path.write_bytes(gzip.compress(content) if gzipped else content)
+    if meta == "beside":
+        (tmp_path / "q_meta.pkl").write_bytes(pickle.dumps(facts))
+    maps = load_attention(path)
+    np.testing.assert_array_equal(maps.attention, tensor.float().numpy().reshape(2, 3, 4, 4))
+    assert (maps.image_box, maps.image_size) == ((0.0, -80.0, 640.0, 560.0), (640, 480))
+    assert (maps.image_file, maps.query, maps.id) == ("dog.png", "the dog", "q")
+    assert analysis_path(path) == tmp_path / "q_analysis.pkl"
+
+
+def test_gzip_is_not_trusted(tmp_path):
+    """Bombs, garbage, half a file, code in the pickle: one line each, and no more unpacked than attention would be."""
+    path = tmp_path / "q.pkl.gz"
+    bomb = gzip.compress(pickle.dumps(np.zeros((1, 1, 1, 60 << 20), np.uint8)), 1)
+    whole = gzip.compress(pickle.dumps(torch.rand(2, 3, 1, 16)))
+    cases = {
+        bomb: "unpacks to more than 33 MB",
+        whole[:-20]: "not a readable gzip file",
+        b"no gzip": "not a readable gzip file",
+        whole[:30] + bytes(8) + whole[38:]: "not a readable gzip file",
+        gzip.compress(b"cos\nsystem\n(S'true'\ntR."): "refused: the pickle asks for os.system",
+    }
+    for content, said in cases.items():
+        path.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(UsageError, match=said):
+            load_attention(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(content) + (72 << 20)
+        tracemalloc.stop()
+    with pytest.raises(UsageError, match="no such file"):
+        load_attention(tmp_path / "other.pkl.gz")
+
+
 def test_layers_of_one_sample_each_make_a_file(tmp_path):
     """What `output_attentions` leaves in a list: `[1, H, 1, P*P]` a layer."""
     layers = [torch.rand(1, 4, 1, 9) for _ in range(3)]
@@ -215,7 +263,7 @@ def test_layers_of_one_sample_each_make_a_file(tmp_path):
         [torch.zeros(3, 1, 16), torch.ones(3, 1, 16)],
         {0: torch.zeros(3, 16), 1: torch.ones(3, 16)},
         np.stack([np.zeros((3, 1, 16)), np.ones((3, 1, 16))]),
-        np.stack([np.zeros((3, 4, 4)), np.ones((3, 4, 4))]),
+        np.stack([np.zeros((3, 4, 4)), np.pad([[[1.0]]] * 3, ((0, 0), (0, 3), (0, 3)))]),
     ],
 )
 def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_picture(content, tmp_path):
@@ -236,6 +284,16 @@ def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_p
         (torch.zeros(2, 3, 1, 16), [1], "metadata"),
         (torch.zeros(2, 3, 1, 16), {"image_size": (0, 5)}, "image_size"),
         (torch.zeros(2, 3, 1, 16), {"image_size": "big"}, "image_size"),
+        (torch.zeros(2, 3, 1, 16), {"patch_size": 24}, "'patch_size' is 24, and 16 image tokens are 4 x 4"),
+        (
+            torch.softmax(torch.rand(2, 3, 6, 6), -1),
+            {},
+            r"full attention \[L, H, T, T\] of 6 query tokens .*sum to 6,",
+        ),
+        ([torch.softmax(torch.rand(1, 3, 6, 9).half(), -1)] * 2, {}, "full attention"),
+        ({"attn": torch.softmax(torch.rand(2, 3, 6, 6), -1)}, {}, "full attention"),
+        ({"attn": torch.zeros(2, 3, 1, 16), "meta": "a dog"}, {}, "'meta' is not a dict"),
+        ({"attn": "nothing"}, {}, "not an attention file"),
     ],
 )
 def test_broken_files_of_the_published_tool_are_refused(tensor, metadata, said, tmp_path):

@@ -18,7 +18,7 @@ from localization_heads.data.images import find_file
 from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import UsageError
-from localization_heads.store.paths import check_id, claimed_names, shown
+from localization_heads.store.paths import attention_stem, check_id, claimed_names, shown
 
 MAX_COORDINATE = 10_000_000
 
@@ -280,7 +280,7 @@ def _visualization_entry(entry: Mapping[str, Any], id: str, line: int, folder: P
         raise BadLineError("'attention_file' is missing")
     path = _attention_file(_text(entry, "attention_file"), folder) if named else None
     if path is not None and entry.get("id") is None:
-        id = path.stem
+        id = attention_stem(path)
     return VisualizationEntry(id, path, layer, head, line)
 
 

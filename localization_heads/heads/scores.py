@@ -1,7 +1,9 @@
-"""Heads as other tools write them: `[[layer, head, score], ...]`, or `{"layer-head": score or scores}`.
+"""Heads as other tools write them: a list of heads with scores, or `{"layer-head": score or scores}`.
 
-The list is what SparseMM and gaze-head analyses exchange; the mapping is the retrieval-head format (one score, or
-one a test, by `"16-19"`). The files may come from anywhere: every value is checked.
+A list holds `[layer, head, score]`, or mappings `{"layer", "head", "score"}` (gaze-head analyses) or `{"layer", "head",
+"frequency"}`, which the published code's `batch_selected_heads.json` has under `head_frequency`. The mapping is the
+retrieval-head format, SparseMM's too: one score, or one a sample, by `"16-19"`. The files may come from anywhere: every
+value is checked.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ def read_scores(data: Any) -> list[HeadScore]:
     [(Head(layer=2, head=0), 0.9), (Head(layer=3, head=1), 0.2)]
     >>> read_scores({"3-1": [0.1, 0.3], "2-0": 0.9})
     [(Head(layer=2, head=0), 0.9), (Head(layer=3, head=1), 0.2)]
+    >>> read_scores({"head_frequency": [{"layer": 14, "head": 24, "count": 571, "frequency": 0.571}], "top_k": 5})
+    [(Head(layer=14, head=24), 0.571)]
     """
+    if isinstance(data, Mapping) and "head_frequency" in data:
+        data = data["head_frequency"]
     rows = _rows_of_mapping(data) if isinstance(data, Mapping) else _rows_of_list(data)
     heads = [head for head, _ in rows]
     if not heads:
@@ -51,6 +57,8 @@ def _rows_of_list(data: Any) -> list[HeadScore]:
 
 
 def _row(entry: Any, number: int) -> HeadScore:
+    if isinstance(entry, Mapping):
+        entry = [entry.get("layer"), entry.get("head"), entry.get("score", entry.get("frequency"))]
     if not (isinstance(entry, list) and len(entry) == 3 and _is_index(entry[0]) and _is_index(entry[1])):
         raise UsageError(f"entry {number} is {str(entry)[:40]!r}; {FORM}")
     return Head(entry[0], entry[1]), _score(entry[2], f"entry {number}")

@@ -1,16 +1,19 @@
 """Attention files: `save_attention` and `load_attention`, and the analysis that lies beside them.
 
 Two formats with the same content, `.pkl` (plain types and numpy arrays, for users' scripts) and
-`.safetensors`. The files of the published tool are read too: a bare tensor `[L, H, 1, P*P]`, or one tensor a
-layer, with `<stem>_metadata.pkl` beside it. That code padded the picture to a centred square, and its files
-do not say so: it is how their `image_box` is made here.
+`.safetensors`. The files of the published code are read too: of June 2025 a bare tensor `[L, H, 1, P*P]`, or one
+tensor a layer, with `<stem>_metadata.pkl` beside it; of August 2025 `{"attn": tensor, "meta": {...}}`, gzipped or not,
+with `<stem>_meta.pkl` beside it. That code padded the picture to a centred square, and its files do not say so: it is
+how their `image_box` is made here.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import pickle
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,18 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
 from localization_heads.store.arrays import plain_value
 from localization_heads.store.atomic import write_bytes
-from localization_heads.store.paths import side_path
-from localization_heads.store.safe_pickle import MAX_FILE_BYTES, load_pickle
+from localization_heads.store.paths import attention_stem, side_path
+from localization_heads.store.safe_pickle import (
+    MAX_FILE_BYTES,
+    PickleRefusedError,
+    load_pickle,
+    loads_pickle,
+)
 
 VERSION = 1
 MAX_SIDE = 1_000_000
+_UNPACKED = 4, 32 << 20
+"""What a gzipped file may unpack to: so many times its size, and so many bytes more. Softmax weights shrink by two."""
 _TEXTS = ("image_file", "query", "prompt", "model", "id")
 
 
@@ -64,7 +74,7 @@ def load_attention(path: str | Path) -> AttentionMaps:
     The maps are checked: float32 `[layer, head, grid_h, grid_w]`, finite, not negative.
     """
     path = Path(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
+    content = _READERS.get(path.suffix, load_pickle)(path)
     try:
         if isinstance(content, dict) and "attention" in content:
             return _from_content(content)
@@ -147,13 +157,11 @@ def _shown(value: object) -> str:
 
 
 def _from_published(content: Any, path: Path) -> AttentionMaps:
-    """The published tool's file: what it holds is all heads, and the picture is in the file beside it."""
-    attention = _square_maps(_stacked(content))
+    """The published code's file: what it holds is all heads; the picture is in it, or in the file beside it."""
+    metadata = _metadata(content, path)
+    tensor = content["attn"] if isinstance(content, dict) and "attn" in content else content
+    attention = _square_maps(_stacked(tensor), metadata.get("patch_size"))
     _check_maps(attention)
-    beside = side_path(path, "_metadata.pkl")
-    metadata = load_pickle(beside) if beside.is_file() else {}
-    if not isinstance(metadata, dict):
-        raise _MalformedError(f"{beside.name} beside it is not a dict of image_file, query and image_size")
     # Without metadata the picture is unknown, and the grid itself stands for it: a pixel a cell.
     named_size = metadata.get("image_size") is not None
     size = (
@@ -165,8 +173,21 @@ def _from_published(content: Any, path: Path) -> AttentionMaps:
         image_size=size,
         image_file=_text(metadata, "image_file"),
         query=_text(metadata, "query"),
-        id=path.stem,
+        id=attention_stem(path),
     )
+
+
+def _metadata(content: Any, path: Path) -> dict[Any, Any]:
+    """What the published code says of the picture: in the file itself, or beside it; empty where it says nothing."""
+    if isinstance(content, dict) and content.get("meta"):
+        where, metadata = "'meta'", content["meta"]
+    else:
+        beside = (side_path(path, suffix) for suffix in ("_metadata.pkl", "_meta.pkl"))
+        file = next((file for file in beside if file.is_file()), None)
+        where, metadata = (f"{file.name} beside it", load_pickle(file)) if file else ("", {})
+    if not isinstance(metadata, dict):
+        raise _MalformedError(f"{where} is not a dict of image_file, query and image_size")
+    return metadata
 
 
 def _stacked(content: Any) -> np.ndarray:
@@ -178,7 +199,7 @@ def _stacked(content: Any) -> np.ndarray:
     layers = content if isinstance(content, list | tuple) else []
     if not layers or not all(isinstance(layer, np.ndarray) for layer in layers):
         raise _MalformedError(
-            "not an attention file: it holds neither 'attention' nor a tensor [L, H, 1, P*P]"
+            "not an attention file: it holds neither 'attention' nor 'attn' nor a tensor [L, H, 1, P*P]"
         )
     if len({layer.shape for layer in layers}) != 1:
         raise _MalformedError("the layers differ in shape")
@@ -186,9 +207,14 @@ def _stacked(content: Any) -> np.ndarray:
     return np.concatenate(layers) if one_sample_each else np.stack(layers)
 
 
-def _square_maps(attention: np.ndarray) -> np.ndarray:
-    """`[L, H, 1, P*P]` or `[L, H, P*P]` as float32 `[L, H, P, P]`; maps that have two sides stay as they are."""
+def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
+    """`[L, H, 1, P*P]` or `[L, H, P*P]` as float32 `[L, H, P, P]`; maps that have two sides stay as they are.
+
+    Args:
+        patch_size: P, where the file says it.
+    """
     if attention.ndim == 4 and attention.shape[2] > 1:
+        _check_one_query(attention)
         return np.array(attention, dtype=np.float32, order="C")
     if attention.ndim == 4:
         attention = attention[:, :, 0]
@@ -197,7 +223,23 @@ def _square_maps(attention: np.ndarray) -> np.ndarray:
     side = math.isqrt(attention.shape[2])
     if side * side != attention.shape[2]:
         raise _MalformedError(f"{attention.shape[2]} image tokens make no square grid [L, H, 1, P*P]")
+    if patch_size is not None and patch_size != side:
+        raise _MalformedError(
+            f"'patch_size' is {_shown(patch_size)}, and {attention.shape[2]} image tokens are {side} x {side}"
+        )
     return np.array(attention, dtype=np.float32, order="C").reshape(*attention.shape[:2], side, side)
+
+
+def _check_one_query(attention: np.ndarray) -> None:
+    """One query's softmax sums to at most 1 over an image; that of every token of a prompt to their number."""
+    if attention.dtype.kind != "f":
+        return  # `_check_maps` says so
+    largest = float(attention.sum(axis=(2, 3), dtype=np.float64).max(initial=0))
+    if largest > 1.01:  # half precision rounds
+        raise _MalformedError(
+            f"full attention [L, H, T, T] of {attention.shape[2]} query tokens (a head's weights sum to {largest:.4g}, "
+            "over an image they sum to at most 1): save the last token's row over the image tokens, [L, H, 1, P*P]"
+        )
 
 
 def _padded_square(width: int, height: int) -> Box:
@@ -226,6 +268,31 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             return {**content, "attention": file.get_tensor("attention")}
     except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
         raise UsageError(f"{path}: not a readable safetensors file ({_shown(str(error))})") from error
+
+
+def _read_gzip(path: Path) -> Any:
+    """The plain value in a gzipped pickle, of which no more is unpacked than an honest one holds."""
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        times, more = _UNPACKED
+        limit = min(times * path.stat().st_size + more, MAX_FILE_BYTES)
+        with gzip.open(path) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise UsageError(f"{path}: unpacks to more than {limit >> 20} MB, far more than attention does")
+        return loads_pickle(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{path}: not a readable gzip file ({_shown(str(error))})") from error
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except PickleRefusedError as error:
+        raise UsageError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise UsageError(f"{path}: not enough memory to read it") from error
+
+
+_READERS = {".safetensors": _read_safetensors, ".gz": _read_gzip}
 
 
 def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from localization_heads.errors import UsageError
 
 ATTENTION_FORMATS = {"pkl": ".pkl", "safetensors": ".safetensors"}
+_ENDINGS = (".pkl.gz", *ATTENTION_FORMATS.values())
 
-SIDE_SUFFIXES = ("_analysis", "_metadata")
-"""`<id>_analysis.pkl` and `<id>_metadata.pkl` lie beside `<id>.pkl`: what an id must not make of another."""
+SIDE_SUFFIXES = ("_analysis", "_metadata", "_meta")
+"""`<id>_analysis.pkl`, and the published code's `<id>_metadata.pkl` and `<id>_meta.pkl`, lie beside `<id>.pkl`: what an
+id must not make of another."""
 
 MAX_ID_BYTES = 255 - len("_visualization_L9999H9999.png")
 """File systems allow 255 bytes a name, and the longest one made from an id ends like this."""
@@ -72,14 +74,19 @@ def attention_path(folder: str | Path, id: str, format: str = "pkl") -> Path:
 def side_path(attention_file: str | Path, suffix: str) -> Path:
     """`dir/<stem><suffix>` beside an attention file.
 
-    >>> side_path("attention/cat.pkl", "_analysis.pkl").as_posix()
+    >>> side_path("attention/cat.pkl.gz", "_analysis.pkl").as_posix()
     'attention/cat_analysis.pkl'
     """
     path = Path(attention_file)
-    stem = path.name
-    for ending in ATTENTION_FORMATS.values():
+    return path.with_name(attention_stem(path) + suffix)
+
+
+def attention_stem(attention_file: str | Path) -> str:
+    """The name of an attention file without its ending: the entry's id."""
+    name = stem = Path(attention_file).name
+    for ending in _ENDINGS:
         stem = stem.removesuffix(ending)
-    return path.with_name(stem + suffix)
+    return stem or name
 
 
 def analysis_path(attention_file: str | Path) -> Path:
