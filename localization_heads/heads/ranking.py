@@ -377,7 +377,8 @@ def _ranked(
     means = np.column_stack([centre.sums.reshape(len(centre.tau), -1), centre.tau]).mean(axis=0)
     tau = None if options.elbow == "index" else float(means[-1])
     sums = means[:-1].reshape(centre.sums.shape[1:])
-    kept = centre.kept.any(axis=0) if options.per_sample else criterion_1(sums, replace(options, tau=tau))
+    own: NDArray[np.bool_] = np.logical_or.reduce(centre.kept, axis=0)  # in any sample of any trial
+    kept = own if options.per_sample else criterion_1(sums, replace(options, tau=tau))
     # From whole numbers: averaging the trials' frequencies would break ties by rounding.
     frequency = centre.counts.sum(axis=0) / centre.sizes.sum()
     deviation = (spread.counts / spread.sizes[:, None, None]).std(axis=0)
