@@ -106,7 +106,8 @@ def sample_heads(
         allowed &= ~bottom_row
     chosen = select_heads(sums, entropy, allowed, top_n, options.ties)
     if options.fallback == "order":
-        others = [head for index in np.ndindex(sums.shape) if (head := Head(*index)) not in chosen]
+        taken = set(chosen)
+        others = [head for index in np.ndindex(sums.shape) if (head := Head(*index)) not in taken]
         return [*chosen, *others][:top_n]
     if options.fallback == "sum" and not chosen:
         return _highest(sums, bottom_row, options)
