@@ -114,7 +114,10 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
         f"{lvlm.num_heads} a layer, on {getattr(heads, 'num_key_value_heads', None) or lvlm.num_heads} keys",
     )
     yield "attention", str(config.get_text_config()._attn_implementation or config._attn_implementation)
+    yield "fingerprint", f"{lvlm.fingerprint} (of these weights, wherever they lie)"
     yield "known heads", " ".join(map(str, lvlm.known_heads)) or "none published"
+    for note in lvlm.notes:
+        yield "note", note
 
 
 def _tokens(lvlm: LVLM, ids: Sequence[int]) -> Iterator[tuple[str, str]]:

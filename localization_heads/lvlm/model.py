@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
+from localization_heads.lvlm.fingerprint import fingerprint
 from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
@@ -35,7 +35,8 @@ from localization_heads.lvlm.views import read_maps
 class LVLM:
     """A vision-language model of transformers, its processor, and what is known about it.
 
-    Made by `load_model`. The model itself is never changed: `lvlm.model` is plain transformers.
+    Made by `load_model`, which leaves in `notes` what is worth knowing about it. The model itself is never changed:
+    `lvlm.model` is plain transformers.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LVLM:
         self.conv_mode = conv_mode
         self.query_token = query_token
         self.view = view
+        self.notes: tuple[str, ...] = ()
         self.recent = RecentPictures()
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
@@ -109,11 +111,8 @@ class LVLM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the weights do: the hub's commit, or the names, sizes and times of a folder's files."""
-        commit = getattr(self.model.config, "_commit_hash", None)
-        folder = Path(self.model.config._name_or_path)
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-        return commit or " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+        """Changes when the weights do, wherever they come from (`lvlm.fingerprint`)."""
+        return fingerprint(self.model, self.processor)
 
     @property
     def image_token_id(self) -> int:

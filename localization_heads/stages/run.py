@@ -123,8 +123,8 @@ class Run:
         weights = [self.lvlm.name, self.lvlm.fingerprint, self.spec.dtype, self.spec.quantization]
         return {
             "weights": weights,
-            "kernel": self.spec.attn_implementation,
-            "pad_to_square": self.spec.pad_to_square,
+            "kernel": self.lvlm.spec.attn_implementation,
+            "pad_to_square": self.lvlm.spec.pad_to_square,
             "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
         }
 
