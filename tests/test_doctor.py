@@ -149,6 +149,14 @@ def test_layers_that_are_not_seen(picture: Image.Image) -> None:
     assert found.check.note == "no attention was seen in layers 2"
 
 
+def test_notes_and_fingerprint_are_shown(picture: Image.Image) -> None:
+    lvlm = tiny_lvlm("last")
+    lvlm.note("it looks like another")
+    facts = examine(lvlm, picture, "the dog", check=False).facts
+    assert ("note", "it looks like another") in facts
+    assert dict(facts)["fingerprint"].startswith(lvlm.fingerprint)
+
+
 def test_eager_for_a_while() -> None:
     model = tiny_lvlm("last").model
     model.get_decoder().config._attn_implementation_internal = "flash_attention_2"  # parts may differ

@@ -95,7 +95,7 @@ def test_like_takes_what_is_known_of_another(
         assert lvlm.spec == replace(known, name=str(folder))
     assert "has 4 layers of 4 heads and no L14H24" in caplog.text
     assert [note for note in lvlm.notes if "no L14H24" in note]
-    assert load_model(str(folder), device="cpu").notes == ()
+    assert load_model(str(folder), device="cpu").notes == []
     with pytest.raises(UsageError, match=r"like=lava: .*did you mean llava\?"):
         load_model(str(folder), like="lava")
     with pytest.raises(UsageError, match=r"like=gpt: .*choose one of aya-vision"):
@@ -116,8 +116,8 @@ def test_a_folder_that_looks_like_a_known_checkpoint(
     assert f'load_model("{copy}", like="tiny")' in note
     assert note in caplog.text
     informed = load_model(str(copy), like="tiny", device="cpu")
-    assert (informed.notes, informed.known_heads) == ((), find_spec("tiny").heads)
-    assert load_model(ModelSpec(str(copy), heads=(Head(1, 1),)), device="cpu").notes == ()
+    assert (informed.notes, informed.known_heads) == ([], find_spec("tiny").heads)
+    assert load_model(ModelSpec(str(copy), heads=(Head(1, 1),)), device="cpu").notes == []
 
 
 def test_facts_beside_a_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.heads.found_with import KEYS, FoundWith
 from localization_heads.heads.head import Head
 
 Spread = Literal["draws", "bootstrap"]
@@ -52,6 +53,7 @@ class HeadRanking:
     `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
     `tau` is the threshold of criterion 1 averaged over the trials; none for `elbow="index"`, which has none.
     `pictures` names the pictures that the heads were found on, so that they are not scored on them.
+    `found_with` says how the model was asked (`heads.found_with`); None where that is not known.
     """
 
     heads: tuple[RankedHead, ...]
@@ -63,6 +65,7 @@ class HeadRanking:
     model: str = ""
     spread: Spread = "draws"
     pictures: tuple[str, ...] = ()
+    found_with: FoundWith | None = None
 
     CSV_HEADER = (
         "rank",
@@ -131,6 +134,7 @@ class HeadRanking:
                 "means": self.options.means,
                 "bottom_row_above": self.options.bottom_row_above,
             },
+            **({} if self.found_with is None else {"found_with": dict(self.found_with)}),
             "heads": [_head_to_json(head) for head in self.kept],
             "pictures": list(self.pictures),
         }
@@ -160,7 +164,17 @@ class HeadRanking:
             model=fields.text("model"),
             spread=_spread_from_json(fields),
             pictures=_pictures_from_json(fields),
+            found_with=_found_with_from_json(fields),
         )
+
+
+def _found_with_from_json(fields: _Fields) -> FoundWith | None:
+    """None in files of earlier versions and hand-made ones; what nobody here knows is passed over."""
+    given = fields.values.get("found_with")
+    if given is None:
+        return None
+    inner = _Fields(given, "heads.json: found_with")
+    return {name: inner.text(name) for name in KEYS if inner.values.get(name) is not None}
 
 
 def _pictures_from_json(fields: _Fields) -> tuple[str, ...]:

@@ -106,9 +106,8 @@ def load_model(
         view=view,
     )
     _check_order(lvlm)
-    lvlm.notes = tuple(_notes(lvlm))
-    for note in lvlm.notes:
-        log.warning("%s", note)
+    for note in _notes(lvlm):
+        lvlm.note(note)
     return lvlm
 
 
@@ -215,15 +214,18 @@ def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
 
 def _padding_processor(image_processor: Any, pad: bool) -> Any:
     """LLaVA's image processor with the given one's settings: unlike CLIP's it can pad to a square."""
-    from transformers import LlavaImageProcessor, LlavaImageProcessorPil
+    import transformers
     from transformers.utils.import_utils import is_torchvision_available
 
+    if getattr(image_processor, "do_pad", False) == pad:
+        return image_processor
     settings = {
         k: v
         for k, v in image_processor.to_dict().items()
         if k not in ("image_processor_type", "processor_class")
     }
-    kind = LlavaImageProcessor if is_torchvision_available() else LlavaImageProcessorPil
+    suffix = "" if is_torchvision_available() else "Pil"  # asking for the other one warns of torchvision
+    kind = getattr(transformers, f"LlavaImageProcessor{suffix}")
     return kind(**{**settings, "do_pad": pad})
 
 

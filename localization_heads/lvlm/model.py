@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.heads.found_with import FoundWith, asked, difference
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
@@ -30,6 +32,8 @@ from localization_heads.lvlm.row import Query
 from localization_heads.lvlm.sharing import EncodedPicture
 from localization_heads.lvlm.spec import ModelSpec
 from localization_heads.lvlm.views import read_maps
+
+log = logging.getLogger(__name__)
 
 
 class LVLM:
@@ -57,7 +61,7 @@ class LVLM:
         self.conv_mode = conv_mode
         self.query_token = query_token
         self.view = view
-        self.notes: tuple[str, ...] = ()
+        self.notes: list[str] = []
         self.recent = RecentPictures()
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
@@ -99,6 +103,24 @@ class LVLM:
         asked = ("conv_mode", "query_token", "view")
         values = {name: getattr(self.spec, name) for name in loaded}
         return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}}
+
+    @property
+    def asked(self) -> dict[str, str | None]:
+        """Which weights are asked, and how: what `heads.json` keeps of it (`heads.found_with`)."""
+        return asked(self.conv_mode, self.system, self.query_token, self.fingerprint)
+
+    def note(self, text: str) -> None:
+        """Log what a user should know, once, and keep it in `notes`."""
+        if text not in self.notes:
+            self.notes.append(text)
+            log.warning("%s", text)
+
+    def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
+        """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
+        if found and (how := difference(found, self.asked)):
+            self.note(
+                f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
+            )
 
     @property
     def known_heads(self) -> tuple[Head, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.errors import UsageError
+from localization_heads.heads.found_with import FoundWith
 from localization_heads.heads.head import Head
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,12 @@ class ModelSpec:
     def folder(self) -> str:
         """Name of this model's folder under `output_dir`."""
         return self.label or folder_name(self.name)
+
+    @property
+    def heads_found_with(self) -> FoundWith | None:
+        """How the known heads were found, those of the files of `config/model/`: as these files say to ask."""
+        known = next((s for s in known_specs().values() if s.heads and s.heads == self.heads), None)
+        return None if known is None else {"conv_mode": known.conv_mode, "query_token": "last"}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
