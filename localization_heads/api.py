@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
 from localization_heads.heads.analysis import own_heads
 from localization_heads.heads.criteria import CriteriaOptions, head_statistics
+from localization_heads.heads.found_with import found_with
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.segmentation.options import GRABCUT, SegmenterOptions, make_segmenter
@@ -65,7 +66,7 @@ def find_heads(
     if not found:
         raise ValueError("find_heads needs at least one sample")
     sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
-    return rank_heads(
+    ranking = rank_heads(
         sums,
         entropies,
         bottom_row=bottom_row,
@@ -76,6 +77,7 @@ def find_heads(
         seed=seed,
         model=lvlm.name,
     )
+    return replace(ranking, found_with=found_with(lvlm.asked, criteria))
 
 
 def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -88,7 +90,7 @@ def ground(
     lvlm: LVLM,
     image: Image.Image | str | Path,
     expression: str,
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head] | HeadRanking | None = None,
     *,
     options: GroundingOptions | None = None,
     segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
@@ -99,8 +101,9 @@ def ground(
 
     Args:
         image: a picture, a path or an http(s) address.
-        heads: whose maps are added; None takes the model's known localization heads, and if there are none,
-            the three that this very picture and expression pick (the paper's "greedy" ablation).
+        heads: whose maps are added; of a ranking the three best, with a note in `lvlm.notes` if it was made with
+            other weights, another prompt or query token; None takes the model's known localization heads, and if there
+            are none, the three that this very picture and expression pick (the paper's "greedy" ablation).
         segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask. A SAM is loaded once,
             by `make_segmenter`, and handed in here.
 
@@ -145,7 +148,7 @@ class Evaluation:
 def evaluate(
     lvlm: LVLM,
     samples: Iterable[Sample],
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head] | HeadRanking | None = None,
     *,
     criteria: CriteriaOptions | None = None,
     options: GroundingOptions | None = None,
@@ -225,12 +228,17 @@ class _Grounder:
 
 def _grounder(
     lvlm: LVLM,
-    heads: Sequence[Head] | None,
+    heads: Sequence[Head] | HeadRanking | None,
     criteria: CriteriaOptions,
     options: GroundingOptions | None,
     segmenter: Segmenter | SegmenterOptions | None,
 ) -> _Grounder:
     """What `ground` and `evaluate` have in common. ValueError for a head that the model does not have."""
+    if isinstance(heads, HeadRanking):
+        lvlm.note_other_conditions("these heads", heads.found_with)
+        heads = heads.top(K)
+    elif not heads:
+        lvlm.note_other_conditions("the known heads", lvlm.spec.heads_found_with)
     chosen = tuple(Head(*head) for head in heads or lvlm.known_heads)
     for head in chosen:
         if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):

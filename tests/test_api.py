@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from front import Front, fronts, stub_figures
 from PIL import Image
 
@@ -257,3 +258,37 @@ def test_scripts_of_users_are_checked_strictly(tmp_path: Path) -> None:
     assert revealed.count('Revealed type is "float"') == 2, result
     found = [line.split(": error: ")[0] for line in result.stdout.splitlines() if ": error: " in line]
     assert found == [f"wrong.py:{line}" for line in range(first, last + 1)], result.stdout
+
+
+def test_a_ranking_is_used_as_it_was_found(picture: Image.Image) -> None:
+    """Of other weights, under another prompt or query token a note says so, once; an older file says nothing."""
+    lvlm = lh.load_model(device="cpu")
+    ranking = lh.find_heads(lvlm, [Sample(picture, "the dog")])
+    assert ranking.found_with == {
+        "conv_mode": "referseg",
+        "system": lvlm.system,
+        "query_token": "last",
+        "weights": lvlm.fingerprint,
+        "criteria": "paper",
+        "library": f"localization-heads {lh.__version__}",
+    }
+    found = lh.ground(lvlm, picture, "the dog", ranking, segmenter=None)
+    assert list(found.heads) == ranking.top(3)
+    assert lvlm.notes == []
+    plain = lh.load_model(device="cpu", conv_mode="plain")
+    for heads in (ranking, ranking, replace(ranking, found_with=None), ranking.top(3), [Head(2, 0)]):
+        lh.ground(plain, picture, "the dog", heads, segmenter=None)
+    assert plain.notes == [
+        "these heads: found with conv_mode=referseg (here: plain); others may be better here: find them with "
+        "stage=find, or ask as it did"
+    ]
+    lh.ground(plain, picture, "the dog", segmenter=None)
+    assert len(plain.notes) == 2
+    assert plain.notes[1].startswith("the known heads: found with conv_mode=referseg (here: plain)")
+    other = lh.load_model(device="cpu")
+    with torch.no_grad():
+        next(other.model.parameters()).view(-1)[0] += 1
+    truth = Sample(picture, "the dog", bbox=(0, 0, 50, 50))
+    lh.evaluate(other, [truth], ranking, segmenter=None, controls=False)
+    (note,) = other.notes
+    assert f"found with weights={lvlm.fingerprint} (here: {other.fingerprint})" in note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -297,6 +298,26 @@ def test_the_end_of_the_input_ends_the_conversation(talk: Callable[..., Result])
     result = talk("/ground the dog", "image_file=cat.png")
     assert result.status == 0
     assert "box " in result.out
+
+
+@pytest.mark.parametrize("conv_mode", ["plain", "nonsense"])
+def test_heads_are_asked_as_they_were_found(
+    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, conv_mode: str
+) -> None:
+    """The conversation has the model's template, and the heads the prompt that their file names."""
+    asked: list[str] = []
+    head = {"layer": 2, "head": 0, "selection_frequency": 1, "selection_frequency_std": 0}
+    ranking = {
+        "version": 1, "model": "x", "num_samples": 1, "num_trials": 1, "tau": 0.1, "top_n": 1, "exclude_layers": 2,
+        "heads": [{**head, "attention_sum": 0.5, "spatial_entropy": None}], "found_with": {"conv_mode": conv_mode},
+    }  # fmt: skip
+    Path("mine.json").write_text(json.dumps(ranking))
+    right = terminal.ground
+    monkeypatch.setattr(
+        terminal, "ground", lambda lvlm, *a, **k: asked.append(lvlm.conv_mode) or right(lvlm, *a, **k)
+    )
+    assert talk("/ground the dog\n", "image_file=cat.png", "heads=mine.json", "k=1").status == 0
+    assert asked == ["plain" if conv_mode == "plain" else "referseg"]
 
 
 def test_wrong_heads_are_said(talk: Callable[..., Result]) -> None:

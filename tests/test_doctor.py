@@ -12,6 +12,8 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 from test_model_configs import composed
 from test_query_token import tiny_lvlm
+from tiny_models import llava_config, llava_processor
+from transformers import LlavaForConditionalGeneration
 
 from localization_heads.apps.finder_stages import STAGES
 from localization_heads.errors import UsageError
@@ -22,6 +24,7 @@ from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.lvlm.spec import ModelSpec
 from localization_heads.stages.run import Run
 
 
@@ -88,6 +91,44 @@ def test_wrong_capture_is_found(picture: Image.Image, monkeypatch: pytest.Monkey
     assert not found.is_well
 
 
+def deep_lvlm(num_layers: int = 36) -> LVLM:
+    """So strong are its random layers that rounding in the first is a difference of 9e-4 in the last."""
+    config = llava_config()
+    config.text_config.num_hidden_layers = num_layers
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")):
+                parameter.normal_(0, 1)
+    return LVLM(model, llava_processor(), ModelSpec("deep"), system="", conv_mode="referseg")
+
+
+@pytest.mark.parametrize("query_token", ["last", "expression_mean", "answer_first"])
+def test_depth_does_not_add_up(picture: Image.Image, query_token: str) -> None:
+    """Each layer is compared on the inputs that it had, so that the limit is the same for all."""
+    lvlm = deep_lvlm()
+    lvlm.query_token = query_token
+    check = examine(lvlm, picture, "the dog").check
+    assert check.passed
+    assert check.difference is not None
+    assert check.difference < 1e-5
+
+
+def test_one_wrong_row_of_many_is_found(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the limit, in layer 30 of 36."""
+    right = capture.query_row
+
+    def wrong(module: Any, *args: Any, **extras: Any) -> torch.Tensor:
+        return right(module, *args, **extras) + (2e-4 if module.layer_idx == 30 else 0)
+
+    monkeypatch.setattr(capture, "query_row", wrong)
+    check = examine(deep_lvlm(), picture, "the dog").check
+    assert not check.passed
+    assert check.note == "limit 0.0001 in float32; exceeded in layers 30"
+    assert check.difference == pytest.approx(2e-4, rel=0.05)
+
+
 def test_check_is_left_out_when_not_wanted(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm = tiny_lvlm("last")
     assert examine(lvlm, picture, "the dog", check=False).check.difference is None
@@ -106,6 +147,14 @@ def test_layers_that_are_not_seen(picture: Image.Image) -> None:
     found = examine(lvlm, picture, "the dog", check=False)
     assert not found.is_well
     assert found.check.note == "no attention was seen in layers 2"
+
+
+def test_notes_and_fingerprint_are_shown(picture: Image.Image) -> None:
+    lvlm = tiny_lvlm("last")
+    lvlm.note("it looks like another")
+    facts = examine(lvlm, picture, "the dog", check=False).facts
+    assert ("note", "it looks like another") in facts
+    assert dict(facts)["fingerprint"].startswith(lvlm.fingerprint)
 
 
 def test_eager_for_a_while() -> None:

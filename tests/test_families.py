@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,10 +151,14 @@ def test_resamplers_are_refused() -> None:
             check_family(SimpleNamespace(model_type=name))
 
 
-def encoded(ids: list[int]) -> EncodedImage:
-    """A sample of a family that nobody knows, whose image token is 7."""
+def encoded(
+    ids: list[int] | int, size: tuple[int, int] = (30, 20), *, merge: int | None = None, **outputs: Any
+) -> EncodedImage:
+    """The first of two samples of a family that nobody knows, whose image token is 7, or `ids` of them in one run."""
     config = SimpleNamespace(model_type="novel", image_token_id=7)
-    return EncodedImage(config, None, {"input_ids": np.array([ids])}, 0, (30, 20))
+    own = SimpleNamespace(image_processor=SimpleNamespace(**({} if merge is None else {"merge_size": merge})))
+    row = [1, *[7] * ids, 2] if isinstance(ids, int) else ids
+    return EncodedImage(config, own, {"input_ids": np.array([row, row]), **outputs}, 0, size)
 
 
 def test_an_unknown_family_gets_a_fair_try(caplog: pytest.LogCaptureFixture) -> None:
@@ -164,10 +169,64 @@ def test_an_unknown_family_gets_a_fair_try(caplog: pytest.LogCaptureFixture) -> 
     assert view.index.tolist() == [[1, 2], [3, 4]]
 
 
-@pytest.mark.parametrize("ids", [[1, 7, 7, 7, 2], [7, 7, 1, 7, 7], [1, 2]], ids=["count", "gap", "none"])
-def test_an_unknown_family_whose_tokens_make_no_grid_is_refused(ids: list[int]) -> None:
-    with pytest.raises(UsageError, match="no single square grid"):
-        views_of(encoded(ids))
+def pixels(*shape: int, empty: int = 0) -> torch.Tensor:
+    """`empty` tiles at the end are padding."""
+    made = torch.ones(shape)
+    if empty:
+        made[:, -empty:] = 0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("image", "grid"),
+    [
+        pytest.param(encoded(144, (512, 288), image_grid_thw=[[1, 18, 32], [1, 2, 2]]), (9, 16), id="merged"),
+        pytest.param(encoded(144, (512, 288), image_grid_thw=[[1, 9, 16]] * 2, merge=1), (9, 16), id="plain"),
+        pytest.param(
+            encoded(6, image_grid_thw=torch.tensor([[1, 4, 6]] * 2), merge=2), (2, 3), id="no square"
+        ),
+        pytest.param(encoded(144, (512, 288), pixel_values=pixels(2, 3, 96, 96)), (12, 12), id="squeezed"),
+        pytest.param(encoded(144, image_sizes=[[96, 96], [96, 48]]), (12, 12), id="square size"),
+        pytest.param(encoded(4, pixel_values=pixels(2, 2, 3, 8, 8, empty=1)), (2, 2), id="one tile of two"),
+        pytest.param(encoded(144, (640, 480)), (12, 12), id="no other grid of that aspect"),
+    ],
+)
+def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
+    image: EncodedImage, grid: tuple[int, int]
+) -> None:
+    (view,) = views_of(image)
+    assert view.index.shape == grid
+    assert view.index.ravel().tolist() == list(range(1, 1 + grid[0] * grid[1]))
+    assert view.box == (0, 0, *image.image_size)
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (encoded([1, 7, 7, 7, 2]), "3 image tokens are no square number"),
+        (encoded([7, 7, 1, 7, 7]), "do not follow each other"),
+        (encoded([1, 2]), "0 image tokens do not follow"),
+        (encoded(144, (512, 288)), "512 x 288 pixels kept at its aspect has as many, 9 rows of 16"),
+        (encoded(144, image_grid_thw=[[1, 18, 31]] * 2), "image_grid_thw, which says 1 x 18 x 31"),
+        (encoded(144, image_grid_thw=[[2, 18, 32]] * 2), "2 x 18 x 32"),
+        (encoded(144, image_grid_thw=[[1, 36, 64]] * 2, merge=2), "1 x 36 x 64"),
+        (encoded(144, image_grid_thw=[[1, 0, 0]] * 2), "1 x 0 x 0"),
+        (encoded(144, image_grid_thw=[[1, 18, 32]] * 3), "does not give this picture three numbers"),
+        (encoded(144, image_sizes=[[288, 512], [96, 96]]), "image_sizes says 288 x 512"),
+        (encoded(144, spatial_shapes=torch.tensor([[9, 16]] * 2)), "spatial_shapes says 9 x 16"),
+        (encoded(144, image_grid_hws=np.array([[9, 16]] * 2)), "image_grid_hws says 9 x 16"),
+        (encoded(144, spatial_shapes=[[12, 12]] * 5), "spatial_shapes does not give this picture one"),
+        (encoded(144, image_sizes=[[[12, 12], [12]], []]), "image_sizes does not give this picture one"),
+        (encoded(144, pixel_values=pixels(2, 3, 96, 160)), "shown as 160 x 96 pixels"),
+        (encoded(1024, pixel_values=pixels(2, 4, 3, 8, 8)), "shown in 4 parts"),
+        (encoded(1024, pixel_values=pixels(8, 3, 8, 8)), "shown in 8 parts"),
+    ],
+)
+def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: EncodedImage, said: str) -> None:
+    """Anything that the processor says may contradict a square; the sentence says what."""
+    with pytest.raises(UsageError, match="places cannot be told") as caught:
+        views_of(image)
+    assert said in str(caught.value)
 
 
 def test_a_family_without_image_tokens_is_refused() -> None:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from family_models import tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_model_configs import composed
 from tiny_models import llava_model, llava_processor
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import loading
+from localization_heads.heads.head import Head
+from localization_heads.lvlm import fingerprint, loading
 from localization_heads.lvlm.loading import load_model, pick_device
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.lvlm.spec import ModelSpec, find_spec, known_specs
+from localization_heads.stages.collecting import open_store
+from localization_heads.stages.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_local_folder_gives_the_maps_of_the_model_in_it(folder: Path, picture: Image.Image) -> None:
     loaded = load_model(str(folder), device="cpu").attend(picture, "the red car")
-    in_memory = LVLM(
-        llava_model(), llava_processor(), ModelSpec("x"), system=loading.LLAVA_SYSTEM, conv_mode="referseg"
-    )
+    padded = llava_processor(mode="pad")
+    in_memory = LVLM(llava_model(), padded, ModelSpec("x"), system=loading.LLAVA_SYSTEM, conv_mode="referseg")
     expected = in_memory.attend(picture, "the red car")
     np.testing.assert_allclose(loaded.attention, expected.attention, rtol=0, atol=1e-6)
     assert loaded.image_box == expected.image_box
@@ -42,12 +49,75 @@ def test_a_local_folder_gives_the_maps_of_the_model_in_it(folder: Path, picture:
 
 
 def test_pad_to_square_reaches_the_geometry(folder: Path, picture: Image.Image) -> None:
-    """160 x 90 pixels: cropped to the middle square, or padded to a square of 160."""
-    cropped = load_model(str(folder), device="cpu")
-    padded = load_model(ModelSpec(str(folder), pad_to_square=True), device="cpu")
+    """160 x 90 pixels: cropped to the middle square, or padded to a square of 160, as LLaVA-1.5 needs it."""
+    cropped = load_model(ModelSpec(str(folder), pad_to_square=False), device="cpu")
     assert cropped.attend(picture, "the dog").image_box[1::2] == (0.0, 90.0)
     assert cropped.attend(picture, "the dog").image_box[0] > 0
-    assert padded.attend(picture, "the dog").image_box == (0.0, -35.0, 160.0, 125.0)
+    for padding in (True, None):
+        padded = load_model(ModelSpec(str(folder), pad_to_square=padding), device="cpu")
+        assert padded.attend(picture, "the dog").image_box == (0.0, -35.0, 160.0, 125.0)
+        assert padded.spec.pad_to_square
+
+
+def saved_family(name: str, folder: Path) -> str:
+    lvlm = tiny(name)
+    lvlm.processor.save_pretrained(folder)
+    lvlm.model.save_pretrained(folder)
+    return str(folder)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{{ c.get('text', IMAGE) }} {% endfor %}{% endfor %}"
+)
+
+
+def test_the_prompt_follows_the_family(tmp_path: Path) -> None:
+    """A Qwen in a folder is asked in its chat template; what the user says comes first; without one, the paper's."""
+    source = saved_family("qwen2_vl", tmp_path)
+    assert load_model(source, device="cpu").conv_mode == "referseg"
+    image = tiny("qwen2_vl").image_text
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", repr(image)))
+    lvlm = load_model(source, device="cpu")
+    assert (lvlm.conv_mode, lvlm.spec.native_box) == ("chat", "qwen2")
+    assert lvlm.prompt("the dog").startswith(f"{image} the dog")
+    assert load_model(source, device="cpu", conv_mode="plain").conv_mode == "plain"
+    assert load_model(ModelSpec(source, conv_mode="referseg"), device="cpu").conv_mode == "referseg"
+
+
+def test_like_takes_what_is_known_of_another(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heads, prompt and padding; a note where it cannot be that one."""
+    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    known = known_specs()["llava"]
+    for like in ("llava", "llava-hf/llava-1.5-7b-hf", "liuhaotian/llava-v1.5-7b"):
+        lvlm = load_model(str(folder), like=like, device="cpu")
+        assert lvlm.spec == replace(known, name=str(folder))
+    assert "has 4 layers of 4 heads and no L14H24" in caplog.text
+    assert [note for note in lvlm.notes if "no L14H24" in note]
+    assert load_model(str(folder), device="cpu").notes == []
+    with pytest.raises(UsageError, match=r"like=lava: .*did you mean llava\?"):
+        load_model(str(folder), like="lava")
+    with pytest.raises(UsageError, match=r"like=gpt: .*choose one of aya-vision"):
+        load_model(str(folder), like="gpt")
+
+
+def test_a_folder_that_looks_like_a_known_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model, copied: a note says how to take its heads; whoever has taken them hears nothing."""
+    monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
+    copy = shutil.copytree(files("localization_heads") / "lvlm" / "embedded", tmp_path / "copy")
+    lvlm = load_model(str(copy), device="cpu")
+    assert (lvlm.known_heads, lvlm.system) == ((), load_model(device="cpu").system)
+    (note,) = lvlm.notes
+    assert "has the shape of embedded" in note
+    assert f"model=tiny model.name={copy}" in note
+    assert f'load_model("{copy}", like="tiny")' in note
+    assert note in caplog.text
+    informed = load_model(str(copy), like="tiny", device="cpu")
+    assert (informed.notes, informed.known_heads) == ([], find_spec("tiny").heads)
+    assert load_model(ModelSpec(str(copy), heads=(Head(1, 1),)), device="cpu").notes == []
 
 
 def test_facts_beside_a_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -75,11 +145,101 @@ def test_the_embedded_model_is_the_default(lvlm: LVLM) -> None:
     assert lvlm.fingerprint
 
 
-def test_the_fingerprint_changes_with_the_weights(folder: Path) -> None:
-    before = load_model(str(folder), device="cpu").fingerprint
-    llava_model(seed=1).save_pretrained(folder)
-    assert load_model(str(folder), device="cpu").fingerprint != before
-    llava_model().save_pretrained(folder)
+def change_a_byte(path: Path) -> None:
+    """The last one, which is of a weight."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def fingerprint_of(name: str | Path) -> str:
+    return load_model(str(name), device="cpu").fingerprint
+
+
+def test_weights_are_known_by_their_content(folder: Path, tmp_path: Path) -> None:
+    """Touched, copied or cut into shards they are the same; with one bit changed, not."""
+    before = fingerprint_of(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    os.utime(copy / "model.safetensors", (1, 1))
+    assert fingerprint_of(copy) == before
+    shutil.copytree(folder, tmp_path / "shards")
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    llava_model().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    parts = sorted((tmp_path / "shards").glob("*-of-*.safetensors"))
+    assert len(parts) > 1
+    assert fingerprint_of(tmp_path / "shards") == before
+    change_a_byte(parts[-1])
+    change_a_byte(copy / "model.safetensors")
+    changed = {fingerprint_of(copy), fingerprint_of(tmp_path / "shards")}
+    assert before not in changed
+
+
+def test_other_settings_are_another_model(folder: Path, tmp_path: Path) -> None:
+    """The processor's files and the configuration decide about the maps as well."""
+    found = {fingerprint_of(folder)}
+    for file, path, value in (
+        ("config.json", ("text_config", "rms_norm_eps"), 0.5),
+        ("processor_config.json", ("image_processor", "image_mean"), [0, 0, 0]),
+    ):
+        copy = shutil.copytree(folder, tmp_path / file)
+        settings = json.loads((copy / file).read_text())
+        settings[path[0]][path[1]] = value
+        (copy / file).write_text(json.dumps(settings))
+        found.add(fingerprint_of(copy))
+    copy = shutil.copytree(folder, tmp_path / "template")
+    (copy / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", "'<image>'"))
+    assert len(found | {fingerprint_of(copy)}) == 4
+
+
+def test_of_large_models_every_tensor_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every value: training changes nearly all of a tensor's."""
+    monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    model, processor = llava_model(), llava_processor()
+    found = {fingerprint.fingerprint(model, processor)}
+    assert fingerprint.fingerprint(llava_model(), processor) in found
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor += 1e-3
+            found.add(fingerprint.fingerprint(model, processor))
+    assert len(found) == 1 + len(list(model.parameters()))
+    large = torch.zeros(100, 1000)
+    first = fingerprint._bytes(large, whole=False)
+    assert len(first) == 4 * 4096
+    for place in (0, -1):  # the ends are among what is read
+        changed = large.clone()
+        changed.view(-1)[place] = 1
+        assert fingerprint._bytes(changed, whole=False) != first
+
+
+def test_weights_that_lie_elsewhere_are_read_too(lvlm: LVLM) -> None:
+    """`device_map` may leave them in main memory or on the disk."""
+    away = load_model(device="cpu")
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(away.model, execution_device="cpu")
+    assert any(parameter.is_meta for parameter in away.model.parameters())
+    assert away.fingerprint == lvlm.fingerprint
+
+
+def test_an_update_of_the_hub_makes_new_statistics(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commits in the hub's cache: the second is known as another, and as the folder of the same weights."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cache = tmp_path / "models--me--my-llava"
+    update = cache / "snapshots" / ("b" * 40)
+    shutil.copytree(folder, cache / "snapshots" / ("a" * 40))
+    shutil.copytree(folder, update)
+    change_a_byte(update / "model.safetensors")
+    (cache / "refs").mkdir()
+    stores, prints = [], []
+    for commit in ("a", "b"):
+        (cache / "refs" / "main").write_text(commit * 40)
+        run = Run(
+            composed("stage=find", "device=cpu", "model.name=me/my-llava", f"output_dir={tmp_path}/out")
+        )
+        stores.append(open_store(run).path)
+        prints.append(run.lvlm.fingerprint)
+    assert prints == [fingerprint_of(folder), fingerprint_of(update)]
+    assert stores[0] != stores[1]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from importlib.resources import files
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from transformers import AutoConfig
 
 from localization_heads.apps.frontdoor import help_text
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.families import FAMILIES
+from localization_heads.lvlm.family_facts import FACTS, SHAPES, family_facts, looks_like
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.prompts import CONV_MODES
 from localization_heads.lvlm.spec import BASE, EMBEDDED, ModelSpec, compose_spec, find_spec, known_specs
@@ -111,6 +114,58 @@ def test_names_are_unique() -> None:
 def test_every_family_has_a_file() -> None:
     assert sorted(MODEL_TYPES) == STEMS
     assert set(MODEL_TYPES.values()) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("stem", [s for s in STEMS if not callable(FACTS[MODEL_TYPES[s]])])
+def test_files_and_families_agree(stem: str) -> None:
+    """A copy of a checkpoint in a folder is asked as the checkpoint is."""
+    spec = known_specs()[stem]
+    facts = {name: getattr(spec, name) for name in ("conv_mode", "native_box", "pad_to_square")}
+    assert {name: value for name, value in facts.items() if value is not None} == FACTS[MODEL_TYPES[stem]]
+
+
+VICUNA, YI = {"model_type": "llama", "vocab_size": 32064}, {"model_type": "llama", "vocab_size": 64064}
+CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "vision", "facts"),
+    [
+        ("llava", VICUNA, CLIP, {"conv_mode": "referseg", "pad_to_square": True}),
+        ("llava", {"model_type": "qwen2"}, SIGLIP, {"conv_mode": "chat"}),
+        ("llava", {"model_type": "mistral"}, {"model_type": "pixtral"}, {"conv_mode": "chat"}),
+        ("llava_next", VICUNA, CLIP, {"conv_mode": "referseg"}),
+        ("llava_next", YI, CLIP, {"conv_mode": "chat"}),  # LLaVA-1.6-34B
+        ("llava_next", {"model_type": "mistral"}, CLIP, {"conv_mode": "chat"}),
+        ("paligemma", {"model_type": "gemma"}, SIGLIP, {"conv_mode": "plain", "native_box": "paligemma"}),
+        (
+            "paligemma",
+            {"model_type": "gemma2"},
+            SIGLIP,
+            {"conv_mode": "plain", "native_box": "paligemma", "attn_implementation": "eager"},
+        ),
+    ],
+)
+def test_facts_of_families_with_several_parts(
+    model_type: str, text: dict[str, Any], vision: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    assert family_facts(AutoConfig.for_model(model_type, text_config=text, vision_config=vision)) == facts
+
+
+def test_facts_of_every_family_and_of_mixtures_of_experts() -> None:
+    assert set(FACTS) == set(FAMILIES)
+    assert family_facts(SimpleNamespace(model_type="qwen3_vl_moe")) == FACTS["qwen3_vl"]
+    assert family_facts(SimpleNamespace(model_type="novel")) == {}
+
+
+def test_shapes_of_the_checkpoints_whose_heads_are_known() -> None:
+    assert set(SHAPES) == {stem for stem, spec in known_specs().items() if spec.heads}
+    llava = AutoConfig.for_model("llava", text_config=VICUNA)  # the defaults are those of LLaVA-1.5-7B
+    assert looks_like(llava) == "llava"
+    llava.text_config.num_hidden_layers, llava.text_config.num_attention_heads = 40, 40
+    assert looks_like(llava) is None
+    llava.text_config.hidden_size = 5120
+    assert looks_like(llava) == "llava-13b"
 
 
 def test_base_has_every_option() -> None:

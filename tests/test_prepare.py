@@ -19,7 +19,7 @@ from localization_heads.data.reference import Entry
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
 from localization_heads.interop import hub
 from localization_heads.lvlm.spec import compose_spec, find_spec
-from localization_heads.stages import prepare, unseen
+from localization_heads.stages import prepare
 from localization_heads.stages import run as stages_run
 from localization_heads.stages.prepare import sample_entries
 from tests.dataset_files import (
@@ -301,8 +301,7 @@ def test_neither_experiments_nor_the_ladder_score_heads_where_they_were_found(di
         discovered.finder("stage=experiment", "experiment=fig3", data, named).status == 0
     )  # looks at no truth
     # A model without published heads: heads=auto takes its latest heads.json.
-    for module in (stages_run, unseen):
-        monkeypatch.setattr(module, "find_spec", lambda name: replace(find_spec(name), heads=()))
+    monkeypatch.setattr(stages_run, "find_spec", lambda name: replace(find_spec(name), heads=()))
     monkeypatch.setattr(stages_run, "compose_spec", lambda *a: replace(compose_spec(*a), heads=()))
     for command in (("stage=experiment", "experiment=tab1", data, named), (*rung, named), rung):
         result = discovered.finder(*command)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from localization_heads.errors import UsageError
 from localization_heads.heads import ranking as ranking_module
 from localization_heads.heads.criteria import CriteriaOptions, elbow, elbow_index
+from localization_heads.heads.found_with import difference, preset_of
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import (
     HeadRanking,
@@ -578,3 +579,51 @@ def test_the_pictures_that_heads_were_found_on_are_kept():
     assert ranking.pictures == ("coco:7", "file:0a")
     assert HeadRanking.from_json(ranking.to_json()) == ranking
     assert HeadRanking.from_json({k: v for k, v in GOOD.items() if k != "pictures"}).pictures == ()
+
+
+FOUND = {
+    "conv_mode": "referseg",
+    "system": "Look.",
+    "query_token": "last",
+    "weights": "1a",
+    "criteria": "paper",
+}
+
+
+def test_how_the_heads_were_found_is_kept():
+    """What nobody here knows is passed over; files of earlier versions do not say it."""
+    ranking = HeadRanking.from_json({**GOOD, "found_with": {**FOUND, "heads_by": None, "colour": [1]}})
+    assert ranking.found_with == FOUND
+    assert HeadRanking.from_json(ranking.to_json()) == ranking
+    assert HeadRanking.from_json(GOOD).found_with is None
+    assert "found_with" not in HeadRanking.from_json(GOOD).to_json()
+    for wrong, said in (([], "found_with must be an object"), ({"weights": 7}, "'weights' must be a text")):
+        with pytest.raises(UsageError, match=said):
+            HeadRanking.from_json({**GOOD, "found_with": wrong})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"criteria": "published", "library": "another"}, None),
+        ({"conv_mode": "chat", "system": None}, "found with conv_mode=referseg (here: chat)"),
+        ({"system": "Search."}, "found with another system sentence"),
+        (
+            {"query_token": "expression_end", "weights": "2b"},
+            "found with query_token=last (here: expression_end), weights=1a (here: 2b)",
+        ),
+    ],
+)
+def test_heads_found_in_another_way(changes, said):
+    assert difference(FOUND, {**FOUND, **changes}) == said
+    assert difference({}, FOUND) is None
+    hostile = {"conv_mode": "a\nb" * 1000}
+    assert difference(hostile, FOUND) == f"found with conv_mode={('a b' * 20)[:40]} (here: referseg)"
+
+
+def test_criteria_are_named_by_their_preset():
+    published = CriteriaOptions(entropy="mass", threshold=0.001, elbow="index", exclude_layers=0)
+    assert [preset_of(options) for options in (CriteriaOptions(), published, CriteriaOptions(tau=0.5))] == [
+        "paper", "published", None,
+    ]  # fmt: skip

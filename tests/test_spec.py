@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,15 @@ def test_a_local_copy_of_a_known_checkpoint_keeps_its_facts(tmp_path: Path) -> N
         values("llava", name=str(tmp_path)), "llava", ["model=llava", f"model.name={tmp_path}"]
     )
     assert (spec.name, spec.heads, spec.pad_to_square) == (str(tmp_path), known_specs()["llava"].heads, True)
+
+
+def test_an_id_that_nobody_described_takes_the_facts_that_the_user_names() -> None:
+    """But a described one has facts of its own."""
+    asked = ["model=llava", "model.name=x"]
+    spec = compose_spec(values("llava", name="someone/tuned"), "llava", asked)
+    assert spec == replace(known_specs()["llava"], name="someone/tuned")
+    for name in ("llava-hf/llava-1.5-13b-hf", "liuhaotian/llava-v1.5-13b"):
+        assert compose_spec(values("llava", name=name), "llava", asked) == known_specs()["llava-13b"]
 
 
 def test_two_folders_of_one_name_do_not_share_their_files() -> None:

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from front import Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from front import (
+    Front,
+    cached_load_model,
+    draw_picture,
+    fronts,
+    one_line,
+    stub_figures,
+    write_data,
+    write_lines,
+)
 from PIL import Image
 from tiny_models import llava_model, llava_processor
 
@@ -475,6 +484,36 @@ def test_heads_from_everywhere(front: Front, monkeypatch: pytest.MonkeyPatch) ->
         assert heads("auto") == [best[:2]] * 3
     else:
         assert heads("auto") == [[list(head) for head in known[:2]]] * 3
+
+
+def test_heads_found_in_another_way(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`find` and `rank` write how; `ground` and `doctor` compare; a file that does not say it is used in silence."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 2)
+    assert front.finder("stage=find", "data_file=data.jsonl", "conv_mode=plain").status == 0
+    content = json.loads((front.out / "heads.json").read_text())
+    assert content["found_with"]["weights"] == lh.load_model(device="cpu").fingerprint
+    assert (content["found_with"]["conv_mode"], content["found_with"]["criteria"]) == ("plain", "paper")
+    Path("found.json").write_text(json.dumps(content))
+    Path("old.json").write_text(json.dumps({k: v for k, v in content.items() if k != "found_with"}))
+    ground = ("stage=ground", "image_file=cat.png", "query=the dog", "k=1")
+    said = "found with conv_mode=plain (here: referseg)"
+    for options, noted in (
+        ((*ground, "heads=found.json"), f"heads=found.json: {said}"),
+        ((*ground, "heads=found.json", "conv_mode=plain"), ""),
+        ((*ground, "heads=old.json"), ""),
+        ((*ground, "conv_mode=plain"), "heads=auto: found with conv_mode=referseg (here: plain)"),
+        (ground, ""),
+    ):
+        cached_load_model.cache_clear()  # a note is said once for a loaded model
+        result = front.finder(*options)
+        assert result.status == 0, result.err
+        assert noted in result.err
+        assert ("found with" in result.err) == bool(noted)
+    cached_load_model.cache_clear()
+    result = front.finder("stage=doctor", "image_file=cat.png", "heads=found.json")
+    assert said in result.err
+    assert said in " ".join(result.out.replace("│", " ").split())
 
 
 def test_heads_of_another_model(front: Front) -> None:

@@ -17,6 +17,7 @@ from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answering import Conversation
+from localization_heads.lvlm.prompts import CONV_MODES
 from localization_heads.stages.run import Run, check_heads
 from localization_heads.stages.single import default_id
 from localization_heads.store.paths import entry_path
@@ -121,13 +122,18 @@ class Session:
             raise UsageError("there is no picture yet: /image PATH")
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
-        lvlm = self.run.lvlm.prompted("referseg")  # the prompt that the known heads were found with
+        lvlm = self.run.lvlm.prompted(self._conv_mode())
         options, segmenter = self.run.grounding, self.run.segmenter
         found = ground(lvlm, image, expression, self._heads(), options=options, segmenter=segmenter)
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
         say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")
         say(f"wrote {path}")
+
+    def _conv_mode(self) -> str:
+        """The prompt that the heads were found with; of heads that nobody knows this of, the paper's."""
+        found = (self.run.heads_found_with or {}).get("conv_mode")
+        return found if found in CONV_MODES else "referseg"
 
     def _heads(self) -> tuple[Head, ...] | None:
         heads = self.run.named_heads

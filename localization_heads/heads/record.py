@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.heads.found_with import KEYS, FoundWith
 from localization_heads.heads.head import Head
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
@@ -56,6 +57,7 @@ class HeadRanking:
     `tau` is the threshold of criterion 1 averaged over the trials (and over their samples, where each has its own);
     none for `elbow="index"`, which has none.
     `pictures` names the pictures that the heads were found on, so that they are not scored on them.
+    `found_with` says how the model was asked (`heads.found_with`); None where that is not known.
     """
 
     heads: tuple[RankedHead, ...]
@@ -67,6 +69,7 @@ class HeadRanking:
     model: str = ""
     spread: Spread = "draws"
     pictures: tuple[str, ...] = ()
+    found_with: FoundWith | None = None
 
     CSV_HEADER = (
         "rank",
@@ -127,6 +130,7 @@ class HeadRanking:
             "top_n": self.top_n,
             "exclude_layers": self.options.exclude_layers,
             "criteria": {name: getattr(self.options, name) for name in _CRITERIA},
+            **({} if self.found_with is None else {"found_with": dict(self.found_with)}),
             "heads": [_head_to_json(head) for head in self.kept],
             "pictures": list(self.pictures),
         }
@@ -156,7 +160,17 @@ class HeadRanking:
             model=fields.text("model"),
             spread=_spread_from_json(fields),
             pictures=_pictures_from_json(fields),
+            found_with=_found_with_from_json(fields),
         )
+
+
+def _found_with_from_json(fields: _Fields) -> FoundWith | None:
+    """None in files of earlier versions and hand-made ones; what nobody here knows is passed over."""
+    given = fields.values.get("found_with")
+    if given is None:
+        return None
+    inner = _Fields(given, "heads.json: found_with")
+    return {name: inner.text(name) for name in KEYS if inner.values.get(name) is not None}
 
 
 def _pictures_from_json(fields: _Fields) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from localization_heads.heads.head import Head
 if TYPE_CHECKING:
     from PIL import Image
 
+    from localization_heads.heads.ranking import HeadRanking
     from localization_heads.lvlm.model import LVLM
 
 
@@ -29,7 +30,10 @@ class GroundingPipeline:
     task = "visual-grounding"
 
     def __init__(
-        self, lvlm: LVLM, heads: Sequence[Head] | None = None, options: GroundingOptions | None = None
+        self,
+        lvlm: LVLM,
+        heads: Sequence[Head] | HeadRanking | None = None,
+        options: GroundingOptions | None = None,
     ) -> None:
         self.lvlm, self.heads, self.options = lvlm, heads, options
 
@@ -73,7 +77,7 @@ def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
 
 def pipeline(
     model: str | LVLM = "tiny",
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head] | HeadRanking | None = None,
     *,
     options: GroundingOptions | None = None,
     **loading: Any,

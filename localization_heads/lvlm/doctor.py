@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.capture import attention_modules, decoder_layers
+from localization_heads.lvlm.capture import decoder_layers
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
 from localization_heads.lvlm.model import LVLM
@@ -93,7 +95,7 @@ def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None 
 
 def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     model, config = lvlm.model, lvlm.model.config
-    family = "verified" if config.model_type in FAMILIES else "NOT verified: square grid over the whole image"
+    family = "verified" if config.model_type in FAMILIES else "NOT verified: one grid over the whole image"
     weights = sum(p.numel() for p in model.parameters())
     decoder = type(decoder_layers(model)[0]).__name__
     heads = config.get_text_config()
@@ -112,7 +114,10 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
         f"{lvlm.num_heads} a layer, on {getattr(heads, 'num_key_value_heads', None) or lvlm.num_heads} keys",
     )
     yield "attention", str(config.get_text_config()._attn_implementation or config._attn_implementation)
+    yield "fingerprint", f"{lvlm.fingerprint} (of these weights, wherever they lie)"
     yield "known heads", " ".join(map(str, lvlm.known_heads)) or "none published"
+    for note in lvlm.notes:
+        yield "note", note
 
 
 def _tokens(lvlm: LVLM, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -189,15 +194,29 @@ def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     )
 
 
+Inputs = dict[tuple[int, int], dict[str, Tensor]]
+"""What attention modules were given, by (layer, call): tensors by the name of the argument."""
+
+
 def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
-    """The largest difference in a batch between captured rows and those that eager attention returns."""
-    captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
-    truth = eager_rows(lvlm, inputs, query)
+    """The largest difference in a batch between captured rows and those that eager attention returns.
+
+    Each layer's eager attention gets the very inputs that the layer had when its row was captured: what rounding the
+    layers before it would do differently under eager attention is not counted, and one limit holds at every depth.
+    """
+    with _remembered(lvlm) as given:
+        captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
+    truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
-    gaps = [(captured[:, layer] - _fit(row, length)).abs().max().item() for layer, row in truth.items()]
+    gaps = {
+        layer: (captured[:, layer] - _fit(row, length)).abs().max().item() for layer, row in truth.items()
+    }
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
-    worst = max(gaps)
-    return Check(worst, worst <= limit, f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}")
+    wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is wrong
+    note = f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}"
+    if wrong:
+        note += f"; exceeded in layers {ranges(wrong)}"
+    return Check(max(gaps.values()), not wrong, note)
 
 
 def _fit(row: Tensor, length: int) -> Tensor:
@@ -206,28 +225,72 @@ def _fit(row: Tensor, length: int) -> Tensor:
     return nn.functional.pad(row, (extra, 0))[..., :length]
 
 
-def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> dict[int, Tensor]:
-    """Rows (B, H, K) by layer of the weights that each attention module itself returns under eager attention."""
-    rows: dict[int, Tensor] = {}
-    calls: dict[int, int] = {}
+@contextmanager
+def _remembered(lvlm: LVLM) -> Iterator[Inputs]:
+    """What every attention module of the decoder is given while the model runs."""
+    given: Inputs = {}
 
-    def keep(layer: int, output: Any) -> None:
-        call = calls[layer] = calls.get(layer, -1) + 1
+    def keep(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
+        given[layer, call] = dict(_hidden(arguments.arguments))
+
+    with _before_attention(lvlm, keep):
+        yield given
+
+
+def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query, given: Inputs) -> dict[int, Tensor]:
+    """Rows (B, H, K) by layer of the weights that each attention module itself returns under eager attention.
+
+    Args:
+        given: the hidden states that the modules get instead of those of this pass.
+    """
+    rows: dict[int, Tensor] = {}
+
+    def replace(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
+        arguments.arguments.update(given.get((layer, call), {}))
+
+    def keep(layer: int, call: int, output: Any) -> None:
         if call == query.step:
             rows[layer] = _mean_row(output[1].float().cpu(), query)
 
-    modules = attention_modules(lvlm.model)
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, output, layer=layer: keep(layer, output))
-        for layer, module in modules.items()
-    ]
-    try:
-        with torch.inference_mode(), eager(lvlm.model):
-            lvlm.run(inputs, query)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode(), eager(lvlm.model), _before_attention(lvlm, replace, keep):
+        lvlm.run(inputs, query)
     return rows
+
+
+@contextmanager
+def _before_attention(
+    lvlm: LVLM,
+    before: Callable[[int, int, inspect.BoundArguments], None],
+    after: Callable[[int, int, Any], None] | None = None,
+) -> Iterator[None]:
+    """Call `before(layer, call, arguments)`, which may change them, and `after(layer, call, output)` at each layer."""
+    calls: Counter[int] = Counter()
+
+    def enter(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        before(layer, calls[layer], bound)
+        calls[layer] += 1
+        return bound.args, bound.kwargs
+
+    with ExitStack() as hooks:
+        for layer, module in lvlm.attention_modules.items():
+            handle = module.register_forward_pre_hook(
+                lambda module, args, kwargs, layer=layer: enter(layer, module, args, kwargs), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+            if after is not None:
+                handle = module.register_forward_hook(
+                    lambda _m, _i, output, layer=layer: after(layer, calls[layer] - 1, output)
+                )
+                hooks.callback(handle.remove)
+        yield
+
+
+def _hidden(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Hidden states among a module's arguments. Not the mask: each kernel has its own form of it."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name:
+            yield name, value
 
 
 def _mean_row(weights: Tensor, query: Query) -> Tensor:

@@ -34,6 +34,7 @@ from localization_heads.lvlm.geometry import (
     whole_box,
 )
 from localization_heads.lvlm.tiled_families import anyres, cohere, idefics3, internvl, lfm2, llama4, ovis2
+from localization_heads.lvlm.unknown_family import unknown
 
 log = logging.getLogger(__name__)
 
@@ -83,22 +84,10 @@ def check_family(config: Any) -> None:
     if name not in FAMILIES:
         image_token_id(config)
         log.warning(
-            "model type '%s' is not among the verified families: its image tokens are taken for a square grid over "
-            "the whole image, which nobody has checked",
+            "model type '%s' is not among the verified families: its image tokens are taken for one grid over the "
+            "whole image, which nobody has checked",
             name,
         )
-
-
-def unknown(image: EncodedImage) -> list[View]:
-    """A fair try: one unbroken run of image tokens, as many as a square grid has, over the whole image."""
-    tokens = image.tokens
-    run = tokens.size > 0 and int(tokens[-1] - tokens[0]) + 1 == tokens.size
-    if not run or math.isqrt(tokens.size) ** 2 != tokens.size:
-        raise UsageError(
-            f"model type '{image.config.model_type}' is not known here (known: {', '.join(sorted(FAMILIES))}), and "
-            f"its {tokens.size} image tokens are no single square grid: their places cannot be told"
-        )
-    return [even_view("whole", square(tokens), whole_box(image.image_size))]
 
 
 def llava(image: EncodedImage) -> list[View]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -17,11 +17,21 @@ from torch import nn
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.families import check_family
+from localization_heads.lvlm.family_facts import family_facts, looks_like
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.placeholder import template_renderer
 from localization_heads.lvlm.processors import processor_kind
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
-from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec, local_path
+from localization_heads.lvlm.spec import (
+    EMBEDDED,
+    ModelSpec,
+    converted,
+    find_spec,
+    known_specs,
+    local_path,
+    with_family,
+)
 from localization_heads.lvlm.views import VIEWS
 
 log = logging.getLogger(__name__)
@@ -41,6 +51,7 @@ def load_model(
     query_token: str = "last",
     view: str = "combined",
     drop_lone_spaces: bool = False,
+    like: str | None = None,
 ) -> LVLM:
     """Load a vision-language model whose attention can be captured.
 
@@ -51,37 +62,76 @@ def load_model(
         device_map: spread the model over devices, as in transformers (`auto`, `balanced`, ...).
         quantization: None, `8bit` or `4bit` (needs the extra `quantization`).
         conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`; None for what the model's config
-            recommends, and if nothing, `referseg`.
+            recommends, or what its family needs, and if nothing is known, `referseg`.
         query_token: whose attention is read: `last` (the paper's), `expression_end`, `expression_mean` or
             `answer_first`.
         view: of a model that gets a picture as a whole and again as tiles: `combined` (both in one map),
             `whole` or `tiles`. Pictures with one view only have that.
         drop_lone_spaces: delete SentencePiece's lone spaces from the prompt's tokens, as the paper's published code
             does; nothing changes for tokenizers without one.
+        like: the file of `config/model/` whose checkpoint this is a copy or a sister of: what is known about that
+            one, heads included, is taken (`load_model("/data/my-llava", like="llava")`).
+
+    What is worth knowing about the way a model was loaded is logged, and kept in `LVLM.notes`.
 
     Raises:
         UsageError: an option or a name that cannot be.
         WorkError: the weights cannot be had or read.
     """
-    spec = find_spec(name) if isinstance(name, str) else name
-    conv_mode = conv_mode or spec.conv_mode or "referseg"
-    _check_choice("conv_mode", conv_mode, CONV_MODES)
-    _check_choice("query_token", query_token, QUERY_TOKENS)
-    _check_choice("view", view, VIEWS)
+    spec = find_spec(name, like) if isinstance(name, str) else name
+    for option, value, choices in (
+        ("conv_mode", conv_mode or spec.conv_mode or "referseg", CONV_MODES),
+        ("query_token", query_token, QUERY_TOKENS),
+        ("view", view, VIEWS),
+    ):
+        _check_choice(option, value, choices)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    model_type = _check_family(source, spec)
-    processor, model = _load_processor(source, spec, model_type), _load_weights(source, spec)
+    config = _check_family(source, spec)
+    spec, asked = with_family(spec, family_facts(config)), spec
+    processor, model = _load_processor(source, spec, config.model_type), _load_weights(source, spec)
     if target is not None and not spec.quantization:
         model.to(target)
-    system = _system_sentence(source, spec)
-    options = {"conv_mode": conv_mode, "query_token": query_token, "view": view}
-    lvlm = LVLM(model.eval(), processor, spec, system=system, drop_lone_spaces=drop_lone_spaces, **options)
+    if asked.conv_mode is None and spec.conv_mode == "chat" and template_renderer(processor) is None:
+        spec = replace(
+            spec, conv_mode=None
+        )  # the family has a template, but this checkpoint does not bring it
+    lvlm = LVLM(
+        model.eval(),
+        processor,
+        spec,
+        system=_system_sentence(source, spec),
+        conv_mode=conv_mode or spec.conv_mode or "referseg",
+        query_token=query_token,
+        view=view,
+        drop_lone_spaces=drop_lone_spaces,
+    )
     _check_order(lvlm)
+    for note in _notes(lvlm):
+        lvlm.note(note)
     return lvlm
+
+
+def _notes(lvlm: LVLM) -> Iterator[str]:
+    """What a user may not know about this checkpoint: that it looks like a known one, or is not the one named."""
+    strangers = [
+        head for head in lvlm.known_heads if head.layer >= lvlm.num_layers or head.head >= lvlm.num_heads
+    ]
+    if strangers:
+        yield (
+            f"{lvlm.name} has {lvlm.num_layers} layers of {lvlm.num_heads} heads and no {strangers[0]}: it is another "
+            "model than the one whose known heads were taken; find its own with stage=find"
+        )
+    stem = looks_like(lvlm.model.config)
+    if stem and not lvlm.known_heads:
+        yield (
+            f"{lvlm.name} has the shape of {known_specs()[stem].name}: if it is a copy of it, or was tuned from it, "
+            f"model={stem} model.name={lvlm.name} takes what is known about that one, heads included (from Python: "
+            f'load_model("{lvlm.name}", like="{stem}"))'
+        )
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -146,8 +196,8 @@ def _source(spec: ModelSpec) -> str:
     return spec.name
 
 
-def _check_family(source: str, spec: ModelSpec) -> str:
-    """The model type. Refuses one without image tokens to find, before its weights are fetched."""
+def _check_family(source: str, spec: ModelSpec) -> Any:
+    """The configuration. Refuses one without image tokens to find, before its weights are fetched."""
     from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, source, spec)
@@ -155,7 +205,7 @@ def _check_family(source: str, spec: ModelSpec) -> str:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"model.name={spec.name}: {error}") from None
-    return str(config.model_type)
+    return config
 
 
 def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
@@ -168,15 +218,18 @@ def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
 
 def _padding_processor(image_processor: Any, pad: bool) -> Any:
     """LLaVA's image processor with the given one's settings: unlike CLIP's it can pad to a square."""
-    from transformers import LlavaImageProcessor, LlavaImageProcessorPil
+    import transformers
     from transformers.utils.import_utils import is_torchvision_available
 
+    if getattr(image_processor, "do_pad", False) == pad:
+        return image_processor
     settings = {
         k: v
         for k, v in image_processor.to_dict().items()
         if k not in ("image_processor_type", "processor_class")
     }
-    kind = LlavaImageProcessor if is_torchvision_available() else LlavaImageProcessorPil
+    suffix = "" if is_torchvision_available() else "Pil"  # asking for the other one warns of torchvision
+    kind = getattr(transformers, f"LlavaImageProcessor{suffix}")
     return kind(**{**settings, "do_pad": pad})
 
 

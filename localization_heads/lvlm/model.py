@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.heads.found_with import FoundWith, asked, difference
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
+from localization_heads.lvlm.fingerprint import fingerprint
 from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
 from localization_heads.lvlm.lone_spaces import lone_space_id, without_token
 from localization_heads.lvlm.memory import memory_errors
@@ -32,11 +34,14 @@ from localization_heads.lvlm.sharing import EncodedPicture
 from localization_heads.lvlm.spec import ModelSpec
 from localization_heads.lvlm.views import read_maps
 
+log = logging.getLogger(__name__)
+
 
 class LVLM:
     """A vision-language model of transformers, its processor, and what is known about it.
 
-    Made by `load_model`. The model itself is never changed: `lvlm.model` is plain transformers.
+    Made by `load_model`, which leaves in `notes` what is worth knowing about it. The model itself is never changed:
+    `lvlm.model` is plain transformers.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class LVLM:
         self.query_token = query_token
         self.view = view
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
+        self.notes: list[str] = []
         self.recent = RecentPictures()
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
@@ -103,6 +109,24 @@ class LVLM:
         return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}, **dropped}
 
     @property
+    def asked(self) -> dict[str, str | None]:
+        """Which weights are asked, and how: what `heads.json` keeps of it (`heads.found_with`)."""
+        return asked(self.conv_mode, self.system, self.query_token, self.fingerprint)
+
+    def note(self, text: str) -> None:
+        """Log what a user should know, once, and keep it in `notes`."""
+        if text not in self.notes:
+            self.notes.append(text)
+            log.warning("%s", text)
+
+    def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
+        """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
+        if found and (how := difference(found, self.asked)):
+            self.note(
+                f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
+            )
+
+    @property
     def known_heads(self) -> tuple[Head, ...]:
         """Published localization heads of this checkpoint, best first; empty if nobody published any."""
         return self.spec.heads
@@ -113,11 +137,8 @@ class LVLM:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the weights do: the hub's commit, or the names, sizes and times of a folder's files."""
-        commit = getattr(self.model.config, "_commit_hash", None)
-        folder = Path(self.model.config._name_or_path)
-        files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-        return commit or " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+        """Changes when the weights do, wherever they come from (`lvlm.fingerprint`)."""
+        return fingerprint(self.model, self.processor)
 
     @property
     def image_token_id(self) -> int:

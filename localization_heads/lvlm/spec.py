@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.errors import UsageError
+from localization_heads.heads.found_with import FoundWith
 from localization_heads.heads.head import Head
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,12 @@ class ModelSpec:
     def folder(self) -> str:
         """Name of this model's folder under `output_dir`."""
         return self.label or folder_name(self.name)
+
+    @property
+    def heads_found_with(self) -> FoundWith | None:
+        """How the known heads were found, those of the files of `config/model/`: as these files say to ask."""
+        known = next((s for s in known_specs().values() if s.heads and s.heads == self.heads), None)
+        return None if known is None else {"conv_mode": known.conv_mode, "query_token": "last"}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -119,16 +127,35 @@ def converted(name: str) -> str:
     return CONVERTED.get(name, name)
 
 
-def find_spec(name: str) -> ModelSpec:
-    """The spec of a config's stem, of a checkpoint's name, or a bare one for a checkpoint that nobody described."""
+def find_spec(name: str, like: str | None = None) -> ModelSpec:
+    """The spec of a config's stem, of a checkpoint's name, or a bare one for a checkpoint that nobody described.
+
+    Args:
+        like: a known model, by its stem or its checkpoint's name, whose facts are taken for `name`.
+
+    Raises:
+        UsageError: `like` is none.
+    """
+    if like is not None:
+        known = _known(converted(like))
+        if known is None:
+            near = get_close_matches(like, known_specs(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known_specs())}"
+            raise UsageError(f"like={like}: no such model is known; {hint}")
+        return replace(known, name=name)
     name = converted(name)
+    return _known(name) or ModelSpec(name=name)
+
+
+def _known(name: str) -> ModelSpec | None:
+    """The spec of a config's stem or of a checkpoint's name."""
     known = known_specs()
-    if name in known:
-        return known[name]
-    for spec in known.values():
-        if spec.name == name:
-            return spec
-    return ModelSpec(name=name)
+    return known.get(name) or next((spec for spec in known.values() if spec.name == name), None)
+
+
+def with_family(spec: ModelSpec, facts: Mapping[str, Any]) -> ModelSpec:
+    """The spec with what its family needs wherever nobody has said anything."""
+    return replace(spec, **{name: value for name, value in facts.items() if getattr(spec, name) is None})
 
 
 def compose_spec(values: Mapping[str, Any], choice: str, overrides: Sequence[str] | None = None) -> ModelSpec:
@@ -136,14 +163,15 @@ def compose_spec(values: Mapping[str, Any], choice: str, overrides: Sequence[str
 
     When `model.name` names another checkpoint than the chosen file, the file's facts (heads, padding, system
     sentence) are about the wrong model: take those of the named one and keep only what the user wrote. But whoever
-    writes `model=llava model.name=/data/my-folder` says what is in the folder: the file's facts are about it.
+    writes `model=llava model.name=/data/my-folder` (or an id that nobody described) says what it is: the file's facts
+    are about it.
 
     Args:
         values: the composed group.
         overrides: what the user wrote on the command line; None takes every value that differs from the file's.
     """
     asked, chosen = ModelSpec.from_mapping(values), known_specs().get(choice, ModelSpec(name=""))
-    said_so = f"model={choice}" in (overrides or ()) and local_path(asked.name).is_dir()
+    said_so = f"model={choice}" in (overrides or ()) and _known(CONVERTED.get(asked.name, asked.name)) is None
     if asked.name == chosen.name or said_so:
         return asked
     if overrides is None:

@@ -53,7 +53,7 @@ def asked_settings(run: Run) -> dict[str, Any]:
         "model.attn_implementation": spec.attn_implementation,
         "model.pad_to_square": spec.pad_to_square,
         "model.system": spec.system,
-        "conv_mode": run["conv_mode"] or spec.conv_mode or "referseg",
+        "conv_mode": run["conv_mode"] or spec.conv_mode,
         "drop_lone_spaces": run.drop_lone_spaces,
         "query_token": run["query_token"],
         "view": run["view"],

@@ -20,13 +20,14 @@ from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.leakage import picture_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.grounding.maps import ground_maps
+from localization_heads.heads.found_with import found_with
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.stages.collecting import asked_settings, collect, open_store
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.reporting import Reporter
-from localization_heads.stages.run import Run, check_criteria, check_heads
+from localization_heads.stages.run import Run, asked_of, check_criteria
 from localization_heads.stages.single import analyse_file, draw, picture_of
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.heads_file import save_ranking
@@ -81,7 +82,7 @@ def batch(run: Run) -> Discovered:
     with RunLock(run.folder):
         check_criteria(run.criteria, run.lvlm.num_layers)
         if run["heads"] != "auto":  # before the work, not after it
-            check_heads(run.named_heads or (), run.lvlm.num_layers, run.lvlm.num_heads)
+            run.check_named_heads()
         draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
         store = open_store(run)
         collect(run, entries, entries.samples, store, keep_maps=True)
@@ -145,7 +146,11 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     """The ranking, with the pictures that it was made on."""
     ranking = rank_entries(run, entries, draws, store)
     shown = picture_keys(entries.samples[place] for place in _usable(entries, draws))
-    return replace(ranking, pictures=tuple(sorted({key for key in shown if key})))
+    return replace(
+        ranking,
+        pictures=tuple(sorted({key for key in shown if key})),
+        found_with=found_with(asked_of(store.settings), run.criteria),
+    )
 
 
 def _usable(entries: Entries, draws: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ def doctor(run: Run) -> Examined:
     id = str(run["save_id"] or default_id(name, expression))
     path = entry_path(run.attention_folder, id, "_doctor.png")
     writable_folder(run.attention_folder)
-    run.lvlm  # noqa: B018 -- a model that cannot be loaded is an error of its own
+    run.note_heads()  # a model that cannot be loaded is an error of its own
     from localization_heads import figures
     from localization_heads.lvlm.doctor import examine
 

@@ -29,7 +29,7 @@ from localization_heads.experiments.truth import head_hits, head_ious
 from localization_heads.heads.head import Head
 from localization_heads.stages.collecting import collect, open_store
 from localization_heads.stages.entries import Entries, select_entries, with_truth
-from localization_heads.stages.run import Run, check_criteria, check_heads, chosen_heads
+from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.unseen import check_unseen
 from localization_heads.store.atomic import write_bytes, write_json
 from localization_heads.store.attention_files import load_attention
@@ -107,9 +107,8 @@ def _given_heads(run: Run) -> tuple[Head, ...] | None:
         raise UsageError(
             "heads=greedy: experiments rank fixed heads, and Tab. 5 has the greedy ones; write heads=auto or name them"
         )
-    heads = chosen_heads(run["heads"], run["k"])
-    check_heads(heads, run.lvlm.num_layers, run.lvlm.num_heads)
-    return heads
+    run.check_named_heads()
+    return run.named_heads
 
 
 def _data_name(run: Run) -> str:

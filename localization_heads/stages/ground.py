@@ -22,7 +22,7 @@ from localization_heads.stages.outcome import Outcome, outcome_of, save_predicti
 from localization_heads.stages.passing import go_through
 from localization_heads.stages.phrases import draw_groups, in_phrases
 from localization_heads.stages.reporting import Reporter
-from localization_heads.stages.run import Run, check_criteria, check_heads
+from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import default_id
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import entry_path
@@ -198,8 +198,7 @@ def settings(run: Run) -> dict[str, Any]:
 def _deepest(run: Run, every_layer: bool) -> int | None:
     """With fixed heads the layers above the deepest one are not run, unless they are wanted."""
     heads = run.named_heads
-    if heads:
-        check_heads(heads, run.lvlm.num_layers, run.lvlm.num_heads)
+    run.check_named_heads()
     if every_layer or not heads:
         check_criteria(run.criteria, run.lvlm.num_layers)
     return max(head.layer for head in heads) if heads and not every_layer else None

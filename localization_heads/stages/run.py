@@ -15,12 +15,13 @@ from localization_heads.errors import UsageError
 from localization_heads.grounding.maps import Grounding, GroundingOptions
 from localization_heads.heads.analysis import own_heads
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
+from localization_heads.heads.found_with import FoundWith, asked
 from localization_heads.heads.head import Head
 from localization_heads.interop.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import ModelSpec, compose_spec, find_spec
 from localization_heads.options import check_options
 from localization_heads.segmentation.refine import Segmenter, refine
-from localization_heads.store.heads_file import load_head_list, load_ranking
+from localization_heads.store.heads_file import is_ranking, load_head_list, load_ranking
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -129,8 +130,8 @@ class Run:
         weights = [self.lvlm.name, self.lvlm.fingerprint, self.spec.dtype, self.spec.quantization]
         return {
             "weights": weights,
-            "kernel": self.spec.attn_implementation,
-            "pad_to_square": self.spec.pad_to_square,
+            "kernel": self.lvlm.spec.attn_implementation,
+            "pad_to_square": self.lvlm.spec.pad_to_square,
             "drop_lone_spaces": self.drop_lone_spaces,
             "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
         }
@@ -147,6 +148,34 @@ class Run:
         if not known:
             log.warning("no heads are known for %s: each sample picks its own", self.spec.name)
         return known
+
+    @cached_property
+    def heads_source(self) -> Path | str | None:
+        """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads."""
+        wanted, latest = self["heads"], self.folder / "heads.json"
+        if isinstance(wanted, str) and wanted.endswith(".json"):
+            return Path(wanted) if is_ranking(wanted) else None
+        if isinstance(wanted, str) and is_repository(wanted):
+            return wanted
+        published = self.spec.heads or find_spec(self.spec.name).heads
+        own = wanted == "auto" and not published and latest.is_file()
+        return latest if own and load_ranking(latest).model == self.spec.name else None
+
+    @property
+    def heads_found_with(self) -> FoundWith | None:
+        """How the heads of `heads=` were found, as far as that is known."""
+        if self.heads_source is not None:
+            return load_heads(self.heads_source).found_with
+        return self.spec.heads_found_with if self["heads"] == "auto" else None
+
+    def note_heads(self) -> None:
+        """A note if the heads were found with other weights, another prompt or query token."""
+        self.lvlm.note_other_conditions(f"heads={self.heads_source or self['heads']}", self.heads_found_with)
+
+    def check_named_heads(self) -> None:
+        """Before the work: UsageError if the model lacks one of the heads, a note if they were found in another way."""
+        check_heads(self.named_heads or (), self.lvlm.num_layers, self.lvlm.num_heads)
+        self.note_heads()
 
     def own_heads(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads that one sample picks by itself (the paper's "greedy"). UsageError if none passes."""
@@ -165,6 +194,12 @@ def small_model_threads(num_parameters: int) -> int | None:
     model twenty times slower. `OMP_NUM_THREADS` is respected.
     """
     return 1 if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ else None
+
+
+def asked_of(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """`LVLM.asked` of the model that maps are of, from the `model_settings` of their run."""
+    conv_mode, system, query_token, _ = settings["question"]
+    return asked(conv_mode, system, query_token, settings["weights"][1])
 
 
 def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:

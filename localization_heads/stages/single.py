@@ -110,6 +110,8 @@ def visualize(run: Run) -> Visualised:
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
+    require(run.options, "image_file", "query")
+    run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
     return collected, analysed, draw(run, analysed, collected.path)

@@ -72,6 +72,7 @@ def ask(run: Run, image: Image.Image | None, text: str) -> Asked:
     with _one_at_a_time:
         maps = tuple(run.lvlm.attend(picture, expression) for expression in expressions)
     statistics = [head_statistics(m.attention, run.criteria) for m in maps]
+    run.check_named_heads()
     first = list(run.named_heads or ())
     others = greedy_heads(statistics[0], run.criteria, statistics[0].attention_sum.size)
     ranked = tuple(dict.fromkeys([*first, *others]))
