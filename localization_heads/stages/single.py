@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
+from localization_heads.data.address import picture_source
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, ground_maps
@@ -61,11 +62,12 @@ class Visualised:
 def collect(run: Run) -> Collected:
     """The attention of every head for one picture and one expression -> `attention/<id>.pkl`."""
     require(run.options, "image_file", "query")
-    id = run["save_id"] or default_id(run["image_file"], run["query"])
+    picture = run.picture(run["image_file"])
+    id = run["save_id"] or default_id(str(picture), run["query"])
     path = attention_path(run.attention_folder, str(id), run["attention_format"])
-    image = load_image(str(run["image_file"]))
+    image = load_image(picture)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(run["image_file"]))
+    maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(picture))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(maps, path, _answer(run, image))
@@ -124,7 +126,7 @@ def draw(
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    image = picture_of(maps)
+    image = picture_of(maps, run["allow_private_addresses"])
     grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
@@ -148,10 +150,14 @@ def top_heads(
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
 
 
-def picture_of(maps: AttentionMaps) -> Image.Image | None:
-    """The picture that the maps are of, or None, with a note, if it is not there any more."""
+def picture_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
+    """The picture that the maps are of, or None, with a note, if it is not there any more.
+
+    The file may be a stranger's: it does not choose machines of a private network to be asked.
+    """
     try:
-        return load_image(maps.image_file) if maps.image_file else None
+        picture = picture_source(maps.image_file, allow_private=allow_private_addresses)
+        return load_image(picture) if maps.image_file else None
     except (UsageError, WorkError) as error:
         log.warning("drawing without the picture: %s", error)
         return None
