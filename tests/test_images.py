@@ -8,6 +8,8 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
+import warnings
 import zlib
 from base64 import b64encode
 from contextlib import suppress
@@ -22,7 +24,8 @@ from localization_heads.data import download as downloading
 from localization_heads.data import images
 from localization_heads.data.address import Address, is_partial, without_secrets
 from localization_heads.data.download import DownloadError, download, is_public
-from localization_heads.data.images import ImageError, load_image
+from localization_heads.data.images import ImageError, image_size, load_image
+from localization_heads.data.quiet import quiet_decoders
 from localization_heads.errors import UsageError, WorkError
 
 
@@ -107,14 +110,20 @@ def test_a_transparent_colour_becomes_white(mode, tmp_path):
     assert corner(load_image(tmp_path / "a.png")) == (255, 255, 255)
 
 
+TURNED = ("JPEG", "PNG", "WEBP", "TIFF", "MPO")
+
+
+@pytest.mark.parametrize("format", TURNED)
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_stand_upright(turn, tmp_path):
+def test_pictures_stand_upright(turn, format, tmp_path):
+    """Their pixels and the size in their header, in every format that says how the camera was held."""
     image = Image.new("RGB", (32, 16), "black")
     image.paste((255, 255, 255), (0, 0, 8, 8))  # the first corner as the camera stored it
     exif = Image.Exif()
     exif[0x0112] = turn
-    (tmp_path / "a.jpg").write_bytes(encoded(image, "JPEG", exif=exif, quality=95))
-    upright = np.asarray(load_image(tmp_path / "a.jpg").convert("L")) > 128
+    more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
+    (tmp_path / "a").write_bytes(encoded(image, format, exif=exif, quality=95, **more))
+    upright = np.asarray(load_image(tmp_path / "a").convert("L")) > 128
     assert upright.shape == ((16, 32) if turn < 5 else (32, 16))
     # https://www.exif.org: row 0 and column 0 of the stored picture are the visual ...
     rows, columns = np.nonzero(upright)
@@ -123,6 +132,20 @@ def test_pictures_stand_upright(turn, tmp_path):
         1: (True, True), 2: (True, False), 3: (False, False), 4: (False, True),
         5: (True, True), 6: (True, False), 7: (False, False), 8: (False, True),
     }[turn]  # fmt: skip
+    assert image_size(tmp_path / "a") == upright.shape[::-1]
+    with Image.open(tmp_path / "a") as opened:
+        assert image_size(opened) == load_image(opened).size == upright.shape[::-1]
+        assert load_image(opened).size == upright.shape[::-1]  # it is decoded by now
+
+
+def test_the_size_is_read_without_decoding(tmp_path):
+    """Also of a PNG, whose later chunks Pillow would look for the camera's data in."""
+    for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
+        content = encoded(Image.effect_noise((64, 64), 90), format)
+        (tmp_path / "a").write_bytes(content[: len(content) // 2] if format != "TIFF" else content)
+        if format == "WEBP":  # is opened as a whole
+            (tmp_path / "a").write_bytes(content)
+        assert image_size(tmp_path / "a") == (64, 64), format
 
 
 def test_broken_camera_data_does_not_lose_the_picture(tmp_path):
@@ -230,6 +253,148 @@ def test_broken_files_are_refused_in_one_line(content, said, tmp_path):
     assert caught.value.path == str(path)
     assert isinstance(caught.value, UsageError)
     assert "\n" not in str(caught.value)
+
+
+def tags(*entries: tuple[int, int, int, int], order: str = "<", at: int = 8) -> bytes:
+    """A directory of tags, each (number, type, count, value or place), as EXIF and TIFF have them."""
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    listed = b"".join(struct.pack(order + "HHLL", *entry) for entry in entries)
+    return start + struct.pack(order + "LH", at, len(entries)) + listed + bytes(4)
+
+
+def overlapping(size: int, count: int, order: str = "<") -> bytes:
+    """Tags that all hold the same `size` bytes."""
+    return tags(*((20_000 + n, 7, size, 0) for n in range(count)), order=order).ljust(size, b"\0")
+
+
+def with_segments(*segments: tuple[int, bytes]) -> bytes:
+    """A JPEG with these segments in front."""
+    content = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    made = b"".join(bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body for kind, body in segments)
+    return content[:2] + made + content[2:]
+
+
+EXIF = b"Exif\0\0"
+BLOB = overlapping(64_000, 5_000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        overlapping(400_000, 30_000),
+        overlapping(400_000, 30_000, ">"),
+        with_segments((0xE1, EXIF + BLOB)),
+        with_segments((0xE1, EXIF + EXIF + BLOB[:65_000])),
+        with_segments((0xE1, EXIF + BLOB), *[(0xE1, EXIF + bytes(60_000))] * 3),
+        with_segments((0xE2, b"MPF\0" + BLOB)),
+        b"\xff\xd8\xff\x00junk" + with_segments((0xE1, EXIF + BLOB))[2:],
+        tags((0x8769, 4, 1, 100)).ljust(100, b"\0") + overlapping(400_000, 30_000)[8:],
+    ],
+    ids=[
+        "tiff",
+        "tiff, other order",
+        "exif",
+        "marked twice",
+        "in parts",
+        "mpf",
+        "after junk",
+        "in a second one",
+    ],
+)
+def test_tags_that_hold_the_same_bytes_take_no_memory(content, tmp_path):
+    """5,000 tags of the same 64 KB would be 320 MB, 30,000 of the same 400 KB 12 GB."""
+    (tmp_path / "a").write_bytes(content)
+    tracemalloc.start()
+    try:
+        for read in (load_image, image_size):
+            with pytest.raises(ImageError, match="its tags hold more than the file"):
+                read(tmp_path / "a")
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(content) + (64 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_tags_of_a_camera_are_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x9286] = 6, "maker " * 20, b"x" * 30_000
+    exif.get_ifd(0x8769)[0x927C] = b"note" * 1000
+    for format in TURNED[:4]:
+        (tmp_path / "a").write_bytes(encoded(Image.new("RGB", (32, 16)), format, exif=exif))
+        assert load_image(tmp_path / "a").size == image_size(tmp_path / "a") == (16, 32)
+
+
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
+    """Each scan is some bytes, and goes over all pixels."""
+    content = encoded(Image.new("RGB", (64, 64), (9, 99, 200)), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    thumbnail = (0xE1, b"thumb" + b"\xff\xda" * 200)  # bytes of a segment are no scans
+    for times, said in ((50, None), (200, "a JPEG of more than 100 scans")):
+        (tmp_path / "a").write_bytes(
+            content[:last] + content[last:-2] * times + b"\xff\xd9" + b"\xff\xda" * 200
+        )
+        if said is None:
+            assert load_image(tmp_path / "a").size == (64, 64)
+        else:
+            with pytest.raises(ImageError, match=said):
+                load_image(tmp_path / "a")
+    (tmp_path / "a").write_bytes(with_segments(thumbnail))
+    assert load_image(tmp_path / "a").size == (8, 8)
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    return (
+        b"BM" + struct.pack("<IHHI", 2000, 0, 0, 1078) + header + bytes(1024) + b"\x01\x05\x00\x00" * height
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"P3 2001 2000 255\n", "2001 x 2000 = 4.002 MP, over the limit of 4 MP"),
+        (b"P6 2001 2000 65535\n", "over the limit of 4 MP"),
+        (run_length_bmp(2001, 2000), "over the limit of 4 MP"),
+        (b"P3 20 20 255\n" + b" " * (2 << 20), "larger than the limit of 1 MB"),
+        (b"P6 2001 2000 255\n", "broken or cut short"),  # decoded fast
+    ],
+)
+def test_what_is_decoded_slowly_has_a_lower_limit(content, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_SLOW_BYTES", 1 << 20)
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ImageError, match=said):
+        load_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "group4", "jpeg"])
+def test_decoders_print_nothing(compression, tmp_path, capfd):
+    """libtiff would write to the standard error output past Python, and Pillow would warn."""
+    good = encoded(
+        Image.effect_noise((64, 64), 90).convert("1" if compression == "group4" else "L"),
+        "TIFF",
+        compression=compression,
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), 4):
+            content[place] = rng.integers(256)
+        (tmp_path / "a").write_bytes(content)
+        for read in (load_image, image_size):
+            with suppress(ImageError):
+                read(tmp_path / "a")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_warnings_are_put_back_whoever_ends_first():
+    """Two threads that overlap: the filters are as they were, and Pillow is quiet as long as one reads."""
+    before = list(warnings.filters)
+    first, second = quiet_decoders(), quiet_decoders()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert len(warnings.filters) == len(before) + 1
+    second.__exit__(None, None, None)
+    assert list(warnings.filters) == before
 
 
 def test_damage_anywhere_is_refused_or_read(tmp_path):

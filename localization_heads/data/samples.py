@@ -267,11 +267,11 @@ def check_box(value: object) -> Box:
     ((0.0, 0.0, 10.0, 5.5), (1.0, 2.0, 3.0, 4.0))
     """
     numbers = _plain(value)
-    if not isinstance(numbers, list):
+    if not isinstance(numbers, list | tuple):
         raise BadLineError("'bbox' must be four numbers [x0, y0, x1, y1]")
     if len(numbers) != 4:
-        raise BadLineError(f"'bbox' has {len(numbers)} values: it must be four numbers [x0, y0, x1, y1]")
-    for number in numbers:
+        raise BadLineError(f"'bbox' has length {len(numbers)}: it must be four numbers [x0, y0, x1, y1]")
+    for number in map(_plain, numbers):
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise BadLineError(f"'bbox' must hold four numbers of pixels, not {_brief(number)}")
         # A comparison that is false for NaN
@@ -289,10 +289,8 @@ def check_box(value: object) -> Box:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors and their numbers as what they hold; sequences as lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    """An array, a tensor or a number of theirs as what it holds; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _brief(value: object) -> str:
