@@ -51,7 +51,7 @@ def orientation(image: Image.Image) -> int:
     if image.format == "TIFF" or not isinstance(exif, bytes):
         return 1
     found = next((tag.value for tag in _tags(_without_marks(exif)) if tag.number == ORIENTATION), None)
-    return found if found in range(1, 9) else 1
+    return found if found is not None and 1 <= found <= 8 else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

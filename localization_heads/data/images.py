@@ -173,7 +173,7 @@ def _check_beginning(name: str | Path | Address, file: BinaryIO) -> None:
 
 def _open_header(name: str | Path | Address, file: BinaryIO, formats: Sequence[str]) -> Image.Image:
     try:
-        return Image.open(file, formats=formats)
+        return Image.open(file, formats=list(formats))
     except UnidentifiedImageError as error:
         raise ImageError(name, f"not a picture in a known format ({', '.join(formats)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -186,7 +186,7 @@ def _bomb_size(file: BinaryIO, formats: Sequence[str]) -> tuple[int, int]:
     for format in formats:
         file.seek(0)
         try:
-            return Image.OPEN[format][0](file, "").size  # type: ignore[arg-type]
+            return Image.OPEN[format][0](file, "").size
         except Exception:  # not this format
             continue
     raise ValueError("no size")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 
-from PIL import Image
+from PIL import _imaging
 
 _lock = threading.Lock()
 _entries: list[tuple[object, int]] = []
@@ -47,7 +47,7 @@ def quiet_decoders() -> Iterator[None]:
 def _quiet_libtiff() -> None:
     """libtiff writes to the standard error output itself, past Python, unless its handlers are taken away."""
     with suppress(OSError, AttributeError):  # a Pillow that hides its libtiff, as on Windows
-        library = ctypes.CDLL(Image.core.__file__)  # which finds the libtiff that Pillow was linked to
+        library = ctypes.CDLL(_imaging.__file__)  # which finds the libtiff that Pillow was linked to
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
             setter = getattr(library, name)
             setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
