@@ -317,13 +317,14 @@ def test_secrets_of_an_address_are_in_no_file(front: Front, monkeypatch: pytest.
     commands = (
         ("stage=collect", f"image_file={address}", "query=the dog"),
         ("stage=ground", f"image_file={address}", "query=the dog", "heads=[2-0]"),
-        ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]", "bootstrap=image"),
+        ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]", "bootstrap=image", "controls=false"),
         ("stage=batch", "data_file=data.jsonl", "visualize_limit=0"),
     )
     for command in commands:
         result = front.finder(*command)
         assert result.status == 0, result.err
         assert "SECRET" not in result.out + result.err
+        assert "without the picture" not in result.err
     assert {f"{address}a", f"{address}b"} <= set(asked)
     written = [path for path in Path("outputs").rglob("*") if path.is_file()]
     assert len(written) > 10

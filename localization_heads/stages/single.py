@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import picture_source
-from localization_heads.data.images import load_image
+from localization_heads.data.images import Picture, load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.analysis import analysis_rows, greedy_heads
@@ -40,6 +40,7 @@ OUTPUTS = Path("outputs/localization_heads")
 
 @dataclass(frozen=True)
 class Collected:
+    image: Image.Image
     maps: AttentionMaps
     path: Path
     answer: str | None
@@ -70,7 +71,7 @@ def collect(run: Run) -> Collected:
     maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(picture))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
-    return Collected(maps, path, _answer(run, image))
+    return Collected(image, maps, path, _answer(run, image))
 
 
 def analyze(run: Run) -> Analysed:
@@ -107,18 +108,25 @@ def visualize(run: Run) -> Visualised:
         heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
     else:
         heads = run.named_heads
-    return draw(run, analysed, path, heads=heads or run.own_heads(analysed.statistics))
+    image = picture_of(analysed.maps, run["allow_private_addresses"])
+    return draw(run, analysed, path, image, heads=heads or run.own_heads(analysed.statistics))
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    return collected, analysed, draw(run, analysed, collected.path)
+    return collected, analysed, draw(run, analysed, collected.path, collected.image)
 
 
 def draw(
-    run: Run, analysed: Analysed, path: Path, *, heads: Sequence[Head] | None = None, truth: Box | None = None
+    run: Run,
+    analysed: Analysed,
+    path: Path,
+    image: Image.Image | None,
+    *,
+    heads: Sequence[Head] | None = None,
+    truth: Box | None = None,
 ) -> Visualised:
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
@@ -126,7 +134,6 @@ def draw(
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    image = picture_of(maps, run["allow_private_addresses"])
     grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
@@ -155,9 +162,15 @@ def picture_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Imag
 
     The file may be a stranger's: it does not choose machines of a private network to be asked.
     """
+    if not maps.image_file:
+        return None
+    return picture_or_none(picture_source(maps.image_file, allow_private=allow_private_addresses))
+
+
+def picture_or_none(picture: Picture) -> Image.Image | None:
+    """The picture, or None, with a note, if it is not there any more."""
     try:
-        picture = picture_source(maps.image_file, allow_private=allow_private_addresses)
-        return load_image(picture) if maps.image_file else None
+        return load_image(picture)
     except (UsageError, WorkError) as error:
         log.warning("drawing without the picture: %s", error)
         return None
