@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localization_heads.api import evaluate, find_heads, ground
     from localization_heads.attention import AttentionMaps
+    from localization_heads.data.address import Address
     from localization_heads.data.samples import Sample
     from localization_heads.grounding.maps import Grounding
     from localization_heads.heads.head import Head
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 # The public names and where they live. They are imported on first use, so that `import localization_heads`
 # and `--help` take milliseconds and never load torch.
 _HOMES = {
+    "Address": "data.address",
     "AttentionMaps": "attention",
     "Grounding": "grounding.maps",
     "Head": "heads.head",
@@ -43,6 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Address",
     "AttentionMaps",
     "Grounding",
     "Head",

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby, islice
-from pathlib import Path
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.images import load_image
-from localization_heads.data.samples import Sample
+from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
+from localization_heads.data.images import Picture, load_image
+from localization_heads.data.samples import Sample, where
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
@@ -88,7 +88,7 @@ def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], 
 
 def ground(
     lvlm: LVLM,
-    image: Image.Image | str | Path,
+    image: Picture,
     expression: str,
     heads: Sequence[Head] | HeadRanking | None = None,
     *,
@@ -100,7 +100,7 @@ def ground(
     Asked about the same picture again, the model does not read it again (`LVLM.ask`).
 
     Args:
-        image: a picture, a path or an http(s) address.
+        image: a picture, a path or an http(s) address (an `Address` may allow private ones).
         heads: whose maps are added; of a ranking the three best, with a note in `lvlm.notes` if it was made with
             other weights, another prompt or query token; None takes the model's known localization heads, and if there
             are none, the three that this very picture and expression pick (the paper's "greedy" ablation).
@@ -174,7 +174,8 @@ def evaluate(
 
     Raises:
         ValueError: there is no sample, or a head that the model does not have.
-        UsageError: a sample whose picture, expression or truth cannot be used.
+        UsageError: a sample whose picture, expression or truth cannot be used; boxes that are no pixels of their
+            pictures, before the first sample where `samples` is a sequence, else after the last.
     """
     from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 
@@ -183,17 +184,23 @@ def evaluate(
     form = wanted_format(lvlm, native, by_default=controls)
     scored: list[Scored] = []
     images: list[str] = []
+    boxes: list[TrueBox] = []
+    if listed := isinstance(samples, Sequence):
+        check_scale(true_boxes(samples), "samples")
     for sample, picture, number, maps in _attended(lvlm, samples, None if controls else grounder.last_layer):
         truth = truth_of(sample, picture.size)
+        if sample.bbox is not None and not listed:
+            boxes.append(TrueBox(where(sample), sample.bbox, picture.size))
         grounding = grounder.ground(maps, picture)
         scores = judge.scores(maps, grounding, truth, partial(grounder.refine, picture=picture))
         if form:
             box, _ = ask_for_box(lvlm, form, picture, sample.expression)
             scores["native"] = [score_box(box, truth, picture.size)]
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
-        images.append(sample.image_file or f"picture {number}")
+        images.append(sample.image_key or f"picture {number}")
     if not scored:
         raise ValueError("evaluate needs at least one sample")
+    check_scale(boxes, "samples")
     choices = {
         **lvlm.choices,
         **judge.choices(grounder.heads, K),
@@ -266,9 +273,10 @@ class _Attended(NamedTuple):
 def _attended(lvlm: LVLM, samples: Iterable[Sample], last_layer: int | None = None) -> Iterator[_Attended]:
     """The maps of each sample, in order. Samples that follow each other share a picture that is the same."""
     # A picture in memory is told by its pixels, one in a file by its path.
-    pictures = groupby(samples, key=lambda sample: sample.image_file or sample.image)
-    for number, (image, group) in enumerate(pictures):
-        picture = load_image(image)
+    pictures = groupby(samples, key=lambda sample: sample.image_key or sample.image)
+    for number, (_, group) in enumerate(pictures):
+        first = next(group)
+        picture, group = load_image(first.image), chain([first], group)
         while part := list(islice(group, AT_ONCE)):
             expressions = [sample.expression for sample in part]
             maps = lvlm.attend_batch([picture] * len(part), expressions, last_layer=last_layer)

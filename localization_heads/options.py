@@ -170,6 +170,7 @@ RULES: dict[str, Rule] = {
     "stage": one_of(*STAGES),
     "mode": one_of("single", "batch"),
     "image_file": or_null(text),
+    "allow_private_addresses": switch,
     "query": or_null(text),
     "attention_file": or_null(text),
     "data_file": or_null(text),

@@ -178,6 +178,15 @@ def test_the_truth_of_a_sample() -> None:
     assert (both.mask == decode_mask(by_mask, size)).all()
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+def test_boxes_that_are_no_pixels_are_refused(lvlm: LVLM, kind: Any) -> None:
+    """Before the model works where the samples can be looked at, else after the last."""
+    picture = Image.new("RGB", (64, 48), "red")
+    samples = [Sample(picture, "the dog", id=str(n), bbox=(0.1, 0.2, 0.3, 0.4 + n / 10)) for n in range(2)]
+    with pytest.raises(UsageError, match=r"^samples: all 2 boxes lie within the first pixel.*\(0\)"):
+        lh.evaluate(lvlm, kind(samples), HEADS, controls=False, segmenter=None)
+
+
 def test_what_cannot_be_evaluated_is_refused(lvlm: LVLM) -> None:
     sample = several()[1]
     wrong = {

@@ -436,6 +436,24 @@ def test_wrong_options_are_named(quick: Front, option: str) -> None:
 # ------------------------------------------------------------------------------------------ no head passes
 
 
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [((1, 1), "they look like 0 to 1, such as"), ((1000, 1000), "they look like 0 to 1000")],
+)
+def test_boxes_that_are_no_pixels_are_an_error(quick: Front, scale: tuple[int, int], said: str) -> None:
+    """They would all score 0. Of pictures of 64 x 48 pixels."""
+    entries = write_truths(masks=False)
+    for entry in entries:
+        entry["bbox"] = [
+            x / side * n for x, side, n in zip(entry["bbox"], (64, 48) * 2, scale * 2, strict=True)
+        ]
+    write_lines(Path("data.jsonl"), entries)
+    result = quick.finder(*OPTIONS)
+    assert result.status == 2
+    assert said in one_line(result.err)
+    assert "of 64 x 48 pixels (line 1 (entry_0))" in result.err
+
+
 def test_no_head_passes(quick: Front, lvlm: LVLM) -> None:
     """One refusal for a picture, one failed entry in a batch; never a head that nobody chose."""
     write_truths(2)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import struct
 import threading
 import time
+import tracemalloc
+import warnings
 import zlib
+from base64 import b64encode
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -18,8 +22,10 @@ from PIL import Image
 
 from localization_heads.data import download as downloading
 from localization_heads.data import images
-from localization_heads.data.download import DownloadError, download, shown_address
-from localization_heads.data.images import ImageError, load_image
+from localization_heads.data.address import Address, is_partial, without_secrets
+from localization_heads.data.download import DownloadError, download, is_public
+from localization_heads.data.images import ImageError, image_size, load_image
+from localization_heads.data.quiet import quiet_decoders
 from localization_heads.errors import UsageError, WorkError
 
 
@@ -104,14 +110,20 @@ def test_a_transparent_colour_becomes_white(mode, tmp_path):
     assert corner(load_image(tmp_path / "a.png")) == (255, 255, 255)
 
 
+TURNED = ("JPEG", "PNG", "WEBP", "TIFF", "MPO")
+
+
+@pytest.mark.parametrize("format", TURNED)
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_stand_upright(turn, tmp_path):
+def test_pictures_stand_upright(turn, format, tmp_path):
+    """Their pixels and the size in their header, in every format that says how the camera was held."""
     image = Image.new("RGB", (32, 16), "black")
     image.paste((255, 255, 255), (0, 0, 8, 8))  # the first corner as the camera stored it
     exif = Image.Exif()
     exif[0x0112] = turn
-    (tmp_path / "a.jpg").write_bytes(encoded(image, "JPEG", exif=exif, quality=95))
-    upright = np.asarray(load_image(tmp_path / "a.jpg").convert("L")) > 128
+    more = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
+    (tmp_path / "a").write_bytes(encoded(image, format, exif=exif, quality=95, **more))
+    upright = np.asarray(load_image(tmp_path / "a").convert("L")) > 128
     assert upright.shape == ((16, 32) if turn < 5 else (32, 16))
     # https://www.exif.org: row 0 and column 0 of the stored picture are the visual ...
     rows, columns = np.nonzero(upright)
@@ -120,6 +132,20 @@ def test_pictures_stand_upright(turn, tmp_path):
         1: (True, True), 2: (True, False), 3: (False, False), 4: (False, True),
         5: (True, True), 6: (True, False), 7: (False, False), 8: (False, True),
     }[turn]  # fmt: skip
+    assert image_size(tmp_path / "a") == upright.shape[::-1]
+    with Image.open(tmp_path / "a") as opened:
+        assert image_size(opened) == load_image(opened).size == upright.shape[::-1]
+        assert load_image(opened).size == upright.shape[::-1]  # it is decoded by now
+
+
+def test_the_size_is_read_without_decoding(tmp_path):
+    """Also of a PNG, whose later chunks Pillow would look for the camera's data in."""
+    for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
+        content = encoded(Image.effect_noise((64, 64), 90), format)
+        (tmp_path / "a").write_bytes(content[: len(content) // 2] if format != "TIFF" else content)
+        if format == "WEBP":  # is opened as a whole
+            (tmp_path / "a").write_bytes(content)
+        assert image_size(tmp_path / "a") == (64, 64), format
 
 
 def test_broken_camera_data_does_not_lose_the_picture(tmp_path):
@@ -229,6 +255,148 @@ def test_broken_files_are_refused_in_one_line(content, said, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def tags(*entries: tuple[int, int, int, int], order: str = "<", at: int = 8) -> bytes:
+    """A directory of tags, each (number, type, count, value or place), as EXIF and TIFF have them."""
+    start = b"II*\0" if order == "<" else b"MM\0*"
+    listed = b"".join(struct.pack(order + "HHLL", *entry) for entry in entries)
+    return start + struct.pack(order + "LH", at, len(entries)) + listed + bytes(4)
+
+
+def overlapping(size: int, count: int, order: str = "<") -> bytes:
+    """Tags that all hold the same `size` bytes."""
+    return tags(*((20_000 + n, 7, size, 0) for n in range(count)), order=order).ljust(size, b"\0")
+
+
+def with_segments(*segments: tuple[int, bytes]) -> bytes:
+    """A JPEG with these segments in front."""
+    content = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    made = b"".join(bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body for kind, body in segments)
+    return content[:2] + made + content[2:]
+
+
+EXIF = b"Exif\0\0"
+BLOB = overlapping(64_000, 5_000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        overlapping(400_000, 30_000),
+        overlapping(400_000, 30_000, ">"),
+        with_segments((0xE1, EXIF + BLOB)),
+        with_segments((0xE1, EXIF + EXIF + BLOB[:65_000])),
+        with_segments((0xE1, EXIF + BLOB), *[(0xE1, EXIF + bytes(60_000))] * 3),
+        with_segments((0xE2, b"MPF\0" + BLOB)),
+        b"\xff\xd8\xff\x00junk" + with_segments((0xE1, EXIF + BLOB))[2:],
+        tags((0x8769, 4, 1, 100)).ljust(100, b"\0") + overlapping(400_000, 30_000)[8:],
+    ],
+    ids=[
+        "tiff",
+        "tiff, other order",
+        "exif",
+        "marked twice",
+        "in parts",
+        "mpf",
+        "after junk",
+        "in a second one",
+    ],
+)
+def test_tags_that_hold_the_same_bytes_take_no_memory(content, tmp_path):
+    """5,000 tags of the same 64 KB would be 320 MB, 30,000 of the same 400 KB 12 GB."""
+    (tmp_path / "a").write_bytes(content)
+    tracemalloc.start()
+    try:
+        for read in (load_image, image_size):
+            with pytest.raises(ImageError, match="its tags hold more than the file"):
+                read(tmp_path / "a")
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(content) + (64 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_tags_of_a_camera_are_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x9286] = 6, "maker " * 20, b"x" * 30_000
+    exif.get_ifd(0x8769)[0x927C] = b"note" * 1000
+    for format in TURNED[:4]:
+        (tmp_path / "a").write_bytes(encoded(Image.new("RGB", (32, 16)), format, exif=exif))
+        assert load_image(tmp_path / "a").size == image_size(tmp_path / "a") == (16, 32)
+
+
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
+    """Each scan is some bytes, and goes over all pixels."""
+    content = encoded(Image.new("RGB", (64, 64), (9, 99, 200)), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    thumbnail = (0xE1, b"thumb" + b"\xff\xda" * 200)  # bytes of a segment are no scans
+    for times, said in ((50, None), (200, "a JPEG of more than 100 scans")):
+        (tmp_path / "a").write_bytes(
+            content[:last] + content[last:-2] * times + b"\xff\xd9" + b"\xff\xda" * 200
+        )
+        if said is None:
+            assert load_image(tmp_path / "a").size == (64, 64)
+        else:
+            with pytest.raises(ImageError, match=said):
+                load_image(tmp_path / "a")
+    (tmp_path / "a").write_bytes(with_segments(thumbnail))
+    assert load_image(tmp_path / "a").size == (8, 8)
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    return (
+        b"BM" + struct.pack("<IHHI", 2000, 0, 0, 1078) + header + bytes(1024) + b"\x01\x05\x00\x00" * height
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"P3 2001 2000 255\n", "2001 x 2000 = 4.002 MP, over the limit of 4 MP"),
+        (b"P6 2001 2000 65535\n", "over the limit of 4 MP"),
+        (run_length_bmp(2001, 2000), "over the limit of 4 MP"),
+        (b"P3 20 20 255\n" + b" " * (2 << 20), "larger than the limit of 1 MB"),
+        (b"P6 2001 2000 255\n", "broken or cut short"),  # decoded fast
+    ],
+)
+def test_what_is_decoded_slowly_has_a_lower_limit(content, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_SLOW_BYTES", 1 << 20)
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ImageError, match=said):
+        load_image(tmp_path / "a")
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "group4", "jpeg"])
+def test_decoders_print_nothing(compression, tmp_path, capfd):
+    """libtiff would write to the standard error output past Python, and Pillow would warn."""
+    good = encoded(
+        Image.effect_noise((64, 64), 90).convert("1" if compression == "group4" else "L"),
+        "TIFF",
+        compression=compression,
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, len(good), 4):
+            content[place] = rng.integers(256)
+        (tmp_path / "a").write_bytes(content)
+        for read in (load_image, image_size):
+            with suppress(ImageError):
+                read(tmp_path / "a")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_warnings_are_put_back_whoever_ends_first():
+    """Two threads that overlap: the filters are as they were, and Pillow is quiet as long as one reads."""
+    before = list(warnings.filters)
+    first, second = quiet_decoders(), quiet_decoders()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert len(warnings.filters) == len(before) + 1
+    second.__exit__(None, None, None)
+    assert list(warnings.filters) == before
+
+
 def test_damage_anywhere_is_refused_or_read(tmp_path):
     rng = np.random.default_rng(0)
     for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
@@ -275,6 +443,10 @@ class Handler(BaseHTTPRequestHandler):
     """Answers by the path: pictures, troubles and tricks."""
 
     def do_GET(self) -> None:
+        self.server.requests.append(self.headers["Host"])
+        self.path = self.path.removeprefix(
+            f"http://{self.headers['Host']}"
+        )  # from a client that takes us for a proxy
         getattr(self, f"get_{self.path.strip('/').split('?')[0]}", self.get_missing)()
 
     def log_message(self, format: str, *args: object) -> None:
@@ -320,6 +492,13 @@ class Handler(BaseHTTPRequestHandler):
     def get_packed(self) -> None:
         self.answer(zlib.compress(bytes(1 << 20)), Content_Encoding="deflate")
 
+    def get_locked(self) -> None:
+        known = self.headers["Authorization"] == "Basic " + b64encode(b"me:a/b").decode()
+        self.answer(PICTURE, 200 if known else 401)
+
+    def get_away(self) -> None:
+        self.answer(b"", 302, Location=self.path.partition("?")[2])
+
     def get_moved(self) -> None:
         self.answer(b"", 302, Location="/picture")
 
@@ -349,10 +528,21 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(PICTURE[:20], Content_Length=str(len(PICTURE)))
 
 
+requests_made: list[str] = []
+
+
+@pytest.fixture
+def requests(server):
+    """The hosts that are asked for during a test, in order."""
+    requests_made.clear()
+    return requests_made
+
+
 @pytest.fixture(scope="module")
 def server():
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.daemon_threads = True
+    httpd.requests = requests_made
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{httpd.server_address[1]}"
@@ -360,11 +550,16 @@ def server():
     httpd.server_close()
 
 
+def private(address: str) -> Address:
+    """An address of the server of these tests, which runs on this machine."""
+    return Address(address, allow_private=True)
+
+
 @pytest.mark.parametrize("path", ["picture", "moved", "picture?size=big"])
 def test_a_picture_is_fetched(path, server):
-    image = load_image(f"{server}/{path}")
+    image = load_image(private(f"{server}/{path}"))
     assert (image.size, corner(image)) == ((6, 4), (0, 128, 0))
-    assert load_image(f"HTTP{server[4:]}/{path}").size == (6, 4)
+    assert load_image(private(f"HTTP{server[4:]}/{path}")).size == (6, 4)
 
 
 @pytest.mark.parametrize(
@@ -384,14 +579,14 @@ def test_a_picture_is_fetched(path, server):
 )
 def test_an_address_at_fault_is_refused(path, said, server):
     with pytest.raises(ImageError, match=said) as caught:
-        load_image(f"{server}/{path}")
+        load_image(private(f"{server}/{path}"))
     assert str(caught.value).startswith(f"{server}/{path}: ")
 
 
 @pytest.mark.parametrize("path", ["trouble", "cut"])
 def test_a_server_in_trouble_is_a_failure_of_the_work(path, server):
     with pytest.raises(DownloadError) as caught:
-        load_image(f"{server}/{path}")
+        load_image(private(f"{server}/{path}"))
     assert isinstance(caught.value, WorkError)
     assert "\n" not in str(caught.value)
 
@@ -400,20 +595,20 @@ def test_a_server_in_trouble_is_a_failure_of_the_work(path, server):
 def test_a_slow_server_is_not_waited_for(path, server):
     start = time.monotonic()
     with pytest.raises(DownloadError, match=r"after 0\.5 s"):
-        download(f"{server}/{path}", max_seconds=0.5)
+        download(private(f"{server}/{path}"), max_seconds=0.5)
     assert time.monotonic() - start < 2
 
 
 def test_a_silent_server_runs_into_the_time_limit_of_a_read(server, monkeypatch):
     monkeypatch.setattr(downloading, "READ_SECONDS", 0.3)
     with pytest.raises(DownloadError, match="does not answer in time"):
-        download(f"{server}/silent")
+        download(private(f"{server}/silent"))
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.png", "https://no-such-host.invalid/a.png"])
 def test_offline_is_said(address):
     with pytest.raises(DownloadError, match=r"cannot be reached: .*is this machine offline\?"):
-        load_image(address)
+        load_image(private(address))
 
 
 @pytest.mark.parametrize(
@@ -427,8 +622,175 @@ def test_addresses_that_are_none_are_refused(address):
     assert len(str(caught.value)) < 500
 
 
-def test_passwords_are_not_shown():
-    assert shown_address("http://me:secret@example.org/a@b.png") == "http://example.org/a@b.png"
-    with pytest.raises(DownloadError) as caught:
-        load_image("http://me:secret@127.0.0.1:9/a.png")
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("address", "shown", "partial"),
+    [
+        ("http://example.org/a@b.png", "http://example.org/a@b.png", False),
+        ("http://example.org:8080/a.png#mark", "http://example.org:8080/a.png", False),
+        ("http://[2001:db8::1]:80/a.png", "http://[2001:db8::1]:80/a.png", False),
+        ("https://me:SECRET@example.org/a.png", "https://example.org/a.png", False),
+        ("https://SECRET@example.org", "https://example.org", False),
+        ("https://example.org/a.png?token=SECRET&b", "https://example.org/a.png?...", True),
+        ("https://example.org?SECRET", "https://example.org?...", True),
+        ("https://example.org/a.png#SECRET?x", "https://example.org/a.png", False),
+        # What may be a password that was not escaped is left out with all before the last at sign.
+        ("http://me:SEC/RET@example.org/a.png", "http://.../example.org/a.png", True),
+        ("http://me:1/SECRET@example.org/a.png", "http://.../example.org/a.png", True),
+        ("http://me:SEC?RET@example.org/a.png", "http://.../example.org/a.png", True),
+        ("http://me:SEC#RET@example.org/a.png?SECRET", "http://.../example.org/a.png?...", True),
+        ("http://me:SEC@RE/T@example.org/a.png", "http://.../example.org/a.png", True),
+        ("http://me:SECRET/a.png", "http://me:.../a.png", True),
+        ("ftp://me:SECRET@example.org/a.png", "ftp://example.org/a.png", False),
+        ("pictures/a@b?c.png", "pictures/a@b?c.png", False),
+    ],
+)
+def test_secrets_of_an_address_are_left_out(address, shown, partial):
+    assert (without_secrets(address), is_partial(shown)) == (shown, partial)
+    assert without_secrets(shown) == shown
+    assert (str(Address(address)), str(ImageError(address, "x"))) == (shown, f"{shown}: x")
+    assert not re.search("SEC|RET", f"{Address(address)!r} {DownloadError(address, '')}")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:SEC%2FRET@127.0.0.1:9/a.png?SECRET",
+        "http://me:SEC/RET@127.0.0.1:9/a.png",
+        "http://127.0.0.1:9/a.png?token=SECRET",
+    ],
+)
+def test_no_message_shows_a_secret(address, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises((ImageError, DownloadError)) as caught:
+        load_image(private(address))
+    assert not re.search("SEC|RET", f"{caught.value} {caught.value.path} {caplog.text}")
+
+
+def test_user_and_password_are_sent_and_not_logged(server, caplog):
+    caplog.set_level("INFO")
+    assert load_image(private(server.replace("//", "//me:a%2Fb@") + "/locked?token=SECRET")).size == (6, 4)
+    assert "SECRET" not in caplog.text
+    with pytest.raises(ImageError, match="answers 401"):
+        load_image(private(f"{server}/locked"))
+
+
+def test_an_address_that_was_stored_without_its_query_is_not_fetched(server):
+    with pytest.raises(ImageError, match="cannot be fetched again: its query or password was not stored"):
+        load_image(private(str(private(f"{server}/picture?token=SECRET"))))
+
+
+# ------------------------------------------------------------------------------------------- private networks
+
+
+@pytest.mark.parametrize(
+    ("number", "public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07::1", True),
+        ("64:ff9b::5db8:d70e", True),  # 93.184.215.14 behind NAT64
+        ("127.0.0.1", False),
+        ("127.8.8.8", False),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),  # where clouds keep their credentials
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("::127.0.0.1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:1::", False),  # 127.0.0.1 in 6to4
+        ("64:ff9b::a00:1", False),  # 10.0.0.1 behind NAT64
+        ("64:ff9b:1::1", False),
+    ],
+)
+def test_private_numbers_are_told_from_public_ones(number, public):
+    assert is_public(number) is public
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "[::1]", "[::ffff:127.0.0.1]"]
+)
+def test_private_addresses_are_refused_before_anything_is_sent(host, server, requests):
+    port = server.rpartition(":")[2]
+    with pytest.raises(ImageError, match=r"private network.*unless allow_private_addresses=true"):
+        load_image(f"http://{host}:{port}/picture")
+    assert not requests
+
+
+def answers(monkeypatch, names: dict[str, list[list[str]]]) -> None:
+    """Names that are looked up to these numbers: the first list the first time, the last from then on."""
+    real = socket.getaddrinfo
+
+    def look_up(host, port, *args, **options):
+        if host not in names:
+            return real(host, port, *args, **options)
+        numbers = names[host].pop(0) if len(names[host]) > 1 else names[host][0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (number, port)) for number in numbers]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+def test_every_number_of_a_name_must_be_public(server, requests, monkeypatch):
+    port = server.rpartition(":")[2]
+    answers(monkeypatch, {"two.example": [["93.184.215.14", "127.0.0.1"]]})
+    with pytest.raises(ImageError, match="private network"):
+        load_image(f"http://two.example:{port}/picture")
+    assert not requests
+
+
+def test_the_connection_goes_to_the_number_that_was_checked(server, requests, monkeypatch):
+    """A name that is public when it is checked and private when it is connected to (DNS rebinding)."""
+    port = server.rpartition(":")[2]
+    monkeypatch.setattr(downloading, "is_public", lambda number: number == "127.0.0.1")
+    answers(monkeypatch, {"turning.example": [["127.0.0.1"], ["127.0.0.2"]]})
+    assert load_image(f"http://turning.example:{port}/picture").size == (6, 4)
+    assert requests == [f"turning.example:{port}"]
+
+
+def test_redirects_are_checked_again(server, requests, monkeypatch):
+    """This machine stands for a public one under a name of its own; its other name is private."""
+    port = server.rpartition(":")[2]
+    monkeypatch.setattr(downloading, "is_public", lambda number: number == "127.0.0.1")
+    answers(monkeypatch, {"open.example": [["127.0.0.1"]], "inside.example": [["127.0.0.2"]]})
+    with pytest.raises(ImageError, match="private network"):
+        load_image(f"http://open.example:{port}/away?http://inside.example:{port}/picture")
+    assert requests == [f"open.example:{port}"]
+
+
+def test_the_next_number_is_tried_where_one_does_not_answer(server, monkeypatch):
+    port = server.rpartition(":")[2]
+    answers(monkeypatch, {"two.example": [["127.0.0.9", "127.0.0.1"]]})
+    assert load_image(private(f"http://two.example:{port}/picture")).size == (6, 4)
+
+
+def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch):
+    """The proxy is in a private network, as they are; what it fetches must not be, as far as the name tells."""
+    monkeypatch.setenv("http_proxy", server)
+    monkeypatch.setenv("no_proxy", "[::1],other.example")
+    answers(monkeypatch, {"public.example": [["93.184.215.14"]], "inside.example": [["10.0.0.1"]]})
+    assert load_image("http://public.example/picture").size == (6, 4)
+    assert requests == ["public.example"]
+    with pytest.raises(ImageError, match="private network"):
+        load_image("http://inside.example/picture")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("http_proxy", "socks5://127.0.0.1:9", "the proxy cannot be used|cannot be reached"),
+        ("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE=/no/such/file cannot be read"),
+    ],
+)
+def test_a_network_that_is_set_up_wrongly_is_named(name, value, said, server, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(DownloadError, match=said):
+        load_image(private(f"{server}/picture"))

@@ -76,6 +76,16 @@ def test_val_is_written_whole_and_evaluate_scores_it(front):
     assert metrics["num_samples"] == metrics["num_masks"] == 2
 
 
+def test_boxes_that_are_no_pixels_are_not_written(front):
+    """Here from 0 to 1, in pictures of 64 x 48 pixels."""
+    refs = [replace(ref, bbox=(0.1, 0.2, 0.3, 0.4)) for ref in world()]
+    save_refer(Path("refer/refcoco"), refs)
+    result = prepared(front)
+    assert result.status == 2
+    assert "dataset_path=refer: all 1 boxes lie within the first pixel: they look like 0 to 1" in result.err
+    assert not (OUT / "refcoco-val.jsonl").exists()
+
+
 def test_the_side_file_says_where_it_came_from(front):
     prepared(front, "split=train", "num_samples=5", "random_seed=7")
     record = json.loads((OUT / "refcoco-train-5-seed7.json").read_text())

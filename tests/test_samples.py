@@ -14,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from localization_heads.data.address import Address
+from localization_heads.data.box_scale import LOOKED_AT, TrueBox, check_scale, find_wrong_scale, true_boxes
+from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import MAX_LINE_BYTES, BadLineError
 from localization_heads.data.samples import (
     Sample,
@@ -81,7 +84,10 @@ def test_truth_and_addresses_are_taken(folder):
     loaded = load_samples(path)
     assert not loaded.bad
     first, second, third = loaded.samples
-    assert (first.image, first.bbox, first.mask) == ("https://example.org/a.png", (0.0, 1.5, 2.0, 3.0), runs)
+    assert first.image == Address("https://example.org/a.png")
+    assert (first.bbox, first.mask) == ((0.0, 1.5, 2.0, 3.0), runs)
+    allowed = load_samples(path, allow_private_addresses=True).samples[0]
+    assert allowed.image == Address("https://example.org/a.png", allow_private=True)
     assert second.mask == [[0.0, 0.0, 4.0, 0.0, 4.0, 3.0]]
     assert third.mask == folder / "sets/dog.png"
     assert third.bbox is None
@@ -132,7 +138,10 @@ BAD_LINES = [
     (line(image_path="a\nb\x1b[31m"), "no such file"),
     (line(image_path="n" * 5000), "too long|no such file"),
     (line(image_path="file:///etc/passwd"), "neither a path nor"),
-    (line(image_path="ftp://example.org/a.png"), "neither a path nor"),
+    (
+        line(image_path="ftp://me:pass/word@example.org/a.png"),
+        r"^'ftp://.../example.org/a.png' is neither a path nor",
+    ),
     (line(image_path="\ud800"), "Unicode"),
     (line(id="../x"), "separator|dot"),
     (line(id="a/b"), "separator"),
@@ -150,8 +159,10 @@ BAD_LINES = [
     (line(bbox=[1, 2, 3, 4, 5]), "'bbox'"),
     (line(bbox="1 2 3 4"), "'bbox'"),
     (line(bbox={"x": 1}), "'bbox'"),
-    (line(bbox=[3, 0, 3, 4]), "empty or turned around"),
-    (line(bbox=[0, 4, 3, 1]), "empty or turned around"),
+    (line(bbox=[3, 0, 3, 4]), "'bbox' is empty: x1 = 3 is not above x0 = 3"),
+    (line(bbox=[0, 4, 3, 1]), "'bbox' is turned around: y1 = 1 is not above y0 = 4"),
+    (line(bbox=[[0] * 4] * 4), "four numbers of pixels, not list"),
+    ('{"bbox": ' + "[" * 900 + "]" * 900 + ", " + line()[1:], "'bbox' has length 1"),
     (line(bbox=[0, 0, True, True]), "'bbox'"),
     (line(bbox=[0, 0, "3", 4]), "'bbox'"),
     (line(bbox=[0, 0, 10**400, 4]), "'bbox'"),
@@ -246,7 +257,154 @@ def test_a_bad_line_does_not_take_its_id(folder):
     assert [sample.line for sample in loaded.samples] == [2]
 
 
+def test_a_home_folder_is_meant_by_its_mark(folder, monkeypatch):
+    """In every path that a line may name."""
+    monkeypatch.setenv("HOME", str(folder))
+    Path("a.pkl").touch()
+    names = {"image_path": "~/images/cat.png", "mask": "~/sets/dog.png", "ignore": "~/sets/dog.png"}
+    (sample,) = load_samples(write(folder, line(**names))).samples
+    assert sample.image == folder / "images/cat.png"
+    assert sample.mask == sample.ignore == folder / "sets/dog.png"
+    lines = [json.dumps({"id": name, "attention_file": f"~/{name}.pkl"}) for name in ("a", "gone")]
+    entries = load_visualization_entries(write(folder, *lines)).entries
+    assert [entry.attention_file for entry in entries] == [folder / "a.pkl", folder / "gone.pkl"]
+    loaded = load_samples(write(folder, line(image_path="~nobody-of-that-name/a.png")))
+    assert "no such file" in loaded.bad[0].reason
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (POINTER, "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+        (f"[{line()}]", "is a JSON array, not JSON lines (one object on each line): `jq -c '.[]' "),
+        (f"[{line()},\n{line()}]", "is a JSON array"),
+        (json.dumps([{"id": "a"}], indent=1), "is a JSON array"),
+        ("\ufeff[\n]", "is a JSON array"),
+        ("[", "is a JSON array"),
+        (
+            json.dumps({"images": [], "annotations": []}, indent=2),
+            "is JSON over several lines, not JSON lines",
+        ),
+    ],
+)
+def test_other_files_are_called_what_they_are(content, said, folder):
+    path = write(folder, content, name="sets/data.json")
+    for load in (load_samples, load_visualization_entries):
+        with pytest.raises(UsageError) as caught:
+            load(path)
+        assert str(caught.value).startswith(f"data_file={path} {said}")
+
+
+def test_a_picture_that_was_not_fetched_is_called_a_pointer(folder):
+    Path("images/cat.png").write_text(POINTER)
+    with pytest.raises(UsageError, match=r"cat\.png: is a Git LFS pointer.*git lfs pull"):
+        load_image("images/cat.png")
+
+
 # ------------------------------------------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize(
+    "box", [[1, 2, 3, 4.5], (1, 2, 3, 4.5), np.array([1, 2, 3, 4.5]), [np.float32(1), np.int64(2), 3, 4.5]]
+)
+def test_a_sample_takes_a_box_of_any_kind(box):
+    sample = Sample("a.png", "the cat", bbox=box)
+    assert sample.bbox == (1.0, 2.0, 3.0, 4.5)
+    assert all(type(number) is float for number in sample.bbox)
+
+
+def test_a_sample_takes_a_box_that_is_a_tensor():
+    torch = pytest.importorskip("torch")
+    assert Sample("a.png", "the cat", bbox=torch.tensor([1, 2, 3, 4])).bbox == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        ((5, 0, 3, 4), r"^sample 'the cat': 'bbox' is turned around: x1 = 3 is not above x0 = 5"),
+        ((0, 4, 3, 1), r"y1 = 1 is not above y0 = 4.*of \[x, y, width, height\], write \[x, y, x \+ width"),
+        ((0, 4, 3, 4), "'bbox' is empty: y1 = 4"),
+        ((1, 2, 3), "'bbox' has length 3: it must be four numbers"),
+        (np.zeros((1, 4)), "'bbox' has length 1"),
+        (np.zeros((4, 4)), "'bbox' must hold four numbers of pixels, not list"),
+        ((0, 0, math.nan, 1), "four numbers of pixels: nan is none"),
+        (np.array([0, 0, np.inf, 1]), "four numbers of pixels: inf is none"),
+        ("1 2 3 4", "'bbox' must be four numbers"),
+        ((0, 0, "3", 4), "four numbers of pixels, not '3'"),
+        ((0, 0, 10**5000, 4), "a number so large is none"),
+    ],
+)
+def test_a_sample_says_what_is_wrong_with_its_box(box, said):
+    with pytest.raises(UsageError, match=said) as caught:
+        Sample("a.png", "the cat", bbox=box)
+    assert str(caught.value).isprintable()
+    with pytest.raises(UsageError, match=r"^a: 'bbox'"):
+        Sample("a.png", "the cat", id="a", bbox=box)
+
+
+def test_what_is_shown_of_a_sample_has_no_secret():
+    sample = Sample("https://me:SECRET@example.org/a.png?SECRET", "the cat")
+    assert sample.image_file == "https://example.org/a.png?..."
+    assert "SECRET" not in repr(sample)
+    assert sample.image_key == "https://me:SECRET@example.org/a.png?SECRET"
+
+
+# ----------------------------------------------------------------------------------------- pixels or not
+
+PHOTO = (640, 480)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "sizes", "said", "certain"),
+    [
+        # Pixels: nothing is said.
+        ([(10, 20, 300, 400)], [PHOTO], None, False),
+        ([(0, 0, 640, 480), (0, 0, 644, 490)], [PHOTO] * 2, None, False),  # a little outside
+        ([(0, 0, 1, 1)], [(4, 3)], None, False),  # a tiny picture
+        ([(1, 1, 3, 3), (0, 0, 2, 2)], [PHOTO] * 2, None, False),  # tiny objects
+        ([(10, 20, 990, 900)] * 50, [(1000, 1000)] * 50, None, False),  # the same in both
+        ([(10, 20, 990, 900)] * 19, [(2000, 1500)] * 19, None, False),  # too few to tell
+        ([(10, 20, 990, 900)] * 50, [(2000, 1200)] * 50, None, False),
+        ([(10, 20, 400, 300)] * 50, [(2000, 1500)] * 50, None, False),  # all in a corner
+        # From 0 to 1.
+        ([(0.1, 0.2, 0.7, 0.9)], [PHOTO], "all 1 boxes lie within the first pixel", True),
+        ([(0.1, 0.2, 0.7, 0.9), (0, 0, 1, 1)], [PHOTO, (0, 0)], "look like 0 to 1", True),
+        ([(0, 0, 1.02, 1), (9, 9, 20, 20)], [PHOTO] * 2, "1 of the 2 boxes lie within", False),
+        # From 0 to 1000: (290, 340, 840, 830) of 384 x 384 pixels, (160, 80, 840, 980) of 451 x 300.
+        ([(290, 340, 840, 830), (160, 80, 840, 980)], [(384, 384), (451, 300)], "2 of 2 boxes reach far", True),
+        ([(290, 340, 840, 830), (10, 10, 90, 90)], [(384, 384)] * 2, "1 of 2 boxes reach far", False),
+        ([(290, 340, 840, 830)], [(384, 384)], "1 of 1 boxes reach far", False),  # one may be a slip
+        ([(290, 340, 840, 830), (0, 0, 1500, 90)], [(384, 384)] * 2, "of larger copies", False),
+        ([(10, 20, 990, 900)] * 20, [(2000, 1500)] * 20, "none of the 20 boxes in pictures of 1250", False),
+    ],
+)  # fmt: skip
+def test_boxes_that_are_no_pixels_are_told(boxes, sizes, said, certain):
+    found = find_wrong_scale(np.array(boxes, float), np.array(sizes))
+    if said is None:
+        assert found is None
+    else:
+        assert said in found.what
+        assert found.is_certain is certain
+
+
+def test_an_error_about_boxes_names_one_and_a_note_only_says_it(caplog):
+    boxes = [TrueBox("line 3 (a)", (290, 340, 840, 830), (384, 384))]
+    check_scale(boxes, "data_file")
+    assert "data_file: 1 of 1 boxes" in caplog.text
+    with pytest.raises(
+        UsageError, match=r"such as \[290, 340, 840, 830\] in a picture of 384 x 384 pixels \(line 3"
+    ):
+        check_scale(boxes * 2, "data_file")
+
+
+def test_of_a_large_data_set_some_pictures_are_looked_at(folder):
+    samples = [Sample(Path("images/cat.png"), "the cat", bbox=(0, 0, 4, 3))] * 1000
+    found = true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
+    assert len(found) == 1001
+    assert sum(one.size == (4, 3) for one in found) == LOOKED_AT - 1  # the last is gone
 
 
 @given(
@@ -303,11 +461,13 @@ def test_any_bytes_become_reasons_or_one_error(content):
         path.write_bytes(content)
         try:
             loaded = load_samples(path)
-        except UsageError:
-            assert not content.removeprefix(b"\xef\xbb\xbf").strip()
+        except UsageError as error:
+            refused = str(error)
+        else:
+            assert not loaded.samples
+            assert {bad.line for bad in loaded.bad} <= set(range(1, content.count(b"\n") + 2))
             return
-        assert not loaded.samples
-        assert {bad.line for bad in loaded.bad} <= set(range(1, content.count(b"\n") + 2))
+    assert re.search(r"is empty|is a JSON array|is JSON over several|is a Git LFS", refused)
 
 
 # ------------------------------------------------------------------------------------------------- masks

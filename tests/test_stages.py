@@ -28,6 +28,9 @@ from tiny_models import llava_model, llava_processor
 
 import localization_heads as lh
 from localization_heads.api import ground
+from localization_heads.data import download as downloading
+from localization_heads.data import images
+from localization_heads.data.address import Address
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.evaluation.metrics import pointing_hit
 from localization_heads.heads.head import Head
@@ -279,9 +282,72 @@ def test_wrong_input_is_named(front: Front, options: list[str], said: str) -> No
 
 def test_an_address_without_a_network(front: Front) -> None:
     """A failure of the work, soon, that names the address."""
-    result = front.finder("stage=collect", "image_file=http://127.0.0.1:9/cat.png", "query=the dog")
+    options = ("stage=collect", "image_file=http://127.0.0.1:9/cat.png", "query=the dog")
+    result = front.finder(*options, "allow_private_addresses=true")
     assert result.status == 1
     assert "http://127.0.0.1:9/cat.png: cannot be reached" in one_line(result.err)
+
+
+@pytest.mark.parametrize("stage", ["collect", "pipeline", "ground", "doctor"])
+def test_a_private_address_is_refused_unless_it_is_asked_for(front: Front, stage: str) -> None:
+    result = front.finder(f"stage={stage}", "image_file=http://127.0.0.1:9/cat.png", "query=the dog")
+    assert result.status == 2
+    assert "private network" in one_line(result.err)
+    assert "allow_private_addresses=true" in result.err
+    result = front.chat("image_file=http://127.0.0.1:9/cat.png", "query=the dog")
+    assert (result.status, "private network" in one_line(result.err)) == (2, True)
+
+
+def test_a_private_address_in_a_data_file_costs_its_entry(front: Front) -> None:
+    entry = {"id": "a", "prompt": "the dog", "image_path": "http://127.0.0.1:9/cat.png"}
+    write_lines(Path("data.jsonl"), [entry, {**entry, "id": "b", "image_path": "cat.png"}])
+    options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "visualize_batch=false")
+    for more, said in ((), "private network"), (("allow_private_addresses=true",), "cannot be reached"):
+        assert front.finder(*options, *more).status == 1
+        lines = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
+        assert [line["id"] for line in lines] == ["b", "a"]
+        assert said in lines[1]["error"]
+
+
+def test_secrets_of_an_address_are_in_no_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in its name either; and two addresses that differ in nothing else are two pictures."""
+    asked = []
+
+    def download(address: Address) -> bytes:
+        asked.append(address.url)
+        return Path("cat.png").read_bytes()
+
+    monkeypatch.setattr(images, "download", download)
+    address = "https://me:SECRET@example.org/cat.png?token=SECRET"
+    write_lines(
+        Path("data.jsonl"),
+        [
+            {"id": id, "prompt": "the dog", "image_path": f"{address}{id}", "bbox": [2, 2, 30, 30]}
+            for id in ("a", "b")
+        ],
+    )
+    commands = (
+        ("stage=collect", f"image_file={address}", "query=the dog"),
+        ("stage=ground", f"image_file={address}", "query=the dog", "heads=[2-0]"),
+        ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]", "bootstrap=image", "controls=false"),
+        ("stage=batch", "data_file=data.jsonl", "visualize_limit=0"),
+    )
+    for command in commands:
+        result = front.finder(*command)
+        assert result.status == 0, result.err
+        assert "SECRET" not in result.out + result.err
+        assert "without the picture" not in result.err
+    assert {f"{address}a", f"{address}b"} <= set(asked)
+    written = [path for path in Path("outputs").rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert not [path for path in written if b"SECRET" in path.read_bytes() or "SECRET" in path.name]
+    path = front.out / "attention/cat_the-dog.pkl"
+    assert load_attention(path).image_file == "https://example.org/cat.png?..."
+    monkeypatch.setattr(images, "download", downloading.download)
+    result = front.visualize(f"attention_file={path}")
+    assert (
+        "drawing without the picture: https://example.org/cat.png?...: cannot be fetched again" in result.err
+    )
 
 
 def test_a_model_that_is_not_here(front: Front) -> None:
@@ -338,7 +404,13 @@ def test_a_picture_that_is_gone_costs_only_the_picture(front: Front) -> None:
     assert result.err.count("note: drawing without the picture: cat.png: no such file") == 1
     content = load_pickle(path)
     path.write_bytes(pickle.dumps({**content, "image_file": "http://127.0.0.1:9/cat.png"}))
-    assert front.finder("stage=visualize", f"attention_file={path}").status == 0
+    for run in (front.finder, front.visualize):
+        stage = ["stage=visualize"] if run == front.finder else []
+        result = run(*stage, f"attention_file={path}")  # a stranger's file does not choose whom to ask
+        assert result.status == 0
+        assert "drawing without the picture: http://127.0.0.1:9/cat.png: leads to this machine" in result.err
+        result = run(*stage, f"attention_file={path}", "allow_private_addresses=true")
+        assert "drawing without the picture: http://127.0.0.1:9/cat.png: cannot be reached" in result.err
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def converse(run: Run) -> int:
 
 def start(run: Run) -> Conversation:
     """A conversation about `image_file`, if one is named."""
-    image = load_image(str(run["image_file"])) if run["image_file"] else None
+    image = load_image(run.picture(run["image_file"])) if run["image_file"] else None
     return Conversation(run.lvlm, image, run["max_new_tokens"])
 
 
@@ -81,7 +81,7 @@ class Session:
     conversation: Conversation
 
     def __post_init__(self) -> None:
-        self.image_name = str(self.run["image_file"] or "")
+        self.image_name = str(self.run.picture(self.run["image_file"] or ""))
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.look_at,
             "/ground": self.ground,
@@ -108,10 +108,11 @@ class Session:
     def look_at(self, path: str) -> None:
         if not path:
             raise UsageError("write /image PATH")
-        image = load_image(path)
+        picture = self.run.picture(path)
+        image = load_image(picture)
         self.conversation.look_at(image)
-        self.image_name = path
-        say(f"looking at {path}, {image.width} x {image.height} pixels")
+        self.image_name = str(picture)
+        say(f"looking at {picture}, {image.width} x {image.height} pixels")
 
     def ground(self, expression: str) -> None:
         """Print the box and save the overlay."""
@@ -183,7 +184,15 @@ def _history() -> History:
         path.touch(mode=0o600)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(path))
+
+    class Lines(FileHistory):
+        """Without the addresses, which may hold passwords."""
+
+        def store_string(self, string: str) -> None:
+            if "://" not in string:
+                super().store_string(string)
+
+    return Lines(str(path))
 
 
 def completer() -> Completer:

@@ -1,13 +1,30 @@
-"""Pictures from http(s) addresses, bounded in time, size and redirects."""
+"""Pictures from http(s) addresses, bounded in time, size and redirects, and kept out of private networks.
+
+A name is looked up once, every address that it has is checked, and the connection is made to one of those: a name
+that answers differently the second time gains nothing. Each redirect is checked in the same way. Behind a proxy it is
+the proxy that connects; there the name is checked as far as this machine can look it up.
+"""
 
 from __future__ import annotations
 
+import base64
+import ipaddress
+import os
+import socket
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+from urllib.request import getproxies, proxy_bypass
 
-from localization_heads.data.image_error import ImageError, is_address
+from localization_heads.data.address import Address, is_partial, without_secrets
+from localization_heads.data.image_error import ImageError, shown_name
 from localization_heads.errors import WorkError
+
+if TYPE_CHECKING:
+    import httpx
 
 MAX_BYTES = 32 << 20
 MAX_SECONDS = 30.0
@@ -15,32 +32,31 @@ MAX_REDIRECTS = 5
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 10.0
 
+PRIVATE = (
+    "leads to this machine or into a private network, where pictures are not fetched from unless "
+    "allow_private_addresses=true (in Python: Address(..., allow_private=True))"
+)
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
 
 class DownloadError(WorkError):
-    """The network failed: no connection, a time-out, a server in trouble. `path` is the address."""
+    """The network failed: no connection, a time-out, a server in trouble. `path` is the address, without secrets."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = path
+    def __init__(self, path: str | Address, reason: str) -> None:
+        super().__init__(f"{shown_name(path)}: {reason}")
+        self.path = without_secrets(str(path))
         self.reason = reason
 
 
-def shown_address(address: str) -> str:
-    """The address for people: without user name and password, and not endless."""
-    scheme, colon, rest = address.partition("://")
-    host, slash, tail = rest.partition("/")
-    text = scheme + colon + host.rpartition("@")[2] + slash + tail
-    printable = "".join(char if char.isprintable() else "?" for char in text)
-    return printable if len(printable) <= 200 else printable[:199] + "~"
-
-
-def download(address: str, *, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
+def download(address: Address, *, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
     """The bytes at `address`.
 
     The work is done in a thread that is left behind when `max_seconds` are over: name look-ups and servers
     that send a byte now and then obey no other limit. Raises ImageError where the address is at fault
-    (not found, too large, a redirect to somewhere else), DownloadError where the network is.
+    (not found, private, too large, a redirect to somewhere else), DownloadError where the network is.
     """
+    if is_partial(address.url):
+        raise ImageError(address, "cannot be fetched again: its query or password was not stored")
     outcome: list[bytes | BaseException] = []
     deadline = time.monotonic() + max_seconds
 
@@ -54,45 +70,149 @@ def download(address: str, *, max_bytes: int = MAX_BYTES, max_seconds: float = M
     thread.start()
     thread.join(max_seconds)
     if not outcome:
-        raise DownloadError(shown_address(address), f"not there after {max_seconds:g} s")
+        raise DownloadError(address, f"not there after {max_seconds:g} s")
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
 
 
-def _fetch(address: str, max_bytes: int, deadline: float) -> bytes:
+def _fetch(address: Address, max_bytes: int, deadline: float) -> bytes:
     import httpx
 
-    name = shown_address(address)
-    timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
-    # Compressed answers could grow without limit when unpacked, so none is asked for.
-    headers = {"User-Agent": "localization-heads", "Accept": "image/*", "Accept-Encoding": "identity"}
     try:
-        with httpx.Client(timeout=timeout, headers=headers, follow_redirects=False) as client:
-            for _ in range(MAX_REDIRECTS + 1):
-                with client.stream("GET", address) as answer:
-                    if not answer.has_redirect_location:
-                        return _content(answer, name, max_bytes, deadline)
-                    target = str(answer.url.join(answer.headers["location"]))
-                if not is_address(target):
-                    raise ImageError(name, f"redirects to {shown_address(target)}, which is not http(s)")
-                address = target
+        url = httpx.URL(address.url)
+        for _ in range(MAX_REDIRECTS + 1):
+            with _answer(address, url) as answer:
+                if not answer.has_redirect_location:
+                    return _content(answer, address, max_bytes, deadline)
+                url = url.join(answer.headers["location"])
+            if url.scheme not in ("http", "https"):
+                raise ImageError(address, f"redirects to {shown_name(str(url))}, which is not http(s)")
     except httpx.TimeoutException as error:
-        raise DownloadError(name, "the server does not answer in time") from error
-    except httpx.UnsupportedProtocol as error:
-        raise ImageError(name, "not an http(s) address") from error
-    except httpx.TransportError as error:
-        raise DownloadError(name, f"cannot be reached: {_reason(error)}; is this machine offline?") from error
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ImageError(name, f"not a usable address ({_reason(error)})") from error
-    raise ImageError(name, f"more than {MAX_REDIRECTS} redirects")
+        raise DownloadError(address, "the server does not answer in time") from error
+    except (httpx.TransportError, OSError) as error:
+        raise DownloadError(
+            address, f"cannot be reached: {_reason(error)}; is this machine offline?"
+        ) from error
+    except (httpx.InvalidURL, ValueError):  # whose messages quote what may be a password
+        raise ImageError(
+            address, "not a usable address (in a user name or password, write / as %2F and @ as %40)"
+        ) from None
+    raise ImageError(address, f"more than {MAX_REDIRECTS} redirects")
+
+
+@contextmanager
+def _answer(address: Address, url: httpx.URL) -> Iterator[httpx.Response]:
+    """The answer to one request. A transport is used and not a client, which would log the whole address."""
+
+    proxy = _proxy(url)
+    found = _checked_addresses(address, url, proxy)
+    with _transport(address, proxy) as transport:
+        answer = _first_answer(transport, [None] if proxy else found, url)
+        try:
+            yield answer
+        finally:
+            answer.close()
+
+
+def _transport(address: Address, proxy: str | None) -> httpx.HTTPTransport:
+    import httpx
+
+    try:
+        return httpx.HTTPTransport(proxy=proxy)
+    except OSError as error:
+        name = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "")
+        raise DownloadError(
+            address, f"{name}={os.environ.get(name)} cannot be read ({_reason(error)})"
+        ) from error
+    except ImportError as error:  # the protocol of the proxy
+        raise DownloadError(address, f"the proxy cannot be used: {_reason(error)}") from error
+
+
+def _first_answer(transport: httpx.HTTPTransport, places: list[Any], url: httpx.URL) -> httpx.Response:
+    """Of the first of the machines that can be connected to; None leaves the look-up to the proxy."""
+    import httpx
+
+    for place in places[:-1]:
+        try:
+            return transport.handle_request(_request(url, place))
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            continue
+    return transport.handle_request(_request(url, places[-1]))
+
+
+def _request(url: httpx.URL, place: str | None) -> httpx.Request:
+    """A request that goes to the machine `place`, under the name that `url` has for it."""
+    import httpx
+
+    timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+    headers = {
+        "Host": url.netloc.decode("ascii"),
+        "User-Agent": "localization-heads",
+        "Accept": "image/*",
+        # A compressed answer could grow without limit when it is unpacked, so none is asked for.
+        "Accept-Encoding": "identity",
+    }
+    if url.userinfo:
+        secret = unquote(url.userinfo.decode("ascii")).encode()
+        secret = secret if b":" in secret else secret + b":"
+        headers["Authorization"] = f"Basic {base64.b64encode(secret).decode()}"
+    extensions: dict[str, Any] = {"timeout": timeout.as_dict()}
+    if place is not None:
+        extensions["sni_hostname"] = url.raw_host.decode("ascii")  # whom the certificate must name
+        url = url.copy_with(host=place)
+    return httpx.Request("GET", url, headers=headers, extensions=extensions)
+
+
+def _checked_addresses(address: Address, url: httpx.URL, proxy: str | None) -> list[str]:
+    """The numeric addresses of the host. ImageError if one of them is private and that is not allowed."""
+    host, port = url.raw_host.decode("ascii"), url.port or {"http": 80, "https": 443}[url.scheme]
+    if not host:
+        raise ImageError(address, "names no machine")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        if proxy:
+            return []
+        raise
+    numbers = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    if not address.allow_private and not all(is_public(number) for number in numbers):
+        raise ImageError(address, PRIVATE)
+    return numbers
+
+
+def is_public(number: str) -> bool:
+    """Whether a numeric address is one of the open internet, also where it stands inside an IPv6 address.
+
+    >>> is_public("93.184.215.14"), is_public("10.0.0.1"), is_public("::ffff:127.0.0.1")
+    (True, False, False)
+    """
+    ip = ipaddress.ip_address(number.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not (
+        ip.is_multicast or ip.is_reserved or ip.is_unspecified or getattr(ip, "is_site_local", False)
+    )
+
+
+def _proxy(url: httpx.URL) -> str | None:
+    """The proxy that the environment (or the system) names for this address."""
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def _content(answer: Any, name: str, max_bytes: int, deadline: float) -> bytes:
+def _content(answer: httpx.Response, name: Address, max_bytes: int, deadline: float) -> bytes:
     """The body of an answer, cut off where a limit is passed."""
     if answer.status_code >= 500:
         raise DownloadError(name, f"the server answers {answer.status_code} {answer.reason_phrase}".rstrip())

@@ -1,9 +1,10 @@
-"""What is said about a picture that cannot be used, and what tells an address from a path."""
+"""What is said about a picture that cannot be used."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from localization_heads.data.address import Address, without_secrets
 from localization_heads.errors import UsageError
 
 
@@ -15,18 +16,14 @@ class ImageError(UsageError):
         reason: what is wrong with it.
     """
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{_printable(str(path))}: {reason}")
-        self.path = str(path)
+    def __init__(self, path: str | Path | Address, reason: str) -> None:
+        super().__init__(f"{shown_name(path)}: {reason}")
+        self.path = without_secrets(str(path))
         self.reason = reason
 
 
-def is_address(source: object) -> bool:
-    """Whether `source` is an http(s) address and not a path."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
-
-
-def _printable(name: str) -> str:
-    """A name from a data set as part of a message: on one line and not endless."""
+def shown_name(name: str | Path | Address) -> str:
+    """The name of a picture for people: an address without its secrets, on one line and not endless."""
+    name = without_secrets(str(name))
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return "".join(char if char.isprintable() else "?" for char in name)

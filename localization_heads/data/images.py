@@ -1,62 +1,85 @@
 """Pictures from anywhere, as RGB: `load_image`.
 
 Notable choices: the camera's orientation (EXIF) is applied; transparent parts are laid on white; 16-bit
-pictures are scaled to 8 bits; of an animation the first frame is taken. The number of pixels is checked in
-the header, before anything is decoded, and only raster formats that cannot run anything are opened.
+pictures are scaled to 8 bits; of an animation the first frame is taken.
+
+What a hostile file could cost is bounded before anything is decoded. Only the formats of `FORMATS` are opened: those
+that data sets come in, raster formats that cannot run or fetch anything. Vector formats (EPS, SVG, PDF) and the
+rare ones of Pillow's forty are not. The number of pixels is read from the header; it is lower for the variants that
+Pillow decodes in Python (text PPM, 16-bit PPM, BMP with run lengths), some 1 s a megapixel. JPEGs of more scans than
+any encoder writes, and tags that point at more than the file holds, are refused (`image_headers`).
 """
 
 from __future__ import annotations
 
 import stat
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from localization_heads.data.download import MAX_BYTES, download, shown_address
-from localization_heads.data.image_error import ImageError, is_address
+from localization_heads.data import lfs
+from localization_heads.data.address import Address, is_address
+from localization_heads.data.download import MAX_BYTES, download
+from localization_heads.data.image_error import ImageError
+from localization_heads.data.image_headers import orientation, scan_problem, tag_problem, upright_size
+from localization_heads.data.quiet import quiet_decoders
 from localization_heads.errors import UsageError
 
 MAX_PIXELS = 64_000_000
+MAX_SLOW_PIXELS = 4_000_000
+"""Of pictures that are decoded in Python."""
+MAX_SLOW_BYTES = 64 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that swap width and height."""
+
+Picture = Image.Image | str | Path | Address
+"""What a picture is named by: itself, a path, or an http(s) address."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
 
 
-def load_image(source: Image.Image | str | Path, *, base: str | Path | None = None) -> Image.Image:
+def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Image:
     """The picture as a PIL image of mode RGB, whole in memory.
 
     Args:
-        source: a path, an http(s) address, or an image (converted, and under the same pixel limit).
+        source: a path (`~` is the home folder), an http(s) address, or an image (converted, and under the same pixel
+            limit). An address that may lead into a private network is an `Address` that says so.
         base: a folder in which a relative path is tried when the working directory does not have it.
 
     Raises ImageError; for an address also DownloadError (a WorkError) when the network fails.
     """
     if isinstance(source, Image.Image):
         _check_pixels("image", source.size)
-        return _decoded("image", source)
+        with quiet_decoders():
+            return _decoded("image", source)
     if is_address(source):
-        address = str(source)
-        with _opened(shown_address(address), BytesIO(download(address)), FORMATS) as image:
-            return _decoded(shown_address(address), image)
-    path = find_file(source, base)
+        address = source if isinstance(source, Address) else Address(str(source))
+        with _opened(address, BytesIO(download(address)), FORMATS) as image:
+            return _decoded(address, image)
+    path = find_file(source, base)  # type: ignore[arg-type]
     with open_raster(path) as image:
         return _decoded(path, image)
 
 
-def image_size(source: Image.Image | str | Path) -> tuple[int, int]:
+def image_size(source: Picture) -> tuple[int, int]:
     """`(W, H)` of the picture that `load_image` gives, from the header of a file. Raises what `load_image` does."""
-    if isinstance(source, Image.Image):
-        return source.size
-    if is_address(source):
+    if isinstance(source, Image.Image) or is_address(source):
         return load_image(source).size
-    with open_raster(find_file(source)) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
-        return image.size[::-1] if turned else image.size
+    with open_raster(find_file(source)) as image:  # type: ignore[arg-type]
+        return upright_size(image)
 
 
 def check_image(name: str, content: bytes) -> tuple[str, tuple[int, int]]:
@@ -68,8 +91,11 @@ def check_image(name: str, content: bytes) -> tuple[str, tuple[int, int]]:
 
 
 def find_file(source: str | Path, base: str | Path | None = None) -> Path:
-    """The path against the working directory, or else against `base`. ImageError if neither is a file."""
-    path = Path(source)
+    """The path against the working directory, or else against `base`; `~` is the home folder.
+
+    Raises ImageError if neither is a file.
+    """
+    path = expanded(source)
     places = [path] if base is None or path.is_absolute() else [path, Path(base) / path]
     for place in places:
         reason = _unreadable(place)
@@ -79,6 +105,14 @@ def find_file(source: str | Path, base: str | Path | None = None) -> Path:
             raise ImageError(place, reason)
     also = f" (nor in {base})" if len(places) > 1 else ""
     raise ImageError(source, "no such file" + also)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` as the home folder; one of a user who is not there stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _unreadable(path: Path) -> str | None:
@@ -111,14 +145,14 @@ def open_raster(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.
 
 
 @contextmanager
-def _opened(name: str | Path, file: object, formats: Sequence[str]) -> Iterator[Image.Image]:
-    if not file.read(1):  # type: ignore[attr-defined]
-        raise ImageError(name, "the file is empty")
-    file.seek(0)  # type: ignore[attr-defined]
+def _opened(name: str | Path | Address, file: BinaryIO, formats: Sequence[str]) -> Iterator[Image.Image]:
     try:
-        image = _open_header(name, file, formats)
-        _check_pixels(name, image.size)
-        yield image
+        _check_beginning(name, file)
+        with quiet_decoders():
+            image = _open_header(name, file, formats)
+            _check_pixels(name, image.size)
+            _check_effort(name, file, image)
+            yield image
     except (UsageError, KeyboardInterrupt):
         raise
     except MemoryError as error:
@@ -127,60 +161,84 @@ def _opened(name: str | Path, file: object, formats: Sequence[str]) -> Iterator[
         raise ImageError(name, f"broken or cut short ({_one_line(error)})") from error
 
 
-def _open_header(name: str | Path, file: object, formats: Sequence[str]) -> Image.Image:
+def _check_beginning(name: str | Path | Address, file: BinaryIO) -> None:
+    beginning = file.read(64)
+    if not beginning:
+        raise ImageError(name, "the file is empty")
+    if lfs.is_pointer(beginning):
+        raise ImageError(name, lfs.IS_POINTER)
+    if problem := tag_problem(file):
+        raise ImageError(name, f"broken ({problem})")
+
+
+def _open_header(name: str | Path | Address, file: BinaryIO, formats: Sequence[str]) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # our limit, which names the size, is below Pillow's
-            return Image.open(file, formats=formats)  # type: ignore[arg-type]
+        return Image.open(file, formats=list(formats))
     except UnidentifiedImageError as error:
         raise ImageError(name, f"not a picture in a known format ({', '.join(formats)})") from error
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         _check_pixels(name, _bomb_size(file, formats))
         raise
 
 
-def _bomb_size(file: object, formats: Sequence[str]) -> tuple[int, int]:
+def _bomb_size(file: BinaryIO, formats: Sequence[str]) -> tuple[int, int]:
     """The size in a header that `Image.open` refuses to show."""
     for format in formats:
-        file.seek(0)  # type: ignore[attr-defined]
+        file.seek(0)
         try:
-            return Image.OPEN[format][0](file, "").size  # type: ignore[arg-type]
+            return Image.OPEN[format][0](file, "").size
         except Exception:  # not this format
             continue
     raise ValueError("no size")
 
 
-def _check_pixels(name: str | Path, size: tuple[int, int]) -> None:
+def _check_pixels(name: str | Path | Address, size: tuple[int, int], limit: int | None = None) -> None:
     width, height = size
+    limit = MAX_PIXELS if limit is None else limit
     if width < 1 or height < 1:
         raise ImageError(name, "the picture has no pixels")
-    if width * height > MAX_PIXELS:
-        megapixels, limit = width * height / 1e6, MAX_PIXELS / 1e6
-        raise ImageError(name, f"{width} x {height} = {megapixels:.4g} MP, over the limit of {limit:.4g} MP")
+    if width * height > limit:
+        megapixels = width * height / 1e6
+        raise ImageError(
+            name, f"{width} x {height} = {megapixels:.4g} MP, over the limit of {limit / 1e6:.4g} MP"
+        )
+
+
+def _check_effort(name: str | Path | Address, file: BinaryIO, image: Image.Image) -> None:
+    """What takes minutes to decode is refused, where pixels alone do not tell."""
+    if any(tile[0] in Image.DECODERS for tile in image.tile):  # type: ignore[attr-defined]
+        _check_pixels(name, image.size, MAX_SLOW_PIXELS)
+        place = file.tell()
+        size = file.seek(0, SEEK_END)
+        file.seek(place)
+        if size > MAX_SLOW_BYTES:
+            limit = f"{MAX_SLOW_BYTES >> 20} MB for a {image.format} that is decoded slowly"
+            raise ImageError(name, f"larger than the limit of {limit}")
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def _decoded(name: str | Path, image: Image.Image) -> Image.Image:
+def _decoded(name: str | Path | Address, image: Image.Image) -> Image.Image:
     """The pixels of an opened picture, upright and RGB."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd camera data and the like: the picture is read or refused
-            image.load()
-            return _to_rgb(_upright(image))
-    except (KeyboardInterrupt, MemoryError):
+        turn = orientation(image)
+        if image.format in ("JPEG", "MPO") and (problem := _scan_problem(image)):
+            raise ImageError(name, problem)
+        image.load()
+        rgb = _to_rgb(image)
+        return rgb.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else rgb
+    except (UsageError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on garbage
         raise ImageError(name, f"broken or cut short ({_one_line(error)})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a picture with broken camera data is still a picture
-        return image
+def _scan_problem(image: Image.Image) -> str | None:
+    """Of a file that is not decoded yet."""
+    file = getattr(image, "fp", None)
+    return scan_problem(file) if file is not None and image.tile else None  # type: ignore[attr-defined]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
+from localization_heads.data import lfs
 from localization_heads.errors import UsageError
 
 MAX_LINE_BYTES = 1 << 20
@@ -42,7 +44,8 @@ class BadLineError(ValueError):
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
     """Yield `(line number, object)` of every line that is not blank, or a BadLineError in its place.
 
-    Raises UsageError when the file cannot be read. A line over 1 MB is passed over without being held.
+    Raises UsageError when the file cannot be read, or is plainly something else: one JSON value over many lines, a
+    JSON array, a Git LFS pointer. A line over 1 MB is passed over without being held.
     """
     try:
         if path.is_dir():
@@ -52,6 +55,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineErro
             raise UsageError(f"data_file={path}: no such file{hint}")
         with path.open("rb") as file:
             number = 0
+            _check_beginning(path, file)
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
@@ -64,6 +68,24 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineErro
                     yield number, _parse(line)
     except (OSError, ValueError) as error:
         raise UsageError(f"data_file={path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_beginning(path: Path, file: BinaryIO) -> None:
+    """UsageError for a file that is no JSON lines from its first character on. The file is left at its beginning."""
+    beginning = file.read(4096)
+    file.seek(0)
+    if lfs.is_pointer(beginning):
+        raise UsageError(f"data_file={path} {lfs.IS_POINTER}")
+    beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
+    # A line like [1, 2] may be one bad line among good ones; an array of objects, or a bracket alone, is not.
+    array = re.match(rb"\[\s*(\{|\n|\Z)", beginning)
+    if array or re.match(rb"\{\s*?\n", beginning):
+        target = path.with_name(f"{path.stem}-lines.jsonl")
+        what, query = ("a JSON array", ".[]") if array else ("JSON over several lines", ".")
+        raise UsageError(
+            f"data_file={path} is {what}, not JSON lines (one object on each line): "
+            f"`jq -c '{query}' {path} > {target}` makes them"
+        )
 
 
 def _parse(line: bytes) -> dict[str, Any] | BadLineError:

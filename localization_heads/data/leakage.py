@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from localization_heads.data.image_error import is_address
+from localization_heads.data.address import is_address
 from localization_heads.data.jsonl import read_objects
 from localization_heads.data.reference import coco_picture_of
 from localization_heads.data.samples import Sample
@@ -29,7 +29,7 @@ def picture_keys(samples: Iterable[Sample]) -> list[str | None]:
         if sample.picture:
             keys.append(sample.picture)
             continue
-        name = sample.image_file
+        name = sample.image_key
         if name not in known:
             known[name] = _file_key(name)
         keys.append(known[name])

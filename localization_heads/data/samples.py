@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box, misses_picture
-from localization_heads.data.image_error import ImageError, is_address
-from localization_heads.data.images import find_file
+from localization_heads.data.address import Address, is_address, picture_source, without_secrets
+from localization_heads.data.image_error import ImageError
+from localization_heads.data.images import Picture, expanded, find_file
 from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import UsageError
@@ -28,15 +29,17 @@ class Sample:
     """A picture and an expression that names something in it, with the truth where it is known.
 
     Args:
-        image: a picture, the path of one, or an http(s) address.
-        bbox: xyxy in pixels of the image.
+        image: a picture, the path of one, or an http(s) address, which becomes an `Address`.
+        bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
         ignore: the same for the pixels that do not count when masks are scored (ReasonSeg has them).
         picture: a name of the picture that its other copies share (such as coco:581857), "" if it has none.
         line: where in its data set it stands, from 1; 0 if it comes from elsewhere.
+
+    Raises UsageError for a box that is none.
     """
 
-    image: Image.Image | str | Path
+    image: Picture
     expression: str
     id: str = ""
     bbox: Box | None = None
@@ -45,10 +48,24 @@ class Sample:
     ignore: MaskSource | None = field(default=None, repr=False)
     picture: str = ""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.image, str):
+            object.__setattr__(self, "image", picture_source(self.image))
+        if self.bbox is not None:
+            try:
+                object.__setattr__(self, "bbox", check_box(self.bbox))
+            except BadLineError as error:
+                raise UsageError(f"{where(self)}: {error}") from error
+
     @property
     def image_file(self) -> str:
-        """The picture's path or address as text, "" for a picture in memory."""
+        """The picture's path, or its address without what may be secret; "" for a picture in memory."""
         return "" if isinstance(self.image, Image.Image) else str(self.image)
+
+    @property
+    def image_key(self) -> str:
+        """What tells the picture from others: its path or its whole address, never to be stored; "" as above."""
+        return self.image.url if isinstance(self.image, Address) else self.image_file
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,12 @@ class VisualizationFile:
     bad: list[BadEntry]
 
 
-def load_samples(data_file: str | Path) -> SampleFile:
-    """Read a data set. Bad lines are in `.bad`; UsageError if the file is missing, unreadable or empty."""
+def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False) -> SampleFile:
+    """Read a data set. Bad lines are in `.bad`; UsageError if the file is missing, unreadable or empty.
+
+    Args:
+        allow_private_addresses: whether the addresses in it may lead to this machine or into a private network.
+    """
     path = Path(data_file)
     ids = _Ids()
     samples: list[Sample] = []
@@ -95,7 +116,7 @@ def load_samples(data_file: str | Path) -> SampleFile:
             if isinstance(entry, BadLineError):
                 raise entry
             id = _id(entry, line)
-            sample = _sample(entry, id, line, path.parent)
+            sample = _sample(entry, id, line, path.parent, allow_private_addresses)
             ids.claim(id, line)
             samples.append(sample)
         except (BadLineError, ImageError, MaskError) as error:
@@ -157,8 +178,12 @@ def check_inside(sample: Sample, size: tuple[int, int]) -> None:
 
 
 def where(sample: Sample) -> str:
-    """A sample's name in messages: its line and id, as far as it has them."""
-    return f"line {sample.line} ({sample.id})" if sample.line else sample.id or "sample"
+    """A sample's name in messages: its line and id, as far as it has them, or else its expression."""
+    return (
+        f"line {sample.line} ({sample.id})"
+        if sample.line
+        else sample.id or f"sample {shown(str(sample.expression))}"
+    )
 
 
 class _Ids:
@@ -196,9 +221,9 @@ def _id(entry: Mapping[str, Any], line: int) -> str:
         raise BadLineError(str(error)) from error
 
 
-def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path) -> Sample:
+def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_private: bool) -> Sample:
     return Sample(
-        image=_image(_text(entry, "image_path", ("image", "image_file")), folder),
+        image=_image(_text(entry, "image_path", ("image", "image_file")), folder, allow_private),
         expression=_text(entry, "prompt", ("query", "expression")),
         id=id,
         bbox=check_box(entry["bbox"]) if entry.get("bbox") is not None else None,
@@ -223,40 +248,60 @@ def _text(entry: Mapping[str, Any], name: str, likely: tuple[str, ...] = ()) -> 
     return value
 
 
-def _image(value: str, folder: Path) -> str | Path:
-    return value if is_address(value) else _file(value, folder)
+def _image(value: str, folder: Path, allow_private: bool) -> Address | Path:
+    return Address(value, allow_private) if is_address(value) else _file(value, folder)
 
 
 def _file(value: str, folder: Path) -> Path:
     if "://" in value:
-        raise BadLineError(f"{shown(value)} is neither a path nor an http(s) address")
+        raise BadLineError(f"{shown(without_secrets(value))} is neither a path nor an http(s) address")
     if "\0" in value:
         raise BadLineError("a path cannot hold a NUL character")
     return find_file(value, folder)
 
 
 def check_box(value: object) -> Box:
-    """Four finite numbers `[x0, y0, x1, y1]` with x1 > x0 and y1 > y0. Raises BadLineError.
+    """Four finite numbers `[x0, y0, x1, y1]` with x1 > x0 and y1 > y0, also an array or a tensor. Raises BadLineError.
 
-    >>> check_box([0, 0, 10, 5.5])
-    (0.0, 0.0, 10.0, 5.5)
+    >>> check_box([0, 0, 10, 5.5]), check_box(np.array([1, 2, 3, 4]))
+    ((0.0, 0.0, 10.0, 5.5), (1.0, 2.0, 3.0, 4.0))
     """
-    if not isinstance(value, list | tuple) or len(value) != 4:
-        raise BadLineError("'bbox' must be [x0, y0, x1, y1]")
-    for number in value:
+    numbers = _plain(value)
+    if not isinstance(numbers, list | tuple):
+        raise BadLineError("'bbox' must be four numbers [x0, y0, x1, y1]")
+    if len(numbers) != 4:
+        raise BadLineError(f"'bbox' has length {len(numbers)}: it must be four numbers [x0, y0, x1, y1]")
+    for number in map(_plain, numbers):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise BadLineError(f"'bbox' must hold four numbers of pixels, not {_brief(number)}")
         # A comparison that is false for NaN
-        if (
-            isinstance(number, bool)
-            or not isinstance(number, int | float)
-            or not abs(number) <= MAX_COORDINATE
-        ):
-            raise BadLineError("'bbox' must hold four numbers of pixels")
-    x0, y0, x1, y1 = (float(number) for number in value)
-    if x1 <= x0 or y1 <= y0:
-        raise BadLineError(
-            "'bbox' is empty or turned around: it is [x0, y0, x1, y1] with x1 > x0 and y1 > y0"
-        )
+        if not abs(number) <= MAX_COORDINATE:
+            raise BadLineError(f"'bbox' must hold four numbers of pixels: {_brief(number)} is none")
+    x0, y0, x1, y1 = (float(number) for number in numbers)
+    for name, start, end in (("x", x0, x1), ("y", y0, y1)):
+        if end <= start:
+            what = "is empty" if end == start else "is turned around"
+            raise BadLineError(
+                f"'bbox' {what}: {name}1 = {end:g} is not above {name}0 = {start:g}; it must be [x0, y0, x1, y1]"
+                " (of [x, y, width, height], write [x, y, x + width, y + height])"
+            )
     return x0, y0, x1, y1
+
+
+def _plain(value: Any) -> Any:
+    """An array, a tensor or a number of theirs as what it holds; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _brief(value: object) -> str:
+    """Any value in a message. Its text is cut where it is long, and a number of many digits is not written out."""
+    if isinstance(value, int) and abs(value) > MAX_COORDINATE:
+        return "a number so large"
+    return (
+        repr(value)
+        if isinstance(value, str | float | int | None) and len(str(value)) < 40
+        else type(value).__name__
+    )
 
 
 def _mask(value: object, folder: Path) -> MaskSource:
@@ -291,7 +336,7 @@ def _attention_file(value: str, folder: Path) -> Path:
     except ImageError as error:
         if not error.reason.startswith("no such file"):
             raise
-        return Path(value)
+        return expanded(value)
 
 
 def _index(entry: Mapping[str, Any], name: str) -> int | None:

@@ -32,7 +32,7 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
         if sample is None or prediction.bbox is None:
             continue
         image = images.setdefault(
-            sample.image_file or prediction.id, _image(len(images) + 1, sample, prediction)
+            sample.image_key or prediction.id, _image(len(images) + 1, sample, prediction)
         )
         annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction))
     return {

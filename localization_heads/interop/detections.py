@@ -73,11 +73,11 @@ def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sa
         sample = samples.get(prediction.id)
         if sample is None or prediction.bbox is None or not sample.image_file:
             continue
-        if sample.image_file not in pictures:
-            picture = pictures[sample.image_file] = fo.Sample(filepath=sample.image_file)
+        if sample.image_key not in pictures:
+            picture = pictures[sample.image_key] = fo.Sample(filepath=sample.image_file)
             picture["predictions"] = fo.Detections(detections=[])
             picture["ground_truth"] = fo.Detections(detections=[])
-        picture = pictures[sample.image_file]
+        picture = pictures[sample.image_key]
         picture["predictions"].detections.append(_detection(fo, sample, prediction))
         if sample.bbox is not None:
             box = _relative(sample.bbox, image_size(sample.image))

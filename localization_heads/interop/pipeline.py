@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.api import ground
-from localization_heads.data.images import load_image
+from localization_heads.data.images import Picture, load_image
 from localization_heads.grounding.maps import Grounding, GroundingOptions
 from localization_heads.heads.head import Head
 
@@ -41,7 +40,7 @@ class GroundingPipeline:
         return f"GroundingPipeline({self.lvlm.name})"
 
     def __call__(
-        self, image: Image.Image | str | Path, expressions: str | Sequence[str]
+        self, image: Picture, expressions: str | Sequence[str]
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; of several expressions a list.
 

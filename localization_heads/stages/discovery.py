@@ -28,7 +28,7 @@ from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.reporting import Reporter
 from localization_heads.stages.run import Run, asked_of, check_criteria
-from localization_heads.stages.single import analyse_file, draw, picture_of
+from localization_heads.stages.single import analyse_file, draw, picture_or_none
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.heads_file import save_ranking
 from localization_heads.store.lock import RunLock
@@ -229,9 +229,11 @@ def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Report
             entries.fail(sample, error)
             continue
         if limit is None or number < limit:
-            grounding = draw(run, analysed, path, heads=chosen, truth=sample.bbox).grounding
+            grounding = draw(
+                run, analysed, path, picture_or_none(sample.image), heads=chosen, truth=sample.bbox
+            ).grounding
         else:
-            image = picture_of(analysed.maps) if run.segmenter else None
+            image = picture_or_none(sample.image) if run.segmenter else None
             grounding = run.refine(ground_maps(analysed.maps, chosen, run.grounding), image)
         grounded.append(outcome_of(sample, grounding))
         report.add(sample, analysed.maps, grounding)

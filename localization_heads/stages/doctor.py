@@ -30,10 +30,10 @@ class Examined:
 
 def doctor(run: Run) -> Examined:
     """Examine the model on `image_file` and `query`, or on an example -> `<id>_doctor.png`."""
-    name = _picture_name(run)
+    name = run.picture(_picture_name(run))
     image = load_image(name)
     expression = str(run["query"] or EXPRESSION)
-    id = str(run["save_id"] or default_id(name, expression))
+    id = str(run["save_id"] or default_id(str(name), expression))
     path = entry_path(run.attention_folder, id, "_doctor.png")
     writable_folder(run.attention_folder)
     run.note_heads()  # a model that cannot be loaded is an error of its own

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.box_scale import check_scale, true_boxes
 from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.samples import Sample, VisualizationEntry, check_inside, load_samples
@@ -48,7 +49,7 @@ class Entries:
         Made once a run: a picture that is touched meanwhile must not lose its place.
         """
         if sample.id not in self._keys:
-            self._keys[sample.id] = sample_key(sample.expression, sample.image_file, sample.id)
+            self._keys[sample.id] = sample_key(sample.expression, sample.image_key, sample.id)
         return self._keys[sample.id]
 
     def fail(self, sample: Sample, reason: object) -> None:
@@ -77,7 +78,8 @@ class Attended(NamedTuple):
 def select_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options ask for."""
     require(run.options, "data_file")
-    file = load_samples(scenes(run) if run["data_file"] == "scenes" else run["data_file"])
+    data_file = scenes(run) if run["data_file"] == "scenes" else run["data_file"]
+    file = load_samples(data_file, allow_private_addresses=run["allow_private_addresses"])
     return Entries(*choose_range(run.options, file.samples, file.bad))
 
 
@@ -87,9 +89,10 @@ def with_truth(
     """Only the entries that say where the object is, `completed`; the others fail. `what` needs at least one.
 
     Raises:
-        UsageError: none is left, and some say nothing of where the object is.
+        UsageError: none is left, and some say nothing of where the object is; or the boxes are no pixels.
         NothingDoneError: none is left, for other reasons.
     """
+    check_scale(true_boxes(entries.samples), "data_file")
     samples = []
     for sample in entries.samples:
         try:
@@ -145,7 +148,7 @@ def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tupl
 
 def picture_of(sample: Sample) -> str | int:
     """What stands for a sample's picture: two samples of one file have one and the same."""
-    return sample.image_file or id(sample.image)
+    return sample.image_key or id(sample.image)
 
 
 def made_ready(lvlm: LVLM, opened: Sequence[tuple[Sample, Image.Image]]) -> Batch | None:

@@ -156,7 +156,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """The content of `metrics.json`: the heads' numbers, the controls', and every choice that made them."""
     scored = [_scores(outcome) for outcome in outcomes]
-    images = [outcome.sample.image_file for outcome in outcomes]
+    images = [outcome.sample.image_key for outcome in outcomes]
     numbers = examination.judge.metrics(scored, images, num_failed)
     return {**numbers, "choices": _choices(run, examination)}
 

@@ -68,11 +68,12 @@ def ground(run: Run) -> Groundings:
 
 def _one_entry(run: Run) -> Entries:
     require(run.options, "image_file", "query")
-    id = str(run["save_id"] or default_id(run["image_file"], run["query"]))
+    picture = run.picture(run["image_file"])
+    id = str(run["save_id"] or default_id(str(picture), run["query"]))
     entry_path(run.attention_folder, id, "_prediction.jsonl")
-    load_image(str(run["image_file"]))  # a wrong picture is wrong use here, not a failed entry
+    load_image(picture)  # a wrong picture is wrong use here, not a failed entry
     run.lvlm.prompt(str(run["query"]))
-    return Entries([Sample(str(run["image_file"]), str(run["query"]), id=id)])
+    return Entries([Sample(picture, str(run["query"]), id=id)])
 
 
 def ground_all(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from localization_heads.data.image_error import is_address
+from localization_heads.data.address import is_address
 from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from localization_heads.data.benchmarks import OFFICIAL, Counts, count, open_source
+from localization_heads.data.box_scale import TrueBox, check_scale
 from localization_heads.data.images import check_image, image_size
 from localization_heads.data.jsonl import BadEntry, BadLineError
 from localization_heads.data.leakage import prepared_pictures, prepared_sets
@@ -65,7 +66,7 @@ def prepare(run: Run) -> Prepared:
             check_leakage(run, index, chosen, target.parent)
         splits = {split: count(entries) for split, entries in _by_split(index.entries).items()}
         _warn(run, source, splits[run["split"]])
-        written, failures = _write(target, source, chosen)
+        written, failures = _write(run, target, source, chosen)
         failures += index.bad
         record = _describe(run, source, written, left_out, len(failures))
         write_json(target.with_suffix(".json"), record)
@@ -170,37 +171,45 @@ def _warn(run: Run, source: Source, found: Counts) -> None:
         )
 
 
-def _write(target: Path, source: Source, chosen: Sequence[Entry]) -> tuple[Counts, list[BadEntry]]:
+def _write(run: Run, target: Path, source: Source, chosen: Sequence[Entry]) -> tuple[Counts, list[BadEntry]]:
     """Write the lines as the records come; what cannot be used is put aside."""
     by_row = {row: list(entries) for row, entries in groupby(chosen, key=lambda entry: entry.row)}
     failures: list[BadEntry] = []
     written: list[Entry] = []
+    boxes: list[TrueBox] = []
     with atomic_write(target) as file:
         records = source.records(sorted(by_row))
         for record in tqdm(records, total=len(by_row), desc="prepare", unit="reference", disable=None):
             entries = by_row[record.row]
             try:
-                _write_lines(file, target.parent, record, entries)
+                _write_lines(file, target.parent, record, entries, boxes)
                 written += entries
             except (UsageError, WorkError, BadLineError) as error:
                 reason = " ".join(str(error).split())
                 failures += [BadEntry(entry.row + 1, entry.id, reason) for entry in entries]
+        check_scale(boxes, f"dataset_path={run['dataset_path']}")
         if not written:
             raise NothingDoneError(f"none of {len(chosen)} expressions could be prepared", failures[:10])
     return count(written), failures
 
 
-def _write_lines(file: BinaryIO, folder: Path, record: Record | BadRecord, entries: Sequence[Entry]) -> None:
+def _write_lines(
+    file: BinaryIO,
+    folder: Path,
+    record: Record | BadRecord,
+    entries: Sequence[Entry],
+    boxes: list[TrueBox],
+) -> None:
     if isinstance(record, BadRecord):
         raise BadLineError(record.reason)
-    fields = dict(_truth(folder, record, entries[0]))
+    fields = dict(_truth(folder, record, entries[0], boxes))
     for entry in entries:
         line = {"id": entry.id, "prompt": entry.text, **fields, "picture": entry.picture, **record.more}
         file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _truth(folder: Path, record: Record, entry: Entry) -> Iterator[tuple[str, Any]]:
-    """Picture, box and masks, checked against each other."""
+def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> Iterator[tuple[str, Any]]:
+    """Picture, box and masks, checked against each other; the box is also added to `boxes`."""
     if isinstance(record.image, bytes):
         path, size = _save_picture(folder, record.image, entry)
     else:
@@ -210,6 +219,7 @@ def _truth(folder: Path, record: Record, entry: Entry) -> Iterator[tuple[str, An
         raise BadLineError(f"the picture is {size[0]} x {size[1]} pixels, the source says {width} x {height}")
     yield "image_path", path
     if record.box is not None:
+        boxes.append(TrueBox(entry.id, record.box, size))
         check_inside(record.box, size)
         yield "bbox", list(record.box)
     if record.mask is not None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localization_heads.data.address import Address, picture_source
 from localization_heads.errors import UsageError
 from localization_heads.grounding.maps import Grounding, GroundingOptions
 from localization_heads.heads.analysis import own_heads
@@ -61,6 +62,10 @@ class Run:
     def folder(self) -> Path:
         """Where everything of this model is written."""
         return Path(self["output_dir"]) / self.spec.folder
+
+    def picture(self, name: object) -> Address | str:
+        """The picture of that name, a path or an address, to be loaded."""
+        return picture_source(str(name), allow_private=self["allow_private_addresses"])
 
     @property
     def top_n(self) -> int:

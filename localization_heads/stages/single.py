@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.images import load_image
+from localization_heads.data.address import picture_source
+from localization_heads.data.images import Picture, load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.analysis import analysis_rows, greedy_heads
@@ -39,6 +40,7 @@ OUTPUTS = Path("outputs/localization_heads")
 
 @dataclass(frozen=True)
 class Collected:
+    image: Image.Image
     maps: AttentionMaps
     path: Path
     answer: str | None
@@ -61,14 +63,15 @@ class Visualised:
 def collect(run: Run) -> Collected:
     """The attention of every head for one picture and one expression -> `attention/<id>.pkl`."""
     require(run.options, "image_file", "query")
-    id = run["save_id"] or default_id(run["image_file"], run["query"])
+    picture = run.picture(run["image_file"])
+    id = run["save_id"] or default_id(str(picture), run["query"])
     path = attention_path(run.attention_folder, str(id), run["attention_format"])
-    image = load_image(str(run["image_file"]))
+    image = load_image(picture)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(run["image_file"]))
+    maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(picture))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
-    return Collected(maps, path, _answer(run, image))
+    return Collected(image, maps, path, _answer(run, image))
 
 
 def analyze(run: Run) -> Analysed:
@@ -105,7 +108,8 @@ def visualize(run: Run) -> Visualised:
         heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
     else:
         heads = run.named_heads
-    return draw(run, analysed, path, heads=heads or run.own_heads(analysed.statistics))
+    image = picture_of(analysed.maps, run["allow_private_addresses"])
+    return draw(run, analysed, path, image, heads=heads or run.own_heads(analysed.statistics))
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
@@ -114,11 +118,17 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    return collected, analysed, draw(run, analysed, collected.path)
+    return collected, analysed, draw(run, analysed, collected.path, collected.image)
 
 
 def draw(
-    run: Run, analysed: Analysed, path: Path, *, heads: Sequence[Head] | None = None, truth: Box | None = None
+    run: Run,
+    analysed: Analysed,
+    path: Path,
+    image: Image.Image | None,
+    *,
+    heads: Sequence[Head] | None = None,
+    truth: Box | None = None,
 ) -> Visualised:
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
@@ -126,7 +136,6 @@ def draw(
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    image = picture_of(maps)
     grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
@@ -150,10 +159,20 @@ def top_heads(
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
 
 
-def picture_of(maps: AttentionMaps) -> Image.Image | None:
-    """The picture that the maps are of, or None, with a note, if it is not there any more."""
+def picture_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
+    """The picture that the maps are of, or None, with a note, if it is not there any more.
+
+    The file may be a stranger's: it does not choose machines of a private network to be asked.
+    """
+    if not maps.image_file:
+        return None
+    return picture_or_none(picture_source(maps.image_file, allow_private=allow_private_addresses))
+
+
+def picture_or_none(picture: Picture) -> Image.Image | None:
+    """The picture, or None, with a note, if it is not there any more."""
     try:
-        return load_image(maps.image_file) if maps.image_file else None
+        return load_image(picture)
     except (UsageError, WorkError) as error:
         log.warning("drawing without the picture: %s", error)
         return None

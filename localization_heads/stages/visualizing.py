@@ -163,7 +163,8 @@ def _draw(
     """A named head comes without a box, and its figure bears its name."""
     from localization_heads import figures
 
-    image, statistics, save = picture_of(opened.maps), opened.statistics, options["save_fig"]
+    image = picture_of(opened.maps, options["allow_private_addresses"])
+    statistics, save = opened.statistics, options["save_fig"]
     paths = [_figure(stem, *(shown[0] if grounding is None else (None, None)))]
     target = paths[0] if save else None
     drawn = [
