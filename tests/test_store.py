@@ -110,6 +110,7 @@ GOOD = {
         ({"attention": np.full((1, 1, 4, 5), np.nan, "f4")}, "NaN"),
         ({"attention": np.full((1, 1, 4, 5), np.inf, "f4")}, "NaN"),
         ({"attention": np.full((1, 1, 4, 5), -1e-9, "f4")}, "negative"),
+        ({"attention": np.full((1, 1, 4, 5), 3e38, "f4")}, "above 1, which no softmax gives"),
         ({"grid": [5, 4]}, "'grid'"),
         ({"grid": None}, "'grid'"),
         ({"image_size": [100.5, 90]}, "'image_size'"),

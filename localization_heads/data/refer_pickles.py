@@ -32,7 +32,7 @@ from localization_heads.data.reference import (
 from localization_heads.errors import UsageError
 from localization_heads.store.safe_pickle import Limits, load_pickle
 
-LIMITS = Limits(instructions=30_000_000, values=20_000_000, depth=6, kind="a refs file")
+LIMITS = Limits(instructions=12_000_000, depth=6, kind="a refs file")
 """RefCOCOg, the longest, takes about 6 million instructions."""
 
 MAX_JSON_BYTES = 2 << 30
