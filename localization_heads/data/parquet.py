@@ -5,7 +5,6 @@ pyarrow is imported when a file is opened. Whatever a file claims of itself is c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.jsonl import BadLineError
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,9 +134,9 @@ def json_cell(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, str) or len(value) > MAX_CELL:
         raise BadLineError(f"{name} is not text")
     try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"{name} is not JSON ({str(error)[:60]})") from error
+        parsed = parse_json(value.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise BadLineError(f"{name}: {error}") from error
     if not isinstance(parsed, dict):
         raise BadLineError(f"{name} is not a JSON object")
     return parsed

@@ -28,9 +28,9 @@ from localization_heads.data.images import MAX_PIXELS, image_size
 from localization_heads.data.jsonl import BadEntry, BadLineError
 from localization_heads.data.masks import tight_box
 from localization_heads.data.refcoco_parquet import ParquetSource
-from localization_heads.data.refer_pickles import read_json
 from localization_heads.data.reference import BadRecord, Entry, Index, Record, expression, picture_size
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import read_json
 from localization_heads.store.paths import check_id
 
 COLUMNS = frozenset(("image", "text", "mask", "img_height", "img_width"))

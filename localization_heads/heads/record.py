@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.heads.criteria import CriteriaOptions
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, repeated
 
 Spread = Literal["draws", "bootstrap"]
 """Where a standard deviation comes from: random draws of a pool, or resamples of a pool too small to draw from."""
@@ -144,11 +144,9 @@ class HeadRanking:
         """
         fields = _Fields(data, "heads.json")
         if fields.integer("version", 1) != 1:
-            raise UsageError(f"heads.json: version must be 1, not {fields.values['version']!r}")
+            raise UsageError(f"heads.json: version must be 1, not {shown(fields.values['version'])}")
         heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
-        addresses = [head.address for head in heads]
-        if len(set(addresses)) < len(addresses):
-            twice = next(address for address in addresses if addresses.count(address) > 1)
+        if twice := repeated(head.address for head in heads):
             raise UsageError(f"heads.json: {twice} is listed twice")
         return cls(
             heads=heads,
@@ -204,7 +202,7 @@ def _spread_from_json(fields: _Fields) -> Spread:
     for known in get_args(Spread):
         if given == known:
             return cast(Spread, known)
-    raise UsageError(f"heads.json: spread must be {' or '.join(get_args(Spread))}, not {str(given)[:40]!r}")
+    raise UsageError(f"heads.json: spread must be {' or '.join(get_args(Spread))}, not {shown(given)}")
 
 
 def _options_from_json(fields: _Fields) -> CriteriaOptions:
@@ -213,10 +211,20 @@ def _options_from_json(fields: _Fields) -> CriteriaOptions:
     known = {"entropy", "threshold", "elbow", "bottom_row_filter", "tau", "means", "bottom_row_above"}
     if not isinstance(given, dict) or not set(given) <= known:
         raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(known))}")
+    for name, value in given.items():
+        if not _is_plain(value):
+            raise UsageError(f"heads.json: criteria: {name} cannot be {shown(value)}")
     try:
         return CriteriaOptions(exclude_layers=fields.integer("exclude_layers"), **given)
     except ValueError as error:
         raise UsageError(f"heads.json: criteria: {error}") from None
+
+
+def _is_plain(value: object) -> bool:
+    """A short text, a number or none: what an option of the criteria can be."""
+    if isinstance(value, str):
+        return len(value) <= 40
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 class _Fields:
@@ -264,4 +272,4 @@ class _Fields:
         return value
 
     def _wrong(self, name: str, wanted: str) -> UsageError:
-        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {str(self.values[name])[:40]!r}")
+        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {shown(self.values[name])}")

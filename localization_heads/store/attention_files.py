@@ -21,6 +21,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError, shown
 from localization_heads.store.arrays import plain_value
 from localization_heads.store.atomic import write_bytes
+from localization_heads.store.json_files import parse_json
 from localization_heads.store.paths import side_path
 from localization_heads.store.safe_pickle import MAX_FILE_BYTES, load_pickle
 
@@ -223,9 +224,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
                 raise UsageError(f"{path}: not an attention file: it holds no tensor 'attention'")
             content: dict[str, Any] = {name: metadata.get(name, "") for name in _TEXTS}
             for name in ("version", "grid", "image_size", "image_box"):
-                content[name] = json.loads(metadata.get(name, "null"))
+                content[name] = parse_json(metadata.get(name, "null").encode())
             return {**content, "attention": file.get_tensor("attention")}
-    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise UsageError(f"{path}: not a readable safetensors file ({shown(str(error))})") from error
 
 
