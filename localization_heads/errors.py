@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from reprlib import Repr
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from localization_heads.data.jsonl import BadEntry
+
+
+def shown(value: object, limit: int = 40) -> str:
+    """A value that somebody wrote, for a message: quoted, in ASCII, on one line, and cut before it is formatted.
+
+    >>> shown("caf\xe9" * 1000, 8), shown([1, [2.5, None]]), shown(10**9000)
+    ("'caf\\\\xe9caf~'", '[1, [2.5, None]]', 'a huge number')
+    """
+    if isinstance(value, str):
+        return ascii(value if len(value) <= limit else value[: limit - 1] + "~")
+    short = Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, limit, limit, limit
+    try:
+        text = short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return " ".join(text[: 2 * limit].encode("ascii", "backslashreplace").decode().split())
 
 
 class UsageError(Exception):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from localization_heads.data import masks
 from localization_heads.data.benchmarks import open_source
 from localization_heads.data.jsonl import BadLineError
 from localization_heads.data.masks import tight_box
@@ -83,6 +86,39 @@ def test_painting_by_hand():
     assert ignored.sum() == 11 * 11 and not (target & ignored).any()
     assert tight_box(target) == (2.0, 2.0, 41.0, 31.0)
     assert tight_box(np.zeros((3, 3), bool)) is None
+
+
+def test_strips_and_parts_of_shapes_make_the_same_masks(monkeypatch):
+    shapes = [shape(label, *points) for label, points in [*CASES["beyond the picture"], ("ignore", SMALL)]]
+    whole = paint_shapes(shapes, (64, 48))
+    monkeypatch.setattr(masks, "STRIP", 100)
+    np.testing.assert_array_equal(paint_shapes(shapes, (64, 48)), whole)
+    assert whole[0].sum() == 64 * 21 - 11 * 11 and whole[1].sum() == 11 * 11
+
+
+def test_shapes_are_painted_one_at_a_time():
+    """Eighty masks of four megapixels took 320 MB; two are the result."""
+    shapes = [shape("target", (0, 0), (1999, 0), (1999, 1999), (n, 1999)) for n in range(80)]
+    tracemalloc.start()
+    target, ignored = paint_shapes(shapes, (2000, 2000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 << 20
+    assert not ignored.any() and target.all()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [shape("target", (0, 0), (7999, 0), (7999, 7999), (0, 7999))] * 150,
+        [shape("target", *[(0, 0), (60_000_000, 60_000_000)] * 10)],
+        [shape("target", *[(0, 0), (1, 7999)] * 40_000)],
+    ],
+    ids=["many large shapes", "outlines far beyond", "many points in every row"],
+)
+def test_shapes_that_would_take_minutes_are_refused(shapes):
+    with pytest.raises(BadLineError, match="far more than a picture of 8000 x 8000 pixels needs"):
+        paint_shapes(shapes, (8000, 8000))
 
 
 BAD_SHAPES = {

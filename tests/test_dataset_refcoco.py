@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco
 
-from localization_heads.data import parquet, refer_pickles
+from localization_heads.data import parquet
 from localization_heads.data.benchmarks import OFFICIAL, Counts, count, open_source
 from localization_heads.data.masks import encode_source, read_mask
 from localization_heads.data.reference import BadRecord, Record
@@ -271,13 +274,12 @@ def test_refs_that_would_run_code_are_refused(tmp_path, images):
             opened(tmp_path, images)
 
 
-def test_a_refs_bomb_is_refused(tmp_path, images, monkeypatch):
-    """A list of ten times the same list of ten times the same list: 10,000 values in a hundred bytes."""
-    levels = b"".join(b"](" + (b"h" + bytes([n])) * 10 + b"eq" + bytes([n + 1]) for n in range(4))
+def test_a_refs_bomb_is_refused(tmp_path, images):
+    """A list of 60 times the same list of 60 times the same list: 13,000,000 values in 500 bytes."""
+    levels = b"".join(b"](" + (b"h" + bytes([n])) * 60 + b"eq" + bytes([n + 1]) for n in range(4))
     path = save_refer(tmp_path, world())
     path.write_bytes(b"\x80\x02(]q\x00" + levels + b"l.")
-    monkeypatch.setattr(refer_pickles, "LIMITS", replace(refer_pickles.LIMITS, values=5000))
-    with pytest.raises(UsageError, match="far deeper or larger than a refs file"):
+    with pytest.raises(UsageError, match="more bytes than the file holds, which a refs file never does"):
         opened(tmp_path, images)
 
 
@@ -353,11 +355,80 @@ def test_lmms_rows_without_expressions_or_picture_names_are_told(tmp_path):
 def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
     save_lmms(tmp_path, world())
     source, index = opened(tmp_path, None)
-    for name, limit in (("MAX_ROWS", 0), ("MAX_GROUP_BYTES", 100), ("MAX_GROUP_VALUES", 0)):
+    for name, limit in (("MAX_ROWS", 0), ("_allowance", lambda path: 100)):
         with monkeypatch.context() as patch:
             patch.setattr(parquet, name, limit)
             with pytest.raises(UsageError, match=r"\.parquet"):
                 all_records(source, index)
+
+
+def bombs(folder):
+    """Small files whose cells come to gigabytes, each with the column to read."""
+    once = pa.DictionaryArray.from_arrays(pa.array(np.zeros(5000, "i4")), ["a" * (1 << 20)])
+    row = pa.ListArray.from_arrays(pa.array([0, 5000], "i4"), once)
+    parts = pa.StructArray.from_arrays([row, pa.array([1])], ["tokens", "sent_id"])
+    columns = {
+        "a text in every row": once,
+        "a text again and again in one row": row,
+        "a text in a list in a list": pa.ListArray.from_arrays(pa.array([0, 1], "i4"), parts),
+        "rows without end": pa.array(np.zeros(2_000_000, "i8")),
+        "values without end in a row": pa.LargeListArray.from_arrays(
+            [0, 8_000_000], np.zeros(8_000_000, "i1")
+        ),
+        "texts that are compressed": pa.array(["a" * (100 << 20)]),
+    }
+    for name, column in columns.items():
+        table = pa.table({"x": column})
+        path = folder / f"{name}.parquet"
+        pq.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2 << 20)
+        assert path.stat().st_size < 1 << 17, name
+        yield path
+
+
+READ_BOMBS = """
+import resource, sys
+from pathlib import Path
+import pyarrow.parquet
+from localization_heads.data import parquet
+from localization_heads.errors import UsageError
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+for path in map(Path, sys.argv[1:]):
+    before = peak()
+    for read in (parquet.read_columns(path, ["x"]), parquet.read_rows(path, ["x"], [0])):
+        try:
+            print("read", path.stem, len(list(read)))
+        except UsageError as error:
+            assert "far more than the file" in str(error), error
+    assert peak() - before < 8 * path.stat().st_size + (64 << 20), (path, peak() - before)
+"""
+
+
+def test_parquet_that_holds_far_more_than_the_file_is_refused(tmp_path):
+    files = list(map(str, bombs(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", READ_BOMBS, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first_rows = {
+        "read a text in every row 1",
+        "read rows without end 1",
+    }  # which come to no more than others
+    assert set(done.stdout.splitlines()) == first_rows
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"dictionary_pagesize_limit": 2000}])
+def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
+    rows = [
+        {"s": [{"raw": f"{n % 700} " * (n % 9), "tokens": ["a", None, "b"] * (n % 3)}] * (n % 4), "t": None}
+        for n in range(9000)
+    ]
+    tokens = pa.struct([("raw", pa.string()), ("tokens", pa.list_(pa.string()))])
+    schema = pa.schema([("s", pa.list_(tokens)), ("t", pa.string())])
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=5000, **options)
+    assert list(parquet.read_columns(path, ["s", "t"])) == rows
+    wanted = [0, 17, 4999, 5000, 8999]
+    found = [(row, batch.to_pylist()) for row, batch in parquet.read_rows(path, ["s", "t"], wanted)]
+    assert found == [(row, [rows[row]]) for row in wanted]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1", b"x" * 1000])

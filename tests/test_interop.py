@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,6 +105,67 @@ def test_heads_json_is_read_as_before(ranking, tmp_path):
 def test_scores_that_are_none(data, said):
     with pytest.raises(UsageError, match=said):
         read_scores(data)
+
+
+def head_entry(layer, head):
+    return {
+        "layer": layer, "head": head, "selection_frequency": 0.5, "selection_frequency_std": 0, "attention_sum": 0.5,
+        "spatial_entropy": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["heads.json", "list", "mapping"])
+def test_a_head_twice_at_the_end_of_a_long_file_is_found_at_once(form, ranking, tmp_path):
+    """Comparing every head with every other takes minutes here."""
+    heads = [(n, 0) for n in range(40_000)]
+    path = tmp_path / "heads.json"
+    if form == "heads.json":
+        entries = [head_entry(*head) for head in [*heads, heads[-1]]]
+        path.write_text(json.dumps({**ranking.to_json(), "heads": entries}))
+    elif form == "list":
+        path.write_text(json.dumps([[*head, 0.5] for head in [*heads, heads[-1]]]))
+    else:
+        path.write_text(json.dumps({f"{n}-{h}": 0.5 for n, h in heads} | {"L39999H0": 1}))
+    started = time.process_time()
+    with pytest.raises(UsageError, match="L39999H0 is listed twice") as caught:
+        load_head_list(path)
+    assert time.process_time() - started < 3
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["14-24", "L14H24", "L14 H24", " l14 - h24 ", "14,24", "14:24", "14  24", "14h24"]
+)
+def test_the_forms_of_a_heads_name(text):
+    assert Head.parse(text) == Head(14, 24)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1424", "14--24", "H24", "L14", "14-24-3", "1" * 40_000, " " * 40_000, "14-" + "2" * 40_000]
+)
+def test_what_names_no_head_is_refused_at_once(text):
+    """40,000 digits held a quadratic pattern for minutes."""
+    started = time.process_time()
+    with pytest.raises(ValueError, match="names no head") as caught:
+        Head.parse(text)
+    assert time.process_time() - started < 1 and len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": "1" * 10_000_000}, "version"),
+        ({"tau": [0] * 1_000_000}, "tau"),
+        ({"criteria": {"tau": [0] * 1_000_000}}, "criteria: tau cannot be"),
+        ({"criteria": {"entropy": "a" * 1_000_000}}, "criteria: entropy cannot be"),
+        ({"spread": {"a": "b" * 1_000_000}}, "spread"),
+    ],
+)
+def test_what_is_wrong_in_heads_json_is_said_in_a_short_line(change, said, ranking, tmp_path):
+    (tmp_path / "heads.json").write_text(json.dumps({**ranking.to_json(), **change}))
+    with pytest.raises(UsageError, match=said) as caught:
+        load_head_list(tmp_path / "heads.json")
+    assert len(str(caught.value)) < 200 + len(str(tmp_path))
 
 
 def test_a_mapping_with_no_scores_for_a_head_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -108,6 +110,19 @@ def test_several_polygons_are_joined():
     assert mask.sum() == 4 + 6
 
 
+def test_thousands_of_polygons_are_joined_in_time_and_rightly():
+    """Joined one after the other, these took half a minute."""
+    y, x = np.divmod(np.arange(9900) * 7, 100)
+    boxes = [[45 * int(i), int(j), 45 * int(i) + 45, int(j) + 1] for i, j in zip(x, y, strict=True)]
+    expected = np.zeros((700, 4500), bool)
+    for x0, y0, x1, y1 in boxes:
+        expected[y0:y1, x0:x1] = True
+    started = time.process_time()
+    mask = read_mask([[x0, y0, x1, y0, x1, y1, x0, y1] for x0, y0, x1, y1 in boxes], (4500, 700))
+    assert time.process_time() - started < 5
+    np.testing.assert_array_equal(mask, expected)
+
+
 @pytest.mark.parametrize("far", [1e3, 1e7, -1e7])
 def test_polygons_may_reach_beyond_the_image(far):
     assert read_mask([[-5, -5, 50, -5, 50, 50, -5, 50]], (6, 5)).all()
@@ -145,6 +160,21 @@ def test_a_png_is_a_mask_where_it_is_not_black(mode, tmp_path):
         image = Image.fromarray(expected).convert(mode)
     image.save(path)
     np.testing.assert_array_equal(read_mask(path, (4, 3)), expected)
+
+
+def test_a_png_of_another_size_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.new("RGB", (7000, 7000)).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(MaskError, match="the mask is 7000 x 7000 pixels, its image 4 x 3"):
+        read_mask(path, (4, 3))
+
+
+def test_a_png_is_looked_at_in_strips(tmp_path, monkeypatch):
+    expected = np.random.default_rng(0).random((9, 5)) > 0.5
+    Image.fromarray(expected).convert("RGB").save(tmp_path / "mask.png")
+    monkeypatch.setattr("localization_heads.data.masks.STRIP", 11)
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (5, 9)), expected)
 
 
 def test_broken_masks_in_files_are_refused(tmp_path):

@@ -31,6 +31,7 @@ from localization_heads.store.attention_files import (
     save_analysis,
     save_attention,
 )
+from localization_heads.store.json_files import read_json
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import analysis_path, attention_path, check_id, entry_path, side_path
 from localization_heads.store.predictions import Prediction, read_predictions, write_predictions
@@ -112,6 +113,7 @@ GOOD = {
         ({"attention": np.full((1, 1, 4, 5), np.nan, "f4")}, "NaN"),
         ({"attention": np.full((1, 1, 4, 5), np.inf, "f4")}, "NaN"),
         ({"attention": np.full((1, 1, 4, 5), -1e-9, "f4")}, "negative"),
+        ({"attention": np.full((1, 1, 4, 5), 3e38, "f4")}, "above 1, which no softmax gives"),
         ({"grid": [5, 4]}, "'grid'"),
         ({"grid": None}, "'grid'"),
         ({"image_size": [100.5, 90]}, "'image_size'"),
@@ -351,6 +353,38 @@ def test_a_broken_prediction_is_named_by_its_line(line, tmp_path):
     (tmp_path / "p.jsonl").write_text(f"{good}\n\n{line}\n")
     with pytest.raises(UsageError, match="line 3"):
         list(read_predictions(tmp_path / "p.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[1e999]", "1e999 is too large a number"),
+        (b"[-1e999]", "-1e999 is too large a number"),
+        (b"[" + b"9" * 400_000 + b".0]", "too large a number"),
+        (b"[NaN]", "NaN is no JSON number"),
+        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"9" * 5000, "not usable JSON"),
+        (b"\xff", "not UTF-8 text"),
+        (b"", "not JSON: Expecting value at column 1"),
+        (b'{"a": 1,\n  b}', "at line 2, column 3"),
+        (b"[" + b"[]," * 3_000_000 + b"[]]", "far more lists and objects than text"),
+    ],
+)
+def test_json_that_is_refused_is_refused_in_a_line(content, said, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UsageError, match=said) as caught:
+        read_json(tmp_path / "a.json", 10 << 20)
+    assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_json_in_another_encoding_and_over_the_limit(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'["caf\xe9", 1.5, 10]')
+    assert read_json(tmp_path / "a.json", 100, encodings=("utf-8", "cp1252")) == ["café", 1.5, 10]
+    with pytest.raises(UsageError, match="larger than the limit"):
+        read_json(tmp_path / "a.json", 5)
 
 
 def test_json_keeps_its_order_and_takes_no_nan(tmp_path):

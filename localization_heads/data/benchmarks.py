@@ -14,8 +14,7 @@ from localization_heads.data.reasonseg import LisaFolders, ReasonSegParquet
 from localization_heads.data.refcoco_parquet import JXU_COLUMNS, LMMS_COLUMNS, JxuParquet, LmmsParquet
 from localization_heads.data.refer_pickles import ReferPickles
 from localization_heads.data.reference import Entry, Source
-from localization_heads.errors import UsageError
-from localization_heads.store.paths import shown
+from localization_heads.errors import UsageError, shown
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "reasonseg")
 

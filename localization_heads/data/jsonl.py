@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from localization_heads.data import lfs
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import parse_json
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -90,21 +90,11 @@ def _check_beginning(path: Path, file: BinaryIO) -> None:
 
 def _parse(line: bytes) -> dict[str, Any] | BadLineError:
     try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        return BadLineError("not UTF-8 text")
-    except json.JSONDecodeError as error:
-        return BadLineError(f"not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadLineError("not usable JSON: nested too deeply")
+        value = parse_json(line)
     except ValueError as error:
-        return BadLineError(f"not usable JSON: {str(error)[:80]}")
+        return BadLineError(str(error))
     if not isinstance(value, dict):
         return BadLineError(
             'not a JSON object: write {"id": ..., "prompt": ..., "image_path": ...} on each line'
         )
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")

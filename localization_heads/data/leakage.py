@@ -7,7 +7,6 @@ it), if their files have COCO's name of it, or else if the files hold the same b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from localization_heads.data.jsonl import read_objects
 from localization_heads.data.reference import coco_picture_of
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import read_json
 
 KEY_DIGITS = 16
 
@@ -69,8 +69,8 @@ def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for side in sorted(folder.glob("*.json")):
         data_file = side.with_suffix(".jsonl")
         try:
-            record = json.loads(side.read_text(encoding="utf-8")) if side.stat().st_size < 1 << 20 else None
-        except (OSError, ValueError, RecursionError):
+            record = read_json(side, 1 << 20)
+        except UsageError:
             continue
         if isinstance(record, dict) and isinstance(record.get("split"), str) and data_file.is_file():
             yield data_file, record

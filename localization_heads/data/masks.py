@@ -7,12 +7,13 @@ beyond its buffer. Everything is checked against the size before memory is taken
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.data.images import MAX_PIXELS, open_raster
@@ -20,6 +21,9 @@ from localization_heads.errors import UsageError
 
 MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
 """Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself."""
+
+STRIP = 1 << 20
+"""Pixels of a picture that are looked at together."""
 
 MAX_POLYGONS = 10_000
 MAX_POLYGON_LENGTH = 1_000_000
@@ -44,15 +48,28 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
     if isinstance(source, np.ndarray):
         mask = source.astype(bool)
     elif isinstance(source, Path):
-        mask = _read_png(source)
+        mask = _read_png(source, size)
     elif isinstance(source, Mapping):
         mask = _decode_runs(source)
     else:
         return _fill_polygons(flat_polygons(source), width, height)
-    if mask.shape != (height, width):
-        shape = " x ".join(str(n) for n in mask.shape[::-1])
-        raise MaskError(f"the mask is {shape} pixels, its image {width} x {height}")
+    _check_size(mask.shape[::-1], size)
     return mask
+
+
+def strips(image: Image.Image) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """The rows of a picture a few at a time, as `np.asarray` has them: of all at once it makes two copies more."""
+    width, height = image.size
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        yield slice(top, bottom), np.asarray(image.crop((0, top, width, bottom)))
+
+
+def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
+    if found != size:
+        shape = " x ".join(str(n) for n in found)
+        raise MaskError(f"the mask is {shape} pixels, its image {size[0]} x {size[1]}")
 
 
 def tight_box(mask: NDArray[np.bool_]) -> Box | None:
@@ -178,7 +195,7 @@ def _flat_polygon(polygon: object) -> list[float]:
 def _fill_polygons(polygons: list[list[float]], width: int, height: int) -> NDArray[np.bool_]:
     from pycocotools import mask as coco
 
-    return np.asarray(coco.decode(_polygon_runs(polygons, width, height)), dtype=bool)
+    return np.asarray(coco.decode(_polygon_runs(polygons, width, height))).view(bool)
 
 
 def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[str, Any]:
@@ -195,14 +212,22 @@ def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[
         clipped.append(points.ravel().tolist())
     if not math.isfinite(outline) or outline > MAX_POLYGON_LENGTH:
         raise MaskError("the polygons of the mask are too long")
-    runs: dict[str, Any] = coco.merge(coco.frPyObjects(clipped, height, width))
-    return runs
+    runs: list[dict[str, Any]] = coco.frPyObjects(clipped, height, width)
+    while len(runs) > 1:  # in pairs: one after the other is quadratic
+        runs = [coco.merge(runs[first : first + 2]) for first in range(0, len(runs), 2)]
+    return runs[0]
 
 
-def _read_png(path: Path) -> NDArray[np.bool_]:
-    """A PNG as a mask: whatever is not 0 (not black, not index 0 of a palette) belongs to it; alpha does not count."""
+def _read_png(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A PNG as a mask: whatever is not 0 (not black, not index 0 of a palette) belongs to it; alpha does not count.
+
+    Its size is checked before it is decoded, so that it takes no more memory than its picture.
+    """
     with open_raster(path, formats=("PNG",)) as image:
-        if image.mode in ("LA", "RGBA", "PA"):
-            image = image.convert({"LA": "L", "RGBA": "RGB", "PA": "P"}[image.mode])
-        values = np.asarray(image) != 0
-    return np.asarray(values.any(axis=2) if values.ndim == 3 else values)
+        _check_size(image.size, size)
+        mask = np.zeros(size[::-1], bool)
+        for rows, values in strips(image):
+            if image.mode in ("LA", "RGBA", "PA"):
+                values = values[..., :-1]
+            mask[rows] = values.any(axis=2) if values.ndim == 3 else values != 0
+    return mask

@@ -1,11 +1,12 @@
 """Parquet files of benchmarks: their columns, their split, and rows a few at a time, within bounds.
 
-pyarrow is imported when a file is opened. Whatever a file claims of itself is checked before memory is taken.
+pyarrow is imported when a file is opened. Whatever a file claims of itself is checked before memory is taken, and
+texts and bytes stay dictionary-coded until it is known what they come to: a cell of a megabyte can stand in a
+thousand rows and take its room once.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.jsonl import BadLineError
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
 MAX_ROWS = 10_000_000
-MAX_GROUP_BYTES = 4 << 30
-MAX_GROUP_VALUES = 1 << 31
-"""Of one column in one row group: the masks of a hundred pictures of twenty million pixels."""
+MAX_GROUP_PIXELS = 1 << 31
+"""Of the masks in one row group: a hundred pictures of twenty million pixels."""
+
+VALUE = 50
+"""Bytes that a value takes in Python, about: its object, and its place in a list or dict."""
 
 MAX_CELL = 64 << 20
 """Bytes of JSON in one cell."""
@@ -45,7 +49,12 @@ def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        metadata = pq.read_metadata(path)
+        leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+        coded = [
+            leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and _top(leaf.path) in columns
+        ]
+        with pq.ParquetFile(path, metadata=metadata, read_dictionary=coded) as file:
             _check_bounds(path, file, columns)
             yield file
     except (pa.ArrowException, OSError, MemoryError) as error:
@@ -69,7 +78,17 @@ def num_values(path: Path, column: str) -> int:
     with opened(path, (column,)) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        return sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+        return sum(chunk.num_values for chunk in chunks if _top(chunk.path_in_schema) == column)
+
+
+def _top(path_in_schema: str) -> str:
+    """The column at the top level that a column of the file belongs to."""
+    return path_in_schema.split(".")[0]
+
+
+def _allowance(path: Path) -> int:
+    """Bytes that may be made of a file."""
+    return 8 * path.stat().st_size + (64 << 20)
 
 
 def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> None:
@@ -79,18 +98,51 @@ def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> N
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(i) for i in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-        if sum(chunk.total_uncompressed_size for chunk in chunks) > MAX_GROUP_BYTES or any(
-            chunk.num_values > MAX_GROUP_VALUES for chunk in chunks
-        ):
-            raise UsageError(f"{path}: row group {number} is over the limit of {MAX_GROUP_BYTES >> 30} GB")
+        chunks = [chunk for chunk in chunks if _top(chunk.path_in_schema) in columns]
+        if any(chunk.physical_type == "FIXED_LEN_BYTE_ARRAY" for chunk in chunks):
+            raise UsageError(f"{path}: a column is of an unknown type")
+        pixels = sum(chunk.num_values for chunk in chunks if chunk.physical_type == "BOOLEAN")
+        values = sum(chunk.num_values for chunk in chunks if chunk.physical_type != "BOOLEAN")
+        built = sum(chunk.total_uncompressed_size for chunk in chunks) + 16 * values
+        if built > _allowance(path) or pixels > MAX_GROUP_PIXELS:
+            raise UsageError(f"{path}: row group {number} holds far more than the file")
+
+
+def _unfolded(array: Any) -> int:
+    """About the bytes of Python values that an arrow array comes to."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    own = VALUE * len(array)
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return own + (pc.sum(lengths).as_py() or 0)
+    if pa.types.is_struct(array.type):
+        return own + sum(map(_unfolded, array.flatten()))
+    if pa.types.is_boolean(array.type):
+        return len(array)  # pixels: they never become Python's
+    if pa.types.is_nested(array.type):
+        return own + _unfolded(array.flatten())
+    return own
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every row of some small columns, as plain values."""
     with opened(path, columns) as file:
-        for batch in file.iter_batches(batch_size=4096, columns=list(columns)):
-            yield from batch.to_pylist()
+        left = _allowance(path)
+        for number in range(file.metadata.num_row_groups):
+            for batch in _batches(file, number, columns, 4096):
+                left -= _unfolded(batch.to_struct_array())
+                if left < 0:
+                    raise UsageError(f"{path}: its rows hold far more than the file")
+                yield from batch.to_pylist()
+
+
+def _batches(
+    file: pq.ParquetFile, row_group: int, columns: Sequence[str], batch_size: int
+) -> Iterator[pa.RecordBatch]:
+    """The rows of one row group: arrow has no dictionary-coded texts in lists that span two."""
+    yield from file.iter_batches(batch_size, row_groups=[row_group], columns=list(columns))
 
 
 def read_rows(
@@ -104,7 +156,9 @@ def read_rows(
             end = first + file.metadata.row_group(number).num_rows
             at = first
             if row is not None and row < end:
-                for batch in file.iter_batches(batch_size, row_groups=[number], columns=list(columns)):
+                for batch in _batches(file, number, columns, batch_size):
+                    if _unfolded(batch.to_struct_array()) > _allowance(path):
+                        raise UsageError(f"{path}: its rows hold far more than the file")
                     while row is not None and row < at + batch.num_rows:
                         yield row, batch.slice(row - at, 1)
                         row = next(wanted, None)
@@ -134,9 +188,9 @@ def json_cell(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, str) or len(value) > MAX_CELL:
         raise BadLineError(f"{name} is not text")
     try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"{name} is not JSON ({str(error)[:60]})") from error
+        parsed = parse_json(value.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise BadLineError(f"{name}: {error}") from error
     if not isinstance(parsed, dict):
         raise BadLineError(f"{name} is not a JSON object")
     return parsed

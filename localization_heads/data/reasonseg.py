@@ -26,17 +26,19 @@ from localization_heads.data import parquet
 from localization_heads.data.image_error import ImageError
 from localization_heads.data.images import MAX_PIXELS, image_size
 from localization_heads.data.jsonl import BadEntry, BadLineError
-from localization_heads.data.masks import tight_box
+from localization_heads.data.masks import strips, tight_box
 from localization_heads.data.refcoco_parquet import ParquetSource
-from localization_heads.data.refer_pickles import read_json
 from localization_heads.data.reference import BadRecord, Entry, Index, Record, expression, picture_size
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import read_json
 from localization_heads.store.paths import check_id
 
 COLUMNS = frozenset(("image", "text", "mask", "img_height", "img_width"))
 SPLITS = ("train", "val", "test")
 MAX_JSON_BYTES = 64 << 20
 MAX_SHAPES, MAX_POINTS = 10_000, 100_000
+MAX_WORK = 1 << 29
+"""Steps that painting the shapes of a picture may take: ten that fill one of fifty megapixels."""
 
 
 class LisaFolders:
@@ -116,17 +118,22 @@ def paint_shapes(shapes: object, size: tuple[int, int]) -> tuple[NDArray[np.bool
     """Target and ignored pixels, bool `(H, W)` each, of LISA's shapes in a picture of `(W, H)` pixels.
 
     Outlines belong to a shape. Of shapes of the same area the later one is painted first, as LISA's sort has it.
+    One shape is painted at a time, first for its area, then in its turn.
     """
     if not isinstance(shapes, list) or len(shapes) > MAX_SHAPES:
         raise BadLineError("'shapes' must be a list of polygons")
     if size[0] * size[1] > MAX_PIXELS:
         raise BadLineError("the picture is over the limit")
-    painted = [(label, _paint(points, size)) for label, points in map(_shape, shapes) if label != "flag"]
-    painted.sort(key=lambda shape: int(shape[1].sum()))
+    outlines = [(label, points) for label, points in map(_shape, shapes) if label != "flag"]
+    if sum(_work(points, size) for _, points in outlines) > MAX_WORK:
+        raise BadLineError(f"its shapes take far more than a picture of {size[0]} x {size[1]} pixels needs")
+    areas = [sum(int(mask.sum()) for _, mask in _paint(points, size)) for _, points in outlines]
     target, ignored = np.zeros(size[::-1], bool), np.zeros(size[::-1], bool)
-    for label, mask in reversed(painted):
+    for number in sorted(range(len(outlines)), key=areas.__getitem__)[::-1]:
+        label, points = outlines[number]
         ignores = "ignore" in label
-        target[mask], ignored[mask] = not ignores, ignores
+        for place, mask in _paint(points, size):
+            target[place][mask], ignored[place][mask] = not ignores, ignores
     return target, ignored
 
 
@@ -149,13 +156,36 @@ def _point(point: object) -> tuple[int, int]:
     return int(point[0]), int(point[1])
 
 
-def _paint(points: list[tuple[int, int]], size: tuple[int, int]) -> NDArray[np.bool_]:
-    canvas = Image.new("1", size)
+def _work(points: list[tuple[int, int]], size: tuple[int, int]) -> int:
+    """About how many steps the rasteriser takes: pixels, points in every row, and outlines also beyond the picture."""
+    left, top, right, bottom = _window(points, size)
+    corners = np.array(points, np.int64)
+    outline = int(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum())
+    height = max(0, bottom - top)
+    return max(0, right - left) * height + len(points) * height + outline
+
+
+def _window(points: list[tuple[int, int]], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part of the picture that a shape can reach: left, top, right, bottom, half-open."""
+    xs, ys = zip(*points, strict=True)
+    return max(0, min(xs)), max(0, min(ys)), min(size[0], max(xs) + 1), min(size[1], max(ys) + 1)
+
+
+def _paint(
+    points: list[tuple[int, int]], size: tuple[int, int]
+) -> Iterator[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
+    """A shape's pixels, a few rows of them at a time: where they lie in the picture, and a mask of that part."""
+    left, top, right, bottom = _window(points, size)
+    if left >= right or top >= bottom:
+        return
+    canvas = Image.new("L", (right - left, bottom - top))
     draw = ImageDraw.Draw(canvas)
+    moved = [(x - left, y - top) for x, y in points]
     if len(points) > 2:
-        draw.polygon(points, fill=1, outline=1)
-    draw.line([*points, points[0]], fill=1)
-    return np.asarray(canvas)
+        draw.polygon(moved, fill=1, outline=1)
+    draw.line([*moved, moved[0]], fill=1)
+    for rows, values in strips(canvas):
+        yield (slice(top + rows.start, top + rows.stop), slice(left, right)), values.view(bool)
 
 
 class ReasonSegParquet(ParquetSource):

@@ -9,10 +9,9 @@ file; the picture is COCO's of `image_id`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from localization_heads.data.jsonl import BadEntry, BadLineError
 from localization_heads.data.masks import MaskSource
@@ -30,9 +29,10 @@ from localization_heads.data.reference import (
     picture_size,
 )
 from localization_heads.errors import UsageError
+from localization_heads.store.json_files import read_json
 from localization_heads.store.safe_pickle import Limits, load_pickle
 
-LIMITS = Limits(instructions=30_000_000, values=20_000_000, depth=6, kind="a refs file")
+LIMITS = Limits(instructions=12_000_000, depth=6, kind="a refs file")
 """RefCOCOg, the longest, takes about 6 million instructions."""
 
 MAX_JSON_BYTES = 2 << 30
@@ -160,27 +160,3 @@ def _read_instances(path: Path, wanted: set[int]) -> tuple[dict[int, Any], dict[
 
 def _by_id(entries: Sequence[object]) -> dict[int, Any]:
     return {entry["id"]: entry for entry in entries if isinstance(entry, dict) and is_number(entry.get("id"))}
-
-
-def read_json(path: Path, limit: int, encodings: Sequence[str] = ("utf-8",), **options: Any) -> Any:
-    """A JSON file of at most `limit` bytes, without NaN, in the first encoding that fits. UsageError, naming it."""
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON number")
-
-    try:
-        if path.stat().st_size > limit:
-            raise UsageError(f"{path}: larger than the limit of {limit >> 20} MB")
-        content = path.read_bytes()
-        for number, encoding in enumerate(encodings, start=1):
-            try:
-                text = content.decode(encoding)
-                break
-            except UnicodeDecodeError:
-                if number == len(encodings):
-                    raise
-        return json.loads(text, parse_constant=no_constant, **options)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError, TypeError) as error:
-        raise UsageError(f"{path}: not a JSON file that can be read ({str(error)[:80]})") from error

@@ -18,8 +18,8 @@ from localization_heads.data.image_error import ImageError
 from localization_heads.data.images import Picture, expanded, find_file
 from localization_heads.data.jsonl import BadEntry, BadLineError, read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
-from localization_heads.errors import UsageError
-from localization_heads.store.paths import attention_stem, check_id, claimed_names, shown
+from localization_heads.errors import UsageError, shown
+from localization_heads.store.paths import attention_stem, check_id, claimed_names
 
 MAX_COORDINATE = 10_000_000
 

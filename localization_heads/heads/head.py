@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from localization_heads.errors import shown
+
+_LONGEST = 40
+_ADDRESS = re.compile(r"[Ll]?(\d{1,9})(?:\s*[-,:]\s*[Hh]?|\s+[Hh]?|[Hh])(\d{1,9})")
 
 
 class Head(NamedTuple):
@@ -22,8 +28,21 @@ class Head(NamedTuple):
         >>> Head.parse("14-24") == Head.parse("L14 H24") == Head(14, 24)
         True
         """
-        match = re.fullmatch(r"\s*[Ll]?(\d+)\s*[-,:\s]?\s*[Hh]?(\d+)\s*", text)
-        separated = re.search(r"\d\D+\d", text)
-        if not match or not separated:
-            raise ValueError(f"'{text}' names no head: write LAYER-HEAD, such as 14-24")
+        match = _ADDRESS.fullmatch(text.strip()) if len(text) <= _LONGEST else None
+        if not match:
+            raise ValueError(f"{shown(text)} names no head: write LAYER-HEAD, such as 14-24")
         return cls(int(match[1]), int(match[2]))
+
+
+def repeated(heads: Iterable[Head]) -> Head | None:
+    """The first head that comes a second time.
+
+    >>> repeated([Head(1, 2), Head(3, 4), Head(1, 2)])
+    Head(layer=1, head=2)
+    """
+    seen: set[Head] = set()
+    for head in heads:
+        if head in seen:
+            return head
+        seen.add(head)
+    return None

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.found_with import KEYS, FoundWith
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, repeated
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
 """The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
@@ -144,11 +144,9 @@ class HeadRanking:
         """
         fields = _Fields(data, "heads.json")
         if fields.integer("version", 1) != 1:
-            raise UsageError(f"heads.json: version must be 1, not {fields.values['version']!r}")
+            raise UsageError(f"heads.json: version must be 1, not {shown(fields.values['version'])}")
         heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
-        addresses = [head.address for head in heads]
-        if len(set(addresses)) < len(addresses):
-            twice = next(address for address in addresses if addresses.count(address) > 1)
+        if twice := repeated(head.address for head in heads):
             raise UsageError(f"heads.json: {twice} is listed twice")
         return cls(
             heads=heads,
@@ -214,7 +212,7 @@ def _spread_from_json(fields: _Fields) -> Spread:
     for known in get_args(Spread):
         if given == known:
             return cast(Spread, known)
-    raise UsageError(f"heads.json: spread must be {' or '.join(get_args(Spread))}, not {str(given)[:40]!r}")
+    raise UsageError(f"heads.json: spread must be {' or '.join(get_args(Spread))}, not {shown(given)}")
 
 
 def _options_from_json(fields: _Fields) -> CriteriaOptions:
@@ -222,10 +220,20 @@ def _options_from_json(fields: _Fields) -> CriteriaOptions:
     given = fields.values.get("criteria", {})
     if not isinstance(given, dict) or not set(given) <= set(_CRITERIA):
         raise UsageError(f"heads.json: criteria must hold only {', '.join(sorted(_CRITERIA))}")
+    for name, value in given.items():
+        if not _is_plain(value):
+            raise UsageError(f"heads.json: criteria: {name} cannot be {shown(value)}")
     try:
         return CriteriaOptions(exclude_layers=fields.integer("exclude_layers"), **given)
     except ValueError as error:
         raise UsageError(f"heads.json: criteria: {error}") from None
+
+
+def _is_plain(value: object) -> bool:
+    """A short text, a number or none: what an option of the criteria can be."""
+    if isinstance(value, str):
+        return len(value) <= 40
+    return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
 
 
 class _Fields:
@@ -273,4 +281,4 @@ class _Fields:
         return value
 
     def _wrong(self, name: str, wanted: str) -> UsageError:
-        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {str(self.values[name])[:40]!r}")
+        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {shown(self.values[name])}")

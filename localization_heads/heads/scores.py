@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from localization_heads.errors import UsageError
-from localization_heads.heads.head import Head
+from localization_heads.errors import UsageError, shown
+from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.record import HeadRanking
 
 HeadScore = tuple[Head, float]
@@ -45,8 +45,8 @@ def read_scores(data: Any) -> list[HeadScore]:
     heads = [head for head, _ in rows]
     if not heads:
         raise UsageError(f"it names no head; {FORM}")
-    if len(set(heads)) < len(heads):
-        raise UsageError(f"{next(head for head in heads if heads.count(head) > 1)} is listed twice")
+    if twice := repeated(heads):
+        raise UsageError(f"{twice} is listed twice")
     return sorted(rows, key=lambda row: -row[1])
 
 
@@ -60,7 +60,7 @@ def _row(entry: Any, number: int) -> HeadScore:
     if isinstance(entry, Mapping):
         entry = [entry.get("layer"), entry.get("head"), entry.get("score", entry.get("frequency"))]
     if not (isinstance(entry, list) and len(entry) == 3 and _is_index(entry[0]) and _is_index(entry[1])):
-        raise UsageError(f"entry {number} is {str(entry)[:40]!r}; {FORM}")
+        raise UsageError(f"entry {number} is {shown(entry)}; {FORM}")
     return Head(entry[0], entry[1]), _score(entry[2], f"entry {number}")
 
 
@@ -72,7 +72,7 @@ def _rows_of_mapping(data: Mapping[str, Any]) -> list[HeadScore]:
         except ValueError as error:
             raise UsageError(f"{error}; {FORM}") from None
         scores = value if isinstance(value, list) and value else [value]
-        rows.append((head, fmean(_score(score, f"{name!r}") for score in scores)))
+        rows.append((head, fmean(_score(score, shown(name)) for score in scores)))
     return rows
 
 
@@ -83,5 +83,5 @@ def _is_index(value: Any) -> bool:
 def _score(value: Any, where: str) -> float:
     """A finite number. Also refuses integers too large for a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise UsageError(f"{where}: the score must be a finite number, not {str(value)[:40]!r}")
+        raise UsageError(f"{where}: the score must be a finite number, not {shown(value)}")
     return float(value)

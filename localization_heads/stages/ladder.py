@@ -7,7 +7,6 @@ that the preset sets, so whatever `evaluate` can do, a rung can. Docs: docs/repr
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from localization_heads.stages.evaluating import evaluate
 from localization_heads.stages.run import Run
 from localization_heads.stages.unseen import check_unseen
 from localization_heads.store.atomic import write_bytes, write_json
+from localization_heads.store.json_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ def _rungs(folder: Path, entries: str) -> list[Climbed]:
     found = []
     for path in folder.glob("*/rung.json"):
         try:
-            data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            data: Mapping[str, Any] = read_json(path, 1 << 20)
             if data["entries"] == entries:
                 found.append(Climbed.from_json(data))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError):
             continue  # an older or a broken file: that rung is not shown until it is climbed again
     return sorted(found, key=lambda rung: (rung.step, rung.name))

@@ -17,7 +17,7 @@ from localization_heads.grounding.maps import Grounding, GroundingOptions
 from localization_heads.heads.analysis import own_heads
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
 from localization_heads.heads.found_with import FoundWith, asked
-from localization_heads.heads.head import Head
+from localization_heads.heads.head import Head, repeated
 from localization_heads.interop.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import ModelSpec, compose_spec, find_spec
 from localization_heads.options import check_options
@@ -235,8 +235,8 @@ def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
         ) from error
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
-    if twice := [str(head) for i, head in enumerate(heads) if head in heads[:i]]:
-        raise UsageError(f"heads names {twice[0]} twice: name each head once")
+    if twice := repeated(heads):
+        raise UsageError(f"heads names {twice} twice: name each head once")
     return heads
 
 

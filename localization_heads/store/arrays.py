@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from localization_heads.errors import shown
+
 MAX_ELEMENTS = 1 << 30
 MAX_DIMENSIONS = 8
 
@@ -46,7 +48,7 @@ class TypeParts:
 
     def __init__(self, code: object) -> None:
         if type(code) is not str or not re.fullmatch(r"[<>|=]?(f[248]|[iu][1248]|b1)", code):
-            raise ArrayRefusedError(f"arrays of type {ascii(code)[:40]} are not taken")
+            raise ArrayRefusedError(f"arrays of type {shown(code)} are not taken")
         self.code = code
 
     def set_state(self, state: object) -> None:
@@ -58,24 +60,36 @@ class TypeParts:
         self.code = state[1] + self.code.lstrip("<>|=")
 
 
+def type_code(kind: object) -> str:
+    """The code of a number type that a pickle made. A mere text, which could say bfloat16, is none."""
+    if type(kind) is not TypeParts:
+        raise ArrayRefusedError("an array of an unknown type")
+    return kind.code
+
+
 class ArrayParts:
     """An array on its way: the bytes, their type and the shape. `array()` is a read-only view of the bytes."""
 
+    __slots__ = ("_array",)
+
     def __init__(self) -> None:
         self._array: np.ndarray | None = None
+
+    def __sizeof__(self) -> int:
+        """With the views of the bytes, and without the bytes."""
+        return 300
 
     def set_state(self, state: object) -> None:
         """The tuple `(version, shape, dtype, is_fortran, bytes)` that numpy writes."""
         if type(state) is not tuple or len(state) != 5:
             raise ArrayRefusedError("an unknown form of array")
         _, shape, kind, fortran, content = state
-        self.fill(content, kind, shape, fortran=fortran is True)
+        self.fill(content, type_code(kind), shape, fortran=fortran is True)
 
-    def fill(self, content: object, kind: object, shape: object, *, fortran: bool) -> None:
-        """Take the content. The bytes must be exactly as many as type and shape say."""
+    def fill(self, content: object, code: str, shape: object, *, fortran: bool) -> None:
+        """Take the content: a view of it, but for bfloat16, which is copied. The bytes must be as many as are said."""
         shape = _sizes(shape)
-        code = kind.code if type(kind) is TypeParts else kind
-        if not isinstance(content, bytes | bytearray) or type(code) is not str:
+        if not isinstance(content, bytes | bytearray):
             raise ArrayRefusedError("an array without bytes")
         if code != _BFLOAT16:
             flat = np.frombuffer(content, dtype=np.dtype(TypeParts(code).code))

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.store.arrays import plain_value
 from localization_heads.store.atomic import write_bytes
+from localization_heads.store.json_files import parse_json
 from localization_heads.store.paths import attention_stem, side_path
 from localization_heads.store.safe_pickle import (
     MAX_FILE_BYTES,
@@ -34,6 +35,8 @@ from localization_heads.store.safe_pickle import (
 
 VERSION = 1
 MAX_SIDE = 1_000_000
+MAX_WEIGHT = 1.01
+"""Softmax weights are at most 1; half precision rounds."""
 _UNPACKED = 4, 32 << 20
 """What a gzipped file may unpack to: so many times its size, and so many bytes more. Softmax weights shrink by two."""
 _TEXTS = ("image_file", "query", "prompt", "model", "id")
@@ -93,13 +96,15 @@ def _check_maps(attention: np.ndarray) -> None:
         raise _MalformedError("attention holds values that are not numbers (NaN or infinity)")
     if low < 0:
         raise _MalformedError("attention holds negative values")
+    if high > MAX_WEIGHT:
+        raise _MalformedError("attention holds values above 1, which no softmax gives")
 
 
 def _from_content(content: dict[Any, Any]) -> AttentionMaps:
     version = content.get("version")
     if version != VERSION or isinstance(version, bool):
         raise _MalformedError(
-            f"version {_shown(version)} of the attention file is unknown: this tool reads {VERSION}"
+            f"version {shown(version)} of the attention file is unknown: this tool reads {VERSION}"
         )
     attention = content["attention"]
     if not isinstance(attention, np.ndarray):
@@ -120,23 +125,23 @@ def _from_content(content: dict[Any, Any]) -> AttentionMaps:
 def _numbers(content: Mapping[Any, Any], name: str, count: int) -> list[Any]:
     values = content.get(name)
     if not isinstance(values, list | tuple) or len(values) != count:
-        raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {_shown(values)}")
+        raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {shown(values)}")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_SIDE:
-            raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {_shown(values)}")
+            raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {shown(values)}")
     return list(values)
 
 
 def _size(values: Sequence[Any]) -> tuple[int, int]:
     if any(value != int(value) or value < 1 for value in values):
-        raise _MalformedError(f"'image_size' must be two whole numbers of pixels, not {_shown(values)}")
+        raise _MalformedError(f"'image_size' must be two whole numbers of pixels, not {shown(values)}")
     return int(values[0]), int(values[1])
 
 
 def _box(content: Mapping[Any, Any]) -> Box:
     x0, y0, x1, y1 = (float(value) for value in _numbers(content, "image_box", 4))
     if x1 <= x0 or y1 <= y0:
-        raise _MalformedError(f"'image_box' is empty: {_shown(content['image_box'])}")
+        raise _MalformedError(f"'image_box' is empty: {shown(content['image_box'])}")
     return x0, y0, x1, y1
 
 
@@ -145,15 +150,8 @@ def _text(content: Mapping[Any, Any], name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _MalformedError(f"'{name}' must be text, not {_shown(value)}")
+        raise _MalformedError(f"'{name}' must be text, not {shown(value)}")
     return value
-
-
-def _shown(value: object) -> str:
-    try:
-        return ascii(value)[:60]
-    except ValueError:  # a whole number of thousands of digits
-        return "a huge number"
 
 
 def _from_published(content: Any, path: Path) -> AttentionMaps:
@@ -191,9 +189,9 @@ def _metadata(content: Any, path: Path) -> dict[Any, Any]:
 
 
 def _stacked(content: Any) -> np.ndarray:
-    """One array from an array, a list of layers or a dict of layers."""
+    """One float32 array, a copy, from an array, a list of layers or a dict of layers."""
     if isinstance(content, np.ndarray):
-        return content
+        return np.array(content, dtype=np.float32, order="C")
     if isinstance(content, dict) and content and all(type(key) is int for key in content):
         content = [content[layer] for layer in sorted(content)]
     layers = content if isinstance(content, list | tuple) else []
@@ -203,19 +201,22 @@ def _stacked(content: Any) -> np.ndarray:
         )
     if len({layer.shape for layer in layers}) != 1:
         raise _MalformedError("the layers differ in shape")
+    if any(layer.dtype.kind != "f" for layer in layers):
+        raise _MalformedError("attention must be floating point")
     one_sample_each = all(layer.ndim == 4 and layer.shape[0] == 1 for layer in layers)  # [1, H, 1, P*P]
-    return np.concatenate(layers) if one_sample_each else np.stack(layers)
+    join = np.concatenate if one_sample_each else np.stack
+    return join(layers, dtype=np.float32, casting="same_kind")  # no copy in another type between
 
 
 def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
-    """`[L, H, 1, P*P]` or `[L, H, P*P]` as float32 `[L, H, P, P]`; maps that have two sides stay as they are.
+    """`[L, H, 1, P*P]` or `[L, H, P*P]` as `[L, H, P, P]`; maps that have two sides stay as they are.
 
     Args:
         patch_size: P, where the file says it.
     """
     if attention.ndim == 4 and attention.shape[2] > 1:
         _check_one_query(attention)
-        return np.array(attention, dtype=np.float32, order="C")
+        return attention
     if attention.ndim == 4:
         attention = attention[:, :, 0]
     if attention.ndim != 3:
@@ -225,9 +226,9 @@ def _square_maps(attention: np.ndarray, patch_size: Any = None) -> np.ndarray:
         raise _MalformedError(f"{attention.shape[2]} image tokens make no square grid [L, H, 1, P*P]")
     if patch_size is not None and patch_size != side:
         raise _MalformedError(
-            f"'patch_size' is {_shown(patch_size)}, and {attention.shape[2]} image tokens are {side} x {side}"
+            f"'patch_size' is {shown(patch_size)}, and {attention.shape[2]} image tokens are {side} x {side}"
         )
-    return np.array(attention, dtype=np.float32, order="C").reshape(*attention.shape[:2], side, side)
+    return attention.reshape(*attention.shape[:2], side, side)
 
 
 def _check_one_query(attention: np.ndarray) -> None:
@@ -235,7 +236,7 @@ def _check_one_query(attention: np.ndarray) -> None:
     if attention.dtype.kind != "f":
         return  # `_check_maps` says so
     largest = float(attention.sum(axis=(2, 3), dtype=np.float64).max(initial=0))
-    if largest > 1.01:  # half precision rounds
+    if largest > MAX_WEIGHT:
         raise _MalformedError(
             f"full attention [L, H, T, T] of {attention.shape[2]} query tokens (a head's weights sum to {largest:.4g}, "
             "over an image they sum to at most 1): save the last token's row over the image tokens, [L, H, 1, P*P]"
@@ -264,10 +265,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
                 raise UsageError(f"{path}: not an attention file: it holds no tensor 'attention'")
             content: dict[str, Any] = {name: metadata.get(name, "") for name in _TEXTS}
             for name in ("version", "grid", "image_size", "image_box"):
-                content[name] = json.loads(metadata.get(name, "null"))
+                content[name] = parse_json(metadata.get(name, "null").encode())
             return {**content, "attention": file.get_tensor("attention")}
-    except (SafetensorError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise UsageError(f"{path}: not a readable safetensors file ({_shown(str(error))})") from error
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise UsageError(f"{path}: not a readable safetensors file ({shown(str(error))})") from error
 
 
 def _read_gzip(path: Path) -> Any:

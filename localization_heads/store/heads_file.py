@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.scores import read_scores
 from localization_heads.store.atomic import write_csv, write_json
+from localization_heads.store.json_files import read_json
 
-_LARGEST = 64 << 20  # bytes; 100,000 heads take 20 MB
+_LARGEST = 32 << 20  # bytes; 100,000 heads take 20 MB
 
 
 def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
@@ -55,10 +55,6 @@ def load_head_list(path: str | Path) -> list[Head]:
 def _read(path: Path) -> Any:
     """The JSON value in a file of bounded size."""
     try:
-        if path.stat().st_size > _LARGEST:
-            raise UsageError(f"heads={path}: {path.stat().st_size >> 20} MB is too large for a heads.json")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"heads={path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"heads={path}: not a JSON file ({error})") from error
+        return read_json(path, _LARGEST)
+    except UsageError as error:
+        raise UsageError(f"heads={error}") from error

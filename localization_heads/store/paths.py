@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 
 ATTENTION_FORMATS = {"pkl": ".pkl", "safetensors": ".safetensors"}
 _ENDINGS = (".pkl.gz", *ATTENTION_FORMATS.values())
@@ -37,11 +37,6 @@ def check_id(id: str) -> str:
     if len(id.encode()) > MAX_ID_BYTES:
         raise ValueError(f"the id {shown(id)} is longer than {MAX_ID_BYTES} bytes")
     return id
-
-
-def shown(text: str, limit: int = 40) -> str:
-    """`text` quoted, escaped and cut for an error message."""
-    return ascii(text if len(text) <= limit else text[: limit - 1] + "~")
 
 
 def claimed_names(id: str) -> list[str]:

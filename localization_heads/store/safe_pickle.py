@@ -5,13 +5,17 @@ containers, numpy arrays and CPU tensors need. A name in the pickle is looked up
 for one of *our* constructors, so nothing from any library is imported or called on the pickle's word. torch
 is not needed to read a tensor: its storage is bytes after a short header.
 
-Bounds: the number of instructions, the depth and the number of values are limited; every array is a view of
-bytes that are in the file; dictionary keys are text or numbers (hashing a deep tuple can crash Python).
+Bounds are on what is built, not on what is read. A pickle can name one value a million times, so every step that
+makes, copies or refers to something is charged to a `_Budget` in proportion to the file; the result is charged once
+more with every reference counted as a copy, since whoever takes it may copy (`np.stack` of a list does). Only text
+and short whole numbers are hashed: hashing a deep tuple crashes Python, and hashing a long number takes its time
+again and again.
 """
 
 from __future__ import annotations
 
 import pickletools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,28 +24,61 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from localization_heads.errors import UsageError
-from localization_heads.store.arrays import ArrayParts, ArrayRefusedError, TypeParts, tensor_type
+from localization_heads.errors import UsageError, shown
+from localization_heads.store.arrays import (
+    ArrayParts,
+    ArrayRefusedError,
+    TypeParts,
+    tensor_type,
+    type_code,
+)
 
 MAX_FILE_BYTES = 4 << 30
+MAX_INTEGER_BITS = 1 << 15
+SLOT = 8
+"""Bytes of a reference: in a list, on the stack or in the memo."""
+
+ENTRY = 300
+"""Bytes of what is noted of one value in a dict."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a pickle may take: instructions, values in the result, and how deep they nest.
+    """What a pickle may take: instructions, and how deep its values nest.
 
     Args:
         kind: what the file should be, for messages.
     """
 
     instructions: int = 1_000_000  # an analysis of 10,000 heads takes 250,000
-    values: int = 400_000
     depth: int = 16
     kind: str = "an attention file"
 
 
 class PickleRefusedError(Exception):
     """The pickle is broken or asks for something outside the allow-list."""
+
+
+class _Budget:
+    """What one account of a file of `size` bytes may still take: instructions, and bytes that are built."""
+
+    def __init__(self, size: int, limits: Limits) -> None:
+        self.bytes = 7 * size + (56 << 20)  # RefCOCO's refs, nearly all short texts, take 7 times their size
+        self.instructions = limits.instructions
+        self.kind = limits.kind
+
+    def charge(self, count: int) -> None:
+        """Account for `count` bytes before, or as, they are made."""
+        self.bytes -= count
+        if self.bytes < 0:
+            raise PickleRefusedError(
+                f"refused: it would build far more bytes than the file holds, which {self.kind} never does"
+            )
+
+    def step(self) -> None:
+        self.instructions -= 1
+        if self.instructions < 0:
+            raise PickleRefusedError(f"refused: far more instructions than {self.kind} needs")
 
 
 class _Name(NamedTuple):
@@ -93,32 +130,60 @@ def loads_pickle(content: bytes, limits: Limits = Limits()) -> Any:
         raise PickleRefusedError(
             "a zip archive (of torch.save?), not a pickle: save the maps as .pkl or .safetensors"
         )
-    stream = BytesIO(content)
-    value = _Machine(stream, limits).run()
+    machine = _Machine(BytesIO(content), _Budget(len(content), limits))
+    value = machine.run()
     try:
-        return _Plain(limits).of(value, limits.depth)
+        return _Plain(_Budget(len(content), limits), machine.shared).of(value, limits.depth)
     except ArrayRefusedError as error:
         raise PickleRefusedError(f"refused: {error}") from error
+
+
+class _Memo:
+    """Values by number. Writers count from 0 or (Python 2) from 1: those lie in a list, any other in a dict."""
+
+    def __init__(self) -> None:
+        self._counted: list[Any] = []
+        self._first: int | None = None
+        self._strays: dict[int, Any] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._counted) + len(self._strays)
+
+    def put(self, index: int, value: Any) -> int:
+        """The bytes that it took."""
+        if self._first is None and index in (0, 1):
+            self._first = index
+        if self._first is not None and index == self._first + len(self._counted):
+            self._counted.append(value)
+            self._strays.pop(index, None)
+            return SLOT
+        self._strays[index] = value
+        return ENTRY
+
+    def get(self, index: int) -> Any:
+        """Raises KeyError or IndexError for a number that was not put."""
+        if self._first is not None and index >= self._first and index not in self._strays:
+            return self._counted[index - self._first]
+        return self._strays[index]
 
 
 class _Machine:
     """The stack machine of the pickle protocol (0 to 5), without the instructions that run code."""
 
-    def __init__(self, stream: BytesIO, limits: Limits, *, storages: bool = False) -> None:
+    def __init__(self, stream: BytesIO, budget: _Budget, *, storages: bool = False) -> None:
         self.stream = stream
-        self.limits = limits
+        self.budget = budget
         self.storages = storages  # whether persistent ids, which name tensor storages, may be used
-        self.size = stream.getbuffer().nbytes
-        self.spent = 0  # bytes made by conversions: bounds a small pickle that makes many copies of one text
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo = _Memo()
+        self.shared: set[int] = set()  # ids of the containers that are referred to more than once
 
     def run(self) -> Any:
         """Run to the STOP instruction; the stream is left behind it."""
         try:
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(self.stream)):
-                if count > self.limits.instructions:
-                    raise PickleRefusedError(f"refused: far more instructions than {self.limits.kind} needs")
+            for opcode, argument, _ in pickletools.genops(self.stream):
+                self.budget.step()
                 if opcode.name == "STOP":
                     break
                 self.step(opcode.name, argument)
@@ -135,17 +200,25 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
-            self.stack.append(_LITERALS[name](argument))
+            self.push(_LITERALS[name](argument))
         elif name in _STEPS:
             _STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
-            raise PickleRefusedError(f"refused: the pickle uses {name}, which {self.limits.kind} never needs")
+            raise PickleRefusedError(f"refused: the pickle uses {name}, which {self.budget.kind} never needs")
 
-    def spend(self, count: int) -> None:
-        """Account for `count` bytes copied: an honest pickle copies each of its own at most a few times."""
-        self.spent += count
-        if self.spent > 4 * self.size:
-            raise PickleRefusedError("refused: far more bytes than the file holds")
+    def push(self, value: Any) -> None:
+        """Put a new value on the stack."""
+        self.budget.charge(SLOT + sys.getsizeof(value))
+        self.stack.append(value)
+
+    def push_again(self, index: int) -> None:
+        """Put a value of the memo on the stack."""
+        value = self.memo.get(index)
+        self.budget.charge(SLOT)
+        if type(value) in (list, tuple, dict) and id(value) not in self.shared:
+            self.budget.charge(ENTRY)
+            self.shared.add(id(value))
+        self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
         """Take the values above the last mark, and the mark."""
@@ -163,10 +236,10 @@ class _Machine:
         if len(values) != count:
             raise PickleRefusedError("not a readable pickle: empty stack")
         del self.stack[-count:]
-        self.stack.append(values)
+        self.push(values)
 
     def memoize(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
+        self.budget.charge(self.memo.put(index, self.stack[-1]))
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -175,31 +248,36 @@ class _Machine:
         target.extend(values)
 
     def make_dict(self, flat: list[Any]) -> None:
-        self.stack.append({})
+        self.push({})
         self.set_items(flat)
 
     def set_items(self, flat: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(flat) % 2:
             raise PickleRefusedError("refused: the pickle sets an item of something that is no dict")
+        size = sys.getsizeof(target)
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if type(key) not in (str, int):
                 raise PickleRefusedError("refused: a key that is neither text nor a whole number")
             target[key] = value
+        self.budget.charge(sys.getsizeof(target) - size)
 
     def name(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:  # before either is hashed or shown
+            raise PickleRefusedError("refused: the pickle asks for something whose name is no text")
         if (module, name) not in _ALLOWED and not (self.storages and tensor_type(module, name)):
+            asked = shown(f"{module[:80]}.{name[:80]}", 80)[1:-1]
             raise PickleRefusedError(
-                f"refused: the pickle asks for {_quoted(module, name)}, which {self.limits.kind} never needs"
+                f"refused: the pickle asks for {asked}, which {self.budget.kind} never needs"
             )
-        self.stack.append(_Name(module, name))
+        self.push(_Name(module, name))
 
     def reduce(self) -> None:
         arguments = self.stack.pop()
         target = self.stack.pop()
         if type(target) is not _Name or type(arguments) is not tuple or _ALLOWED.get(target) is None:
             raise PickleRefusedError("refused: the pickle calls something that is no constructor of arrays")
-        self.stack.append(_ALLOWED[target](self, *arguments))  # type: ignore[misc]
+        self.push(_ALLOWED[target](self, *arguments))  # type: ignore[misc]
 
     def build(self) -> None:
         state = self.stack.pop()
@@ -215,15 +293,18 @@ class _Machine:
         self.stack.append(pid)
 
 
-def _quoted(module: object, name: object) -> str:
-    return ascii(f"{module}.{name}")[1:-1][:80]
-
-
-_VALUE_INSTRUCTIONS = (
-    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+_INTEGERS = ("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4")
+_AS_THEY_ARE = (
+    *("FLOAT", "BINFLOAT"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
+
+
+def _integer(value: int) -> int:
+    if value.bit_length() > MAX_INTEGER_BITS:
+        raise PickleRefusedError(f"refused: a whole number of more than {MAX_INTEGER_BITS} bits")
+    return value
 
 
 def _old_text(text: str) -> str:
@@ -235,7 +316,8 @@ def _old_text(text: str) -> str:
 
 
 _LITERALS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(_VALUE_INSTRUCTIONS, lambda argument: argument),
+    **dict.fromkeys(_INTEGERS, _integer),
+    **dict.fromkeys(_AS_THEY_ARE, lambda argument: argument),
     **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _old_text),
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
@@ -247,9 +329,9 @@ _LITERALS: dict[str, Callable[[Any], Any]] = {
 }
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "LIST": lambda m, _: m.stack.append(m.since_mark()),
+    "LIST": lambda m, _: m.push(m.since_mark()),
     "DICT": lambda m, _: m.make_dict(m.since_mark()),
-    "TUPLE": lambda m, _: m.stack.append(tuple(m.since_mark())),
+    "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
     "TUPLE1": lambda m, _: m.pack(1),
     "TUPLE2": lambda m, _: m.pack(2),
     "TUPLE3": lambda m, _: m.pack(3),
@@ -257,13 +339,13 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "APPENDS": lambda m, _: m.extend(m.since_mark()),
     "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
-    "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
+    "MEMOIZE": lambda m, _: m.memoize(m.memo.count),
     "PUT": lambda m, index: m.memoize(index),
     "BINPUT": lambda m, index: m.memoize(index),
     "LONG_BINPUT": lambda m, index: m.memoize(index),
-    "GET": lambda m, index: m.stack.append(m.memo[index]),
-    "BINGET": lambda m, index: m.stack.append(m.memo[index]),
-    "LONG_BINGET": lambda m, index: m.stack.append(m.memo[index]),
+    "GET": lambda m, index: m.push_again(index),
+    "BINGET": lambda m, index: m.push_again(index),
+    "LONG_BINGET": lambda m, index: m.push_again(index),
     "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name(m.stack.pop(-2), m.stack.pop()),
     "REDUCE": lambda m, _: m.reduce(),
@@ -282,14 +364,14 @@ def _new_array(_: _Machine, kind: Any, shape: Any, code: Any) -> ArrayParts:
 def _array_from_buffer(_: _Machine, buffer: Any, kind: Any, shape: Any, order: Any) -> ArrayParts:
     """`numpy.core.numeric._frombuffer`, the form of protocol 5."""
     parts = ArrayParts()
-    parts.fill(buffer, kind, shape, fortran=order == "F")
+    parts.fill(buffer, type_code(kind), shape, fortran=order == "F")
     return parts
 
 
 def _number(_: _Machine, kind: Any, content: Any) -> bool | int | float:
     """`numpy.core.multiarray.scalar`, as the plain number it holds."""
     parts = ArrayParts()
-    parts.fill(content, kind, (), fortran=False)
+    parts.fill(content, type_code(kind), (), fortran=False)
     value: bool | int | float = parts.array().item()
     return value
 
@@ -310,7 +392,7 @@ def _old_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
     """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise PickleRefusedError("refused: text in an unknown encoding")
-    machine.spend(len(text))
+    machine.budget.charge(len(text))
     return text.encode("latin1")
 
 
@@ -318,14 +400,14 @@ def _storage(machine: _Machine, content: Any) -> _Storage:
     """`torch.storage._load_from_bytes`: five pickled headers, then a count (int64) and the raw numbers."""
     if type(content) is not bytes:
         raise PickleRefusedError("not a readable pickle: a tensor without bytes")
-    machine.spend(len(content))
+    machine.budget.charge(3 * len(content))  # the copy of the numbers, and bfloat16 at twice its size
     stream = BytesIO(content)
     for _header in range(3):  # magic number, protocol version, byte order and sizes
-        header = _Machine(stream, machine.limits).run()
+        header = _Machine(stream, machine.budget).run()
     if type(header) is not dict or header.get("little_endian") is not True:
         raise PickleRefusedError("refused: a tensor in an unknown byte order")
-    pid = _Machine(stream, machine.limits, storages=True).run()
-    _Machine(stream, machine.limits).run()  # the list of storage keys
+    pid = _Machine(stream, machine.budget, storages=True).run()
+    _Machine(stream, machine.budget).run()  # the list of storage keys
     match pid:
         case ("storage", _Name(module, name), str(), str(), int(count), *_) if tensor_type(module, name):
             code = tensor_type(module, name)
@@ -362,22 +444,40 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any] | None] = {
 
 
 class _Plain:
-    """Copies the result, with arrays in the place of their parts, and refuses whatever is not plain."""
+    """Copies the result, with arrays in the place of their parts, and refuses whatever is not plain.
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.count = 0
+    A container that is `shared` is copied once and charged at every reference.
+    """
+
+    def __init__(self, budget: _Budget, shared: set[int]) -> None:
+        self.budget = budget
+        self.shared = shared
+        self.done: dict[tuple[int, int], tuple[Any, int]] = {}  # by id and depth: the copy and its charge
 
     def of(self, value: Any, depth: int) -> Any:
-        self.count += 1
-        if depth < 0 or self.count > self.limits.values:
-            raise PickleRefusedError(f"refused: far deeper or larger than {self.limits.kind}")
+        if id(value) not in self.shared:
+            return self.copy(value, depth)
+        key = id(value), depth
+        if key in self.done:
+            self.budget.charge(self.done[key][1])
+        else:
+            before = self.budget.bytes
+            plain = self.copy(value, depth)
+            self.done[key] = plain, before - self.budget.bytes
+        return self.done[key][0]
+
+    def copy(self, value: Any, depth: int) -> Any:
+        if depth < 0:
+            raise PickleRefusedError(f"refused: far deeper than {self.budget.kind}")
+        if type(value) is ArrayParts:
+            array = value.array()
+            self.budget.charge(SLOT + sys.getsizeof(value) + array.nbytes)
+            return array
+        self.budget.charge(SLOT + sys.getsizeof(value))
         if type(value) in (type(None), bool, int, float, str, bytes):
             return value
         if type(value) is bytearray:
             return bytes(value)
-        if type(value) is ArrayParts:
-            return value.array()
         if type(value) is list:
             return [self.of(item, depth - 1) for item in value]
         if type(value) is tuple:
