@@ -59,7 +59,8 @@ def evaluate(run: Run) -> Groundings:
         store = open_store(run) if report.lacks_ranking and judge.controls else None
         native = wanted_format(run.lvlm, run["native"], by_default=judge.controls)
         asked = Examination(judge, native, report.alone(entries))
-        log = ResultLog(run.folder, "evaluate", {**settings(run), **asked.settings(entries.samples)})
+        depends = {**settings(run), **asked.settings(entries.samples), "report": report.settings}
+        log = ResultLog(run.folder, "evaluate", depends)
         outcomes, drawn = ground_all(
             run,
             entries,

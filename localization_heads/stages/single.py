@@ -105,18 +105,25 @@ def visualize(run: Run) -> Visualised:
         heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
     else:
         heads = run.named_heads
-    return draw(run, analysed, path, heads=heads or run.own_heads(analysed.statistics))
+    picture = picture_of(analysed.maps)
+    return draw(run, analysed, path, picture, heads=heads or run.own_heads(analysed.statistics))
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    return collected, analysed, draw(run, analysed, collected.path)
+    return collected, analysed, draw(run, analysed, collected.path, picture_of(analysed.maps))
 
 
 def draw(
-    run: Run, analysed: Analysed, path: Path, *, heads: Sequence[Head] | None = None, truth: Box | None = None
+    run: Run,
+    analysed: Analysed,
+    path: Path,
+    image: Image.Image | None,
+    *,
+    heads: Sequence[Head] | None = None,
+    truth: Box | None = None,
 ) -> Visualised:
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
@@ -124,7 +131,6 @@ def draw(
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    image = picture_of(maps)
     grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
