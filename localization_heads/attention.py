@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.errors import NotFiniteError
+
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image: floats, half-open, origin at the top left."""
 
@@ -65,6 +67,11 @@ class AttentionMaps:
     @property
     def num_heads(self) -> int:
         return int(self.attention.shape[1])
+
+    def check_finite(self) -> None:
+        """NotFiniteError if a weight is NaN or infinite, as where half precision overflows."""
+        if not np.isfinite(self.attention).all():
+            raise NotFiniteError
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
         """The same maps with the entry's name and picture written on them."""

@@ -225,8 +225,13 @@ class LVLM:
         Args:
             image: RGB picture of any size.
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
+
+        Raises:
+            NotFiniteError: NaN or infinite attention, as where half precision overflows.
         """
-        return self.attend_batch([image], [expression], last_layer=last_layer)[0]
+        (maps,) = self.attend_batch([image], [expression], last_layer=last_layer)
+        maps.check_finite()
+        return maps
 
     def attend_batch(
         self,
@@ -236,7 +241,7 @@ class LVLM:
         last_layer: int | None = None,
         ready: Batch | None = None,
     ) -> list[AttentionMaps]:
-        """`attend` for several pairs, in their order.
+        """`attend` for several pairs, in their order; whether a pair's maps are finite is left to the caller.
 
         A picture that is there several times, as one and the same object, is encoded once for all its expressions;
         the others go through the model in one forward pass.
@@ -279,12 +284,15 @@ class LVLM:
     ) -> list[AttentionMaps]:
         """`encode_image(image).attend(expressions)`, for conversations: the last pictures stay encoded.
 
-        They are known by their pixels, and dropped when `recent.max_bytes` are full.
+        They are known by their pixels, and dropped when `recent.max_bytes` are full. NotFiniteError as of `attend`.
         """
         key = (content(image), self.conv_mode, self.system, self.query_token, self.view)
         try:
             picture = self.recent.get(key, lambda: EncodedPicture(self, image))
-            return picture.attend(expressions, last_layer=last_layer)
+            found = picture.attend(expressions, last_layer=last_layer)
+            for maps in found:
+                maps.check_finite()
+            return found
         finally:
             self.recent.shrink()
 
