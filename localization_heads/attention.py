@@ -27,6 +27,18 @@ def misses_picture(box: Box, image_size: tuple[int, int]) -> bool:
     return min(x1, image_size[0]) <= max(x0, 0) or min(y1, image_size[1]) <= max(y0, 0)
 
 
+def rescaled(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
+    """A box of a picture of `(W, H)` pixels in pixels of the same picture in another resolution.
+
+    >>> rescaled((1, 2, 3, 4), (4, 4), (8, 2))
+    (2.0, 1.0, 6.0, 2.0)
+    """
+    if before == after:
+        return box
+    across, down = after[0] / before[0], after[1] / before[1]
+    return box[0] * across, box[1] * down, box[2] * across, box[3] * down
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """Attention of the query token over the image tokens, for every head (`A[l,h]` of Sec. 4.1).
@@ -67,6 +79,12 @@ class AttentionMaps:
     @property
     def num_heads(self) -> int:
         return int(self.attention.shape[1])
+
+    def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
+        """The same maps of the same picture in another resolution, `(W, H)`."""
+        return replace(
+            self, image_box=rescaled(self.image_box, self.image_size, image_size), image_size=image_size
+        )
 
     def check_finite(self) -> None:
         """NotFiniteError if a weight is NaN or infinite, as where half precision overflows."""

@@ -7,6 +7,7 @@ the header, before anything is decoded, and only raster formats that cannot run 
 
 from __future__ import annotations
 
+import math
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,10 @@ from localization_heads.errors import UsageError
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LARGEST_SEEN = 24_000_000
+"""Pixels: no model looks at more than 16,777,216, and processors take five times the memory of what they are given."""
+STRIP = 1_000_000
+"""Pixels that are converted to RGB at a time."""
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
@@ -46,6 +51,13 @@ def load_image(source: Image.Image | str | Path, *, base: str | Path | None = No
     path = find_file(source, base)
     with open_raster(path) as image:
         return _decoded(path, image)
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """The picture that a model is given: one of more than `LARGEST_SEEN` pixels is halved (or divided by 3, 4, ...)."""
+    width, height = image.size
+    factor = math.ceil(math.sqrt(width * height / LARGEST_SEEN))
+    return image.reduce(factor) if factor > 1 else image
 
 
 def image_size(source: Image.Image | str | Path) -> tuple[int, int]:
@@ -177,34 +189,65 @@ def _decoded(name: str | Path, image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """A copy, turned as the camera's orientation says."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a picture with broken camera data is still a picture
-        return image
+        return image.copy()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+    """Other modes are converted a strip at a time: what lies between may take many times the memory of RGB."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    white = _white_of(image)
+    found = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        found.paste(_strip_to_rgb(strip, white), (0, top))
+    return found
+
+
+def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
+    if _is_wide(image):
+        image = Image.fromarray(_to_bytes(np.asarray(image), white))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    if image.mode == "RGB":
-        return image.copy()
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
-    """One channel of 16 bits, 32 bits or floats `(H, W)` as uint8, black to white over the range that fits.
+def _is_wide(image: Image.Image) -> bool:
+    """Whether its values do not fit into bytes."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _white_of(image: Image.Image) -> float:
+    """The value that is white in a picture of 16 bits, 32 bits or floats; 255 in the others.
 
     16-bit pictures run to 65535. Wider types do not say their range: it is the smallest of 1 (floats only),
     255 and 65535 that holds every value, or else the largest value.
     """
-    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    top = float(values.max(initial=0.0))
-    ranges = (
-        (65535.0,) if mode.startswith("I;16") else (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    if not _is_wide(image):
+        return 255.0
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    rows = max(1, STRIP // image.width)
+    strips = (
+        np.asarray(image.crop((0, top, image.width, min(image.height, top + rows))))
+        for top in range(0, image.height, rows)
     )
-    white = next((limit for limit in ranges if top <= limit), top)
-    return (values.clip(0, white) * (255.0 / white) + 0.5).astype(np.uint8)
+    top = max(float(_finite(strip).max(initial=0.0)) for strip in strips)
+    return next(
+        (limit for limit in ((1.0,) if image.mode == "F" else ()) + (255.0, 65535.0) if top <= limit), top
+    )
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _to_bytes(values: np.ndarray, white: float) -> np.ndarray:
+    """One channel of wide values `(H, W)` as uint8, black to white."""
+    return (_finite(values).clip(0, white) * (255.0 / white) + 0.5).astype(np.uint8)

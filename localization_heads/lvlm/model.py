@@ -327,17 +327,17 @@ class LVLM:
         ):
             self.run(inputs, query)
         length = inputs["input_ids"].shape[1]
-        rows = {layer: row.cpu() for layer, row in recorder.rows.items()}
+        rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.looks_across:
             rows = {layer: _prompt_keys(row, length, query) for layer, row in rows.items()}
-        layers = [rows[index] for index in sorted(rows)]  # each (B, H, T)
-        if not layers:
+        if not rows:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
-        batch, heads, tokens = layers[0].shape
+        batch, heads, tokens = next(iter(rows.values())).shape  # each (B, H, T)
         full = torch.zeros(batch, self.num_layers, heads, tokens)
-        full[:, sorted(rows)] = torch.stack(layers, 1)
+        for layer in list(rows):
+            full[:, layer] = rows.pop(layer)  # never twice in memory
         return list(full)
 
     def run(self, inputs: dict[str, Any], query: Query) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from localization_heads.data.images import load_image
+from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError
 from localization_heads.evaluation.controls import CENTRE, DRAWS
@@ -149,7 +149,7 @@ def _with_box(sample: Sample) -> Sample:
     """A mask alone gives its tight box."""
     if sample.bbox is not None:
         return sample
-    return replace(sample, bbox=truth_of(sample, load_image(sample.image).size).box)
+    return replace(sample, bbox=truth_of(sample, image_size(sample.image)).box)
 
 
 def _metrics(

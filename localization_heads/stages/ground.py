@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
+from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError
 from localization_heads.grounding.maps import Grounding, ground_maps
@@ -119,8 +120,7 @@ def ground_all(
 
     def show(found: _Grounded) -> _Grounded:
         if found.drawing is not None:
-            sample = found.outcome.sample
-            drawn[sample.id] = _draw(run, sample, *found.drawing)
+            drawn[found.outcome.sample.id] = _draw(run, found.outcome, *found.drawing)
         return found
 
     def keep(grounded: Sequence[_Grounded]) -> None:
@@ -210,7 +210,8 @@ def _ground_each(
         if measure:
             outcome = replace(outcome, measured=measure(run, one, grounding))
         card = look(room, outcome, one.maps, grounding, lambda: one.image)
-        drawing = (one.image, grounding) if one.sample.id in drawn else None
+        # Its mask, a byte a pixel, is in the outcome as run lengths.
+        drawing = (one.image, replace(grounding, refined=None)) if one.sample.id in drawn else None
         return _Grounded(outcome, card, drawing, statistics)
 
     return [found for one in attended if (found := _or_none(ground_one, one, one.sample, entries))]
@@ -254,9 +255,12 @@ def drawing_limit(run: Run) -> int | None:
     return run["visualize_limit"] if run["visualize_batch"] else 0
 
 
-def _draw(run: Run, sample: Sample, image: Image.Image, grounding: Grounding) -> Path:
+def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) -> Path:
     from localization_heads import figures
 
+    sample, mask = outcome.sample, outcome.prediction.mask
+    if grounding.mask_from != "map" and mask is not None:
+        grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
     figure = figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=sample.expression)
     if run["show_plot"]:
