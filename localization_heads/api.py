@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.images import Picture, load_image
 from localization_heads.data.samples import Sample, where
+from localization_heads.errors import NotFiniteError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from localization_heads.lvlm.model import LVLM
+
+log = logging.getLogger(__name__)
 
 K = 3
 """Heads that a sample picks for itself (the paper's k)."""
@@ -49,6 +53,8 @@ def find_heads(
 ) -> HeadRanking:
     """Rank a model's heads by selection frequency (Sec. 4), without labels.
 
+    A sample whose attention is not finite (half precision overflows on some) is left out, with a warning.
+
     Args:
         samples: pictures with expressions, read as they are needed; only a few kilobytes of each are kept. A picture
             whose samples follow each other is encoded once for them all.
@@ -60,11 +66,13 @@ def find_heads(
     Raises:
         ValueError: there is no sample.
         UsageError: a picture or an expression that cannot be used.
+        NotFiniteError: no sample's attention is finite.
     """
     criteria = criteria or CriteriaOptions()
-    found = [_row(one.maps, criteria) for one in _attended(lvlm, samples)]
+    unusable: list[NotFiniteError] = []
+    found = [_row(one.maps, criteria) for one in _attended(lvlm, samples, unusable)]
     if not found:
-        raise ValueError("find_heads needs at least one sample")
+        raise unusable[0] if unusable else ValueError("find_heads needs at least one sample")
     sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
     ranking = rank_heads(
         sums,
@@ -110,6 +118,7 @@ def ground(
     Raises:
         ValueError: a head that the model does not have.
         UsageError: a picture or an expression that cannot be used, or one that no head passes the criteria for.
+        NotFiniteError: NaN or infinite attention.
     """
     picture = load_image(image)
     grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
@@ -160,6 +169,8 @@ def evaluate(
 ) -> Evaluation:
     """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
 
+    A sample whose attention is not finite is left out, with a warning, and counted among `num_failed`.
+
     Args:
         samples: with `bbox` or `mask`, or both; read as they are needed, as by `find_heads`.
         heads: as in `ground`, for all samples.
@@ -176,6 +187,7 @@ def evaluate(
         ValueError: there is no sample, or a head that the model does not have.
         UsageError: a sample whose picture, expression or truth cannot be used; boxes that are no pixels of their
             pictures, before the first sample where `samples` is a sequence, else after the last.
+        NotFiniteError: no sample's attention is finite.
     """
     from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 
@@ -185,9 +197,11 @@ def evaluate(
     scored: list[Scored] = []
     images: list[str] = []
     boxes: list[TrueBox] = []
+    unusable: list[NotFiniteError] = []
     if listed := isinstance(samples, Sequence):
         check_scale(true_boxes(samples), "samples")
-    for sample, picture, number, maps in _attended(lvlm, samples, None if controls else grounder.last_layer):
+    last_layer = None if controls else grounder.last_layer
+    for sample, picture, number, maps in _attended(lvlm, samples, unusable, last_layer):
         truth = truth_of(sample, picture.size)
         if sample.bbox is not None and not listed:
             boxes.append(TrueBox(where(sample), sample.bbox, picture.size))
@@ -199,7 +213,7 @@ def evaluate(
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
         images.append(sample.image_key or f"picture {number}")
     if not scored:
-        raise ValueError("evaluate needs at least one sample")
+        raise unusable[0] if unusable else ValueError("evaluate needs at least one sample")
     check_scale(boxes, "samples")
     choices = {
         **lvlm.choices,
@@ -207,7 +221,7 @@ def evaluate(
         "segmenter": _named(segmenter),
         "native": form and form.prompt,
     }
-    metrics = judge.metrics([one.scores for one in scored], images)
+    metrics = judge.metrics([one.scores for one in scored], images, len(unusable))
     return Evaluation({**metrics, "choices": choices}, scored)
 
 
@@ -270,8 +284,14 @@ class _Attended(NamedTuple):
     maps: AttentionMaps
 
 
-def _attended(lvlm: LVLM, samples: Iterable[Sample], last_layer: int | None = None) -> Iterator[_Attended]:
-    """The maps of each sample, in order. Samples that follow each other share a picture that is the same."""
+def _attended(
+    lvlm: LVLM, samples: Iterable[Sample], unusable: list[NotFiniteError], last_layer: int | None = None
+) -> Iterator[_Attended]:
+    """The maps of each sample, in order. Samples that follow each other share a picture that is the same.
+
+    Args:
+        unusable: gets the errors of those whose attention is not finite, which are passed over.
+    """
     # A picture in memory is told by its pixels, one in a file by its path.
     pictures = groupby(samples, key=lambda sample: sample.image_key or sample.image)
     for number, (_, group) in enumerate(pictures):
@@ -281,4 +301,10 @@ def _attended(lvlm: LVLM, samples: Iterable[Sample], last_layer: int | None = No
             expressions = [sample.expression for sample in part]
             maps = lvlm.attend_batch([picture] * len(part), expressions, last_layer=last_layer)
             for sample, found in zip(part, maps, strict=True):
+                try:
+                    found.check_finite()
+                except NotFiniteError as error:
+                    log.warning("%r is left out: %s", sample.id or sample.expression, error)
+                    unusable.append(error)
+                    continue
                 yield _Attended(sample, picture, number, found)

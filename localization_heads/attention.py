@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.errors import NotFiniteError
+
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image: floats, half-open, origin at the top left."""
 
@@ -23,6 +25,18 @@ def misses_picture(box: Box, image_size: tuple[int, int]) -> bool:
     """
     x0, y0, x1, y1 = box
     return min(x1, image_size[0]) <= max(x0, 0) or min(y1, image_size[1]) <= max(y0, 0)
+
+
+def rescaled(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
+    """A box of a picture of `(W, H)` pixels in pixels of the same picture in another resolution.
+
+    >>> rescaled((1, 2, 3, 4), (4, 4), (8, 2))
+    (2.0, 1.0, 6.0, 2.0)
+    """
+    if before == after:
+        return box
+    across, down = after[0] / before[0], after[1] / before[1]
+    return box[0] * across, box[1] * down, box[2] * across, box[3] * down
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +79,17 @@ class AttentionMaps:
     @property
     def num_heads(self) -> int:
         return int(self.attention.shape[1])
+
+    def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
+        """The same maps of the same picture in another resolution, `(W, H)`."""
+        return replace(
+            self, image_box=rescaled(self.image_box, self.image_size, image_size), image_size=image_size
+        )
+
+    def check_finite(self) -> None:
+        """NotFiniteError if a weight is NaN or infinite, as where half precision overflows."""
+        if not np.isfinite(self.attention).all():
+            raise NotFiniteError
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
         """The same maps with the entry's name and picture written on them."""

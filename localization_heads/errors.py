@@ -46,6 +46,16 @@ class OutOfMemoryError(WorkError):
     """The batch does not fit into the memory; a smaller one may."""
 
 
+class NotFiniteError(WorkError, ValueError):
+    """Attention, or a map made of it, holds NaN or infinite values: the sample is unusable, the others are not."""
+
+    def __init__(self, what: str = "the model's attention") -> None:
+        super().__init__(
+            f"{what} is not finite (NaN or infinite values: its numbers overflow); "
+            "load the model with model.dtype=bfloat16 or model.dtype=float32"
+        )
+
+
 class NothingDoneError(WorkError):
     """No entry of a data set could be used.
 

@@ -794,3 +794,26 @@ def test_a_network_that_is_set_up_wrongly_is_named(name, value, said, server, mo
     monkeypatch.setenv(name, value)
     with pytest.raises(DownloadError, match=said):
         load_image(private(f"{server}/picture"))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "I", "F"])
+def test_a_picture_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White of a wide picture is that of the whole, not of a strip."""
+    values = np.random.default_rng(0).integers(0, 256, (24, 17, 4), dtype=np.uint8)
+    if mode in ("I;16", "I", "F"):
+        kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        image = Image.fromarray((values[..., 0] * np.arange(24)[:, None]).astype(kind))
+    else:
+        image = Image.fromarray(values, "RGBA").convert(mode)
+    whole = np.asarray(load_image(image))
+    monkeypatch.setattr(images, "STRIP", 50)
+    np.testing.assert_array_equal(np.asarray(load_image(image)), whole)
+
+
+def test_a_model_is_given_no_more_than_it_sees() -> None:
+    for size, seen in (
+        ((6000, 4000), (6000, 4000)),
+        ((8000, 8000), (4000, 4000)),
+        ((64000, 999), (32000, 500)),
+    ):
+        assert images.as_seen(Image.new("1", size).convert("L")).size == seen

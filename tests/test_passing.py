@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +18,12 @@ import torch
 from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedPicture
-from localization_heads.stages.passing import AHEAD, chunks, in_line
+from localization_heads.stages.passing import AHEAD, WAITING, chunks, in_line
 
 
 @pytest.fixture
@@ -75,6 +79,51 @@ def test_pictures_in_memory_are_not_mixed_up(picture: Any) -> None:
     other = picture.rotate(180)
     samples = [Sample(image, "x", line=n) for n, image in enumerate([picture, other, picture, other])]
     assert [[s.line for s in chunk] for chunk in chunks(samples, 2)] == [[0, 2], [1, 3]]
+
+
+def test_large_pictures_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
+    """24 megapixels at most, whatever `batch_size`; or one picture, with all that is asked about it."""
+    sizes = [(5000, 1600)] * 4 + [(8000, 8000)] + [(100, 100)] * 3
+    for number, size in enumerate(sizes):
+        Image.new("1", size).save(tmp_path / f"{number}.png")
+    names = [str(tmp_path / f"{n}.png") for n in (0, 1, 2, 3, 4, 4, 5, 6, 7)] + ["http://a/b.png"] * 2
+    cut = chunks([Sample(name, "x", line=n) for n, name in enumerate(names)], 64)
+    assert [[s.line for s in chunk] for chunk in cut] == [[6, 7, 8, 0, 1], [2, 3], [9, 10], [4, 5]]
+
+
+MEASURED = """
+import resource, sys
+from localization_heads.apps import finder
+peaks, options = [], sys.argv[1].split()
+for data in ("small.jsonl", "large.jsonl"):
+    sys.argv = ["finder", f"data_file={data}", *options]
+    assert finder.main() == 0
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
+def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
+    """Six pictures of a camera in one batch: below 1 GB beyond what the model and a small picture take."""
+    for name, size, count in (("small", (64, 48), 1), ("large", (6000, 4000), 6)):
+        entries = []
+        for number in range(count):
+            path = tmp_path / f"{name}_{number}.jpg"
+            Image.new("RGB", size, (40 * number, 90, 90)).save(path)
+            entries.append({"id": f"e{number}", "prompt": "the dog", "image_path": path.name})
+        write_lines(tmp_path / f"{name}.jsonl", entries)
+    options = "stage=ground device=cpu batch_size=64 heads=[2-0] segmenter=none visualize_batch=false"
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURED, options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.splitlines()[-1]) < 1_000_000  # kilobytes
 
 
 # ------------------------------------------------------------------------------------------------ the three hands
@@ -135,6 +184,18 @@ def test_in_line_works_at_the_same_time() -> None:
     in_line(range(3), meet, compute, finish)
     assert len(threads) == 2
     assert here not in threads
+
+
+def test_in_line_lets_nothing_heavy_wait() -> None:
+    """What is larger than may wait is finished before the next is computed."""
+    done = list[int]()
+
+    def compute(item: int) -> int:
+        assert done == list(range(item))
+        return item
+
+    in_line(range(6), lambda item: item, compute, done.append, weigh=lambda _: WAITING + 1)
+    assert done == list(range(6))
 
 
 def test_in_line_hands_on_what_goes_wrong_at_the_very_end() -> None:

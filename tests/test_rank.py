@@ -182,8 +182,11 @@ def test_what_is_no_header_is_passed_over(front: Front) -> None:
     (sound,) = recorded(folder)
     header = json.loads(next(folder.glob("*.json")).read_text())
     for number, content in enumerate(
-        ["{", "[]", "[" * 100_000, json.dumps(header), json.dumps({**header, "layers": 10**12}), "{}"]
-    ):
+        [
+            "{", "[]", "[" * 100_000, json.dumps(header), json.dumps({**header, "layers": 10**12}), "{}",
+            '{"settings": 1e999}', '{"settings": {"a": [Infinity]}}', '{"a": ' + "[" * 900 + "]" * 900 + "}",
+        ]
+    ):  # fmt: skip
         (folder / f"statistics-{number:016x}.json").write_text(content)
     (folder / "statistics-folder.json").mkdir()
     assert recorded(folder) == [sound]

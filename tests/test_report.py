@@ -614,44 +614,58 @@ def test_failures_are_counted_with_their_reasons(front: Front) -> None:
     assert {"gone_0", "gone_1", "gone_2"} <= set(page.texts)
 
 
-def test_resumed_evaluate_shows_pictures_and_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier run has grounded has no maps at hand; pictures are opened again, a lost one is left blank."""
+def test_a_card_comes_back_from_the_log() -> None:
+    bare = Card("b", "the dog", (8, 8), "")
+    for card in (made_card(3, size=(64, 48)), bare):
+        assert Card.from_json(json.loads(json.dumps(card.to_json()))) == card
+
+
+def test_a_gallery_is_part_of_a_larger_one() -> None:
+    """What finds no room among some samples finds none among more: its card need not be made, or kept."""
+    random = np.random.default_rng(4)
+    card = made_card(0, size=(8, 8), grid=2)
+    for _ in range(20):
+        badness = (random.integers(0, 9, 40) / 8).tolist()
+        some, whole = Gallery(6), Gallery(6)
+        order = random.permutation(40).tolist()
+        part = [place for place in order[:20] if some.offer(place, badness[place], lambda: card)]
+        for place in sorted(order):
+            whole.offer(place, badness[place], lambda place=place: dataclasses.replace(card, id=str(place)))  # type: ignore[misc]
+        shown = {int(one.id) for one in whole.cards}
+        assert shown & set(order[:20]) <= set(part)
+
+
+def test_resumed_evaluate_shows_what_it_had_seen(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards are kept in the log: with their maps, and with a picture that has gone since."""
     write_data(front.folder, bbox=[8, 8, 40, 40])
-    options = ("stage=evaluate", "data_file=data.jsonl", "batch_size=2")
-    original = LVLM.attend_batch
-    calls = []
-
-    def interrupted(self: LVLM, images: Any, *arguments: Any, **others: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, images, *arguments, **others)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LVLM, "attend_batch", interrupted)
-        assert front.finder(*options).status == 130
-    assert front.finder(*options).status == 0
-    page = page_of(front.out / "report.html")
-    assert sorted(len(card["maps"]) for card in page.data["cards"]) == [0, 0, 4, 4, 4]
-    assert len(page.of("image")) == 5
-    assert len(page.of("rect", class_="line predicted")) == 5
-
-
-def test_stored_maps_are_shown_again_where_they_fit(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a batch with the same heads a resumed evaluate finds the maps in the attention files."""
-    write_data(front.folder, bbox=[8, 8, 40, 40])
-    front.finder("data_file=data.jsonl", "heads=[2-0,3-1]")
-    options = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]")
+    options = ("stage=evaluate", "data_file=data.jsonl", "worst=0")
 
     def interrupted(self: ResultLog) -> None:
         raise KeyboardInterrupt
 
+    def read_again(*_: Any, **__: Any) -> None:
+        pytest.fail("it was read before")
+
     with monkeypatch.context() as patch:
         patch.setattr(ResultLog, "finish", interrupted)
         assert front.finder(*options).status == 130
-    assert front.finder(*options).status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "attend_batch", read_again)
+        assert front.finder(*options).status == 0
     page = page_of(front.out / "report.html")
-    assert [len(card["maps"]) for card in page.data["cards"]] == [3] * 5
+    assert [len(card["maps"]) for card in page.data["cards"]] == [4] * 5
+    assert len(page.of("image")) == 5
+    assert len(page.of("rect", class_="line predicted")) == 5
+
+
+@pytest.mark.parametrize("spoilt", [{}, {"point": [1, 2]}, {"prediction": [], "point": 3}, {"card": {}}])
+def test_a_result_without_its_fields_is_made_again(
+    front: Front, monkeypatch: pytest.MonkeyPatch, spoilt: dict[str, Any]
+) -> None:
+    write_data(front.folder, count=1, bbox=[8, 8, 40, 40])
+    monkeypatch.setattr(ResultLog, "get", lambda *_: spoilt)
+    assert front.finder("stage=evaluate", "data_file=data.jsonl", "report=false").status == 0
+    assert json.loads((front.out / "metrics.json").read_text())["num_samples"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------- a browser

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from pathlib import Path
 
 import pytest
 
+from localization_heads.errors import WorkError
 from localization_heads.store.result_log import ResultLog
 
 RESULTS = [(bytes([n]) * 16, {"number": n}) for n in range(3)]
@@ -31,7 +34,7 @@ def test_other_settings_have_a_log_of_their_own(log: ResultLog) -> None:
     assert ResultLog(log.path.parent, "ground", {"model": "n"}).get(RESULTS[0][0]) is None
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0\0", b"[1]\n", b'{"key": 3}\n', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"\0\0\0\0", b"[1]\n", b'{"key": 3}\n', b"\xff\xfe", b"[" * 45])
 def test_a_damaged_line_costs_itself_only(log: ResultLog, damage: bytes) -> None:
     lines = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(lines[0] + damage + lines[1][len(damage) :] + lines[2])
@@ -39,6 +42,43 @@ def test_a_damaged_line_costs_itself_only(log: ResultLog, damage: bytes) -> None
     assert [again.get(key) for key, _ in RESULTS] == [{"number": 0}, None, {"number": 2}]
     again.append(RESULTS[1:2])
     assert reopened(log).get(RESULTS[1][0]) == {"number": 1}
+
+
+def test_no_flipped_bit_changes_a_result(log: ResultLog) -> None:
+    """Every bit of the log: what comes back is what was put in, or nothing."""
+    content = log.path.read_bytes()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        log.path.write_bytes(flipped)
+        again = reopened(log)
+        found = [again.get(key) for key, _ in RESULTS]
+        assert all(one in (result, None) for one, (_, result) in zip(found, RESULTS, strict=True)), place
+        assert found.count(None) <= 2, place  # a line's end damages both lines beside it
+
+
+@pytest.mark.parametrize(
+    "json", ["[" * 100_000, "1e999", '{"a": 1e999}', '{"a": NaN}', "[1]", "1" * 5000, "{"]
+)
+def test_a_line_that_no_log_writes_is_no_result(log: ResultLog, json: str) -> None:
+    """With a checksum that fits."""
+    content = f"{RESULTS[1][0].hex()} {json}".encode()
+    with log.path.open("ab") as file:
+        file.write(f"{zlib.crc32(content, log._seed):08x} ".encode() + content + b"\n")
+    again = reopened(log)
+    assert [again.get(key) for key, _ in RESULTS] == [{"number": 0}, None, {"number": 2}]
+
+
+def test_a_failing_disk_leaves_whole_lines(log: ResultLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(WorkError, match=r"cannot write .*: No space left on device"):
+            log.append([(b"x" * 16, {"number": 3})])
+    assert log.get(b"x" * 16) is reopened(log).get(b"x" * 16) is None
+    assert log.get(RESULTS[2][0]) == {"number": 2}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])

@@ -244,3 +244,21 @@ def test_bytes_are_counted(lvlm: LVLM, picture: Image.Image) -> None:
         + picture.width * picture.height * 3
     )
     assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most
+
+
+def test_a_picture_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is given half of it; boxes are in the pixels of the picture itself, shared or not."""
+    picture = coordinate_picture(80, 40)
+    small = lvlm.attend(picture.reduce(2), "the dog")
+    monkeypatch.setattr("localization_heads.data.images.LARGEST_SEEN", 1000)
+    words = ["the dog", "the cat"]
+    for maps in (
+        lvlm.attend(picture, "the dog"),
+        lvlm.attend_batch([picture, picture], words)[0],
+        lvlm.attend_apart([picture, picture], words)[0],
+        lvlm.encode_image(picture).attend(words)[0],
+    ):
+        np.testing.assert_allclose(maps.attention, small.attention, **SAME)
+        assert maps.image_size == (80, 40)
+        assert maps.image_box == (0, -20, 80, 60)
+    assert small.image_box == (0, -10, 40, 30)

@@ -24,14 +24,16 @@ from front import (
     write_lines,
 )
 from PIL import Image
-from tiny_models import llava_model, llava_processor
+from tiny_models import llava_model, llava_processor, save_overflowing
 
 import localization_heads as lh
 from localization_heads.api import ground
+from localization_heads.attention import AttentionMaps
 from localization_heads.data import download as downloading
 from localization_heads.data import images
 from localization_heads.data.address import Address
 from localization_heads.data.masks import encode_mask, read_mask
+from localization_heads.errors import NotFiniteError
 from localization_heads.evaluation.metrics import pointing_hit
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
@@ -803,3 +805,74 @@ def test_greedy_from_python_without_known_heads(lvlm: LVLM, tmp_path: Path) -> N
         pytest.skip("this model's heads are published")
     found = lh.ground(lvlm, draw_picture(tmp_path / "cat.png"), "the dog")
     assert len(found.heads) == 3
+
+
+# ------------------------------------------------------------------------------------------- attention not finite
+
+
+@pytest.mark.parametrize("stage", ["find", "batch", "ground", "evaluate"])
+def test_an_entry_that_overflows_fails_alone(
+    front: Front, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """NaN is named, and the way out; where every entry fails so, the run says it in one line."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, count=3, bbox=[8, 8, 40, 40])
+    model = (f"model.name={save_overflowing(front.folder / 'model')}", "model.label=m", "num_samples=9")
+    result = front.finder(f"stage={stage}", "data_file=data.jsonl", *model)
+    assert result.status == 1, result.err
+    assert "Traceback" not in result.err
+    out = " ".join(result.out.split())
+    assert "entry_0" in out
+    for word in ("NaN", "model.dtype=bfloat16 or model.dtype=float32"):
+        assert word in out
+    folder = front.out.parent / "m"
+    if stage != "find":
+        lines = read_lines(folder / "predictions.jsonl")
+        assert [line["id"] for line in lines if line["error"]] == ["entry_0"]
+        assert len(lines) == 3
+    if stage == "evaluate":
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
+    else:
+        assert stage == "ground" or (folder / "heads.json").is_file()
+    write_data(front.folder, count=1, bbox=[8, 8, 40, 40])
+    result = front.finder(f"stage={stage}", "data_file=data.jsonl", *model)
+    assert result.status == 1
+    assert re.search(r"the first: .*entry_0.* is not finite \(NaN", one_line(result.err))
+
+
+@pytest.mark.parametrize("options", [["stage=pipeline"], ["stage=collect"], ["stage=ground"]])
+def test_one_picture_that_overflows(front: Front, options: list[str]) -> None:
+    model = f"model.name={save_overflowing(front.folder / 'model')}"
+    result = front.finder(*options, "image_file=cat.png", "query=the dog", model)
+    assert result.status == 1
+    assert "is not finite (NaN" in one_line(result.err)
+
+
+def test_samples_that_overflow_are_left_out_in_python(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lvlm = lh.load_model(str(save_overflowing(tmp_path / "model")), device="cpu")
+    image = Image.new("RGB", (64, 48), "red")
+    samples = [lh.Sample(image, words, bbox=(8, 8, 40, 40)) for words in ("the car", "the dog", "left")]
+    assert lh.find_heads(lvlm, samples).num_samples == lh.find_heads(lvlm, samples[::2]).num_samples
+    assert "'the dog' is left out" in caplog.text
+    metrics = lh.evaluate(lvlm, samples, [(2, 0)], segmenter=None).metrics
+    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
+    for fails in (
+        lambda: lh.find_heads(lvlm, samples[1:2]),
+        lambda: lh.evaluate(lvlm, samples[1:2], [(2, 0)]),
+        lambda: lh.ground(lvlm, image, "the dog", [(2, 0)]),
+        lambda: lvlm.attend(image, "the dog"),
+    ):
+        with pytest.raises(NotFiniteError, match=r"model.dtype=bfloat16 or model.dtype=float32"):
+            fails()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_maps_that_are_not_finite(value: float) -> None:
+    maps = AttentionMaps(np.zeros((2, 2, 3, 3), np.float32), (0, 0, 9, 9), (9, 9))
+    maps.check_finite()
+    maps.attention[1, 1, 2, 2] = value
+    with pytest.raises(NotFiniteError):
+        maps.check_finite()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,3 +94,13 @@ def llava_processor(*, side: int = 48, patch: int = 8, mode: str = "crop") -> Ll
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+def save_overflowing(folder: Path) -> Path:
+    """A checkpoint whose attention is NaN where the expression has the word dog, as half precision has it."""
+    model = llava_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer().convert_tokens_to_ids("dog")] = float("inf")
+    model.save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
+    return folder

@@ -12,6 +12,7 @@ any encoder writes, and tags that point at more than the file holds, are refused
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 Picture = Image.Image | str | Path | Address
 """What a picture is named by: itself, a path, or an http(s) address."""
+LARGEST_SEEN = 24_000_000
+"""Pixels: no model looks at more than 16,777,216, and processors take five times the memory of what they are given."""
+STRIP = 1_000_000
+"""Pixels that are converted to RGB at a time."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -72,6 +77,13 @@ def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Imag
     path = find_file(source, base)  # type: ignore[arg-type]
     with open_raster(path) as image:
         return _decoded(path, image)
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """The picture that a model is given: one of more than `LARGEST_SEEN` pixels is halved (or divided by 3, 4, ...)."""
+    width, height = image.size
+    factor = math.ceil(math.sqrt(width * height / LARGEST_SEEN))
+    return image.reduce(factor) if factor > 1 else image
 
 
 def image_size(source: Picture) -> tuple[int, int]:
@@ -228,7 +240,9 @@ def _decoded(name: str | Path | Address, image: Image.Image) -> Image.Image:
             raise ImageError(name, problem)
         image.load()
         rgb = _to_rgb(image)
-        return rgb.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else rgb
+        if turn in _UPRIGHT:
+            return rgb.transpose(_UPRIGHT[turn])
+        return rgb.copy() if rgb is image else rgb  # what is handed in stays the caller's
     except (UsageError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on garbage
@@ -242,27 +256,57 @@ def _scan_problem(image: Image.Image) -> str | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
+    """Other modes are converted a strip at a time: what lies between may take many times the memory of RGB."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    white = _white_of(image)
+    found = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+        found.paste(_strip_to_rgb(strip, white), (0, top))
+    return found
+
+
+def _strip_to_rgb(image: Image.Image, white: float) -> Image.Image:
+    if _is_wide(image):
+        image = Image.fromarray(_to_bytes(np.asarray(image), white))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    if image.mode == "RGB":
-        return image.copy()
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
-    """One channel of 16 bits, 32 bits or floats `(H, W)` as uint8, black to white over the range that fits.
+def _is_wide(image: Image.Image) -> bool:
+    """Whether its values do not fit into bytes."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _white_of(image: Image.Image) -> float:
+    """The value that is white in a picture of 16 bits, 32 bits or floats; 255 in the others.
 
     16-bit pictures run to 65535. Wider types do not say their range: it is the smallest of 1 (floats only),
     255 and 65535 that holds every value, or else the largest value.
     """
-    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    top = float(values.max(initial=0.0))
-    ranges = (
-        (65535.0,) if mode.startswith("I;16") else (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    if not _is_wide(image):
+        return 255.0
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    rows = max(1, STRIP // image.width)
+    strips = (
+        np.asarray(image.crop((0, top, image.width, min(image.height, top + rows))))
+        for top in range(0, image.height, rows)
     )
-    white = next((limit for limit in ranges if top <= limit), top)
-    return (values.clip(0, white) * (255.0 / white) + 0.5).astype(np.uint8)
+    top = max(float(_finite(strip).max(initial=0.0)) for strip in strips)
+    return next(
+        (limit for limit in ((1.0,) if image.mode == "F" else ()) + (255.0, 65535.0) if top <= limit), top
+    )
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _to_bytes(values: np.ndarray, white: float) -> np.ndarray:
+    """One channel of wide values `(H, W)` as uint8, black to white."""
+    return (_finite(values).clip(0, white) * (255.0 / white) + 0.5).astype(np.uint8)

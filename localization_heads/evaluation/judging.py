@@ -6,7 +6,7 @@ The command `stage=evaluate` and the function `localization_heads.evaluate` both
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from localization_heads.attention import AttentionMaps
@@ -103,7 +103,8 @@ class Judge:
             seed=self.seed,
         )
         controls = {
-            name: [score_grounding(refine(answer), truth) for answer in answers]
+            # A copy, with which the mask goes that is made of it: a byte a pixel.
+            name: [score_grounding(refine(replace(answer)), truth) for answer in answers]
             for name, answers in grounded.items()
         }
         controls["centre_box"] = [score_box(centre_box(maps.image_size), truth, maps.image_size)]

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.errors import NotFiniteError
+
 Binarise = Literal["mean", "otsu", "top_mass"]
 
 FLAT = 1e-6
@@ -37,10 +39,10 @@ def threshold(
         margin: the same.
 
     Raises:
-        ValueError: NaN or infinite values.
+        NotFiniteError: NaN or infinite values.
     """
     if not np.isfinite(combined).all():
-        raise ValueError("the map holds NaN or infinite values")
+        raise NotFiniteError("the map")
     mean = float(combined.mean())
     if combined.size == 0 or not combined.max() - mean > FLAT * abs(mean):
         return float("inf")  # smoothing leaves rounding on a constant map

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage, special
 
+from localization_heads.errors import NotFiniteError
+
 Weight = Literal["area", "mass"]
 ElbowRule = Literal["value", "index"]
 ElbowHeads = Literal["considered", "all"]
@@ -123,7 +125,7 @@ def head_statistics(
             counts; the rest belongs to the ranking.
 
     Raises:
-        ValueError: for a NaN or infinite map; the sample is unusable, not merely its worst head.
+        NotFiniteError: for a NaN or infinite map; the sample is unusable, not merely its worst head.
 
     >>> statistics = head_statistics(np.ones((32, 32, 24, 24)) / 1152)
     >>> statistics.attention_sum.shape, float(statistics.attention_sum[0, 0]), float(statistics.spatial_entropy[0, 0])
@@ -275,7 +277,7 @@ def binarise(
         bool `[..., h, w]`.
 
     Raises:
-        ValueError: for a NaN or infinite map, a negative threshold, or means below 1.
+        ValueError: for a negative threshold, means below 1, or (NotFiniteError) a NaN or infinite map.
 
     >>> binarise(np.array([[4.0, 0.0], [1.0, 1.0]])).tolist()
     [[True, False], [False, False]]
@@ -341,7 +343,7 @@ def spatial_entropy(
         wherever the components lie, so that ties are ties.
 
     Raises:
-        ValueError: for a NaN or infinite map.
+        NotFiniteError: for a NaN or infinite map.
 
     >>> maps = np.array([[4.0, 0.0, 3.0], [0.0, 0.0, 3.0]])  # a component of one cell, and one of two
     >>> round(float(spatial_entropy(maps)), 4)
@@ -427,7 +429,7 @@ def _as_values(values: ArrayLike) -> NDArray[np.float64]:
 def _check_finite(totals: NDArray[np.float64]) -> None:
     # A sum or mean is finite exactly if all its cells are: one look per map instead of one per cell.
     if not np.isfinite(totals).all():
-        raise ValueError("attention maps must be finite: they hold NaN or infinite values")
+        raise NotFiniteError
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import as_seen
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.prompts import Prompt
 from localization_heads.lvlm.row import Query
@@ -24,9 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Apart:
-    """Pairs whose prompts are run one beside the other, padded to one length."""
+    """Pairs whose prompts are run one beside the other, padded to one length.
+
+    Args:
+        images: as the model sees them.
+        sizes: of the pictures themselves.
+    """
 
     images: Sequence[Image.Image]
+    sizes: Sequence[tuple[int, int]]
     expressions: Sequence[str]
     prompts: Sequence[Prompt]
     inputs: Mapping[str, Any]
@@ -36,10 +43,10 @@ class Apart:
     def run(self, lvlm: LVLM, last_layer: int | None) -> list[AttentionMaps]:
         inputs = lvlm.on_device(self.inputs)
         rows = lvlm.query_rows(inputs, self.query, last_layer)
-        samples = enumerate(zip(rows, self.images, self.expressions, self.prompts, strict=True))
+        samples = enumerate(zip(rows, self.images, self.sizes, self.expressions, self.prompts, strict=True))
         return [
-            lvlm.maps(row, lvlm.views_in(self.inputs, n, image), image, expression, prompt.text)
-            for n, (row, image, expression, prompt) in samples
+            lvlm.maps(row, lvlm.views_in(self.inputs, n, image), image, expression, prompt.text).of_size(size)
+            for n, (row, image, size, expression, prompt) in samples
         ]
 
 
@@ -71,8 +78,12 @@ class Batch:
 def apart(lvlm: LVLM, images: Sequence[Image.Image], expressions: Sequence[str]) -> Apart:
     """Prompts and pixels, and which tokens' attention is read."""
     prompts = [lvlm.located_prompt(expression) for expression in expressions]
-    inputs = lvlm.processed(images, [prompt.text for prompt in prompts])
-    return Apart(images, expressions, prompts, inputs, lvlm.query(prompts, inputs))
+    different = {id(image): image for image in images}
+    seen = {key: as_seen(image) for key, image in different.items()}
+    shown = [seen[id(image)] for image in images]
+    inputs = lvlm.processed(shown, [prompt.text for prompt in prompts])
+    sizes = [image.size for image in images]
+    return Apart(shown, sizes, expressions, prompts, inputs, lvlm.query(prompts, inputs))
 
 
 def make_batch(lvlm: LVLM, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:

@@ -254,8 +254,13 @@ class LVLM:
         Args:
             image: RGB picture of any size.
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
+
+        Raises:
+            NotFiniteError: NaN or infinite attention, as where half precision overflows.
         """
-        return self.attend_batch([image], [expression], last_layer=last_layer)[0]
+        (maps,) = self.attend_batch([image], [expression], last_layer=last_layer)
+        maps.check_finite()
+        return maps
 
     def attend_batch(
         self,
@@ -265,7 +270,7 @@ class LVLM:
         last_layer: int | None = None,
         ready: Batch | None = None,
     ) -> list[AttentionMaps]:
-        """`attend` for several pairs, in their order.
+        """`attend` for several pairs, in their order; whether a pair's maps are finite is left to the caller.
 
         A picture that is there several times, as one and the same object, is encoded once for all its expressions;
         the others go through the model in one forward pass.
@@ -308,12 +313,15 @@ class LVLM:
     ) -> list[AttentionMaps]:
         """`encode_image(image).attend(expressions)`, for conversations: the last pictures stay encoded.
 
-        They are known by their pixels, and dropped when `recent.max_bytes` are full.
+        They are known by their pixels, and dropped when `recent.max_bytes` are full. NotFiniteError as of `attend`.
         """
         key = (content(image), self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
         try:
             picture = self.recent.get(key, lambda: EncodedPicture(self, image))
-            return picture.attend(expressions, last_layer=last_layer)
+            found = picture.attend(expressions, last_layer=last_layer)
+            for maps in found:
+                maps.check_finite()
+            return found
         finally:
             self.recent.shrink()
 
@@ -350,17 +358,17 @@ class LVLM:
         ):
             self.run(inputs, query)
         length = inputs["input_ids"].shape[1]
-        rows = {layer: row.cpu() for layer, row in recorder.rows.items()}
+        rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.looks_across:
             rows = {layer: _prompt_keys(row, length, query) for layer, row in rows.items()}
-        layers = [rows[index] for index in sorted(rows)]  # each (B, H, T)
-        if not layers:
+        if not rows:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
-        batch, heads, tokens = layers[0].shape
+        batch, heads, tokens = next(iter(rows.values())).shape  # each (B, H, T)
         full = torch.zeros(batch, self.num_layers, heads, tokens)
-        full[:, sorted(rows)] = torch.stack(layers, 1)
+        for layer in list(rows):
+            full[:, layer] = rows.pop(layer)  # never twice in memory
         return list(full)
 
     def run(self, inputs: dict[str, Any], query: Query) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.attention import Box
+from localization_heads.attention import Box, rescaled
+from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.geometry import Size, padded_box, whole_box
 from localization_heads.lvlm.prompts import clean_expression
@@ -156,7 +157,8 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
     """
     import torch
 
-    inputs = lvlm.encode([image], [box_prompt(lvlm, form, expression)])
+    seen = as_seen(image)
+    inputs = lvlm.encode([seen], [box_prompt(lvlm, form, expression)])
     try:
         with torch.inference_mode():
             ids = lvlm.model.generate(
@@ -170,7 +172,8 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
         raise WorkError("out of memory: load the model in fewer bits, or write native=false") from error
     start = 0 if lvlm.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     text = lvlm.processor.tokenizer.decode(ids[0, start:], skip_special_tokens=False).strip()
-    return read_box(text, form, image.size, _resized(lvlm, inputs)), text
+    box = read_box(text, form, seen.size, _resized(lvlm, inputs))
+    return None if box is None else rescaled(box, seen.size, image.size), text
 
 
 def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import as_seen
 from localization_heads.lvlm.capture import capture
 from localization_heads.lvlm.families import views_of
 from localization_heads.lvlm.geometry import EncodedImage, View
@@ -68,7 +69,8 @@ class EncodedPicture:
 
     def __init__(self, lvlm: LVLM, image: Image.Image) -> None:
         self.lvlm = lvlm
-        self.image = image
+        self.image = as_seen(image)
+        self._size = image.size
         self._processor = copy(lvlm.processor)
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
@@ -115,12 +117,14 @@ class EncodedPicture:
             or (start < len(prefix.ids) and not prefix.can_be_cut)
         ):
             asked = [question.expression for question in questions]
-            return self.lvlm.attend_apart([self.image] * len(asked), asked, last_layer=last_layer)
-        rows = self._rows(questions, prefix, start, last_layer)
-        return [
-            self.lvlm.maps(row, self._views, self.image, question.expression, question.prompt.text)
-            for row, question in zip(rows, questions, strict=True)
-        ]
+            found = self.lvlm.attend_apart([self.image] * len(asked), asked, last_layer=last_layer)
+        else:
+            rows = self._rows(questions, prefix, start, last_layer)
+            found = [
+                self.lvlm.maps(row, self._views, self.image, question.expression, question.prompt.text)
+                for row, question in zip(rows, questions, strict=True)
+            ]
+        return [maps.of_size(self._size) for maps in found]
 
     @memory_errors()
     def encode(self, last_layer: int | None = None) -> Prefix | None:

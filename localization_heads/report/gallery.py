@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from localization_heads.attention import Box
 from localization_heads.heads.head import Head
@@ -39,6 +40,23 @@ class Card:
     combined: TinyMap | None = None
     image_box: Box = (0.0, 0.0, 1.0, 1.0)
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "heads": [list(head) for head in self.heads]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Card:
+        """The inverse of `to_json`; raises KeyError, TypeError or ValueError for anything else."""
+        known = {
+            "image_size": tuple(data["image_size"]),
+            "heads": tuple(Head(*head) for head in data["heads"]),
+            "maps": tuple(TinyMap(**one) for one in data["maps"]),
+            "combined": None if data["combined"] is None else TinyMap(**data["combined"]),
+            "image_box": tuple(data["image_box"]),
+            "box": None if data["box"] is None else tuple(data["box"]),
+            "truth": None if data["truth"] is None else tuple(data["truth"]),
+        }
+        return cls(**{**data, **known})
+
 
 class Gallery:
     """At most `limit` cards: half of them the first of the data set, half the worst of the others.
@@ -56,25 +74,32 @@ class Gallery:
             tuple[float, int, Card]
         ] = []  # heap of (badness, -place, card): the best one on top
 
-    def offer(self, place: int, badness: float, make: Callable[[], Card]) -> None:
+    def offer(self, place: int, badness: float, make: Callable[[], Card]) -> Card | None:
         """Take the card of a sample if there is room for it; of equally bad ones the earlier stays.
 
         Args:
             place: where the sample stands in its data set; no two share one.
+
+        Returns:
+            The card, None where there is no room: then there is none in a gallery of more samples either.
         """
         if len(self._first) < self._places[0]:
-            heapq.heappush(self._first, (-place, badness, make()))
-        elif self._first and place < -self._first[0][0]:
-            last, its_badness, card = heapq.heapreplace(self._first, (-place, badness, make()))
-            self._offer_worst(-last, its_badness, lambda: card)
-        else:
-            self._offer_worst(place, badness, make)
+            heapq.heappush(self._first, (-place, badness, card := make()))
+            return card
+        if self._first and place < -self._first[0][0]:
+            last, its_badness, other = heapq.heapreplace(self._first, (-place, badness, card := make()))
+            self._offer_worst(-last, its_badness, lambda: other)
+            return card
+        return self._offer_worst(place, badness, make)
 
-    def _offer_worst(self, place: int, badness: float, make: Callable[[], Card]) -> None:
+    def _offer_worst(self, place: int, badness: float, make: Callable[[], Card]) -> Card | None:
         if len(self._worst) < self._places[1]:
-            heapq.heappush(self._worst, (badness, -place, make()))
-        elif self._worst and (badness, -place) > self._worst[0][:2]:
-            heapq.heapreplace(self._worst, (badness, -place, make()))
+            heapq.heappush(self._worst, (badness, -place, card := make()))
+            return card
+        if self._worst and (badness, -place) > self._worst[0][:2]:
+            heapq.heapreplace(self._worst, (badness, -place, card := make()))
+            return card
+        return None
 
     @property
     def cards(self) -> list[Card]:

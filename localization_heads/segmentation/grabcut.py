@@ -61,7 +61,8 @@ class GrabCut:
             max(1, round((region[2] - region[0]) * shrink)),
             max(1, round((region[3] - region[1]) * shrink)),
         )
-        pixels = np.asarray(image.convert("RGB").resize(size, box=region, reducing_gap=2.0))
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large picture
+        pixels = np.asarray(image.resize(size, box=region, reducing_gap=2.0))
         heat = spread(grounding.combined, _seen_from(grounding.image_box, region, size), size)
         found = cut(pixels, heat, _seen_from(grounding.box, region, size), self.iterations)
         return _placed(found, region, grounding.image_size)

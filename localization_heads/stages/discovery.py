@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.leakage import picture_keys
+from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.grounding.maps import ground_maps
 from localization_heads.heads.found_with import found_with
@@ -26,7 +28,7 @@ from localization_heads.heads.ranking import HeadRanking, random_draws, rank_hea
 from localization_heads.stages.collecting import asked_settings, collect, open_store
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
-from localization_heads.stages.reporting import Reporter
+from localization_heads.stages.reporting import Reporter, look
 from localization_heads.stages.run import Run, asked_of, check_criteria
 from localization_heads.stages.single import analyse_file, draw, picture_or_none
 from localization_heads.store.attention_files import load_attention
@@ -220,22 +222,27 @@ def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Report
     limit = run["visualize_limit"] if run["visualize_batch"] else 0
     grounded = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
-        path = attention_path(run.attention_folder, sample.id, run["attention_format"])
-        # The analysis on disk may be of an earlier run under other criteria.
-        analysed = analyse_file(run, load_attention(path), path)
         try:
-            chosen = list(heads or run.own_heads(analysed.statistics))
+            grounded.append(_ground_one(run, sample, heads, report, is_drawn=limit is None or number < limit))
         except UsageError as error:
             entries.fail(sample, error)
-            continue
-        if limit is None or number < limit:
-            grounding = draw(
-                run, analysed, path, picture_or_none(sample.image), heads=chosen, truth=sample.bbox
-            ).grounding
-        else:
-            image = picture_or_none(sample.image) if run.segmenter else None
-            grounding = run.refine(ground_maps(analysed.maps, chosen, run.grounding), image)
-        grounded.append(outcome_of(sample, grounding))
-        report.add(sample, analysed.maps, grounding)
-        report.measure(sample, analysed.maps)
     return grounded
+
+
+def _ground_one(
+    run: Run, sample: Sample, heads: Sequence[Head] | None, report: Reporter, *, is_drawn: bool
+) -> Outcome:
+    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    # The analysis on disk may be of an earlier run under other criteria.
+    analysed = analyse_file(run, load_attention(path), path)
+    maps = analysed.maps
+    picture = cache(lambda: picture_or_none(sample.image))  # opened once, and only if somebody looks at it
+    chosen = list(heads or run.own_heads(analysed.statistics))
+    if is_drawn:
+        grounding = draw(run, analysed, path, picture(), heads=chosen, truth=sample.bbox).grounding
+    else:
+        grounding = run.refine(ground_maps(maps, chosen, run.grounding), picture() if run.segmenter else None)
+    outcome = outcome_of(sample, grounding)
+    report.add(outcome, look(report.room, outcome, maps, grounding, picture))
+    report.measure(sample, maps)
+    return outcome

@@ -12,7 +12,13 @@ from localization_heads.data.box_scale import check_scale, true_boxes
 from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.samples import Sample, VisualizationEntry, check_inside, load_samples
-from localization_heads.errors import NothingDoneError, OutOfMemoryError, UsageError, WorkError
+from localization_heads.errors import (
+    NotFiniteError,
+    NothingDoneError,
+    OutOfMemoryError,
+    UsageError,
+    WorkError,
+)
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.options import require
 from localization_heads.stages.run import Run
@@ -200,8 +206,20 @@ def attend(
         )
         return []
     else:
-        return [Attended(*found) for found in zip(samples, images, maps, strict=True)]
+        return _finite(entries, [Attended(*found) for found in zip(samples, images, maps, strict=True)])
     return _in_halves(run, entries, opened, last_layer)  # here nothing holds on to the batch that failed
+
+
+def _finite(entries: Entries, attended: Sequence[Attended]) -> list[Attended]:
+    """The entries whose attention is finite; each of the others fails alone."""
+    finite = []
+    for one in attended:
+        try:
+            one.maps.check_finite()
+            finite.append(one)
+        except NotFiniteError as error:
+            entries.fail(one.sample, error)
+    return finite
 
 
 def _in_halves(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from localization_heads.data.images import load_image
+from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError
 from localization_heads.evaluation.controls import CENTRE, DRAWS
@@ -59,7 +59,8 @@ def evaluate(run: Run) -> Groundings:
         store = open_store(run) if report.lacks_ranking and judge.controls else None
         native = wanted_format(run.lvlm, run["native"], by_default=judge.controls)
         asked = Examination(judge, native, report.alone(entries))
-        log = ResultLog(run.folder, "evaluate", {**settings(run), **asked.settings(entries.samples)})
+        depends = {**settings(run), **asked.settings(entries.samples), "report": report.settings}
+        log = ResultLog(run.folder, "evaluate", depends)
         outcomes, drawn = ground_all(
             run,
             entries,
@@ -148,7 +149,7 @@ def _with_box(sample: Sample) -> Sample:
     """A mask alone gives its tight box."""
     if sample.bbox is not None:
         return sample
-    return replace(sample, bbox=truth_of(sample, load_image(sample.image).size).box)
+    return replace(sample, bbox=truth_of(sample, image_size(sample.image)).box)
 
 
 def _metrics(

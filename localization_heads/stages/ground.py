@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.data.images import load_image
 from localization_heads.data.jsonl import BadEntry
+from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError
 from localization_heads.grounding.maps import Grounding, ground_maps
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options import require
+from localization_heads.report.gallery import Card, Gallery
 from localization_heads.stages.collecting import keep_statistics
 from localization_heads.stages.entries import Attended, Entries, select_entries
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.passing import go_through
 from localization_heads.stages.phrases import draw_groups, in_phrases
-from localization_heads.stages.reporting import Reporter
+from localization_heads.stages.reporting import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import default_id
 from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import entry_path
 from localization_heads.store.result_log import ResultLog
 from localization_heads.store.statistics import StatisticsStore
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Given = TypeVar("Given")
 
@@ -91,7 +96,8 @@ def ground_all(
 
     Args:
         measure: adds to each outcome while its maps are there.
-        report: is shown every grounding while its picture is open.
+        report: gets a card of every sample that it may show, made while the maps are there. The log keeps the cards:
+            a run that was killed goes on to the same page.
         store: gets the statistics of every head of every sample, as `find` keeps them; needs `every_layer`.
         every_layer: run the layers above the deepest head as well.
         measure_runs_model: `measure` asks the model something of its own.
@@ -102,32 +108,32 @@ def ground_all(
     shown = set(order[: drawing_limit(run)])
 
     def is_done(sample: Sample) -> bool:
-        result = log.get(key := entries.key(sample))
-        if result is None or (store is not None and key not in store):
+        found = _logged(sample, log.get(key := entries.key(sample)))
+        if found is None or (store is not None and key not in store):
             return False
-        outcomes[sample.id] = Outcome.from_json(sample, result)
+        take(found)
         return True
 
-    def show(found: _Grounded) -> _Grounded:
-        if found.seen is None:
-            return found
-        one, grounding = found.seen
-        if one.sample.id in shown:
-            drawn[one.sample.id] = _draw(run, one, grounding)
+    def take(found: _Grounded) -> None:
+        outcomes[found.outcome.sample.id] = found.outcome
         if report:
-            report.add(one.sample, one.maps, grounding, one.image)
+            report.add(found.outcome, found.card)
+
+    def show(found: _Grounded) -> _Grounded:
+        if found.drawing is not None:
+            drawn[found.outcome.sample.id] = _draw(run, found.outcome, *found.drawing)
         return found
 
     def keep(grounded: Sequence[_Grounded]) -> None:
         kept = [one for found in grounded if (one := _or_none(show, found, found.outcome.sample, entries))]
-        found = [one.outcome for one in kept]
         analysed = [(one.outcome.sample, one.statistics) for one in kept if one.statistics is not None]
         if store is not None and analysed:
             keep_statistics(entries, analysed, store)
-        log.append([(entries.key(outcome.sample), outcome.to_json()) for outcome in found])
-        outcomes.update((outcome.sample.id, outcome) for outcome in found)
+        log.append([(entries.key(one.outcome.sample), one.to_json()) for one in kept])
+        for one in kept:
+            take(one)
 
-    last_layer, seen = _deepest(run, every_layer), None if report else frozenset(shown)
+    last_layer = _deepest(run, every_layer)
     if not run.is_spread:  # workers load their own
         _ = run.segmenter  # one that cannot be had is not every entry's fault
     go_through(
@@ -137,7 +143,12 @@ def ground_all(
         "ground",
         is_done=is_done,
         work=partial(
-            _ground_each, heads=run.named_heads, measure=measure, seen=seen, analyse=store is not None
+            _ground_each,
+            heads=run.named_heads,
+            measure=measure,
+            drawn=shown,
+            room=report.room if report else Gallery(0),
+            analyse=store is not None,
         ),
         keep=keep,
         last_layer=last_layer,
@@ -149,11 +160,28 @@ def ground_all(
 
 
 class _Grounded(NamedTuple):
-    """What came of an entry, what is seen of it where that will be shown, its statistics where they are kept."""
+    """What came of an entry, its card if the report may show it, its picture and grounding if they will be drawn."""
 
     outcome: Outcome
-    seen: tuple[Attended, Grounding] | None
+    card: Card | None = None
+    drawing: tuple[Image.Image, Grounding] | None = None
     statistics: HeadStatistics | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run that goes on needs of it."""
+        known = {} if self.card is None else {"card": self.card.to_json()}
+        return {**self.outcome.to_json(), **known}
+
+
+def _logged(sample: Sample, result: Mapping[str, Any] | None) -> _Grounded | None:
+    """What the log holds of a sample; None if that is nothing, or nothing that this version has written."""
+    try:
+        if result is None:
+            return None
+        card = Card.from_json(result["card"]) if "card" in result else None
+        return _Grounded(Outcome.from_json(sample, result), card)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
 
 
 def _ground_each(
@@ -163,14 +191,16 @@ def _ground_each(
     *,
     heads: Sequence[Head] | None,
     measure: Measure | None,
-    seen: Container[str] | None,
-    analyse: bool = False,
+    drawn: Container[str],
+    room: Gallery,
+    analyse: bool,
 ) -> list[_Grounded]:
     """Every entry of a chunk that can be grounded; without `heads`, each with its own.
 
     Args:
+        drawn: ids of the entries whose pictures go on.
+        room: which entries get a card. Each place that works keeps its own, and the report chooses among them all.
         analyse: the statistics of all heads go on as well, some 0.03 s of work for a model of 1,024 heads.
-        seen: ids of the entries whose pictures and maps go on; None stands for all.
     """
 
     def ground_one(one: Attended) -> _Grounded:
@@ -180,8 +210,10 @@ def _ground_each(
         outcome = outcome_of(one.sample, grounding)
         if measure:
             outcome = replace(outcome, measured=measure(run, one, grounding))
-        goes_on = seen is None or one.sample.id in seen
-        return _Grounded(outcome, (one, grounding) if goes_on else None, statistics)
+        card = look(room, outcome, one.maps, grounding, lambda: one.image)
+        # Its mask, a byte a pixel, is in the outcome as run lengths.
+        drawing = (one.image, replace(grounding, refined=None)) if one.sample.id in drawn else None
+        return _Grounded(outcome, card, drawing, statistics)
 
     return [found for one in attended if (found := _or_none(ground_one, one, one.sample, entries))]
 
@@ -223,13 +255,14 @@ def drawing_limit(run: Run) -> int | None:
     return run["visualize_limit"] if run["visualize_batch"] else 0
 
 
-def _draw(run: Run, one: Attended, grounding: Grounding) -> Path:
+def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) -> Path:
     from localization_heads import figures
 
-    path = entry_path(run.attention_folder, one.sample.id, "_grounding.png")
-    figure = figures.plot_grounding(
-        one.image, grounding, path, truth=one.sample.bbox, expression=one.sample.expression
-    )
+    sample, mask = outcome.sample, outcome.prediction.mask
+    if grounding.mask_from != "map" and mask is not None:
+        grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
+    path = entry_path(run.attention_folder, sample.id, "_grounding.png")
+    figure = figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=sample.expression)
     if run["show_plot"]:
         figures.show(figure)
     return path

@@ -17,16 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from localization_heads.data.address import is_address
-from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
-from localization_heads.errors import UsageError
-from localization_heads.stages.chunk import Chunk, Prepared, Work, compute, prepare
+from localization_heads.stages.chunk import CHUNK_PIXELS, Chunk, Prepared, Work, compute, pixels_of, prepare
 from localization_heads.stages.entries import Attended, Entries, picture_of
 from localization_heads.stages.run import Run
 
 AHEAD = 2
-"""Chunks that may be prepared, or wait to be kept, at a time: bounds the pictures and maps in memory."""
+"""Chunks that may be prepared, or wait to be kept, at a time."""
+WAITING = 128 << 20
+"""Bytes of pictures and maps that may wait to be kept; a chunk of more is kept before the next is computed."""
 AUTO = 16
 """`batch_size=auto`: entries in a chunk. One that does not fit goes through the model in parts."""
 WINDOW = 32
@@ -40,6 +39,12 @@ Done = TypeVar("Done")
 class _Computed(NamedTuple):
     num_samples: int
     fresh: list[Attended]
+
+    def num_bytes(self) -> int:
+        """Of the maps and the pictures."""
+        images = {id(one.image): one.image for one in self.fresh}
+        pixels = sum(image.width * image.height for image in images.values())
+        return 4 * pixels + sum(one.maps.attention.nbytes for one in self.fresh)
 
 
 def go_through(
@@ -86,7 +91,14 @@ def go_through(
             _over_workers(run, entries, map(chunk_of, chunks(samples, size)), work, keep, last_layer, bar)
             return
         parts = chunks(samples, size)
-        in_line(parts, lambda part: prepare(run, entries, chunk_of(part)), compute_one, finish, behind=behind)
+        in_line(
+            parts,
+            lambda part: prepare(run, entries, chunk_of(part)),
+            compute_one,
+            finish,
+            behind=behind,
+            weigh=_Computed.num_bytes,
+        )
 
 
 def _over_workers(
@@ -122,6 +134,7 @@ def in_line(
     finish: Callable[[Done], None],
     *,
     behind: bool = True,
+    weigh: Callable[[Done], int] = lambda _: 0,
 ) -> None:
     """`finish(compute(prepare(item)))` for every item, the three at the same time on items that follow each other.
 
@@ -130,6 +143,7 @@ def in_line(
 
     Args:
         behind: False runs `finish` in this thread, right after `compute`.
+        weigh: bytes that something computed takes; at most `WAITING` of them wait for `finish`.
     """
     source = iter(items)
 
@@ -137,7 +151,7 @@ def in_line(
         return [prepare(item) for item in islice(source, 1)]  # empty at the end
 
     coming: deque[Future[list[Ready]]] = deque()
-    going: deque[Future[None]] = deque()
+    going: deque[tuple[Future[None], int]] = deque()
     with ThreadPoolExecutor(1, "prepare") as before, ThreadPoolExecutor(1, "finish") as after:
         try:
             coming.extend(before.submit(next_one) for _ in range(AHEAD))
@@ -145,15 +159,16 @@ def in_line(
                 coming.append(before.submit(next_one))
                 computed = compute(ready.pop())
                 if behind:
-                    going.append(after.submit(finish, computed))
+                    going.append((after.submit(finish, computed), weigh(computed)))
                 else:
                     finish(computed)
-                if len(going) > AHEAD:
-                    going.popleft().result()
+                del computed
+                while len(going) > AHEAD or sum(size for _, size in going) > WAITING:
+                    going.popleft()[0].result()
         finally:
             for waiting in coming:
                 waiting.cancel()
-            for last in going:
+            for last, _ in going:
                 last.result()
 
 
@@ -162,14 +177,17 @@ def chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
 
     Those of one picture are together, wherever they stand in the file (more than `size` are several chunks). A chunk
     is filled up with pictures of about the same size and expressions of about the same length, so that little is
-    padded.
+    padded. Its pictures have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
+    memory for large pictures, which cost more to decode than a larger batch would save.
     """
     chunk: list[Sample] = []
+    pixels = 0
     for part in _parts(samples, size):
-        if len(chunk) + len(part) > size:
+        more = pixels_of(part[0])
+        if chunk and (len(chunk) + len(part) > size or pixels + more > CHUNK_PIXELS):
             yield chunk
-            chunk = []
-        chunk = [*chunk, *part]
+            chunk, pixels = [], 0
+        chunk, pixels = [*chunk, *part], pixels + more
     if chunk:
         yield chunk
 
@@ -190,15 +208,4 @@ def _parts(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
 
 def _length(part: Sequence[Sample]) -> tuple[int, int]:
     """Pixels of the picture, then letters of the longest expression: about as many tokens."""
-    return _pixels(part[0]), max(len(sample.expression) for sample in part)
-
-
-def _pixels(sample: Sample) -> int:
-    """From the picture's header; 0 for an address, which is not fetched for this, and for what is no picture."""
-    if is_address(sample.image):
-        return 0
-    try:
-        width, height = image_size(sample.image)
-    except UsageError:
-        return 0
-    return width * height
+    return pixels_of(part[0]), max(len(sample.expression) for sample in part)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.images import load_image
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_mask
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.evaluation.metrics import box_iou
-from localization_heads.grounding.maps import Grounding, ground_maps
+from localization_heads.grounding.maps import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.report.builder import LEAST_FREQUENCY, HeadFacts, Report
@@ -31,15 +29,11 @@ from localization_heads.stages.entries import Entries
 from localization_heads.stages.outcome import Outcome
 from localization_heads.stages.run import Run
 from localization_heads.store.atomic import write_bytes
-from localization_heads.store.attention_files import load_attention
 from localization_heads.store.heads_file import load_ranking
-from localization_heads.store.paths import attention_path
 from localization_heads.store.statistics import StatisticsStore
 
 if TYPE_CHECKING:
     from PIL import Image
-
-log = logging.getLogger(__name__)
 
 MAPS_SHOWN = 3
 """Maps of single heads on a card; the combined map is of all heads."""
@@ -59,11 +53,6 @@ FROM_FILE = (
     "The ranking of heads.json, which lists the kept heads only: it was not made anew on these samples."
 )
 
-UNKNOWN_SIZE = (1, 1)
-"""Of a picture that cannot be opened, until its mask tells."""
-
-Maps = tuple[AttentionMaps, Grounding]
-
 
 class Alone(NamedTuple):
     """Which heads are measured alone, by the boxes of their own maps, and on which samples (ids)."""
@@ -73,7 +62,7 @@ class Alone(NamedTuple):
 
 
 class Reporter:
-    """Gathers what the report shows of each grounded sample, a few kilobytes of each, and writes it at the end.
+    """Gathers what the report shows of grounded samples, a few kilobytes of each, and writes it at the end.
 
     Args:
         ranking: the heads that the run has found; without, those of the model's heads.json if it is there.
@@ -86,9 +75,10 @@ class Reporter:
         self._wanted = bool(run["report"])
         self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
         self._origin = "" if ranking else FROM_FILE
-        self._gallery = Gallery(run["report_samples"] if self._wanted else 0)
+        self.room = Gallery(run["report_samples"] if self._wanted else 0)
+        """Which of the samples that are worked on may be shown in the end: `look` makes cards of those."""
         self._iou = HeadIoU(self._measured, _shape(run), run.grounding, MEASURED_SAMPLES)
-        self._seen: set[str] = set()
+        self._cards: dict[str, Card] = {}
 
     @property
     def lacks_ranking(self) -> bool:
@@ -111,35 +101,20 @@ class Reporter:
         number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES
         return Alone(heads, {sample.id for sample in entries.samples[:number]}) if heads else Alone()
 
-    def add(
-        self, sample: Sample, maps: AttentionMaps, grounding: Grounding, image: Image.Image | None = None
-    ) -> None:
-        """A sample that was just grounded. Its picture is opened again where it is needed and not given."""
-        if not self._wanted:
-            return
-        self._seen.add(sample.id)
-        iou = None
-        if sample.bbox is not None:
-            iou = float(box_iou(grounding.box, sample.bbox))
-        self._offer(sample, grounding.score, iou, lambda: _look(sample, (maps, grounding), image))
+    @property
+    def settings(self) -> list[Any]:
+        """What decides whether a sample gets a card."""
+        return [self._wanted, self._run["report_samples"], MAPS_SHOWN]
+
+    def add(self, outcome: Outcome, card: Card | None) -> None:
+        """A sample that was grounded, now or by an earlier run, with what `look` made of it."""
+        if card is not None:
+            self._cards[outcome.sample.id] = card
 
     def measure(self, sample: Sample, maps: AttentionMaps) -> None:
         """The IoU of single heads in this sample, if its true box is known."""
         if self._wanted and sample.bbox is not None:
             self._iou.add(maps, sample.bbox)
-
-    def _offer(
-        self, sample: Sample, score: float | None, iou: float | None, make: Callable[[], Card]
-    ) -> None:
-        """The worst have the lowest IoU or, where there is no truth, the lowest score."""
-        self._gallery.offer(sample.line, -((score if iou is None else iou) or 0.0), make)
-
-    def _offer_earlier(self, outcome: Outcome) -> None:
-        """A sample that an earlier run has grounded: its maps are shown if its attention file is there."""
-        sample = outcome.sample
-        self._offer(
-            sample, outcome.prediction.score, outcome.iou, lambda: _look(sample, self._stored_maps(outcome))
-        )
 
     def write(
         self,
@@ -151,8 +126,6 @@ class Reporter:
         own: HeadRanking | None = None,
     ) -> list[Path]:
         """Write `report.html` into the model's folder -> its path; nothing with `report=false`.
-
-        Outcomes that were not added are those of an earlier run.
 
         Args:
             store: the statistics of the samples that the ranking is of.
@@ -166,8 +139,6 @@ class Reporter:
         for outcome in outcomes:
             if ious := (outcome.measured or {}).get(HEAD_IOU):
                 self._iou.count(ious)
-            if outcome.sample.id not in self._seen:
-                self._offer_earlier(outcome)
         from localization_heads.report.page import render
 
         path = self._run.folder / "report.html"
@@ -183,7 +154,7 @@ class Reporter:
         metrics: Mapping[str, Any],
     ) -> Report:
         run = self._run
-        by_id = {outcome.sample.id: outcome for outcome in outcomes}  # without those that failed later
+        by_id = {outcome.sample.id: outcome for outcome in outcomes}
         lines = {sample.line for sample in entries.samples} | {bad.line for bad in entries.failures}
         return Report(
             stage=run["stage"],
@@ -196,7 +167,7 @@ class Reporter:
             no_heads=f"No ranking: {self._unknown}. stage=find or stage=batch writes one.",
             no_scatter=self._why_no_scatter(outcomes),
             metrics=metrics,
-            cards=[_completed(card, by_id[card.id]) for card in self._gallery.cards if card.id in by_id],
+            cards=[_completed(card, by_id[card.id]) for card in self._shown(outcomes)],
             no_cards=self._why_no_cards(),
             num_grounded=len(outcomes),
             ious=[outcome.iou for outcome in outcomes if outcome.iou is not None],
@@ -233,65 +204,69 @@ class Reporter:
             return "No samples: find keeps only each head's sums and entropies. stage=batch shows maps and boxes."
         return "No samples: report_samples=0."
 
-    def _stored_maps(self, outcome: Outcome) -> Maps | None:
-        """The maps of an attention file, if they are those that the box was made of."""
-        run, sample = self._run, outcome.sample
-        try:
-            path = attention_path(run.attention_folder, sample.id, run["attention_format"])
-            maps = load_attention(path)
-            grounding = ground_maps(maps, outcome.prediction.heads, run.grounding)
-        except (UsageError, WorkError, ValueError):
-            return None
-        same = maps.model == run.lvlm.name and maps.query == sample.expression
-        return (maps, grounding) if same and grounding.box == outcome.prediction.bbox else None
+    def _shown(self, outcomes: Sequence[Outcome]) -> list[Card]:
+        """The cards of the gallery, whichever run made them."""
+        gallery = Gallery(self._run["report_samples"])
+        for outcome in outcomes:
+            if card := self._cards.get(outcome.sample.id):
+                gallery.offer(outcome.sample.line, _badness(outcome), partial(_itself, card))
+        return gallery.cards
 
 
-def _look(sample: Sample, found: Maps | None, image: Image.Image | None = None) -> Card:
-    """What can be seen of a sample while its maps are at hand; the prediction comes at the end."""
-    image = image or _reopened(sample)
-    picture = thumbnail(image) if image else ""
-    if found is None:
-        size = image.size if image else UNKNOWN_SIZE
-        return Card(id=sample.id, expression=sample.expression, image_size=size, picture=picture)
-    maps, grounding = found
+def _itself(card: Card) -> Card:
+    return card
+
+
+def _badness(outcome: Outcome) -> float:
+    """The worst have the lowest IoU or, where there is no truth, the lowest score."""
+    return -((outcome.prediction.score if outcome.iou is None else outcome.iou) or 0.0)
+
+
+def look(
+    room: Gallery,
+    outcome: Outcome,
+    maps: AttentionMaps,
+    grounding: Grounding,
+    picture: Callable[[], Image.Image | None],
+) -> Card | None:
+    """What can be seen of a sample while its maps are at hand, if there is room for it.
+
+    Boxes, masks and scores are added when the report is written.
+
+    Args:
+        picture: opens it; None where that is not possible any more.
+    """
     region = maps.image_box, maps.image_size
-    return Card(
-        id=sample.id,
-        expression=sample.expression,
-        image_size=maps.image_size,
-        picture=picture,
-        heads=grounding.heads,
-        maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:MAPS_SHOWN]),
-        combined=tiny_map(grounding.combined, *region),
-        image_box=maps.image_box,
-    )
+
+    def card() -> Card:
+        image = picture()
+        return Card(
+            id=outcome.sample.id,
+            expression=outcome.sample.expression,
+            image_size=maps.image_size,
+            picture=thumbnail(image) if image else "",
+            heads=grounding.heads,
+            maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:MAPS_SHOWN]),
+            combined=tiny_map(grounding.combined, *region),
+            image_box=maps.image_box,
+        )
+
+    return room.offer(outcome.sample.line, _badness(outcome), card)
 
 
 def _completed(card: Card, outcome: Outcome) -> Card:
     """The card with its boxes, masks and scores."""
     sample, prediction = outcome.sample, outcome.prediction
     mask = None if prediction.mask is None else read_mask(prediction.mask, prediction.mask["size"][::-1])
-    size = card.image_size
-    if size == UNKNOWN_SIZE and mask is not None:
-        size = mask.shape[1], mask.shape[0]
     return replace(
         card,
-        image_size=size,
         box=prediction.bbox,
         truth=sample.bbox,
         mask="" if mask is None else outline(mask),
-        truth_mask=_true_outline(outcome, size),
+        truth_mask=_true_outline(outcome, card.image_size),
         score=prediction.score,
         iou=outcome.iou,
     )
-
-
-def _reopened(sample: Sample) -> Image.Image | None:
-    try:
-        return load_image(sample.image)
-    except (UsageError, WorkError) as error:
-        log.warning("report: %s is shown without its picture: %s", sample.id, error)
-        return None
 
 
 def _true_outline(outcome: Outcome, size: tuple[int, int]) -> str:

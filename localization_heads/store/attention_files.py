@@ -284,7 +284,7 @@ def _read_gzip(path: Path) -> Any:
             raise UsageError(f"{path}: unpacks to more than {limit >> 20} MB, far more than attention does")
         return loads_pickle(content)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{path}: not a readable gzip file ({_shown(str(error))})") from error
+        raise UsageError(f"{path}: not a readable gzip file ({shown(str(error))})") from error
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except PickleRefusedError as error:

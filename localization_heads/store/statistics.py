@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import WorkError
 from localization_heads.heads.criteria import Weight
+from localization_heads.store import journal
 from localization_heads.store.atomic import write_json
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ KEY_BYTES = 16
 COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
 """What a record holds of every head, in the order of the file."""
 _SCAN_BYTES = 16 << 20
-_LARGEST_JSON = 64 << 20  # bytes
 _LARGEST_MODEL = 1 << 20  # heads
 
 
@@ -153,8 +153,8 @@ def recorded(folder: str | Path) -> list[Recorded]:
     """The stores of a folder, the one used last first. What is not a sound header of this version is passed over."""
     found = []
     for path in Path(folder).glob("statistics-*.json"):
-        header = _read_json(path)
-        if not isinstance(header, dict) or path.stem != f"statistics-{_digest(header).hex()[:16]}":
+        header = journal.read_json(path)
+        if not isinstance(header, dict) or path.stem != _name(header):
             continue
         layers, heads, settings = header.get("layers"), header.get("heads"), header.get("settings")
         sizes = (
@@ -168,14 +168,12 @@ def recorded(folder: str | Path) -> list[Recorded]:
     return sorted(found, key=lambda one: -one.used)
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file, None if it is none."""
+def _name(header: Mapping[str, Any]) -> str:
+    """What the files of that header are called; "" for one that no store writes."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+        return f"statistics-{_digest(header).hex()[:16]}"
+    except RecursionError:
+        return ""
 
 
 class StatisticsStore:
@@ -239,17 +237,7 @@ class StatisticsStore:
         records = self._records(keys, attention_sum, area_entropy, mass_entropy, bottom_row_focus)
         if not len(records):
             return
-        try:
-            with self.path.open("ab") as file:
-                file.write(records.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            self._truncate()
-            raise WorkError(f"cannot write {self.path}: {error.strerror or error}") from error
-        except BaseException:
-            self._truncate()
-            raise
+        journal.append(self.path, records.tobytes(), self._count * self._dtype.itemsize)
         for record in records:
             self._positions[record["key"].tobytes()] = self._count
             self._count += 1
@@ -267,10 +255,10 @@ class StatisticsStore:
 
     def failures(self) -> dict[bytes, str]:
         """By key, the reasons that `note_failures` was told."""
-        noted = _read_json(self._failures_path)
+        noted = journal.read_json(self._failures_path)
         try:
             return {bytes.fromhex(key): str(why) for key, why in (noted or {}).items()}
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, RecursionError):
             return {}  # a file of somebody else
 
     @property
@@ -322,16 +310,7 @@ class StatisticsStore:
             log.warning("%s: %d damaged records are left out and made again", self.path, damaged)
         if self.path.stat().st_size != self._count * size:
             log.info("%s: the last record was cut off by a kill and is made again", self.path)
-            self._truncate()
-
-    def _truncate(self) -> None:
-        """Bring the file back to whole records."""
-        try:
-            os.truncate(self.path, self._count * self._dtype.itemsize)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UsageError(f"cannot write {self.path}: {error.strerror or error}") from error
+            journal.truncate(self.path, self._count * size)
 
 
 def _record_type(num_layers: int, num_heads: int) -> np.dtype[Any]:
