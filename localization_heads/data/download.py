@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from localization_heads.data.image_error import ImageError, is_address
+from localization_heads.data.network import NetworkSettingError, open_client
 from localization_heads.errors import WorkError
 
 MAX_BYTES = 32 << 20
@@ -68,7 +69,7 @@ def _fetch(address: str, max_bytes: int, deadline: float) -> bytes:
     # Compressed answers could grow without limit when unpacked, so none is asked for.
     headers = {"User-Agent": "localization-heads", "Accept": "image/*", "Accept-Encoding": "identity"}
     try:
-        with httpx.Client(timeout=timeout, headers=headers, follow_redirects=False) as client:
+        with open_client(timeout=timeout, headers=headers, follow_redirects=False) as client:
             for _ in range(MAX_REDIRECTS + 1):
                 with client.stream("GET", address) as answer:
                     if not answer.has_redirect_location:
@@ -77,6 +78,8 @@ def _fetch(address: str, max_bytes: int, deadline: float) -> bytes:
                 if not is_address(target):
                     raise ImageError(name, f"redirects to {shown_address(target)}, which is not http(s)")
                 address = target
+    except NetworkSettingError as error:
+        raise DownloadError(name, str(error)) from error
     except httpx.TimeoutException as error:
         raise DownloadError(name, "the server does not answer in time") from error
     except httpx.UnsupportedProtocol as error:

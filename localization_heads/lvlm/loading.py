@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -15,10 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from localization_heads.data.network import NetworkSettingError, open_client
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm import checkpoint_files, packages
+from localization_heads.lvlm.chat_template import PROCESS, template_of
+from localization_heads.lvlm.checkpoint_files import first_line
 from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.processors import processor_kind
+from localization_heads.lvlm.processors import complete, processor_kind
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import EMBEDDED, ModelSpec, converted, find_spec, local_path
@@ -27,7 +30,6 @@ from localization_heads.lvlm.views import VIEWS
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-_FACTS = "localization_heads.json"  # beside a checkpoint: what the tool should know about it
 
 
 def load_model(
@@ -70,8 +72,9 @@ def load_model(
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    model_type = _check_family(source, spec)
-    processor, model = _load_processor(source, spec, model_type), _load_weights(source, spec)
+    packages.check_torchvision()
+    config = _checked_config(source, spec)
+    processor, model = _load_processor(source, spec, config), _load_weights(source, spec)
     if target is not None and not spec.quantization:
         model.to(target)
     system = _system_sentence(source, spec)
@@ -134,6 +137,7 @@ def _source(spec: ModelSpec) -> str:
             raise UsageError(
                 f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
             )
+        checkpoint_files.check_files(folder, f"model.name={spec.name}")
         return str(folder)
     if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
         raise UsageError(
@@ -143,23 +147,53 @@ def _source(spec: ModelSpec) -> str:
     return spec.name
 
 
-def _check_family(source: str, spec: ModelSpec) -> str:
-    """The model type. Refuses one without image tokens to find, before its weights are fetched."""
+def _checked_config(source: str, spec: ModelSpec) -> Any:
+    """The configuration. Refuses one that cannot be meant, or has no image tokens, before the weights are fetched."""
     from transformers import AutoConfig
 
+    shown = f"model.name={spec.name}"
+    written = _from_pretrained(_WrittenConfig, source, spec)
+    checkpoint_files.check_original(written, shown)
+    checkpoint_files.check_counts(written, shown)
     config = _from_pretrained(AutoConfig, source, spec)
     try:
         check_family(config)
     except UsageError as error:
-        raise UsageError(f"model.name={spec.name}: {error}") from None
-    return str(config.model_type)
+        raise UsageError(f"{shown}: {error}") from None
+    checkpoint_files.check_size(config.to_dict(), checkpoint_files.weights_in(_folder(source)), shown)
+    return config
 
 
-def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
-    logging.getLogger("transformers").addFilter(_no_torchvision_warning)
-    processor = _from_pretrained(processor_kind(model_type), source, spec)
+class _WrittenConfig:
+    """`config.json` as it is written, before any class makes something of it."""
+
+    @staticmethod
+    def from_pretrained(source: str, **options: Any) -> dict[str, Any]:
+        from transformers import PreTrainedConfig
+
+        written: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **options)[0]
+        return written
+
+
+def _folder(source: str) -> Path | None:
+    """Where the files are: a local folder, or what the hub's cache holds of an id; None if it holds nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source)
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_no_torchvision_warning)
+    processor = _from_pretrained(processor_kind(str(config.model_type)), source, spec)
+    complete(processor, config)
     if spec.pad_to_square is not None:
         processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
+    if template_of(processor):
+        PROCESS.start()  # it is ready when the weights are
     return processor
 
 
@@ -229,26 +263,44 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
     except Exception as error:  # broken weights and configs raise anything
-        missing = isinstance(error, ImportError) or "torchvision" in str(error).lower()
-        hint = "; pip install 'localization-heads[families]'" if missing else ""
-        raise WorkError(f"model.name={spec.name} cannot be loaded: {first_line(error)}{hint}") from error
+        reason = packages.missing_package(error) or _reason(error)
+        raise WorkError(f"model.name={spec.name} cannot be loaded: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):
+        return (
+            "the sizes in config.json are not those of its weights: one of the two belongs to another model"
+        )
+    return first_line(error)
 
 
 @cache
-def hub_answers() -> bool:
-    """Whether the hub can be reached at all; without this, every file is asked for many times before the error."""
+def hub_trouble() -> str | None:
+    """Why the hub cannot be asked; None if it can.
+
+    Without this, every file is asked for many times before the error.
+    """
     import httpx
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        return False
+        return "HF_HUB_OFFLINE=1 is set"
     try:
-        httpx.head(constants.ENDPOINT, timeout=10)
-    except httpx.ConnectError:
-        return False
-    except httpx.HTTPError:
+        with open_client(timeout=10) as client:
+            client.head(constants.ENDPOINT)
+    except NetworkSettingError as error:
+        return str(error)
+    except httpx.ConnectError as error:
+        return f"no connection: {first_line(error)}"
+    except (httpx.HTTPError, httpx.InvalidURL):
         pass  # slow or odd, but there: the hub's own client shall say more
-    return True
+    return None
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be asked at all."""
+    return hub_trouble() is None
 
 
 def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
@@ -256,26 +308,17 @@ def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
         return f"model.name={spec.name} cannot be read: {first_line(error)}"
     return (
         f"model.name={spec.name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({first_line(error)}). Without a network: model=tiny runs the embedded model, "
+        f"({hub_trouble() or first_line(error)}). Without a network: model=tiny runs the embedded model, "
         "model.name=/path/to/folder a model saved on this machine"
     )
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _system_sentence(source: str, spec: ModelSpec) -> str:
     """The config's sentence, else the one the checkpoint's folder brings, else LLaVA's."""
     if spec.system is not None:
         return spec.system
-    facts = Path(source) / _FACTS
-    if facts.is_file():
-        system = json.loads(facts.read_text(encoding="utf-8")).get("system")
-        if isinstance(system, str):
-            return system
-    return LLAVA_SYSTEM
+    system = checkpoint_files.system_sentence(Path(source))
+    return LLAVA_SYSTEM if system is None else system
 
 
 def _no_torchvision_warning(record: logging.LogRecord) -> bool:

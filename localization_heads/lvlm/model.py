@@ -18,6 +18,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
+from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
 from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
 from localization_heads.lvlm.memory import memory_errors
@@ -160,14 +161,13 @@ class LVLM:
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
         """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
-        if not getattr(self.processor, "chat_template", None):
+        if template_of(self.processor) is None:
             raise UsageError(
                 f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
             )
         try:
-            options = {"add_generation_prompt": True, "tokenize": False}
-            return str(self.processor.apply_chat_template(messages, **options))
-        except Exception as error:  # templates are programs of other people: they fail in their own ways
+            return render_chat(self.processor, messages)
+        except TemplateError as error:
             raise UsageError(
                 f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
                 "use conv_mode=referseg or plain"
