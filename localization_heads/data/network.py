@@ -31,6 +31,15 @@ def open_client(**options: Any) -> httpx.Client:
         raise NetworkSettingError(_culprit(error)) from error
 
 
+def client_trouble() -> str | None:
+    """Why no client can be made on this machine; None if one can."""
+    try:
+        open_client().close()
+    except NetworkSettingError as error:
+        return str(error)
+    return None
+
+
 def _culprit(error: Exception) -> str:
     """The environment variable at fault, and what to do."""
     for name, value in sorted(os.environ.items()):

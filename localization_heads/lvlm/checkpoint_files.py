@@ -139,6 +139,16 @@ def check_counts(config: Mapping[str, Any], shown: str) -> None:
             raise UsageError(f"{shown}: config.json asks for {name}={count:,}: no model has that many")
 
 
+def checkpoint_folder(source: str) -> Path | None:
+    """Where the files are: a local folder, or what the hub's cache holds of an id; None if it holds nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source)
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def weights_in(folder: Path | None) -> Weights | None:
     """The weights of a folder; None where there are none."""
     if folder is None:
@@ -250,3 +260,10 @@ def system_sentence(folder: Path) -> str | None:
 def first_line(error: Exception) -> str:
     lines = str(error)[:2000].strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def loading_reason(error: Exception) -> str:
+    """What an error of transformers says of a checkpoint that cannot be loaded, in a line."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "the sizes in config.json are not those of its weights"
+    return first_line(error)

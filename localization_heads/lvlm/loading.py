@@ -160,7 +160,9 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"{shown}: {error}") from None
-    checkpoint_files.check_size(config.to_dict(), checkpoint_files.weights_in(_folder(source)), shown)
+    checkpoint_files.check_size(
+        config.to_dict(), checkpoint_files.weights_in(checkpoint_files.checkpoint_folder(source)), shown
+    )
     return config
 
 
@@ -173,16 +175,6 @@ class _WrittenConfig:
 
         written: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **options)[0]
         return written
-
-
-def _folder(source: str) -> Path | None:
-    """Where the files are: a local folder, or what the hub's cache holds of an id; None if it holds nothing."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(source).is_dir():
-        return Path(source)
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
@@ -263,16 +255,8 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
     except Exception as error:  # broken weights and configs raise anything
-        reason = packages.missing_package(error) or _reason(error)
+        reason = packages.missing_package(error) or checkpoint_files.loading_reason(error)
         raise WorkError(f"model.name={spec.name} cannot be loaded: {reason}") from error
-
-
-def _reason(error: Exception) -> str:
-    if "ignore_mismatched_sizes" in str(error):
-        return (
-            "the sizes in config.json are not those of its weights: one of the two belongs to another model"
-        )
-    return first_line(error)
 
 
 @cache

@@ -24,6 +24,7 @@ from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, im
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
 from localization_heads.lvlm.prefix import why_not_shared
+from localization_heads.lvlm.processors import misfit_errors, processor_errors
 from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
 from localization_heads.lvlm.query_tokens import query_of
 from localization_heads.lvlm.recent import RecentPictures, content
@@ -128,6 +129,13 @@ class LVLM:
         return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """What no expression may hold: the tokenizer's special tokens, and those that the processor replaces."""
+        media = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+        own = [token for token in media if isinstance(token, str) and token]
+        return (*self.processor.tokenizer.all_special_tokens, *own)
+
+    @cached_property
     def image_text(self) -> str:
         """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
         if self.model.config.model_type in ADDS_IMAGE_ITSELF:
@@ -146,7 +154,7 @@ class LVLM:
 
     def located_prompt(self, expression: str) -> Prompt:
         """The prompt, and where in it the expression lies."""
-        text = clean_expression(expression, tuple(self.processor.tokenizer.all_special_tokens))
+        text = clean_expression(expression, self.control_tokens)
         return locate_expression(self._render, text)
 
     def _render(self, text: str) -> str:
@@ -199,7 +207,9 @@ class LVLM:
         bos = self.processor.tokenizer.bos_token
         twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
-        with self._tokenizing:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
+        what = f"the processor of {self.name} does not take the picture ({sizes} pixels) with its text"
+        with self._tokenizing, memory_errors(), processor_errors(what):
             inputs: Mapping[str, Any] = (processor or self.processor)(
                 images=[[image] for image in images],
                 text=list(prompts),
@@ -314,6 +324,7 @@ class LVLM:
         stop = deepest if last_layer is None else last_layer
         with (
             memory_errors(),
+            misfit_errors(self.name),
             torch.inference_mode(),
             capture(self.attention_modules, stop, query) as recorder,
         ):
