@@ -99,6 +99,24 @@ def _check_index(file: Path, shown: str) -> None:
             raise UsageError(f"{shown}: {file.name} names weights outside the folder: {name[:100]}")
 
 
+def written_config(source: str, **options: Any) -> dict[str, Any]:
+    """`config.json` as it is written, before any class makes something of it.
+
+    Args:
+        source: a folder or a hub id.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it holds something else than settings by name.
+    """
+    from transformers import PreTrainedConfig
+
+    written = PreTrainedConfig.get_config_dict(source, **options)[0]
+    if not isinstance(written, dict):
+        raise ValueError("config.json does not hold settings by name")
+    return written
+
+
 def check_original(config: Mapping[str, Any], shown: str) -> None:
     """Raises UsageError for a checkpoint in the format of the LLaVA repository, and names its converted twin."""
     architectures = config.get("architectures")
@@ -123,7 +141,7 @@ def _twin(config: Mapping[str, Any], shown: str) -> str | None:
     for original, twin in CONVERTED.items():
         if original.partition("/")[2] in names:
             return twin
-    size = {4096: "7b", 5120: "13b", 7168: "34b"}.get(config.get("hidden_size", 0), "of another size")
+    size = {4096: "7b", 5120: "13b", 7168: "34b"}.get(_count(config.get("hidden_size")), "of another size")
     is_next, is_mistral = (
         config.get("image_aspect_ratio") == "anyres",
         "mistral" in str(config["architectures"]).lower(),
@@ -212,7 +230,7 @@ def _least_weights(part: Mapping[str, Any]) -> int:
 
 
 def _largest(part: Mapping[str, Any], names: Sequence[str]) -> int:
-    return max((part[name] for name in names if _is_count(part.get(name))), default=0)
+    return max(_count(part.get(name)) for name in names)
 
 
 def _numbers(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -221,19 +239,24 @@ def _numbers(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[
         for name in names:
             value = part.get(name)
             values = value if isinstance(value, list) else [value]
-            yield from ((prefix + name, number) for number in values if _is_count(number))
+            yield from ((prefix + name, _count(number)) for number in values)
 
 
-def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The configuration and those inside it, with the path of each."""
-    yield prefix, config
-    for name, value in config.items():
-        if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
-            yield from _parts(value, f"{prefix}{name}.")
+    waiting = [("", config)]
+    while waiting:
+        prefix, part = waiting.pop()
+        yield prefix, part
+        for name, value in part.items():
+            if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
+                waiting.append((f"{prefix}{name}.", value))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _count(value: Any) -> int:
+    """A number as it can be multiplied and shown, 0 for anything else."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return min(max(value, 0), 1 << 60) if is_number else 0
 
 
 def system_sentence(folder: Path) -> str | None:

@@ -167,14 +167,9 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
 
 
 class _WrittenConfig:
-    """`config.json` as it is written, before any class makes something of it."""
+    """Reads `config.json` as `_from_pretrained` reads everything."""
 
-    @staticmethod
-    def from_pretrained(source: str, **options: Any) -> dict[str, Any]:
-        from transformers import PreTrainedConfig
-
-        written: dict[str, Any] = PreTrainedConfig.get_config_dict(source, **options)[0]
-        return written
+    from_pretrained = staticmethod(checkpoint_files.written_config)
 
 
 def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:

@@ -16,6 +16,7 @@ from localization_heads.lvlm.checkpoint_files import (
     first_line,
     loading_reason,
     weights_in,
+    written_config,
 )
 from localization_heads.lvlm.loading import hub_answers, hub_trouble
 from localization_heads.lvlm.spec import local_path
@@ -77,8 +78,7 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
     source = _source(name)
     settings: dict[str, Any] = {"local_files_only": _only_here(source), "trust_remote_code": False}
     try:
-        written, _ = transformers.PreTrainedConfig.get_config_dict(source, **settings)
-        check_counts(written, f"segmenter.name={name}")
+        check_counts(written_config(source, **settings), f"segmenter.name={name}")
         config = transformers.AutoConfig.from_pretrained(source, **settings)
         found = config.model_type
         if found not in family.model_types:
