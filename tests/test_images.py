@@ -786,8 +786,8 @@ def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("http_proxy", "socks5://127.0.0.1:9", "the proxy cannot be used|cannot be reached"),
-        ("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE=/no/such/file cannot be read"),
+        ("http_proxy", "socks5://127.0.0.1:9", "http_proxy cannot be used|cannot be reached"),
+        ("SSL_CERT_FILE", "/no/such/file", "SSL_CERT_FILE cannot be used: /no/such/file: no such file"),
     ],
 )
 def test_a_network_that_is_set_up_wrongly_is_named(name, value, said, server, monkeypatch):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import ipaddress
-import os
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from localization_heads.data.address import Address, is_partial, without_secrets
 from localization_heads.data.image_error import ImageError, shown_name
+from localization_heads.data.network import NetworkSettingError, open_transport
 from localization_heads.errors import WorkError
 
 if TYPE_CHECKING:
@@ -116,17 +116,10 @@ def _answer(address: Address, url: httpx.URL) -> Iterator[httpx.Response]:
 
 
 def _transport(address: Address, proxy: str | None) -> httpx.HTTPTransport:
-    import httpx
-
     try:
-        return httpx.HTTPTransport(proxy=proxy)
-    except OSError as error:
-        name = next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), "")
-        raise DownloadError(
-            address, f"{name}={os.environ.get(name)} cannot be read ({_reason(error)})"
-        ) from error
-    except ImportError as error:  # the protocol of the proxy
-        raise DownloadError(address, f"the proxy cannot be used: {_reason(error)}") from error
+        return open_transport(proxy)
+    except NetworkSettingError as error:
+        raise DownloadError(address, str(error)) from error
 
 
 def _first_answer(transport: httpx.HTTPTransport, places: list[Any], url: httpx.URL) -> httpx.Response:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from localization_heads.data.network import client_trouble
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.record import HeadRanking
 from localization_heads.store.heads_file import load_ranking
@@ -53,6 +54,7 @@ def push_heads(
         UsageError: a name that no repository can have.
         WorkError: the hub refuses or does not answer.
     """
+    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError
 
@@ -65,7 +67,7 @@ def push_heads(
         commit = api.create_commit(repository, additions, commit_message=f"Heads of {ranking.model}")
     except HFValidationError as error:
         raise UsageError(f"{repository}: {error}") from None
-    except (OSError, ConnectionError, TimeoutError) as error:
+    except (OSError, ConnectionError, TimeoutError, ImportError, ValueError, httpx.InvalidURL) as error:
         raise _failed(repository, "cannot be written", error) from error
     return str(commit.commit_url)
 
@@ -118,4 +120,4 @@ def _fetched(repository: str, revision: str | None) -> Path:
 
 def _failed(what: str, how: str, error: Exception) -> WorkError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return WorkError(f"{what} {how} ({lines[0][:200]})")
+    return WorkError(f"{what} {how} ({client_trouble() or lines[0][:200]})")

@@ -36,7 +36,7 @@ class Conversation:
             UsageError: an empty question, or one with control tokens.
             WorkError: the generation failed; the question is forgotten.
         """
-        question = clean_expression(question, tuple(self.lvlm.processor.tokenizer.all_special_tokens))
+        question = clean_expression(question, self.lvlm.control_tokens)
         turn = _turn("user", question, with_image=self.image is not None and not self.messages)
         prompt = self._prompt([*self.messages, turn], question)
         pieces: list[str] = []
@@ -80,6 +80,7 @@ def stream(
                     **inputs,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    num_beams=1,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([lambda ids, *_, **__: _flags(ids, stopped)]),
                 )

@@ -64,12 +64,15 @@ NOT_SHARED = {
 
 
 def views_of(image: EncodedImage) -> list[View]:
-    """Where one image's tokens lie, in every rendering of the picture that the model gets.
+    """Where one image's tokens lie, in every rendering of the picture that the model gets and that has any tokens.
+
+    Of tiles over a picture much longer than wide, padding may be all that there is; they are left out.
 
     Raises:
         UsageError: the family has no grid of image tokens, or the token count is not what its geometry says.
     """
-    return FAMILIES.get(image.config.model_type, unknown)(image)
+    views = FAMILIES.get(image.config.model_type, unknown)(image)
+    return [view for view in views if view.index.size]
 
 
 def check_family(config: Any) -> None:

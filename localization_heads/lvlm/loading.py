@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from localization_heads.data.network import NetworkSettingError, open_client
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm import checkpoint_files, packages
+from localization_heads.lvlm.chat_template import PROCESS, template_of
+from localization_heads.lvlm.checkpoint_files import first_line
 from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.family_facts import family_facts, looks_like
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.placeholder import template_renderer
-from localization_heads.lvlm.processors import processor_kind
+from localization_heads.lvlm.processors import complete, processor_kind
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import (
@@ -37,7 +40,6 @@ from localization_heads.lvlm.views import VIEWS
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-_FACTS = "localization_heads.json"  # beside a checkpoint: what the tool should know about it
 
 
 def load_model(
@@ -90,9 +92,10 @@ def load_model(
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    config = _check_family(source, spec)
+    packages.check_torchvision()
+    config = _checked_config(source, spec)
     spec, asked = with_family(spec, family_facts(config)), spec
-    processor, model = _load_processor(source, spec, config.model_type), _load_weights(source, spec)
+    processor, model = _load_processor(source, spec, config), _load_weights(source, spec)
     if target is not None and not spec.quantization:
         model.to(target)
     if asked.conv_mode is None and spec.conv_mode == "chat" and template_renderer(processor) is None:
@@ -187,6 +190,7 @@ def _source(spec: ModelSpec) -> str:
             raise UsageError(
                 f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
             )
+        checkpoint_files.check_files(folder, f"model.name={spec.name}")
         return str(folder)
     if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
         raise UsageError(
@@ -196,23 +200,40 @@ def _source(spec: ModelSpec) -> str:
     return spec.name
 
 
-def _check_family(source: str, spec: ModelSpec) -> Any:
-    """The configuration. Refuses one without image tokens to find, before its weights are fetched."""
+def _checked_config(source: str, spec: ModelSpec) -> Any:
+    """The configuration. Refuses one that cannot be meant, or has no image tokens, before the weights are fetched."""
     from transformers import AutoConfig
 
+    shown = f"model.name={spec.name}"
+    written = _from_pretrained(_WrittenConfig, source, spec)
+    checkpoint_files.check_original(written, shown)
+    checkpoint_files.check_counts(written, shown)
     config = _from_pretrained(AutoConfig, source, spec)
     try:
         check_family(config)
     except UsageError as error:
-        raise UsageError(f"model.name={spec.name}: {error}") from None
+        raise UsageError(f"{shown}: {error}") from None
+    checkpoint_files.check_size(
+        config.to_dict(), checkpoint_files.weights_in(checkpoint_files.checkpoint_folder(source)), shown
+    )
     return config
 
 
-def _load_processor(source: str, spec: ModelSpec, model_type: str) -> Any:
-    logging.getLogger("transformers").addFilter(_no_torchvision_warning)
-    processor = _from_pretrained(processor_kind(model_type), source, spec)
+class _WrittenConfig:
+    """Reads `config.json` as `_from_pretrained` reads everything."""
+
+    from_pretrained = staticmethod(checkpoint_files.written_config)
+
+
+def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_no_torchvision_warning)
+    processor = _from_pretrained(processor_kind(str(config.model_type)), source, spec)
+    complete(processor, config)
     if spec.pad_to_square is not None:
         processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
+    if template_of(processor):
+        PROCESS.start()  # it is ready when the weights are
     return processor
 
 
@@ -285,26 +306,36 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
     except Exception as error:  # broken weights and configs raise anything
-        missing = isinstance(error, ImportError) or "torchvision" in str(error).lower()
-        hint = "; pip install 'localization-heads[families]'" if missing else ""
-        raise WorkError(f"model.name={spec.name} cannot be loaded: {first_line(error)}{hint}") from error
+        reason = packages.missing_package(error) or checkpoint_files.loading_reason(error)
+        raise WorkError(f"model.name={spec.name} cannot be loaded: {reason}") from error
 
 
 @cache
-def hub_answers() -> bool:
-    """Whether the hub can be reached at all; without this, every file is asked for many times before the error."""
+def hub_trouble() -> str | None:
+    """Why the hub cannot be asked; None if it can.
+
+    Without this, every file is asked for many times before the error.
+    """
     import httpx
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        return False
+        return "HF_HUB_OFFLINE=1 is set"
     try:
-        httpx.head(constants.ENDPOINT, timeout=10)
-    except httpx.ConnectError:
-        return False
-    except httpx.HTTPError:
+        with open_client(timeout=10) as client:
+            client.head(constants.ENDPOINT)
+    except NetworkSettingError as error:
+        return str(error)
+    except httpx.ConnectError as error:
+        return f"no connection: {first_line(error)}"
+    except (httpx.HTTPError, httpx.InvalidURL):
         pass  # slow or odd, but there: the hub's own client shall say more
-    return True
+    return None
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be asked at all."""
+    return hub_trouble() is None
 
 
 def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
@@ -312,26 +343,17 @@ def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
         return f"model.name={spec.name} cannot be read: {first_line(error)}"
     return (
         f"model.name={spec.name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({first_line(error)}). Without a network: model=tiny runs the embedded model, "
+        f"({hub_trouble() or first_line(error)}). Without a network: model=tiny runs the embedded model, "
         "model.name=/path/to/folder a model saved on this machine"
     )
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _system_sentence(source: str, spec: ModelSpec) -> str:
     """The config's sentence, else the one the checkpoint's folder brings, else LLaVA's."""
     if spec.system is not None:
         return spec.system
-    facts = Path(source) / _FACTS
-    if facts.is_file():
-        system = json.loads(facts.read_text(encoding="utf-8")).get("system")
-        if isinstance(system, str):
-            return system
-    return LLAVA_SYSTEM
+    system = checkpoint_files.system_sentence(Path(source))
+    return LLAVA_SYSTEM if system is None else system
 
 
 def _no_torchvision_warning(record: logging.LogRecord) -> bool:

@@ -19,7 +19,7 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not _is_memory(error):
+        if not is_memory_error(error):
             raise
         raise OutOfMemoryError(
             "out of memory: lower batch_size, write batch_size=auto, or load the model in fewer bits"
@@ -32,6 +32,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _is_memory(error: Exception) -> bool:
+def is_memory_error(error: Exception) -> bool:
+    """Whether an allocation failed."""
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(sign in str(error).lower() for sign in _SIGNS)

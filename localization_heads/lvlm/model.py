@@ -19,6 +19,7 @@ from localization_heads.heads.found_with import FoundWith, asked, difference
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.batches import Batch, apart, make_batch
 from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
+from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
 from localization_heads.lvlm.fingerprint import fingerprint
 from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
@@ -26,6 +27,7 @@ from localization_heads.lvlm.lone_spaces import lone_space_id, without_token
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
 from localization_heads.lvlm.prefix import why_not_shared
+from localization_heads.lvlm.processors import misfit_errors, processor_errors
 from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
 from localization_heads.lvlm.query_tokens import query_of
 from localization_heads.lvlm.recent import RecentPictures, content
@@ -152,6 +154,13 @@ class LVLM:
         return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """What no expression may hold: the tokenizer's special tokens, and those that the processor replaces."""
+        media = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+        own = [token for token in media if isinstance(token, str) and token]
+        return (*self.processor.tokenizer.all_special_tokens, *own)
+
+    @cached_property
     def image_text(self) -> str:
         """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
         if self.model.config.model_type in ADDS_IMAGE_ITSELF:
@@ -170,7 +179,7 @@ class LVLM:
 
     def located_prompt(self, expression: str) -> Prompt:
         """The prompt, and where in it the expression lies."""
-        text = clean_expression(expression, tuple(self.processor.tokenizer.all_special_tokens))
+        text = clean_expression(expression, self.control_tokens)
         return locate_expression(self._render, text)
 
     def _render(self, text: str) -> str:
@@ -185,14 +194,13 @@ class LVLM:
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
         """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
-        if not getattr(self.processor, "chat_template", None):
+        if template_of(self.processor) is None:
             raise UsageError(
                 f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
             )
         try:
-            options = {"add_generation_prompt": True, "tokenize": False}
-            return str(self.processor.apply_chat_template(messages, **options))
-        except Exception as error:  # templates are programs of other people: they fail in their own ways
+            return render_chat(self.processor, messages)
+        except TemplateError as error:
             raise UsageError(
                 f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
                 "use conv_mode=referseg or plain"
@@ -225,7 +233,9 @@ class LVLM:
         twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
         side = "right" if self.model.config.is_encoder_decoder else "left"
-        with self._tokenizing:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
+        what = f"the processor of {self.name} does not take the picture ({sizes} pixels) with its text"
+        with self._tokenizing, memory_errors(), processor_errors(what):
             inputs: Mapping[str, Any] = (processor or self.processor)(
                 images=[[image] for image in images],
                 text=list(prompts),
@@ -353,6 +363,7 @@ class LVLM:
         stop = deepest if last_layer is None else last_layer
         with (
             memory_errors(),
+            misfit_errors(self.name),
             torch.inference_mode(),
             capture(self.attention_modules, stop, query) as recorder,
         ):

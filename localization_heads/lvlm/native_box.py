@@ -145,7 +145,7 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
 
 def box_prompt(lvlm: LVLM, form: BoxFormat, expression: str) -> str:
     """The whole prompt. UsageError for a chat format where the checkpoint brings no chat template."""
-    text = form.question(clean_expression(expression, tuple(lvlm.processor.tokenizer.all_special_tokens)))
+    text = form.question(clean_expression(expression, lvlm.control_tokens))
     return lvlm.chat_prompt(text) if form.chat else lvlm.image_text + text
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
+from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
+
 Render = Callable[[list[dict[str, str]]], str]
 """The chat template applied to the content of one user turn."""
 
@@ -31,16 +33,15 @@ def image_placeholder(processor: Any, image_token: str) -> str:
 
 def template_renderer(processor: Any) -> Render | None:
     """Its chat template as a function, or None if it brings none or refuses a turn with a picture."""
-    if not getattr(processor, "chat_template", None):
+    if template_of(processor) is None:
         return None
 
     def render(content: list[dict[str, str]]) -> str:
-        messages = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return render_chat(processor, [{"role": "user", "content": content}])
 
     try:
         render([_IMAGE, _text(_AFTER)])
-    except Exception:  # templates are programs of other people: they fail in their own ways
+    except TemplateError:
         return None
     return render
 

@@ -1,7 +1,9 @@
-"""Processors for pictures only: transformers cannot load the video half of one without torchvision."""
+"""Processors for pictures only, as the video half needs torchvision; and what a checkpoint leaves out of one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -10,6 +12,14 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
     processor_class_from_name,
 )
 from transformers.utils.import_utils import is_torchvision_available
+
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm.checkpoint_files import first_line
+from localization_heads.lvlm.geometry import image_token_id
+from localization_heads.lvlm.memory import is_memory_error
+
+_CLASS_TOKEN = ("clip_vision_model", "vit", "dinov2", "deit")
+"""Vision towers whose features begin with a class token."""
 
 
 class _WithoutVideo(ProcessorMixin):
@@ -44,3 +54,79 @@ def processor_kind(model_type: str) -> Any:
     except ImportError:  # a placeholder for a class that cannot be imported
         has_video = False
     return images_only(kind) if has_video else AutoProcessor
+
+
+def complete(processor: Any, config: Any) -> None:
+    """Fill in what a checkpoint's processor files leave out, from its configuration or tokenizer.
+
+    Checkpoints saved by older versions of transformers say neither the patch size nor how the tower's features are
+    chosen (both stand in `config.json`), keep the chat template with the tokenizer, or have no padding token.
+
+    Args:
+        processor: as loaded; it is changed.
+        config: the model's configuration, which the weights must fit.
+    """
+    for name, value in _configured(config).items():
+        if hasattr(processor, name) and not getattr(processor, name):
+            setattr(processor, name, value)
+    tokenizer = processor.tokenizer
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = getattr(tokenizer, "chat_template", None)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _padding(tokenizer, config)
+
+
+def _configured(config: Any) -> dict[str, Any]:
+    """Attributes of processors by name, as the configuration of the model has them."""
+    vision = getattr(config, "vision_config", None)
+    side, patch = (_first(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
+    values = {
+        "patch_size": patch,
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
+        # A tower with a class token has it always, and a processor that says 0 does not fit it.
+        "num_additional_image_tokens": int(getattr(vision, "model_type", None) in _CLASS_TOKEN),
+        "num_image_tokens": side and patch and (side // patch) ** 2,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _padding(tokenizer: Any, config: Any) -> str:
+    """A token to pad with: the configuration's, else the end of a text. It is masked; any but the image's will do."""
+    text, size = config.get_text_config(), len(tokenizer)
+    for part in (config, text):
+        index = getattr(part, "pad_token_id", None)
+        if isinstance(index, int) and 0 <= index < size and index != image_token_id(config):
+            return str(tokenizer.convert_ids_to_tokens(index))
+    return str(tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0))
+
+
+def _first(value: Any) -> Any:
+    """Configurations write a square's side as a number or as `[h, w]`."""
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
+@contextmanager
+def processor_errors(what: str) -> Iterator[None]:
+    """Raises UsageError, which begins with `what`, for whatever a processor says no with; memory errors pass."""
+    try:
+        yield
+    except (UsageError, WorkError):
+        raise
+    except (
+        Exception
+    ) as error:  # limits of the aspect, tokens of other media, settings that do not fit: anything
+        if is_memory_error(error):
+            raise
+        raise UsageError(f"{what}: {first_line(error)}") from error
+
+
+@contextmanager
+def misfit_errors(name: str) -> Iterator[None]:
+    """Raises UsageError where the model finds that pixels, tokens and its own sizes do not belong together."""
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        raise UsageError(
+            f"{name} cannot read what its processor makes of the picture and its text ({first_line(error)}): "
+            "they do not fit each other, or the picture is too long and thin"
+        ) from error

@@ -32,6 +32,7 @@ from localization_heads.lvlm.prefix import (
     shared_length,
     spatial_positions,
 )
+from localization_heads.lvlm.processors import misfit_errors
 from localization_heads.lvlm.prompts import Prompt
 from localization_heads.lvlm.query_tokens import continued
 from localization_heads.lvlm.row import Query
@@ -185,7 +186,7 @@ class EncodedPicture:
             inputs["position_ids"] = positions[..., :length]
         inputs = lvlm.on_device(inputs)
         cache = recording_cache(lvlm.model.config)
-        with torch.inference_mode(), capture(lvlm.attention_modules, depth, None):
+        with misfit_errors(lvlm.name), torch.inference_mode(), capture(lvlm.attention_modules, depth, None):
             lvlm.model.base_model(**inputs, past_key_values=cache, use_cache=True)
         recurrent = any(cache.is_linear)
         ids = self._first["input_ids"][0, :length].tolist()

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.loading import first_line, hub_answers
+from localization_heads.lvlm.checkpoint_files import (
+    check_counts,
+    check_files,
+    check_size,
+    checkpoint_folder,
+    first_line,
+    loading_reason,
+    weights_in,
+    written_config,
+)
+from localization_heads.lvlm.loading import hub_answers, hub_trouble
 from localization_heads.lvlm.spec import local_path
 
 Colours = tuple[float, float, float]
@@ -68,9 +78,12 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
     source = _source(name)
     settings: dict[str, Any] = {"local_files_only": _only_here(source), "trust_remote_code": False}
     try:
-        found = transformers.AutoConfig.from_pretrained(source, **settings).model_type
+        check_counts(written_config(source, **settings), f"segmenter.name={name}")
+        config = transformers.AutoConfig.from_pretrained(source, **settings)
+        found = config.model_type
         if found not in family.model_types:
             raise UsageError(f"segmenter.name={name}: it is a {found}, not a {family.kind}{_meant(found)}")
+        check_size(config.to_dict(), weights_in(checkpoint_folder(source)), f"segmenter.name={name}")
         kind = getattr(transformers, family.model_class)
         model, info = kind.from_pretrained(source, output_loading_info=True, dtype="float32", **settings)
     except UsageError:
@@ -78,7 +91,7 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(name, error)) from error
     except Exception as error:  # broken weights and configs raise anything
-        raise WorkError(f"segmenter.name={name} cannot be loaded: {first_line(error)}") from error
+        raise WorkError(f"segmenter.name={name} cannot be loaded: {loading_reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise WorkError(
             f"segmenter.name={name}: its checkpoint lacks {len(missing)} tensors, such as {missing[0]}"
@@ -94,6 +107,7 @@ def _source(name: str) -> str:
             raise UsageError(
                 f"segmenter.name={name}: the folder holds no config.json, so it is no saved model"
             )
+        check_files(folder, f"segmenter.name={name}")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UsageError(
@@ -118,7 +132,8 @@ def _why(name: str, error: Exception) -> str:
         return f"segmenter.name={name} cannot be read: {first_line(error)}"
     return (
         f"segmenter.name={name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({first_line(error)}). Without a network: segmenter=grabcut, or segmenter.name=/path/to/folder"
+        f"({hub_trouble() or first_line(error)}). Without a network: segmenter=grabcut, "
+        "or segmenter.name=/path/to/folder"
     )
 
 

@@ -1,0 +1,231 @@
+"""Chat templates are programs that a checkpoint brings along: they are rendered in a process that can be ended.
+
+The sandbox of Jinja keeps a template from files and from Python, but not from time and memory: three nested ranges loop
+for ever, `9 ** (9 ** 9)` never comes back from C, one filter makes a text of gigabytes. No count of steps inside the
+interpreter bounds what a single operation does, so the system's own bounds are used: a child process with a limit of
+seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and a prompt
+takes it a fraction of a millisecond. This file is both sides of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from localization_heads.errors import WorkError
+
+log = logging.getLogger(__name__)
+
+SECONDS = 10.0
+"""For one rendering."""
+MAX_MEMORY = 512 << 20
+"""Bytes that a rendering may take beyond the process itself (Linux; elsewhere the seconds alone bound it)."""
+MAX_LENGTH = 1_000_000
+"""Characters of a prompt."""
+_START_SECONDS = 120.0
+_CHILD = (
+    "import sys; sys.path[:] = sys.argv[1:]; from localization_heads.lvlm.chat_template import serve; serve()"
+)
+_NO_CHILD = "the process that renders chat templates cannot be started"
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class TemplateError(Exception):
+    """A template that fails, or passes a limit. The message is one line."""
+
+
+class TemplateProcess:
+    """The child, seen from the parent: started when it is first needed, and anew after a template that had to be ended.
+
+    May be used from several threads. A template that was ended once is refused at once from then on.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin without a child: after a fork, the one that is there answers another process."""
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
+        self._ended: set[str] = set()
+
+    def start(self) -> None:
+        """Start the child without waiting for it."""
+        with self._lock:
+            self._started()
+
+    def render(self, template: str, messages: Messages, variables: Mapping[str, Any]) -> str:
+        """The prompt up to where the answer begins.
+
+        Raises:
+            TemplateError: the template fails, or passes a limit.
+            WorkError: the child cannot be started.
+        """
+        request = {"template": template, "messages": messages, "variables": variables, "seconds": SECONDS}
+        with self._lock:
+            if template in self._ended:
+                raise TemplateError("it was ended before")
+            try:
+                answer = self._asked(json.dumps(request, default=str).encode())
+            except BaseException:
+                self._end()  # what it answers late would be taken for the answer to the next question
+                raise
+            if answer is None:
+                self._end()
+                self._ended.add(template)
+                reason = f"it broke off, or ran for more than {SECONDS:g} s"
+                log.warning("the chat template had to be ended: %s", reason)
+                raise TemplateError(reason)
+        if "error" in answer:
+            raise TemplateError(answer["error"])
+        return str(answer["text"])
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _asked(self, request: bytes) -> dict[str, Any] | None:
+        """The child's answer; None if it came to an end first."""
+        child = self._started()
+        assert child.stdin is not None
+        if not self._is_ready:
+            if _answer(child, _START_SECONDS) is None:
+                raise WorkError(f"{_NO_CHILD}: {sys.executable} ends without an answer")
+            self._is_ready = True
+        with suppress(OSError):  # it has ended, and will not answer
+            child.stdin.write(request + b"\n")
+            child.stdin.flush()
+        return _answer(child, SECONDS + 1)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._child is None:
+            command = [sys.executable, "-c", _CHILD, *sys.path]
+            pipe = subprocess.PIPE
+            try:
+                self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+            except (OSError, TypeError) as error:  # no executable, where Python is part of another program
+                raise WorkError(f"{_NO_CHILD}: {error}") from None
+            self._is_ready = False
+        return self._child
+
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+
+
+def _answer(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+    """One line from the child, which is ended where it does not come in time."""
+    assert child.stdout is not None
+    timer = threading.Timer(seconds, child.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        line = child.stdout.readline(12 * MAX_LENGTH)
+    finally:
+        timer.cancel()
+        timer.join()
+    answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+    return answer
+
+
+PROCESS = TemplateProcess()
+atexit.register(PROCESS.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=PROCESS.forget)
+
+
+def template_of(processor: Any) -> str | None:
+    """A processor's chat template: of several, the default."""
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) and template else None
+
+
+def render_chat(processor: Any, messages: Messages) -> str:
+    """`processor.apply_chat_template(messages, add_generation_prompt=True)`, within limits.
+
+    Raises:
+        TemplateError: there is no template, it refuses the messages, or it passes a limit.
+        WorkError: the process that renders it cannot be started.
+    """
+    template = template_of(processor)
+    if template is None:
+        raise TemplateError("there is no chat template")
+    return PROCESS.render(template, messages, processor.tokenizer.special_tokens_map)
+
+
+def serve() -> None:
+    """The child: a line of JSON in, a line of JSON out, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _limit_memory()
+    _send(answers, {})  # ready
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        _alarm(request["seconds"])
+        _send(answers, _rendered(render_jinja_template, request))
+        _alarm(0)
+
+
+def _send(answers: Any, answer: dict[str, str]) -> None:
+    answers.write(json.dumps(answer).encode() + b"\n")
+    answers.flush()
+
+
+def _rendered(render: Any, request: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        texts, _ = render(
+            conversations=[request["messages"]],
+            chat_template=request["template"],
+            add_generation_prompt=True,
+            **request["variables"],
+        )
+        text = str(texts[0])
+    except MemoryError:
+        return {"error": f"it needs more than {MAX_MEMORY >> 20} MB of memory"}
+    except Exception as error:  # a program of other people: it fails in its own ways
+        lines = str(error)[:2000].strip().splitlines() or [type(error).__name__]
+        return {"error": lines[0][:300]}
+    if len(text) > MAX_LENGTH:
+        return {"error": f"it makes a prompt of more than {MAX_LENGTH:,} characters"}
+    return {"text": text}
+
+
+def _alarm(seconds: float) -> None:
+    """Let the system end this process when the time is over, whatever it is doing then, parent or not."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _limit_memory() -> None:
+    """No more memory than now and `MAX_MEMORY`, and no files at all."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MAX_MEMORY, now + MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

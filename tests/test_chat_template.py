@@ -1,0 +1,133 @@
+"""Chat templates in a process that can be ended: the same text as transformers makes, and no template that hangs."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_placeholder import TEMPLATES, processor_with
+from tiny_models import llava_model, llava_processor
+
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm import chat_template
+from localization_heads.lvlm.chat_template import PROCESS, TemplateError, TemplateProcess, render_chat
+from localization_heads.lvlm.loading import load_model
+
+TURN: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 'the "Größe" 狗\n'}]}
+]
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_the_text_is_that_of_transformers(family: str) -> None:
+    processor = processor_with(TEMPLATES[family][0] + "{{ bos_token }}{{ messages | tojson }}")
+    expected = processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False)
+    assert render_chat(processor, TURN) == expected
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    processor = llava_processor()
+    processor.chat_template = {"default": "{{ eos_token }}", "tools": "no"}
+    assert render_chat(processor, TURN) == "</s>"
+    processor.chat_template = {"tools": "no"}
+    with pytest.raises(TemplateError, match="no chat template"):
+        render_chat(processor, TURN)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ENDLESS, "ran for more than 0.3 s"),
+        ("{{ 9 ** (9 ** 9) }}", "ran for more than 0.3 s"),  # in C, where no step is counted
+        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion|0.3 s"),
+        ("{{ 'a' * 10 ** 11 }}", "more than 512 MB"),
+        ("{% for a in range(99999) %}twelve chars{% endfor %}", "more than 1,000,000 characters"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception('roles must\nalternate') }}", "^roles must$"),
+        ("{{" + "(" * 5000, "recursion"),
+    ],
+)
+def test_templates_that_misbehave(template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is one line, in time; and the next template is rendered as if nothing had been."""
+    PROCESS.render("ready", TURN, {})
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    with pytest.raises(TemplateError, match=said) as caught:
+        PROCESS.render(template, TURN, {})
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert PROCESS.render("{{ messages[0].role }}", TURN, {}) == "user"
+
+
+def test_a_template_that_was_ended_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = TemplateProcess()
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    for _ in range(2):
+        with pytest.raises(TemplateError, match=r"0\.2 s|ended before"):
+            process.render(ENDLESS, TURN, {})
+    assert process._child is None
+
+
+def test_an_answer_that_nobody_waited_for_is_not_given_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a template is rendered."""
+    process = TemplateProcess()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    process.render("first", TURN, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_template, "_answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            process.render("second", TURN, {})
+    assert process.render("third", TURN, {}) == "third"
+    process.close()
+
+
+def test_several_threads() -> None:
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(
+            target=lambda n=n: found.update({n: PROCESS.render(f"{n}{{{{ messages|length }}}}", TURN, {})})
+        )
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: f"{n}1" for n in range(8)}
+
+
+@pytest.mark.parametrize("executable", ["/no/such/python", None, "/bin/true"])
+def test_without_a_python_to_start(executable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a fault of the template, whose marks around the picture would be left out in silence."""
+    monkeypatch.setattr("sys.executable", executable)
+    with pytest.raises(WorkError, match="cannot be started"):
+        TemplateProcess().render("a", TURN, {})
+
+
+def test_a_checkpoint_whose_template_loops_for_ever(
+    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's prompt does without it; the model's own is refused."""
+    PROCESS.render("ready", TURN, {})
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    llava_model().save_pretrained(tmp_path)
+    llava_processor().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": ENDLESS + "1"}))
+    start = time.monotonic()
+    assert load_model(str(tmp_path), device="cpu", conv_mode="referseg").attend(picture, "the dog")
+    with pytest.raises(UsageError, match=r"conv_mode=chat: the chat template of .* refuses") as caught:
+        load_model(str(tmp_path), device="cpu", conv_mode="chat")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 20

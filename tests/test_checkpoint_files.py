@@ -1,0 +1,206 @@
+"""Checkpoints of strangers: pointers, other formats, absurd sizes and bad facts are one line each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import llava_model, llava_processor
+
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm import checkpoint_files
+from localization_heads.lvlm.checkpoint_files import Weights, check_original, check_size, weights_in
+from localization_heads.lvlm.loading import load_model
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 13476839424\n"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "whole"
+    llava_model().save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def refusal(folder: Path, kind: type[Exception] = UsageError) -> str:
+    """The one line that a folder is refused with."""
+    with pytest.raises(kind) as caught:
+        load_model(str(folder), device="cpu")
+    message = str(caught.value)
+    assert message.startswith(f"model.name={folder}")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json", "extra.model"]
+)
+def test_pointers_of_git_lfs(name: str, folder: Path) -> None:
+    (folder / name).write_text(POINTER)
+    message = refusal(folder, WorkError)
+    assert f"{name} is a Git LFS pointer" in message
+    assert "13,476.8 MB" in message
+    assert "git lfs pull" in message
+
+
+ORIGINAL = [
+    # architecture, further settings, name of the folder, its twin
+    ("LlavaLlamaForCausalLM", {}, "/data/llava-v1.5-13b", "llava-hf/llava-1.5-13b-hf"),
+    ("LlavaLlamaForCausalLM", {"hidden_size": 4096}, "/data/mine", "llava-hf/llava-1.5-7b-hf"),
+    ("LlavaLlamaForCausalLM", {"_name_or_path": "x/llava-v1.5-7b"}, "m", "llava-hf/llava-1.5-7b-hf"),
+    (
+        "LlavaMistralForCausalLM",
+        {"hidden_size": 4096, "image_aspect_ratio": "anyres"},
+        "m",
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+    ),
+    (
+        "LlavaLlamaForCausalLM",
+        {"hidden_size": 5120, "image_aspect_ratio": "anyres"},
+        "m",
+        "llava-hf/llava-v1.6-vicuna-13b-hf",
+    ),
+    (
+        "LlavaLlamaForCausalLM",
+        {"hidden_size": 7168, "image_aspect_ratio": "anyres"},
+        "m",
+        "llava-hf/llava-v1.6-34b-hf",
+    ),
+    ("LlavaQwenForCausalLM", {"hidden_size": 896}, "m", "llava-hf"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings", "name", "twin"), ORIGINAL)
+def test_the_original_format_of_llava(
+    architecture: str, settings: dict[str, Any], name: str, twin: str
+) -> None:
+    with pytest.raises(UsageError, match="original LLaVA format") as caught:
+        check_original({"architectures": [architecture], **settings}, f"model.name={name}")
+    assert twin in str(caught.value)
+
+
+def test_an_original_folder_is_not_built(folder: Path) -> None:
+    """`model_type` is llava or llava_llama, and the sizes are at the top."""
+    for model_type in ("llava", "llava_llama"):
+        settings = {
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "model_type": model_type,
+            "hidden_size": 4096,
+            "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        }
+        (folder / "config.json").write_text(json.dumps(settings))
+        assert "model.name=llava-hf/llava-1.5-7b-hf" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("text_config", {"num_hidden_layers": 1_000_000}, "text_config.num_hidden_layers=1,000,000"),
+        ("text_config", {"num_hidden_layers": 10**15}, "no model has that many"),
+        ("vision_config", {"num_hidden_layers": 1_000_000}, "vision_config.num_hidden_layers=1,000,000"),
+        ("text_config", {"num_hidden_layers": 60}, "num_hidden_layers=60, and its weights are those of 4"),
+        ("vision_config", {"num_hidden_layers": 60}, "its weights are those of 4 layers"),
+        ("text_config", {"hidden_size": 10**6}, "under text_config"),
+        ("text_config", {"vocab_size": 10**9}, "3.2e+10 weights"),
+        ("text_config", {"intermediate_size": 10**9}, "1.3e+11 weights"),
+        ("text_config", {"head_dim": 10**9}, "weights"),
+        ("vision_config", {"hidden_size": 10**8}, "under vision_config"),
+        ("text_config", {"hidden_size": 10**4000}, "under text_config"),
+        ("text_config", {"num_hidden_layers": 10**4000}, "no model has that many"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    part: str, changes: dict[str, int], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("localization_heads.lvlm.loading._load_weights", lambda *_: pytest.fail("built"))
+    edit(folder / "config.json", lambda config: config[part].update(changes))
+    assert said in refusal(folder)
+
+
+def test_sizes_that_are_a_little_off(folder: Path) -> None:
+    """What transformers finds when it compares shapes is a line, too."""
+    edit(folder / "config.json", lambda config: config["text_config"].update(intermediate_size=64))
+    assert "the sizes in config.json are not those of its weights" in refusal(folder, WorkError)
+
+
+def test_a_configuration_that_leaves_the_language_model_out(folder: Path) -> None:
+    """Its defaults are a model of 7 billion weights, all of them random."""
+    edit(folder / "config.json", lambda config: config.pop("text_config"))
+    assert "num_hidden_layers=32, and its weights are those of 4 layers" in refusal(folder)
+
+
+def test_real_models_pass() -> None:
+    """Quantized to 2 bits; and one that is not here yet."""
+    text = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "vocab_size": 32064}
+    config = {"text_config": {**text, "num_attention_heads": 32, "head_dim": 128}}
+    check_size(config, Weights(num_bytes=7_000_000_000 // 4, largest_number=31), "x")
+    check_size(config, None, "x")
+    with pytest.raises(UsageError, match=r"1\.4e\+09 weights .*8 MB"):  # 32 x 4096 x 11008
+        check_size(config, Weights(num_bytes=8_000_000, largest_number=None), "x")
+
+
+def test_what_is_known_of_weights(folder: Path) -> None:
+    size = (folder / "model.safetensors").stat().st_size
+    assert weights_in(folder) == Weights(size, 3)
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert weights_in(folder) == Weights(7, None)
+    (folder / "model.safetensors").unlink()
+    assert weights_in(folder) is None
+
+
+def test_an_index_that_leads_out_of_the_folder(folder: Path) -> None:
+    for name in ("../other/model.safetensors", "/etc/passwd", "a\\..\\..\\b"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        assert "names weights outside the folder" in refusal(folder)
+    for text in ("[]", "{", '{"weight_map": [1]}', "[" * 100_000):
+        (folder / "model.safetensors.index.json").write_text(text)
+        load_model(str(folder), device="cpu")  # the index is not needed: the weights are in one file
+
+
+def test_a_huge_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_files, "MAX_JSON", 2 << 20)
+    (folder / "tokenizer.json").write_bytes(b" " * (3 << 20))
+    assert "tokenizer.json has 3 MB" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"model_type": "llava"', "[]", "3", "[" * 200_000, '{"a_config": ' * 900 + "{}" + "}" * 900]
+)
+def test_configurations_that_are_none(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    refusal(folder, WorkError)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "Expecting property name"),
+        (b"[1]", "it should read"),
+        (b'{"system": 3}', "it should read"),
+        (b"\xff\xfe\xfa", "utf"),
+        (b"[" * 200_000, "recursion"),
+        (b'{"system": "' + b"a" * (1 << 20) + b'"}', "more than 1 MB"),
+    ],
+)
+def test_facts_that_are_none(content: bytes, said: str, folder: Path) -> None:
+    (folder / "localization_heads.json").write_bytes(content)
+    with pytest.raises(UsageError, match=said) as caught:
+        load_model(str(folder), device="cpu")
+    assert str(caught.value).startswith(f"{folder}/localization_heads.json: ")
+    assert "\n" not in str(caught.value)

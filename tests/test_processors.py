@@ -1,0 +1,205 @@
+"""What a processor lacks is taken from the model's configuration or the tokenizer; what it refuses is one line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from family_models import BUILDERS, tiny
+from PIL import Image
+from tiny_models import llava_model, llava_processor
+
+import localization_heads as lh
+from localization_heads.errors import OutOfMemoryError, UsageError
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.processors import complete
+from localization_heads.lvlm.spec import ModelSpec
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+SAID = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    """Leave keys out of the processor's file."""
+    return lambda folder: edit(folder / "processor_config.json", lambda d: [d.pop(name) for name in names])
+
+
+def old_layout(folder: Path, **changes: Any) -> None:
+    """`preprocessor_config.json` with the image processor's settings alone."""
+    settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
+    (folder / "processor_config.json").unlink()
+
+
+def oldest_layout(folder: Path) -> None:
+    """As CLIP's feature extractors were saved: sizes are numbers, and nothing names the processor."""
+    old_layout(folder, size=48, crop_size=48, feature_extractor_type="CLIPFeatureExtractor")
+    edit(folder / "preprocessor_config.json", lambda d: d.pop("image_processor_type"))
+
+
+def no_padding(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda d: d.pop("pad_token"))
+
+
+def no_padding_anywhere(folder: Path) -> None:
+    no_padding(folder)
+    edit(
+        folder / "config.json", lambda d: [d["text_config"].pop("pad_token_id"), d.pop("pad_token_id", None)]
+    )
+
+
+LACKING: dict[str, Callable[[Path], None]] = {
+    "patch size and more": without(*SAID),
+    "extra tokens": without("num_additional_image_tokens"),
+    "strategy": without("vision_feature_select_strategy"),
+    "processor's file, old": lambda folder: old_layout(folder, processor_class="LlavaProcessor"),
+    "processor's file, oldest": oldest_layout,
+    "pad token": no_padding,
+    "pad token everywhere": no_padding_anywhere,
+}
+
+
+def saved(folder: Path) -> Path:
+    llava_model().save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_folder_that_lacks_something_gives_the_same_boxes(
+    lacking: str, tmp_path: Path, picture: Image.Image
+) -> None:
+    """Two pictures in one batch, whose prompts differ in length: they are padded."""
+    folder = saved(tmp_path / "model")
+    LACKING[lacking](folder)
+    images, words = [picture, picture.copy()], ["the dog", "the red car left"]
+    whole = load_model(str(saved(tmp_path / "whole")), device="cpu").attend_batch(images, words)
+    for found, expected in zip(
+        load_model(str(folder), device="cpu").attend_batch(images, words), whole, strict=True
+    ):
+        np.testing.assert_allclose(found.attention, expected.attention, rtol=0, atol=1e-6)
+        assert found.image_box == expected.image_box
+
+
+def test_the_chat_template_of_the_tokenizer(tmp_path: Path, picture: Image.Image) -> None:
+    by_tokenizer, by_processor = saved(tmp_path / "tokenizer"), saved(tmp_path / "processor")
+    edit(by_tokenizer / "tokenizer_config.json", lambda d: d.update(chat_template=TEMPLATE))
+    (by_processor / "chat_template.jinja").write_text(TEMPLATE)
+    found, expected = (
+        load_model(str(folder), device="cpu", conv_mode="chat").attend(picture, "the dog")
+        for folder in (by_tokenizer, by_processor)
+    )
+    assert found.prompt == expected.prompt == "USER: <image>\nthe dog. ASSISTANT:"
+    np.testing.assert_array_equal(found.attention, expected.attention)
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "llava_siglip", "llava_next", "llava_onevision", "vipllava", "glm4v"]
+)
+def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
+    """Also where there is nothing to fill in."""
+    processor, model = BUILDERS[name]()
+    names = [one for one in (*SAID, "num_image_tokens") if hasattr(processor, one)]
+    expected = {one: getattr(processor, one) for one in names}
+    for one in names:
+        setattr(processor, one, 0 if one.startswith("num_additional") else None)
+    complete(processor, model.config)
+    assert {one: getattr(processor, one) for one in names} == expected
+
+
+def test_the_image_token_is_no_padding() -> None:
+    processor, config = llava_processor(), llava_model().config
+    processor.tokenizer = copy(processor.tokenizer)
+    for index, expected in ((3, "<unk>"), (config.image_token_index, "</s>"), (10**9, "</s>")):
+        processor.tokenizer.pad_token = None
+        config.text_config.pad_token_id = config.pad_token_id = index
+        complete(processor, config)
+        assert processor.tokenizer.pad_token == expected
+
+
+THIN = Image.new("RGB", (900, 2))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_a_picture_beyond_the_aspect_limit(name: str, picture: Image.Image) -> None:
+    for ask in (
+        lambda lvlm: lvlm.attend(THIN, "the dog"),
+        lambda lvlm: lvlm.attend_batch([picture, THIN], ["the dog"] * 2),
+        lambda lvlm: lvlm.encode_image(THIN),
+        lambda lvlm: lh.ground(lvlm, THIN, "the dog", heads=[(0, 0)]),
+    ):
+        with pytest.raises(UsageError, match=r"900 x 2.*aspect ratio must be smaller than 200") as caught:
+            ask(tiny(name))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_thin_picture_has_no_tiles() -> None:
+    """900 x 2 pixels on LLaVA-1.6: of the tiles, padding is all that there is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        maps = tiny("llava_next").attend(THIN, "the dog")
+    assert [view.name for view in tiny("llava_next").views(THIN)] == ["whole"]
+    assert maps.attention.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llava_onevision", "<video>"),
+        ("qwen2_vl", "<|video_pad|>"),
+        ("qwen2_vl", "<|image_pad|>"),
+        ("internvl", "<video>"),
+    ],
+)
+def test_tokens_of_other_media_are_no_text(name: str, text: str, picture: Image.Image) -> None:
+    import family_models_tiled  # noqa: F401 -- registers the other half of the families
+
+    with pytest.raises(UsageError, match="control token"):
+        tiny(name).attend(picture, f"the dog {text}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("no\nmore"), UsageError, r"the processor of x .*160 x 90 pixels.*: no$"),
+        (TypeError(), UsageError, "TypeError"),
+        (MemoryError(), OutOfMemoryError, "batch_size"),
+    ],
+)
+def test_whatever_a_processor_says_no_with(
+    error: Exception, kind: type[Exception], said: str, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lvlm = load_model(device="cpu")
+    monkeypatch.setattr(lvlm, "spec", ModelSpec("x"))
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(lvlm.processor), "__call__", failing)
+    with pytest.raises(kind, match=said):
+        lvlm.attend(picture, "the dog")
+
+
+def test_a_processor_of_another_model(tmp_path: Path, picture: Image.Image) -> None:
+    """Too many image tokens for the tower's features."""
+    folder = saved(tmp_path)
+    edit(folder / "processor_config.json", lambda d: d.update(patch_size=4))
+    with pytest.raises(UsageError, match="do not fit each other"):
+        load_model(str(folder), device="cpu").attend(picture, "the dog")
+    assert torch.is_grad_enabled()
