@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -367,6 +368,16 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch):
     assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "new") and not folder.exists()
 
 
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"^host=127\.0\.0\.1 port={port}: Address already in use"):
+            guard.check_address("127.0.0.1", port)
+    guard.check_address("127.0.0.1", port)
+    with pytest.raises(UsageError, match=r"^host=203\.0\.113\.1: "):
+        guard.check_address("203.0.113.1", None)
+
+
 PROXIED = {"ALL_PROXY": "socks5://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": "[::1]"}
 
 
@@ -377,6 +388,7 @@ def test_proxies_and_certificates_are_set_aside(monkeypatch, caplog):
     with guard.direct_connections():
         assert not {*PROXIED, "SSL_CERT_FILE"} & set(os.environ)
     assert dict(os.environ) == before
+    guard.note_missing_certificates()
     assert "SSL_CERT_FILE=/none.pem: no such file or folder" in caplog.text
 
 

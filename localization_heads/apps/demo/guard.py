@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -60,6 +61,25 @@ def direct_connections() -> Iterator[None]:
     names = [*PROXIES, *map(str.upper, PROXIES), *CERTIFICATES]
     with environment(**dict.fromkeys(names)):
         yield
+
+
+def note_missing_certificates() -> None:
+    """Certificates that are not there: whoever set them wants to know, though the page does without."""
+    for name in CERTIFICATES:
+        if (place := os.environ.get(name)) and not Path(place).exists():
+            log.warning(
+                "%s=%s: no such file or folder; the page needs no certificates and goes on", name, place
+            )
+
+
+def check_address(host: str, port: int | None) -> None:
+    """UsageError if nothing can be served there. gradio itself tries a hundred ports of a host that does not exist."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        asked = f"host={host}" + (f" port={port}" if port else "")
+        raise UsageError(f"{asked}: {error.strerror or error}; choose another") from error
 
 
 @contextmanager

@@ -21,8 +21,10 @@ from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_hea
 from localization_heads.apps.demo.guard import (
     MAX_UPLOAD,
     BoundedRequests,
+    check_address,
     direct_connections,
     make_room,
+    note_missing_certificates,
     own_folder,
 )
 from localization_heads.apps.demo.session import (
@@ -66,6 +68,8 @@ def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
     Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of a picture.
     Afterwards the page's files are gone.
     """
+    check_address(run["host"], run["port"])
+    note_missing_certificates()
     with own_folder() as folder, refused_addresses():
         page, blocks = build(run, folder)
         blocks.queue(api_open=False, max_size=MAX_QUEUE, default_concurrency_limit=None)
@@ -86,7 +90,7 @@ def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
                     app_kwargs=bounds,
                     **options,
                 )
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise UsageError(f"host={run['host']} port={run['port']}: {error}") from error
         try:
             yield blocks
