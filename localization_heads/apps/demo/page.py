@@ -191,8 +191,8 @@ class Page:
             elem_id="table",
         )
         with gr.Row():
-            self.json_file = gr.DownloadButton("JSON", elem_id="download_json")
-            self.picture_file = gr.DownloadButton("Picture", elem_id="download_picture")
+            self.json_file = gr.DownloadButton("Download JSON", elem_id="download_json")
+            self.picture_file = gr.DownloadButton("Download picture", elem_id="download_picture")
 
     def _settings(self) -> None:
         grounding = self.run.grounding
