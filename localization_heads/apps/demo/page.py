@@ -36,6 +36,7 @@ from localization_heads.apps.demo.session import (
     parse_heads,
     shortened,
     toggled,
+    unknown_words,
 )
 from localization_heads.apps.demo.visitors import MAX_VISITORS, Visitors
 from localization_heads.errors import UsageError, WorkError
@@ -271,6 +272,8 @@ class Page:
             visitor.heads_b = list(asked.ranked[count : 2 * count]) or list(asked.ranked[:count])
             if upload:
                 self.visitors.replace_upload(visitor, upload)
+        if unknown := unknown_words(self.run.lvlm.processor.tokenizer, asked.expressions):
+            gr.Warning(f"words that the model does not know: {', '.join(unknown)}")
         choices = gr.Dropdown(choices=list(asked.expressions), value=asked.expressions[0])
         return _names(asked.ranked[:count]), choices
 

@@ -35,6 +35,7 @@ MAX_EXPRESSION = 300  # characters
 MAX_HEAD_NAME = 20
 MAX_HEADS_TEXT = 20_000
 MAX_MEGAPIXELS = 32
+PUNCTUATION = ".,:!?\"'()"
 KEPT = 2048  # pixels of the longest side of a picture that is kept
 
 
@@ -139,6 +140,21 @@ def split_expressions(text: object) -> tuple[str, ...]:
     if len(expressions) > MAX_EXPRESSIONS:
         raise UsageError(f"at most {MAX_EXPRESSIONS} expressions at a time, not {len(expressions)}")
     return tuple(bounded("an expression", expression, MAX_EXPRESSION) for expression in expressions)
+
+
+def unknown_words(tokenizer: Any, expressions: Sequence[str]) -> list[str]:
+    """Words that the model's tokenizer has no token for, each once: what they name cannot be found.
+
+    Args:
+        tokenizer: of a Hugging Face model. One that spells every word (SentencePiece, byte pairs) knows them all.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    words = dict.fromkeys(word.strip(PUNCTUATION) for text in expressions for word in text.split())
+    return [
+        word for word in words if word and unknown in tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
 
 
 def bounded(name: str, text: object, limit: int) -> str:
