@@ -416,6 +416,21 @@ def test_every_cell_of_the_grid_is_its_head():
     assert drawing.head_at(60, drawing.MARGIN + 6 * cell, shape) is None
 
 
+def test_the_grid_stands_on_the_ground_of_the_page():
+    """Clear where nothing is drawn; the labels are read on gradio's white and on its dark ground."""
+    pixels = np.asarray(drawing.draw_grid(np.zeros((6, 8)), []))
+    assert pixels[:6, :6].max() == 0 and pixels[drawing.MARGIN, drawing.MARGIN, 3] == 0
+    for ground, least in (((255, 255, 255), 4.5), ((39, 39, 42), 3.0)):
+        bright, dark = sorted(map(luminance, (ground, drawing.GREY)), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= least
+
+
+def luminance(colour: tuple[int, ...]) -> float:
+    """Relative luminance of sRGB (WCAG 2)."""
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 def test_the_grid_frames_the_heads_that_are_on():
     sums = np.zeros((6, 8))
     plain, framed = (np.asarray(drawing.draw_grid(sums, on)) for on in ([], [Head(2, 3)]))

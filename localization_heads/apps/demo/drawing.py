@@ -22,6 +22,8 @@ COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE)
 LONGEST = 720  # pixels of a picture on the page
 MARGIN = 40  # of the grid of heads, for its labels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+CLEAR, GREY = (0, 0, 0, 0), (118, 118, 118)
+"""Of the grid of heads, which stands on the page's own ground: grey is read on white (4.5 to 1) and on dark (3.3)."""
 Plate = tuple[float, float, float, float]
 """Where a name stands: x0, y0, x1, y1 in pixels of what is shown."""
 
@@ -58,10 +60,13 @@ def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
 
 
 def draw_grid(sums: NDArray[np.floating], on: Sequence[Head], others: Sequence[Head] = ()) -> Image.Image:
-    """Every head's attention sum, a row a layer: a frame around heads that are on, a dot in those of the other set."""
+    """Every head's attention sum, a row a layer: a frame around heads that are on, a dot in those of the other set.
+
+    RGBA: nothing is drawn between the cells, so the grid suits a light page and a dark one.
+    """
     layers, heads = sums.shape
     cell = cell_size(sums.shape)
-    canvas = Image.new("RGB", (MARGIN + heads * cell + 4, MARGIN + layers * cell + 4), PAPER)
+    canvas = Image.new("RGBA", (MARGIN + heads * cell + 4, MARGIN + layers * cell + 4), CLEAR)
     pen = ImageDraw.Draw(canvas)
     shares = np.nan_to_num(sums / (np.nanmax(sums) or 1.0))
     for (layer, head), share in np.ndenumerate(shares):
@@ -134,11 +139,11 @@ def _axes(pen: ImageDraw.ImageDraw, layers: int, heads: int, cell: int) -> None:
     font, step = _font(12), 1 if cell >= 22 else 4
     middle = MARGIN - 8
     for head in range(0, heads, step):
-        pen.text((MARGIN + (head + 0.5) * cell, middle), str(head), font=font, fill=INK, anchor="ms")
+        pen.text((MARGIN + (head + 0.5) * cell, middle), str(head), font=font, fill=GREY, anchor="ms")
     for layer in range(0, layers, step):
-        pen.text((middle, MARGIN + (layer + 0.5) * cell), str(layer), font=font, fill=INK, anchor="rm")
-    pen.text((MARGIN + heads * cell / 2, 9), "head", font=font, fill=INK, anchor="mm")
-    pen.text((2, MARGIN - 8), "layer", font=font, fill=INK, anchor="ls")
+        pen.text((middle, MARGIN + (layer + 0.5) * cell), str(layer), font=font, fill=GREY, anchor="rm")
+    pen.text((MARGIN + heads * cell / 2, 9), "head", font=font, fill=GREY, anchor="mm")
+    pen.text((2, MARGIN - 8), "layer", font=font, fill=GREY, anchor="ls")
 
 
 @cache
