@@ -45,6 +45,7 @@ from localization_heads.figures.canvas import VERMILLION
 from localization_heads.grounding.maps import GroundingOptions
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loading
+from localization_heads.segmentation.options import GRABCUT
 from localization_heads.stages.run import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -491,7 +492,7 @@ def demo_page(run, tmp_path, monkeypatch) -> Iterator[Any]:
 
 
 visitor_a = cast(Any, SimpleNamespace(session_hash="a"))
-SETTINGS = ("L2H0 L3H1", "", 1.0, "mean", 0.7, False)
+SETTINGS = ("L2H0 L3H1", "", 1.0, "mean", 0.7, "grabcut", False)
 
 
 def test_redraws_leave_no_folder_behind(demo_page):
@@ -524,6 +525,25 @@ def test_settings_sent_around_the_page(demo_page, place, value, said):
     settings = [value if n == place else setting for n, setting in enumerate(SETTINGS)]
     with pytest.raises(UsageError, match=said):
         demo_page.redraw(visitor_a, *settings)
+
+
+def test_masks_are_those_of_the_command_line(demo_page):
+    """The same segmenter, unless those of the map are asked for; a large picture's are made on the picture as kept."""
+    import localization_heads as lh
+
+    path, expression = demo_page.examples[0]
+    heads = demo_page.visitors._known["a"].asked.ranked[:3]
+    names = " ".join(map(str, heads))
+    for mask, segmenter in (("grabcut", GRABCUT), ("map", None)):
+        *_, file, _ = demo_page.redraw(visitor_a, names, *SETTINGS[1:5], mask, False)
+        (entry,) = json.loads(Path(file).read_text())
+        found = lh.ground(demo_page.run.lvlm, path, expression, heads=heads, segmenter=segmenter)
+        assert np.array_equal(read_mask(entry["mask"], found.image_size), found.mask), mask
+        assert entry["bbox"] == pytest.approx(found.box, abs=0.01)
+    large = Image.open(path).resize((4096, 2048))
+    asked = ask(demo_page.run, large, expression)
+    refined = demo_page._refined(asked, asked.answers(heads, GroundingOptions())[0])
+    assert refined.mask.shape == (2048, 4096) and refined.mask_from == "grabcut"
 
 
 def test_clicks_and_pictures_sent_around_the_page(demo_page, tmp_path):

@@ -102,7 +102,12 @@ def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
     def scaled(box: Box) -> Box:
         return box[0] * across, box[1] * down, box[2] * across, box[3] * down
 
-    return replace(found, box=scaled(found.box), image_box=scaled(found.image_box), image_size=size)
+    refined = found.refined
+    if refined is not None:
+        refined = np.asarray(Image.fromarray(refined).resize(size, Image.Resampling.NEAREST))
+    return replace(
+        found, box=scaled(found.box), image_box=scaled(found.image_box), image_size=size, refined=refined
+    )
 
 
 def _shown(image: Image.Image, longest: int | None) -> Image.Image:

@@ -17,7 +17,7 @@ from gradio import processing_utils
 from PIL import Image
 from starlette.middleware import Middleware
 
-from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_heat, head_at
+from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_heat, head_at, resized
 from localization_heads.apps.demo.guard import (
     MAX_UPLOAD,
     BoundedRequests,
@@ -38,6 +38,7 @@ from localization_heads.apps.demo.session import (
     toggled,
     unknown_words,
 )
+from localization_heads.apps.demo.turns import MODEL
 from localization_heads.apps.demo.visitors import MAX_VISITORS, Visitors
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.maps import Grounding, GroundingOptions
@@ -218,6 +219,12 @@ class Page:
         self.threshold = gr.Slider(
             0.05, 0.95, grounding.top_mass, step=0.05, label="that share", elem_id="threshold"
         )
+        self.mask = gr.Radio(
+            [*([self.run.segmenter.name] if self.run.segmenter else []), "map"],
+            value=self.run.segmenter.name if self.run.segmenter else "map",
+            label="Mask by",
+            elem_id="mask",
+        )
         self.compare = gr.Checkbox(False, label="Compare with a second set of heads", elem_id="compare")
 
     def _grid(self) -> None:
@@ -233,7 +240,15 @@ class Page:
         """Events. Only `asking` runs the model; `load` is the page's opening, which asks for the first example."""
         shown = [self.boxes, self.heat, self.boxes_b, self.heat_b, self.table, self.grid]
         shown += [self.json_file, self.picture_file]
-        settings = [self.heads, self.which, self.sigma, self.binarise, self.threshold, self.compare]
+        settings = [
+            self.heads,
+            self.which,
+            self.sigma,
+            self.binarise,
+            self.threshold,
+            self.mask,
+            self.compare,
+        ]
         raw: dict[str, Any] = {"preprocess": False}
         redo: dict[str, Any] = {
             "fn": shown_to_people(self.redraw),
@@ -255,7 +270,13 @@ class Page:
         last: dict[str, Any] = {"trigger_mode": "always_last", **raw}
         picking = self.k.input(shown_to_people(self.best), self.k, self.heads, **last)
         picking.success(**redo)
-        for event in (self.sigma.input, self.binarise.input, self.which.input, self.heads.submit):
+        for event in (
+            self.sigma.input,
+            self.binarise.input,
+            self.mask.input,
+            self.which.input,
+            self.heads.submit,
+        ):
             event(**{**redo, **last})
         self.threshold.input(lambda: "top_mass", None, self.binarise, **last).then(**redo)
         self.compare.input(self.show_second, self.compare, [self.second, self.edits], **raw).then(**redo)
@@ -311,6 +332,7 @@ class Page:
         sigma: object,
         binarise: object,
         share: object,
+        mask: object,
         compare: object,
     ) -> tuple[Any, ...]:
         """Everything but the model: the sum, the box, the pictures, the files to download."""
@@ -319,6 +341,10 @@ class Page:
             asked = visitor.answer
             sets = {"A": parse_heads(heads), **({"B": visitor.heads_b} if compare else {})}
             found = {name: asked.answers(chosen, options) for name, chosen in sets.items()}
+            if mask != "map":
+                found = {
+                    name: [self._refined(asked, answer) for answer in all_] for name, all_ in found.items()
+                }
             folder = visitor.new_folder()
             rows = [
                 [expression, name, " ".join(f"{edge:.0f}" for edge in answer.box), f"{answer.score:.2f}"]
@@ -357,6 +383,11 @@ class Page:
             binarise=binarise,
             top_mass=float(number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
         )
+
+    def _refined(self, asked: Asked, answer: Grounding) -> Grounding:
+        """The answer with the segmenter's mask, made in a turn at the model, on the picture as it is kept."""
+        small = resized(answer, asked.image.size)
+        return resized(MODEL.take(self.run.refine, small, asked.image), answer.image_size)
 
     def _upload(self, image: object) -> Path | None:
         """The file that gradio stored for the picture that was sent, None if none was."""
