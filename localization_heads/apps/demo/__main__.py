@@ -17,14 +17,16 @@ def main() -> int:
 def _main(cfg: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
+    from localization_heads.apps.demo.guard import direct_connections
     from localization_heads.errors import UsageError
     from localization_heads.stages.run import Run
 
     hydra = HydraConfig.get()
     run = Run(plain_options(cfg), hydra.runtime.choices["model"], tuple(hydra.overrides.task))
     try:
-        import gradio  # noqa: F401
-    except ImportError:
+        with direct_connections():
+            import gradio  # noqa: F401
+    except ModuleNotFoundError:
         raise UsageError("the demo needs an extra: pip install 'localization-heads[demo]'") from None
     from localization_heads.apps.demo.page import serve
 

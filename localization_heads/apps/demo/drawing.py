@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from localization_heads.attention import Box
 from localization_heads.figures.canvas import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from localization_heads.figures.overlay import opacity
 from localization_heads.grounding.maps import Grounding
@@ -20,6 +22,8 @@ COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE)
 LONGEST = 720  # pixels of a picture on the page
 MARGIN = 40  # of the grid of heads, for its labels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
+CLEAR, GREY = (0, 0, 0, 0), (118, 118, 118)
+"""Of the grid of heads, which stands on the page's own ground: grey is read on white (4.5 to 1) and on dark (3.3)."""
 Plate = tuple[float, float, float, float]
 """Where a name stands: x0, y0, x1, y1 in pixels of what is shown."""
 
@@ -28,40 +32,41 @@ def draw_boxes(
     image: Image.Image, groundings: Sequence[Grounding], labels: Sequence[str], longest: int | None = LONGEST
 ) -> Image.Image:
     """The picture with a tinted mask, a box and a label for each grounding, each in its colour."""
-    shown, scale = _shown(image, longest)
-    for colour, found in zip(COLOURS, groundings, strict=False):
-        mask = Image.fromarray(found.mask).resize(shown.size, Image.Resampling.NEAREST)
+    shown = _shown(image, longest)
+    found_here = [resized(found, shown.size) for found in groundings]
+    for colour, found in zip(COLOURS, found_here, strict=False):
         tint = Image.new("RGB", shown.size, colour)
-        shown.paste(tint, mask=mask.convert("L").point(lambda value: value and 90))
+        shown.paste(tint, mask=Image.fromarray(found.mask).convert("L").point(lambda value: value and 90))
     pen = ImageDraw.Draw(shown)
     line = max(2, round(max(shown.size) / 180))
-    for colour, found in zip(COLOURS, groundings, strict=False):
-        x0, y0, x1, y1 = (edge * scale for edge in found.box)
+    for colour, found in zip(COLOURS, found_here, strict=False):
+        x0, y0, x1, y1 = found.box
         corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
         pen.rectangle(corners, outline=PAPER, width=line + 2)
         pen.rectangle(corners, outline=colour, width=line)
     plates: list[Plate] = []
-    for colour, found, label in zip(COLOURS, groundings, labels, strict=False):
-        corner = found.box[0] * scale, found.box[1] * scale
-        plates.append(_label(pen, shown.size, corner, f"{label}  {found.score:.2f}", colour, plates))
+    for colour, found, label in zip(COLOURS, found_here, labels, strict=False):
+        plates.append(_label(pen, shown.size, found.box[:2], f"{label}  {found.score:.2f}", colour, plates))
     return shown
 
 
 def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
     """The picture under the combined map; what is low stays see-through."""
-    shown, _ = _shown(image, LONGEST)
-    heat = Image.fromarray(found.heatmap).resize(shown.size, Image.Resampling.BILINEAR)
-    share = np.clip(np.asarray(heat), 0, 1)
+    shown = _shown(image, LONGEST)
+    share = np.clip(resized(found, shown.size).heatmap, 0, 1)
     colours = colormaps[COLOUR_MAP](share)[..., :3] * 255
     alpha = opacity(share)[..., None]
     return Image.fromarray((np.asarray(shown) * (1 - alpha) + colours * alpha).astype(np.uint8))
 
 
 def draw_grid(sums: NDArray[np.floating], on: Sequence[Head], others: Sequence[Head] = ()) -> Image.Image:
-    """Every head's attention sum, a row a layer: a frame around heads that are on, a dot in those of the other set."""
+    """Every head's attention sum, a row a layer: a frame around heads that are on, a dot in those of the other set.
+
+    RGBA: nothing is drawn between the cells, so the grid suits a light page and a dark one.
+    """
     layers, heads = sums.shape
     cell = cell_size(sums.shape)
-    canvas = Image.new("RGB", (MARGIN + heads * cell + 4, MARGIN + layers * cell + 4), PAPER)
+    canvas = Image.new("RGBA", (MARGIN + heads * cell + 4, MARGIN + layers * cell + 4), CLEAR)
     pen = ImageDraw.Draw(canvas)
     shares = np.nan_to_num(sums / (np.nanmax(sums) or 1.0))
     for (layer, head), share in np.ndenumerate(shares):
@@ -90,11 +95,26 @@ def head_at(x: float, y: float, shape: tuple[int, int]) -> Head | None:
     return Head(layer, head) if 0 <= layer < shape[0] and 0 <= head < shape[1] else None
 
 
-def _shown(image: Image.Image, longest: int | None) -> tuple[Image.Image, float]:
-    """A copy no larger than the page shows it, and its scale."""
+def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
+    """The answer in the pixels of the picture at another size: what is drawn costs what is shown, not what was sent."""
+    across, down = size[0] / found.image_size[0], size[1] / found.image_size[1]
+
+    def scaled(box: Box) -> Box:
+        return box[0] * across, box[1] * down, box[2] * across, box[3] * down
+
+    refined = found.refined
+    if refined is not None:
+        refined = np.asarray(Image.fromarray(refined).resize(size, Image.Resampling.NEAREST))
+    return replace(
+        found, box=scaled(found.box), image_box=scaled(found.image_box), image_size=size, refined=refined
+    )
+
+
+def _shown(image: Image.Image, longest: int | None) -> Image.Image:
+    """A copy no larger than the page shows it."""
     scale = min(1.0, longest / max(image.size)) if longest else 1.0
     W, H = (max(1, round(side * scale)) for side in image.size)
-    return image.convert("RGB").resize((W, H), Image.Resampling.LANCZOS, reducing_gap=2), scale
+    return image.convert("RGB").resize((W, H), Image.Resampling.LANCZOS, reducing_gap=2)
 
 
 def _label(
@@ -124,11 +144,11 @@ def _axes(pen: ImageDraw.ImageDraw, layers: int, heads: int, cell: int) -> None:
     font, step = _font(12), 1 if cell >= 22 else 4
     middle = MARGIN - 8
     for head in range(0, heads, step):
-        pen.text((MARGIN + (head + 0.5) * cell, middle), str(head), font=font, fill=INK, anchor="ms")
+        pen.text((MARGIN + (head + 0.5) * cell, middle), str(head), font=font, fill=GREY, anchor="ms")
     for layer in range(0, layers, step):
-        pen.text((middle, MARGIN + (layer + 0.5) * cell), str(layer), font=font, fill=INK, anchor="rm")
-    pen.text((MARGIN + heads * cell / 2, 9), "head", font=font, fill=INK, anchor="mm")
-    pen.text((2, MARGIN - 8), "layer", font=font, fill=INK, anchor="ls")
+        pen.text((middle, MARGIN + (layer + 0.5) * cell), str(layer), font=font, fill=GREY, anchor="rm")
+    pen.text((MARGIN + heads * cell / 2, 9), "head", font=font, fill=GREY, anchor="mm")
+    pen.text((2, MARGIN - 8), "layer", font=font, fill=GREY, anchor="ls")
 
 
 @cache

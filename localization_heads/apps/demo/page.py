@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 from PIL import Image
+from starlette.middleware import Middleware
 
-from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_heat, head_at
+from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_heat, head_at, resized
+from localization_heads.apps.demo.guard import (
+    MAX_UPLOAD,
+    BoundedRequests,
+    check_address,
+    direct_connections,
+    make_room,
+    note_missing_certificates,
+    own_folder,
+)
 from localization_heads.apps.demo.session import (
     Asked,
     as_json,
     ask,
     example_pictures,
+    number,
     parse_heads,
+    shortened,
     toggled,
+    unknown_words,
 )
-from localization_heads.data.image_error import ImageError
+from localization_heads.apps.demo.turns import MODEL
+from localization_heads.apps.demo.visitors import MAX_VISITORS, Visitors
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounding.binarise import Binarise
+from localization_heads.grounding.maps import Grounding, GroundingOptions
 from localization_heads.heads.head import Head
 from localization_heads.stages.run import Run
 
@@ -34,30 +51,68 @@ ABOUT = """# Localization heads
 **{model}**, {layers} layers x {heads} heads. A few of them look at what you name: those framed in the grid.
 Choose a picture, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
 clicks only redo the sum and the box."""
+THRESHOLDS = {"mean": "mean (paper)", "otsu": "Otsu", "top_mass": "share of the attention"}
+MAX_QUEUE = 200  # requests that wait, of all visitors
 CSS = "#grid img, #grid button {cursor: crosshair} footer {display: none !important}"
 
 
 def serve(run: Run) -> None:
-    """Load the model and serve the page until Ctrl-C. UsageError if the port is taken."""
+    """Load the model and serve the page until Ctrl-C or SIGTERM. UsageError if the port or the folder is no good."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the page's files go, as with Ctrl-C
+    with served(run) as blocks:
+        blocks.block_thread()
+
+
+@contextmanager
+def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
+    """The page while it is served, to this machine unless `host` says otherwise. Its address is `local_url`.
+
+    Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of a picture.
+    Afterwards the page's files are gone.
+    """
+    check_address(run["host"], run["port"])
+    note_missing_certificates()
+    with own_folder() as folder, refused_addresses():
+        page, blocks = build(run, folder)
+        blocks.queue(api_open=False, max_size=MAX_QUEUE, default_concurrency_limit=None)
+        bounds = {"middleware": [Middleware(BoundedRequests, make_room=page.make_room)]}
+        try:
+            with direct_connections():
+                blocks.launch(
+                    server_name=run["host"],
+                    server_port=run["port"],
+                    inbrowser=run["open_browser"],
+                    prevent_thread_lock=True,
+                    share=False,
+                    show_error=True,
+                    max_file_size=MAX_UPLOAD,
+                    state_session_capacity=MAX_VISITORS,
+                    theme=gr.themes.Default(font=SYSTEM, font_mono=("ui-monospace", "monospace")),
+                    css=CSS,
+                    app_kwargs=bounds,
+                    **options,
+                )
+        except OSError as error:
+            raise UsageError(f"host={run['host']} port={run['port']}: {error}") from error
+        try:
+            yield blocks
+        finally:
+            blocks.close(verbose=False)
+
+
+@contextmanager
+def refused_addresses() -> Iterator[None]:
+    """gradio would fetch any public address that is sent in place of a file, of any size, into its folder."""
+
+    async def refuse(url: str, cache_dir: str) -> str:
+        raise gr.Error("addresses are not fetched: choose a file", print_exception=False)
+
+    before = processing_utils.async_ssrf_protected_download
+    processing_utils.async_ssrf_protected_download = refuse
     try:
-        launch(build(run), run)
-    except OSError as error:
-        raise UsageError(f"host={run['host']} port={run['port']}: {error}") from error
-
-
-def launch(page: gr.Blocks, run: Run, **options: Any) -> str:
-    """Serve the page, to this machine unless `host` says otherwise; it fetches nothing from elsewhere. Its address."""
-    page.launch(
-        server_name=run["host"],
-        server_port=run["port"],
-        inbrowser=run["open_browser"],
-        share=False,
-        show_error=True,
-        theme=gr.themes.Default(font=SYSTEM, font_mono=("ui-monospace", "monospace")),
-        css=CSS,
-        **options,
-    )
-    return str(page.local_url)
+        yield
+    finally:
+        processing_utils.async_ssrf_protected_download = before
 
 
 def shown_to_people(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,25 +122,30 @@ def shown_to_people(action: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*arguments: Any) -> Any:
         try:
             return action(*arguments)
-        except (UsageError, WorkError, ImageError, ValueError) as error:
+        except (UsageError, WorkError, ValueError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     return guarded
 
 
 class Page:
-    """The components by name, and the actions over them."""
+    """The components by name, and the actions over them.
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.folder = Path(tempfile.mkdtemp(prefix="localization-heads-"))
-        self.examples = example_pictures()
+    The actions take what the browser sent as it is (`preprocess=False`): gradio would decode a picture of any size and
+    raise its own errors for a number that is none.
+    """
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run, self.folder = run, folder
+        self.answers = folder / "answers"
+        self.own = frozenset[Path]()  # what the page itself put into its folder
+        self.visitors = Visitors(self.answers, lambda entry: entry in self.own)
+        self.examples = _stored_examples(folder / "examples")
 
     def layout(self) -> None:
         """Left the question, right the answer, below the heads."""
         lvlm = self.run.lvlm
         gr.Markdown(ABOUT.format(model=lvlm.name, layers=lvlm.num_layers, heads=lvlm.num_heads))
-        self.asked, self.heads_b = gr.State(None), gr.State([])
         with gr.Row():
             with gr.Column(scale=4, min_width=300):
                 self._question()
@@ -99,7 +159,7 @@ class Page:
 
     def _question(self) -> None:
         picture, text = self.examples[0]
-        self.image = gr.Image(picture, type="pil", label="Picture", elem_id="picture", height=330)
+        self.image = gr.Image(picture, label="Picture", elem_id="picture", height=330)
         self.text = gr.Textbox(
             text,
             lines=2,
@@ -109,7 +169,7 @@ class Page:
         )
         self.button = gr.Button("Ground", variant="primary", elem_id="ground")
         self.gallery = gr.Gallery(
-            [(image, caption) for image, caption in self.examples],
+            self.examples,
             label="Examples",
             columns=3,
             height=300,
@@ -133,24 +193,37 @@ class Page:
             elem_id="table",
         )
         with gr.Row():
-            self.json_file = gr.DownloadButton("JSON", elem_id="download_json")
-            self.picture_file = gr.DownloadButton("Picture", elem_id="download_picture")
+            self.json_file = gr.DownloadButton("Download JSON", elem_id="download_json")
+            self.picture_file = gr.DownloadButton("Download picture", elem_id="download_picture")
 
     def _settings(self) -> None:
         grounding = self.run.grounding
         self.which = gr.Dropdown([], label="Map of", elem_id="which")
-        self.k = gr.Slider(1, 10, self.run["k"], step=1, label="k: heads that are on", elem_id="k")
+        self.k = gr.Slider(
+            1, max(10, self.run["k"]), self.run["k"], step=1, label="k: heads that are on", elem_id="k"
+        )
         self.sigma = gr.Slider(
-            0, 3, grounding.sigma, step=0.1, label="sigma: smoothing, in cells", elem_id="sigma"
+            0,
+            max(3, grounding.sigma),
+            grounding.sigma,
+            step=0.1,
+            label="sigma: smoothing, in cells",
+            elem_id="sigma",
         )
         self.binarise = gr.Radio(
-            [("mean (paper)", "mean"), ("Otsu", "otsu"), ("share of the attention", "top_mass")],
+            [(title, name) for name, title in THRESHOLDS.items()],
             value=grounding.binarise,
             label="Threshold: cells above",
             elem_id="binarise",
         )
         self.threshold = gr.Slider(
             0.05, 0.95, grounding.top_mass, step=0.05, label="that share", elem_id="threshold"
+        )
+        self.mask = gr.Radio(
+            [*([self.run.segmenter.name] if self.run.segmenter else []), "map"],
+            value=self.run.segmenter.name if self.run.segmenter else "map",
+            label="Mask by",
+            elem_id="mask",
         )
         self.compare = gr.Checkbox(False, label="Compare with a second set of heads", elem_id="compare")
 
@@ -167,103 +240,207 @@ class Page:
         """Events. Only `asking` runs the model; `load` is the page's opening, which asks for the first example."""
         shown = [self.boxes, self.heat, self.boxes_b, self.heat_b, self.table, self.grid]
         shown += [self.json_file, self.picture_file]
-        settings = [self.asked, self.heads, self.heads_b, self.which, self.sigma]
-        settings += [self.binarise, self.threshold, self.compare]
-        redo: dict[str, Any] = {"fn": shown_to_people(self.redraw), "inputs": settings, "outputs": shown}
+        settings = [
+            self.heads,
+            self.which,
+            self.sigma,
+            self.binarise,
+            self.threshold,
+            self.mask,
+            self.compare,
+        ]
+        raw: dict[str, Any] = {"preprocess": False}
+        redo: dict[str, Any] = {
+            "fn": shown_to_people(self.redraw),
+            "inputs": settings,
+            "outputs": shown,
+            **raw,
+        }
         asking: dict[str, Any] = {
             "fn": shown_to_people(self.ask),
             "inputs": [self.image, self.text, self.k],
-            "outputs": [self.asked, self.heads, self.heads_b, self.which],
+            "outputs": [self.heads, self.which],
+            **raw,
         }
         for event in (load, self.button.click, self.text.submit):
             event(**asking).success(**redo)
-        self.gallery.select(self.choose, None, [self.image, self.text]).then(**asking).success(**redo)
+        choosing = self.gallery.select(shown_to_people(self.choose), None, [self.image, self.text], **raw)
+        choosing.success(**asking).success(**redo)
         # Not `release`, which the keyboard never fires; of the steps of a drag only the last that waits is drawn.
-        last: dict[str, Any] = {"trigger_mode": "always_last"}
-        picking = self.k.input(shown_to_people(self.best), [self.asked, self.k], self.heads, **last)
+        last: dict[str, Any] = {"trigger_mode": "always_last", **raw}
+        picking = self.k.input(shown_to_people(self.best), self.k, self.heads, **last)
         picking.success(**redo)
-        for event in (self.sigma.input, self.binarise.input, self.which.input, self.heads.submit):
-            event(**redo, **last)
+        for event in (
+            self.sigma.input,
+            self.binarise.input,
+            self.mask.input,
+            self.which.input,
+            self.heads.submit,
+        ):
+            event(**{**redo, **last})
         self.threshold.input(lambda: "top_mass", None, self.binarise, **last).then(**redo)
-        self.compare.input(self.show_second, self.compare, [self.second, self.edits]).then(**redo)
-        self.grid.select(
-            shown_to_people(self.switch),
-            [self.asked, self.heads, self.heads_b, self.edits],
-            [self.heads, self.heads_b],
-        ).success(**redo)
+        self.compare.input(self.show_second, self.compare, [self.second, self.edits], **raw).then(**redo)
+        switching = self.grid.select(
+            shown_to_people(self.switch), [self.heads, self.edits], self.heads, **raw
+        )
+        switching.success(**redo)
 
-    def ask(self, image: Image.Image | None, text: str, k: int) -> tuple[Any, ...]:
+    def ask(self, request: gr.Request, image: object, text: object, k: object) -> tuple[Any, ...]:
         """Run the model; the first `k` heads are on, the next `k` are set B."""
-        asked = ask(self.run, image, text)
-        second = list(asked.ranked[k : 2 * k]) or list(asked.ranked[:k])
+        count, upload = self._count(k), self._upload(image)
+        with self.visitors.turn(request.session_hash) as visitor:
+            asked = visitor.asked = ask(self.run, upload, text)
+            visitor.heads_b = list(asked.ranked[count : 2 * count]) or list(asked.ranked[:count])
+            if upload:
+                self.visitors.replace_upload(visitor, upload)
+        if unknown := unknown_words(self.run.lvlm.processor.tokenizer, asked.expressions):
+            gr.Warning(f"words that the model does not know: {', '.join(unknown)}")
         choices = gr.Dropdown(choices=list(asked.expressions), value=asked.expressions[0])
-        return asked, _names(asked.ranked[:k]), second, choices
+        return _names(asked.ranked[:count]), choices
 
-    def best(self, asked: Asked | None, k: int) -> str:
-        if asked is None:
-            raise UsageError("ask for something first")
-        return _names(asked.ranked[:k])
+    def best(self, request: gr.Request, k: object) -> str:
+        count = self._count(k)
+        with self.visitors.turn(request.session_hash) as visitor:
+            return _names(visitor.answer.ranked[:count])
 
-    def choose(self, event: gr.SelectData) -> tuple[Image.Image, str]:
-        chosen: tuple[Image.Image, str] = self.examples[event.index]
-        return chosen
+    def choose(self, event: gr.EventData) -> tuple[str, str]:
+        """An example."""
+        chosen = _place(event)
+        if not isinstance(chosen, int) or not 0 <= chosen < len(self.examples):
+            raise UsageError(f"there is no example {shortened(chosen)}")
+        return self.examples[chosen]
 
-    def show_second(self, wanted: bool) -> tuple[Any, ...]:
-        return gr.Row(visible=wanted), gr.Radio(visible=wanted)
+    def show_second(self, wanted: object) -> tuple[Any, ...]:
+        return gr.Row(visible=bool(wanted)), gr.Radio(visible=bool(wanted))
 
-    def switch(
-        self, asked: Asked | None, heads: str, heads_b: list[Head], edits: str, event: gr.SelectData
-    ) -> tuple[str, list[Head]]:
+    def switch(self, request: gr.Request, heads: object, edits: object, event: gr.EventData) -> str:
         """A click into the grid."""
-        if asked is None:
-            raise UsageError("ask for something first")
-        x, y = event.index
-        head = head_at(x, y, asked.shape)
-        if head is None:
-            return heads, heads_b
-        if edits == "B":
-            return heads, toggled([Head(*h) for h in heads_b], head)
-        return _names(toggled(parse_heads(heads), head)), heads_b
+        with self.visitors.turn(request.session_hash) as visitor:
+            chosen = parse_heads(heads)
+            head = clicked(_place(event), visitor.answer.shape)
+            if head is not None and edits == "B":
+                visitor.heads_b = toggled(visitor.heads_b, head)
+            elif head is not None:
+                chosen = toggled(chosen, head)
+            return _names(chosen)
 
     def redraw(
         self,
-        asked: Asked | None,
-        heads: str,
-        heads_b: list[Head],
-        which: str,
-        sigma: float,
-        binarise: Binarise,
-        share: float,
-        compare: bool,
+        request: gr.Request,
+        heads: object,
+        which: object,
+        sigma: object,
+        binarise: object,
+        share: object,
+        mask: object,
+        compare: object,
     ) -> tuple[Any, ...]:
         """Everything but the model: the sum, the box, the pictures, the files to download."""
-        if asked is None:
-            raise UsageError("ask for something first")
-        options = replace(self.run.grounding, sigma=float(sigma), binarise=binarise, top_mass=float(share))
-        sets = {"A": parse_heads(heads), **({"B": [Head(*h) for h in heads_b]} if compare else {})}
-        found = {name: asked.answers(chosen, options) for name, chosen in sets.items()}
-        shown = asked.expressions.index(which) if which in asked.expressions else 0
-        drawn = {
-            name: (
-                draw_boxes(asked.image, answers, asked.expressions),
-                draw_heat(asked.image, answers[shown]),
+        options = self._options(sigma, binarise, share)
+        with self.visitors.turn(request.session_hash) as visitor:
+            asked = visitor.answer
+            sets = {"A": parse_heads(heads), **({"B": visitor.heads_b} if compare else {})}
+            found = {name: asked.answers(chosen, options) for name, chosen in sets.items()}
+            if mask != "map":
+                found = {
+                    name: [self._refined(asked, answer) for answer in all_] for name, all_ in found.items()
+                }
+            folder = visitor.new_folder()
+            rows = [
+                [expression, name, " ".join(f"{edge:.0f}" for edge in answer.box), f"{answer.score:.2f}"]
+                for name, answers in found.items()
+                for expression, answer in zip(asked.expressions, answers, strict=True)
+            ]
+            drawn = {
+                name: self._pictures(folder, asked, answers, which, name) for name, answers in found.items()
+            }
+            grid = _saved(folder / "heads.png", draw_grid(asked.sums, sets["A"], sets.get("B", ())))
+            return (
+                *drawn["A"],
+                *drawn.get("B", (None, None)),
+                rows,
+                grid,
+                *self._downloads(folder, asked, found["A"]),
             )
-            for name, answers in found.items()
-        }
-        rows = [
-            [expression, name, " ".join(f"{edge:.0f}" for edge in answer.box), f"{answer.score:.2f}"]
-            for name, answers in found.items()
-            for expression, answer in zip(asked.expressions, answers, strict=True)
-        ]
-        grid = draw_grid(asked.sums, sets["A"], sets.get("B", ()))
-        return (*drawn["A"], *drawn.get("B", (None, None)), rows, grid, *self._files(asked, found["A"]))
 
-    def _files(self, asked: Asked, answers: list[Any]) -> tuple[str, str]:
-        """The downloads, in a folder of their own for each question."""
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        (folder / "groundings.json").write_text(json.dumps(as_json(asked, answers), indent=2) + "\n")
-        draw_boxes(asked.image, answers, asked.expressions, longest=None).save(folder / "groundings.png")
-        return str(folder / "groundings.json"), str(folder / "groundings.png")
+    def end(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.visitors.end(request.session_hash)
+
+    def make_room(self) -> None:
+        """Uploads that nobody came back for make room for others."""
+        make_room(entry for entry in self.folder.iterdir() if entry not in self.own)
+
+    def _count(self, k: object) -> int:
+        return int(number("k", k, self.k.minimum, self.k.maximum))
+
+    def _options(self, sigma: object, binarise: Any, share: object) -> GroundingOptions:
+        if binarise not in list(THRESHOLDS):
+            raise UsageError(f"threshold: one of {', '.join(THRESHOLDS)}, not {shortened(binarise)}")
+        return replace(
+            self.run.grounding,
+            sigma=float(number("sigma", sigma, self.sigma.minimum, self.sigma.maximum)),
+            binarise=binarise,
+            top_mass=float(number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
+        )
+
+    def _refined(self, asked: Asked, answer: Grounding) -> Grounding:
+        """The answer with the segmenter's mask, made in a turn at the model, on the picture as it is kept."""
+        small = resized(answer, asked.image.size)
+        return resized(MODEL.take(self.run.refine, small, asked.image), answer.image_size)
+
+    def _upload(self, image: object) -> Path | None:
+        """The file that gradio stored for the picture that was sent, None if none was."""
+        path = image.get("path") if isinstance(image, dict) else None
+        if path is None:
+            return None
+        file = Path(str(path)).resolve()
+        if not file.is_relative_to(self.folder) or not file.is_file():
+            raise UsageError("the picture is not here any more: choose it again")
+        return file
+
+    def _pictures(
+        self, folder: Path, asked: Asked, answers: Sequence[Grounding], which: object, name: str
+    ) -> tuple[str, str]:
+        """The boxes of all expressions, and the map of one."""
+        shown = asked.expressions.index(which) if which in asked.expressions else 0
+        return (
+            _saved(folder / f"boxes_{name}.png", draw_boxes(asked.image, answers, asked.expressions)),
+            _saved(folder / f"map_{name}.png", draw_heat(asked.image, answers[shown])),
+        )
+
+    def _downloads(self, folder: Path, asked: Asked, answers: Sequence[Grounding]) -> tuple[str, str]:
+        file = folder / "groundings.json"
+        file.write_text(json.dumps(as_json(asked, answers), indent=2) + "\n")
+        drawn = draw_boxes(asked.image, answers, asked.expressions, longest=None)
+        return str(file), _saved(folder / "groundings.png", drawn)
+
+
+def _stored_examples(folder: Path) -> list[tuple[str, str]]:
+    """The examples as files, each with its expression."""
+    folder.mkdir()
+    return [
+        (_saved(folder / f"{position}.png", image), expression)
+        for position, (image, expression) in enumerate(example_pictures())
+    ]
+
+
+def _place(event: gr.EventData) -> object:
+    """Where a selection was made. gradio's own SelectData raises on what no browser sends."""
+    return event._data.get("index") if isinstance(event._data, dict) else None
+
+
+def clicked(place: object, shape: tuple[int, int]) -> Head | None:
+    """The head at a place of the grid, as the browser sends it. UsageError for what is none."""
+    if not isinstance(place, list | tuple) or len(place) != 2:
+        raise UsageError("a click has two coordinates")
+    x, y = (number("a click", edge, 0, 10_000) for edge in place)
+    return head_at(x, y, shape)
+
+
+def _saved(path: Path, image: Image.Image) -> str:
+    image.save(path, compress_level=1)  # quick: somebody moves a slider
+    return str(path)
 
 
 def _names(heads: Any) -> str:
@@ -278,11 +455,13 @@ def _picture(title: str, name: str, **options: Any) -> gr.Image:
         return gr.Image(show_label=False, label=title, elem_id=name, **{**shown, **options})
 
 
-def build(run: Run) -> gr.Blocks:
-    """The page for one model, not yet served."""
-    with gr.Blocks(title="Localization heads", analytics_enabled=False, delete_cache=(3600, 3600)) as opened:
-        page = Page(run)
+def build(run: Run, folder: Path) -> tuple[Page, gr.Blocks]:
+    """The page for one model, not yet served; its files go below `folder`."""
+    with gr.Blocks(title="Localization heads", analytics_enabled=False) as blocks:
+        page = Page(run, folder)
         page.layout()
-        page.wire(opened.load)
-    blocks: gr.Blocks = opened
-    return blocks
+        page.wire(blocks.load)
+        blocks.unload(page.end)
+    page.answers.mkdir()
+    page.own = frozenset(folder.iterdir())
+    return page, blocks

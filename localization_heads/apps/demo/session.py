@@ -6,17 +6,21 @@ there already.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from localization_heads.apps.demo.turns import MODEL
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.images import load_image
+from localization_heads.data.image_error import ImageError
+from localization_heads.data.images import image_size, load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.scenes import VALIDATION_SEEDS, scene_samples
 from localization_heads.errors import UsageError
@@ -27,7 +31,12 @@ from localization_heads.heads.head import Head
 from localization_heads.stages.run import Run, check_heads
 
 MAX_EXPRESSIONS = 6
-_one_at_a_time = threading.Lock()  # the model; visitors of the page take turns
+MAX_EXPRESSION = 300  # characters
+MAX_HEAD_NAME = 20
+MAX_HEADS_TEXT = 20_000
+MAX_MEGAPIXELS = 32
+PUNCTUATION = ".,:!?\"'()"
+KEPT = 2048  # pixels of the longest side of a picture that is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +44,8 @@ class Asked:
     """One picture, the expressions asked about it, and where every head looked.
 
     Args:
-        maps: one for each expression.
+        image: as the page shows it, no side longer than `KEPT`.
+        maps: one for each expression. They know the size of the picture that was sent, in whose pixels answers are.
         ranked: every head that could be chosen, the likeliest first: what the slider k counts down.
         sums: mean attention sum over the expressions, `[layer, head]`.
     """
@@ -52,6 +62,11 @@ class Asked:
         layers, heads = self.sums.shape
         return layers, heads
 
+    @property
+    def num_bytes(self) -> int:
+        """What the picture and the maps take in memory."""
+        return 3 * self.image.width * self.image.height + sum(maps.attention.nbytes for maps in self.maps)
+
     def answers(self, heads: Sequence[Head], options: GroundingOptions) -> list[Grounding]:
         """A box, a mask and a map for each expression. UsageError if no head is on, or one that is not there."""
         if not heads:
@@ -60,17 +75,21 @@ class Asked:
         return [ground_maps(maps, list(heads), options) for maps in self.maps]
 
 
-def ask(run: Run, image: Image.Image | None, text: str) -> Asked:
+def ask(run: Run, image: Image.Image | Path | None, text: object) -> Asked:
     """Run the model on a picture and on expressions, one a line or with semicolons between.
 
+    Others have their turns between two expressions.
+
     Raises:
-        UsageError: there is no picture, no expression, or one that cannot be used.
+        UsageError: there is no picture, no expression, or one that cannot be used; or too many are asking.
     """
     if image is None:
         raise UsageError("choose a picture first")
-    picture, expressions = load_image(image), split_expressions(text)
-    with _one_at_a_time:
-        maps = tuple(run.lvlm.attend(picture, expression) for expression in expressions)
+    expressions = split_expressions(text)
+    with MODEL.room(3 * num_pixels(image)):
+        picture = MODEL.take(read_picture, image)
+        maps = tuple(MODEL.take(run.lvlm.attend, picture, expression) for expression in expressions)
+        picture.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
     statistics = [head_statistics(m.attention, run.criteria) for m in maps]
     run.check_named_heads()
     first = list(run.named_heads or ())
@@ -78,28 +97,98 @@ def ask(run: Run, image: Image.Image | None, text: str) -> Asked:
     ranked = tuple(dict.fromkeys([*first, *others]))
     if not ranked:
         raise UsageError("no head looks at this picture: none passes criterion 1")
-    return Asked(picture, expressions, maps, ranked, np.mean([s.attention_sum for s in statistics], axis=0))
+    sums = np.mean([s.attention_sum for s in statistics], axis=0)
+    return Asked(picture, expressions, maps, ranked, sums)
 
 
-def split_expressions(text: str) -> tuple[str, ...]:
-    """The expressions in a text, each once. UsageError for none, or for more than the page has colours for.
+def num_pixels(image: Image.Image | Path) -> int:
+    """From the header. UsageError for what is no picture, or one of more pixels than the page takes."""
+    with about_the_picture():
+        width, height = image_size(image)
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        raise UsageError(
+            f"the picture has {width} x {height} pixels: at most {MAX_MEGAPIXELS} megapixels, make it smaller"
+        )
+    return width * height
+
+
+def read_picture(image: Image.Image | Path) -> Image.Image:
+    """The pixels of a visitor's picture. UsageError if it cannot be used."""
+    with about_the_picture():
+        return load_image(image)
+
+
+@contextmanager
+def about_the_picture() -> Iterator[None]:
+    """What is wrong with a picture is said without its place on this machine."""
+    try:
+        yield
+    except ImageError as error:
+        raise UsageError(f"the picture cannot be used: {error.reason}") from None
+
+
+def split_expressions(text: object) -> tuple[str, ...]:
+    """The expressions in a text, each once. UsageError for none, a long one, or more than the page has colours for.
 
     >>> split_expressions("the dog; the cat\\n the dog ")
     ('the dog', 'the cat')
     """
-    parts = [" ".join(part.split()) for part in text.replace(";", "\n").splitlines()]
+    lines = bounded("expressions", text, MAX_EXPRESSIONS * (MAX_EXPRESSION + 1))
+    parts = [" ".join(part.split()) for part in lines.replace(";", "\n").splitlines()]
     expressions = tuple(dict.fromkeys(part for part in parts if part))
     if not expressions:
         raise UsageError("type what to look for, such as: the dog")
     if len(expressions) > MAX_EXPRESSIONS:
         raise UsageError(f"at most {MAX_EXPRESSIONS} expressions at a time, not {len(expressions)}")
-    return expressions
+    return tuple(bounded("an expression", expression, MAX_EXPRESSION) for expression in expressions)
 
 
-def parse_heads(text: str) -> list[Head]:
+def unknown_words(tokenizer: Any, expressions: Sequence[str]) -> list[str]:
+    """Words that the model's tokenizer has no token for, each once: what they name cannot be found.
+
+    Args:
+        tokenizer: of a Hugging Face model. One that spells every word (SentencePiece, byte pairs) knows them all.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    words = dict.fromkeys(word.strip(PUNCTUATION) for text in expressions for word in text.split())
+    return [
+        word for word in words if word and unknown in tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def bounded(name: str, text: object, limit: int) -> str:
+    """The text of a field. UsageError if it is none, or longer than `limit` characters."""
+    if not isinstance(text, str):
+        raise UsageError(f"{name}: a text, not {shortened(text)}")
+    if len(text) > limit:
+        raise UsageError(f"{name}: at most {limit:,} characters, not {len(text):,}")
+    return text
+
+
+def number(name: str, value: object, low: float, high: float) -> float:
+    """The number of a slider. UsageError for what no slider can send.
+
+    >>> number("k", 3, 1, 10)
+    3
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name}: a number from {low:g} to {high:g}, not {shortened(value)}")
+    return value
+
+
+def shortened(value: object, limit: int = 40) -> str:
+    """A value as part of a message."""
+    text = reprlib.repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def parse_heads(text: object) -> list[Head]:
     """Heads from `L2H0 L3H1` or `2-0, 3-1`, each once. UsageError for anything else."""
+    names = bounded("heads", text, MAX_HEADS_TEXT).replace(",", " ").split()
     try:
-        return list(dict.fromkeys(Head.parse(name) for name in text.replace(",", " ").split()))
+        return list(dict.fromkeys(Head.parse(bounded("a head", name, MAX_HEAD_NAME)) for name in names))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
