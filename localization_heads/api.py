@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
+from localization_heads.errors import NoHeadError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from localization_heads.lvlm.model import LVLM
+
+log = logging.getLogger(__name__)
 
 K = 3
 """Heads that a sample picks for itself (the paper's k)."""
@@ -105,7 +109,7 @@ def ground(
             by `make_segmenter`, and handed in here.
 
     Raises:
-        ValueError: a head that the model does not have.
+        ValueError: a head that the model does not have, or no head at all in `heads`.
         UsageError: a picture or an expression that cannot be used, or one that no head passes the criteria for.
     """
     picture = load_image(image)
@@ -157,6 +161,8 @@ def evaluate(
 ) -> Evaluation:
     """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
 
+    A sample that has to pick its own heads and in which none passes the criteria is left out, and counted as failed.
+
     Args:
         samples: with `bbox` or `mask`, or both; read as they are needed, as by `find_heads`.
         heads: as in `ground`, for all samples.
@@ -180,9 +186,15 @@ def evaluate(
     form = wanted_format(lvlm, native, by_default=controls)
     scored: list[Scored] = []
     images: list[str] = []
+    num_failed = 0
     for sample, picture, number, maps in _attended(lvlm, samples, None if controls else grounder.last_layer):
         truth = truth_of(sample, picture.size)
-        grounding = grounder.ground(maps, picture)
+        try:
+            grounding = grounder.ground(maps, picture)
+        except NoHeadError as error:
+            log.warning("%s is left out: %s", sample.id, error)
+            num_failed += 1
+            continue
         scores = judge.scores(maps, grounding, truth, partial(grounder.refine, picture=picture))
         if form:
             box, _ = ask_for_box(lvlm, form, picture, sample.expression)
@@ -190,14 +202,14 @@ def evaluate(
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
         images.append(sample.image_file or f"picture {number}")
     if not scored:
-        raise ValueError("evaluate needs at least one sample")
+        raise ValueError("evaluate needs at least one sample that can be grounded")
     choices = {
         **lvlm.choices,
         **judge.choices(grounder.heads, K),
         "segmenter": _named(segmenter),
         "native": form and form.prompt,
     }
-    metrics = judge.metrics([one.scores for one in scored], images)
+    metrics = judge.metrics([one.scores for one in scored], images, num_failed)
     return Evaluation({**metrics, "choices": choices}, scored)
 
 
@@ -231,7 +243,9 @@ def _grounder(
     segmenter: Segmenter | SegmenterOptions | None,
 ) -> _Grounder:
     """What `ground` and `evaluate` have in common. ValueError for a head that the model does not have."""
-    chosen = tuple(Head(*head) for head in heads or lvlm.known_heads)
+    if heads is not None and not len(heads):
+        raise ValueError("heads names no head; None takes those that are known, or each sample's own")
+    chosen = tuple(Head(*head) for head in (lvlm.known_heads if heads is None else heads))
     for head in chosen:
         if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):
             raise ValueError(f"no head {head} among {lvlm.num_layers} layers of {lvlm.num_heads}")
