@@ -16,7 +16,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.images import Picture, load_image
 from localization_heads.data.samples import Sample, where
-from localization_heads.errors import NotFiniteError
+from localization_heads.errors import NoHeadError, NotFiniteError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
@@ -116,7 +116,7 @@ def ground(
             by `make_segmenter`, and handed in here.
 
     Raises:
-        ValueError: a head that the model does not have.
+        ValueError: a head that the model does not have, or no head at all in `heads`.
         UsageError: a picture or an expression that cannot be used, or one that no head passes the criteria for.
         NotFiniteError: NaN or infinite attention.
     """
@@ -169,7 +169,8 @@ def evaluate(
 ) -> Evaluation:
     """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
 
-    A sample whose attention is not finite is left out, with a warning, and counted among `num_failed`.
+    A sample is left out, with a warning, and counted among `num_failed` if its attention is not finite, or if it has to
+    pick its own heads and none passes the criteria.
 
     Args:
         samples: with `bbox` or `mask`, or both; read as they are needed, as by `find_heads`.
@@ -198,6 +199,7 @@ def evaluate(
     images: list[str] = []
     boxes: list[TrueBox] = []
     unusable: list[NotFiniteError] = []
+    num_headless = 0
     if listed := isinstance(samples, Sequence):
         check_scale(true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
@@ -205,7 +207,12 @@ def evaluate(
         truth = truth_of(sample, picture.size)
         if sample.bbox is not None and not listed:
             boxes.append(TrueBox(where(sample), sample.bbox, picture.size))
-        grounding = grounder.ground(maps, picture)
+        try:
+            grounding = grounder.ground(maps, picture)
+        except NoHeadError as error:
+            log.warning("%s is left out: %s", sample.id, error)
+            num_headless += 1
+            continue
         scores = judge.scores(maps, grounding, truth, partial(grounder.refine, picture=picture))
         if form:
             box, _ = ask_for_box(lvlm, form, picture, sample.expression)
@@ -213,7 +220,8 @@ def evaluate(
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
         images.append(sample.image_key or f"picture {number}")
     if not scored:
-        raise unusable[0] if unusable else ValueError("evaluate needs at least one sample")
+        none = ValueError("evaluate needs at least one sample that can be grounded")
+        raise unusable[0] if unusable else none
     check_scale(boxes, "samples")
     choices = {
         **lvlm.choices,
@@ -221,7 +229,7 @@ def evaluate(
         "segmenter": _named(segmenter),
         "native": form and form.prompt,
     }
-    metrics = judge.metrics([one.scores for one in scored], images, len(unusable))
+    metrics = judge.metrics([one.scores for one in scored], images, len(unusable) + num_headless)
     return Evaluation({**metrics, "choices": choices}, scored)
 
 
@@ -258,9 +266,11 @@ def _grounder(
     if isinstance(heads, HeadRanking):
         lvlm.note_other_conditions("these heads", heads.found_with)
         heads = heads.top(K)
-    elif not heads:
+    elif heads is None:
         lvlm.note_other_conditions("the known heads", lvlm.spec.heads_found_with)
-    chosen = tuple(Head(*head) for head in heads or lvlm.known_heads)
+    if heads is not None and not len(heads):
+        raise ValueError("heads names no head; None takes those that are known, or each sample's own")
+    chosen = tuple(Head(*head) for head in (lvlm.known_heads if heads is None else heads))
     for head in chosen:
         if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):
             raise ValueError(f"no head {head} among {lvlm.num_layers} layers of {lvlm.num_heads}")

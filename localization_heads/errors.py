@@ -66,3 +66,7 @@ class NothingDoneError(WorkError):
     def __init__(self, what: str, failures: Sequence[BadEntry]) -> None:
         super().__init__(f"{what}; the first: {failures[0]}")
         self.failures = failures
+
+
+class NoHeadError(UsageError):
+    """No head passes the criteria in this sample, so none can ground it."""

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.native_box import FORMATS
-from localization_heads.store.paths import check_id
+from localization_heads.store.paths import check_id, from_home
 
-Rule = Callable[[Any], str | None]
-"""Says what a value must be, or None if it is fine."""
+Kind = Literal["value", "text", "path", "texts", "paths"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option takes.
+
+    Args:
+        problem: says what a value must be, or None if it is fine.
+        kind: how the command line reads it: a `value` by Hydra's grammar, a `text` as it was typed, a `path` likewise
+            and with `~` for the home folder; `texts` and `paths` are a list `[A,B]` of them, or one.
+    """
+
+    problem: Callable[[Any], str | None]
+    kind: Kind = "value"
+
+    def __call__(self, value: Any) -> str | None:
+        return self.problem(value)
+
+
+def did_you_mean(written: str, choices: Iterable[str]) -> str:
+    """A question to begin a hint with, or nothing.
+
+    >>> did_you_mean("LLaVa", ["tiny", "llava"]), did_you_mean("x", ["tiny"])
+    ('did you mean llava? ', '')
+    """
+    near = difflib.get_close_matches(written[:100].lower(), list(choices), 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def one_of(*choices: str) -> Rule:
-    return lambda value: None if value in choices else f"choose one of {', '.join(choices)}"
+    def rule(value: Any) -> str | None:
+        near = did_you_mean(value, choices) if isinstance(value, str) else ""
+        return None if value in choices else f"{near}choose one of {', '.join(choices)}"
+
+    return Rule(rule)
 
 
 def some_of(*choices: str) -> Rule:
@@ -30,7 +62,7 @@ def some_of(*choices: str) -> Rule:
             else f"give a list of some of {', '.join(choices)}, such as [{','.join(choices[:2])}]"
         )
 
-    return rule
+    return Rule(rule)
 
 
 def whole(least: int, most: int | None = None) -> Rule:
@@ -42,23 +74,26 @@ def whole(least: int, most: int | None = None) -> Rule:
         upper = f" and at most {most}" if most is not None else ""
         return None if fits else f"give a whole number of at least {least}{upper}"
 
-    return rule
+    return Rule(rule)
 
 
 def number(least: float) -> Rule:
     def rule(value: Any) -> str | None:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+        fits = fits and (isinstance(value, float) or abs(value) < 2**63)
         return None if fits and value >= least else f"give a number of at least {least:g}"
 
-    return rule
+    return Rule(rule)
 
 
+@Rule
 def share(value: Any) -> str | None:
     """A part of a whole, never nothing."""
     problem = number(0)(value)
     return "give a number above 0 and at most 1" if problem or not 0 < value <= 1 else None
 
 
+@Rule
 def odd(value: Any) -> str | None:
     """A kernel has a middle, and one wider than any grid smooths nothing more."""
     return whole(1, 63)(value) or (None if value % 2 else "give an odd number")
@@ -73,37 +108,38 @@ def list_of(rule: Rule, least: int = 0) -> Rule:
         problems = (rule(item) for item in value)
         return next((f"in the list, {problem}" for problem in problems if problem), None)
 
-    return every
+    return Rule(every)
 
 
+@Rule
 def portion(value: Any) -> str | None:
     return number(0)(value) or (None if value <= 1 else "give a number from 0 to 1")
 
 
+@Rule
 def switch(value: Any) -> str | None:
     return None if isinstance(value, bool) else "give true or false"
 
 
-def text(value: Any) -> str | None:
+def _is_text(value: Any) -> str | None:
     """Not empty; a number is taken as it is written."""
     fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     return None if fits and str(value).strip() else "give a text"
 
 
-def texts(value: Any) -> str | None:
-    """A list of texts, or one of them."""
+def _are_texts(value: Any) -> str | None:
     fits = all(
         isinstance(item, str) and item.strip() for item in (value if isinstance(value, list) else [value])
     )
     return None if fits else "give a list such as [A,B]"
 
 
-def sentence(value: Any) -> str | None:
+def _is_sentence(value: Any) -> str | None:
     """Also an empty one."""
     return None if isinstance(value, str) else "give a text"
 
 
-def folder_name(value: Any) -> str | None:
+def _is_folder_name(value: Any) -> str | None:
     """One plain name: files are written into it."""
     try:
         check_id(value if isinstance(value, str) else "")
@@ -112,12 +148,30 @@ def folder_name(value: Any) -> str | None:
     return None
 
 
+def _are_heads(value: Any) -> str | None:
+    """Their names are read, and the file, when it is known which model they are of."""
+    if isinstance(value, str) and ("," in value or value[:1] == "[") and not value.endswith(".json"):
+        return "give one value; a list is written [A,B]"
+    if isinstance(value, bool) or not isinstance(value, (str, int, list, tuple)) or value == "":
+        return "write auto, greedy, a heads.json, a hub repository user/repo, or a list such as [14-24,14-13]"
+    return None
+
+
+word = Rule(_is_text)
+"""A text of a few words that Hydra's grammar can read, so that a sweep can go over it."""
+text = Rule(_is_text, "text")
+path = Rule(_is_text, "path")
+paths = Rule(_are_texts, "paths")
+sentence = Rule(_is_sentence, "text")
+folder_name = Rule(_is_folder_name, "text")
+
+
 def or_null(rule: Rule) -> Rule:
     def either(value: Any) -> str | None:
         problem = None if value is None else rule(value)
         return f"{problem}, or null" if problem else None
 
-    return either
+    return replace(rule, problem=either)
 
 
 def or_word(word: str, rule: Rule) -> Rule:
@@ -125,7 +179,7 @@ def or_word(word: str, rule: Rule) -> Rule:
         problem = None if value == word else rule(value)
         return f"{problem}, or write {word}" if problem else None
 
-    return either
+    return replace(rule, problem=either)
 
 
 STAGES = (
@@ -169,15 +223,15 @@ BENCHMARKS = (
 RULES: dict[str, Rule] = {
     "stage": one_of(*STAGES),
     "mode": one_of("single", "batch"),
-    "image_file": or_null(text),
+    "image_file": or_null(path),
     "allow_private_addresses": switch,
     "query": or_null(text),
-    "attention_file": or_null(text),
-    "data_file": or_null(text),
+    "attention_file": or_null(path),
+    "data_file": or_null(path),
     "host": text,
     "port": or_null(whole(1, 65535)),
     "open_browser": switch,
-    "output_dir": or_null(text),
+    "output_dir": or_null(path),
     "save_id": or_null(text),
     "process_all": switch,
     "start_index": whole(0),
@@ -199,8 +253,10 @@ RULES: dict[str, Rule] = {
     "doctor.check": or_null(switch),
     "batch_size": or_word("auto", whole(1, 4096)),
     "picture_memory": whole(0),
+    "device": word,
     "num_threads": or_null(whole(1)),
     "max_new_tokens": whole(0),
+    "heads": Rule(_are_heads, "paths"),
     "k": whole(1, 10_000),
     "top_n": or_null(whole(1, 10_000)),
     "num_trials": whole(1, 1000),
@@ -215,14 +271,14 @@ RULES: dict[str, Rule] = {
     "scenes.style": or_null(one_of("noto", "twemoji", "fluent", "openmoji")),
     "scenes.size": whole(32, 2048),
     "scenes.height": or_null(whole(16, 2048)),
-    "scenes.folder": text,
+    "scenes.folder": path,
     "dataset": or_null(one_of("refcoco", "refcoco+", "refcocog", "reasonseg")),
-    "dataset_path": or_null(text),
-    "images": or_null(text),
+    "dataset_path": or_null(path),
+    "images": or_null(path),
     "split": one_of("train", "val", "test", "testA", "testB"),
-    "exclude": or_null(texts),
+    "exclude": or_null(paths),
     "allow_leakage": switch,
-    "dataset_folder": text,
+    "dataset_folder": path,
     "criteria.entropy": one_of("area", "mass"),
     "criteria.threshold": or_word("mean", number(0)),
     "criteria.elbow": one_of("value", "index"),
@@ -261,17 +317,18 @@ RULES: dict[str, Rule] = {
     "grounding.top_mass": share,
     "grounding.box_from": one_of("map", "mask"),
     "segmenter.kind": one_of("none", "grabcut", "sam", "sam2", "sam3"),
-    "segmenter.name": text,
+    "segmenter.name": path,
     "segmenter.prompt": some_of("box", "points", "map"),
     "segmenter.num_points": whole(1, 100),
     "segmenter.multimask": switch,
     "segmenter.iterations": whole(1, 100),
+    "segmenter.device": or_null(word),
     "phrases.by": one_of("split", "spacy", "whole"),
-    "phrases.model": text,
-    "model.name": text,
+    "phrases.model": path,
+    "model.name": path,
     "model.label": or_null(folder_name),
     "model.system": or_null(sentence),
-    "model.device_map": or_null(text),
+    "model.device_map": or_null(word),
     "model.attn_implementation": or_null(one_of("sdpa", "eager", "flash_attention_2")),
     "model.dtype": one_of("auto", "float32", "bfloat16", "float16"),
     "model.quantization": or_null(one_of("4bit", "8bit")),
@@ -291,6 +348,9 @@ RULES: dict[str, Rule] = {
     "engine.object_store": whole(80),
 }
 
+TEXTS = tuple(name for name, rule in RULES.items() if rule.kind != "value")
+"""Options whose value, or whose list's items, are any text."""
+
 SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment")
 """Those that run the model over a data set."""
 
@@ -302,16 +362,27 @@ def check_options(options: Mapping[str, Any]) -> None:
         UsageError: names the first wrong option, its value and what it takes.
     """
     for name, rule in RULES.items():
-        value: Any = options
-        for key in name.split("."):
-            if not isinstance(value, Mapping) or key not in value:
-                break
-            value = value[key]
-        else:
-            if problem := rule(value):
-                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-                raise UsageError(f"{name}={shown}: {problem}")
+        group, key = _holder(options, name)
+        if key in group and (problem := rule(value := group[key])):
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+            raise UsageError(f"{name}={str(shown)[:200]}: {problem}")
     _check_together(options)
+
+
+def expand_home(options: Mapping[str, Any]) -> None:
+    """Replace `~` at the beginning of every path by the home folder, in place."""
+    for name, rule in RULES.items():
+        group, key = _holder(options, name)
+        if rule.kind in ("path", "paths") and isinstance(group, dict) and key in group:
+            value = group[key]
+            group[key] = [from_home(item) for item in value] if isinstance(value, list) else from_home(value)
+
+
+def _holder(options: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str]:
+    """The mapping that an option such as `model.name` is in, empty if there is none, and its name there."""
+    group, _, key = name.rpartition(".")
+    inner = options.get(group) if group else options
+    return inner if isinstance(inner, Mapping) else {}, key
 
 
 def _check_together(options: Mapping[str, Any]) -> None:

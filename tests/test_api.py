@@ -23,6 +23,7 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample, decode_mask, load_samples
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.judging import truth_of
+from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import batches
 from localization_heads.lvlm.model import LVLM
@@ -105,6 +106,23 @@ def test_each_sample_may_pick_its_own_heads(
     found = lh.evaluate(lvlm, samples, controls=False).metrics
     assert found["mean_iou"] == pytest.approx(metrics["mean_iou"], abs=2e-5)
     assert (found["choices"]["heads"], found["choices"]["k"]) == (metrics["choices"]["heads"], 3)
+
+
+def test_a_sample_in_which_no_head_passes_is_left_out(
+    lvlm: LVLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As by `stage=evaluate heads=greedy`; and no heads are no reason to take others."""
+    monkeypatch.setattr(LVLM, "known_heads", ())
+    samples = several()
+    sums = [lvlm.attend(s.image, s.expression).attention[2:].sum(axis=(2, 3)).max() for s in samples]
+    low, middle, _ = sorted(map(float, sums))
+    options = CriteriaOptions(tau=(low + middle) / 2)
+    with caplog.at_level("WARNING", "localization_heads"):
+        found = lh.evaluate(lvlm, samples, criteria=options, controls=False, segmenter=None)
+    assert (found.metrics["num_samples"], found.metrics["num_failed"]) == (2, 1)
+    assert len(found.samples) == 2 and "is left out: no head passes" in caplog.text
+    with pytest.raises(ValueError, match="heads names no head"):
+        lh.ground(lvlm, samples[0].image, "the animal", [])
 
 
 def several(count: int = 3) -> list[Sample]:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.evaluation.scores import Truth, score_grounding
 from localization_heads.grounding.binarise import otsu, threshold, top_mass
 from localization_heads.grounding.maps import GroundingOptions, ground_maps
-from localization_heads.grounding.raster import mass_inside, upsample, visible_edges
+from localization_heads.grounding.raster import upsample
 from localization_heads.heads.head import Head
 
 
@@ -152,31 +153,28 @@ class TestUpsample:
         assert fine.min() >= maps.min() - 1e-6 and fine.max() <= maps.max() + 1e-6
 
 
-class TestMassInside:
-    def test_a_cut_cell_counts_in_part(self):
-        edges = visible_edges((0, 0, 20, 10), (20, 10), (1, 2))
-        mass = np.array([[1.0, 3.0]])
-        assert mass_inside((0, 0, 20, 10), mass, *edges) == 1.0
-        assert mass_inside((5, 0, 20, 10), mass, *edges) == pytest.approx((0.5 + 3) / 4)
-        assert mass_inside((5, 0, 20, 5), mass, *edges) == pytest.approx((0.5 + 3) / 8)
-        assert mass_inside((20, 0, 30, 5), mass, *edges) == 0.0
+class TestScore:
+    """The score of a box is the metric energy of that box (tests/test_metrics.py has more of `mass_inside`)."""
 
-    def test_padding_does_not_count(self):
-        edges = visible_edges((-10, 0, 20, 10), (15, 10), (1, 3))
-        mass = np.array([[7.0, 1.0, 3.0]])  # in the padding; whole; half of it shows
-        assert mass_inside((0, 0, 15, 10), mass, *edges) == 1.0
-        assert mass_inside((10, 0, 15, 10), mass, *edges) == 0.75
-
-    def test_no_mass_is_no_score(self):
-        edges = visible_edges((0, 0, 20, 10), (20, 10), (1, 2))
-        assert mass_inside((0, 0, 20, 10), np.zeros((1, 2)), *edges) == 0.0
+    def test_a_cell_that_is_half_padding_counts_half(self):
+        """Cells of 10 x 10 pixels; the picture is 15 wide: one cell is padding, one whole, one shows its half."""
+        found = grounded([[3.0, 1.0, 5.0]], (-10, 0, 20, 10), (15, 10))
+        assert found.box == (10, 0, 15, 10)  # 5 alone is above the mean, 3
+        assert found.score == pytest.approx(2.5 / (1 + 2.5))
 
     @settings(deadline=None)
-    @given(hnp.arrays(np.float64, (4, 5), elements=st.integers(0, 9).map(float)), st.data())
-    def test_agrees_with_counting_pixels(self, mass, data):
-        x0, x1 = sorted(data.draw(st.lists(st.integers(0, 30), min_size=2, max_size=2, unique=True)))
-        y0, y1 = sorted(data.draw(st.lists(st.integers(0, 24), min_size=2, max_size=2, unique=True)))
-        edges = visible_edges((0, 0, 30, 24), (30, 24), (4, 5))  # cells of 6 x 6 pixels
-        pixels = np.kron(mass, np.ones((6, 6)))
-        expected = pixels[y0:y1, x0:x1].sum() / pixels.sum() if pixels.sum() else 0.0
-        assert mass_inside((x0, y0, x1, y1), mass, *edges) == pytest.approx(expected)
+    @given(
+        hnp.arrays(np.float32, (4, 5), elements=st.integers(0, 9).map(float)),
+        st.tuples(st.integers(-9, 0), st.integers(-9, 0), st.integers(12, 30), st.integers(12, 24)),
+    )
+    def test_agrees_with_counting_pixels(self, mass, place):
+        """Padding of any width on any side, and cells of 6 x 6 pixels that it cuts: the map, painted, then cropped."""
+        x0, y0, right, bottom = place
+        size = (min(right, x0 + 30), min(bottom, y0 + 24))
+        found = grounded(mass, (x0, y0, x0 + 30, y0 + 24), size)
+        pixels = np.kron(mass, np.ones((6, 6)))[-y0:, -x0:][: size[1], : size[0]]
+        left, top, right, bottom = map(round, found.box)
+        inside = pixels[top:bottom, left:right].sum() if found.cells.any() else 0.0
+        assert found.score == pytest.approx(inside / pixels.sum() if pixels.sum() else 0.0)
+        energy = score_grounding(found, Truth(found.box)).energy
+        assert found.score == (energy if found.cells.any() else 0.0)

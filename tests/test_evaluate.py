@@ -16,9 +16,10 @@ from PIL import Image
 import localization_heads as lh
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.evaluation.controls import centre_box, mean_map, oracle_map, random_heads
-from localization_heads.evaluation.metrics import energy_in_box, mask_overlap, pointing_hit
+from localization_heads.evaluation.metrics import mask_overlap, pointing_hit
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.grounding.raster import mass_inside
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages.failed_boxes import worst_outcomes
@@ -101,7 +102,7 @@ def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
         assert row["iou"] == pytest.approx(iou(found.box, box))
         assert row["pointing"] == pointing_hit(found.point, box)
         assert row["energy"] == pytest.approx(
-            energy_in_box(found.combined, maps.image_box, image.size, box), abs=1e-6
+            mass_inside(found.combined, maps.image_box, image.size, box), abs=1e-6
         )
         assert row["score"] == pytest.approx(found.score, abs=1e-6) and row["heads"] == ["L2H0", "L3H1"]
         expected = (None, None) if mask is None else mask_overlap(found.mask, mask)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.lvlm.model import LVLM
+from localization_heads.store.attention_files import load_attention
 
 ROOT = Path(__file__).parents[1]
 SCENES = ("data=scenes", "scenes.count=12", "scenes.size=128")
@@ -87,6 +88,54 @@ def test_the_numbers_are_those_of_the_other_stages(front: Front) -> None:
             assert found[name] == pytest.approx(metrics[name], abs=1e-6), (key, name)
 
 
+def test_where_no_head_passes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rule: no heads on average are no heads, and a sample without heads of its own is not scored."""
+    stub_figures(monkeypatch)
+    nothing = "criteria.tau=5"  # sums are at most 1
+    said = (
+        "no head passes criterion 1 on average, so there is none to ground with: lower criteria.tau, or name"
+    )
+    for name in ("tab1", "tab2", "tab3", "tab8", "random"):
+        result = front.finder(*EXPERIMENT, f"experiment={name}", nothing)
+        assert result.status == 2 and said in one_line(result.err), (name, result.err)
+        assert front.finder(*EXPERIMENT, f"experiment={name}", nothing, "heads=[3-1]").status == 0, name
+    for name in ("fig3", "fig6a", "fig6b", "tab4", "tab5", "fig13", "fig14"):
+        result = front.finder(*EXPERIMENT, f"experiment={name}", nothing)
+        assert result.status == 0, (name, result.err)
+    rows = numbers(front, "tab5")["numbers"]
+    assert {name: row["samples"] for name, row in rows.items() if row["samples"] < 12} == {
+        "both, fixed": 0,
+        "both, greedy": 0,
+    }
+    assert rows["both, greedy"]["acc@0.5"] is None and rows["both, greedy"]["acc@0.5_interval"] == [
+        None,
+        None,
+    ]
+    result = front.finder("stage=find", *SCENES, nothing)
+    assert result.status == 0 and "no head passes criterion 1 on average: heads.json lists none" in result.err
+
+
+def test_greedy_scores_the_entries_that_evaluate_keeps(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a threshold that some expressions have heads above, and others not."""
+    stub_figures(monkeypatch)
+    assert front.finder(*EXPERIMENT, "experiment=tab5").status == 0
+    maps = [load_attention(path).attention for path in (front.out / "attention").glob("scene_?????.pkl")]
+    highest = sorted(float(one[2:].sum(axis=(2, 3)).max()) for one in maps)
+    tau = f"criteria.tau={(highest[5] + highest[6]) / 2}"
+    assert front.finder(*EXPERIMENT, "experiment=tab5", tau).status == 0
+    found = numbers(front, "tab5")["numbers"]["both, greedy"]
+    result = front.finder(
+        "stage=evaluate", *SCENES, tau, "heads=greedy", "visualize_batch=false", "segmenter=none"
+    )
+    assert result.status == 1 and "no head passes the criteria in this sample" in result.out
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert found["samples"] == metrics["num_samples"] == 6 and metrics["num_failed"] == 6
+    for name in ("acc@0.5", "mean_iou", "pointing", "ciou", "giou"):
+        assert found[name] == pytest.approx(metrics[name], abs=1e-6), name
+    text = (front.out / "experiments/tab5.md").read_text()
+    assert "| both, greedy (6 of 12) |" in text and "in which no head passes, as stage=evaluate does" in text
+
+
 def test_a_killed_run_goes_on(front: Front, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same numbers, and without the samples that were done."""
     stub_figures(monkeypatch)
@@ -146,7 +195,7 @@ def test_bad_entries_are_put_aside(front: Front, monkeypatch: pytest.MonkeyPatch
     ("options", "said"),
     [
         (["stage=experiment"], "experiment= is missing: choose one of fig3, fig6a"),
-        (["stage=experiment", "experiment=fig4"], "experiment=fig4: choose one of all"),
+        (["stage=experiment", "experiment=fig4"], "experiment=fig4: did you mean fig14? choose one of all"),
         (
             ["stage=experiment", "experiment=fig3", "heads=greedy"],
             "heads=greedy: experiments rank fixed heads",

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from localization_heads.apps import frontdoor
-from localization_heads.apps.frontdoor import FREE_TEXT, help_text, plain_options, quote_free_text, run
+from localization_heads.apps.frontdoor import help_text, plain_options, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.options import RULES, TEXTS, check_options
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -57,6 +58,10 @@ def process(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
 
 
 # ------------------------------------------------------------------------------------------------- help
+
+
+APPLICATIONS = ("finder", "visualize", "chat", "demo")
+GROUPS = ("model", "criteria", "grounding", "segmenter", "data", "experiment", "rung", "engine")
 
 
 PREFIXED = ("model", "criteria", "grounding", "segmenter", "experiment", "engine")
@@ -116,7 +121,7 @@ TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=TYPED, name=st.sampled_from(FREE_TEXT))
+@given(text=TYPED, name=st.sampled_from([name for name in TEXTS if RULES[name].kind in ("text", "path")]))
 @example(text="the dog, on the left", name="query")
 @example(text="a=b, c={d: [e]}", name="query")
 @example(text='it\'s "that" one', name="query")
@@ -149,21 +154,67 @@ def test_free_text_arrives_as_it_was_typed(text: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", ["k=5", "heads=[1-2,3-4]", "--info", "model=tiny", "query", "query=", "query=null"]
+    "argument", ["k=5", "heads=[]", "--info", "model=tiny", "query", "query=", "query=null", "exclude=null"]
 )
 def test_what_is_no_free_text_is_left_alone(argument: str) -> None:
     assert quote_free_text(argument) == argument
 
 
+ITEM = TYPED.filter(lambda text: "," not in text and text == text.strip() and text[0] not in "'\"")
+
+
+@settings(max_examples=100, deadline=None)
+@given(items=st.lists(ITEM, min_size=1, max_size=3), name=st.sampled_from(["exclude", "heads"]))
+@example(items=["a b=c.jsonl", "it's.jsonl", "${x}#[1].jsonl", "e]"], name="exclude")
+def test_each_text_of_a_list_arrives_as_it_was_typed(items: list[str], name: str) -> None:
+    assert arrived(f"{name}=[{','.join(items)}]") == items
+
+
 def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
-    """A path may hold an equals sign, a comma or a space."""
+    """A path may hold an equals sign, a comma or a space; a quoted item of a list too."""
     for value, expected in (
         ("out/a=b, c/heads.json", "out/a=b, c/heads.json"),
         ("[1-2,L3H4]", ["1-2", "L3H4"]),
+        ("['1-2' , \"a, b\"]", ["1-2", "a, b"]),
         ("1-2", "1-2"),
         ("auto", "auto"),
     ):
         assert finder_options(f"heads={value}")["heads"] == expected
+    assert quote_free_text("heads=auto,greedy", sweeps=True) == "heads=auto,greedy"
+
+
+PATHS = [name for name, rule in RULES.items() if rule.kind in ("path", "paths")]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path option of every command; `~` elsewhere is a character like any other."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    group = ["segmenter=sam"] if name == "segmenter.name" else []
+    typed = {"~/a b/c.json": "/home/ann/a b/c.json", "x/~/y": "x/~/y", "https://a.example/~ann/x": None}
+    for written, expected in typed.items():
+        options: Any = finder_options(*group, f"{name}={written}")
+        for key in name.split("."):
+            options = options[key]
+        assert options == (expected or written)
+    if RULES[name].kind == "paths":
+        assert finder_options(f"{name}=[~/a,b]")[name] == ["/home/ann/a", "b"]
+
+
+def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from data at home to results at home, with heads from home, and the viewer over them."""
+    monkeypatch.setenv("HOME", str(front.folder))
+    write_data(front.folder, 2)
+    for options in (["stage=find"], ["stage=ground", "heads=~/out/tiny/heads.json", "k=1"]):
+        result = front.finder(*options, "data_file=~/data.jsonl", "output_dir=~/out", "report=false")
+        assert result.status == 0, result.err
+    assert not (front.folder / "~").exists()
+    result = front.finder("stage=collect", "image_file=~/picture_0.png", "query=x", "output_dir=~/out")
+    assert result.status == 0, result.err
+    file = next((front.folder / "out/tiny/attention").glob("picture_0*.pkl"))
+    result = front.visualize(f"attention_file=~/{file.relative_to(front.folder)}", "output_dir=~/figures")
+    assert result.status == 0, result.err
+    assert list((front.folder / "figures").iterdir())
 
 
 # ------------------------------------------------------------------------------------ errors and statuses
@@ -174,7 +225,30 @@ def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
     [
         (["stage=nap"], "stage=nap: choose one of batch, find,"),
         (["stag=batch"], "stag= is no option: did you mean stage=? --help lists all"),
+        (["query=the", "cat"], "cat belongs to no option; a text with spaces needs quotes: 'query=the cat'"),
+        (["query=the", "red", "cat", "k=1"], "needs quotes: 'query=the red cat'"),
+        (["image_file=my", "-old", "cat.png"], "needs quotes: 'image_file=my -old cat.png'"),
+        (["find"], "find: write NAME=VALUE; --help lists all"),
+        (["stge"], "stge: write NAME=VALUE; did you mean stage? "),
+        (["k=1", "stage"], "stage has no value: write stage=VALUE"),
+        (["--nonsense"], "--nonsense: write NAME=VALUE"),
+        (["k=1", "--cfg"], "--cfg/-c: expected one argument"),
         (["model=big"], "model=big: choose one of "),
+        (["model=lava"], "model=lava: did you mean llava? choose one of aya-vision, "),
+        (["model=someone/model"], "model=someone/model: write model.name= for a Hugging Face id or a folder"),
+        (["criteria=publishd"], "did you mean published?"),
+        (["grounding=papr"], "did you mean paper?"),
+        (["segmenter=grabcat"], "did you mean grabcut?"),
+        (["experiment=tab"], "did you mean tab"),
+        (["rung=mask_bx"], "did you mean mask_box?"),
+        (["data=example"], "did you mean examples?"),
+        (["engine=rey"], "did you mean ray?"),
+        (["stage=grond"], "stage=grond: did you mean ground? choose one of batch"),
+        (["grounding.binarise=ostu"], "did you mean otsu?"),
+        (["scenes.cuont=3"], "did you mean scenes.count=?"),
+        (["engine.num_workers=2"], "engine.num_workers= is an option of engine=ray alone"),
+        (["segmenter.prompt=[box]"], "segmenter.prompt= is an option of segmenter="),
+        (["k=${x}"], "k=${x}: there is no option x"),
         (["criteria=own"], "criteria=own: choose one of paper, published"),
         (["model.nme=x"], "model.nme= is no option: did you mean model.name=?"),
         (["criteria.tua=1"], "did you mean criteria.tau=?"),
@@ -186,7 +260,8 @@ def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
         (["k=1,2"], "k=1,2: give one value"),
         (["heads=1-2,3-4"], "heads=1-2,3-4: give one value; a list is written [A,B]"),
         (["top_k=0"], "top_k=0: "),
-        (["heads=[1-2"], "heads=[1-2"),
+        (["heads=[1-2"], "heads=[1-2: give one value; a list is written [A,B]"),
+        (["heads=null"], "heads=null: write auto, greedy, a heads.json"),
         (["k"], "k"),
         (["=5"], "= is no option: --help lists all"),
         (["stage=collect"], "image_file= is missing: stage=collect needs image_file and query"),
@@ -211,12 +286,55 @@ def test_wrong_use_is_one_line_and_status_2(front: Front, arguments: list[str], 
     assert list(front.folder.iterdir()) == []
 
 
+ODD = [
+    "-1", "[1,2]", "[[1]]", "{a:1}", "null", "", "x" * 300, "../../etc/passwd", "${x}", "${stage}", "é", "a,b", "a=b",
+    "1e999", "nan", "???", "[", "{", "'", "choice(a,b)", "range(1,3)", "glob(*)", "true", "int(3)", "*", "a b", "\\",
+    "\x01", "\ud800", "paper.yaml", "1_000", "[" * 500 + "]" * 500, "9" * 400, "9" * 5000,
+]  # fmt: skip
+ANY_NAME = [
+    *RULES,
+    *GROUPS,
+    "hydra.run.nonsense",
+    "hydra/launcher",
+    "model@x",
+    "a b",
+    "é",
+    "model.",
+    ".k",
+    "k.x",
+]
+
+
+def test_whatever_stands_behind_an_option_is_one_line(
+    front: Front, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Odd values of options and groups, in turn: composed and checked, no model. (test_options.py tries every rule.)"""
+
+    def check(cfg: Any) -> int:
+        check_options(plain_options(cfg))
+        return 0
+
+    tried = [(name, ODD[7 * number % len(ODD)]) for number, name in enumerate(list(RULES)[::3])]
+    tried += [
+        (name, odd) for name in ANY_NAME if name not in RULES for odd in ODD[:: 1 if name == "data" else 8]
+    ]
+    helps = {application: help_text(application, "") for application in APPLICATIONS}
+    for name, odd in tried:
+        application = next((one for one, text in helps.items() if f"\n{name}:" in text), "finder")
+        status = run(check, application, "program", [f"{name}={odd}"])
+        err = capsys.readouterr().err
+        assert status in (0, 2), (name, odd, err)
+        if status:
+            assert len(one_line(err)) < 1500, (name, odd)
+            assert "Traceback" not in err and "object_type" not in err, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "attention_file= is missing"),
         (["attention_file=no.pkl"], "attention_file=no.pkl: there is no such file"),
-        (["mode=both"], "mode=both: choose one of single, batch"),
+        (["mode=single_"], "mode=single_: did you mean single? choose one of single, batch"),
         (["mode=batch", "data_file=no.jsonl"], "data_file=no.jsonl: no such file"),
         (["mode=batch", "data_file=null"], "data_file= is missing"),
         (["layr=5"], "did you mean layer=?"),

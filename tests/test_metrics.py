@@ -16,13 +16,13 @@ from localization_heads.evaluation.metrics import (
     bootstrap_ratios,
     box_iou,
     ciou,
-    energy_in_box,
     giou,
     mask_iou,
     mask_overlap,
     percentile_interval,
     pointing_hit,
 )
+from localization_heads.grounding.raster import mass_inside
 
 boxes = st.tuples(*[st.integers(0, 12)] * 4).map(
     lambda c: (min(c[0], c[1]), min(c[2], c[3]), max(c[0], c[1]), max(c[2], c[3]))
@@ -163,7 +163,7 @@ class TestEnergy:
         ],
     )
     def test_by_hand(self, mass, image_box, box, expected):
-        assert energy_in_box(np.array(mass, float), image_box, (4, 4), box) == pytest.approx(expected)
+        assert mass_inside(np.array(mass, float), image_box, (4, 4), box) == pytest.approx(expected)
 
     @given(
         st.integers(0, 2**32 - 1),
@@ -182,7 +182,7 @@ class TestEnergy:
                     if 0 <= x < 12 and 0 <= y < 12:
                         total += mass[row, column] / 6
                         inside += mass[row, column] / 6 * painted(box)[y, x]
-        found = energy_in_box(mass, (x0, y0, x0 + 3 * grid[1], y0 + 2 * grid[0]), (12, 12), box)
+        found = mass_inside(mass, (x0, y0, x0 + 3 * grid[1], y0 + 2 * grid[0]), (12, 12), box)
         assert found == pytest.approx(inside / total if total else 0)
 
 

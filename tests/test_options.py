@@ -38,10 +38,7 @@ def config_files(group: str) -> list[str]:
 
 
 WITHOUT_RULE = {
-    "device": "pick_device asks torch what this machine has",
-    "heads": "chosen_heads reads names and files",
     "model.heads": "ModelSpec reads them",
-    "segmenter.device": "pick_device, when the weights are loaded",
 }
 """Options that options.py has no rule for, and who checks them instead."""
 
@@ -303,6 +300,44 @@ def test_wrong_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=rf"^{re.escape(name)}=.*: ") as caught:
         check_options(options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_value_upsets_a_rule(name: str) -> None:
+    """It passes or is refused in one line, whatever Hydra's grammar or a program makes of it."""
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        10**400,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        " ",
+        "x" * 300,
+        "é",
+        "\ud800",
+        "\0",
+    ]
+    odd += [
+        "a\nb",
+        "[",
+        [],
+        [1, 2],
+        [[1]],
+        [None],
+        [{}],
+        [["a"], "b"],
+        {},
+        {"a": 1},
+        (1,),
+        "~",
+        "~nobody-here/x",
+    ]
+    for value in odd:
+        problem = RULES[name](value)
+        assert problem is None or (problem and "\n" not in problem and len(problem) < 400), value
 
 
 @pytest.mark.parametrize(

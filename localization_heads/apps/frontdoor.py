@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import os
 import platform
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
@@ -16,26 +17,6 @@ from typing import Any
 from localization_heads.apps.printable import printable
 from localization_heads.apps.verbosity import HELP, verbosity
 from localization_heads.errors import UsageError, WorkError
-
-FREE_TEXT = (
-    "query",
-    "image_file",
-    "attention_file",
-    "data_file",
-    "output_dir",
-    "save_id",
-    "scenes.folder",
-    "dataset_path",
-    "dataset_folder",
-    "images",
-    "model.name",
-    "model.label",
-    "model.system",
-    "segmenter.name",
-    "phrases.model",
-    "engine.address",
-)
-"""Options whose value is any text. Hydra's grammar would trip over their commas, quotes and equals signs."""
 
 NOT_SET_UP = (
     "lacks what this needs: `make setup`, then `source .venv/bin/activate`; "
@@ -45,6 +26,7 @@ NOT_SET_UP = (
 _GLOBAL = "# @package _global_\n"
 
 _QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
+_ITEM = re.compile(r"""\s*('[^'\\]+'|"[^"\\]+"|[^,]*?)\s*(?:,|\Z)""")  # of a list
 
 
 def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequence[str] | None = None) -> int:
@@ -60,7 +42,7 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
     debug = "debug=true" in [a.lower() for a in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         with verbosity(arguments) as options:
-            return _run_hydra(main, config_name, program, [quote_free_text(a) for a in options])
+            return _run_hydra(main, config_name, program, options)
     except KeyboardInterrupt:
         return _fail(
             "interrupted; what was finished is kept, and the same command goes on from there", 130, debug
@@ -101,28 +83,50 @@ def _group_help(group: str, choice: str) -> str:
     return f"# --- {group}={choice} {'-' * (100 - len(group) - len(choice))}\n{text}"
 
 
-def quote_free_text(argument: str) -> str:
+def quote_free_text(argument: str, sweeps: bool = False) -> str:
     """Quote the value of a free-text option for Hydra, so that users need only quote for their shell.
 
-    >>> quote_free_text("query=the dog, on the left")
-    "query='the dog, on the left'"
+    Args:
+        argument: `NAME=VALUE`; what `RULES` has no text for stays as it is.
+        sweeps: whether a list of options may be swept over: those that take lists are then Hydra's to read.
+
+    >>> quote_free_text("query=the dog, on the left"), quote_free_text("exclude=[a b.jsonl,c=d.jsonl]")
+    ("query='the dog, on the left'", "exclude=['a b.jsonl','c=d.jsonl']")
     """
+    from localization_heads.options import RULES
+
     name, equals, value = argument.partition("=")
-    is_file = name == "heads" and value.endswith(".json")
-    if not equals or value in ("", "null") or not (name in FREE_TEXT or is_file) or _QUOTED.fullmatch(value):
+    kind = RULES[name].kind if name in RULES else "value"
+    if not equals or kind == "value" or value in ("", "null"):
         return argument
+    if kind in ("texts", "paths"):
+        if sweeps or value == "[]":
+            return argument
+        if value[0] == "[" and value[-1] == "]":
+            items = [item for item in _ITEM.findall(value[1:-1] + ",")[:-1] if item]
+            return f"{name}=[{','.join(map(_quoted, items))}]"
+    return f"{name}={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    if _QUOTED.fullmatch(value):
+        return value
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # text, not an interpolation of OmegaConf's
     value = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value)  # backslashes before a quote would escape it
     value = value.replace("'", "\\'")
-    return f"{name}='{value}'"
+    return f"'{value}'"
 
 
 def plain_options(cfg: Any) -> dict[str, Any]:
-    """The composed options as plain values, interpolations resolved."""
+    """The composed options as plain values, interpolations resolved and `~` made the home folder in every path."""
     from omegaconf import OmegaConf
 
+    from localization_heads.options import expand_home
+
     options = OmegaConf.to_container(cfg, resolve=True)
-    return {str(name): value for name, value in options.items()} if isinstance(options, dict) else {}
+    plain = {str(name): value for name, value in options.items()} if isinstance(options, dict) else {}
+    expand_home(plain)
+    return plain
 
 
 def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
@@ -130,7 +134,11 @@ def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, argum
         import hydra
     except ModuleNotFoundError:
         raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
-    _check_grammar(arguments, config_name)
+    flags, words, sweeps = _flags_and_words(arguments)
+    _check_words(words, config_name)
+    words = [quote_free_text(word, sweeps) for word in words]
+    own_choices = not any(word.startswith(("-cd", "--config-d", "hydra.searchpath=")) for word in arguments)
+    _check_grammar(words, config_name, sweeps, own_choices)
     statuses: list[int] = []
     problems: list[BaseException] = []
     here = _process()
@@ -150,7 +158,7 @@ def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, argum
     entry = hydra.main(
         version_base="1.3", config_path="pkg://localization_heads.config", config_name=config_name
     )(job)
-    with _as_hydra_wants_it([program, *arguments]):
+    with _as_hydra_wants_it([program, *flags, *words]):
         try:
             entry()
         except Exception as error:
@@ -174,26 +182,92 @@ def _why_a_job_failed(error: Exception) -> str:
     return reason if name in ("UsageError", "WorkError") else f"a job of the sweep failed: {name}: {reason}"
 
 
-def _check_grammar(arguments: Sequence[str], config_name: str) -> None:
-    """Raises UsageError for the first argument that Hydra could not read, or would take as another command."""
+def _flags_and_words(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Hydra's own flags with their values, the words (`NAME=VALUE`), and whether the flags ask for a sweep."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        known, unknown = parser.parse_known_intermixed_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{_one_line(error)}; --help lists all options") from None
+    words = [word for word in arguments if word in known.overrides or word in unknown]
+    return [flag for flag in arguments if flag not in words], words, bool(known.multirun)
+
+
+def _check_words(words: Sequence[str], config_name: str) -> None:
+    """Raises UsageError for the first word that is not NAME=VALUE."""
+    for place, word in enumerate(words):
+        if word[:1] == "-" or ("=" not in word and word[:1] not in ("+", "~")):
+            raise UsageError(_loose_word(words, place, config_name))
+
+
+def _loose_word(words: Sequence[str], place: int, config_name: str) -> str:
+    """The error for a word that the shell has cut off a text, or that lacks its value."""
+    from localization_heads.options import TEXTS, did_you_mean
+
+    word, before = words[place], words[place - 1] if place else ""
+    if before.partition("=")[0] in TEXTS:
+        rest = [before, *words[place:]]
+        stop = next((i for i, other in enumerate(rest) if i and "=" in other), len(rest))
+        whole = shlex.quote(" ".join(rest[:stop]))
+        return f"{word[:200]} belongs to no option; a text with spaces needs quotes: {whole[:400]}"
+    if word in _names(config_name):
+        return f"{word} has no value: write {word}=VALUE; --help lists all options"
+    word = word[:200]
+    return f"{word}: write NAME=VALUE; {did_you_mean(word, _names(config_name))}--help lists all options"
+
+
+def _check_grammar(words: Sequence[str], config_name: str, sweeps: bool, own_choices: bool) -> None:
+    """Raises UsageError for the first word that Hydra could not read, or would take as another command.
+
+    Args:
+        own_choices: whether the groups have our choices alone, and not those of another folder as well.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, sweeps = OverridesParser.create(), {"-m", "--multirun"} & set(arguments)
-    for argument in arguments:
-        if argument[:1] == "-" or not ("=" in argument or argument[:1] in "+~"):
-            continue
+    parser, groups = OverridesParser.create(), dict(_groups(config_name))
+    for word in words:
         try:
-            override = parser.parse_override(argument)
-        except HydraException as error:
-            raise UsageError(f"{argument}: cannot be read as NAME=VALUE ({_one_line(error)})") from error
+            override = parser.parse_override(word)
+        except (HydraException, RecursionError, ValueError) as error:  # of 5,000 digits
+            raise UsageError(_unreadable(word, error, groups)) from error
         name = override.key_or_group
-        if not name or (argument[0] in "+~" and not name.startswith("hydra")):
-            raise UsageError(unknown_option(argument.partition("=")[0], config_name))
-        if override.is_sweep_override() and not sweeps:
-            raise UsageError(f"{argument}: give one value; a list is written [A,B]")
-        if override.value() is None and name in dict(_groups(config_name)):
-            raise UsageError(f"{name}=null: choose one of {', '.join(_choices(name))}")
+        if not name or (word[0] in "+~" and not name.startswith("hydra")):
+            raise UsageError(unknown_option(word.partition("=")[0], config_name))
+        if override.is_sweep_override():
+            if not sweeps:
+                raise UsageError(f"{word[:200]}: give one value; a list is written [A,B]")
+        elif name in groups and own_choices and override.value() not in _choices(name):
+            raise UsageError(_no_choice(name, word.partition("=")[2]))
+        elif (name in groups or "/" in name) and not isinstance(override.value(), str):
+            raise UsageError(f"{word[:200]}: name one choice of {name}")
+
+
+def _unreadable(argument: str, error: Exception, groups: Mapping[str, str]) -> str:
+    """The error for an argument that Hydra's grammar refuses: what the option takes, where that is the trouble."""
+    from localization_heads.options import RULES
+
+    name, _, value = argument.partition("=")
+    if name in groups:
+        return _no_choice(name, value)
+    if name in RULES and (problem := RULES[name](value)):
+        return f"{argument[:200]}: {problem}"
+    return f"{argument[:200]}: cannot be read as NAME=VALUE ({_one_line(error)})"
+
+
+def _no_choice(group: str, value: str) -> str:
+    """The error for a choice that a group does not have."""
+    from localization_heads.options import RULES, did_you_mean
+
+    choices = _choices(group)
+    takes_path = f"{group}.name" in RULES and RULES[f"{group}.name"].kind == "path"
+    hint = did_you_mean(value, choices)
+    if "/" in value and takes_path:
+        hint = f"write {group}.name= for a Hugging Face id or a folder, or "
+    return f"{group}={value[:200]}: {hint}choose one of {', '.join(choices)}"
 
 
 @contextmanager
@@ -220,19 +294,37 @@ def _option_error(error: Exception, config_name: str) -> str | None:
     text = str(error)
     if match := re.search(r"Could not override '([^']*)'", text):
         return unknown_option(match[1], config_name)
-    if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([^'/]*)/([^']*)'", text):
-        choices = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
-        return f"{match[1]}={match[2]}: choose one of {', '.join(choices) or '(nothing)'}"
+    if match := re.match(r"Interpolation key '([^']*)' not found\s+full_key: (\S+)", text):
+        return f"{match[2]}=${{{match[1]}}}: there is no option {match[1]}"
+    if match := re.match(r"Error merging override (.*)", text):
+        return f"{match[1][:200]}: it takes no value of this form; --help shows one that fits"
     return f"the options cannot be read: {_one_line(error)}"
 
 
 def unknown_option(name: str, config_name: str) -> str:
     """The error for an option that does not exist, with the nearest one that does."""
+    from localization_heads.options import RULES, did_you_mean
+
+    group, _, key = name.rpartition(".")
+    if name in RULES and group in dict(_groups(config_name)):
+        having = [
+            choice
+            for choice in _choices(group)
+            if re.search(rf"^{key}:", _config_text(f"{group}/{choice}"), re.MULTILINE)
+        ]
+        return f"{name}= is an option of {group}={' or '.join(having)} alone"
+    near = did_you_mean(name, [f"{option}=" for option in _names(config_name)])
+    return f"{name[:200]}= is no option: {near}--help lists all"
+
+
+def _names(config_name: str) -> list[str]:
+    """Every option and every group, as the command line knows them."""
+    from localization_heads.options import RULES
+
     known = re.findall(r"^([\w.]+):|^  - (\w+):", help_text(config_name, ""), re.MULTILINE)
     names = {option or group for option, group in known} - {"defaults"}
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {near[0]}=? " if near else ""
-    return f"{name}= is no option: {hint}--help lists all"
+    inner = {name for name in RULES if "." in name and name.partition(".")[0] in names}
+    return sorted(names | inner)
 
 
 def _groups(config_name: str) -> list[tuple[str, str]]:
@@ -242,7 +334,9 @@ def _groups(config_name: str) -> list[tuple[str, str]]:
 
 def _choices(group: str) -> list[str]:
     names = (file.name for file in (files("localization_heads") / "config" / group).iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return sorted(
+        name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != "base.yaml"
+    )
 
 
 def _config_text(config_name: str) -> str:

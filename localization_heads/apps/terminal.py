@@ -20,7 +20,7 @@ from localization_heads.lvlm.answering import Conversation
 from localization_heads.lvlm.prompts import CONV_MODES
 from localization_heads.stages.run import Run, check_heads
 from localization_heads.stages.single import default_id
-from localization_heads.store.paths import entry_path
+from localization_heads.store.paths import entry_path, from_home
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -108,7 +108,7 @@ class Session:
     def look_at(self, path: str) -> None:
         if not path:
             raise UsageError("write /image PATH")
-        picture = self.run.picture(path)
+        picture = self.run.picture(from_home(path))
         image = load_image(picture)
         self.conversation.look_at(image)
         self.image_name = str(picture)

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.evaluation.metrics import interval_shares
 from localization_heads.evaluation.random_heads import layer_matched
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.raster import interval_shares
 from localization_heads.heads.head import Head
 
 DRAWS = 5

@@ -118,45 +118,6 @@ def accuracy_at(ious: ArrayLike, threshold: float = 0.5) -> float:
     return _mean(np.asarray(ious, dtype=np.float64) >= threshold)
 
 
-def energy_in_box(
-    mass: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], box: Box
-) -> float:
-    """Share of a map's mass on the image that lies in `box`: `sum m_c |c ∩ box| / sum m_c |c ∩ image|`, 0 to 1.
-
-    Within a cell the mass is even, so a cell that the box or the image's edge cuts counts by area. What lies on the
-    padding counts nowhere. 0 for a map without mass on the image.
-
-    Args:
-        mass: `[h, w]`, none below 0, over the region `image_box` of the image, in pixels.
-        image_size: `(W, H)`.
-        box: xyxy in pixels; cut at the image's edge.
-
-    >>> energy_in_box(np.array([[3.0, 1.0]]), (0, 0, 4, 2), (4, 2), (1, 0, 4, 2))
-    0.625
-    """
-    h, w = mass.shape
-    W, H = image_size
-    x_edges, y_edges = (np.linspace(image_box[i], image_box[i + 2], n + 1) for i, n in ((0, w), (1, h)))
-
-    def within(x0: float, y0: float, x1: float, y1: float) -> float:
-        return float(interval_shares(y_edges, y0, y1) @ mass @ interval_shares(x_edges, x0, x1))
-
-    total = within(0, 0, W, H)
-    x0, y0, x1, y1 = box
-    return within(max(x0, 0), max(y0, 0), min(x1, W), min(y1, H)) / total if total > 0 else 0.0
-
-
-def interval_shares(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
-    """The share of each interval between rising `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
-
-    >>> interval_shares([0, 2, 4, 6], 1, 4.5).tolist()
-    [0.5, 1.0, 0.25]
-    """
-    edges = np.asarray(edges, dtype=np.float64)
-    shared = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    return np.asarray(np.clip(shared, 0, None) / np.diff(edges))
-
-
 def bootstrap_ratios(
     numerators: ArrayLike,
     denominators: ArrayLike,

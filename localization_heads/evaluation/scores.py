@@ -19,13 +19,13 @@ from localization_heads.evaluation.metrics import (
     bootstrap_ratios,
     box_iou,
     divided,
-    energy_in_box,
     mask_overlap,
     percentile_interval,
     pointing_hit,
 )
 from localization_heads.grounding.hull import fill_polygon
 from localization_heads.grounding.maps import Grounding
+from localization_heads.grounding.raster import mass_inside
 
 METRICS = (
     *(f"acc@{threshold}" for threshold in THRESHOLDS),
@@ -87,7 +87,7 @@ Answers = Sequence[Sequence[Score]]
 
 def score_grounding(grounding: Grounding, truth: Truth) -> Score:
     """A grounded box with its map and its mask."""
-    energy = energy_in_box(grounding.combined, grounding.image_box, grounding.image_size, truth.box)
+    energy = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, truth.box)
     iou = float(box_iou(grounding.box, truth.box))
     overlap = truth.overlap(grounding.mask) if truth.mask is not None else None
     return Score(iou, pointing_hit(grounding.point, truth.box), energy, overlap)
@@ -106,7 +106,7 @@ def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Sco
     if truth.mask is not None:
         corners = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
         overlap = truth.overlap(fill_polygon(corners, image_size))
-    energy = energy_in_box(np.ones((1, 1)), box, image_size, truth.box)
+    energy = mass_inside(np.ones((1, 1)), box, image_size, truth.box)
     hit = pointing_hit(((x0 + x1) / 2, (y0 + y1) / 2), truth.box)
     return Score(float(box_iou(box, truth.box)), hit, energy, overlap)
 

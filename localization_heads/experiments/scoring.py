@@ -18,7 +18,7 @@ from localization_heads.evaluation.metrics import (
     giou,
     pointing_hit,
 )
-from localization_heads.evaluation.scores import Truth
+from localization_heads.evaluation.scores import Truth, rounded
 from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
 
@@ -32,7 +32,8 @@ class Recipe:
     """Which heads' maps are added, and how the sum becomes a box.
 
     Args:
-        heads: the same for every sample, or, as a tuple of tuples, each sample's own.
+        heads: the same for every sample, or, as a tuple of tuples, each sample's own. A sample without heads is not
+            scored.
         segmented: whether the segmenter has its turn, where there is one. Sweeps do without: it would take most of
             their time and blur what they compare.
     """
@@ -42,13 +43,13 @@ class Recipe:
     segmented: bool = False
 
     def of(self, sample: int) -> Heads:
-        own = isinstance(self.heads[0], tuple) and not isinstance(self.heads[0], Head)
+        own = bool(self.heads) and not isinstance(self.heads[0], Head)
         return self.heads[sample] if own else self.heads  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How well one recipe grounds every sample; arrays are `[sample]`.
+    """How well one recipe grounds every sample that it has heads for; arrays are `[sample]`.
 
     Args:
         iou: IoU of the box with the true one (REC).
@@ -60,18 +61,22 @@ class Scores:
     hit: NDArray[np.bool_]
     overlap: NDArray[np.int64]
 
+    def __len__(self) -> int:
+        """The samples that are scored."""
+        return len(self.iou)
+
     @property
     def accuracy(self) -> float:
-        """REC: Acc@0.5."""
+        """REC: Acc@0.5; like every other NaN without samples."""
         return accuracy_at(self.iou)
 
     @property
     def mean_iou(self) -> float:
-        return float(np.mean(self.iou))
+        return float(np.mean(self.iou)) if len(self) else np.nan
 
     @property
     def pointing(self) -> float:
-        return float(np.mean(self.hit))
+        return float(np.mean(self.hit)) if len(self) else np.nan
 
     @property
     def ciou(self) -> float:
@@ -88,7 +93,7 @@ class Scores:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for a file; None where undefined."""
-        low, high = bootstrap_interval(self.iou >= 0.5)
+        interval = bootstrap_interval(self.iou >= 0.5)
         values = {
             "acc@0.5": self.accuracy,
             "mean_iou": self.mean_iou,
@@ -96,8 +101,8 @@ class Scores:
             "ciou": self.ciou,
             "giou": self.giou,
         }
-        rounded = {name: None if np.isnan(value) else round(value, 6) for name, value in values.items()}
-        return rounded | {"acc@0.5_interval": [round(low, 6), round(high, 6)]}
+        plain: dict[str, Any] = {name: rounded(value) for name, value in values.items()}
+        return plain | {"acc@0.5_interval": [rounded(bound) for bound in interval]}
 
 
 def score(
@@ -123,15 +128,21 @@ def score(
 _One = tuple[float, bool, tuple[int, int] | None]
 
 
-def _score_one(recipe: Recipe, number: int, maps: AttentionMaps, truth: Truth, refine: Refine | None) -> _One:
-    grounding = ground_maps(maps, recipe.of(number), recipe.options)
+def _score_one(
+    recipe: Recipe, number: int, maps: AttentionMaps, truth: Truth, refine: Refine | None
+) -> _One | None:
+    """None where the recipe has no heads for the sample."""
+    if not (heads := recipe.of(number)):
+        return None
+    grounding = ground_maps(maps, heads, recipe.options)
     if refine and recipe.segmented:
         grounding = refine(number, grounding)
     overlap = None if truth.mask is None else truth.overlap(grounding.mask)
     return float(box_iou(grounding.box, truth.box)), pointing_hit(grounding.point, truth.box), overlap
 
 
-def _gather(rows: Sequence[_One]) -> Scores:
+def _gather(every: Sequence[_One | None]) -> Scores:
+    rows = [row for row in every if row is not None]
     overlaps = [overlap for _, _, overlap in rows if overlap is not None]
     return Scores(
         iou=np.array([iou for iou, _, _ in rows], dtype=np.float64),

@@ -11,6 +11,7 @@ from localization_heads.experiments import paper
 from localization_heads.experiments.finding import Finding, Table, percent
 from localization_heads.experiments.scoring import Heads, Recipe, Scores
 from localization_heads.experiments.study import Study, first, names
+from localization_heads.heads.analysis import NONE_KEPT
 from localization_heads.heads.ranking import HeadRanking
 
 ELBOWS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -72,6 +73,8 @@ def selection_frequency(study: Study, scores: Mapping[Any, Scores]) -> Finding:
         f"Of {study.shape[0] * study.shape[1]} heads {ever} are ever among the {study.options.top_n} kept heads of "
         f"lowest entropy. First come {names(top)}, selected in "
         f"{', '.join(percent(share, 0) for share in shares)} % of the expressions."
+        if top
+        else f"{NONE_KEPT.capitalize()}: none is selected."
     )
     if known and known.heads:
         both = [str(head) for head in top if str(head) in published]

@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.errors import UsageError
 from localization_heads.grounding.maps import GroundingOptions
-from localization_heads.heads.analysis import greedy_heads
+from localization_heads.heads.analysis import NONE_KEPT, WAY_OUT, greedy_heads
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, rank_heads
@@ -99,8 +100,14 @@ class Study:
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """The localization heads, best first: those named, else the first `k` found here."""
+        """The localization heads, best first: those named, else the first `k` found here; none if none is kept."""
         return self.given_heads or self.found()
+
+    def needed_heads(self) -> tuple[Head, ...]:
+        """`heads`, for what cannot do without. UsageError if no head passes criterion 1 on average."""
+        if not self.heads:
+            raise UsageError(f"{NONE_KEPT}, so there is none to ground with: {WAY_OUT}")
+        return self.heads
 
     def ranked(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
         """The ranking with another threshold or another number of marked heads; nothing is run again."""
@@ -127,7 +134,7 @@ class Study:
     def greedy(self, k: int | None = None, *, tau: float | None = None) -> tuple[tuple[Head, ...], ...]:
         """The heads that each sample picks by itself (the paper's "greedy"), a tuple a sample.
 
-        A sample in which no head passes takes the first head of the first layer that counts, as `heads=greedy`.
+        A sample in which no head passes has none, and is left out of what they score, as with `heads=greedy`.
         """
         options = self.options
         criteria = options.criteria if tau is None else replace(options.criteria, tau=tau, elbow="value")
@@ -136,7 +143,7 @@ class Study:
         for sums, entropies, bottom in zip(self.sums, self.entropies, self.bottom_row, strict=True):
             statistics = HeadStatistics(sums, entropies, entropies, no_count, bottom)
             heads = greedy_heads(statistics, criteria, options.k if k is None else k)
-            picked.append(tuple(heads) or (Head(criteria.exclude_layers, 0),))
+            picked.append(tuple(heads))
         return tuple(picked)
 
 

@@ -12,12 +12,13 @@ from localization_heads.experiments import paper
 from localization_heads.experiments.finding import Finding, Table, percent, printed, than
 from localization_heads.experiments.scoring import Heads, Recipe, Scores
 from localization_heads.experiments.study import Study, first, highest, names
+from localization_heads.heads.analysis import NONE_KEPT
 
 WHICH, WAYS = ("criterion 1", "criterion 2", "both"), ("fixed", "greedy")
 
 
 def main_recipes(study: Study) -> dict[Hashable, Recipe]:
-    return {"ours": Recipe(study.heads, study.options.grounding, segmented=True)}
+    return {"ours": Recipe(study.needed_heads(), study.options.grounding, segmented=True)}
 
 
 def _masks(study: Study) -> str:
@@ -160,7 +161,8 @@ def criteria(study: Study, scores: Mapping[Any, Scores]) -> Finding:
             rec, res = reported or (None, None)
             rows.append(
                 (
-                    f"{which}, {way}",
+                    f"{which}, {way}"
+                    + (f" ({len(found):,} of {len(study):,})" if len(found) < len(study) else ""),
                     heads,
                     percent(found.accuracy),
                     percent(found.ciou),
@@ -170,25 +172,42 @@ def criteria(study: Study, scores: Mapping[Any, Scores]) -> Finding:
             )
     columns = ("criteria, heads", "the heads", "ours REC", "ours RES", "paper REC", "paper RES")
     table = Table(columns, tuple(rows), "The paper's columns: LLaVA-1.5-13B on RefCOCO val")
+    numbers = {
+        f"{which}, {way}": {"samples": len(scores[which, way]), **scores[which, way].summary()}
+        for which in WHICH
+        for way in WAYS
+    }
+    reading = _criteria_reading(study, scores)
+    return Finding("tab5", "Tab. 5: the criteria, and fixed or greedy heads", (table,), reading, numbers)
+
+
+def _criteria_reading(study: Study, scores: Mapping[Any, Scores]) -> str:
     both = scores["both", "fixed"].accuracy
     alone = {which: scores[which, "fixed"].accuracy for which in ("criterion 1", "criterion 2")}
     greedy = scores["both", "greedy"].accuracy
-    reading = (
-        f"With fixed heads, both criteria reach an Acc@0.5 of {percent(both)}, which is "
-        f"{than(both, alone['criterion 1'])} criterion 1 alone ({percent(alone['criterion 1'])}) and "
-        f"{than(both, alone['criterion 2'])} criterion 2 alone ({percent(alone['criterion 2'])}); heads that each "
-        f"expression picks by itself reach {percent(greedy)}. The paper finds both criteria far above either, and "
-        "fixed heads above greedy ones."
+    reading = f"{NONE_KEPT.capitalize()}, so both criteria leave no fixed heads"
+    if study.found():
+        reading = (
+            f"With fixed heads, both criteria reach an Acc@0.5 of {percent(both)}, which is "
+            f"{than(both, alone['criterion 1'])} criterion 1 alone ({percent(alone['criterion 1'])}) and "
+            f"{than(both, alone['criterion 2'])} criterion 2 alone ({percent(alone['criterion 2'])})"
+        )
+    reading += (
+        f"; heads that each expression picks by itself reach {percent(greedy)}. The paper finds both criteria far "
+        "above either, and fixed heads above greedy ones."
     )
-    numbers = {f"{which}, {way}": scores[which, way].summary() for which in WHICH for way in WAYS}
-    return Finding("tab5", "Tab. 5: the criteria, and fixed or greedy heads", (table,), reading, numbers)
+    if len(scores["both", "greedy"]) < len(study):
+        reading += (
+            " Rows with fewer expressions leave those out in which no head passes, as stage=evaluate does."
+        )
+    return reading
 
 
 def smoothing_recipes(study: Study) -> dict[Hashable, Recipe]:
     base, options = study.options.grounding, study.options
     sigmas = {("sigma", sigma): replace(base, sigma=sigma) for sigma in options.sigmas}
     kernels = {("kernel", size): replace(base, kernel_size=size) for size in options.kernels}
-    return {name: Recipe(study.heads, grounding) for name, grounding in (sigmas | kernels).items()}
+    return {name: Recipe(study.needed_heads(), grounding) for name, grounding in (sigmas | kernels).items()}
 
 
 def smoothing(study: Study, scores: Mapping[Any, Scores]) -> Finding:

@@ -124,11 +124,11 @@ def _reading(
 def random_sets(study: Study) -> list[tuple[Head, ...]]:
     """Sets of heads from the layers of the localization heads, the same in every run."""
     rng = np.random.default_rng(study.options.seed)
-    return [layer_matched(study.heads, study.shape, rng) for _ in range(study.options.random_sets)]
+    return [layer_matched(study.needed_heads(), study.shape, rng) for _ in range(study.options.random_sets)]
 
 
 def random_recipes(study: Study) -> dict[Hashable, Recipe]:
-    found = {"found": Recipe(study.heads, study.options.grounding)}
+    found = {"found": Recipe(study.needed_heads(), study.options.grounding)}
     return found | {
         ("random", number): Recipe(heads, study.options.grounding)
         for number, heads in enumerate(random_sets(study))

@@ -202,7 +202,7 @@ def ground_maps(
     box = _tight_box(cells, x_edges, y_edges)
     return Grounding(
         box=box or whole,
-        score=mass_inside(box, combined, x_edges, y_edges) if box else 0.0,
+        score=mass_inside(combined, attention.image_box, attention.image_size, box) if box else 0.0,
         combined=combined,
         cells=cells,
         heads=tuple(Head(*head) for head in heads),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from localization_heads.attention import Box
 
@@ -59,27 +59,44 @@ def spread(
 
 
 def mass_inside(
-    box: Box, mass: NDArray[np.floating[Any]], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]
+    mass: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], box: Box
 ) -> float:
-    """Share of the map's mass on the image that lies in the box, 0 to 1: the score of a box.
+    """Share of a map's mass on the image that lies in `box`: `sum m_c |c ∩ box| / sum m_c |c ∩ image|`, 0 to 1.
 
-    A cell that the box cuts counts by the part of what it shows of the image; cells that show nothing count nothing.
+    The score of a grounding, of its own box, and the metric energy, of the true one. Within a cell the mass is even,
+    so a cell that the box or the image's edge cuts counts by area. What lies on the padding counts nowhere. 0 for a
+    map without mass on the image.
 
     Args:
-        box: xyxy in pixels.
-        mass: `[h, w]`.
-        x_edges, y_edges: of `visible_edges`, `[w + 1]` and `[h + 1]`.
+        mass: `[h, w]`, none below 0, over the region `image_box` of the image, in pixels.
+        image_size: `(W, H)`.
+        box: xyxy in pixels; cut at the image's edge.
+
+    >>> mass_inside(np.array([[3.0, 1.0]]), (0, 0, 4, 2), (4, 2), (1, 0, 4, 2))
+    0.625
     """
-    across, down = _covered(box[0], box[2], x_edges), _covered(box[1], box[3], y_edges)
-    total = float(mass[visible_cells(x_edges, y_edges)].sum())
-    return min(1.0, float(down @ mass @ across) / total) if total > 0 else 0.0
+    h, w = mass.shape
+    W, H = image_size
+    x_edges, y_edges = (np.linspace(image_box[i], image_box[i + 2], n + 1) for i, n in ((0, w), (1, h)))
+
+    def within(x0: float, y0: float, x1: float, y1: float) -> float:
+        return float(interval_shares(y_edges, y0, y1) @ mass @ interval_shares(x_edges, x0, x1))
+
+    total = within(0, 0, W, H)
+    x0, y0, x1, y1 = box
+    inside = within(max(x0, 0), max(y0, 0), min(x1, W), min(y1, H))
+    return min(1.0, inside / total) if total > 0 else 0.0
 
 
-def _covered(start: float, stop: float, edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Share of each cell's visible extent between two coordinates, 0 for one that shows nothing."""
-    extent = np.diff(edges)
-    shared = np.clip(np.minimum(edges[1:], stop) - np.maximum(edges[:-1], start), 0, None)
-    return np.where(extent > SLIVER, shared / np.where(extent > SLIVER, extent, 1.0), 0.0)
+def interval_shares(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
+    """The share of each interval between rising `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
+
+    >>> interval_shares([0, 2, 4, 6], 1, 4.5).tolist()
+    [0.5, 1.0, 0.25]
+    """
+    edges = np.asarray(edges, dtype=np.float64)
+    shared = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+    return np.asarray(np.clip(shared, 0, None) / np.diff(edges))
 
 
 def visible_edges(

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.errors import UsageError
+from localization_heads.errors import NoHeadError
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import by_entropy, criterion_1, sample_heads
+
+WAY_OUT = "lower criteria.tau, or name heads as in heads=[14-24,14-13,14-26]"
+
+NONE_KEPT = "no head passes criterion 1 on average"
+"""Then there are no localization heads: a ranking lists none as kept, and what needs some says so."""
 
 
 def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
@@ -31,15 +36,14 @@ def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -
 def own_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
     """`greedy_heads` where a box has to come of them: at least one.
 
+    A sample without is not grounded, nowhere: it fails alone, and no metric counts it.
+
     Raises:
-        UsageError: no head passes the criteria in this sample.
+        NoHeadError: no head passes the criteria in this sample.
     """
     heads = greedy_heads(statistics, options, k)
     if not heads:
-        raise UsageError(
-            "no head passes the criteria in this sample, so none can ground it: lower criteria.tau, or name heads "
-            "as in heads=[14-24,14-13,14-26]"
-        )
+        raise NoHeadError(f"no head passes the criteria in this sample, so none can ground it: {WAY_OUT}")
     return heads
 
 

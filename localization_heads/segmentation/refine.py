@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from localization_heads.data.masks import tight_box
 from localization_heads.grounding.maps import BoxFrom, Grounding
-from localization_heads.grounding.raster import mass_inside, visible_edges
+from localization_heads.grounding.raster import mass_inside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,5 +60,5 @@ def refine(
     refined = replace(grounding, refined=mask, mask_from=segmenter.name)
     if box_from == "map":
         return refined
-    edges = visible_edges(grounding.image_box, grounding.image_size, grounding.combined.shape)
-    return replace(refined, box=box, score=mass_inside(box, grounding.combined, *edges))
+    score = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, box)
+    return replace(refined, box=box, score=score)

@@ -22,6 +22,7 @@ from localization_heads.data.leakage import picture_keys
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.grounding.maps import ground_maps
+from localization_heads.heads.analysis import NONE_KEPT, WAY_OUT
 from localization_heads.heads.found_with import found_with
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
@@ -147,6 +148,8 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
     """The ranking, with the pictures that it was made on."""
     ranking = rank_entries(run, entries, draws, store)
+    if not ranking.kept:
+        log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
     shown = picture_keys(entries.samples[place] for place in _usable(entries, draws))
     return replace(
         ranking,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 from localization_heads.errors import UsageError, shown
 
@@ -37,6 +39,11 @@ def check_id(id: str) -> str:
     if len(id.encode()) > MAX_ID_BYTES:
         raise ValueError(f"the id {shown(id)} is longer than {MAX_ID_BYTES} bytes")
     return id
+
+
+def from_home(path: Any) -> Any:
+    """A path with `~` or `~user` at its beginning made the home folder; anything else as it is."""
+    return os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111  (knows ~nobody)
 
 
 def claimed_names(id: str) -> list[str]:
