@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,7 @@ def _proxy_fault(value: str) -> str | None:
 
     scheme = value.partition("://")[0].lower() if "://" in value else "http"
     if scheme.startswith("socks"):
-        try:
-            import socksio  # noqa: F401
-        except ImportError:
+        if find_spec("socksio") is None:
             return f"a proxy of the kind {scheme}:// needs a package: pip install socksio; or unset it"
     try:
         httpx.Proxy(value if "://" in value else f"http://{value}")
