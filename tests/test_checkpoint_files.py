@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from tiny_models import llava_model, llava_processor
+from tiny_sams import tiny_sam
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm import checkpoint_files
 from localization_heads.lvlm.checkpoint_files import Weights, check_original, check_size, weights_in
 from localization_heads.lvlm.loading import load_model
+from localization_heads.segmentation.checkpoint import FAMILIES, load_checkpoint
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 13476839424\n"
 
@@ -204,3 +206,18 @@ def test_facts_that_are_none(content: bytes, said: str, folder: Path) -> None:
         load_model(str(folder), device="cpu")
     assert str(caught.value).startswith(f"{folder}/localization_heads.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_segmenters(tmp_path: Path) -> None:
+    """The same rules."""
+    tiny_sam().save_pretrained(tmp_path)
+    load_checkpoint(FAMILIES["sam"], str(tmp_path))
+    settings = (tmp_path / "config.json").read_text()
+    for layers in (1_000_000, 60):
+        edit(tmp_path / "config.json", lambda d, n=layers: d["vision_config"].update(num_hidden_layers=n))
+        with pytest.raises(UsageError, match=r"segmenter\.name=.*vision_config\.num_hidden_layers"):
+            load_checkpoint(FAMILIES["sam"], str(tmp_path))
+    (tmp_path / "config.json").write_text(settings)
+    (tmp_path / "model.safetensors").write_text(POINTER)
+    with pytest.raises(WorkError, match=r"segmenter\.name=.*model\.safetensors is a Git LFS pointer"):
+        load_checkpoint(FAMILIES["sam"], str(tmp_path))

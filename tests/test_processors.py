@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from family_models import BUILDERS, tiny
+from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
 from PIL import Image
 from tiny_models import llava_model, llava_processor
 
 import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.processors import complete
+from localization_heads.lvlm.processors import check_image_sizes, complete
 from localization_heads.lvlm.spec import ModelSpec
 
 TEMPLATE = (
@@ -123,6 +124,27 @@ def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
     assert {one: getattr(processor, one) for one in names} == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("llava", {"size": {"shortest_edge": 10**6}}, "size.shortest_edge=1e\\+06, more than 16,384 pixels"),
+        ("llava", {"crop_size": {"height": 336, "width": 10**9}}, "crop_size.width=1e\\+09"),
+        ("idefics3", {"size": {"longest_edge": 10**5}}, "size.longest_edge=1e\\+05"),
+        (
+            "qwen2_vl",
+            {"size": {"shortest_edge": 10**10, "longest_edge": 10**10}},
+            "more than 400,000,000 pixels",
+        ),
+    ],
+)
+def test_image_settings_that_would_fill_the_memory(name: str, settings: dict[str, Any], said: str) -> None:
+    image_processor = BUILDERS[name]()[0].image_processor
+    check_image_sizes(image_processor, "x")
+    twin = type(image_processor)(**{**image_processor.to_dict(), **settings})
+    with pytest.raises(UsageError, match=said):
+        check_image_sizes(twin, "x")
+
+
 def test_the_image_token_is_no_padding() -> None:
     processor, config = llava_processor(), llava_model().config
     processor.tokenizer = copy(processor.tokenizer)
@@ -168,8 +190,6 @@ def test_a_thin_picture_has_no_tiles() -> None:
     ],
 )
 def test_tokens_of_other_media_are_no_text(name: str, text: str, picture: Image.Image) -> None:
-    import family_models_tiled  # noqa: F401 -- registers the other half of the families
-
     with pytest.raises(UsageError, match="control token"):
         tiny(name).attend(picture, f"the dog {text}")
 

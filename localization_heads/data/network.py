@@ -6,6 +6,7 @@ import ipaddress
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +80,8 @@ def _proxy_fault(value: str) -> str | None:
     import httpx
 
     scheme = value.partition("://")[0].lower() if "://" in value else "http"
-    if scheme.startswith("socks"):
-        try:
-            import socksio  # noqa: F401
-        except ImportError:
-            return f"a proxy of the kind {scheme}:// needs a package: pip install socksio; or unset it"
+    if scheme.startswith("socks") and find_spec("socksio") is None:
+        return f"a proxy of the kind {scheme}:// needs a package: pip install socksio; or unset it"
     try:
         httpx.Proxy(value if "://" in value else f"http://{value}")
     except (ValueError, httpx.InvalidURL):

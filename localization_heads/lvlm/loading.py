@@ -23,7 +23,7 @@ from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.family_facts import family_facts, looks_like
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.placeholder import template_renderer
-from localization_heads.lvlm.processors import complete, processor_kind
+from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
 from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import (
@@ -230,6 +230,7 @@ def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
         handler.addFilter(_no_torchvision_warning)
     processor = _from_pretrained(processor_kind(str(config.model_type)), source, spec)
     complete(processor, config)
+    check_image_sizes(processor.image_processor, f"model.name={spec.name}")
     if spec.pad_to_square is not None:
         processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
     if template_of(processor):

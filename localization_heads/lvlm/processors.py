@@ -15,9 +15,11 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.checkpoint_files import first_line
-from localization_heads.lvlm.geometry import image_token_id
+from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, image_token_id
 from localization_heads.lvlm.memory import is_memory_error
 
+MAX_SIDE = 16_384
+"""Pixels of a picture's side that a processor may ask for."""
 _CLASS_TOKEN = ("clip_vision_model", "vit", "dinov2", "deit")
 """Vision towers whose features begin with a class token."""
 
@@ -74,6 +76,27 @@ def complete(processor: Any, config: Any) -> None:
         processor.chat_template = getattr(tokenizer, "chat_template", None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _padding(tokenizer, config)
+
+
+def check_image_sizes(image_processor: Any, shown: str) -> None:
+    """Refuse settings that make pictures of a size that fills the memory, whatever picture comes in.
+
+    Args:
+        shown: option and value, which the message begins with.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    # Qwen's kind writes areas into the same fields where others write sides
+    limit = MAX_PREPARED_PIXELS if hasattr(image_processor, "merge_size") else MAX_SIDE
+    settings = {name: getattr(image_processor, name, None) for name in ("size", "crop_size", "pad_size")}
+    sizes = [(name, *item) for name, size in settings.items() for item in dict(size or {}).items()]
+    for name, key, value in [*sizes, ("min_pixels", "", getattr(image_processor, "min_pixels", None))]:
+        if isinstance(value, int | float) and value > limit:
+            setting = f"{name}.{key}".rstrip(".")
+            raise UsageError(
+                f"{shown}: its image processor is set to {setting}={value:.3g}, more than {limit:,} pixels"
+            )
 
 
 def _configured(config: Any) -> dict[str, Any]:

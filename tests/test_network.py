@@ -1,0 +1,89 @@
+"""Proxies and certificates that nothing can be fetched with: named where a download needs them, and only there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_models import llava_model, llava_processor
+
+import localization_heads as lh
+from localization_heads.data.download import DownloadError, download
+from localization_heads.data.network import client_trouble
+from localization_heads.errors import WorkError
+from localization_heads.lvlm import loading
+from localization_heads.lvlm.loading import load_model
+from localization_heads.segmentation.checkpoint import FAMILIES, load_checkpoint
+
+SETTINGS = {
+    "ALL_PROXY": ("socks5://me:secret@localhost:1080", "ALL_PROXY cannot be used.*pip install socksio"),
+    "https_proxy": ("socks5h://localhost:1080", "https_proxy cannot be used.*socks5h://.*socksio"),
+    "no_proxy": ("localhost,::1,[::1]", r"no_proxy cannot be used: it holds '\[::1\]': write ::1, without"),
+    "NO_PROXY": ("127.0.0.1,host:port", "NO_PROXY cannot be used: it holds 'host:port'"),
+    "HTTPS_PROXY": ("http://me:secret@host:port", "HTTPS_PROXY cannot be used: it is not the address"),
+    "HTTP_PROXY": ("ftp://me:secret@host:21", "HTTP_PROXY cannot be used: it is not the address"),
+    "SSL_CERT_FILE": ("/no/such/certificates.pem", "SSL_CERT_FILE cannot be used: /no/such/.*no such file"),
+    "SSLKEYLOGFILE": ("/no/such/folder/keys", "SSLKEYLOGFILE cannot be used: /no/such/.*no such folder"),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What is to be said of one bad setting, which stands alone in the environment, with the hub switched on."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith("SSL"):
+            monkeypatch.delenv(name)
+    value, message = SETTINGS[request.param]
+    monkeypatch.setenv(request.param, value)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    loading.hub_trouble.cache_clear()
+    yield message
+    loading.hub_trouble.cache_clear()
+
+
+def test_a_picture_that_must_be_fetched(said: str) -> None:
+    with pytest.raises(DownloadError, match=said) as caught:
+        download("https://example.org/a.png")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_model_or_heads_that_must_be_fetched(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for work in (
+        lambda: load_model("nobody-at-all/no-such-model"),
+        lambda: lh.load_heads("nobody-at-all/no-such-heads"),
+        lambda: load_checkpoint(FAMILIES["sam"], "nobody-at-all/no-such-sam"),
+    ):
+        with pytest.raises(WorkError, match=said) as caught:
+            work()
+        assert "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_cached_model_and_a_folder_need_no_network(
+    said: str, tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client_trouble()
+    snapshot = tmp_path / "models--me--my-llava" / "snapshots" / ("a" * 40)
+    llava_model().save_pretrained(snapshot)
+    llava_processor().save_pretrained(snapshot)
+    (tmp_path / "models--me--my-llava" / "refs").mkdir()
+    (tmp_path / "models--me--my-llava" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("me/my-llava", str(shutil.copytree(snapshot, tmp_path / "folder"))):
+        assert load_model(name, device="cpu").attend(picture, "the dog").attention.shape == (4, 4, 6, 6)
+
+
+def test_settings_that_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name.startswith("SSL"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1,::1,.example.org,fe80::1,*.local,,10.0.0.0/8")
+    monkeypatch.setenv("https_proxy", "host:3128")
+    assert client_trouble() is None

@@ -1,0 +1,128 @@
+"""Packages that are missing or do not fit: one line each, which leaves torch alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import llava_model, llava_processor
+
+from localization_heads.errors import WorkError
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.packages import (
+    check_torchvision,
+    fitting_torchvision,
+    missing_package,
+    torchvision_advice,
+)
+from localization_heads.lvlm.spec import ModelSpec
+
+QUANTIZED = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+}
+WAYS = {
+    "awq": "AWQ, which needs a package that is missing or too old: pip install gptqmodel",
+    "bitsandbytes": "pip install 'localization-heads[quantization]'",
+    "gptq": "GPTQ, which needs a package that is missing or too old: pip install gptqmodel optimum",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    llava_model().save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
+    return folder
+
+
+def refusal(spec: ModelSpec) -> str:
+    with pytest.raises(WorkError) as caught:
+        load_model(spec, device="cpu")
+    assert "\n" not in str(caught.value)
+    assert "families" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_weights(method: str, folder: Path, tmp_path: Path) -> None:
+    """The real errors of transformers, with none of the packages installed."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": QUANTIZED[method]}))
+    assert WAYS[method] in refusal(ModelSpec(str(tmp_path)))
+
+
+def test_flash_attention(folder: Path) -> None:
+    message = refusal(ModelSpec(str(folder), attn_implementation="flash_attention_2"))
+    assert "pip install flash-attn --no-build-isolation" in message
+    assert "model.attn_implementation=sdpa" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("SmolVLM requires the num2words library"), "pip install num2words"),
+        (ImportError("X requires the Torchvision library"), "pip install --no-deps torchvision==0."),
+        (ValueError("needs torchvision"), "pip install --no-deps torchvision==0."),
+        (ImportError("no sentencepiece"), None),
+        (ValueError("awq"), None),
+    ],
+)
+def test_the_line_of_a_package(error: Exception, said: str | None) -> None:
+    line = missing_package(error)
+    assert line is None if said is None else said in str(line)
+
+
+@pytest.mark.parametrize(
+    ("here", "fitting"),
+    [
+        ("2.6.0", "0.21.0"),
+        ("2.7.1+cu128", "0.22.1"),
+        ("2.13.0+cpu", "0.28.0"),
+        ("2.14.0.dev20260101", None),
+        ("1.13.1", None),
+        ("3.0.0", None),
+        ("", None),
+    ],
+)
+def test_the_torchvision_that_was_built_for_a_torch(here: str, fitting: str | None) -> None:
+    assert fitting_torchvision(here) == fitting
+
+
+BROKEN = {
+    "operators": "raise RuntimeError('operator torchvision::nms does not exist\\nlong tail')",
+    "symbols": "raise ImportError('_C.so: undefined symbol: _ZN3c10')",
+    "names": "raise AttributeError(\"module 'torch' has no attribute 'x'\")",
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_torchvision_that_does_not_fit(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with such an `__init__` and its metadata, before all others."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN[fault])
+    (tmp_path / "torchvision-0.20.1.dist-info").mkdir()
+    (tmp_path / "torchvision-0.20.1.dist-info" / "METADATA").write_text(
+        "Name: torchvision\nVersion: 0.20.1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    for work in (check_torchvision, lambda: load_model(device="cpu")):
+        with pytest.raises(WorkError) as caught:
+            work()
+        message = str(caught.value)
+        assert f"torchvision 0.20.1 does not fit torch {torch.__version__}" in message
+        assert torchvision_advice() in message
+        assert "\n" not in message
+
+
+def test_without_torchvision_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localization_heads.lvlm.packages._version", lambda _: None)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    check_torchvision()
