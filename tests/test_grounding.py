@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from importlib.resources import files
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -253,6 +255,24 @@ class TestBox:
         both = grounded(grid, options=GroundingOptions(sigma=0.0, component="all"))
         assert both.box == (0, 0, 50, 30)
         assert both.cells.sum() == 5
+
+    @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 400), (90, 90)])
+    def test_the_box_of_august_from_its_description(self, width, height):
+        """scipy's filter on each map, their sum, all cells above its mean, scaled as if nothing padded the picture."""
+        preset = yaml.safe_load((files("localization_heads.config") / "grounding/published.yaml").read_text())
+        rng, side = np.random.default_rng(width), max(width, height)
+        padded = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+        for _ in range(5):
+            attention = np.zeros((1, 5, 12, 12), np.float32)
+            attention[..., 2:7, 4:9] = rng.random((5, 5, 5)) ** 9
+            combined = sum(ndimage.gaussian_filter(one.astype(float), 1.0) for one in attention[0])
+            rows, columns = np.nonzero(combined - combined.mean() > 0)
+            expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert expected[2] - expected[0] < 12 and expected[3] - expected[1] < 12
+            scales = np.array([width, height, width, height]) / 12
+            maps = AttentionMaps(attention, padded, (width, height))
+            found = ground_maps(maps, [Head(0, head) for head in range(5)], GroundingOptions(**preset))
+            assert found.box == pytest.approx(tuple(expected * scales))
 
     def test_positive_cells_above_two_means_by_hand(self):
         grid = [
