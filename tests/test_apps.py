@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -222,6 +223,18 @@ def test_a_batch_finds_files_by_id_and_under_other_models(
     choices = "name one of outputs/localization_heads/other/attention/y.pkl, outputs/localization_heads/tiny/"
     assert choices in one_line(result.err)
     assert report.count("name one of") == 2
+
+
+def test_a_file_full_of_absurd_weights_fails_alone(front: Front) -> None:
+    """Sums of 3e38 overflow float32: the batch ended with an error of numpy's."""
+    maps = pickle.loads(Path("a.pkl").read_bytes())
+    Path("huge.pkl").write_bytes(pickle.dumps({**maps, "attention": np.full_like(maps["attention"], 3e38)}))
+    write_lines(Path("data.jsonl"), [{"attention_file": "huge.pkl"}, {"attention_file": "a.pkl"}])
+    result = front.visualize("mode=batch", "data_file=data.jsonl")
+    assert result.status == 1
+    assert figures_in() == {"a_visualization.png"}
+    report = " ".join(result.out[result.out.index("Entries that failed") :].split())
+    assert "attention holds values above 1, which no softmax gives" in report
 
 
 def test_the_examples_come_with_the_repository(front: Front) -> None:

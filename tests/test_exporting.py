@@ -1,6 +1,7 @@
 """`stage=export` after a batch, and without one."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +52,24 @@ def test_export_with_another_data_file(front):
     result = front.finder("stage=export", "data_file=other.jsonl")
     assert result.status == 2
     assert "name the data_file" in one_line(result.err)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        ([[0, 0, 5, 0, 5, 5]], "line 1: .*'mask' must be run lengths"),
+        ({"size": [0, 5], "counts": "0"}, "line 1: .*'size' must be"),
+        ({"size": ["a", 5], "counts": "0"}, "line 1: .*'size' must be"),
+        ({"size": [10**6, 10**6], "counts": "0"}, "line 1: .*over the limit"),
+        ({"size": [5, 5], "counts": "0"}, "the prediction of 'entry_0'"),
+        ({"size": [5, 5], "counts": "\x00\xff"}, "the prediction of 'entry_0'"),
+    ],
+)
+def test_export_of_bad_masks_is_one_line(mask, said, front):
+    data = write_data(front.folder, 1)
+    line = {"id": "entry_0", "bbox": [0, 0, 1, 1], "score": 0.5, "mask": mask, "heads": [], "error": None}
+    front.out.mkdir(parents=True, exist_ok=True)
+    (front.out / "predictions.jsonl").write_text(json.dumps(line))
+    result = front.finder("stage=export", f"data_file={data}")
+    assert result.status == 2
+    assert re.search(said, one_line(result.err))

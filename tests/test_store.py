@@ -346,13 +346,33 @@ def test_predictions_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["nonsense", "{}", "[1]", '{"id": "a", "bbox": [1, 2]}', '{"id": "a", "bbox": 5}', "[" * 100_000]
+    ("line", "said"),
+    [
+        ("nonsense", "not JSON"),
+        ("{}", "'bbox' is missing"),
+        ("[1]", "not a JSON object"),
+        ('{"id": "a", "bbox": [1, 2]}', "not enough values"),
+        ('{"id": "a", "bbox": 5}', "wrong kind"),
+        ('{"id": "a", "bbox": ["1", 2, 3, 4]}', "'1' is no number"),
+        ('{"id": "a", "bbox": [1e999, 2, 3, 4]}', "too large a number"),
+        ('{"id": "a", "bbox": [1' + "0" * 400 + ", 2, 3, 4]}", "wrong kind"),
+        ('{"id": "a", "bbox": null, "score": NaN}', "NaN"),
+        ('{"id": 5, "bbox": null}', "'id' and 'error' must be text"),
+        ('{"id": "a", "bbox": null, "error": [1]}', "'id' and 'error' must be text"),
+        ('{"id": "a", "bbox": null, "heads": [1]}', "wrong kind"),
+        ('{"id": "a", "bbox": null, "mask": [[1, 2]]}', "'mask' must be run lengths"),
+        ('{"id": "a", "bbox": null, "mask": {"counts": "0"}}', "'size' must be"),
+        ('{"id": "a", "bbox": null, "mask": {"size": [1000000, 1000000], "counts": "0"}}', "over the limit"),
+        ('{"id": "a", "bbox": null, "mask": {"size": [2, 2], "counts": [4]}}', "'mask' must be run lengths"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
 )
-def test_a_broken_prediction_is_named_by_its_line(line, tmp_path):
+def test_a_broken_prediction_is_named_by_its_line(line, said, tmp_path):
     good = json.dumps(Prediction("a").to_json())
     (tmp_path / "p.jsonl").write_text(f"{good}\n\n{line}\n")
-    with pytest.raises(UsageError, match="line 3"):
+    with pytest.raises(UsageError, match=f"line 3: .*{said}") as caught:
         list(read_predictions(tmp_path / "p.jsonl"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(

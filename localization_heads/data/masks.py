@@ -67,7 +67,7 @@ def strips(image: Image.Image) -> Iterator[tuple[slice, NDArray[Any]]]:
 
 
 def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
-    if found != size:
+    if found != tuple(size):
         shape = " x ".join(str(n) for n in found)
         raise MaskError(f"the mask is {shape} pixels, its image {size[0]} x {size[1]}")
 

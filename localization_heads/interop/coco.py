@@ -7,6 +7,7 @@ from typing import Any
 
 from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
+from localization_heads.errors import shown
 from localization_heads.store.predictions import Prediction
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
@@ -24,6 +25,7 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
 
     Raises:
         ImageError: a picture whose size is needed cannot be read.
+        MaskError: a mask cannot be decoded; it names the prediction.
     """
     images: dict[str, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []
@@ -75,7 +77,10 @@ def _area(prediction: Prediction) -> float:
         assert prediction.bbox is not None
         x0, y0, x1, y1 = prediction.bbox
         return (x1 - x0) * (y1 - y0)
-    from localization_heads.data.masks import read_mask
+    from localization_heads.data.masks import MaskError, read_mask
 
     height, width = prediction.mask["size"]
-    return float(read_mask(prediction.mask, (width, height)).sum())
+    try:
+        return float(read_mask(prediction.mask, (width, height)).sum())
+    except MaskError as error:
+        raise MaskError(f"the prediction of {shown(prediction.id)}: {error}") from error

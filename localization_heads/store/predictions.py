@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.attention import Box
-from localization_heads.errors import UsageError
+from localization_heads.data.masks import run_size
+from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 from localization_heads.store.atomic import atomic_write
+from localization_heads.store.json_files import parse_json
+
+MAX_LINE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,34 @@ class Prediction:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Prediction:
-        """The inverse of `to_json`; raises ValueError, KeyError or TypeError for anything else."""
-        box = line["bbox"]
+        """The inverse of `to_json`; raises ValueError, KeyError, TypeError or OverflowError for anything else.
+
+        The form of the mask is checked here, its content when it is decoded.
+        """
+        box, score, mask, error = line["bbox"], line.get("score"), line.get("mask"), line.get("error")
         if box is not None:
-            x0, y0, x1, y1 = (float(x) for x in box)
+            x0, y0, x1, y1 = (_number(x) for x in box)
             box = (x0, y0, x1, y1)
-        score = line.get("score")
+        if mask is not None and not (isinstance(mask, dict) and isinstance(mask.get("counts"), str)):
+            raise ValueError("'mask' must be run lengths with their counts as text")
+        if mask is not None:
+            run_size(mask)
+        if not isinstance(line["id"], str) or not isinstance(error, str | None):
+            raise ValueError("'id' and 'error' must be text")
         return cls(
-            id=str(line["id"]),
+            id=line["id"],
             bbox=box,
-            score=None if score is None else float(score),
-            mask=line.get("mask"),
+            score=None if score is None else _number(score),
+            mask=mask,
             heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
-            error=line.get("error"),
+            error=error,
         )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{shown(value)} is no number")
+    return float(value)
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
@@ -75,10 +93,27 @@ def read_predictions(path: str | Path) -> Iterator[Prediction]:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     with file:
-        for number, line in enumerate(file, start=1):
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
             if not line.strip():
                 continue
             try:
-                yield Prediction.from_json(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-                raise UsageError(f"{path}, line {number}: not a prediction") from error
+                yield _prediction(line)
+            except (ValueError, UsageError) as error:
+                raise UsageError(f"{path}, line {number}: not a prediction ({error})") from error
+
+
+def _prediction(line: bytes) -> Prediction:
+    """A line of the file. Raises ValueError or UsageError."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
+    value = parse_json(line)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    try:
+        return Prediction.from_json(value)
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError("a value of the wrong kind") from error
