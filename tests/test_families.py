@@ -229,6 +229,18 @@ def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: EncodedIm
     assert said in str(caught.value)
 
 
+def test_a_sister_of_a_known_family_is_read_as_that_family() -> None:
+    """Its processor's `image_grid_thw` says what the grid is: 512 x 288 pixels, 9 x 16 tokens, not 12 x 12."""
+    lvlm, picture = tiny("qwen3_vl"), coordinate_picture(512, 288)
+    inputs = lvlm.encode([picture], [lvlm.prompt("the dog")])
+    config = SimpleNamespace(model_type="qwen3_vl_moe", image_token_id=lvlm.image_token_id)
+    (found,) = views_of(EncodedImage(config, lvlm.processor, inputs, 0, picture.size))
+    (expected,) = lvlm.views_in(inputs, 0, picture)
+    assert found.index.shape == expected.index.shape == (9, 16)
+    np.testing.assert_array_equal(found.index, expected.index)
+    assert found.box == expected.box
+
+
 def test_a_family_without_image_tokens_is_refused() -> None:
     with pytest.raises(UsageError, match="no image token"):
         check_family(SimpleNamespace(model_type="novel"))
