@@ -5,7 +5,7 @@ the disk before `append` returns, bears a checksum, and is passed over if that d
 
 One SQLite file for both was measured instead (100,000 samples of 1,024 heads, chunks of 16, each on the disk before
 the next; two cores, SSD, seconds): it is slower, in its default journal mode / with a write-ahead log, which is not
-for network drives. It has no checksums of its own, so the column for them was there too.
+for network drives. It has no checksums of its own, so a column for them was there too.
 
     append statistics 4.9 | 10.4 / 6.8       read sums and entropies, shuffled 0.5 | 2.4 / 2.1
     append results    6.6 | 13.4 / 13.8      find the sound statistics         0.6 | 0.6 / 0.8
