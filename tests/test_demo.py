@@ -149,6 +149,13 @@ def test_pictures_are_refused_by_their_header(run, tmp_path):
         with pytest.raises(UsageError, match=said) as caught:
             ask(run, header_only(tmp_path / "header.ppm", 4000, height), "the dog")
         assert str(tmp_path) not in str(caught.value)
+    Image.new("1", (4000, 8001)).save(
+        tmp_path / "cut.png"
+    )  # in which Pillow looks for camera data by decoding it
+    content = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="4000 x 8001 pixels"):
+        ask(run, tmp_path / "cut.png", "the dog")
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UsageError, match=r"^the picture cannot be used: not a picture in a known format"):
         ask(run, tmp_path / "text.png", "the dog")
@@ -156,16 +163,16 @@ def test_pictures_are_refused_by_their_header(run, tmp_path):
 
 def test_large_pictures_are_kept_small_and_answered_in_their_own_pixels(run):
     picture, expression = example_pictures(1)[0]
-    asked = ask(run, picture.resize((4096, 4096)), expression)
-    assert asked.image.size == (2048, 2048)
-    assert asked.num_bytes == 3 * 2048**2 + 4 * asked.maps[0].attention.size
+    asked = ask(run, picture.resize((4096, 512)), expression)
+    assert asked.image.size == (2048, 256)
+    assert asked.num_bytes == 3 * 2048 * 256 + 4 * asked.maps[0].attention.size
     answer = asked.answers(asked.ranked[:3], GroundingOptions())[0]
-    assert answer.mask.shape == (4096, 4096)
-    half = drawing.resized(answer, (2048, 1024))
+    assert answer.mask.shape == (512, 4096)
+    half = drawing.resized(answer, (2048, 128))
     assert half.box == tuple(edge * scale for edge, scale in zip(answer.box, (0.5, 0.25) * 2, strict=True))
-    assert half.mask.shape == (1024, 2048)
+    assert half.mask.shape == (128, 2048)
     assert "mask" not in drawing.resized(answer, (20, 20)).__dict__
-    assert drawing.draw_boxes(asked.image, [answer], ["the dog"], longest=None).size == (2048, 2048)
+    assert drawing.draw_boxes(asked.image, [answer], ["the dog"], longest=None).size == (2048, 256)
 
 
 def test_words_that_the_model_does_not_know_are_named(run):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 from localization_heads.apps.demo.turns import MODEL
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.image_error import ImageError
-from localization_heads.data.images import image_size, load_image
+from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.scenes import VALIDATION_SEEDS, scene_samples
 from localization_heads.errors import UsageError
@@ -103,8 +103,8 @@ def ask(run: Run, image: Image.Image | Path | None, text: object) -> Asked:
 
 def num_pixels(image: Image.Image | Path) -> int:
     """From the header. UsageError for what is no picture, or one of more pixels than the page takes."""
-    with about_the_picture():
-        width, height = image_size(image)
+    with about_the_picture(), open_raster(image) if isinstance(image, Path) else nullcontext(image) as opened:
+        width, height = opened.size
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise UsageError(
             f"the picture has {width} x {height} pixels: at most {MAX_MEGAPIXELS} megapixels, make it smaller"
