@@ -351,6 +351,13 @@ RULES: dict[str, Rule] = {
 TEXTS = tuple(name for name, rule in RULES.items() if rule.kind != "value")
 """Options whose value, or whose list's items, are any text."""
 
+USED_BY = {
+    **dict.fromkeys(("image_file", "query", "save_id"), ("collect", "pipeline", "ground", "doctor")),
+    "attention_file": ("analyze", "visualize"),
+    **dict.fromkeys(("dataset", "dataset_path", "images"), ("prepare",)),
+}
+"""Options that are null until somebody means something by them, and the stages of the finder that read them."""
+
 SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment")
 """Those that run the model over a data set."""
 
@@ -387,6 +394,7 @@ def _holder(options: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], s
 
 def _check_together(options: Mapping[str, Any]) -> None:
     """What depends on other options."""
+    _check_used(options)
     if "mode" not in options and options.get("output_dir", "") is None:  # the viewer alone can do without
         raise UsageError("output_dir=null: give a folder")
     grounding, segmenter = options.get("grounding") or {}, options.get("segmenter") or {}
@@ -402,6 +410,14 @@ def _check_together(options: Mapping[str, Any]) -> None:
         raise UsageError(
             f"start_index={start} end_index={end}: the range is empty; end_index is the entry before which to stop"
         )
+
+
+def _check_used(options: Mapping[str, Any]) -> None:
+    """What is named is meant: a stage that would go by it in silence says which ones read it."""
+    stage = options.get("stage")
+    for name, stages in USED_BY.items() if stage else ():
+        if options.get(name) is not None and stage not in stages:
+            raise UsageError(f"{name}=: stage={stage} does not read it; write stage={' or '.join(stages)}")
 
 
 def _check_height(scenes: Mapping[str, Any]) -> None:

@@ -352,7 +352,8 @@ def test_another_picture_is_another_conversation(
 
     monkeypatch.setattr(answering, "stream", answer)
     draw_picture(Path("dog.png"), 1, (32, 32))
-    talk("One?\nTwo?\n/image dog.png\nThree?\n", "image_file=cat.png")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    talk("One?\nTwo?\n/image ~/dog.png\nThree?\n", "image_file=cat.png")
     assert [size for size, _ in prompts] == [(64, 48), (64, 48), (32, 32)]
     assert "One?" in prompts[1][1]
     assert "yes" in prompts[1][1]

@@ -359,6 +359,22 @@ def test_right_values_pass(options: Mapping[str, Any]) -> None:
     check_options(options)
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "way"),
+    [
+        ("image_file", "batch", "stage=collect or pipeline or ground or doctor"),
+        ("query", "find", "stage=collect or pipeline"),
+        ("save_id", "evaluate", "stage=collect or pipeline"),
+        ("attention_file", "batch", "stage=analyze or visualize"),
+        ("dataset", "batch", "stage=prepare"),
+    ],
+)
+def test_an_option_that_the_stage_does_not_read_is_said(name: str, stage: str, way: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}=: stage={stage} does not read it; write {way}"):
+        check_options({"stage": stage, name: "refcoco"})
+    check_options({"stage": stage, name: None})
+
+
 @pytest.mark.parametrize(("start", "end"), [(5, 3), (3, 3), (0, 0)])
 def test_an_empty_range_is_said(start: int, end: int) -> None:
     with pytest.raises(UsageError, match=f"start_index={start} end_index={end}: the range is empty"):

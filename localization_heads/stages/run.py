@@ -152,6 +152,13 @@ class Run:
         known = self.spec.heads[: self["k"]] or known_heads(self.spec.name, self.folder, self["k"])
         if not known:
             log.warning("no heads are known for %s: each sample picks its own", self.spec.name)
+        elif len(known) < self["k"]:
+            log.warning(
+                "k=%d: only %d heads are known for %s, and these are taken",
+                self["k"],
+                len(known),
+                self.spec.name,
+            )
         return known
 
     @cached_property
