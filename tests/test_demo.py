@@ -311,6 +311,25 @@ def test_a_visit_that_ends_during_its_work(visitors):
     assert not visitor.folder.exists()
 
 
+def test_the_page_closes_when_its_work_is_done(visitors):
+    begun = threading.Event()
+
+    def work() -> None:
+        with visitors.turn("a") as visitor:
+            begun.set()
+            time.sleep(0.3)
+            visitor.new_folder()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    begun.wait(10)
+    visitors.close()
+    assert list(visitors.folder.iterdir()), "the work was not waited for"
+    worker.join()
+    with pytest.raises(UsageError, match="closing"), visitors.turn("a"):
+        pass
+
+
 def test_a_visitor_who_sends_more_than_he_waits_for(visitors):
     """Four pieces of work wait, the fifth is refused at once; others are let in."""
     with visitors.turn("a") as visitor:
