@@ -192,7 +192,7 @@ def test_visitors_take_turns_at_the_model():
         order.append(name)
         begun.set()
         go.wait(10)
-        time.sleep(0.05)  # the one before queues again
+        time.sleep(0.15)  # the one before queues again
 
     def question(name: str) -> None:
         for _ in range(3):
