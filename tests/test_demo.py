@@ -192,7 +192,7 @@ def test_visitors_take_turns_at_the_model():
         order.append(name)
         begun.set()
         go.wait(10)
-        time.sleep(0.05)  # the one before queues again
+        time.sleep(0.15)  # the one before queues again
 
     def question(name: str) -> None:
         for _ in range(3):
@@ -309,6 +309,25 @@ def test_a_visit_that_ends_during_its_work(visitors):
         visitors.end("a")
         visitor.new_folder()
     assert not visitor.folder.exists()
+
+
+def test_the_page_closes_when_its_work_is_done(visitors):
+    begun = threading.Event()
+
+    def work() -> None:
+        with visitors.turn("a") as visitor:
+            begun.set()
+            time.sleep(0.3)
+            visitor.new_folder()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    begun.wait(10)
+    visitors.close()
+    assert list(visitors.folder.iterdir()), "the work was not waited for"
+    worker.join()
+    with pytest.raises(UsageError, match="closing"), visitors.turn("a"):
+        pass
 
 
 def test_a_visitor_who_sends_more_than_he_waits_for(visitors):

@@ -97,6 +97,7 @@ def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
         try:
             yield blocks
         finally:
+            page.visitors.close()
             blocks.close(verbose=False)
 
 

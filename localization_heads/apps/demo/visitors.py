@@ -84,6 +84,7 @@ class Visitors:
         self.folder, self.is_kept, self.max_bytes, self.limit = folder, is_kept, max_bytes, limit
         self._known: OrderedDict[str, Visitor] = OrderedDict()
         self._lock = threading.Lock()
+        self.is_closed = False
 
     def __len__(self) -> int:
         return len(self._known)
@@ -99,6 +100,8 @@ class Visitors:
         visitor = self._enter(name or "")
         try:
             with visitor.lock:
+                if self.is_closed:
+                    raise UsageError("the page is closing")
                 yield visitor
         finally:
             self._leave(visitor)
@@ -109,6 +112,15 @@ class Visitors:
             visitor = self._known.pop(name or "", None)
             if visitor and not visitor.waiting:
                 self._free(visitor)
+
+    def close(self, seconds: float = 10) -> None:
+        """No more work. Returns when what was begun is done, which would write into a folder that is being removed."""
+        self.is_closed = True
+        with self._lock:
+            visitors = list(self._known.values())
+        for visitor in visitors:
+            if visitor.lock.acquire(timeout=seconds):
+                visitor.lock.release()
 
     def _enter(self, name: str) -> Visitor:
         with self._lock:
