@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
 from localization_heads.store.attention_files import load_attention
-from localization_heads.store.safe_pickle import PickleRefusedError, load_pickle, loads_pickle
+from localization_heads.store.pickle_budget import PickleRefusedError
+from localization_heads.store.safe_pickle import load_pickle, loads_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
 

@@ -30,7 +30,8 @@ from localization_heads.data.reference import (
 )
 from localization_heads.errors import UsageError
 from localization_heads.store.json_files import read_json
-from localization_heads.store.safe_pickle import Limits, load_pickle
+from localization_heads.store.pickle_budget import Limits
+from localization_heads.store.safe_pickle import load_pickle
 
 LIMITS = Limits(instructions=12_000_000, depth=6, kind="a refs file")
 """RefCOCOg, the longest, takes about 6 million instructions."""

@@ -6,7 +6,7 @@ for one of *our* constructors, so nothing from any library is imported or called
 is not needed to read a tensor: its storage is bytes after a short header.
 
 Bounds are on what is built, not on what is read. A pickle can name one value a million times, so every step that
-makes, copies or refers to something is charged to a `_Budget` in proportion to the file; the result is charged once
+makes, copies or refers to something is charged to a `Budget` in proportion to the file; the result is charged once
 more with every reference counted as a copy, since whoever takes it may copy (`np.stack` of a list does). Only text
 and short whole numbers are hashed: hashing a deep tuple crashes Python, and hashing a long number takes its time
 again and again.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import pickletools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,53 +31,18 @@ from localization_heads.store.arrays import (
     tensor_type,
     type_code,
 )
+from localization_heads.store.pickle_budget import (
+    ATTENTION,
+    ENTRY,
+    SLOT,
+    Budget,
+    Limits,
+    Memo,
+    PickleRefusedError,
+)
 
 MAX_FILE_BYTES = 4 << 30
 MAX_INTEGER_BITS = 1 << 15
-SLOT = 8
-"""Bytes of a reference: in a list, on the stack or in the memo."""
-
-ENTRY = 300
-"""Bytes of what is noted of one value in a dict."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a pickle may take: instructions, and how deep its values nest.
-
-    Args:
-        kind: what the file should be, for messages.
-    """
-
-    instructions: int = 1_000_000  # an analysis of 10,000 heads takes 250,000
-    depth: int = 16
-    kind: str = "an attention file"
-
-
-class PickleRefusedError(Exception):
-    """The pickle is broken or asks for something outside the allow-list."""
-
-
-class _Budget:
-    """What one account of a file of `size` bytes may still take: instructions, and bytes that are built."""
-
-    def __init__(self, size: int, limits: Limits) -> None:
-        self.bytes = 7 * size + (56 << 20)  # RefCOCO's refs, nearly all short texts, take 7 times their size
-        self.instructions = limits.instructions
-        self.kind = limits.kind
-
-    def charge(self, count: int) -> None:
-        """Account for `count` bytes before, or as, they are made."""
-        self.bytes -= count
-        if self.bytes < 0:
-            raise PickleRefusedError(
-                f"refused: it would build far more bytes than the file holds, which {self.kind} never does"
-            )
-
-    def step(self) -> None:
-        self.instructions -= 1
-        if self.instructions < 0:
-            raise PickleRefusedError(f"refused: far more instructions than {self.kind} needs")
 
 
 class _Name(NamedTuple):
@@ -101,7 +65,7 @@ class _Mark:
 _MARK = _Mark()
 
 
-def load_pickle(path: str | Path, limits: Limits = Limits()) -> Any:
+def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
     """The plain value in a pickle file: None, numbers, text, bytes, lists, tuples, dicts and numpy arrays.
 
     Arrays are read-only views. Tensors come as arrays (bfloat16 as float32). Raises UsageError, in one line
@@ -124,59 +88,29 @@ def load_pickle(path: str | Path, limits: Limits = Limits()) -> Any:
         raise UsageError(f"{path}: not enough memory to read it") from error
 
 
-def loads_pickle(content: bytes, limits: Limits = Limits()) -> Any:
+def loads_pickle(content: bytes, limits: Limits = ATTENTION) -> Any:
     """`load_pickle` for bytes; raises PickleRefusedError."""
     if content[:4] == b"PK\x03\x04":
         raise PickleRefusedError(
             "a zip archive (of torch.save?), not a pickle: save the maps as .pkl or .safetensors"
         )
-    machine = _Machine(BytesIO(content), _Budget(len(content), limits))
+    machine = _Machine(BytesIO(content), Budget(len(content), limits))
     value = machine.run()
     try:
-        return _Plain(_Budget(len(content), limits), machine.shared).of(value, limits.depth)
+        return _Plain(Budget(len(content), limits), machine.shared).of(value, limits.depth)
     except ArrayRefusedError as error:
         raise PickleRefusedError(f"refused: {error}") from error
-
-
-class _Memo:
-    """Values by number. Writers count from 0 or (Python 2) from 1: those lie in a list, any other in a dict."""
-
-    def __init__(self) -> None:
-        self._counted: list[Any] = []
-        self._first: int | None = None
-        self._strays: dict[int, Any] = {}
-
-    @property
-    def count(self) -> int:
-        return len(self._counted) + len(self._strays)
-
-    def put(self, index: int, value: Any) -> int:
-        """The bytes that it took."""
-        if self._first is None and index in (0, 1):
-            self._first = index
-        if self._first is not None and index == self._first + len(self._counted):
-            self._counted.append(value)
-            self._strays.pop(index, None)
-            return SLOT
-        self._strays[index] = value
-        return ENTRY
-
-    def get(self, index: int) -> Any:
-        """Raises KeyError or IndexError for a number that was not put."""
-        if self._first is not None and index >= self._first and index not in self._strays:
-            return self._counted[index - self._first]
-        return self._strays[index]
 
 
 class _Machine:
     """The stack machine of the pickle protocol (0 to 5), without the instructions that run code."""
 
-    def __init__(self, stream: BytesIO, budget: _Budget, *, storages: bool = False) -> None:
+    def __init__(self, stream: BytesIO, budget: Budget, *, storages: bool = False) -> None:
         self.stream = stream
         self.budget = budget
         self.storages = storages  # whether persistent ids, which name tensor storages, may be used
         self.stack: list[Any] = []
-        self.memo = _Memo()
+        self.memo = Memo()
         self.shared: set[int] = set()  # ids of the containers that are referred to more than once
 
     def run(self) -> Any:
@@ -409,10 +343,12 @@ def _storage(machine: _Machine, content: Any) -> _Storage:
     pid = _Machine(stream, machine.budget, storages=True).run()
     _Machine(stream, machine.budget).run()  # the list of storage keys
     match pid:
-        case ("storage", _Name(module, name), str(), str(), int(count), *_) if tensor_type(module, name):
+        case ("storage", _Name(module, name), str(), str(), int(count), *_):
             code = tensor_type(module, name)
         case _:
-            raise PickleRefusedError("not a readable pickle: an unknown tensor storage")
+            code = None
+    if code is None:
+        raise PickleRefusedError("not a readable pickle: an unknown tensor storage")
     parts = ArrayParts()
     parts.fill(content[stream.tell() + 8 :], code, (count,), fortran=False)
     return _Storage(parts.array())
@@ -449,7 +385,7 @@ class _Plain:
     A container that is `shared` is copied once and charged at every reference.
     """
 
-    def __init__(self, budget: _Budget, shared: set[int]) -> None:
+    def __init__(self, budget: Budget, shared: set[int]) -> None:
         self.budget = budget
         self.shared = shared
         self.done: dict[tuple[int, int], tuple[Any, int]] = {}  # by id and depth: the copy and its charge
