@@ -22,6 +22,7 @@ from PIL import Image
 from benchmarks.memory import reset_peak, resident_peak
 from benchmarks.result import Row, bytes_text, limit_row
 from benchmarks.setting import Setting
+from localization_heads.lvlm.spec import ModelSpec
 
 KEY = "g"
 LIMIT = 300_000_000  # bytes
@@ -136,6 +137,7 @@ class StandIn:
     )
     num_layers = num_heads = 32
     num_parameters = 0
+    spec = ModelSpec(name)
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)

@@ -72,7 +72,7 @@ def test_head_lists_of_the_published_code_and_of_gaze_heads(tmp_path):
         path.write_text(json.dumps(content))
         assert chosen_heads(str(path), 2) == ((14, 24), (14, 26))
     path.write_text(json.dumps({"head_frequency": [{"layer": 14, "frequency": 0.5}]}))
-    with pytest.raises(UsageError, match=r"batch_selected_heads.json: entry 0 is '\[14, None, 0.5\]'"):
+    with pytest.raises(UsageError, match=r"batch_selected_heads.json: entry 0 is \[14, None, 0.5\]"):
         chosen_heads(str(path), 1)
 
 

@@ -623,7 +623,10 @@ def test_heads_found_in_another_way(changes, said):
 
 
 def test_criteria_are_named_by_their_preset():
-    published = CriteriaOptions(entropy="mass", threshold=0.001, elbow="index", exclude_layers=0)
+    published = CriteriaOptions(
+        entropy="mass", threshold=0.001, elbow="index", exclude_layers=0, elbow_heads="all", per_sample=True,
+        ties="order", fallback="order",
+    )  # fmt: skip
     assert [preset_of(options) for options in (CriteriaOptions(), published, CriteriaOptions(tau=0.5))] == [
         "paper", "published", None,
     ]  # fmt: skip

@@ -123,8 +123,8 @@ def test_pipeline_writes_what_the_contract_says(front: Front, lvlm: LVLM) -> Non
     assert all(list(row) == ANALYSIS_KEYS for row in rows)
     types = {name: type(value) for name, value in rows[0].items()}
     assert types == dict(zip(ANALYSIS_KEYS, (int, int, int, float, float, bool, int, bool), strict=True))
-    entropies = [row["spatial_entropy"] for row in rows]
-    assert entropies == sorted(entropies)
+    order = [(not row["above_threshold"], row["spatial_entropy"]) for row in rows]
+    assert order == sorted(order)
     for row in rows:
         assert row["head_idx"] == row["layer"] * lvlm.num_heads + row["head"]
         assert row["attn_sum"] == pytest.approx(attention[row["layer"], row["head"]].sum(), abs=1e-5)

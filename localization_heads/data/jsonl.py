@@ -41,7 +41,9 @@ class BadLineError(ValueError):
     """The line cannot be used; the message says why."""
 
 
-def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
+def read_objects(
+    path: Path, option: str = "data_file"
+) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
     """Yield `(line number, object)` of every line that is not blank, or a BadLineError in its place.
 
     Raises UsageError when the file cannot be read, or is plainly something else: one JSON value over many lines, a
@@ -49,13 +51,13 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineErro
     """
     try:
         if path.is_dir():
-            raise UsageError(f"data_file={path} is a folder: name a .jsonl file in it")
+            raise UsageError(f"{option}={path} is a folder: name a .jsonl file in it")
         if not path.is_file():
             hint = EXAMPLES_HINT if path.parts[:1] == ("examples",) else ""
-            raise UsageError(f"data_file={path}: no such file{hint}")
+            raise UsageError(f"{option}={path}: no such file{hint}")
         with path.open("rb") as file:
             number = 0
-            _check_beginning(path, file)
+            _check_beginning(f"{option}={path}", path, file)
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
@@ -67,23 +69,23 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLineErro
                 if line:
                     yield number, _parse(line)
     except (OSError, ValueError) as error:
-        raise UsageError(f"data_file={path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"{option}={path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_beginning(path: Path, file: BinaryIO) -> None:
+def _check_beginning(named: str, path: Path, file: BinaryIO) -> None:
     """UsageError for a file that is no JSON lines from its first character on. The file is left at its beginning."""
     beginning = file.read(4096)
     file.seek(0)
     if lfs.is_pointer(beginning):
-        raise UsageError(f"data_file={path} {lfs.IS_POINTER}")
+        raise UsageError(f"{named} {lfs.IS_POINTER}")
     beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
     # A line like [1, 2] may be one bad line among good ones; an array of objects, or a bracket alone, is not.
     array = re.match(rb"\[\s*(\{|\n|\Z)", beginning)
-    if array or re.match(rb"\{\s*?\n", beginning):
+    if array or re.match(rb"\{\s*\n\s*[\"}]", beginning):
         target = path.with_name(f"{path.stem}-lines.jsonl")
         what, query = ("a JSON array", ".[]") if array else ("JSON over several lines", ".")
         raise UsageError(
-            f"data_file={path} is {what}, not JSON lines (one object on each line): "
+            f"{named} is {what}, not JSON lines (one object on each line): "
             f"`jq -c '{query}' {path} > {target}` makes them"
         )
 

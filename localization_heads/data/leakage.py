@@ -51,10 +51,10 @@ def _file_key(name: str) -> str | None:
         return None
 
 
-def prepared_pictures(data_file: Path) -> set[str]:
+def prepared_pictures(data_file: Path, option: str = "data_file") -> set[str]:
     """The pictures of a file that `stage=prepare` wrote. UsageError for any other file."""
     pictures: set[str] = set()
-    for line, entry in read_objects(data_file):
+    for line, entry in read_objects(data_file, option):
         name = entry.get("picture") if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise UsageError(

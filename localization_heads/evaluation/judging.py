@@ -42,7 +42,7 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
         UsageError: naming the sample; it has neither, or they do not fit the picture.
 
     >>> truth_of(Sample("cat.jpg", "the cat", bbox=(1, 2, 3, 4)), (8, 8))
-    Truth(box=(1, 2, 3, 4), mask=None, ignored=None)
+    Truth(box=(1.0, 2.0, 3.0, 4.0), mask=None, ignored=None)
     """
     if sample.bbox is None and sample.mask is None:
         raise UsageError(f"{where(sample)}: {NO_TRUTH}")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.images import as_seen
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.prompts import Prompt
 from localization_heads.lvlm.row import Query
@@ -79,7 +78,7 @@ def apart(lvlm: LVLM, images: Sequence[Image.Image], expressions: Sequence[str])
     """Prompts and pixels, and which tokens' attention is read."""
     prompts = [lvlm.located_prompt(expression) for expression in expressions]
     different = {id(image): image for image in images}
-    seen = {key: as_seen(image) for key, image in different.items()}
+    seen = {key: lvlm.seen(image) for key, image in different.items()}
     shown = [seen[id(image)] for image in images]
     inputs = lvlm.processed(shown, [prompt.text for prompt in prompts])
     sizes = [image.size for image in images]

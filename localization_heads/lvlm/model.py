@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.found_with import FoundWith, asked, difference
 from localization_heads.heads.head import Head
@@ -205,6 +206,11 @@ class LVLM:
                 f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
                 "use conv_mode=referseg or plain"
             ) from error
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The picture that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
+        check_shape(self.model.config, self.processor.image_processor, image.size)
+        return as_seen(image)
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, padded to one length.

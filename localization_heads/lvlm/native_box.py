@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import Box, rescaled
-from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.geometry import Size, padded_box, whole_box
 from localization_heads.lvlm.prompts import clean_expression
@@ -157,7 +156,7 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
     """
     import torch
 
-    seen = as_seen(image)
+    seen = lvlm.seen(image)
     inputs = lvlm.encode([seen], [box_prompt(lvlm, form, expression)])
     try:
         with torch.inference_mode():

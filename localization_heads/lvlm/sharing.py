@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.images import as_seen
 from localization_heads.lvlm.capture import capture
 from localization_heads.lvlm.families import views_of
 from localization_heads.lvlm.geometry import EncodedImage, View
@@ -70,7 +69,7 @@ class EncodedPicture:
 
     def __init__(self, lvlm: LVLM, image: Image.Image) -> None:
         self.lvlm = lvlm
-        self.image = as_seen(image)
+        self.image = lvlm.seen(image)
         self._size = image.size
         self._processor = copy(lvlm.processor)
         self._processor.image_processor = _Once(lvlm.processor.image_processor)

@@ -131,7 +131,7 @@ def _choose(run: Run, index: Index) -> tuple[list[Entry], int]:
         )
     excluded = run["exclude"] or []
     files = [excluded] if isinstance(excluded, str) else excluded
-    pictures = set().union(*(prepared_pictures(Path(file)) for file in files))
+    pictures = set().union(*(prepared_pictures(Path(file), "exclude") for file in files))
     kept = [entry for entry in entries if entry.picture not in pictures]
     if not kept:
         raise UsageError(f"exclude: it leaves no expression of {run['dataset']} {run['split']}")
