@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from PIL import Image
 from benchmarks.memory import reset_peak, resident_peak
 from benchmarks.result import Row, bytes_text, limit_row
 from benchmarks.setting import Setting
+from localization_heads.attention import AttentionMaps
 from localization_heads.lvlm.spec import ModelSpec
 
 KEY = "g"
@@ -146,9 +146,8 @@ class StandIn:
         return expression
 
     def attend_batch(self, images: Sequence[Image.Image], expressions: Sequence[str], **_: Any) -> list[Any]:
-        return [
-            SimpleNamespace(attention=self.random.random((32, 32, 3, 3), dtype=np.float32)) for _ in images
-        ]
+        maps = (self.random.random((32, 32, 3, 3), dtype=np.float32) for _ in images)
+        return [AttentionMaps(one, image_box=(0, 0, 3, 3), image_size=(3, 3)) for one in maps]
 
 
 if __name__ == "__main__":

@@ -26,12 +26,8 @@ from localization_heads.store.arrays import plain_value
 from localization_heads.store.atomic import write_bytes
 from localization_heads.store.json_files import parse_json
 from localization_heads.store.paths import attention_stem, side_path
-from localization_heads.store.safe_pickle import (
-    MAX_FILE_BYTES,
-    PickleRefusedError,
-    load_pickle,
-    loads_pickle,
-)
+from localization_heads.store.pickle_budget import PickleRefusedError
+from localization_heads.store.safe_pickle import MAX_FILE_BYTES, load_pickle, loads_pickle
 
 VERSION = 1
 MAX_SIDE = 1_000_000
