@@ -11,8 +11,8 @@ from benchmarks.memory import peak_bytes
 from benchmarks.models import EXPRESSIONS
 from benchmarks.result import Row, bytes_text, timed_row
 from benchmarks.setting import Setting
+from localization_heads.lvlm.capture import Query
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.row import Query
 
 KEY = "a"
 

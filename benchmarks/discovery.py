@@ -58,7 +58,7 @@ def prepare(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, count: int) -> None:
-    from localization_heads.stages.discovery import find
+    from localization_heads.stages.find import find
 
     for number in (AN_IMAGE, count):  # a small one first: what it imports belongs to the program
         run = stand_in_run(folder / str(number) / "data.jsonl", number)
@@ -114,8 +114,8 @@ def stand_in_run(data: Path, count: int) -> Any:
 
 def fill_store(run: Any, count: int) -> None:
     """What a run that was killed has left of the first `count` samples."""
-    from localization_heads.stages.collecting import open_store
     from localization_heads.stages.entries import select_entries
+    from localization_heads.stages.find import open_store
 
     entries, store, random = select_entries(run), open_store(run), np.random.default_rng(1)
     for start in range(0, count, 1000):

@@ -11,7 +11,7 @@ from benchmarks.floor import capture as least_work
 from benchmarks.models import EXPRESSIONS
 from benchmarks.result import Row, timed_row
 from benchmarks.setting import Setting
-from localization_heads.grounding.maps import Grounding, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from localization_heads.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from localization_heads.api import evaluate, find_heads, ground
     from localization_heads.attention import AttentionMaps
     from localization_heads.data.address import Address
     from localization_heads.data.samples import Sample
-    from localization_heads.grounding.maps import Grounding
+    from localization_heads.grounding.ground import Grounding
     from localization_heads.heads.head import Head
     from localization_heads.heads.ranking import HeadRanking
     from localization_heads.interop.hub import load_heads, push_heads
     from localization_heads.interop.pipeline import pipeline
     from localization_heads.lvlm.loading import load_model
 
-__version__ = "0.1.0"
 
 # The public names and where they live. They are imported on first use, so that `import localization_heads`
 # and `--help` take milliseconds and never load torch.

@@ -19,14 +19,13 @@ from localization_heads.data.samples import Sample, where
 from localization_heads.errors import NoHeadError, NotFiniteError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
-from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
-from localization_heads.heads.analysis import own_heads
+from localization_heads.grounder import make_segmenter
+from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
 from localization_heads.heads.criteria import CriteriaOptions, head_statistics
-from localization_heads.heads.found_with import found_with
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, rank_heads
-from localization_heads.segmentation.options import GRABCUT, SegmenterOptions, make_segmenter
-from localization_heads.segmentation.refine import Segmenter, refine
+from localization_heads.heads.ranking import HeadRanking, own_heads, rank_heads
+from localization_heads.heads.record import found_with
+from localization_heads.segmentation.segmenter import GRABCUT, Segmenter, SegmenterOptions, refine
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -190,7 +189,7 @@ def evaluate(
             pictures, before the first sample where `samples` is a sequence, else after the last.
         NotFiniteError: no sample's attention is finite.
     """
-    from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+    from localization_heads.lvlm.answers import ask_for_box, wanted_format
 
     grounder = _grounder(lvlm, heads, criteria or CriteriaOptions(), options, segmenter)
     judge = Judge(grounder.criteria, grounder.options, controls, bootstrap, seed)

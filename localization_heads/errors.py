@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from reprlib import Repr
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from localization_heads.data.jsonl import BadEntry
 
 
 def shown(value: object, limit: int = 40) -> str:
@@ -70,3 +68,46 @@ class NothingDoneError(WorkError):
 
 class NoHeadError(UsageError):
     """No head passes the criteria in this sample, so none can ground it."""
+
+
+@dataclass(frozen=True)
+class BadEntry:
+    """A line of a data set that cannot be used, for the summary at the end of a run.
+
+    Args:
+        line: its number, from 1.
+        id: its id as far as it is known, else "".
+        reason: one line for people.
+    """
+
+    line: int
+    id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}" + (f" ({self.id})" if self.id else "") + f": {self.reason}"
+
+
+class BadLineError(ValueError):
+    """The line cannot be used; the message says why."""
+
+
+def printable(text: object, limit: int | None = None) -> str:
+    """`text` without what a terminal would obey (escapes, turned writing direction), cut to `limit` characters.
+
+    Line ends and tabs stay where there is no limit, and become spaces where there is one.
+
+    >>> printable("the\\x1b[2J dog"), printable("the dog on the left", 8)
+    ('the�[2J dog', 'the dog…')
+    """
+    text = str(text)
+    if limit is not None:
+        text = " ".join(text.split())
+        text = text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+    return "".join(_shown(char) for char in text)
+
+
+def _shown(char: str) -> str:
+    if char.isprintable() or char in "\n\t":
+        return char
+    return " " if unicodedata.category(char) == "Zs" else "�"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.native_box import FORMATS
+from localization_heads.lvlm.answers import FORMATS
 from localization_heads.store.paths import check_id, from_home
 
 Kind = Literal["value", "text", "path", "texts", "paths"]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from localization_heads.stages import collecting
+from localization_heads.stages import find
 
 MARK, VICTIM = Path("killed"), "entry_5"
 
-analysed = collecting._analysed
+analysed = find._analysed
 
 
 def killed_once(run: Any, entries: Any, attended: Sequence[Any], **options: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from localization_heads.data.jsonl import BadEntry
+from localization_heads.errors import BadEntry
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import answering
-from localization_heads.lvlm.answering import Conversation, stream
+from localization_heads.lvlm import answers
+from localization_heads.lvlm.answers import Conversation, stream
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
@@ -75,7 +75,7 @@ def test_without_a_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         prompts.append(prompt)
         return stream(lvlm, image, prompt, count)
 
-    monkeypatch.setattr(answering, "stream", spy)
+    monkeypatch.setattr(answers, "stream", spy)
     conversation = Conversation(lvlm, None, max_new_tokens=2)
     list(conversation.ask("Hello"))
     assert [part["type"] for part in conversation.messages[0]["content"]] == ["text"]

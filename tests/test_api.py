@@ -25,7 +25,7 @@ from localization_heads.errors import UsageError
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head
-from localization_heads.lvlm import batches
+from localization_heads.lvlm import model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedPicture
 
@@ -148,7 +148,7 @@ def test_a_picture_is_read_once_for_the_samples_that_follow_each_other(
     samples = several()
     alone = [lh.find_heads(lvlm, [sample], top_n=3) for sample in samples]
     apart = [lh.evaluate(lvlm, [sample], HEADS).samples[0] for sample in samples]
-    monkeypatch.setattr(batches, "EncodedPicture", Counted)
+    monkeypatch.setattr(model, "EncodedPicture", Counted)
     other = Sample(Image.new("RGB", (64, 64), "white"), "the animal", bbox=(0, 0, 9, 9))
     evaluation = lh.evaluate(lvlm, [*samples, other, other], HEADS)
     assert len(read) == 2

@@ -19,9 +19,9 @@ import pytest
 from front import Front, Result, draw_picture, fronts, one_line, stub_figures, write_lines
 from PIL import Image
 
-from localization_heads.apps import terminal
+from localization_heads.apps import chat
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm import answering
+from localization_heads.lvlm import answers
 from localization_heads.lvlm.model import LVLM
 from localization_heads.store.attention_files import load_attention, save_attention
 
@@ -325,9 +325,9 @@ def test_heads_are_asked_as_they_were_found(
         "heads": [{**head, "attention_sum": 0.5, "spatial_entropy": None}], "found_with": {"conv_mode": conv_mode},
     }  # fmt: skip
     Path("mine.json").write_text(json.dumps(ranking))
-    right = terminal.ground
+    right = chat.ground
     monkeypatch.setattr(
-        terminal, "ground", lambda lvlm, *a, **k: asked.append(lvlm.conv_mode) or right(lvlm, *a, **k)
+        chat, "ground", lambda lvlm, *a, **k: asked.append(lvlm.conv_mode) or right(lvlm, *a, **k)
     )
     assert talk("/ground the dog\n", "image_file=cat.png", "heads=mine.json", "k=1").status == 0
     assert asked == ["plain" if conv_mode == "plain" else "referseg"]
@@ -350,7 +350,7 @@ def test_another_picture_is_another_conversation(
         prompts.append((image and image.size, prompt))
         yield "yes"
 
-    monkeypatch.setattr(answering, "stream", answer)
+    monkeypatch.setattr(answers, "stream", answer)
     draw_picture(Path("dog.png"), 1, (32, 32))
     monkeypatch.setenv("HOME", str(Path.cwd()))
     talk("One?\nTwo?\n/image ~/dog.png\nThree?\n", "image_file=cat.png")
@@ -372,8 +372,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answering, "stream", endless)
-    monkeypatch.setattr(terminal, "ground", interrupted)
+    monkeypatch.setattr(answers, "stream", endless)
+    monkeypatch.setattr(chat, "ground", interrupted)
     lines = iter(["What?\n", "/ground the dog\n", None, "/help\n"])
 
     class Keyboard:
@@ -386,13 +386,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
                 raise KeyboardInterrupt
             return line
 
-    read = terminal.line_reader
+    read = chat.line_reader
 
     def keyboard() -> Callable[[], str]:
         monkeypatch.setattr(sys, "stdin", Keyboard())
         return read()
 
-    monkeypatch.setattr(terminal, "line_reader", keyboard)
+    monkeypatch.setattr(chat, "line_reader", keyboard)
     result = talk("", "image_file=cat.png")
     assert result.status == 0
     for words in ("well [stopped]", "stopped\n", "/exit leaves", "Ctrl-D"):
@@ -407,7 +407,7 @@ def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        read = terminal.line_reader()
+        read = chat.line_reader()
         keys.send_text("hello\nhex\x7fy\n")
         assert [read(), read()] == ["hello", "hey"]
         keys.send_text("\x03")
@@ -429,7 +429,7 @@ def test_a_real_ctrl_c_stops_the_model(
     # One word for hours: of what else it might say, some is not shown, and some has no blanks to be shown at.
     words = lvlm.processor.tokenizer.get_vocab()
     monkeypatch.setattr(settings, "suppress_tokens", [id for word, id in words.items() if word != "dog"])
-    conversation = answering.Conversation(lvlm, Image.open("cat.png"), max_new_tokens=100_000)
+    conversation = answers.Conversation(lvlm, Image.open("cat.png"), max_new_tokens=100_000)
     threads, seen = set(threading.enumerate()), []
 
     class Screen(io.StringIO):
@@ -440,7 +440,7 @@ def test_a_real_ctrl_c_stops_the_model(
 
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
-    terminal.print_answer(conversation, "What is it?")
+    chat.print_answer(conversation, "What is it?")
     assert screen.getvalue().endswith(" [stopped]\n")
     assert set(threading.enumerate()) <= threads
     assert conversation.messages[-1]["content"][0]["text"].startswith(seen[0].strip())
@@ -465,7 +465,7 @@ def test_whatever_fails_the_conversation_goes_on(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(terminal, "ground", fail)
+    monkeypatch.setattr(chat, "ground", fail)
     result = talk("/ground the dog\n/help\n", "image_file=cat.png")
     assert result.status == 0
     assert "error: ZeroDivisionError: by zero\n" in result.out
@@ -478,7 +478,7 @@ def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch
     def answer(lvlm: LVLM, image: Any, prompt: str, count: int) -> Iterator[str]:
         yield from ("a\nb\u001b", "[2J", "c\u202e")
 
-    monkeypatch.setattr(answering, "stream", answer)
+    monkeypatch.setattr(answers, "stream", answer)
     result = talk("What?\n/\u001b[2J\n")
     assert "a\nb\ufffd[2Jc\ufffd\n" in result.out
     assert "\u001b" not in result.out
@@ -576,7 +576,7 @@ def typed(keys: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
     with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
         keyboard.send_text(keys)
-        return terminal._prompt()()
+        return chat._prompt()()
 
 
 def test_earlier_lines_come_back_in_the_next_conversation(
@@ -598,7 +598,7 @@ def test_commands_and_files_are_completed(tmp_path: Path) -> None:
     from prompt_toolkit.document import Document
 
     def completions(text: str) -> list[str]:
-        return [c.text for c in terminal.completer().get_completions(Document(text), CompleteEvent())]
+        return [c.text for c in chat.completer().get_completions(Document(text), CompleteEvent())]
 
     assert completions("/gr") == ["/ground"]
     assert completions("/") == ["/image", "/ground", "/help", "/exit"]

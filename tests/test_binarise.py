@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import upsample
 from localization_heads.evaluation.scores import Truth, score_grounding
-from localization_heads.grounding.binarise import otsu, threshold, top_mass
-from localization_heads.grounding.maps import GroundingOptions, ground_maps
-from localization_heads.grounding.raster import upsample
+from localization_heads.grounding.ground import GroundingOptions, ground_maps, otsu, threshold, top_mass
 from localization_heads.heads.head import Head
 
 

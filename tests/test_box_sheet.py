@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import RendererAgg
 from PIL import Image
 
 from localization_heads.attention import Box
-from localization_heads.figures.boxes import BoxPanel, plot_boxes
+from localization_heads.figures.overlay import BoxPanel, plot_boxes
 
 pytestmark = pytest.mark.filterwarnings("error")
 

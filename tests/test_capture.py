@@ -12,9 +12,8 @@ from tiny_models import llava_model, llava_processor
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from localization_heads.lvlm.capture import attention_modules, capture
+from localization_heads.lvlm.capture import attention_modules, attention_row, attention_rows, capture
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.row import attention_row, attention_rows
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 

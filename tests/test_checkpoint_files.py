@@ -13,10 +13,10 @@ from tiny_models import llava_model, llava_processor
 from tiny_sams import tiny_sam
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import checkpoint_files
-from localization_heads.lvlm.checkpoint_files import Weights, check_original, check_size, weights_in
+from localization_heads.lvlm import checkpoint
+from localization_heads.lvlm.checkpoint import Weights, check_original, check_size, weights_in
 from localization_heads.lvlm.loading import load_model
-from localization_heads.segmentation.checkpoint import FAMILIES, load_checkpoint
+from localization_heads.segmentation.sam import FAMILIES, load_checkpoint
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 13476839424\n"
 
@@ -176,7 +176,7 @@ def test_an_index_that_leads_out_of_the_folder(folder: Path) -> None:
 
 
 def test_a_huge_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_files, "MAX_JSON", 2 << 20)
+    monkeypatch.setattr(checkpoint, "MAX_JSON", 2 << 20)
     (folder / "tokenizer.json").write_bytes(b" " * (3 << 20))
     assert "tokenizer.json has 3 MB" in refusal(folder)
 

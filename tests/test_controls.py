@@ -22,7 +22,7 @@ from localization_heads.evaluation.controls import (
     random_heads,
 )
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.grounding.ground import GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
 
 PLAIN = GroundingOptions(kernel_size=1)

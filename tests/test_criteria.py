@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from localization_heads.heads import criteria
-from localization_heads.heads.analysis import analysis_rows, greedy_heads
 from localization_heads.heads.criteria import (
     CriteriaOptions,
     attention_sum,
@@ -28,7 +27,7 @@ from localization_heads.heads.criteria import (
     label_components,
     spatial_entropy,
 )
-from localization_heads.heads.ranking import criterion_1
+from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_heads
 
 LN2 = math.log(2)
 JUNE, AUGUST = (

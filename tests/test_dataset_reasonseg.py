@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from localization_heads.data import masks
-from localization_heads.data.benchmarks import open_source
-from localization_heads.data.jsonl import BadLineError
 from localization_heads.data.masks import tight_box
-from localization_heads.data.reasonseg import paint_shapes
-from localization_heads.data.reference import BadRecord, Record
-from localization_heads.errors import UsageError
+from localization_heads.datasets.reasonseg import paint_shapes
+from localization_heads.datasets.reference import BadRecord, Record
+from localization_heads.datasets.source import open_source
+from localization_heads.errors import BadLineError, UsageError
 from tests.dataset_files import RICKY, ricky_row, save_lisa, save_rows, shape
 
 BIG = ((2, 2), (40, 2), (40, 30), (2, 30))

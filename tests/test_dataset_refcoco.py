@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco
 
-from localization_heads.data import parquet
-from localization_heads.data.benchmarks import OFFICIAL, Counts, count, open_source
 from localization_heads.data.masks import encode_source, read_mask
-from localization_heads.data.reference import BadRecord, Record
+from localization_heads.datasets import refcoco_parquet
+from localization_heads.datasets.reference import BadRecord, Record
+from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import UsageError
 from localization_heads.store.safe_pickle import loads_pickle
 from tests.dataset_files import (
@@ -151,13 +151,13 @@ def test_rows_are_found_in_any_row_group(tmp_path):
     ],
 )
 def test_a_files_name_tells_its_split(name, split):
-    assert parquet.split_of(Path(name)) == split
+    assert refcoco_parquet.split_of(Path(name)) == split
 
 
 def test_a_name_that_tells_no_split_is_refused():
     for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
         with pytest.raises(UsageError, match="does not tell its split"):
-            parquet.split_of(Path(name))
+            refcoco_parquet.split_of(Path(name))
 
 
 def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
@@ -357,7 +357,7 @@ def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
     source, index = opened(tmp_path, None)
     for name, limit in (("MAX_ROWS", 0), ("_allowance", lambda path: 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(parquet, name, limit)
+            patch.setattr(refcoco_parquet, name, limit)
             with pytest.raises(UsageError, match=r"\.parquet"):
                 all_records(source, index)
 
@@ -425,9 +425,9 @@ def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
     schema = pa.schema([("s", pa.list_(tokens)), ("t", pa.string())])
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=5000, **options)
-    assert list(parquet.read_columns(path, ["s", "t"])) == rows
+    assert list(refcoco_parquet.read_columns(path, ["s", "t"])) == rows
     wanted = [0, 17, 4999, 5000, 8999]
-    found = [(row, batch.to_pylist()) for row, batch in parquet.read_rows(path, ["s", "t"], wanted)]
+    found = [(row, batch.to_pylist()) for row, batch in refcoco_parquet.read_rows(path, ["s", "t"], wanted)]
     assert found == [(row, [rows[row]]) for row in wanted]
 
 

@@ -38,14 +38,14 @@ from localization_heads.apps.demo.session import (
 from localization_heads.apps.demo.turns import Turns
 from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.data.masks import read_mask
-from localization_heads.data.scenes import VALIDATION_SEEDS, scene_samples
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.metrics import box_iou
-from localization_heads.figures.canvas import VERMILLION
-from localization_heads.grounding.maps import GroundingOptions
+from localization_heads.figures.sheet import VERMILLION
+from localization_heads.grounding.ground import GroundingOptions
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loading
-from localization_heads.segmentation.options import GRABCUT
+from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
+from localization_heads.segmentation.segmenter import GRABCUT
 from localization_heads.stages.run import Run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

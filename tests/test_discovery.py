@@ -24,7 +24,7 @@ from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import random_draws, rank_heads
 from localization_heads.lvlm.model import LVLM
 from localization_heads.store.attention_files import load_attention
-from localization_heads.store.lock import RunLock
+from localization_heads.store.files import RunLock
 
 ROOT = Path(__file__).parents[1]
 HEAD_KEYS = [

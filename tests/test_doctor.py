@@ -18,12 +18,12 @@ from transformers import LlavaForConditionalGeneration
 from localization_heads.apps.finder_stages import STAGES
 from localization_heads.errors import UsageError
 from localization_heads.figures import plot_cells
-from localization_heads.figures.canvas import ORANGE, SKY
+from localization_heads.figures.sheet import ORANGE, SKY
 from localization_heads.lvlm import capture, doctor
 from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.lvlm.prompts import QUERY_TOKENS
 from localization_heads.lvlm.spec import ModelSpec
 from localization_heads.stages.run import Run
 

@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.scenes import TEST_SEEDS, render_scene, scene_samples
-from localization_heads.grounding.maps import ground_maps
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import attention_sum, spatial_entropy
 from localization_heads.heads.ranking import rank_heads
+from localization_heads.scenes.scene import TEST_SEEDS, render_scene, scene_samples
 
 FOLDER = files("localization_heads") / "lvlm" / "embedded"
 NUM_SCENES = 48

@@ -14,17 +14,17 @@ from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figur
 from PIL import Image
 
 import localization_heads as lh
+from localization_heads.cells import mass_inside
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.evaluation.controls import centre_box, mean_map, oracle_map, random_heads
 from localization_heads.evaluation.metrics import mask_overlap, pointing_hit
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.maps import GroundingOptions, ground_maps
-from localization_heads.grounding.raster import mass_inside
+from localization_heads.grounding.ground import GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
-from localization_heads.stages.failed_boxes import worst_outcomes
+from localization_heads.stages.evaluate import worst_outcomes
 from localization_heads.stages.outcome import Outcome
-from localization_heads.store.predictions import Prediction
+from localization_heads.store.results import Prediction
 
 CONTROLS = ["random_heads", "all_heads", "centre_box", "oracle"]
 OPTIONS = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "visualize_batch=false")
@@ -385,7 +385,7 @@ def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest
         x0, y0, x1, y1 = boxes[expression]
         return ((x0, y0, x1, y1), "yes") if list(boxes).index(expression) % 2 == 0 else (None, "I see none")
 
-    monkeypatch.setattr("localization_heads.stages.evaluating.ask_for_box", answer)
+    monkeypatch.setattr("localization_heads.stages.evaluate.ask_for_box", answer)
     assert quick.finder(*OPTIONS, "worst=0").status == 0
     assert not asked and "native" not in read_metrics(quick)["controls"]  # the embedded model writes none
     result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "model.conv_mode=chat")
@@ -480,10 +480,10 @@ def test_no_head_passes_in_the_viewer_and_from_python(
 ) -> None:
     from localization_heads import api
     from localization_heads.heads.criteria import CriteriaOptions
-    from localization_heads.stages import visualizing
+    from localization_heads.stages import visualize
 
     write_truths(1)
-    monkeypatch.setattr(visualizing, "known_heads", lambda *_: None)
+    monkeypatch.setattr(visualize, "known_heads", lambda *_: None)
     assert quick.finder("stage=collect", "image_file=picture_0.png", "query=the dog", "save_id=x").status == 0
     result = quick.visualize(f"attention_file={quick.out}/attention/x.pkl", "criteria.tau=2")
     assert result.status == 2

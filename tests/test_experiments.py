@@ -12,19 +12,24 @@ import pytest
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.evaluation.correlation import spearman
+from localization_heads.evaluation.metrics import spearman
 from localization_heads.evaluation.scores import Truth
 from localization_heads.experiments import paper
 from localization_heads.experiments.catalogue import EXPERIMENTS
-from localization_heads.experiments.finding import Finding, Table, percent
-from localization_heads.experiments.ladder import Climbed, ladder_finding
-from localization_heads.experiments.scoring import Recipe, Scores, score
+from localization_heads.experiments.paper import Climbed, Finding, Table, ladder_finding, percent
 from localization_heads.experiments.selection import ELBOWS
-from localization_heads.experiments.study import Study, StudyOptions, highest
+from localization_heads.experiments.study import (
+    Study,
+    StudyOptions,
+    cell_shares,
+    head_hits,
+    head_ious,
+    highest,
+    object_area,
+)
 from localization_heads.experiments.tables import criteria_recipes
-from localization_heads.experiments.truth import cell_shares, head_hits, head_ious, object_area
-from localization_heads.experiments.validation import contrast, random_sets
-from localization_heads.grounding.maps import GroundingOptions, ground_maps, visible_edges
+from localization_heads.experiments.validation import Recipe, Scores, contrast, random_sets, score
+from localization_heads.grounding.ground import GroundingOptions, ground_maps, visible_edges
 from localization_heads.heads.criteria import CriteriaOptions, head_statistics
 from localization_heads.heads.head import Head
 
@@ -448,7 +453,7 @@ def test_highest_breaks_ties_by_layer_and_head() -> None:
 
 
 def test_equal_recipes_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from localization_heads.experiments import scoring
+    from localization_heads.experiments import validation
 
     calls = []
 
@@ -456,7 +461,7 @@ def test_equal_recipes_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(arguments)
         return ground_maps(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(scoring, "ground_maps", spy)
+    monkeypatch.setattr(validation, "ground_maps", spy)
     one, options = (Head(2, 0),), GroundingOptions()
     scores = score({"a": Recipe(one, options), "b": Recipe(one, options)}, SET)
     assert len(calls) == SAMPLES and scores["a"] is scores["b"]

@@ -14,15 +14,15 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.grounding.hull import convex_hull, fill_polygon, hull_area, largest_hull
-from localization_heads.grounding.maps import (
+from localization_heads.cells import resample
+from localization_heads.grounding.ground import (
     GroundingOptions,
     combine,
     gaussian_kernel,
     ground_maps,
     smooth,
 )
-from localization_heads.grounding.raster import resample
+from localization_heads.grounding.shapes import convex_hull, fill_polygon, hull_area, largest_hull
 from localization_heads.heads.head import Head
 
 SHARP = GroundingOptions(sigma=0.0)

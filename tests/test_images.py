@@ -24,8 +24,7 @@ from localization_heads.data import download as downloading
 from localization_heads.data import images
 from localization_heads.data.address import Address, is_partial, without_secrets
 from localization_heads.data.download import DownloadError, download, is_public
-from localization_heads.data.images import ImageError, image_size, load_image
-from localization_heads.data.quiet import quiet_decoders
+from localization_heads.data.images import ImageError, image_size, load_image, quiet_decoders
 from localization_heads.errors import UsageError, WorkError
 
 

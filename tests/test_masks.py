@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 from pycocotools import mask as coco
 
-from localization_heads.data.image_error import ImageError
+from localization_heads.data.address import ImageError
 from localization_heads.data.masks import MaskError, encode_mask, read_mask
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))

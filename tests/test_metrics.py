@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
+from localization_heads.cells import mass_inside
 from localization_heads.evaluation.metrics import (
     accuracy_at,
     bootstrap_interval,
@@ -22,7 +23,6 @@ from localization_heads.evaluation.metrics import (
     percentile_interval,
     pointing_hit,
 )
-from localization_heads.grounding.raster import mass_inside
 
 boxes = st.tuples(*[st.integers(0, 12)] * 4).map(
     lambda c: (min(c[0], c[1]), min(c[2], c[3]), max(c[0], c[1]), max(c[2], c[3]))

@@ -16,10 +16,20 @@ from transformers import AutoConfig
 from localization_heads.apps.frontdoor import help_text
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.families import FAMILIES
-from localization_heads.lvlm.family_facts import FACTS, SHAPES, family_facts, looks_like
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.prompts import CONV_MODES
-from localization_heads.lvlm.spec import BASE, EMBEDDED, ModelSpec, compose_spec, find_spec, known_specs
+from localization_heads.lvlm.spec import (
+    BASE,
+    EMBEDDED,
+    FACTS,
+    SHAPES,
+    ModelSpec,
+    compose_spec,
+    family_facts,
+    find_spec,
+    known_specs,
+    looks_like,
+)
 from localization_heads.options import check_options
 from localization_heads.stages.run import Run
 

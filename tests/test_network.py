@@ -18,7 +18,7 @@ from localization_heads.data.network import client_trouble
 from localization_heads.errors import WorkError
 from localization_heads.lvlm import loading
 from localization_heads.lvlm.loading import load_model
-from localization_heads.segmentation.checkpoint import FAMILIES, load_checkpoint
+from localization_heads.segmentation.sam import FAMILIES, load_checkpoint
 
 SETTINGS = {
     "ALL_PROXY": ("socks5://me:secret@localhost:1080", "ALL_PROXY cannot be used.*pip install socksio"),

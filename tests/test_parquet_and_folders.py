@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.store import atomic
-from localization_heads.store.atomic import remove_leftovers, replace_folder
-from localization_heads.store.parquet import write_parquet
+from localization_heads.store import files
+from localization_heads.store.files import remove_leftovers, replace_folder
+from localization_heads.store.results import write_parquet
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: py
     dead = tmp_path / name.replace(f"-{os.getpid()}-", "-99999-")
     dead.mkdir()
     (dead / "a.png").write_text("a")
-    monkeypatch.setattr(atomic, "_is_running", lambda pid: pid != 99999)
+    monkeypatch.setattr(files, "_is_running", lambda pid: pid != 99999)
     remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["failures"]

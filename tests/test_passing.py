@@ -23,7 +23,7 @@ from PIL import Image
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedPicture
-from localization_heads.stages.passing import AHEAD, WAITING, chunks, in_line
+from localization_heads.stages.flow import AHEAD, WAITING, chunks, in_line
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_pictures_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.M
     samples = [Sample(str(tmp_path / f"{n}.png"), "x" * (9 - n), line=n) for n in range(len(sides))]
     cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
     assert cut == [[4, 0], [6, 2], [7, 3], [5, 1]]
-    monkeypatch.setattr("localization_heads.stages.passing.WINDOW", 2)
+    monkeypatch.setattr("localization_heads.stages.flow.WINDOW", 2)
     cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
     assert cut == [[0, 2], [3, 1], [4, 6], [7, 5]]
     assert [[s.line for s in chunk] for chunk in chunks(samples, 1)] == [[n] for n in range(8)]
@@ -365,7 +365,7 @@ def test_auto_halves_until_it_fits(
 ) -> None:
     """All five, then three, then two, one of each side; later chunks begin with what fitted."""
     stub_figures(monkeypatch)
-    monkeypatch.setattr("localization_heads.stages.passing.AUTO", 5)
+    monkeypatch.setattr("localization_heads.stages.flow.AUTO", 5)
     write_data(front.folder, 10)
     options = (f"stage={stage}", "data_file=data.jsonl", "heads=[2-0]")
     result = front.finder(*options, "batch_size=auto")

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.loading import _check_order
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.placeholder import (
+from localization_heads.lvlm.prompts import (
     image_comes_first,
     image_placeholder,
     template_placeholder,

@@ -16,12 +16,20 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.lone_spaces import lone_space_id, without_token
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS, expression_tokens, query_of
+from localization_heads.lvlm.prompts import (
+    QUERY_TOKENS,
+    Prompt,
+    expression_tokens,
+    locate_expression,
+    lone_space_id,
+    plain_prompt,
+    query_of,
+    referseg_prompt,
+    without_token,
+)
 from localization_heads.lvlm.spec import ModelSpec
-from localization_heads.stages.discovery import batch
+from localization_heads.stages.find import batch
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localization_heads.evaluation.random_heads import layer_matched
+from localization_heads.evaluation.controls import layer_matched
 from localization_heads.heads.head import Head
 
 

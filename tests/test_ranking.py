@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from localization_heads.errors import UsageError
 from localization_heads.heads import ranking as ranking_module
 from localization_heads.heads.criteria import CriteriaOptions, elbow, elbow_index
-from localization_heads.heads.found_with import difference, preset_of
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import (
     HeadRanking,
@@ -22,6 +21,7 @@ from localization_heads.heads.ranking import (
     sample_heads,
     select_heads,
 )
+from localization_heads.heads.record import difference, preset_of
 
 INF = math.inf
 ALL = CriteriaOptions(exclude_layers=0, tau=0.0)

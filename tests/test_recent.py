@@ -11,8 +11,7 @@ from PIL import Image
 
 import localization_heads as lh
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.recent import RecentPictures
+from localization_heads.lvlm.model import LVLM, RecentPictures
 from localization_heads.lvlm.sharing import EncodedPicture
 from localization_heads.stages.run import Run
 

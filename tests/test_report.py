@@ -25,17 +25,16 @@ from scipy.stats import spearmanr
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
-from localization_heads.data.jsonl import BadEntry
 from localization_heads.data.masks import encode_mask
-from localization_heads.evaluation.correlation import spearman
-from localization_heads.evaluation.metrics import box_iou
-from localization_heads.grounding.maps import GroundingOptions, fill_polygon, ground_maps
+from localization_heads.errors import BadEntry
+from localization_heads.evaluation.metrics import box_iou, spearman
+from localization_heads.grounding.ground import GroundingOptions, fill_polygon, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.report import Card, Gallery, HeadFacts, HeadIoU, outline, render, thumbnail, tiny_map
-from localization_heads.report.markup import Markup, element, json_block, plain
+from localization_heads.report.tables import Markup, element, json_block, plain
 from localization_heads.store.attention_files import load_attention
-from localization_heads.store.result_log import ResultLog
+from localization_heads.store.journal import ResultLog
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
@@ -549,8 +548,8 @@ def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.
 def test_a_large_models_heads_are_measured_on_fewer_samples(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localization_heads.stages.reporting.MEASURED_HEADS", 10)
-    monkeypatch.setattr("localization_heads.stages.reporting.FEWER_SAMPLES", 3)
+    monkeypatch.setattr("localization_heads.stages.report.MEASURED_HEADS", 10)
+    monkeypatch.setattr("localization_heads.stages.report.FEWER_SAMPLES", 3)
     write_data(front.folder, bbox=BOX)
     assert front.finder(*SCORED).status == 0
     page = page_of(front.out / "report.html")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from localization_heads.errors import WorkError
-from localization_heads.store.result_log import ResultLog
+from localization_heads.store.journal import ResultLog
 
 RESULTS = [(bytes([n]) * 16, {"number": n}) for n in range(3)]
 

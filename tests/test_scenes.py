@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localization_heads.data import artwork
-from localization_heads.data.expressions import RELATIONS, Phrase, Thing, meant_by
 from localization_heads.data.masks import tight_box
-from localization_heads.data.scenes import (
+from localization_heads.scenes import artwork
+from localization_heads.scenes.expressions import RELATIONS, Phrase, Thing, meant_by
+from localization_heads.scenes.scene import (
     HELD_OUT_STYLE,
     NAMES,
     STYLES,

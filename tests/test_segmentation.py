@@ -19,15 +19,21 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.masks import tight_box
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.figures import plot_grounding
-from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounder import make_segmenter
+from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.segmentation import grabcut
-from localization_heads.segmentation.checkpoint import FAMILIES
 from localization_heads.segmentation.grabcut import GrabCut
-from localization_heads.segmentation.options import GRABCUT, SegmenterOptions, make_segmenter
-from localization_heads.segmentation.prompts import LOGIT, Frame, interior_points, map_logits
-from localization_heads.segmentation.refine import refine
-from localization_heads.segmentation.sam import Sam, load_sam, on_image
+from localization_heads.segmentation.sam import FAMILIES, Sam, load_sam, on_image
+from localization_heads.segmentation.segmenter import (
+    GRABCUT,
+    LOGIT,
+    Frame,
+    SegmenterOptions,
+    interior_points,
+    map_logits,
+    refine,
+)
 
 
 def grounded(grid, image_box=None, image_size=None, **options) -> Grounding:

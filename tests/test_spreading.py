@@ -18,7 +18,7 @@ from tiny_models import save_overflowing
 
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
-from localization_heads.stages import passing, spreading
+from localization_heads.stages import flow, workers
 from localization_heads.stages.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -114,8 +114,8 @@ def test_the_same_as_locally(
         data = (*DATA, f"model.name={save_overflowing(front.folder / 'model')}", "model.label=tiny")
     local = front.finder(f"stage={stage}", *data, "output_dir=by_local")
     if stage == "find":
-        monkeypatch.setattr("localization_heads.stages.collecting._analysed", killing.killed_once)
-    monkeypatch.setattr(passing, "compute", killing.left_to_workers)
+        monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_once)
+    monkeypatch.setattr(flow, "compute", killing.left_to_workers)
     workers = WORKERS.get(stage, 1)
     spread = front.finder(f"stage={stage}", *data, "output_dir=by_ray", *RAY, f"engine.num_workers={workers}")
     assert (local.status, spread.status) == (1, 1), spread.err
@@ -135,14 +135,14 @@ def test_the_same_as_locally(
 def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """Is given up after a few tries, and what was finished is kept: the next run does the rest."""
     original = killing.analysed
-    assert spreading.RETRIES == 3
-    monkeypatch.setattr(spreading, "RETRIES", 1)  # each costs the start of a worker
-    monkeypatch.setattr("localization_heads.stages.collecting._analysed", killing.killed_always)
+    assert workers.RETRIES == 3
+    monkeypatch.setattr(workers, "RETRIES", 1)  # each costs the start of a worker
+    monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_always)
     result = front.finder("stage=find", *DATA, "output_dir=by_ray", *RAY, "engine.num_workers=1")
     assert result.status == 1
     assert "a worker died 2 times" in one_line(result.err)
     assert killing.MARK.read_text() == "xx"
-    monkeypatch.setattr("localization_heads.stages.collecting._analysed", original)
+    monkeypatch.setattr("localization_heads.stages.find._analysed", original)
     assert front.finder("stage=find", *DATA, "output_dir=by_ray").status == 1
     assert front.finder("stage=find", *DATA, "output_dir=by_local").status == 1
     assert files_of("ray") == files_of("local")
@@ -164,10 +164,10 @@ def test_without_room(ray: Any, front: Front) -> None:
 def test_results_come_back_with_the_samples_of_the_command() -> None:
     """Only their ids travel."""
     samples = {id: Sample("p.png", "x" * 1000, id=id, line=1) for id in ("a", "b")}
-    value = spreading.Done([(samples["a"], np.arange(3)), {"again": samples["a"], "other": samples["b"]}], [])
-    data = spreading._without_samples(value)
+    value = workers.Done([(samples["a"], np.arange(3)), {"again": samples["a"], "other": samples["b"]}], [])
+    data = workers._without_samples(value)
     assert len(data) < 500
-    found = spreading._with_samples(data, samples).results
+    found = workers._with_samples(data, samples).results
     assert found[0][0] is found[1]["again"] is samples["a"]
     assert found[1]["other"] is samples["b"]
     assert list(found[0][1]) == [0, 1, 2]
@@ -198,7 +198,7 @@ def test_how_many_workers(
     resources: dict[str, float], asked: dict[str, Any], device: str, expected: Sequence[float]
 ) -> None:
     run = Run({"engine": {**ENGINE, **asked}, "device": device, "stage": "find"})
-    assert spreading._spread(run, resources) == expected
+    assert workers._spread(run, resources) == expected
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_how_many_workers(
 def test_this_machine_does_not_grow(resources: dict[str, float], asked: dict[str, Any], problem: str) -> None:
     run = Run({"engine": {**ENGINE, "address": None, **asked}, "device": "auto", "stage": "find"})
     with pytest.raises(UsageError, match=problem):
-        spreading._spread(run, resources)
+        workers._spread(run, resources)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,9 @@ def test_the_work_holds_no_model() -> None:
     from functools import partial
 
     from localization_heads.evaluation.judging import Judge
-    from localization_heads.grounding.maps import GroundingOptions
+    from localization_heads.grounding.ground import GroundingOptions
     from localization_heads.heads.criteria import CriteriaOptions
-    from localization_heads.stages.evaluating import Examination
+    from localization_heads.stages.evaluate import Examination
     from localization_heads.stages.ground import _ground_each
 
     judge = Judge(CriteriaOptions(), GroundingOptions())

@@ -39,7 +39,7 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages.single import default_id
 from localization_heads.store.attention_files import load_attention
-from localization_heads.store.lock import RunLock
+from localization_heads.store.files import RunLock
 
 ATTENTION_KEYS = [
     "version", "attention", "grid", "image_size", "image_box", "image_file", "query", "prompt", "model", "id",

@@ -24,17 +24,16 @@ from hypothesis import strategies as st
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.store.atomic import atomic_write, write_csv, write_json
 from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
     save_analysis,
     save_attention,
 )
+from localization_heads.store.files import RunLock, atomic_write, write_csv, write_json
 from localization_heads.store.json_files import read_json
-from localization_heads.store.lock import RunLock
 from localization_heads.store.paths import analysis_path, attention_path, check_id, entry_path, side_path
-from localization_heads.store.predictions import Prediction, read_predictions, write_predictions
+from localization_heads.store.results import Prediction, read_predictions, write_predictions
 
 MAPS = AttentionMaps(
     attention=np.random.default_rng(0).random((2, 3, 4, 5), dtype=np.float32),
@@ -520,7 +519,7 @@ def test_a_full_disk_is_a_failure_of_the_work(tmp_path, monkeypatch):
 
 WRITER = """
 import sys
-from localization_heads.store.atomic import write_bytes
+from localization_heads.store.files import write_bytes
 while True:
     for letter in b"abc":
         write_bytes(sys.argv[1], bytes([letter]) * 300_000)
@@ -567,7 +566,7 @@ def test_the_temporary_files_of_living_and_foreign_writers_stay(tmp_path):
 
 HOLDER = """
 import sys, time
-from localization_heads.store.lock import RunLock
+from localization_heads.store.files import RunLock
 with RunLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from localization_heads.apps import tables
-from localization_heads.apps.printable import printable
-from localization_heads.apps.scores_table import metrics_table
-from localization_heads.data.jsonl import BadEntry
+from localization_heads.apps.tables import metrics_table
 from localization_heads.data.samples import Sample
+from localization_heads.errors import BadEntry, printable
 from localization_heads.evaluation.scores import Score, summarize
-from localization_heads.experiments.finding import Table as FindingTable
+from localization_heads.experiments.paper import Table as FindingTable
 from localization_heads.stages.outcome import Outcome
-from localization_heads.store.predictions import Prediction
+from localization_heads.store.results import Prediction
 
 HOSTILE = "the \u001b[2J\u202edog\r\u0007\udce9\u2028[bold]cat"
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from localization_heads.data import artwork
-from localization_heads.data.scenes import NAMES, render_scene
 from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.scenes import artwork
+from localization_heads.scenes.scene import NAMES, render_scene
 from training import card
 from training.ablation import shrink, spread_cells, start_from
 from training.batches import BatchMaker

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.geometry import View, even_view
-from localization_heads.lvlm.views import read_maps
+from localization_heads.lvlm.geometry import View, even_view, read_maps
 
 WHOLE = even_view("whole", np.array([[0]]), (0, 0, 4, 2))
 TILES = even_view("tiles", np.array([[2, 1]]), (0, 0, 4, 2))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from localization_heads.data.scenes import TRAIN_SEEDS, scene_samples
+from localization_heads.scenes.scene import TRAIN_SEEDS, scene_samples
 from training.evaluate import (
     PAPER_N,
     correlation,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localization_heads.data.scenes import TRAIN_SEEDS, Scene, render_scene
+from localization_heads.scenes.scene import TRAIN_SEEDS, Scene, render_scene
 from training.language import IDS, encode, scene_turns, text_turns
 from training.recipe import SPRITES, Canvas, Recipe, Stage
 

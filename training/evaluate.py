@@ -17,8 +17,13 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.expressions import PLACES, Expression
-from localization_heads.data.scenes import (
+from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit, spearman
+from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.heads.criteria import CriteriaOptions, attention_sum, spatial_entropy
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
+from localization_heads.scenes.expressions import PLACES, Expression
+from localization_heads.scenes.scene import (
     HELD_OUT_STYLE,
     TEST_SEEDS,
     VALIDATION_SEEDS,
@@ -26,12 +31,6 @@ from localization_heads.data.scenes import (
     render_scene,
     scene_samples,
 )
-from localization_heads.evaluation.correlation import spearman
-from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit
-from localization_heads.grounding.maps import GroundingOptions, ground_maps
-from localization_heads.heads.criteria import CriteriaOptions, attention_sum, spatial_entropy
-from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 from training.measure import Measured, measure
 from training.talk import talk
 

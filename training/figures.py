@@ -15,12 +15,12 @@ from matplotlib.patches import Rectangle
 from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.scenes import scene_samples
 from localization_heads.evaluation.metrics import box_iou
-from localization_heads.figures.canvas import SKY, VERMILLION
-from localization_heads.grounding.maps import GroundingOptions, ground_maps
+from localization_heads.figures.sheet import SKY, VERMILLION
+from localization_heads.grounding.ground import GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.spec import find_spec
+from localization_heads.scenes.scene import scene_samples
 from training.measure import Measured, measure
 
 # Image tokens a picture (negative: captions alone) -> what the curve is called.

@@ -6,9 +6,9 @@ from random import Random
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from localization_heads.data.artwork import NAMES, PALETTE, VOCABULARY
-from localization_heads.data.expressions import PLACES, RELATIONS, USES, Expression
-from localization_heads.data.scenes import Scene
+from localization_heads.scenes.artwork import NAMES, PALETTE, VOCABULARY
+from localization_heads.scenes.expressions import PLACES, RELATIONS, USES, Expression
+from localization_heads.scenes.scene import Scene
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

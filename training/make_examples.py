@@ -20,9 +20,9 @@ from PIL import Image
 from skimage import data as photographs
 
 import localization_heads as lh
-from localization_heads.data.scenes import VALIDATION_SEEDS, Expression, Scene, render_scene
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.heads.head import Head
+from localization_heads.scenes.scene import VALIDATION_SEEDS, Expression, Scene, render_scene
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SIDE = 384  # pixels

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from localization_heads.data.scenes import Expression, Scene
+from localization_heads.scenes.scene import Expression, Scene
 from training.batches import normalise
 from training.language import IDS, encode
 from training.model import PREFIX

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import LlavaForConditionalGeneration
 
-from localization_heads.data.scenes import VALIDATION_SEEDS, scene_samples
 from localization_heads.heads.criteria import attention_sum, spatial_entropy
 from localization_heads.heads.ranking import rank_heads
+from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from training.measure import Measured, measure
 
 

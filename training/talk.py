@@ -7,9 +7,9 @@ from random import Random
 from PIL import Image
 
 import localization_heads as lh
-from localization_heads.data.scenes import scene_samples
-from localization_heads.lvlm.answering import Conversation
+from localization_heads.lvlm.answers import Conversation
 from localization_heads.lvlm.model import LVLM
+from localization_heads.scenes.scene import scene_samples
 from training.language import question_turn
 
 QUESTIONS = 4  # asked of each picture, beside its description

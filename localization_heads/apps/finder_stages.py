@@ -8,44 +8,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from localization_heads.apps import tables
-from localization_heads.apps.printable import printable
-from localization_heads.apps.scores_table import metrics_table
-from localization_heads.data.jsonl import BadEntry
-from localization_heads.errors import NothingDoneError
-from localization_heads.experiments.finding import Finding
-from localization_heads.stages import (
-    discovery,
-    doctor,
-    evaluating,
-    experimenting,
-    exporting,
-    ground,
-    ladder,
-    prepare,
-    scenes,
-    single,
-)
+from localization_heads.apps.tables import metrics_table
+from localization_heads.datasets import prepare
+from localization_heads.errors import BadEntry, NothingDoneError, printable
+from localization_heads.experiments.paper import Finding
+from localization_heads.scenes import write
+from localization_heads.stages import doctor, evaluate, experiment, export, find, ground, single
 from localization_heads.stages.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def collect(run: Run) -> int:
+def collect_stage(run: Run) -> int:
     _show_collected(single.collect(run))
     return 0
 
 
-def analyze(run: Run) -> int:
+def analyze_stage(run: Run) -> int:
     _show_analysed(run, single.analyze(run))
     return 0
 
 
-def visualize(run: Run) -> int:
+def visualize_stage(run: Run) -> int:
     _show_visualised(single.visualize(run))
     return 0
 
 
-def pipeline(run: Run) -> int:
+def pipeline_stage(run: Run) -> int:
     collected, analysed, visualised = single.pipeline(run)
     _show_collected(collected)
     _show_analysed(run, analysed)
@@ -53,16 +42,16 @@ def pipeline(run: Run) -> int:
     return 0
 
 
-def find(run: Run) -> int:
-    return _show_discovered(run, discovery.find(run))
+def find_stage(run: Run) -> int:
+    return _show_discovered(run, find.find(run))
 
 
-def rank(run: Run) -> int:
-    return _show_discovered(run, discovery.rank(run))
+def rank_stage(run: Run) -> int:
+    return _show_discovered(run, find.rank(run))
 
 
-def batch(run: Run) -> int:
-    return _show_discovered(run, discovery.batch(run))
+def batch_stage(run: Run) -> int:
+    return _show_discovered(run, find.batch(run))
 
 
 def ground_stage(run: Run) -> int:
@@ -72,15 +61,15 @@ def ground_stage(run: Run) -> int:
     return _show_failures(result.failures)
 
 
-def evaluate(run: Run) -> int:
-    result = evaluating.evaluate(run)
+def evaluate_stage(run: Run) -> int:
+    result = evaluate.evaluate(run)
     tables.show(metrics_table(result.metrics))
     tables.written(result.paths)
     return _show_failures(result.failures)
 
 
 def scenes_stage(run: Run) -> int:
-    tables.written([scenes.scenes(run)])
+    tables.written([write.scenes(run)])
     return 0
 
 
@@ -104,30 +93,30 @@ def doctor_stage(run: Run) -> int:
 
 def experiment_stage(run: Run) -> int:
     if run["experiment"]["names"] == ["ladder"]:
-        return _show_findings(*ladder.climb(run))
-    result = experimenting.experiment(run)
+        return _show_findings(*experiment.climb(run))
+    result = experiment.experiment(run)
     return _show_findings(result.findings, result.failures, result.paths)
 
 
-def export(run: Run) -> int:
-    tables.written(exporting.export(run))
+def export_stage(run: Run) -> int:
+    tables.written(export.export(run))
     return 0
 
 
 STAGES: dict[str, Callable[[Run], int]] = {
-    "collect": collect,
-    "analyze": analyze,
-    "visualize": visualize,
-    "pipeline": pipeline,
-    "find": find,
-    "rank": rank,
-    "batch": batch,
+    "collect": collect_stage,
+    "analyze": analyze_stage,
+    "visualize": visualize_stage,
+    "pipeline": pipeline_stage,
+    "find": find_stage,
+    "rank": rank_stage,
+    "batch": batch_stage,
     "ground": ground_stage,
-    "evaluate": evaluate,
+    "evaluate": evaluate_stage,
     "scenes": scenes_stage,
     "doctor": doctor_stage,
     "experiment": experiment_stage,
-    "export": export,
+    "export": export_stage,
     "prepare": prepare_stage,
 }
 
@@ -165,7 +154,7 @@ def _show_visualised(visualised: single.Visualised) -> None:
     tables.written(visualised.paths)
 
 
-def _show_discovered(run: Run, result: discovery.Discovered) -> int:
+def _show_discovered(run: Run, result: find.Discovered) -> int:
     tables.show(tables.ranking_table(result.ranking, run["k"]))
     if result.grounded:
         tables.show(tables.predictions_table(result.grounded))

@@ -17,7 +17,7 @@ def _main(cfg: Any) -> int:
     from localization_heads.apps import tables
     from localization_heads.errors import UsageError
     from localization_heads.options import check_options
-    from localization_heads.stages.visualizing import show_entries, show_file
+    from localization_heads.stages.visualize import show_entries, show_file
 
     options = plain_options(cfg)
     check_options(options)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+from localization_heads.errors import UsageError
 
 HIDDEN = "..."
 """Stands for what was left out of an address."""
@@ -87,3 +90,24 @@ def _split(text: str, ends: str) -> tuple[str, str]:
 def is_partial(text: str) -> bool:
     """Whether something was left out of the address that `without_secrets` made, so that it leads elsewhere."""
     return _PARTIAL.search(text) is not None
+
+
+class ImageError(UsageError):
+    """A picture that cannot be used. The message is one line and starts with `path`.
+
+    Args:
+        path: the file or address as the user knows it.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path | Address, reason: str) -> None:
+        super().__init__(f"{shown_name(path)}: {reason}")
+        self.path = without_secrets(str(path))
+        self.reason = reason
+
+
+def shown_name(name: str | Path | Address) -> str:
+    """The name of a picture for people: an address without its secrets, on one line and not endless."""
+    name = without_secrets(str(name))
+    name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
+    return "".join(char if char.isprintable() else "?" for char in name)

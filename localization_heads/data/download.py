@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
-from localization_heads.data.address import Address, is_partial, without_secrets
-from localization_heads.data.image_error import ImageError, shown_name
+from localization_heads.data.address import Address, ImageError, is_partial, shown_name, without_secrets
 from localization_heads.data.network import NetworkSettingError, open_transport
 from localization_heads.errors import WorkError
 

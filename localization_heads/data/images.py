@@ -1,35 +1,70 @@
-"""Pictures from anywhere, as RGB: `load_image`.
-
-Notable choices: the camera's orientation (EXIF) is applied; transparent parts are laid on white; 16-bit
-pictures are scaled to 8 bits; of an animation the first frame is taken.
-
-What a hostile file could cost is bounded before anything is decoded. Only the formats of `FORMATS` are opened: those
-that data sets come in, raster formats that cannot run or fetch anything. Vector formats (EPS, SVG, PDF) and the
-rare ones of Pillow's forty are not. The number of pixels is read from the header; it is lower for the variants that
-Pillow decodes in Python (text PPM, 16-bit PPM, BMP with run lengths), some 1 s a megapixel. JPEGs of more scans than
-any encoder writes, and tags that point at more than the file holds, are refused (`image_headers`).
-"""
+"""Decoders print nothing: a picture is read or refused, and what is said about it says this tool."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import stat
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, _imaging
 
-from localization_heads.data import lfs
-from localization_heads.data.address import Address, is_address
+from localization_heads.data.address import Address, ImageError, is_address
 from localization_heads.data.download import MAX_BYTES, download
-from localization_heads.data.image_error import ImageError
 from localization_heads.data.image_headers import orientation, scan_problem, tag_problem, upright_size
-from localization_heads.data.quiet import quiet_decoders
 from localization_heads.errors import UsageError
+from localization_heads.store import files
+
+_lock = threading.Lock()
+_entries: list[tuple[object, int]] = []
+"""The filter that is in force, with the number of threads that want it."""
+
+
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """No warning of Pillow's while the block runs, in any number of threads; none of libtiff's from then on.
+
+    `warnings.catch_warnings` puts back the filters that it found: of two threads that overlap, one would switch the
+    warnings of the other on, or leave all warnings of the process off. So one filter is added, for Pillow alone, and
+    taken away by the last thread.
+    """
+    _quiet_libtiff()
+    with _lock:
+        if not _entries:
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            _entries.append((warnings.filters[0], 0))
+        entry, users = _entries.pop()
+        _entries.append((entry, users + 1))
+    try:
+        yield
+    finally:
+        with _lock:
+            entry, users = _entries.pop()
+            if users > 1:
+                _entries.append((entry, users - 1))
+            else:
+                with suppress(ValueError):  # somebody has put other filters in their place
+                    warnings.filters.remove(entry)  # type: ignore[attr-defined]
+
+
+@cache
+def _quiet_libtiff() -> None:
+    """libtiff writes to the standard error output itself, past Python, unless its handlers are taken away."""
+    with suppress(OSError, AttributeError):  # a Pillow that hides its libtiff, as on Windows
+        library = ctypes.CDLL(_imaging.__file__)  # which finds the libtiff that Pillow was linked to
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            setter = getattr(library, name)
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
+
 
 MAX_PIXELS = 64_000_000
 MAX_SLOW_PIXELS = 4_000_000
@@ -177,8 +212,8 @@ def _check_beginning(name: str | Path | Address, file: BinaryIO) -> None:
     beginning = file.read(64)
     if not beginning:
         raise ImageError(name, "the file is empty")
-    if lfs.is_pointer(beginning):
-        raise ImageError(name, lfs.IS_POINTER)
+    if files.is_pointer(beginning):
+        raise ImageError(name, files.IS_POINTER)
     if problem := tag_problem(file):
         raise ImageError(name, f"broken ({problem})")
 

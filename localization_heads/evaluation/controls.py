@@ -1,15 +1,8 @@
-"""What the localization heads have to be compared with, all from the maps of the same forward pass.
-
-| control | what it answers |
-| --- | --- |
-| `random_heads` | Is it these heads, or any heads of their layers? |
-| `all_heads` | Is choosing heads worth anything at all? |
-| `centre_box` | How much does it take to know nothing but that objects stand in the middle? |
-| `oracle` | How good can a map on this model's grid be, through these grounding options? |
-"""
+"""Random heads to compare with: what would any heads of the same layers have found?"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -18,11 +11,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.evaluation.random_heads import layer_matched
+from localization_heads.cells import interval_shares
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
-from localization_heads.grounding.raster import interval_shares
+from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
 from localization_heads.heads.head import Head
+
+
+def layer_matched(
+    heads: Sequence[Head], shape: tuple[int, int], rng: np.random.Generator
+) -> tuple[Head, ...]:
+    """As many different random heads as were given, each from the layer of the one whose place it takes.
+
+    None of them is a given head, unless a layer has too few others: the rest then comes from the given ones.
+
+    Args:
+        shape: `(layers, heads a layer)` of the model.
+
+    Raises:
+        ValueError: a head is named twice, or the model does not have it.
+
+    >>> drawn = layer_matched([Head(2, 0), Head(3, 1)], (4, 8), np.random.default_rng(0))
+    >>> [head.layer for head in drawn], {Head(2, 0), Head(3, 1)} & {*drawn}
+    ([2, 3], set())
+    """
+    given = [Head(*head) for head in heads]
+    for head in given:
+        if not (0 <= head.layer < shape[0] and 0 <= head.head < shape[1]):
+            raise ValueError(f"no head {head} among {shape[0]} layers of {shape[1]}")
+    if len(set(given)) < len(given):
+        raise ValueError("each head can be named once")
+    drawn = {
+        layer: _of_layer({head.head for head in given if head.layer == layer}, count, shape[1], rng)
+        for layer, count in sorted(Counter(head.layer for head in given).items())
+    }
+    return tuple(Head(head.layer, drawn[head.layer].pop()) for head in given)
+
+
+def _of_layer(taken: set[int], count: int, num_heads: int, rng: np.random.Generator) -> list[int]:
+    """`count` heads of one layer, the others first."""
+    others = [int(head) for head in rng.permutation([head for head in range(num_heads) if head not in taken])]
+    spare = [int(head) for head in rng.permutation(sorted(taken))]
+    return (others + spare)[:count]
+
 
 DRAWS = 5
 """How often random heads are drawn."""

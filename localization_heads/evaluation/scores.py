@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import Box
+from localization_heads.cells import mass_inside
 from localization_heads.evaluation.metrics import (
     THRESHOLDS,
     bootstrap_ratios,
@@ -23,9 +24,8 @@ from localization_heads.evaluation.metrics import (
     percentile_interval,
     pointing_hit,
 )
-from localization_heads.grounding.hull import fill_polygon
-from localization_heads.grounding.maps import Grounding
-from localization_heads.grounding.raster import mass_inside
+from localization_heads.grounding.ground import Grounding
+from localization_heads.grounding.shapes import fill_polygon
 
 METRICS = (
     *(f"acc@{threshold}" for threshold in THRESHOLDS),

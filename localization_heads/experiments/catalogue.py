@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from localization_heads.experiments import selection, tables, validation
-from localization_heads.experiments.finding import Finding
-from localization_heads.experiments.scoring import Recipe, Scores
+from localization_heads.experiments.paper import Finding
 from localization_heads.experiments.study import Study
+from localization_heads.experiments.validation import Recipe, Scores
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,102 @@
-"""The paper's numbers that our copy holds, by table; what it does not hold is not here.
-
-Kang et al., CVPR 2025 (arXiv 2503.06287). Percent, as printed there. REC is Acc@0.5, RES is cIoU.
-"""
+"""`Finding`: what an experiment ends with, for people (a table, a sentence) and for programs (numbers)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from localization_heads.experiments import paper
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells; the first column is for names, the others for numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.columns) for row in self.rows):
+            raise ValueError(f"every row of {self.title or 'the table'} must have {len(self.columns)} cells")
+
+    def markdown(self) -> str:
+        """A GitHub table; what Markdown would read as its own is escaped."""
+        lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
+        text = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+        return f"**{_escaped(self.title)}**\n\n{text}\n" if self.title else f"{text}\n"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Args:
+    name: as in `experiment=`.
+    title: what the paper calls it.
+    reading: what the numbers show, in sentences that follow from them.
+    numbers: plain values, for `<name>.json` and for the figure.
+    """
+
+    name: str
+    title: str
+    tables: tuple[Table, ...]
+    reading: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def markdown(self, image: str | None = None) -> str:
+        """A section of `docs/experiments.md`; `image` is the figure's path from there."""
+        parts = [f"## {self.title}", self.reading]
+        if image:
+            parts.append(f"![{_escaped(self.title)}]({image})")
+        return "\n\n".join([*parts, *(table.markdown().rstrip("\n") for table in self.tables)]) + "\n"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as the papers print it.
+
+    >>> percent(0.8652), percent(None)
+    ('86.5', '-')
+    """
+    return MISSING if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def printed(value: float | None) -> str:
+    """A number of the paper, which is in percent already."""
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def than(ours: float, other: float) -> str:
+    """`above`, `below` or `equal to`, by what is printed.
+
+    >>> than(0.5, 0.3), than(0.3001, 0.3002)
+    ('above', 'equal to')
+    """
+    if round(1000 * ours) == round(1000 * other):
+        return "equal to"
+    return "above" if ours > other else "below"
+
+
+def two_digits(value: float) -> str:
+    """With no minus before a zero.
+
+    >>> two_digits(-0.001), two_digits(0.614)
+    ('0.00', '0.61')
+    """
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def probability(p: float) -> str:
+    """`p < 0.001`, `p = 0.023`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
 
 SPLITS = (
     "refcoco-val",
@@ -89,3 +180,81 @@ SMOOTHING_KERNEL = {1: 85.5, 7: 87.2}
 
 LEAST_RHO = 0.7
 """Fig. 6b: the Spearman correlation is above this for every model of the paper, with p < 0.001."""
+
+
+REPORTED = (
+    ("the paper, LLaVA-1.5-7B, RefCOCO val", 86.5),
+    ("a reader's re-implementation of the paper, same", 46.0),
+    ("the same reader with the published code's box, same", 26.0),
+)
+"""What others report, in percent (issue 13 of the published code's repository); the first is the paper's."""
+
+METRICS = ("acc@0.5", "mean_iou", "pointing", "ciou")
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """One rung with its `metrics.json`."""
+
+    step: int
+    name: str
+    about: str
+    metrics: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        kept = (*METRICS, "acc@0.5_interval", "num_samples")
+        metrics = {name: self.metrics[name] for name in kept if name in self.metrics}
+        return {"step": self.step, "name": self.name, "about": self.about, "metrics": metrics}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Climbed:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError for anything else."""
+        metrics = {str(name): value for name, value in data["metrics"].items()}
+        return cls(int(data["step"]), str(data["name"]), str(data["about"]), metrics)
+
+
+def ladder_finding(model: str, rungs: Sequence[Climbed]) -> Finding:
+    """The table of the rungs, in order, with the gain of each over the one before."""
+    rows, before = [], None
+    for rung in rungs:
+        accuracy = rung.metrics.get("acc@0.5")
+        gain = MISSING if before is None or accuracy is None else f"{100 * (accuracy - before):+.1f}"
+        low, high = rung.metrics.get("acc@0.5_interval") or (None, None)
+        shown = percent(accuracy) if low is None else f"{percent(accuracy)} [{percent(low)}, {percent(high)}]"
+        others = (percent(rung.metrics.get(name)) for name in METRICS[1:])
+        count = str(rung.metrics.get("num_samples", MISSING))
+        rows.append((rung.about, f"rung={rung.name}", count, shown, gain, *others))
+        before = accuracy
+    columns = ("rung", "option", "expressions", "Acc@0.5 [95 %]", "gain", "mean IoU", "pointing", "cIoU")
+    tables = [Table(columns, tuple(rows), model)]
+    if model in paper.MODELS:
+        reported = tuple((who, printed(value)) for who, value in REPORTED)
+        tables.append(Table(("reported elsewhere", "REC Acc@0.5"), reported))
+    numbers = {"rungs": [rung.to_json() for rung in rungs]}
+    return Finding("ladder", "The ladder", tuple(tables), _reading(rungs), numbers)
+
+
+def _reading(rungs: Sequence[Climbed]) -> str:
+    known = [rung for rung in rungs if rung.metrics.get("acc@0.5") is not None]
+    if len(known) < 2:
+        return "One rung so far; the gain of the next is over this one."
+    accuracy = [rung.metrics["acc@0.5"] for rung in known]
+    gains = [after - before for before, after in pairwise(accuracy)]
+    largest = max(range(len(gains)), key=lambda i: gains[i])
+    steps = f"from {percent(accuracy[0])} ({known[0].about}) to {percent(accuracy[-1])} ({known[-1].about})"
+    if gains[largest] <= 0:
+        return f"Acc@0.5 goes {steps}; no rung raises it.{_counts(known)}"
+    return (
+        f'Acc@0.5 goes {steps}; the rung that raises it most is "{known[largest + 1].about}" '
+        f"({100 * gains[largest]:+.1f} points).{_counts(known)}"
+    )
+
+
+def _counts(rungs: Sequence[Climbed]) -> str:
+    """A warning where rungs could ground different numbers of expressions."""
+    if len({rung.metrics.get("num_samples") for rung in rungs}) < 2:
+        return ""
+    return (
+        " Rungs with fewer expressions are scored on those alone that they ground: in the others no head passes "
+        "their criteria."
+    )

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from localization_heads.experiments import paper
-from localization_heads.experiments.finding import Finding, Table, percent
-from localization_heads.experiments.scoring import Heads, Recipe, Scores
+from localization_heads.experiments.paper import Finding, Table, percent
 from localization_heads.experiments.study import Study, first, names
-from localization_heads.heads.analysis import NONE_KEPT
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.experiments.validation import Heads, Recipe, Scores
+from localization_heads.heads.ranking import NONE_KEPT, HeadRanking
 
 ELBOWS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Fig. 13 sweeps tau over these multiples of the elbow, unless told otherwise."""

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from localization_heads.experiments import paper
-from localization_heads.experiments.finding import Finding, Table, percent, printed, than
-from localization_heads.experiments.scoring import Heads, Recipe, Scores
+from localization_heads.experiments.paper import Finding, Table, percent, printed, than
 from localization_heads.experiments.study import Study, first, highest, names
-from localization_heads.heads.analysis import NONE_KEPT
+from localization_heads.experiments.validation import Heads, Recipe, Scores
+from localization_heads.heads.ranking import NONE_KEPT
 
 WHICH, WAYS = ("criterion 1", "criterion 2", "both"), ("fixed", "greedy")
 

@@ -4,14 +4,15 @@ Every `plot_*` function takes data, draws one `matplotlib.figure.Figure`, writes
 given a path, and returns it; `show` opens it in a window. No pyplot state is touched on the way.
 """
 
-from localization_heads.figures.boxes import plot_boxes
-from localization_heads.figures.canvas import show
-from localization_heads.figures.cells import plot_cells
-from localization_heads.figures.components import plot_components
-from localization_heads.figures.experiments import plot_experiment
-from localization_heads.figures.maps import plot_grounding, plot_top_maps
-from localization_heads.figures.ranking import plot_attention_sums, plot_head_grid, plot_selection_frequency
-from localization_heads.figures.several import Found, plot_several
+from localization_heads.figures.charts import (
+    plot_attention_sums,
+    plot_experiment,
+    plot_head_grid,
+    plot_selection_frequency,
+)
+from localization_heads.figures.overlay import Found, plot_boxes, plot_cells, plot_several
+from localization_heads.figures.pictures import plot_components, plot_grounding, plot_top_maps
+from localization_heads.figures.sheet import show
 
 __all__ = [
     "Found",

@@ -1,23 +1,164 @@
-"""What the figures with a picture share: the picture, a map on the pixels its cells cover, boxes, outlines.
-
-Every axes here is measured in pixels of the original image, whatever the resolution of what is drawn on it.
-"""
+"""Many pictures with their predicted and true boxes on one sheet."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box
-from localization_heads.figures.canvas import COLOUR_MAP, DPI
-from localization_heads.grounding.raster import SLIVER, visible_edges
+from localization_heads.cells import SLIVER, visible_edges
+from localization_heads.figures.sheet import (
+    BLUE,
+    COLOUR_MAP,
+    DPI,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    new_sheet,
+    panel_size,
+    paper_style,
+    save,
+    wrap,
+)
+from localization_heads.lvlm.geometry import View
+
+_BOX_AREA = 5.2  # square inches: four panels a row
+_PANEL_FONT = 8.0  # points
+
+
+@dataclass(frozen=True)
+class BoxPanel:
+    """One picture of the sheet.
+
+    Args:
+        image: the picture, at any resolution.
+        image_size: `(W, H)` of the original, in whose pixels the boxes are.
+        text: what was asked; cut to one line.
+    """
+
+    image: Picture
+    image_size: tuple[int, int]
+    text: str
+    predicted: Box
+    truth: Box | None
+    iou: float
+
+
+def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, title: str = "") -> Figure:
+    """Each picture with the predicted box, solid, and the true one, dashed; its IoU and expression above it."""
+    size = panel_size((1, 1), area=_BOX_AREA)
+    legend = [
+        Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label="predicted box"),
+        Line2D([], [], color=SKY, linewidth=BOX_WIDTH, linestyle="--", label="true box"),
+    ]
+    with paper_style():
+        figure, sheet = new_sheet(size, len(panels), title, legend=legend)
+        for axes, panel in zip(sheet, panels, strict=True):
+            draw_image(axes, prepare(panel.image, max(size)), panel.image_size)
+            draw_box(axes, panel.predicted, VERMILLION)
+            if panel.truth is not None:
+                draw_box(axes, panel.truth, SKY, dashed=True)
+            label = wrap(f"IoU {panel.iou:.2f}  {panel.text}", size[0] - 0.05, _PANEL_FONT, max_lines=1)
+            axes.set_title(label, fontsize=_PANEL_FONT, parse_math=False)
+        return save(figure, path)
+
+
+_AREA = 14.0  # square inches of all panels together
+_LINE = 0.7  # points
+
+
+def plot_cells(
+    image: Picture, views: Sequence[View], path: str | Path | None = None, *, title: str = ""
+) -> Figure:
+    """The picture under the cell grid of each view, one panel a view, its first and last cell filled.
+
+    A panel reaches as far as its view: what the processor padded is grey, what it cropped off has no cells.
+
+    Args:
+        views: edges in pixels of the picture.
+        title: one line above the panels.
+    """
+    frame = _frame(image, views)
+    size = panel_size((round(frame[2] - frame[0]), round(frame[3] - frame[1])), _AREA / min(len(views), 2))
+    picture = prepare(image, max(size))
+    with paper_style():
+        figure, sheet = new_sheet(size, len(views), title, legend=_legend())
+        for view, axes in zip(views, sheet, strict=True):
+            draw_image(axes, picture, _size(image))
+            _draw_view(axes, view, frame)
+        return save(figure, path)
+
+
+def _size(image: Picture) -> tuple[int, int]:
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+def _frame(image: Picture, views: Sequence[View]) -> Box:
+    """The smallest box that holds the picture and all views, and a hair more for the outermost lines."""
+    W, H = _size(image)
+    boxes = np.array([(0, 0, W, H), *(view.box for view in views)], dtype=float)
+    (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    margin = 0.004 * max(x1 - x0, y1 - y0)
+    return x0 - margin, y0 - margin, x1 + margin, y1 + margin
+
+
+def _draw_view(axes: Axes, view: View, frame: Box) -> None:
+    rows, columns = view.index.shape
+    x0, y0, x1, y1 = view.box
+    axes.set_xlim(frame[0], frame[2])
+    axes.set_ylim(frame[3], frame[1])
+    upright = [[(x, y0), (x, y1)] for x in view.x_edges]
+    level = [[(x0, y), (x1, y)] for y in view.y_edges]
+    width = min(_LINE, 24 / max(rows, columns))
+    axes.add_collection(LineCollection(upright + level, colors="black", linewidths=2 * width, alpha=0.55))
+    axes.add_collection(LineCollection(upright + level, colors="white", linewidths=width))
+    for row, column, colour in ((0, 0, ORANGE), (rows - 1, columns - 1, SKY)):
+        axes.add_patch(_cell(view, row, column, colour))
+    axes.add_patch(
+        Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=VERMILLION, linewidth=1.4, zorder=4)
+    )
+    axes.set_title(f"{view.name}: {columns} x {rows} cells{_cell_size(view)}")
+
+
+def _cell(view: View, row: int, column: int, colour: str) -> Rectangle:
+    x, y = view.x_edges[column], view.y_edges[row]
+    width, height = view.x_edges[column + 1] - x, view.y_edges[row + 1] - y
+    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=_LINE, zorder=3)
+
+
+def _cell_size(view: View) -> str:
+    """` of 16.7 x 13.3 pixels`, where all are alike."""
+    if not view.is_uniform:
+        return ", of several sizes"
+    w, h = (math.fabs(edges[1] - edges[0]) for edges in (view.x_edges, view.y_edges))
+    return f" of {w:.1f} x {h:.1f} pixels"
+
+
+def _legend() -> list[Line2D]:
+    square = {"linestyle": "none", "marker": "s", "markersize": 6}
+    return [
+        Line2D([], [], color=ORANGE, label="first token", **square),  # type: ignore[arg-type]
+        Line2D([], [], color=SKY, label="last token", **square),  # type: ignore[arg-type]
+        Line2D([], [], color=VERMILLION, linewidth=1.4, label="what the view covers"),
+    ]
+
 
 Picture = Image.Image | NDArray[np.uint8]
 """An RGB picture; as an array `[H, W, 3]`, 0 to 255."""
@@ -132,3 +273,71 @@ def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
     y = (np.arange(padded.shape[0]) - 0.5) * H / (padded.shape[0] - 2)
     outline = axes.contour(x, y, padded, levels=[0.5], colors=["white"], linewidths=1.4, zorder=4)
     outline.set(path_effects=RIM)
+
+
+COLOURS = (VERMILLION, SKY, YELLOW, GREEN, PURPLE, ORANGE, BLUE)
+"""Okabe and Ito's, in an order that keeps the first few far apart; the numbers tell those apart that come again."""
+_TINT = 0.35  # opacity of a mask
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object: what was asked, its box in pixels, its score, and its mask, bool `[H, W]`, if there is one."""
+
+    phrase: str
+    box: Box
+    score: float
+    mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+
+
+def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path | None = None) -> Figure:
+    """The picture with every object's box and mask, numbered; the title says which number is what.
+
+    Args:
+        objects: at least one.
+    """
+    size = panel_size(image.size, area=14)
+    title = " | ".join(f"{n}: {found.phrase} ({found.score:.2f})" for n, found in enumerate(objects, start=1))
+    with paper_style():
+        figure, (axes,) = new_sheet(size, 1, title, titled=False)
+        draw_image(axes, prepare(image, max(size)), image.size)
+        for number, found in enumerate(objects, start=1):
+            colour = COLOURS[(number - 1) % len(COLOURS)]
+            if found.mask is not None:
+                _draw_mask(axes, found.mask, colour)
+            draw_box(axes, found.box, colour)
+        for number, found in enumerate(objects, start=1):  # above every box
+            _draw_number(axes, found.box, number, COLOURS[(number - 1) % len(COLOURS)])
+        return save(figure, path)
+
+
+def _draw_mask(axes: Axes, mask: NDArray[np.bool_], colour: str) -> None:
+    """Tint and outline, at no more pixels than can be seen."""
+    H, W = mask.shape
+    step = max(1, int(np.ceil(max(H, W) / LONGEST)))
+    small = mask[step // 2 :: step, step // 2 :: step]
+    small = small if small.size else mask
+    tint = np.zeros((*small.shape, 4))
+    tint[..., :3] = to_rgb(colour)
+    tint[..., 3] = _TINT * small
+    axes.imshow(tint, extent=(0, W, H, 0), interpolation="nearest", zorder=3)
+    draw_outline(axes, small)
+
+
+def _draw_number(axes: Axes, box: Box, number: int, colour: str) -> None:
+    """The object's number inside the top left corner of its box."""
+    (_, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
+    x, y = min(max(box[0], 0.0), right), min(max(box[1], 0.0), bottom)
+    axes.annotate(
+        str(number),
+        (x, y),
+        xytext=(4, -4),
+        textcoords="offset points",
+        ha="left",
+        va="top",
+        fontsize=10,
+        fontweight="bold",
+        color=colour,
+        path_effects=[matplotlib.patheffects.withStroke(linewidth=2.5, foreground="black")],
+        zorder=7,
+    )

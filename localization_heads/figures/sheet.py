@@ -1,22 +1,227 @@
-"""A sheet of panels that all have the shape of one image, with a title above and a legend below.
-
-The places are reckoned in inches instead of left to a layout engine: titles keep their room whatever the
-shape of the image, and a page of twenty panels takes no time to arrange.
-"""
+"""Text that people typed, made safe to draw: glyphs that the fonts have, on lines that fit."""
 
 from __future__ import annotations
 
+import bisect
+import io
+import logging
 import math
-from collections.abc import Callable, Sequence
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 
+import matplotlib
+import matplotlib.style
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from localization_heads.figures.canvas import COLOUR_MAP, TITLE_SIZE
-from localization_heads.figures.text import wrap
+from localization_heads.store.files import write_bytes
+
+_TOFU = "\N{WHITE SQUARE}"
+
+# matplotlib ships DejaVu Sans, which has no CJK; these have it, on the systems where they are installed.
+_FALLBACKS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Noto Sans",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Noto Emoji",
+    "Symbola",
+    "Arial Unicode MS",
+)
+
+
+@lru_cache(maxsize=1)
+def font_families() -> tuple[str, ...]:
+    """DejaVu Sans, then those fallbacks that are installed (naming others makes matplotlib warn)."""
+    installed = set(font_manager.fontManager.get_font_names())
+    return ("DejaVu Sans", *(name for name in _FALLBACKS if name in installed))
+
+
+@lru_cache(maxsize=4096)
+def _has_glyph(character: str) -> bool:
+    paths = [font_manager.findfont(FontProperties(family=[name])) for name in font_families()]
+    return any(font_manager.get_font(path).get_char_index(ord(character)) for path in paths)
+
+
+def drawable(text: str) -> str:
+    """`text` on one line, a white square where no font has the glyph (matplotlib would warn at each draw).
+
+    >>> drawable("a  cat\\non the\\tmat")
+    'a cat on the mat'
+    """
+    glyphs = (_glyph(character) for character in unicodedata.normalize("NFC", text))
+    return " ".join("".join(glyphs).split())
+
+
+def _glyph(character: str) -> str:
+    """The character, or what stands for it: a space for control characters, nothing for invisible marks."""
+    category = unicodedata.category(character)
+    if category in ("Cc", "Zl", "Zp", "Zs"):
+        return " "
+    if category == "Cs" or not _has_glyph(character):
+        return "" if category in ("Cf", "Mn") else _TOFU
+    return character
+
+
+def wrap(text: str, width: float, size: float, *, max_lines: int = 8) -> str:
+    """Break text into lines that fit, by measuring it; what goes beyond `max_lines` ends in an ellipsis.
+
+    Args:
+        text: anything a person typed.
+        width: of the line, in inches.
+        size: of the font, in points.
+    """
+    font = FontProperties(family=list(font_families()), size=size)
+    renderer = RendererAgg(1, 1, 72)  # at 72 dots an inch a pixel is a point
+
+    def fits(line: str) -> bool:
+        # 3 % of slack: hinting makes glyphs a little wider at some resolutions than at this one
+        across: float = renderer.get_text_width_height_descent(line, font, ismath=False)[0]
+        return across * 1.03 <= width * 72
+
+    lines: list[str] = []
+    rest = drawable(text[:4000])
+    while rest and len(lines) < max_lines:
+        cut = _line_length(rest, fits)
+        lines.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    if rest:
+        end = lines[-1]
+        while end and not fits(end + "…"):
+            end = end[:-1]
+        lines[-1] = end.rstrip() + "…"
+    return "\n".join(lines)
+
+
+def _line_length(text: str, fits: Callable[[str], bool]) -> int:
+    """How many characters of `text` go on its first line: up to a place to break, if there is one."""
+    lengths = range(1, min(len(text), 500) + 1)
+    most = max(1, bisect.bisect_left(lengths, True, key=lambda n: not fits(text[:n])))
+    if most == len(text):
+        return most
+    return next((n for n in range(most, 0, -1) if _breaks(text[n - 1], text[n])), most)
+
+
+def _breaks(before: str, after: str) -> bool:
+    """Whether a line may end between two characters: at spaces and hyphens, and anywhere beside CJK."""
+    return " " in (before, after) or before == "-" or unicodedata.east_asian_width(before) in "WF"
+
+
+log = logging.getLogger(__name__)
+
+# Okabe and Ito's palette, which the common colour blindnesses keep apart
+ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8C8C8C"
+COLOUR_MAP = "viridis"
+TITLE_SIZE = 10.0  # points
+DPI = 200
+
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
+    "pdf.fonttype": 42,  # conferences refuse the Type 3 fonts that matplotlib embeds by default
+}
+_MAX_BYTES = 1_000_000
+
+# rcParams belong to the process: figures of ours drawn in several threads take turns with them.
+_style_lock = threading.RLock()
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Draw with matplotlib's defaults and our style, whatever the user's matplotlibrc says."""
+    with _style_lock, matplotlib.style.context(["default", {**_STYLE, "font.family": list(font_families())}]):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty chart of `width x height` inches that pyplot knows nothing of."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure: Figure, path: str | Path | None) -> Figure:
+    """Write the figure in one step (no reader sees half a file) and hand it back; `None` writes nothing.
+
+    Photographs compress badly: a figure over 1 MB is drawn again at the resolution that keeps it below.
+    """
+    if path is None:
+        return figure
+    path = Path(path)
+    kind = path.suffix[1:].lower() or "png"
+    content = _rendered(figure, kind, DPI)
+    if len(content) > _MAX_BYTES and kind == "png":
+        # the size of a photograph goes with its pixels, and small ones compress a little worse
+        content = _rendered(figure, kind, int(DPI * math.sqrt(0.65 * _MAX_BYTES / len(content))))
+    write_bytes(path, content)
+    return figure
+
+
+def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
+    return buffer.getvalue()
+
+
+_WINDOWLESS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
+
+
+def show(*figures: Figure) -> bool:
+    """Open each figure in a window and wait until all are closed; without a display say so in one log line.
+
+    Returns:
+        Whether there were windows.
+    """
+    try:
+        import matplotlib.pyplot as plt
+
+        backend = plt.get_backend()
+        if backend.lower() in _WINDOWLESS:
+            raise RuntimeError(f"matplotlib's backend here is '{backend}', which opens none")
+        windows = [plt.figure(figsize=figure.get_size_inches()) for figure in figures]
+        for window, figure in zip(windows, figures, strict=True):
+            # pyplot shows only figures of its own making: ours moves into the window of an empty one
+            canvas = window.canvas
+            canvas.figure = figure
+            figure.set_canvas(canvas)
+        plt.show()
+        for figure in figures:
+            plt.close(figure)
+    except Exception as error:  # each toolkit fails in its own way, and the figures are on disk all the same
+        log.warning("show_plot: no window can be opened (%s)", error)
+        return False
+    return True
+
 
 _PAGE = 9.9  # inches: the width a sheet may take
 _NARROWEST = 1.75  # inches: `L14H24  S 0.41  H 0.00` on one line

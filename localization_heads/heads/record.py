@@ -1,20 +1,90 @@
-"""`HeadRanking`: the ranked heads of one model and the recipe that ranked them, as `heads.json` holds them.
-
-The file may come from anywhere (a colleague, a web page, an editor), so reading it trusts nothing: every
-field is checked and anything unexpected is a `UsageError` that names it.
-"""
+"""How heads were found: which weights were asked, and how. Found in another way, others might be the best."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.criteria import CriteriaOptions
-from localization_heads.heads.found_with import KEYS, FoundWith
 from localization_heads.heads.head import Head, repeated
+
+FoundWith = Mapping[str, str | None]
+"""`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
+
+KEYS = ("conv_mode", "system", "query_token", "weights", "criteria", "heads_by", "library")
+
+
+def asked(conv_mode: str, system: str, query_token: str, weights: str) -> dict[str, str | None]:
+    """How a model is asked. The system sentence is a part of the paper's prompt only."""
+    return {
+        "conv_mode": conv_mode,
+        "system": system if conv_mode == "referseg" else None,
+        "query_token": query_token,
+        "weights": weights,
+    }
+
+
+def found_with(asked: FoundWith, options: CriteriaOptions) -> FoundWith:
+    """What `heads.json` says of the model, of how it was asked (`LVLM.asked`), and of the recipe."""
+    from localization_heads.version import __version__
+
+    library = f"localization-heads {__version__}"
+    known = {**asked, "criteria": preset_of(options), "library": library}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def preset_of(options: CriteriaOptions) -> str | None:
+    """The file of `config/criteria/` that holds these options; None for others.
+
+    >>> preset_of(CriteriaOptions()), preset_of(CriteriaOptions(tau=0.5))
+    ('paper', None)
+    """
+    return next((name for name, preset in _presets().items() if preset == options), None)
+
+
+@cache
+def _presets() -> dict[str, CriteriaOptions]:
+    from omegaconf import OmegaConf
+
+    folder = files("localization_heads") / "config" / "criteria"
+    found = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
+    read = {
+        name: OmegaConf.to_container(OmegaConf.create((folder / name).read_text("utf-8"))) for name in found
+    }
+    return {
+        name.removesuffix(".yaml"): CriteriaOptions(**{str(key): value for key, value in options.items()})
+        for name, options in read.items()
+        if isinstance(options, dict)
+    }
+
+
+def difference(found: FoundWith, asked: FoundWith) -> str | None:
+    """In words, what is not now as it was when heads were found; None if all that is known of it is the same.
+
+    >>> difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
+    'found with conv_mode=chat (here: plain)'
+    """
+    others = [name for name in ("conv_mode", "query_token", "weights") if _differs(name, found, asked)]
+    parts = [f"{name}={_short(found[name])} (here: {_short(asked[name])})" for name in others]
+    if "conv_mode" not in others and _differs("system", found, asked):
+        parts.append("another system sentence")
+    return f"found with {', '.join(parts)}" if parts else None
+
+
+def _differs(name: str, found: FoundWith, asked: FoundWith) -> bool:
+    return found.get(name) is not None and asked.get(name) is not None and found[name] != asked[name]
+
+
+def _short(value: str | None) -> str:
+    """Of a file from anywhere: one line, not too long."""
+    return " ".join(str(value).split())[:40]
+
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
 """The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
@@ -282,3 +352,74 @@ class _Fields:
 
     def _wrong(self, name: str, wanted: str) -> UsageError:
         return UsageError(f"{self.where}: '{name}' must be {wanted}, not {shown(self.values[name])}")
+
+
+HeadScore = tuple[Head, float]
+
+FORM = 'write [[layer, head, score], ...] or {"layer-head": score, ...}'
+
+
+def scores_of(ranking: HeadRanking) -> list[list[int | float]]:
+    """`[[layer, head, selection frequency], ...]` of the heads kept, best first."""
+    return [[head.layer, head.head, round(head.selection_frequency, 6)] for head in ranking.kept]
+
+
+def read_scores(data: Any) -> list[HeadScore]:
+    """Heads with their scores, highest first; equal scores keep their order.
+
+    Raises:
+        UsageError: saying what is wrong, for anything that is not such a list or mapping.
+
+    >>> read_scores([[3, 1, 0.2], [2, 0, 0.9]])
+    [(Head(layer=2, head=0), 0.9), (Head(layer=3, head=1), 0.2)]
+    >>> read_scores({"3-1": [0.1, 0.3], "2-0": 0.9})
+    [(Head(layer=2, head=0), 0.9), (Head(layer=3, head=1), 0.2)]
+    >>> read_scores({"head_frequency": [{"layer": 14, "head": 24, "count": 571, "frequency": 0.571}], "top_k": 5})
+    [(Head(layer=14, head=24), 0.571)]
+    """
+    if isinstance(data, Mapping) and "head_frequency" in data:
+        data = data["head_frequency"]
+    rows = _rows_of_mapping(data) if isinstance(data, Mapping) else _rows_of_list(data)
+    heads = [head for head, _ in rows]
+    if not heads:
+        raise UsageError(f"it names no head; {FORM}")
+    if twice := repeated(heads):
+        raise UsageError(f"{twice} is listed twice")
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def _rows_of_list(data: Any) -> list[HeadScore]:
+    if not isinstance(data, list):
+        raise UsageError(f"a {type(data).__name__} is no list of heads; {FORM}")
+    return [_row(entry, number) for number, entry in enumerate(data)]
+
+
+def _row(entry: Any, number: int) -> HeadScore:
+    if isinstance(entry, Mapping):
+        entry = [entry.get("layer"), entry.get("head"), entry.get("score", entry.get("frequency"))]
+    if not (isinstance(entry, list) and len(entry) == 3 and _is_index(entry[0]) and _is_index(entry[1])):
+        raise UsageError(f"entry {number} is {shown(entry)}; {FORM}")
+    return Head(entry[0], entry[1]), _score(entry[2], f"entry {number}")
+
+
+def _rows_of_mapping(data: Mapping[str, Any]) -> list[HeadScore]:
+    rows = []
+    for name, value in data.items():
+        try:
+            head = Head.parse(str(name))
+        except ValueError as error:
+            raise UsageError(f"{error}; {FORM}") from None
+        scores = value if isinstance(value, list) and value else [value]
+        rows.append((head, fmean(_score(score, shown(name)) for score in scores)))
+    return rows
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _score(value: Any, where: str) -> float:
+    """A finite number. Also refuses integers too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise UsageError(f"{where}: the score must be a finite number, not {shown(value)}")
+    return float(value)

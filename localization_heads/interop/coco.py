@@ -8,7 +8,7 @@ from typing import Any
 from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
 from localization_heads.errors import shown
-from localization_heads.store.predictions import Prediction
+from localization_heads.store.results import Prediction
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 

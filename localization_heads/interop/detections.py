@@ -14,8 +14,8 @@ from localization_heads.data.images import image_size
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
-from localization_heads.grounding.maps import Grounding
-from localization_heads.store.predictions import Prediction
+from localization_heads.grounding.ground import Grounding
+from localization_heads.store.results import Prediction
 
 
 def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] | None = None) -> Any:

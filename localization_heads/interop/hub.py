@@ -9,7 +9,7 @@ from pathlib import Path
 from localization_heads.data.network import client_trouble
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.record import HeadRanking
-from localization_heads.store.heads_file import load_ranking
+from localization_heads.store.results import load_ranking
 
 FILE = "heads.json"
 _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")

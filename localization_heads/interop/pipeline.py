@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.api import ground
 from localization_heads.data.images import Picture, load_image
-from localization_heads.grounding.maps import Grounding, GroundingOptions
+from localization_heads.grounding.ground import Grounding, GroundingOptions
 from localization_heads.heads.head import Head
 
 if TYPE_CHECKING:

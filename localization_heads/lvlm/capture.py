@@ -1,9 +1,7 @@
-"""Capture the query tokens' attention while the model runs its own fast attention.
+"""The attention of a few query positions over all keys, exactly as the model's own attention would compute it.
 
-transformers looks its attention functions up in one registry at every call. We wrap the registered functions in
-place (counted, under a lock, undone with the last capture); a wrapper acts only if a recorder is active in the
-current context *and* the calling module belongs to that recorder. So no configuration changes, nested captures
-and other threads do not meet, and the vision tower is never touched.
+One row costs a millisecond a layer; the full `T x T` map that `output_attentions=True` materialises costs the
+fast kernels, and gigabytes. The arithmetic is fp32 whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -14,13 +12,143 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import WorkError
-from localization_heads.lvlm.row import Query, query_row
+
+_MASKED = torch.finfo(torch.float32).min
+
+
+class Query(NamedTuple):
+    """Which query positions of a batch are recorded, and when. The default is the last prompt token's.
+
+    Args:
+        positions: (B, n) indices into the padded prompt; None for the last one.
+        weights: (B, n), what each position's row counts; a sample's sum to one. None where n is 1.
+        step: which call of each layer: 0 the prefill, 1 the first decoding step.
+        past: how many tokens were read before, whose keys come first; positions count from there.
+    """
+
+    positions: Tensor | None = None
+    weights: Tensor | None = None
+    step: int = 0
+    past: int = 0
+
+
+def query_row(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, wanted: Query, **extras: Any
+) -> Tensor:
+    """The weighted mean of the wanted rows, fp32 (B, H, K). Arguments as for `attention_rows`."""
+    rows = attention_rows(module, query, key, mask, positions=wanted.positions, past=wanted.past, **extras)
+    if wanted.weights is None:
+        return rows[:, :, 0]
+    return torch.einsum("bhnk,bn->bhk", rows, wanted.weights.to(rows))
+
+
+def attention_row(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, **extras: Any
+) -> Tensor:
+    """Softmax row of the **last** query position, fp32 (B, H, K). Arguments as for `attention_rows`."""
+    return attention_rows(module, query, key, mask, **extras)[:, :, 0]
+
+
+def attention_rows(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    *,
+    positions: Tensor | None = None,
+    past: int = 0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Softmax rows of chosen query positions.
+
+    The arguments are those that transformers hands to every attention function: `query` (B, H, Q, D), `key`
+    (B, Hkv, K, D) and a mask that is 4-D boolean (sdpa), 4-D additive (eager), 2-D padding (flash) or absent.
+    Logit soft-capping, attention sinks (`s_aux`) and position biases are honoured.
+
+    Args:
+        positions: which queries, (B, n) indices into Q, each sample its own; None for the last one.
+        past: keys of earlier calls, which all queries see.
+
+    Returns:
+        fp32 (B, H, n, K); sums to one over K (to less where the model has sinks).
+    """
+    logits = _scores(_pick(query, positions), key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if position_bias is not None:
+        logits = logits + _pick(position_bias, positions)[..., : logits.shape[-1]].float()
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is not None and mask.dim() == 4:
+        logits = _apply_mask(logits, _pick(mask, positions)[..., : logits.shape[-1]])
+    else:
+        own = _key_of_query(query.shape[2], logits.shape[-1], positions, past=past, causal=causal)
+        visible = _visible_keys(logits, own, mask, window=sliding_window if causal else None)
+        logits = logits.masked_fill(~visible, _MASKED)
+    if s_aux is None:
+        return torch.softmax(logits, -1)
+    sink = s_aux.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
+
+
+def _pick(rows: Tensor, positions: Tensor | None) -> Tensor:
+    """The rows (B, H, Q, X) of the wanted queries: (B, H, n, X). B and H may be 1, for all alike."""
+    if positions is None:
+        return rows[:, :, -1:]
+    B, n = positions.shape
+    index = positions.to(rows.device)[:, None, :, None].expand(B, rows.shape[1], n, rows.shape[3])
+    return rows.expand(B, -1, -1, -1).gather(2, index)
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Scaled dot products with every key: (B, H, n, K). Grouped queries share their key."""
+    B, H, n, D = query.shape
+    groups = key.shape[1]
+    shared = query.float().reshape(B, groups, H // groups * n, D)
+    # One KV head at a time: the fp32 copy of a long key cache stays small and in cache.
+    rows = [shared[:, g] @ key[:, g].float().transpose(-1, -2) for g in range(groups)]
+    return torch.stack(rows, 1).view(B, H, n, -1) * scaling
+
+
+def _apply_mask(logits: Tensor, mask: Tensor) -> Tensor:
+    """`mask`: (B, H, n, K) boolean (true: seen) or additive."""
+    return logits.masked_fill(~mask, _MASKED) if mask.dtype == torch.bool else logits + mask.float()
+
+
+def _key_of_query(
+    num_queries: int, num_keys: int, positions: Tensor | None, *, past: int, causal: bool
+) -> Tensor:
+    """(B or 1, n): the last key that each query may see when the kernel gets no explicit mask."""
+    if not causal or num_queries == 1:  # a decode step is aligned at the end of the keys
+        return torch.full((1, 1), num_keys - 1)
+    # A prefill into a longer, still empty static cache is aligned at its start.
+    return past + (torch.full((1, 1), num_queries - 1) if positions is None else positions)
+
+
+def _visible_keys(logits: Tensor, last: Tensor, padding: Tensor | None, *, window: int | None) -> Tensor:
+    """(B or 1, 1, n, K) boolean. `padding`: the (B, K) mask that flash attention gets."""
+    num_keys = logits.shape[-1]
+    position = torch.arange(num_keys, device=logits.device)
+    last = last.to(logits.device)[..., None]  # (B, n, 1)
+    visible = position <= last
+    if window is not None:
+        visible = visible & (position > last - window)
+    if padding is not None:
+        visible = visible & padding[:, None, -num_keys:].bool()
+    return visible[:, None]
+
 
 AttentionFunction = Callable[..., Any]
 LAST = Query()

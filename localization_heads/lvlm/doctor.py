@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.capture import decoder_layers
+from localization_heads.lvlm.capture import Query, decoder_layers
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.row import Query
 
 SMALL = 1_000_000_000
 """Weights up to which the captured attention is compared with eager attention unasked."""

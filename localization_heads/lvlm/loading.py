@@ -16,26 +16,25 @@ from torch import nn
 
 from localization_heads.data.network import NetworkSettingError, open_client
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import checkpoint_files, packages
+from localization_heads.lvlm import checkpoint
 from localization_heads.lvlm.chat_template import PROCESS, template_of
-from localization_heads.lvlm.checkpoint_files import first_line
+from localization_heads.lvlm.checkpoint import first_line
 from localization_heads.lvlm.families import check_family
-from localization_heads.lvlm.family_facts import family_facts, looks_like
+from localization_heads.lvlm.geometry import VIEWS
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.placeholder import template_renderer
 from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
-from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM, QUERY_TOKENS, template_renderer
 from localization_heads.lvlm.spec import (
     EMBEDDED,
     ModelSpec,
     converted,
+    family_facts,
     find_spec,
     known_specs,
     local_path,
+    looks_like,
     with_family,
 )
-from localization_heads.lvlm.views import VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def load_model(
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    packages.check_torchvision()
+    checkpoint.check_torchvision()
     config = _checked_config(source, spec)
     spec, asked = with_family(spec, family_facts(config)), spec
     processor, model = _load_processor(source, spec, config), _load_weights(source, spec)
@@ -190,7 +189,7 @@ def _source(spec: ModelSpec) -> str:
             raise UsageError(
                 f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
             )
-        checkpoint_files.check_files(folder, f"model.name={spec.name}")
+        checkpoint.check_files(folder, f"model.name={spec.name}")
         return str(folder)
     if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
         raise UsageError(
@@ -206,15 +205,15 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
 
     shown = f"model.name={spec.name}"
     written = _from_pretrained(_WrittenConfig, source, spec)
-    checkpoint_files.check_original(written, shown)
-    checkpoint_files.check_counts(written, shown)
+    checkpoint.check_original(written, shown)
+    checkpoint.check_counts(written, shown)
     config = _from_pretrained(AutoConfig, source, spec)
     try:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"{shown}: {error}") from None
-    checkpoint_files.check_size(
-        config.to_dict(), checkpoint_files.weights_in(checkpoint_files.checkpoint_folder(source)), shown
+    checkpoint.check_size(
+        config.to_dict(), checkpoint.weights_in(checkpoint.checkpoint_folder(source)), shown
     )
     return config
 
@@ -222,7 +221,7 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
 class _WrittenConfig:
     """Reads `config.json` as `_from_pretrained` reads everything."""
 
-    from_pretrained = staticmethod(checkpoint_files.written_config)
+    from_pretrained = staticmethod(checkpoint.written_config)
 
 
 def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
@@ -307,7 +306,7 @@ def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) ->
     except (OSError, ConnectionError, TimeoutError) as error:
         raise WorkError(_why(error, spec, local)) from error
     except Exception as error:  # broken weights and configs raise anything
-        reason = packages.missing_package(error) or checkpoint_files.loading_reason(error)
+        reason = checkpoint.missing_package(error) or checkpoint.loading_reason(error)
         raise WorkError(f"model.name={spec.name} cannot be loaded: {reason}") from error
 
 
@@ -353,7 +352,7 @@ def _system_sentence(source: str, spec: ModelSpec) -> str:
     """The config's sentence, else the one the checkpoint's folder brings, else LLaVA's."""
     if spec.system is not None:
         return spec.system
-    system = checkpoint_files.system_sentence(Path(source))
+    system = checkpoint.system_sentence(Path(source))
     return LLAVA_SYSTEM if system is None else system
 
 

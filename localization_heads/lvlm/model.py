@@ -1,268 +1,138 @@
-"""`LVLM`: a loaded model that can be asked where every one of its heads looks."""
+"""Batches of pictures with expressions: made ready on the host, then run by the model.
+
+The two halves may be in different threads: while the model runs one batch, the next one's pictures are resized and
+its prompts tokenized.
+"""
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import threading
-from collections.abc import Mapping, Sequence
-from copy import copy
-from functools import cached_property
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.images import as_seen
-from localization_heads.errors import UsageError, WorkError
-from localization_heads.heads.found_with import FoundWith, asked, difference
-from localization_heads.heads.head import Head
-from localization_heads.lvlm.batches import Batch, apart, make_batch
-from localization_heads.lvlm.capture import attention_modules, capture, decoder_layers, looks_across
-from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
-from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
-from localization_heads.lvlm.fingerprint import fingerprint
-from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id
-from localization_heads.lvlm.lone_spaces import lone_space_id, without_token
-from localization_heads.lvlm.memory import memory_errors
-from localization_heads.lvlm.placeholder import image_comes_first, image_placeholder, template_renderer
-from localization_heads.lvlm.prefix import why_not_shared
-from localization_heads.lvlm.processors import misfit_errors, processor_errors
-from localization_heads.lvlm.prompts import Prompt, clean_expression, expression_prompt, locate_expression
-from localization_heads.lvlm.query_tokens import query_of
-from localization_heads.lvlm.recent import RecentPictures, content
-from localization_heads.lvlm.row import Query
-from localization_heads.lvlm.sharing import EncodedPicture
-from localization_heads.lvlm.spec import ModelSpec
-from localization_heads.lvlm.views import read_maps
+from localization_heads.lvlm.loaded import Apart, LoadedModel, apart
+from localization_heads.lvlm.sharing import EncodedPicture, Question
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from localization_heads.lvlm.loaded import LoadedModel
 
 
-class LVLM:
-    """A vision-language model of transformers, its processor, and what is known about it.
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Several expressions for one picture, which the model reads once."""
 
-    Made by `load_model`, which leaves in `notes` what is worth knowing about it. The model itself is never changed:
-    `lvlm.model` is plain transformers.
+    picture: EncodedPicture
+    questions: Sequence[Question]
+
+    def run(self, _: LoadedModel, last_layer: int | None) -> list[AttentionMaps]:
+        return self.picture.answer(self.questions, last_layer=last_layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Parts of a batch, each with the places that its results take."""
+
+    parts: Sequence[tuple[Sequence[int], Apart | Shared]]
+
+    def run(self, lvlm: LoadedModel, last_layer: int | None) -> list[AttentionMaps]:
+        """The maps of all pairs, in the order in which they were given."""
+        found: dict[int, AttentionMaps] = {}
+        for places, part in self.parts:
+            found |= zip(places, part.run(lvlm, last_layer), strict=True)
+        return [found[place] for place in sorted(found)]
+
+
+def make_batch(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
+    """A picture that is there several times, as one and the same object, is read once for all its expressions."""
+    parts: list[tuple[Sequence[int], Apart | Shared]] = []
+    alone = []
+    for places in _by_picture(images):
+        if len(places) == 1 or lvlm.why_not_shared:
+            alone += places
+            continue
+        picture = EncodedPicture(lvlm, images[places[0]])
+        parts.append((places, Shared(picture, [picture.question(expressions[place]) for place in places])))
+    if alone:
+        part = apart(lvlm, [images[place] for place in alone], [expressions[place] for place in alone])
+        parts.append((alone, part))
+    return Batch(parts)
+
+
+def _by_picture(images: Sequence[Image.Image]) -> list[list[int]]:
+    places: dict[int, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(id(image), []).append(place)
+    return list(places.values())
+
+
+GIBIBYTE = 2**30
+
+
+class RecentPictures:
+    """Encoded pictures by content and settings, the one asked longest ago dropped first. Safe for several threads.
+
+    Args:
+        max_bytes: keys, values and pixels of all pictures together. A picture that is larger by itself is encoded and
+            answered, but not kept; 0 keeps none.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        spec: ModelSpec,
-        *,
-        system: str,
-        conv_mode: str,
-        query_token: str = "last",
-        view: str = "combined",
-        drop_lone_spaces: bool = False,
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.spec = spec
-        self.system = system
-        self.conv_mode = conv_mode
-        self.query_token = query_token
-        self.view = view
-        self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
-        self.notes: list[str] = []
+    def __init__(self, max_bytes: int = GIBIBYTE) -> None:
+        self.max_bytes = max_bytes
+        self._pictures: OrderedDict[tuple[object, ...], EncodedPicture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    @property
+    def num_bytes(self) -> int:
+        with self._lock:
+            return self._sum()
+
+    def get(self, key: tuple[object, ...], encode: Callable[[], EncodedPicture]) -> EncodedPicture:
+        """The picture of that key, encoded now if it is not there."""
+        with self._lock:
+            found = self._pictures.get(key)
+            if found is not None:
+                self._pictures.move_to_end(key)
+                return found
+        picture = encode()  # not under the lock: other pictures need not wait
+        with self._lock:
+            return self._pictures.setdefault(key, picture)
+
+    def shrink(self) -> None:
+        """Drop pictures until the rest fits. Called after the questions: a deeper one makes its picture grow."""
+        with self._lock:
+            while self._pictures and self._sum() > self.max_bytes:
+                self._pictures.popitem(last=False)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._pictures.clear()
+
+    def _sum(self) -> int:
+        return sum(picture.num_bytes for picture in self._pictures.values())
+
+
+def content(image: Image.Image) -> bytes:
+    """32 bytes that stand for a picture's pixels."""
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+class LVLM(LoadedModel):
+    """A vision-language model that can be asked where its heads look. Made by `load_model`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.recent = RecentPictures()
-        self.attention_modules: dict[int, nn.Module] = attention_modules(model)
-        self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
-
-    def prompted(self, conv_mode: str) -> LVLM:
-        """The same loaded model with another prompt."""
-        twin = copy(self)
-        twin.conv_mode = conv_mode
-        twin.__dict__.pop("image_comes_first", None)  # known for the other prompt
-        return twin
-
-    def __repr__(self) -> str:
-        return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the language model, those without attention heads included."""
-        return len(decoder_layers(self.model))
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads in a layer of the language model."""
-        text = self.model.config.get_text_config()
-        return int(getattr(text, "decoder_attention_heads", None) or text.num_attention_heads)
-
-    @property
-    def looks_across(self) -> bool:
-        """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
-        return looks_across(self.model)
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """Which model it is and how it is asked, by name, as JSON values: what `metrics.json` says of it."""
-        loaded = ("dtype", "quantization", "pad_to_square")
-        asked = ("conv_mode", "query_token", "view")
-        values = {name: getattr(self.spec, name) for name in loaded}
-        dropped = {"drop_lone_spaces": self.dropped_token is not None}
-        return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}, **dropped}
-
-    @property
-    def asked(self) -> dict[str, str | None]:
-        """Which weights are asked, and how: what `heads.json` keeps of it (`heads.found_with`)."""
-        return asked(self.conv_mode, self.system, self.query_token, self.fingerprint)
-
-    def note(self, text: str) -> None:
-        """Log what a user should know, once, and keep it in `notes`."""
-        if text not in self.notes:
-            self.notes.append(text)
-            log.warning("%s", text)
-
-    def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
-        """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
-        if found and (how := difference(found, self.asked)):
-            self.note(
-                f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
-            )
-
-    @property
-    def known_heads(self) -> tuple[Head, ...]:
-        """Published localization heads of this checkpoint, best first; empty if nobody published any."""
-        return self.spec.heads
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes when the weights do, wherever they come from (`lvlm.fingerprint`)."""
-        return fingerprint(self.model, self.processor)
-
-    @property
-    def image_token_id(self) -> int:
-        return image_token_id(self.model.config)
-
-    @property
-    def image_token(self) -> str:
-        """What the processor looks for in a prompt and replaces by an image's tokens."""
-        tokenizer = self.processor.tokenizer
-        own = getattr(self.processor, "image_token", None)
-        return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
-
-    @cached_property
-    def control_tokens(self) -> tuple[str, ...]:
-        """What no expression may hold: the tokenizer's special tokens, and those that the processor replaces."""
-        media = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
-        own = [token for token in media if isinstance(token, str) and token]
-        return (*self.processor.tokenizer.all_special_tokens, *own)
-
-    @cached_property
-    def image_text(self) -> str:
-        """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
-        if self.model.config.model_type in ADDS_IMAGE_ITSELF:
-            return ""
-        return image_placeholder(self.processor, self.image_token)
-
-    @cached_property
-    def image_comes_first(self) -> bool:
-        """Whether the prompt names the image before the expression, whose tokens cannot see it otherwise."""
-        render = template_renderer(self.processor)
-        return self.conv_mode != "chat" or render is None or image_comes_first(render, self.image_text)
-
-    def prompt(self, expression: str) -> str:
-        """The text around an expression; its last token is the paper's query token (Sec. 4.1)."""
-        return self.located_prompt(expression).text
-
-    def located_prompt(self, expression: str) -> Prompt:
-        """The prompt, and where in it the expression lies."""
-        text = clean_expression(expression, self.control_tokens)
-        return locate_expression(self._render, text)
-
-    def _render(self, text: str) -> str:
-        return expression_prompt(
-            text, self.conv_mode, image_text=self.image_text, system=self.system, chat=self.chat_prompt
-        )
-
-    def chat_prompt(self, text: str) -> str:
-        """One user turn with an image in the model's own template, up to where its answer begins."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return self.apply_chat_template([{"role": "user", "content": content}])
-
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
-        if template_of(self.processor) is None:
-            raise UsageError(
-                f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
-            )
-        try:
-            return render_chat(self.processor, messages)
-        except TemplateError as error:
-            raise UsageError(
-                f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
-                "use conv_mode=referseg or plain"
-            ) from error
-
-    def seen(self, image: Image.Image) -> Image.Image:
-        """The picture that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
-        check_shape(self.model.config, self.processor.image_processor, image.size)
-        return as_seen(image)
-
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
-        """Processor output on the model's device and in its precision, padded to one length.
-
-        On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
-        """
-        return self.on_device(self.processed(images, prompts))
-
-    def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors on the model's device, pixels in its precision."""
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in inputs.items()
-        }
-
-    def processed(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], processor: Any = None
-    ) -> Mapping[str, Any]:
-        """Processor output as it comes, of the model's processor or of another."""
-        for image in images:
-            check_shape(self.model.config, self.processor.image_processor, image.size)
-        bos = self.processor.tokenizer.bos_token
-        twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
-        options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
-        side = "right" if self.model.config.is_encoder_decoder else "left"
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
-        what = f"the processor of {self.name} does not take the picture ({sizes} pixels) with its text"
-        with self._tokenizing, memory_errors(), processor_errors(what):
-            inputs: Mapping[str, Any] = (processor or self.processor)(
-                images=[[image] for image in images],
-                text=list(prompts),
-                return_tensors="pt",
-                padding=True,
-                padding_side=side,
-                **options,
-            )
-        if self.dropped_token is not None:
-            pad = self.processor.tokenizer.pad_token_id or 0
-            inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
-        self._check_length(inputs["input_ids"].shape[1])
-        return inputs
-
-    def _check_length(self, num_tokens: int) -> None:
-        """Raises UsageError if a prompt is longer than the model's positions: it would answer nonsense."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and num_tokens > limit:
-            raise UsageError(
-                f"the prompt has {num_tokens} tokens with the image, and {self.name} reads {limit} at most"
-            )
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
         """Where every head looks from the query token: by default, while the model reads the prompt's last token.
@@ -300,19 +170,6 @@ class LVLM:
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         return make_batch(self, images, expressions)
 
-    @property
-    def why_not_shared(self) -> str | None:
-        """Why a picture cannot be encoded once for all its expressions; None if it can."""
-        if self.query_token == "answer_first":
-            return "the first token of the answer is generated anew for each prompt"
-        if not self.image_comes_first:
-            return "its template puts the picture after the expression"
-        return self._family_not_shared
-
-    @cached_property
-    def _family_not_shared(self) -> str | None:
-        return why_not_shared(self.model.config)
-
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedPicture:
         """Read a picture once, to ask it for many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
@@ -340,103 +197,3 @@ class LVLM:
             return found
         finally:
             self.recent.shrink()
-
-    def attend_apart(
-        self, images: Sequence[Image.Image], expressions: Sequence[str], *, last_layer: int | None = None
-    ) -> list[AttentionMaps]:
-        """`attend_batch` that shares nothing: every pair is a prompt of its own, all in one forward pass."""
-        return apart(self, images, expressions).run(self, last_layer)
-
-    def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
-        """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
-        if not self.model.config.is_encoder_decoder:
-            with self._tokenizing:
-                return query_of(
-                    self.query_token, prompts, inputs, self.processor.tokenizer, self.dropped_token
-                )
-        if self.query_token.startswith("expression"):
-            raise UsageError(
-                f"query_token={self.query_token}: {self.name} reads the expression in its encoder, whose attention "
-                "is not captured; use query_token=last (the decoder's first token) or answer_first"
-            )
-        return Query(step=int(self.query_token == "answer_first"))
-
-    def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
-        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
-        deepest = (
-            max(self.attention_modules) if query.step == 0 else None
-        )  # what comes after it is not needed
-        stop = deepest if last_layer is None else last_layer
-        with (
-            memory_errors(),
-            misfit_errors(self.name),
-            torch.inference_mode(),
-            capture(self.attention_modules, stop, query) as recorder,
-        ):
-            self.run(inputs, query)
-        length = inputs["input_ids"].shape[1]
-        rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
-        if not self.looks_across:
-            rows = {layer: _prompt_keys(row, length, query) for layer, row in rows.items()}
-        if not rows:
-            raise WorkError(
-                f"{self.name}: no attention was seen; its attention implementation cannot be captured"
-            )
-        batch, heads, tokens = next(iter(rows.values())).shape  # each (B, H, T)
-        full = torch.zeros(batch, self.num_layers, heads, tokens)
-        for layer in list(rows):
-            full[:, layer] = rows.pop(layer)  # never twice in memory
-        return list(full)
-
-    def run(self, inputs: dict[str, Any], query: Query) -> None:
-        """One prefill without LM head and cache; or, for the first token of the answer, greedy generation of two.
-
-        Two, because a token's attention is computed when it is read, in the step that predicts the next.
-        """
-        if query.step == 0:
-            self.model.base_model(**{"use_cache": False, **inputs})
-        else:
-            self.model.generate(
-                **inputs,
-                max_new_tokens=query.step + 1,
-                min_new_tokens=query.step + 1,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-                use_cache=True,
-            )
-
-    def maps(
-        self, row: Tensor, views: Sequence[View], image: Image.Image, expression: str, prompt: str
-    ) -> AttentionMaps:
-        """`row`: [layer, head, key] of one sample."""
-        maps, box = read_maps(row.numpy(), views, image.size, self.view)
-        return AttentionMaps(
-            attention=maps,
-            image_box=box,
-            image_size=image.size,
-            query=expression,
-            prompt=prompt,
-            model=self.name,
-        )
-
-    def views(self, image: Image.Image) -> list[View]:
-        """Where the picture's tokens lie, in every rendering of it that the model gets."""
-        return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
-
-    def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
-        """The views of one sample of an encoded batch."""
-        return views_of(EncodedImage(self.model.config, self.processor, inputs, sample, image.size))
-
-
-def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
-    """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of its call.
-
-    A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
-    keys: the attention of those that fell out is zero.
-    """
-    if query.step == 0:
-        return row
-    return torch.nn.functional.pad(row, (max(0, num_tokens + query.step - row.shape[-1]), 0))[
-        ..., :num_tokens
-    ]

@@ -14,7 +14,7 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
 from transformers.utils.import_utils import is_torchvision_available
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.checkpoint_files import first_line
+from localization_heads.lvlm.checkpoint import first_line
 from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, image_token_id
 from localization_heads.lvlm.memory import is_memory_error
 

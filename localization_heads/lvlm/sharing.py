@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm.capture import capture
+from localization_heads.lvlm.capture import Query, capture
 from localization_heads.lvlm.families import views_of
 from localization_heads.lvlm.geometry import EncodedImage, View
 from localization_heads.lvlm.memory import memory_errors
@@ -32,12 +32,10 @@ from localization_heads.lvlm.prefix import (
     spatial_positions,
 )
 from localization_heads.lvlm.processors import misfit_errors
-from localization_heads.lvlm.prompts import Prompt
-from localization_heads.lvlm.query_tokens import continued
-from localization_heads.lvlm.row import Query
+from localization_heads.lvlm.prompts import Prompt, continued
 
 if TYPE_CHECKING:
-    from localization_heads.lvlm.model import LVLM
+    from localization_heads.lvlm.loaded import LoadedModel
 
 STAND_INS = ("it", "the dog", "2")
 """Expressions that begin differently: what their prompts have in common stands before any expression."""
@@ -67,7 +65,7 @@ class EncodedPicture:
     `attend` may be called from several threads: what has been read is never changed.
     """
 
-    def __init__(self, lvlm: LVLM, image: Image.Image) -> None:
+    def __init__(self, lvlm: LoadedModel, image: Image.Image) -> None:
         self.lvlm = lvlm
         self.image = lvlm.seen(image)
         self._size = image.size

@@ -1,15 +1,148 @@
-"""The samples that a report shows: all of a small run; of a large one the first, and the worst of the others."""
+"""What a sample looks like in a few kilobytes: a small picture, its maps a byte a cell, its masks as outlines.
+
+Maps are not baked into pictures: the page colours and scales the bytes when they are looked at. The sizes are
+bounded, so that a thousand samples stay below 20 MB whatever their pictures and grids.
+"""
 
 from __future__ import annotations
 
 import heapq
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, features
+
 from localization_heads.attention import Box
+from localization_heads.cells import SLIVER, visible_edges
 from localization_heads.heads.head import Head
-from localization_heads.report.thumbnails import TinyMap
+
+MAX_BYTES = 8_000
+"""A thumbnail is no larger, before base64."""
+ATTEMPTS = ((224, 72), (224, 50), (160, 50), (112, 40), (80, 30), (56, 20))
+"""Longest side in pixels and quality, tried in turn until the thumbnail is small enough."""
+MAX_CELLS = 32
+"""Cells of a map along either side; finer maps are averaged down to this."""
+OUTLINE_SIDE = 160
+"""Resolution at which outlines are traced, in pixels along the longer side."""
+MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class TinyMap:
+    """A map as the page gets it: `rows x columns` bytes in base64, 255 its maximum inside the image."""
+
+    rows: int
+    columns: int
+    cells: str
+
+
+def thumbnail(image: Image.Image) -> str:
+    """The picture as a small WebP (or JPEG, where Pillow has no WebP) in a `data:` address."""
+    kind = "webp" if features.check("webp") else "jpeg"
+    content = b""
+    for side, quality in ATTEMPTS:
+        content = _encoded(_shrunk(image, side), kind, quality)
+        if len(content) <= MAX_BYTES:
+            break
+    return f"data:image/{kind};base64,{b64encode(content).decode()}"
+
+
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    shrink = side / max(image.size)
+    if shrink >= 1:
+        return image
+    width, height = (max(1, round(length * shrink)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2)
+
+
+def _encoded(image: Image.Image, kind: str, quality: int) -> bytes:
+    buffer = BytesIO()
+    image.convert("RGB").save(buffer, kind, quality=quality)
+    return buffer.getvalue()
+
+
+def tiny_map(values: NDArray[np.floating], image_box: Box, image_size: tuple[int, int]) -> TinyMap:
+    """The cells `[h, w]` as bytes, from 0 to their maximum inside the image (cells in the padding are not seen)."""
+    height, width = values.shape
+    size = min(width, MAX_CELLS), min(height, MAX_CELLS)
+    cells = np.nan_to_num(np.asarray(values, dtype=np.float32), posinf=0)
+    if size != (width, height):
+        cells = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BOX))  # mean over an area
+    columns, rows = visible_edges(image_box, image_size, cells.shape)
+    inside = np.logical_and.outer(np.diff(rows) > SLIVER, np.diff(columns) > SLIVER)
+    top = float(cells[inside].max(initial=0.0)) or 1.0
+    content = np.rint(255 * np.clip(cells / top, 0, 1)).astype(np.uint8)
+    return TinyMap(content.shape[0], content.shape[1], b64encode(content.tobytes()).decode())
+
+
+def outline(mask: NDArray[np.bool_]) -> str:
+    """The outline of a mask `[H, W]` as the path of an SVG, in pixels of the image; "" for an empty mask."""
+    from contourpy import contour_generator
+
+    height, width = mask.shape
+    fine = _resized(mask)
+    scale = np.array([width / fine.shape[1], height / fine.shape[0]])
+    # A border of nothing closes outlines at the image's edge; centres of pixels lie at their halves.
+    lines = contour_generator(z=np.pad(fine, 1)).lines(127.5)
+    loops = [_simplified(np.asarray(line)) for line in lines]
+    loops = sorted((loop for loop in loops if len(loop) > 3), key=len, reverse=True)
+    drawn: list[str] = []
+    points = 0
+    for loop in loops:
+        points += len(loop)
+        if drawn and points > MAX_POINTS:
+            break
+        corners = np.clip((loop - 0.5) * scale, 0, (width, height))
+        drawn.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners[:-1].tolist()) + "Z")
+    return "".join(drawn)
+
+
+def _resized(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """0 to 255 at about `OUTLINE_SIDE` pixels: shares of areas where that is smaller, the very pixels where larger."""
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    longer = max(mask.shape)
+    if longer > OUTLINE_SIDE:
+        size = [max(1, round(side * OUTLINE_SIDE / longer)) for side in grey.size]
+        grey = grey.resize((size[0], size[1]), Image.Resampling.BOX)
+    else:
+        repeats = OUTLINE_SIDE // longer
+        grey = grey.resize((grey.width * repeats, grey.height * repeats), Image.Resampling.NEAREST)
+    return np.asarray(grey, dtype=np.float64)
+
+
+def _simplified(line: NDArray[np.float64], tolerance: float = 0.6) -> NDArray[np.float64]:
+    """Douglas and Peucker's simplification of a closed line `[n, 2]`: no point dropped lies farther away."""
+    keep = np.zeros(len(line), dtype=bool)
+    keep[[0, -1]] = True
+    far = int(np.argmax(np.hypot(*(line - line[0]).T)))  # the ends meet: their chord says nothing
+    keep[far] = True
+    parts = [(0, far), (far, len(line) - 1)]
+    while parts:
+        first, last = parts.pop()
+        if last - first < 2:
+            continue
+        distances = _distances(line[first + 1 : last], line[first], line[last])
+        middle = first + 1 + int(np.argmax(distances))
+        if distances.max() > tolerance:
+            keep[middle] = True
+            parts += [(first, middle), (middle, last)]
+    return line[keep]
+
+
+def _distances(
+    points: NDArray[np.float64], start: NDArray[np.float64], end: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Of the points `[n, 2]` from the straight line through start and end (from start if they coincide)."""
+    along, away = end - start, points - start
+    length = float(np.hypot(*along))
+    if length == 0:
+        return np.asarray(np.hypot(away[:, 0], away[:, 1]))
+    return np.asarray(np.abs(along[0] * away[:, 1] - along[1] * away[:, 0]) / length)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from localization_heads.evaluation.correlation import FEWEST
+from localization_heads.evaluation.metrics import FEWEST
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead
-from localization_heads.report.builder import HeadFacts, Report
-from localization_heads.report.markup import Markup, element, join, plain
-from localization_heads.report.metrics_tables import metrics_tables, number
+from localization_heads.report.content import HeadFacts, Report
+from localization_heads.report.tables import Markup, element, join, metrics_tables, number, plain
 
 MAX_ROWS = 100
 """Heads in the ranking table and failures in theirs; the files hold all."""

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import Box
+from localization_heads.cells import spread
 from localization_heads.errors import UsageError
-from localization_heads.grounding.maps import Grounding
-from localization_heads.grounding.raster import spread
+from localization_heads.grounding.ground import Grounding
 
 if TYPE_CHECKING:
     from PIL import Image
+
 
 SURROUNDINGS = 0.5
 """How far beyond the box the background is learned from, in sides of the box."""

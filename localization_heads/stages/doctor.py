@@ -10,7 +10,7 @@ from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import default_id
-from localization_heads.store.atomic import writable_folder
+from localization_heads.store.files import writable_folder
 from localization_heads.store.paths import entry_path
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.address import is_address
 from localization_heads.data.box_scale import check_scale, true_boxes
-from localization_heads.data.images import load_image
-from localization_heads.data.jsonl import BadEntry
+from localization_heads.data.images import image_size, load_image
 from localization_heads.data.samples import Sample, VisualizationEntry, check_inside, load_samples
 from localization_heads.errors import (
+    BadEntry,
     NotFiniteError,
     NothingDoneError,
     OutOfMemoryError,
@@ -21,15 +22,15 @@ from localization_heads.errors import (
 )
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.options import require
+from localization_heads.scenes.write import scenes
 from localization_heads.stages.run import Run
-from localization_heads.stages.scenes import scenes
 from localization_heads.store.statistics import sample_key
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from localization_heads.lvlm.batches import Batch
-    from localization_heads.lvlm.model import LVLM
+    from localization_heads.lvlm.model import LVLM, Batch
+
 
 log = logging.getLogger(__name__)
 
@@ -242,3 +243,73 @@ def _in_parts(
 ) -> list[Attended]:
     parts = (opened[start : start + size] for start in range(0, len(opened), size))
     return [found for part in parts for found in attend(run, entries, part, last_layer=last_layer)]
+
+
+Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]
+"""What is made of the maps of a chunk where the model is. Pickled to be sent there, so it holds no run and no model."""
+
+
+CHUNK_PIXELS = 24_000_000
+"""Of the pictures of a chunk together, unless it has only one: a camera's, or seventy of COCO. Each takes 4 bytes."""
+OPENED_AHEAD = 16_000_000
+"""Pixels of a picture that is opened while the model still works on others: processors take 20 bytes for each."""
+
+
+class Chunk(NamedTuple):
+    """Samples that go through the model together, and the ids of those whose results are not there yet."""
+
+    samples: Sequence[Sample]
+    missing: frozenset[str]
+
+
+class Prepared(NamedTuple):
+    """A chunk with its pictures open and the host's share of the model's work done.
+
+    Args:
+        opened: None where that is left to `compute`.
+    """
+
+    chunk: Chunk
+    opened: Sequence[tuple[Sample, Image.Image]] | None
+    ready: Batch | None
+
+
+def prepare(run: Run, entries: Entries, chunk: Chunk) -> Prepared:
+    """The whole chunk goes through the model or nothing of it: a smaller batch would round differently.
+
+    A picture of more than `OPENED_AHEAD` is left to `compute`.
+    """
+    if (
+        chunk.missing
+        and pixels_of(chunk.samples[0]) > OPENED_AHEAD
+        and not is_address(chunk.samples[0].image)
+    ):
+        return Prepared(chunk, None, None)
+    return _opened(run, entries, chunk)
+
+
+def _opened(run: Run, entries: Entries, chunk: Chunk) -> Prepared:
+    opened = open_chunk(run, entries, chunk.samples) if chunk.missing else []
+    if not any(sample.id in chunk.missing for sample, _ in opened):
+        return Prepared(chunk, [], None)
+    return Prepared(chunk, opened, made_ready(run.lvlm, opened))
+
+
+def compute(run: Run, entries: Entries, prepared: Prepared, last_layer: int | None) -> list[Attended]:
+    """The maps of the chunk's missing samples."""
+    missing = prepared.chunk.missing
+    if prepared.opened is None:
+        prepared = _opened(run, entries, prepared.chunk)
+    attended = attend(run, entries, prepared.opened or [], last_layer=last_layer, ready=prepared.ready)
+    return [one for one in attended if one.sample.id in missing]
+
+
+def pixels_of(sample: Sample) -> int:
+    """From the picture's header, 0 for what is no picture. An address, which is not fetched for this, fills a chunk."""
+    if is_address(sample.image):
+        return CHUNK_PIXELS
+    try:
+        width, height = image_size(sample.image)
+    except UsageError:
+        return 0
+    return width * height

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.address import Address, picture_source
 from localization_heads.errors import UsageError
-from localization_heads.grounding.maps import Grounding, GroundingOptions
-from localization_heads.heads.analysis import own_heads
+from localization_heads.grounding.ground import Grounding, GroundingOptions
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
-from localization_heads.heads.found_with import FoundWith, asked
 from localization_heads.heads.head import Head, repeated
+from localization_heads.heads.ranking import own_heads
+from localization_heads.heads.record import FoundWith, asked
 from localization_heads.interop.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import ModelSpec, compose_spec, find_spec
 from localization_heads.options import check_options
-from localization_heads.segmentation.refine import Segmenter, refine
-from localization_heads.store.heads_file import is_ranking, load_head_list, load_ranking
+from localization_heads.segmentation.segmenter import Segmenter, refine
+from localization_heads.store.results import is_ranking, load_head_list, load_ranking
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +87,8 @@ class Run:
     @cached_property
     def segmenter(self) -> Segmenter | None:
         """What makes the masks, loaded on first use; None leaves the pseudo-masks of the maps."""
-        from localization_heads.segmentation.options import SegmenterOptions, make_segmenter
+        from localization_heads.grounder import make_segmenter
+        from localization_heads.segmentation.segmenter import SegmenterOptions
 
         return make_segmenter(SegmenterOptions.of(self["segmenter"], self["device"]))
 

@@ -14,23 +14,24 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import picture_source
 from localization_heads.data.images import Picture, load_image
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounding.maps import Grounding, ground_maps
-from localization_heads.heads.analysis import analysis_rows, greedy_heads
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.options import require
 from localization_heads.stages.run import Run, check_criteria, check_heads, known_heads
-from localization_heads.store.atomic import writable_folder
 from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
     save_analysis,
     save_attention,
 )
+from localization_heads.store.files import writable_folder
 from localization_heads.store.paths import ATTENTION_FORMATS, analysis_path, attention_path, side_path
 
 if TYPE_CHECKING:
     from PIL import Image
+
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ def _answer(run: Run, image: Image.Image) -> str | None:
     """The model's own answer, if `max_new_tokens` asks for one."""
     if not run["max_new_tokens"]:
         return None
-    from localization_heads.lvlm.answering import stream
+    from localization_heads.lvlm.answers import stream
 
     pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run["query"])), run["max_new_tokens"])
     return "".join(pieces).strip()

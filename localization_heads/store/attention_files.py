@@ -23,7 +23,7 @@ import numpy as np
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError, shown
 from localization_heads.store.arrays import plain_value
-from localization_heads.store.atomic import write_bytes
+from localization_heads.store.files import write_bytes
 from localization_heads.store.json_files import parse_json
 from localization_heads.store.paths import attention_stem, side_path
 from localization_heads.store.pickle_budget import PickleRefusedError

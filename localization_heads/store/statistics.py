@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from localization_heads.errors import WorkError
 from localization_heads.heads.criteria import Weight
 from localization_heads.store import journal
-from localization_heads.store.atomic import write_json
+from localization_heads.store.files import write_json
 
 log = logging.getLogger(__name__)
 

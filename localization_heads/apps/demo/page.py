@@ -41,7 +41,7 @@ from localization_heads.apps.demo.session import (
 from localization_heads.apps.demo.turns import MODEL
 from localization_heads.apps.demo.visitors import MAX_VISITORS, Visitors
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounding.maps import Grounding, GroundingOptions
+from localization_heads.grounding.ground import Grounding, GroundingOptions
 from localization_heads.heads.head import Head
 from localization_heads.stages.run import Run
 

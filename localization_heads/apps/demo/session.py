@@ -19,15 +19,15 @@ from PIL import Image
 
 from localization_heads.apps.demo.turns import MODEL
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.image_error import ImageError
+from localization_heads.data.address import ImageError
 from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
-from localization_heads.data.scenes import VALIDATION_SEEDS, scene_samples
 from localization_heads.errors import UsageError
-from localization_heads.grounding.maps import Grounding, GroundingOptions, ground_maps
-from localization_heads.heads.analysis import greedy_heads
+from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import greedy_heads
+from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.run import Run, check_heads
 
 MAX_EXPRESSIONS = 6

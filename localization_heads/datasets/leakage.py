@@ -1,0 +1,93 @@
+"""Which pictures two sets of samples share: heads found on a picture must not be scored on it.
+
+Two copies of a picture are the same one if their lines name it the same way (`picture`, as `stage=prepare` writes
+it), if their files have COCO's name of it, or else if the files hold the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from localization_heads.data.address import is_address
+from localization_heads.data.samples import Sample, read_objects
+from localization_heads.datasets.reference import coco_picture_of
+from localization_heads.errors import UsageError
+from localization_heads.interop.hub import load_heads
+from localization_heads.stages.run import Run
+from localization_heads.store.json_files import read_json
+
+KEY_DIGITS = 16
+
+
+def picture_keys(samples: Iterable[Sample]) -> list[str | None]:
+    """What tells each sample's picture from others; None for one in memory, or whose file cannot be read."""
+    known: dict[str, str | None] = {}
+    keys: list[str | None] = []
+    for sample in samples:
+        if sample.picture:
+            keys.append(sample.picture)
+            continue
+        name = sample.image_key
+        if name not in known:
+            known[name] = _file_key(name)
+        keys.append(known[name])
+    return keys
+
+
+def _file_key(name: str) -> str | None:
+    """By COCO's name, or else by content; an address by its text."""
+    if not name:
+        return None
+    if known := coco_picture_of(Path(name).name):
+        return known
+    if is_address(name):
+        return "address:" + hashlib.sha256(name.encode()).hexdigest()[:KEY_DIGITS]
+    try:
+        with Path(name).open("rb") as file:
+            return "file:" + hashlib.file_digest(file, "sha256").hexdigest()[:KEY_DIGITS]
+    except (OSError, ValueError):
+        return None
+
+
+def prepared_pictures(data_file: Path, option: str = "data_file") -> set[str]:
+    """The pictures of a file that `stage=prepare` wrote. UsageError for any other file."""
+    pictures: set[str] = set()
+    for line, entry in read_objects(data_file, option):
+        name = entry.get("picture") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise UsageError(
+                f"{data_file}: line {line} names no picture: give files that stage=prepare wrote"
+            )
+        pictures.add(name)
+    return pictures
+
+
+def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files that `stage=prepare` wrote into a folder, each with what it recorded of it."""
+    for side in sorted(folder.glob("*.json")):
+        data_file = side.with_suffix(".jsonl")
+        try:
+            record = read_json(side, 1 << 20)
+        except UsageError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("split"), str) and data_file.is_file():
+            yield data_file, record
+
+
+def check_unseen(run: Run, samples: Sequence[Sample]) -> None:
+    """UsageError if samples show pictures that the heads of `heads=` were found on, unless `allow_leakage=true`.
+
+    Of heads that no heads.json names (published ones, a list) it is not known what they were found on.
+    """
+    if run["allow_leakage"] or (source := run.heads_source) is None:
+        return
+    seen = set(load_heads(source).pictures)
+    shared = sum(key in seen for key in picture_keys(samples)) if seen else 0
+    if shared:
+        raise UsageError(
+            f"{shared} of the {len(samples)} entries show pictures that {source} was found on: find the heads on "
+            "others (stage=prepare has exclude=), or write allow_leakage=true"
+        )

@@ -1,0 +1,151 @@
+"""Which benchmark lies at a path, and how many references and expressions its splits have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from localization_heads.datasets import refcoco_parquet
+from localization_heads.datasets.reasonseg import COLUMNS as REASONSEG_COLUMNS
+from localization_heads.datasets.reasonseg import SPLITS as REASONSEG_SPLITS
+from localization_heads.datasets.reasonseg import LisaFolders, ReasonSegParquet
+from localization_heads.datasets.refcoco_parquet import JXU_COLUMNS, LMMS_COLUMNS, JxuParquet, LmmsParquet
+from localization_heads.datasets.reference import Entry, ReferPickles, Source
+from localization_heads.errors import UsageError, shown
+
+DATASETS = ("refcoco", "refcoco+", "refcocog", "reasonseg")
+
+PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
+"""What papers report: UNC's split of RefCOCO and RefCOCO+, UMD's of RefCOCOg (lichengunc/MAttNet, issue 20)."""
+
+_FOLDERS = {
+    "refcoco": ("refcoco",),
+    "refcoco+": ("refcoco+", "refcocoplus"),
+    "refcocog": ("refcocog",),
+    "reasonseg": ("reasonseg", "reason_seg"),
+}
+
+
+_DEPTHS = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+"""Where repositories of Hugging Face have them: `data/val-00000-of-00001.parquet`, `default/val/0000.parquet`."""
+
+
+class Counts(NamedTuple):
+    references: int
+    expressions: int
+
+
+OFFICIAL: dict[tuple[str, str], Counts] = {
+    ("refcoco", "train"): Counts(42_404, 120_624),
+    ("refcoco", "val"): Counts(3_811, 10_834),
+    ("refcoco", "testA"): Counts(1_975, 5_657),
+    ("refcoco", "testB"): Counts(1_810, 5_095),
+    ("refcoco+", "train"): Counts(42_278, 120_191),
+    ("refcoco+", "val"): Counts(3_805, 10_758),
+    ("refcoco+", "testA"): Counts(1_975, 5_726),
+    ("refcoco+", "testB"): Counts(1_798, 4_889),
+    ("refcocog", "train"): Counts(42_226, 80_512),
+    ("refcocog", "val"): Counts(2_573, 4_896),
+    ("refcocog", "test"): Counts(5_023, 9_602),
+    ("reasonseg", "val"): Counts(200, 200),
+    ("reasonseg", "test"): Counts(779, 779),
+}
+"""Of the partitions that papers report. References: https://www.tensorflow.org/datasets/catalog/ref_coco and the
+cards of jxu124/refcoco*; expressions: those of refs(unc).p and refs(umd).p (sums: 142,210, 141,564 and 95,010).
+ReasonSeg: LISA's README; its 239 training pictures have up to five expressions each."""
+
+
+def count(entries: Sequence[Entry]) -> Counts:
+    """References (rows) and expressions of some entries."""
+    return Counts(len({entry.row for entry in entries}), len(entries))
+
+
+def open_source(dataset: str, path: Path, images: Path | None) -> Source:
+    """The benchmark at `path`, a file or a folder. UsageError, saying what is there, where it is none.
+
+    Args:
+        images: the folder of COCO's pictures, for sources that have none inside.
+    """
+    if not path.exists():
+        raise UsageError(f"dataset_path={path}: no such file or folder")
+    root = _chosen_folder(dataset, path)
+    files = [path] if path.is_file() else [file for depth in _DEPTHS for file in sorted(root.glob(depth))]
+    if parquets := [file for file in files if file.suffix == ".parquet"]:
+        return _open_parquets(dataset, parquets, path, images)
+    if dataset == "reasonseg":
+        return LisaFolders(_split_folders(root, path))
+    refs = root if root.is_file() else _refs_file(dataset, root, path)
+    if not re.fullmatch(r"refs\(\w+\)\.p", refs.name):
+        raise UsageError(f"dataset_path={path}: a file must be a .parquet or a refs(...).p")
+    return ReferPickles(refs, _coco_folder(images, refs.parent), standard=PARTITIONS[dataset])
+
+
+def _chosen_folder(dataset: str, path: Path) -> Path:
+    """The data set's own folder where `path` holds several."""
+    if path.is_dir():
+        for name in _FOLDERS[dataset]:
+            for child in sorted(path.iterdir()):
+                if child.name.lower() == name and child.is_dir():
+                    return _chosen_folder(dataset, child)
+    return path
+
+
+def _open_parquets(dataset: str, files: Sequence[Path], path: Path, images: Path | None) -> Source:
+    columns = [frozenset(refcoco_parquet.column_names(file)) for file in files]
+    common = frozenset.intersection(*columns)
+    if dataset == "reasonseg":
+        if common >= REASONSEG_COLUMNS:
+            return ReasonSegParquet(files)
+    elif common >= JXU_COLUMNS:
+        return JxuParquet(files, _coco_folder(images, files[0].parent), dataset)
+    elif common >= LMMS_COLUMNS:
+        return LmmsParquet(files, dataset)
+    known = [REASONSEG_COLUMNS] if dataset == "reasonseg" else [JXU_COLUMNS, LMMS_COLUMNS]
+    wanted = " or ".join(", ".join(sorted(names)) for names in known)
+    found = ", ".join(shown(name)[1:-1] for name in sorted(columns[0])[:20]) or "none"
+    raise UsageError(f"dataset_path={path}: columns {found}; {dataset} as parquet has {wanted}")
+
+
+def _split_folders(root: Path, path: Path) -> dict[str, Path]:
+    """LISA's folders by split: those below `root`, or `root` itself if it has a split's name."""
+    folders = {split: root / split for split in REASONSEG_SPLITS if any((root / split).glob("*.json"))}
+    if not folders and root.name in REASONSEG_SPLITS and any(root.glob("*.json")):
+        folders = {root.name: root}
+    if not folders:
+        raise UsageError(
+            f"dataset_path={path}: neither parquet nor LISA's folders (train, val or test with .json files); "
+            f"{_found(root)}"
+        )
+    return folders
+
+
+def _refs_file(dataset: str, root: Path, path: Path) -> Path:
+    """The refs file of the partition that papers report, or the only one there is."""
+    found = sorted(root.glob("refs(*).p"))
+    standard = root / f"refs({PARTITIONS[dataset]}).p"
+    if standard in found:
+        return standard
+    if len(found) == 1:
+        return found[0]
+    raise UsageError(
+        f"dataset_path={path}: neither {standard.name} nor parquet for {dataset}; {_found(root)}; name the file itself"
+    )
+
+
+def _found(folder: Path) -> str:
+    names = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else [folder.name]
+    listed = ", ".join(shown(name)[1:-1] for name in names[:8]) or "nothing"
+    return f"found {listed}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _coco_folder(images: Path | None, beside: Path) -> Path:
+    """`images=`, or the folder that https://github.com/lichengunc/refer has them in."""
+    usual = beside.parent / "images" / "mscoco" / "images" / "train2014"
+    folder = images or (usual if usual.is_dir() else None)
+    if folder is None:
+        raise UsageError("images= is missing: name the folder of COCO's train2014 pictures")
+    if not folder.is_dir():
+        raise UsageError(f"images={folder}: no such folder")
+    return folder

@@ -1,0 +1,409 @@
+"""Figures of a whole model: the two criteria over its heads (Fig. 3, Fig. 6a) and where its heads are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.patheffects
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from localization_heads.figures.sheet import BLUE, COLOUR_MAP, GREY, VERMILLION, new_figure, paper_style, save
+from localization_heads.heads.head import Head
+
+if TYPE_CHECKING:
+    from localization_heads.experiments.paper import Finding
+    from localization_heads.experiments.study import Study
+    from localization_heads.heads.ranking import HeadRanking
+
+
+_COLUMN = 3.4  # inches: a column of a two-column page
+_MAX_NAMES = 10  # more names than this do not fit beside the curve
+
+
+def plot_attention_sums(
+    sums: NDArray[np.floating],
+    tau: float | None,
+    path: str | Path | None = None,
+    *,
+    kept: NDArray[np.bool_] | None = None,
+    top: Sequence[Head] = (),
+    exclude_layers: int = 2,
+) -> Figure:
+    """Fig. 3: the heads in ascending order of average attention sum, the elbow, and the heads kept above it.
+
+    Args:
+        sums: `[layer, head]`, average attention sum `S` of every head.
+        tau: the threshold, as criterion 1 chose it or as the user set it; none where the rule has none.
+        kept: `[layer, head]`, the heads criterion 1 keeps; by default those with `S >= tau`, or none.
+        top: heads to mark and name, best first (ten names at most).
+        exclude_layers: the first layers, which are not considered and not drawn.
+    """
+    considered = [Head(layer, head) for layer, head in np.ndindex(sums.shape) if layer >= exclude_layers]
+    considered.sort(key=lambda head: sums[head])
+    curve = np.array([sums[head] for head in considered])  # [head], ascending
+    if kept is None:
+        kept = sums >= (np.inf if tau is None else tau)
+    is_kept = np.array([bool(kept[head]) for head in considered], dtype=bool)
+    with paper_style():
+        figure = new_figure(_COLUMN, 2.5)
+        axes = figure.add_subplot()
+        place = np.arange(1, len(curve) + 1)
+        axes.plot(place, curve, color=GREY, zorder=2)
+        axes.scatter(place[is_kept], curve[is_kept], s=5, color=BLUE, zorder=3)
+        which = f"Heads of layers {exclude_layers} and up" if exclude_layers else "Heads"
+        axes.set_xlabel(f"{which}, in ascending order")
+        axes.set_ylabel("Average attention sum $S$")
+        if len(curve):
+            axes.plot(place[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)
+            axes.set_xlim(0, len(curve) * 1.03 + 0.5)
+            axes.set_ylim(*_span(curve, tau))
+            axes.set_title(f"{is_kept.sum()} of {len(curve)} heads kept", loc="left", color=BLUE)
+            if tau is not None:
+                _mark_elbow(axes, curve, tau)
+            marks = [(h, considered.index(h) + 1, float(sums[h])) for h in top if h in considered]
+            _name_heads(axes, marks, curve)
+        return save(figure, path)
+
+
+def _span(curve: NDArray[np.floating], tau: float | None) -> tuple[float, float]:
+    """Limits of the axis of `S`: from 0, unless all that is drawn lies in the upper half of that."""
+    low, high = (float(bound) for bound in (curve[0], curve[-1]))
+    if tau is not None:
+        low, high = min(low, tau), max(high, tau)
+    if low > 0.5 * high and low < high:
+        return low - 0.06 * (high - low), high + 0.06 * (high - low)
+    return 0.0, high * 1.06 or 1.0
+
+
+def _mark_elbow(axes: Axes, curve: NDArray[np.floating], tau: float) -> None:
+    """Mark where the ascending curve reaches tau, shade what lies above, and write its value."""
+    below = np.searchsorted(curve, tau)
+    axes.axvspan(below + 0.5, axes.get_xlim()[1], color=BLUE, alpha=0.12, linewidth=0)
+    axes.axhline(tau, color=VERMILLION, linewidth=0.9, linestyle="--", zorder=2)
+    crossing = np.interp(tau, curve, np.arange(1, len(curve) + 1))
+    axes.plot([crossing], [tau], "o", color="white", mec=VERMILLION, mew=1.4, markersize=6, zorder=5)
+    bottom, top = axes.get_ylim()
+    early = bool(curve[0] < tau and crossing < 0.35 * axes.get_xlim()[1])  # the curve rises on the left
+    low = tau > bottom + (0.1 if early else 0.6) * (top - bottom)
+    axes.annotate(
+        f"τ = {tau:.2f}" if tau >= 0.1 else f"τ = {tau:.2g}",
+        (0.98 if early else 0.02, tau),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -3 if low else 3),
+        textcoords="offset points",
+        color=VERMILLION,
+        ha="right" if early else "left",
+        va="top" if low else "bottom",
+        path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
+        zorder=5,
+    )
+
+
+def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]], curve: NDArray[np.floating]) -> None:
+    """Mark heads (head, place, sum) on the curve; their names stand in a column on its hollow side.
+
+    That is above a curve that sags below its chord and below one that bulges above it: a line from there to
+    the curve does not cross it. The names closest to the corner have the farthest
+    marks, so that no line crosses another.
+    """
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    sags = np.mean((curve - bottom) / (top - bottom)) < 0.5
+    height, step = (0.95, -0.08) if sags else (0.05, 0.08)
+    rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")  # over the lines it crosses
+
+    def across(mark: tuple[Head, int, float]) -> float:
+        """How far right of the column, which is in the middle, a mark is, in widths of the axes."""
+        return (mark[1] - left) / (right - left) - 0.5
+
+    for mark in sorted(marks[:_MAX_NAMES], key=lambda mark: -abs(across(mark))):
+        head, place, value = mark
+        axes.plot([place], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6)
+        axes.annotate(
+            str(head),
+            (place, value),
+            xytext=(0.5, height),
+            textcoords="axes fraction",
+            ha="center",
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": "0.4",
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (float(across(mark) > 0), 0.5),
+            },
+            zorder=4,
+            path_effects=[rim],
+        )
+        height += step
+
+
+def plot_selection_frequency(
+    ranking: HeadRanking, path: str | Path | None = None, *, top: int = 15, emphasised: int = 3
+) -> Figure:
+    """Fig. 6a: the selection frequency of the first `top` heads, with its standard deviation over the trials.
+
+    Args:
+        emphasised: how many of them are the localization heads.
+    """
+    heads = [head for head in ranking.heads if head.layer >= ranking.exclude_layers][:top]
+    frequency = 100 * np.array([head.selection_frequency for head in heads])
+    deviation = 100 * np.array([head.selection_frequency_std for head in heads])
+    with paper_style():
+        figure = new_figure(max(_COLUMN, 0.9 + 0.17 * len(heads)), 2.4)
+        axes = figure.add_subplot()
+        place = np.arange(len(heads))
+        colours = [BLUE if i < emphasised else "#A9C4DA" for i in place]
+        axes.bar(place, frequency, width=0.75, color=colours, zorder=2)
+        if ranking.num_trials > 1:
+            axes.errorbar(
+                place, frequency, deviation, fmt="none", ecolor="0.15", elinewidth=0.9, capsize=2, zorder=3
+            )
+        axes.set_xticks(place, [str(Head(h.layer, h.head)) for h in heads], rotation=60, ha="right")
+        axes.tick_params(axis="x", length=0, pad=1)
+        for label in axes.get_xticklabels():
+            label.set_rotation_mode("anchor")
+        for label in axes.get_xticklabels()[:emphasised]:
+            label.set_fontweight("bold")
+        axes.set_xlim(-0.6, max(len(heads), 1) - 0.4)
+        axes.set_ylim(0, max(float((frequency + deviation).max(initial=0)) * 1.05, 1.0))
+        axes.set_ylabel("Selection frequency (%)")
+        axes.grid(axis="y", color="0.9", linewidth=0.6, zorder=0)
+        axes.set_title(_trials(ranking), loc="right", color="0.35")
+        return save(figure, path)
+
+
+def _trials(ranking: HeadRanking) -> str:
+    """The caption that says what the error bars are."""
+    samples = f"{ranking.num_samples:,} sample{'s' if ranking.num_samples != 1 else ''}"
+    if ranking.num_trials == 1:
+        return samples
+    trials = "bootstrap resamples" if ranking.spread == "bootstrap" else "draws"
+    return f"± s.d. over {ranking.num_trials} {trials} of {samples}"
+
+
+def plot_head_grid(
+    values: NDArray[np.floating],
+    path: str | Path | None = None,
+    *,
+    label: str = "Selection frequency (%)",
+    top: Sequence[Head] = (),
+    exclude_layers: int = 0,
+) -> Figure:
+    """Layers x heads: one value for every head of the model, such as its selection frequency.
+
+    Args:
+        values: `[layer, head]`, in the unit that `label` names.
+        top: heads to frame.
+        exclude_layers: the first layers, which were not considered: left blank.
+    """
+    layers, heads = values.shape
+    with paper_style():
+        side = min(0.22, max(0.07, 2.6 / max(heads, 8)))  # inches a cell
+        width = side * heads
+        figure = new_figure(max(width, 0.3) + 1.3, max(1.2, side * layers) + 0.6)
+        axes = figure.add_subplot()
+        shown = np.array(values, dtype=float)
+        shown[:exclude_layers] = np.nan
+        axes.set_facecolor("0.92")
+        cells = axes.imshow(shown, cmap=COLOUR_MAP, vmin=0, interpolation="nearest", origin="lower")
+        for head in top:
+            axes.add_patch(
+                Rectangle(
+                    (head.head - 0.5, head.layer - 0.5),
+                    1,
+                    1,
+                    fill=False,
+                    ec=VERMILLION,
+                    lw=1.4,
+                    clip_on=False,
+                )
+            )
+        axes.set_xlabel("Head")
+        axes.set_ylabel("Layer")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.spines[:].set_visible(False)
+        bar = axes.inset_axes((1 + 0.08 / width, 0, 0.1 / width, 1))  # as high as the grid
+        figure.colorbar(cells, cax=bar, label=label).outline.set_visible(False)
+        return save(figure, path)
+
+
+_EXPERIMENT_COLUMN = 3.4  # inches: a column of a two-column page
+_MOST_NAMES = 10  # more do not fit beside a figure
+
+
+def plot_experiment(study: Study, finding: Finding, path: str | Path | None = None) -> Figure | None:
+    """The figure of an experiment, in the paper's layout; None for those that are tables."""
+    draw = _FIGURES.get(finding.name)
+    return draw(study, finding.numbers, path) if draw else None
+
+
+def plot_fig3(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    ranking = study.ranking
+    sums, kept = np.zeros(study.shape), np.zeros(study.shape, dtype=bool)
+    for head in ranking.heads:
+        sums[head.address], kept[head.address] = head.attention_sum, head.kept
+    exclude = ranking.exclude_layers
+    return plot_attention_sums(sums, ranking.tau, path, kept=kept, top=study.found(), exclude_layers=exclude)
+
+
+def plot_fig6a(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    return plot_selection_frequency(study.ranking, path, emphasised=study.options.k)
+
+
+def plot_frequency_iou(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    """Fig. 6b: a point a head; hollow where it is selected too seldom to count."""
+    points = numbers["points"]
+    frequency = 100 * np.array([point["frequency"] for point in points])
+    iou = 100 * np.array([point["iou"] for point in points])
+    counted = frequency >= 100 * numbers["min_frequency"]
+    top = {tuple(head) for head in numbers["top"]}
+    first = np.array([tuple(point["head"]) in top for point in points], dtype=bool)
+    with paper_style():
+        figure = new_figure(_EXPERIMENT_COLUMN, 2.7)
+        axes = figure.add_subplot()
+        axes.scatter(
+            frequency[~counted],
+            iou[~counted],
+            s=14,
+            facecolors="none",
+            edgecolors=GREY,
+            label="hardly ever selected",
+        )
+        axes.scatter(frequency[counted & ~first], iou[counted & ~first], s=14, color=BLUE, label="selected")
+        axes.scatter(
+            frequency[first],
+            iou[first],
+            s=24,
+            marker="D",
+            color=VERMILLION,
+            label="localization heads",
+            zorder=3,
+        )
+        axes.set_xlabel("Selection frequency (%)")
+        axes.set_ylabel("Mean IoU of the head's map (%)")
+        widest = max(float(frequency.max(initial=1)), 1)
+        axes.set_xlim(-0.04 * widest, 1.04 * widest)
+        axes.set_ylim(0, max(float(iou.max(initial=1)) * 1.15, 1))
+        _name_points(axes, [point for point in points if tuple(point["head"]) in top])
+        axes.set_title(_rho(numbers.get("selected"), numbers["num_selected"]), loc="left", color="0.25")
+        figure.legend(loc="outside lower center", ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8)
+        return save(figure, path)
+
+
+def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """Heads by name in a column right of the axes, each led to its point."""
+    height, step = 1.0, 0.075
+    for point in sorted(points, key=lambda point: -point["iou"])[:_MOST_NAMES]:
+        bottom, top = axes.get_ylim()
+        height = min(height, (100 * point["iou"] - bottom) / (top - bottom))
+        axes.annotate(
+            str(Head(*point["head"])),
+            (100 * point["frequency"], 100 * point["iou"]),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3},
+        )
+        height -= step
+
+
+def _rho(found: Mapping[str, float] | None, count: int) -> str:
+    if found is None:
+        return f"{count} heads: too few for a correlation"
+    p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
+    return f"Spearman's $\\rho$ = {round(found['rho'], 2) + 0.0:.2f}, {p}, {count} heads"
+
+
+def plot_tau_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    return _plot_sweep(numbers, path, "Threshold τ of the attention sum")
+
+
+def plot_n_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    return _plot_sweep(numbers, path, "N, heads marked in each sample")
+
+
+def _plot_sweep(numbers: Mapping[str, Any], path: str | Path | None, label: str) -> Figure:
+    """Above, which heads come first at each value; below, how well they ground."""
+    points = numbers["points"]
+    values = [point["value"] for point in points]
+    default = [tuple(head) for head in numbers["default_top"]]
+    others = sorted({tuple(head) for point in points for head in point["top"]} - set(default))
+    lanes = {head: lane for lane, head in enumerate([*default, *others])}
+    place = range(len(values))
+    with paper_style():
+        figure = new_figure(max(_EXPERIMENT_COLUMN, 0.9 + 0.3 * len(values)), 1.7 + 0.17 * len(lanes))
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[max(1.0, 0.17 * len(lanes)), 1.0])
+        for x, point in zip(place, points, strict=True):
+            for rank, head in enumerate(map(tuple, point["top"]), start=1):
+                colour = BLUE if head in default else GREY
+                above.scatter([x], [lanes[head]], s=70, color=colour, zorder=2)
+                above.text(x, lanes[head], str(rank), color="white", ha="center", va="center", fontsize=6.5)
+        above.set_yticks(list(lanes.values()), [str(Head(*head)) for head in lanes])
+        above.set_ylim(len(lanes) - 0.4, -0.6)
+        above.grid(axis="y", color="0.92", linewidth=0.6, zorder=0)
+        above.set_title("heads that come first, by rank", loc="left", color="0.25")
+        accuracy = [np.nan if point["acc@0.5"] is None else 100 * point["acc@0.5"] for point in points]
+        below.plot(place, accuracy, "o-", color=BLUE, markersize=4)
+        below.set_ylabel("Acc@0.5 (%)")
+        below.set_ylim(0, max(1.0, float(np.nanmax([*accuracy, 0])) * 1.25))
+        below.set_xticks(list(place), [_tick(value) for value in values])
+        below.set_xlim(-0.5, len(values) - 0.5)
+        below.set_xlabel(label)
+        if numbers["default"] in values:
+            for axes in (above, below):
+                axes.axvline(
+                    values.index(numbers["default"]),
+                    color=VERMILLION,
+                    linewidth=0.9,
+                    linestyle="--",
+                    zorder=1,
+                )
+        return save(figure, path)
+
+
+def _tick(value: float) -> str:
+    """Counts whole, thresholds to the thousandth where they are small."""
+    return f"{value:g}" if value == int(value) else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def plot_random(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    """The heads found, and every random set of the same layers, by each measure."""
+    with paper_style():
+        figure = new_figure(_EXPERIMENT_COLUMN, 1.0 + 0.4 * len(numbers))
+        axes = figure.add_subplot()
+        for lane, result in enumerate(numbers.values()):
+            sets = 100 * np.array(result["sets"])
+            axes.scatter(sets, np.full(len(sets), lane), s=14, color=GREY, alpha=0.55, linewidths=0)
+            axes.plot([sets.mean()] * 2, [lane - 0.2, lane + 0.2], color="0.3", linewidth=1.2)
+            axes.scatter([100 * result["found"]], [lane], s=34, marker="D", color=VERMILLION, zorder=3)
+        axes.scatter([], [], s=34, marker="D", color=VERMILLION, label="heads found")
+        axes.scatter([], [], s=14, color=GREY, label="a random set")
+        axes.plot([], [], color="0.3", linewidth=1.2, label="their mean")
+        axes.set_yticks(range(len(numbers)), list(numbers))
+        axes.set_ylim(len(numbers) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("%")
+        axes.grid(axis="x", color="0.92", linewidth=0.6, zorder=0)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=7, handletextpad=0.2, columnspacing=0.9)
+        return save(figure, path)
+
+
+_FIGURES: dict[str, Callable[[Study, Mapping[str, Any], str | Path | None], Figure]] = {
+    "fig3": plot_fig3,
+    "fig6a": plot_fig6a,
+    "fig6b": plot_frequency_iou,
+    "random": plot_random,
+    "fig13": plot_tau_sweep,
+    "fig14": plot_n_sweep,
+}

@@ -1,0 +1,312 @@
+"""Figures of one picture: what its top heads look at, and the box that comes of it (Sec. 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.patheffects
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.cells import resample
+from localization_heads.figures.overlay import (
+    BOX_WIDTH,
+    LONGEST,
+    RIM,
+    Picture,
+    cells_inside,
+    draw_box,
+    draw_cells,
+    draw_image,
+    draw_map,
+    draw_outline,
+    opacity,
+    prepare,
+)
+from localization_heads.figures.sheet import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    new_sheet,
+    panel_size,
+    paper_style,
+    save,
+)
+from localization_heads.grounding.ground import Grounding
+from localization_heads.grounding.shapes import fill_polygon
+from localization_heads.heads.head import Head
+
+if TYPE_CHECKING:
+    from localization_heads.heads.criteria import HeadStatistics
+
+
+def plot_top_maps(
+    image: Picture | None,
+    attention: AttentionMaps,
+    heads: Sequence[Head],
+    path: str | Path | None = None,
+    *,
+    grounding: Grounding | None = None,
+    truth: Box | None = None,
+    expression: str | None = None,
+    statistics: HeadStatistics | None = None,
+) -> Figure:
+    """The picture, the maps of `heads` laid over it, and their combined map with the predicted box.
+
+    All maps share one colour scale, which the bar below states: from 0 to the map's own maximum inside the
+    image. What cells in the padding see is not shown.
+
+    Args:
+        image: `None` draws the maps alone.
+        heads: best first; one panel each.
+        grounding: adds the combined map and its box.
+        truth: true box in pixels, drawn dashed.
+        expression: the title; by default the query of the maps.
+        statistics: adds the spatial entropy `H` to the attention sum `S` in the titles.
+    """
+    size = panel_size(attention.image_size, area=2.4)
+    picture = prepare(image, max(size))
+    panels = (image is not None) + len(heads) + (grounding is not None)
+    title = attention.query if expression is None else expression
+    with paper_style():
+        bar = np.ones_like if image is None else opacity
+        figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=bar)
+        for axes in sheet:
+            draw_image(axes, picture, attention.image_size)
+        rest = iter(sheet)
+        if image is not None:
+            next(rest).set_title("picture")
+        for head, axes in zip(heads, rest, strict=False):
+            draw_map(axes, attention.attention[head], attention.image_box, opaque=image is None)
+            axes.set_title(_map_title(attention, head, statistics))
+        if grounding is not None:
+            draw_map(sheet[-1], grounding.combined, attention.image_box, opaque=image is None)
+            sheet[-1].set_title(f"combined: {len(grounding.heads)} heads")
+        if sheet:
+            _draw_boxes(sheet[-1], grounding, truth)
+        return save(figure, path)
+
+
+def _map_title(attention: AttentionMaps, head: Head, statistics: HeadStatistics | None) -> str:
+    """`L14H24  S 0.41  H 0.00`: the head and its two criteria on this sample."""
+    if statistics is None:
+        return f"{head}  S {attention.attention[head].sum():.2f}"
+    entropy = statistics.spatial_entropy[head]
+    H = f"{entropy:.2f}" if math.isfinite(entropy) else "∞"
+    return f"{head}  S {statistics.attention_sum[head]:.2f}  H {H}"
+
+
+def _box_entries(grounding: Grounding | None, truth: Box | None) -> list[Line2D]:
+    """What the legend says of the boxes that are drawn."""
+    entries = []
+    if grounding is not None:
+        found = bool(grounding.cells.any())
+        label = f"predicted box, score {grounding.score:.2f}" if found else "no cell stands out: whole image"
+        entries.append(Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label))
+    if truth is not None:
+        entries.append(Line2D([], [], color=SKY, linewidth=BOX_WIDTH, linestyle="--", label="true box"))
+    return entries
+
+
+def _draw_boxes(axes: Axes, grounding: Grounding | None, truth: Box | None) -> None:
+    """Draw the predicted box, solid, and the true one, dashed, on top."""
+    if grounding is not None:
+        draw_box(axes, grounding.box, VERMILLION)
+    if truth is not None:
+        draw_box(axes, truth, SKY, dashed=True)
+
+
+def plot_grounding(
+    image: Picture | None,
+    grounding: Grounding,
+    path: str | Path | None = None,
+    *,
+    truth: Box | None = None,
+    expression: str = "",
+) -> Figure:
+    """The heat map over the picture, the outline of the mask, the box with its score, the true box.
+
+    Args:
+        image: `None` draws the heat map alone.
+        grounding: its heat map and mask are made at the size drawn, whatever the size of the picture.
+        truth: true box in pixels, drawn dashed.
+        expression: the title.
+    """
+    size = panel_size(grounding.image_size, area=14)
+    picture = prepare(image, max(size))
+    heat, mask = _at_drawn_size(grounding)
+    legend = _box_entries(grounding, truth)
+    label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
+    legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
+    with paper_style():
+        figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend)
+        draw_image(axes, picture, grounding.image_size)
+        draw_map(axes, heat, (0, 0, *grounding.image_size), opaque=image is None)
+        draw_outline(axes, mask)
+        _draw_boxes(axes, grounding, truth)
+        return save(figure, path)
+
+
+def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Heat map and mask of the picture shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
+
+    Those of a photograph's every pixel would take gigabytes, and nobody could see the difference.
+    """
+    W, H = grounding.image_size
+    shrink = min(1.0, LONGEST / max(W, H))
+    drawn = max(1, round(W * shrink)), max(1, round(H * shrink))
+    scale = np.array([drawn[0] / W, drawn[1] / H])
+    x0, y0, x1, y1 = np.multiply(grounding.image_box, [*scale, *scale]).tolist()
+    heat = resample(grounding.combined, (x0, y0, x1, y1), drawn)
+    if grounding.refined is None:
+        return heat, fill_polygon(grounding.polygon * scale, drawn)
+    rows, columns = (
+        ((np.arange(n) + 0.5) / share).astype(int) for n, share in zip(drawn[::-1], scale[::-1], strict=True)
+    )
+    return heat, grounding.refined[np.ix_(rows, columns)]
+
+
+_HUES = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW)
+_SHADES = (
+    (0.0, 0.0),
+    (0.45, 1.0),
+    (0.45, 0.0),
+    (0.7, 1.0),
+    (0.65, 0.0),
+)  # how much of white (1) or black (0)
+_MAX_NAMES = 6
+_LEAST_NAMED = 0.02  # a smaller share is a cell or two: a number would hide it
+
+
+def plot_components(
+    image: Picture | None,
+    attention: AttentionMaps,
+    head: Head,
+    labels: NDArray[np.integer],
+    entropy: float,
+    path: str | Path | None = None,
+    *,
+    expression: str | None = None,
+) -> Figure:
+    """One head's map, the active cells, and their 8-connected components with the area share of each.
+
+    Args:
+        image: `None` draws the maps alone.
+        labels: `[h, w]`, the number of each cell's component; 0 where the map is not active.
+        entropy: spatial entropy `H = -sum p ln p` of the components, in nats; infinite without one.
+        expression: the title; by default the query of the map.
+    """
+    size = panel_size(attention.image_size, area=4.8, widest=3.1)
+    picture = prepare(image, max(size))
+    numbers, areas = np.unique(labels[labels > 0], return_counts=True)
+    order = np.argsort(-areas, kind="stable")
+    numbers, shares = numbers[order], areas[order] / max(1, areas.sum())
+    title = attention.query if expression is None else expression
+    with paper_style():
+        note = _padding_note(labels, attention)
+        figure, (map_axes, binary_axes, component_axes) = new_sheet(size, 3, title, note=note)
+        for axes in (map_axes, binary_axes, component_axes):
+            draw_image(axes, picture, attention.image_size)
+        draw_map(map_axes, attention.attention[head], attention.image_box, opaque=image is None)
+        map_axes.set_title(f"{head}  S {attention.attention[head].sum():.2f}")
+        draw_cells(binary_axes, _paint(labels, numbers, [(1.0, 1.0, 1.0)]), attention.image_box)
+        binary_axes.set_title(f"active: {(labels > 0).mean():.0%} of cells")
+        draw_cells(component_axes, _paint(labels, numbers, _colours(len(numbers))), attention.image_box)
+        component_axes.set_title(_summary(shares, entropy))
+        _name_components(component_axes, labels, numbers, shares, attention.image_box, size[0])
+        return save(figure, path)
+
+
+def _padding_note(labels: NDArray[np.integer], attention: AttentionMaps) -> str:
+    """What the numbers count although no panel shows it: cells beyond the image's edge."""
+    hidden = np.ones(labels.shape, dtype=bool)
+    hidden[cells_inside(labels.shape, attention.image_box, attention.image_size)] = False
+    if not hidden.any():
+        return ""
+    cells = f"{hidden.sum()} of the {hidden.size} cells are in the padding, {(labels[hidden] > 0).sum()} of them active"
+    return f"{cells}: all numbers count them, no panel shows them"
+
+
+def _summary(shares: NDArray[np.floating], entropy: float) -> str:
+    """How many components there are, and their entropy."""
+    if not len(shares):
+        return "no component: H = ∞"
+    H = f"{entropy:.2f}" if math.isfinite(entropy) else "∞"
+    return f"{len(shares)} component{'s' if len(shares) > 1 else ''}: H = {H}"
+
+
+def _colours(count: int) -> list[tuple[float, float, float]]:
+    """As many colours, the largest component's first: seven hues, then lighter and darker shades of them."""
+    colours = []
+    for n in range(count):
+        share, towards = _SHADES[n // len(_HUES) % len(_SHADES)]
+        red, green, blue = (c * (1 - share) + towards * share for c in to_rgb(_HUES[n % len(_HUES)]))
+        colours.append((red, green, blue))
+    return colours
+
+
+def _paint(
+    labels: NDArray[np.integer], numbers: NDArray[np.integer], colours: list[tuple[float, float, float]]
+) -> NDArray[np.float64]:
+    """`[h, w, 4]`: the n-th component in the n-th colour (they repeat), the rest darkened."""
+    cells = np.zeros((*labels.shape, 4))
+    cells[..., 3] = 0.65
+    for n, number in enumerate(numbers):
+        cells[labels == number] = (*colours[n % len(colours)], 0.9)
+    return cells
+
+
+def _name_components(
+    axes: Axes,
+    labels: NDArray[np.integer],
+    numbers: NDArray[np.integer],
+    shares: NDArray[np.floating],
+    box: Box,
+    width: float,
+) -> None:
+    """Write the area share on the largest components, as far as the numbers do not cover each other.
+
+    Args:
+        box: the region of the image that the cells cover, in pixels.
+        width: of the axes, in inches.
+    """
+    x0, y0, x1, y1 = box
+    cell = np.array([(x1 - x0) / labels.shape[1], (y1 - y0) / labels.shape[0]])
+    (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
+    room = np.array([0.36, 0.17]) * W / width  # pixels that `100%` takes
+    rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")
+    placed: list[NDArray[np.floating]] = []
+    for number, share in zip(numbers[:_MAX_NAMES], shares, strict=False):
+        spots = np.array([x0, y0]) + (np.argwhere(labels == number)[:, ::-1] + 0.5) * cell  # [cell, (x, y)]
+        spots = spots[((spots > 0) & (spots < [W, H])).all(axis=1)]
+        if share < _LEAST_NAMED or not len(spots):
+            continue  # too small, or in the padding
+        # the component's own cell nearest to its middle: the middle of a ring is not on the ring
+        spot = spots[np.linalg.norm(spots - spots.mean(0), axis=1).argmin()]
+        margin = np.minimum(room / 2, [W / 2, H / 2])
+        spot = np.clip(spot, margin, [W, H] - margin)
+        if any((abs(spot - other) < room).all() for other in placed):
+            continue
+        placed.append(spot)
+        axes.text(
+            spot[0],
+            spot[1],
+            f"{share:.0%}",
+            ha="center",
+            va="center",
+            fontweight="bold",
+            path_effects=[rim],
+            zorder=6,
+        )

@@ -1,0 +1,362 @@
+"""From the maps of a few heads to one box and one mask (Sec. 5, App. B.2 of the paper).
+
+Smooth each head's map, add them up, binarise the sum at its mean, take the convex hulls of the 8-connected
+components and keep the largest: its tight box is the answer, its filled hull the pseudo-mask, until a segmenter
+makes a better one (`segmentation.refine`). Choices are made in cells, where areas are whole numbers and ties
+exact; the result is in pixels of the original image, with padding and cropping undone by `AttentionMaps.image_box`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.cells import (
+    Interpolation,
+    mass_inside,
+    resample,
+    upsample,
+    visible_cells,
+    visible_edges,
+)
+from localization_heads.errors import NotFiniteError
+from localization_heads.grounding.shapes import Point, convex_hull, corners, fill_polygon, largest_hull
+from localization_heads.heads.head import Head
+
+Component = Literal["largest_hull", "all"]
+BoxFrom = Literal["map", "mask"]
+Border = Literal["mirror", "repeat"]
+
+
+@dataclass(frozen=True)
+class GroundingOptions:
+    """How maps become a box. The defaults are the paper's (App. B.2).
+
+    Args:
+        kernel_size: taps of the Gaussian kernel, odd; 1 switches smoothing off.
+        sigma: its standard deviation in cells; 0 switches smoothing off.
+        upsample: cut each cell into that many along both axes before smoothing. Kernel and sigma then count
+            the finer cells.
+        component: `"largest_hull"` (paper), or `"all"` active cells (published code).
+        interpolation: what the finer cells get: the cell's value (`"nearest"`), or one that goes linearly from
+            centre to centre (`"bilinear"`).
+        binarise: a cell is active above the `"mean"` (paper), above `"otsu"`'s threshold, or if it is among the
+            fewest that hold a share of the attention (`"top_mass"`).
+        top_mass: that share, above 0 and at most 1.
+        box_from: the `"map"` (paper), or the segmenter's `"mask"`: its tight box. `ground_maps` knows the map alone;
+            `segmentation.refine` sees to the mask.
+        means: of `binarise="mean"`: how many means a cell has to exceed; 1 in the paper and in the published code.
+        margin: of `binarise="mean"`: and by how much; 0 in both.
+        border: how the map goes on beyond its edge when it is smoothed: `"mirror"` does not repeat the edge cell
+            (`c b | a b c`, OpenCV and torchvision), `"repeat"` does (`b a | a b c`, scipy and so the published code).
+        ignore_padding: take the grid as if it covered the picture and nothing else (published code). Wrong on
+            purpose wherever the processor pads or crops; kept to measure what that costs.
+
+    Raises:
+        ValueError: for a value outside these, naming the option.
+    """
+
+    kernel_size: int = 7
+    sigma: float = 1.0
+    upsample: int = 1
+    component: Component = "largest_hull"
+    interpolation: Interpolation = "nearest"
+    binarise: Binarise = "mean"
+    top_mass: float = 0.7
+    box_from: BoxFrom = "map"
+    ignore_padding: bool = False
+    means: float = 1.0
+    margin: float = 0.0
+    border: Border = "mirror"
+
+    def __post_init__(self) -> None:
+        gaussian_kernel(self.kernel_size, self.sigma)
+        if isinstance(self.upsample, bool) or not isinstance(self.upsample, int) or self.upsample < 1:
+            raise ValueError(f"upsample must be a whole number of at least 1, not {self.upsample!r}")
+        choices = {
+            "component": Component,
+            "interpolation": Interpolation,
+            "binarise": Binarise,
+            "box_from": BoxFrom,
+            "border": Border,
+        }
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                listed = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
+        if isinstance(self.top_mass, bool) or not 0 < self.top_mass <= 1:
+            raise ValueError(f"top_mass must be above 0 and at most 1, not {self.top_mass!r}")
+        for name, least in (("means", 1), ("margin", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be a finite number of at least {least}, not {value!r}")
+        if not isinstance(self.ignore_padding, bool):
+            raise ValueError(f"ignore_padding must be true or false, not {self.ignore_padding!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding:
+    """Where an expression is in an image. Pictures of it are made when asked for.
+
+    Args:
+        box: xyxy floats in image pixels, half-open, inside the image. The whole image if no cell stands out.
+        score: share of the combined map's mass on the image that lies in the box, 0 to 1; 0 if no cell
+            stands out.
+        combined: sum of the smoothed maps, float64 `[h, w]` (finer by `upsample`).
+        cells: the cells that the box encloses, bool `[h, w]`.
+        heads: whose maps were added.
+        image_box: the region of the image, in pixels, that the grid covers.
+        image_size: `(W, H)`.
+        threshold: value of `combined` above which a cell is active; infinite if no cell stands out.
+        refined: the segmenter's mask, bool `[H, W]`, where one has been at work.
+        mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
+    """
+
+    box: Box
+    score: float
+    combined: NDArray[np.float64] = field(repr=False)
+    cells: NDArray[np.bool_] = field(repr=False)
+    heads: tuple[Head, ...]
+    image_box: Box
+    image_size: tuple[int, int]
+    threshold: float = math.inf
+    refined: NDArray[np.bool_] | None = field(default=None, repr=False)
+    mask_from: str = "map"
+
+    @cached_property
+    def polygon(self) -> NDArray[np.float64]:
+        """Convex hull of the cells inside the image: vertices `[n, 2]` (x, y) in pixels."""
+        x0, y0, x1, y1 = self.box
+        if not self.cells.any():
+            return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+        edges = visible_edges(self.image_box, self.image_size, self.cells.shape)
+        return np.array(convex_hull(corners(self.cells, *edges)), dtype=np.float64)
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """The segmenter's mask, bool `[H, W]`, or else the pseudo-mask: pixels whose centres lie in the hull."""
+        return self.pseudo_mask if self.refined is None else self.refined
+
+    @cached_property
+    def pseudo_mask(self) -> NDArray[np.bool_]:
+        """The filled hull, bool `[H, W]`. A pixel belongs if its centre does."""
+        return fill_polygon(self.polygon, self.image_size)
+
+    @cached_property
+    def heatmap(self) -> NDArray[np.float32]:
+        """The combined map on the image's pixels, float32 `[H, W]`, its largest value 1.
+
+        Bilinear between cell centres, constant from the outer centres to the grid's border, 0 on pixels
+        that the grid does not cover (centre-cropped images).
+        """
+        return resample(self.combined, self.image_box, self.image_size)
+
+    @property
+    def point(self) -> Point:
+        """Centre (x, y), in pixels, of the strongest cell on the image: the pointing game's answer."""
+        x_edges, y_edges = visible_edges(self.image_box, self.image_size, self.combined.shape)
+        on_image = np.where(visible_cells(x_edges, y_edges), self.combined, -np.inf)
+        row, column = np.unravel_index(np.argmax(on_image), on_image.shape)
+        return (
+            float(x_edges[column] + x_edges[column + 1]) / 2,
+            float(y_edges[row] + y_edges[row + 1]) / 2,
+        )
+
+
+def ground_maps(
+    attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions | None = None
+) -> Grounding:
+    """The box of an expression from the maps of the given heads (Sec. 5).
+
+    Raises:
+        ValueError: for no head, a head that the model does not have, or maps with NaN or infinite values.
+
+    >>> maps = np.zeros((4, 2, 4, 4), np.float32)
+    >>> maps[3, 1, 1:3, 2:] = 0.25
+    >>> attention = AttentionMaps(maps, image_box=(0, 0, 64, 64), image_size=(64, 64))
+    >>> ground_maps(attention, [Head(3, 1)], GroundingOptions(sigma=0)).box
+    (32.0, 16.0, 64.0, 48.0)
+    """
+    options = options or GroundingOptions()
+    whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
+    if options.ignore_padding:
+        attention = replace(attention, image_box=whole)
+    maps = upsample(_maps_of(attention, heads), options.upsample, options.interpolation)
+    combined = combine(maps, options.kernel_size, options.sigma, options.border)
+    x_edges, y_edges = visible_edges(attention.image_box, attention.image_size, combined.shape)
+    visible = visible_cells(x_edges, y_edges)
+    level = threshold(
+        combined, options.binarise, options.top_mass, visible, means=options.means, margin=options.margin
+    )
+    cells = (combined > level) & visible
+    if options.component == "largest_hull":
+        cells = largest_hull(cells, combined)
+    box = _tight_box(cells, x_edges, y_edges)
+    return Grounding(
+        box=box or whole,
+        score=mass_inside(combined, attention.image_box, attention.image_size, box) if box else 0.0,
+        combined=combined,
+        cells=cells,
+        heads=tuple(Head(*head) for head in heads),
+        image_box=attention.image_box,
+        image_size=attention.image_size,
+        threshold=level,
+    )
+
+
+def gaussian_kernel(kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.float64]:
+    """`g_i ~ exp(-i^2 / 2 sigma^2)` at `kernel_size` whole steps around 0, adding up to 1.
+
+    Raises:
+        ValueError: for an even or non-positive size, or a negative or infinite sigma.
+
+    >>> gaussian_kernel(3, 1.0).round(4).tolist()
+    [0.2741, 0.4519, 0.2741]
+    """
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1:
+        raise ValueError(f"kernel_size must be a whole number of at least 1, not {kernel_size!r}")
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, so that the kernel has a centre, not {kernel_size}")
+    if not (sigma >= 0 and math.isfinite(sigma)):
+        raise ValueError(f"sigma must be a finite number of at least 0, not {sigma!r}")
+    if sigma == 0:
+        return np.ones(1)
+    steps = np.arange(kernel_size) - kernel_size // 2
+    weights = np.exp(-0.5 * (steps / sigma) ** 2)
+    return np.asarray(weights / weights.sum())
+
+
+def smooth(
+    maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float = 1.0, border: Border = "mirror"
+) -> NDArray[np.float64]:
+    """Gaussian smoothing of every map `[..., h, w]` (App. B.2), float64.
+
+    Beyond the border the map is mirrored without repeating the edge cell (`c b | a b c`), what OpenCV and
+    torchvision call reflect, or with `border="repeat"` repeating it (`b a | a b c`), what scipy calls reflect; grids
+    smaller than the kernel are mirrored again and again.
+    """
+    kernel = gaussian_kernel(kernel_size, sigma)
+    smoothed = np.asarray(maps, dtype=np.float64)
+    mode = "mirror" if border == "mirror" else "reflect"
+    if kernel.size > 1:
+        for axis in (-2, -1):
+            smoothed = ndimage.correlate1d(smoothed, kernel, axis=axis, mode=mode)
+    return smoothed
+
+
+def combine(
+    maps: NDArray[np.floating[Any]], kernel_size: int = 7, sigma: float = 1.0, border: Border = "mirror"
+) -> NDArray[np.float64]:
+    """`sum_k G * A_k`: the smoothed maps `[k, h, w]` added up to `[h, w]`, not renormalised."""
+    return np.asarray(smooth(maps, kernel_size, sigma, border).sum(axis=0))
+
+
+def _tight_box(
+    cells: NDArray[np.bool_], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]
+) -> Box | None:
+    """Tight box of the cells in pixels; none without cells."""
+    rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
+    if rows.size == 0:
+        return None
+    return (
+        float(x_edges[columns[0]]),
+        float(y_edges[rows[0]]),
+        float(x_edges[columns[-1] + 1]),
+        float(y_edges[rows[-1] + 1]),
+    )
+
+
+def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float32]:
+    """The maps `[k, h, w]` of the heads."""
+    if not heads:
+        raise ValueError("grounding needs at least one head")
+    for layer, head in heads:
+        if not (0 <= layer < attention.num_layers and 0 <= head < attention.num_heads):
+            raise ValueError(
+                f"no head {Head(layer, head)} among {attention.num_layers} layers of {attention.num_heads}"
+            )
+    return np.stack([attention.attention[layer, head] for layer, head in heads])
+
+
+Binarise = Literal["mean", "otsu", "top_mass"]
+
+FLAT = 1e-6
+"""A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""
+ROUNDING = 1e-12
+"""How much of the mass a sum of cells may miss by rounding."""
+
+
+def threshold(
+    combined: NDArray[np.floating[Any]],
+    method: Binarise = "mean",
+    share: float = 0.5,
+    visible: NDArray[np.bool_] | None = None,
+    means: float = 1.0,
+    margin: float = 0.0,
+) -> float:
+    """The value above which a cell of a map `[h, w]` is active; infinite if none is, as of a flat map.
+
+    Args:
+        share: of the mass that `top_mass` keeps.
+        visible: the cells that show some of the image, bool `[h, w]`; all by default.
+        means: of `mean`, whose threshold is `means * mean + margin`.
+        margin: the same.
+
+    Raises:
+        NotFiniteError: NaN or infinite values.
+    """
+    if not np.isfinite(combined).all():
+        raise NotFiniteError("the map")
+    mean = float(combined.mean())
+    if combined.size == 0 or not combined.max() - mean > FLAT * abs(mean):
+        return float("inf")  # smoothing leaves rounding on a constant map
+    if method == "mean":
+        level = means * mean + margin
+        return level if level < combined.max() else float("inf")
+    values = combined[visible] if visible is not None else combined.ravel()
+    return otsu(values) if method == "otsu" else top_mass(values, share)
+
+
+def otsu(values: NDArray[np.floating[Any]]) -> float:
+    """`argmax_t w0 w1 (m1 - m0)^2`: the split into `<= t` and `> t` with the largest variance between the parts.
+
+    Exact, over the values themselves and not a histogram of them. Of equal splits the lowest; infinite if all
+    values are equal.
+
+    >>> otsu(np.array([0.0, 0.0, 1.0, 8.0, 9.0]))
+    1.0
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64), axis=None)
+    cuts = np.flatnonzero(np.diff(ordered) > 0)  # after these the value rises
+    if cuts.size == 0:
+        return float("inf")
+    below = cuts + 1.0
+    sums = np.cumsum(ordered)
+    above = ordered.size - below
+    low, high = sums[cuts] / below, (sums[-1] - sums[cuts]) / above
+    return float(ordered[cuts[np.argmax(below * above * (high - low) ** 2)]])
+
+
+def top_mass(values: NDArray[np.floating[Any]], share: float = 0.5) -> float:
+    """The value above which lie the fewest, strongest cells that hold `share` of the mass.
+
+    Cells of equal value go together. Negative values hold no mass; infinite where nothing does.
+
+    >>> values = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> (values > top_mass(values, 0.7)).tolist()
+    [False, False, True, True]
+    """
+    ordered = np.sort(np.clip(np.asarray(values, dtype=np.float64), 0, None), axis=None)[::-1]
+    held = np.cumsum(ordered)
+    if held.size == 0 or held[-1] <= 0:
+        return float("inf")
+    last = int(np.argmax(held >= share * held[-1] * (1 - ROUNDING)))
+    return float(np.nextafter(ordered[last], -np.inf))

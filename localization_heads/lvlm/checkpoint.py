@@ -1,0 +1,373 @@
+"""Packages that some checkpoints need besides transformers, and what to say where one is missing or does not fit."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.lvlm.spec import CONVERTED
+
+_LINES = (
+    # words in the error of transformers, what needs a package, how to get it; the first that fits
+    (("awq",), "its weights are quantized with AWQ", "pip install gptqmodel"),
+    (("gptq",), "its weights are quantized with GPTQ", "pip install gptqmodel optimum"),
+    (
+        ("bitsandbytes",),
+        "its weights are quantized with bitsandbytes",
+        "pip install 'localization-heads[quantization]'",
+    ),
+    (
+        ("flashattention", "flash_attn", "flash-attn"),
+        "it is to run with FlashAttention",
+        "pip install flash-attn --no-build-isolation, or write model.attn_implementation=sdpa",
+    ),
+    (("num2words",), "its processor reads numbers as words", "pip install num2words"),
+)
+
+
+def missing_package(error: Exception) -> str | None:
+    """One line about the package that an error of transformers is about, and how to get it; None for other errors."""
+    text = str(error).lower()
+    if "torchvision" in text:
+        return f"its processor needs torchvision; {torchvision_advice()}"
+    if not isinstance(error, ImportError):
+        return None
+    for words, need, way in _LINES:
+        if any(word in text for word in words):
+            return f"{need}, which needs a package that is missing or too old: {way}"
+    return None
+
+
+def check_torchvision() -> None:
+    """See that a torchvision which is installed can be imported: transformers takes it without asking.
+
+    Raises:
+        WorkError: names both versions, and the torchvision that fits.
+    """
+    found = _version("torchvision")
+    if found is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # operators that torch lacks, symbols that a library lacks, names that moved
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise WorkError(
+            f"torchvision {found} does not fit torch {_version('torch')} ({reason}); {torchvision_advice()}, "
+            "or go without: pip uninstall torchvision"
+        ) from error
+
+
+def torchvision_advice() -> str:
+    """How to get the torchvision that belongs to the torch which is here, and leave that torch alone."""
+    torch = _version("torch") or ""
+    if (fitting := fitting_torchvision(torch)) is None:
+        return f"install the torchvision that belongs to torch {torch}, with pip's option --no-deps"
+    build = torch.partition("+")[2]
+    where = f" (from the index that torch came from: build {build})" if build else ""
+    return f"pip install --no-deps torchvision=={fitting}{where}"
+
+
+def fitting_torchvision(torch: str) -> str | None:
+    """The release of torchvision that was built for a release of torch; None if the rule is not known to hold.
+
+    >>> fitting_torchvision("2.6.0"), fitting_torchvision("2.9.1+cu128"), fitting_torchvision("1.13.1")
+    ('0.21.0', '0.24.1', None)
+    """
+    parts = torch.partition("+")[0].split(".")
+    if len(parts) != 3 or parts[0] != "2" or not all(part.isdecimal() for part in parts):
+        return None
+    return f"0.{int(parts[1]) + 15}.{parts[2]}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+FACTS = "localization_heads.json"
+"""Beside a checkpoint: what this tool should know about it."""
+MAX_JSON = 256 << 20
+"""Bytes of one JSON file of a checkpoint; the largest tokenizers have some 40 MB."""
+MAX_FACTS = 1 << 20
+MAX_COUNT = 10_000
+"""Layers, or experts of a layer."""
+MAX_WEIGHTS = 1 << 42
+"""In one kind of matrix of a model whose weights are not here yet."""
+
+_POINTER = b"version https://git-lfs"
+_ORIGINAL = re.compile(r"Llava\w*ForCausalLM")
+_LAYERS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layers",
+    "n_layer",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+    "depths",
+)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WIDTHS = ("hidden_size", "embed_dim", "d_model", "n_embd", "dim")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights on the disk.
+
+    Args:
+        num_bytes: of all their files.
+        largest_number: in the names of the tensors, which number the layers; None where they cannot be read.
+    """
+
+    num_bytes: int
+    largest_number: int | None
+
+
+def check_files(folder: Path, shown: str) -> None:
+    """Refuse a folder whose files are not what their names say.
+
+    Args:
+        shown: option and value, which the messages begin with.
+
+    Raises:
+        UsageError: a JSON file too large for one, or an index of weights that leads out of the folder.
+        WorkError: a pointer of Git LFS where a file should be.
+    """
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        if size < 1024 and _head(file).startswith(_POINTER):
+            raise WorkError(
+                f"{shown}: {file.name} is a Git LFS pointer and not the file itself{_missing(file)}; "
+                "run 'git lfs install && git lfs pull' in the folder"
+            )
+        if file.suffix == ".json" and size > MAX_JSON:
+            raise UsageError(
+                f"{shown}: {file.name} has {size >> 20:,} MB: too large for a file of a checkpoint"
+            )
+        if file.name.endswith(".index.json"):
+            _check_index(file, shown)
+
+
+def _head(file: Path) -> bytes:
+    with suppress(OSError), file.open("rb") as opened:
+        return opened.read(1024)
+    return b""
+
+
+def _missing(pointer: Path) -> str:
+    size = re.search(rb"^size (\d{1,18})$", _head(pointer), re.MULTILINE)
+    return f" ({int(size[1]) / 1e6:,.1f} MB that were not fetched)" if size else ""
+
+
+def _check_index(file: Path, shown: str) -> None:
+    try:
+        shards = json.loads(file.read_bytes())["weight_map"].values()
+        names = {name for name in shards if isinstance(name, str)}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return  # transformers says what is wrong with it
+    for name in sorted(names):
+        if Path(name).is_absolute() or ".." in re.split(r"[/\\]", name):
+            raise UsageError(f"{shown}: {file.name} names weights outside the folder: {name[:100]}")
+
+
+def written_config(source: str, **options: Any) -> dict[str, Any]:
+    """`config.json` as it is written, before any class makes something of it.
+
+    Args:
+        source: a folder or a hub id.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: it holds something else than settings by name.
+    """
+    from transformers import PreTrainedConfig
+
+    written = PreTrainedConfig.get_config_dict(source, **options)[0]
+    if not isinstance(written, dict):
+        raise ValueError("config.json does not hold settings by name")
+    return written
+
+
+def check_original(config: Mapping[str, Any], shown: str) -> None:
+    """Raises UsageError for a checkpoint in the format of the LLaVA repository, and names its converted twin."""
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    found = next((name for name in names if isinstance(name, str) and _ORIGINAL.fullmatch(name)), None)
+    if found is None:
+        return
+    twin = _twin(config, shown)
+    known = (
+        f"its converted twin is {twin}: model.name={twin}"
+        if twin
+        else "take the one converted for it (llava-hf)"
+    )
+    raise UsageError(
+        f"{shown}: it is in the original LLaVA format ({found}), which transformers cannot read; {known}"
+    )
+
+
+def _twin(config: Mapping[str, Any], shown: str) -> str | None:
+    """By its name, else by what its configuration says of version, language model and size."""
+    names = f"{shown} {config.get('_name_or_path')}".lower()
+    for original, twin in CONVERTED.items():
+        if original.partition("/")[2] in names:
+            return twin
+    size = {4096: "7b", 5120: "13b", 7168: "34b"}.get(_count(config.get("hidden_size")), "of another size")
+    is_next, is_mistral = (
+        config.get("image_aspect_ratio") == "anyres",
+        "mistral" in str(config["architectures"]).lower(),
+    )
+    base = "" if not is_next or size == "34b" else "mistral-" if is_mistral else "vicuna-"
+    return CONVERTED.get(f"liuhaotian/llava-v{'1.6' if is_next else '1.5'}-{base}{size}")
+
+
+def check_counts(config: Mapping[str, Any], shown: str) -> None:
+    """Raises UsageError for more layers or experts than any model has: configurations make lists of them."""
+    for name, count in _numbers(config, (*_LAYERS, *_EXPERTS)):
+        if count > MAX_COUNT:
+            raise UsageError(f"{shown}: config.json asks for {name}={count:,}: no model has that many")
+
+
+def checkpoint_folder(source: str) -> Path | None:
+    """Where the files are: a local folder, or what the hub's cache holds of an id; None if it holds nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source)
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def weights_in(folder: Path | None) -> Weights | None:
+    """The weights of a folder; None where there are none."""
+    if folder is None:
+        return None
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file()]
+    return Weights(sum(file.stat().st_size for file in files), _largest_number(files)) if files else None
+
+
+def _largest_number(files: Sequence[Path]) -> int | None:
+    from safetensors import SafetensorError, safe_open
+
+    largest = 0
+    for file in files:
+        if file.suffix != ".safetensors":
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                parts = (part for name in opened.keys() for part in name.split("."))  # noqa: SIM118
+                largest = max([largest, *(int(part) for part in parts if part.isdecimal() and len(part) < 9)])
+        except (OSError, SafetensorError):
+            return None  # transformers says what is wrong with it
+    return largest
+
+
+def check_size(config: Mapping[str, Any], weights: Weights | None, shown: str) -> None:
+    """Refuse a model much larger than its weights before it is built: what they lack, transformers makes up.
+
+    Args:
+        config: the whole configuration, defaults included.
+        weights: None where they are not here yet.
+
+    Raises:
+        UsageError: more than twice the layers that there are weights for, or matrices that cannot be among them.
+    """
+    if weights is not None and weights.largest_number is not None:
+        layers = weights.largest_number + 1
+        for name, count in _numbers(config, _LAYERS):
+            if count > 2 * layers:
+                raise UsageError(
+                    f"{shown}: config.json asks for {name}={count:,}, and its weights are those of {layers} layers: "
+                    "one of the two belongs to another model"
+                )
+    # The fewest bits in use, 2 for a weight, make 4 weights a byte.
+    limit = MAX_WEIGHTS if weights is None else 8 * weights.num_bytes + (1 << 24)
+    for prefix, part in _parts(config):
+        least = _least_weights(part)
+        if least > limit:
+            held = "" if weights is None else f", and its weights have {weights.num_bytes / 1e6:,.0f} MB"
+            where = f"the sizes under {prefix.rstrip('.')}" if prefix else "its sizes"
+            raise UsageError(f"{shown}: config.json asks for {least:.1e} weights ({where}){held}")
+
+
+def _least_weights(part: Mapping[str, Any]) -> int:
+    """What no model does without: the embedding, or all layers' queries or feed-forward matrices."""
+    width = _largest(part, _WIDTHS)
+    layers = max(1, _largest(part, _LAYERS))
+    heads = _largest(part, ("num_attention_heads",)) * _largest(part, ("head_dim",))
+    return width * max(
+        _largest(part, ("vocab_size",)), layers * _largest(part, ("intermediate_size",)), layers * heads
+    )
+
+
+def _largest(part: Mapping[str, Any], names: Sequence[str]) -> int:
+    return max(_count(part.get(name)) for name in names)
+
+
+def _numbers(config: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The counts under these names, with their paths; of a list, each."""
+    for prefix, part in _parts(config):
+        for name in names:
+            value = part.get(name)
+            values = value if isinstance(value, list) else [value]
+            yield from ((prefix + name, _count(number)) for number in values)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The configuration and those inside it, with the path of each."""
+    waiting = [("", config)]
+    while waiting:
+        prefix, part = waiting.pop()
+        yield prefix, part
+        for name, value in part.items():
+            if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
+                waiting.append((f"{prefix}{name}.", value))
+
+
+def _count(value: Any) -> int:
+    """A number as it can be multiplied and shown, 0 for anything else."""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return min(max(value, 0), 1 << 60) if is_number else 0
+
+
+def system_sentence(folder: Path) -> str | None:
+    """The system sentence that the checkpoint's own facts file names; None where there is none.
+
+    Raises:
+        UsageError: the file is not what it should be; names it.
+    """
+    path = folder / FACTS
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MAX_FACTS:
+            raise ValueError(f"it has more than {MAX_FACTS >> 20} MB")
+        facts = json.loads(path.read_bytes())
+        system = facts.get("system") if isinstance(facts, dict) else facts
+        if not isinstance(facts, dict) or not isinstance(system, str | None):
+            raise ValueError('it should read {"system": "a sentence"}')
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {first_line(error)}; mend or delete it") from None
+    return system
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error)[:2000].strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def loading_reason(error: Exception) -> str:
+    """What an error of transformers says of a checkpoint that cannot be loaded, in a line."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "the sizes in config.json are not those of its weights"
+    return first_line(error)

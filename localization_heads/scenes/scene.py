@@ -1,0 +1,272 @@
+"""Endless synthetic scenes with exact masks and boxes: the benchmark `data=scenes`.
+
+A seed decides everything. The scene is laid out in sides of the picture, so that the same seed shows the same
+scene, with the same expressions, at any size in pixels. Seeds of training, validation and test never meet.
+Boxes are xyxy floats in pixels, half-open, tight around the visible mask; masks are bool (H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from localization_heads.data.masks import tight_box
+from localization_heads.scenes import artwork
+from localization_heads.scenes.artwork import HELD_OUT_STYLE, NAMES, PALETTE, STYLES, VOCABULARY
+from localization_heads.scenes.expressions import Expression, Thing, pick, refer
+
+__all__ = [
+    "HELD_OUT_STYLE", "NAMES", "STYLES", "TEST_SEEDS", "TRAIN_SEEDS", "VALIDATION_SEEDS",
+    "Expression", "Scene", "SceneObject", "render_scene", "scene_samples",
+]  # fmt: skip
+
+TRAIN_SEEDS = range(2**40)
+VALIDATION_SEEDS = range(2**40, 2**41)
+TEST_SEEDS = range(2**41, 2**42)
+SMALL, BIG = (0.26, 0.36), (0.44, 0.62)  # longer side of an object, in sides of the picture
+COUNTS = {2: 0.25, 3: 0.33, 4: 0.24, 5: 0.11, 6: 0.07}  # objects a scene: share of scenes
+PADDING = (122, 116, 104)  # the RGB colour that LLaVA's processor pads with
+TURNS = (-24, -12, 0, 0, 12, 24)  # degrees, in training
+GAP = 0.02  # how deep two objects may reach into each other, in sides of the picture
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object of a scene. `colour` is its tint or "plain"; `size_word` is "small" or "big"."""
+
+    name: str
+    kind: str
+    colour: str
+    size_word: str
+    box: tuple[float, float, float, float]  # xyxy, pixels, half-open
+    mask: np.ndarray  # bool (H, W): the visible pixels
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, what is in it, and every phrase that means exactly one of its objects."""
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    objects: tuple[SceneObject, ...]
+    expressions: tuple[Expression, ...]
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """One object before it is drawn; `box` is in sides of the picture."""
+
+    name: str
+    style: str
+    colour: str
+    brightness: int
+    mirrored: bool
+    size_word: str
+    box: tuple[float, float, float, float]
+
+    def thing(self) -> Thing:
+        x0, y0, x1, y1 = self.box
+        plain = self.colour == "plain"
+        colours = artwork.looks(self.style, self.name) if plain else frozenset({self.colour})
+        return Thing(self.name, self.colour, self.size_word, ((x0 + x1) / 2, (y0 + y1) / 2), colours)
+
+
+def render_scene(
+    seed: int,
+    *,
+    size: int = 128,
+    style: str | None = None,
+    num_objects: int | None = None,
+    span: float = 1.0,
+    bars: tuple[float, float] = (0.0, 0.0),
+    augment: bool = False,
+    repeats: float = 0.4,
+) -> Scene:
+    """The scene of a seed, drawn at `size` x `size` pixels.
+
+    `style` None draws one of STYLES. `num_objects` None draws 2 to 6; fewer appear where they do not fit.
+    `span` < 1 draws a smaller canvas, `span` sides of a full picture wide, with objects of full-picture size
+    (for training). `bars` is the share of the picture that bars at the left and at the right, at the top and at the
+    bottom each take, in the colour that LLaVA pads with (for training: a picture that was not square).
+    `augment` varies the art style further (outlines, turns, contrast, colour cast, grain; for training).
+    `repeats` is the share of scenes in which a name comes twice, or three times.
+
+    >>> scene = render_scene(3, size=64)
+    >>> scene.image.shape, len(scene.objects) >= 2
+    ((64, 64, 3), True)
+    """
+    rng = Random(seed)
+    style = style or rng.choice(STYLES)
+    count = num_objects or rng.choices(list(COUNTS), list(COUNTS.values()))[0]
+    placements = _lay_out(rng, style, count, span, bars, repeats)
+    expressions = refer([placement.thing() for placement in placements], rng)
+    image, masks = _draw(rng, placements, size, augment)
+    _paint_bars(image, bars)
+    objects = tuple(_scene_object(p, mask) for p, mask in zip(placements, masks, strict=True))
+    return Scene(image, objects, expressions)
+
+
+def scene_samples(
+    num_samples: int,
+    seed: int = 0,
+    style: str | None = None,
+    size: int = 128,
+    seeds: range = TEST_SEEDS,
+    bars: tuple[float, float] = (0.0, 0.0),
+) -> Iterator[tuple[Scene, Expression]]:
+    """A fixed set of scenes with one expression each; `seed` tells sets apart, `seeds` is their split.
+
+    `bars` as for `render_scene`.
+    """
+    start = seeds.start + seed * 2**20
+    produced = 0
+    for scene_seed in range(start, start + 2**20):
+        if produced == num_samples:
+            return
+        scene = render_scene(scene_seed, size=size, style=style, bars=bars)
+        if scene.expressions:
+            produced += 1
+            yield scene, pick(scene.expressions, Random(scene_seed + 1))
+
+
+def _lay_out(
+    rng: Random, style: str, count: int, span: float, bars: tuple[float, float], repeats: float
+) -> list[_Placement]:
+    """Place `count` objects; at least two fit (or `count`)."""
+    while True:
+        placements: list[_Placement] = []
+        for name in _draw_names(rng, count, repeats):
+            placement = _place(rng, name, style, count, span, bars, [p.box for p in placements])
+            if placement:
+                placements.append(placement)
+        if len(placements) >= min(count, 2):
+            return placements
+
+
+def _draw_names(rng: Random, count: int, repeats: float) -> list[str]:
+    names = rng.sample(NAMES, count)
+    if count >= 2 and rng.random() < repeats:
+        names[1] = names[0]
+        if count >= 4 and rng.random() < 0.3:
+            names[2] = names[0]
+    rng.shuffle(names)
+    return names
+
+
+def _place(
+    rng: Random,
+    name: str,
+    style: str,
+    count: int,
+    span: float,
+    bars: tuple[float, float],
+    taken: list[tuple[float, float, float, float]],
+) -> _Placement | None:
+    """Try thirty places for an object; None where it does not fit."""
+    colour = rng.choice(list(PALETTE)) if rng.random() < 0.6 else "plain"
+    brightness, mirrored = rng.randrange(5), rng.random() < 0.5
+    shape = artwork.sprite_shape(style, name)
+    size_word = rng.choice(("small", "big")) if count <= 4 else rng.choice(("small", "small", "big"))
+    for attempt in range(30):
+        if attempt == 20:
+            size_word = "small"
+        side = rng.uniform(*(SMALL if size_word == "small" else BIG)) / span
+        width, height = side * shape[0], side * shape[1]
+        if width > 1 - 2 * bars[0] or height > 1 - 2 * bars[1]:
+            continue
+        x, y = rng.uniform(bars[0], 1 - bars[0] - width), rng.uniform(bars[1], 1 - bars[1] - height)
+        box = (x, y, x + width, y + height)
+        if not any(_collide(box, other) for other in taken):
+            return _Placement(name, style, colour, brightness, mirrored, size_word, box)
+    return None
+
+
+def _collide(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return min(a[2], b[2]) - max(a[0], b[0]) > GAP and min(a[3], b[3]) - max(a[1], b[1]) > GAP
+
+
+def _draw(
+    rng: Random, placements: list[_Placement], size: int, augment: bool
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The picture and the visible mask of every object; later objects hide earlier ones."""
+    outlined = augment and rng.random() < 0.4
+    background = artwork.draw_background(rng, size)
+    if rng.random() < 0.5:
+        artwork.draw_clutter(rng, background)
+    image = np.array(background)
+    masks: list[np.ndarray] = []
+    for placement in placements:
+        angle = rng.choice(TURNS) if augment else 0
+        mask = _paste(image, placement, outlined, angle)
+        for earlier in masks:
+            earlier &= ~mask
+        masks.append(mask)
+    return (_vary(rng, image) if augment else image), masks
+
+
+def _paint_bars(image: np.ndarray, bars: tuple[float, float]) -> None:
+    """Paint the margins, in place, in the colour that LLaVA pads with."""
+    across, down = (int(share * image.shape[0]) for share in bars)
+    for window in (image[:, :across], image[:, image.shape[1] - across :]):
+        window[:] = PADDING
+    for window in (image[:down], image[image.shape[0] - down :]):
+        window[:] = PADDING
+
+
+def _paste(image: np.ndarray, placement: _Placement, outlined: bool, angle: int) -> np.ndarray:
+    """Draw one object into the image, in place; returns its mask."""
+    size = image.shape[0]
+    x0, y0, x1, y1 = (edge * size for edge in placement.box)
+    width, height = max(1, round(x1 - x0)), max(1, round(y1 - y0))
+    left, top = min(round(x0), size - width), min(round(y0), size - height)
+    pixels = artwork.sprite_pixels(placement.style, placement.name, width, height, outlined, angle)
+    if placement.mirrored:
+        pixels = pixels[:, ::-1]
+    rgb, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
+    if placement.colour != "plain":
+        rgb = artwork.tint(rgb, placement.colour, placement.brightness)
+    window = image[top : top + height, left : left + width]
+    window[:] = (rgb * alpha + window * (255 - alpha) + 127) // 255
+    mask = np.zeros((size, size), bool)
+    mask[top : top + height, left : left + width] = alpha[..., 0] > 127
+    return mask
+
+
+def _vary(rng: Random, image: np.ndarray) -> np.ndarray:
+    """Training only: random contrast, brightness and colour cast; now and then fewer shades, a blur or grain."""
+    table = (np.arange(256) - 128) * rng.uniform(0.7, 1.25) + 128 + rng.uniform(-20, 20)
+    if rng.random() < 0.2:
+        step = rng.choice((32, 48, 64))
+        table = np.round(table / step) * step
+    tables = [(table * rng.uniform(0.92, 1.08)).clip(0, 255).astype(np.uint8) for _ in range(3)]
+    image = np.stack([row[image[..., channel]] for channel, row in enumerate(tables)], -1)
+    if rng.random() < 0.2:
+        image = _grainy(rng, image)
+    if rng.random() < 0.15:
+        half = Image.fromarray(image).resize((image.shape[1] // 2,) * 2, Image.Resampling.BOX)
+        image = np.array(half.resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+    return image
+
+
+@lru_cache
+def _grain() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 8, (256, 256, 1)).astype(np.int16)
+
+
+def _grainy(rng: Random, image: np.ndarray) -> np.ndarray:
+    """Add a random crop of fixed grain."""
+    grain = np.tile(_grain(), (1 + image.shape[0] // 256, 1 + image.shape[1] // 256, 1))
+    down, across = (rng.randint(0, grain.shape[i] - image.shape[i]) for i in range(2))
+    crop = grain[down : down + image.shape[0], across : across + image.shape[1]]
+    return np.asarray((image + crop).clip(0, 255), dtype=np.uint8)
+
+
+def _scene_object(placement: _Placement, mask: np.ndarray) -> SceneObject:
+    kind = VOCABULARY[placement.name][0]
+    box = tight_box(mask)
+    assert box is not None  # objects are laid out so that each can be seen
+    return SceneObject(placement.name, kind, placement.colour, placement.size_word, box, mask)

@@ -1,0 +1,103 @@
+"""The synthetic benchmark on disk: `stage=scenes` writes it, `data=scenes` uses it (and writes it if need be)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from localization_heads.attention import Box
+from localization_heads.data.masks import encode_mask
+from localization_heads.scenes.scene import (
+    TEST_SEEDS,
+    TRAIN_SEEDS,
+    VALIDATION_SEEDS,
+    Expression,
+    Scene,
+    scene_samples,
+)
+from localization_heads.stages.run import Run
+from localization_heads.store.files import RunLock, write_bytes
+
+SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEEDS}
+
+
+def scenes(run: Run) -> Path:
+    """Render the benchmark and write its data file; returns that file. What is there already is kept."""
+    options = run["scenes"]
+    folder = scenes_folder(options)
+    data_file = folder / "scenes.jsonl"
+    with RunLock(folder):
+        if not data_file.is_file():  # written last, so that its presence means that all is there
+            _write(options, folder, data_file)
+    return data_file
+
+
+def scenes_folder(options: Mapping[str, Any]) -> Path:
+    """One folder a benchmark, named after everything that it depends on."""
+    parts = (
+        options["split"],
+        options["style"] or "mixed",
+        options["seed"],
+        options["count"],
+        options["size"] if options["height"] is None else f"{options['size']}x{options['height']}",
+    )
+    return Path(options["folder"]) / "-".join(map(str, parts))
+
+
+def _write(options: Mapping[str, Any], folder: Path, data_file: Path) -> None:
+    samples = scene_samples(
+        options["count"], options["seed"], options["style"], options["size"], SPLITS[options["split"]]
+    )
+    progress = tqdm(samples, total=options["count"], desc="scenes", unit="scene", disable=None)
+    entries = [
+        write_scene(folder, number, scene, expression, options["height"])
+        for number, (scene, expression) in enumerate(progress)
+    ]
+    write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+
+
+def write_scene(
+    folder: Path, number: int, scene: Scene, expression: Expression, height: int | None = None
+) -> dict[str, Any]:
+    """Write a scene's picture; returns the line of the data file, with true box and mask.
+
+    Args:
+        height: rows to keep, the object's among them; None keeps the whole picture.
+    """
+    id = f"scene_{number:05d}"
+    target = scene.objects[expression.object_index]
+    rows = kept_rows(target.box, scene.image.shape[0], height, seed=number)
+    picture = BytesIO()
+    Image.fromarray(scene.image[rows]).save(picture, "PNG")
+    write_bytes(folder / f"{id}.png", picture.getvalue())
+    x0, y0, x1, y1 = target.box
+    return {
+        "id": id,
+        "prompt": expression.text,
+        "image_path": f"{id}.png",
+        "bbox": [x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start],
+        "mask": encode_mask(target.mask[rows]),
+        "kind": expression.kind,
+        "answer": expression.answer,
+    }
+
+
+def kept_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
+    """`height` rows, of `size`, with the whole box somewhere in them; the box's middle where it is too high.
+
+    >>> kept_rows((0, 10, 9, 60), 100, 50), kept_rows((0, 0, 9, 100), 100, 50), kept_rows((0, 0, 9, 9), 100, None)
+    (slice(10, 60, None), slice(25, 75, None), slice(0, 100, None))
+    """
+    if height is None:
+        return slice(0, size)
+    first, last = max(0, math.ceil(box[3]) - height), min(math.floor(box[1]), size - height)
+    top = Random(seed).randint(first, last) if first <= last else round((box[1] + box[3] - height) / 2)
+    return slice(top, top + height)

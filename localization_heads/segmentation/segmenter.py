@@ -1,0 +1,229 @@
+"""Which segmenter, and what it is told: the options of `segmenter=`, and the object they stand for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from localization_heads.cells import mass_inside, spread, visible_cells, visible_edges
+from localization_heads.data.masks import tight_box
+from localization_heads.grounding.ground import BoxFrom, Grounding
+from localization_heads.grounding.shapes import Point
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+Kind = Literal["none", "grabcut", "sam", "sam2", "sam3"]
+Prompt = Literal["box", "points", "map"]
+
+
+@dataclass(frozen=True)
+class SegmenterOptions:
+    """What makes the masks.
+
+    Args:
+        kind: `"none"` (the pseudo-mask), `"grabcut"`, or a family of SAMs.
+        name: Hugging Face id or local folder of a SAM of that family.
+        prompt: what a SAM is told: any of `"box"`, `"points"` and `"map"`, at least one.
+        num_points: interior points, at most.
+        multimask: let a SAM make three masks and take the one it thinks best; else it makes one.
+        device: where a SAM runs, as `pick_device` takes it.
+        iterations: of GrabCut.
+
+    Raises:
+        ValueError: for a value outside these, naming the option.
+    """
+
+    kind: Kind = "grabcut"
+    name: str = ""
+    prompt: tuple[Prompt, ...] = ("box",)
+    num_points: int = 3
+    multimask: bool = False
+    device: str | int | None = None
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, not {self.kind!r}")
+        if not self.prompt or set(self.prompt) - set(get_args(Prompt)):
+            raise ValueError(f"prompt must name some of {', '.join(get_args(Prompt))}, not {self.prompt!r}")
+        for name in ("num_points", "iterations"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], device: str | int | None) -> SegmenterOptions:
+        """From the values of `config/segmenter/`; `device` is used where they name none."""
+        values: dict[str, Any] = dict(options)
+        if "prompt" in values:
+            values["prompt"] = tuple(values["prompt"])
+        if values.get("device") is None:
+            values["device"] = device
+        return cls(**values)
+
+
+GRABCUT = SegmenterOptions()
+"""The default: offline, without weights."""
+
+
+LOGIT = 10.0
+"""Mask prompts reach from minus to plus this: SAM's own masks, which it learned to take back, have about that range."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the picture lies in the square that a segmenter sees.
+
+    Args:
+        image_size: `(W, H)` of the original image.
+        side: of the square, in its pixels.
+        inner: `(width, height)` of the picture in the square, from its top left corner; the rest is padding.
+        squashes: whether the picture fills the square whatever its shape.
+    """
+
+    image_size: tuple[int, int]
+    side: int
+    inner: tuple[int, int]
+    squashes: bool = False
+
+    @classmethod
+    def padded(cls, image_size: tuple[int, int], side: int) -> Frame:
+        """The long side fills the square, right or below is padding (SAM)."""
+        scale = side / max(image_size)
+        width, height = (max(1, int(length * scale + 0.5)) for length in image_size)
+        return cls(image_size, side, (width, height))
+
+    @classmethod
+    def squashed(cls, image_size: tuple[int, int], side: int) -> Frame:
+        """The picture fills the square, whatever its shape (SAM 2 and 3)."""
+        return cls(image_size, side, (side, side), squashes=True)
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of the square for a pixel of the image, across and down."""
+        (width, height), (W, H) = self.inner, self.image_size
+        return width / W, height / H
+
+
+def interior_points(grounding: Grounding, count: int) -> list[Point]:
+    """At most `count` points (x, y), in pixels, inside what the map points at: compact, spread, away from its border.
+
+    Only cells at least half as deep inside the region as its deepest one are taken. The deepest comes first, then
+    always the cell farthest from all before; ties go to the stronger cell, then row by row. Depth is the distance,
+    in pixels, to the nearest cell that does not belong (the image's border counts as one). A point is the centre
+    of what its cell shows of the image; none where no cell stands out.
+    """
+    cells = grounding.cells
+    if not cells.any():
+        return []
+    x_edges, y_edges = visible_edges(grounding.image_box, grounding.image_size, cells.shape)
+    centres = np.stack(np.meshgrid(_middles(x_edges), _middles(y_edges)), axis=-1)  # (h, w, 2)
+    depth = _depth(cells, grounding)
+    core = np.argwhere(cells & (depth >= depth.max() / 2))
+    places = centres[core[:, 0], core[:, 1]]
+    strength = grounding.combined[core[:, 0], core[:, 1]]
+    chosen = [_best(depth[core[:, 0], core[:, 1]], strength)]
+    while len(chosen) < min(count, len(core)):
+        gaps = np.linalg.norm(places[:, None] - places[chosen], axis=-1).min(axis=1)
+        chosen.append(_best(gaps, strength))
+    return [(float(x), float(y)) for x, y in places[chosen]]
+
+
+def map_logits(grounding: Grounding, frame: Frame, side: int) -> NDArray[np.float32]:
+    """The combined map as a mask prompt: logits `[side, side]` over the whole square of the frame.
+
+    0 at the value above which a cell is active, `LOGIT` at the map's maximum on the image, `-LOGIT` at its minimum
+    and wherever the square or the grid shows no image; bilinear between the cells' centres.
+    """
+    shrink = side / frame.side
+    (across, down), (x0, y0, x1, y1) = frame.scale, grounding.image_box
+    x, y = across * shrink, down * shrink
+    values = _logits(grounding)
+    logits = spread(values, (x0 * x, y0 * y, x1 * x, y1 * y), (side, side), outside=-LOGIT)
+    middles = np.arange(side) + 0.5
+    logits[middles > frame.inner[1] * shrink] = -LOGIT
+    logits[:, middles > frame.inner[0] * shrink] = -LOGIT
+    return logits
+
+
+def _logits(grounding: Grounding) -> NDArray[np.float64]:
+    """The combined map `[h, w]` in two straight pieces: minimum, threshold and maximum on the image to -, 0 and +."""
+    edges = visible_edges(grounding.image_box, grounding.image_size, grounding.combined.shape)
+    shown = grounding.combined[visible_cells(*edges)]
+    level = min(grounding.threshold, float(shown.max()))
+    above = (grounding.combined - level) / max(float(shown.max()) - level, np.finfo(float).tiny)
+    below = (grounding.combined - level) / max(level - float(shown.min()), np.finfo(float).tiny)
+    return np.asarray(LOGIT * np.clip(np.where(grounding.combined > level, above, below), -1, 1))
+
+
+def _depth(cells: NDArray[np.bool_], grounding: Grounding) -> NDArray[np.float64]:
+    """Pixels from each cell's centre to the centre of the nearest one outside the region, `[h, w]`."""
+    x0, y0, x1, y1 = grounding.image_box
+    cell = (y1 - y0) / cells.shape[0], (x1 - x0) / cells.shape[1]
+    return np.asarray(ndimage.distance_transform_edt(np.pad(cells, 1), sampling=cell))[1:-1, 1:-1]
+
+
+def _best(values: NDArray[np.float64], strength: NDArray[np.float64]) -> int:
+    """Index of the largest value; of those that differ by rounding only, the strongest, then the first."""
+    ties = values >= values.max() * (1 - 1e-9)
+    return int(np.argmax(np.where(ties, strength, -np.inf)))
+
+
+def _middles(edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (edges[:-1] + edges[1:]) / 2
+
+
+log = logging.getLogger(__name__)
+
+
+class Segmenter(Protocol):
+    """Makes masks of groundings. `name` is what outputs call it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
+        """The mask, bool `[H, W]`, of what the grounding points at; empty if it finds nothing."""
+        ...
+
+
+def refine(
+    grounding: Grounding,
+    image: Image.Image | None,
+    segmenter: Segmenter | None,
+    *,
+    box_from: BoxFrom = "map",
+) -> Grounding:
+    """The grounding with the segmenter's mask in place of the pseudo-mask.
+
+    With `box_from="mask"` the box becomes the mask's tight box, and the score the map's mass inside that. Nothing
+    changes without a segmenter or a picture, where no cell stands out (there is nothing to prompt with), or where
+    the segmenter finds nothing; the last is said in the log.
+    """
+    if segmenter is None or image is None or not grounding.cells.any():
+        return grounding
+    if image.size != grounding.image_size:
+        log.warning("the picture is no longer the one that the maps are of: the mask is that of the map")
+        return grounding
+    mask = segmenter.segment(image, grounding)
+    box = tight_box(mask)
+    if box is None:
+        log.warning(
+            "segmenter=%s finds nothing in the box %s: the mask is that of the map",
+            segmenter.name,
+            [round(x) for x in grounding.box],
+        )
+        return grounding
+    refined = replace(grounding, refined=mask, mask_from=segmenter.name)
+    if box_from == "map":
+        return refined
+    score = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, box)
+    return replace(refined, box=box, score=score)

@@ -1,0 +1,262 @@
+"""The ladder: one rung a run, from the published code's box to the paper's, and the table of those climbed so far.
+
+`experiment=ladder` is a Hydra multirun over the presets of `config/rung/`; each is `evaluate` under the options
+that the preset sets, so whatever `evaluate` can do, a rung can. Docs: docs/reproducing-the-paper.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import load_image
+from localization_heads.data.samples import Sample
+from localization_heads.datasets.leakage import check_unseen
+from localization_heads.errors import BadEntry, NothingDoneError, UsageError
+from localization_heads.evaluation.judging import truth_of
+from localization_heads.evaluation.scores import Truth
+from localization_heads.experiments.catalogue import EXPERIMENTS
+from localization_heads.experiments.paper import Climbed, Finding, ladder_finding
+from localization_heads.experiments.study import Study, StudyOptions, head_hits, head_ious
+from localization_heads.experiments.validation import Refine, score
+from localization_heads.heads.head import Head
+from localization_heads.stages.entries import Entries, select_entries, with_truth
+from localization_heads.stages.evaluate import evaluate
+from localization_heads.stages.find import collect, open_store
+from localization_heads.stages.run import Run, check_criteria
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.files import RunLock, write_bytes, write_json
+from localization_heads.store.json_files import read_json
+from localization_heads.store.paths import attention_path
+
+log = logging.getLogger(__name__)
+
+BARE = {"visualize_batch": False, "controls": False, "report": False, "worst": 0}
+"""A rung is the heads' numbers and nothing beside them."""
+
+
+def climb(run: Run) -> tuple[list[Finding], list[BadEntry], list[Path]]:
+    """Evaluate this rung -> `ladder/<rung>/metrics.json`; the table of all rungs on the same entries so far."""
+    rung = run["rung"]
+    if not rung["step"]:
+        raise UsageError(
+            "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
+        )
+    if (
+        run["heads"] == "auto"
+    ):  # the rung's own run names the heads, and then nothing tells what they were found on
+        check_unseen(run, select_entries(run).samples)
+    own = rung_run(run)
+    if rung["segmenter"] == "points" and "prompt" not in run["segmenter"]:
+        log.warning("rung=points is left out: segmenter=%s cannot be told points", run["segmenter"]["kind"])
+        return [], [], []
+    evaluated = evaluate(own)
+    entries = _entries_digest(run)
+    climbed = Climbed(rung["step"], rung["name"], rung["about"], evaluated.metrics)
+    write_json(own.folder / "rung.json", {"entries": entries, **climbed.to_json()})
+    finding = ladder_finding(run.spec.name, _rungs(own.folder.parent, entries))
+    paths = [run.folder / "experiments" / f"ladder{suffix}" for suffix in (".json", ".md")]
+    write_json(paths[0], {"experiment": "ladder", "model": run.spec.name, "numbers": finding.numbers})
+    write_bytes(paths[1], finding.markdown().encode())
+    return [finding], evaluated.failures, [own.folder / "metrics.json", *paths]
+
+
+def rung_run(run: Run) -> Run:
+    """The same run with a folder of its own, and with heads that do not depend on that folder.
+
+    Raises:
+        UsageError: the rung wants the model's known heads, and there are none.
+    """
+    heads = run["heads"]
+    if heads == "auto":
+        if not (known := run.named_heads):
+            raise UsageError(
+                f"heads=auto: no heads are known for {run.spec.name}; find them with stage=find, or name them"
+            )
+        heads = [f"{layer}-{head}" for layer, head in known]
+    model = {**run["model"], "label": run["rung"]["name"]}
+    segmenter = dict(run["segmenter"])
+    if run["rung"]["segmenter"] == "none":
+        segmenter = {"kind": "none"}
+    elif run["rung"]["segmenter"] == "points":
+        segmenter["prompt"] = list(dict.fromkeys([*segmenter.get("prompt", []), "points"]))
+    options = {**run.options, "heads": heads, "model": model, "output_dir": str(run.folder / "ladder")}
+    return Run(
+        {**options, "segmenter": segmenter, **BARE},
+        run.model_choice,
+        run.overrides,
+    )
+
+
+def _entries_digest(run: Run) -> str:
+    """Stands for the entries: rungs of other data, or of another range, are no part of this ladder."""
+    entries = select_entries(run)
+    keys = b"".join(sorted(entries.key(sample) for sample in entries.samples))
+    return hashlib.sha256(keys).hexdigest()[:16]
+
+
+def _rungs(folder: Path, entries: str) -> list[Climbed]:
+    found = []
+    for path in folder.glob("*/rung.json"):
+        try:
+            data: Mapping[str, Any] = read_json(path, 1 << 20)
+            if data["entries"] == entries:
+                found.append(Climbed.from_json(data))
+        except (UsageError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # an older or a broken file: that rung is not shown until it is climbed again
+    return sorted(found, key=lambda rung: (rung.step, rung.name))
+
+
+@dataclass(frozen=True)
+class Experimented:
+    """What `experiment` ends with."""
+
+    findings: list[Finding]
+    failures: list[BadEntry]
+    paths: list[Path]
+
+
+def experiment(run: Run) -> Experimented:
+    """The experiments that `experiment=` names, from one pass of the model -> `experiments/<name>.*`."""
+    chosen = _chosen(run)
+    entries = select_entries(run)
+    needs_truth = any(EXPERIMENTS[name].needs_truth for name in chosen)
+    if needs_truth:
+        entries = with_truth(entries, "this experiment")
+        if run["heads"] != "auto":  # which here are found on the entries themselves
+            check_unseen(run, entries.samples)
+    with RunLock(run.folder):
+        check_criteria(run.criteria, run.lvlm.num_layers)
+        given = _given_heads(run)
+        store = open_store(run)
+        collect(run, entries, entries.samples, store, keep_maps=True)
+        measures = _measure(run, entries) if needs_truth else {}
+        if not entries.good:
+            raise NothingDoneError("no entry could be used", entries.in_order())
+        rows = store.rows([entries.key(sample) for sample in entries.good])
+        study = Study(
+            model=run.spec.name,
+            data=_data_name(run),
+            sums=np.asarray(rows.attention_sum),
+            entropies=np.asarray(rows.spatial_entropy(run.criteria.entropy)),
+            bottom_row=np.asarray(rows.bottom_row_focus),
+            given_heads=given,
+            segmenter=run["segmenter"]["kind"],
+            options=study_options(run),
+            **measures,
+        )
+        findings = _find(run, entries, study, chosen)
+        paths = [path for finding in findings for path in _write(run, study, finding)]
+        return Experimented(findings, entries.in_order(), paths)
+
+
+def study_options(run: Run) -> StudyOptions:
+    """The options of the run that the experiments know."""
+    own = {field.name for field in fields(StudyOptions)}
+    swept = {name: value for name, value in run["experiment"].items() if name in own}
+    swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
+    held = {name: run[name] for name in ("k", "num_trials", "num_samples")}
+    held |= {"top_n": run.top_n, "seed": run["random_seed"]}
+    return StudyOptions(**held, **swept, criteria=run.criteria, grounding=run.grounding)
+
+
+def _chosen(run: Run) -> list[str]:
+    names = list(dict.fromkeys(run["experiment"]["names"]))
+    if not names:
+        raise UsageError(f"experiment= is missing: choose one of {', '.join(EXPERIMENTS)}, all or ladder")
+    if "ladder" in names:
+        raise UsageError("experiment.names: the ladder is a run of its own, experiment=ladder")
+    return names
+
+
+def _given_heads(run: Run) -> tuple[Head, ...] | None:
+    """The heads that were named; None for `auto`, which here means those found on the entries themselves."""
+    if run["heads"] == "auto":
+        return None
+    if run["heads"] == "greedy":
+        raise UsageError(
+            "heads=greedy: experiments rank fixed heads, and Tab. 5 has the greedy ones; write heads=auto or name them"
+        )
+    run.check_named_heads()
+    return run.named_heads
+
+
+def _data_name(run: Run) -> str:
+    if run["data_file"] == "scenes":
+        scenes = run["scenes"]
+        return f"scenes, {scenes['split']}, {scenes['style'] or 'mixed'}"
+    return Path(run["data_file"]).stem
+
+
+def _measure(run: Run, entries: Entries) -> dict[str, Any]:
+    """How well every head alone finds every object; entries whose truth cannot be read are put aside."""
+    ious, hits, num_masks = [], [], 0
+    for sample in tqdm(entries.good, desc="measure", unit="expression", disable=None):
+        try:
+            maps = load_attention(attention_path(run.attention_folder, sample.id, run["attention_format"]))
+            truth = truth_of(sample, maps.image_size)
+        except UsageError as error:
+            entries.fail(sample, error)
+            continue
+        ious.append(head_ious(maps, truth))
+        hits.append(head_hits(maps, truth))
+        num_masks += truth.mask is not None
+    return {"ious": np.stack(ious), "hits": np.stack(hits), "num_masks": num_masks} if ious else {}
+
+
+def _find(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> list[Finding]:
+    """Every recipe of every experiment is scored in one pass over the maps."""
+    wanted = {
+        (name, key): recipe for name in chosen for key, recipe in EXPERIMENTS[name].recipes(study).items()
+    }
+    scores: Mapping[Any, Any] = {}
+    if wanted:
+        scores = score(wanted, _maps_and_truths(run, entries), _refiner(run, entries.good))
+    return [
+        EXPERIMENTS[name].find(study, {key: found for (of, key), found in scores.items() if of == name})
+        for name in chosen
+    ]
+
+
+def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
+    """The segmenter's turn, with the sample's picture."""
+    if run.segmenter is None:
+        return None
+    return lambda number, grounding: run.refine(grounding, load_image(samples[number].image))
+
+
+def _maps_and_truths(run: Run, entries: Entries) -> Iterator[tuple[AttentionMaps, Truth]]:
+    for sample in tqdm(entries.good, desc="score", unit="expression", disable=None):
+        maps = load_attention(attention_path(run.attention_folder, sample.id, run["attention_format"]))
+        yield maps, truth_of(sample, maps.image_size)
+
+
+def _write(run: Run, study: Study, finding: Finding) -> list[Path]:
+    """`<name>.json` for programs, `<name>.md` for people, and the figure where there is one."""
+    from localization_heads import figures
+
+    folder = run.folder / "experiments"
+    paths = [folder / f"{finding.name}{suffix}" for suffix in (".json", ".md", ".png")]
+    figure = figures.plot_experiment(study, finding, paths[2])
+    numbers = {
+        "experiment": finding.name,
+        "model": study.model,
+        "data": study.data,
+        "samples": len(study),
+        "heads": [list(head) for head in study.heads],
+        "reading": finding.reading,
+        "numbers": finding.numbers,
+    }
+    write_json(paths[0], numbers)
+    write_bytes(paths[1], finding.markdown(paths[2].name if figure else None).encode())
+    if figure and run["show_plot"]:
+        figures.show(figure)
+    return paths if figure else paths[:2]

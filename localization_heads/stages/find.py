@@ -1,0 +1,379 @@
+"""Running the model over a data set once: statistics into the store, and for a batch every map onto the disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.samples import Sample
+from localization_heads.datasets.leakage import picture_keys
+from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import (
+    NONE_KEPT,
+    WAY_OUT,
+    HeadRanking,
+    analysis_rows,
+    random_draws,
+    rank_heads,
+)
+from localization_heads.heads.record import found_with
+from localization_heads.lvlm.spec import local_path
+from localization_heads.stages.entries import Attended, Entries, select_entries
+from localization_heads.stages.flow import go_through
+from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
+from localization_heads.stages.report import Reporter, look
+from localization_heads.stages.run import Run, asked_of, check_criteria
+from localization_heads.stages.single import analyse_file, draw, picture_or_none
+from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
+from localization_heads.store.files import RunLock
+from localization_heads.store.paths import analysis_path, attention_path
+from localization_heads.store.results import save_ranking
+from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
+
+ROUNDING = 2e-5
+"""How far the sums of one sample may lie apart when it went through a model in float32 in another batch (1.5e-6 seen).
+
+The same weights in bfloat16 are further away (4e-4 or more seen), so one's maps are not taken for the other's. Maps of
+bfloat16 from another batch are too, and are made again: time lost, but never a wrong file.
+"""
+
+
+def open_store(run: Run) -> StatisticsStore:
+    """The statistics of this model under these options; other options keep theirs in another file."""
+    return StatisticsStore(
+        run.folder / "statistics",
+        settings={"asked": asked_settings(run), **run.model_settings},
+        num_layers=run.lvlm.num_layers,
+        num_heads=run.lvlm.num_heads,
+    )
+
+
+def asked_settings(run: Run) -> dict[str, Any]:
+    """The options that the statistics depend on, as far as they are known without the model: `stage=rank` has none.
+
+    The entropy's weight is not among them: the store holds both.
+    """
+    spec = run.spec
+    return {
+        "model.name": str(path.resolve()) if (path := local_path(spec.name)).is_dir() else spec.name,
+        "model.dtype": spec.dtype,
+        "model.quantization": spec.quantization,
+        "model.attn_implementation": spec.attn_implementation,
+        "model.pad_to_square": spec.pad_to_square,
+        "model.system": spec.system,
+        "conv_mode": run["conv_mode"] or spec.conv_mode,
+        "drop_lone_spaces": run.drop_lone_spaces,
+        "query_token": run["query_token"],
+        "view": run["view"],
+        "criteria.threshold": run.criteria.threshold,
+        "criteria.means": run.criteria.means,
+        "criteria.bottom_row_above": run.criteria.bottom_row_above,
+    }
+
+
+def collect(
+    run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
+) -> None:
+    """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet."""
+    go_through(
+        run,
+        entries,
+        samples,
+        "collect",
+        is_done=lambda sample: _is_done(run, entries, sample, store, keep_maps),
+        work=partial(_analysed, keep_maps=keep_maps),
+        keep=lambda collected: _keep(run, entries, collected, store),
+    )
+
+
+def _is_done(run: Run, entries: Entries, sample: Sample, store: StatisticsStore, keep_maps: bool) -> bool:
+    key = entries.key(sample)
+    if key not in store:
+        return False
+    return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
+
+
+def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
+    """Whether the attention file is the very one that the statistics were made from.
+
+    Another prompt or model under the same id leaves other sums; another batch around it the same but for rounding.
+    """
+    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    try:
+        maps = load_attention(path)
+    except UsageError:
+        return False
+    same = np.allclose(attention_sum(maps.attention), stored, rtol=0, atol=ROUNDING)
+    return same and maps.query == sample.expression and analysis_path(path).is_file()
+
+
+class _Collected(NamedTuple):
+    """A sample's statistics, and its maps where they are kept."""
+
+    sample: Sample
+    statistics: HeadStatistics
+    maps: AttentionMaps | None
+
+
+def _analysed(run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool) -> list[_Collected]:
+    return [
+        _Collected(
+            one.sample,
+            head_statistics(one.maps.attention, run.criteria),
+            one.maps if keep_maps else None,
+        )
+        for one in attended
+    ]
+
+
+def _keep(run: Run, entries: Entries, collected: Sequence[_Collected], store: StatisticsStore) -> None:
+    """Files first, statistics last: what the store holds is complete."""
+    for one in collected:
+        if one.maps is not None:
+            _save_entry(run, one.sample, one.maps, one.statistics)
+    keep_statistics(entries, [(one.sample, one.statistics) for one in collected], store)
+
+
+def keep_statistics(
+    entries: Entries, found: Sequence[tuple[Sample, HeadStatistics]], store: StatisticsStore
+) -> None:
+    """Add the statistics of a chunk, one sample or more; those of a sample that is there already stay."""
+    samples, statistics = zip(*found, strict=True)
+    store.append(
+        [entries.key(sample) for sample in samples],
+        np.stack([found.attention_sum for found in statistics]),
+        np.stack([found.area_entropy for found in statistics]),
+        np.stack([found.mass_entropy for found in statistics]),
+        np.stack([found.bottom_row_focus for found in statistics]),
+    )
+
+
+def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
+    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    save_attention(maps.named(id=sample.id, image_file=sample.image_file), path)
+    save_analysis(analysis_rows(statistics, run.criteria), analysis_path(path))
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Discovered:
+    """What `find` and `batch` end with. `grounded` is empty after `find`."""
+
+    ranking: HeadRanking
+    grounded: list[Outcome]
+    failures: list[BadEntry]
+    paths: list[Path]
+
+
+def find(run: Run) -> Discovered:
+    """Rank the heads over a data set; only each head's sum and entropy are kept."""
+    entries = select_entries(run)
+    with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
+        check_criteria(run.criteria, run.lvlm.num_layers)
+        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
+        store = open_store(run)
+        collect(run, entries, used, store, keep_maps=False)
+        _note_failures(entries, store)
+        ranking = _rank(run, entries, draws, store)
+        paths = [*_save(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
+        return Discovered(ranking, [], entries.in_order(), paths)
+
+
+def rank(run: Run) -> Discovered:
+    """What `find` ends with, from the statistics on disk and without the model; only the ranking's options count."""
+    entries = select_entries(run)
+    record = _choose_record(run)
+    check_criteria(run.criteria, record.num_layers)
+    with RunLock(run.folder):
+        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        store = record.open()
+        _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
+        ranking = _rank(run, entries, draws, store)
+        return Discovered(ranking, [], entries.in_order(), _save(run, ranking))
+
+
+def batch(run: Run) -> Discovered:
+    """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
+    entries = select_entries(run)
+    with RunLock(run.folder):
+        check_criteria(run.criteria, run.lvlm.num_layers)
+        if run["heads"] != "auto":  # before the work, not after it
+            run.check_named_heads()
+        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        store = open_store(run)
+        collect(run, entries, entries.samples, store, keep_maps=True)
+        _note_failures(entries, store)
+        ranking = _rank(run, entries, draws, store)
+        paths = _save(run, ranking)
+        report = Reporter(run, ranking)
+        grounded = _ground_all(run, entries, ranking, report)
+        paths.append(save_predictions(run, grounded, entries.in_order()))
+        paths += report.write(entries, grounded, store=store)
+        return Discovered(ranking, grounded, entries.in_order(), paths)
+
+
+def _note_failures(entries: Entries, store: StatisticsStore) -> None:
+    """So that `rank`, which opens no picture, reports what this run reports."""
+    reasons = {failure.line: failure.reason for failure in entries.failures}
+    failed = (sample for sample in entries.samples if sample.line in reasons)
+    store.note_failures({entries.key(sample): reasons[sample.line] for sample in failed})
+
+
+def _choose_record(run: Run) -> Recorded:
+    """The store that these options would make. Of several (the weights have changed), the one used last."""
+    asked = asked_settings(run)
+    records = recorded(run.folder / "statistics")
+    fitting = [record for record in records if record.settings.get("asked") == asked]
+    if len(fitting) > 1:
+        log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
+    if fitting:
+        return fitting[0]
+    there = [_difference(record.settings.get("asked"), asked) for record in records]
+    held = f"only with {'; or with '.join(sorted(set(there)))}" if there else "none yet"
+    raise UsageError(
+        f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
+        "run stage=find with them first"
+    )
+
+
+def _difference(made: Any, asked: dict[str, Any]) -> str:
+    """`conv_mode=chat, view=tiles`: where a store's options differ from those of this run."""
+    made = made if isinstance(made, dict) else {}
+    pairs = ((name, made.get(name)) for name, value in asked.items() if made.get(name) != value)
+    return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
+
+
+def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:
+    """Put aside the drawn samples that are known to fail. WorkError if others have no statistics."""
+    missing = [sample for sample in (entries.samples[i] for i in drawn) if entries.key(sample) not in store]
+    known = store.failures() if missing else {}
+    for sample in missing:
+        if (reason := known.get(entries.key(sample))) is not None:
+            entries.fail(sample, reason)
+    unseen = [sample for sample in missing if entries.key(sample) not in known]
+    if unseen:
+        raise WorkError(
+            f"{len(unseen)} of the {len(drawn)} entries drawn have no statistics on disk (the first: line "
+            f"{unseen[0].line}, {unseen[0].id}): run stage=find with the same options, which does only those"
+        )
+
+
+def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
+    """The ranking, with the pictures that it was made on."""
+    ranking = rank_entries(run, entries, draws, store)
+    if not ranking.kept:
+        log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
+    shown = picture_keys(entries.samples[place] for place in _usable(entries, draws))
+    return replace(
+        ranking,
+        pictures=tuple(sorted({key for key in shown if key})),
+        found_with=found_with(asked_of(store.settings), run.criteria),
+    )
+
+
+def _usable(entries: Entries, draws: np.ndarray) -> np.ndarray:
+    """The places of the samples that were drawn and have not failed."""
+    failed = {failure.line for failure in entries.failures}
+    good = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
+    return np.flatnonzero(good & draws.any(axis=0))
+
+
+def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
+    """Selection frequency over the samples that were drawn and could be used, in file order.
+
+    Raises:
+        NothingDoneError: there are none.
+    """
+    places = _usable(entries, draws)
+    if not len(places):
+        raise NothingDoneError("no entry could be used", entries.in_order())
+    rows = store.rows([entries.key(entries.samples[place]) for place in places])
+    return rank_heads(
+        rows.attention_sum,
+        rows.spatial_entropy(run.criteria.entropy),
+        bottom_row=rows.bottom_row_focus,
+        draws=draws[:, places],
+        options=run.criteria,
+        top_n=run.top_n,
+        num_trials=run["num_trials"],
+        num_samples=run["num_samples"],
+        seed=run["random_seed"],
+        model=store.settings["weights"][0],
+    )
+
+
+def _save(run: Run, ranking: HeadRanking) -> list[Path]:
+    """heads.json, heads.csv and the figures of both criteria."""
+    from localization_heads import figures
+
+    paths = [*save_ranking(ranking, run.folder)]
+    top = [head.address for head in ranking.kept[: run["k"]]]
+    shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
+    sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    for head in ranking.heads:
+        sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
+        kept[head.address] = head.kept
+    targets = [run.folder / f"{name}.png" for name in ("attention_sums", "selection_frequency", "head_grid")]
+    drawn = [
+        figures.plot_selection_frequency(ranking, targets[1], emphasised=run["k"]),
+        figures.plot_head_grid(100 * frequency, targets[2], top=top, exclude_layers=ranking.exclude_layers),
+    ]
+    if ranking.tau is not None:
+        exclude = ranking.exclude_layers
+        drawn.append(
+            figures.plot_attention_sums(
+                sums, ranking.tau, targets[0], kept=kept, top=top, exclude_layers=exclude
+            )
+        )
+    if run["show_plot"]:
+        for figure in drawn:
+            figures.show(figure)
+    return paths + [target for target in targets if target.is_file()]
+
+
+def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Reporter) -> list[Outcome]:
+    """Boxes for every entry, from the maps on disk, with the heads just found or those that were named."""
+    best = [head.address for head in ranking.kept[: run["k"]]]
+    heads: Sequence[Head] | None = best if run["heads"] == "auto" else run.named_heads
+    limit = run["visualize_limit"] if run["visualize_batch"] else 0
+    grounded = []
+    for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
+        try:
+            grounded.append(_ground_one(run, sample, heads, report, is_drawn=limit is None or number < limit))
+        except UsageError as error:
+            entries.fail(sample, error)
+    return grounded
+
+
+def _ground_one(
+    run: Run, sample: Sample, heads: Sequence[Head] | None, report: Reporter, *, is_drawn: bool
+) -> Outcome:
+    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    # The analysis on disk may be of an earlier run under other criteria.
+    analysed = analyse_file(run, load_attention(path), path)
+    maps = analysed.maps
+    picture = cache(lambda: picture_or_none(sample.image))  # opened once, and only if somebody looks at it
+    chosen = list(heads or run.own_heads(analysed.statistics))
+    if is_drawn:
+        grounding = draw(run, analysed, path, picture(), heads=chosen, truth=sample.bbox).grounding
+    else:
+        grounding = run.refine(ground_maps(maps, chosen, run.grounding), picture() if run.segmenter else None)
+    outcome = outcome_of(sample, grounding)
+    report.add(outcome, look(report.room, outcome, maps, grounding, picture))
+    report.measure(sample, maps)
+    return outcome

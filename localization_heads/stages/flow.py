@@ -1,0 +1,221 @@
+"""The model's way through a data set, in one place: `find`, `batch`, `ground` and `evaluate` all go it.
+
+Entries of one picture go together, so that it is encoded once. They are cut into the same chunks in every run, and
+a chunk goes through the model as a whole or not at all: a run that was killed goes on with the same batches, and the
+same numbers, to the last bit. While the model works on one chunk, a thread opens and prepares the next ones, and
+another keeps what came of the last ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+from tqdm import tqdm
+
+from localization_heads.data.samples import Sample
+from localization_heads.stages.entries import (
+    CHUNK_PIXELS,
+    Attended,
+    Chunk,
+    Entries,
+    Prepared,
+    Work,
+    compute,
+    picture_of,
+    pixels_of,
+    prepare,
+)
+from localization_heads.stages.run import Run
+
+AHEAD = 2
+"""Chunks that may be prepared, or wait to be kept, at a time."""
+WAITING = 128 << 20
+"""Bytes of pictures and maps that may wait to be kept; a chunk of more is kept before the next is computed."""
+AUTO = 16
+"""`batch_size=auto`: entries in a chunk. One that does not fit goes through the model in parts."""
+WINDOW = 32
+"""Chunks among which entries of about the same length are put together."""
+
+Given = TypeVar("Given")
+Ready = TypeVar("Ready")
+Done = TypeVar("Done")
+
+
+class _Computed(NamedTuple):
+    num_samples: int
+    fresh: list[Attended]
+
+    def num_bytes(self) -> int:
+        """Of the maps and the pictures."""
+        images = {id(one.image): one.image for one in self.fresh}
+        pixels = sum(image.width * image.height for image in images.values())
+        return 4 * pixels + sum(one.maps.attention.nbytes for one in self.fresh)
+
+
+def go_through(
+    run: Run,
+    entries: Entries,
+    samples: Sequence[Sample],
+    name: str,
+    *,
+    is_done: Callable[[Sample], bool],
+    work: Work,
+    keep: Callable[[Sequence[Any]], None],
+    last_layer: int | None = None,
+    work_runs_model: bool = False,
+) -> None:
+    """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
+
+    Args:
+        name: of the progress bar.
+        is_done: whether a sample's results are there from an earlier run; not called in this thread.
+        work: what is made of the missing maps of a chunk, in another thread or another process.
+        keep: gets the results of `work`, one chunk after the other in their order; in this process.
+        last_layer: the layers above it are not run.
+        work_runs_model: `work` is called in this thread: some models generate with a state of their own, which a
+            forward pass at the same time would overwrite.
+    """
+    run.lvlm  # noqa: B018  loaded here, not in a thread
+
+    def chunk_of(part: Sequence[Sample]) -> Chunk:
+        return Chunk(part, frozenset(sample.id for sample in part if not is_done(sample)))
+
+    def compute_one(prepared: Prepared) -> _Computed:
+        fresh = compute(run, entries, prepared, last_layer)
+        return _Computed(len(prepared.chunk.samples), fresh)
+
+    def finish(computed: _Computed) -> None:
+        if computed.fresh and (results := work(run, entries, computed.fresh)):
+            keep(results)
+        bar.update(computed.num_samples)
+
+    size = AUTO if run["batch_size"] == "auto" else run["batch_size"]
+    behind = not (work_runs_model or run["show_plot"])  # windows open in the main thread only
+    with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
+        if run.is_spread:
+            _over_workers(run, entries, map(chunk_of, chunks(samples, size)), work, keep, last_layer, bar)
+            return
+        parts = chunks(samples, size)
+        in_line(
+            parts,
+            lambda part: prepare(run, entries, chunk_of(part)),
+            compute_one,
+            finish,
+            behind=behind,
+            weigh=_Computed.num_bytes,
+        )
+
+
+def _over_workers(
+    run: Run,
+    entries: Entries,
+    every: Iterable[Chunk],
+    work: Work,
+    keep: Callable[[Sequence[Any]], None],
+    last_layer: int | None,
+    bar: tqdm,
+) -> None:
+    """The same with `engine=ray`: what is done already is not sent out."""
+    from localization_heads.stages.workers import spread
+
+    todo = []
+    for chunk in every:
+        if chunk.missing:
+            todo.append(chunk)
+        else:
+            bar.update(len(chunk.samples))
+    with closing(spread(run, todo, work, last_layer)) as done:
+        for chunk, one in zip(todo, done, strict=True):
+            entries.failures += one.failures
+            if one.results:
+                keep(one.results)
+            bar.update(len(chunk.samples))
+
+
+def in_line(
+    items: Iterable[Given],
+    prepare: Callable[[Given], Ready],
+    compute: Callable[[Ready], Done],
+    finish: Callable[[Done], None],
+    *,
+    behind: bool = True,
+    weigh: Callable[[Done], int] = lambda _: 0,
+) -> None:
+    """`finish(compute(prepare(item)))` for every item, the three at the same time on items that follow each other.
+
+    `compute` runs in this thread, `prepare` up to `AHEAD` items before it and `finish` up to `AHEAD` after it, each in
+    a thread of its own. Where one of them fails or is interrupted, what was computed until then is finished.
+
+    Args:
+        behind: False runs `finish` in this thread, right after `compute`.
+        weigh: bytes that something computed takes; at most `WAITING` of them wait for `finish`.
+    """
+    source = iter(items)
+
+    def next_one() -> list[Ready]:
+        return [prepare(item) for item in islice(source, 1)]  # empty at the end
+
+    coming: deque[Future[list[Ready]]] = deque()
+    going: deque[tuple[Future[None], int]] = deque()
+    with ThreadPoolExecutor(1, "prepare") as before, ThreadPoolExecutor(1, "finish") as after:
+        try:
+            coming.extend(before.submit(next_one) for _ in range(AHEAD))
+            while ready := coming.popleft().result():
+                coming.append(before.submit(next_one))
+                computed = compute(ready.pop())
+                if behind:
+                    going.append((after.submit(finish, computed), weigh(computed)))
+                else:
+                    finish(computed)
+                del computed
+                while len(going) > AHEAD or sum(size for _, size in going) > WAITING:
+                    going.popleft()[0].result()
+        finally:
+            for waiting in coming:
+                waiting.cancel()
+            for last, _ in going:
+                last.result()
+
+
+def chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Samples in chunks of at most `size`, cut in the same way in every run.
+
+    Those of one picture are together, wherever they stand in the file (more than `size` are several chunks). A chunk
+    is filled up with pictures of about the same size and expressions of about the same length, so that little is
+    padded. Its pictures have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
+    memory for large pictures, which cost more to decode than a larger batch would save.
+    """
+    chunk: list[Sample] = []
+    pixels = 0
+    for part in _parts(samples, size):
+        more = pixels_of(part[0])
+        if chunk and (len(chunk) + len(part) > size or pixels + more > CHUNK_PIXELS):
+            yield chunk
+            chunk, pixels = [], 0
+        chunk, pixels = [*chunk, *part], pixels + more
+    if chunk:
+        yield chunk
+
+
+def _parts(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """The samples of each picture, in parts of at most `size`; sorted by length within windows."""
+    pictures: dict[str | int, list[Sample]] = {}
+    for sample in samples:
+        pictures.setdefault(picture_of(sample), []).append(sample)
+    parts = (
+        group[start : start + size] for group in pictures.values() for start in range(0, len(group), size)
+    )
+    if size == 1:
+        yield from parts
+    while window := list(islice(parts, WINDOW * size)):
+        yield from sorted(window, key=_length)
+
+
+def _length(part: Sequence[Sample]) -> tuple[int, int]:
+    """Pixels of the picture, then letters of the longest expression: about as many tokens."""
+    return pixels_of(part[0]), max(len(sample.expression) for sample in part)

@@ -1,0 +1,366 @@
+"""`report.html` at the end of `batch`, `find` and `evaluate`: what is kept for it meanwhile, and its writing."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.masks import read_mask
+from localization_heads.data.samples import Sample, decode_mask
+from localization_heads.errors import UsageError, WorkError
+from localization_heads.grounding.ground import Grounding
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.report.content import LEAST_FREQUENCY, HeadFacts, Report
+from localization_heads.report.gallery import Card, Gallery, outline, thumbnail, tiny_map
+from localization_heads.report.head_iou import HeadIoU
+from localization_heads.stages.entries import Entries
+from localization_heads.stages.outcome import Outcome
+from localization_heads.stages.run import Run
+from localization_heads.store.files import write_bytes
+from localization_heads.store.results import load_ranking
+from localization_heads.store.statistics import StatisticsStore
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+MAPS_SHOWN = 3
+"""Maps of single heads on a card; the combined map is of all heads."""
+MEASURED_HEADS = 128
+"""Heads whose IoU is measured: all of a small model, the best of a large one, if they are known beforehand."""
+MEASURED_SAMPLES = 200
+FEWER_SAMPLES = 50
+"""Samples on which all heads of a large model are measured: each box takes 0.3 ms."""
+
+ROWS = 256
+"""Samples whose statistics are in memory at a time."""
+
+HEAD_IOU = "head_iou"
+"""The name, in what `evaluate` measures of an entry, of the IoU of every head of `Reporter.alone`."""
+
+FROM_FILE = (
+    "The ranking of heads.json, which lists the kept heads only: it was not made anew on these samples."
+)
+
+
+class Alone(NamedTuple):
+    """Which heads are measured alone, by the boxes of their own maps, and on which samples (ids)."""
+
+    heads: Sequence[Head] = ()
+    samples: Container[str] = ()
+
+
+class Reporter:
+    """Gathers what the report shows of grounded samples, a few kilobytes of each, and writes it at the end.
+
+    Args:
+        ranking: the heads that the run has found; without, those of the model's heads.json if it is there.
+
+    Where neither is there, `write` takes a ranking that was made of the run's own samples.
+    """
+
+    def __init__(self, run: Run, ranking: HeadRanking | None = None) -> None:
+        self._run = run
+        self._wanted = bool(run["report"])
+        self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
+        self._origin = "" if ranking else FROM_FILE
+        self.room = Gallery(run["report_samples"] if self._wanted else 0)
+        """Which of the samples that are worked on may be shown in the end: `look` makes cards of those."""
+        self._iou = HeadIoU(self._measured, _shape(run), run.grounding, MEASURED_SAMPLES)
+        self._cards: dict[str, Card] = {}
+
+    @property
+    def lacks_ranking(self) -> bool:
+        """Whether the report would show a ranking of the run's own samples, had it one."""
+        return self._wanted and self._ranking is None
+
+    @property
+    def _measured(self) -> list[Head]:
+        """The heads whose IoU is measured: all of them where nobody knows yet which are the best."""
+        if not self._wanted:
+            return []
+        if self._ranking is not None:
+            return _best(self._ranking)
+        # Without the controls not every layer is run, and nothing will be ranked.
+        return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run["controls"] else []
+
+    def alone(self, entries: Entries) -> Alone:
+        """What `evaluate` measures of single heads while the maps are there, in every run the same."""
+        heads = self._measured
+        number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES
+        return Alone(heads, {sample.id for sample in entries.samples[:number]}) if heads else Alone()
+
+    @property
+    def settings(self) -> list[Any]:
+        """What decides whether a sample gets a card."""
+        return [self._wanted, self._run["report_samples"], MAPS_SHOWN]
+
+    def add(self, outcome: Outcome, card: Card | None) -> None:
+        """A sample that was grounded, now or by an earlier run, with what `look` made of it."""
+        if card is not None:
+            self._cards[outcome.sample.id] = card
+
+    def measure(self, sample: Sample, maps: AttentionMaps) -> None:
+        """The IoU of single heads in this sample, if its true box is known."""
+        if self._wanted and sample.bbox is not None:
+            self._iou.add(maps, sample.bbox)
+
+    def write(
+        self,
+        entries: Entries,
+        outcomes: Sequence[Outcome] = (),
+        *,
+        store: StatisticsStore | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        own: HeadRanking | None = None,
+    ) -> list[Path]:
+        """Write `report.html` into the model's folder -> its path; nothing with `report=false`.
+
+        Args:
+            store: the statistics of the samples that the ranking is of.
+            own: a ranking of the very samples of this run, which did not choose the heads of their boxes. It is
+                shown if no other is known.
+        """
+        if not self._wanted:
+            return []
+        if self._ranking is None and own is not None:
+            self._ranking, self._origin = own, _own_origin(self._unknown, _used(outcomes))
+        for outcome in outcomes:
+            if ious := (outcome.measured or {}).get(HEAD_IOU):
+                self._iou.count(ious)
+        from localization_heads.report.page import render
+
+        path = self._run.folder / "report.html"
+        report = self._report(entries, outcomes, store, metrics or {})
+        write_bytes(path, render(report).encode(errors="replace"))
+        return [path]
+
+    def _report(
+        self,
+        entries: Entries,
+        outcomes: Sequence[Outcome],
+        store: StatisticsStore | None,
+        metrics: Mapping[str, Any],
+    ) -> Report:
+        run = self._run
+        by_id = {outcome.sample.id: outcome for outcome in outcomes}
+        lines = {sample.line for sample in entries.samples} | {bad.line for bad in entries.failures}
+        return Report(
+            stage=run["stage"],
+            model=run.lvlm.name,
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            facts=list(_facts(run)),
+            options=list(_flat(run.options)),
+            num_entries=len(lines),
+            heads=self._heads(entries, outcomes, store),
+            no_heads=f"No ranking: {self._unknown}. stage=find or stage=batch writes one.",
+            no_scatter=self._why_no_scatter(outcomes),
+            metrics=metrics,
+            cards=[_completed(card, by_id[card.id]) for card in self._shown(outcomes)],
+            no_cards=self._why_no_cards(),
+            num_grounded=len(outcomes),
+            ious=[outcome.iou for outcome in outcomes if outcome.iou is not None],
+            failures=entries.in_order(),
+        )
+
+    def _heads(
+        self, entries: Entries, outcomes: Sequence[Outcome], store: StatisticsStore | None
+    ) -> HeadFacts | None:
+        if self._ranking is None:
+            return None
+        shape = _shape(self._run)
+        return HeadFacts(
+            ranking=self._ranking,
+            shape=shape,
+            used=_used(outcomes) if outcomes else [h.address for h in self._ranking.kept[: self._run["k"]]],
+            bottom_row=None if store is None else _bottom_row(entries, store),
+            iou=self._iou.means if self._iou.num_samples else None,
+            iou_samples=self._iou.num_samples,
+            origin=self._origin,
+        )
+
+    def _why_no_scatter(self, outcomes: Sequence[Outcome]) -> str:
+        if self._iou.num_samples:
+            return ""
+        if self._run["stage"] == "find":
+            return "No IoU of single heads: find keeps no maps. stage=batch measures it where the data have true boxes."
+        if all(outcome.sample.bbox is None for outcome in outcomes):
+            return "No IoU of single heads: no entry has a true box (bbox) to compare with."
+        return "No IoU of single heads: the entries that it was to be measured on have failed."
+
+    def _why_no_cards(self) -> str:
+        if self._run["stage"] == "find":
+            return "No samples: find keeps only each head's sums and entropies. stage=batch shows maps and boxes."
+        return "No samples: report_samples=0."
+
+    def _shown(self, outcomes: Sequence[Outcome]) -> list[Card]:
+        """The cards of the gallery, whichever run made them."""
+        gallery = Gallery(self._run["report_samples"])
+        for outcome in outcomes:
+            if card := self._cards.get(outcome.sample.id):
+                gallery.offer(outcome.sample.line, _badness(outcome), partial(_itself, card))
+        return gallery.cards
+
+
+def _itself(card: Card) -> Card:
+    return card
+
+
+def _badness(outcome: Outcome) -> float:
+    """The worst have the lowest IoU or, where there is no truth, the lowest score."""
+    return -((outcome.prediction.score if outcome.iou is None else outcome.iou) or 0.0)
+
+
+def look(
+    room: Gallery,
+    outcome: Outcome,
+    maps: AttentionMaps,
+    grounding: Grounding,
+    picture: Callable[[], Image.Image | None],
+) -> Card | None:
+    """What can be seen of a sample while its maps are at hand, if there is room for it.
+
+    Boxes, masks and scores are added when the report is written.
+
+    Args:
+        picture: opens it; None where that is not possible any more.
+    """
+    region = maps.image_box, maps.image_size
+
+    def card() -> Card:
+        image = picture()
+        return Card(
+            id=outcome.sample.id,
+            expression=outcome.sample.expression,
+            image_size=maps.image_size,
+            picture=thumbnail(image) if image else "",
+            heads=grounding.heads,
+            maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:MAPS_SHOWN]),
+            combined=tiny_map(grounding.combined, *region),
+            image_box=maps.image_box,
+        )
+
+    return room.offer(outcome.sample.line, _badness(outcome), card)
+
+
+def _completed(card: Card, outcome: Outcome) -> Card:
+    """The card with its boxes, masks and scores."""
+    sample, prediction = outcome.sample, outcome.prediction
+    mask = None if prediction.mask is None else read_mask(prediction.mask, prediction.mask["size"][::-1])
+    return replace(
+        card,
+        box=prediction.bbox,
+        truth=sample.bbox,
+        mask="" if mask is None else outline(mask),
+        truth_mask=_true_outline(outcome, card.image_size),
+        score=prediction.score,
+        iou=outcome.iou,
+    )
+
+
+def _true_outline(outcome: Outcome, size: tuple[int, int]) -> str:
+    if outcome.sample.mask is None:
+        return ""
+    try:
+        return outline(decode_mask(outcome.sample, size))
+    except (UsageError, WorkError):  # evaluate reports it as a failure
+        return ""
+
+
+def _known_ranking(run: Run) -> tuple[HeadRanking | None, str]:
+    """The ranking in the model's folder, or why there is none."""
+    path = run.folder / "heads.json"
+    if not path.is_file():
+        return None, f"{path.name} is not there"
+    try:
+        ranking = load_ranking(path)
+    except (UsageError, WorkError) as error:
+        return None, f"{error}"
+    if ranking.model != run.lvlm.name:
+        return None, f"{path.name} is of another model, {ranking.model}"
+    layers, heads = _shape(run)
+    if any(head.layer >= layers or head.head >= heads for head in ranking.heads):
+        return None, f"{path.name} names heads that this model does not have"
+    return ranking, ""
+
+
+def _own_origin(unknown: str, used: Sequence[Head]) -> str:
+    boxes = " ".join(map(str, used)) or "each sample's own heads"
+    return (
+        f"Ranked on these samples, without their truth, for {unknown}. "
+        f"The boxes of this page are those of {boxes}, which this ranking did not choose."
+    )
+
+
+def _best(ranking: HeadRanking) -> list[Head]:
+    """Every head of a small model; of a large one those that take part in the scatter, the best first."""
+    heads = ranking.heads
+    if len(heads) > MEASURED_HEADS:
+        heads = tuple(h for h in heads if h.selection_frequency >= LEAST_FREQUENCY)[:MEASURED_HEADS]
+    return [head.address for head in heads]
+
+
+def _shape(run: Run) -> tuple[int, int]:
+    return run.lvlm.num_layers, run.lvlm.num_heads
+
+
+def _used(outcomes: Sequence[Outcome]) -> list[Head]:
+    """The heads of all boxes; none where every sample has picked its own."""
+    heads = {tuple(outcome.prediction.heads) for outcome in outcomes}
+    return [Head(*head) for head in heads.pop()] if len(heads) == 1 else []
+
+
+def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64] | None:
+    """Share of the samples whose map has a whole positive bottom row, `[layer, head]`."""
+    keys = [key for sample in entries.good if (key := entries.key(sample)) in store]
+    if not keys:
+        return None
+    flags = store.rows(keys).bottom_row_focus
+    total = sum(flags[start : start + ROWS].sum(axis=0) for start in range(0, len(keys), ROWS))
+    return np.asarray(total / len(keys))
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    """What was run, on what and with what."""
+    lvlm = run.lvlm
+    layers, heads = _shape(run)
+    yield "model", lvlm.name
+    yield "layers and heads", f"{layers} layers of {heads} heads, {lvlm.num_parameters:,} parameters"
+    yield "weights", f"fingerprint {lvlm.fingerprint}"
+    yield "data", str(run["data_file"])
+    yield "output", str(run.folder)
+    if run.overrides is not None:
+        yield "command line", " ".join(run.overrides) or "(no option given)"
+    yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in ("localization-heads", "torch", "transformers", "numpy"):
+        yield package, _version(package)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        from localization_heads.version import __version__
+
+        return f"{__version__} (not installed)"
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every option as the command line would name it."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            yield f"{prefix}{name}", shown

@@ -1,0 +1,187 @@
+"""Figures from attention files alone: no model, no options of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
+from localization_heads.errors import BadEntry, UsageError, WorkError
+from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.heads.criteria import (
+    CriteriaOptions,
+    HeadStatistics,
+    binarise,
+    head_statistics,
+    label_components,
+)
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import own_heads
+from localization_heads.stages.entries import choose_range
+from localization_heads.stages.run import check_criteria, check_heads, known_heads
+from localization_heads.stages.single import attention_file_of, find_attention_file, picture_of, top_heads
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.paths import side_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An attention file with what both criteria say of it."""
+
+    path: Path
+    maps: AttentionMaps
+    statistics: HeadStatistics
+
+
+class _Claims:
+    """The figures of a batch so far: an id stands for one attention file, and a figure for one entry."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, tuple[Path, int]] = {}
+        self._figures: dict[str, int] = {}
+
+    def claim(self, entry: VisualizationEntry, path: Path, figure: Path) -> None:
+        """UsageError if `figure`, or another of its id, is that of an earlier entry."""
+        stem = str(figure.with_name(entry.id)).casefold()
+        other, line = self._files.setdefault(stem, (path, entry.line))
+        if other != path:
+            raise UsageError(f"its figures would write over those of line {line}: give it an id of its own")
+        line = self._figures.setdefault(str(figure).casefold(), entry.line)
+        if line != entry.line:
+            raise UsageError(f"its figure is that of line {line} already")
+
+
+def show_file(options: Mapping[str, Any], name: str, layer: int | None, head: int | None) -> list[Path]:
+    """Draw one attention file: one head if layer and head are named, else its top heads.
+
+    Returns:
+        The figures written; none with `save_fig=false`.
+    """
+    path = find_attention_file(name)
+    if path != Path(name) and layer is not None and head is not None:
+        layer, head = _nearest_head(path, layer, head)
+    return _show(options, path, _figure_stem(options, path), layer, head)
+
+
+def _nearest_head(path: Path, layer: int, head: int) -> tuple[int, int]:
+    """A head that the file has, where the one named is of the other model whose file was asked for.
+
+    The tool's first document names L20H5 of LLaVA-1.5-7B; taken together with its file, by another model's.
+    """
+    maps = load_attention(path)
+    nearest = Head(min(layer, maps.num_layers - 1), min(head, maps.num_heads - 1))
+    if nearest != Head(layer, head):
+        log.warning("the model of %s has no %s: showing %s", path, Head(layer, head), nearest)
+    return nearest
+
+
+def _show(
+    options: Mapping[str, Any], path: Path, stem: Path, layer: int | None, head: int | None
+) -> list[Path]:
+    if (layer is None) != (head is None):
+        raise UsageError("layer= and head= go together: name both, or neither for the top heads")
+    opened = _open(path, CriteriaOptions(**options["criteria"]))
+    if layer is not None and head is not None:
+        shown, grounding = [Head(layer, head)], None
+        check_heads(shown, opened.maps.num_layers, opened.maps.num_heads, f"layer={layer} head={head}")
+    else:
+        shown, grounding = _top(options, opened)
+    return _draw(options, opened, stem, shown, grounding)
+
+
+def show_entries(options: Mapping[str, Any]) -> tuple[list[Path], list[BadEntry]]:
+    """Draw every entry of `data_file`, named after its id; a bad one is reported and the rest goes on."""
+    if not options["data_file"]:
+        raise UsageError("data_file= is missing: mode=batch needs it")
+    file = load_visualization_entries(options["data_file"])
+    entries, bad = choose_range(options, file.entries, file.bad)
+    paths: list[Path] = []
+    claims = _Claims()
+    for entry in entries:
+        try:
+            named = entry.attention_file
+            path = attention_file_of(entry.id) if named is None else find_attention_file(str(named))
+            stem = _figure_stem(options, path).with_name(entry.id)
+            claims.claim(entry, path, _figure(stem, entry.layer, entry.head))
+            paths += _show(options, path, stem, entry.layer, entry.head)
+        except (UsageError, WorkError) as error:
+            bad.append(BadEntry(entry.line, entry.id, str(error)))
+    return paths, sorted(bad, key=lambda failure: failure.line)
+
+
+def _figure_stem(options: Mapping[str, Any], path: Path) -> Path:
+    """What the names of the figures begin with: beside their attention file, or in `output_dir`."""
+    beside = side_path(path, "")
+    return Path(options["output_dir"]) / beside.name if options["output_dir"] else beside
+
+
+def _figure(stem: Path, layer: int | None, head: int | None) -> Path:
+    """`<stem>_visualization.png`, with the head's name behind it if one is named."""
+    named = "" if layer is None or head is None else f"_{Head(layer, head)}"
+    return stem.with_name(f"{stem.name}_visualization{named}.png")
+
+
+def _open(path: Path, criteria: CriteriaOptions) -> Opened:
+    maps = load_attention(path)
+    check_criteria(criteria, maps.num_layers)
+    return Opened(path, maps, head_statistics(maps.attention, criteria))
+
+
+def _top(options: Mapping[str, Any], opened: Opened) -> tuple[list[Head], Grounding]:
+    """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
+    criteria, maps = CriteriaOptions(**options["criteria"]), opened.maps
+    chosen = known_heads(maps.model, opened.path.parent.parent, options["k"])
+    chosen = chosen or tuple(own_heads(opened.statistics, criteria, options["k"]))
+    check_heads(chosen, maps.num_layers, maps.num_heads)
+    grounding = ground_maps(maps, chosen, GroundingOptions(**options["grounding"]))
+    return top_heads(chosen, opened.statistics, criteria, options["top_k"]), grounding
+
+
+def _draw(
+    options: Mapping[str, Any],
+    opened: Opened,
+    stem: Path,
+    shown: Sequence[Head],
+    grounding: Grounding | None,
+) -> list[Path]:
+    """A named head comes without a box, and its figure bears its name."""
+    from localization_heads import figures
+
+    image = picture_of(opened.maps, options["allow_private_addresses"])
+    statistics, save = opened.statistics, options["save_fig"]
+    paths = [_figure(stem, *(shown[0] if grounding is None else (None, None)))]
+    target = paths[0] if save else None
+    drawn = [
+        figures.plot_top_maps(image, opened.maps, shown, target, grounding=grounding, statistics=statistics)
+    ]
+    for head in shown if options["show_components"] else ():
+        paths.append(stem.with_name(f"{stem.name}_components_{head}.png"))
+        target = paths[-1] if save else None
+        drawn.append(_draw_components(opened, image, head, CriteriaOptions(**options["criteria"]), target))
+    if options["show_plot"]:
+        for figure in drawn:
+            figures.show(figure)
+    return paths if save else []
+
+
+def _draw_components(
+    opened: Opened, image: Image.Image | None, head: Head, criteria: CriteriaOptions, path: Path | None
+) -> Figure:
+    from localization_heads import figures
+
+    cells = binarise(opened.maps.attention[head], threshold=criteria.threshold, means=criteria.means)
+    labels = label_components(cells)
+    return figures.plot_components(
+        image, opened.maps, head, labels, float(opened.statistics.spatial_entropy[head]), path
+    )

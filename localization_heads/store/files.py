@@ -1,0 +1,237 @@
+"""Files that appear whole or not at all: every file this tool writes goes through `atomic_write`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from localization_heads.errors import UsageError, WorkError
+
+log = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\.lh-[0-9a-f]{16}-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]+\.tmp")
+
+
+def _this_host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _temporary_path(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer shares and that is short whatever the target's name."""
+    target = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".lh-{target}-{_this_host()}-{os.getpid()}-{threading.get_ident():x}.tmp")
+
+
+def _refusal(path: Path, error: OSError) -> UsageError | WorkError:
+    """A place that cannot be written is the user's to change; a full or failing disk is not an option's fault."""
+    reason = error.strerror or str(error)
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError):
+        return UsageError(f"cannot write {path}: {reason}; choose another output_dir")
+    return WorkError(f"cannot write {path}: {reason}")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that becomes `path` when the block ends, and vanishes if the block raises.
+
+    Missing folders are made. The content is on the disk (fsync) before it takes the name, so a reader, or a
+    run after a power cut, finds the old file or the new one and never a part of either. Raises UsageError
+    where the place cannot be written to, WorkError where the disk fails.
+    """
+    path = Path(path)
+    temporary = _temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # left by a killed process that had our number
+        descriptor = os.open(
+            temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
+        )
+    except OSError as error:
+        raise _refusal(path, error) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _refusal(path, error) from error
+        raise
+
+
+@contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """Fill a new folder that takes the place of `path` when the block ends, and vanishes if the block raises.
+
+    Whoever looks finds the old content or the new, never a mixture; for a moment in between, none. Raises UsageError
+    where the place cannot be written to, WorkError where the disk fails.
+    """
+    path = Path(path)
+    new = _temporary_path(path)
+    old = new.with_name(f"{new.name.removesuffix('.tmp')}00.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(new)
+        _remove(old)
+        new.mkdir()
+    except OSError as error:
+        raise _refusal(path, error) from error
+    try:
+        yield new
+        with suppress(FileNotFoundError):
+            path.rename(old)
+        new.rename(path)
+        _remove(old)
+    except BaseException as error:
+        with suppress(OSError):
+            _remove(new)
+        with suppress(OSError):
+            old.rename(path)  # fails where the new content is there already
+        if isinstance(error, OSError):
+            raise _refusal(path, error) from error
+        raise
+
+
+def _remove(path: Path) -> None:
+    """A file, a link (never what it leads to) or a folder with all that is in it; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file atomically."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, keys in the order given, a newline at the end. NaN and infinity raise."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a comma-separated table with `\\n` line ends, the same bytes for the same values on every system."""
+    import csv
+
+    text = StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files and folders that killed processes of this machine left in `folder` (not below it)."""
+    for path in Path(folder).glob(".lh-*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and match["host"] == _this_host() and not _is_running(int(match["pid"])):
+            log.debug("removing the leftover %s", path)
+            with suppress(OSError):
+                _remove(path)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # a signal of 0 ends the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Make the folder if need be and see that a file can be made in it; UsageError where not."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    return folder
+
+
+LOCK_NAME = ".lh-run.lock"
+
+
+class RunLock:
+    """Holds a folder for this run: `with RunLock(folder): ...`, or `acquire` and `release`.
+
+    A second run on the folder gets a UsageError at once instead of waiting. The system drops the lock when
+    the process ends, however it ends, so a kill leaves nothing to clear. Taking it clears the temporary files
+    of killed runs from the folder and from `attention/` and `statistics/` in it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._lock: BaseFileLock | None = None
+
+    def acquire(self) -> RunLock:
+        """Take the folder, making it if need be. UsageError if another run has it or it cannot be written."""
+        writable_folder(self.folder)
+        lock = FileLock(str(self.folder / LOCK_NAME), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UsageError(
+                f"another run is working in {self.folder}: wait until it ends, or choose another output_dir"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise UsageError(f"cannot lock {self.folder} ({error}): choose another output_dir") from error
+        self._lock = lock
+        for name in ("", "attention", "statistics"):
+            remove_leftovers(self.folder / name)
+        return self
+
+    def release(self) -> None:
+        if self._lock is not None:
+            with suppress(OSError):
+                self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> RunLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+_FIRST_LINE = b"version https://git-lfs.github.com/spec/"
+
+IS_POINTER = "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
+
+
+def is_pointer(beginning: bytes) -> bool:
+    """Whether a file that begins like this is a pointer.
+
+    >>> is_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a21"), is_pointer(b"GIF89a")
+    (True, False)
+    """
+    return beginning.startswith(_FIRST_LINE)

@@ -1,0 +1,186 @@
+"""`heads.json` and `heads.csv`: the ranking on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localization_heads.attention import Box
+from localization_heads.data.masks import run_size
+from localization_heads.errors import UsageError, shown
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import read_scores
+from localization_heads.store.files import atomic_write, write_csv, write_json
+from localization_heads.store.json_files import parse_json, read_json
+
+_LARGEST = 32 << 20  # bytes; 100,000 heads take 20 MB
+
+
+def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
+    """Write `heads.json` (the heads kept) and `heads.csv` (all of them) into `folder`."""
+    json_path, csv_path = folder / "heads.json", folder / "heads.csv"
+    write_csv(csv_path, HeadRanking.CSV_HEADER, ranking.csv_rows())
+    write_json(json_path, ranking.to_json())
+    return json_path, csv_path
+
+
+def load_ranking(path: str | Path) -> HeadRanking:
+    """Read a `heads.json`. Raises UsageError, naming the file, for anything else."""
+    data = _read(Path(path))
+    try:
+        return HeadRanking.from_json(data)
+    except UsageError as error:
+        raise UsageError(f"heads={path}: {error}") from error
+
+
+def is_ranking(path: str | Path) -> bool:
+    """Whether a file holds a ranking, and not another tool's scores. UsageError if it is no JSON file."""
+    data = _read(Path(path))
+    return isinstance(data, dict) and "heads" in data
+
+
+def load_head_list(path: str | Path) -> list[Head]:
+    """Heads, best first, from a `heads.json` or from another tool's scores (`heads.scores`).
+
+    Raises:
+        UsageError: naming the file, for anything else.
+    """
+    if is_ranking(path):
+        return [head.address for head in load_ranking(path).kept]
+    try:
+        return [head for head, _ in read_scores(_read(Path(path)))]
+    except UsageError as error:
+        raise UsageError(f"heads={path}: {error}") from error
+
+
+def _read(path: Path) -> Any:
+    """The JSON value in a file of bounded size."""
+    try:
+        return read_json(path, _LARGEST)
+    except UsageError as error:
+        raise UsageError(f"heads={error}") from error
+
+
+MAX_LINE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One line of `predictions.jsonl`.
+
+    Args:
+        bbox: xyxy in pixels of the image, or None where there is none.
+        mask: COCO RLE with its counts as text (see `encode_mask`), or None.
+        error: why the entry failed, or None.
+    """
+
+    id: str
+    bbox: Box | None = None
+    score: float | None = None
+    mask: Mapping[str, Any] | None = None
+    heads: Sequence[Head] = ()
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "bbox": None if self.bbox is None else [float(x) for x in self.bbox],
+            "score": None if self.score is None else float(self.score),
+            "mask": self.mask,
+            "heads": [[int(layer), int(head)] for layer, head in self.heads],
+            "error": self.error,
+        }
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> Prediction:
+        """The inverse of `to_json`; raises ValueError, KeyError, TypeError or OverflowError for anything else.
+
+        The form of the mask is checked here, its content when it is decoded.
+        """
+        box, score, mask, error = line["bbox"], line.get("score"), line.get("mask"), line.get("error")
+        if box is not None:
+            x0, y0, x1, y1 = (_number(x) for x in box)
+            box = (x0, y0, x1, y1)
+        if mask is not None and not (isinstance(mask, dict) and isinstance(mask.get("counts"), str)):
+            raise ValueError("'mask' must be run lengths with their counts as text")
+        if mask is not None:
+            run_size(mask)
+        if not isinstance(line["id"], str) or not isinstance(error, str | None):
+            raise ValueError("'id' and 'error' must be text")
+        return cls(
+            id=line["id"],
+            bbox=box,
+            score=None if score is None else _number(score),
+            mask=mask,
+            heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
+            error=error,
+        )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{shown(value)} is no number")
+    return float(value)
+
+
+def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Write the whole file atomically, in the order given."""
+    with atomic_write(path) as file:
+        for prediction in predictions:
+            text = json.dumps(prediction.to_json(), ensure_ascii=False, allow_nan=False)
+            file.write(text.encode() + b"\n")
+
+
+def read_predictions(path: str | Path) -> Iterator[Prediction]:
+    """Yield the lines of a `predictions.jsonl`. UsageError, naming file and line, for one that is none."""
+    path = Path(path)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    with file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                yield _prediction(line)
+            except (ValueError, UsageError) as error:
+                raise UsageError(f"{path}, line {number}: not a prediction ({error})") from error
+
+
+def _prediction(line: bytes) -> Prediction:
+    """A line of the file. Raises ValueError or UsageError."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
+    value = parse_json(line)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    try:
+        return Prediction.from_json(value)
+    except KeyError as error:
+        raise ValueError(f"{error} is missing") from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError("a value of the wrong kind") from error
+
+
+def write_parquet(path: Path, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as parquet; what a row does not name is null.
+
+    Args:
+        columns: name -> kind: `text`, `number` (float64), `whole` (int64), or `texts`, `numbers` for lists of them.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
+    kinds |= {"texts": pa.list_(pa.string()), "numbers": pa.list_(pa.float64())}
+    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    arrays = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+    with atomic_write(path) as file:
+        parquet.write_table(pa.Table.from_arrays(arrays, schema=schema), file)
