@@ -19,10 +19,11 @@ from localization_heads import load_model
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.evaluation.metrics import accuracy_at, box_iou, ciou, giou, mask_overlap
 from localization_heads.grounder import make_segmenter
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions, SegmenterOptions
 from localization_heads.scenes.scene import TEST_SEEDS, scene_samples
-from localization_heads.segmentation.segmenter import GRABCUT, SegmenterOptions, refine
+from localization_heads.segmentation.segmenter import GRABCUT, refine
 
 SCENES = 300
 SIZE = 256  # pixels

@@ -22,7 +22,7 @@ from benchmarks.memory import reset_peak, resident_peak
 from benchmarks.result import Row, bytes_text, limit_row
 from benchmarks.setting import Setting
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 KEY = "g"
 LIMIT = 300_000_000  # bytes

@@ -20,12 +20,14 @@ from localization_heads.errors import NoHeadError, NotFiniteError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounder import make_segmenter
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
-from localization_heads.heads.criteria import CriteriaOptions, head_statistics
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, own_heads, rank_heads
 from localization_heads.heads.record import found_with
-from localization_heads.segmentation.segmenter import GRABCUT, Segmenter, SegmenterOptions, refine
+from localization_heads.lvlm.spec import heads_found_with
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
+from localization_heads.segmentation.segmenter import GRABCUT, Segmenter, refine
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -266,7 +268,7 @@ def _grounder(
         lvlm.note_other_conditions("these heads", heads.found_with)
         heads = heads.top(K)
     elif heads is None:
-        lvlm.note_other_conditions("the known heads", lvlm.spec.heads_found_with)
+        lvlm.note_other_conditions("the known heads", heads_found_with(lvlm.spec))
     if heads is not None and not len(heads):
         raise ValueError("heads names no head; None takes those that are known, or each sample's own")
     chosen = tuple(Head(*head) for head in (lvlm.known_heads if heads is None else heads))

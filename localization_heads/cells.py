@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from localization_heads.attention import Box
-
-Interpolation = Literal["nearest", "bilinear"]
+from localization_heads.options.groups import Interpolation
 
 SLIVER = 1e-6
 """Pixels: a cell that shows less of the image than this is outside; it touches the border by rounding."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from localization_heads.segmentation.segmenter import Segmenter, SegmenterOptions
+from localization_heads.options.groups import SegmenterOptions
+from localization_heads.segmentation.segmenter import Segmenter
 
 
 def make_segmenter(options: SegmenterOptions) -> Segmenter | None:

@@ -18,7 +18,7 @@ from transformers.utils import is_torchvision_available
 
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import images_only
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 WORDS = "the red car dog left in this image here is original and are some crops to help you see better . : ,"
 VOCABULARY = 400

@@ -23,11 +23,11 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample, decode_mask, load_samples
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.judging import truth_of
-from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedPicture
+from localization_heads.options.groups import CriteriaOptions
 
 ROOT = Path(__file__).parents[1]
 HEADS = (Head(2, 0), Head(3, 1))

@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import upsample
 from localization_heads.evaluation.scores import Truth, score_grounding
-from localization_heads.grounding.ground import GroundingOptions, ground_maps, otsu, threshold, top_mass
+from localization_heads.grounding.ground import ground_maps, otsu, threshold, top_mass
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 
 def grounded(grid, image_box=None, image_size=None, **options):

@@ -22,8 +22,9 @@ from localization_heads.evaluation.controls import (
     random_heads,
 )
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 PLAIN = GroundingOptions(kernel_size=1)
 

@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 
 from localization_heads.heads import criteria
 from localization_heads.heads.criteria import (
-    CriteriaOptions,
     attention_sum,
     attention_sum_threshold,
     binarise,
@@ -28,6 +27,7 @@ from localization_heads.heads.criteria import (
     spatial_entropy,
 )
 from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_heads
+from localization_heads.options.groups import CriteriaOptions
 
 LN2 = math.log(2)
 JUNE, AUGUST = (

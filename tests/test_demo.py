@@ -41,9 +41,9 @@ from localization_heads.data.masks import read_mask
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.figures.sheet import VERMILLION
-from localization_heads.grounding.ground import GroundingOptions
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loading
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.segmentation.segmenter import GRABCUT
 from localization_heads.stages.run import Run

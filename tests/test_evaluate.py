@@ -19,9 +19,10 @@ from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.evaluation.controls import centre_box, mean_map, oracle_map, random_heads
 from localization_heads.evaluation.metrics import mask_overlap, pointing_hit
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.stages.evaluate import worst_outcomes
 from localization_heads.stages.outcome import Outcome
 from localization_heads.store.results import Prediction
@@ -479,7 +480,7 @@ def test_no_head_passes_in_the_viewer_and_from_python(
     quick: Front, lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from localization_heads import api
-    from localization_heads.heads.criteria import CriteriaOptions
+    from localization_heads.options.groups import CriteriaOptions
     from localization_heads.stages import visualize
 
     write_truths(1)

@@ -29,9 +29,10 @@ from localization_heads.experiments.study import (
 )
 from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.experiments.validation import Recipe, Scores, contrast, random_sets, score
-from localization_heads.grounding.ground import GroundingOptions, ground_maps, visible_edges
-from localization_heads.heads.criteria import CriteriaOptions, head_statistics
+from localization_heads.grounding.ground import ground_maps, visible_edges
+from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 LAYERS, HEADS, GRID, SIZE, SAMPLES = 4, 5, 6, 24, 14
 SHAPE = (LAYERS, HEADS)

@@ -10,7 +10,7 @@ from tiny_models import llava_model, llava_processor
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 EXPRESSIONS = ["the dog", "a red car on the left side of the very long street"]
 

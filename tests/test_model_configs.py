@@ -23,7 +23,6 @@ from localization_heads.lvlm.spec import (
     EMBEDDED,
     FACTS,
     SHAPES,
-    ModelSpec,
     compose_spec,
     family_facts,
     find_spec,
@@ -31,6 +30,7 @@ from localization_heads.lvlm.spec import (
     looks_like,
 )
 from localization_heads.options import check_options
+from localization_heads.options.groups import ModelSpec
 from localization_heads.stages.run import Run
 
 FOLDER = files("localization_heads") / "config" / "model"

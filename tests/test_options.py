@@ -19,10 +19,9 @@ from localization_heads.apps.frontdoor import quote_free_text
 from localization_heads.errors import UsageError
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
-from localization_heads.grounding.ground import GroundingOptions
-from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.options import BENCHMARKS, RULES, STAGES, check_options, require
 from localization_heads.options import EXPERIMENTS as EXPERIMENT_NAMES
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.stages.run import Run
 
 CONFIG = files("localization_heads") / "config"

@@ -18,7 +18,7 @@ from localization_heads.lvlm.checkpoint import (
     torchvision_advice,
 )
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 QUANTIZED = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},

@@ -19,7 +19,7 @@ from localization_heads.lvlm.prompts import (
     template_placeholder,
     template_renderer,
 )
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 EACH = "{% for m in messages %}{% for c in m.content %}"
 DONE = "{% endfor %}{% endfor %}"

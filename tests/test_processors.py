@@ -21,7 +21,7 @@ import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.processors import check_image_sizes, complete
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"

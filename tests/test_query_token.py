@@ -28,7 +28,7 @@ from localization_heads.lvlm.prompts import (
     referseg_prompt,
     without_token,
 )
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 from localization_heads.stages.find import batch
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention

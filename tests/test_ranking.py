@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
 from localization_heads.heads import ranking as ranking_module
-from localization_heads.heads.criteria import CriteriaOptions, elbow, elbow_index
+from localization_heads.heads.criteria import elbow, elbow_index
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import (
     HeadRanking,
@@ -22,6 +22,7 @@ from localization_heads.heads.ranking import (
     select_heads,
 )
 from localization_heads.heads.record import difference, preset_of
+from localization_heads.options.groups import CriteriaOptions
 
 INF = math.inf
 ALL = CriteriaOptions(exclude_layers=0, tau=0.0)

@@ -28,9 +28,10 @@ from localization_heads.data.images import load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.metrics import box_iou, spearman
-from localization_heads.grounding.ground import GroundingOptions, fill_polygon, ground_maps
+from localization_heads.grounding.ground import fill_polygon, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.report import Card, Gallery, HeadFacts, HeadIoU, outline, render, thumbnail, tiny_map
 from localization_heads.report.tables import Markup, element, json_block, plain
 from localization_heads.store.attention_files import load_attention

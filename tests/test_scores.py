@@ -21,8 +21,9 @@ from localization_heads.evaluation.scores import (
     score_grounding,
     summarize,
 )
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 HIT, MISS = Score(1.0, True, 0.75, (8, 8)), Score(0.0, False, 0.25, (0, 8))
 

@@ -20,8 +20,9 @@ from localization_heads.data.masks import tight_box
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.figures import plot_grounding
 from localization_heads.grounder import make_segmenter
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions, SegmenterOptions
 from localization_heads.segmentation import grabcut
 from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.sam import FAMILIES, Sam, load_sam, on_image
@@ -29,7 +30,6 @@ from localization_heads.segmentation.segmenter import (
     GRABCUT,
     LOGIT,
     Frame,
-    SegmenterOptions,
     interior_points,
     map_logits,
     refine,

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.spec import (
-    CONVERTED,
-    ModelSpec,
-    compose_spec,
-    find_spec,
-    folder_name,
-    known_specs,
-)
+from localization_heads.lvlm.spec import CONVERTED, compose_spec, find_spec, folder_name, known_specs
+from localization_heads.options.groups import ModelSpec
 
 
 def values(choice: str, **changes: object) -> dict[str, object]:

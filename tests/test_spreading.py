@@ -243,8 +243,7 @@ def test_the_work_holds_no_model() -> None:
     from functools import partial
 
     from localization_heads.evaluation.judging import Judge
-    from localization_heads.grounding.ground import GroundingOptions
-    from localization_heads.heads.criteria import CriteriaOptions
+    from localization_heads.options.groups import CriteriaOptions, GroundingOptions
     from localization_heads.stages.evaluate import Examination
     from localization_heads.stages.ground import _ground_each
 

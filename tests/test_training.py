@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.options.groups import CriteriaOptions
 from localization_heads.scenes import artwork
 from localization_heads.scenes.scene import NAMES, render_scene
 from training import card

@@ -18,10 +18,11 @@ from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit, spearman
-from localization_heads.grounding.ground import GroundingOptions, ground_maps
-from localization_heads.heads.criteria import CriteriaOptions, attention_sum, spatial_entropy
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.heads.criteria import attention_sum, spatial_entropy
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.scenes.expressions import PLACES, Expression
 from localization_heads.scenes.scene import (
     HELD_OUT_STYLE,

@@ -17,9 +17,10 @@ from transformers import LlavaForConditionalGeneration
 from localization_heads.attention import AttentionMaps
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.figures.sheet import SKY, VERMILLION
-from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.spec import find_spec
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import scene_samples
 from training.measure import Measured, measure
 

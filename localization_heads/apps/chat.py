@@ -19,7 +19,7 @@ from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers import Conversation
 from localization_heads.lvlm.prompts import CONV_MODES
-from localization_heads.stages.run import Run, check_heads
+from localization_heads.stages.run import ChatRun, check_heads
 from localization_heads.stages.single import default_id
 from localization_heads.store.paths import entry_path, from_home
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.history import History
 
-    from localization_heads.stages.run import Run
+    from localization_heads.options.programs import ChatOptions
+    from localization_heads.stages.run import ChatRun
 
 
 COMMANDS = ("/image", "/ground", "/help", "/exit")
@@ -39,7 +40,7 @@ Type a question and press Enter. Ctrl-C stops an answer.
 /exit               leave (so does Ctrl-D)"""
 
 
-def converse(run: Run) -> int:
+def converse(run: ChatRun) -> int:
     """Read lines until `/exit` or the end of the input."""
     session, read = Session(run, start(run)), line_reader()
     say(f"{run.lvlm.name}: /help lists the commands")
@@ -57,10 +58,11 @@ def converse(run: Run) -> int:
             session.handle(line)
 
 
-def start(run: Run) -> Conversation:
+def start(run: ChatRun) -> Conversation:
     """A conversation about `image_file`, if one is named."""
-    image = load_image(run.picture(run["image_file"])) if run["image_file"] else None
-    return Conversation(run.lvlm, image, run["max_new_tokens"])
+    run.lvlm.recent.max_bytes = run.options.picture_memory * 2**20
+    image = load_image(run.picture(run.options.image_file)) if run.options.image_file else None
+    return Conversation(run.lvlm, image, run.options.max_new_tokens)
 
 
 def print_answer(conversation: Conversation, question: str) -> None:
@@ -81,11 +83,11 @@ def print_answer(conversation: Conversation, question: str) -> None:
 class Session:
     """A conversation and the picture it is about."""
 
-    run: Run
+    run: ChatRun
     conversation: Conversation
 
     def __post_init__(self) -> None:
-        self.image_name = str(self.run.picture(self.run["image_file"] or ""))
+        self.image_name = str(self.run.picture(self.run.options.image_file or ""))
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.look_at,
             "/ground": self.ground,
@@ -128,7 +130,7 @@ class Session:
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
         lvlm = self.run.lvlm.prompted(self._conv_mode())
-        options, segmenter = self.run.grounding, self.run.segmenter
+        options, segmenter = self.run.options.grounding, self.run.segmenter
         found = ground(lvlm, image, expression, self._heads(), options=options, segmenter=segmenter)
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
@@ -228,21 +230,21 @@ def _main(cfg: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from localization_heads.errors import UsageError
-    from localization_heads.stages.run import Run
+    from localization_heads.stages.run import ChatRun
 
     hydra = HydraConfig.get()
-    run = Run(plain_options(cfg), hydra.runtime.choices["model"], tuple(hydra.overrides.task))
-    if run["max_new_tokens"] < 1:
-        raise UsageError("max_new_tokens=0: give a whole number of at least 1")
-    if run["cli_mode"]:
+    run = ChatRun(
+        ChatOptions.of(plain_options(cfg)), hydra.runtime.choices["model"], tuple(hydra.overrides.task)
+    )
+    if run.options.cli_mode:
         return converse(run)
-    if not run["query"]:
+    if not run.options.query:
         raise UsageError("query= is missing: ask something, or start a conversation with cli_mode=true")
     return _answer_once(run)
 
 
-def _answer_once(run: Run) -> int:
+def _answer_once(run: ChatRun) -> int:
 
     conversation = start(run)
-    print_answer(conversation, str(run["query"]))
+    print_answer(conversation, str(run.options.query))
     return 0

@@ -17,8 +17,11 @@ def _main(cfg: Any) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from localization_heads.apps.finder_stages import run_stage
+    from localization_heads.options.programs import FinderOptions
     from localization_heads.stages.run import Run
 
     hydra = HydraConfig.get()
-    run = Run(plain_options(cfg), hydra.runtime.choices["model"], tuple(hydra.overrides.task))
+    run = Run(
+        FinderOptions.of(plain_options(cfg)), hydra.runtime.choices["model"], tuple(hydra.overrides.task)
+    )
     return run_stage(run)

@@ -92,7 +92,7 @@ def doctor_stage(run: Run) -> int:
 
 
 def experiment_stage(run: Run) -> int:
-    if run["experiment"]["names"] == ["ladder"]:
+    if run.options.experiment.names == ("ladder",):
         return _show_findings(*experiment.climb(run))
     result = experiment.experiment(run)
     return _show_findings(result.findings, result.failures, result.paths)
@@ -125,8 +125,8 @@ def run_stage(run: Run) -> int:
     """The exit status of `stage=`. If no entry could be used, each one's reason is shown before the error."""
     started = time.monotonic()
     try:
-        status = STAGES[run["stage"]](run)
-        log.info("stage=%s took %.1f s", run["stage"], time.monotonic() - started)
+        status = STAGES[run.options.stage](run)
+        log.info("stage=%s took %.1f s", run.options.stage, time.monotonic() - started)
         return status
     except NothingDoneError as error:
         _show_failures(error.failures)
@@ -140,7 +140,7 @@ def _show_collected(collected: single.Collected) -> None:
 
 
 def _show_analysed(run: Run, analysed: single.Analysed) -> None:
-    tables.show(tables.analysis_table(analysed.rows, run["top_k"]))
+    tables.show(tables.analysis_table(analysed.rows, run.options.top_k))
     tables.written([analysed.path])
 
 
@@ -155,7 +155,7 @@ def _show_visualised(visualised: single.Visualised) -> None:
 
 
 def _show_discovered(run: Run, result: find.Discovered) -> int:
-    tables.show(tables.ranking_table(result.ranking, run["k"]))
+    tables.show(tables.ranking_table(result.ranking, run.options.k))
     if result.grounded:
         tables.show(tables.predictions_table(result.grounded))
     tables.written(result.paths)

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partialmethod
-from importlib.resources import files
 from typing import Any
 
 from localization_heads.errors import UsageError, WorkError, printable
@@ -73,8 +72,6 @@ NOT_SET_UP = (
     "or `pip install -r requirements.txt` in an environment of your own"
 )
 
-_GLOBAL = "# @package _global_\n"
-
 _QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
 _ITEM = re.compile(r"""\s*('[^'\\]+'|"[^"\\]+"|[^,]*?)\s*(?:,|\Z)""")  # of a list
 
@@ -106,47 +103,29 @@ def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequen
 
 
 def help_text(config_name: str, program: str) -> str:
-    """The config files themselves, whose comments explain every option, without what only Hydra reads."""
-    text = _config_text(config_name).split("\nhydra:\n")[0]
-    groups = _groups(config_name)
-    text = re.sub(r"\n  - (_self_|override [^\n]*)", "", text)
-    parts = [
-        f"usage: {program} [-q | -v] [NAME=VALUE ...]\n\n{HELP}",
-        text,
-        *(_group_help(*group) for group in groups),
-    ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    """How the program is called, and every option of it."""
+    try:
+        from localization_heads.options.compose import help_text as options_text
+    except ModuleNotFoundError:
+        return f"{sys.executable} {NOT_SET_UP}\n"
+    return f"usage: {program} [-q | -v] [NAME=VALUE ...]\n\n{HELP.strip()}\n\n{options_text(config_name)}"
 
 
-def _group_help(group: str, choice: str) -> str:
-    """The options of a group, under the names that the command line knows them by."""
-    text = _config_text(f"{group}/{choice}")
-    if "  - base\n" in text:  # the file says what is special, the base explains every option
-        special = re.findall(r"^((?!defaults)\w+:).*$", text, re.MULTILINE)
-        lines = {name: line for name in special for line in text.splitlines() if line.startswith(name)}
-        base = _config_text(f"{group}/base").splitlines()
-        text = "\n".join(lines.get(line.partition(" ")[0], line) for line in base)
-    if text.startswith(_GLOBAL):  # its options stand beside those above
-        text = text.removeprefix(_GLOBAL)
-    else:
-        text = re.sub(r"^(?=\w)", f"{group}.", text, flags=re.MULTILINE)
-    return f"# --- {group}={choice} {'-' * (100 - len(group) - len(choice))}\n{text}"
-
-
-def quote_free_text(argument: str, sweeps: bool = False) -> str:
+def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "finder") -> str:
     """Quote the value of a free-text option for Hydra, so that users need only quote for their shell.
 
     Args:
-        argument: `NAME=VALUE`; what `RULES` has no text for stays as it is.
+        argument: `NAME=VALUE`; what is no text stays as it is.
         sweeps: whether a list of options may be swept over: those that take lists are then Hydra's to read.
 
     >>> quote_free_text("query=the dog, on the left"), quote_free_text("exclude=[a b.jsonl,c=d.jsonl]")
     ("query='the dog, on the left'", "exclude=['a b.jsonl','c=d.jsonl']")
     """
-    from localization_heads.options import RULES
+    from localization_heads.options.compose import option_names
+    from localization_heads.options.kinds import reads
 
     name, equals, value = argument.partition("=")
-    kind = RULES[name].kind if name in RULES else "value"
+    kind = reads(field) if (field := option_names(config_name).get(name)) else "value"
     if not equals or kind == "value" or value in ("", "null"):
         return argument
     if kind in ("texts", "paths"):
@@ -168,25 +147,24 @@ def _quoted(value: str) -> str:
 
 
 def plain_options(cfg: Any) -> dict[str, Any]:
-    """The composed options as plain values, interpolations resolved and `~` made the home folder in every path."""
+    """The composed options as plain values, interpolations resolved."""
     from omegaconf import OmegaConf
 
-    from localization_heads.options import expand_home
-
     options = OmegaConf.to_container(cfg, resolve=True)
-    plain = {str(name): value for name, value in options.items()} if isinstance(options, dict) else {}
-    expand_home(plain)
-    return plain
+    return {str(name): value for name, value in options.items()} if isinstance(options, dict) else {}
 
 
 def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
     try:
         import hydra
+
+        from localization_heads.options.compose import register
     except ModuleNotFoundError:
         raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
+    register(config_name)
     flags, words, sweeps = _flags_and_words(arguments)
     _check_words(words, config_name)
-    words = [quote_free_text(word, sweeps) for word in words]
+    words = [quote_free_text(word, sweeps, config_name) for word in words]
     own_choices = not any(word.startswith(("-cd", "--config-d", "hydra.searchpath=")) for word in arguments)
     _check_grammar(words, config_name, sweeps, own_choices)
     statuses: list[int] = []
@@ -255,10 +233,12 @@ def _check_words(words: Sequence[str], config_name: str) -> None:
 
 def _loose_word(words: Sequence[str], place: int, config_name: str) -> str:
     """The error for a word that the shell has cut off a text, or that lacks its value."""
-    from localization_heads.options import TEXTS, did_you_mean
+    from localization_heads.options.compose import option_names
+    from localization_heads.options.kinds import did_you_mean, reads
 
     word, before = words[place], words[place - 1] if place else ""
-    if before.partition("=")[0] in TEXTS:
+    cut_off = option_names(config_name).get(before.partition("=")[0])
+    if cut_off is not None and reads(cut_off) != "value":
         rest = [before, *words[place:]]
         stop = next((i for i, other in enumerate(rest) if i and "=" in other), len(rest))
         whole = shlex.quote(" ".join(rest[:stop]))
@@ -278,42 +258,47 @@ def _check_grammar(words: Sequence[str], config_name: str, sweeps: bool, own_cho
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, groups = OverridesParser.create(), dict(_groups(config_name))
+    from localization_heads.options.compose import choices, choices_of
+
+    parser, groups = OverridesParser.create(), choices(config_name)
     for word in words:
         try:
             override = parser.parse_override(word)
         except (HydraException, RecursionError, ValueError) as error:  # of 5,000 digits
-            raise UsageError(_unreadable(word, error, groups)) from error
+            raise UsageError(_unreadable(word, error, groups, config_name)) from error
         name = override.key_or_group
         if not name or (word[0] in "+~" and not name.startswith("hydra")):
             raise UsageError(unknown_option(word.partition("=")[0], config_name))
         if override.is_sweep_override():
             if not sweeps:
                 raise UsageError(f"{word[:200]}: give one value; a list is written [A,B]")
-        elif name in groups and own_choices and override.value() not in _choices(name):
-            raise UsageError(_no_choice(name, word.partition("=")[2]))
+        elif name in groups and own_choices and override.value() not in choices_of(name):
+            raise UsageError(_no_choice(name, word.partition("=")[2], config_name))
         elif (name in groups or "/" in name) and not isinstance(override.value(), str):
             raise UsageError(f"{word[:200]}: name one choice of {name}")
 
 
-def _unreadable(argument: str, error: Exception, groups: Mapping[str, str]) -> str:
+def _unreadable(argument: str, error: Exception, groups: Mapping[str, str], config_name: str) -> str:
     """The error for an argument that Hydra's grammar refuses: what the option takes, where that is the trouble."""
-    from localization_heads.options import RULES
+    from localization_heads.options.compose import option_names
+    from localization_heads.options.kinds import wants
 
     name, _, value = argument.partition("=")
     if name in groups:
-        return _no_choice(name, value)
-    if name in RULES and (problem := RULES[name](value)):
-        return f"{argument[:200]}: {problem}"
+        return _no_choice(name, value, config_name)
+    if field := option_names(config_name).get(name):
+        return f"{argument[:200]}: {wants(field, value)}"
     return f"{argument[:200]}: cannot be read as NAME=VALUE ({_one_line(error)})"
 
 
-def _no_choice(group: str, value: str) -> str:
+def _no_choice(group: str, value: str, config_name: str) -> str:
     """The error for a choice that a group does not have."""
-    from localization_heads.options import RULES, did_you_mean
+    from localization_heads.options.compose import choices_of, option_names
+    from localization_heads.options.kinds import did_you_mean, reads
 
-    choices = _choices(group)
-    takes_path = f"{group}.name" in RULES and RULES[f"{group}.name"].kind == "path"
+    choices = choices_of(group)
+    name = option_names(config_name).get(f"{group}.name")
+    takes_path = name is not None and reads(name) == "path"
     hint = did_you_mean(value, choices)
     if "/" in value and takes_path:
         hint = f"write {group}.name= for a Hugging Face id or a folder, or "
@@ -353,44 +338,17 @@ def _option_error(error: Exception, config_name: str) -> str | None:
 
 def unknown_option(name: str, config_name: str) -> str:
     """The error for an option that does not exist, with the nearest one that does."""
-    from localization_heads.options import RULES, did_you_mean
+    from localization_heads.options.kinds import did_you_mean
 
-    group, _, key = name.rpartition(".")
-    if name in RULES and group in dict(_groups(config_name)):
-        having = [
-            choice
-            for choice in _choices(group)
-            if re.search(rf"^{key}:", _config_text(f"{group}/{choice}"), re.MULTILINE)
-        ]
-        return f"{name}= is an option of {group}={' or '.join(having)} alone"
     near = did_you_mean(name, [f"{option}=" for option in _names(config_name)])
     return f"{name[:200]}= is no option: {near}--help lists all"
 
 
 def _names(config_name: str) -> list[str]:
     """Every option and every group, as the command line knows them."""
-    from localization_heads.options import RULES
+    from localization_heads.options.compose import choices, option_names
 
-    known = re.findall(r"^([\w.]+):|^  - (\w+):", help_text(config_name, ""), re.MULTILINE)
-    names = {option or group for option, group in known} - {"defaults"}
-    inner = {name for name in RULES if "." in name and name.partition(".")[0] in names}
-    return sorted(names | inner)
-
-
-def _groups(config_name: str) -> list[tuple[str, str]]:
-    """The groups of a config, each with its default choice."""
-    return re.findall(r"^  - (\w+): (\w+)$", _config_text(config_name), re.MULTILINE)
-
-
-def _choices(group: str) -> list[str]:
-    names = (file.name for file in (files("localization_heads") / "config" / group).iterdir())
-    return sorted(
-        name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != "base.yaml"
-    )
-
-
-def _config_text(config_name: str) -> str:
-    return (files("localization_heads") / "config" / f"{config_name}.yaml").read_text(encoding="utf-8")
+    return sorted({*option_names(config_name), *choices(config_name)})
 
 
 def _one_line(error: Exception) -> str:

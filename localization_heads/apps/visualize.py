@@ -16,18 +16,17 @@ def main() -> int:
 def _main(cfg: Any) -> int:
     from localization_heads.apps import tables
     from localization_heads.errors import UsageError
-    from localization_heads.options import check_options
+    from localization_heads.options.programs import VisualizeOptions
     from localization_heads.stages.visualize import show_entries, show_file
 
-    options = plain_options(cfg)
-    check_options(options)
-    if options["mode"] == "batch":
+    options = VisualizeOptions.of(plain_options(cfg))
+    if options.mode == "batch":
         paths, failures = show_entries(options)
         tables.written(paths)
         if failures:
             tables.show(tables.failures_table(failures))
         return 1 if failures else 0
-    if not options["attention_file"]:
+    if not options.attention_file:
         raise UsageError("attention_file= is missing: mode=single needs it")
-    tables.written(show_file(options, str(options["attention_file"]), options["layer"], options["head"]))
+    tables.written(show_file(options, str(options.attention_file), options.layer, options.head))
     return 0

@@ -82,7 +82,7 @@ def check_unseen(run: Run, samples: Sequence[Sample]) -> None:
 
     Of heads that no heads.json names (published ones, a list) it is not known what they were found on.
     """
-    if run["allow_leakage"] or (source := run.heads_source) is None:
+    if run.options.allow_leakage or (source := run.heads_source) is None:
         return
     seen = set(load_heads(source).pictures)
     shared = sum(key in seen for key in picture_keys(samples)) if seen else 0

@@ -25,7 +25,6 @@ from localization_heads.datasets.leakage import prepared_pictures, prepared_sets
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_inside
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
-from localization_heads.options import require
 from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, atomic_write, write_bytes, write_json
 
@@ -53,23 +52,23 @@ class Prepared:
 
 def prepare(run: Run) -> Prepared:
     """Read a benchmark, choose its expressions and write them with their truth."""
-    require(run.options, "dataset", "dataset_path")
-    images = Path(run["images"]) if run["images"] else None
-    source = open_source(run["dataset"], Path(run["dataset_path"]), images)
+    run.options.require("dataset", "dataset_path")
+    images = Path(run.options.images) if run.options.images else None
+    source = open_source(str(run.options.dataset), Path(str(run.options.dataset_path)), images)
     index = source.index()
     chosen, left_out = _choose(run, index)
-    target = Path(run["dataset_folder"]) / f"{_name(run, source)}.jsonl"
+    target = Path(run.options.dataset_folder) / f"{_name(run, source)}.jsonl"
     with RunLock(target.parent):
-        if run["split"] == "train" and not run["allow_leakage"]:
+        if run.options.split == "train" and not run.options.allow_leakage:
             check_leakage(run, index, chosen, target.parent)
         splits = {split: count(entries) for split, entries in _by_split(index.entries).items()}
-        _warn(run, source, splits[run["split"]])
+        _warn(run, source, splits[run.options.split])
         written, failures = _write(run, target, source, chosen)
         failures += index.bad
         record = _describe(run, source, written, left_out, len(failures))
         write_json(target.with_suffix(".json"), record)
     paths = [target, target.with_suffix(".json")]
-    return Prepared(run["dataset"], splits, run["split"], written, failures, paths)
+    return Prepared(str(run.options.dataset), splits, run.options.split, written, failures, paths)
 
 
 def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Entry]:
@@ -89,14 +88,14 @@ def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Ent
 def sample_size(run: Run) -> int | None:
     """`num_samples` of the training split; of the others all, unless the user has given a number."""
     given = any(override.startswith("num_samples=") for override in run.overrides or ())
-    return run["num_samples"] if given or run["split"] == "train" else None
+    return run.options.num_samples if given or run.options.split == "train" else None
 
 
 def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path) -> None:
     """UsageError if the sample shows pictures of evaluation splits: of its source, or prepared beside it."""
     shown = {entry.picture for entry in chosen}
     held = {
-        f"{run['dataset']} {split}": {entry.picture for entry in entries}
+        f"{run.options.dataset} {split}": {entry.picture for entry in entries}
         for split, entries in _by_split(index.entries).items()
         if split != "train"
     }
@@ -107,8 +106,8 @@ def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path)
     if shared:
         listed = ", ".join(f"{number} of {name}" for name, number in shared.items())
         raise UsageError(
-            f"the {len(shown)} pictures drawn from {run['dataset']} train are also evaluated: {listed}. Leave them "
-            "out with exclude=[prepared evaluation files], or write allow_leakage=true"
+            f"the {len(shown)} pictures drawn from {run.options.dataset} train are also evaluated: {listed}. "
+            "Leave them out with exclude=[prepared evaluation files], or write allow_leakage=true"
         )
 
 
@@ -116,26 +115,27 @@ def _choose(run: Run, index: Index) -> tuple[list[Entry], int]:
     """The expressions to write, and how many `exclude` has left out."""
     splits = _by_split(index.entries)
     if not index.entries and not index.bad:
-        raise UsageError(f"dataset_path={run['dataset_path']}: it holds no reference")
+        raise UsageError(f"dataset_path={run.options.dataset_path}: it holds no reference")
     if not index.entries:
         raise NothingDoneError("no row could be read", index.bad[:10])
-    if run["split"] not in splits:
+    if run.options.split not in splits:
         found = ", ".join(f"{name} ({len(entries)} expressions)" for name, entries in splits.items())
-        raise UsageError(f"split={run['split']}: dataset_path has {found}")
-    entries = splits[run["split"]]
+        raise UsageError(f"split={run.options.split}: dataset_path has {found}")
+    entries = splits[run.options.split]
     if twice := [id for id, times in Counter(entry.id for entry in entries).items() if times > 1]:
         raise UsageError(
-            f"dataset_path holds {run['dataset']} {run['split']} twice: {twice[0]} is in it again"
+            f"dataset_path holds {run.options.dataset} {run.options.split} twice: {twice[0]} is in it again"
         )
-    excluded = run["exclude"] or []
-    files = [excluded] if isinstance(excluded, str) else excluded
-    pictures = set().union(*(prepared_pictures(Path(file), "exclude") for file in files))
+    excluded = (prepared_pictures(Path(file), "exclude") for file in run.options.exclude)
+    pictures: set[str] = set().union(*excluded)
     kept = [entry for entry in entries if entry.picture not in pictures]
     if not kept:
-        raise UsageError(f"exclude: it leaves no expression of {run['dataset']} {run['split']}")
+        raise UsageError(f"exclude: it leaves no expression of {run.options.dataset} {run.options.split}")
     number = sample_size(run)
     chosen = (
-        kept if number is None or number >= len(kept) else sample_entries(kept, number, run["random_seed"])
+        kept
+        if number is None or number >= len(kept)
+        else sample_entries(kept, number, run.options.random_seed)
     )
     return chosen, len(entries) - len(kept)
 
@@ -149,21 +149,21 @@ def _by_split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 def _name(run: Run, source: Source) -> str:
     """`refcoco-val`, `refcocog-google-val`, `refcoco-train-1000-seed42`."""
-    parts = [run["dataset"], source.variant, run["split"]]
+    parts = [run.options.dataset, source.variant, run.options.split]
     if (number := sample_size(run)) is not None:
-        parts += [str(number), f"seed{run['random_seed']}"]
+        parts += [str(number), f"seed{run.options.random_seed}"]
     return "-".join(part for part in parts if part)
 
 
 def _warn(run: Run, source: Source, found: Counts) -> None:
     for note in source.notes:
         log.warning("%s", note)
-    official = OFFICIAL.get((run["dataset"], run["split"]))
+    official = OFFICIAL.get((str(run.options.dataset), run.options.split))
     if official and found != official:
         log.warning(
             "%s %s has %d references and %d expressions here, %d and %d in papers: numbers do not compare",
-            run["dataset"],
-            run["split"],
+            run.options.dataset,
+            run.options.split,
             *found,
             *official,
         )
@@ -185,7 +185,7 @@ def _write(run: Run, target: Path, source: Source, chosen: Sequence[Entry]) -> t
             except (UsageError, WorkError, BadLineError) as error:
                 reason = " ".join(str(error).split())
                 failures += [BadEntry(entry.row + 1, entry.id, reason) for entry in entries]
-        check_scale(boxes, f"dataset_path={run['dataset_path']}")
+        check_scale(boxes, f"dataset_path={run.options.dataset_path}")
         if not written:
             raise NothingDoneError(f"none of {len(chosen)} expressions could be prepared", failures[:10])
     return count(written), failures
@@ -240,18 +240,18 @@ def _describe(run: Run, source: Source, written: Counts, left_out: int, failed: 
     number = sample_size(run)
     return {
         "version": 1,
-        "dataset": run["dataset"],
-        "split": run["split"],
+        "dataset": run.options.dataset,
+        "split": run.options.split,
         "source": source.kind,
         "variant": source.variant,
         "files": [_digest(file) for file in source.files],
         "num_samples": number,
-        "random_seed": run["random_seed"] if number is not None else None,
+        "random_seed": run.options.random_seed if number is not None else None,
         "references": written.references,
         "expressions": written.expressions,
         "excluded": left_out,
         "failed": failed,
-        "allow_leakage": run["allow_leakage"],
+        "allow_leakage": run.options.allow_leakage,
         "notes": source.notes,
     }
 

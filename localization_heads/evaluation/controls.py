@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import interval_shares
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 
 def layer_matched(

@@ -16,9 +16,9 @@ from localization_heads.errors import UsageError
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
 from localization_heads.evaluation.metrics import NUM_RESAMPLES
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding, summarize
-from localization_heads.grounding.ground import Grounding, GroundingOptions
-from localization_heads.heads.criteria import CriteriaOptions
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 NO_TRUTH = "has neither bbox nor mask: there is nothing to score against"
 

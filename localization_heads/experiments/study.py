@@ -13,10 +13,10 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import visible_edges
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.ground import GroundingOptions
-from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, binarise
+from localization_heads.heads.criteria import HeadStatistics, binarise
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import NONE_KEPT, WAY_OUT, HeadRanking, greedy_heads, rank_heads
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 
 def head_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:

@@ -24,9 +24,10 @@ from localization_heads.evaluation.scores import Truth, rounded
 from localization_heads.experiments import paper
 from localization_heads.experiments.paper import Finding, Table, percent, probability, two_digits
 from localization_heads.experiments.study import Study, names
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import RankedHead
+from localization_heads.options.groups import GroundingOptions
 
 Heads = tuple[Head, ...]
 Refine = Callable[[int, Grounding], Grounding]

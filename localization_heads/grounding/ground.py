@@ -12,94 +12,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import (
-    Interpolation,
-    mass_inside,
-    resample,
-    upsample,
-    visible_cells,
-    visible_edges,
-)
+from localization_heads.cells import mass_inside, resample, upsample, visible_cells, visible_edges
 from localization_heads.errors import NotFiniteError
 from localization_heads.grounding.shapes import Point, convex_hull, corners, fill_polygon, largest_hull
 from localization_heads.heads.head import Head
-
-Component = Literal["largest_hull", "all"]
-BoxFrom = Literal["map", "mask"]
-Border = Literal["mirror", "repeat"]
-
-
-@dataclass(frozen=True)
-class GroundingOptions:
-    """How maps become a box. The defaults are the paper's (App. B.2).
-
-    Args:
-        kernel_size: taps of the Gaussian kernel, odd; 1 switches smoothing off.
-        sigma: its standard deviation in cells; 0 switches smoothing off.
-        upsample: cut each cell into that many along both axes before smoothing. Kernel and sigma then count
-            the finer cells.
-        component: `"largest_hull"` (paper), or `"all"` active cells (published code).
-        interpolation: what the finer cells get: the cell's value (`"nearest"`), or one that goes linearly from
-            centre to centre (`"bilinear"`).
-        binarise: a cell is active above the `"mean"` (paper), above `"otsu"`'s threshold, or if it is among the
-            fewest that hold a share of the attention (`"top_mass"`).
-        top_mass: that share, above 0 and at most 1.
-        box_from: the `"map"` (paper), or the segmenter's `"mask"`: its tight box. `ground_maps` knows the map alone;
-            `segmentation.refine` sees to the mask.
-        means: of `binarise="mean"`: how many means a cell has to exceed; 1 in the paper and in the published code.
-        margin: of `binarise="mean"`: and by how much; 0 in both.
-        border: how the map goes on beyond its edge when it is smoothed: `"mirror"` does not repeat the edge cell
-            (`c b | a b c`, OpenCV and torchvision), `"repeat"` does (`b a | a b c`, scipy and so the published code).
-        ignore_padding: take the grid as if it covered the picture and nothing else (published code). Wrong on
-            purpose wherever the processor pads or crops; kept to measure what that costs.
-
-    Raises:
-        ValueError: for a value outside these, naming the option.
-    """
-
-    kernel_size: int = 7
-    sigma: float = 1.0
-    upsample: int = 1
-    component: Component = "largest_hull"
-    interpolation: Interpolation = "nearest"
-    binarise: Binarise = "mean"
-    top_mass: float = 0.7
-    box_from: BoxFrom = "map"
-    ignore_padding: bool = False
-    means: float = 1.0
-    margin: float = 0.0
-    border: Border = "mirror"
-
-    def __post_init__(self) -> None:
-        gaussian_kernel(self.kernel_size, self.sigma)
-        if isinstance(self.upsample, bool) or not isinstance(self.upsample, int) or self.upsample < 1:
-            raise ValueError(f"upsample must be a whole number of at least 1, not {self.upsample!r}")
-        choices = {
-            "component": Component,
-            "interpolation": Interpolation,
-            "binarise": Binarise,
-            "box_from": BoxFrom,
-            "border": Border,
-        }
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                listed = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
-        if isinstance(self.top_mass, bool) or not 0 < self.top_mass <= 1:
-            raise ValueError(f"top_mass must be above 0 and at most 1, not {self.top_mass!r}")
-        for name, least in (("means", 1), ("margin", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} must be a finite number of at least {least}, not {value!r}")
-        if not isinstance(self.ignore_padding, bool):
-            raise ValueError(f"ignore_padding must be true or false, not {self.ignore_padding!r}")
+from localization_heads.options.groups import Binarise, Border, GroundingOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,8 +209,6 @@ def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.floa
             )
     return np.stack([attention.attention[layer, head] for layer, head in heads])
 
-
-Binarise = Literal["mean", "otsu", "top_mass"]
 
 FLAT = 1e-6
 """A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""

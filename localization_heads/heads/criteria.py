@@ -10,88 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage, special
 
 from localization_heads.errors import NotFiniteError
-
-Weight = Literal["area", "mass"]
-ElbowRule = Literal["value", "index"]
-ElbowHeads = Literal["considered", "all"]
-Ties = Literal["sum", "order"]
-Fallback = Literal["none", "order", "sum"]
-Threshold = float | Literal["mean"]
-
-
-@dataclass(frozen=True)
-class CriteriaOptions:
-    """Which reading of the recipe is used. The defaults are the paper's (Sec. 4, App. A and B).
-
-    Args:
-        entropy: what weighs a component: its `"area"` (paper) or its attention `"mass"` (published code).
-        threshold: a cell is active if `A > mean(A)` (`"mean"`, paper) or if `relu(A - mean(A))` exceeds this
-            number (published code: 0.001).
-        means: how many times its mean is taken off a map: once (paper), or twice as the published code of August
-            2025 does, `relu(A - 2 mean(A))`. Binarising and the mass of a component both follow it.
-        elbow: keep heads whose sum reaches the elbow's `"value"` (paper), or those whose flat index is at least the
-            `"index"` of the head that stands at the elbow (a bug of the published code, kept for comparison).
-        exclude_layers: the first layers that are left out everywhere.
-        bottom_row_filter: never mark a head in a sample whose bottom row is in focus.
-        bottom_row_above: what that is: none, if every cell of the row is active (code of June 2025); a number, if any
-            cell of it has more attention than that (code of August 2025: 0.05).
-        tau: a fixed threshold for criterion 1 instead of the elbow; 0 switches the criterion off.
-        elbow_heads: whose sums the elbow is of: the `"considered"` heads', without the excluded layers (paper), or
-            `"all"` (published code; `elbow="index"` always).
-        per_sample: a ranking takes the elbow of every sample for itself (published code), and not that of the average
-            sums (paper).
-        ties: which head comes first of those with one entropy: that of the higher attention `"sum"` in the sample, or
-            the first in the model's own `"order"`, by layer and head (published code).
-        fallback: what a sample that picks its own heads takes where too few pass: `"none"` (paper); the heads that do
-            not pass, in the model's `"order"` (code of June 2025, which gives them an infinite entropy); or, where no
-            head at all passes, the one of the highest `"sum"` (August 2025).
-
-    Raises:
-        ValueError: for a value outside these, naming the option.
-    """
-
-    entropy: Weight = "area"
-    threshold: Threshold = "mean"
-    elbow: ElbowRule = "value"
-    exclude_layers: int = 2
-    bottom_row_filter: bool = False
-    tau: float | None = None
-    means: float = 1.0
-    bottom_row_above: float | None = None
-    elbow_heads: ElbowHeads = "considered"
-    per_sample: bool = False
-    ties: Ties = "sum"
-    fallback: Fallback = "none"
-
-    def __post_init__(self) -> None:
-        _check_choice("entropy", self.entropy, get_args(Weight))
-        _check_choice("elbow", self.elbow, get_args(ElbowRule))
-        _check_choice("elbow_heads", self.elbow_heads, get_args(ElbowHeads))
-        _check_choice("ties", self.ties, get_args(Ties))
-        _check_choice("fallback", self.fallback, get_args(Fallback))
-        _check_threshold(self.threshold)
-        _check_means(self.means)
-        if isinstance(self.exclude_layers, bool) or not isinstance(self.exclude_layers, int):
-            raise ValueError(f"exclude_layers must be a whole number, not {self.exclude_layers!r}")
-        if self.exclude_layers < 0:
-            raise ValueError(f"exclude_layers must be 0 or more, not {self.exclude_layers}")
-        for name in ("bottom_row_filter", "per_sample"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        above = self.bottom_row_above
-        if above is not None and not (_is_number(above) and above >= 0):
-            raise ValueError(f"bottom_row_above must be a number of at least 0 or none, not {above!r}")
-        if self.tau is not None and not _is_number(self.tau):
-            raise ValueError(f"tau must be a finite number or none, not {self.tau!r}")
-        if self.tau is not None and self.elbow == "index":
-            raise ValueError("tau is a value: it cannot be combined with elbow=index")
+from localization_heads.options.groups import CriteriaOptions, ElbowHeads, ElbowRule, Threshold, Weight
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import NoHeadError
-from localization_heads.heads.criteria import (
-    CriteriaOptions,
-    HeadStatistics,
-    Ties,
-    attention_sum_threshold,
-    keep_heads,
-)
+from localization_heads.heads.criteria import HeadStatistics, attention_sum_threshold, keep_heads
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead
+from localization_heads.options.groups import CriteriaOptions, Ties
 
 WAY_OUT = "lower criteria.tau, or name heads as in heads=[14-24,14-13,14-26]"
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.resources import files
 from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError, shown
-from localization_heads.heads.criteria import CriteriaOptions
 from localization_heads.heads.head import Head, repeated
+from localization_heads.options.compose import choices_of, preset
+from localization_heads.options.groups import CriteriaOptions
 
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
@@ -50,18 +50,7 @@ def preset_of(options: CriteriaOptions) -> str | None:
 
 @cache
 def _presets() -> dict[str, CriteriaOptions]:
-    from omegaconf import OmegaConf
-
-    folder = files("localization_heads") / "config" / "criteria"
-    found = sorted(f.name for f in folder.iterdir() if f.name.endswith(".yaml"))
-    read = {
-        name: OmegaConf.to_container(OmegaConf.create((folder / name).read_text("utf-8"))) for name in found
-    }
-    return {
-        name.removesuffix(".yaml"): CriteriaOptions(**{str(key): value for key, value in options.items()})
-        for name, options in read.items()
-        if isinstance(options, dict)
-    }
+    return {name: CriteriaOptions.of(preset("criteria", name)) for name in choices_of("criteria")}
 
 
 def difference(found: FoundWith, asked: FoundWith) -> str | None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.api import ground
 from localization_heads.data.images import Picture, load_image
-from localization_heads.grounding.ground import Grounding, GroundingOptions
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -39,7 +39,7 @@ from localization_heads.lvlm.prompts import (
     template_renderer,
     without_token,
 )
-from localization_heads.lvlm.spec import ModelSpec
+from localization_heads.options.groups import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -26,15 +26,15 @@ from localization_heads.lvlm.processors import check_image_sizes, complete, proc
 from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM, QUERY_TOKENS, template_renderer
 from localization_heads.lvlm.spec import (
     EMBEDDED,
-    ModelSpec,
     converted,
     family_facts,
     find_spec,
     known_specs,
-    local_path,
     looks_like,
     with_family,
 )
+from localization_heads.options.groups import ModelSpec
+from localization_heads.store.paths import local_path
 
 log = logging.getLogger(__name__)
 

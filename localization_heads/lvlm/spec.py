@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import fields, replace
 from functools import cache
-from hashlib import sha256
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from localization_heads.errors import UsageError
-from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith
+from localization_heads.options.compose import choices_of, preset
+from localization_heads.options.groups import ModelSpec
+from localization_heads.options.kinds import did_you_mean
 
 Facts = dict[str, Any]
 """Options of a model (`config/model/base.yaml`) by name."""
@@ -125,8 +123,6 @@ def looks_like(config: Any) -> str | None:
 
 log = logging.getLogger(__name__)
 
-BASE = "base"
-"""The file of `config/model/` that holds every option; the others build on it."""
 EMBEDDED = "embedded"
 """The `name` of the model inside this package."""
 
@@ -141,90 +137,18 @@ CONVERTED = {
 }
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """A checkpoint and the facts about it; the fields are the keys of `config/model/*.yaml`, explained there."""
-
-    name: str
-    label: str | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    quantization: str | None = None
-    attn_implementation: str | None = None
-    pad_to_square: bool | None = None
-    conv_mode: str | None = None
-    system: str | None = None
-    heads: tuple[Head, ...] = field(default=())
-    top_n: int = 10
-    native_box: str | None = None
-
-    @property
-    def folder(self) -> str:
-        """Name of this model's folder under `output_dir`."""
-        return self.label or folder_name(self.name)
-
-    @property
-    def heads_found_with(self) -> FoundWith | None:
-        """How the known heads were found, those of the files of `config/model/`: as these files say to ask."""
-        known = next((s for s in known_specs().values() if s.heads and s.heads == self.heads), None)
-        return None if known is None else {"conv_mode": known.conv_mode, "query_token": "last"}
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """From a composed `model` group. Raises UsageError on unknown keys and wrong heads."""
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise UsageError(f"model.{min(unknown)} is no option of a model; see config/model/{BASE}.yaml")
-        return cls(**{**values, "heads": _published_heads(values.get("heads"))})
-
-
-def _published_heads(names: Any) -> tuple[Head, ...]:
-    try:
-        return tuple(Head.parse(str(name)) for name in names or ())
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model.heads={names}: write a list such as [14-24,14-13,14-26]") from error
-
-
-def folder_name(name: str) -> str:
-    """A safe folder name for a Hugging Face id or a local folder.
-
-    Two local folders of one name get two: eight digits of the path's digest tell them apart.
-
-    >>> folder_name("org/some-model"), folder_name("/data/models/mine/")
-    ('org--some-model', 'mine-087ac83c')
-    """
-    local = name.startswith((".", "/", "~")) or name.count("/") != 1
-    path = local_path(name).resolve()
-    text = f"{path.name}-{sha256(str(path).encode()).hexdigest()[:8]}" if local else name.replace("/", "--")
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip(".")
-    return safe or "model"
-
-
-def local_path(name: str) -> Path:
-    """The path that a name would be, with `~` for a home folder."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~someone who is not known here
-        return Path(name)
+def heads_found_with(spec: ModelSpec) -> FoundWith | None:
+    """How the known heads were found, those of the files of `config/model/`: as these files say to ask."""
+    known = next(
+        (known for known in known_specs().values() if known.heads and known.heads == spec.heads), None
+    )
+    return None if known is None else {"conv_mode": known.conv_mode, "query_token": "last"}
 
 
 @cache
 def known_specs() -> dict[str, ModelSpec]:
-    """Every file of `config/model/` but the base, by its stem (`tiny`, `llava`, ...)."""
-    folder = files("localization_heads") / "config" / "model"
-    stems = sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
-    base = _read(BASE)
-    return {stem: ModelSpec.from_mapping({**base, **_read(stem)}) for stem in stems if stem != BASE}
-
-
-def _read(stem: str) -> dict[str, Any]:
-    """The keys of one file, without Hydra's own."""
-    from omegaconf import OmegaConf  # a Hydra dependency; not needed to import the package
-
-    text = (files("localization_heads") / "config" / "model" / f"{stem}.yaml").read_text(encoding="utf-8")
-    values = OmegaConf.to_container(OmegaConf.create(text))
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items() if key != "defaults"}
+    """Every file of `config/model/`, by its stem (`tiny`, `llava`, ...)."""
+    return {stem: ModelSpec.of(preset("model", stem), "model.") for stem in choices_of("model")}
 
 
 def converted(name: str) -> str:
@@ -246,8 +170,7 @@ def find_spec(name: str, like: str | None = None) -> ModelSpec:
     if like is not None:
         known = _known(converted(like))
         if known is None:
-            near = get_close_matches(like, known_specs(), 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known_specs())}"
+            hint = did_you_mean(like, known_specs()).strip() or f"choose one of {', '.join(known_specs())}"
             raise UsageError(f"like={like}: no such model is known; {hint}")
         return replace(known, name=name)
     name = converted(name)
@@ -265,7 +188,7 @@ def with_family(spec: ModelSpec, facts: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, **{name: value for name, value in facts.items() if getattr(spec, name) is None})
 
 
-def compose_spec(values: Mapping[str, Any], choice: str, overrides: Sequence[str] | None = None) -> ModelSpec:
+def compose_spec(asked: ModelSpec, choice: str, overrides: Sequence[str] | None = None) -> ModelSpec:
     """The spec that `model=CHOICE model.key=value ...` asks for.
 
     When `model.name` names another checkpoint than the chosen file, the file's facts (heads, padding, system
@@ -274,10 +197,10 @@ def compose_spec(values: Mapping[str, Any], choice: str, overrides: Sequence[str
     are about it.
 
     Args:
-        values: the composed group.
+        asked: the composed group.
         overrides: what the user wrote on the command line; None takes every value that differs from the file's.
     """
-    asked, chosen = ModelSpec.from_mapping(values), known_specs().get(choice, ModelSpec(name=""))
+    chosen = known_specs().get(choice, ModelSpec())
     said_so = f"model={choice}" in (overrides or ()) and _known(CONVERTED.get(asked.name, asked.name)) is None
     if asked.name == chosen.name or said_so:
         return asked

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.evaluation.metrics import box_iou
-from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 
 def head_ious(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from localization_heads.attention import Box
 from localization_heads.data.masks import encode_mask
+from localization_heads.options.groups import ScenesOptions
 from localization_heads.scenes.scene import (
     TEST_SEEDS,
     TRAIN_SEEDS,
@@ -31,7 +31,7 @@ SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEE
 
 def scenes(run: Run) -> Path:
     """Render the benchmark and write its data file; returns that file. What is there already is kept."""
-    options = run["scenes"]
+    options = run.options.scenes
     folder = scenes_folder(options)
     data_file = folder / "scenes.jsonl"
     with RunLock(folder):
@@ -40,25 +40,23 @@ def scenes(run: Run) -> Path:
     return data_file
 
 
-def scenes_folder(options: Mapping[str, Any]) -> Path:
+def scenes_folder(options: ScenesOptions) -> Path:
     """One folder a benchmark, named after everything that it depends on."""
     parts = (
-        options["split"],
-        options["style"] or "mixed",
-        options["seed"],
-        options["count"],
-        options["size"] if options["height"] is None else f"{options['size']}x{options['height']}",
+        options.split,
+        options.style or "mixed",
+        options.seed,
+        options.count,
+        options.size if options.height is None else f"{options.size}x{options.height}",
     )
-    return Path(options["folder"]) / "-".join(map(str, parts))
+    return Path(options.folder) / "-".join(map(str, parts))
 
 
-def _write(options: Mapping[str, Any], folder: Path, data_file: Path) -> None:
-    samples = scene_samples(
-        options["count"], options["seed"], options["style"], options["size"], SPLITS[options["split"]]
-    )
-    progress = tqdm(samples, total=options["count"], desc="scenes", unit="scene", disable=None)
+def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
+    samples = scene_samples(options.count, options.seed, options.style, options.size, SPLITS[options.split])
+    progress = tqdm(samples, total=options.count, desc="scenes", unit="scene", disable=None)
     entries = [
-        write_scene(folder, number, scene, expression, options["height"])
+        write_scene(folder, number, scene, expression, options.height)
         for number, (scene, expression) in enumerate(progress)
     ]
     write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())

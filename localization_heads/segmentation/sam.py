@@ -26,14 +26,9 @@ from localization_heads.lvlm.checkpoint import (
     written_config,
 )
 from localization_heads.lvlm.loading import hub_answers, hub_trouble
-from localization_heads.lvlm.spec import local_path
-from localization_heads.segmentation.segmenter import (
-    Frame,
-    Prompt,
-    SegmenterOptions,
-    interior_points,
-    map_logits,
-)
+from localization_heads.options.groups import SegmenterOptions, SegmenterPrompt
+from localization_heads.segmentation.segmenter import Frame, interior_points, map_logits
+from localization_heads.store.paths import local_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -214,7 +209,7 @@ class Sam:
     family: Family
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    prompt: tuple[Prompt, ...] = ("box",)
+    prompt: tuple[SegmenterPrompt, ...] = ("box",)
     num_points: int = 3
     multimask: bool = False
     _encoded: OrderedDict[bytes, Any] = field(default_factory=OrderedDict, repr=False)

@@ -32,28 +32,28 @@ def doctor(run: Run) -> Examined:
     """Examine the model on `image_file` and `query`, or on an example -> `<id>_doctor.png`."""
     name = run.picture(_picture_name(run))
     image = load_image(name)
-    expression = str(run["query"] or EXPRESSION)
-    id = str(run["save_id"] or default_id(str(name), expression))
+    expression = str(run.options.query or EXPRESSION)
+    id = str(run.options.save_id or default_id(str(name), expression))
     path = entry_path(run.attention_folder, id, "_doctor.png")
     writable_folder(run.attention_folder)
     run.note_heads()  # a model that cannot be loaded is an error of its own
     from localization_heads import figures
     from localization_heads.lvlm.doctor import examine
 
-    found = examine(run.lvlm, image, expression, run["doctor"]["check"])
+    found = examine(run.lvlm, image, expression, run.options.doctor.check)
     if not found.views:
         return Examined(found, [])
     figure = figures.plot_cells(
         image, found.views, path, title=f"{run.lvlm.name}: the cells of its image tokens"
     )
-    if run["show_plot"]:
+    if run.options.show_plot:
         figures.show(figure)
     return Examined(found, [path])
 
 
 def _picture_name(run: Run) -> str:
-    if run["image_file"]:
-        return str(run["image_file"])
+    if run.options.image_file:
+        return str(run.options.image_file)
     if not Path(EXAMPLE).is_file():
         raise UsageError("image_file= is missing: stage=doctor shows how the model reads a picture")
     return EXAMPLE

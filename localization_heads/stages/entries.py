@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ from localization_heads.errors import (
     WorkError,
 )
 from localization_heads.evaluation.judging import NO_TRUTH
-from localization_heads.options import require
+from localization_heads.options.programs import EntryChoice
 from localization_heads.scenes.write import scenes
 from localization_heads.stages.run import Run
 from localization_heads.store.statistics import sample_key
@@ -84,9 +84,9 @@ class Attended(NamedTuple):
 
 def select_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options ask for."""
-    require(run.options, "data_file")
-    data_file = scenes(run) if run["data_file"] == "scenes" else run["data_file"]
-    file = load_samples(data_file, allow_private_addresses=run["allow_private_addresses"])
+    run.options.require("data_file")
+    data_file = scenes(run) if run.options.data_file == "scenes" else str(run.options.data_file)
+    file = load_samples(data_file, allow_private_addresses=run.options.allow_private_addresses)
     return Entries(*choose_range(run.options, file.samples, file.bad))
 
 
@@ -118,13 +118,13 @@ def with_truth(
 
 
 def choose_range(
-    options: Mapping[str, Any], entries: Sequence[Line], bad: Sequence[BadEntry]
+    options: EntryChoice, entries: Sequence[Line], bad: Sequence[BadEntry]
 ) -> tuple[list[Line], list[BadEntry]]:
     """The entries from `start_index` up to `end_index`, bad lines counted.
 
     A range that is given is meant, whatever `process_all` says; none that is given is every entry.
     """
-    start, end = options["start_index"], options["end_index"]
+    start, end = options.start_index, options.end_index
     if (start, end) == (0, -1):
         return list(entries), list(bad)
     lines = sorted([entry.line for entry in entries] + [entry.line for entry in bad])
@@ -194,7 +194,7 @@ def attend(
     try:
         maps = run.lvlm.attend_batch(images, expressions, last_layer=last_layer, ready=ready)
     except OutOfMemoryError:
-        if run["batch_size"] != "auto" or len(opened) == 1:
+        if run.options.batch_size != "auto" or len(opened) == 1:
             raise  # every chunk would fail
     except WorkError:
         raise

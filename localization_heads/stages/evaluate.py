@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def save_failed_boxes(run: Run, outcomes: Sequence[Outcome]) -> list[Path]:
     folder = run.folder / "failures"
     panels = []
     with replace_folder(folder) as new:
-        for number, outcome in enumerate(worst_outcomes(outcomes, run["worst"]), start=1):
+        for number, outcome in enumerate(worst_outcomes(outcomes, run.options.worst), start=1):
             try:
                 image = load_image(outcome.sample.image)
             except (UsageError, WorkError):  # gone meanwhile
@@ -84,7 +84,7 @@ def _grounding(run: Run, outcome: Outcome, image: Image.Image) -> Grounding:
     """The outcome with its map, which was not kept: through the model once more, the box as it was scored."""
     heads = outcome.prediction.heads
     maps = run.lvlm.attend(image, outcome.sample.expression, last_layer=max(layer for layer, _ in heads))
-    grounding = ground_maps(maps, heads, run.grounding)
+    grounding = ground_maps(maps, heads, run.options.grounding)
     scored = outcome.prediction
     return replace(grounding, box=scored.bbox or grounding.box, score=scored.score or 0.0)
 
@@ -101,14 +101,14 @@ def evaluate(run: Run) -> Groundings:
     with RunLock(run.folder):
         report = Reporter(run)
         judge = Judge(
-            run.criteria,
-            run.grounding,
-            controls=run["controls"],
-            bootstrap=run["bootstrap"],
-            seed=run["random_seed"],
+            run.options.criteria,
+            run.options.grounding,
+            controls=run.options.controls,
+            bootstrap=run.options.bootstrap,
+            seed=run.options.random_seed,
         )
         store = open_store(run) if report.lacks_ranking and judge.controls else None
-        native = wanted_format(run.lvlm, run["native"], by_default=judge.controls)
+        native = wanted_format(run.lvlm, run.options.native, by_default=judge.controls)
         asked = Examination(judge, native, report.alone(entries))
         depends = {**settings(run), **asked.settings(entries.samples), "report": report.settings}
         log = ResultLog(run.folder, "evaluate", depends)
@@ -119,7 +119,7 @@ def evaluate(run: Run) -> Groundings:
             asked.measure,
             report,
             store=store,
-            every_layer=run["controls"],
+            every_layer=run.options.controls,
             measure_runs_model=asked.native is not None,
         )
         metrics = _metrics(run, asked, outcomes, len(entries.failures))
@@ -138,7 +138,9 @@ def evaluate(run: Run) -> Groundings:
 
 def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
     """What `find` would come to over these samples, for the report alone; None if no sample drawn could be used."""
-    draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+    draws = random_draws(
+        len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
+    )
     try:
         return rank_entries(run, entries, draws, store)
     except NothingDoneError:
@@ -168,7 +170,7 @@ class Examination:
             scores["native"] = [score_box(box, truth, one.image.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
         if one.sample.id in self.alone.samples:
-            measured[HEAD_IOU] = head_ious(one.maps, self.alone.heads, truth.box, run.grounding)
+            measured[HEAD_IOU] = head_ious(one.maps, self.alone.heads, truth.box, run.options.grounding)
         return measured
 
     def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -222,10 +224,10 @@ def _choices(run: Run, examination: Examination) -> dict[str, Any]:
     """Whatever the numbers depend on, by name."""
     return {
         **run.lvlm.choices,
-        "data_file": str(run["data_file"]),
-        "scenes": dict(run["scenes"]) if run["data_file"] == "scenes" else None,
-        "range": [run["start_index"], run["end_index"]],
-        **examination.judge.choices(run.named_heads, run["k"]),
-        "segmenter": run.options.get("segmenter"),
+        "data_file": str(run.options.data_file),
+        "scenes": asdict(run.options.scenes) if run.options.data_file == "scenes" else None,
+        "range": [run.options.start_index, run.options.end_index],
+        **examination.judge.choices(run.named_heads, run.options.k),
+        "segmenter": asdict(run.options.segmenter),
         "native": examination.native and examination.native.prompt,
     }

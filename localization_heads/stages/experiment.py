@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from localization_heads.experiments.paper import Climbed, Finding, ladder_findin
 from localization_heads.experiments.study import Study, StudyOptions, head_hits, head_ious
 from localization_heads.experiments.validation import Refine, score
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import SAMS, SegmenterOptions
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect, open_store
@@ -39,28 +40,28 @@ from localization_heads.store.paths import attention_path
 
 log = logging.getLogger(__name__)
 
-BARE = {"visualize_batch": False, "controls": False, "report": False, "worst": 0}
+BARE: dict[str, Any] = {"visualize_batch": False, "controls": False, "report": False, "worst": 0}
 """A rung is the heads' numbers and nothing beside them."""
 
 
 def climb(run: Run) -> tuple[list[Finding], list[BadEntry], list[Path]]:
     """Evaluate this rung -> `ladder/<rung>/metrics.json`; the table of all rungs on the same entries so far."""
-    rung = run["rung"]
-    if not rung["step"]:
+    rung = run.options.rung
+    if not rung.step:
         raise UsageError(
             "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
         )
     if (
-        run["heads"] == "auto"
+        run.options.heads == "auto"
     ):  # the rung's own run names the heads, and then nothing tells what they were found on
         check_unseen(run, select_entries(run).samples)
     own = rung_run(run)
-    if rung["segmenter"] == "points" and "prompt" not in run["segmenter"]:
-        log.warning("rung=points is left out: segmenter=%s cannot be told points", run["segmenter"]["kind"])
+    if rung.segmenter == "points" and run.options.segmenter.kind not in SAMS:
+        log.warning("rung=points is left out: segmenter=%s cannot be told points", run.options.segmenter.kind)
         return [], [], []
     evaluated = evaluate(own)
     entries = _entries_digest(run)
-    climbed = Climbed(rung["step"], rung["name"], rung["about"], evaluated.metrics)
+    climbed = Climbed(rung.step, rung.name, rung.about, evaluated.metrics)
     write_json(own.folder / "rung.json", {"entries": entries, **climbed.to_json()})
     finding = ladder_finding(run.spec.name, _rungs(own.folder.parent, entries))
     paths = [run.folder / "experiments" / f"ladder{suffix}" for suffix in (".json", ".md")]
@@ -75,25 +76,27 @@ def rung_run(run: Run) -> Run:
     Raises:
         UsageError: the rung wants the model's known heads, and there are none.
     """
-    heads = run["heads"]
+    heads = run.options.heads
     if heads == "auto":
         if not (known := run.named_heads):
             raise UsageError(
                 f"heads=auto: no heads are known for {run.spec.name}; find them with stage=find, or name them"
             )
         heads = [f"{layer}-{head}" for layer, head in known]
-    model = {**run["model"], "label": run["rung"]["name"]}
-    segmenter = dict(run["segmenter"])
-    if run["rung"]["segmenter"] == "none":
-        segmenter = {"kind": "none"}
-    elif run["rung"]["segmenter"] == "points":
-        segmenter["prompt"] = list(dict.fromkeys([*segmenter.get("prompt", []), "points"]))
-    options = {**run.options, "heads": heads, "model": model, "output_dir": str(run.folder / "ladder")}
-    return Run(
-        {**options, "segmenter": segmenter, **BARE},
-        run.model_choice,
-        run.overrides,
+    segmenter = run.options.segmenter
+    if run.options.rung.segmenter == "none":
+        segmenter = SegmenterOptions(kind="none")
+    elif run.options.rung.segmenter == "points" and segmenter.kind in SAMS:
+        segmenter = replace(segmenter, prompt=tuple(dict.fromkeys([*segmenter.prompt, "points"])))
+    options = replace(
+        run.options,
+        heads=heads,
+        model=replace(run.options.model, label=run.options.rung.name),
+        output_dir=str(run.folder / "ladder"),
+        segmenter=segmenter,
+        **BARE,
     )
+    return Run(options, run.model_choice, run.overrides)
 
 
 def _entries_digest(run: Run) -> str:
@@ -131,10 +134,10 @@ def experiment(run: Run) -> Experimented:
     needs_truth = any(EXPERIMENTS[name].needs_truth for name in chosen)
     if needs_truth:
         entries = with_truth(entries, "this experiment")
-        if run["heads"] != "auto":  # which here are found on the entries themselves
+        if run.options.heads != "auto":  # which here are found on the entries themselves
             check_unseen(run, entries.samples)
     with RunLock(run.folder):
-        check_criteria(run.criteria, run.lvlm.num_layers)
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
         given = _given_heads(run)
         store = open_store(run)
         collect(run, entries, entries.samples, store, keep_maps=True)
@@ -146,10 +149,10 @@ def experiment(run: Run) -> Experimented:
             model=run.spec.name,
             data=_data_name(run),
             sums=np.asarray(rows.attention_sum),
-            entropies=np.asarray(rows.spatial_entropy(run.criteria.entropy)),
+            entropies=np.asarray(rows.spatial_entropy(run.options.criteria.entropy)),
             bottom_row=np.asarray(rows.bottom_row_focus),
             given_heads=given,
-            segmenter=run["segmenter"]["kind"],
+            segmenter=run.options.segmenter.kind,
             options=study_options(run),
             **measures,
         )
@@ -161,15 +164,22 @@ def experiment(run: Run) -> Experimented:
 def study_options(run: Run) -> StudyOptions:
     """The options of the run that the experiments know."""
     own = {field.name for field in fields(StudyOptions)}
-    swept = {name: value for name, value in run["experiment"].items() if name in own}
-    swept = {name: tuple(value) if isinstance(value, list) else value for name, value in swept.items()}
-    held = {name: run[name] for name in ("k", "num_trials", "num_samples")}
-    held |= {"top_n": run.top_n, "seed": run["random_seed"]}
-    return StudyOptions(**held, **swept, criteria=run.criteria, grounding=run.grounding)
+    swept = {name: value for name, value in asdict(run.options.experiment).items() if name in own}
+    chosen = run.options
+    return StudyOptions(
+        k=chosen.k,
+        num_trials=chosen.num_trials,
+        num_samples=chosen.num_samples,
+        top_n=run.top_n,
+        seed=chosen.random_seed,
+        criteria=chosen.criteria,
+        grounding=chosen.grounding,
+        **swept,
+    )
 
 
 def _chosen(run: Run) -> list[str]:
-    names = list(dict.fromkeys(run["experiment"]["names"]))
+    names: list[str] = list(dict.fromkeys(run.options.experiment.names))
     if not names:
         raise UsageError(f"experiment= is missing: choose one of {', '.join(EXPERIMENTS)}, all or ladder")
     if "ladder" in names:
@@ -179,9 +189,9 @@ def _chosen(run: Run) -> list[str]:
 
 def _given_heads(run: Run) -> tuple[Head, ...] | None:
     """The heads that were named; None for `auto`, which here means those found on the entries themselves."""
-    if run["heads"] == "auto":
+    if run.options.heads == "auto":
         return None
-    if run["heads"] == "greedy":
+    if run.options.heads == "greedy":
         raise UsageError(
             "heads=greedy: experiments rank fixed heads, and Tab. 5 has the greedy ones; write heads=auto or name them"
         )
@@ -190,10 +200,10 @@ def _given_heads(run: Run) -> tuple[Head, ...] | None:
 
 
 def _data_name(run: Run) -> str:
-    if run["data_file"] == "scenes":
-        scenes = run["scenes"]
-        return f"scenes, {scenes['split']}, {scenes['style'] or 'mixed'}"
-    return Path(run["data_file"]).stem
+    if run.options.data_file == "scenes":
+        scenes = run.options.scenes
+        return f"scenes, {scenes.split}, {scenes.style or 'mixed'}"
+    return Path(str(run.options.data_file)).stem
 
 
 def _measure(run: Run, entries: Entries) -> dict[str, Any]:
@@ -201,7 +211,9 @@ def _measure(run: Run, entries: Entries) -> dict[str, Any]:
     ious, hits, num_masks = [], [], 0
     for sample in tqdm(entries.good, desc="measure", unit="expression", disable=None):
         try:
-            maps = load_attention(attention_path(run.attention_folder, sample.id, run["attention_format"]))
+            maps = load_attention(
+                attention_path(run.attention_folder, sample.id, run.options.attention_format)
+            )
             truth = truth_of(sample, maps.image_size)
         except UsageError as error:
             entries.fail(sample, error)
@@ -235,7 +247,7 @@ def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
 
 def _maps_and_truths(run: Run, entries: Entries) -> Iterator[tuple[AttentionMaps, Truth]]:
     for sample in tqdm(entries.good, desc="score", unit="expression", disable=None):
-        maps = load_attention(attention_path(run.attention_folder, sample.id, run["attention_format"]))
+        maps = load_attention(attention_path(run.attention_folder, sample.id, run.options.attention_format))
         yield maps, truth_of(sample, maps.image_size)
 
 
@@ -257,6 +269,6 @@ def _write(run: Run, study: Study, finding: Finding) -> list[Path]:
     }
     write_json(paths[0], numbers)
     write_bytes(paths[1], finding.markdown(paths[2].name if figure else None).encode())
-    if figure and run["show_plot"]:
+    if figure and run.options.show_plot:
         figures.show(figure)
     return paths if figure else paths[:2]

@@ -31,7 +31,7 @@ def export(run: Run) -> list[Path]:
         coco = to_coco(read_predictions(run.folder / "predictions.jsonl"), samples)
         if not coco["annotations"]:
             raise UsageError(
-                f"data_file={run['data_file']} knows none of the entries in {run.folder / 'predictions.jsonl'}: "
+                f"data_file={run.options.data_file} knows none of the entries in {run.folder / 'predictions.jsonl'}: "
                 "name the data_file that they were made from"
             )
         write_json(run.folder / PREDICTIONS, coco)

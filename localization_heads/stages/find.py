@@ -29,7 +29,6 @@ from localization_heads.heads.ranking import (
     rank_heads,
 )
 from localization_heads.heads.record import found_with
-from localization_heads.lvlm.spec import local_path
 from localization_heads.stages.entries import Attended, Entries, select_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
@@ -38,7 +37,7 @@ from localization_heads.stages.run import Run, asked_of, check_criteria
 from localization_heads.stages.single import analyse_file, draw, picture_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
-from localization_heads.store.paths import analysis_path, attention_path
+from localization_heads.store.paths import analysis_path, attention_path, local_path
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
 
@@ -73,13 +72,13 @@ def asked_settings(run: Run) -> dict[str, Any]:
         "model.attn_implementation": spec.attn_implementation,
         "model.pad_to_square": spec.pad_to_square,
         "model.system": spec.system,
-        "conv_mode": run["conv_mode"] or spec.conv_mode,
-        "drop_lone_spaces": run.drop_lone_spaces,
-        "query_token": run["query_token"],
-        "view": run["view"],
-        "criteria.threshold": run.criteria.threshold,
-        "criteria.means": run.criteria.means,
-        "criteria.bottom_row_above": run.criteria.bottom_row_above,
+        "conv_mode": run.options.conv_mode or spec.conv_mode,
+        "drop_lone_spaces": run.options.drop_lone_spaces,
+        "query_token": run.options.query_token,
+        "view": run.options.view,
+        "criteria.threshold": run.options.criteria.threshold,
+        "criteria.means": run.options.criteria.means,
+        "criteria.bottom_row_above": run.options.criteria.bottom_row_above,
     }
 
 
@@ -110,7 +109,7 @@ def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
 
     Another prompt or model under the same id leaves other sums; another batch around it the same but for rounding.
     """
-    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
     try:
         maps = load_attention(path)
     except UsageError:
@@ -131,7 +130,7 @@ def _analysed(run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: 
     return [
         _Collected(
             one.sample,
-            head_statistics(one.maps.attention, run.criteria),
+            head_statistics(one.maps.attention, run.options.criteria),
             one.maps if keep_maps else None,
         )
         for one in attended
@@ -161,9 +160,9 @@ def keep_statistics(
 
 
 def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
-    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
     save_attention(maps.named(id=sample.id, image_file=sample.image_file), path)
-    save_analysis(analysis_rows(statistics, run.criteria), analysis_path(path))
+    save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
 
 log = logging.getLogger(__name__)
@@ -183,8 +182,10 @@ def find(run: Run) -> Discovered:
     """Rank the heads over a data set; only each head's sum and entropy are kept."""
     entries = select_entries(run)
     with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
-        check_criteria(run.criteria, run.lvlm.num_layers)
-        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        draws = random_draws(
+            len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
+        )
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
         store = open_store(run)
         collect(run, entries, used, store, keep_maps=False)
@@ -198,9 +199,11 @@ def rank(run: Run) -> Discovered:
     """What `find` ends with, from the statistics on disk and without the model; only the ranking's options count."""
     entries = select_entries(run)
     record = _choose_record(run)
-    check_criteria(run.criteria, record.num_layers)
+    check_criteria(run.options.criteria, record.num_layers)
     with RunLock(run.folder):
-        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        draws = random_draws(
+            len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
+        )
         store = record.open()
         _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
         ranking = _rank(run, entries, draws, store)
@@ -211,10 +214,12 @@ def batch(run: Run) -> Discovered:
     """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
     entries = select_entries(run)
     with RunLock(run.folder):
-        check_criteria(run.criteria, run.lvlm.num_layers)
-        if run["heads"] != "auto":  # before the work, not after it
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        if run.options.heads != "auto":  # before the work, not after it
             run.check_named_heads()
-        draws = random_draws(len(entries.samples), run["num_trials"], run["num_samples"], run["random_seed"])
+        draws = random_draws(
+            len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
+        )
         store = open_store(run)
         collect(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
@@ -282,7 +287,7 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in shown if key})),
-        found_with=found_with(asked_of(store.settings), run.criteria),
+        found_with=found_with(asked_of(store.settings), run.options.criteria),
     )
 
 
@@ -305,14 +310,14 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
     rows = store.rows([entries.key(entries.samples[place]) for place in places])
     return rank_heads(
         rows.attention_sum,
-        rows.spatial_entropy(run.criteria.entropy),
+        rows.spatial_entropy(run.options.criteria.entropy),
         bottom_row=rows.bottom_row_focus,
         draws=draws[:, places],
-        options=run.criteria,
+        options=run.options.criteria,
         top_n=run.top_n,
-        num_trials=run["num_trials"],
-        num_samples=run["num_samples"],
-        seed=run["random_seed"],
+        num_trials=run.options.num_trials,
+        num_samples=run.options.num_samples,
+        seed=run.options.random_seed,
         model=store.settings["weights"][0],
     )
 
@@ -322,7 +327,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
     from localization_heads import figures
 
     paths = [*save_ranking(ranking, run.folder)]
-    top = [head.address for head in ranking.kept[: run["k"]]]
+    top = [head.address for head in ranking.kept[: run.options.k]]
     shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
     sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     for head in ranking.heads:
@@ -330,7 +335,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
         kept[head.address] = head.kept
     targets = [run.folder / f"{name}.png" for name in ("attention_sums", "selection_frequency", "head_grid")]
     drawn = [
-        figures.plot_selection_frequency(ranking, targets[1], emphasised=run["k"]),
+        figures.plot_selection_frequency(ranking, targets[1], emphasised=run.options.k),
         figures.plot_head_grid(100 * frequency, targets[2], top=top, exclude_layers=ranking.exclude_layers),
     ]
     if ranking.tau is not None:
@@ -340,7 +345,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
                 sums, ranking.tau, targets[0], kept=kept, top=top, exclude_layers=exclude
             )
         )
-    if run["show_plot"]:
+    if run.options.show_plot:
         for figure in drawn:
             figures.show(figure)
     return paths + [target for target in targets if target.is_file()]
@@ -348,9 +353,9 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
 
 def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Reporter) -> list[Outcome]:
     """Boxes for every entry, from the maps on disk, with the heads just found or those that were named."""
-    best = [head.address for head in ranking.kept[: run["k"]]]
-    heads: Sequence[Head] | None = best if run["heads"] == "auto" else run.named_heads
-    limit = run["visualize_limit"] if run["visualize_batch"] else 0
+    best = [head.address for head in ranking.kept[: run.options.k]]
+    heads: Sequence[Head] | None = best if run.options.heads == "auto" else run.named_heads
+    limit = run.options.visualize_limit if run.options.visualize_batch else 0
     grounded = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
         try:
@@ -363,7 +368,7 @@ def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Report
 def _ground_one(
     run: Run, sample: Sample, heads: Sequence[Head] | None, report: Reporter, *, is_drawn: bool
 ) -> Outcome:
-    path = attention_path(run.attention_folder, sample.id, run["attention_format"])
+    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
     # The analysis on disk may be of an earlier run under other criteria.
     analysed = analyse_file(run, load_attention(path), path)
     maps = analysed.maps
@@ -372,7 +377,9 @@ def _ground_one(
     if is_drawn:
         grounding = draw(run, analysed, path, picture(), heads=chosen, truth=sample.bbox).grounding
     else:
-        grounding = run.refine(ground_maps(maps, chosen, run.grounding), picture() if run.segmenter else None)
+        grounding = run.refine(
+            ground_maps(maps, chosen, run.options.grounding), picture() if run.segmenter else None
+        )
     outcome = outcome_of(sample, grounding)
     report.add(outcome, look(report.room, outcome, maps, grounding, picture))
     report.measure(sample, maps)

@@ -94,8 +94,8 @@ def go_through(
             keep(results)
         bar.update(computed.num_samples)
 
-    size = AUTO if run["batch_size"] == "auto" else run["batch_size"]
-    behind = not (work_runs_model or run["show_plot"])  # windows open in the main thread only
+    size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
+    behind = not (work_runs_model or run.options.show_plot)  # windows open in the main thread only
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:
             _over_workers(run, entries, map(chunk_of, chunks(samples, size)), work, keep, last_layer, bar)

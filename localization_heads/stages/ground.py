@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,7 +16,6 @@ from localization_heads.errors import BadEntry, NothingDoneError, UsageError
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.options import require
 from localization_heads.report.gallery import Card, Gallery
 from localization_heads.stages.entries import Attended, Entries, select_entries
 from localization_heads.stages.find import keep_statistics
@@ -45,7 +44,7 @@ def in_phrases(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[Samp
     groups: dict[str, list[Sample]] = {}
     failures: list[BadEntry] = list(entries.failures)
     for sample in entries.samples:
-        phrases = phrases_of(sample.expression, run["phrases"]["by"], run["phrases"]["model"])
+        phrases = phrases_of(sample.expression, run.options.phrases.by, run.options.phrases.model)
         if len(phrases) == 1:
             samples.append(replace(sample, expression=phrases[0]))
             continue
@@ -93,7 +92,7 @@ def draw_groups(
         ]
         paths.append(entry_path(run.attention_folder, id, "_grounding.png"))
         figure = figures.plot_several(image, objects, paths[-1])
-        if run["show_plot"]:
+        if run.options.show_plot:
             figures.show(figure)
     return paths
 
@@ -122,7 +121,7 @@ def ground(run: Run) -> Groundings:
 
     A query of several phrases is as many entries (`phrases.by`).
     """
-    alone = bool(run["image_file"] or run["query"])
+    alone = bool(run.options.image_file or run.options.query)
     asked = _one_entry(run) if alone else select_entries(run)
     entries, groups = in_phrases(run, asked)
     with RunLock(run.folder):
@@ -136,13 +135,13 @@ def ground(run: Run) -> Groundings:
 
 
 def _one_entry(run: Run) -> Entries:
-    require(run.options, "image_file", "query")
-    picture = run.picture(run["image_file"])
-    id = str(run["save_id"] or default_id(str(picture), run["query"]))
+    run.options.require("image_file", "query")
+    picture = run.picture(run.options.image_file)
+    id = str(run.options.save_id or default_id(str(picture), str(run.options.query)))
     entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_image(picture)  # a wrong picture is wrong use here, not a failed entry
-    run.lvlm.prompt(str(run["query"]))
-    return Entries([Sample(picture, str(run["query"]), id=id)])
+    run.lvlm.prompt(str(run.options.query))
+    return Entries([Sample(picture, str(run.options.query), id=id)])
 
 
 def ground_all(
@@ -268,9 +267,11 @@ def _ground_each(
     """
 
     def ground_one(one: Attended) -> _Grounded:
-        statistics = head_statistics(one.maps.attention, run.criteria) if analyse else None
-        chosen = heads or run.own_heads(statistics or head_statistics(one.maps.attention, run.criteria))
-        grounding = run.refine(ground_maps(one.maps, chosen, run.grounding), one.image)
+        statistics = head_statistics(one.maps.attention, run.options.criteria) if analyse else None
+        chosen = heads or run.own_heads(
+            statistics or head_statistics(one.maps.attention, run.options.criteria)
+        )
+        grounding = run.refine(ground_maps(one.maps, chosen, run.options.grounding), one.image)
         outcome = outcome_of(one.sample, grounding)
         if measure:
             outcome = replace(outcome, measured=measure(run, one, grounding))
@@ -287,8 +288,13 @@ def settings(run: Run) -> dict[str, Any]:
     return {
         "model": run.model_settings,
         "heads": [list(head) for head in run.named_heads or ()],
-        "options": [run["k"], run["batch_size"], dict(run["criteria"]), dict(run["grounding"])],
-        "segmenter": dict(run["segmenter"]),
+        "options": [
+            run.options.k,
+            run.options.batch_size,
+            asdict(run.options.criteria),
+            asdict(run.options.grounding),
+        ],
+        "segmenter": asdict(run.options.segmenter),
     }
 
 
@@ -297,7 +303,7 @@ def _deepest(run: Run, every_layer: bool) -> int | None:
     heads = run.named_heads
     run.check_named_heads()
     if every_layer or not heads:
-        check_criteria(run.criteria, run.lvlm.num_layers)
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
     return max(head.layer for head in heads) if heads and not every_layer else None
 
 
@@ -316,7 +322,7 @@ def _or_none(
 
 def drawing_limit(run: Run) -> int | None:
     """Entries that are drawn at most; None draws all."""
-    return run["visualize_limit"] if run["visualize_batch"] else 0
+    return run.options.visualize_limit if run.options.visualize_batch else 0
 
 
 def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) -> Path:
@@ -327,6 +333,6 @@ def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) 
         grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
     figure = figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=sample.expression)
-    if run["show_plot"]:
+    if run.options.show_plot:
         figures.show(figure)
     return path

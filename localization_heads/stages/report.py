@@ -21,6 +21,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
+from localization_heads.options.compose import flat
 from localization_heads.report.content import LEAST_FREQUENCY, HeadFacts, Report
 from localization_heads.report.gallery import Card, Gallery, outline, thumbnail, tiny_map
 from localization_heads.report.head_iou import HeadIoU
@@ -72,12 +73,12 @@ class Reporter:
 
     def __init__(self, run: Run, ranking: HeadRanking | None = None) -> None:
         self._run = run
-        self._wanted = bool(run["report"])
+        self._wanted = bool(run.options.report)
         self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
         self._origin = "" if ranking else FROM_FILE
-        self.room = Gallery(run["report_samples"] if self._wanted else 0)
+        self.room = Gallery(run.options.report_samples if self._wanted else 0)
         """Which of the samples that are worked on may be shown in the end: `look` makes cards of those."""
-        self._iou = HeadIoU(self._measured, _shape(run), run.grounding, MEASURED_SAMPLES)
+        self._iou = HeadIoU(self._measured, _shape(run), run.options.grounding, MEASURED_SAMPLES)
         self._cards: dict[str, Card] = {}
 
     @property
@@ -93,7 +94,7 @@ class Reporter:
         if self._ranking is not None:
             return _best(self._ranking)
         # Without the controls not every layer is run, and nothing will be ranked.
-        return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run["controls"] else []
+        return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run.options.controls else []
 
     def alone(self, entries: Entries) -> Alone:
         """What `evaluate` measures of single heads while the maps are there, in every run the same."""
@@ -104,7 +105,7 @@ class Reporter:
     @property
     def settings(self) -> list[Any]:
         """What decides whether a sample gets a card."""
-        return [self._wanted, self._run["report_samples"], MAPS_SHOWN]
+        return [self._wanted, self._run.options.report_samples, MAPS_SHOWN]
 
     def add(self, outcome: Outcome, card: Card | None) -> None:
         """A sample that was grounded, now or by an earlier run, with what `look` made of it."""
@@ -157,11 +158,11 @@ class Reporter:
         by_id = {outcome.sample.id: outcome for outcome in outcomes}
         lines = {sample.line for sample in entries.samples} | {bad.line for bad in entries.failures}
         return Report(
-            stage=run["stage"],
+            stage=run.options.stage,
             model=run.lvlm.name,
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             facts=list(_facts(run)),
-            options=list(_flat(run.options)),
+            options=list(flat(run.options)),
             num_entries=len(lines),
             heads=self._heads(entries, outcomes, store),
             no_heads=f"No ranking: {self._unknown}. stage=find or stage=batch writes one.",
@@ -183,7 +184,9 @@ class Reporter:
         return HeadFacts(
             ranking=self._ranking,
             shape=shape,
-            used=_used(outcomes) if outcomes else [h.address for h in self._ranking.kept[: self._run["k"]]],
+            used=_used(outcomes)
+            if outcomes
+            else [h.address for h in self._ranking.kept[: self._run.options.k]],
             bottom_row=None if store is None else _bottom_row(entries, store),
             iou=self._iou.means if self._iou.num_samples else None,
             iou_samples=self._iou.num_samples,
@@ -193,20 +196,20 @@ class Reporter:
     def _why_no_scatter(self, outcomes: Sequence[Outcome]) -> str:
         if self._iou.num_samples:
             return ""
-        if self._run["stage"] == "find":
+        if self._run.options.stage == "find":
             return "No IoU of single heads: find keeps no maps. stage=batch measures it where the data have true boxes."
         if all(outcome.sample.bbox is None for outcome in outcomes):
             return "No IoU of single heads: no entry has a true box (bbox) to compare with."
         return "No IoU of single heads: the entries that it was to be measured on have failed."
 
     def _why_no_cards(self) -> str:
-        if self._run["stage"] == "find":
+        if self._run.options.stage == "find":
             return "No samples: find keeps only each head's sums and entropies. stage=batch shows maps and boxes."
         return "No samples: report_samples=0."
 
     def _shown(self, outcomes: Sequence[Outcome]) -> list[Card]:
         """The cards of the gallery, whichever run made them."""
-        gallery = Gallery(self._run["report_samples"])
+        gallery = Gallery(self._run.options.report_samples)
         for outcome in outcomes:
             if card := self._cards.get(outcome.sample.id):
                 gallery.offer(outcome.sample.line, _badness(outcome), partial(_itself, card))
@@ -338,7 +341,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "model", lvlm.name
     yield "layers and heads", f"{layers} layers of {heads} heads, {lvlm.num_parameters:,} parameters"
     yield "weights", f"fingerprint {lvlm.fingerprint}"
-    yield "data", str(run["data_file"])
+    yield "data", str(run.options.data_file)
     yield "output", str(run.folder)
     if run.overrides is not None:
         yield "command line", " ".join(run.overrides) or "(no option given)"
@@ -354,13 +357,3 @@ def _version(package: str) -> str:
         from localization_heads.version import __version__
 
         return f"{__version__} (not installed)"
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every option as the command line would name it."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-            yield f"{prefix}{name}", shown

@@ -13,14 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.address import Address, picture_source
 from localization_heads.errors import UsageError
-from localization_heads.grounding.ground import Grounding, GroundingOptions
-from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics
+from localization_heads.grounding.ground import Grounding
+from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ranking import own_heads
 from localization_heads.heads.record import FoundWith, asked
 from localization_heads.interop.hub import is_repository, load_heads
-from localization_heads.lvlm.spec import ModelSpec, compose_spec, find_spec
-from localization_heads.options import check_options
+from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
+from localization_heads.options.groups import CriteriaOptions, ModelSpec
+from localization_heads.options.programs import (
+    ChatOptions,
+    DemoOptions,
+    FinderOptions,
+    ImageAddresses,
+    ModelUse,
+)
 from localization_heads.segmentation.segmenter import Segmenter, refine
 from localization_heads.store.results import is_ranking, load_head_list, load_ranking
 
@@ -35,71 +42,58 @@ SMALL_MODEL = 50_000_000  # parameters
 
 
 @dataclass(frozen=True)
-class Run:
-    """The options of one run, checked, with the objects they stand for.
+class ModelRun:
+    """The options of one run, with the objects they stand for: what every program but the viewer works with.
 
     Args:
-        options: every option by name, plain values only.
+        options: checked when they were made.
         model_choice: which file of `config/model/` was chosen.
         overrides: what the user wrote on the command line, or None if that is not known.
     """
 
-    options: Mapping[str, Any]
+    options: ModelUse
     model_choice: str = "tiny"
     overrides: Sequence[str] | None = None
 
-    def __post_init__(self) -> None:
-        check_options(self.options)
-
-    def __getitem__(self, name: str) -> Any:
-        return self.options[name]
-
     @cached_property
     def spec(self) -> ModelSpec:
-        return compose_spec(self["model"], self.model_choice, self.overrides)
+        return compose_spec(self.options.model, self.model_choice, self.overrides)
 
     @cached_property
     def folder(self) -> Path:
         """Where everything of this model is written."""
-        return Path(self["output_dir"]) / self.spec.folder
+        return Path(self.options.output_dir) / self.spec.folder
 
     def picture(self, name: object) -> Address | str:
         """The picture of that name, a path or an address, to be loaded."""
-        return picture_source(str(name), allow_private=self["allow_private_addresses"])
+        return picture_source(str(name), allow_private=self._allows_private)
 
     @property
-    def top_n(self) -> int:
-        """Heads marked in each sample: what was asked for, or what suits the model."""
-        return int(self["top_n"] or self.spec.top_n)
+    def _allows_private(self) -> bool:
+        return isinstance(self.options, ImageAddresses) and self.options.allow_private_addresses
 
     @property
     def attention_folder(self) -> Path:
         return self.folder / "attention"
 
     @cached_property
-    def criteria(self) -> CriteriaOptions:
-        return CriteriaOptions(**self["criteria"])
-
-    @cached_property
-    def grounding(self) -> GroundingOptions:
-        return GroundingOptions(**self["grounding"])
-
-    @cached_property
     def segmenter(self) -> Segmenter | None:
         """What makes the masks, loaded on first use; None leaves the pseudo-masks of the maps."""
         from localization_heads.grounder import make_segmenter
-        from localization_heads.segmentation.segmenter import SegmenterOptions
 
-        return make_segmenter(SegmenterOptions.of(self["segmenter"], self["device"]))
+        chosen = self.options.segmenter
+        return make_segmenter(
+            replace(chosen, device=self.options.device if chosen.device is None else chosen.device)
+        )
 
     def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
         """The grounding with the segmenter's mask, and with that mask's box if `grounding.box_from` asks for it."""
-        return refine(grounding, image, self.segmenter, box_from=self.grounding.box_from)
+        return refine(grounding, image, self.segmenter, box_from=self.options.grounding.box_from)
 
     @property
     def is_spread(self) -> bool:
         """Whether workers run the model over the data set (`engine=ray`), and not this process."""
-        return bool(self.options.get("engine", {}).get("kind") == "ray")
+        return False
 
     @cached_property
     def lvlm(self) -> LVLM:
@@ -108,27 +102,20 @@ class Run:
 
         from localization_heads.lvlm.loading import load_model
 
-        torch.manual_seed(self["random_seed"])
+        torch.manual_seed(self.options.random_seed)
         started = time.monotonic()
         lvlm = load_model(
             replace(self.spec, device_map=None) if self.is_spread else self.spec,
-            device="cpu" if self.is_spread else self["device"],
-            conv_mode=self["conv_mode"],
-            query_token=self["query_token"],
-            view=self["view"],
-            drop_lone_spaces=self.drop_lone_spaces,
+            device="cpu" if self.is_spread else self.options.device,
+            conv_mode=self.options.conv_mode,
+            query_token=self.options.query_token,
+            view=self.options.view,
+            drop_lone_spaces=self.options.drop_lone_spaces,
         )
-        if "picture_memory" in self.options:  # of the conversation; the others ask all of a picture at once
-            lvlm.recent.max_bytes = self["picture_memory"] * 2**20
-        if threads := self["num_threads"] or small_model_threads(lvlm.num_parameters):
+        if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)
         log.info("%s loaded on %s in %.1f s", lvlm, lvlm.model.device, time.monotonic() - started)
         return lvlm
-
-    @property
-    def drop_lone_spaces(self) -> bool:
-        """Only the finder has the option: it is of no use in a conversation."""
-        return bool(self.options.get("drop_lone_spaces", False))
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -138,25 +125,25 @@ class Run:
             "weights": weights,
             "kernel": self.lvlm.spec.attn_implementation,
             "pad_to_square": self.lvlm.spec.pad_to_square,
-            "drop_lone_spaces": self.drop_lone_spaces,
+            "drop_lone_spaces": self.options.drop_lone_spaces,
             "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
         }
 
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
         """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
-        wanted = self["heads"]
+        wanted = self.options.heads
         if wanted == "greedy":
             return None
         if wanted != "auto":
-            return chosen_heads(wanted, self["k"])
-        known = self.spec.heads[: self["k"]] or known_heads(self.spec.name, self.folder, self["k"])
+            return chosen_heads(wanted, self.options.k)
+        known = self.spec.heads[: self.options.k] or known_heads(self.spec.name, self.folder, self.options.k)
         if not known:
             log.warning("no heads are known for %s: each sample picks its own", self.spec.name)
-        elif len(known) < self["k"]:
+        elif len(known) < self.options.k:
             log.warning(
                 "k=%d: only %d heads are known for %s, and these are taken",
-                self["k"],
+                self.options.k,
                 len(known),
                 self.spec.name,
             )
@@ -165,7 +152,7 @@ class Run:
     @cached_property
     def heads_source(self) -> Path | str | None:
         """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads."""
-        wanted, latest = self["heads"], self.folder / "heads.json"
+        wanted, latest = self.options.heads, self.folder / "heads.json"
         if isinstance(wanted, str) and wanted.endswith(".json"):
             return Path(wanted) if is_ranking(wanted) else None
         if isinstance(wanted, str) and is_repository(wanted):
@@ -179,11 +166,13 @@ class Run:
         """How the heads of `heads=` were found, as far as that is known."""
         if self.heads_source is not None:
             return load_heads(self.heads_source).found_with
-        return self.spec.heads_found_with if self["heads"] == "auto" else None
+        return heads_found_with(self.spec) if self.options.heads == "auto" else None
 
     def note_heads(self) -> None:
         """A note if the heads were found with other weights, another prompt or query token."""
-        self.lvlm.note_other_conditions(f"heads={self.heads_source or self['heads']}", self.heads_found_with)
+        self.lvlm.note_other_conditions(
+            f"heads={self.heads_source or self.options.heads}", self.heads_found_with
+        )
 
     def check_named_heads(self) -> None:
         """Before the work: UsageError if the model lacks one of the heads, a note if they were found in another way."""
@@ -192,12 +181,42 @@ class Run:
 
     def own_heads(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads that one sample picks by itself (the paper's "greedy"). UsageError if none passes."""
-        check_criteria(self.criteria, len(statistics.attention_sum))
-        return own_heads(statistics, self.criteria, self["k"])
+        check_criteria(self.options.criteria, len(statistics.attention_sum))
+        return own_heads(statistics, self.options.criteria, self.options.k)
 
     def heads_for(self, statistics: HeadStatistics) -> list[Head]:
         """The `k` heads to ground one sample with."""
         return list(self.named_heads or self.own_heads(statistics))
+
+
+@dataclass(frozen=True)
+class Run(ModelRun):
+    """A run of the finder."""
+
+    options: FinderOptions
+
+    @property
+    def top_n(self) -> int:
+        """Heads marked in each sample: what was asked for, or what suits the model."""
+        return self.options.top_n or self.spec.top_n
+
+    @property
+    def is_spread(self) -> bool:
+        return self.options.engine.kind == "ray"
+
+
+@dataclass(frozen=True)
+class ChatRun(ModelRun):
+    """A conversation."""
+
+    options: ChatOptions
+
+
+@dataclass(frozen=True)
+class DemoRun(ModelRun):
+    """The demo's page."""
+
+    options: DemoOptions
 
 
 def small_model_threads(num_parameters: int) -> int | None:

@@ -15,10 +15,10 @@ from localization_heads.data.address import picture_source
 from localization_heads.data.images import Picture, load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
-from localization_heads.options import require
+from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages.run import Run, check_criteria, check_heads, known_heads
 from localization_heads.store.attention_files import (
     load_analysis,
@@ -63,13 +63,13 @@ class Visualised:
 
 def collect(run: Run) -> Collected:
     """The attention of every head for one picture and one expression -> `attention/<id>.pkl`."""
-    require(run.options, "image_file", "query")
-    picture = run.picture(run["image_file"])
-    id = run["save_id"] or default_id(str(picture), run["query"])
-    path = attention_path(run.attention_folder, str(id), run["attention_format"])
+    run.options.require("image_file", "query")
+    picture = run.picture(run.options.image_file)
+    id = run.options.save_id or default_id(str(picture), str(run.options.query))
+    path = attention_path(run.attention_folder, str(id), run.options.attention_format)
     image = load_image(picture)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, str(run["query"])).named(id=str(id), image_file=str(picture))
+    maps = run.lvlm.attend(image, str(run.options.query)).named(id=str(id), image_file=str(picture))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
@@ -77,16 +77,16 @@ def collect(run: Run) -> Collected:
 
 def analyze(run: Run) -> Analysed:
     """Attention sum, spatial entropy and components of every head of a file -> `<id>_analysis.pkl`."""
-    require(run.options, "attention_file")
-    path = find_attention_file(run["attention_file"])
+    run.options.require("attention_file")
+    path = find_attention_file(str(run.options.attention_file))
     return analyse_file(run, load_attention(path), path)
 
 
 def analyse_file(run: Run, maps: AttentionMaps, path: Path, *, replace: bool = True) -> Analysed:
     """Analyse the maps; without `replace`, an analysis that is on the disk already stays as it is."""
-    check_criteria(run.criteria, maps.num_layers)
-    statistics = head_statistics(maps.attention, run.criteria)
-    rows = analysis_rows(statistics, run.criteria)
+    check_criteria(run.options.criteria, maps.num_layers)
+    statistics = head_statistics(maps.attention, run.options.criteria)
+    rows = analysis_rows(statistics, run.options.criteria)
     if replace or not _is_analysis(analysis_path(path)):
         save_analysis(rows, analysis_path(path))
     return Analysed(maps, statistics, rows, analysis_path(path))
@@ -102,20 +102,22 @@ def _is_analysis(path: Path) -> bool:
 
 def visualize(run: Run) -> Visualised:
     """The picture, the maps of its top heads and the combined map with its box, as a figure."""
-    require(run.options, "attention_file")
-    path = find_attention_file(run["attention_file"])
+    run.options.require("attention_file")
+    path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
-    if run["heads"] == "auto":  # the file may be of another model than model= names: take those of its own
-        heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
+    if (
+        run.options.heads == "auto"
+    ):  # the file may be of another model than model= names: take those of its own
+        heads = known_heads(analysed.maps.model, path.parent.parent, run.options.k)
     else:
         heads = run.named_heads
-    image = picture_of(analysed.maps, run["allow_private_addresses"])
+    image = picture_of(analysed.maps, run.options.allow_private_addresses)
     return draw(run, analysed, path, image, heads=heads or run.own_heads(analysed.statistics))
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
-    require(run.options, "image_file", "query")
+    run.options.require("image_file", "query")
     run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
@@ -137,8 +139,8 @@ def draw(
     maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
-    shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
+    grounding = run.refine(ground_maps(maps, chosen, run.options.grounding), image)
+    shown = top_heads(chosen, statistics, run.options.criteria, run.options.top_k)
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
     drawn = [
         figures.plot_top_maps(
@@ -146,7 +148,7 @@ def draw(
         ),
         figures.plot_grounding(image, grounding, targets[1], truth=truth, expression=maps.query),
     ]
-    if run["show_plot"]:
+    if run.options.show_plot:
         for figure in drawn:
             figures.show(figure)
     return Visualised(grounding, targets)
@@ -225,9 +227,9 @@ def default_id(image_file: str, query: str) -> str:
 
 def _answer(run: Run, image: Image.Image) -> str | None:
     """The model's own answer, if `max_new_tokens` asks for one."""
-    if not run["max_new_tokens"]:
+    if not run.options.max_new_tokens:
         return None
     from localization_heads.lvlm.answers import stream
 
-    pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run["query"])), run["max_new_tokens"])
+    pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run.options.query)), run.options.max_new_tokens)
     return "".join(pieces).strip()

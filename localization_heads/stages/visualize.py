@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
-from localization_heads.heads.criteria import (
-    CriteriaOptions,
-    HeadStatistics,
-    binarise,
-    head_statistics,
-    label_components,
-)
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics, label_components
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import own_heads
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.options.programs import VisualizeOptions
 from localization_heads.stages.entries import choose_range
 from localization_heads.stages.run import check_criteria, check_heads, known_heads
 from localization_heads.stages.single import attention_file_of, find_attention_file, picture_of, top_heads
@@ -62,7 +58,7 @@ class _Claims:
             raise UsageError(f"its figure is that of line {line} already")
 
 
-def show_file(options: Mapping[str, Any], name: str, layer: int | None, head: int | None) -> list[Path]:
+def show_file(options: VisualizeOptions, name: str, layer: int | None, head: int | None) -> list[Path]:
     """Draw one attention file: one head if layer and head are named, else its top heads.
 
     Returns:
@@ -87,11 +83,11 @@ def _nearest_head(path: Path, layer: int, head: int) -> tuple[int, int]:
 
 
 def _show(
-    options: Mapping[str, Any], path: Path, stem: Path, layer: int | None, head: int | None
+    options: VisualizeOptions, path: Path, stem: Path, layer: int | None, head: int | None
 ) -> list[Path]:
     if (layer is None) != (head is None):
         raise UsageError("layer= and head= go together: name both, or neither for the top heads")
-    opened = _open(path, CriteriaOptions(**options["criteria"]))
+    opened = _open(path, options.criteria)
     if layer is not None and head is not None:
         shown, grounding = [Head(layer, head)], None
         check_heads(shown, opened.maps.num_layers, opened.maps.num_heads, f"layer={layer} head={head}")
@@ -100,11 +96,11 @@ def _show(
     return _draw(options, opened, stem, shown, grounding)
 
 
-def show_entries(options: Mapping[str, Any]) -> tuple[list[Path], list[BadEntry]]:
+def show_entries(options: VisualizeOptions) -> tuple[list[Path], list[BadEntry]]:
     """Draw every entry of `data_file`, named after its id; a bad one is reported and the rest goes on."""
-    if not options["data_file"]:
+    if not options.data_file:
         raise UsageError("data_file= is missing: mode=batch needs it")
-    file = load_visualization_entries(options["data_file"])
+    file = load_visualization_entries(options.data_file)
     entries, bad = choose_range(options, file.entries, file.bad)
     paths: list[Path] = []
     claims = _Claims()
@@ -120,10 +116,10 @@ def show_entries(options: Mapping[str, Any]) -> tuple[list[Path], list[BadEntry]
     return paths, sorted(bad, key=lambda failure: failure.line)
 
 
-def _figure_stem(options: Mapping[str, Any], path: Path) -> Path:
+def _figure_stem(options: VisualizeOptions, path: Path) -> Path:
     """What the names of the figures begin with: beside their attention file, or in `output_dir`."""
     beside = side_path(path, "")
-    return Path(options["output_dir"]) / beside.name if options["output_dir"] else beside
+    return Path(options.output_dir) / beside.name if options.output_dir else beside
 
 
 def _figure(stem: Path, layer: int | None, head: int | None) -> Path:
@@ -138,18 +134,18 @@ def _open(path: Path, criteria: CriteriaOptions) -> Opened:
     return Opened(path, maps, head_statistics(maps.attention, criteria))
 
 
-def _top(options: Mapping[str, Any], opened: Opened) -> tuple[list[Head], Grounding]:
+def _top(options: VisualizeOptions, opened: Opened) -> tuple[list[Head], Grounding]:
     """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
-    criteria, maps = CriteriaOptions(**options["criteria"]), opened.maps
-    chosen = known_heads(maps.model, opened.path.parent.parent, options["k"])
-    chosen = chosen or tuple(own_heads(opened.statistics, criteria, options["k"]))
+    criteria, maps = options.criteria, opened.maps
+    chosen = known_heads(maps.model, opened.path.parent.parent, options.k)
+    chosen = chosen or tuple(own_heads(opened.statistics, criteria, options.k))
     check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = ground_maps(maps, chosen, GroundingOptions(**options["grounding"]))
-    return top_heads(chosen, opened.statistics, criteria, options["top_k"]), grounding
+    grounding = ground_maps(maps, chosen, options.grounding)
+    return top_heads(chosen, opened.statistics, criteria, options.top_k), grounding
 
 
 def _draw(
-    options: Mapping[str, Any],
+    options: VisualizeOptions,
     opened: Opened,
     stem: Path,
     shown: Sequence[Head],
@@ -158,18 +154,18 @@ def _draw(
     """A named head comes without a box, and its figure bears its name."""
     from localization_heads import figures
 
-    image = picture_of(opened.maps, options["allow_private_addresses"])
-    statistics, save = opened.statistics, options["save_fig"]
+    image = picture_of(opened.maps, options.allow_private_addresses)
+    statistics, save = opened.statistics, options.save_fig
     paths = [_figure(stem, *(shown[0] if grounding is None else (None, None)))]
     target = paths[0] if save else None
     drawn = [
         figures.plot_top_maps(image, opened.maps, shown, target, grounding=grounding, statistics=statistics)
     ]
-    for head in shown if options["show_components"] else ():
+    for head in shown if options.show_components else ():
         paths.append(stem.with_name(f"{stem.name}_components_{head}.png"))
         target = paths[-1] if save else None
-        drawn.append(_draw_components(opened, image, head, CriteriaOptions(**options["criteria"]), target))
-    if options["show_plot"]:
+        drawn.append(_draw_components(opened, image, head, options.criteria, target))
+    if options.show_plot:
         for figure in drawn:
             figures.show(figure)
     return paths if save else []

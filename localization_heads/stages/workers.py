@@ -13,11 +13,14 @@ import pickle
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError, WorkError
+from localization_heads.options.groups import EngineOptions
+from localization_heads.options.programs import FinderOptions
 from localization_heads.stages.entries import Chunk, Entries, Work, compute, prepare
 from localization_heads.stages.run import Run
 
@@ -39,7 +42,7 @@ class Spread(NamedTuple):
 class Recipe(NamedTuple):
     """What a worker is made of."""
 
-    options: Mapping[str, Any]
+    options: FinderOptions
     model_choice: str
     overrides: Sequence[str] | None
     folder: str
@@ -97,7 +100,7 @@ def spread(
     """
     if not chunks:
         return
-    with _ray(run["engine"]) as ray:
+    with _ray(run.options.engine) as ray:
         spread = _spread(run, ray.cluster_resources())
         recipe = Recipe(
             worker_options(run, spread), run.model_choice, run.overrides, str(Path.cwd()), work, last_layer
@@ -144,7 +147,7 @@ def _rows(
 
 
 @contextmanager
-def _ray(engine: Mapping[str, Any]) -> Iterator[Any]:
+def _ray(engine: EngineOptions) -> Iterator[Any]:
     """Ray, started here or joined; left as it was found. It reports to nobody and listens to this machine only."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -160,20 +163,20 @@ def _ray(engine: Mapping[str, Any]) -> Iterator[Any]:
         yield ray
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    if engine["address"] is None:
+    if engine.address is None:
         quiet |= {
             "address": "local",
             "include_dashboard": False,
-            "object_store_memory": engine["object_store"] * MIB,
+            "object_store_memory": engine.object_store * MIB,
             "_node_ip_address": "127.0.0.1",
         }
     else:
-        quiet["address"] = engine["address"]
+        quiet["address"] = engine.address
     try:
         with _no_standard_error():
             ray.init(**quiet)
     except Exception as error:
-        shown = "null" if engine["address"] is None else engine["address"]
+        shown = "null" if engine.address is None else engine.address
         raise WorkError(f"engine.address={shown}: Ray does not start: {_first_line(error)}") from error
     try:
         yield ray
@@ -216,14 +219,14 @@ def _spread(run: Run, resources: Mapping[str, float]) -> Spread:
     Raises:
         UsageError: Ray runs on this machine only, and there is no room for so many.
     """
-    engine = run["engine"]
-    cpus, gpus = engine["cpus_per_worker"], engine["gpus_per_worker"]
+    engine = run.options.engine
+    cpus, gpus = engine.cpus_per_worker, engine.gpus_per_worker
     if gpus is None:
-        gpus = 1 if resources.get("GPU") and run["device"] != "cpu" else 0
+        gpus = 1 if resources.get("GPU") and run.options.device != "cpu" else 0
     asked = {"cpus": (resources.get("CPU", 0), cpus), "gpus": (resources.get("GPU", 0), gpus)}
     room, name = min((int(has / needs), name) for name, (has, needs) in asked.items() if needs)
-    workers = engine["num_workers"] or max(room, 1)
-    if engine["address"] is None and workers > room:
+    workers = engine.num_workers or max(room, 1)
+    if engine.address is None and workers > room:
         has, needs = asked[name]
         raise UsageError(
             f"engine.num_workers={workers}: there is room for {room} with engine.{name}_per_worker={needs:g}, "
@@ -232,13 +235,13 @@ def _spread(run: Run, resources: Mapping[str, float]) -> Spread:
     return Spread(workers, cpus, gpus)
 
 
-def worker_options(run: Run, spread: Spread) -> dict[str, Any]:
+def worker_options(run: Run, spread: Spread) -> FinderOptions:
     """The options that a worker's run has: those of the command, and as many threads as the command's model."""
     import torch
 
     run.lvlm  # noqa: B018  sets the threads of a small model
-    threads = run["num_threads"] or min(torch.get_num_threads(), max(1, int(spread.cpus)))
-    return {**run.options, "num_threads": threads, "engine": {"kind": "local"}}
+    threads = run.options.num_threads or min(torch.get_num_threads(), max(1, int(spread.cpus)))
+    return replace(run.options, num_threads=threads, engine=EngineOptions())
 
 
 class _Pickler(pickle.Pickler):

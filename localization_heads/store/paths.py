@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,23 @@ def attention_stem(attention_file: str | Path) -> str:
 def analysis_path(attention_file: str | Path) -> Path:
     """Where the analysis of an attention file lies."""
     return side_path(attention_file, "_analysis.pkl")
+
+
+def model_folder(name: str) -> str:
+    """A safe folder name for a Hugging Face id or a local folder.
+
+    Two local folders of one name get two: eight digits of the path's digest tell them apart.
+
+    >>> model_folder("org/some-model"), model_folder("/data/models/mine/")
+    ('org--some-model', 'mine-087ac83c')
+    """
+    local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    path = local_path(name).resolve()
+    text = f"{path.name}-{sha256(str(path).encode()).hexdigest()[:8]}" if local else name.replace("/", "--")
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in text).strip(".")
+    return safe or "model"
+
+
+def local_path(name: str) -> Path:
+    """The path that a name would be, with `~` for a home folder."""
+    return Path(from_home(name))

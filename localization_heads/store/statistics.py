@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import WorkError
-from localization_heads.heads.criteria import Weight
+from localization_heads.options.groups import Weight
 from localization_heads.store import journal
 from localization_heads.store.files import write_json
 

@@ -19,10 +19,13 @@ def _main(cfg: Any) -> int:
 
     from localization_heads.apps.demo.guard import direct_connections
     from localization_heads.errors import UsageError
-    from localization_heads.stages.run import Run
+    from localization_heads.options.programs import DemoOptions
+    from localization_heads.stages.run import DemoRun
 
     hydra = HydraConfig.get()
-    run = Run(plain_options(cfg), hydra.runtime.choices["model"], tuple(hydra.overrides.task))
+    run = DemoRun(
+        DemoOptions.of(plain_options(cfg)), hydra.runtime.choices["model"], tuple(hydra.overrides.task)
+    )
     try:
         with direct_connections():
             import gradio  # noqa: F401

@@ -41,9 +41,10 @@ from localization_heads.apps.demo.session import (
 from localization_heads.apps.demo.turns import MODEL
 from localization_heads.apps.demo.visitors import MAX_VISITORS, Visitors
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounding.ground import Grounding, GroundingOptions
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
-from localization_heads.stages.run import Run
+from localization_heads.options.groups import GroundingOptions
+from localization_heads.stages.run import DemoRun
 
 SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 """Fonts of the visitor's machine: the page fetches nothing."""
@@ -56,7 +57,7 @@ MAX_QUEUE = 200  # requests that wait, of all visitors
 CSS = "#grid img, #grid button {cursor: crosshair} footer {display: none !important}"
 
 
-def serve(run: Run) -> None:
+def serve(run: DemoRun) -> None:
     """Load the model and serve the page until Ctrl-C or SIGTERM. UsageError if the port or the folder is no good."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the page's files go, as with Ctrl-C
     with served(run) as blocks:
@@ -64,13 +65,13 @@ def serve(run: Run) -> None:
 
 
 @contextmanager
-def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
+def served(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
     """The page while it is served, to this machine unless `host` says otherwise. Its address is `local_url`.
 
     Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of a picture.
     Afterwards the page's files are gone.
     """
-    check_address(run["host"], run["port"])
+    check_address(run.options.host, run.options.port)
     note_missing_certificates()
     with own_folder() as folder, refused_addresses():
         page, blocks = build(run, folder)
@@ -79,9 +80,9 @@ def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
         try:
             with direct_connections():
                 blocks.launch(
-                    server_name=run["host"],
-                    server_port=run["port"],
-                    inbrowser=run["open_browser"],
+                    server_name=run.options.host,
+                    server_port=run.options.port,
+                    inbrowser=run.options.open_browser,
                     prevent_thread_lock=True,
                     share=False,
                     show_error=True,
@@ -93,7 +94,7 @@ def served(run: Run, **options: Any) -> Iterator[gr.Blocks]:
                     **options,
                 )
         except OSError as error:
-            raise UsageError(f"host={run['host']} port={run['port']}: {error}") from error
+            raise UsageError(f"host={run.options.host} port={run.options.port}: {error}") from error
         try:
             yield blocks
         finally:
@@ -136,7 +137,7 @@ class Page:
     raise its own errors for a number that is none.
     """
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    def __init__(self, run: DemoRun, folder: Path) -> None:
         self.run, self.folder = run, folder
         self.answers = folder / "answers"
         self.own = frozenset[Path]()  # what the page itself put into its folder
@@ -198,10 +199,15 @@ class Page:
             self.picture_file = gr.DownloadButton("Download picture", elem_id="download_picture")
 
     def _settings(self) -> None:
-        grounding = self.run.grounding
+        grounding = self.run.options.grounding
         self.which = gr.Dropdown([], label="Map of", elem_id="which")
         self.k = gr.Slider(
-            1, max(10, self.run["k"]), self.run["k"], step=1, label="k: heads that are on", elem_id="k"
+            1,
+            max(10, self.run.options.k),
+            self.run.options.k,
+            step=1,
+            label="k: heads that are on",
+            elem_id="k",
         )
         self.sigma = gr.Slider(
             0,
@@ -287,7 +293,7 @@ class Page:
         switching.success(**redo)
 
     def ask(self, request: gr.Request, image: object, text: object, k: object) -> tuple[Any, ...]:
-        """Run the model; the first `k` heads are on, the next `k` are set B."""
+        """DemoRun the model; the first `k` heads are on, the next `k` are set B."""
         count, upload = self._count(k), self._upload(image)
         with self.visitors.turn(request.session_hash) as visitor:
             asked = visitor.asked = ask(self.run, upload, text)
@@ -379,7 +385,7 @@ class Page:
         if binarise not in list(THRESHOLDS):
             raise UsageError(f"threshold: one of {', '.join(THRESHOLDS)}, not {shortened(binarise)}")
         return replace(
-            self.run.grounding,
+            self.run.options.grounding,
             sigma=float(number("sigma", sigma, self.sigma.minimum, self.sigma.maximum)),
             binarise=binarise,
             top_mass=float(number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
@@ -456,7 +462,7 @@ def _picture(title: str, name: str, **options: Any) -> gr.Image:
         return gr.Image(show_label=False, label=title, elem_id=name, **{**shown, **options})
 
 
-def build(run: Run, folder: Path) -> tuple[Page, gr.Blocks]:
+def build(run: DemoRun, folder: Path) -> tuple[Page, gr.Blocks]:
     """The page for one model, not yet served; its files go below `folder`."""
     with gr.Blocks(title="Localization heads", analytics_enabled=False) as blocks:
         page = Page(run, folder)

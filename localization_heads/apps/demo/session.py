@@ -23,12 +23,13 @@ from localization_heads.data.address import ImageError
 from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import UsageError
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import greedy_heads
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
-from localization_heads.stages.run import Run, check_heads
+from localization_heads.stages.run import DemoRun, check_heads
 
 MAX_EXPRESSIONS = 6
 MAX_EXPRESSION = 300  # characters
@@ -75,8 +76,8 @@ class Asked:
         return [ground_maps(maps, list(heads), options) for maps in self.maps]
 
 
-def ask(run: Run, image: Image.Image | Path | None, text: object) -> Asked:
-    """Run the model on a picture and on expressions, one a line or with semicolons between.
+def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
+    """DemoRun the model on a picture and on expressions, one a line or with semicolons between.
 
     Others have their turns between two expressions.
 
@@ -90,10 +91,10 @@ def ask(run: Run, image: Image.Image | Path | None, text: object) -> Asked:
         picture = MODEL.take(read_picture, image)
         maps = tuple(MODEL.take(run.lvlm.attend, picture, expression) for expression in expressions)
         picture.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
-    statistics = [head_statistics(m.attention, run.criteria) for m in maps]
+    statistics = [head_statistics(m.attention, run.options.criteria) for m in maps]
     run.check_named_heads()
     first = list(run.named_heads or ())
-    others = greedy_heads(statistics[0], run.criteria, statistics[0].attention_sum.size)
+    others = greedy_heads(statistics[0], run.options.criteria, statistics[0].attention_sum.size)
     ranked = tuple(dict.fromkeys([*first, *others]))
     if not ranked:
         raise UsageError("no head looks at this picture: none passes criterion 1")

@@ -1,0 +1,164 @@
+"""What Hydra composes and what `--help` prints, both made from the classes of options.
+
+Every value and every group comes from the classes (`programs`, `groups`); the files of `config/<group>/` and the table
+of `presets` change some of them under a name.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from localization_heads.options.kinds import Options, extra, group_of, shown
+from localization_heads.options.presets import TABLES
+from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions, VisualizeOptions
+
+PROGRAMS: dict[str, type[Options]] = {
+    "finder": FinderOptions,
+    "visualize": VisualizeOptions,
+    "chat": ChatOptions,
+    "demo": DemoOptions,
+}
+BASE = "base"
+"""The choice of a group that every file of it inherits from: the defaults of its class."""
+_WIDTH = 118
+
+
+def choices(program: str) -> dict[str, str]:
+    """The groups of a program, each with the choice that is made unless another is named."""
+    fields = PROGRAMS[program].__pydantic_fields__
+    own = {name: str(extra(field)["choice"]) for name, field in fields.items() if "choice" in extra(field)}
+    return {**own, **{name: choice for name, (choice, _) in PROGRAMS[program].EXTRA_GROUPS.items()}}
+
+
+def choices_of(group: str) -> list[str]:
+    """What `group=` can be."""
+    folder = files("localization_heads") / "config" / group
+    stems = [file.name.removesuffix(".yaml") for file in folder.iterdir()] if folder.is_dir() else []
+    return sorted([stem for stem in stems if not stem.startswith("_")] + list(TABLES.get(group, ())))
+
+
+def option_names(program: str) -> dict[str, FieldInfo]:
+    """Every option by the name that the command line knows, groups among them."""
+    return dict(_leaves(PROGRAMS[program]))
+
+
+def _leaves(kind: type[Options], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in kind.__pydantic_fields__.items():
+        if (group := group_of(field)) is None:
+            yield prefix + name, field
+        else:
+            yield from _leaves(group, f"{prefix}{name}.")
+
+
+def plain(value: Any) -> Any:
+    """A default as a value of YAML."""
+    if isinstance(value, Options):
+        return {name: plain(getattr(value, name)) for name in type(value).__pydantic_fields__}
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def register(program: str) -> None:
+    """Hand every option to Hydra: the program's own as its main config, a group's as the `base` of its files."""
+    from hydra.core.config_store import ConfigStore
+
+    store, kind = ConfigStore.instance(), PROGRAMS[program]
+    groups = choices(program)
+    values = {name: plain(f.default) for name, f in kind.__pydantic_fields__.items() if name not in groups}
+    before = [{name: choice} for name, choice in groups.items() if name not in kind.EXTRA_GROUPS]
+    after = [{name: choice} for name, choice in groups.items() if name in kind.EXTRA_GROUPS]
+    quiet = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    store.store(
+        name=program, node={"defaults": [*before, "_self_", *after, *quiet], **values, "hydra": _HYDRA}
+    )
+    for name, field in kind.__pydantic_fields__.items():
+        if name in groups and (group := group_of(field)):
+            store.store(group=name, name=BASE, node=plain(group()))
+    for group_name, table in TABLES.items():
+        for choice, node in table.items():
+            package = "_global_" if group_name == "rung" or "hydra" in node else group_name
+            store.store(group=group_name, name=choice, node=node, package=package)
+
+
+_HYDRA = {
+    "output_subdir": None,
+    "run": {"dir": "."},
+    "sweep": {"dir": "${output_dir}/multirun", "subdir": "."},
+    "job": {"chdir": False},
+}
+
+
+def help_text(program: str) -> str:
+    """Every option with its default and the sentence that explains it, those of the chosen groups last."""
+    kind, groups = PROGRAMS[program], choices(program)
+    lines: list[str] = []
+    for name, field in _own_first(kind):
+        if section := extra(field).get("section"):
+            lines += ["", _rule(str(section))]
+        if name in groups:
+            lines += _explained(name, groups[name], field.description)
+        elif group := group_of(field):
+            lines += ["", _rule(str(field.description).rstrip("."))]
+            for leaf, one in _leaves(group, f"{name}."):
+                lines += _explained(leaf, one.default, one.description)
+        else:
+            lines += _explained(name, field.default, field.description)
+    for name, (choice, sentence) in kind.EXTRA_GROUPS.items():
+        lines += _explained(name, choice, sentence)
+    for name, choice in groups.items():
+        if group := group_of(kind.__pydantic_fields__[name]) if name in kind.__pydantic_fields__ else None:
+            chosen = preset(name, choice)
+            lines += ["", _rule(f"{name}={choice}")]
+            lines += [
+                line
+                for leaf, one in _leaves(group, f"{name}.")
+                for line in _explained(
+                    leaf, chosen.get(leaf.removeprefix(f"{name}."), one.default), one.description
+                )
+            ]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _own_first(kind: type[Options]) -> list[tuple[str, FieldInfo]]:
+    """What only this program has before what it shares with others."""
+    own = kind.__annotations__
+    return sorted(kind.__pydantic_fields__.items(), key=lambda item: item[0] not in own)
+
+
+def _rule(title: str) -> str:
+    return f"# --- {title} {'-' * (_WIDTH - 7 - len(title))}"
+
+
+def _explained(name: str, value: Any, sentence: str | None) -> list[str]:
+    comment = textwrap.wrap(sentence or "", _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return [*(f"# {line}" for line in comment), f"{name}: {_written(plain(value))}"]
+
+
+def _written(value: Any) -> str:
+    return f"[{', '.join(map(_written, value))}]" if isinstance(value, list) else shown(value)
+
+
+def preset(group: str, choice: str) -> dict[str, Any]:
+    """What a choice changes in its group. For `--help`, without Hydra."""
+    if choice in TABLES.get(group, ()):
+        return TABLES[group][choice]
+    import yaml
+
+    text = (files("localization_heads") / "config" / group / f"{choice}.yaml").read_text(encoding="utf-8")
+    return {str(name): value for name, value in yaml.safe_load(text).items() if name != "defaults"}
+
+
+def flat(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every option with its value, as the command line names and writes them."""
+    for name in type(chosen).__pydantic_fields__:
+        value = getattr(chosen, name)
+        if isinstance(value, Options):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _written(plain(value))

@@ -1,0 +1,399 @@
+"""The options of the method and of its surroundings, a class a group: `criteria.tau` is `CriteriaOptions.tau`.
+
+Defaults are the paper's. Presets, which change a few of them under a name, are the files of `config/<group>/`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from localization_heads.errors import UsageError
+from localization_heads.heads.head import Head
+from localization_heads.options.kinds import (
+    FolderName,
+    Odd,
+    Options,
+    PathText,
+    Reads,
+    Sentence,
+    Several,
+    Share,
+    Text,
+    Wants,
+    Word,
+    option,
+    options,
+)
+from localization_heads.store.paths import from_home, model_folder
+
+ConvMode = Literal["referseg", "chat", "plain"]
+QueryToken = Literal["last", "expression_end", "expression_mean", "answer_first"]
+ViewChoice = Literal["combined", "whole", "tiles"]
+NativeBox = Literal["llava", "qwen2", "qwen2_5", "qwen3", "internvl", "glm", "florence2", "paligemma"]
+Weight = Literal["area", "mass"]
+ElbowRule = Literal["value", "index"]
+ElbowHeads = Literal["considered", "all"]
+Ties = Literal["sum", "order"]
+Fallback = Literal["none", "order", "sum"]
+Threshold = Annotated[float, Field(ge=0)] | Literal["mean"]
+Component = Literal["largest_hull", "all"]
+Binarise = Literal["mean", "otsu", "top_mass"]
+Interpolation = Literal["nearest", "bilinear"]
+Border = Literal["mirror", "repeat"]
+BoxFrom = Literal["map", "mask"]
+SegmenterKind = Literal["none", "grabcut", "sam", "sam2", "sam3"]
+SAMS = ("sam", "sam2", "sam3")
+SegmenterPrompt = Literal["box", "points", "map"]
+RAY = ("ray",)
+ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
+SceneSplit = Literal["test", "validation", "train"]
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "reasonseg"]
+Experiment = Literal[
+    "fig3",
+    "fig6a",
+    "fig6b",
+    "random",
+    "tab1",
+    "tab2",
+    "tab3",
+    "tab4",
+    "tab5",
+    "tab8",
+    "fig13",
+    "fig14",
+    "ladder",
+]
+Benchmark = Literal[
+    "refcoco-val", "refcoco-testA", "refcoco-testB", "refcoco+-val", "refcoco+-testA", "refcoco+-testB",
+    "refcocog-val", "refcocog-test", "reasonseg-val", "reasonseg-test",
+]  # fmt: skip
+Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
+"""Checked against the machine by `lvlm.loading.pick_device`."""
+
+
+def _heads(value: Any) -> Any:
+    """`[14-24, 14-13]` as heads."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(head if isinstance(head, Head) else Head.parse(str(head)) for head in value)
+
+
+@options
+class CriteriaOptions(Options):
+    """How localization heads are told from the others (Sec. 4, App. A and B)."""
+
+    entropy: Weight = option(
+        "area",
+        "Weight of a component in the spatial entropy: its area (paper) or its attention mass (published code).",
+    )
+    threshold: Threshold = option(
+        "mean",
+        "A cell is positive if A exceeds the map's own mean (mean, paper), or if relu(A - mean) exceeds a number "
+        "(published code: 0.001).",
+    )
+    means: float = option(
+        1.0,
+        "Multiple of the mean that is subtracted from a map before it is thresholded (paper: 1; published code of "
+        "August 2025: 2).",
+        ge=1,
+    )
+    elbow: ElbowRule = option(
+        "value",
+        "Heads kept by criterion 1: those whose attention sum reaches the elbow's value (paper), or whose flat index "
+        "reaches that of the head at the elbow (index, published code of June 2025).",
+    )
+    exclude_layers: int = option(2, "Number of first layers that are left out everywhere.", ge=0)
+    bottom_row_filter: bool = option(
+        False,
+        "Never mark a head in a sample whose bottom row is in focus (published code of August 2025).",
+    )
+    bottom_row_above: Annotated[float, Field(ge=0)] | None = option(
+        None,
+        "Bottom-row focus: every cell of the row is positive (null), or any of them holds more attention than this "
+        "number (published code of August 2025: 0.05).",
+    )
+    tau: Annotated[float, Field(ge=0)] | None = option(
+        None,
+        "A fixed threshold for criterion 1; null takes the elbow, 0 switches the criterion off.",
+    )
+    elbow_heads: ElbowHeads = option(
+        "considered",
+        "Heads whose sums the elbow is computed from: those of the layers not left out (considered, paper) or "
+        "all heads (all, published code).",
+    )
+    per_sample: bool = option(
+        False,
+        "In a ranking over a data set, each sample has its own elbow (true, published code), instead of that of the "
+        "average sums (false, paper).",
+    )
+    ties: Ties = option(
+        "sum",
+        "Order of heads with the same entropy: higher attention sum first (sum), or as in the model (order, "
+        "published code).",
+    )
+    fallback: Fallback = option(
+        "none",
+        "What a sample that picks its own heads takes where too few pass criterion 1: nothing (none); heads "
+        "that fail, in the order of the model (order, June 2025); or, where none passes, the one of the "
+        "highest sum (sum, August 2025).",
+    )
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> Self:
+        if self.tau is not None and self.elbow == "index":
+            raise UsageError("criteria.tau is a value: it cannot be combined with criteria.elbow=index")
+        return self
+
+
+@options
+class GroundingOptions(Options):
+    """How maps become a box (Sec. 5, App. B.2)."""
+
+    kernel_size: Odd = option(7, "Taps of the Gaussian that smooths each map; 1 switches smoothing off.")
+    sigma: float = option(1.0, "Its standard deviation in cells; 0 switches smoothing off.", ge=0)
+    border: Border = option(
+        "mirror",
+        "How a map continues beyond its edge when it is smoothed: mirror does not repeat the edge cell (c b | a b c, "
+        "as in OpenCV), repeat does (b a | a b c, as in scipy and so in the published code).",
+    )
+    upsample: int = option(
+        1,
+        "Split each cell into this many along both axes before smoothing, for boxes finer than a cell (paper: 1). "
+        "Kernel and sigma then count the finer cells.",
+        ge=1,
+        le=16,
+    )
+    interpolation: Interpolation = option(
+        "nearest",
+        "Value of the finer cells: that of the cell they are part of (nearest), or a linear transition from "
+        "centre to centre (bilinear).",
+    )
+    binarise: Binarise = option(
+        "mean",
+        "A cell is positive above the mean (paper), above Otsu's threshold (otsu), or if it is among the "
+        "fewest cells that hold a share of the attention (top_mass).",
+    )
+    means: float = option(
+        1.0, "For binarise=mean: the threshold as a multiple of the mean (paper and published code: 1).", ge=1
+    )
+    margin: float = option(
+        0.0, "For binarise=mean: a constant that is added to the threshold (paper: 0).", ge=0
+    )
+    top_mass: Share = option(0.7, "For binarise=top_mass: the share of the attention.")
+    component: Component = option(
+        "largest_hull",
+        "Positive cells that make the box: those of the component with the largest convex hull (paper), or all "
+        "(published code).",
+    )
+    box_from: BoxFrom = option(
+        "map", "Take the box from the map (paper), or the tight box of the segmenter's mask (mask)."
+    )
+    ignore_padding: bool = option(
+        False,
+        "Read the grid as if it covered the image and no padding: wrong on purpose, as in the published code.",
+    )
+
+
+@options
+class SegmenterOptions(Options):
+    """What makes the mask."""
+
+    kind: SegmenterKind = option(
+        "grabcut", "none (the pseudo-mask of the map), grabcut (offline, no weights), or a family of SAMs."
+    )
+    name: Annotated[str, AfterValidator(from_home), Reads("path")] = option(
+        "", "Hugging Face id or local folder of a SAM of that family.", kinds=SAMS
+    )
+    prompt: Annotated[tuple[SegmenterPrompt, ...], Several, Field(min_length=1)] = option(
+        ("box",),
+        "What a SAM is prompted with, any of: box, points (interior points, from the map), map (as a mask).",
+        kinds=SAMS,
+    )
+    num_points: int = option(3, "Number of points, at most.", kinds=SAMS, ge=1, le=100)
+    multimask: bool = option(
+        False, "Predict three masks and take the one that the SAM scores highest.", kinds=SAMS
+    )
+    device: Device | None = option(None, "Device of a SAM; null takes that of the model.")
+    iterations: int = option(5, "GrabCut's iterations.", kinds=("grabcut",), ge=1, le=100)
+
+
+@options
+class ModelSpec(Options):
+    """A checkpoint and the facts about it."""
+
+    name: PathText = option(
+        "embedded", "Hugging Face id, local folder, or `embedded` for the model inside the package."
+    )
+    label: FolderName | None = option(
+        None,
+        "Name of the folder below output_dir that holds this model's files; null derives one from the name.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Precision of the weights: auto (as saved), float32, bfloat16 or float16."
+    )
+    device_map: Word | None = option(
+        None, "Spread a large model over devices: null (all on `device`), auto, balanced or sequential."
+    )
+    quantization: Literal["4bit", "8bit"] | None = option(
+        None,
+        "Quantise the weights while loading: null, 8bit or 4bit (needs the extra `quantization` and a GPU).",
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = option(
+        None,
+        "Attention kernel: null (what the family needs, else transformers' choice, usually sdpa), sdpa, eager or "
+        "flash_attention_2.",
+    )
+    pad_to_square: bool | None = option(
+        None,
+        "Pad images to a square instead of cropping them; null for what the family needs (LLaVA-1.5 and its "
+        "like: true), else what the processor says.",
+    )
+    conv_mode: ConvMode | None = option(
+        None,
+        "Prompt recommended for this model, used while conv_mode=null; null is what the family needs, and for "
+        "an unknown one referseg.",
+    )
+    system: Sentence | None = option(
+        None, "System sentence of the referseg template; null for the checkpoint's own, or else LLaVA's."
+    )
+    heads: Annotated[
+        tuple[Head, ...], BeforeValidator(_heads), Wants("write a list such as [14-24,14-13,14-26]")
+    ] = option(
+        (), "Published localization heads (LAYER-HEAD, counted from 0), best first; used by heads=auto."
+    )
+    top_n: int = option(
+        10,
+        "Heads marked in each sample (N) while top_n=null. The paper takes 10 for every model.",
+        ge=1,
+        le=10_000,
+    )
+    native_box: NativeBox | None = option(
+        None,
+        "Format in which this model writes boxes itself, for stage=evaluate; null is that of its family, if it "
+        "has one.",
+    )
+
+    @property
+    def folder(self) -> str:
+        """Name of this model's folder below `output_dir`."""
+        return self.label or model_folder(self.name)
+
+
+@options
+class ScenesOptions(Options):
+    """The synthetic benchmark (stage=scenes, data=scenes)."""
+
+    count: int = option(300, "Number of scenes, one expression each.", ge=1, le=100_000)
+    seed: int = option(0, "Which set; sets of different seeds share no scene.", ge=0, le=1_000_000)
+    split: SceneSplit = option("test", "test, validation or train; no scene is in two of them.")
+    style: ArtStyle | None = option(
+        None, "Art style: noto, twemoji, fluent, or openmoji (never trained on); null mixes the first three."
+    )
+    size: int = option(256, "Side of an image in pixels.", ge=32, le=2048)
+    height: Annotated[int, Field(ge=16, le=2048)] | None = option(
+        None, "Crop each image to this many rows around the object, to get landscape images; null keeps all."
+    )
+    folder: PathText = option("outputs/scenes", "Where they are written.")
+
+
+@options
+class PhrasesOptions(Options):
+    """Several objects in one query (stage=ground)."""
+
+    by: Literal["split", "spacy", "whole"] = option(
+        "split",
+        "How a query becomes several: split (at each ;), spacy (the noun phrases of a sentence) or whole (never). "
+        "Each phrase gets its own map, box and mask, under the id <id>_1, <id>_2, ...",
+    )
+    model: PathText = option(
+        "en_core_web_sm", "The spaCy pipeline, a package or a folder, for phrases.by=spacy."
+    )
+
+
+@options
+class DoctorOptions(Options):
+    """How a new model is examined (stage=doctor)."""
+
+    check: bool | None = option(
+        None,
+        "Compare the captured attention with eager attention on this input; null does so for small models only.",
+    )
+
+
+@options
+class EngineOptions(Options):
+    """Where the model runs over a data set."""
+
+    kind: Literal["local", "ray"] = option(
+        "local", "What runs the model: this process (local) or Ray's workers (ray)."
+    )
+    num_workers: Annotated[int, Field(ge=1, le=10_000)] | None = option(
+        None,
+        "Number of workers; null takes one per GPU or, without GPUs, as many as there are cores for.",
+        kinds=RAY,
+    )
+    cpus_per_worker: int = option(2, "Cores of a worker.", kinds=RAY, ge=1, le=1024)
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = option(
+        None,
+        "GPUs of a worker, such as 2 with model.device_map=auto, or 0.5 to share one; null takes one if there "
+        "are any.",
+        kinds=RAY,
+    )
+    address: Text | None = option(
+        None,
+        "A Ray cluster: auto joins the one that this machine belongs to, HOST:PORT another; null starts Ray on this "
+        "machine and stops it afterwards.",
+        kinds=RAY,
+    )
+    object_store: int = option(
+        1024, "MiB of memory for results in transit, where Ray is started on this machine.", kinds=RAY, ge=80
+    )
+
+
+@options
+class ExperimentOptions(Options):
+    """The experiments of the paper (stage=experiment)."""
+
+    names: Annotated[tuple[Experiment, ...], Several] = option((), "Which ones, in order.")
+    benchmark: Benchmark | None = option(
+        None,
+        "The split that the entries come from, so that our numbers stand in the paper's column; null for other data.",
+    )
+    ks: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = option(
+        (1, 2, 3, 4, 5), "Tab. 4: numbers of heads added."
+    )
+    sigmas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several, Field(min_length=1)] = option(
+        (0.0, 0.5, 0.8, 1.0, 1.4, 1.8),
+        "Tab. 8: standard deviations of the smoothing in cells, with the kernel of grounding.kernel_size.",
+    )
+    kernels: Annotated[tuple[Odd, ...], Several, Field(min_length=1)] = option(
+        (1, 3, 5, 7, 9), "Tab. 8: kernel sizes, with the sigma of grounding.sigma."
+    )
+    taus: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] | None = option(
+        None,
+        "Fig. 13: thresholds of criterion 1; null takes 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
+    )
+    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = (
+        option(tuple(range(1, 15)), "Fig. 14: numbers of heads marked in each sample.")
+    )
+    min_frequency: float = option(
+        0.01, "Fig. 6b: heads of lower selection frequency are left out.", ge=0, le=1
+    )
+    random_sets: int = option(
+        20, "Sets of random heads, of the same layers, that the found ones are compared with.", ge=2, le=1000
+    )
+
+
+@options
+class RungOptions(Options):
+    """A rung of the ladder (docs/reproducing-the-paper.md): a preset of criteria, grounding, heads and k."""
+
+    step: int = option(0, "Its place in the ladder, from 1.", ge=0, le=100)
+    name: FolderName = option("none", "Its name.")
+    about: Text = option("the options as they are", "What it adds to the rung before.")
+    segmenter: Literal["none", "chosen", "points"] = option(
+        "chosen",
+        "Masks: none (the map's own), chosen (segmenter=), or points (the same, prompted with points as well).",
+    )
