@@ -90,24 +90,11 @@ def write_data(folder: Path, count: int) -> Path:
 
 def stand_in_run(data: Path, count: int) -> Any:
     """The finder's options, composed as the command composes them, around a model that costs nothing."""
-    from hydra import compose, initialize_config_module
-
-    from localization_heads.apps.frontdoor import plain_options
+    from localization_heads.options.compose import composed
     from localization_heads.stages.run import Run
 
-    with initialize_config_module("localization_heads.config", version_base="1.3"):
-        options = plain_options(
-            compose(
-                "finder",
-                [
-                    f"data_file={data}",
-                    f"output_dir={data.parent / 'out'}",
-                    f"num_samples={count}",
-                    "batch_size=64",
-                ],
-            )
-        )
-    run = Run(options)
+    out = f"output_dir={data.parent / 'out'}"
+    run = Run(composed("finder", f"data_file={data}", out, f"num_samples={count}", "batch_size=64"))
     run.__dict__["lvlm"] = StandIn()  # where the cached property would put it
     return run
 

@@ -191,7 +191,7 @@ def evaluate(
             pictures, before the first sample where `samples` is a sequence, else after the last.
         NotFiniteError: no sample's attention is finite.
     """
-    from localization_heads.lvlm.answers import ask_for_box, wanted_format
+    from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 
     grounder = _grounder(lvlm, heads, criteria or CriteriaOptions(), options, segmenter)
     judge = Judge(grounder.criteria, grounder.options, controls, bootstrap, seed)

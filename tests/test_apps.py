@@ -19,7 +19,7 @@ import pytest
 from front import Front, Result, draw_picture, fronts, one_line, stub_figures, write_lines
 from PIL import Image
 
-from localization_heads.apps import chat
+from localization_heads.apps import terminal
 from localization_heads.attention import AttentionMaps
 from localization_heads.lvlm import answers
 from localization_heads.lvlm.model import LVLM
@@ -325,9 +325,9 @@ def test_heads_are_asked_as_they_were_found(
         "heads": [{**head, "attention_sum": 0.5, "spatial_entropy": None}], "found_with": {"conv_mode": conv_mode},
     }  # fmt: skip
     Path("mine.json").write_text(json.dumps(ranking))
-    right = chat.ground
+    right = terminal.ground
     monkeypatch.setattr(
-        chat, "ground", lambda lvlm, *a, **k: asked.append(lvlm.conv_mode) or right(lvlm, *a, **k)
+        terminal, "ground", lambda lvlm, *a, **k: asked.append(lvlm.conv_mode) or right(lvlm, *a, **k)
     )
     assert talk("/ground the dog\n", "image_file=cat.png", "heads=mine.json", "k=1").status == 0
     assert asked == ["plain" if conv_mode == "plain" else "referseg"]
@@ -373,7 +373,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(answers, "stream", endless)
-    monkeypatch.setattr(chat, "ground", interrupted)
+    monkeypatch.setattr(terminal, "ground", interrupted)
     lines = iter(["What?\n", "/ground the dog\n", None, "/help\n"])
 
     class Keyboard:
@@ -386,13 +386,13 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
                 raise KeyboardInterrupt
             return line
 
-    read = chat.line_reader
+    read = terminal.line_reader
 
     def keyboard() -> Callable[[], str]:
         monkeypatch.setattr(sys, "stdin", Keyboard())
         return read()
 
-    monkeypatch.setattr(chat, "line_reader", keyboard)
+    monkeypatch.setattr(terminal, "line_reader", keyboard)
     result = talk("", "image_file=cat.png")
     assert result.status == 0
     for words in ("well [stopped]", "stopped\n", "/exit leaves", "Ctrl-D"):
@@ -407,7 +407,7 @@ def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        read = chat.line_reader()
+        read = terminal.line_reader()
         keys.send_text("hello\nhex\x7fy\n")
         assert [read(), read()] == ["hello", "hey"]
         keys.send_text("\x03")
@@ -440,7 +440,7 @@ def test_a_real_ctrl_c_stops_the_model(
 
     screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
-    chat.print_answer(conversation, "What is it?")
+    terminal.print_answer(conversation, "What is it?")
     assert screen.getvalue().endswith(" [stopped]\n")
     assert set(threading.enumerate()) <= threads
     assert conversation.messages[-1]["content"][0]["text"].startswith(seen[0].strip())
@@ -465,7 +465,7 @@ def test_whatever_fails_the_conversation_goes_on(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(chat, "ground", fail)
+    monkeypatch.setattr(terminal, "ground", fail)
     result = talk("/ground the dog\n/help\n", "image_file=cat.png")
     assert result.status == 0
     assert "error: ZeroDivisionError: by zero\n" in result.out
@@ -576,7 +576,7 @@ def typed(keys: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
     with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
         keyboard.send_text(keys)
-        return chat._prompt()()
+        return terminal._prompt()()
 
 
 def test_earlier_lines_come_back_in_the_next_conversation(
@@ -598,7 +598,7 @@ def test_commands_and_files_are_completed(tmp_path: Path) -> None:
     from prompt_toolkit.document import Document
 
     def completions(text: str) -> list[str]:
-        return [c.text for c in chat.completer().get_completions(Document(text), CompleteEvent())]
+        return [c.text for c in terminal.completer().get_completions(Document(text), CompleteEvent())]
 
     assert completions("/gr") == ["/ground"]
     assert completions("/") == ["/image", "/ground", "/help", "/exit"]

@@ -17,7 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.prompts import QUERY_TOKENS
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import find_spec
 
 EXPRESSIONS = ["the dog", "the left red dog , this car", "car.", "this image"]

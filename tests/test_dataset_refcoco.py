@@ -389,7 +389,7 @@ READ_BOMBS = """
 import resource, sys
 from pathlib import Path
 import pyarrow.parquet
-from localization_heads.data import parquet
+from localization_heads.datasets import refcoco_parquet as parquet
 from localization_heads.errors import UsageError
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

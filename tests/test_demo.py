@@ -43,33 +43,31 @@ from localization_heads.evaluation.metrics import box_iou
 from localization_heads.figures.sheet import VERMILLION
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loading
+from localization_heads.options.compose import composed
 from localization_heads.options.groups import GroundingOptions
+from localization_heads.options.programs import DemoOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.segmentation.segmenter import GRABCUT
-from localization_heads.stages.run import Run
+from localization_heads.stages.run import DemoRun
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @cache
-def options() -> dict[str, Any]:
-    """The options of `config/demo.yaml`, composed."""
-    from hydra import compose, initialize_config_module
-
-    from localization_heads.apps.frontdoor import plain_options
-
-    with initialize_config_module("localization_heads.config", version_base=None):
-        return plain_options(compose("demo", overrides=["device=cpu", "open_browser=false"]))
+def options() -> DemoOptions:
+    found = composed("demo", "device=cpu", "open_browser=false")
+    assert isinstance(found, DemoOptions)
+    return found
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> DemoRun:
     monkeypatch.setattr(loading, "load_model", cached_load_model)
-    return Run({**options(), "output_dir": str(tmp_path)})
+    return DemoRun(replace(options(), output_dir=str(tmp_path)))
 
 
 @pytest.fixture
-def asked(run: Run) -> Asked:
+def asked(run: DemoRun) -> Asked:
     picture, expression = example_pictures(1)[0]
     return ask(run, picture, f"{expression}; something else")
 
@@ -493,7 +491,7 @@ def coloured_box(pixels: np.ndarray, colour: str = VERMILLION) -> tuple[float, f
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def located_example(run: Run) -> tuple[Image.Image, str, tuple[float, ...]]:
+def located_example(run: DemoRun) -> tuple[Image.Image, str, tuple[float, ...]]:
     """A scene that the model gets right, with the true box, so that a wrong page cannot hide behind a wrong model."""
     import localization_heads as lh
 

@@ -13,7 +13,9 @@ from documents import blocks, commands
 from front import Front, cached_load_model, fronts
 
 from localization_heads.lvlm import loading
-from localization_heads.options import STAGES
+from localization_heads.options import programs
+
+STAGES = programs.Stage.__args__
 
 ROOT = Path(__file__).parents[1]
 SCENES = 24

@@ -23,7 +23,7 @@ from localization_heads.lvlm import capture, doctor
 from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import QUERY_TOKENS
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.options.groups import ModelSpec
 from localization_heads.stages.run import Run
 

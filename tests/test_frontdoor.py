@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from front import Front, fronts, one_line, write_data
-from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,7 +20,9 @@ from omegaconf import OmegaConf
 from localization_heads.apps import frontdoor
 from localization_heads.apps.frontdoor import help_text, plain_options, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.options import RULES, TEXTS, check_options
+from localization_heads.options.compose import PROGRAMS, choices, composed, option_names
+from localization_heads.options.kinds import extra, reads
+from localization_heads.options.programs import FinderOptions
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -38,10 +39,16 @@ def front(
     yield from fronts(tmp_path, monkeypatch, capsys)
 
 
-def finder_options(*overrides: str) -> dict[str, Any]:
+def finder_options(*overrides: str) -> FinderOptions:
     """The composed options of a command line."""
-    with initialize_config_module("localization_heads.config", version_base="1.3"):
-        return plain_options(compose("finder", [quote_free_text(override) for override in overrides]))
+    found = composed("finder", *map(quote_free_text, overrides))
+    assert isinstance(found, FinderOptions)
+    return found
+
+
+def kinds(*wanted: str) -> list[str]:
+    """Options of the finder that the command line reads in one of these ways."""
+    return [name for name, field in option_names("finder").items() if reads(field) in wanted]
 
 
 def arrived(argument: str) -> Any:
@@ -75,12 +82,8 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
     text, err = capsys.readouterr()
     assert not err
     assert text.startswith(f"usage: python {SCRIPTS[name]} [-q | -v] [NAME=VALUE ...]")
-    with initialize_config_module("localization_heads.config", version_base="1.3"):
-        options = plain_options(compose(name))
-    for option, value in options.items():
-        inner = [f"{option}.{key}:" for key in value] if option in PREFIXED else []
-        for line in inner or [f"{option}:"]:
-            assert f"\n{line}" in text, line
+    for option in [*option_names(name), *choices(name)]:
+        assert f"\n{option}: " in text, option
     assert "hydra" not in text
     assert "_self_" not in text
 
@@ -121,7 +124,7 @@ TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=TYPED, name=st.sampled_from([name for name in TEXTS if RULES[name].kind in ("text", "path")]))
+@given(text=TYPED, name=st.sampled_from(kinds("text", "path")))
 @example(text="the dog, on the left", name="query")
 @example(text="a=b, c={d: [e]}", name="query")
 @example(text='it\'s "that" one', name="query")
@@ -174,31 +177,31 @@ def test_a_heads_file_is_free_text_and_a_list_is_not() -> None:
     """A path may hold an equals sign, a comma or a space; a quoted item of a list too."""
     for value, expected in (
         ("out/a=b, c/heads.json", "out/a=b, c/heads.json"),
-        ("[1-2,L3H4]", ["1-2", "L3H4"]),
-        ("['1-2' , \"a, b\"]", ["1-2", "a, b"]),
+        ("[1-2,L3H4]", ("1-2", "L3H4")),
+        ("['1-2' , \"a, b\"]", ("1-2", "a, b")),
         ("1-2", "1-2"),
         ("auto", "auto"),
     ):
-        assert finder_options(f"heads={value}")["heads"] == expected
+        assert finder_options(f"heads={value}").heads == expected
     assert quote_free_text("heads=auto,greedy", sweeps=True) == "heads=auto,greedy"
 
 
-PATHS = [name for name, rule in RULES.items() if rule.kind in ("path", "paths")]
-
-
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", kinds("path", "paths"))
 def test_a_path_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every path option of every command; `~` elsewhere is a character like any other."""
     monkeypatch.setenv("HOME", "/home/ann")
+    field = option_names("finder")[name]
     group = ["segmenter=sam"] if name == "segmenter.name" else []
+    group += [f"stage={stage}" for stage in extra(field).get("stages", [])[:1]]
     typed = {"~/a b/c.json": "/home/ann/a b/c.json", "x/~/y": "x/~/y", "https://a.example/~ann/x": None}
     for written, expected in typed.items():
         options: Any = finder_options(*group, f"{name}={written}")
         for key in name.split("."):
-            options = options[key]
-        assert options == (expected or written)
-    if RULES[name].kind == "paths":
-        assert finder_options(f"{name}=[~/a,b]")[name] == ["/home/ann/a", "b"]
+            options = getattr(options, key)
+        found = options[0] if isinstance(options, tuple) else options
+        assert found == (expected or written)
+    if reads(field) == "paths":
+        assert getattr(finder_options(f"{name}=[~/a,b]"), name) == ("/home/ann/a", "b")
 
 
 def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +249,11 @@ def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -
         (["stage=grond"], "stage=grond: did you mean ground? choose one of batch"),
         (["grounding.binarise=ostu"], "did you mean otsu?"),
         (["scenes.cuont=3"], "did you mean scenes.count=?"),
-        (["engine.num_workers=2"], "engine.num_workers= is an option of engine=ray alone"),
-        (["segmenter.prompt=[box]"], "segmenter.prompt= is an option of segmenter="),
+        (["engine.num_workers=2"], "engine.num_workers=2: only ray reads it, and not local"),
+        (
+            ["segmenter.num_points=5"],
+            "segmenter.num_points=5: only sam or sam2 or sam3 reads it, and not grabcut",
+        ),
         (["k=${x}"], "k=${x}: there is no option x"),
         (["criteria=own"], "criteria=own: choose one of paper, published"),
         (["model.nme=x"], "model.nme= is no option: did you mean model.name=?"),
@@ -258,9 +264,9 @@ def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -
         (["k=0"], "k=0: give a whole number of at least 1"),
         (["k=three"], "k=three: give a whole number"),
         (["k=1,2"], "k=1,2: give one value"),
-        (["heads=1-2,3-4"], "heads=1-2,3-4: give one value; a list is written [A,B]"),
+        (["heads=1-2,3-4"], "heads=1-2,3-4: write auto, greedy"),
         (["top_k=0"], "top_k=0: "),
-        (["heads=[1-2"], "heads=[1-2: give one value; a list is written [A,B]"),
+        (["heads=[1-2"], "heads=[1-2: write auto, greedy"),
         (["heads=null"], "heads=null: write auto, greedy, a heads.json"),
         (["k"], "k"),
         (["=5"], "= is no option: --help lists all"),
@@ -292,7 +298,7 @@ ODD = [
     "\x01", "\ud800", "paper.yaml", "1_000", "[" * 500 + "]" * 500, "9" * 400, "9" * 5000,
 ]  # fmt: skip
 ANY_NAME = [
-    *RULES,
+    *option_names("finder"),
     *GROUPS,
     "hydra.run.nonsense",
     "hydra/launcher",
@@ -311,12 +317,15 @@ def test_whatever_stands_behind_an_option_is_one_line(
     """Odd values of options and groups, in turn: composed and checked, no model. (test_options.py tries every rule.)"""
 
     def check(cfg: Any) -> int:
-        check_options(plain_options(cfg))
+        PROGRAMS[application].of(plain_options(cfg))
         return 0
 
-    tried = [(name, ODD[7 * number % len(ODD)]) for number, name in enumerate(list(RULES)[::3])]
+    tried = [(name, ODD[7 * number % len(ODD)]) for number, name in enumerate(option_names("finder"))][::3]
     tried += [
-        (name, odd) for name in ANY_NAME if name not in RULES for odd in ODD[:: 1 if name == "data" else 8]
+        (name, odd)
+        for name in ANY_NAME
+        if name not in option_names("finder")
+        for odd in ODD[:: 1 if name == "data" else 8]
     ]
     helps = {application: help_text(application, "") for application in APPLICATIONS}
     for name, odd in tried:
@@ -432,7 +441,7 @@ def test_help_text_names_the_groups() -> None:
         "model.name: embedded",
         "criteria.entropy: area",
         "grounding.sigma: 1.0",
-        "  - data: examples",
+        "data: examples",
     ):
         assert line in text
 
@@ -444,7 +453,7 @@ def test_a_group_cannot_be_null(front: Front, option: str) -> None:
     assert f"{option}: choose one of " in one_line(result.err)
 
 
-@pytest.mark.parametrize("module", ["apps.terminal", "stages.visualizing", "apps.finder_stages"])
+@pytest.mark.parametrize("module", ["apps.terminal", "stages.visualize", "apps.finder_stages"])
 def test_figures_are_imported_when_they_are_drawn(module: str) -> None:
     """matplotlib costs a second that a question or a wrong option need not wait for."""
     code = f"import sys, localization_heads.{module}; print('matplotlib' in sys.modules)"

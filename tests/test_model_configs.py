@@ -9,8 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from localization_heads.apps.frontdoor import help_text
@@ -19,7 +17,6 @@ from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.prompts import CONV_MODES
 from localization_heads.lvlm.spec import (
-    BASE,
     EMBEDDED,
     FACTS,
     SHAPES,
@@ -29,8 +26,9 @@ from localization_heads.lvlm.spec import (
     known_specs,
     looks_like,
 )
-from localization_heads.options import check_options
+from localization_heads.options import compose
 from localization_heads.options.groups import ModelSpec
+from localization_heads.options.programs import FinderOptions
 from localization_heads.stages.run import Run
 
 FOLDER = files("localization_heads") / "config" / "model"
@@ -81,19 +79,17 @@ MODEL_TYPES = {
 """The `model_type` of each checkpoint's configuration."""
 
 
-def composed(*overrides: str) -> dict[str, Any]:
-    with initialize_config_module("localization_heads.config", version_base="1.3"):
-        options = OmegaConf.to_container(compose("finder", list(overrides)), resolve=True)
-    assert isinstance(options, dict)
-    return {str(name): value for name, value in options.items()}
+def composed(*overrides: str) -> FinderOptions:
+    found = compose.composed("finder", *overrides)
+    assert isinstance(found, FinderOptions)
+    return found
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_composes(stem: str) -> None:
     """Through Hydra, and the same when the files are read without it."""
     options = composed(f"model={stem}")
-    check_options(options)
-    assert compose_spec(options["model"], stem) == known_specs()[stem] == find_spec(stem)
+    assert compose_spec(options.model, stem) == known_specs()[stem] == find_spec(stem)
     spec = known_specs()[stem]
     assert spec.label == stem
     assert spec.conv_mode in CONV_MODES
@@ -178,22 +174,21 @@ def test_shapes_of_the_checkpoints_whose_heads_are_known() -> None:
     assert looks_like(llava) == "llava-13b"
 
 
-def test_base_has_every_option() -> None:
-    keys = OmegaConf.create((FOLDER / f"{BASE}.yaml").read_text(encoding="utf-8")).keys()
-    assert list(keys) == [field.name for field in fields(ModelSpec)]
-
-
 def test_any_option_can_be_overridden() -> None:
     options = composed("model=qwen3-vl", "model.dtype=bfloat16", "model.conv_mode=plain", "model.heads=[3-1]")
-    spec = compose_spec(options["model"], "qwen3-vl")
+    spec = compose_spec(options.model, "qwen3-vl")
     assert (spec.dtype, spec.conv_mode, list(map(str, spec.heads))) == ("bfloat16", "plain", ["L3H1"])
 
 
-def test_base_serves_a_checkpoint_that_nobody_described() -> None:
-    options = composed("model=base", "model.name=someone/some-model", "model.dtype=float16")
-    assert compose_spec(options["model"], "base") == ModelSpec("someone/some-model", dtype="float16")
+def test_a_checkpoint_that_nobody_described() -> None:
+    spec = compose_spec(
+        composed("model.name=someone/some-model", "model.dtype=float16").model,
+        "tiny",
+        ["model.name=someone/some-model", "model.dtype=float16"],
+    )
+    assert spec == ModelSpec("someone/some-model", dtype="float16")
     with pytest.raises(UsageError, match=r"model\.name=null"):
-        check_options(composed("model=base"))
+        composed("model.name=null")
 
 
 def test_help_explains_every_option_once() -> None:
@@ -222,6 +217,6 @@ def test_conv_mode_option_overrides_the_file() -> None:
 def test_bad_choices() -> None:
     for options in ("query_token=first", "conv_mode=shout", "model.conv_mode=shout"):
         with pytest.raises(UsageError, match=options.partition("=")[0]):
-            check_options(composed(options))
+            composed(options)
     with pytest.raises(UsageError, match="query_token=first"):
         load_model(query_token="first")

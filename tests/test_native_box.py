@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.answers import FORMATS, ask_for_box, box_prompt, format_of, read_box
 from localization_heads.lvlm.families import FAMILIES, REFUSED
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.native_box import FORMATS, ask_for_box, box_prompt, format_of, read_box
 from localization_heads.lvlm.spec import known_specs
 
 WIDE = (640, 480)

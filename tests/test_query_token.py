@@ -17,15 +17,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import (
+from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
+from localization_heads.lvlm.query_tokens import (
     QUERY_TOKENS,
-    Prompt,
     expression_tokens,
-    locate_expression,
     lone_space_id,
-    plain_prompt,
     query_of,
-    referseg_prompt,
     without_token,
 )
 from localization_heads.options.groups import ModelSpec

@@ -10,7 +10,7 @@ import pytest
 from family_models import tiny
 
 from localization_heads.lvlm.doctor import compare
-from localization_heads.lvlm.prompts import QUERY_TOKENS
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 
 
 @pytest.mark.parametrize(

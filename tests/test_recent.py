@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 import localization_heads as lh
+from localization_heads.apps.terminal import start
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.model import LVLM, RecentPictures
 from localization_heads.lvlm.sharing import EncodedPicture
-from localization_heads.stages.run import Run
+from localization_heads.options.programs import ChatOptions
+from localization_heads.stages.run import ChatRun
 
 SAME = {"rtol": 0, "atol": 1e-5}
 
@@ -121,13 +123,12 @@ def test_ground_reads_a_picture_once(
     assert len(encoded) == 1
     for grounding, text in zip(found, ("the dog", "a red car"), strict=True):
         maps = asked.attend(picture, text)
-        expected = lh.grounding.maps.ground_maps(maps, [lh.Head(3, 0)])
+        expected = lh.grounding.ground.ground_maps(maps, [lh.Head(3, 0)])
         np.testing.assert_allclose(grounding.box, expected.box, atol=1e-3)
 
 
 def test_the_option_of_the_conversation() -> None:
-    options = {"model": {"name": "embedded"}, "device": "cpu", "conv_mode": None, "query_token": "last"}
-    run = Run({**options, "view": "combined", "num_threads": 1, "random_seed": 0, "picture_memory": 3})
-    assert run.lvlm.recent.max_bytes == 3 * 2**20
+    run = ChatRun(ChatOptions.of({"device": "cpu", "num_threads": 1, "picture_memory": 3}))
+    assert start(run).lvlm.recent.max_bytes == 3 * 2**20
     with pytest.raises(UsageError, match="picture_memory=-1"):
-        Run({"picture_memory": -1})
+        ChatOptions.of({"picture_memory": -1})

@@ -24,7 +24,7 @@ from localization_heads.lvlm.families import NOT_SHARED
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prefix import why_not_shared
-from localization_heads.lvlm.prompts import QUERY_TOKENS
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car", "the dog"]

@@ -6,6 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.spec import CONVERTED, compose_spec, find_spec, folder_name, known_specs
+from localization_heads.lvlm.spec import CONVERTED, compose_spec, find_spec, known_specs
+from localization_heads.options.compose import plain
 from localization_heads.options.groups import ModelSpec
+from localization_heads.store.paths import model_folder
 
 
-def values(choice: str, **changes: object) -> dict[str, object]:
-    """The options of a `config/model` file as Hydra hands them over, some overridden."""
-    spec = known_specs()[choice]
-    options = {name: getattr(spec, name) for name in ModelSpec.__dataclass_fields__}
-    return {**options, "heads": [f"{layer}-{head}" for layer, head in spec.heads], **changes}
+def values(stem: str, **changes: Any) -> ModelSpec:
+    """The group as Hydra composes it, with what the user has set."""
+    return ModelSpec.of({**plain(known_specs()[stem]), **changes}, "model.")
 
 
 def test_the_shipped_models() -> None:
@@ -88,13 +89,13 @@ def test_wrong_options_of_a_model_are_named(changes: dict[str, object], said: st
     ],
 )
 def test_folder_names(name: str, folder: str) -> None:
-    assert re.fullmatch(folder, folder_name(name))
+    assert re.fullmatch(folder, model_folder(name))
 
 
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1))
 def test_a_folder_name_is_one_plain_name(name: str) -> None:
     """Nothing leads out of the output folder."""
-    folder = folder_name(name)
+    folder = model_folder(name)
     assert folder not in ("", ".", "..")
     assert "/" not in folder
     assert "\\" not in folder

@@ -18,6 +18,7 @@ from tiny_models import save_overflowing
 
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
+from localization_heads.options.programs import FinderOptions
 from localization_heads.stages import flow, workers
 from localization_heads.stages.run import Run
 
@@ -197,7 +198,7 @@ ENGINE = {
 def test_how_many_workers(
     resources: dict[str, float], asked: dict[str, Any], device: str, expected: Sequence[float]
 ) -> None:
-    run = Run({"engine": {**ENGINE, **asked}, "device": device, "stage": "find"})
+    run = Run(FinderOptions.of({"engine": {**ENGINE, **asked}, "device": device, "stage": "find"}))
     assert workers._spread(run, resources) == expected
 
 
@@ -213,7 +214,7 @@ def test_how_many_workers(
     ],
 )
 def test_this_machine_does_not_grow(resources: dict[str, float], asked: dict[str, Any], problem: str) -> None:
-    run = Run({"engine": {**ENGINE, "address": None, **asked}, "device": "auto", "stage": "find"})
+    run = Run(FinderOptions.of({"engine": {**ENGINE, "address": None, **asked}, "stage": "find"}))
     with pytest.raises(UsageError, match=problem):
         workers._spread(run, resources)
 
@@ -222,13 +223,13 @@ def test_this_machine_does_not_grow(resources: dict[str, float], asked: dict[str
     ("options", "problem"),
     [
         ({"stage": "rank"}, "stage=rank has no data set to spread"),
-        ({"stage": "ground", "image_file": "p.png"}, "one picture cannot be spread"),
+        ({"stage": "ground", "image_file": "p.png"}, "one image cannot be spread"),
         ({"stage": "find", "device": "cuda:1"}, "device=cuda:1: with engine=ray, choose one of"),
     ],
 )
 def test_what_cannot_be_spread(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        Run({"engine": {**ENGINE}, **options})
+        FinderOptions.of({"engine": {**ENGINE}, **options})
 
 
 def test_without_the_extra(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,9 @@ from localization_heads.lvlm.prompts import (
     image_comes_first,
     image_placeholder,
     locate_expression,
-    lone_space_id,
-    query_of,
     template_renderer,
-    without_token,
 )
+from localization_heads.lvlm.query_tokens import lone_space_id, query_of, without_token
 from localization_heads.options.groups import ModelSpec
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from localization_heads.lvlm.families import check_family
 from localization_heads.lvlm.geometry import VIEWS
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
-from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM, QUERY_TOKENS, template_renderer
+from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM, template_renderer
+from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import (
     EMBEDDED,
     converted,

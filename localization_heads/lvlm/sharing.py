@@ -32,7 +32,8 @@ from localization_heads.lvlm.prefix import (
     spatial_positions,
 )
 from localization_heads.lvlm.processors import misfit_errors
-from localization_heads.lvlm.prompts import Prompt, continued
+from localization_heads.lvlm.prompts import Prompt
+from localization_heads.lvlm.query_tokens import continued
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel

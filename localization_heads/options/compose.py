@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from localization_heads.heads.head import Head
 from localization_heads.options.kinds import Options, extra, group_of, shown
 from localization_heads.options.presets import TABLES
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions, VisualizeOptions
@@ -59,6 +60,8 @@ def plain(value: Any) -> Any:
     """A default as a value of YAML."""
     if isinstance(value, Options):
         return {name: plain(getattr(value, name)) for name in type(value).__pydantic_fields__}
+    if isinstance(value, Head):
+        return f"{value.layer}-{value.head}"
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value
@@ -71,8 +74,12 @@ def register(program: str) -> None:
     store, kind = ConfigStore.instance(), PROGRAMS[program]
     groups = choices(program)
     values = {name: plain(f.default) for name, f in kind.__pydantic_fields__.items() if name not in groups}
-    before = [{name: choice} for name, choice in groups.items() if name not in kind.EXTRA_GROUPS]
-    after = [{name: choice} for name, choice in groups.items() if name in kind.EXTRA_GROUPS]
+    overriding = {
+        *kind.EXTRA_GROUPS,
+        *TABLES,
+    }  # set options of the program itself, so they come after its defaults
+    before = [{name: choice} for name, choice in groups.items() if name not in overriding]
+    after = [{name: choice} for name, choice in groups.items() if name in overriding]
     quiet = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     store.store(
         name=program, node={"defaults": [*before, "_self_", *after, *quiet], **values, "hydra": _HYDRA}
@@ -162,3 +169,19 @@ def flat(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", _written(plain(value))
+
+
+def composed(program: str, *overrides: str) -> Any:
+    """The options of a program as its command line with these overrides has them: an object of its class.
+
+    Raises:
+        UsageError: a value that an option does not take. What Hydra refuses is raised as it comes.
+    """
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    register(program)
+    with initialize_config_module("localization_heads.config", version_base="1.3"):
+        values = OmegaConf.to_container(compose(program, list(overrides)), resolve=True)
+    assert isinstance(values, dict)
+    return PROGRAMS[program].of({str(name): value for name, value in values.items()})

@@ -30,10 +30,10 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, printable
 from localization_heads.store.paths import check_id, from_home
 
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """`true` is no number, "3" is not 3, infinity is nothing."""
 
 Kind = TypeVar("Kind", bound="type[Options]")
@@ -75,9 +75,7 @@ def _check_kinds(chosen: Options) -> None:
     for name, field in type(chosen).__pydantic_fields__.items():
         kinds, value = extra(field).get("kinds"), getattr(chosen, name)
         if kinds and value != field.default and (kind := getattr(chosen, "kind", "")) not in kinds:
-            raise OptionError(
-                name, f"{cut(shown(value))}: only {' or '.join(kinds)} reads it, and not {kind}"
-            )
+            raise OptionError(name, f"{shown(value)}: only {' or '.join(kinds)} reads it, and not {kind}")
 
 
 def _one_line(kind: type[Options], error: ValidationError) -> Exception:
@@ -88,7 +86,7 @@ def _one_line(kind: type[Options], error: ValidationError) -> Exception:
     if len(first["loc"]) > 1 and isinstance(first["loc"][1], int):
         value = f"... {value} ..."  # an item of a list
     field = kind.__pydantic_fields__[name]
-    return OptionError(name, f"{cut(shown(value))}: {wants(field, value)}")
+    return OptionError(name, f"{shown(value)}: {wants(field, value)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,13 +252,11 @@ def group_of(field: FieldInfo) -> type[Options] | None:
 
 
 def shown(value: Any) -> str:
-    """A value as it is written on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def cut(text: str) -> str:
-    """Two hundred characters of what a user wrote are enough for a message."""
-    return text if len(text) <= 200 else f"{text[:199]}…"
+    """A value as it is written on the command line, on one line and not too long for a message."""
+    if isinstance(value, int) and abs(value) >= 10**100:
+        return "a huge number"
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return printable(text, 200)
 
 
 def wants(field: FieldInfo, value: Any = None) -> str:

@@ -359,7 +359,7 @@ class VisualizeOptions(EntryChoice):
     k: int = option(
         3, "Number of heads whose sum makes the combined map and the box (the paper's k).", ge=1, le=10_000
     )
-    data_file: PathText = option(
+    data_file: PathText | None = option(
         "examples/visualization_data.jsonl",
         "batch: JSON lines with attention_file, layer and head, and an id, which names the figures. Without "
         "attention_file it is the one of the id below outputs/localization_heads; without layer and head the "

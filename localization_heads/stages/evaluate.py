@@ -22,7 +22,7 @@ from localization_heads.evaluation.metrics import THRESHOLDS
 from localization_heads.evaluation.scores import Score, score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.ranking import HeadRanking, random_draws
-from localization_heads.lvlm.answers import BoxFormat, ask_for_box, wanted_format
+from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
 from localization_heads.report.head_iou import head_ious
 from localization_heads.stages.entries import Attended, Entries, select_entries, with_truth
 from localization_heads.stages.find import open_store, rank_entries

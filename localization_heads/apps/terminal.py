@@ -1,0 +1,218 @@
+"""The conversation of `cli_mode=true`: streaming answers and a few commands that begin with a slash."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localization_heads.api import ground
+from localization_heads.apps.tables import box_text
+from localization_heads.data.images import load_image
+from localization_heads.errors import UsageError, WorkError, printable
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.answers import Conversation
+from localization_heads.lvlm.prompts import CONV_MODES
+from localization_heads.stages.run import ChatRun, check_heads
+from localization_heads.stages.single import default_id
+from localization_heads.store.paths import entry_path, from_home
+
+if TYPE_CHECKING:
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+    from prompt_toolkit.history import History
+
+    from localization_heads.stages.run import ChatRun
+
+
+COMMANDS = ("/image", "/ground", "/help", "/exit")
+HELP = """\
+Type a question and press Enter. Ctrl-C stops an answer.
+/image PATH         look at another picture (a path or an http address)
+/ground EXPRESSION  where is it? prints the box and saves the overlay
+/help               this list
+/exit               leave (so does Ctrl-D)"""
+
+
+def converse(run: ChatRun) -> int:
+    """Read lines until `/exit` or the end of the input."""
+    session, read = Session(run, start(run)), line_reader()
+    say(f"{run.lvlm.name}: /help lists the commands")
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            say("/exit leaves")
+            continue
+        if line == "/exit":
+            return 0
+        if line:
+            session.handle(line)
+
+
+def start(run: ChatRun) -> Conversation:
+    """A conversation about `image_file`, if one is named."""
+    run.lvlm.recent.max_bytes = run.options.picture_memory * 2**20
+    image = load_image(run.picture(run.options.image_file)) if run.options.image_file else None
+    return Conversation(run.lvlm, image, run.options.max_new_tokens)
+
+
+def print_answer(conversation: Conversation, question: str) -> None:
+    """Print the answer as it comes. Ctrl-C stops it, and the program goes on."""
+    pieces = conversation.ask(question)
+    try:
+        for piece in pieces:
+            sys.stdout.write(printable(piece))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write(" [stopped]")
+    finally:
+        pieces.close()
+    sys.stdout.write("\n")
+
+
+@dataclass
+class Session:
+    """A conversation and the picture it is about."""
+
+    run: ChatRun
+    conversation: Conversation
+
+    def __post_init__(self) -> None:
+        self.image_name = str(self.run.picture(self.run.options.image_file or ""))
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/image": self.look_at,
+            "/ground": self.ground,
+            "/help": lambda _: say(HELP),
+        }
+
+    def handle(self, line: str) -> None:
+        """Carry out one line; what goes wrong is said, and the conversation goes on."""
+        word, _, rest = line.partition(" ")
+        try:
+            if not line.startswith("/"):
+                print_answer(self.conversation, line)
+            elif word in self.commands:
+                self.commands[word](rest.strip())
+            else:
+                say(f"{word} is no command; /help lists them")
+        except (UsageError, WorkError) as error:
+            say(f"error: {error}")
+        except KeyboardInterrupt:
+            say("stopped")
+        except Exception as error:  # whatever it is, the conversation is worth more
+            say(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    def look_at(self, path: str) -> None:
+        if not path:
+            raise UsageError("write /image PATH")
+        picture = self.run.picture(from_home(path))
+        image = load_image(picture)
+        self.conversation.look_at(image)
+        self.image_name = str(picture)
+        say(f"looking at {picture}, {image.width} x {image.height} pixels")
+
+    def ground(self, expression: str) -> None:
+        """Print the box and save the overlay."""
+        from localization_heads import figures
+
+        image = self.conversation.image
+        if image is None:
+            raise UsageError("there is no picture yet: /image PATH")
+        if not expression:
+            raise UsageError("write /ground EXPRESSION, such as /ground the dog")
+        lvlm = self.run.lvlm.prompted(self._conv_mode())
+        options, segmenter = self.run.options.grounding, self.run.segmenter
+        found = ground(lvlm, image, expression, self._heads(), options=options, segmenter=segmenter)
+        path = self._overlay_path(expression)
+        figures.plot_grounding(image, found, path, expression=expression)
+        say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")
+        say(f"wrote {path}")
+
+    def _conv_mode(self) -> str:
+        """The prompt that the heads were found with; of heads that nobody knows this of, the paper's."""
+        found = (self.run.heads_found_with or {}).get("conv_mode")
+        return found if found in CONV_MODES else "referseg"
+
+    def _heads(self) -> tuple[Head, ...] | None:
+        heads = self.run.named_heads
+        check_heads(heads or (), self.run.lvlm.num_layers, self.run.lvlm.num_heads)
+        return heads
+
+    def _overlay_path(self, expression: str) -> Path:
+        id = default_id(self.image_name or "picture", expression)
+        return entry_path(self.run.attention_folder, id, "_grounding.png")
+
+
+def line_reader() -> Callable[[], str]:
+    """How lines come in: with history and completion on a terminal, plainly from a pipe. EOFError at the end."""
+    if sys.stdin.isatty():
+        return _prompt()
+
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes in another encoding cost their line only
+
+    def read() -> str:
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line
+
+    return read
+
+
+def _prompt() -> Callable[[], str]:
+    """A line with editing; up and ctrl-R find earlier lines, also of earlier conversations, Tab completes."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
+
+    session: PromptSession[str] = PromptSession(
+        history=_history(), auto_suggest=AutoSuggestFromHistory(), completer=completer()
+    )
+    return lambda: session.prompt("> ")
+
+
+def _history() -> History:
+    """Earlier lines, kept beside other programs' state; in memory where that place cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(state) / "localization-heads" / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+
+    class Lines(FileHistory):
+        """Without the addresses, which may hold passwords."""
+
+        def store_string(self, string: str) -> None:
+            if "://" not in string:
+                super().store_string(string)
+
+    return Lines(str(path))
+
+
+def completer() -> Completer:
+    """Tab completes the commands, and after `/image` the names of files."""
+    from prompt_toolkit.completion import PathCompleter, WordCompleter, merge_completers
+    from prompt_toolkit.document import Document
+
+    class Files(PathCompleter):
+        """Completes what follows `/image`."""
+
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+            command, space, path = document.text_before_cursor.partition(" ")
+            return super().get_completions(Document(path), event) if command == "/image" and space else ()
+
+    return merge_completers([WordCompleter(list(COMMANDS), sentence=True), Files(expanduser=True)])
+
+
+def say(text: str) -> None:
+    sys.stdout.write(printable(text) + "\n")
+    sys.stdout.flush()
