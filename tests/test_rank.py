@@ -129,7 +129,7 @@ def test_other_settings_are_named(front: Front) -> None:
     assert front.finder("stage=find", DATA, "conv_mode=plain").status == 0
     for option, said in (
         ("criteria.threshold=0.001", "conv_mode=plain, criteria.threshold=mean"),
-        ("criteria.means=2", "conv_mode=plain, criteria.means=1"),
+        ("criteria.means=2", "conv_mode=plain, criteria.means=1.0"),
         ("criteria.bottom_row_above=0.05", "conv_mode=plain, criteria.bottom_row_above=null"),
         ("query_token=expression_end", "conv_mode=plain, query_token=last"),
         ("model.system=Look.", "model.system=null, conv_mode=plain"),

@@ -35,6 +35,7 @@ from localization_heads.lvlm.spec import (
     with_family,
 )
 from localization_heads.options.groups import ModelSpec
+from localization_heads.options.kinds import OptionError
 from localization_heads.store.paths import local_path
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,10 @@ def load_model(
     ):
         _check_choice(option, value, choices)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
-    spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
+    try:
+        spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
+    except OptionError as error:
+        raise UsageError(f"model.{error}") from None
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
@@ -258,8 +262,6 @@ def _padding_processor(image_processor: Any, pad: bool) -> Any:
 def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
-    if spec.dtype not in DTYPES:
-        raise UsageError(f"model.dtype={spec.dtype}: choose one of {', '.join(DTYPES)}")
     options: dict[str, Any] = {"dtype": DTYPES[spec.dtype]}
     if spec.device_map:
         options["device_map"] = spec.device_map
