@@ -121,7 +121,7 @@ def test_ground_reads_a_picture_once(
     assert len(encoded) == 1
     for grounding, text in zip(found, ("the dog", "a red car"), strict=True):
         maps = asked.attend(picture, text)
-        expected = lh.grounding.maps.ground_maps(maps, [lh.Head(3, 0)])
+        expected = lh.grounding.ground.ground_maps(maps, [lh.Head(3, 0)])
         np.testing.assert_allclose(grounding.box, expected.box, atol=1e-3)
 
 

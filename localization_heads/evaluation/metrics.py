@@ -21,7 +21,8 @@ def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float] | None:
     """Spearman's rho and its two-sided p; None for fewer than three pairs or where either side is constant.
 
     Args:
-        a, b: `[n]`, the values of each pair.
+        a: `[n]`, the first value of each pair.
+        b: `[n]`, the second.
 
     >>> rho, p = spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
     >>> round(rho, 6), round(p, 6)  # of the six orders of three values, every one has a rho of 0.5 or more, or -0.5
