@@ -171,10 +171,10 @@ ADDS_IMAGE_ITSELF = {"florence2"}
 """Model types whose processor puts the image before the text: their prompts name none."""
 
 NOT_SHARED = {
-    "florence2": "its encoder reads picture and expression together",
-    "paligemma": "its image tokens look ahead at the expression (a bidirectional prefix)",
+    "florence2": "its encoder reads image and expression together",
+    "paligemma": "its image tokens attend to the expression (a bidirectional prefix)",
 }
-"""Model types whose pictures cannot be encoded once for all expressions, and why."""
+"""Model types that cannot encode an image once for all expressions, and why."""
 
 
 def views_of(image: EncodedImage) -> list[View]:

@@ -39,7 +39,7 @@ def why_not_shared(config: Any) -> str | None:
     if reason := NOT_SHARED.get(config.model_type):
         return reason
     if config.is_encoder_decoder:
-        return "its encoder reads picture and expression together"
+        return "its encoder reads image and expression together"
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if any(_depends_on_length(part) for part in (rope, *rope.values()) if isinstance(part, Mapping)):
