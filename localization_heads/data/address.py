@@ -1,4 +1,4 @@
-"""Addresses of pictures: what tells one from a path, and what of it may be stored or shown."""
+"""Names of images: paths and http(s) addresses, shown without secrets; `ImageError`, which names the image at fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PARTIAL = re.compile(r"://(?:[^/]*:)?\.\.\.(?:/|$)|\?\.\.\.$")
 
 @dataclass(frozen=True)
 class Address:
-    """An http(s) address of a picture. As text it is without user name, password and query, which may be secrets.
+    """An http(s) address of an image. As text it is without user name, password and query, which may be secrets.
 
     Args:
         url: the whole address, to fetch and to compare; it is stored and shown nowhere.
@@ -44,7 +44,7 @@ def is_address(source: object) -> bool:
 
 
 def picture_source(name: str, *, allow_private: bool = False) -> Address | str:
-    """The picture that a text names: an address, or else a path, as it stands.
+    """The image that a text names: an address, or else a path, as it stands.
 
     >>> picture_source("cat.jpg"), picture_source("http://localhost/cat.jpg")
     ('cat.jpg', Address('http://localhost/cat.jpg', allow_private=False))
@@ -93,7 +93,7 @@ def is_partial(text: str) -> bool:
 
 
 class ImageError(UsageError):
-    """A picture that cannot be used. The message is one line and starts with `path`.
+    """An image that cannot be used. The message is one line and starts with `path`.
 
     Args:
         path: the file or address as the user knows it.
@@ -107,7 +107,7 @@ class ImageError(UsageError):
 
 
 def shown_name(name: str | Path | Address) -> str:
-    """The name of a picture for people: an address without its secrets, on one line and not endless."""
+    """The name of an image for people: an address without its secrets, on one line and not endless."""
     name = without_secrets(str(name))
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return "".join(char if char.isprintable() else "?" for char in name)

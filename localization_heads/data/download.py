@@ -1,8 +1,8 @@
-"""Pictures from http(s) addresses, bounded in time, size and redirects, and kept out of private networks.
+"""Images from http(s) addresses, bounded in time, size and redirects, and kept out of private networks.
 
-A name is looked up once, every address that it has is checked, and the connection is made to one of those: a name
-that answers differently the second time gains nothing. Each redirect is checked in the same way. Behind a proxy it is
-the proxy that connects; there the name is checked as far as this machine can look it up.
+A name is resolved once, all of its IP addresses are checked, and the connection goes to one of them, so a server
+cannot gain anything by resolving differently the second time. Each redirect is checked in the same way. Behind a
+proxy it is the proxy that connects; there the name is checked as far as this machine can resolve it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
 """Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself."""
 
 STRIP = 1 << 20
-"""Pixels of a picture that are looked at together."""
+"""Pixels of an image that are looked at together."""
 
 MAX_POLYGONS = 10_000
 MAX_POLYGON_LENGTH = 1_000_000
@@ -58,7 +58,7 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def strips(image: Image.Image) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """The rows of a picture a few at a time, as `np.asarray` has them: of all at once it makes two copies more."""
+    """The rows of an image a few at a time, as `np.asarray` has them: of all at once it makes two copies more."""
     width, height = image.size
     rows = max(1, STRIP // width)
     for top in range(0, height, rows):
@@ -221,7 +221,7 @@ def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[
 def _read_png(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
     """A PNG as a mask: whatever is not 0 (not black, not index 0 of a palette) belongs to it; alpha does not count.
 
-    Its size is checked before it is decoded, so that it takes no more memory than its picture.
+    Its size is checked before it is decoded, so that it takes no more memory than its image.
     """
     with open_raster(path, formats=("PNG",)) as image:
         _check_size(image.size, size)

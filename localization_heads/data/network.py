@@ -1,4 +1,4 @@
-"""Clients for the network, and which setting of this machine is at fault where none can be made."""
+"""HTTP clients, and the name of the proxy or certificate setting at fault when none can be made."""
 
 from __future__ import annotations
 

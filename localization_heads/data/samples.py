@@ -1,4 +1,8 @@
-"""Reading JSON lines from people: every line is an object or a reason why not, and memory stays bounded."""
+"""JSON lines from users to `Sample`s: an image, an expression, and the true box or mask where there is one.
+
+A bad line costs only itself: it becomes a `BadLineError` with its number, and the others are read. Memory stays
+bounded, whatever the file holds.
+"""
 
 from __future__ import annotations
 
@@ -95,14 +99,14 @@ MAX_COORDINATE = 10_000_000
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and an expression that names something in it, with the truth where it is known.
+    """An image and an expression that names something in it, with the truth where it is known.
 
     Args:
-        image: a picture, the path of one, or an http(s) address, which becomes an `Address`.
+        image: an image, the path of one, or an http(s) address, which becomes an `Address`.
         bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
         ignore: the same for the pixels that do not count when masks are scored (ReasonSeg has them).
-        picture: a name of the picture that its other copies share (such as coco:581857), "" if it has none.
+        picture: a name of the image that its other copies share (such as coco:581857), "" if it has none.
         line: where in its data set it stands, from 1; 0 if it comes from elsewhere.
 
     Raises UsageError for a box that is none.
@@ -128,12 +132,12 @@ class Sample:
 
     @property
     def image_file(self) -> str:
-        """The picture's path, or its address without what may be secret; "" for a picture in memory."""
+        """The image's path, or its address without what may be secret; "" for an image in memory."""
         return "" if isinstance(self.image, Image.Image) else str(self.image)
 
     @property
     def image_key(self) -> str:
-        """What tells the picture from others: its path or its whole address, never to be stored; "" as above."""
+        """What tells the image from others: its path or its whole address, never to be stored; "" as above."""
         return self.image.url if isinstance(self.image, Address) else self.image_file
 
 
@@ -239,7 +243,7 @@ def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] |
 
 
 def check_inside(sample: Sample, size: tuple[int, int]) -> None:
-    """Raises UsageError if the true box lies outside the picture of `(W, H)`: one of the two is of another picture."""
+    """Raises UsageError if the true box lies outside the image of `(W, H)`: one of the two is of another image."""
     if sample.bbox is not None and misses_picture(sample.bbox, size):
         raise UsageError(
             f"{where(sample)}: the true box lies outside the picture, which is {size[0]} x {size[1]} pixels"

@@ -1,8 +1,8 @@
-"""Parquet files of benchmarks: their columns, their split, and rows a few at a time, within bounds.
+"""RefCOCO, RefCOCO+ and RefCOCOg as parquet (jxu124, lmms-lab), and how parquet files are read within bounds.
 
-pyarrow is imported when a file is opened. Whatever a file claims of itself is checked before memory is taken, and
-texts and bytes stay dictionary-coded until it is known what they come to: a cell of a megabyte can stand in a
-thousand rows and take its room once.
+pyarrow is imported only when a file is opened. Whatever a file claims about itself is checked before memory is taken.
+Texts and bytes stay dictionary-coded until their total size is known: a cell of a megabyte can stand in a thousand
+rows and be stored once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 10_000_000
 MAX_GROUP_PIXELS = 1 << 31
-"""Of the masks in one row group: a hundred pictures of twenty million pixels."""
+"""Of the masks in one row group: a hundred images of twenty million pixels."""
 
 VALUE = 50
 """Bytes that a value takes in Python, about: its object, and its place in a list or dict."""
@@ -213,7 +213,7 @@ def json_cell(value: object, name: str) -> dict[str, Any]:
 
 
 def image_cell(value: object) -> bytes:
-    """The bytes in a column of pictures, which is `{"bytes", "path"}`. Raises BadLineError."""
+    """The bytes in a column of images, which is `{"bytes", "path"}`. Raises BadLineError."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or not content:
         raise BadLineError("the picture's bytes are not in the file")
@@ -278,7 +278,7 @@ class ParquetSource:
 
 
 class JxuParquet(ParquetSource):
-    """`jxu124/refcoco*`, with the folder of COCO's pictures."""
+    """`jxu124/refcoco*`, with the folder of COCO's images."""
 
     kind = "parquet of jxu124"
     index_columns = ("ref_id", "image_id", "sentences")
@@ -319,7 +319,7 @@ def _check_same(column: Sequence[float], annotation: Sequence[float] | None) -> 
 
 
 class LmmsParquet(ParquetSource):
-    """`lmms-lab/RefCOCO*`, with the pictures inside."""
+    """`lmms-lab/RefCOCO*`, with the images inside."""
 
     kind = "parquet of lmms-lab"
     variant = "lmms"

@@ -1,4 +1,7 @@
-"""Random heads to compare with: what would any heads of the same layers have found?"""
+"""The controls that boxes are compared with: random heads of the same layers, all heads, a centre box, an oracle.
+
+The oracle is the true mask on the model's own grid, in place of a head's map: the ceiling of the read-out.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def _of_layer(taken: set[int], count: int, num_heads: int, rng: np.random.Genera
 DRAWS = 5
 """How often random heads are drawn."""
 CENTRE = 0.5
-"""Sides of the centre box, as shares of the picture's."""
+"""Sides of the centre box, as shares of the image's."""
 
 _ONLY = [Head(0, 0)]
 
@@ -146,7 +149,7 @@ def box_shares(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.fl
 
 
 def centre_box(image_size: tuple[int, int]) -> Box:
-    """The box in the middle of a `(W, H)` picture with half its sides, a quarter of its area.
+    """The box in the middle of a `(W, H)` image with half its sides, a quarter of its area.
 
     >>> centre_box((640, 480))
     (160.0, 120.0, 480.0, 360.0)

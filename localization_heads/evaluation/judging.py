@@ -1,6 +1,6 @@
-"""One grounded expression against the truth, beside the controls, and what many of them come to: `metrics.json`.
+"""Score one grounded expression against the truth, next to the controls, and put many together for `metrics.json`.
 
-The command `stage=evaluate` and the function `localization_heads.evaluate` both ask here.
+Used by the command `stage=evaluate` and by the function `localization_heads.evaluate`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
     """Where the sample's object is: its box, or else the tight box of its mask, and its mask.
 
     Args:
-        image_size: `(W, H)` of its picture in pixels.
+        image_size: `(W, H)` of its image in pixels.
 
     Raises:
-        UsageError: naming the sample; it has neither, or they do not fit the picture.
+        UsageError: naming the sample; it has neither, or they do not fit the image.
 
     >>> truth_of(Sample("cat.jpg", "the cat", bbox=(1, 2, 3, 4)), (8, 8))
     Truth(box=(1.0, 2.0, 3.0, 4.0), mask=None, ignored=None)
@@ -117,7 +117,7 @@ class Judge:
 
         Args:
             scored: of each expression, one or more; the same methods in each.
-            images: a name of each expression's picture.
+            images: a name of each expression's image.
         """
         methods = {name: [scores[name] for scores in scored] for name in scored[0]}
         groups = images if self.bootstrap == "image" else None

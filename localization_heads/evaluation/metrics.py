@@ -1,4 +1,7 @@
-"""Rank correlation: whether what is said of the heads and what they do go together (Fig. 6b)."""
+"""Metrics as pure functions: IoU of boxes and masks, cIoU, gIoU, pointing game, bootstrap intervals, rank correlation.
+
+Boxes are xyxy floats in pixels, half-open; masks are bool `[H, W]`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How well each method did on each expression, and what that comes to over a data set, with intervals.
+"""Scores of each method on each expression, and their means over a data set, with intervals.
 
-A method is the localization heads or one of the controls beside them. It may answer an expression several times
-(random heads are drawn anew); its answers to one expression are averaged before anything else.
+A method is the localization heads or one of the controls. It may answer an expression several times (random heads are
+drawn repeatedly); its answers to one expression are averaged before anything else.
 """
 
 from __future__ import annotations

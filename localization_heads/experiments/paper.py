@@ -1,4 +1,8 @@
-"""`Finding`: what an experiment ends with, for people (a table, a sentence) and for programs (numbers)."""
+"""What the paper reports, and the form of our results beside it: tables, `Finding`, and the ladder from code to paper.
+
+A `Finding` is what every experiment returns: a table and a sentence for people, numbers for programs. The paper's own
+numbers are kept here with their sources; a cell is empty where our copy of the paper has none.
+"""
 
 from __future__ import annotations
 

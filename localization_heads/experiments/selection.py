@@ -1,4 +1,4 @@
-"""Which heads are found, and how firmly: Fig. 3, Fig. 6a, and the sweeps of Fig. 13 (tau) and Fig. 14 (N)."""
+"""Which heads are selected, and how stable that is: Fig. 3, Fig. 6a, and the sweeps of Fig. 13 (tau) and 14 (N)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How well each head's map alone covers the object (Sec. 4.4, Fig. 6b)."""
+"""`Study`: the statistics of one model on one data set, from which every experiment starts.
+
+Also the IoU and the pointing game of each head's own map, without labels used in the selection (Sec. 4.4, Fig. 6b).
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ from localization_heads.heads.ranking import NONE_KEPT, WAY_OUT, HeadRanking, gr
 
 
 def head_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
-    """IoU of every head's own map, binarised at its mean and laid over the picture, with the object.
+    """IoU of every head's own map, binarised at its mean and laid over the image, with the object.
 
-    Exact: a cell's share of the object and of the picture are areas, not samples. Without a mask the object
-    is its box. Cells outside the picture (padding) have no area; parts of the object outside the grid
+    Exact: a cell's share of the object and of the image are areas, not samples. Without a mask the object
+    is its box. Cells outside the image (padding) have no area; parts of the object outside the grid
     (cropping) count as missed.
 
     Returns:
@@ -39,7 +42,7 @@ def head_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
 
 
 def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
-    """Pointing game of every head alone: does its strongest cell on the picture have its centre in the box?
+    """Pointing game of every head alone: does its strongest cell on the image have its centre in the box?
 
     Returns:
         bool `[layer, head]`.
@@ -68,7 +71,7 @@ def cell_shares(
 
 
 def object_area(truth: Truth, image_size: tuple[int, int]) -> float:
-    """Pixels of the object in the picture."""
+    """Pixels of the object in the image."""
     if truth.mask is not None:
         return float(truth.mask.sum())
     x0, y0, x1, y1 = truth.box

@@ -1,4 +1,4 @@
-"""The paper's tables: REC, RES and ReasonSeg (Tab. 1 to 3), head count (4), criteria (5), smoothing (8)."""
+"""The paper's tables: REC, RES and ReasonSeg (Tab. 1 to 3), number of heads (4), criteria (5), smoothing (8)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes, and how well they ground: every recipe of every experiment in one pass over the maps on disk."""
+"""Score recipes (heads and read-out) in one pass over the maps on disk; Fig. 6b; the test against random heads."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GroundingPipeline:
-    """Call it with a picture and expressions; it answers as transformers' object detection pipelines do.
+    """Call it with an image and expressions; it answers as transformers' object detection pipelines do.
 
     Args:
         lvlm: the loaded model.
@@ -44,13 +44,13 @@ class GroundingPipeline:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; of several expressions a list.
 
-        The box is in whole pixels, the mask a PIL picture of mode L with 255 inside, as in transformers.
+        The box is in whole pixels, the mask a PIL image of mode L with 255 inside, as in transformers.
 
         Args:
-            image: a picture, a path or an http(s) address.
+            image: an image, a path or an http(s) address.
 
         Raises:
-            UsageError: a picture or an expression that cannot be used.
+            UsageError: an image or an expression that cannot be used.
         """
         picture = load_image(image)
         if isinstance(expressions, str):

@@ -1,4 +1,4 @@
-"""The model's own answers: one conversation about one picture, streamed token by token."""
+"""The model's own answers: one conversation about one image, streamed token by token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Conversation:
-    """What has been said so far about a picture; `ask` continues it."""
+    """What has been said so far about an image; `ask` continues it."""
 
     lvlm: LVLM
     image: Image.Image | None = None
@@ -33,7 +33,7 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def look_at(self, image: Image.Image) -> None:
-        """Take up another picture; what was said about the last one is forgotten."""
+        """Take up another image; what was said about the last one is forgotten."""
         self.image = image
         self.messages.clear()
 
@@ -136,10 +136,10 @@ class BoxFormat:
     Args:
         prompt: the question; `{expression}` stands in it.
         pattern: regular expression with a group for each of the four numbers; its first match counts.
-        steps: numbers from one side of the picture to the other; None for pixels of the picture as it was resized.
+        steps: numbers from one side of the image to the other; None for pixels of the image as it was resized.
         offset: added to each number: bins stand for their middle.
         rows_first: y0 x0 y1 x1 instead of x0 y0 x1 y1.
-        padded: the numbers count over the padded square, not over the picture.
+        padded: the numbers count over the padded square, not over the image.
         chat: asked in the model's chat template, not bare.
         max_new_tokens: length of the longest answer.
     """
@@ -162,7 +162,7 @@ FORMATS: dict[str, BoxFormat] = {
     "llava": BoxFormat(_REGION + "{expression}", steps=1, padded=True),
     # <|box_start|>(x1,y1),(x2,y2)<|box_end|>
     "qwen2": BoxFormat("Output the bounding box of {expression} in the image.", _PAIRS),
-    # JSON with pixels of the resized picture
+    # JSON with pixels of the resized image
     "qwen2_5": BoxFormat(_JSON, steps=None),
     # JSON with thousandths
     "qwen3": BoxFormat(_JSON, max_new_tokens=1024),
@@ -187,14 +187,14 @@ FORMATS: dict[str, BoxFormat] = {
 
 
 def read_box(text: str, form: BoxFormat, image_size: Size, resized: Size | None = None) -> Box | None:
-    """The first box in an answer, in pixels of the original picture and cut at its edge.
+    """The first box in an answer, in pixels of the original image and cut at its edge.
 
     Args:
-        image_size: `(W, H)` of the original picture.
+        image_size: `(W, H)` of the original image.
         resized: `(W, H)` of what the model saw, for a format in pixels.
 
     Returns:
-        None if there is no box in the answer, or none that covers any of the picture.
+        None if there is no box in the answer, or none that covers any of the image.
 
     >>> read_box('```json [{"bbox_2d": [10, 20, 500, 1000]}]', FORMATS["qwen3"], (640, 480))
     (6.4, 9.6, 320.0, 480.0)
@@ -277,7 +277,7 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
 
 
 def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:
-    """`(W, H)` of the picture as the model saw it, where the processor says so in patches (Qwen-VL)."""
+    """`(W, H)` of the image as the model saw it, where the processor says so in patches (Qwen-VL)."""
     if "image_grid_thw" not in inputs:
         return None
     _, rows, columns = inputs["image_grid_thw"][0].tolist()

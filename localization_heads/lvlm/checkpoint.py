@@ -1,4 +1,8 @@
-"""Packages that some checkpoints need besides transformers, and what to say where one is missing or does not fit."""
+"""Checks of a checkpoint's files and packages before its weights are read.
+
+Broken files, sizes in the configuration that the weights cannot have, and packages that are missing or do not fit are
+refused with one line that says what to do. A checkpoint's configuration is untrusted input.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`examine`: what was found out about a model, on one picture and one expression, for a person to judge."""
+"""`examine`: how a model is read, on one image and one expression, for a person to judge (`stage=doctor`)."""
 
 from __future__ import annotations
 

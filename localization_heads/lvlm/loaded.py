@@ -1,4 +1,4 @@
-"""`LoadedModel`: a model with its processor, and one forward pass: prompts in, rows of attention out."""
+"""`LoadedModel`: a model with its processor, and its forward pass from prompts to rows of attention."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class LoadedModel:
             ) from error
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """The picture that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
+        """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
         check_shape(self.model.config, self.processor.image_processor, image.size)
         return as_seen(image)
 
@@ -269,7 +269,7 @@ class LoadedModel:
 
     @property
     def why_not_shared(self) -> str | None:
-        """Why a picture cannot be encoded once for all its expressions; None if it can."""
+        """Why an image cannot be encoded once for all its expressions; None if it can."""
         if self.query_token == "answer_first":
             return "the first token of the answer is generated anew for each prompt"
         if not self.image_comes_first:
@@ -360,7 +360,7 @@ class LoadedModel:
         )
 
     def views(self, image: Image.Image) -> list[View]:
-        """Where the picture's tokens lie, in every rendering of it that the model gets."""
+        """Where the image's tokens lie, in every rendering of it that the model gets."""
         return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
@@ -387,7 +387,7 @@ class Apart:
 
     Args:
         images: as the model sees them.
-        sizes: of the pictures themselves.
+        sizes: of the images themselves.
     """
 
     images: Sequence[Image.Image]

@@ -1,4 +1,4 @@
-"""`load_model`: from a name to a ready `LVLM`, with an error for people when that is not possible."""
+"""`load_model`: from a name to a ready `LVLM`, or to an error of one line that says what to do."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def load_model(
             recommends, or what its family needs, and if nothing is known, `referseg`.
         query_token: whose attention is read: `last` (the paper's), `expression_end`, `expression_mean` or
             `answer_first`.
-        view: of a model that gets a picture as a whole and again as tiles: `combined` (both in one map),
-            `whole` or `tiles`. Pictures with one view only have that.
+        view: of a model that gets an image as a whole and again as tiles: `combined` (both in one map),
+            `whole` or `tiles`. Images with one view only have that.
         drop_lone_spaces: delete SentencePiece's lone spaces from the prompt's tokens, as the paper's published code
             does; nothing changes for tokenizers without one.
         like: the file of `config/model/` whose checkpoint this is a copy or a sister of: what is known about that

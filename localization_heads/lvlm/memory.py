@@ -1,4 +1,4 @@
-"""Running out of memory, in the words of every device, becomes one kind of error."""
+"""Out-of-memory errors: every device words them differently; here they become one kind of error."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Batches of pictures with expressions: made ready on the host, then run by the model.
+"""`LVLM`: a model that can be asked which parts of an image its heads attend to for an expression.
 
-The two halves may be in different threads: while the model runs one batch, the next one's pictures are resized and
-its prompts tokenized.
+Batches are made ready on the host and then run by the model. The two halves may be in different threads: while the
+model runs one batch, the images of the next are resized and its prompts tokenized. Images asked about recently stay
+encoded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Several expressions for one picture, which the model reads once."""
+    """Several expressions for one image, which the model reads once."""
 
     picture: EncodedPicture
     questions: Sequence[Question]
@@ -49,7 +50,7 @@ class Batch:
 
 
 def make_batch(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
-    """A picture that is there several times, as one and the same object, is read once for all its expressions."""
+    """An image that is there several times, as one and the same object, is read once for all its expressions."""
     parts: list[tuple[Sequence[int], Apart | Shared]] = []
     alone = []
     for places in _by_picture(images):
@@ -75,10 +76,10 @@ GIBIBYTE = 2**30
 
 
 class RecentPictures:
-    """Encoded pictures by content and settings, the one asked longest ago dropped first. Safe for several threads.
+    """Encoded images by content and settings, the one asked longest ago dropped first. Safe for several threads.
 
     Args:
-        max_bytes: keys, values and pixels of all pictures together. A picture that is larger by itself is encoded and
+        max_bytes: keys, values and pixels of all images together. An image that is larger by itself is encoded and
             answered, but not kept; 0 keeps none.
     """
 
@@ -96,18 +97,18 @@ class RecentPictures:
             return self._sum()
 
     def get(self, key: tuple[object, ...], encode: Callable[[], EncodedPicture]) -> EncodedPicture:
-        """The picture of that key, encoded now if it is not there."""
+        """The image of that key, encoded now if it is not there."""
         with self._lock:
             found = self._pictures.get(key)
             if found is not None:
                 self._pictures.move_to_end(key)
                 return found
-        picture = encode()  # not under the lock: other pictures need not wait
+        picture = encode()  # not under the lock: other images need not wait
         with self._lock:
             return self._pictures.setdefault(key, picture)
 
     def shrink(self) -> None:
-        """Drop pictures until the rest fits. Called after the questions: a deeper one makes its picture grow."""
+        """Drop images until the rest fits. Called after the questions: a deeper one makes its image grow."""
         with self._lock:
             while self._pictures and self._sum() > self.max_bytes:
                 self._pictures.popitem(last=False)
@@ -121,7 +122,7 @@ class RecentPictures:
 
 
 def content(image: Image.Image) -> bytes:
-    """32 bytes that stand for a picture's pixels."""
+    """32 bytes that stand for an image's pixels."""
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     digest.update(image.tobytes())
     return digest.digest()
@@ -138,7 +139,7 @@ class LVLM(LoadedModel):
         """Where every head looks from the query token: by default, while the model reads the prompt's last token.
 
         Args:
-            image: RGB picture of any size.
+            image: RGB image of any size.
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
 
         Raises:
@@ -158,7 +159,7 @@ class LVLM(LoadedModel):
     ) -> list[AttentionMaps]:
         """`attend` for several pairs, in their order; whether a pair's maps are finite is left to the caller.
 
-        A picture that is there several times, as one and the same object, is encoded once for all its expressions;
+        An image that is there several times, as one and the same object, is encoded once for all its expressions;
         the others go through the model in one forward pass.
 
         Args:
@@ -171,10 +172,10 @@ class LVLM(LoadedModel):
         return make_batch(self, images, expressions)
 
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedPicture:
-        """Read a picture once, to ask it for many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
+        """Read an image once, to ask it for many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
         Args:
-            image: RGB picture of any size.
+            image: RGB image of any size.
             last_layer: the deepest layer that will be asked for (early exit); None for all.
         """
         encoded = EncodedPicture(self, image)
@@ -184,7 +185,7 @@ class LVLM(LoadedModel):
     def ask(
         self, image: Image.Image, expressions: Sequence[str], *, last_layer: int | None = None
     ) -> list[AttentionMaps]:
-        """`encode_image(image).attend(expressions)`, for conversations: the last pictures stay encoded.
+        """`encode_image(image).attend(expressions)`, for conversations: the last images stay encoded.
 
         They are known by their pixels, and dropped when `recent.max_bytes` are full. NotFiniteError as of `attend`.
         """

@@ -1,8 +1,9 @@
-"""The shared beginning of all prompts about one picture, as a cache that any number of prompts can continue.
+"""The shared prefix of all prompts about one image, as a key-value cache that any number of prompts can continue.
 
-While the model reads the prefix, its keys and values are recorded in transformers' own cache. From then on they are
-only read: each batch of prompts' ends gets a cache of its own, whose layers show the prefix to every prompt and keep
-nothing of what follows. So one prefix serves several threads, and a layer's copies live no longer than its attention.
+While the model reads the prefix, its keys and values are recorded in transformers' own cache. After that they are
+only read: each batch of suffixes gets a cache of its own, whose layers show the prefix to every prompt and keep
+nothing of what follows. So one prefix can serve several threads, and a layer's copies live no longer than the
+computation of its attention.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 
 def why_not_shared(config: Any) -> str | None:
-    """Why the pictures of such a model cannot be encoded once for all expressions; None if they can.
+    """Why the images of such a model cannot be encoded once for all expressions; None if they can.
 
     Asked of the configuration alone: a family's attention (`families.NOT_SHARED`), and options that any decoder can
     have.
@@ -138,7 +139,7 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 
 def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The inputs of one prompt cut to its first tokens, with everything that belongs to its picture."""
+    """The inputs of one prompt cut to its first tokens, with everything that belongs to its image."""
     return {name: t[:, :length] if name in SEQUENCES else t for name, t in inputs.items()}
 
 

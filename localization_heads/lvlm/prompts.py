@@ -1,4 +1,7 @@
-"""What is said to the model around an expression: pure functions from text to text."""
+"""The prompt around an expression, and which of its tokens is the query token.
+
+Prompts are pure functions from text to text; the query positions are found in the tokenized prompt.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +141,7 @@ def image_placeholder(processor: Any, image_token: str) -> str:
 
 
 def template_renderer(processor: Any) -> Render | None:
-    """Its chat template as a function, or None if it brings none or refuses a turn with a picture."""
+    """Its chat template as a function, or None if it brings none or refuses a turn with an image."""
     if template_of(processor) is None:
         return None
 

@@ -1,9 +1,9 @@
-"""Encode once, ask many: a picture that the model has read, and the questions that are then asked of it.
+"""Encode once, ask many: an image that the model has encoded, and the expressions that are then asked about it.
 
-A prompt names the picture before the expression, and attention looks back only. So what the model computes of the
-tokens up to the last of the picture, and the template's few after it, is the same for every expression: it is
-computed once, and each expression costs a few tokens more. Families in which this is not so (`families.NOT_SHARED`)
-answer the same questions one prompt at a time.
+The image comes before the expression in the prompt, and attention is causal. So everything that the model computes
+for the tokens up to the image's last, and for the few of the template after it, is the same for every expression: it
+is computed once, and each expression costs a few tokens more. Families in which this does not hold
+(`families.NOT_SHARED`) answer the same questions one prompt at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STAND_INS = ("it", "the dog", "2")
 
 
 class Question(NamedTuple):
-    """An expression in its prompt, as the processor's output for this picture, unpadded, on the CPU."""
+    """An expression in its prompt, as the processor's output for this image, unpadded, on the CPU."""
 
     expression: str
     prompt: Prompt
@@ -60,7 +60,7 @@ class Question(NamedTuple):
 
 
 class EncodedPicture:
-    """A picture that the model has read up to the last token before any expression. Made by `LVLM.encode_image`.
+    """An image that the model has read up to the last token before any expression. Made by `LVLM.encode_image`.
 
     `attend` may be called from several threads: what has been read is never changed.
     """
@@ -75,23 +75,23 @@ class EncodedPicture:
         self._prefix: Prefix | None = None
         self._first = self._read(
             self.lvlm.located_prompt(STAND_INS[0])
-        )  # raises what is wrong with the picture
+        )  # raises what is wrong with the image
         self.shares = lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
-        """Whether the expressions share what is computed of the picture, or each prompt is run by itself."""
+        """Whether the expressions share what is computed of the image, or each prompt is run by itself."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory that this picture takes: pixels, processed pixels, keys and values."""
+        """Memory that this image takes: pixels, processed pixels, keys and values."""
         pixels = self.image.width * self.image.height * len(self.image.getbands())
         tensors = (value for value in self._first.values() if isinstance(value, Tensor))
         kept = self._prefix.num_bytes if self._prefix else 0
         return pixels + sum(tensor.nbytes for tensor in tensors) + kept
 
     def attend(self, expressions: Sequence[str], *, last_layer: int | None = None) -> list[AttentionMaps]:
-        """Where every head looks, for each expression: what `LVLM.attend` gives for this picture.
+        """Where every head looks, for each expression: what `LVLM.attend` gives for this image.
 
         Args:
-            last_layer: stop after this layer; the maps of later layers stay zero. If the picture was read less
+            last_layer: stop after this layer; the maps of later layers stay zero. If the image was read less
                 deeply before, it is read again.
         """
         return self.answer([self.question(expression) for expression in expressions], last_layer=last_layer)
@@ -126,7 +126,7 @@ class EncodedPicture:
 
     @memory_errors()
     def encode(self, last_layer: int | None = None) -> Prefix | None:
-        """Read the picture down to that layer, if that was not done yet. None if nothing can be shared."""
+        """Read the image down to that layer, if that was not done yet. None if nothing can be shared."""
         if not self.shares:
             return None
         depth = max(self.lvlm.attention_modules) if last_layer is None else last_layer
@@ -154,7 +154,7 @@ class EncodedPicture:
         return min(shared_length(prefix.ids, question.ids), question.first_query)
 
     def _read(self, prompt: Prompt) -> dict[str, Any]:
-        """The processor's output; the picture itself goes through it only once."""
+        """The processor's output; the image itself goes through it only once."""
         return dict(self.lvlm.processed([self.image], [prompt.text], self._processor))
 
     @cached_property
@@ -191,7 +191,7 @@ class EncodedPicture:
 
 
 class _Once:
-    """An image processor that works once, and then hands out what it made of its one picture."""
+    """An image processor that works once, and then hands out what it made of its one image."""
 
     def __init__(self, image_processor: Any) -> None:
         self._image_processor = image_processor

@@ -1,7 +1,8 @@
-"""What a checkpoint needs because of its family, told from its configuration: for folders, and kin of known models.
+"""`ModelSpec`: a checkpoint and the facts about it, from `config/model/` or, failing that, from its family.
 
-The files of `config/model/` describe checkpoints by name. A copy in a folder, or a sister that nobody described, has
-another name; what follows from its `model_type` is here, in one table. What the user or a file says comes first.
+The files of `config/model/` describe checkpoints by name. A local copy, or a relative that has no file, goes by
+another name; the settings that follow from its `model_type` are in one table here. What the user or a file says takes
+precedence.
 """
 
 from __future__ import annotations

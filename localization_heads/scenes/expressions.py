@@ -1,7 +1,7 @@
-"""Referring expressions for the synthetic scenes, each checked to mean exactly one object.
+"""Referring expressions for the synthetic scenes, each checked to refer to exactly one object.
 
 An expression is a noun (a name, a kind, a property, "thing") and at most one modifier (place, size, colour,
-relation). `meant_by` says which objects a phrase could mean; only phrases that mean one object are used.
+relation). `meant_by` lists the objects that a phrase could refer to; only phrases with a single one are used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from random import Random
 
 from localization_heads.scenes.artwork import VOCABULARY
 
-MARGIN = 0.08  # two centres closer than this share of the picture's side are neither left nor right
+MARGIN = 0.08  # two centres closer than this share of the image's side are neither left nor right
 PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # word -> axis, sign
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 USES = {"food": "eat", "vehicle": "ride", "clothing": "wear", "instrument": "play"}
@@ -34,7 +34,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Thing:
-    """What expressions need to know of an object; the centre is in sides of the picture."""
+    """What expressions need to know of an object; the centre is in sides of the image."""
 
     name: str
     colour: str  # a tint, or "plain"
@@ -76,7 +76,7 @@ def meant_by(phrase: Phrase, things: Sequence[Thing]) -> list[int]:
 
 
 def _at_place(found: list[int], things: Sequence[Thing], axis: int, sign: int) -> list[int]:
-    """The outermost of several candidates; a single one must lie in that half of the picture."""
+    """The outermost of several candidates; a single one must lie in that half of the image."""
     offset = {i: sign * things[i].centre[axis] for i in found}
     if len(found) == 1:
         return [i for i in found if offset[i] > sign * 0.5 + MARGIN]

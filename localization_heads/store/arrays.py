@@ -1,4 +1,4 @@
-"""The parts of an array or a tensor as a pickle brings them, checked before any of it becomes an array."""
+"""Arrays and tensors as a pickle describes them (bytes, type, shape, strides), checked before any array is made."""
 
 from __future__ import annotations
 

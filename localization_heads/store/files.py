@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all: every file this tool writes goes through `atomic_write`."""
+"""Writing files whole or not at all, and holding a folder for one run.
+
+Every file that this tool writes goes through `atomic_write`; files that grow are in `journal.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,17 @@
 """Appending to a file so that a kill, a full disk or a flipped bit costs one record and nothing else.
 
-The statistics store (records of one size) and the result log (a line a result) share this: every record ends up on
-the disk before `append` returns, bears a checksum, and is passed over if that does not fit.
+The statistics store (records of one size) and the result log (one line per result) share this: every record is on the
+disk before `append` returns, and has a checksum; a record that does not match it is skipped.
 
 One SQLite file for both was measured instead (100,000 samples of 1,024 heads, chunks of 16, each on the disk before
-the next; two cores, SSD, seconds): it is slower, in its default journal mode / with a write-ahead log, which is not
-for network drives. It has no checksums of its own, so a column for them was there too.
+the next; two cores, SSD, seconds) and is slower, both in its default journal mode and with a write-ahead log, which
+is not meant for network drives. It has no checksums of its own, so the measured table had a column for them.
 
-    append statistics 4.9 | 10.4 / 6.8       read sums and entropies, shuffled 0.5 | 2.4 / 2.1
-    append results    6.6 | 13.4 / 13.8      find the sound statistics         0.6 | 0.6 / 0.8
+                                        here | SQLite, default / write-ahead log
+    append statistics                    4.9 | 10.4 / 6.8
+    append results                       6.6 | 13.4 / 13.8
+    read sums and entropies, shuffled    0.5 | 2.4 / 2.1
+    find the sound statistics            0.6 | 0.6 / 0.8
 """
 
 from __future__ import annotations

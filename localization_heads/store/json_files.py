@@ -1,4 +1,4 @@
-"""JSON from people and strangers: finite numbers, bounded depth, and memory in proportion to the text."""
+"""JSON from untrusted files: finite numbers only, bounded depth, and memory in proportion to the text."""
 
 from __future__ import annotations
 

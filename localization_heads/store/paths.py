@@ -1,4 +1,4 @@
-"""Names of the files written for one entry. An entry's id is a file name and never leads anywhere else."""
+"""Names of the files written for one entry. An entry's id is a plain file name and cannot lead out of its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What building the value of a pickle may take: one account that every step charges."""
+"""Limits on what a pickle may build: one account of instructions and bytes, which every step of the reader charges."""
 
 from __future__ import annotations
 

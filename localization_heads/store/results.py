@@ -1,4 +1,4 @@
-"""`heads.json` and `heads.csv`: the ranking on disk."""
+"""Results on disk: rankings (`heads.json`, `heads.csv`), `predictions.jsonl`, and tables as parquet."""
 
 from __future__ import annotations
 

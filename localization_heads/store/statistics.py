@@ -1,13 +1,13 @@
-"""What `find`, `batch` and `evaluate` keep of every sample: sums, both entropies and the bottom-row flag of all heads.
+"""Statistics that `find`, `batch` and `evaluate` keep: every head's sum, entropies and bottom-row flag, per sample.
 
-A file of records of one size, appended a chunk at a time and read a record at a time, so neither a hundred
-thousand samples nor a kill in the middle of a write costs more than the last chunk. A record is
+They are records of one size in an append-only file, written chunk by chunk and read one by one, so a hundred thousand
+samples need no memory, and a kill in the middle of a write costs at most the last chunk. A record is
 
     key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] | pad | CRC32 u4
 
-and a JSON file of the same name beside it says what the numbers were made with. Both names carry a digest of
-that, so statistics of another model, prompt or threshold never mix in. All that the ranking's options choose
-among is in the records, so `stage=rank` needs nothing else: `recorded` lists what a folder holds.
+and a JSON file of the same name beside it says which settings the numbers were made with. Both names carry a digest
+of these settings, so statistics of another model, prompt or threshold never mix. The records hold everything that the
+ranking's options choose among, so `stage=rank` needs nothing else: `recorded` lists the stores of a folder.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _LARGEST_MODEL = 1 << 20  # heads
 
 
 def sample_key(expression: str, image: str | Path, id: str = "") -> bytes:
-    """16 bytes that stand for a sample: its expression, its picture and its id.
+    """16 bytes that stand for a sample: its expression, its image and its id.
 
-    A file counts by its resolved path, size and time of change, so an edited picture is a new sample; an
+    A file counts by its resolved path, size and time of change, so an edited image is a new sample; an
     http(s) address counts as it is written.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
