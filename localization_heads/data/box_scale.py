@@ -42,7 +42,7 @@ LOOKED_AT = 200
 
 
 class TrueBox(NamedTuple):
-    """A true box (xyxy), what its entry is called, and the `(W, H)` of its image where that is known."""
+    """A true box (xyxy), the name of its entry, and the `(W, H)` of its image where that is known."""
 
     name: str
     box: Box
@@ -50,7 +50,7 @@ class TrueBox(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What is wrong with the boxes, the number of one that shows it, and whether it cannot be otherwise."""
+    """What is wrong with the boxes, the index of one that shows it, and whether no accident can explain it."""
 
     what: str
     first: int
@@ -58,7 +58,7 @@ class Finding(NamedTuple):
 
 
 def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
-    """Raises UsageError, naming `source`, if the boxes are certainly no pixels; what is less certain is a note."""
+    """Raises UsageError, naming `source`, if the boxes are certainly not in pixels; a mere suspicion is a note."""
     if not boxes:
         return
     sizes = np.array([one.size or (0, 0) for one in boxes])
@@ -97,7 +97,7 @@ def _size(sample: Sample) -> tuple[int, int] | None:
 
 
 def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) -> Finding | None:
-    """What speaks against boxes `(n, 4)`, xyxy, being pixels of images of `sizes` `(n, 2)`, W and H; 0 for unknown.
+    """Evidence that boxes `(n, 4)`, xyxy, are not in pixels of images of `sizes` `(n, 2)`, W and H, 0 for unknown.
 
     >>> boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 1.0]])
     >>> find_wrong_scale(boxes, np.array([[640, 480], [640, 480]]))

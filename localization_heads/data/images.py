@@ -34,11 +34,11 @@ _entries: list[tuple[object, int]] = []
 
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """No warning of Pillow's while the block runs, in any number of threads; none of libtiff's from then on.
+    """Silence Pillow's warnings while the block runs, in any number of threads, and libtiff's from then on.
 
-    `warnings.catch_warnings` puts back the filters that it found: of two threads that overlap, one would switch the
-    warnings of the other on, or leave all warnings of the process off. So one filter is added, for Pillow alone, and
-    taken away by the last thread.
+    `warnings.catch_warnings` restores the filters that it found, so with two overlapping threads one would re-enable
+    the other's warnings, or leave all warnings of the process off. Instead, one filter for Pillow is added, and removed
+    by the last thread.
     """
     _quiet_libtiff()
     with _lock:
@@ -79,7 +79,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 Picture = Image.Image | str | Path | Address
 """What an image is named by: itself, a path, or an http(s) address."""
 LARGEST_SEEN = 24_000_000
-"""Pixels: no model looks at more than 16,777,216, and processors take five times the memory of what they are given."""
+"""Pixels: no model uses more than 16,777,216, and processors take five times the memory of their input."""
 STRIP = 1_000_000
 """Pixels that are converted to RGB at a time."""
 
@@ -96,7 +96,7 @@ _UPRIGHT = {
 
 
 def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Image:
-    """The image as a PIL image of mode RGB, whole in memory.
+    """The image, upright, as a PIL image in mode RGB, fully decoded.
 
     Args:
         source: a path (`~` is the home folder), an http(s) address, or an image (converted, and under the same pixel
@@ -119,14 +119,14 @@ def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Imag
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """The image that a model is given: one of more than `LARGEST_SEEN` pixels is halved (or divided by 3, 4, ...)."""
+    """The image as a model gets it: above `LARGEST_SEEN` pixels it is reduced by a factor of 2 (or 3, 4, ...)."""
     width, height = image.size
     factor = math.ceil(math.sqrt(width * height / LARGEST_SEEN))
     return image.reduce(factor) if factor > 1 else image
 
 
 def image_size(source: Picture) -> tuple[int, int]:
-    """`(W, H)` of the image that `load_image` gives, from the header of a file. Raises what `load_image` does."""
+    """`(W, H)` of the image that `load_image` would return, from a file's header. Raises as `load_image` does."""
     if isinstance(source, Image.Image) or is_address(source):
         return load_image(source).size
     with open_raster(find_file(source)) as image:  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ KEY_DIGITS = 16
 
 
 def picture_keys(samples: Iterable[Sample]) -> list[str | None]:
-    """What tells each sample's image from others; None for one in memory, or whose file cannot be read."""
+    """The identity of each sample's image; None for one in memory or one that cannot be read."""
     known: dict[str, str | None] = {}
     keys: list[str | None] = []
     for sample in samples:
@@ -66,7 +66,7 @@ def prepared_pictures(data_file: Path, option: str = "data_file") -> set[str]:
 
 
 def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files that `stage=prepare` wrote into a folder, each with what it recorded of it."""
+    """The files that `stage=prepare` wrote into a folder, each with its record."""
     for side in sorted(folder.glob("*.json")):
         data_file = side.with_suffix(".jsonl")
         try:
@@ -80,7 +80,7 @@ def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def check_unseen(run: Run, samples: Sequence[Sample]) -> None:
     """UsageError if samples show images that the heads of `heads=` were found on, unless `allow_leakage=true`.
 
-    Of heads that no heads.json names (published ones, a list) it is not known what they were found on.
+    For heads without a heads.json (published ones, a list) the images that they were found on are unknown.
     """
     if run["allow_leakage"] or (source := run.heads_source) is None:
         return

@@ -36,7 +36,7 @@ EXTENSIONS = {"JPEG": ".jpg", "TIFF": ".tif"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` ends with.
+    """The result of `prepare`.
 
     Args:
         splits: what the source holds, by split.
@@ -52,7 +52,7 @@ class Prepared:
 
 
 def prepare(run: Run) -> Prepared:
-    """Read a benchmark, choose its expressions and write them with their truth."""
+    """Read a benchmark, choose expressions and write them with their true boxes and masks."""
     require(run.options, "dataset", "dataset_path")
     images = Path(run["images"]) if run["images"] else None
     source = open_source(run["dataset"], Path(run["dataset_path"]), images)
@@ -73,10 +73,10 @@ def prepare(run: Run) -> Prepared:
 
 
 def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Entry]:
-    """`number` of the entries, in their order, drawn by the hash of seed and id.
+    """Draw `number` entries by the hash of seed and id; they keep their order.
 
-    So the draw depends on nothing but the ids: it is the same from the pickles and from parquet, and a draw of
-    100 is part of the draw of 1,000.
+    So the draw depends only on the ids: it is the same from the pickles and from parquet, and a draw of 100 is part
+    of the draw of 1,000.
     """
 
     def place(entry: Entry) -> bytes:
@@ -87,7 +87,7 @@ def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Ent
 
 
 def sample_size(run: Run) -> int | None:
-    """`num_samples` of the training split; of the others all, unless the user has given a number."""
+    """`num_samples` for the training split; all of the other splits, unless the user gave a number."""
     given = any(override.startswith("num_samples=") for override in run.overrides or ())
     return run["num_samples"] if given or run["split"] == "train" else None
 

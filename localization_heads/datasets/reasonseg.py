@@ -3,12 +3,12 @@
 LISA (https://github.com/dvlab-research/LISA, utils/data_processing.py and utils/dataset.py): `<split>/<name>.jpg`
 with `<name>.json` beside it, `{"text": [...], "is_sentence": bool, "shapes": [{"label", "points": [[x, y], ...]}]}`,
 UTF-8 or cp1252. Shapes are painted from the largest to the smallest, so a small one lies on a large one; a label
-with "ignore" in it paints pixels that do not count, "flag" paints nothing, any other the target. Evaluation asks the
+with "ignore" in it paints pixels that do not count, "flag" paints nothing, any other the target. Evaluation uses the
 first text of an image; the training set has up to five.
 
 `Ricky06662/ReasonSeg_val` and `_test` (https://huggingface.co/datasets/Ricky06662/ReasonSeg_test): `image`, `text`,
-`mask` (rows of true and false), `image_id`, `ann_id`, `img_height`, `img_width`. Both call their split `test`. What
-LISA ignores is not told from the rest there.
+`mask` (rows of true and false), `image_id`, `ann_id`, `img_height`, `img_width`. Both call their split `test`.
+Pixels that LISA ignores are not marked there.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class ReasonSegParquet(ParquetSource):
         )
 
     def index(self) -> Index:
-        """UsageError if the masks hold far more values than the images have pixels: they are not read then."""
+        """UsageError if the masks have far more values than the images have pixels; they are then not read."""
         for file in self.files:
             rows = refcoco_parquet.read_columns(file, ("img_height", "img_width"))
             pixels = sum(max(1, (row["img_height"] or 0) * (row["img_width"] or 0)) for row in rows)
@@ -212,7 +212,7 @@ class ReasonSegParquet(ParquetSource):
         return super().index()
 
     def split(self, file: Path) -> str:
-        """The repository's name goes before the file's: `ReasonSeg_val` holds `test-00000-of-00001.parquet`."""
+        """The repository's name takes precedence: `ReasonSeg_val` holds `test-00000-of-00001.parquet`."""
         for part in reversed(file.resolve().parts[:-1]):
             if match := re.search(r"ReasonSeg_(train|val|test)\b", part, re.IGNORECASE):
                 return match[1].lower()

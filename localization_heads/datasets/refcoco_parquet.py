@@ -42,7 +42,7 @@ MAX_GROUP_PIXELS = 1 << 31
 """Of the masks in one row group: a hundred images of twenty million pixels."""
 
 VALUE = 50
-"""Bytes that a value takes in Python, about: its object, and its place in a list or dict."""
+"""Approximate bytes of a Python value: the object, and its place in a list or dict."""
 
 MAX_CELL = 64 << 20
 """Bytes of JSON in one cell."""
@@ -60,7 +60,7 @@ _SPLITS = {
 
 @contextmanager
 def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
-    """A parquet file whose row groups are within bounds. UsageError, naming it, for anything that is none."""
+    """A parquet file whose row groups are within bounds. UsageError, naming it, for anything else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -103,7 +103,7 @@ def _top(path_in_schema: str) -> str:
 
 
 def _allowance(path: Path) -> int:
-    """Bytes that may be made of a file."""
+    """Bytes that reading a file may take."""
     return 8 * path.stat().st_size + (64 << 20)
 
 
@@ -125,7 +125,7 @@ def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> N
 
 
 def _unfolded(array: Any) -> int:
-    """About the bytes of Python values that an arrow array comes to."""
+    """Approximate bytes of an arrow array as Python values."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -185,7 +185,7 @@ def read_rows(
 
 
 def split_of(path: Path) -> str:
-    """The split that a file's name tells, or its folder's, as Hugging Face names them.
+    """The split from a file's name or from its folder's, as Hugging Face names them.
 
     >>> split_of(Path("data/validation-00000-of-00001.parquet")), split_of(Path("default/testA/0000.parquet"))
     ('val', 'testA')

@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """Every expression of a source in the order of its files, and the rows that hold none that can be used."""
+    """Every expression of a source in the order of its files, and the rows without a usable one."""
 
     entries: list[Entry]
     bad: list[BadEntry]
@@ -55,11 +55,11 @@ class Record:
 
     Args:
         image: the image's file, or its bytes where they are inside the source.
-        size: `(W, H)` in pixels as the source says, None where it does not.
+        size: `(W, H)` in pixels according to the source; None if it does not say.
         box: xyxy in pixels, None where the source has none.
         mask: as `read_mask` takes it.
-        ignore: pixels that do not count when masks are scored.
-        more: further fields of the lines that are written.
+        ignore: pixels that are left out when masks are scored.
+        more: further fields of the JSON line.
     """
 
     row: int
@@ -79,13 +79,13 @@ class BadRecord(NamedTuple):
 
 
 class Source(Protocol):
-    """A benchmark as it was found on the disk.
+    """A benchmark on disk, in one of its published forms.
 
     Args:
-        kind: what it is, in words.
-        variant: "" for the standard splits, else what tells these apart (`google`, `lmms`).
-        files: all that decides what is written, images apart.
-        notes: what a user must know of this source.
+        kind: its form, in words.
+        variant: "" for the standard splits, else the name of others (`google`, `lmms`).
+        files: every file that decides the output, except images.
+        notes: remarks for the user on this source.
     """
 
     kind: str
@@ -98,19 +98,19 @@ class Source(Protocol):
         ...
 
     def records(self, rows: Sequence[int]) -> Iterator[Record | BadRecord]:
-        """These rows, which ascend."""
+        """The records of these rows, in ascending order."""
         ...
 
 
 def coco_picture(image_id: object) -> str:
-    """The name of a COCO image, from its number. BadLineError for anything that is no such number."""
+    """The name of a COCO image, from its number. BadLineError for anything else."""
     if not is_number(image_id) or image_id >= 10**12:  # type: ignore[operator]
         raise BadLineError("image_id must be a whole number")
     return f"coco:{image_id}"
 
 
 def coco_picture_of(file_name: object) -> str | None:
-    """The image of a COCO 2014 file name, also of one that ends with an annotation's number; else None.
+    """The image of a COCO 2014 file name, which may end with an annotation's number; else None.
 
     >>> coco_picture_of("COCO_train2014_000000581857_16.jpg")
     'coco:581857'
@@ -141,7 +141,7 @@ def is_number(value: object) -> bool:
 
 
 def expression(value: object) -> str:
-    """An expression on one line, spaces at its ends removed. BadLineError for one that is empty or none."""
+    """An expression on one line, without spaces at its ends. BadLineError for an empty one, or one that is not text."""
     if not isinstance(value, str):
         raise BadLineError("an expression is not text")
     text = " ".join(value.split())
@@ -153,7 +153,7 @@ def expression(value: object) -> str:
 
 
 def box_from_xywh(value: object) -> Box:
-    """COCO's `[x, y, width, height]` as xyxy. BadLineError for anything that is no box of pixels.
+    """COCO's `[x, y, width, height]` as xyxy. BadLineError for anything but a box in pixels.
 
     >>> box_from_xywh([10, 20, 30, 40.5])
     (10.0, 20.0, 40.0, 60.5)
@@ -177,7 +177,7 @@ def _four_numbers(value: object) -> tuple[float, float, float, float]:
 
 
 def check_inside(box: Box, size: tuple[int, int]) -> None:
-    """BadLineError if the box lies outside its image of `(W, H)` pixels: one of the two is of another one."""
+    """BadLineError if the box lies outside its image of `(W, H)` pixels: they cannot belong together."""
     if misses_picture(box, size):
         raise BadLineError(f"the box lies outside the picture, which is {size[0]} x {size[1]} pixels")
 

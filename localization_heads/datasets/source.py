@@ -18,7 +18,7 @@ from localization_heads.errors import UsageError, shown
 DATASETS = ("refcoco", "refcoco+", "refcocog", "reasonseg")
 
 PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
-"""What papers report: UNC's split of RefCOCO and RefCOCO+, UMD's of RefCOCOg (lichengunc/MAttNet, issue 20)."""
+"""The partitions that papers report: UNC for RefCOCO and RefCOCO+, UMD for RefCOCOg (lichengunc/MAttNet, issue 20)."""
 
 _FOLDERS = {
     "refcoco": ("refcoco",),
@@ -63,7 +63,7 @@ def count(entries: Sequence[Entry]) -> Counts:
 
 
 def open_source(dataset: str, path: Path, images: Path | None) -> Source:
-    """The benchmark at `path`, a file or a folder. UsageError, saying what is there, where it is none.
+    """The benchmark at `path`, a file or a folder. UsageError, saying what is there, if it is not one.
 
     Args:
         images: the folder of COCO's images, for sources that have none inside.

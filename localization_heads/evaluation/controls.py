@@ -23,7 +23,7 @@ from localization_heads.heads.head import Head
 def layer_matched(
     heads: Sequence[Head], shape: tuple[int, int], rng: np.random.Generator
 ) -> tuple[Head, ...]:
-    """As many different random heads as were given, each from the layer of the one whose place it takes.
+    """As many distinct random heads as given, each from the same layer as the head that it replaces.
 
     None of them is a given head, unless a layer has too few others: the rest then comes from the given ones.
 
@@ -75,7 +75,7 @@ def control_groundings(
     draws: int = DRAWS,
     seed: int = 42,
 ) -> dict[str, list[Grounding]]:
-    """What each control that makes a map answers, through the same `options`: `random_heads` once a draw."""
+    """The groundings of each control that has a map, with the same `options`; `random_heads` has one per draw."""
     drawn = random_heads(heads, maps.num_heads, draws=draws, seed=seed)
     return {
         "random_heads": [ground_maps(maps, other, options) for other in drawn],
@@ -87,10 +87,10 @@ def control_groundings(
 def random_heads(
     chosen: Sequence[Head], num_heads: int, *, draws: int = DRAWS, seed: int = 42
 ) -> list[tuple[Head, ...]]:
-    """Layer-matched random heads: for each head chosen, another of its layer, evenly, none twice in a draw.
+    """Layer-matched random heads: for each selected head, another of its layer, drawn uniformly, none twice in a draw.
 
-    The same seed and heads give the same draws. Where a layer has too few others, the chosen ones are drawn from too:
-    the control then comes closer to what it is compared with, never further away.
+    The same seed and heads give the same draws. Where a layer has too few others, selected heads may be drawn too: the
+    control then comes closer to what it is compared with, never further away.
     """
     rng = np.random.default_rng(seed)
     shape = max(head.layer for head in chosen) + 1, num_heads
@@ -98,15 +98,15 @@ def random_heads(
 
 
 def mean_map(maps: AttentionMaps, exclude_layers: int) -> AttentionMaps:
-    """The mean over every head of the layers from `exclude_layers` on, as the one head `L0H0`."""
+    """The mean map over all heads of the layers from `exclude_layers` on, as a single head `L0H0`."""
     mean = maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64)
     return _as_one_head(maps, mean)
 
 
 def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
-    """The true mask, or the true box where no mask is known, on the model's own grid, as the one head `L0H0`.
+    """The true mask, or the true box where there is no mask, on the model's own grid, as a single head `L0H0`.
 
-    A cell's value is the share of its area that the truth covers.
+    The value of a cell is the share of its area that the mask or box covers.
     """
     if truth.mask is None:
         return _as_one_head(maps, box_shares(truth.box, maps.image_box, maps.grid))

@@ -14,14 +14,14 @@ CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 
 
 def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """`{"info", "images", "annotations", "categories"}`: an annotation an expression that has a box.
+    """`{"info", "images", "annotations", "categories"}`: one annotation per expression that has a box.
 
-    Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Beside COCO's own keys an annotation has
-    `score`, `expression` and the sample's `sample_id`. Expressions of one image share its image entry.
+    Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Besides COCO's own keys, an annotation
+    has `score`, `expression` and the sample's `sample_id`. Expressions about one image share its image entry.
 
     Args:
         predictions: as `read_predictions` gives them; those that failed are left out.
-        samples: by id; predictions of other ids are left out, for their image is not known.
+        samples: by id; predictions with other ids are left out, since their image is unknown.
 
     Raises:
         ImageError: an image whose size is needed cannot be read.

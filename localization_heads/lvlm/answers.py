@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Conversation:
-    """What has been said so far about an image; `ask` continues it."""
+    """A conversation about one image; `ask` continues it."""
 
     lvlm: LVLM
     image: Image.Image | None = None
@@ -33,12 +33,12 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def look_at(self, image: Image.Image) -> None:
-        """Take up another image; what was said about the last one is forgotten."""
+        """Start over with another image; the conversation about the last one is forgotten."""
         self.image = image
         self.messages.clear()
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces. Closing the iterator stops the model; what was said until then is kept.
+        """The answer, streamed. Closing the iterator stops the model; what it has said until then is kept.
 
         Raises:
             UsageError: an empty question, or one with control tokens.
@@ -70,7 +70,7 @@ class Conversation:
 def stream(
     lvlm: LVLM, image: Image.Image | None, prompt: str, max_new_tokens: int
 ) -> Generator[str, None, None]:
-    """Greedy generation in a thread, its text as it comes. The thread ends with the iterator.
+    """Greedy generation in a thread, yielding text as it comes. The thread ends with the iterator.
 
     Raises:
         WorkError: the generation failed.
@@ -136,8 +136,8 @@ class BoxFormat:
     Args:
         prompt: the question; `{expression}` stands in it.
         pattern: regular expression with a group for each of the four numbers; its first match counts.
-        steps: numbers from one side of the image to the other; None for pixels of the image as it was resized.
-        offset: added to each number: bins stand for their middle.
+        steps: how many steps divide a side of the image; None for pixels of the resized image.
+        offset: added to each number, where a number stands for the middle of a bin.
         rows_first: y0 x0 y1 x1 instead of x0 y0 x1 y1.
         padded: the numbers count over the padded square, not over the image.
         chat: asked in the model's chat template, not bare.
@@ -187,7 +187,7 @@ FORMATS: dict[str, BoxFormat] = {
 
 
 def read_box(text: str, form: BoxFormat, image_size: Size, resized: Size | None = None) -> Box | None:
-    """The first box in an answer, in pixels of the original image and cut at its edge.
+    """The first box in an answer, in pixels of the original image and clipped to it.
 
     Args:
         image_size: `(W, H)` of the original image.
@@ -227,10 +227,10 @@ def format_of(name: str | None, model: str) -> BoxFormat:
 
 
 def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFormat | None:
-    """How the model is to be asked for its own boxes; None if it is not.
+    """The format in which to ask the model for its own boxes; None if it is not asked.
 
     Args:
-        wanted: None asks a model that is known to write boxes, if it is to be asked `by_default`.
+        wanted: True insists, False never asks; None asks a model that is known to write boxes, if `by_default`.
 
     Raises:
         UsageError: boxes are wanted of a model that is not known to write any, or without the chat template for it.

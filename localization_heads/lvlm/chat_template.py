@@ -46,16 +46,16 @@ class TemplateError(Exception):
 
 
 class TemplateProcess:
-    """The child, seen from the parent: started when it is first needed, and anew after a template that had to be ended.
+    """The child process, seen from the parent: started when first needed, and again after it had to be ended.
 
-    May be used from several threads. A template that was ended once is refused at once from then on.
+    Safe for several threads. A template whose rendering was ended once is refused from then on.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin without a child: after a fork, the one that is there answers another process."""
+        """Begin without a child: after a fork, the existing one belongs to the other process."""
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._is_ready = False

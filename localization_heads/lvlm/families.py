@@ -45,10 +45,10 @@ _SIZES = re.compile(r"sizes?$|shapes?$|grid|_hws?$|_thw$")
 
 
 def unknown(image: EncodedImage) -> list[View]:
-    """One unbroken run of image tokens over the whole image: the grid that the processor names, or else a square.
+    """A family without a function: contiguous image tokens as one grid, the one that the processor names or a square.
 
     Raises:
-        UsageError: the tokens make no grid, or what the processor says contradicts the one that they would make.
+        UsageError: the tokens form no grid, or the processor's output contradicts the one that they would form.
     """
     tokens = image.tokens
     if tokens.size == 0 or int(tokens[-1] - tokens[0]) + 1 != tokens.size:
@@ -179,9 +179,9 @@ NOT_SHARED = {
 
 
 def views_of(image: EncodedImage) -> list[View]:
-    """Where one image's tokens lie, in every rendering of the image that the model gets and that has any tokens.
+    """The views of one image: where its tokens lie, in every rendering of it that the model gets.
 
-    Of tiles over an image much longer than wide, padding may be all that there is; they are left out.
+    Views without tokens are left out: the tiles of an image much longer than wide may be nothing but padding.
 
     Raises:
         UsageError: the family has no grid of image tokens, or the token count is not what its geometry says.

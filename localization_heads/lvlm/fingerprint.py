@@ -29,9 +29,9 @@ _OF_ITS_PLACE = {"name_or_path", "transformers_version"}
 
 
 def fingerprint(model: Any, processor: Any) -> str:
-    """Sixteen digits that change when the weights do, or what else the files decide about the maps.
+    """Sixteen hexadecimal digits that change with anything in the checkpoint that decides the maps.
 
-    That is the configurations of model and processor, and the chat template.
+    That is the weights, the configurations of model and processor, and the chat template.
     """
     settings = {
         "config": model.config.to_dict(),

@@ -69,7 +69,7 @@ class View:
 
 
 def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) -> None:
-    """Refuse an image so long and thin that padding it to a square, or resizing it, would fill the memory.
+    """Refuse an image so elongated that padding it to a square, or resizing it, would fill the memory.
 
     Raises:
         UsageError: names its size.
@@ -88,13 +88,13 @@ def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """One sample of a batch: its image's size, and what the processor made of it.
+    """One sample of a batch: the size of its image, and the processor's output for it.
 
     Args:
         config: the model's configuration.
         processor: the processor that encoded the batch.
-        inputs: the processor's output of the whole batch, one image a sample.
-        sample: which of the batch.
+        inputs: the processor's output for the whole batch, one image per sample.
+        sample: its index in the batch.
         image_size: `(W, H)` of the original image in pixels.
     """
 

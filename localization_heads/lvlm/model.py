@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Several expressions for one image, which the model reads once."""
+    """Several expressions about one image, which the model encodes once."""
 
     picture: EncodedPicture
     questions: Sequence[Question]
@@ -37,7 +37,7 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Parts of a batch, each with the places that its results take."""
+    """The parts of a batch, each with the positions of its results."""
 
     parts: Sequence[tuple[Sequence[int], Apart | Shared]]
 
@@ -50,7 +50,7 @@ class Batch:
 
 
 def make_batch(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
-    """An image that is there several times, as one and the same object, is read once for all its expressions."""
+    """Group the pairs: an image that occurs several times, as the same object, is encoded only once."""
     parts: list[tuple[Sequence[int], Apart | Shared]] = []
     alone = []
     for places in _by_picture(images):
@@ -76,7 +76,7 @@ GIBIBYTE = 2**30
 
 
 class RecentPictures:
-    """Encoded images by content and settings, the one asked longest ago dropped first. Safe for several threads.
+    """Encoded images by content and settings; the least recently used is dropped first. Safe for several threads.
 
     Args:
         max_bytes: keys, values and pixels of all images together. An image that is larger by itself is encoded and
@@ -108,7 +108,7 @@ class RecentPictures:
             return self._pictures.setdefault(key, picture)
 
     def shrink(self) -> None:
-        """Drop images until the rest fits. Called after the questions: a deeper one makes its image grow."""
+        """Drop images until the rest fits. Called after each use: a request for deeper layers makes an image grow."""
         with self._lock:
             while self._pictures and self._sum() > self.max_bytes:
                 self._pictures.popitem(last=False)
@@ -122,21 +122,21 @@ class RecentPictures:
 
 
 def content(image: Image.Image) -> bytes:
-    """32 bytes that stand for an image's pixels."""
+    """A digest of an image's pixels, 32 bytes."""
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     digest.update(image.tobytes())
     return digest.digest()
 
 
 class LVLM(LoadedModel):
-    """A vision-language model that can be asked where its heads look. Made by `load_model`."""
+    """A vision-language model that returns the attention maps of its heads. Made by `load_model`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.recent = RecentPictures()
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
-        """Where every head looks from the query token: by default, while the model reads the prompt's last token.
+        """The attention map of every head: from the query token, by default the prompt's last, to the image (Sec. 4.1).
 
         Args:
             image: RGB image of any size.
@@ -157,10 +157,10 @@ class LVLM(LoadedModel):
         last_layer: int | None = None,
         ready: Batch | None = None,
     ) -> list[AttentionMaps]:
-        """`attend` for several pairs, in their order; whether a pair's maps are finite is left to the caller.
+        """`attend` for several pairs, in their order. The maps are not checked for finite values; the caller does that.
 
-        An image that is there several times, as one and the same object, is encoded once for all its expressions;
-        the others go through the model in one forward pass.
+        An image that occurs several times, as the same object, is encoded once for all its expressions; the others
+        go through the model in one forward pass.
 
         Args:
             ready: what `make_ready` made of the same pairs.
@@ -172,7 +172,7 @@ class LVLM(LoadedModel):
         return make_batch(self, images, expressions)
 
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedPicture:
-        """Read an image once, to ask it for many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
+        """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
         Args:
             image: RGB image of any size.
@@ -185,9 +185,10 @@ class LVLM(LoadedModel):
     def ask(
         self, image: Image.Image, expressions: Sequence[str], *, last_layer: int | None = None
     ) -> list[AttentionMaps]:
-        """`encode_image(image).attend(expressions)`, for conversations: the last images stay encoded.
+        """`encode_image(image).attend(expressions)`, for conversations: the most recent images stay encoded.
 
-        They are known by their pixels, and dropped when `recent.max_bytes` are full. NotFiniteError as of `attend`.
+        They are recognised by their pixels and dropped once `recent.max_bytes` are used. NotFiniteError as for
+        `attend`.
         """
         key = (content(image), self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
         try:

@@ -59,14 +59,14 @@ def _depends_on_length(rope: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What the model has computed of the first tokens of a prompt.
+    """What the model has computed for the first tokens of a prompt.
 
     Args:
         ids: the tokens, the image's included.
         layers: a cache layer for each layer of the language model up to the deepest one that was run.
         depth: that layer.
-        can_be_cut: whether every layer keeps its tokens apart, and nothing but tokens: recurrent layers keep only
-            what became of them, cross-attention the image's keys.
+        can_be_cut: whether every layer keeps one entry per token, and nothing else: recurrent layers keep only a
+            state, cross-attention the image's keys.
     """
 
     ids: list[int]
@@ -85,7 +85,7 @@ class Prefix:
 
 
 class SharedLayer(DynamicLayer):
-    """Keys and values of the prefix, for a batch; what follows is shown with them, and not kept."""
+    """Keys and values of the prefix, for a batch; those of later tokens are attended to as well, but not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
 def last_tokens(prompts: Sequence[Mapping[str, Any]], start: int) -> dict[str, Any]:
     """What follows the first `start` tokens of each prompt, as a batch.
 
-    Shorter ones are padded on the right by their own last token: attention looks back only, so that no mask is needed.
+    Shorter ones are padded on the right with their own last token: attention is causal, so no mask is needed.
     """
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     names = [name for name in ("input_ids", "cross_attention_mask") if name in prompts[0]]

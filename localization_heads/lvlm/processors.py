@@ -44,7 +44,7 @@ def images_only(kind: Any) -> Any:
 
 
 def processor_kind(model_type: str) -> Any:
-    """What loads a family's processor: `AutoProcessor`, or without torchvision, the class less its video part.
+    """The class that loads a family's processor: `AutoProcessor`; without torchvision, one without its video part.
 
     Families that need torchvision for images as well are left to `AutoProcessor`, whose error says so.
     """
@@ -79,7 +79,7 @@ def complete(processor: Any, config: Any) -> None:
 
 
 def check_image_sizes(image_processor: Any, shown: str) -> None:
-    """Refuse settings that make images of a size that fills the memory, whatever image comes in.
+    """Refuse settings under which any image would be resized to one that fills the memory.
 
     Args:
         shown: option and value, which the message begins with.

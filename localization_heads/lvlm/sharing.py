@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
 
 STAND_INS = ("it", "the dog", "2")
-"""Expressions that begin differently: what their prompts have in common stands before any expression."""
+"""Expressions that begin differently: the prefix that their prompts have in common comes before any expression."""
 
 
 class Question(NamedTuple):
@@ -55,14 +55,14 @@ class Question(NamedTuple):
 
     @property
     def first_query(self) -> int:
-        """The first token whose attention is read."""
+        """The first token whose attention is captured."""
         return len(self.ids) - 1 if self.query.positions is None else int(self.query.positions.min())
 
 
 class EncodedPicture:
-    """An image that the model has read up to the last token before any expression. Made by `LVLM.encode_image`.
+    """An image that the model has encoded, up to the last token before the expression. Made by `LVLM.encode_image`.
 
-    `attend` may be called from several threads: what has been read is never changed.
+    `attend` may be called from several threads: the encoding is never changed.
     """
 
     def __init__(self, lvlm: LoadedModel, image: Image.Image) -> None:
@@ -77,7 +77,7 @@ class EncodedPicture:
             self.lvlm.located_prompt(STAND_INS[0])
         )  # raises what is wrong with the image
         self.shares = lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
-        """Whether the expressions share what is computed of the image, or each prompt is run by itself."""
+        """Whether the expressions share the image's encoding; if not, each prompt is run by itself."""
 
     @property
     def num_bytes(self) -> int:
@@ -88,11 +88,11 @@ class EncodedPicture:
         return pixels + sum(tensor.nbytes for tensor in tensors) + kept
 
     def attend(self, expressions: Sequence[str], *, last_layer: int | None = None) -> list[AttentionMaps]:
-        """Where every head looks, for each expression: what `LVLM.attend` gives for this image.
+        """The attention maps of every head for each expression, as `LVLM.attend` gives them for this image.
 
         Args:
-            last_layer: stop after this layer; the maps of later layers stay zero. If the image was read less
-                deeply before, it is read again.
+            last_layer: stop after this layer; the maps of later layers stay zero. If the image was encoded to
+                a lower layer before, it is encoded again.
         """
         return self.answer([self.question(expression) for expression in expressions], last_layer=last_layer)
 

@@ -29,7 +29,7 @@ _VICUNA = 32_100
 
 
 def _llava(config: Any) -> Facts:
-    """LLaVA-1.5 and what is built like it: CLIP's processor crops, but the model was trained on padded squares."""
+    """LLaVA-1.5 and models built like it: CLIP's processor crops, but they were trained on padded squares."""
     tower = config.vision_config.model_type
     if tower == "pixtral":
         return {"conv_mode": "chat"}
@@ -89,7 +89,7 @@ FACTS: dict[str, Facts | Callable[[Any], Facts]] = {
 
 
 class Shape(NamedTuple):
-    """What tells checkpoints of one family apart in their configurations."""
+    """The sizes in a configuration that distinguish checkpoints of one family."""
 
     model_type: str
     layers: int
@@ -105,11 +105,11 @@ SHAPES = {
     "llava-13b": Shape("llava", 40, 40, 5120, 1024, 336, 14),
     "tiny": Shape("llava", 6, 8, 128, 128, 192, 8),
 }
-"""Of the checkpoints whose heads are known, by their file in `config/model/`: more is known of them than the family."""
+"""The shapes of checkpoints with known heads, by their file in `config/model/`."""
 
 
 def family_facts(config: Any) -> Facts:
-    """The options that follow from a checkpoint's configuration; empty for a family that nobody described."""
+    """The options that follow from a checkpoint's configuration; empty for a family that is not in the table."""
     found = FACTS.get(config.model_type) or FACTS.get(config.model_type.removesuffix("_moe"), {})
     return dict(found(config) if callable(found) else found)
 
@@ -166,7 +166,7 @@ class ModelSpec:
 
     @property
     def heads_found_with(self) -> FoundWith | None:
-        """How the known heads were found, those of the files of `config/model/`: as these files say to ask."""
+        """The settings that the published heads of `config/model/` were found with: those of the same file."""
         known = next((s for s in known_specs().values() if s.heads and s.heads == self.heads), None)
         return None if known is None else {"conv_mode": known.conv_mode, "query_token": "last"}
 
@@ -229,20 +229,20 @@ def _read(stem: str) -> dict[str, Any]:
 
 
 def converted(name: str) -> str:
-    """The name itself, or with a notice that of the same weights in the format of transformers."""
+    """The name itself or, with a notice, that of the same weights converted for transformers."""
     if name in CONVERTED:
         log.warning("%s is in the original LLaVA format: taking its converted twin %s", name, CONVERTED[name])
     return CONVERTED.get(name, name)
 
 
 def find_spec(name: str, like: str | None = None) -> ModelSpec:
-    """The spec of a config's stem, of a checkpoint's name, or a bare one for a checkpoint that nobody described.
+    """The spec for a file's stem or for a checkpoint's name; a bare one for a checkpoint that no file describes.
 
     Args:
         like: a known model, by its stem or its checkpoint's name, whose facts are taken for `name`.
 
     Raises:
-        UsageError: `like` is none.
+        UsageError: `like` is not a known model.
     """
     if like is not None:
         known = _known(converted(like))
@@ -262,17 +262,17 @@ def _known(name: str) -> ModelSpec | None:
 
 
 def with_family(spec: ModelSpec, facts: Mapping[str, Any]) -> ModelSpec:
-    """The spec with what its family needs wherever nobody has said anything."""
+    """The spec, with the facts of its family wherever neither user nor file says anything."""
     return replace(spec, **{name: value for name, value in facts.items() if getattr(spec, name) is None})
 
 
 def compose_spec(values: Mapping[str, Any], choice: str, overrides: Sequence[str] | None = None) -> ModelSpec:
     """The spec that `model=CHOICE model.key=value ...` asks for.
 
-    When `model.name` names another checkpoint than the chosen file, the file's facts (heads, padding, system
-    sentence) are about the wrong model: take those of the named one and keep only what the user wrote. But whoever
-    writes `model=llava model.name=/data/my-folder` (or an id that nobody described) says what it is: the file's facts
-    are about it.
+    If `model.name` names another known checkpoint than the chosen file, the file's facts (heads, padding, system
+    sentence) are about the wrong model: those of the named one are taken, with only the user's own options kept. But
+    `model=llava model.name=/data/my-folder` (or an id without a file) states what the weights are, so the file's facts
+    apply to them.
 
     Args:
         values: the composed group.

@@ -67,7 +67,7 @@ def letterboxed_size(image_size: Size, canvas: Size) -> Size:
 def unpadded(
     x_edges: NDArray[np.float64], y_edges: NDArray[np.float64], image_size: Size
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Cut off the rows or columns of a letterbox's bars: `unpad_image` of transformers, on edges."""
+    """Remove the rows or columns of a letterbox's bars: transformers' `unpad_image`, applied to edges."""
     (W, H), columns, rows = image_size, len(x_edges) - 1, len(y_edges) - 1
     if columns / rows < W / H:
         bar = (rows - int(round(H * (columns / W), 7))) // 2

@@ -49,7 +49,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, what is in it, and every phrase that means exactly one of its objects."""
+    """An image, its objects, and every phrase that refers to exactly one of them."""
 
     image: np.ndarray  # uint8 (H, W, 3)
     objects: tuple[SceneObject, ...]
@@ -89,9 +89,9 @@ def render_scene(
     """The scene of a seed, drawn at `size` x `size` pixels.
 
     `style` None draws one of STYLES. `num_objects` None draws 2 to 6; fewer appear where they do not fit.
-    `span` < 1 draws a smaller canvas, `span` sides of a full image wide, with objects of full-image size
-    (for training). `bars` is the share of the image that bars at the left and at the right, at the top and at the
-    bottom each take, in the colour that LLaVA pads with (for training: an image that was not square).
+    `span` < 1 draws a smaller canvas, of `span` times the full side, with objects at full size (for training).
+    `bars` is the share of the image that the bars at left and right, and at top and bottom, each take, in LLaVA's
+    padding colour (for training: as if the image were not square).
     `augment` varies the art style further (outlines, turns, contrast, colour cast, grain; for training).
     `repeats` is the share of scenes in which a name comes twice, or three times.
 
@@ -118,7 +118,7 @@ def scene_samples(
     seeds: range = TEST_SEEDS,
     bars: tuple[float, float] = (0.0, 0.0),
 ) -> Iterator[tuple[Scene, Expression]]:
-    """A fixed set of scenes with one expression each; `seed` tells sets apart, `seeds` is their split.
+    """A fixed set of scenes with one expression each; `seed` selects the set, `seeds` is the split.
 
     `bars` as for `render_scene`.
     """

@@ -30,7 +30,7 @@ SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEE
 
 
 def scenes(run: Run) -> Path:
-    """Render the benchmark and write its data file; returns that file. What is there already is kept."""
+    """Render the benchmark and write its data file; returns that file. An existing one is kept."""
     options = run["scenes"]
     folder = scenes_folder(options)
     data_file = folder / "scenes.jsonl"
@@ -41,7 +41,7 @@ def scenes(run: Run) -> Path:
 
 
 def scenes_folder(options: Mapping[str, Any]) -> Path:
-    """One folder a benchmark, named after everything that it depends on."""
+    """The folder of a benchmark, named after everything that its content depends on."""
     parts = (
         options["split"],
         options["style"] or "mixed",

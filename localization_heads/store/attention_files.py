@@ -34,7 +34,7 @@ MAX_SIDE = 1_000_000
 MAX_WEIGHT = 1.01
 """Softmax weights are at most 1; half precision rounds."""
 _UNPACKED = 4, 32 << 20
-"""What a gzipped file may unpack to: so many times its size, and so many bytes more. Softmax weights shrink by two."""
+"""Limit of what a gzipped file may unpack to: a multiple of its size plus some bytes. Softmax weights shrink by two."""
 _TEXTS = ("image_file", "query", "prompt", "model", "id")
 
 
@@ -68,7 +68,7 @@ def save_attention(maps: AttentionMaps, path: str | Path) -> None:
 
 
 def load_attention(path: str | Path) -> AttentionMaps:
-    """Read an attention file of this tool or of the published one. UsageError, naming the file, if it is neither.
+    """Read an attention file of this tool or of the published code. UsageError, naming the file, if it is neither.
 
     The maps are checked: float32 `[layer, head, grid_h, grid_w]`, finite, not negative.
     """
@@ -293,7 +293,7 @@ _READERS = {".safetensors": _read_safetensors, ".gz": _read_gzip}
 
 
 def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write the list of dicts, one a head, as a pickle of plain types, in the order given."""
+    """Write the list of dicts, one per head, as a pickle of plain types, in the order given."""
     write_bytes(path, pickle.dumps(plain_value(list(heads)), protocol=4))
 
 

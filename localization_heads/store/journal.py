@@ -33,10 +33,10 @@ LARGEST_JSON = 64 << 20  # bytes
 
 
 def append(path: Path, content: bytes, end: int) -> None:
-    """Write at the end of a file; on the disk on return.
+    """Write at the end of a file; the data are on the disk on return.
 
     Args:
-        end: size of the file before. It is cut back to that where the write fails.
+        end: size of the file before, to which it is cut back if the write fails.
 
     Raises:
         WorkError: the disk fails.
@@ -64,7 +64,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text; None for what is none, is nested too deeply or holds a number that is not finite."""
+    """The value of a JSON text; None if it is invalid, nested too deeply or holds a number that is not finite."""
     try:
         return json.loads(content, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
@@ -97,7 +97,7 @@ class ResultLog:
     """Append-only results by key (16 bytes), for one set of settings; a hidden file that `finish` removes.
 
     Args:
-        settings: whatever the results depend on, as JSON values; other settings have another file.
+        settings: everything that the results depend on, as JSON values; other settings have another file.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -112,7 +112,7 @@ class ResultLog:
             raise WorkError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def get(self, key: bytes) -> dict[str, Any] | None:
-        """The result of that key; None if there is none, or none that can be read."""
+        """The result of that key; None if it is missing or damaged."""
         if key not in self._places:
             return None
         start, length = self._places[key]
@@ -126,7 +126,7 @@ class ResultLog:
         return result if self._key(line) == key and isinstance(result, dict) else None
 
     def append(self, results: Sequence[tuple[bytes, dict[str, Any]]]) -> None:
-        """Add finished results; they are on the disk on return. Of one key the latest counts."""
+        """Add finished results; they are on the disk on return. The latest result of a key counts."""
         lines = [self._line(key, result) for key, result in results]
         journal.append(self.path, b"".join(lines), self._end)
         for (key, _), line in zip(results, lines, strict=True):
@@ -134,7 +134,7 @@ class ResultLog:
             self._end += len(line)
 
     def finish(self) -> None:
-        """The run is complete and its files are written: the log has served."""
+        """Remove the log: the run is complete and its files are written."""
         self.path.unlink(missing_ok=True)
 
     def _line(self, key: bytes, result: dict[str, Any]) -> bytes:
