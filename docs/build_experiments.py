@@ -36,48 +36,50 @@ RUNS = {
 """What is run, by the name of its folder below outputs/docs."""
 
 QUESTIONS = {
-    "fig3": "Which heads look at the picture at all? (Criterion 1)",
-    "fig6a": "Which heads come out best in one expression after another? No label goes into this.",
+    "fig3": "Which heads attend to the image at all? (Criterion 1)",
+    "fig6a": "Which heads are selected again and again, expression after expression? No labels are used.",
     "fig6b": (
-        "Are the heads that are selected more often the ones that localise better? Here the truth comes in, for the "
-        "first time: the IoU of each head's own map, binarised at its mean, with the true mask. Rho over all heads is "
-        "not in the paper; it shows whether the choice of heads carries the correlation."
+        "Do heads that are selected more often localise better? Here the ground truth is used for the first "
+        "time: the IoU of each head's own map, binarised at its mean, with the true mask. Rho over all heads "
+        "is not in the paper; it shows whether the correlation depends on which heads are included."
     ),
     "random": (
-        "Would any three heads of the same layers have done? Not in the paper. The difference is taken expression by "
-        "expression, its interval is a bootstrap over expressions."
+        "Would any three heads of the same layers have done as well? Not in the paper. The difference is "
+        "paired, expression by expression, and its interval is a bootstrap over expressions."
     ),
     "tab1": "How well do the boxes fit?",
-    "tab2": "How well do the masks fit? In the sweeps below they are the filled hulls, without the segmenter.",
-    "tab3": "The metrics of ReasonSeg. The benchmark itself has to be downloaded; here they are of the scenes.",
-    "tab4": "How many heads should be added?",
-    "tab5": (
-        "Is each criterion needed, and should heads be fixed? Our readings: criterion 1 alone takes the highest "
-        "attention sums, criterion 2 alone ranks by selection frequency without a threshold, and greedy does the same "
-        "with the values of one expression."
+    "tab2": (
+        "How well do the masks fit? In the sweeps below, masks are the filled hulls, without a segmenter."
     ),
-    "tab8": "How much smoothing? One of sigma and kernel is swept, the other held.",
+    "tab3": "The metrics of ReasonSeg, here on the scenes; the benchmark itself has to be downloaded.",
+    "tab4": "How many heads should be combined?",
+    "tab5": (
+        "Is each criterion needed, and should heads be fixed? Our readings: criterion 1 alone takes the "
+        "highest attention sums, criterion 2 alone ranks by selection frequency without a threshold, and "
+        "greedy selects in the same way from the values of a single expression."
+    ),
+    "tab8": "How much smoothing? Sigma and kernel size are swept one at a time.",
     "fig13": "Does the threshold of criterion 1 matter?",
-    "fig14": "Does the number of heads marked in each expression matter?",
+    "fig14": "Does N, the number of heads selected per expression, matter?",
     "ladder": (
-        "What separates the published code's box from the paper's, one change at a time? On pictures wider than tall, "
-        "which the processor pads. [The rungs](reproducing-the-paper.md#the-ladder)"
+        "What separates the published code's box from the paper's, one change at a time? On images that are "
+        "wider than tall, which the processor pads. [The rungs](reproducing-the-paper.md#the-ladder)"
     ),
 }
 
 INTRO = """# The paper's experiments on the embedded model
 
-Model: the embedded LLaVA ([card](embedded-model.md)). Data: {samples} scenes of the synthetic benchmark that it was not
-trained on, one expression each, with exact boxes and masks. Heads are found on these expressions themselves, without
-their boxes and masks, as the paper does for its figures. All of it is made by one command, `python
-docs/build_experiments.py`; nothing below is written by hand, sentences about numbers included.
+Model: the embedded LLaVA ([card](embedded-model.md)). Data: {samples} held-out scenes of the synthetic benchmark, one
+expression each, with exact boxes and masks. Heads are found on these same expressions, without using their boxes and
+masks, as the paper does for its figures. One command makes this page, `python docs/build_experiments.py`; nothing below
+is written by hand, not even the sentences about numbers.
 
-The paper's numbers stand beside ours where a table has them. They are of other models on other data: what can be
-compared is the shape (is k = 3 best, do both criteria help), never the height.
+The tables show the paper's numbers next to ours where there are any. They are for other models and other data: compare
+the trends (is k = 3 best, do both criteria help), not the values.
 
 {summary}
 
-The model goes over the data once; `experiment=fig6b` and the others alone read what is on disk.
+The model runs over the data once; `experiment=fig6b` and the others then only read from disk.
 [Reproducing the paper](reproducing-the-paper.md) says how to run the same on RefCOCO with the paper's models.
 """
 

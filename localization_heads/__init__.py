@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Address": "data.address",
     "AttentionMaps": "attention",
-    "Grounding": "grounding.maps",
+    "Grounding": "grounding.ground",
     "Head": "heads.head",
     "HeadRanking": "heads.ranking",
     "Sample": "data.samples",

@@ -194,7 +194,7 @@ def test_why_a_picture_is_not_shared() -> None:
 def test_the_documentation_names_who_cannot_share() -> None:
     """From the same table, word for word; and no family besides."""
     text = (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
-    section = text.partition("## One picture, many expressions\n")[2].partition("\n## ")[0]
+    section = text.partition("## One image, many expressions\n")[2].partition("\n## ")[0]
     listed = dict(re.findall(r"^- `(\w+)`: (.+)$", section, re.MULTILINE))
     assert listed == NOT_SHARED
     apart = {tiny(name).model.config.model_type for name in APART}

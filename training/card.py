@@ -56,7 +56,7 @@ def numbers(now: dict, before: dict) -> Iterator[str]:
         heads = now["heads of each"].get(key, ())
         yield _row(f"{name} ({_names(heads)})" if 1 <= len(heads) <= 3 else name, now["contrasts"][key])
     yield _row("**top 3, held-out style**", now["held-out style"]["top 3"])
-    yield _row("top 3, pictures of 4:3, padded", now["padded"]["top 3"])
+    yield _row("top 3, images of 4:3, padded", now["padded"]["top 3"])
     yield _row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
     yield _row("the release before (step 21,700): top 3", before["in style"]["top 3"])
     yield _row("the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"])

@@ -1,1 +1,1 @@
-"""Samples, images and the synthetic scenes."""
+"""What users bring: samples as JSON lines, images, masks, phrases and network addresses. All untrusted."""

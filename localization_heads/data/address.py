@@ -1,4 +1,4 @@
-"""Addresses of pictures: what tells one from a path, and what of it may be stored or shown."""
+"""Names of images: paths and http(s) addresses, shown without secrets; `ImageError`, which names the image at fault."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from localization_heads.errors import UsageError
 
 HIDDEN = "..."
-"""Stands for what was left out of an address."""
+"""Replaces the parts that are left out of an address."""
 
 _PARTIAL = re.compile(r"://(?:[^/]*:)?\.\.\.(?:/|$)|\?\.\.\.$")
 
 
 @dataclass(frozen=True)
 class Address:
-    """An http(s) address of a picture. As text it is without user name, password and query, which may be secrets.
+    """An http(s) address of an image. As text it is without user name, password and query, which may be secrets.
 
     Args:
-        url: the whole address, to fetch and to compare; it is stored and shown nowhere.
+        url: the whole address, for fetching and comparing; it is never stored or shown.
         allow_private: whether it may lead to this machine or into a private network.
 
     >>> print(Address("https://me:secret@example.org/cat.jpg?token=7"))
@@ -44,7 +44,7 @@ def is_address(source: object) -> bool:
 
 
 def picture_source(name: str, *, allow_private: bool = False) -> Address | str:
-    """The picture that a text names: an address, or else a path, as it stands.
+    """An address if the text is one, else the text itself, as a path.
 
     >>> picture_source("cat.jpg"), picture_source("http://localhost/cat.jpg")
     ('cat.jpg', Address('http://localhost/cat.jpg', allow_private=False))
@@ -55,8 +55,8 @@ def picture_source(name: str, *, allow_private: bool = False) -> Address | str:
 def without_secrets(text: str) -> str:
     """An address without what may be secret: user name, password, query and fragment. A path stays as it is.
 
-    A password may hold a slash, a question mark or an at sign that should have been escaped. So where a user's name
-    may stand before it, everything up to the last at sign is left out.
+    A password may contain a slash, a question mark or an at sign that should have been escaped. So if there may be a
+    user name, everything up to the last at sign is left out.
 
     >>> without_secrets("http://me:pass/word@example.org/cat.jpg")
     'http://.../example.org/cat.jpg'
@@ -88,12 +88,12 @@ def _split(text: str, ends: str) -> tuple[str, str]:
 
 
 def is_partial(text: str) -> bool:
-    """Whether something was left out of the address that `without_secrets` made, so that it leads elsewhere."""
+    """Whether `without_secrets` left something out of this address, so that it no longer leads to the image."""
     return _PARTIAL.search(text) is not None
 
 
 class ImageError(UsageError):
-    """A picture that cannot be used. The message is one line and starts with `path`.
+    """An image that cannot be used. The message is one line and starts with `path`.
 
     Args:
         path: the file or address as the user knows it.
@@ -107,7 +107,7 @@ class ImageError(UsageError):
 
 
 def shown_name(name: str | Path | Address) -> str:
-    """The name of a picture for people: an address without its secrets, on one line and not endless."""
+    """The name of an image for messages: an address without its secrets, on one line, shortened."""
     name = without_secrets(str(name))
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return "".join(char if char.isprintable() else "?" for char in name)

@@ -1,14 +1,16 @@
-"""Whether the true boxes of a data set are pixels of its pictures: in 0..1 or 0..1000 every score would be 0.
+"""Check that the true boxes of a data set are in pixels: in coordinates from 0 to 1 or 1000 every score would be 0.
 
-One box may be wrong or tiny; that all are is no accident. So the data set is looked at as a whole, and an error is only
-what cannot be otherwise:
+A single wrong box may be an accident; all of them are not. So the data set is judged as a whole, and it is an error
+only where no other explanation is left:
 
-- *all* boxes lie within the first pixel of their pictures, which have more than `TINY` on each side: from 0 to 1;
-- at least two boxes, and at least half of them, reach far beyond their pictures (`BEYOND` of a side), and no
-  coordinate passes 1000: from 0 to 1000, or pixels of larger copies. A few such boxes are hand-drawn or amodal.
+- *all* boxes lie within the first pixel of their images, whose sides are longer than `TINY`: coordinates from 0 to 1;
+- at least two boxes, and at least half of them, reach far beyond their images (by `BEYOND` of a side), and no
+  coordinate exceeds 1000: coordinates from 0 to 1000, or pixels of larger copies. A few such boxes are hand-drawn or
+  amodal.
 
-What may be an accident is a note: some boxes within the first pixel, some beyond their pictures, or many in pictures
-far above 1000 pixels of which none passes 1000. Up to 1000 pixels the two cannot be told apart inside the picture.
+Whatever may be an accident gives a note: some boxes within the first pixel, some beyond their images, or many in
+images far larger than 1000 pixels with no coordinate above 1000. In smaller images the two scales cannot be told
+apart.
 """
 
 from __future__ import annotations
@@ -29,18 +31,18 @@ from localization_heads.errors import UsageError
 log = logging.getLogger(__name__)
 
 TINY = 16
-"""Pixels; an object of a smaller picture may fill one."""
+"""Pixels; an object of a smaller image may fill one."""
 BEYOND = 0.05
-"""Of a picture's side; boxes drawn by hand end a little outside."""
+"""Of an image's side; boxes drawn by hand end a little outside."""
 FAR_ABOVE = 1250
-"""Pixels of the shorter side: boxes of 0..1000 stay in the upper left of such pictures."""
+"""Pixels of the shorter side: boxes of 0..1000 stay in the upper left of such images."""
 MANY = 20
 LOOKED_AT = 200
-"""Pictures whose headers are read, evenly spread over the data set."""
+"""Images whose headers are read, evenly spread over the data set."""
 
 
 class TrueBox(NamedTuple):
-    """A true box (xyxy), what its entry is called, and the `(W, H)` of its picture where that is known."""
+    """A true box (xyxy), the name of its entry, and the `(W, H)` of its image where that is known."""
 
     name: str
     box: Box
@@ -48,7 +50,7 @@ class TrueBox(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What is wrong with the boxes, the number of one that shows it, and whether it cannot be otherwise."""
+    """What is wrong with the boxes, the index of one that shows it, and whether no accident can explain it."""
 
     what: str
     first: int
@@ -56,7 +58,7 @@ class Finding(NamedTuple):
 
 
 def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
-    """Raises UsageError, naming `source`, if the boxes are certainly no pixels; what is less certain is a note."""
+    """Raises UsageError, naming `source`, if the boxes are certainly not in pixels; a mere suspicion is a note."""
     if not boxes:
         return
     sizes = np.array([one.size or (0, 0) for one in boxes])
@@ -75,7 +77,7 @@ def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
 
 
 def true_boxes(samples: Sequence[Sample]) -> list[TrueBox]:
-    """The boxes of the samples that have one, with the sizes of at most `LOOKED_AT` pictures."""
+    """The boxes of the samples that have one, with the sizes of at most `LOOKED_AT` images."""
     boxed = [(sample, sample.bbox) for sample in samples if sample.bbox is not None]
     looked_at = set(np.linspace(0, len(boxed) - 1, LOOKED_AT).round()) if len(boxed) > LOOKED_AT else None
     return [
@@ -85,7 +87,7 @@ def true_boxes(samples: Sequence[Sample]) -> list[TrueBox]:
 
 
 def _size(sample: Sample) -> tuple[int, int] | None:
-    """From the header; None for an address, which is not fetched for this, and for what is no picture."""
+    """From the header; None for an address, which is not fetched for this, and for what is no image."""
     if is_address(sample.image):
         return None
     try:
@@ -95,7 +97,7 @@ def _size(sample: Sample) -> tuple[int, int] | None:
 
 
 def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) -> Finding | None:
-    """What speaks against boxes `(n, 4)`, xyxy, being pixels of pictures of `sizes` `(n, 2)`, W and H; 0 for unknown.
+    """Evidence that boxes `(n, 4)`, xyxy, are not in pixels of images of `sizes` `(n, 2)`, W and H, 0 for unknown.
 
     >>> boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 1.0]])
     >>> find_wrong_scale(boxes, np.array([[640, 480], [640, 480]]))

@@ -1,8 +1,8 @@
-"""Pictures from http(s) addresses, bounded in time, size and redirects, and kept out of private networks.
+"""Images from http(s) addresses, bounded in time, size and redirects, and kept out of private networks.
 
-A name is looked up once, every address that it has is checked, and the connection is made to one of those: a name
-that answers differently the second time gains nothing. Each redirect is checked in the same way. Behind a proxy it is
-the proxy that connects; there the name is checked as far as this machine can look it up.
+A name is resolved once, all of its IP addresses are checked, and the connection goes to one of them, so a server
+cannot gain anything by resolving differently the second time. Each redirect is checked in the same way. Behind a
+proxy it is the proxy that connects; there the name is checked as far as this machine can resolve it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class DownloadError(WorkError):
-    """The network failed: no connection, a time-out, a server in trouble. `path` is the address, without secrets."""
+    """The network failed: no connection, a time-out, a server error. `path` is the address, without secrets."""
 
     def __init__(self, path: str | Address, reason: str) -> None:
         super().__init__(f"{shown_name(path)}: {reason}")
@@ -50,8 +50,8 @@ class DownloadError(WorkError):
 def download(address: Address, *, max_bytes: int = MAX_BYTES, max_seconds: float = MAX_SECONDS) -> bytes:
     """The bytes at `address`.
 
-    The work is done in a thread that is left behind when `max_seconds` are over: name look-ups and servers
-    that send a byte now and then obey no other limit. Raises ImageError where the address is at fault
+    The work is done in a thread that is abandoned after `max_seconds`: name look-ups, and servers that send a byte
+    now and then, respect no other limit. Raises ImageError where the address is at fault
     (not found, private, too large, a redirect to somewhere else), DownloadError where the network is.
     """
     if is_partial(address.url):
@@ -174,7 +174,7 @@ def _checked_addresses(address: Address, url: httpx.URL, proxy: str | None) -> l
 
 
 def is_public(number: str) -> bool:
-    """Whether a numeric address is one of the open internet, also where it stands inside an IPv6 address.
+    """Whether an IP address belongs to the public internet, also when embedded in an IPv6 address.
 
     >>> is_public("93.184.215.14"), is_public("10.0.0.1"), is_public("::ffff:127.0.0.1")
     (True, False, False)

@@ -1,7 +1,7 @@
-"""What the bytes of a picture say before a decoder works on them: which way it was turned, and what it would cost.
+"""Read from an image's header, before any decoder runs: its orientation, and how costly it would be to decode.
 
 Pillow reads every value that a directory of tags (EXIF, TIFF) points at, and libjpeg decodes every scan of a
-progressive JPEG. Both are few bytes in a file and can be gigabytes or hours, so they are counted first.
+progressive JPEG. A few bytes in a file can so cost gigabytes or hours; they are counted first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SCANS = 100
 """Of a JPEG; libtiff has the same limit, encoders write about ten."""
 MAX_JPEG_BYTES = 256 << 20
 MAX_POINTED_AT = 1 << 20
-"""Bytes that the tags of a picture may hold together, beyond four times its size: regions may overlap, but not much."""
+"""Bytes that the tags of an image may hold together, beyond four times its size: regions may overlap, but not much."""
 
 Order = Literal["little", "big"]
 _TIFF = tuple(first + rest for first in (b"II", b"MM") for rest in (b"*\0", b"\0*", b"+\0", b"\0+"))
@@ -55,7 +55,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """`(W, H)` of a file's picture once it stands upright, from its header."""
+    """`(W, H)` of a file's image once it stands upright, from its header."""
     if image.format != "TIFF":
         return image.size[::-1] if orientation(image) in SIDEWAYS else image.size
     tags = image.tag_v2  # type: ignore[attr-defined]  # what `size` is before decoding differs between Pillows
@@ -97,7 +97,7 @@ def _has_many_scans(content: bytes) -> bool:
     scans, place = 0, 2
     while scans <= MAX_SCANS and (found := _SEGMENT.search(content, place)):
         kind, place = found[1][0], found.end()
-        if kind == 0xD9:  # the end of the picture, whatever follows
+        if kind == 0xD9:  # the end of the image, whatever follows
             return False
         scans += kind == 0xDA
         if kind not in (0x01, 0xD8):
@@ -106,7 +106,7 @@ def _has_many_scans(content: bytes) -> bool:
 
 
 def _tag_parts(file: BinaryIO) -> list[bytes]:
-    """The directories in a JPEG's header, EXIF and that of several pictures, put together as Pillow does."""
+    """The directories in a JPEG's header, EXIF and that of several images, put together as Pillow does."""
     exif, several = b"", b""
     for kind, content in _segments(file):
         if kind == 0xFFE1 and content.startswith(b"Exif\0\0"):
@@ -142,7 +142,7 @@ def _without_marks(exif: bytes) -> bytes:
 
 
 def _pointed_at(file: BinaryIO, size: int) -> int:
-    """Bytes that the tags of a TIFF's first picture hold, with those of the directories that they name."""
+    """Bytes that the tags of a TIFF's first image hold, with those of the directories that they name."""
     order, big = _layout(file.read(4))
     if big:
         file.seek(8)

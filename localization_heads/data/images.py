@@ -1,4 +1,8 @@
-"""Decoders print nothing: a picture is read or refused, and what is said about it says this tool."""
+"""Images from users to upright RGB: `load_image`, and its checks of format, size and cost before anything is decoded.
+
+Only formats on an allow-list are opened. Decoders print nothing themselves: an image is either read or refused with
+an `ImageError`, whose message is one line.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +34,11 @@ _entries: list[tuple[object, int]] = []
 
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """No warning of Pillow's while the block runs, in any number of threads; none of libtiff's from then on.
+    """Silence Pillow's warnings while the block runs, in any number of threads, and libtiff's from then on.
 
-    `warnings.catch_warnings` puts back the filters that it found: of two threads that overlap, one would switch the
-    warnings of the other on, or leave all warnings of the process off. So one filter is added, for Pillow alone, and
-    taken away by the last thread.
+    `warnings.catch_warnings` restores the filters that it found, so with two overlapping threads one would re-enable
+    the other's warnings, or leave all warnings of the process off. Instead, one filter for Pillow is added, and removed
+    by the last thread.
     """
     _quiet_libtiff()
     with _lock:
@@ -68,14 +72,14 @@ def _quiet_libtiff() -> None:
 
 MAX_PIXELS = 64_000_000
 MAX_SLOW_PIXELS = 4_000_000
-"""Of pictures that are decoded in Python."""
+"""Of images that are decoded in Python."""
 MAX_SLOW_BYTES = 64 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 Picture = Image.Image | str | Path | Address
-"""What a picture is named by: itself, a path, or an http(s) address."""
+"""What an image is named by: itself, a path, or an http(s) address."""
 LARGEST_SEEN = 24_000_000
-"""Pixels: no model looks at more than 16,777,216, and processors take five times the memory of what they are given."""
+"""Pixels: no model uses more than 16,777,216, and processors take five times the memory of their input."""
 STRIP = 1_000_000
 """Pixels that are converted to RGB at a time."""
 
@@ -88,11 +92,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""What makes an image upright, by its EXIF orientation."""
 
 
 def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Image:
-    """The picture as a PIL image of mode RGB, whole in memory.
+    """The image, upright, as a PIL image in mode RGB, fully decoded.
 
     Args:
         source: a path (`~` is the home folder), an http(s) address, or an image (converted, and under the same pixel
@@ -115,14 +119,14 @@ def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Imag
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """The picture that a model is given: one of more than `LARGEST_SEEN` pixels is halved (or divided by 3, 4, ...)."""
+    """The image as a model gets it: above `LARGEST_SEEN` pixels it is reduced by a factor of 2 (or 3, 4, ...)."""
     width, height = image.size
     factor = math.ceil(math.sqrt(width * height / LARGEST_SEEN))
     return image.reduce(factor) if factor > 1 else image
 
 
 def image_size(source: Picture) -> tuple[int, int]:
-    """`(W, H)` of the picture that `load_image` gives, from the header of a file. Raises what `load_image` does."""
+    """`(W, H)` of the image that `load_image` would return, from a file's header. Raises as `load_image` does."""
     if isinstance(source, Image.Image) or is_address(source):
         return load_image(source).size
     with open_raster(find_file(source)) as image:  # type: ignore[arg-type]
@@ -130,7 +134,7 @@ def image_size(source: Picture) -> tuple[int, int]:
 
 
 def check_image(name: str, content: bytes) -> tuple[str, tuple[int, int]]:
-    """Decode a picture in memory: its format (one of FORMATS) and its `(W, H)`. Raises ImageError, naming `name`."""
+    """Decode an image in memory: its format (one of FORMATS) and its `(W, H)`. Raises ImageError, naming `name`."""
     if len(content) > MAX_BYTES:
         raise ImageError(name, f"larger than the limit of {MAX_BYTES >> 20} MB")
     with _opened(name, BytesIO(content), FORMATS) as image:
@@ -179,7 +183,7 @@ def _unreadable(path: Path) -> str | None:
 
 @contextmanager
 def open_raster(path: Path, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
-    """Open a picture file without decoding it, its size checked. ImageError if it is none of `formats`."""
+    """Open an image file without decoding it, its size checked. ImageError if it is none of `formats`."""
     reason = _unreadable(path)
     if reason is not None:
         raise ImageError(path, reason)
@@ -268,7 +272,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _decoded(name: str | Path | Address, image: Image.Image) -> Image.Image:
-    """The pixels of an opened picture, upright and RGB."""
+    """The pixels of an opened image, upright and RGB."""
     try:
         turn = orientation(image)
         if image.format in ("JPEG", "MPO") and (problem := _scan_problem(image)):
@@ -318,9 +322,9 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 def _white_of(image: Image.Image) -> float:
-    """The value that is white in a picture of 16 bits, 32 bits or floats; 255 in the others.
+    """The value that is white in an image of 16 bits, 32 bits or floats; 255 in the others.
 
-    16-bit pictures run to 65535. Wider types do not say their range: it is the smallest of 1 (floats only),
+    16-bit images run to 65535. Wider types do not say their range: it is the smallest of 1 (floats only),
     255 and 65535 that holds every value, or else the largest value.
     """
     if not _is_wide(image):

@@ -1,7 +1,7 @@
 """Masks: COCO run lengths, polygons and PNG files to bool `(H, W)`, and back to run lengths.
 
-Run lengths are parsed here and not by pycocotools, whose C code trusts them: a hostile string would write
-beyond its buffer. Everything is checked against the size before memory is taken.
+Run lengths are parsed here and not by pycocotools, whose C code trusts them: a hostile string could write
+beyond its buffer. Everything is checked against the image's size before memory is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
 """Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself."""
 
 STRIP = 1 << 20
-"""Pixels of a picture that are looked at together."""
+"""Pixels that are processed together."""
 
 MAX_POLYGONS = 10_000
 MAX_POLYGON_LENGTH = 1_000_000
@@ -31,7 +31,7 @@ MAX_POLYGON_LENGTH = 1_000_000
 
 
 class MaskError(UsageError):
-    """The mask is not one, or is of another size than its image. The message is one line."""
+    """The mask is invalid, or not of the size of its image. The message is one line."""
 
 
 def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -58,7 +58,7 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def strips(image: Image.Image) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """The rows of a picture a few at a time, as `np.asarray` has them: of all at once it makes two copies more."""
+    """The rows of an image a few at a time, as arrays: `np.asarray` of all at once makes two more copies."""
     width, height = image.size
     rows = max(1, STRIP // width)
     for top in range(0, height, rows):
@@ -96,7 +96,7 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def encode_source(source: MaskSource, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO run lengths, as of `encode_mask`, of any mask that `read_mask` reads; polygons are not decoded between."""
+    """COCO run lengths, as from `encode_mask`, of any mask that `read_mask` accepts. Polygons are not decoded."""
     if isinstance(source, np.ndarray | Path | Mapping):
         return encode_mask(read_mask(source, size))
     if size[0] * size[1] > MAX_PIXELS:
@@ -165,7 +165,7 @@ def _parse_counts(text: str, total: int) -> list[int]:
 def flat_polygons(source: object) -> list[list[float]]:
     """Polygons as COCO writes them, `[[x, y, x, y, ...], ...]`.
 
-    Also takes one polygon without the outer list, and points as pairs `[[x, y], ...]`. Raises MaskError.
+    Also accepts one polygon without the outer list, and points as pairs `[[x, y], ...]`. Raises MaskError.
     """
     if not isinstance(source, list | tuple) or not source:
         raise MaskError("the mask must be run lengths, polygons or the path of a PNG")
@@ -221,7 +221,7 @@ def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[
 def _read_png(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
     """A PNG as a mask: whatever is not 0 (not black, not index 0 of a palette) belongs to it; alpha does not count.
 
-    Its size is checked before it is decoded, so that it takes no more memory than its picture.
+    Its size is checked before it is decoded, so that it takes no more memory than its image.
     """
     with open_raster(path, formats=("PNG",)) as image:
         _check_size(image.size, size)

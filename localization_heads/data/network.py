@@ -1,4 +1,4 @@
-"""Clients for the network, and which setting of this machine is at fault where none can be made."""
+"""HTTP clients, and the name of the proxy or certificate setting at fault when none can be made."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class NetworkSettingError(WorkError):
-    """A proxy or certificate setting that no connection can be made with. The message names it, and no password."""
+    """A proxy or certificate setting that prevents every connection. The message names it, without passwords."""
 
 
 def open_client(**options: Any) -> httpx.Client:
     """`httpx.Client`, which reads its proxies and certificates from the environment.
 
     Raises:
-        NetworkSettingError: they are such that there can be no client.
+        NetworkSettingError: these settings allow no client.
     """
     import httpx
 

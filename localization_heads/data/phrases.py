@@ -1,4 +1,4 @@
-"""Several objects from one query: split at semicolons, or the noun phrases of a sentence by spaCy."""
+"""Several objects from one query: split it at semicolons, or take the noun phrases that spaCy finds in it."""
 
 from __future__ import annotations
 

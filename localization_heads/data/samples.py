@@ -1,4 +1,8 @@
-"""Reading JSON lines from people: every line is an object or a reason why not, and memory stays bounded."""
+"""JSON lines from users to `Sample`s: an image, an expression, and the true box or mask where there is one.
+
+A bad line costs only itself: it becomes a `BadLineError` with its number, and the others are read. Memory stays
+bounded, whatever the file holds.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +38,8 @@ def read_objects(
 ) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
     """Yield `(line number, object)` of every line that is not blank, or a BadLineError in its place.
 
-    Raises UsageError when the file cannot be read, or is plainly something else: one JSON value over many lines, a
-    JSON array, a Git LFS pointer. A line over 1 MB is passed over without being held.
+    Raises UsageError when the file cannot be read, or is plainly of another kind: one JSON value over many lines,
+    a JSON array, a Git LFS pointer. A line over 1 MB is skipped without being held in memory.
     """
     try:
         if path.is_dir():
@@ -95,17 +99,17 @@ MAX_COORDINATE = 10_000_000
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and an expression that names something in it, with the truth where it is known.
+    """An image, an expression that refers to something in it, and the true box or mask where known.
 
     Args:
-        image: a picture, the path of one, or an http(s) address, which becomes an `Address`.
+        image: an image, the path of one, or an http(s) address, which becomes an `Address`.
         bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
-        ignore: the same for the pixels that do not count when masks are scored (ReasonSeg has them).
-        picture: a name of the picture that its other copies share (such as coco:581857), "" if it has none.
-        line: where in its data set it stands, from 1; 0 if it comes from elsewhere.
+        ignore: the same for pixels that are left out when masks are scored (ReasonSeg has them).
+        picture: a name of the image that its other copies share (such as coco:581857), "" if it has none.
+        line: its line number in the data file, from 1; 0 if it comes from elsewhere.
 
-    Raises UsageError for a box that is none.
+    Raises UsageError for an invalid box.
     """
 
     image: Picture
@@ -128,18 +132,18 @@ class Sample:
 
     @property
     def image_file(self) -> str:
-        """The picture's path, or its address without what may be secret; "" for a picture in memory."""
+        """The image's path, or its address without possible secrets; "" for an image in memory."""
         return "" if isinstance(self.image, Image.Image) else str(self.image)
 
     @property
     def image_key(self) -> str:
-        """What tells the picture from others: its path or its whole address, never to be stored; "" as above."""
+        """The image's identity, its path or its whole address: never to be stored; "" for an image in memory."""
         return self.image.url if isinstance(self.image, Address) else self.image_file
 
 
 @dataclass(frozen=True)
 class SampleFile:
-    """A data set: the samples in file order, and the lines that are none."""
+    """A data set: the samples in file order, and the bad lines."""
 
     path: Path
     samples: list[Sample]
@@ -151,8 +155,8 @@ class VisualizationEntry:
     """A line of `visualize_attention.py mode=batch`: whose maps to draw, and which head's (None: the best ones).
 
     Args:
-        attention_file: as it was found, or as the line names it; it may be gone, or another model's folder hold it.
-            None if the line names none: it is then the one of the id in the finder's output folder.
+        attention_file: as it was found, or as the line names it; it may be missing, or be in another model's folder.
+            None if the line names none: then it is the file of that id in the finder's output folder.
     """
 
     id: str
@@ -229,7 +233,7 @@ def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """The pixels that do not count, bool `(H, W)`, or None if all do. UsageError, naming the line."""
+    """The pixels that are left out of scores, bool `(H, W)`, or None. UsageError, naming the line."""
     if sample.ignore is None:
         return None
     try:
@@ -239,7 +243,7 @@ def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] |
 
 
 def check_inside(sample: Sample, size: tuple[int, int]) -> None:
-    """Raises UsageError if the true box lies outside the picture of `(W, H)`: one of the two is of another picture."""
+    """Raises UsageError if the true box lies outside the image of `(W, H)`: they cannot belong together."""
     if sample.bbox is not None and misses_picture(sample.bbox, size):
         raise UsageError(
             f"{where(sample)}: the true box lies outside the picture, which is {size[0]} x {size[1]} pixels"
@@ -247,7 +251,7 @@ def check_inside(sample: Sample, size: tuple[int, int]) -> None:
 
 
 def where(sample: Sample) -> str:
-    """A sample's name in messages: its line and id, as far as it has them, or else its expression."""
+    """A sample's name in messages: its line and id where it has them, else its expression."""
     return (
         f"line {sample.line} ({sample.id})"
         if sample.line

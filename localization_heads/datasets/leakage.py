@@ -1,7 +1,7 @@
-"""Which pictures two sets of samples share: heads found on a picture must not be scored on it.
+"""Leakage: which images two sets of samples share. Heads found on an image must not be scored on it.
 
-Two copies of a picture are the same one if their lines name it the same way (`picture`, as `stage=prepare` writes
-it), if their files have COCO's name of it, or else if the files hold the same bytes.
+Two samples show the same image if their lines give it the same name (`picture`, as `stage=prepare` writes it), if
+their files have the same COCO number in their names, or else if the files hold the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_DIGITS = 16
 
 
 def picture_keys(samples: Iterable[Sample]) -> list[str | None]:
-    """What tells each sample's picture from others; None for one in memory, or whose file cannot be read."""
+    """The identity of each sample's image; None for one in memory or one that cannot be read."""
     known: dict[str, str | None] = {}
     keys: list[str | None] = []
     for sample in samples:
@@ -53,7 +53,7 @@ def _file_key(name: str) -> str | None:
 
 
 def prepared_pictures(data_file: Path, option: str = "data_file") -> set[str]:
-    """The pictures of a file that `stage=prepare` wrote. UsageError for any other file."""
+    """The images of a file that `stage=prepare` wrote. UsageError for any other file."""
     pictures: set[str] = set()
     for line, entry in read_objects(data_file, option):
         name = entry.get("picture") if isinstance(entry, dict) else None
@@ -66,7 +66,7 @@ def prepared_pictures(data_file: Path, option: str = "data_file") -> set[str]:
 
 
 def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The files that `stage=prepare` wrote into a folder, each with what it recorded of it."""
+    """The files that `stage=prepare` wrote into a folder, each with its record."""
     for side in sorted(folder.glob("*.json")):
         data_file = side.with_suffix(".jsonl")
         try:
@@ -78,9 +78,9 @@ def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def check_unseen(run: Run, samples: Sequence[Sample]) -> None:
-    """UsageError if samples show pictures that the heads of `heads=` were found on, unless `allow_leakage=true`.
+    """UsageError if samples show images that the heads of `heads=` were found on, unless `allow_leakage=true`.
 
-    Of heads that no heads.json names (published ones, a list) it is not known what they were found on.
+    For heads without a heads.json (published ones, a list) the images that they were found on are unknown.
     """
     if run.options.allow_leakage or (source := run.heads_source) is None:
         return

@@ -1,7 +1,7 @@
-"""`prepare`: a benchmark as people have it on their disk, written as our JSON lines.
+"""`stage=prepare`: a benchmark in the form that users have on their disk, written as JSON lines.
 
 Each line is an expression: `id`, `prompt`, `image_path`, `bbox`, `mask`, `ignore` where there is any, and `picture`,
-the name that all data sets share which show it. A file of the same name with `.json` says where it came from.
+the image's name in all data sets. A `.json` file of the same name records the sources, the draw and the counts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXTENSIONS = {"JPEG": ".jpg", "TIFF": ".tif"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` ends with.
+    """The result of `prepare`.
 
     Args:
         splits: what the source holds, by split.
@@ -72,10 +72,10 @@ def prepare(run: Run) -> Prepared:
 
 
 def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Entry]:
-    """`number` of the entries, in their order, drawn by the hash of seed and id.
+    """Draw `number` entries by the hash of seed and id; they keep their order.
 
-    So the draw depends on nothing but the ids: it is the same from the pickles and from parquet, and a draw of
-    100 is part of the draw of 1,000.
+    So the draw depends only on the ids: it is the same from the pickles and from parquet, and a draw of 100 is part
+    of the draw of 1,000.
     """
 
     def place(entry: Entry) -> bytes:
@@ -86,13 +86,13 @@ def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Ent
 
 
 def sample_size(run: Run) -> int | None:
-    """`num_samples` of the training split; of the others all, unless the user has given a number."""
+    """`num_samples` for the training split; all of the other splits, unless the user gave a number."""
     given = any(override.startswith("num_samples=") for override in run.overrides or ())
     return run.options.num_samples if given or run.options.split == "train" else None
 
 
 def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path) -> None:
-    """UsageError if the sample shows pictures of evaluation splits: of its source, or prepared beside it."""
+    """UsageError if the sample shows images of evaluation splits: of its source, or prepared beside it."""
     shown = {entry.picture for entry in chosen}
     held = {
         f"{run.options.dataset} {split}": {entry.picture for entry in entries}
@@ -207,7 +207,7 @@ def _write_lines(
 
 
 def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> Iterator[tuple[str, Any]]:
-    """Picture, box and masks, checked against each other; the box is also added to `boxes`."""
+    """Image, box and masks, checked against each other; the box is also added to `boxes`."""
     if isinstance(record.image, bytes):
         path, size = _save_picture(folder, record.image, entry)
     else:
@@ -227,7 +227,7 @@ def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> 
 
 
 def _save_picture(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[int, int]]:
-    """Write a picture under a name made of its content, once; returns the name, from the data file's folder."""
+    """Write an image under a name made of its content, once; returns the name, from the data file's folder."""
     format, size = check_image(f"the picture of row {entry.row + 1}", content)
     name = hashlib.sha256(content).hexdigest()[:32] + EXTENSIONS.get(format, f".{format.lower()}")
     if not (folder / "images" / name).is_file():

@@ -1,14 +1,14 @@
-"""ReasonSeg: LISA's folders of pictures with JSON files, and the parquet of `Ricky06662/ReasonSeg_*`.
+"""ReasonSeg: LISA's folders of images with JSON files, and the parquet of `Ricky06662/ReasonSeg_*`.
 
 LISA (https://github.com/dvlab-research/LISA, utils/data_processing.py and utils/dataset.py): `<split>/<name>.jpg`
 with `<name>.json` beside it, `{"text": [...], "is_sentence": bool, "shapes": [{"label", "points": [[x, y], ...]}]}`,
 UTF-8 or cp1252. Shapes are painted from the largest to the smallest, so a small one lies on a large one; a label
-with "ignore" in it paints pixels that do not count, "flag" paints nothing, any other the target. Evaluation asks the
-first text of a picture; the training set has up to five.
+with "ignore" in it paints pixels that do not count, "flag" paints nothing, any other the target. Evaluation uses the
+first text of an image; the training set has up to five.
 
 `Ricky06662/ReasonSeg_val` and `_test` (https://huggingface.co/datasets/Ricky06662/ReasonSeg_test): `image`, `text`,
-`mask` (rows of true and false), `image_id`, `ann_id`, `img_height`, `img_width`. Both call their split `test`. What
-LISA ignores is not told from the rest there.
+`mask` (rows of true and false), `image_id`, `ann_id`, `img_height`, `img_width`. Both call their split `test`.
+Pixels that LISA ignores are not marked there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SPLITS = ("train", "val", "test")
 MAX_JSON_BYTES = 64 << 20
 MAX_SHAPES, MAX_POINTS = 10_000, 100_000
 MAX_WORK = 1 << 29
-"""Steps that painting the shapes of a picture may take: ten that fill one of fifty megapixels."""
+"""Steps that painting the shapes of an image may take: ten that fill one of fifty megapixels."""
 
 
 class LisaFolders:
@@ -114,7 +114,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def paint_shapes(shapes: object, size: tuple[int, int]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Target and ignored pixels, bool `(H, W)` each, of LISA's shapes in a picture of `(W, H)` pixels.
+    """Target and ignored pixels, bool `(H, W)` each, of LISA's shapes in an image of `(W, H)` pixels.
 
     Outlines belong to a shape. Of shapes of the same area the later one is painted first, as LISA's sort has it.
     One shape is painted at a time, first for its area, then in its turn.
@@ -156,7 +156,7 @@ def _point(point: object) -> tuple[int, int]:
 
 
 def _work(points: list[tuple[int, int]], size: tuple[int, int]) -> int:
-    """About how many steps the rasteriser takes: pixels, points in every row, and outlines also beyond the picture."""
+    """About how many steps the rasteriser takes: pixels, points in every row, and outlines also beyond the image."""
     left, top, right, bottom = _window(points, size)
     corners = np.array(points, np.int64)
     outline = int(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum())
@@ -165,7 +165,7 @@ def _work(points: list[tuple[int, int]], size: tuple[int, int]) -> int:
 
 
 def _window(points: list[tuple[int, int]], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The part of the picture that a shape can reach: left, top, right, bottom, half-open."""
+    """The part of the image that a shape can reach: left, top, right, bottom, half-open."""
     xs, ys = zip(*points, strict=True)
     return max(0, min(xs)), max(0, min(ys)), min(size[0], max(xs) + 1), min(size[1], max(ys) + 1)
 
@@ -173,7 +173,7 @@ def _window(points: list[tuple[int, int]], size: tuple[int, int]) -> tuple[int, 
 def _paint(
     points: list[tuple[int, int]], size: tuple[int, int]
 ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
-    """A shape's pixels, a few rows of them at a time: where they lie in the picture, and a mask of that part."""
+    """A shape's pixels, a few rows of them at a time: where they lie in the image, and a mask of that part."""
     left, top, right, bottom = _window(points, size)
     if left >= right or top >= bottom:
         return
@@ -188,7 +188,7 @@ def _paint(
 
 
 class ReasonSegParquet(ParquetSource):
-    """`Ricky06662/ReasonSeg_*`, with pictures and masks inside."""
+    """`Ricky06662/ReasonSeg_*`, with images and masks inside."""
 
     kind = "parquet of Ricky06662"
     variant = "parquet"
@@ -203,7 +203,7 @@ class ReasonSegParquet(ParquetSource):
         )
 
     def index(self) -> Index:
-        """UsageError if the masks hold far more values than the pictures have pixels: they are not read then."""
+        """UsageError if the masks have far more values than the images have pixels; they are then not read."""
         for file in self.files:
             rows = refcoco_parquet.read_columns(file, ("img_height", "img_width"))
             pixels = sum(max(1, (row["img_height"] or 0) * (row["img_width"] or 0)) for row in rows)
@@ -212,7 +212,7 @@ class ReasonSegParquet(ParquetSource):
         return super().index()
 
     def split(self, file: Path) -> str:
-        """The repository's name goes before the file's: `ReasonSeg_val` holds `test-00000-of-00001.parquet`."""
+        """The repository's name takes precedence: `ReasonSeg_val` holds `test-00000-of-00001.parquet`."""
         for part in reversed(file.resolve().parts[:-1]):
             if match := re.search(r"ReasonSeg_(train|val|test)\b", part, re.IGNORECASE):
                 return match[1].lower()

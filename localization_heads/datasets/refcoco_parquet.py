@@ -1,8 +1,8 @@
-"""Parquet files of benchmarks: their columns, their split, and rows a few at a time, within bounds.
+"""RefCOCO, RefCOCO+ and RefCOCOg as parquet (jxu124, lmms-lab), and how parquet files are read within bounds.
 
-pyarrow is imported when a file is opened. Whatever a file claims of itself is checked before memory is taken, and
-texts and bytes stay dictionary-coded until it is known what they come to: a cell of a megabyte can stand in a
-thousand rows and take its room once.
+pyarrow is imported only when a file is opened. Whatever a file claims about itself is checked before memory is taken.
+Texts and bytes stay dictionary-coded until their total size is known: a cell of a megabyte can stand in a thousand
+rows and be stored once.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 10_000_000
 MAX_GROUP_PIXELS = 1 << 31
-"""Of the masks in one row group: a hundred pictures of twenty million pixels."""
+"""Of the masks in one row group: a hundred images of twenty million pixels."""
 
 VALUE = 50
-"""Bytes that a value takes in Python, about: its object, and its place in a list or dict."""
+"""Approximate bytes of a Python value: the object, and its place in a list or dict."""
 
 MAX_CELL = 64 << 20
 """Bytes of JSON in one cell."""
@@ -60,7 +60,7 @@ _SPLITS = {
 
 @contextmanager
 def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
-    """A parquet file whose row groups are within bounds. UsageError, naming it, for anything that is none."""
+    """A parquet file whose row groups are within bounds. UsageError, naming it, for anything else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -103,7 +103,7 @@ def _top(path_in_schema: str) -> str:
 
 
 def _allowance(path: Path) -> int:
-    """Bytes that may be made of a file."""
+    """Bytes that reading a file may take."""
     return 8 * path.stat().st_size + (64 << 20)
 
 
@@ -125,7 +125,7 @@ def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> N
 
 
 def _unfolded(array: Any) -> int:
-    """About the bytes of Python values that an arrow array comes to."""
+    """Approximate bytes of an arrow array as Python values."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -185,7 +185,7 @@ def read_rows(
 
 
 def split_of(path: Path) -> str:
-    """The split that a file's name tells, or its folder's, as Hugging Face names them.
+    """The split from a file's name or from its folder's, as Hugging Face names them.
 
     >>> split_of(Path("data/validation-00000-of-00001.parquet")), split_of(Path("default/testA/0000.parquet"))
     ('val', 'testA')
@@ -213,7 +213,7 @@ def json_cell(value: object, name: str) -> dict[str, Any]:
 
 
 def image_cell(value: object) -> bytes:
-    """The bytes in a column of pictures, which is `{"bytes", "path"}`. Raises BadLineError."""
+    """The bytes in a column of images, which is `{"bytes", "path"}`. Raises BadLineError."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or not content:
         raise BadLineError("the picture's bytes are not in the file")
@@ -278,7 +278,7 @@ class ParquetSource:
 
 
 class JxuParquet(ParquetSource):
-    """`jxu124/refcoco*`, with the folder of COCO's pictures."""
+    """`jxu124/refcoco*`, with the folder of COCO's images."""
 
     kind = "parquet of jxu124"
     index_columns = ("ref_id", "image_id", "sentences")
@@ -319,7 +319,7 @@ def _check_same(column: Sequence[float], annotation: Sequence[float] | None) -> 
 
 
 class LmmsParquet(ParquetSource):
-    """`lmms-lab/RefCOCO*`, with the pictures inside."""
+    """`lmms-lab/RefCOCO*`, with the images inside."""
 
     kind = "parquet of lmms-lab"
     variant = "lmms"

@@ -1,7 +1,8 @@
-"""What every benchmark comes down to: records (an object in a picture) and the expressions that refer to them.
+"""What all benchmarks share, records (objects in images) and the expressions that refer to them; and the REFER pickles.
 
-A source is read in two steps, so that a thousand expressions out of a hundred thousand cost no more than that:
-`index` lists every expression without its picture and mask, `records` then reads the rows that were chosen.
+A source is read in two steps, so that drawing a thousand expressions out of a hundred thousand costs no more than
+those: `index` lists every expression without its image and mask, `records` then reads only the chosen rows. The
+pickles (`refs(unc).p` with `instances.json`) are the original form of RefCOCO, RefCOCO+ and RefCOCOg.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
 
     Args:
         id: a file name, unique in its split.
-        picture: the picture's name in every data set that shows it, such as `coco:581857`.
+        picture: the image's name in every data set that shows it, such as `coco:581857`.
         row: which record of the source it refers to.
     """
 
@@ -42,7 +43,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """Every expression of a source in the order of its files, and the rows that hold none that can be used."""
+    """Every expression of a source in the order of its files, and the rows without a usable one."""
 
     entries: list[Entry]
     bad: list[BadEntry]
@@ -53,12 +54,12 @@ class Record:
     """The object that a row's expressions refer to.
 
     Args:
-        image: the picture's file, or its bytes where they are inside the source.
-        size: `(W, H)` in pixels as the source says, None where it does not.
+        image: the image's file, or its bytes where they are inside the source.
+        size: `(W, H)` in pixels according to the source; None if it does not say.
         box: xyxy in pixels, None where the source has none.
         mask: as `read_mask` takes it.
-        ignore: pixels that do not count when masks are scored.
-        more: further fields of the lines that are written.
+        ignore: pixels that are left out when masks are scored.
+        more: further fields of the JSON line.
     """
 
     row: int
@@ -78,13 +79,13 @@ class BadRecord(NamedTuple):
 
 
 class Source(Protocol):
-    """A benchmark as it was found on the disk.
+    """A benchmark on disk, in one of its published forms.
 
     Args:
-        kind: what it is, in words.
-        variant: "" for the standard splits, else what tells these apart (`google`, `lmms`).
-        files: all that decides what is written, pictures apart.
-        notes: what a user must know of this source.
+        kind: its form, in words.
+        variant: "" for the standard splits, else the name of others (`google`, `lmms`).
+        files: every file that decides the output, except images.
+        notes: remarks for the user on this source.
     """
 
     kind: str
@@ -97,19 +98,19 @@ class Source(Protocol):
         ...
 
     def records(self, rows: Sequence[int]) -> Iterator[Record | BadRecord]:
-        """These rows, which ascend."""
+        """The records of these rows, in ascending order."""
         ...
 
 
 def coco_picture(image_id: object) -> str:
-    """The name of a COCO picture, from its number. BadLineError for anything that is no such number."""
+    """The name of a COCO image, from its number. BadLineError for anything else."""
     if not is_number(image_id) or image_id >= 10**12:  # type: ignore[operator]
         raise BadLineError("image_id must be a whole number")
     return f"coco:{image_id}"
 
 
 def coco_picture_of(file_name: object) -> str | None:
-    """The picture of a COCO 2014 file name, also of one that ends with an annotation's number; else None.
+    """The image of a COCO 2014 file name, which may end with an annotation's number; else None.
 
     >>> coco_picture_of("COCO_train2014_000000581857_16.jpg")
     'coco:581857'
@@ -123,9 +124,9 @@ COCO_FOLDERS = ("", "train2014", "images/train2014", "train2017", "val2017")
 
 
 def find_coco_image(folder: Path, picture: str) -> Path:
-    """The file of a COCO picture in `folder` or the subfolder it is unpacked into; the first name if there is none.
+    """The file of a COCO image in `folder` or the subfolder it is unpacked into; the first name if there is none.
 
-    All pictures of RefCOCO, RefCOCO+ and RefCOCOg are of train2014; COCO 2017 holds the same ones under shorter
+    All images of RefCOCO, RefCOCO+ and RefCOCOg are of train2014; COCO 2017 holds the same ones under shorter
     names, spread over train2017 and val2017.
     """
     number = int(picture.removeprefix("coco:"))
@@ -140,7 +141,7 @@ def is_number(value: object) -> bool:
 
 
 def expression(value: object) -> str:
-    """An expression on one line, spaces at its ends removed. BadLineError for one that is empty or none."""
+    """An expression on one line, without spaces at its ends. BadLineError for an empty one, or one that is not text."""
     if not isinstance(value, str):
         raise BadLineError("an expression is not text")
     text = " ".join(value.split())
@@ -152,7 +153,7 @@ def expression(value: object) -> str:
 
 
 def box_from_xywh(value: object) -> Box:
-    """COCO's `[x, y, width, height]` as xyxy. BadLineError for anything that is no box of pixels.
+    """COCO's `[x, y, width, height]` as xyxy. BadLineError for anything but a box in pixels.
 
     >>> box_from_xywh([10, 20, 30, 40.5])
     (10.0, 20.0, 40.0, 60.5)
@@ -176,7 +177,7 @@ def _four_numbers(value: object) -> tuple[float, float, float, float]:
 
 
 def check_inside(box: Box, size: tuple[int, int]) -> None:
-    """BadLineError if the box lies outside its picture of `(W, H)` pixels: one of the two is of another one."""
+    """BadLineError if the box lies outside its image of `(W, H)` pixels: they cannot belong together."""
     if misses_picture(box, size):
         raise BadLineError(f"the box lies outside the picture, which is {size[0]} x {size[1]} pixels")
 
@@ -196,7 +197,7 @@ SPLITS = ("train", "val", "test", "testA", "testB")
 
 
 class ReferPickles:
-    """One partition (unc, umd or google) of a data set, with its annotations and the folder of its pictures."""
+    """One partition (unc, umd or google) of a data set, with its annotations and the folder of its images."""
 
     variant: str
     kind: str
@@ -255,7 +256,7 @@ class ReferPickles:
 def coco_record(
     row: int, file: Path, image: Mapping[str, Any], annotation: Mapping[str, Any], more: dict[str, Any]
 ) -> Record:
-    """A record from COCO's own entries of a picture and an annotation. Raises BadLineError."""
+    """A record from COCO's own entries of an image and an annotation. Raises BadLineError."""
     size = picture_size(image.get("height"), image.get("width"))
     box = box_from_xywh(annotation.get("bbox"))
     check_inside(box, size)
@@ -300,7 +301,7 @@ def sentence_ids(ref_id: int, sentences: Sequence[object]) -> Iterator[tuple[str
 
 
 def _read_instances(path: Path, wanted: set[int]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Pictures and the wanted annotations by id; of the others nothing is kept while the file is read."""
+    """Images and the wanted annotations by id; of the others nothing is kept while the file is read."""
 
     def keep(entry: dict[str, Any]) -> dict[str, Any] | None:
         unwanted = "segmentation" in entry and "bbox" in entry and entry.get("id") not in wanted

@@ -1,4 +1,4 @@
-"""Which benchmark lies at a path, and how many references and expressions its splits have."""
+"""Recognise the benchmark at a path by its content, and compare its counts with the published ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localization_heads.errors import UsageError, shown
 DATASETS = ("refcoco", "refcoco+", "refcocog", "reasonseg")
 
 PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
-"""What papers report: UNC's split of RefCOCO and RefCOCO+, UMD's of RefCOCOg (lichengunc/MAttNet, issue 20)."""
+"""The partitions that papers report: UNC for RefCOCO and RefCOCO+, UMD for RefCOCOg (lichengunc/MAttNet, issue 20)."""
 
 _FOLDERS = {
     "refcoco": ("refcoco",),
@@ -54,7 +54,7 @@ OFFICIAL: dict[tuple[str, str], Counts] = {
 }
 """Of the partitions that papers report. References: https://www.tensorflow.org/datasets/catalog/ref_coco and the
 cards of jxu124/refcoco*; expressions: those of refs(unc).p and refs(umd).p (sums: 142,210, 141,564 and 95,010).
-ReasonSeg: LISA's README; its 239 training pictures have up to five expressions each."""
+ReasonSeg: LISA's README; its 239 training images have up to five expressions each."""
 
 
 def count(entries: Sequence[Entry]) -> Counts:
@@ -63,10 +63,10 @@ def count(entries: Sequence[Entry]) -> Counts:
 
 
 def open_source(dataset: str, path: Path, images: Path | None) -> Source:
-    """The benchmark at `path`, a file or a folder. UsageError, saying what is there, where it is none.
+    """The benchmark at `path`, a file or a folder. UsageError, saying what is there, if it is not one.
 
     Args:
-        images: the folder of COCO's pictures, for sources that have none inside.
+        images: the folder of COCO's images, for sources that have none inside.
     """
     if not path.exists():
         raise UsageError(f"dataset_path={path}: no such file or folder")

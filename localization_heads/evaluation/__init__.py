@@ -1,1 +1,1 @@
-"""How good the boxes and masks are."""
+"""How good boxes and masks are: metrics, controls to compare with, and bootstrap intervals."""

@@ -1,4 +1,7 @@
-"""Random heads to compare with: what would any heads of the same layers have found?"""
+"""The controls that boxes are compared with: random heads of the same layers, all heads, a centre box, an oracle.
+
+The oracle is the true mask on the model's own grid, in place of a head's map: the ceiling of the read-out.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from localization_heads.options.groups import GroundingOptions
 def layer_matched(
     heads: Sequence[Head], shape: tuple[int, int], rng: np.random.Generator
 ) -> tuple[Head, ...]:
-    """As many different random heads as were given, each from the layer of the one whose place it takes.
+    """As many distinct random heads as given, each from the same layer as the head that it replaces.
 
     None of them is a given head, unless a layer has too few others: the rest then comes from the given ones.
 
@@ -58,7 +61,7 @@ def _of_layer(taken: set[int], count: int, num_heads: int, rng: np.random.Genera
 DRAWS = 5
 """How often random heads are drawn."""
 CENTRE = 0.5
-"""Sides of the centre box, as shares of the picture's."""
+"""Sides of the centre box, as shares of the image's."""
 
 _ONLY = [Head(0, 0)]
 
@@ -73,7 +76,7 @@ def control_groundings(
     draws: int = DRAWS,
     seed: int = 42,
 ) -> dict[str, list[Grounding]]:
-    """What each control that makes a map answers, through the same `options`: `random_heads` once a draw."""
+    """The groundings of each control that has a map, with the same `options`; `random_heads` has one per draw."""
     drawn = random_heads(heads, maps.num_heads, draws=draws, seed=seed)
     return {
         "random_heads": [ground_maps(maps, other, options) for other in drawn],
@@ -85,10 +88,10 @@ def control_groundings(
 def random_heads(
     chosen: Sequence[Head], num_heads: int, *, draws: int = DRAWS, seed: int = 42
 ) -> list[tuple[Head, ...]]:
-    """Layer-matched random heads: for each head chosen, another of its layer, evenly, none twice in a draw.
+    """Layer-matched random heads: for each selected head, another of its layer, drawn uniformly, none twice in a draw.
 
-    The same seed and heads give the same draws. Where a layer has too few others, the chosen ones are drawn from too:
-    the control then comes closer to what it is compared with, never further away.
+    The same seed and heads give the same draws. Where a layer has too few others, selected heads may be drawn too: the
+    control then comes closer to what it is compared with, never further away.
     """
     rng = np.random.default_rng(seed)
     shape = max(head.layer for head in chosen) + 1, num_heads
@@ -96,15 +99,15 @@ def random_heads(
 
 
 def mean_map(maps: AttentionMaps, exclude_layers: int) -> AttentionMaps:
-    """The mean over every head of the layers from `exclude_layers` on, as the one head `L0H0`."""
+    """The mean map over all heads of the layers from `exclude_layers` on, as a single head `L0H0`."""
     mean = maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64)
     return _as_one_head(maps, mean)
 
 
 def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
-    """The true mask, or the true box where no mask is known, on the model's own grid, as the one head `L0H0`.
+    """The true mask, or the true box where there is no mask, on the model's own grid, as a single head `L0H0`.
 
-    A cell's value is the share of its area that the truth covers.
+    The value of a cell is the share of its area that the mask or box covers.
     """
     if truth.mask is None:
         return _as_one_head(maps, box_shares(truth.box, maps.image_box, maps.grid))
@@ -147,7 +150,7 @@ def box_shares(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.fl
 
 
 def centre_box(image_size: tuple[int, int]) -> Box:
-    """The box in the middle of a `(W, H)` picture with half its sides, a quarter of its area.
+    """The box in the middle of a `(W, H)` image with half its sides, a quarter of its area.
 
     >>> centre_box((640, 480))
     (160.0, 120.0, 480.0, 360.0)

@@ -1,6 +1,6 @@
-"""One grounded expression against the truth, beside the controls, and what many of them come to: `metrics.json`.
+"""Score one grounded expression against the truth, next to the controls, and put many together for `metrics.json`.
 
-The command `stage=evaluate` and the function `localization_heads.evaluate` both ask here.
+Used by the command `stage=evaluate` and by the function `localization_heads.evaluate`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ NO_TRUTH = "has neither bbox nor mask: there is nothing to score against"
 
 Bootstrap = Literal["expression", "image"]
 Scores = dict[str, list[Score]]
-"""What each method answered one expression, by the method's name: several times, or once."""
+"""The scores of each method on one expression, by the method's name: one or several."""
 
 HEADS = "heads"
-"""The method that all others are controls of."""
+"""The method that the controls are compared with."""
 CONTROLS = ("random_heads", "all_heads", "centre_box", "oracle")
 """In the order of `metrics.json`."""
 
 
 def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
-    """Where the sample's object is: its box, or else the tight box of its mask, and its mask.
+    """The sample's true box, or else the tight box of its mask, and its true mask.
 
     Args:
-        image_size: `(W, H)` of its picture in pixels.
+        image_size: `(W, H)` of its image in pixels.
 
     Raises:
-        UsageError: naming the sample; it has neither, or they do not fit the picture.
+        UsageError: naming the sample, which has neither, or whose box or mask does not fit the image.
 
     >>> truth_of(Sample("cat.jpg", "the cat", bbox=(1, 2, 3, 4)), (8, 8))
     Truth(box=(1.0, 2.0, 3.0, 4.0), mask=None, ignored=None)
@@ -56,17 +56,17 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
 
 @dataclass(frozen=True)
 class Judge:
-    """What is scored beside the heads, and how the scores are put together.
+    """Scores the heads and the controls, and puts the scores together.
 
     Args:
-        criteria: of the heads; `exclude_layers` bounds the layers that the control of all heads looks at.
-        grounding: how the maps of the controls become boxes, as those of the heads do.
+        criteria: of the heads; the control of all heads leaves out the first `exclude_layers` layers.
+        grounding: the read-out of the controls, the same as of the heads.
         controls: whether the controls are scored at all.
-        bootstrap: what the intervals draw: expressions, or images with all their expressions.
+        bootstrap: the unit that is resampled for the intervals: expressions, or images with all their expressions.
         seed: of the random heads and of the bootstrap.
 
     Raises:
-        ValueError: `bootstrap` is neither.
+        ValueError: `bootstrap` is neither `expression` nor `image`.
     """
 
     criteria: CriteriaOptions
@@ -86,7 +86,7 @@ class Judge:
         truth: Truth,
         refine: Callable[[Grounding], Grounding] = lambda answer: answer,
     ) -> Scores:
-        """The scores of the heads' grounding, and of the controls, which the segmenter (`refine`) refines as well.
+        """The scores of the heads' grounding, and of the controls, whose masks the segmenter (`refine`) makes as well.
 
         Args:
             maps: of all layers, if there are controls.
@@ -113,11 +113,11 @@ class Judge:
     def metrics(
         self, scored: Sequence[Mapping[str, Sequence[Score]]], images: Sequence[str], num_failed: int = 0
     ) -> dict[str, Any]:
-        """The numbers of `metrics.json`: the heads' with their intervals, the counts, and the controls'.
+        """The numbers of `metrics.json`: metrics of heads and controls with their intervals, and counts.
 
         Args:
-            scored: of each expression, one or more; the same methods in each.
-            images: a name of each expression's picture.
+            scored: the scores of each expression; all have the same methods.
+            images: a name of each expression's image.
         """
         methods = {name: [scores[name] for scores in scored] for name in scored[0]}
         groups = images if self.bootstrap == "image" else None
@@ -132,10 +132,10 @@ class Judge:
         }
 
     def choices(self, heads: Sequence[Head] | None, k: int) -> dict[str, Any]:
-        """Whatever the numbers depend on here, by name, as JSON values.
+        """The choices made here that the numbers depend on, by name, as JSON values.
 
         Args:
-            heads: that were fixed; None or none where each sample picks its own `k`.
+            heads: the fixed heads; None or empty if each sample selects its own `k`.
         """
         controls = {
             "random_heads": f"{DRAWS} draws of other heads of the same layers, averaged",

@@ -1,4 +1,7 @@
-"""Rank correlation: whether what is said of the heads and what they do go together (Fig. 6b)."""
+"""Metrics as pure functions: IoU of boxes and masks, cIoU, gIoU, pointing game, bootstrap intervals, rank correlation.
+
+Boxes are xyxy floats in pixels, half-open; masks are bool `[H, W]`.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ from numpy.typing import ArrayLike, NDArray
 from localization_heads.attention import Box
 
 FEWEST = 3
-"""Values below which a rank correlation says nothing."""
+"""A rank correlation of fewer pairs is meaningless."""
 FEW = 8
-"""Up to so many values p is counted over all orders: Student's t, which stands for it beyond, is too sure of few."""
+"""Up to this many pairs p is exact, over all permutations; Student's t, used for more, is too small for few."""
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float] | None:
     """Spearman's rho and its two-sided p; None for fewer than three pairs or where either side is constant.
 
     Args:
-        a: `[n]`, one value of each pair.
-        b: `[n]`, the other.
+        a: `[n]`, the first value of each pair.
+        b: `[n]`, the second.
 
     >>> rho, p = spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
-    >>> round(rho, 6), round(p, 6)  # of the six orders of three values, every one has a rho of 0.5 or more, or -0.5
+    >>> round(rho, 6), round(p, 6)  # all six orders of three values have |rho| >= 0.5
     (0.5, 1.0)
     """
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -68,7 +71,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
 
 
 def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, int]:
-    """Intersection and union of two masks in pixels: what `ciou` and `giou` add up.
+    """Intersection and union of two masks in pixels, the input of `ciou` and `giou`.
 
     Raises:
         ValueError: for masks of different shapes.
@@ -95,10 +98,10 @@ def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
     """`sum I_i / sum U_i` over the samples: cumulative IoU, which favours large objects.
 
     Args:
-        overlaps: `mask_overlap` of each sample; no prediction is an empty one, `(0, area of the truth)`.
+        overlaps: `mask_overlap` of each sample; without a prediction, `(0, area of the true mask)`.
 
     Returns:
-        0 to 1; 1 if every prediction and every truth is empty, NaN without samples.
+        0 to 1; 1 if all masks are empty, predicted and true; NaN without samples.
 
     >>> ciou([(1, 2), (9, 10)])
     0.8333333333333334
@@ -110,10 +113,9 @@ def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
 
 
 def giou(overlaps: Sequence[tuple[int, int]]) -> float:
-    """`mean(I_i / U_i)` over the samples: every object counts the same (ReasonSeg's gIoU).
+    """`mean(I_i / U_i)` over the samples: all objects weigh the same (ReasonSeg's gIoU).
 
-    A sample with empty prediction and empty truth counts 1, one with either empty counts 0. NaN without
-    samples.
+    A sample counts 1 if prediction and truth are both empty, 0 if only one of them is. NaN without samples.
 
     >>> giou([(1, 2), (9, 10)])
     0.7
@@ -160,14 +162,14 @@ def bootstrap_ratios(
 ) -> NDArray[np.float64]:
     """`sum n_i / sum d_i` over samples drawn with replacement: float64 `[num_resamples, column]`.
 
-    All columns see the same draws, so the difference of two columns is a paired one. With denominators 1 the ratio is
-    a mean, with unions it is cIoU. NaN where a draw has nothing to divide by.
+    All columns share the same resamples, so the difference of two columns is paired. With denominators 1 the ratio is a
+    mean, with unions it is cIoU. NaN where a resample has denominator 0.
 
     Args:
         numerators: `[sample, column]`.
         denominators: `[sample, column]`.
-        groups: `[sample]` of what hangs together (the image of an expression): whole groups are drawn. None draws
-            samples.
+        groups: `[sample]`, the group of each (such as an expression's image): whole groups are resampled. None
+            resamples single samples.
     """
     sums = np.stack([np.asarray(part, dtype=np.float64) for part in (numerators, denominators)], -1)
     if groups is not None:
@@ -189,7 +191,7 @@ def bootstrap_ratios(
 
 
 def divided(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
-    """`top / bottom`, NaN where there is nothing to divide by."""
+    """`top / bottom`, NaN where `bottom` is 0."""
     return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan)
 
 

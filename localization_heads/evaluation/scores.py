@@ -1,7 +1,7 @@
-"""How well each method did on each expression, and what that comes to over a data set, with intervals.
+"""Scores of each method on each expression, and their means over a data set, with intervals.
 
-A method is the localization heads or one of the controls beside them. It may answer an expression several times
-(random heads are drawn anew); its answers to one expression are averaged before anything else.
+A method is the localization heads or one of the controls. It may answer an expression several times (random heads are
+drawn repeatedly); its answers to one expression are averaged before anything else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ METRICS = (
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Where the object really is: its box in pixels, and its mask, bool `[H, W]`, if that is known.
+    """The ground truth: the object's box in pixels and, if known, its mask, bool `[H, W]`.
 
     Args:
         ignored: pixels, bool `[H, W]`, in neither intersection nor union of the masks, as LISA scores ReasonSeg.
@@ -51,7 +51,7 @@ class Truth:
     ignored: NDArray[np.bool_] | None = None
 
     def overlap(self, predicted: NDArray[np.bool_] | None) -> tuple[int, int] | None:
-        """Pixels in the intersection and the union of both masks; None without a true one. None covers nothing."""
+        """Pixels in the intersection and the union of both masks; None without a true mask. A mask of None is empty."""
         if self.mask is None:
             return None
         counted = np.ones_like(self.mask) if self.ignored is None else ~self.ignored
@@ -60,7 +60,7 @@ class Truth:
 
 
 class Score(NamedTuple):
-    """One answer against the truth.
+    """The scores of one answer.
 
     Attributes:
         iou: of the boxes.
@@ -82,11 +82,11 @@ class Score(NamedTuple):
 
 
 Answers = Sequence[Sequence[Score]]
-"""Of one method: for each expression its answers, one or more."""
+"""The answers of one method: one or more for each expression."""
 
 
 def score_grounding(grounding: Grounding, truth: Truth) -> Score:
-    """A grounded box with its map and its mask."""
+    """Score a grounding: its box, its map and its mask."""
     energy = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, truth.box)
     iou = float(box_iou(grounding.box, truth.box))
     overlap = truth.overlap(grounding.mask) if truth.mask is not None else None
@@ -94,7 +94,7 @@ def score_grounding(grounding: Grounding, truth: Truth) -> Score:
 
 
 def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Score:
-    """A box without a map: it points at its middle, its mass is even, its mask is filled. None is a miss.
+    """Score a box without a map: it points at its centre, its mass is uniform, its mask is filled. None is a miss.
 
     >>> score_box((0, 0, 2, 2), Truth((1, 0, 3, 2)), image_size=(4, 4))
     Score(iou=0.3333333333333333, pointing=True, energy=0.5, overlap=None)
@@ -117,10 +117,11 @@ def summarize(
     """Every metric of every method, with its 95 % bootstrap interval: plain values, six decimals, null if undefined.
 
     Args:
-        methods: answers by name, all to the same expressions in the same order. The first is the one that the others
-            are controls of; each of these also gets `difference`, how far the first is ahead of it: `[value, low,
-            high]`, where the interval is that of the paired difference.
-        groups: of each expression (its image): the bootstrap draws whole groups. None draws expressions.
+        methods: answers by name, all to the same expressions in the same order. The others are controls of the first;
+            each also gets `difference`, how far the first is ahead of it: `[value, low, high]`, where the interval is
+            that of the paired difference.
+        groups: the group of each expression (its image): the bootstrap resamples whole groups. None resamples
+            expressions.
 
     Returns:
         By method: `<metric>` and `<metric>_interval`, of METRICS.
@@ -187,7 +188,7 @@ def _interval(resampled: NDArray[np.float64]) -> list[float | None]:
 
 
 def rounded(value: float) -> float | None:
-    """Six decimals; None for what is not defined.
+    """Rounded to six decimals; None for NaN.
 
     >>> rounded(1 / 3), rounded(float("nan"))
     (0.333333, None)

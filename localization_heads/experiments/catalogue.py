@@ -17,9 +17,9 @@ class Experiment:
     """One figure or table of the paper.
 
     Args:
-        recipes: what it wants scored, by names of its own.
-        find: from the study and these scores to the finding.
-        needs_truth: whether it says anything about entries with neither box nor mask.
+        recipes: the recipes to be scored, by name.
+        find: computes the finding from the study and these scores.
+        needs_truth: whether it needs entries with a true box or mask.
     """
 
     recipes: Callable[[Study], dict[Hashable, Recipe]]

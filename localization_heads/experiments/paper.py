@@ -1,4 +1,8 @@
-"""`Finding`: what an experiment ends with, for people (a table, a sentence) and for programs (numbers)."""
+"""What the paper reports, and the form of our results beside it: tables, `Finding`, and the ladder from code to paper.
+
+A `Finding` is what every experiment returns: a table and a sentence for people, numbers for programs. The paper's own
+numbers are kept here with their sources; a cell is empty where our copy of the paper has none.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,8 @@ class Table:
 class Finding:
     """Args:
     name: as in `experiment=`.
-    title: what the paper calls it.
-    reading: what the numbers show, in sentences that follow from them.
+    title: its name in the paper.
+    reading: what the numbers show, in sentences generated from them.
     numbers: plain values, for `<name>.json` and for the figure.
     """
 
@@ -56,7 +60,7 @@ class Finding:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as the papers print it.
+    """A fraction in percent, as papers print it.
 
     >>> percent(0.8652), percent(None)
     ('86.5', '-')
@@ -65,12 +69,12 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def printed(value: float | None) -> str:
-    """A number of the paper, which is in percent already."""
+    """A number of the paper, already in percent."""
     return MISSING if value is None else f"{value:.1f}"
 
 
 def than(ours: float, other: float) -> str:
-    """`above`, `below` or `equal to`, by what is printed.
+    """`above`, `below` or `equal to`, compared as printed.
 
     >>> than(0.5, 0.3), than(0.3001, 0.3002)
     ('above', 'equal to')
@@ -115,7 +119,7 @@ REASON_SPLITS = ("reasonseg-val", "reasonseg-test")
 
 @dataclass(frozen=True)
 class PaperModel:
-    """A model of the paper, with what it reports of it.
+    """A model of the paper, with the paper's numbers for it.
 
     Args:
         rec, res: by `SPLITS`; None where our copy has no numbers.
@@ -187,7 +191,7 @@ REPORTED = (
     ("a reader's re-implementation of the paper, same", 46.0),
     ("the same reader with the published code's box, same", 26.0),
 )
-"""What others report, in percent (issue 13 of the published code's repository); the first is the paper's."""
+"""Numbers that others report, in percent (issue 13 of the published code's repository); the first is the paper's."""
 
 METRICS = ("acc@0.5", "mean_iou", "pointing", "ciou")
 

@@ -1,4 +1,4 @@
-"""Which heads are found, and how firmly: Fig. 3, Fig. 6a, and the sweeps of Fig. 13 (tau) and Fig. 14 (N)."""
+"""Which heads are selected, and how stable that is: Fig. 3, Fig. 6a, and the sweeps of Fig. 13 (tau) and 14 (N)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def tau_rankings(study: Study) -> dict[float, HeadRanking]:
 
 
 def n_rankings(study: Study) -> dict[float, HeadRanking]:
-    """Fig. 14: the ranking for each number of marked heads."""
+    """Fig. 14: the ranking for each N, the number of heads selected per sample."""
     return {n: study.ranked(top_n=n) for n in sorted(set(study.options.top_ns))}
 
 
@@ -110,12 +110,12 @@ def n_recipes(study: Study) -> dict[Hashable, Recipe]:
 
 
 def tau_sweep(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """Fig. 13: what another threshold of criterion 1 would have changed."""
+    """Fig. 13: how the threshold of criterion 1 changes the heads found."""
     return _sweep(study, tau_rankings(study), scores, "fig13", "Fig. 13: the threshold tau", "tau")
 
 
 def n_sweep(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """Fig. 14: what another number of marked heads would have changed."""
+    """Fig. 14: how N changes the heads found."""
     return _sweep(
         study, n_rankings(study), scores, "fig14", "Fig. 14: N, the heads marked in each sample", "N"
     )

@@ -1,4 +1,7 @@
-"""How well each head's map alone covers the object (Sec. 4.4, Fig. 6b)."""
+"""`Study`: the statistics of one model on one data set, from which every experiment starts.
+
+Also the IoU and the pointing game of each head's own map (Sec. 4.4, Fig. 6b).
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 
 def head_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
-    """IoU of every head's own map, binarised at its mean and laid over the picture, with the object.
+    """IoU of every head's own map, binarised at its mean and laid over the image, with the object.
 
-    Exact: a cell's share of the object and of the picture are areas, not samples. Without a mask the object
-    is its box. Cells outside the picture (padding) have no area; parts of the object outside the grid
+    Exact: a cell's share of the object and of the image are areas, not samples. Without a mask the object
+    is its box. Cells outside the image (padding) have no area; parts of the object outside the grid
     (cropping) count as missed.
 
     Returns:
@@ -39,7 +42,7 @@ def head_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
 
 
 def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
-    """Pointing game of every head alone: does its strongest cell on the picture have its centre in the box?
+    """Pointing game of every head alone: whether the centre of its strongest cell on the image lies in the box.
 
     Returns:
         bool `[layer, head]`.
@@ -68,7 +71,7 @@ def cell_shares(
 
 
 def object_area(truth: Truth, image_size: tuple[int, int]) -> float:
-    """Pixels of the object in the picture."""
+    """Pixels of the object in the image."""
     if truth.mask is not None:
         return float(truth.mask.sum())
     x0, y0, x1, y1 = truth.box
@@ -85,24 +88,24 @@ def _overlap(cells: NDArray[np.float64], pixels: NDArray[np.float64]) -> NDArray
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What is swept over, and what is held.
+    """The ranges of the sweeps, and the values held fixed meanwhile.
 
     Args:
-        k: localization heads of the recipe around which is swept; so are the next six.
-        top_n: heads marked in each sample.
+        k: number of localization heads; this and the next six fields are held fixed while another is swept.
+        top_n: heads selected in each sample.
         num_trials: random draws of the ranking.
         num_samples: samples in each of them.
         seed: of the draws and of the random heads.
         criteria: what heads must pass.
-        grounding: how boxes are made.
+        grounding: the read-out, from maps to boxes.
         ks: head counts of Tab. 4.
-        sigmas: smoothing of Tab. 8; swept while the kernel is the recipe's.
-        kernels: likewise, while sigma is the recipe's.
-        taus: thresholds of Fig. 13; none takes multiples of the elbow.
-        top_ns: heads marked in each sample, of Fig. 14.
-        min_frequency: heads selected less often are not in Fig. 6b.
+        sigmas: sigmas of Tab. 8, swept at the kernel size of `grounding`.
+        kernels: kernel sizes of Tab. 8, swept at the sigma of `grounding`.
+        taus: thresholds of Fig. 13; if empty, multiples of the elbow.
+        top_ns: numbers of heads selected in each sample, of Fig. 14.
+        min_frequency: heads selected less often are left out of Fig. 6b.
         random_sets: how many random sets of heads the found ones are compared with.
-        benchmark: the split that the entries are of, such as `refcoco-val`; none for any other data.
+        benchmark: the split that the entries come from, such as `refcoco-val`; empty for other data.
     """
 
     k: int = 3
@@ -128,15 +131,15 @@ class Study:
 
     Args:
         model: its name for people.
-        data: likewise.
-        sums: what the criteria say of every head (`head_statistics`); so do the next two.
-        entropies: likewise.
-        bottom_row: likewise.
-        ious: `head_ious` of every sample, or None where no truth is known.
-        hits: `head_hits`, likewise.
+        data: the data set's name for people.
+        sums: attention sums (`head_statistics`).
+        entropies: spatial entropies.
+        bottom_row: bottom-row flags.
+        ious: `head_ious` of every sample, or None without true boxes and masks.
+        hits: `head_hits` of every sample, or None.
         num_masks: how many samples have a true mask; the IoU of the others is with their box.
-        given_heads: localization heads that were named; none takes those found here.
-        segmenter: what makes the masks of Tab. 1 to 3.
+        given_heads: localization heads named by the user; if empty, those found here are used.
+        segmenter: the name of the segmenter that makes the masks of Tab. 1 to 3.
     """
 
     model: str
@@ -170,13 +173,13 @@ class Study:
         return self.given_heads or self.found()
 
     def needed_heads(self) -> tuple[Head, ...]:
-        """`heads`, for what cannot do without. UsageError if no head passes criterion 1 on average."""
+        """`heads`, for experiments that need some. UsageError if no head passes criterion 1 on average."""
         if not self.heads:
             raise UsageError(f"{NONE_KEPT}, so there is none to ground with: {WAY_OUT}")
         return self.heads
 
     def ranked(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
-        """The ranking with another threshold or another number of marked heads; nothing is run again."""
+        """The ranking with another tau or another N, without running the model again."""
         options = self.options
         criteria = options.criteria
         if tau is not None:
@@ -198,9 +201,9 @@ class Study:
         return first(self.ranking, self.options.k if k is None else k)
 
     def greedy(self, k: int | None = None, *, tau: float | None = None) -> tuple[tuple[Head, ...], ...]:
-        """The heads that each sample picks by itself (the paper's "greedy"), a tuple a sample.
+        """The heads that each sample selects by itself (the paper's "greedy"), one tuple per sample.
 
-        A sample in which no head passes has none, and is left out of what they score, as with `heads=greedy`.
+        A sample in which no head passes has none, and is left out of the scores, as with `heads=greedy`.
         """
         options = self.options
         criteria = options.criteria if tau is None else replace(options.criteria, tau=tau, elbow="value")

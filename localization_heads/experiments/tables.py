@@ -1,4 +1,4 @@
-"""The paper's tables: REC, RES and ReasonSeg (Tab. 1 to 3), head count (4), criteria (5), smoothing (8)."""
+"""The paper's tables: REC, RES and ReasonSeg (Tab. 1 to 3), number of heads (4), criteria (5), smoothing (8)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _benchmark(
     reading: str,
     found: Scores,
 ) -> Finding:
-    """One row a model: the paper's where it has this one, then ours, under the split that the entries are of."""
+    """One row per model: the paper's, if it has this model, then ours, in the column of the entries' split."""
     known, benchmark = paper.MODELS.get(study.model), study.options.benchmark
     reported = getattr(known, attribute) if known else None
     on_split = benchmark in splits
@@ -96,7 +96,7 @@ def _benchmark(
 
 
 def head_counts(study: Study) -> list[int]:
-    """The counts of Tab. 4 for which enough heads pass criterion 1."""
+    """The numbers of heads in Tab. 4 for which enough pass criterion 1."""
     return [k for k in sorted(set(study.options.ks)) if k <= len(study.ranking.kept)]
 
 
@@ -105,7 +105,7 @@ def head_count_recipes(study: Study) -> dict[Hashable, Recipe]:
 
 
 def head_count(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """Tab. 4: how many heads are added."""
+    """Tab. 4: the number of heads whose maps are summed."""
     ks = head_counts(study)
     rows = (
         ("ours, REC Acc@0.5", *(percent(scores[k].accuracy) for k in ks)),
@@ -151,7 +151,7 @@ def criteria_recipes(study: Study) -> dict[Hashable, Recipe]:
 
 
 def criteria(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """Tab. 5: what each criterion adds, and fixed heads against each sample's own."""
+    """Tab. 5: each criterion alone and both; fixed heads against heads selected per sample."""
     recipes = criteria_recipes(study)
     rows = []
     for way in WAYS:

@@ -1,4 +1,4 @@
-"""Recipes, and how well they ground: every recipe of every experiment in one pass over the maps on disk."""
+"""Score recipes (heads and read-out) in one pass over the maps on disk; Fig. 6b; the test against random heads."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from localization_heads.options.groups import GroundingOptions
 
 Heads = tuple[Head, ...]
 Refine = Callable[[int, Grounding], Grounding]
-"""What a segmenter makes of the grounding of the sample of that number."""
+"""Refines the grounding of the sample with that index by a segmenter."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which heads' maps are added, and how the sum becomes a box.
+    """The heads whose maps are summed, and the read-out of the sum.
 
     Args:
-        heads: the same for every sample, or, as a tuple of tuples, each sample's own. A sample without heads is not
-            scored.
-        segmented: whether the segmenter has its turn, where there is one. Sweeps do without: it would take most of
-            their time and blur what they compare.
+        heads: the same for every sample or, as a tuple of tuples, one tuple per sample. Samples without heads are
+            not scored.
+        segmented: whether the segmenter, if any, makes the mask. Sweeps go without: it would take most of their time
+            and blur the comparison.
     """
 
     heads: Heads | tuple[Heads, ...]
@@ -56,7 +56,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How well one recipe grounds every sample that it has heads for; arrays are `[sample]`.
+    """The scores of one recipe on every sample for which it has heads; arrays are `[sample]`.
 
     Args:
         iou: IoU of the box with the true one (REC).
@@ -69,12 +69,12 @@ class Scores:
     overlap: NDArray[np.int64]
 
     def __len__(self) -> int:
-        """The samples that are scored."""
+        """The number of samples scored."""
         return len(self.iou)
 
     @property
     def accuracy(self) -> float:
-        """REC: Acc@0.5; like every other NaN without samples."""
+        """REC: Acc@0.5; NaN without samples, like all means here."""
         return accuracy_at(self.iou)
 
     @property
@@ -117,10 +117,10 @@ def score(
     samples: Iterable[tuple[AttentionMaps, Truth]],
     refine: Refine | None = None,
 ) -> dict[Any, Scores]:
-    """The scores of every recipe, each sample's maps being read once. Equal recipes are computed once.
+    """The scores of every recipe. The maps of each sample are read once, and equal recipes are computed once.
 
     Args:
-        samples: in the order of the study; each is the maps of one sample and its truth.
+        samples: the maps and the truth of each sample, in the order of the study.
         refine: the segmenter, for the recipes that ask for it.
     """
     different = list(dict.fromkeys(recipes.values()))
@@ -275,7 +275,7 @@ def random_recipes(study: Study) -> dict[Hashable, Recipe]:
 
 
 def against_random(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """The heads found against random heads of the same layers, sample by sample."""
+    """The heads found against random heads of the same layers, paired by sample."""
     found = scores["found"]
     random = [scores["random", number] for number in range(study.options.random_sets)]
     measures: dict[str, tuple[NDArray[Any], list[NDArray[Any]]]] = {
@@ -306,7 +306,7 @@ def against_random(study: Study, scores: Mapping[Any, Scores]) -> Finding:
 
 
 def contrast(found: ArrayLike, random: Sequence[ArrayLike]) -> dict[str, Any]:
-    """Mean of `found [sample]` over that of the sets `random [set, sample]`, paired by sample.
+    """How far the mean of `found [sample]` is above that of `random [set, sample]`, paired by sample.
 
     The interval is the 95 % bootstrap interval, over samples, of the mean difference to the sets' average.
     """

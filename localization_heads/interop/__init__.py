@@ -1,1 +1,1 @@
-"""What this tool finds, in the forms that other tools read: detections, data sets, head lists, the hub, pipelines."""
+"""Results in the formats of other tools: detections, data sets, lists of heads, the hub, pipelines."""

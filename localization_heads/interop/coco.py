@@ -1,4 +1,4 @@
-"""Predictions as a COCO data set: what labelling tools, FiftyOne and pycocotools open."""
+"""Predictions as a COCO data set, which labelling tools, FiftyOne and pycocotools can open."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 
 
 def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """`{"info", "images", "annotations", "categories"}`: an annotation an expression that has a box.
+    """`{"info", "images", "annotations", "categories"}`: one annotation per expression that has a box.
 
-    Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Beside COCO's own keys an annotation has
-    `score`, `expression` and the sample's `sample_id`. Expressions of one picture share its image entry.
+    Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Besides COCO's own keys, an annotation
+    has `score`, `expression` and the sample's `sample_id`. Expressions about one image share its image entry.
 
     Args:
         predictions: as `read_predictions` gives them; those that failed are left out.
-        samples: by id; predictions of other ids are left out, for their picture is not known.
+        samples: by id; predictions with other ids are left out, since their image is unknown.
 
     Raises:
-        ImageError: a picture whose size is needed cannot be read.
+        ImageError: an image whose size is needed cannot be read.
         MaskError: a mask cannot be decoded; it names the prediction.
     """
     images: dict[str, dict[str, Any]] = {}

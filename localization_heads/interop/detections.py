@@ -19,14 +19,14 @@ from localization_heads.store.results import Prediction
 
 
 def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] | None = None) -> Any:
-    """One picture's groundings as `supervision.Detections`, a detection each, in their order.
+    """The groundings of one image as `supervision.Detections`, one detection each, in the same order.
 
     Boxes are xyxy pixels, masks bool `[n, H, W]`, confidences the scores; `class_id` counts from 0 and
     `data["class_name"]` holds the expressions where they are given.
 
     Raises:
-        UsageError: supervision is not installed, or the groundings are of pictures of different sizes.
-        ValueError: another number of expressions than of groundings.
+        UsageError: supervision is not installed, or the groundings are of images of different sizes.
+        ValueError: the numbers of expressions and groundings differ.
     """
     sv = _extra("supervision", "supervision")
     if len({grounding.image_size for grounding in groundings}) > 1:
@@ -47,9 +47,9 @@ def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] |
 def to_fiftyone(
     predictions: Iterable[Prediction], samples: Mapping[str, Sample], name: str | None = None
 ) -> Any:
-    """Predictions as a `fiftyone.Dataset`: a sample a picture, with `predictions` and, where known, `ground_truth`.
+    """Predictions as a `fiftyone.Dataset`: one sample per image, with `predictions` and, where known, `ground_truth`.
 
-    Boxes are relative to the picture, masks are cut to their box, labels are the expressions.
+    Boxes are relative to the image, masks are cropped to their box, labels are the expressions.
 
     Args:
         samples: by id; predictions of other ids, and those that failed, are left out.
@@ -57,7 +57,7 @@ def to_fiftyone(
 
     Raises:
         UsageError: FiftyOne is not installed.
-        ImageError: a picture whose size is needed cannot be read.
+        ImageError: an image whose size is needed cannot be read.
     """
     fo = _extra("fiftyone", "fiftyone")
     dataset = fo.Dataset(name)
@@ -66,7 +66,7 @@ def to_fiftyone(
 
 
 def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> list[Any]:
-    """The `fiftyone.Sample`s of `to_fiftyone`, for a data set that is there already; needs no database."""
+    """The `fiftyone.Sample`s of `to_fiftyone`, for an existing data set; needs no database."""
     fo = _extra("fiftyone", "fiftyone")
     pictures: dict[str, Any] = {}
     for prediction in predictions:
@@ -101,7 +101,7 @@ def _detection(fo: Any, sample: Sample, prediction: Prediction) -> Any:
 
 
 def _relative(box: Box, size: tuple[int, int]) -> list[float]:
-    """`[x, y, width, height]` in shares of the picture."""
+    """`[x, y, width, height]` in shares of the image."""
     (x0, y0, x1, y1), (width, height) = box, size
     return [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]
 

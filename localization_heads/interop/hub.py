@@ -1,4 +1,4 @@
-"""Heads on the Hugging Face hub: a `heads.json` in a model repository of their own."""
+"""Heads on the Hugging Face hub: a `heads.json` in its own model repository."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REPOSITORY = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name can be a hub repository: `user/repo`, and no such file here.
+    """Whether a name can be a hub repository: `user/repo`, and not the path of an existing file.
 
     >>> is_repository("user/heads-of-llava"), is_repository("outputs/tiny/heads.json")
     (True, False)
@@ -30,7 +30,7 @@ def load_heads(source: str | Path, *, revision: str | None = None) -> HeadRankin
     Only that one JSON file is fetched and read; nothing in the repository is run.
 
     Raises:
-        UsageError: the file is no ranking, or the name neither a file nor a repository.
+        UsageError: the file is not a ranking, or the name is neither a file nor a repository.
         WorkError: the hub does not answer or does not have it.
     """
     if is_repository(str(source)):
@@ -41,7 +41,7 @@ def load_heads(source: str | Path, *, revision: str | None = None) -> HeadRankin
 def push_heads(
     ranking: HeadRanking, repository: str, *, private: bool | None = None, token: str | None = None
 ) -> str:
-    """Write `heads.json`, and a card with the ranking, into a hub repository, made if it is not there.
+    """Write `heads.json`, and a card with the ranking, into a hub repository, which is created if necessary.
 
     Args:
         repository: `"user/repo"`.
@@ -73,7 +73,7 @@ def push_heads(
 
 
 def card(ranking: HeadRanking, repository: str) -> str:
-    """The repository's front page: what the heads are of, how they were found, how to use them."""
+    """The repository's front page: the heads' model, how they were found, how to use them."""
     rows = [
         f"| {h.layer} | {h.head} | {h.selection_frequency:.3f} | {h.attention_sum:.3f} |"
         for h in ranking.kept[:10]

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class GroundingPipeline:
-    """Call it with a picture and expressions; it answers as transformers' object detection pipelines do.
+    """Called with an image and expressions, it answers in the format of transformers' object detection pipelines.
 
     Args:
         lvlm: the loaded model.
-        heads: whose maps are added; None takes what `ground` takes.
-        options: how maps become a box.
+        heads: the heads whose maps are summed; None for the default of `ground`.
+        options: the read-out, from maps to a box.
     """
 
     task = "visual-grounding"
@@ -43,15 +43,15 @@ class GroundingPipeline:
     def __call__(
         self, image: Picture, expressions: str | Sequence[str]
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; of several expressions a list.
+        """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; a list for several expressions.
 
-        The box is in whole pixels, the mask a PIL picture of mode L with 255 inside, as in transformers.
+        The box is in whole pixels, the mask a PIL image of mode L with 255 inside, as in transformers.
 
         Args:
-            image: a picture, a path or an http(s) address.
+            image: an image, a path or an http(s) address.
 
         Raises:
-            UsageError: a picture or an expression that cannot be used.
+            UsageError: an image or an expression that cannot be used.
         """
         picture = load_image(image)
         if isinstance(expressions, str):
@@ -82,10 +82,10 @@ def pipeline(
     options: GroundingOptions | None = None,
     **loading: Any,
 ) -> GroundingPipeline:
-    """A pipeline for a model by name, or for one that is loaded.
+    """A pipeline for a model by name, or for a loaded one.
 
     Args:
-        loading: what `load_model` takes besides the name.
+        loading: further arguments of `load_model`.
 
     Raises:
         UsageError, WorkError: as `load_model` does.

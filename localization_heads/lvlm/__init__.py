@@ -1,1 +1,1 @@
-"""The model side: loading, prompting, capturing attention, and where each image token lies."""
+"""The vision-language model: loading, geometry of image tokens, prompts, capture of attention, answers."""

@@ -1,4 +1,4 @@
-"""The model's own answers: one conversation about one picture, streamed token by token."""
+"""The model's own answers: one conversation about one image, streamed token by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Conversation:
-    """What has been said so far about a picture; `ask` continues it."""
+    """A conversation about one image; `ask` continues it."""
 
     lvlm: LVLM
     image: Image.Image | None = None
@@ -30,12 +30,12 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def look_at(self, image: Image.Image) -> None:
-        """Take up another picture; what was said about the last one is forgotten."""
+        """Start over with another image; the conversation about the last one is forgotten."""
         self.image = image
         self.messages.clear()
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer in pieces. Closing the iterator stops the model; what was said until then is kept.
+        """The answer, streamed. Closing the iterator stops the model; what it has said until then is kept.
 
         Raises:
             UsageError: an empty question, or one with control tokens.
@@ -67,7 +67,7 @@ class Conversation:
 def stream(
     lvlm: LVLM, image: Image.Image | None, prompt: str, max_new_tokens: int
 ) -> Generator[str, None, None]:
-    """Greedy generation in a thread, its text as it comes. The thread ends with the iterator.
+    """Greedy generation in a thread, yielding text as it comes. The thread ends with the iterator.
 
     Raises:
         WorkError: the generation failed.

@@ -1,7 +1,7 @@
 """The attention of a few query positions over all keys, exactly as the model's own attention would compute it.
 
-One row costs a millisecond a layer; the full `T x T` map that `output_attentions=True` materialises costs the
-fast kernels, and gigabytes. The arithmetic is fp32 whatever the model's dtype.
+One row costs about a millisecond per layer. The full `T x T` matrix, which `output_attentions=True` materialises, costs
+gigabytes and rules out the fast kernels. The arithmetic is fp32 for every dtype of the model.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Query(NamedTuple):
 
     Args:
         positions: (B, n) indices into the padded prompt; None for the last one.
-        weights: (B, n), what each position's row counts; a sample's sum to one. None where n is 1.
-        step: which call of each layer: 0 the prefill, 1 the first decoding step.
-        past: how many tokens were read before, whose keys come first; positions count from there.
+        weights: (B, n), the weight of each position's row; those of a sample sum to one. None where n is 1.
+        step: which call of each layer is recorded: 0 the prefill, 1 the first decoding step.
+        past: number of tokens read before, whose keys come first; positions count from there.
     """
 
     positions: Tensor | None = None
@@ -167,11 +167,12 @@ class StopForward(BaseException):
 
 
 class Recorder:
-    """Rows by layer, filled in while the model runs.
+    """The captured rows by layer, filled in while the model runs.
 
     Args:
         modules: the attention module of each LM layer, by layer index.
-        stop_after: the layer after whose row the forward pass is abandoned (early exit), or None.
+        stop_after: the last layer that is needed: once its row is captured, the forward pass ends (early exit). None
+            runs all.
         query: the query positions of each sample; by default the last one, at prefill. None records nothing: the
             forward pass only ends early.
     """
@@ -225,7 +226,7 @@ def capture(
 
 
 def attention_modules(model: Any) -> dict[int, nn.Module]:
-    """The attention module of every LM layer whose heads can look at the image, by layer index.
+    """The attention module of every LM layer whose heads can attend to the image, by layer index.
 
     Hybrid models have layers without attention heads: they have no entry. Where the image is seen through
     cross-attention (Llama 3.2 Vision, Florence-2), only the layers that have it do, and it is their module.

@@ -1,10 +1,10 @@
-"""Chat templates are programs that a checkpoint brings along: they are rendered in a process that can be ended.
+"""Chat templates are programs in a checkpoint: they are rendered in a process of its own, which can be ended.
 
-The sandbox of Jinja keeps a template from files and from Python, but not from time and memory: three nested ranges loop
-for ever, `9 ** (9 ** 9)` never comes back from C, one filter makes a text of gigabytes. No count of steps inside the
-interpreter bounds what a single operation does, so the system's own bounds are used: a child process with a limit of
-seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and a prompt
-takes it a fraction of a millisecond. This file is both sides of it.
+Jinja's sandbox keeps a template from files and from Python, but does not bound its time and memory: three nested
+ranges loop for ever, `9 ** (9 ** 9)` never returns from C, one filter builds a text of gigabytes. Counting steps
+inside the interpreter cannot bound a single operation, so the operating system does: a child process with limits on
+seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and then
+renders a prompt in a fraction of a millisecond. This file holds both sides, parent and child.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class TemplateError(Exception):
 
 
 class TemplateProcess:
-    """The child, seen from the parent: started when it is first needed, and anew after a template that had to be ended.
+    """The child process, seen from the parent: started when first needed, and again after it had to be ended.
 
-    May be used from several threads. A template that was ended once is refused at once from then on.
+    Safe for several threads. A template whose rendering was ended once is refused from then on.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin without a child: after a fork, the one that is there answers another process."""
+        """Begin without a child: after a fork, the existing one belongs to the other process."""
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._is_ready = False

@@ -1,4 +1,8 @@
-"""Packages that some checkpoints need besides transformers, and what to say where one is missing or does not fit."""
+"""Checks of a checkpoint's files and packages before its weights are read.
+
+Broken files, sizes in the configuration that the weights cannot have, and packages that are missing or do not fit are
+refused with one line that says what to do. A checkpoint's configuration is untrusted input.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ def missing_package(error: Exception) -> str | None:
 
 
 def check_torchvision() -> None:
-    """See that a torchvision which is installed can be imported: transformers takes it without asking.
+    """Check that an installed torchvision can be imported, because transformers uses it unasked.
 
     Raises:
         WorkError: names both versions, and the torchvision that fits.
@@ -66,7 +70,7 @@ def check_torchvision() -> None:
 
 
 def torchvision_advice() -> str:
-    """How to get the torchvision that belongs to the torch which is here, and leave that torch alone."""
+    """How to install the torchvision that fits the installed torch, without replacing that torch."""
     torch = _version("torch") or ""
     if (fitting := fitting_torchvision(torch)) is None:
         return f"install the torchvision that belongs to torch {torch}, with pip's option --no-deps"
@@ -95,7 +99,7 @@ def _version(package: str) -> str | None:
 
 
 FACTS = "localization_heads.json"
-"""Beside a checkpoint: what this tool should know about it."""
+"""A file beside a checkpoint with facts about it for this tool."""
 MAX_JSON = 256 << 20
 """Bytes of one JSON file of a checkpoint; the largest tokenizers have some 40 MB."""
 MAX_FACTS = 1 << 20
@@ -126,7 +130,7 @@ class Weights:
 
     Args:
         num_bytes: of all their files.
-        largest_number: in the names of the tensors, which number the layers; None where they cannot be read.
+        largest_number: the largest in the names of tensors, which number the layers; None where unreadable.
     """
 
     num_bytes: int
@@ -199,7 +203,7 @@ def written_config(source: str, **options: Any) -> dict[str, Any]:
 
 
 def check_original(config: Mapping[str, Any], shown: str) -> None:
-    """Raises UsageError for a checkpoint in the format of the LLaVA repository, and names its converted twin."""
+    """Raises UsageError for a checkpoint in the format of the LLaVA repository, and names the converted one."""
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     found = next((name for name in names if isinstance(name, str) and _ORIGINAL.fullmatch(name)), None)
@@ -239,7 +243,7 @@ def check_counts(config: Mapping[str, Any], shown: str) -> None:
 
 
 def checkpoint_folder(source: str) -> Path | None:
-    """Where the files are: a local folder, or what the hub's cache holds of an id; None if it holds nothing."""
+    """Where the files are: a local folder, or the hub cache's folder of an id; None if the cache lacks it."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
@@ -273,7 +277,7 @@ def _largest_number(files: Sequence[Path]) -> int | None:
 
 
 def check_size(config: Mapping[str, Any], weights: Weights | None, shown: str) -> None:
-    """Refuse a model much larger than its weights before it is built: what they lack, transformers makes up.
+    """Refuse a model much larger than its weights before it is built: transformers would make up what is missing.
 
     Args:
         config: the whole configuration, defaults included.
@@ -367,7 +371,7 @@ def first_line(error: Exception) -> str:
 
 
 def loading_reason(error: Exception) -> str:
-    """What an error of transformers says of a checkpoint that cannot be loaded, in a line."""
+    """Why a checkpoint cannot be loaded, in one line, from an error of transformers."""
     if "ignore_mismatched_sizes" in str(error):
         return "the sizes in config.json are not those of its weights"
     return first_line(error)

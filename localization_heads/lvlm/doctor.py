@@ -1,4 +1,4 @@
-"""`examine`: what was found out about a model, on one picture and one expression, for a person to judge."""
+"""`examine`: how a model is read, on one image and one expression, for a person to judge (`stage=doctor`)."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Examination:
-    """What `stage=doctor` shows.
+    """The findings that `stage=doctor` shows.
 
     Args:
         facts: name and value, in the order of printing.
         pieces: the prompt with its query tokens.
-        query: what the query tokens are, in words.
-        views: empty where they could not be told; `problem` says why.
+        query: the query tokens, in words.
+        views: empty where they could not be determined; `problem` says why.
         unplaced: image tokens that no view holds (newlines, means); None where the keys are not the prompt's.
     """
 
@@ -68,7 +68,7 @@ class Examination:
 
 
 def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None = None) -> Examination:
-    """Look at a model from all sides.
+    """Examine how a model is read: layers, prompt, geometry, and captured against eager attention.
 
     Args:
         check: whether to compare with eager attention; None does so for small models.
@@ -200,8 +200,8 @@ Inputs = dict[tuple[int, int], dict[str, Tensor]]
 def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     """The largest difference in a batch between captured rows and those that eager attention returns.
 
-    Each layer's eager attention gets the very inputs that the layer had when its row was captured: what rounding the
-    layers before it would do differently under eager attention is not counted, and one limit holds at every depth.
+    Each layer's eager attention gets the very inputs that the layer had when its row was captured. So rounding
+    differences of earlier layers do not add up, and one limit holds at every depth.
     """
     with _remembered(lvlm) as given:
         captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)

@@ -1,8 +1,9 @@
-"""A fair try at a family that nobody has described: one even grid over the whole image, or a refusal.
+"""Where each model family puts its image tokens: one function per family, from an encoded image to `View`s.
 
-A number of tokens alone does not say what grid they make: 144 are 12 x 12 of a picture squeezed into a square, and
-9 x 16 of a picture at its own aspect. So everything that the processor says about the picture is asked, and a square
-is taken only where nothing contradicts it.
+A family that has no function gets one even grid over the whole image, or is refused. The number of tokens alone does
+not determine the grid: 144 are 12 x 12 of an image squeezed into a square, and 9 x 16 of an image at its own aspect
+ratio. So everything that the processor reports about the image is consulted, and a square is assumed only if nothing
+contradicts it.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ _SIZES = re.compile(r"sizes?$|shapes?$|grid|_hws?$|_thw$")
 
 
 def unknown(image: EncodedImage) -> list[View]:
-    """One unbroken run of image tokens over the whole image: the grid that the processor names, or else a square.
+    """A family without a function: contiguous image tokens as one grid, the one that the processor names or a square.
 
     Raises:
-        UsageError: the tokens make no grid, or what the processor says contradicts the one that they would make.
+        UsageError: the tokens form no grid, or the processor's output contradicts the one that they would form.
     """
     tokens = image.tokens
     if tokens.size == 0 or int(tokens[-1] - tokens[0]) + 1 != tokens.size:
@@ -84,7 +85,7 @@ def _named_grid(image: EncodedImage) -> Size:
 
 
 def _against_square(image: EncodedImage) -> str | None:
-    """What speaks against a square grid over the whole picture, or None."""
+    """What speaks against a square grid over the whole image, or None."""
     for name in sorted(image.inputs):
         if not _SIZES.search(name) or name.startswith("video"):
             continue
@@ -119,10 +120,10 @@ def _numbers(image: EncodedImage, name: str) -> list[int]:
 
 
 def _pixel_sizes(image: EncodedImage) -> list[Size]:
-    """`(H, W)` of each rendering of this picture that the model gets; none if they come as a list of patches.
+    """`(H, W)` of each rendering of this image that the model gets; none if they come as a list of patches.
 
-    `pixel_values` are `[B, C, H, W]`, or `[B, n, C, H, W]` with empty ones where a picture has fewer than others. Of
-    `[n, C, H, W]` with more than one a picture, all are taken: which are this one's is not said.
+    `pixel_values` are `[B, C, H, W]`, or `[B, n, C, H, W]` with empty ones where an image has fewer than others. Of
+    `[n, C, H, W]` with more than one an image, all are taken: which are this one's is not said.
     """
     pixels = image.inputs.get("pixel_values")
     shape: tuple[int, ...] = getattr(pixels, "shape", ())
@@ -134,14 +135,14 @@ def _pixel_sizes(image: EncodedImage) -> list[Size]:
 
 
 def _natural_grid(num_tokens: int, W: int, H: int) -> Size | None:
-    """`(rows, columns)`, not equal, of as many square cells as cover a picture of W x H, sides rounded; None if none.
+    """`(rows, columns)`, not equal, of as many square cells as cover an image of W x H, sides rounded; None if none.
 
     >>> _natural_grid(144, 512, 288), _natural_grid(144, 500, 500), _natural_grid(576, 640, 480)
     ((9, 16), None, None)
     """
     for rows in range(1, num_tokens + 1):
         columns, rest = divmod(num_tokens, rows)
-        # Some size of a cell gives both numbers, each within half a cell of the picture's side.
+        # Some size of a cell gives both numbers, each within half a cell of the image's side.
         fits = (
             rest == 0 and (rows - 0.5) * W <= (columns + 0.5) * H and (columns - 0.5) * H <= (rows + 0.5) * W
         )
@@ -171,16 +172,16 @@ ADDS_IMAGE_ITSELF = {"florence2"}
 """Model types whose processor puts the image before the text: their prompts name none."""
 
 NOT_SHARED = {
-    "florence2": "its encoder reads picture and expression together",
-    "paligemma": "its image tokens look ahead at the expression (a bidirectional prefix)",
+    "florence2": "its encoder reads image and expression together",
+    "paligemma": "its image tokens attend to the expression (a bidirectional prefix)",
 }
-"""Model types whose pictures cannot be encoded once for all expressions, and why."""
+"""Model types that cannot encode an image once for all expressions, and why."""
 
 
 def views_of(image: EncodedImage) -> list[View]:
-    """Where one image's tokens lie, in every rendering of the picture that the model gets and that has any tokens.
+    """The views of one image: where its tokens lie, in every rendering of it that the model gets.
 
-    Of tiles over a picture much longer than wide, padding may be all that there is; they are left out.
+    Views without tokens are left out: the tiles of an image much longer than wide may be nothing but padding.
 
     Raises:
         UsageError: the family has no grid of image tokens, or the token count is not what its geometry says.
@@ -208,9 +209,9 @@ def check_family(config: Any) -> None:
 
 
 def llava(image: EncodedImage) -> list[View]:
-    """LLaVA-1.5 and its kin: a square grid over a picture that is padded to a square, cropped, or squeezed.
+    """LLaVA-1.5 and its kin: a square grid over an image that is padded to a square, cropped, or squeezed.
 
-    Pixtral 12B is a LLaVA by name with a tower for pictures of any size.
+    Pixtral 12B is a LLaVA by name with a tower for images of any size.
     """
     if getattr(image.config.vision_config, "model_type", "") == "pixtral":
         return pixtral(image)
@@ -220,7 +221,7 @@ def llava(image: EncodedImage) -> list[View]:
 
 
 def whole_square(image: EncodedImage) -> list[View]:
-    """PaliGemma, Gemma 3n: a square grid over the picture, squeezed into a square."""
+    """PaliGemma, Gemma 3n: a square grid over the image, squeezed into a square."""
     index = square(image.tokens)
     return [even_view("whole", index, seen_box(image.config, index, whole_box(image.image_size)))]
 
@@ -240,7 +241,7 @@ def deepseek(image: EncodedImage) -> list[View]:
 
 
 def qwen(image: EncodedImage) -> list[View]:
-    """Qwen-VL from 2 on, GLM-4V: the picture at nearly its own size, patches merged `merge x merge`."""
+    """Qwen-VL from 2 on, GLM-4V: the image at nearly its own size, patches merged `merge x merge`."""
     return [even_view("whole", _merged_grid(image), whole_box(image.image_size))]
 
 
@@ -263,7 +264,7 @@ def kimi(image: EncodedImage) -> list[View]:
 
 
 def pixtral(image: EncodedImage) -> list[View]:
-    """Pixtral, Mistral 3: the picture at nearly its own size; the tokens that break lines have other ids."""
+    """Pixtral, Mistral 3: the image at nearly its own size; the tokens that break lines have other ids."""
     height, width = image.row("image_sizes")  # after resizing, in pixels
     cell = image.config.vision_config.patch_size * getattr(image.config, "spatial_merge_size", 1)
     return [
@@ -272,7 +273,7 @@ def pixtral(image: EncodedImage) -> list[View]:
 
 
 def gemma3(image: EncodedImage) -> list[View]:
-    """Gemma 3: the picture squeezed into a square; with pan and scan, crops along its longer side as well."""
+    """Gemma 3: the image squeezed into a square; with pan and scan, crops along its longer side as well."""
     (W, H), each = image.image_size, image.config.mm_tokens_per_image
     whole, rest = image.tokens[:each], image.tokens[each:]
     views = [even_view("whole", square(whole), whole_box(image.image_size))]
@@ -292,7 +293,7 @@ def _crop_edges(length: int, crops: int, cells: int) -> NDArray[np.float64]:
 
 
 def gemma4(image: EncodedImage) -> list[View]:
-    """Gemma 4: the picture at its own aspect; `image_position_ids` number its patches before pooling."""
+    """Gemma 4: the image at its own aspect; `image_position_ids` number its patches before pooling."""
     columns, rows = (int(n) + 1 for n in image.inputs["image_position_ids"][image.sample].amax(0))
     pool = image.config.vision_config.pooling_kernel_size
     index = grid(image.tokens, rows // pool, columns // pool)

@@ -1,7 +1,8 @@
-"""What a model is known by: its content, so that results made with other weights are never taken for its own.
+"""A model is identified by its content, so that results made with other weights are never taken for its own.
 
-It is read from the loaded model and not from files: a checkpoint of the hub, a folder, one file or many shards give
-the same fingerprint if the same numbers come out, a copied or touched file too, and an update of the hub another one.
+The fingerprint is computed from the loaded model, not from files: a hub checkpoint, a folder, one file or many shards
+give the same fingerprint if the numbers are the same, and so does a copied or touched file; an update on the hub does
+not.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _OF_ITS_PLACE = {"name_or_path", "transformers_version"}
 
 
 def fingerprint(model: Any, processor: Any) -> str:
-    """Sixteen digits that change when the weights do, or what else the files decide about the maps.
+    """Sixteen hexadecimal digits that change with anything in the checkpoint that decides the maps.
 
-    That is the configurations of model and processor, and the chat template.
+    That is the weights, the configurations of model and processor, and the chat template.
     """
     settings = {
         "config": model.config.to_dict(),

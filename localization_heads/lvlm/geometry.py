@@ -1,8 +1,8 @@
-"""Where image tokens lie in the original picture: the arithmetic that all families share.
+"""Where image tokens lie in the original image: the arithmetic that all families share.
 
-Processors pad, resize, crop and tile a picture before the vision tower cuts it into patches. Everything here
-undoes one of those steps exactly, in floats, so that a cell's edges come out in pixels of the original image.
-What each family does with its pictures is in `families.py`.
+Processors pad, resize, crop and tile an image before the vision tower cuts it into patches. Each function here undoes
+one of those steps exactly, in floats, so that the edges of cells come out in pixels of the original image.
+`families.py` says which steps each family takes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from localization_heads.attention import Box
 from localization_heads.errors import UsageError
 
 MAX_PREPARED_PIXELS = 400_000_000
-"""Largest picture, in pixels, that padding or resizing may make on the way: 1.2 GB."""
+"""Largest image, in pixels, that padding or resizing may make on the way: 1.2 GB."""
 
 Size = tuple[int, int]
 """`(W, H)` in pixels."""
@@ -30,10 +30,10 @@ Edges = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One grid of image tokens over one rendering of the picture: the whole of it, or its tiles side by side.
+    """One grid of image tokens over one rendering of the image: the whole of it, or its tiles side by side.
 
     Args:
-        name: `whole` (the picture in one piece) or `tiles` (the same at a higher resolution).
+        name: `whole` (the image in one piece) or `tiles` (the same at a higher resolution).
         index: `[h, w]` positions of the cells' tokens in the key sequence, row by row.
         x_edges: `[w + 1]` borders of the columns in pixels of the original image: outside it where the
             processor padded.
@@ -69,7 +69,7 @@ class View:
 
 
 def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) -> None:
-    """Refuse a picture so long and thin that padding it to a square, or resizing it, would fill the memory.
+    """Refuse an image so elongated that padding it to a square, or resizing it, would fill the memory.
 
     Raises:
         UsageError: names its size.
@@ -88,13 +88,13 @@ def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) 
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """One sample of a batch: its picture's size, and what the processor made of it.
+    """One sample of a batch: the size of its image, and the processor's output for it.
 
     Args:
         config: the model's configuration.
         processor: the processor that encoded the batch.
-        inputs: the processor's output of the whole batch, one image a sample.
-        sample: which of the batch.
+        inputs: the processor's output for the whole batch, one image per sample.
+        sample: its index in the batch.
         image_size: `(W, H)` of the original image in pixels.
     """
 
@@ -190,17 +190,17 @@ def tile_edges(tiles: int, cells: int, covered: float = 1.0) -> Edges:
 
 
 def whole_box(image_size: Size) -> Box:
-    """The picture itself."""
+    """The image itself."""
     return 0.0, 0.0, float(image_size[0]), float(image_size[1])
 
 
 def canvas_box(image_size: Size, resized: Size, canvas: Size, offset: Size = (0, 0)) -> Box:
-    """The region of the original that a canvas shows, on which the resized picture was laid.
+    """The region of the original that a canvas shows, on which the resized image was laid.
 
     Args:
-        resized: size of the picture after resizing.
-        canvas: what the vision tower gets; larger than the picture where it was padded.
-        offset: where on the canvas the picture's top left corner lies; negative where it was cropped.
+        resized: size of the image after resizing.
+        canvas: what the vision tower gets; larger than the image where it was padded.
+        offset: where on the canvas the image's top left corner lies; negative where it was cropped.
     """
     (W, H), (x, y) = image_size, offset
     pixel_w, pixel_h = W / resized[0], H / resized[1]  # original pixels in one resized pixel
@@ -208,7 +208,7 @@ def canvas_box(image_size: Size, resized: Size, canvas: Size, offset: Size = (0,
 
 
 def fitted_size(image_size: Size, limit: Size) -> Size:
-    """The largest size of the picture's aspect within a limit, rounded down (Llama 4, Llama 3.2 Vision)."""
+    """The largest size of the image's aspect within a limit, rounded down (Llama 4, Llama 3.2 Vision)."""
     (W, H), (w, h) = image_size, limit
     if w / W < h / H:
         return w, max(1, min(math.floor(H * (w / W)), h))
@@ -216,13 +216,13 @@ def fitted_size(image_size: Size, limit: Size) -> Size:
 
 
 def upscaling_limit(image_size: Size, tile: int, canvas: Size) -> Size:
-    """Pictures are enlarged to one tile at most, and shrunk to the canvas."""
+    """Images are enlarged to one tile at most, and shrunk to the canvas."""
     (W, H), (w, h) = image_size, canvas
     return min(max(W, tile), w), min(max(H, tile), h)
 
 
 def padded_box(image_size: Size) -> Box:
-    """The square that LLaVA pads a picture to: the original lies in its middle, rounded down to a pixel."""
+    """The square that LLaVA pads an image to: the original lies in its middle, rounded down to a pixel."""
     W, H = image_size
     side = max(W, H)
     left, top = (side - W) // 2, (side - H) // 2
@@ -308,7 +308,7 @@ def read_maps(
 
 
 def choose(views: Sequence[View], choice: str) -> Sequence[View]:
-    """The views of that name. A picture too small for tiles has only the whole, which then stands for both.
+    """The views of that name. An image too small for tiles has only the whole, which then stands for both.
 
     Raises:
         UsageError: no view has such a name.

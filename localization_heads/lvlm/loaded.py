@@ -1,4 +1,4 @@
-"""`LoadedModel`: a model with its processor, and one forward pass: prompts in, rows of attention out."""
+"""`LoadedModel`: a model with its processor, and its forward pass from prompts to rows of attention."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A vision-language model of transformers, its processor, and what is known about it.
 
-    Made by `load_model`, which leaves in `notes` what is worth knowing about it. The model itself is never changed:
-    `lvlm.model` is plain transformers.
+    Made by `load_model`, which collects its remarks in `notes`. The model itself is never changed: `lvlm.model` is
+    plain transformers.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class LoadedModel:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """Which model it is and how it is asked, by name, as JSON values: what `metrics.json` says of it."""
+        """The model and how it is prompted, by name, as JSON values for `metrics.json`."""
         loaded = ("dtype", "quantization", "pad_to_square")
         asked = ("conv_mode", "query_token", "view")
         values = {name: getattr(self.spec, name) for name in loaded}
@@ -114,7 +114,7 @@ class LoadedModel:
 
     @property
     def asked(self) -> dict[str, str | None]:
-        """Which weights are asked, and how: what `heads.json` keeps of it (`heads.found_with`)."""
+        """The weights and how they are prompted, for `found_with` in `heads.json`."""
         return asked(self.conv_mode, self.system, self.query_token, self.fingerprint)
 
     def note(self, text: str) -> None:
@@ -141,7 +141,7 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the weights do, wherever they come from (`lvlm.fingerprint`)."""
+        """Changes when the weights do, independent of where they are stored (`lvlm.fingerprint`)."""
         return fingerprint(self.model, self.processor)
 
     @property
@@ -150,28 +150,28 @@ class LoadedModel:
 
     @property
     def image_token(self) -> str:
-        """What the processor looks for in a prompt and replaces by an image's tokens."""
+        """The text in a prompt that the processor replaces by an image's tokens."""
         tokenizer = self.processor.tokenizer
         own = getattr(self.processor, "image_token", None)
         return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """What no expression may hold: the tokenizer's special tokens, and those that the processor replaces."""
+        """Tokens that no expression may contain: special tokens, and those that the processor replaces."""
         media = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
         own = [token for token in media if isinstance(token, str) and token]
         return (*self.processor.tokenizer.all_special_tokens, *own)
 
     @cached_property
     def image_text(self) -> str:
-        """What stands for an image in a prompt: its token, with the marks that the family puts around it."""
+        """The placeholder of an image in a prompt: its token, with the marks that the family puts around it."""
         if self.model.config.model_type in ADDS_IMAGE_ITSELF:
             return ""
         return image_placeholder(self.processor, self.image_token)
 
     @cached_property
     def image_comes_first(self) -> bool:
-        """Whether the prompt names the image before the expression, whose tokens cannot see it otherwise."""
+        """Whether the image comes before the expression, whose tokens cannot attend to it otherwise."""
         render = template_renderer(self.processor)
         return self.conv_mode != "chat" or render is None or image_comes_first(render, self.image_text)
 
@@ -209,7 +209,7 @@ class LoadedModel:
             ) from error
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """The picture that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
+        """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
         check_shape(self.model.config, self.processor.image_processor, image.size)
         return as_seen(image)
 
@@ -267,7 +267,7 @@ class LoadedModel:
 
     @property
     def why_not_shared(self) -> str | None:
-        """Why a picture cannot be encoded once for all its expressions; None if it can."""
+        """Why an image cannot be encoded once for all its expressions; None if it can."""
         if self.query_token == "answer_first":
             return "the first token of the answer is generated anew for each prompt"
         if not self.image_comes_first:
@@ -358,7 +358,7 @@ class LoadedModel:
         )
 
     def views(self, image: Image.Image) -> list[View]:
-        """Where the picture's tokens lie, in every rendering of it that the model gets."""
+        """Where the image's tokens lie, in every rendering of it that the model gets."""
         return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
@@ -381,11 +381,11 @@ def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Apart:
-    """Pairs whose prompts are run one beside the other, padded to one length.
+    """Pairs of image and expression whose prompts run in one batch, padded to one length, sharing nothing.
 
     Args:
         images: as the model sees them.
-        sizes: of the pictures themselves.
+        sizes: of the images themselves.
     """
 
     images: Sequence[Image.Image]

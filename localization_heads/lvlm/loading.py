@@ -1,4 +1,4 @@
-"""`load_model`: from a name to a ready `LVLM`, with an error for people when that is not possible."""
+"""`load_model`: from a name to a ready `LVLM`, or to an error of one line that says what to do."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def load_model(
         quantization: None, `8bit` or `4bit` (needs the extra `quantization`).
         conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`; None for what the model's config
             recommends, or what its family needs, and if nothing is known, `referseg`.
-        query_token: whose attention is read: `last` (the paper's), `expression_end`, `expression_mean` or
-            `answer_first`.
-        view: of a model that gets a picture as a whole and again as tiles: `combined` (both in one map),
-            `whole` or `tiles`. Pictures with one view only have that.
+        query_token: the token whose attention is captured: `last` (the paper's), `expression_end`, `expression_mean`
+            or `answer_first`.
+        view: for a model that gets an image as a whole and again as tiles: `combined` (both in one map), `whole` or
+            `tiles`. Where an image has only one view, it is used.
         drop_lone_spaces: delete SentencePiece's lone spaces from the prompt's tokens, as the paper's published code
             does; nothing changes for tokenizers without one.
-        like: the file of `config/model/` whose checkpoint this is a copy or a sister of: what is known about that
-            one, heads included, is taken (`load_model("/data/my-llava", like="llava")`).
+        like: the file in `config/model/` of a checkpoint that this one is a copy or a relative of: everything known
+            about that one is applied, heads included (`load_model("/data/my-llava", like="llava")`).
 
-    What is worth knowing about the way a model was loaded is logged, and kept in `LVLM.notes`.
+    Remarks on how the model was loaded are logged, and kept in `LVLM.notes`.
 
     Raises:
-        UsageError: an option or a name that cannot be.
-        WorkError: the weights cannot be had or read.
+        UsageError: an invalid option or name.
+        WorkError: the weights cannot be downloaded or read.
     """
     spec = find_spec(name, like) if isinstance(name, str) else name
     for option, value, choices in (
@@ -147,7 +147,7 @@ def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_order(lvlm: LVLM) -> None:
-    """Say so when the chat template puts the image after the text: attention looks back, never ahead."""
+    """Warn if the chat template puts the image after the text, which then cannot attend to it."""
     if lvlm.image_text not in lvlm.prompt("it"):
         raise UsageError(
             f"conv_mode=chat: the chat template of {lvlm.name} leaves the picture out; "
@@ -360,7 +360,7 @@ def _system_sentence(source: str, spec: ModelSpec) -> str:
 
 
 def _no_torchvision_warning(record: logging.LogRecord) -> bool:
-    """The PIL image processors give the same geometry: nobody needs to hear that torchvision is missing."""
+    """Silence the warning that torchvision is missing: the PIL image processors give the same geometry."""
     return "torchvision" not in record.getMessage()
 
 

@@ -1,4 +1,4 @@
-"""Running out of memory, in the words of every device, becomes one kind of error."""
+"""Out-of-memory errors: every device words them differently; here they become one kind of error."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from localization_heads.errors import OutOfMemoryError
 
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
-"""How torch's allocators of the CPU and of Apple's GPUs say it, in plain RuntimeErrors."""
+"""How torch's allocators for the CPU and for Apple's GPUs word it, in plain RuntimeErrors."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raises OutOfMemoryError, which names the ways out, where an allocation fails."""
+    """Raises OutOfMemoryError, which names the remedies, where an allocation fails."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:

@@ -1,7 +1,8 @@
-"""Batches of pictures with expressions: made ready on the host, then run by the model.
+"""`LVLM`: a model that can be asked which parts of an image its heads attend to for an expression.
 
-The two halves may be in different threads: while the model runs one batch, the next one's pictures are resized and
-its prompts tokenized.
+Batches are made ready on the host and then run by the model. The two halves may be in different threads: while the
+model runs one batch, the images of the next are resized and its prompts tokenized. Images asked about recently stay
+encoded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Several expressions for one picture, which the model reads once."""
+    """Several expressions about one image, which the model encodes once."""
 
     picture: EncodedPicture
     questions: Sequence[Question]
@@ -36,7 +37,7 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Parts of a batch, each with the places that its results take."""
+    """The parts of a batch, each with the positions of its results."""
 
     parts: Sequence[tuple[Sequence[int], Apart | Shared]]
 
@@ -49,7 +50,7 @@ class Batch:
 
 
 def make_batch(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
-    """A picture that is there several times, as one and the same object, is read once for all its expressions."""
+    """Group the pairs: an image that occurs several times, as the same object, is encoded only once."""
     parts: list[tuple[Sequence[int], Apart | Shared]] = []
     alone = []
     for places in _by_picture(images):
@@ -75,10 +76,10 @@ GIBIBYTE = 2**30
 
 
 class RecentPictures:
-    """Encoded pictures by content and settings, the one asked longest ago dropped first. Safe for several threads.
+    """Encoded images by content and settings; the least recently used is dropped first. Safe for several threads.
 
     Args:
-        max_bytes: keys, values and pixels of all pictures together. A picture that is larger by itself is encoded and
+        max_bytes: keys, values and pixels of all images together. An image that is larger by itself is encoded and
             answered, but not kept; 0 keeps none.
     """
 
@@ -96,18 +97,18 @@ class RecentPictures:
             return self._sum()
 
     def get(self, key: tuple[object, ...], encode: Callable[[], EncodedPicture]) -> EncodedPicture:
-        """The picture of that key, encoded now if it is not there."""
+        """The image of that key, encoded now if it is not there."""
         with self._lock:
             found = self._pictures.get(key)
             if found is not None:
                 self._pictures.move_to_end(key)
                 return found
-        picture = encode()  # not under the lock: other pictures need not wait
+        picture = encode()  # not under the lock: other images need not wait
         with self._lock:
             return self._pictures.setdefault(key, picture)
 
     def shrink(self) -> None:
-        """Drop pictures until the rest fits. Called after the questions: a deeper one makes its picture grow."""
+        """Drop images until the rest fits. Called after each use: a request for deeper layers makes an image grow."""
         with self._lock:
             while self._pictures and self._sum() > self.max_bytes:
                 self._pictures.popitem(last=False)
@@ -121,24 +122,24 @@ class RecentPictures:
 
 
 def content(image: Image.Image) -> bytes:
-    """32 bytes that stand for a picture's pixels."""
+    """A digest of an image's pixels, 32 bytes."""
     digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
     digest.update(image.tobytes())
     return digest.digest()
 
 
 class LVLM(LoadedModel):
-    """A vision-language model that can be asked where its heads look. Made by `load_model`."""
+    """A vision-language model that returns the attention maps of its heads. Made by `load_model`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.recent = RecentPictures()
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
-        """Where every head looks from the query token: by default, while the model reads the prompt's last token.
+        """The attention map of every head: from the query token, by default the prompt's last, to the image (Sec. 4.1).
 
         Args:
-            image: RGB picture of any size.
+            image: RGB image of any size.
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
 
         Raises:
@@ -156,10 +157,10 @@ class LVLM(LoadedModel):
         last_layer: int | None = None,
         ready: Batch | None = None,
     ) -> list[AttentionMaps]:
-        """`attend` for several pairs, in their order; whether a pair's maps are finite is left to the caller.
+        """`attend` for several pairs, in their order. The maps are not checked for finite values; the caller does that.
 
-        A picture that is there several times, as one and the same object, is encoded once for all its expressions;
-        the others go through the model in one forward pass.
+        An image that occurs several times, as the same object, is encoded once for all its expressions; the others
+        go through the model in one forward pass.
 
         Args:
             ready: what `make_ready` made of the same pairs.
@@ -171,10 +172,10 @@ class LVLM(LoadedModel):
         return make_batch(self, images, expressions)
 
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedPicture:
-        """Read a picture once, to ask it for many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
+        """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
         Args:
-            image: RGB picture of any size.
+            image: RGB image of any size.
             last_layer: the deepest layer that will be asked for (early exit); None for all.
         """
         encoded = EncodedPicture(self, image)
@@ -184,9 +185,10 @@ class LVLM(LoadedModel):
     def ask(
         self, image: Image.Image, expressions: Sequence[str], *, last_layer: int | None = None
     ) -> list[AttentionMaps]:
-        """`encode_image(image).attend(expressions)`, for conversations: the last pictures stay encoded.
+        """`encode_image(image).attend(expressions)`, for conversations: the most recent images stay encoded.
 
-        They are known by their pixels, and dropped when `recent.max_bytes` are full. NotFiniteError as of `attend`.
+        They are recognised by their pixels and dropped once `recent.max_bytes` are used. NotFiniteError as for
+        `attend`.
         """
         key = (content(image), self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
         try:

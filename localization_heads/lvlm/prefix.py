@@ -1,8 +1,9 @@
-"""The shared beginning of all prompts about one picture, as a cache that any number of prompts can continue.
+"""The shared prefix of all prompts about one image, as a key-value cache that any number of prompts can continue.
 
-While the model reads the prefix, its keys and values are recorded in transformers' own cache. From then on they are
-only read: each batch of prompts' ends gets a cache of its own, whose layers show the prefix to every prompt and keep
-nothing of what follows. So one prefix serves several threads, and a layer's copies live no longer than its attention.
+While the model reads the prefix, its keys and values are recorded in transformers' own cache. After that they are
+only read: each batch of suffixes gets a cache of its own, whose layers show the prefix to every prompt and keep
+nothing of what follows. So one prefix can serve several threads, and a layer's copies live no longer than the
+computation of its attention.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 
 
 def why_not_shared(config: Any) -> str | None:
-    """Why the pictures of such a model cannot be encoded once for all expressions; None if they can.
+    """Why the images of such a model cannot be encoded once for all expressions; None if they can.
 
     Asked of the configuration alone: a family's attention (`families.NOT_SHARED`), and options that any decoder can
     have.
@@ -39,7 +40,7 @@ def why_not_shared(config: Any) -> str | None:
     if reason := NOT_SHARED.get(config.model_type):
         return reason
     if config.is_encoder_decoder:
-        return "its encoder reads picture and expression together"
+        return "its encoder reads image and expression together"
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if any(_depends_on_length(part) for part in (rope, *rope.values()) if isinstance(part, Mapping)):
@@ -58,14 +59,14 @@ def _depends_on_length(rope: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What the model has computed of the first tokens of a prompt.
+    """What the model has computed for the first tokens of a prompt.
 
     Args:
         ids: the tokens, the image's included.
         layers: a cache layer for each layer of the language model up to the deepest one that was run.
         depth: that layer.
-        can_be_cut: whether every layer keeps its tokens apart, and nothing but tokens: recurrent layers keep only
-            what became of them, cross-attention the image's keys.
+        can_be_cut: whether every layer keeps one entry per token, and nothing else: recurrent layers keep only a
+            state, cross-attention the image's keys.
     """
 
     ids: list[int]
@@ -84,7 +85,7 @@ class Prefix:
 
 
 class SharedLayer(DynamicLayer):
-    """Keys and values of the prefix, for a batch; what follows is shown with them, and not kept."""
+    """Keys and values of the prefix, for a batch; those of later tokens are attended to as well, but not kept."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -138,14 +139,14 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 
 def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The inputs of one prompt cut to its first tokens, with everything that belongs to its picture."""
+    """The inputs of one prompt cut to its first tokens, with everything that belongs to its image."""
     return {name: t[:, :length] if name in SEQUENCES else t for name, t in inputs.items()}
 
 
 def last_tokens(prompts: Sequence[Mapping[str, Any]], start: int) -> dict[str, Any]:
     """What follows the first `start` tokens of each prompt, as a batch.
 
-    Shorter ones are padded on the right by their own last token: attention looks back only, so that no mask is needed.
+    Shorter ones are padded on the right with their own last token: attention is causal, so no mask is needed.
     """
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     names = [name for name in ("input_ids", "cross_attention_mask") if name in prompts[0]]

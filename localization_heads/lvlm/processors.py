@@ -1,4 +1,4 @@
-"""Processors for pictures only, as the video half needs torchvision; and what a checkpoint leaves out of one."""
+"""Processors without their video half, which would need torchvision; and values that a checkpoint's processor lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, image_token_id
 from localization_heads.lvlm.memory import is_memory_error
 
 MAX_SIDE = 16_384
-"""Pixels of a picture's side that a processor may ask for."""
+"""Pixels of an image's side that a processor may ask for."""
 _CLASS_TOKEN = ("clip_vision_model", "vit", "dinov2", "deit")
 """Vision towers whose features begin with a class token."""
 
@@ -44,9 +44,9 @@ def images_only(kind: Any) -> Any:
 
 
 def processor_kind(model_type: str) -> Any:
-    """What loads a family's processor: `AutoProcessor`, or without torchvision, the class less its video part.
+    """The class that loads a family's processor: `AutoProcessor`; without torchvision, one without its video part.
 
-    Families that need torchvision for pictures as well are left to `AutoProcessor`, whose error says so.
+    Families that need torchvision for images as well are left to `AutoProcessor`, whose error says so.
     """
     if is_torchvision_available():
         return AutoProcessor
@@ -79,7 +79,7 @@ def complete(processor: Any, config: Any) -> None:
 
 
 def check_image_sizes(image_processor: Any, shown: str) -> None:
-    """Refuse settings that make pictures of a size that fills the memory, whatever picture comes in.
+    """Refuse settings under which any image would be resized to one that fills the memory.
 
     Args:
         shown: option and value, which the message begins with.

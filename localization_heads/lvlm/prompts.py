@@ -1,4 +1,7 @@
-"""What is said to the model around an expression: pure functions from text to text."""
+"""The prompt around an expression, and which of its tokens is the query token.
+
+Prompts are pure functions from text to text; the query positions are found in the tokenized prompt.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class Prompt(NamedTuple):
 def locate_expression(render: Callable[[str], str], expression: str) -> Prompt:
     """The prompt that `render` makes of an expression, and where in it the expression lies.
 
-    The same template around a stand-in tells where: the text alone could be found in the template's own words.
+    The template is also rendered around a stand-in, since the expression's text may occur in the template itself.
 
     >>> locate_expression("user: {}. assistant:".format, "a")
     Prompt(text='user: a. assistant:', start=6, end=7)
@@ -51,11 +54,11 @@ def locate_expression(render: Callable[[str], str], expression: str) -> Prompt:
 
 
 def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> str:
-    """The expression on one line, without the image placeholder that LLaVA data sets put before it.
+    """The expression on one line, without the image placeholder that LLaVA's data sets put before it.
 
     Raises:
-        UsageError: nothing is left, it is no valid Unicode, or it holds another of the model's special tokens,
-            which would be read as control tokens and not as text.
+        UsageError: nothing is left, it is not valid Unicode, or it contains another of the model's special tokens,
+            which would act as control tokens instead of text.
     """
     text = " ".join(expression.replace("<image>", " ").split())
     if not text:
@@ -101,7 +104,7 @@ def expression_prompt(
 
     Args:
         mode: `referseg` (the paper's), `chat` (the model's own template up to its answer) or `plain`.
-        image_text: what stands for the image in this model's prompts.
+        image_text: the placeholder of the image in this model's prompts.
         chat: applies the model's chat template to one user turn with an image.
     """
     if mode == "referseg":
@@ -133,7 +136,7 @@ def image_placeholder(processor: Any, image_token: str) -> str:
 
 
 def template_renderer(processor: Any) -> Render | None:
-    """Its chat template as a function, or None if it brings none or refuses a turn with a picture."""
+    """Its chat template as a function, or None if it brings none or refuses a turn with an image."""
     if template_of(processor) is None:
         return None
 

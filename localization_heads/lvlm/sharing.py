@@ -1,9 +1,9 @@
-"""Encode once, ask many: a picture that the model has read, and the questions that are then asked of it.
+"""Encode once, ask many: an image that the model has encoded, and the expressions that are then asked about it.
 
-A prompt names the picture before the expression, and attention looks back only. So what the model computes of the
-tokens up to the last of the picture, and the template's few after it, is the same for every expression: it is
-computed once, and each expression costs a few tokens more. Families in which this is not so (`families.NOT_SHARED`)
-answer the same questions one prompt at a time.
+The image comes before the expression in the prompt, and attention is causal. So everything that the model computes
+for the tokens up to the image's last, and for the few of the template after it, is the same for every expression: it
+is computed once, and each expression costs a few tokens more. Families in which this does not hold
+(`families.NOT_SHARED`) answer the same questions one prompt at a time.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
 
 STAND_INS = ("it", "the dog", "2")
-"""Expressions that begin differently: what their prompts have in common stands before any expression."""
+"""Expressions that begin differently: the prefix that their prompts have in common comes before any expression."""
 
 
 class Question(NamedTuple):
-    """An expression in its prompt, as the processor's output for this picture, unpadded, on the CPU."""
+    """An expression in its prompt, as the processor's output for this image, unpadded, on the CPU."""
 
     expression: str
     prompt: Prompt
@@ -56,14 +56,14 @@ class Question(NamedTuple):
 
     @property
     def first_query(self) -> int:
-        """The first token whose attention is read."""
+        """The first token whose attention is captured."""
         return len(self.ids) - 1 if self.query.positions is None else int(self.query.positions.min())
 
 
 class EncodedPicture:
-    """A picture that the model has read up to the last token before any expression. Made by `LVLM.encode_image`.
+    """An image that the model has encoded, up to the last token before the expression. Made by `LVLM.encode_image`.
 
-    `attend` may be called from several threads: what has been read is never changed.
+    `attend` may be called from several threads: the encoding is never changed.
     """
 
     def __init__(self, lvlm: LoadedModel, image: Image.Image) -> None:
@@ -76,24 +76,24 @@ class EncodedPicture:
         self._prefix: Prefix | None = None
         self._first = self._read(
             self.lvlm.located_prompt(STAND_INS[0])
-        )  # raises what is wrong with the picture
+        )  # raises what is wrong with the image
         self.shares = lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
-        """Whether the expressions share what is computed of the picture, or each prompt is run by itself."""
+        """Whether the expressions share the image's encoding; if not, each prompt is run by itself."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory that this picture takes: pixels, processed pixels, keys and values."""
+        """Memory that this image takes: pixels, processed pixels, keys and values."""
         pixels = self.image.width * self.image.height * len(self.image.getbands())
         tensors = (value for value in self._first.values() if isinstance(value, Tensor))
         kept = self._prefix.num_bytes if self._prefix else 0
         return pixels + sum(tensor.nbytes for tensor in tensors) + kept
 
     def attend(self, expressions: Sequence[str], *, last_layer: int | None = None) -> list[AttentionMaps]:
-        """Where every head looks, for each expression: what `LVLM.attend` gives for this picture.
+        """The attention maps of every head for each expression, as `LVLM.attend` gives them for this image.
 
         Args:
-            last_layer: stop after this layer; the maps of later layers stay zero. If the picture was read less
-                deeply before, it is read again.
+            last_layer: stop after this layer; the maps of later layers stay zero. If the image was encoded to
+                a lower layer before, it is encoded again.
         """
         return self.answer([self.question(expression) for expression in expressions], last_layer=last_layer)
 
@@ -127,7 +127,7 @@ class EncodedPicture:
 
     @memory_errors()
     def encode(self, last_layer: int | None = None) -> Prefix | None:
-        """Read the picture down to that layer, if that was not done yet. None if nothing can be shared."""
+        """Read the image down to that layer, if that was not done yet. None if nothing can be shared."""
         if not self.shares:
             return None
         depth = max(self.lvlm.attention_modules) if last_layer is None else last_layer
@@ -155,7 +155,7 @@ class EncodedPicture:
         return min(shared_length(prefix.ids, question.ids), question.first_query)
 
     def _read(self, prompt: Prompt) -> dict[str, Any]:
-        """The processor's output; the picture itself goes through it only once."""
+        """The processor's output; the image itself goes through it only once."""
         return dict(self.lvlm.processed([self.image], [prompt.text], self._processor))
 
     @cached_property
@@ -192,7 +192,7 @@ class EncodedPicture:
 
 
 class _Once:
-    """An image processor that works once, and then hands out what it made of its one picture."""
+    """An image processor that works once, and then hands out what it made of its one image."""
 
     def __init__(self, image_processor: Any) -> None:
         self._image_processor = image_processor

@@ -1,7 +1,8 @@
-"""What a checkpoint needs because of its family, told from its configuration: for folders, and kin of known models.
+"""`ModelSpec`: a checkpoint and the facts about it, from `config/model/` or, failing that, from its family.
 
-The files of `config/model/` describe checkpoints by name. A copy in a folder, or a sister that nobody described, has
-another name; what follows from its `model_type` is here, in one table. What the user or a file says comes first.
+The files of `config/model/` describe checkpoints by name. A local copy, or a relative that has no file, goes by
+another name; the settings that follow from its `model_type` are in one table here. What the user or a file says takes
+precedence.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _VICUNA = 32_100
 
 
 def _llava(config: Any) -> Facts:
-    """LLaVA-1.5 and what is built like it: CLIP's processor crops, but the model was trained on padded squares."""
+    """LLaVA-1.5 and models built like it: CLIP's processor crops, but they were trained on padded squares."""
     tower = config.vision_config.model_type
     if tower == "pixtral":
         return {"conv_mode": "chat"}
@@ -86,7 +87,7 @@ FACTS: dict[str, Facts | Callable[[Any], Facts]] = {
 
 
 class Shape(NamedTuple):
-    """What tells checkpoints of one family apart in their configurations."""
+    """The sizes in a configuration that distinguish checkpoints of one family."""
 
     model_type: str
     layers: int
@@ -102,11 +103,11 @@ SHAPES = {
     "llava-13b": Shape("llava", 40, 40, 5120, 1024, 336, 14),
     "tiny": Shape("llava", 6, 8, 128, 128, 192, 8),
 }
-"""Of the checkpoints whose heads are known, by their file in `config/model/`: more is known of them than the family."""
+"""The shapes of checkpoints with known heads, by their file in `config/model/`."""
 
 
 def family_facts(config: Any) -> Facts:
-    """The options that follow from a checkpoint's configuration; empty for a family that nobody described."""
+    """The options that follow from a checkpoint's configuration; empty for a family that is not in the table."""
     found = FACTS.get(config.model_type) or FACTS.get(config.model_type.removesuffix("_moe"), {})
     return dict(found(config) if callable(found) else found)
 
@@ -152,20 +153,20 @@ def known_specs() -> dict[str, ModelSpec]:
 
 
 def converted(name: str) -> str:
-    """The name itself, or with a notice that of the same weights in the format of transformers."""
+    """The name itself or, with a notice, that of the same weights converted for transformers."""
     if name in CONVERTED:
         log.warning("%s is in the original LLaVA format: taking its converted twin %s", name, CONVERTED[name])
     return CONVERTED.get(name, name)
 
 
 def find_spec(name: str, like: str | None = None) -> ModelSpec:
-    """The spec of a config's stem, of a checkpoint's name, or a bare one for a checkpoint that nobody described.
+    """The spec for a file's stem or for a checkpoint's name; a bare one for a checkpoint that no file describes.
 
     Args:
         like: a known model, by its stem or its checkpoint's name, whose facts are taken for `name`.
 
     Raises:
-        UsageError: `like` is none.
+        UsageError: `like` is not a known model.
     """
     if like is not None:
         known = _known(converted(like))
@@ -184,17 +185,17 @@ def _known(name: str) -> ModelSpec | None:
 
 
 def with_family(spec: ModelSpec, facts: Mapping[str, Any]) -> ModelSpec:
-    """The spec with what its family needs wherever nobody has said anything."""
+    """The spec, with the facts of its family wherever neither user nor file says anything."""
     return replace(spec, **{name: value for name, value in facts.items() if getattr(spec, name) is None})
 
 
 def compose_spec(asked: ModelSpec, choice: str, overrides: Sequence[str] | None = None) -> ModelSpec:
     """The spec that `model=CHOICE model.key=value ...` asks for.
 
-    When `model.name` names another checkpoint than the chosen file, the file's facts (heads, padding, system
-    sentence) are about the wrong model: take those of the named one and keep only what the user wrote. But whoever
-    writes `model=llava model.name=/data/my-folder` (or an id that nobody described) says what it is: the file's facts
-    are about it.
+    If `model.name` names another known checkpoint than the chosen file, the file's facts (heads, padding, system
+    sentence) are about the wrong model: those of the named one are taken, with only the user's own options kept. But
+    `model=llava model.name=/data/my-folder` (or an id without a file) states what the weights are, so the file's facts
+    apply to them.
 
     Args:
         asked: the composed group.

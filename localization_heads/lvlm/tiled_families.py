@@ -1,4 +1,4 @@
-"""The families that cut a picture into tiles, and show the model the whole of it as well. See `families.py`."""
+"""Model families that cut an image into tiles and usually show the model the whole of it as well. See `families.py`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from localization_heads.lvlm.geometry import (
 
 
 def anyres(image: EncodedImage) -> list[View]:
-    """LLaVA-NeXT, LLaVA-OneVision: the picture squeezed into a square, then tiles over its letterboxed enlargement.
+    """LLaVA-NeXT, LLaVA-OneVision: the image squeezed into a square, then tiles over its letterboxed enlargement.
 
-    The tiles' tokens are unpadded to the picture's aspect, shrunk where they are too many, and each of their rows
+    The tiles' tokens are unpadded to the image's aspect, shrunk where they are too many, and each of their rows
     ends with a newline token.
     """
     from transformers.image_processing_utils import select_best_resolution
@@ -57,7 +57,7 @@ def anyres(image: EncodedImage) -> list[View]:
 
 
 def letterboxed_size(image_size: Size, canvas: Size) -> Size:
-    """The largest size of the picture's aspect on a canvas, rounded up (LLaVA-NeXT)."""
+    """The largest size of the image's aspect on a canvas, rounded up (LLaVA-NeXT)."""
     (W, H), (w, h) = image_size, canvas
     if w / W < h / H:
         return w, min(math.ceil(H * (w / W)), h)
@@ -67,7 +67,7 @@ def letterboxed_size(image_size: Size, canvas: Size) -> Size:
 def unpadded(
     x_edges: NDArray[np.float64], y_edges: NDArray[np.float64], image_size: Size
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Cut off the rows or columns of a letterbox's bars: `unpad_image` of transformers, on edges."""
+    """Remove the rows or columns of a letterbox's bars: transformers' `unpad_image`, applied to edges."""
     (W, H), columns, rows = image_size, len(x_edges) - 1, len(y_edges) - 1
     if columns / rows < W / H:
         bar = (rows - int(round(H * (columns / W), 7))) // 2
@@ -90,7 +90,7 @@ def _resampled(edges: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
 def tiled(
     image: EncodedImage, rows: int, columns: int, cells: int, *, box: Box | None = None, first: bool = False
 ) -> list[View]:
-    """Tiles of `cells x cells` tokens over `box`, and a thumbnail of the whole picture before or after them."""
+    """Tiles of `cells x cells` tokens over `box`, and a thumbnail of the whole image before or after them."""
     whole, box = whole_box(image.image_size), box or whole_box(image.image_size)
     tokens, each, tiles = image.tokens, cells * cells, rows * columns
     if tiles == 1 and tokens.size == each:
@@ -158,7 +158,7 @@ def _numbered_tiles(image: EncodedImage, pattern: str) -> Size:
 
 
 def lfm2(image: EncodedImage) -> list[View]:
-    """LFM2-VL: square tiles over the squeezed picture, then a thumbnail of its own aspect."""
+    """LFM2-VL: square tiles over the squeezed image, then a thumbnail of its own aspect."""
     ip, (W, H) = image.image_processor, image.image_size
     names = ("downsample_factor", "min_image_tokens", "max_image_tokens", "encoder_patch_size")
     width, height = ip.smart_resize(height=H, width=W, **{name: getattr(ip, name) for name in names})

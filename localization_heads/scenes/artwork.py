@@ -1,6 +1,6 @@
 """The artwork of the synthetic scenes: emoji sprites in four styles, tints, backgrounds.
 
-Licences are in `sprites/NOTICE.md`. Everything is drawn from a `random.Random`, so that a seed decides.
+Licences are in `sprites/NOTICE.md`. All randomness comes from a `random.Random`, so a seed decides everything.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def sprite_shape(style: str, name: str) -> tuple[float, float]:
 
 @lru_cache(maxsize=4096)
 def _halved(style: str, name: str, outlined: bool, angle: int, times: int) -> Image.Image:
-    """The sprite at CELL / 2**times pixels: small objects are scaled from a small picture, which is faster."""
+    """The sprite at CELL / 2**times pixels: small objects are scaled from a small image, which is faster."""
     if times:
         return _halved(style, name, outlined, angle, times - 1).reduce(2)
     sprite = _outlined(style, name) if outlined else _atlas(style)[name]
@@ -135,7 +135,7 @@ def _random_colour(rng: Random) -> tuple[int, int, int]:
 
 
 def _noise_background(rng: Random, size: int, cells: int) -> Image.Image:
-    """Smooth blobs of colour: a tiny random picture, enlarged and faded towards a random colour."""
+    """Smooth blobs of colour: a tiny random image, enlarged and faded towards a random colour."""
     blobs = Image.frombytes("RGB", (cells, cells), rng.randbytes(3 * cells * cells))
     base = Image.new("RGB", (cells, cells), _random_colour(rng))
     return Image.blend(base, blobs, rng.uniform(0.1, 0.7)).resize((size, size), Image.Resampling.BILINEAR)
@@ -151,7 +151,7 @@ def _photo_background(rng: Random, size: int) -> Image.Image:
 
 
 def draw_background(rng: Random, size: int) -> Image.Image:
-    """Plain, gradient, blobs of colour or part of a photo: an RGB picture of size x size pixels."""
+    """Plain, gradient, blobs of colour or part of a photo: an RGB image of size x size pixels."""
     kind = rng.choices(("plain", "gradient", "noise", "photo"), (0.2, 0.1, 0.4, 0.3))[0]
     if kind == "plain":
         return Image.new("RGB", (size, size), _random_colour(rng))

@@ -1,7 +1,7 @@
-"""Referring expressions for the synthetic scenes, each checked to mean exactly one object.
+"""Referring expressions for the synthetic scenes, each checked to refer to exactly one object.
 
 An expression is a noun (a name, a kind, a property, "thing") and at most one modifier (place, size, colour,
-relation). `meant_by` says which objects a phrase could mean; only phrases that mean one object are used.
+relation). `meant_by` lists the objects that a phrase could refer to; only phrases with a single one are used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from random import Random
 
 from localization_heads.scenes.artwork import VOCABULARY
 
-MARGIN = 0.08  # two centres closer than this share of the picture's side are neither left nor right
+MARGIN = 0.08  # two centres closer than this share of the image's side are neither left nor right
 PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # word -> axis, sign
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 USES = {"food": "eat", "vehicle": "ride", "clothing": "wear", "instrument": "play"}
@@ -24,7 +24,7 @@ KIND_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Expression:
-    """A phrase that means one object of a scene, and the answer (colour, size, name) that describes it."""
+    """A phrase that refers to one object of a scene, and the answer (colour, size, name) that describes it."""
 
     kind: str  # name, place, size, colour, kind, property or relation
     text: str  # without the final full stop
@@ -34,7 +34,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Thing:
-    """What expressions need to know of an object; the centre is in sides of the picture."""
+    """The properties of an object that expressions use; the centre is relative to the image's sides."""
 
     name: str
     colour: str  # a tint, or "plain"
@@ -60,7 +60,7 @@ class Phrase:
 
 
 def meant_by(phrase: Phrase, things: Sequence[Thing]) -> list[int]:
-    """Indices of the things that a phrase could mean."""
+    """Indices of the objects that a phrase could refer to."""
     attribute, value = phrase.noun
     found = [i for i, thing in enumerate(things) if attribute == "any" or getattr(thing, attribute) == value]
     match phrase.modifier:
@@ -76,7 +76,7 @@ def meant_by(phrase: Phrase, things: Sequence[Thing]) -> list[int]:
 
 
 def _at_place(found: list[int], things: Sequence[Thing], axis: int, sign: int) -> list[int]:
-    """The outermost of several candidates; a single one must lie in that half of the picture."""
+    """The outermost of several candidates; a single one must lie in that half of the image."""
     offset = {i: sign * things[i].centre[axis] for i in found}
     if len(found) == 1:
         return [i for i in found if offset[i] > sign * 0.5 + MARGIN]
@@ -143,7 +143,7 @@ def _text(phrase: Phrase, thing: Thing, rng: Random) -> str:
 
 
 def describe(thing: Thing, phrase: Phrase) -> str:
-    """The answer: colour, size and name; where the expression has named the colour, first what it has not said."""
+    """The answer: colour, size and name; if the expression names the colour, it begins with what was left out."""
     colour, size, name = thing.colour, thing.size_word, thing.name
     if phrase.modifier[:1] != ("colour",):
         return f"{colour} {size} {name}"
@@ -151,7 +151,7 @@ def describe(thing: Thing, phrase: Phrase) -> str:
 
 
 def refer(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
-    """Every unambiguous expression of a scene, each said in one of its ways."""
+    """Every unambiguous expression of a scene, each in one of its wordings."""
     expressions = []
     for index, thing in enumerate(things):
         for kind, phrase in _phrases(index, things):
@@ -162,7 +162,7 @@ def refer(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
 
 
 def pick(expressions: Sequence[Expression], rng: Random) -> Expression:
-    """One expression, its kind drawn by KIND_WEIGHTS among the kinds at hand."""
+    """One expression, its kind drawn with KIND_WEIGHTS from the kinds available."""
     kinds = [kind for kind in KIND_WEIGHTS if any(e.kind == kind for e in expressions)]
     kind = rng.choices(kinds, [KIND_WEIGHTS[k] for k in kinds])[0]
     return rng.choice([e for e in expressions if e.kind == kind])

@@ -1,8 +1,8 @@
 """Endless synthetic scenes with exact masks and boxes: the benchmark `data=scenes`.
 
-A seed decides everything. The scene is laid out in sides of the picture, so that the same seed shows the same
-scene, with the same expressions, at any size in pixels. Seeds of training, validation and test never meet.
-Boxes are xyxy floats in pixels, half-open, tight around the visible mask; masks are bool (H, W).
+A seed decides everything. Coordinates are relative to the image's sides, so the same seed shows the same scene, with
+the same expressions, at any size in pixels. The seeds of training, validation and test are disjoint. Boxes are xyxy
+floats in pixels, half-open, tight around the visible mask; masks are bool (H, W).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = [
 TRAIN_SEEDS = range(2**40)
 VALIDATION_SEEDS = range(2**40, 2**41)
 TEST_SEEDS = range(2**41, 2**42)
-SMALL, BIG = (0.26, 0.36), (0.44, 0.62)  # longer side of an object, in sides of the picture
+SMALL, BIG = (0.26, 0.36), (0.44, 0.62)  # longer side of an object, in sides of the image
 COUNTS = {2: 0.25, 3: 0.33, 4: 0.24, 5: 0.11, 6: 0.07}  # objects a scene: share of scenes
 PADDING = (122, 116, 104)  # the RGB colour that LLaVA's processor pads with
 TURNS = (-24, -12, 0, 0, 12, 24)  # degrees, in training
-GAP = 0.02  # how deep two objects may reach into each other, in sides of the picture
+GAP = 0.02  # how deep two objects may reach into each other, in sides of the image
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, what is in it, and every phrase that means exactly one of its objects."""
+    """An image, its objects, and every phrase that refers to exactly one of them."""
 
     image: np.ndarray  # uint8 (H, W, 3)
     objects: tuple[SceneObject, ...]
@@ -58,7 +58,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Placement:
-    """One object before it is drawn; `box` is in sides of the picture."""
+    """One object before it is drawn; `box` is in sides of the image."""
 
     name: str
     style: str
@@ -89,9 +89,9 @@ def render_scene(
     """The scene of a seed, drawn at `size` x `size` pixels.
 
     `style` None draws one of STYLES. `num_objects` None draws 2 to 6; fewer appear where they do not fit.
-    `span` < 1 draws a smaller canvas, `span` sides of a full picture wide, with objects of full-picture size
-    (for training). `bars` is the share of the picture that bars at the left and at the right, at the top and at the
-    bottom each take, in the colour that LLaVA pads with (for training: a picture that was not square).
+    `span` < 1 draws a smaller canvas, of `span` times the full side, with objects at full size (for training).
+    `bars` is the share of the image that the bars at left and right, and at top and bottom, each take, in LLaVA's
+    padding colour (for training: as if the image were not square).
     `augment` varies the art style further (outlines, turns, contrast, colour cast, grain; for training).
     `repeats` is the share of scenes in which a name comes twice, or three times.
 
@@ -118,7 +118,7 @@ def scene_samples(
     seeds: range = TEST_SEEDS,
     bars: tuple[float, float] = (0.0, 0.0),
 ) -> Iterator[tuple[Scene, Expression]]:
-    """A fixed set of scenes with one expression each; `seed` tells sets apart, `seeds` is their split.
+    """A fixed set of scenes with one expression each; `seed` selects the set, `seeds` is the split.
 
     `bars` as for `render_scene`.
     """
@@ -192,7 +192,7 @@ def _collide(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def _draw(
     rng: Random, placements: list[_Placement], size: int, augment: bool
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The picture and the visible mask of every object; later objects hide earlier ones."""
+    """The image and the visible mask of every object; later objects hide earlier ones."""
     outlined = augment and rng.random() < 0.4
     background = artwork.draw_background(rng, size)
     if rng.random() < 0.5:

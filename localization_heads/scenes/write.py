@@ -1,4 +1,4 @@
-"""The synthetic benchmark on disk: `stage=scenes` writes it, `data=scenes` uses it (and writes it if need be)."""
+"""The synthetic benchmark on disk: `stage=scenes` writes it; `data=scenes` uses it, and writes it if it is missing."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
 def write_scene(
     folder: Path, number: int, scene: Scene, expression: Expression, height: int | None = None
 ) -> dict[str, Any]:
-    """Write a scene's picture; returns the line of the data file, with true box and mask.
+    """Write a scene's image; returns the line of the data file, with true box and mask.
 
     Args:
-        height: rows to keep, the object's among them; None keeps the whole picture.
+        height: rows to keep, the object's among them; None keeps the whole image.
     """
     id = f"scene_{number:05d}"
     target = scene.objects[expression.object_index]

@@ -1,1 +1,1 @@
-"""Attention files, analyses, statistics, predictions and tables on disk: written whole, read with suspicion."""
+"""Attention files, analyses, statistics, predictions and tables: written atomically, read as untrusted input."""

@@ -1,4 +1,4 @@
-"""The parts of an array or a tensor as a pickle brings them, checked before any of it becomes an array."""
+"""Arrays and tensors as a pickle describes them (bytes, type, shape, strides), checked before any array is made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TORCH_TYPES = {
 
 
 class ArrayRefusedError(ValueError):
-    """The parts do not make an array that an attention file could hold."""
+    """The parts do not form an array that an attention file could hold."""
 
 
 def tensor_type(module: object, name: object) -> str | None:
@@ -44,7 +44,7 @@ def tensor_type(module: object, name: object) -> str | None:
 
 
 class TypeParts:
-    """A number type on its way: the code (`f4`), then its byte order. Objects, text and records have none."""
+    """A number type under construction: the code (`f4`), then its byte order. Objects, text and records are refused."""
 
     def __init__(self, code: object) -> None:
         if type(code) is not str or not re.fullmatch(r"[<>|=]?(f[248]|[iu][1248]|b1)", code):
@@ -68,7 +68,7 @@ def type_code(kind: object) -> str:
 
 
 class ArrayParts:
-    """An array on its way: the bytes, their type and the shape. `array()` is a read-only view of the bytes."""
+    """An array under construction: bytes, type and shape. `array()` is a read-only view of the bytes."""
 
     __slots__ = ("_array",)
 
@@ -87,7 +87,7 @@ class ArrayParts:
         self.fill(content, type_code(kind), shape, fortran=fortran is True)
 
     def fill(self, content: object, code: str, shape: object, *, fortran: bool) -> None:
-        """Take the content: a view of it, but for bfloat16, which is copied. The bytes must be as many as are said."""
+        """Take the content, as a view except for bfloat16, which is copied. The number of bytes must fit the shape."""
         shape = _sizes(shape)
         if not isinstance(content, bytes | bytearray):
             raise ArrayRefusedError("an array without bytes")

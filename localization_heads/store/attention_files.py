@@ -1,10 +1,10 @@
-"""Attention files: `save_attention` and `load_attention`, and the analysis that lies beside them.
+"""Attention files, `save_attention` and `load_attention`, and the analysis stored next to each.
 
-Two formats with the same content, `.pkl` (plain types and numpy arrays, for users' scripts) and
+There are two formats with the same content: `.pkl` (plain types and numpy arrays, for users' scripts) and
 `.safetensors`. The files of the published code are read too: of June 2025 a bare tensor `[L, H, 1, P*P]`, or one
-tensor a layer, with `<stem>_metadata.pkl` beside it; of August 2025 `{"attn": tensor, "meta": {...}}`, gzipped or not,
-with `<stem>_meta.pkl` beside it. That code padded the picture to a centred square, and its files do not say so: it is
-how their `image_box` is made here.
+tensor per layer, with `<stem>_metadata.pkl` beside it; of August 2025 `{"attn": tensor, "meta": {...}}`, gzipped or
+not, with `<stem>_meta.pkl` beside it. That code centres each image on a padded square but does not record it in its
+files, so their `image_box` is computed accordingly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_SIDE = 1_000_000
 MAX_WEIGHT = 1.01
 """Softmax weights are at most 1; half precision rounds."""
 _UNPACKED = 4, 32 << 20
-"""What a gzipped file may unpack to: so many times its size, and so many bytes more. Softmax weights shrink by two."""
+"""Limit of what a gzipped file may unpack to: a multiple of its size plus some bytes. Softmax weights shrink by two."""
 _TEXTS = ("image_file", "query", "prompt", "model", "id")
 
 
@@ -68,7 +68,7 @@ def save_attention(maps: AttentionMaps, path: str | Path) -> None:
 
 
 def load_attention(path: str | Path) -> AttentionMaps:
-    """Read an attention file of this tool or of the published one. UsageError, naming the file, if it is neither.
+    """Read an attention file of this tool or of the published code. UsageError, naming the file, if it is neither.
 
     The maps are checked: float32 `[layer, head, grid_h, grid_w]`, finite, not negative.
     """
@@ -151,12 +151,12 @@ def _text(content: Mapping[Any, Any], name: str) -> str:
 
 
 def _from_published(content: Any, path: Path) -> AttentionMaps:
-    """The published code's file: what it holds is all heads; the picture is in it, or in the file beside it."""
+    """The published code's file: what it holds is all heads; the image is in it, or in the file beside it."""
     metadata = _metadata(content, path)
     tensor = content["attn"] if isinstance(content, dict) and "attn" in content else content
     attention = _square_maps(_stacked(tensor), metadata.get("patch_size"))
     _check_maps(attention)
-    # Without metadata the picture is unknown, and the grid itself stands for it: a pixel a cell.
+    # Without metadata the image is unknown, and the grid itself stands for it: a pixel a cell.
     named_size = metadata.get("image_size") is not None
     size = (
         _size(_numbers(metadata, "image_size", 2)) if named_size else (attention.shape[3], attention.shape[2])
@@ -172,7 +172,7 @@ def _from_published(content: Any, path: Path) -> AttentionMaps:
 
 
 def _metadata(content: Any, path: Path) -> dict[Any, Any]:
-    """What the published code says of the picture: in the file itself, or beside it; empty where it says nothing."""
+    """What the published code says of the image: in the file itself, or beside it; empty where it says nothing."""
     if isinstance(content, dict) and content.get("meta"):
         where, metadata = "'meta'", content["meta"]
     else:
@@ -240,7 +240,7 @@ def _check_one_query(attention: np.ndarray) -> None:
 
 
 def _padded_square(width: int, height: int) -> Box:
-    """The square around the picture, which lies in its middle: the published code's `expand2square`."""
+    """The square around the image, which lies in its middle: the published code's `expand2square`."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     return float(-left), float(-top), float(side - left), float(side - top)
@@ -293,7 +293,7 @@ _READERS = {".safetensors": _read_safetensors, ".gz": _read_gzip}
 
 
 def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write the list of dicts, one a head, as a pickle of plain types, in the order given."""
+    """Write the list of dicts, one per head, as a pickle of plain types, in the order given."""
     write_bytes(path, pickle.dumps(plain_value(list(heads)), protocol=4))
 
 

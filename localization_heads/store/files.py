@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all: every file this tool writes goes through `atomic_write`."""
+"""Writing files whole or not at all, and holding a folder for one run.
+
+Every file that this tool writes goes through `atomic_write`; files that grow are in `journal.py`.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +50,11 @@ def _refusal(path: Path, error: OSError) -> UsageError | WorkError:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a binary file that becomes `path` when the block ends, and vanishes if the block raises.
+    """Open a binary file that becomes `path` when the block ends, and is removed if the block raises.
 
-    Missing folders are made. The content is on the disk (fsync) before it takes the name, so a reader, or a
-    run after a power cut, finds the old file or the new one and never a part of either. Raises UsageError
-    where the place cannot be written to, WorkError where the disk fails.
+    Missing folders are created. The content is on the disk (fsync) before it takes the name, so a reader, or a run
+    after a power cut, finds either the old file or the new one, never a part. Raises UsageError if the place cannot
+    be written to, WorkError if the disk fails.
     """
     path = Path(path)
     temporary = _temporary_path(path)
@@ -80,10 +83,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a new folder that takes the place of `path` when the block ends, and vanishes if the block raises.
+    """Fill a new folder that replaces `path` when the block ends, and is removed if the block raises.
 
-    Whoever looks finds the old content or the new, never a mixture; for a moment in between, none. Raises UsageError
-    where the place cannot be written to, WorkError where the disk fails.
+    A reader finds the old content or the new, never a mixture; for a moment in between, none. Raises UsageError if
+    the place cannot be written to, WorkError if the disk fails.
     """
     path = Path(path)
     new = _temporary_path(path)
@@ -165,7 +168,7 @@ def _is_running(pid: int) -> bool:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Make the folder if need be and see that a file can be made in it; UsageError where not."""
+    """Create the folder if necessary and check that a file can be created in it; UsageError if not."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +185,9 @@ LOCK_NAME = ".lh-run.lock"
 class RunLock:
     """Holds a folder for this run: `with RunLock(folder): ...`, or `acquire` and `release`.
 
-    A second run on the folder gets a UsageError at once instead of waiting. The system drops the lock when
-    the process ends, however it ends, so a kill leaves nothing to clear. Taking it clears the temporary files
-    of killed runs from the folder and from `attention/` and `statistics/` in it.
+    A second run on the folder gets a UsageError at once instead of waiting. The operating system releases the lock
+    however the process ends, so a kill leaves nothing to clear. Taking it removes the temporary files of killed runs
+    from the folder and from `attention/` and `statistics/` in it.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -192,7 +195,7 @@ class RunLock:
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> RunLock:
-        """Take the folder, making it if need be. UsageError if another run has it or it cannot be written."""
+        """Take the folder, creating it if necessary. UsageError if another run holds it or it cannot be written."""
         writable_folder(self.folder)
         lock = FileLock(str(self.folder / LOCK_NAME), timeout=0)
         try:

@@ -1,14 +1,17 @@
 """Appending to a file so that a kill, a full disk or a flipped bit costs one record and nothing else.
 
-The statistics store (records of one size) and the result log (a line a result) share this: every record ends up on
-the disk before `append` returns, bears a checksum, and is passed over if that does not fit.
+The statistics store (records of one size) and the result log (one line per result) share this: every record is on the
+disk before `append` returns, and has a checksum; a record that does not match it is skipped.
 
 One SQLite file for both was measured instead (100,000 samples of 1,024 heads, chunks of 16, each on the disk before
-the next; two cores, SSD, seconds): it is slower, in its default journal mode / with a write-ahead log, which is not
-for network drives. It has no checksums of its own, so a column for them was there too.
+the next; two cores, SSD, seconds) and is slower, both in its default journal mode and with a write-ahead log, which
+is not meant for network drives. It has no checksums of its own, so the measured table had a column for them.
 
-    append statistics 4.9 | 10.4 / 6.8       read sums and entropies, shuffled 0.5 | 2.4 / 2.1
-    append results    6.6 | 13.4 / 13.8      find the sound statistics         0.6 | 0.6 / 0.8
+                                        here | SQLite, default / write-ahead log
+    append statistics                    4.9 | 10.4 / 6.8
+    append results                       6.6 | 13.4 / 13.8
+    read sums and entropies, shuffled    0.5 | 2.4 / 2.1
+    find the sound statistics            0.6 | 0.6 / 0.8
 """
 
 from __future__ import annotations
@@ -30,10 +33,10 @@ LARGEST_JSON = 64 << 20  # bytes
 
 
 def append(path: Path, content: bytes, end: int) -> None:
-    """Write at the end of a file; on the disk on return.
+    """Write at the end of a file; the data are on the disk on return.
 
     Args:
-        end: size of the file before. It is cut back to that where the write fails.
+        end: size of the file before, to which it is cut back if the write fails.
 
     Raises:
         WorkError: the disk fails.
@@ -61,7 +64,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text; None for what is none, is nested too deeply or holds a number that is not finite."""
+    """The value of a JSON text; None if it is invalid, nested too deeply or holds a number that is not finite."""
     try:
         return json.loads(content, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
@@ -94,7 +97,7 @@ class ResultLog:
     """Append-only results by key (16 bytes), for one set of settings; a hidden file that `finish` removes.
 
     Args:
-        settings: whatever the results depend on, as JSON values; other settings have another file.
+        settings: everything that the results depend on, as JSON values; other settings have another file.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -109,7 +112,7 @@ class ResultLog:
             raise WorkError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def get(self, key: bytes) -> dict[str, Any] | None:
-        """The result of that key; None if there is none, or none that can be read."""
+        """The result of that key; None if it is missing or damaged."""
         if key not in self._places:
             return None
         start, length = self._places[key]
@@ -123,7 +126,7 @@ class ResultLog:
         return result if self._key(line) == key and isinstance(result, dict) else None
 
     def append(self, results: Sequence[tuple[bytes, dict[str, Any]]]) -> None:
-        """Add finished results; they are on the disk on return. Of one key the latest counts."""
+        """Add finished results; they are on the disk on return. The latest result of a key counts."""
         lines = [self._line(key, result) for key, result in results]
         journal.append(self.path, b"".join(lines), self._end)
         for (key, _), line in zip(results, lines, strict=True):
@@ -131,7 +134,7 @@ class ResultLog:
             self._end += len(line)
 
     def finish(self) -> None:
-        """The run is complete and its files are written: the log has served."""
+        """Remove the log: the run is complete and its files are written."""
         self.path.unlink(missing_ok=True)
 
     def _line(self, key: bytes, result: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""JSON from people and strangers: finite numbers, bounded depth, and memory in proportion to the text."""
+"""JSON from untrusted files: finite numbers only, bounded depth, and memory in proportion to the text."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def parse_json(content: bytes, encodings: Sequence[str] = ("utf-8",), **options:
     """The value of a JSON text, in the first encoding that fits; `options` are those of `json.loads`.
 
     Raises:
-        ValueError: in one short line, for anything that is no JSON, for NaN and numbers that no float holds, and
-            for what is nested too deeply or would take far more memory than its text.
+        ValueError: in one short line, for invalid JSON, for NaN and numbers beyond a float's range, and for values
+            nested too deeply or needing far more memory than their text.
     """
     if sum(cost * content.count(char) for char, cost in _COSTS.items()) > 8 * len(content) + (64 << 20):
         raise ValueError("not usable JSON: far more lists and objects than text")

@@ -1,4 +1,4 @@
-"""Names of the files written for one entry. An entry's id is a file name and never leads anywhere else."""
+"""Names of the files written for one entry. An entry's id is a plain file name and cannot lead out of its folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ ATTENTION_FORMATS = {"pkl": ".pkl", "safetensors": ".safetensors"}
 _ENDINGS = (".pkl.gz", *ATTENTION_FORMATS.values())
 
 SIDE_SUFFIXES = ("_analysis", "_metadata", "_meta")
-"""`<id>_analysis.pkl`, and the published code's `<id>_metadata.pkl` and `<id>_meta.pkl`, lie beside `<id>.pkl`: what an
-id must not make of another."""
+"""`<id>_analysis.pkl`, and the published code's `<id>_metadata.pkl` and `<id>_meta.pkl`, lie beside `<id>.pkl`, so no
+other id may end in these."""
 
 MAX_ID_BYTES = 255 - len("_visualization_L9999H9999.png")
 """File systems allow 255 bytes a name, and the longest one made from an id ends like this."""
 
 
 def check_id(id: str) -> str:
-    """Return `id` if it is a safe name for a file, else raise ValueError with the reason.
+    """Return `id` if it is safe as a file name, else raise ValueError with the reason.
 
     >>> check_id("example_1")
     'example_1'
@@ -43,17 +43,17 @@ def check_id(id: str) -> str:
 
 
 def from_home(path: Any) -> Any:
-    """A path with `~` or `~user` at its beginning made the home folder; anything else as it is."""
+    """A path with a leading `~` or `~user` expanded; anything else unchanged."""
     return os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111  (knows ~nobody)
 
 
 def claimed_names(id: str) -> list[str]:
-    """The `.pkl` stems that an entry writes or reads, folded as a case-blind file system would."""
+    """The `.pkl` stems that an entry writes or reads, case-folded as on a case-insensitive file system."""
     return [unicodedata.normalize("NFC", id + suffix).casefold() for suffix in ("", *SIDE_SUFFIXES)]
 
 
 def entry_path(folder: str | Path, id: str, suffix: str) -> Path:
-    """`folder / (id + suffix)`, certain to lie directly in `folder`. UsageError for an id that is no file name."""
+    """`folder / (id + suffix)`, which lies directly in `folder`. UsageError for an id that is not a file name."""
     try:
         name = check_id(id) + suffix
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What building the value of a pickle may take: one account that every step charges."""
+"""Limits on what a pickle may build: one account of instructions and bytes, which every step of the reader charges."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ SLOT = 8
 """Bytes of a reference: in a list, on the stack or in the memo."""
 
 ENTRY = 300
-"""Bytes of what is noted of one value in a dict."""
+"""Bytes of one value's entry in a dict."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a pickle may take: instructions, and how deep its values nest.
+    """Limits for a pickle: number of instructions, and nesting of its values.
 
     Args:
-        kind: what the file should be, for messages.
+        kind: the kind of file expected, for messages.
     """
 
     instructions: int = 1_000_000  # an analysis of 10,000 heads takes 250,000
@@ -26,7 +26,7 @@ class Limits:
 
 
 ATTENTION = Limits()
-"""Of attention files and what lies beside them."""
+"""For attention files and the files beside them."""
 
 
 class PickleRefusedError(Exception):
@@ -34,7 +34,7 @@ class PickleRefusedError(Exception):
 
 
 class Budget:
-    """What one account of a file of `size` bytes may still take: instructions, and bytes that are built."""
+    """The account of a file of `size` bytes: the instructions and built bytes that are left."""
 
     def __init__(self, size: int, limits: Limits) -> None:
         self.bytes = 7 * size + (56 << 20)  # RefCOCO's refs, nearly all short texts, take 7 times their size
@@ -42,7 +42,7 @@ class Budget:
         self.kind = limits.kind
 
     def charge(self, count: int) -> None:
-        """Account for `count` bytes before, or as, they are made."""
+        """Charge `count` bytes before, or as, they are allocated."""
         self.bytes -= count
         if self.bytes < 0:
             raise PickleRefusedError(
@@ -68,7 +68,7 @@ class Memo:
         return len(self._counted) + len(self._strays)
 
     def put(self, index: int, value: Any) -> int:
-        """The bytes that it took."""
+        """Store a value; returns the bytes that this takes."""
         if self._first is None and index in (0, 1):
             self._first = index
         if self._first is not None and index == self._first + len(self._counted):
@@ -79,7 +79,7 @@ class Memo:
         return ENTRY
 
     def get(self, index: int) -> Any:
-        """Raises KeyError or IndexError for a number that was not put."""
+        """Raises KeyError or IndexError for a number that was never stored."""
         if self._first is not None and index >= self._first and index not in self._strays:
             return self._counted[index - self._first]
         return self._strays[index]

@@ -1,4 +1,4 @@
-"""`heads.json` and `heads.csv`: the ranking on disk."""
+"""Results on disk: rankings (`heads.json`, `heads.csv`), `predictions.jsonl`, and tables as parquet."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def load_ranking(path: str | Path) -> HeadRanking:
 
 
 def is_ranking(path: str | Path) -> bool:
-    """Whether a file holds a ranking, and not another tool's scores. UsageError if it is no JSON file."""
+    """Whether a file holds a ranking rather than another tool's scores. UsageError if it is not a JSON file."""
     data = _read(Path(path))
     return isinstance(data, dict) and "heads" in data
 
 
 def load_head_list(path: str | Path) -> list[Head]:
-    """Heads, best first, from a `heads.json` or from another tool's scores (`heads.scores`).
+    """Heads, best first, from a `heads.json` or from another tool's scores (`heads.record.read_scores`).
 
     Raises:
         UsageError: naming the file, for anything else.
@@ -136,7 +136,7 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
 
 
 def read_predictions(path: str | Path) -> Iterator[Prediction]:
-    """Yield the lines of a `predictions.jsonl`. UsageError, naming file and line, for one that is none."""
+    """Yield the predictions in a `predictions.jsonl`. UsageError, naming file and line, for a line that is not one."""
     path = Path(path)
     try:
         file = path.open("rb")
@@ -170,7 +170,7 @@ def _prediction(line: bytes) -> Prediction:
 
 
 def write_parquet(path: Path, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as parquet; what a row does not name is null.
+    """Write rows as parquet; columns that a row lacks are null.
 
     Args:
         columns: name -> kind: `text`, `number` (float64), `whole` (int64), or `texts`, `numbers` for lists of them.

@@ -2,14 +2,13 @@
 
 A pickle is a program, and Python's unpickler runs it. This reader knows only the instructions that plain
 containers, numpy arrays and CPU tensors need. A name in the pickle is looked up in an allow-list and stands
-for one of *our* constructors, so nothing from any library is imported or called on the pickle's word. torch
+for one of *our* constructors, so a pickle can make nothing be imported or called. torch
 is not needed to read a tensor: its storage is bytes after a short header.
 
-Bounds are on what is built, not on what is read. A pickle can name one value a million times, so every step that
-makes, copies or refers to something is charged to a `Budget` in proportion to the file; the result is charged once
-more with every reference counted as a copy, since whoever takes it may copy (`np.stack` of a list does). Only text
-and short whole numbers are hashed: hashing a deep tuple crashes Python, and hashing a long number takes its time
-again and again.
+The limits are on what is built, not on what is read. A pickle can refer to one value a million times, so every step
+that makes, copies or refers to something is charged to a `Budget`, which is in proportion to the file; the result is
+charged once more with every reference counted as a copy, since callers may copy (`np.stack` of a list does). Only text
+and short integers are hashed: hashing a deep tuple crashes Python, and hashing a long integer is slow every time.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What `find`, `batch` and `evaluate` keep of every sample: sums, both entropies and the bottom-row flag of all heads.
+"""Statistics that `find`, `batch` and `evaluate` keep: every head's sum, entropies and bottom-row flag, per sample.
 
-A file of records of one size, appended a chunk at a time and read a record at a time, so neither a hundred
-thousand samples nor a kill in the middle of a write costs more than the last chunk. A record is
+They are records of one size in an append-only file, written chunk by chunk and read one by one, so a hundred thousand
+samples need no memory, and a kill in the middle of a write costs at most the last chunk. A record is
 
     key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] | pad | CRC32 u4
 
-and a JSON file of the same name beside it says what the numbers were made with. Both names carry a digest of
-that, so statistics of another model, prompt or threshold never mix in. All that the ranking's options choose
-among is in the records, so `stage=rank` needs nothing else: `recorded` lists what a folder holds.
+and a JSON file of the same name beside it says which settings the numbers were made with. Both names carry a digest
+of these settings, so statistics of another model, prompt or threshold never mix. The records hold everything that the
+ranking's options choose among, so `stage=rank` needs nothing else: `recorded` lists the stores of a folder.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 VERSION = 3
 KEY_BYTES = 16
 COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
-"""What a record holds of every head, in the order of the file."""
+"""The fields of a record, for every head, in the order of the file."""
 _SCAN_BYTES = 16 << 20
 _LARGEST_MODEL = 1 << 20  # heads
 
 
 def sample_key(expression: str, image: str | Path, id: str = "") -> bytes:
-    """16 bytes that stand for a sample: its expression, its picture and its id.
+    """A digest of a sample's expression, image and id, 16 bytes.
 
-    A file counts by its resolved path, size and time of change, so an edited picture is a new sample; an
-    http(s) address counts as it is written.
+    A file is identified by its resolved path, size and modification time, so an edited image is a new sample; an
+    http(s) address by its text.
     """
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         identity: list[Any] = [image]
@@ -64,7 +64,7 @@ def _digest(value: object) -> bytes:
 
 @dataclass(frozen=True)
 class StatisticsRows:
-    """Rows in the order that was asked for. The views read from the file what is indexed, no more."""
+    """Rows in the requested order. The views read only what is indexed from the file."""
 
     attention_sum: RowView
     area_entropy: RowView
@@ -75,15 +75,15 @@ class StatisticsRows:
         return len(self.attention_sum)
 
     def spatial_entropy(self, weight: Weight) -> RowView:
-        """The entropy whose components weigh by their `area` or their `mass`."""
+        """The entropy with components weighted by `area` or `mass`."""
         return self.area_entropy if weight == "area" else self.mass_entropy
 
 
 class RowView:
-    """An array `[sample, layer, head]` on disk, in an order of its own.
+    """An array `[sample, layer, head]` on disk, in a given order.
 
     `view[i]`, `view[i:j]` and `view[indices]` are arrays in memory; `np.asarray(view)` reads all of it. Rows are
-    read and not mapped: the pages of a map would count as this process's memory.
+    read, not memory-mapped: the pages of a mapping would count as this process's memory.
     """
 
     def __init__(self, path: Path, record: np.dtype[Any], column: str, order: NDArray[np.int64]) -> None:
@@ -133,7 +133,7 @@ class Recorded:
     """The header of a store in a folder.
 
     Args:
-        settings: what the numbers were made with.
+        settings: the settings that the numbers were made with.
         used: when a run last opened the store, in seconds since 1970.
     """
 
@@ -150,7 +150,7 @@ class Recorded:
 
 
 def recorded(folder: str | Path) -> list[Recorded]:
-    """The stores of a folder, the one used last first. What is not a sound header of this version is passed over."""
+    """The stores of a folder, most recently used first. Anything but a sound header of this version is skipped."""
     found = []
     for path in Path(folder).glob("statistics-*.json"):
         header = journal.read_json(path)
@@ -179,11 +179,11 @@ def _name(header: Mapping[str, Any]) -> str:
 class StatisticsStore:
     """Append-only statistics of every sample, for one set of settings, in `folder`.
 
-    Opening drops a record that a kill cut in half and passes over damaged ones. One writer at a time: the
-    caller holds the folder's `RunLock`.
+    Opening drops a record that a kill cut in half and skips damaged ones. One writer at a time: the caller holds the
+    folder's `RunLock`.
 
     Args:
-        settings: whatever the numbers depend on (model, prompt, criteria), as JSON values.
+        settings: everything that the numbers depend on (model, prompt, criteria), as JSON values.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class StatisticsStore:
     ) -> None:
         """Add a chunk: keys `[sample]` and four arrays `[sample, layer, head]`, in one write, on disk on return.
 
-        Keys that are already there are left out. Raises ValueError for wrong shapes or NaN, WorkError where
+        Keys that are already stored are skipped. Raises ValueError for wrong shapes or NaN, WorkError where
         the disk fails; the store is then as it was.
         """
         records = self._records(keys, attention_sum, area_entropy, mass_entropy, bottom_row_focus)
@@ -248,13 +248,13 @@ class StatisticsStore:
         return StatisticsRows(*(RowView(self.path, self._dtype, column, order) for column in COLUMNS))
 
     def note_failures(self, reasons: Mapping[bytes, str]) -> None:
-        """Remember why samples have no statistics, beside what was noted before; those that have some are left out."""
+        """Record why samples have no statistics, in addition to earlier notes; samples that have some are skipped."""
         noted = {key: why for key, why in {**self.failures(), **reasons}.items() if key not in self}
         if noted or self._failures_path.exists():
             write_json(self._failures_path, {key.hex(): why for key, why in noted.items()})
 
     def failures(self) -> dict[bytes, str]:
-        """By key, the reasons that `note_failures` was told."""
+        """The reasons given to `note_failures`, by key."""
         noted = journal.read_json(self._failures_path)
         try:
             return {bytes.fromhex(key): str(why) for key, why in (noted or {}).items()}
