@@ -11,13 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from localization_heads.heads import criteria
 from localization_heads.heads.criteria import (
+    _measure,
     attention_sum,
     attention_sum_threshold,
     binarise,
-    bottom_row_focus,
-    component_count,
     elbow,
     elbow_head,
     elbow_index,
@@ -30,6 +28,16 @@ from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_
 from localization_heads.options.groups import CriteriaOptions
 
 LN2 = math.log(2)
+
+
+def component_count(maps, threshold="mean"):
+    return head_statistics(maps, CriteriaOptions(threshold=threshold)).num_components
+
+
+def bottom_row_focus(maps, threshold="mean"):
+    return head_statistics(maps, CriteriaOptions(threshold=threshold)).bottom_row_focus
+
+
 JUNE, AUGUST = (
     CriteriaOptions(
         **yaml.safe_load((files("localization_heads.config") / f"criteria/{name}.yaml").read_text())
@@ -343,8 +351,8 @@ class TestSpatialEntropy:
                 row += [1.0] * int(area) + [0.0] * int(rng.integers(1, 4))
             row += [0.0] * (60 - len(row))
             # In float64: rounding to float32 would hide most differences, not all.
-            grid = np.array([row])
-            entropies.add(criteria._entropy(grid, label_components(grid > 0), "area").tobytes())
+            _, entropy, *_ = _measure(np.array([[row]]), CriteriaOptions())
+            entropies.add(entropy.tobytes())
         assert len(entropies) == 1
 
     def test_does_not_change_with_scale_or_transposition(self):
