@@ -31,6 +31,7 @@ from localization_heads.figures.sheet import (
     SKY,
     VERMILLION,
     YELLOW,
+    as_typed,
     new_sheet,
     panel_size,
     paper_style,
@@ -76,7 +77,7 @@ def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, ti
             if panel.truth is not None:
                 draw_box(axes, panel.truth, SKY, dashed=True)
             label = wrap(f"IoU {panel.iou:.2f}  {panel.text}", size[0] - 0.05, _PANEL_FONT, max_lines=1)
-            axes.set_title(label, fontsize=_PANEL_FONT, parse_math=False)
+            axes.set_title(label, fontsize=_PANEL_FONT, **as_typed(label))
         return save(figure, path)
 
 
