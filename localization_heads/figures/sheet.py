@@ -26,7 +26,6 @@ from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, FontProperties
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from localization_heads.store.files import write_bytes
@@ -92,9 +91,9 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
     return figure
 
 
-def _rendered(figure: Figure, kind: str, dpi: int, **options: object) -> bytes:
+def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05, **options)
+    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
     return buffer.getvalue()
 
 
@@ -248,11 +247,12 @@ def svg(figure: Figure, name: str, label: str = "") -> str:
         name: makes the ids inside differ from those of the page's other figures.
         label: what the figure shows, for those who do not see it.
     """
-    for text in figure.findobj(Text):
+    for text in (text for axes in figure.axes for text in axes.texts):
         text.set_path_effects([])  # matplotlib would draw the letters as outlines
+    buffer = io.BytesIO()
     with _style_lock, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        content = _rendered(figure, "svg", DPI, metadata={"Date": None})
-    root = ET.fromstring(content)
+        figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
+    root = ET.fromstring(buffer.getvalue())
     used = {id for element in root.iter() for value in element.attrib.values() for id in _ID.findall(value)}
     for parent in list(root.iter()):
         for child in list(parent):
@@ -279,9 +279,18 @@ def _tidy(element: ET.Element, used: set[str]) -> None:
     if values.get("id") not in used and (id := values.pop("id", "")).startswith(_TOLD):
         _add_titles(element, id.removeprefix(_TOLD).split(_BETWEEN))
     element.attrib = {
-        key: _LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", value) if key in _PLACES else value
+        key: _short(value) if key in _PLACES else value
         for key, value in values.items()
+        if not value.startswith("rotate(-0 ")
     }
+    element.tail = None
+    if not (element.text or "").strip():
+        element.text = None
+
+
+def _short(places: str) -> str:
+    """Hundredths of a point, single spaces."""
+    return " ".join(_LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", places).split())
 
 
 def _add_titles(group: ET.Element, tooltips: Sequence[str]) -> None:
