@@ -310,7 +310,8 @@ def plot_frequency_iou(
             )
         axes.set_xlabel("Selection frequency (%)")
         axes.set_ylabel("Mean IoU of the head's map (%)")
-        axes.set_xlim(*_span([100 * point[1] for point in points]))
+        low, high = _span([100 * point[1] for point in points])
+        axes.set_xlim(low - 0.04 * (high - low), high)  # many are never selected: beside the axis, not on it
         axes.set_ylim(*_span([100 * point[2] for point in points]))
         _name_points(axes, [point for point in points if point[0] in top])
         axes.set_title(title, loc="left", color="0.25")

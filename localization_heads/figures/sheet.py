@@ -91,9 +91,9 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
     return figure
 
 
-def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
+def _rendered(figure: Figure, kind: str, dpi: int, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05, **options)
     return buffer.getvalue()
 
 
@@ -233,7 +233,8 @@ _TOLD, _BETWEEN = "tooltips:", "|"  # they travel through matplotlib in the id o
 
 def tell(artist: Artist, tooltips: Sequence[str]) -> None:
     """Give each mark of a collection, or of a line, what is said of it where the figure is an SVG."""
-    artist.set_gid(_TOLD + _BETWEEN.join(tooltips))
+    if len(tooltips):
+        artist.set_gid(_TOLD + _BETWEEN.join(tooltips))
 
 
 def svg(figure: Figure, name: str, label: str = "") -> str:
@@ -249,10 +250,8 @@ def svg(figure: Figure, name: str, label: str = "") -> str:
     """
     for text in (text for axes in figure.axes for text in axes.texts):
         text.set_path_effects([])  # matplotlib would draw the letters as outlines
-    buffer = io.BytesIO()
     with _style_lock, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
-    root = ET.fromstring(buffer.getvalue())
+        root = ET.fromstring(_rendered(figure, "svg", DPI, metadata={"Date": None}))
     used = {id for element in root.iter() for value in element.attrib.values() for id in _ID.findall(value)}
     for parent in list(root.iter()):
         for child in list(parent):

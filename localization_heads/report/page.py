@@ -84,9 +84,9 @@ def _asset(name: str) -> str:
 GRIDS = {
     "frequency": ("Selection frequency (%)", 100),
     "sum": ("Attention sum", 1),
-    "entropy": ("Spatial entropy (low: one spot)", 1),
-    "bottom": ("Bottom row (% of samples)", 100),
-    "iou": ("Mean IoU of the head's map (%)", 100),
+    "entropy": ("Spatial entropy", 1),
+    "bottom": ("Bottom row (%)", 100),
+    "iou": ("Mean IoU (%)", 100),
 }
 """The statistics that are drawn layer by layer: what is written at the scale, and the factor of its unit."""
 
