@@ -257,6 +257,8 @@ def svg(figure: Figure, name: str, label: str = "") -> str:
         for child in list(parent):
             if _local(child.tag) in _LEFT_OUT:
                 parent.remove(child)
+            elif _local(parent.tag) == "defs":
+                child.attrib.pop("style", None)  # each use says it anew, and a style sheet reaches only that
     for element in root.iter():
         _tidy(element, used)
     root.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "font-family": f"{_FONT}, sans-serif"}
