@@ -2,11 +2,9 @@
 
 import math
 from dataclasses import replace
-from importlib.resources import files
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -25,6 +23,7 @@ from localization_heads.heads.criteria import (
     spatial_entropy,
 )
 from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_heads
+from localization_heads.options.compose import preset
 from localization_heads.options.groups import CriteriaOptions
 
 LN2 = math.log(2)
@@ -38,12 +37,7 @@ def bottom_row_focus(maps, threshold="mean"):
     return head_statistics(maps, CriteriaOptions(threshold=threshold)).bottom_row_focus
 
 
-JUNE, AUGUST = (
-    CriteriaOptions(
-        **yaml.safe_load((files("localization_heads.config") / f"criteria/{name}.yaml").read_text())
-    )
-    for name in ("published", "published_august")
-)
+JUNE, AUGUST = (CriteriaOptions.of(preset("criteria", name)) for name in ("published", "published_august"))
 
 
 def picture(*rows):

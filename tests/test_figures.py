@@ -592,7 +592,7 @@ def test_head_grid(shape):
     values = np.arange(math.prod(shape), dtype=float).reshape(shape)
     figure = figures.plot_head_grid(values, top=[Head(2, 0)], exclude_layers=2)
     axes = figure.axes[0]
-    cells = axes.images[0].get_array()
+    cells = axes.collections[0].get_array()
     assert np.array_equal(np.ma.getdata(cells)[2:], values[2:])
     assert np.ma.getmaskarray(np.ma.masked_invalid(cells))[:2].all()
     assert axes.patches[0].get_xy() == (-0.5, 1.5)

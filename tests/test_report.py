@@ -30,10 +30,23 @@ from localization_heads.errors import BadEntry
 from localization_heads.evaluation.metrics import box_iou, spearman
 from localization_heads.grounding.ground import fill_polygon, ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import RankedHead
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.report import Card, Gallery, HeadFacts, HeadIoU, outline, render, thumbnail, tiny_map
-from localization_heads.report.tables import Markup, element, json_block, plain
+from localization_heads.report import (
+    Card,
+    Gallery,
+    HeadFacts,
+    HeadIoU,
+    Report,
+    outline,
+    render,
+    thumbnail,
+    tiny_map,
+)
+from localization_heads.report import page as page_module
+from localization_heads.report.page import environment
+from localization_heads.report.values import json_text, plain
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.journal import ResultLog
 
@@ -79,6 +92,38 @@ def page_of(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
+REPORTS: dict[str, Report] = {}
+"""What the pages that the stages have written are of, by their texts (see the fixture `front`)."""
+
+
+def heads_of(path: Path) -> dict[str, Any] | None:
+    """What the page at `path` shows of the heads, before it is rounded."""
+    facts = REPORTS[path.read_text(encoding="utf-8")].heads
+    return None if facts is None else head_facts(facts)
+
+
+def head_facts(facts: HeadFacts) -> dict[str, Any]:
+    def row(rank: int, head: RankedHead) -> dict[str, Any]:
+        measured = {
+            name: None if values is None or np.isnan(values[head.address]) else float(values[head.address])
+            for name, values in (("bottom", facts.bottom_row), ("iou", facts.iou))
+        }
+        return {
+            "layer": head.layer,
+            "head": head.head,
+            "rank": rank if head.kept else None,
+            "kept": head.kept,
+            "frequency": head.selection_frequency,
+            "sum": head.attention_sum,
+            "entropy": head.spatial_entropy,
+            **measured,
+        }
+
+    rows = [row(rank, head) for rank, head in enumerate(facts.ranking.heads, start=1)]
+    layers, heads = facts.shape
+    return {"layers": layers, "heads": heads, "used": [list(head) for head in facts.used], "rows": rows}
+
+
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -88,22 +133,25 @@ def page_of(path: Path) -> Page:
 def test_text_of_strangers_comes_back_as_text(text: str) -> None:
     """Parsed again, element and attribute hold the very text, cleaned of what no page can hold, and nothing else."""
     clean = plain(text, 5000)
-    page = Page(element("p", {"title": clean}, clean))
+    page = Page(environment().from_string('<p title="{{ text }}">{{ text }}</p>').render(text=clean))
     assert page.elements == [("p", {"title": clean})]
     assert page.texts == ([clean] if clean else [])
     clean.encode()
     assert not any(ord(char) < 32 for char in clean)
 
 
-def test_markup_is_escaped_once_and_json_cannot_end_its_element() -> None:
-    inner = element("b", None, "<&>")
-    assert element("p", None, inner, None, 3) == "<p><b>&lt;&amp;&gt;</b>3</p>"
-    assert isinstance(inner, Markup)
-    block = json_block({"text": HOSTILE})
+def test_a_text_is_cleaned_and_escaped_wherever_the_template_puts_it() -> None:
+    text = environment().from_string("<p>{{ text }}{{ text|plain(4) }}</p>").render(text="<&>\x00\ud800 long")
+    assert text == "<p>&lt;&amp;&gt;\ufffd\ufffd long&lt;&amp;&gt;…</p>"
+
+
+def test_json_cannot_end_its_element() -> None:
+    block = environment().from_string("{{ value|json }}").render(value={"text": HOSTILE})
+    assert block == json_text({"text": HOSTILE})
     assert not set("<>&\u2028") & set(block)
     assert json.loads(block) == {"text": HOSTILE}
     with pytest.raises(ValueError, match="Out of range"):
-        json_block([float("nan")])
+        json_text([float("nan")])
 
 
 @pytest.mark.parametrize("size", [(640, 480), (64, 48), (1, 1), (3000, 2), (2, 3000)])
@@ -258,7 +306,7 @@ def test_columns_are_explained_where_they_are_shown() -> None:
 
 def test_the_pages_viridis_is_matplotlibs() -> None:
     """The seventeen colours of the script, against matplotlib."""
-    script = (Path(lh.__file__).parent / "report/assets/colours.js").read_text()
+    script = (Path(lh.__file__).parent / "report/assets/report.js").read_text()
     inside = re.findall(r"VIRIDIS = \[(.*?)\];", script, re.DOTALL)[0]
     anchors = np.array(re.findall(r"\d+", inside), dtype=float).reshape(-1, 3)
     expected = matplotlib.colormaps["viridis"](np.linspace(0, 1, 17))[:, :3] * 255
@@ -284,21 +332,20 @@ def test_page_holds_what_the_report_says() -> None:
     }
     assert "of 48 heads, 2 layers left out" in page.texts
     assert "7" in page.texts and "broken.png: no such file" in page.texts
-    drawn = page.data["heads"]
-    assert (drawn["layers"], drawn["heads"], drawn["tau"]) == (
-        6,
-        8,
-        pytest.approx(heads.ranking.tau, abs=1e-5),
-    )
-    by_head = {(row["layer"], row["head"]): row for row in drawn["rows"]}
-    assert len(by_head) == 48
-    for head in heads.ranking.heads:
-        row = by_head[head.address]
-        assert row["frequency"] == pytest.approx(head.selection_frequency, abs=1e-5)
-        assert row["entropy"] == (
-            None if head.spatial_entropy is None else pytest.approx(head.spatial_entropy, abs=1e-5)
+    values = [float(cell["data-value"] or "nan") for cell in page.of("td") if "data-value" in cell]
+    by_head = {(row["layer"], row["head"]): row for row in head_facts(heads)["rows"]}
+    assert len(values) == 7 * len(listed)
+    for start, head in zip(range(0, len(values), 7), listed, strict=True):
+        row = by_head[head]
+        shown = dict(
+            zip(
+                ("rank", "head", "frequency", "sum", "entropy", "bottom", "iou"), values[start:], strict=False
+            )
         )
-        assert heads.iou is not None and row["iou"] == pytest.approx(heads.iou[head.address], abs=1e-5)
+        assert shown == pytest.approx(
+            {key: row[key] for key in shown} | {"head": 8 * head.layer + head.head}, abs=1e-5
+        )
+    assert f"{heads.ranking.tau:.3f}" in page.texts
     assert [one["name"] for one in page.data["cards"][0]["maps"]] == ["L2H0", "L3H1", "L4H2", "combined"]
     assert page.data["cards"][2]["maps"][3]["cells"] == cards[2].combined.cells  # type: ignore[union-attr]
 
@@ -422,7 +469,13 @@ def test_assets_are_packaged() -> None:
 def front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Front]:
+    def recorded(report: Report) -> str:
+        text = render(report)
+        REPORTS[text] = report
+        return text
+
     stub_figures(monkeypatch)
+    monkeypatch.setattr(page_module, "render", recorded)
     yield from fronts(tmp_path, monkeypatch, capsys)
 
 
@@ -434,7 +487,7 @@ def test_batch_ends_with_a_report_of_its_own_numbers(front: Front) -> None:
     assert f"wrote {front.out}/report.html" in result.out
     page = page_of(front.out / "report.html")
     heads = json.loads((front.out / "heads.json").read_text())
-    drawn = page.data["heads"]
+    drawn = heads_of(front.out / "report.html")
     ranked = sorted((row for row in drawn["rows"] if row["kept"]), key=lambda row: row["rank"])
     assert [(r["layer"], r["head"]) for r in ranked] == [(h["layer"], h["head"]) for h in heads["heads"]]
     assert [r["frequency"] for r in ranked] == pytest.approx(
@@ -483,7 +536,10 @@ def test_find_says_why_it_has_no_samples(front: Front) -> None:
     assert front.finder("stage=find", "data_file=data.jsonl").status == 0
     page = page_of(front.out / "report.html")
     assert page.data["cards"] == []
-    assert all(row["bottom"] is not None and row["iou"] is None for row in page.data["heads"]["rows"])
+    assert all(
+        row["bottom"] is not None and row["iou"] is None
+        for row in heads_of(front.out / "report.html")["rows"]
+    )
     assert sum("find keeps" in text for text in page.texts) == 2
 
 
@@ -498,7 +554,7 @@ def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
     page = page_of(front.out / "report.html")
     metrics = json.loads((front.out / "metrics.json").read_text())
     assert f"{metrics['mean_iou']:.3f}" in page.texts
-    assert page.data["heads"] is None
+    assert heads_of(front.out / "report.html") is None
     assert any(text.startswith("No ranking: heads.json is not there") for text in page.texts)
     assert len(page.of("path", class_="line truth-mask")) == 5
     assert all(len(card["maps"]) == 3 for card in page.data["cards"])
@@ -510,7 +566,7 @@ def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
     assert (front.out / "heads.json").read_bytes() == known
     page = page_of(front.out / "report.html")
     assert any(text.startswith("The ranking of heads.json, which lists") for text in page.texts)
-    drawn = page.data["heads"]
+    drawn = heads_of(front.out / "report.html")
     assert drawn["used"] == [[2, 0], [3, 1]]
     assert {(row["layer"], row["head"]) for row in drawn["rows"]} <= set(
         np.ndindex(*(drawn[n] for n in ("layers", "heads")))
@@ -530,7 +586,7 @@ def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.
     assert front.finder(*SCORED).status == 0
     assert not (front.out / "heads.json").exists()
     page = page_of(front.out / "report.html")
-    own = page.data["heads"]
+    own = heads_of(front.out / "report.html")
     text = " ".join(page.texts)
     assert "Ranked on these samples, without their truth, for heads.json is not there." in text
     assert "The boxes of this page are those of L2H0 L3H1, which this ranking did not choose." in text
@@ -540,7 +596,7 @@ def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.
 
     monkeypatch.setattr(LVLM, "attend_batch", lambda *_, **__: pytest.fail("the statistics are there"))
     assert front.finder("stage=find", "data_file=data.jsonl", "batch_size=2").status == 0
-    found = page_of(front.out / "report.html").data["heads"]
+    found = heads_of(front.out / "report.html")
     assert all(row.pop("iou") is None for row in found["rows"])
     assert all(row.pop("iou") is not None for row in own["rows"])
     assert {**found, "used": own["used"]} == own
@@ -555,7 +611,7 @@ def test_a_large_models_heads_are_measured_on_fewer_samples(
     assert front.finder(*SCORED).status == 0
     page = page_of(front.out / "report.html")
     assert any("makes alone, mean over 3 samples." in text for text in page.texts)
-    assert all(row["iou"] is not None for row in page.data["heads"]["rows"])
+    assert all(row["iou"] is not None for row in heads_of(front.out / "report.html")["rows"])
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -581,9 +637,7 @@ def test_resumed_evaluate_ranks_the_same(front: Front, monkeypatch: pytest.Monke
     monkeypatch.setattr(LVLM, "attend_batch", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
     assert front.finder(*SCORED).status == 0
     assert len(calls) == (3 if lost else 1)
-    resumed, whole = (
-        page_of(folder / "report.html").data["heads"] for folder in (front.out, Path("whole/tiny"))
-    )
+    resumed, whole = (heads_of(folder / "report.html") for folder in (front.out, Path("whole/tiny")))
     assert resumed == whole
 
 
@@ -592,13 +646,12 @@ def test_evaluate_ranks_what_it_can_use(front: Front) -> None:
     write_data(front.folder, count=2, bbox=BOX)
     (front.folder / "picture_0.png").write_bytes(b"no picture")
     assert front.finder(*SCORED).status == 1
-    drawn = page_of(front.out / "report.html").data["heads"]
+    drawn = heads_of(front.out / "report.html")
     assert len(drawn["rows"]) == drawn["layers"] * drawn["heads"]
     seeds = [seed for seed in range(9) if np.random.default_rng(seed).choice(2, 1, replace=False)[0] == 0]
     options = (f"random_seed={seeds[0]}", "num_samples=1", "num_trials=1")
     assert front.finder(*SCORED, *options).status == 1
-    page = page_of(front.out / "report.html")
-    assert page.data["heads"] is None
+    assert heads_of(front.out / "report.html") is None
     assert json.loads((front.out / "metrics.json").read_text())["num_samples"] == 1
 
 
@@ -722,12 +775,14 @@ def test_clipped_text(chromium: Browser, report_file: Path) -> None:
     """Every text of a chart lies inside its drawing."""
     for width in (360, 1280):
         chromium.open(report_file, width=width)
+        assert chromium.run("document.querySelectorAll('.chart svg').length") == 7
         outside = chromium.run(
             """[...document.querySelectorAll('.chart svg')].flatMap(svg => {
                  const frame = svg.getBoundingClientRect();
                  return [...svg.querySelectorAll('text')].filter(text => {
                    const r = text.getBoundingClientRect();
-                   return r.left < frame.left - 1 || r.right > frame.right + 1 || r.bottom > frame.bottom + 2;
+                   return r.left < frame.left - 1 || r.right > frame.right + 1
+                     || r.top < frame.top - 2 || r.bottom > frame.bottom + 2;
                  }).map(text => text.textContent); })"""
         )
         assert outside == []
@@ -741,7 +796,7 @@ def test_clipped_text(chromium: Browser, report_file: Path) -> None:
 def test_the_scatter_uses_its_room(
     chromium: Browser, tmp_path: Path, frequency: tuple[float, float], iou: tuple[float, float]
 ) -> None:
-    """All points lie inside the axes; those that differ fill more than half of each; every axis has its numbers."""
+    """Those that differ fill more than a third of the drawing each way; every head says its own numbers."""
     ranking = made_ranking()
     shares = np.linspace(*frequency, len(ranking.kept))
     heads = tuple(
@@ -756,114 +811,73 @@ def test_the_scatter_uses_its_room(
     assert chromium.complaints == []
     found = chromium.run(
         """(svg => ({
-             marks: [...svg.querySelectorAll('circle.mark')].map(m => [m.cx.baseVal.value, m.cy.baseVal.value]),
-             axes: (b => [b.x, b.y, b.width, b.height])(svg.querySelector('path.axis').getBBox()),
-             texts: [...svg.querySelectorAll('text')].map(t => t.textContent),
+             tips: [...svg.querySelectorAll('title')].map(t => t.textContent),
+             marks: [...svg.querySelectorAll('title')].map(t => (r => [r.x + r.width / 2, r.y + r.height / 2])(
+               t.parentNode.getBoundingClientRect())),
+             frame: (r => [r.x, r.y, r.width, r.height])(svg.getBoundingClientRect()),
            }))(document.querySelector('#scatter-chart svg'))"""
     )
-    marks, (x, y, width, height) = np.array(found["marks"]), found["axes"]
+    marks, (x, y, width, height) = np.array(found["marks"]), found["frame"]
     assert (marks >= (x, y)).all() and (marks <= (x + width, y + height)).all()
-    for values, span, length in ((frequency, marks[:, 0], width), (iou, marks[:, 1], height)):
-        assert values[0] == values[1] or np.ptp(span) > 0.5 * length
-    percents = [float(text.rstrip(" %")) for text in found["texts"] if text.endswith("%")]
-    assert len(percents) >= 2 and max(percents) <= 100 and len(set(percents)) == len(percents)
+    for span, drawn, length in ((frequency, marks[:, 0], width), (iou, marks[:, 1], height)):
+        assert span[0] == span[1] or np.ptp(drawn) > 0.33 * length
+    assert sorted(found["tips"]) == sorted(
+        f"{one.address}: selected {100 * one.selection_frequency:.1f} %, IoU {100 * values[one.address]:.1f} %"
+        for one in heads
+    )
 
 
 @needs_chromium
 def test_charts_say_what_they_are_of(chromium: Browser, report_file: Path) -> None:
-    """The chooser is not printed: the scale names the statistic; the curve is of 32 of the 48 heads, and says which."""
+    """Each scale names its statistic; the curve is of 32 of the 48 heads, and says which."""
     chromium.open(report_file)
-    names = "[...document.querySelectorAll('#curve-chart text')].map(t => t.textContent)"
-    assert "heads of layers 2 and up, in ascending order" in chromium.run(names)
-    for key, name in (("frequency", "selection frequency"), ("sum", "attention sum")):
-        choose(chromium, "#grid-controls select", key)
-        scale = "[...document.querySelectorAll('#grid-chart svg:last-child text')].map(t => t.textContent)"
-        assert name in chromium.run(scale)
-
-
-@needs_chromium
-def test_heat_map_is_coloured_and_sorted_by_any_statistic(chromium: Browser, report_file: Path) -> None:
-    chromium.open(report_file)
-    report = Page(report_file.read_text(encoding="utf-8")).data["heads"]
-    names = chromium.run("[...document.querySelector('#grid-controls select').options].map(o => o.value)")
-    assert names == ["frequency", "sum", "entropy", "bottom", "iou"]
-    for name in names:
-        choose(chromium, "#grid-controls select", name)
-        values = {(r["layer"], r["head"]): r[name] for r in report["rows"]}
-        if name == "frequency":
-            values = {at: None if at[0] < 2 else value for at, value in values.items()}
-        best = max(values, key=lambda at: -1 if values[at] is None else values[at])
-        fills = dict(
-            chromium.run(
-                "[...document.querySelectorAll('rect.cell[id]')].map(c => [c.id, c.getAttribute('fill')])"
-            )
-        )
-        assert fills[f"cell-{best[0]}-{best[1]}"] == "rgb(253 231 37)"
-        assert [at for at in values if fills[f"cell-{at[0]}-{at[1]}"] is None] == [
-            at for at in values if values[at] is None
-        ]
-    choose(chromium, "#grid-controls label:nth-child(2) select", "all")
-    placed = chromium.run(
-        "[...document.querySelectorAll('rect.cell[id]')].map(c => [c.id, +c.getAttribute('x'), +c.getAttribute('y')])"
-    )
-    order = [name for name, _, _ in sorted(placed, key=lambda cell: (cell[2], cell[1]))]
-    expected = sorted(report["rows"], key=lambda row: -(-1 if row["iou"] is None else row["iou"]))
-    assert order == [f"cell-{row['layer']}-{row['head']}" for row in expected]
-    choose(chromium, "#grid-controls label:nth-child(2) select", "layer")
-    placed = chromium.run(
-        "[...document.querySelectorAll('rect.cell[id]')].map(c => [c.id, +c.getAttribute('x'), +c.getAttribute('y')])"
-    )
-    top = [
-        name
-        for name, _, y in sorted(placed, key=lambda cell: cell[1])
-        if y == min(cell[2] for cell in placed)
-    ]
-    last = [row for row in expected if row["layer"] == 5]
-    assert top == [f"cell-5-{row['head']}" for row in last]
-
-
-@needs_chromium
-def test_heat_map_by_pointer_and_by_keys(chromium: Browser, report_file: Path) -> None:
-    """Pointing shows a tip; arrow keys walk, and what they reach is read out and lit in the table."""
-    chromium.open(report_file)
-    chromium.run(
-        "document.querySelector('#grid-chart').scrollIntoView({block: 'center', behavior: 'instant'})"
-    )
-    chromium.settle()
-    x, y = chromium.run(
-        "(r => [r.x + 9, r.y + 9])(document.getElementById('cell-3-2').getBoundingClientRect())"
-    )
-    chromium.move(x, y)
-    chromium.settle()
-    assert chromium.run("document.getElementById('tip').textContent").startswith("L3H2")
-    assert chromium.run("document.getElementById('tip').hidden") is False
-    chromium.run("document.querySelector('#grid-chart svg').focus()")
-    for key, head in (
-        ("ArrowRight", "L3H3"),
-        ("ArrowUp", "L4H3"),
-        ("Home", "L4H0"),
-        ("ArrowDown", "L3H0"),
-        ("End", "L3H7"),
-        ("ArrowRight", "L3H7"),
+    names = "[...document.querySelectorAll('{} text')].map(t => t.textContent)"
+    assert "Heads of layers 2 and up, in ascending order" in chromium.run(names.format("#curve-chart"))
+    for key, name in (
+        ("frequency", "Selection frequency (%)"),
+        ("sum", "Attention sum"),
+        ("iou", "Mean IoU (%)"),
     ):
-        chromium.key(key)
-        chromium.settle()
-        assert chromium.run("document.querySelector('#grid-readout strong').textContent") == head
-        active = chromium.run(
-            "document.querySelector('#grid-chart svg').getAttribute('aria-activedescendant')"
+        assert name in chromium.run(names.format(f"#grid-{key}"))
+
+
+@needs_chromium
+def test_every_head_says_its_value_and_the_best_is_the_brightest(
+    chromium: Browser, report_file: Path
+) -> None:
+    chromium.open(report_file)
+    rows = head_facts(made_report().heads)["rows"]
+    units = {"frequency": 100, "sum": 1, "entropy": 1, "bottom": 100, "iou": 100}
+    for name, unit in units.items():
+        cells = chromium.run(
+            f"""[...document.querySelectorAll('#grid-{name} title')].map(
+                 t => [t.textContent, t.parentNode.getAttribute('fill')])"""
         )
-        assert active == f"cell-{head[1]}-{head[3]}"
-    kept = next(
-        row for row in Page(report_file.read_text(encoding="utf-8")).data["heads"]["rows"] if row["kept"]
-    )
-    chromium.run(
-        f"lookAt(data.heads.rows.find(r => r.layer === {kept['layer']} && r.head === {kept['head']}))"
-    )
-    lit = chromium.run(
-        "[...document.querySelectorAll('#ranking tr.current')].map(r => [+r.dataset.layer, +r.dataset.head])"
-    )
-    assert lit == [[kept["layer"], kept["head"]]]
-    assert chromium.run("document.querySelectorAll('.mark.current').length") == 2  # the curve and the scatter
+        values = {
+            str(Head(r["layer"], r["head"])): None if name == "frequency" and r["layer"] < 2 else r[name]
+            for r in rows
+        }
+        said = dict(text.split(": ") for text, _ in cells)
+        assert said == {
+            head: "no value" if value is None else f"{unit * value:.3g}" for head, value in values.items()
+        }
+        best = max(values, key=lambda head: -1 if values[head] is None else values[head])
+        fills = {text.split(":")[0]: fill for text, fill in cells}
+        assert fills[best] == "#fde725"
+        assert [head for head in values if fills[head] == "none"] == [h for h in values if values[h] is None]
+
+
+@needs_chromium
+def test_charts_are_legible_in_both_schemes(chromium: Browser, report_file: Path) -> None:
+    """The figures are drawn in black on white; in the dark, light on the colour of the panel."""
+    for dark in (False, True):
+        chromium.open(report_file, dark=dark)
+        colours = chromium.run(
+            """(svg => [svg.querySelector('text'), svg.querySelector('path')].map(e => getComputedStyle(e).fill))(
+                 document.querySelector('#curve-chart svg'))"""
+        )
+        text, ground = (np.mean([int(part) for part in re.findall(r"\d+", colour)[:3]]) for colour in colours)
+        assert (text - ground > 100) if dark else (ground - text > 100)
 
 
 @needs_chromium
@@ -918,7 +932,7 @@ def test_maps_are_drawn_when_they_come_near_and_laid_over_the_picture(
 @needs_chromium
 def test_table_is_sorted_by_its_headers(chromium: Browser, report_file: Path) -> None:
     chromium.open(report_file)
-    rows = [row for row in Page(report_file.read_text(encoding="utf-8")).data["heads"]["rows"] if row["kept"]]
+    rows = [row for row in head_facts(made_report().heads)["rows"] if row["kept"]]
     listed = (
         "[...document.querySelectorAll('#ranking tbody tr')].map(r => [+r.dataset.layer, +r.dataset.head])"
     )
@@ -935,7 +949,7 @@ def test_table_is_sorted_by_its_headers(chromium: Browser, report_file: Path) ->
 
 @needs_chromium
 def test_without_scripts_ranking_and_pictures_are_there(chromium: Browser, report_file: Path) -> None:
-    chromium.open(report_file, script=False)
+    chromium.open(report_file, script=False, height=6000)  # cards that are far away are not laid out
     text = Image.open(BytesIO(b64decode(chromium.call("Page.captureScreenshot")["data"])))
     assert len(np.unique(np.asarray(text.convert("L")))) > 50  # something is drawn
     tree = json.dumps(chromium.call("Accessibility.getFullAXTree"))

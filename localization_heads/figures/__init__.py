@@ -7,12 +7,13 @@ given a path, and returns it; `show` opens it in a window. No pyplot state is to
 from localization_heads.figures.charts import (
     plot_attention_sums,
     plot_experiment,
+    plot_frequency_iou,
     plot_head_grid,
     plot_selection_frequency,
 )
 from localization_heads.figures.overlay import Found, plot_boxes, plot_cells, plot_several
 from localization_heads.figures.pictures import plot_components, plot_grounding, plot_top_maps
-from localization_heads.figures.sheet import show
+from localization_heads.figures.sheet import show, svg
 
 __all__ = [
     "Found",
@@ -21,10 +22,12 @@ __all__ = [
     "plot_cells",
     "plot_components",
     "plot_experiment",
+    "plot_frequency_iou",
     "plot_grounding",
     "plot_head_grid",
     "plot_selection_frequency",
     "plot_several",
     "plot_top_maps",
     "show",
+    "svg",
 ]

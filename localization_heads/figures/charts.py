@@ -6,15 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from localization_heads.figures.sheet import BLUE, COLOUR_MAP, GREY, VERMILLION, new_figure, paper_style, save
+from localization_heads.figures.overlay import draw_box
+from localization_heads.figures.sheet import (
+    BLUE,
+    COLOUR_MAP,
+    GREY,
+    VERMILLION,
+    new_figure,
+    paper_style,
+    save,
+    tell,
+)
 from localization_heads.heads.head import Head
 
 if TYPE_CHECKING:
@@ -24,7 +33,8 @@ if TYPE_CHECKING:
 
 
 _COLUMN = 3.4  # inches: a column of a two-column page
-_MAX_NAMES = 10  # more names than this do not fit beside the curve
+_MAX_NAMES = 10  # more names than this do not fit beside a chart
+_MOST_DRAWN_CELLS = 2048  # of a grid; more are drawn as one picture, without tooltips
 
 
 def plot_attention_sums(
@@ -39,13 +49,14 @@ def plot_attention_sums(
     """Fig. 3: the heads in ascending order of average attention sum, the elbow, and the heads kept above it.
 
     Args:
-        sums: `[layer, head]`, average attention sum `S` of every head.
+        sums: `[layer, head]`, average attention sum `S` of every head; NaN where it is not known: not drawn.
         tau: the threshold, as criterion 1 chose it or as the user set it; none where the rule has none.
         kept: `[layer, head]`, the heads criterion 1 keeps; by default those with `S >= tau`, or none.
         top: heads to mark and name, best first (ten names at most).
         exclude_layers: the first layers, which are not considered and not drawn.
     """
-    considered = [Head(layer, head) for layer, head in np.ndindex(sums.shape) if layer >= exclude_layers]
+    known = [Head(layer, head) for layer, head in np.argwhere(np.isfinite(sums)).tolist()]
+    considered = [head for head in known if head.layer >= exclude_layers]
     considered.sort(key=lambda head: sums[head])
     curve = np.array([sums[head] for head in considered])  # [head], ascending
     if kept is None:
@@ -56,14 +67,17 @@ def plot_attention_sums(
         axes = figure.add_subplot()
         place = np.arange(1, len(curve) + 1)
         axes.plot(place, curve, color=GREY, zorder=2)
-        axes.scatter(place[is_kept], curve[is_kept], s=5, color=BLUE, zorder=3)
+        said = np.array([f"{head}: S = {sums[head]:.3f}" for head in considered], dtype=object)
+        for chosen, colour, size in ((~is_kept, GREY, 2), (is_kept, BLUE, 5)):
+            dots = axes.scatter(place[chosen], curve[chosen], s=size, color=colour, zorder=3, clip_on=False)
+            tell(dots, said[chosen])
         which = f"Heads of layers {exclude_layers} and up" if exclude_layers else "Heads"
         axes.set_xlabel(f"{which}, in ascending order")
-        axes.set_ylabel("Average attention sum $S$")
+        axes.set_ylabel("Average attention sum S")
         if len(curve):
             axes.plot(place[[0, -1]], curve[[0, -1]], color=GREY, linewidth=0.6, linestyle=":", zorder=1)
             axes.set_xlim(0, len(curve) * 1.03 + 0.5)
-            axes.set_ylim(*_span(curve, tau))
+            axes.set_ylim(*_span(curve if tau is None else [*curve, tau]))
             axes.set_title(f"{is_kept.sum()} of {len(curve)} heads kept", loc="left", color=BLUE)
             if tau is not None:
                 _mark_elbow(axes, curve, tau)
@@ -72,11 +86,9 @@ def plot_attention_sums(
         return save(figure, path)
 
 
-def _span(curve: NDArray[np.floating], tau: float | None) -> tuple[float, float]:
-    """Limits of the axis of `S`: from 0, unless all that is drawn lies in the upper half of that."""
-    low, high = (float(bound) for bound in (curve[0], curve[-1]))
-    if tau is not None:
-        low, high = min(low, tau), max(high, tau)
+def _span(values: Sequence[float] | NDArray[np.floating]) -> tuple[float, float]:
+    """Limits of an axis: from 0, unless all that is drawn lies in the upper half of that."""
+    low, high = float(np.min(values, initial=np.inf)), float(np.max(values, initial=0))
     if low > 0.5 * high and low < high:
         return low - 0.06 * (high - low), high + 0.06 * (high - low)
     return 0.0, high * 1.06 or 1.0
@@ -101,7 +113,7 @@ def _mark_elbow(axes: Axes, curve: NDArray[np.floating], tau: float) -> None:
         color=VERMILLION,
         ha="right" if early else "left",
         va="top" if low else "bottom",
-        path_effects=[matplotlib.patheffects.withStroke(linewidth=2, foreground="white")],
+        path_effects=[withStroke(linewidth=2, foreground="white")],
         zorder=5,
     )
 
@@ -116,15 +128,18 @@ def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]], curve: NDArray
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     sags = np.mean((curve - bottom) / (top - bottom)) < 0.5
     height, step = (0.95, -0.08) if sags else (0.05, 0.08)
-    rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")  # over the lines it crosses
+    rim = withStroke(linewidth=2, foreground="white")  # over the lines it crosses
 
     def across(mark: tuple[Head, int, float]) -> float:
         """How far right of the column, which is in the middle, a mark is, in widths of the axes."""
         return (mark[1] - left) / (right - left) - 0.5
 
-    for mark in sorted(marks[:_MAX_NAMES], key=lambda mark: -abs(across(mark))):
-        head, place, value = mark
-        axes.plot([place], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6)
+    for one in sorted(marks[:_MAX_NAMES], key=lambda mark: -abs(across(mark))):
+        head, place, value = one
+        (mark,) = axes.plot(
+            [place], [value], "D", color=VERMILLION, mec="white", mew=0.6, markersize=5, zorder=6
+        )
+        tell(mark, [f"{head}: S = {value:.3f}"])
         axes.annotate(
             str(head),
             (place, value),
@@ -138,7 +153,7 @@ def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]], curve: NDArray
                 "linewidth": 0.5,
                 "shrinkA": 1,
                 "shrinkB": 2,
-                "relpos": (float(across(mark) > 0), 0.5),
+                "relpos": (float(across(one) > 0), 0.5),
             },
             zorder=4,
             path_effects=[rim],
@@ -214,19 +229,14 @@ def plot_head_grid(
         shown = np.array(values, dtype=float)
         shown[:exclude_layers] = np.nan
         axes.set_facecolor("0.92")
-        cells = axes.imshow(shown, cmap=COLOUR_MAP, vmin=0, interpolation="nearest", origin="lower")
+        edges = np.arange(heads + 1) - 0.5, np.arange(layers + 1) - 0.5
+        fine = values.size > _MOST_DRAWN_CELLS
+        cells = axes.pcolormesh(*edges, shown, cmap=COLOUR_MAP, vmin=0, rasterized=fine, clip_on=False)
+        if not fine:
+            tell(cells, [_cell_tip(Head(*place), value) for place, value in np.ndenumerate(shown)])
+        axes.set_aspect("equal")
         for head in top:
-            axes.add_patch(
-                Rectangle(
-                    (head.head - 0.5, head.layer - 0.5),
-                    1,
-                    1,
-                    fill=False,
-                    ec=VERMILLION,
-                    lw=1.4,
-                    clip_on=False,
-                )
-            )
+            draw_box(axes, (head.head - 0.5, head.layer - 0.5, head.head + 0.5, head.layer + 0.5), VERMILLION)
         axes.set_xlabel("Head")
         axes.set_ylabel("Layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -237,8 +247,8 @@ def plot_head_grid(
         return save(figure, path)
 
 
-_EXPERIMENT_COLUMN = 3.4  # inches: a column of a two-column page
-_MOST_NAMES = 10  # more do not fit beside a figure
+def _cell_tip(head: Head, value: float) -> str:
+    return f"{head}: {value:.3g}" if np.isfinite(value) else f"{head}: no value"
 
 
 def plot_experiment(study: Study, finding: Finding, path: str | Path | None = None) -> Figure | None:
@@ -260,55 +270,70 @@ def plot_fig6a(study: Study, numbers: Mapping[str, Any], path: str | Path | None
     return plot_selection_frequency(study.ranking, path, emphasised=study.options.k)
 
 
-def plot_frequency_iou(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
-    """Fig. 6b: a point a head; hollow where it is selected too seldom to count."""
-    points = numbers["points"]
-    frequency = 100 * np.array([point["frequency"] for point in points])
-    iou = 100 * np.array([point["iou"] for point in points])
-    counted = frequency >= 100 * numbers["min_frequency"]
-    top = {tuple(head) for head in numbers["top"]}
-    first = np.array([tuple(point["head"]) in top for point in points], dtype=bool)
+def plot_fig6b(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
+    return plot_frequency_iou(
+        [(Head(*point["head"]), point["frequency"], point["iou"]) for point in numbers["points"]],
+        path,
+        least_frequency=numbers["min_frequency"],
+        top=[Head(*head) for head in numbers["top"]],
+        title=_rho(numbers.get("selected"), numbers["num_selected"]),
+    )
+
+
+def plot_frequency_iou(
+    points: Sequence[tuple[Head, float, float]],
+    path: str | Path | None = None,
+    *,
+    least_frequency: float,
+    top: Sequence[Head] = (),
+    title: str = "",
+) -> Figure:
+    """Fig. 6b: a point a head, its selection frequency and the mean IoU of its own map, both from 0 to 1.
+
+    Args:
+        points: head, selection frequency, mean IoU.
+        least_frequency: heads selected less often do not count and are hollow.
+        top: the localization heads, which are named (ten at most).
+    """
+    drawn: dict[str, list[tuple[Head, float, float]]] = {name: [] for name in _POINTS}
+    for head, frequency, iou in points:
+        kind = "localization heads" if head in top else "selected"
+        drawn[kind if frequency >= least_frequency else "hardly ever selected"].append((head, frequency, iou))
     with paper_style():
-        figure = new_figure(_EXPERIMENT_COLUMN, 2.7)
+        figure = new_figure(_COLUMN, 2.7)
         axes = figure.add_subplot()
-        axes.scatter(
-            frequency[~counted],
-            iou[~counted],
-            s=14,
-            facecolors="none",
-            edgecolors=GREY,
-            label="hardly ever selected",
-        )
-        axes.scatter(frequency[counted & ~first], iou[counted & ~first], s=14, color=BLUE, label="selected")
-        axes.scatter(
-            frequency[first],
-            iou[first],
-            s=24,
-            marker="D",
-            color=VERMILLION,
-            label="localization heads",
-            zorder=3,
-        )
+        for name, group in drawn.items():
+            across, up = 100 * np.array([point[1:] for point in group], dtype=float).reshape(-1, 2).T
+            marks = axes.scatter(across, up, label=name, clip_on=False, **_POINTS[name])
+            tell(
+                marks, [f"{head}: selected {100 * f:.1f} %, IoU {100 * iou:.1f} %" for head, f, iou in group]
+            )
         axes.set_xlabel("Selection frequency (%)")
         axes.set_ylabel("Mean IoU of the head's map (%)")
-        widest = max(float(frequency.max(initial=1)), 1)
-        axes.set_xlim(-0.04 * widest, 1.04 * widest)
-        axes.set_ylim(0, max(float(iou.max(initial=1)) * 1.15, 1))
-        _name_points(axes, [point for point in points if tuple(point["head"]) in top])
-        axes.set_title(_rho(numbers.get("selected"), numbers["num_selected"]), loc="left", color="0.25")
+        low, high = _span([100 * point[1] for point in points])
+        axes.set_xlim(low - 0.04 * (high - low), high)  # many are never selected: beside the axis, not on it
+        axes.set_ylim(*_span([100 * point[2] for point in points]))
+        _name_points(axes, [point for point in points if point[0] in top])
+        axes.set_title(title, loc="left", color="0.25")
         figure.legend(loc="outside lower center", ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8)
         return save(figure, path)
 
 
-def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+_POINTS: dict[str, dict[str, Any]] = {
+    "hardly ever selected": {"s": 14, "facecolors": "none", "edgecolors": GREY},
+    "selected": {"s": 14, "color": BLUE},
+    "localization heads": {"s": 24, "marker": "D", "color": VERMILLION, "zorder": 3},
+}
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[Head, float, float]]) -> None:
     """Heads by name in a column right of the axes, each led to its point."""
-    height, step = 1.0, 0.075
-    for point in sorted(points, key=lambda point: -point["iou"])[:_MOST_NAMES]:
-        bottom, top = axes.get_ylim()
-        height = min(height, (100 * point["iou"] - bottom) / (top - bottom))
+    (bottom, top), height, step = axes.get_ylim(), 1.0, 0.075
+    for head, frequency, iou in sorted(points, key=lambda point: -point[2])[:_MAX_NAMES]:
+        height = min(height, (100 * iou - bottom) / (top - bottom))
         axes.annotate(
-            str(Head(*point["head"])),
-            (100 * point["frequency"], 100 * point["iou"]),
+            str(head),
+            (100 * frequency, 100 * iou),
             xytext=(1.03, height),
             textcoords="axes fraction",
             va="center",
@@ -321,8 +346,13 @@ def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
 def _rho(found: Mapping[str, float] | None, count: int) -> str:
     if found is None:
         return f"{count} heads: too few for a correlation"
-    p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
-    return f"Spearman's $\\rho$ = {round(found['rho'], 2) + 0.0:.2f}, {p}, {count} heads"
+    rho = f"\N{GREEK SMALL LETTER RHO} = {round(found['rho'], 2) + 0.0:.2f}"
+    return f"Spearman's {rho}, {chance(found['p'])}, {count} heads"
+
+
+def chance(p: float) -> str:
+    """How often luck alone correlates as much: `p = 0.083`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def plot_tau_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
@@ -342,7 +372,7 @@ def _plot_sweep(numbers: Mapping[str, Any], path: str | Path | None, label: str)
     lanes = {head: lane for lane, head in enumerate([*default, *others])}
     place = range(len(values))
     with paper_style():
-        figure = new_figure(max(_EXPERIMENT_COLUMN, 0.9 + 0.3 * len(values)), 1.7 + 0.17 * len(lanes))
+        figure = new_figure(max(_COLUMN, 0.9 + 0.3 * len(values)), 1.7 + 0.17 * len(lanes))
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[max(1.0, 0.17 * len(lanes)), 1.0])
         for x, point in zip(place, points, strict=True):
             for rank, head in enumerate(map(tuple, point["top"]), start=1):
@@ -380,7 +410,7 @@ def _tick(value: float) -> str:
 def plot_random(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
     """The heads found, and every random set of the same layers, by each measure."""
     with paper_style():
-        figure = new_figure(_EXPERIMENT_COLUMN, 1.0 + 0.4 * len(numbers))
+        figure = new_figure(_COLUMN, 1.0 + 0.4 * len(numbers))
         axes = figure.add_subplot()
         for lane, result in enumerate(numbers.values()):
             sets = 100 * np.array(result["sets"])
@@ -402,7 +432,7 @@ def plot_random(study: Study, numbers: Mapping[str, Any], path: str | Path | Non
 _FIGURES: dict[str, Callable[[Study, Mapping[str, Any], str | Path | None], Figure]] = {
     "fig3": plot_fig3,
     "fig6a": plot_fig6a,
-    "fig6b": plot_frequency_iou,
+    "fig6b": plot_fig6b,
     "random": plot_random,
     "fig13": plot_tau_sweep,
     "fig14": plot_n_sweep,

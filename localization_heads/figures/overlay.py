@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -31,6 +32,7 @@ from localization_heads.figures.sheet import (
     SKY,
     VERMILLION,
     YELLOW,
+    as_typed,
     new_sheet,
     panel_size,
     paper_style,
@@ -76,7 +78,7 @@ def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, ti
             if panel.truth is not None:
                 draw_box(axes, panel.truth, SKY, dashed=True)
             label = wrap(f"IoU {panel.iou:.2f}  {panel.text}", size[0] - 0.05, _PANEL_FONT, max_lines=1)
-            axes.set_title(label, fontsize=_PANEL_FONT, parse_math=False)
+            axes.set_title(label, fontsize=_PANEL_FONT, **as_typed(label))
         return save(figure, path)
 
 
@@ -131,9 +133,7 @@ def _draw_view(axes: Axes, view: View, frame: Box) -> None:
     axes.add_collection(LineCollection(upright + level, colors="white", linewidths=width))
     for row, column, colour in ((0, 0, ORANGE), (rows - 1, columns - 1, SKY)):
         axes.add_patch(_cell(view, row, column, colour))
-    axes.add_patch(
-        Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=VERMILLION, linewidth=1.4, zorder=4)
-    )
+    draw_box(axes, view.box, VERMILLION)
     axes.set_title(f"{view.name}: {columns} x {rows} cells{_cell_size(view)}")
 
 
@@ -165,7 +165,7 @@ Picture = Image.Image | NDArray[np.uint8]
 
 LONGEST = 1200  # pixels of a heat map or a mask worth drawing
 BOX_WIDTH = 1.7  # points
-RIM = [matplotlib.patheffects.withStroke(linewidth=2.6, foreground="black")]
+RIM = [withStroke(linewidth=2.6, foreground="black")]
 
 
 def prepare(image: Picture | None, inches: float) -> Image.Image | None:
@@ -203,22 +203,13 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
     What is low stays see-through (`opacity`), so that the picture keeps its colours where nobody looks.
     """
-    x0, y0, x1, y1 = box
     values = np.nan_to_num(np.asarray(values, dtype=float), posinf=0)
     image_size = int(axes.get_xlim()[1]), int(axes.get_ylim()[0])
     inside = values[cells_inside(values.shape, box, image_size)]
     top = float(inside.max(initial=0.0)) or 1.0
     share = np.clip(values / top, 0, 1)
-    return axes.imshow(
-        share,
-        extent=(x0, x1, y1, y0),
-        cmap=COLOUR_MAP,
-        vmin=0,
-        vmax=1,
-        alpha=None if opaque else opacity(share),
-        interpolation="nearest",
-        zorder=2,
-    )
+    alpha = None if opaque else opacity(share)
+    return draw_cells(axes, share, box, cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=alpha)
 
 
 def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -226,10 +217,10 @@ def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(0.1 + 0.75 * share)
 
 
-def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box) -> AxesImage:
-    """Lay coloured cells, RGBA `[h, w, 4]` from 0 to 1, over the region `box` of the image."""
+def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box, **colours: Any) -> AxesImage:
+    """Lay cells over the region `box` of the image: RGBA `[h, w, 4]` from 0 to 1, or `[h, w]` with their colours."""
     x0, y0, x1, y1 = box
-    return axes.imshow(cells, extent=(x0, x1, y1, y0), interpolation="nearest", zorder=2)
+    return axes.imshow(cells, extent=(x0, x1, y1, y0), interpolation="nearest", zorder=2, **colours)
 
 
 def cells_inside(
@@ -240,12 +231,16 @@ def cells_inside(
     return np.ix_(np.flatnonzero(np.diff(rows) > SLIVER), np.flatnonzero(np.diff(columns) > SLIVER))
 
 
-def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None:
-    """Draw a box (pixels), cut at the image's edge, with a rim that lifts it from any background."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False, label: str = "") -> None:
+    """Draw a box, in the units of the axes, cut at their edge, with a rim that lifts it from any background.
+
+    Args:
+        label: written inside its top left corner, above every box.
+    """
+    left, right = sorted(axes.get_xlim())
+    low, high = sorted(axes.get_ylim())
     x0, x1 = np.clip(box[0::2], left, right)
-    y0, y1 = np.clip(box[1::2], top, bottom)
-    rim = matplotlib.patheffects.withStroke(linewidth=2.9, foreground="black" if dashed else "white")
+    y0, y1 = np.clip(box[1::2], low, high)
     patch = Rectangle(
         (x0, y0),
         x1 - x0,
@@ -254,11 +249,25 @@ def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None
         edgecolor=colour,
         linewidth=BOX_WIDTH,
         linestyle=(0, (4, 2)) if dashed else "-",
-        path_effects=[rim],
-        clip_on=False,  # half of a line on the image's edge would be lost
+        path_effects=[withStroke(linewidth=2.9, foreground="black" if dashed else "white")],
+        clip_on=False,  # half of a line on the edge would be lost
         zorder=5,
     )
     axes.add_patch(patch)
+    if label:
+        axes.annotate(
+            label,
+            (x0, y0),
+            xytext=(4, -4),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            fontsize=10,
+            fontweight="bold",
+            color=colour,
+            path_effects=[withStroke(linewidth=2.5, foreground="black")],
+            zorder=7,
+        )
 
 
 def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
@@ -305,9 +314,7 @@ def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path 
             colour = COLOURS[(number - 1) % len(COLOURS)]
             if found.mask is not None:
                 _draw_mask(axes, found.mask, colour)
-            draw_box(axes, found.box, colour)
-        for number, found in enumerate(objects, start=1):  # above every box
-            _draw_number(axes, found.box, number, COLOURS[(number - 1) % len(COLOURS)])
+            draw_box(axes, found.box, colour, label=str(number))
         return save(figure, path)
 
 
@@ -320,24 +327,5 @@ def _draw_mask(axes: Axes, mask: NDArray[np.bool_], colour: str) -> None:
     tint = np.zeros((*small.shape, 4))
     tint[..., :3] = to_rgb(colour)
     tint[..., 3] = _TINT * small
-    axes.imshow(tint, extent=(0, W, H, 0), interpolation="nearest", zorder=3)
+    draw_cells(axes, tint, (0, 0, W, H))
     draw_outline(axes, small)
-
-
-def _draw_number(axes: Axes, box: Box, number: int, colour: str) -> None:
-    """The object's number inside the top left corner of its box."""
-    (_, right), (bottom, _) = axes.get_xlim(), axes.get_ylim()
-    x, y = min(max(box[0], 0.0), right), min(max(box[1], 0.0), bottom)
-    axes.annotate(
-        str(number),
-        (x, y),
-        xytext=(4, -4),
-        textcoords="offset points",
-        ha="left",
-        va="top",
-        fontsize=10,
-        fontweight="bold",
-        color=colour,
-        path_effects=[matplotlib.patheffects.withStroke(linewidth=2.5, foreground="black")],
-        zorder=7,
-    )

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
@@ -286,7 +286,7 @@ def _name_components(
     cell = np.array([(x1 - x0) / labels.shape[1], (y1 - y0) / labels.shape[0]])
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
     room = np.array([0.36, 0.17]) * W / width  # pixels that `100%` takes
-    rim = matplotlib.patheffects.withStroke(linewidth=2, foreground="white")
+    rim = withStroke(linewidth=2, foreground="white")
     placed: list[NDArray[np.floating]] = []
     for number, share in zip(numbers[:_MAX_NAMES], shares, strict=False):
         spots = np.array([x0, y0]) + (np.argwhere(labels == number)[:, ::-1] + 0.5) * cell  # [cell, (x, y)]

@@ -1,4 +1,4 @@
-"""Text that people typed, made safe to draw: glyphs that the fonts have, on lines that fit."""
+"""The sheet that every figure is drawn on: its style, its fonts, the strips around its panels, its file."""
 
 from __future__ import annotations
 
@@ -6,125 +6,29 @@ import bisect
 import io
 import logging
 import math
+import re
 import threading
 import unicodedata
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontEntry, FontProperties
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from localization_heads.store.files import write_bytes
-
-_TOFU = "\N{WHITE SQUARE}"
-
-# matplotlib ships DejaVu Sans, which has no CJK; these have it, on the systems where they are installed.
-_FALLBACKS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "PingFang SC",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Yu Gothic",
-    "Malgun Gothic",
-    "Noto Sans",
-    "Noto Sans Arabic",
-    "Noto Sans Devanagari",
-    "Noto Emoji",
-    "Symbola",
-    "Arial Unicode MS",
-)
-
-
-@lru_cache(maxsize=1)
-def font_families() -> tuple[str, ...]:
-    """DejaVu Sans, then those fallbacks that are installed (naming others makes matplotlib warn)."""
-    installed = set(font_manager.fontManager.get_font_names())
-    return ("DejaVu Sans", *(name for name in _FALLBACKS if name in installed))
-
-
-@lru_cache(maxsize=4096)
-def _has_glyph(character: str) -> bool:
-    paths = [font_manager.findfont(FontProperties(family=[name])) for name in font_families()]
-    return any(font_manager.get_font(path).get_char_index(ord(character)) for path in paths)
-
-
-def drawable(text: str) -> str:
-    """`text` on one line, a white square where no font has the glyph (matplotlib would warn at each draw).
-
-    >>> drawable("a  cat\\non the\\tmat")
-    'a cat on the mat'
-    """
-    glyphs = (_glyph(character) for character in unicodedata.normalize("NFC", text))
-    return " ".join("".join(glyphs).split())
-
-
-def _glyph(character: str) -> str:
-    """The character, or what stands for it: a space for control characters, nothing for invisible marks."""
-    category = unicodedata.category(character)
-    if category in ("Cc", "Zl", "Zp", "Zs"):
-        return " "
-    if category == "Cs" or not _has_glyph(character):
-        return "" if category in ("Cf", "Mn") else _TOFU
-    return character
-
-
-def wrap(text: str, width: float, size: float, *, max_lines: int = 8) -> str:
-    """Break text into lines that fit, by measuring it; what goes beyond `max_lines` ends in an ellipsis.
-
-    Args:
-        text: anything a person typed.
-        width: of the line, in inches.
-        size: of the font, in points.
-    """
-    font = FontProperties(family=list(font_families()), size=size)
-    renderer = RendererAgg(1, 1, 72)  # at 72 dots an inch a pixel is a point
-
-    def fits(line: str) -> bool:
-        # 3 % of slack: hinting makes glyphs a little wider at some resolutions than at this one
-        across: float = renderer.get_text_width_height_descent(line, font, ismath=False)[0]
-        return across * 1.03 <= width * 72
-
-    lines: list[str] = []
-    rest = drawable(text[:4000])
-    while rest and len(lines) < max_lines:
-        cut = _line_length(rest, fits)
-        lines.append(rest[:cut].rstrip())
-        rest = rest[cut:].lstrip()
-    if rest:
-        end = lines[-1]
-        while end and not fits(end + "…"):
-            end = end[:-1]
-        lines[-1] = end.rstrip() + "…"
-    return "\n".join(lines)
-
-
-def _line_length(text: str, fits: Callable[[str], bool]) -> int:
-    """How many characters of `text` go on its first line: up to a place to break, if there is one."""
-    lengths = range(1, min(len(text), 500) + 1)
-    most = max(1, bisect.bisect_left(lengths, True, key=lambda n: not fits(text[:n])))
-    if most == len(text):
-        return most
-    return next((n for n in range(most, 0, -1) if _breaks(text[n - 1], text[n])), most)
-
-
-def _breaks(before: str, after: str) -> bool:
-    """Whether a line may end between two characters: at spaces and hyphens, and anywhere beside CJK."""
-    return " " in (before, after) or before == "-" or unicodedata.east_asian_width(before) in "WF"
-
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +65,7 @@ _style_lock = threading.RLock()
 @contextmanager
 def paper_style() -> Iterator[None]:
     """Draw with matplotlib's defaults and our style, whatever the user's matplotlibrc says."""
-    with _style_lock, matplotlib.style.context(["default", {**_STYLE, "font.family": list(font_families())}]):
+    with _style_lock, matplotlib.style.context(["default", {**_STYLE, "font.family": [_FONT]}]):
         yield
 
 
@@ -179,7 +83,7 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
         return figure
     path = Path(path)
     kind = path.suffix[1:].lower() or "png"
-    content = _rendered(figure, kind, DPI)
+    content = svg(figure, path.stem).encode() if kind == "svg" else _rendered(figure, kind, DPI)
     if len(content) > _MAX_BYTES and kind == "png":
         # the size of a photograph goes with its pixels, and small ones compress a little worse
         content = _rendered(figure, kind, int(DPI * math.sqrt(0.65 * _MAX_BYTES / len(content))))
@@ -187,11 +91,219 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
     return figure
 
 
-def _rendered(figure: Figure, kind: str, dpi: int) -> bytes:
+def _rendered(figure: Figure, kind: str, dpi: int, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05)
+    figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.05, **options)
     return buffer.getvalue()
 
+
+# ------------------------------------------------------------------------------------- texts that people typed
+
+_FONT = "DejaVu Sans"
+"""Comes with matplotlib; has Latin, Greek, Cyrillic, Arabic and most signs, but no CJK and no Devanagari."""
+_TOFU = "\N{WHITE SQUARE}"
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> tuple[tuple[str, ...], NDArray[np.int16]]:
+    """Names of the installed fonts, and for each code point the first of them that has it, -1 for none.
+
+    Every font is opened once, when a text first needs more than `_FONT` has.
+    """
+    names: list[str] = []
+    first = np.full(0x110000, -1, dtype=np.int16)
+    for entry in sorted(font_manager.fontManager.ttflist, key=_plainness):
+        if entry.name in names or entry.name.startswith((".", "Last")):  # macOS: boxes for every code point
+            continue
+        try:
+            codes = np.array(list(font_manager.get_font(entry.fname).get_charmap()), dtype=np.int64)
+        except (OSError, RuntimeError):  # it was removed, or is broken
+            continue
+        first[codes[first[codes] < 0]] = len(names)
+        names.append(entry.name)
+    return tuple(names), first
+
+
+def _plainness(entry: FontEntry) -> tuple[bool, bool, bool, bool, str]:
+    """What decides which font draws a letter that several have: `_FONT`, then upright regular sans-serif ones."""
+    regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
+    return entry.name != _FONT, not regular, "Sans" not in entry.name, "Mono" in entry.name, entry.name
+
+
+@lru_cache(maxsize=1)
+def _own_letters() -> frozenset[int]:
+    path = font_manager.findfont(FontProperties(family=[_FONT]))
+    return frozenset(font_manager.get_font(path).get_charmap())
+
+
+def _font_of(character: str) -> str | None:
+    """The font that draws a character, None where no installed one has it."""
+    if ord(character) in _own_letters():
+        return _FONT
+    names, first = _fonts()
+    return names[number] if (number := int(first[ord(character)])) >= 0 else None
+
+
+def font_families(text: str) -> list[str]:
+    """The fonts that draw `text`, in matplotlib's order of fallback: `_FONT`, then others for letters it lacks."""
+    fonts = map(_font_of, text)
+    return list(dict.fromkeys([_FONT, *(font for font in fonts if font)]))
+
+
+def as_typed(text: str) -> dict[str, Any]:
+    """How matplotlib draws a `drawable` text: in fonts that have its letters, without reading it as mathematics."""
+    return {"fontfamily": font_families(text), "parse_math": False}
+
+
+def drawable(text: str) -> str:
+    """`text` on one line, a white square where no font has the glyph (matplotlib would warn at each draw).
+
+    >>> drawable("a  cat\\non the\\tmat")
+    'a cat on the mat'
+    """
+    glyphs = (_glyph(character) for character in unicodedata.normalize("NFC", text))
+    return " ".join("".join(glyphs).split())
+
+
+def _glyph(character: str) -> str:
+    """The character, or what stands for it: a space for control characters, nothing for invisible marks."""
+    category = unicodedata.category(character)
+    if category in ("Cc", "Zl", "Zp", "Zs"):
+        return " "
+    if category == "Cs" or _font_of(character) is None:
+        return "" if category in ("Cf", "Mn") else _TOFU
+    return character
+
+
+def wrap(text: str, width: float, size: float, *, max_lines: int = 8) -> str:
+    """Break text into lines that fit, by measuring it; what goes beyond `max_lines` ends in an ellipsis.
+
+    matplotlib's own `Text(wrap=True)` breaks at spaces alone and has no last line: a long word and a Chinese
+    sentence run out of the figure, and how many lines there will be is not known before the sheet has its size.
+
+    Args:
+        text: anything a person typed.
+        width: of the line, in inches.
+        size: of the font, in points.
+    """
+    renderer = RendererAgg(1, 1, 72)  # at 72 dots an inch a pixel is a point
+
+    def fits(line: str) -> bool:
+        # 3 % of slack: hinting makes glyphs a little wider at some resolutions than at this one
+        across: float = renderer.get_text_width_height_descent(line, font, ismath=False)[0]
+        return across * 1.03 <= width * 72
+
+    lines: list[str] = []
+    rest = drawable(text[:4000])
+    font = FontProperties(family=font_families(rest), size=size)
+    while rest and len(lines) < max_lines:
+        cut = _line_length(rest, fits)
+        lines.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    if rest:
+        end = lines[-1]
+        while end and not fits(end + "…"):
+            end = end[:-1]
+        lines[-1] = end.rstrip() + "…"
+    return "\n".join(lines)
+
+
+def _line_length(text: str, fits: Callable[[str], bool]) -> int:
+    """How many characters of `text` go on its first line: up to a place to break, if there is one."""
+    lengths = range(1, min(len(text), 500) + 1)
+    most = max(1, bisect.bisect_left(lengths, True, key=lambda n: not fits(text[:n])))
+    if most == len(text):
+        return most
+    return next((n for n in range(most, 0, -1) if _breaks(text[n - 1], text[n])), most)
+
+
+def _breaks(before: str, after: str) -> bool:
+    """Whether a line may end between two characters: at spaces and hyphens, and anywhere beside CJK."""
+    return " " in (before, after) or before == "-" or unicodedata.east_asian_width(before) in "WF"
+
+
+# ---------------------------------------------------------------------------------------------------------- SVG
+
+_ID = re.compile(r"#([\w-]+)")
+_LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
+_PLACES = ("d", "x", "y", "width", "height", "transform")
+_LEFT_OUT = ("metadata", "style")
+_TOLD, _BETWEEN = "tooltips:", "|"  # they travel through matplotlib in the id of the group of marks
+
+
+def tell(artist: Artist, tooltips: Sequence[str]) -> None:
+    """Give each mark of a collection, or of a line, what is said of it where the figure is an SVG."""
+    if len(tooltips):
+        artist.set_gid(_TOLD + _BETWEEN.join(tooltips))
+
+
+def svg(figure: Figure, name: str, label: str = "") -> str:
+    """The figure as one `<svg>` element for an HTML page: the same figure always gives the same text.
+
+    Text stays text, in the page's font; tooltips (`tell`) become `<title>` elements. Colours and sizes are
+    attributes, none is a style: a page's style sheet can change them (for a dark scheme) with selectors such as
+    `[fill="#0072b2"]`, and its content security policy need not allow styles of elements.
+
+    Args:
+        name: makes the ids inside differ from those of the page's other figures.
+        label: what the figure shows, for those who do not see it.
+    """
+    for text in (text for axes in figure.axes for text in axes.texts):
+        text.set_path_effects([])  # matplotlib would draw the letters as outlines
+    with _style_lock, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        root = ET.fromstring(_rendered(figure, "svg", DPI, metadata={"Date": None}))
+    used = {id for element in root.iter() for value in element.attrib.values() for id in _ID.findall(value)}
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in _LEFT_OUT:
+                parent.remove(child)
+            elif _local(parent.tag) == "defs":
+                child.attrib.pop("style", None)  # each use says it anew, and a style sheet reaches only that
+    for element in root.iter():
+        _tidy(element, used)
+    root.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "font-family": f"{_FONT}, sans-serif"}
+    root.attrib |= {"stroke-linejoin": "round", "role": "img", "aria-label": label or name}
+    return ET.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """A tag or an attribute without its namespace, which HTML does not need."""
+    return name.rpartition("}")[2]
+
+
+def _tidy(element: ET.Element, used: set[str]) -> None:
+    """Tooltips where a group's id holds them, attributes in place of styles, no id that nothing refers to."""
+    element.tag = _local(element.tag)
+    values = {_local(name): value for name, value in element.attrib.items()}
+    styles = (pair.partition(":") for pair in values.pop("style", "").split(";") if pair.strip())
+    values |= {key.strip(): value.strip() for key, _, value in styles if key.strip() != "font-family"}
+    if values.get("id") not in used and (id := values.pop("id", "")).startswith(_TOLD):
+        _add_titles(element, id.removeprefix(_TOLD).split(_BETWEEN))
+    element.attrib = {
+        key: _short(value) if key in _PLACES else value
+        for key, value in values.items()
+        if not value.startswith("rotate(-0 ")
+    }
+    element.tail = None
+    if not (element.text or "").strip():
+        element.text = None
+
+
+def _short(places: str) -> str:
+    """Hundredths of a point, single spaces."""
+    return " ".join(_LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", places).split())
+
+
+def _add_titles(group: ET.Element, tooltips: Sequence[str]) -> None:
+    defined = {id(part) for parent in group.iter() if _local(parent.tag) == "defs" for part in parent.iter()}
+    parts = [part for part in group.iter() if id(part) not in defined]
+    marks = [part for part in parts if _local(part.tag) == "use"]
+    marks = marks or [part for part in parts if _local(part.tag) == "path"]
+    for mark, tooltip in zip(marks, tooltips, strict=True):
+        ET.SubElement(mark, "title").text = tooltip
+
+
+# ------------------------------------------------------------------------------------------- windows and sheets
 
 _WINDOWLESS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
 
@@ -272,7 +384,7 @@ def new_sheet(
     foot = _LEGEND * bool(legend) + _COLOUR_BAR * (bar is not None) + below
     row = size[1] + (_PANEL_TITLE if titled else _GAP)
     figure = Figure(figsize=(sheet, head + row * rows + foot + 0.05))
-    figure.suptitle(lines, y=1, va="top", fontsize=TITLE_SIZE, linespacing=1.2, parse_math=False)
+    figure.suptitle(lines, y=1, va="top", fontsize=TITLE_SIZE, linespacing=1.2, **as_typed(lines))
     axes = []
     for n in range(panels):
         middle = sheet / 2 + width * (n % columns - (columns - 1) / 2)

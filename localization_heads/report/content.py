@@ -1,4 +1,4 @@
-"""What a report holds, as data classes, and the part of it that the page's scripts read, as plain values."""
+"""What a report holds, as data classes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.metrics import spearman
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead
-from localization_heads.report.gallery import Card, TinyMap
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.report.gallery import Card
 
 LEAST_FREQUENCY = 0.01
 """Heads that are selected less often take no part in the scatter and its correlation (paper, Sec. 4.4, Fig. 6b)."""
@@ -85,57 +85,3 @@ class Report:
     num_grounded: int = 0
     ious: Sequence[float] = ()
     failures: Sequence[BadEntry] = ()
-
-
-def script_data(report: Report) -> dict[str, Any]:
-    """What the page's scripts draw: plain values, None where a number is unknown or infinite."""
-    return {
-        "heads": None if report.heads is None else _heads(report.heads),
-        "cards": [_card(card) for card in report.cards],
-    }
-
-
-def _heads(facts: HeadFacts) -> dict[str, Any]:
-    ranking = facts.ranking
-    return {
-        "layers": facts.shape[0],
-        "heads": facts.shape[1],
-        "excluded": ranking.exclude_layers,
-        "tau": _number(ranking.tau),
-        "used": [list(head) for head in facts.used],
-        "leastFrequency": LEAST_FREQUENCY,
-        "rows": [_head(facts, rank, head) for rank, head in enumerate(ranking.heads, start=1)],
-    }
-
-
-def _head(facts: HeadFacts, rank: int, head: RankedHead) -> dict[str, Any]:
-    return {
-        "layer": head.layer,
-        "head": head.head,
-        "rank": rank if head.kept else None,
-        "kept": head.kept,
-        "frequency": _number(head.selection_frequency),
-        "deviation": _number(head.selection_frequency_std),
-        "sum": _number(head.attention_sum),
-        "entropy": _number(head.spatial_entropy),
-        "bottom": None if facts.bottom_row is None else _number(facts.bottom_row[head.address]),
-        "iou": None if facts.iou is None else _number(facts.iou[head.address]),
-    }
-
-
-def _card(card: Card) -> dict[str, Any]:
-    named = [(str(head), one) for head, one in zip(card.heads, card.maps, strict=False)]
-    combined = [] if card.combined is None else [("combined", card.combined)]
-    return {
-        "region": [round(edge, 2) for edge in card.image_box],
-        "maps": [_map(name, one) for name, one in [*named, *combined]],
-    }
-
-
-def _map(name: str, one: TinyMap) -> dict[str, Any]:
-    return {"name": name, "rows": one.rows, "columns": one.columns, "cells": one.cells}
-
-
-def _number(value: Any) -> float | None:
-    """Five decimals: more than a screen shows."""
-    return None if value is None or not math.isfinite(value) else round(float(value), 5)

@@ -1,0 +1,171 @@
+"use strict";
+// What needs a script: the order of the ranking table, the order and the filter of the gallery, and its maps.
+// Text of strangers goes through textContent and setAttribute alone, never through markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+const data = JSON.parse(document.getElementById("data").textContent);
+
+function make(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children);
+}
+
+function draw(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function filled(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function chooser(name, choices, onChange) {
+  const select = make("select", {}, ...choices.map(([value, text]) => make("option", { value }, text)));
+  select.addEventListener("change", () => onChange(select.value));
+  return make("label", {}, name, select);
+}
+
+// The ranking table: sorted by any column, the first rows at first.
+
+function rankingTable(table) {
+  const body = table.tBodies[0], first = Number(table.dataset.first);
+  const rows = [...body.rows], ascending = new Set(["rank", "head", "entropy", "bottom"]);
+  let all = false;
+
+  function order(list) {
+    list.forEach((row, i) => row.classList.toggle("more", !all && i >= first));
+    body.append(...list);
+  }
+
+  function sortBy(header, column) {
+    const key = header.dataset.key;
+    const was = header.getAttribute("aria-sort");
+    const up = was ? was === "descending" : ascending.has(key);
+    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const value = (row) => row.cells[column].dataset.value;
+    order([...body.rows].sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // unknown comes last
+      return up ? x - y : y - x;
+    }));
+  }
+
+  [...table.tHead.rows[0].cells].forEach((header, column) => {
+    const button = make("button", { type: "button" }, header.textContent);
+    button.addEventListener("click", () => sortBy(header, column));
+    header.replaceChildren(button);
+  });
+  table.tHead.rows[0].cells[0].setAttribute("aria-sort", "ascending");
+  if (rows.length > first) {
+    const button = make("button", { type: "button", class: "button" }, `Show all ${rows.length}`);
+    button.addEventListener("click", () => { all = !all; button.textContent = all ? `Show the first ${first}` : `Show all ${rows.length}`; order([...body.rows]); });
+    table.parentElement.after(button);
+  }
+  order(rows);
+}
+
+// matplotlib's viridis, every sixteenth of the way; in between, straight lines.
+const VIRIDIS = [
+  [68, 1, 84], [72, 24, 106], [71, 45, 123], [66, 64, 134], [59, 82, 139], [51, 99, 141], [44, 114, 142],
+  [38, 130, 142], [33, 145, 140], [31, 160, 136], [40, 174, 128], [63, 188, 115], [94, 201, 98], [132, 212, 75],
+  [173, 220, 48], [216, 226, 25], [253, 231, 37],
+];
+
+function viridis(share) {
+  const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1);
+  const low = Math.min(Math.floor(place), VIRIDIS.length - 2);
+  return VIRIDIS[low].map((from, i) => Math.round(from + (place - low) * (VIRIDIS[low + 1][i] - from)));
+}
+
+// A map's cells, a byte each, as a picture of as many pixels: low cells let the picture below through.
+function mapAddress(map) {
+  const canvas = make("canvas", { width: map.columns, height: map.rows });
+  const context = canvas.getContext("2d");
+  const pixels = context.createImageData(map.columns, map.rows);
+  const cells = atob(map.cells);
+  for (let i = 0; i < cells.length; i++) {
+    const share = cells.charCodeAt(i) / 255;
+    pixels.data.set([...viridis(share), Math.round(255 * (0.1 + 0.75 * share))], 4 * i);
+  }
+  context.putImageData(pixels, 0, 0);
+  return canvas.toDataURL();
+}
+
+// The gallery: sorted and filtered; a sample's maps are drawn when it comes near the screen.
+
+function gallery(host) {
+  const cards = [...host.children];
+  const text = new Map(cards.map((card) => [card, card.querySelector("header").textContent.toLowerCase()]));
+  const number = (card, key) => Number(card.dataset[key] ?? NaN);
+  const orders = [["number", "as in the data set"]];
+  for (const [key, name] of [["iou", "IoU"], ["score", "score"]]) {
+    if (!cards.some((card) => key in card.dataset)) continue;
+    orders.push([`${key} up`, `worst first: lowest ${name}`], [`${key} down`, `best first: highest ${name}`]);
+  }
+  const count = make("span", { class: "count", role: "status" });
+  const filter = make("input", { type: "search", placeholder: "words or an id", autocomplete: "off" });
+
+  function sort(choice) {
+    const [key, way] = choice.split(" ");
+    const sign = way === "down" ? -1 : 1;
+    const place = (card) => (Number.isNaN(number(card, key)) ? Infinity : sign * number(card, key));
+    // unknown comes last; Infinity minus Infinity is NaN, which falls through to the order of the data set
+    host.append(...[...cards].sort((a, b) => place(a) - place(b) || number(a, "number") - number(b, "number")));
+  }
+
+  function sift() {
+    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const card of cards) card.hidden = !words.every((word) => text.get(card).includes(word));
+    const left = cards.filter((card) => !card.hidden).length;
+    count.textContent = left === cards.length ? `${cards.length} samples` : `${left} of ${cards.length} samples`;
+  }
+
+  filter.addEventListener("input", sift);
+  document.getElementById("gallery-controls").append(chooser("Order", orders, sort), make("label", {}, "Filter", filter), count);
+  sift();
+
+  const seen = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) if (isIntersecting) { seen.unobserve(target); drawMaps(target); }
+  }, { rootMargin: "600px" });
+  cards.forEach((card) => seen.observe(card));
+  addEventListener("beforeprint", () => cards.filter((card) => !card.hidden).forEach(drawMaps));
+}
+
+function drawMaps(card) {
+  const place = card.querySelector(".maps");
+  if (place.childElementCount) return;
+  const id = card.dataset.number, { maps, region } = data.cards[id];
+  const large = card.querySelector(".large .picture"), layer = large.querySelector(".map");
+  const [, , W, H] = large.getAttribute("viewBox").split(" ").map(Number);
+
+  const overlay = (map) => {
+    const [x0, y0, x1, y1] = region;
+    const cells = draw("image", {
+      class: "pixels", x: x0, y: y0, width: x1 - x0, height: y1 - y0, preserveAspectRatio: "none", href: mapAddress(map),
+    });
+    return draw("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}` }, cells); // cuts off what lies outside
+  };
+
+  const button = (map) => {
+    const small = draw("svg", { class: "picture", viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" },
+      draw("use", { href: `#picture-${id}` }), overlay(map));
+    if (map.name === "combined") small.append(large.querySelector(".shapes").cloneNode(true));
+    const made = make("button", { type: "button", "aria-pressed": "false", title: `Lay the map of ${map.name} over the picture` },
+      small, make("span", {}, map.name));
+    made.addEventListener("click", () => {
+      const on = made.getAttribute("aria-pressed") === "false";
+      for (const other of place.children) other.setAttribute("aria-pressed", "false");
+      made.setAttribute("aria-pressed", String(on));
+      layer.replaceChildren(...(on ? [overlay(map)] : []));
+    });
+    return made;
+  };
+  place.append(...maps.map(button));
+}
+
+document.documentElement.classList.add("js");
+for (const [id, start] of [["ranking", rankingTable], ["gallery", gallery]]) {
+  const host = document.getElementById(id);
+  if (host) start(host);
+}
