@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,10 @@ from localization_heads.options import groups, presets, programs
 from localization_heads.options.compose import PROGRAMS, choices_of, composed, help_text, option_names
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.programs import FinderOptions, VisualizeOptions
+from localization_heads.options.tables import markdown
 from localization_heads.stages.run import Run
 
+ROOT = Path(__file__).parents[1]
 GROUPS = {group: choices_of(group) for group in ("model", "criteria", "grounding", "data", "segmenter")}
 
 
@@ -328,3 +331,9 @@ def test_a_missing_option_is_named_with_its_stage() -> None:
 def test_a_box_of_a_mask_needs_a_mask(program: str, segmenter: list[str], way: str) -> None:
     with pytest.raises(UsageError, match=f"grounding.box_from=mask needs a segmenter, .*{way}"):
         composed(program, "grounding.box_from=mask", *segmenter)
+
+
+def test_the_page_of_the_options_is_up_to_date() -> None:
+    """Made by `python -m localization_heads.options.tables`."""
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert markdown() in page

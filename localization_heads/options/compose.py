@@ -144,7 +144,12 @@ def _rule(title: str) -> str:
 
 def _explained(name: str, value: Any, sentence: str | None) -> list[str]:
     comment = textwrap.wrap(sentence or "", _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
-    return [*(f"# {line}" for line in comment), f"{name}: {_written(plain(value))}"]
+    return [*(f"# {line}" for line in comment), f"{name}: {written(value)}"]
+
+
+def written(value: Any) -> str:
+    """A value as YAML and the command line have it."""
+    return _written(plain(value))
 
 
 def _written(value: Any) -> str:
@@ -168,7 +173,7 @@ def flat(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, Options):
             yield from flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _written(plain(value))
+            yield f"{prefix}{name}", written(value)
 
 
 def composed(program: str, *overrides: str) -> Any:

@@ -1,0 +1,63 @@
+"""The option tables of the docs: `python -m localization_heads.options.tables` prints them as Markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from pydantic.fields import FieldInfo
+
+from localization_heads.options.compose import PROGRAMS, choices, choices_of, option_names, written
+from localization_heads.options.kinds import Options, group_of, wants
+from localization_heads.options.programs import FinderOptions
+
+COMMANDS = {
+    "finder": "localization_heads_finder.py",
+    "visualize": "visualize_attention.py",
+    "chat": "cli_llava.py",
+    "demo": "python -m localization_heads.apps.demo",
+}
+
+
+def markdown() -> str:
+    """Every option of the finder by group, then what the other programs have besides."""
+    parts = [_presets(), _table("Options of the run", _single(FinderOptions))]
+    for name, field in FinderOptions.__pydantic_fields__.items():
+        if group := group_of(field):
+            parts.append(_table(f"`{name}`", [(f"{name}.{key}", one) for key, one in _single(group)]))
+    known = option_names("finder")
+    for program, kind in PROGRAMS.items():
+        own = [(name, field) for name, field in _single(kind) if name not in known]
+        if own:
+            parts.append(_table(f"`{COMMANDS[program]}` besides", own))
+    return "\n\n".join(parts) + "\n"
+
+
+def _presets() -> str:
+    fields, extra = FinderOptions.__pydantic_fields__, FinderOptions.EXTRA_GROUPS
+    rows = []
+    for name, default in choices("finder").items():
+        sentence = extra[name][1] if name in extra else str(fields[name].description)
+        listed = ", ".join(f"`{choice}`" for choice in choices_of(name))
+        rows.append(f"| `{name}` | `{default}` | {listed} | {sentence} |")
+    head = "### Presets\n\n| group | default | choices | what it chooses |\n| --- | --- | --- | --- |\n"
+    return head + "\n".join(rows)
+
+
+def _single(kind: type[Options]) -> Iterator[tuple[str, FieldInfo]]:
+    return ((name, field) for name, field in kind.__pydantic_fields__.items() if group_of(field) is None)
+
+
+def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str, FieldInfo]]) -> str:
+    rows = [
+        f"| `{name}` | `{written(field.default)}` | {wants(field).removeprefix('give ')} | {field.description} |"
+        for name, field in options
+    ]
+    return (
+        f"### {title}\n\n| option | default | takes | what it means |\n| --- | --- | --- | --- |\n"
+        + "\n".join(rows)
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())
