@@ -330,8 +330,8 @@ def _range(metadata: Any) -> str:
     most = next((m.le for m in metadata if isinstance(m, annotated_types.Le)), None)
     above = next((m.gt for m in metadata if isinstance(m, annotated_types.Gt)), None)
     bounds = [
-        f"of at least {least:g}" if least is not None else f"above {above:g}" if above is not None else "",
-        f"at most {most:g}" if most is not None else "",
+        f"of at least {least}" if least is not None else f"above {above}" if above is not None else "",
+        f"at most {most}" if most is not None else "",
     ]
     text = " and ".join(bound for bound in bounds if bound)
     return f" {text}" if text else ""

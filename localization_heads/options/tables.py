@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -50,13 +51,18 @@ def _single(kind: type[Options]) -> Iterator[tuple[str, FieldInfo]]:
 
 def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str, FieldInfo]]) -> str:
     rows = [
-        f"| `{name}` | `{written(field.default)}` | {wants(field).removeprefix('give ')} | {field.description} |"
+        f"| `{name}` | `{written(field.default)}` | {_takes(field)} | {field.description} |"
         for name, field in options
     ]
     return (
         f"### {title}\n\n| option | default | takes | what it means |\n| --- | --- | --- | --- |\n"
         + "\n".join(rows)
     )
+
+
+def _takes(field: FieldInfo) -> str:
+    """The advice of an error as what it says of values."""
+    return re.sub(r"^(give|write|choose one of|choose) |, choose one of(?= )", "", wants(field))
 
 
 if __name__ == "__main__":
