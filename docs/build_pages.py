@@ -4,10 +4,10 @@ Runs, in a folder of its own, what a reader would run, and replaces what the pag
 
 - a `bash` block whose commands begin with `$`: what each of them prints (one with a comment is shown, not run);
 - what stands between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
-- the pictures in `docs/images` that come out of these commands (`PICTURES`).
+- the images in `docs/images` that come out of these commands (`PICTURES`).
 
 No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments, `docs/screens.py`
-the pictures of the report and the demo.
+the images of the report and the demo.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PICTURES = {
     "attention_sums.png": TINY / "attention_sums.png",
     "selection_frequency.png": TINY / "selection_frequency.png",
 }
-"""Pictures that the commands of the pages draw, by their name in docs/images."""
+"""Images that the commands of the pages draw, by their name in docs/images."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Takes the pictures of the two pages anew: `python docs/screens.py`, from the repository's root.
+"""Takes the images of the two pages anew: `python docs/screens.py`, from the repository's root.
 
 Opens the report of `make run` and the demo in Chromium and writes docs/images/report.png and docs/images/demo.png.
 Needs playwright, gradio and a Chromium on the PATH.
