@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 import subprocess
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -22,7 +24,7 @@ from PIL import Image
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
 from localization_heads.figures.pictures import _colours
-from localization_heads.figures.sheet import VERMILLION, drawable, wrap
+from localization_heads.figures.sheet import VERMILLION, drawable, font_families, wrap
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, label_components, spatial_entropy
 from localization_heads.heads.head import Head
@@ -342,6 +344,17 @@ def test_drawable(text, drawn):
     assert drawable(text) == drawn
 
 
+def test_a_letter_is_drawn_by_any_font_that_has_it():
+    """APL's quad is not in DejaVu Sans; DejaVu Sans Mono, which matplotlib ships as well, has it."""
+    assert drawable("the \u2338 cat") == "the \u2338 cat"
+    first, *others = font_families("the \u2338 cat")
+    assert first == "DejaVu Sans" and len(others) == 1
+    assert font_families("the cat") == ["DejaVu Sans"]
+    figure = figures.plot_grounding(None, ground_maps(maps_of((60, 60)), [Head(2, 0)]), expression="\u2338")
+    assert figure._suptitle.get_fontfamily() == [first, *others]
+    rendered(figure)  # matplotlib warns of a glyph that is missing
+
+
 def test_wrap_breaks_at_words_and_keeps_all_of_them():
     text = "the small brown dog with a red collar next to the old well-known fountain " * 3
     lines = wrap(text, 2.0, 10, max_lines=99).split("\n")
@@ -597,6 +610,50 @@ def test_head_grid(shape):
     assert np.ma.getmaskarray(np.ma.masked_invalid(cells))[:2].all()
     assert axes.patches[0].get_xy() == (-0.5, 1.5)
     assert_all_text_fits(figure)
+
+
+def drawn_charts() -> dict:
+    sums = sums_with_an_elbow(6, 8)
+    top = [
+        Head(*index) for index in np.argwhere(sums >= np.sort(sums[2:].ravel())[-3]).tolist() if index[0] >= 2
+    ]
+    points = [(Head(*index), float(sums[index]), 1 - float(sums[index])) for index in np.ndindex(sums.shape)]
+    return {
+        "curve": figures.plot_attention_sums(sums, 0.1, top=top),
+        "scatter": figures.plot_frequency_iou(points, least_frequency=0.05, top=top),
+        "grid": figures.plot_head_grid(sums, top=top, exclude_layers=2),
+    }
+
+
+def test_svg_is_the_same_each_time_and_stands_beside_others():
+    """Same bytes for the same figure; ids that no other figure of the page has; nothing that a policy forbids."""
+    one, two = ([figures.svg(figure, name) for name, figure in drawn_charts().items()] for _ in range(2))
+    assert one == two
+    ids = [id for text in one for id in re.findall(r' id="([^"]+)"', text)]
+    assert len(ids) == len(set(ids)) > 3
+    for text in one:
+        root = ElementTree.fromstring(text)
+        assert {id for id in re.findall(r'["(]#([\w-]+)', text)} == set(re.findall(r' id="([^"]+)"', text))
+        assert not [
+            element for element in root.iter() if "style" in element.attrib or element.tag.endswith("style")
+        ]
+        assert root.get("role") == "img" and "L" in "".join(root.itertext())
+
+
+def test_svg_says_of_each_mark_which_head_it_is():
+    charts = {name: figures.svg(figure, name) for name, figure in drawn_charts().items()}
+    tips = {name: re.findall(r"<title>(L\d+H\d+): ([^<]+)</title>", text) for name, text in charts.items()}
+    heads = [f"L{layer}H{head}" for layer in range(6) for head in range(8)]
+    assert [head for head, _ in tips["grid"]] == heads
+    assert [said for _, said in tips["grid"]][:16] == ["no value"] * 16
+    assert sorted(head for head, _ in tips["scatter"]) == sorted(heads)
+    assert {head for head, _ in tips["curve"]} == set(heads[16:])
+    assert all(re.fullmatch(r"S = 0\.\d{3}", said) for _, said in tips["curve"])
+
+
+def test_a_grid_of_very_many_heads_is_one_picture():
+    text = figures.svg(figures.plot_head_grid(np.random.default_rng(0).random((64, 64))), "grid")
+    assert "<title>" not in text and len(text) < 100_000
 
 
 # -- on the disk and on the screen --------------------------------------------------------------------------

@@ -68,8 +68,10 @@ def plot_attention_sums(
         place = np.arange(1, len(curve) + 1)
         axes.plot(place, curve, color=GREY, zorder=2)
         said = np.array([f"{head}: S = {sums[head]:.3f}" for head in considered], dtype=object)
-        for chosen, colour, size in ((~is_kept, GREY, 2), (is_kept, BLUE, 5)):
-            dots = axes.scatter(place[chosen], curve[chosen], s=size, color=colour, zorder=3, clip_on=False)
+        for chosen, colour, size, rim in ((~is_kept, GREY, 4, 0), (is_kept, BLUE, 5, 1.5)):
+            dots = axes.scatter(
+                place[chosen], curve[chosen], s=size, color=colour, linewidths=rim, zorder=3, clip_on=False
+            )
             tell(dots, said[chosen])
         which = f"Heads of layers {exclude_layers} and up" if exclude_layers else "Heads"
         axes.set_xlabel(f"{which}, in ascending order")

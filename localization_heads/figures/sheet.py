@@ -170,7 +170,9 @@ def _glyph(character: str) -> str:
     category = unicodedata.category(character)
     if category in ("Cc", "Zl", "Zp", "Zs"):
         return " "
-    if category == "Cs" or _font_of(character) is None:
+    if (
+        category in ("Cs", "Co") or _font_of(character) is None
+    ):  # private letters look different in every font
         return "" if category in ("Cf", "Mn") else _TOFU
     return character
 

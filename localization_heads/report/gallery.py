@@ -27,8 +27,10 @@ ATTEMPTS = ((224, 72), (224, 50), (160, 50), (112, 40), (80, 30), (56, 20))
 """Longest side in pixels and quality, tried in turn until the thumbnail is small enough."""
 MAX_CELLS = 32
 """Cells of a map along either side; finer maps are averaged down to this."""
-OUTLINE_SIDE = 160
+OUTLINE_SIDE = 320
 """Resolution at which outlines are traced, in pixels along the longer side."""
+TOLERANCE = 1.2
+"""How far, in pixels of that resolution, a point that is left out may lie from the line (Douglas and Peucker)."""
 MAX_POINTS = 400
 
 
@@ -82,67 +84,36 @@ def tiny_map(values: NDArray[np.floating], image_box: Box, image_size: tuple[int
 
 def outline(mask: NDArray[np.bool_]) -> str:
     """The outline of a mask `[H, W]` as the path of an SVG, in pixels of the image; "" for an empty mask."""
-    from contourpy import contour_generator
+    import cv2
 
     height, width = mask.shape
     fine = _resized(mask)
     scale = np.array([width / fine.shape[1], height / fine.shape[0]])
-    # A border of nothing closes outlines at the image's edge; centres of pixels lie at their halves.
-    lines = contour_generator(z=np.pad(fine, 1)).lines(127.5)
-    loops = [_simplified(np.asarray(line)) for line in lines]
-    loops = sorted((loop for loop in loops if len(loop) > 3), key=len, reverse=True)
+    contours, _ = cv2.findContours(fine, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    loops = [cv2.approxPolyDP(contour, TOLERANCE, closed=True)[:, 0] for contour in contours]
     drawn: list[str] = []
     points = 0
-    for loop in loops:
+    for loop in sorted((loop for loop in loops if len(loop) > 2), key=len, reverse=True):
         points += len(loop)
         if drawn and points > MAX_POINTS:
             break
-        corners = np.clip((loop - 0.5) * scale, 0, (width, height))
-        drawn.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners[:-1].tolist()) + "Z")
+        # Contours run through the centres of pixels; at the image's edge they run along it.
+        edges = np.where(loop == 0, 0, np.where(loop == np.array(fine.shape[::-1]) - 1, loop + 1, loop + 0.5))
+        drawn.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (edges * scale).tolist()) + "Z")
     return "".join(drawn)
 
 
-def _resized(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """0 to 255 at about `OUTLINE_SIDE` pixels: shares of areas where that is smaller, the very pixels where larger."""
-    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+def _resized(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """0 and 1 at about `OUTLINE_SIDE` pixels: by most of each area where that is smaller, else the very pixels."""
     longer = max(mask.shape)
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
     if longer > OUTLINE_SIDE:
         size = [max(1, round(side * OUTLINE_SIDE / longer)) for side in grey.size]
         grey = grey.resize((size[0], size[1]), Image.Resampling.BOX)
     else:
         repeats = OUTLINE_SIDE // longer
         grey = grey.resize((grey.width * repeats, grey.height * repeats), Image.Resampling.NEAREST)
-    return np.asarray(grey, dtype=np.float64)
-
-
-def _simplified(line: NDArray[np.float64], tolerance: float = 0.6) -> NDArray[np.float64]:
-    """Douglas and Peucker's simplification of a closed line `[n, 2]`: no point dropped lies farther away."""
-    keep = np.zeros(len(line), dtype=bool)
-    keep[[0, -1]] = True
-    far = int(np.argmax(np.hypot(*(line - line[0]).T)))  # the ends meet: their chord says nothing
-    keep[far] = True
-    parts = [(0, far), (far, len(line) - 1)]
-    while parts:
-        first, last = parts.pop()
-        if last - first < 2:
-            continue
-        distances = _distances(line[first + 1 : last], line[first], line[last])
-        middle = first + 1 + int(np.argmax(distances))
-        if distances.max() > tolerance:
-            keep[middle] = True
-            parts += [(first, middle), (middle, last)]
-    return line[keep]
-
-
-def _distances(
-    points: NDArray[np.float64], start: NDArray[np.float64], end: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Of the points `[n, 2]` from the straight line through start and end (from start if they coincide)."""
-    along, away = end - start, points - start
-    length = float(np.hypot(*along))
-    if length == 0:
-        return np.asarray(np.hypot(away[:, 0], away[:, 1]))
-    return np.asarray(np.abs(along[0] * away[:, 1] - along[1] * away[:, 0]) / length)
+    return (np.asarray(grey) >= 128).astype(np.uint8)
 
 
 @dataclass(frozen=True)
