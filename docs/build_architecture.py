@@ -86,13 +86,15 @@ def main() -> None:
 
 
 def _with_files(row: re.Match[str]) -> str:
+    """The row of a folder with its files, but for those that have a row of their own."""
     folder = PACKAGE / row[2]
-    files = sorted(
-        file.relative_to(folder).as_posix() for file in folder.rglob("*.py") if file.stem != "__init__"
-    )
-    if not files:
-        return row[0]
-    return f"{row[1]} {', '.join(f'`{file}`' for file in files)} |"
+    paths = [
+        file.relative_to(folder).as_posix()
+        for file in sorted(folder.rglob("*.py"))
+        if file.stem != "__init__"
+    ]
+    files = [f"`{path}`" for path in paths if f"| `{row[2]}/{path}` |" not in row.string]
+    return f"{row[1]} {', '.join(files)} |" if files else row[0]
 
 
 def _draw() -> None:

@@ -20,7 +20,7 @@ from localization_heads.options.groups import ModelSpec
 from localization_heads.options.kinds import did_you_mean
 
 Facts = dict[str, Any]
-"""Options of a model (`config/model/base.yaml`) by name."""
+"""Options of a model (the group `model`) by name."""
 
 _VICUNA = 32_100
 """Entries of Llama 2's vocabulary, on which Vicuna is built, with those that LLaVA adds."""
