@@ -10,26 +10,36 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
-from localization_heads.heads import criteria
+from localization_heads.cells import label_components
 from localization_heads.heads.criteria import (
+    BLOCK,
     CriteriaOptions,
+    _measure,
     attention_sum,
     attention_sum_threshold,
     binarise,
-    bottom_row_focus,
-    component_count,
     elbow,
     elbow_head,
     elbow_index,
     head_statistics,
     keep_heads,
-    label_components,
     spatial_entropy,
 )
 from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_heads
 
 LN2 = math.log(2)
+
+
+def component_count(maps, threshold="mean"):
+    return head_statistics(maps, CriteriaOptions(threshold=threshold)).num_components
+
+
+def bottom_row_focus(maps, threshold="mean"):
+    return head_statistics(maps, CriteriaOptions(threshold=threshold)).bottom_row_focus
+
+
 JUNE, AUGUST = (
     CriteriaOptions(
         **yaml.safe_load((files("localization_heads.config") / f"criteria/{name}.yaml").read_text())
@@ -280,6 +290,15 @@ class TestComponents:
             seen += expected
         assert labels.dtype == np.int32
 
+    def test_labels_are_scipys(self):
+        neighbours = np.zeros((3, 3, 3), dtype=bool)
+        neighbours[1] = True
+        for seed, shape in enumerate([(50, 24, 24), (30, 7, 1), (30, 1, 9), (9, 33, 40)]):
+            masks = (
+                np.random.default_rng(seed).random(shape) < np.linspace(0.05, 0.95, shape[0])[:, None, None]
+            )
+            assert (label_components(masks) == ndimage.label(masks, neighbours)[0]).all()
+
     def test_no_maps_at_all(self):
         assert spatial_entropy(np.zeros((0, 4, 4))).shape == (0,)
 
@@ -343,8 +362,8 @@ class TestSpatialEntropy:
                 row += [1.0] * int(area) + [0.0] * int(rng.integers(1, 4))
             row += [0.0] * (60 - len(row))
             # In float64: rounding to float32 would hide most differences, not all.
-            grid = np.array([row])
-            entropies.add(criteria._entropy(grid, label_components(grid > 0), "area").tobytes())
+            _, entropy, *_ = _measure(np.array([[row]]), CriteriaOptions())
+            entropies.add(entropy.tobytes())
         assert len(entropies) == 1
 
     def test_does_not_change_with_scale_or_transposition(self):
@@ -368,6 +387,27 @@ class TestSpatialEntropy:
         for index in np.ndindex(4, 6):
             assert whole[index] == spatial_entropy(stack[index])
             assert whole[index] == pytest.approx(obvious_entropy(stack[index]), rel=1e-6)
+
+    def test_a_map_does_not_depend_on_those_around_it(self):
+        """Faint maps between strong ones, more than are measured together."""
+        rng = np.random.default_rng(7)
+        stack = ndimage.gaussian_filter(rng.random((600, 24, 24)), (0, 1, 1)).astype(np.float32)
+        stack *= np.float32(10.0) ** rng.integers(-9, 1, (600, 1, 1)).astype(np.float32)
+        assert stack.size > BLOCK
+        for options in (CriteriaOptions(), CriteriaOptions("mass", 1e-4), CriteriaOptions("mass", means=1.5)):
+            whole = head_statistics(stack, options)
+            for index in range(0, 600, 7):
+                alone = head_statistics(stack[index], options)
+                assert whole.num_components[index] == alone.num_components
+                assert whole.area_entropy[index] == alone.area_entropy
+                assert whole.mass_entropy[index] == alone.mass_entropy
+                expected = obvious_entropy(
+                    stack[index].tolist(),
+                    options.entropy,
+                    None if options.threshold == "mean" else options.threshold,
+                    options.means,
+                )
+                assert whole.spatial_entropy[index] == pytest.approx(expected, rel=1e-6)
 
     def test_refuses_other_weights(self):
         with pytest.raises(ValueError, match="weight must be one of area, mass"):

@@ -1,9 +1,10 @@
 """The two criteria that tell localization heads from the rest (Sec. 4 of the paper), for all heads at once.
 
 Criterion 1 asks how much a head looks at the image at all (attention sum), criterion 2 whether it looks at
-few places (spatial entropy). Every function takes maps `[..., h, w]` and works on the whole stack in numpy:
-the components of all heads are found by one labelling call. The readings of the published code that differ
-from the paper are named options, collected in `CriteriaOptions`; the defaults are the paper's.
+few places (spatial entropy). `head_statistics` measures both in one pass over a stack of maps `[..., h, w]`, whose
+components OpenCV labels together; the functions beside it give one of its numbers each. The readings of the
+published code that differ from the paper are named options, collected in `CriteriaOptions`; the defaults are the
+paper's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage, special
+from scipy import special
 
+from localization_heads.cells import label_apart
 from localization_heads.errors import NotFiniteError
 
 Weight = Literal["area", "mass"]
@@ -24,6 +27,9 @@ ElbowHeads = Literal["considered", "all"]
 Ties = Literal["sum", "order"]
 Fallback = Literal["none", "order", "sum"]
 Threshold = float | Literal["mean"]
+
+BLOCK = 1 << 17
+"""Cells that are measured together: as many as a processor's cache holds with all that is made of them."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class CriteriaOptions:
 
 @dataclass(frozen=True)
 class HeadStatistics:
-    """What the criteria say of every head in one sample. Every array is `[layer, head]`.
+    """What the criteria say of every head in one sample. Every array is `[layer, head]`, or as the maps are stacked.
 
     `attention_sum` and both entropies are float32 (in nats, as `spatial_entropy` has them), `num_components` int64,
     `bottom_row_focus` bool. `weight` says which entropy counts.
@@ -117,10 +123,10 @@ class HeadStatistics:
 def head_statistics(
     attention: NDArray[np.floating[Any]], options: CriteriaOptions | None = None
 ) -> HeadStatistics:
-    """Both criteria for every head of one sample, with one labelling of the whole stack.
+    """Both criteria for every head of one sample, in one pass.
 
     Args:
-        attention: `[layer, head, h, w]`.
+        attention: `[layer, head, h, w]`, or any stack `[..., h, w]`.
         options: `threshold`, `means` and `bottom_row_above` matter here, and `entropy` says which of the two
             counts; the rest belongs to the ranking.
 
@@ -132,15 +138,18 @@ def head_statistics(
     ((32, 32), 0.5, inf)
     """
     options = options or CriteriaOptions()
-    masks = binarise(attention, threshold=options.threshold, means=options.means)
-    labels = label_components(masks)
-    above = options.bottom_row_above
+    *stack, height, width = _as_maps(attention).shape
+    maps = attention.reshape(-1, height, width)
+    step = max(1, BLOCK // (height * width))
+    blocks = [_measure(maps[start : start + step], options) for start in range(0, max(1, len(maps)), step)]
+    parts = zip(*blocks, strict=True)
+    sums, area, mass, counts, focus = (np.concatenate(part).reshape(stack) for part in parts)
     return HeadStatistics(
-        attention_sum=attention_sum(attention),
-        area_entropy=_entropy(attention, labels, "area").astype(np.float32),
-        mass_entropy=_entropy(attention, labels, "mass", options.means).astype(np.float32),
-        num_components=_counts(labels),
-        bottom_row_focus=_bottom_row(masks) if above is None else _bottom_row_peak(attention, above),
+        attention_sum=sums.astype(np.float32),
+        area_entropy=area.astype(np.float32),
+        mass_entropy=mass.astype(np.float32),
+        num_components=counts.astype(np.int64),
+        bottom_row_focus=focus,
         weight=options.entropy,
     )
 
@@ -157,9 +166,8 @@ def attention_sum(maps: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     >>> float(attention_sum(np.array([[0.25, 0.0], [0.125, 0.125]])))
     0.5
     """
-    sums = _as_maps(maps).sum(axis=(-2, -1), dtype=np.float64)
-    _check_finite(sums)
-    return np.asarray(sums, dtype=np.float32)
+    sums, _ = _excess(maps)
+    return sums.astype(np.float32)
 
 
 def elbow(values: ArrayLike) -> float:
@@ -284,41 +292,10 @@ def binarise(
     >>> binarise(np.array([[4.0, 3.0], [1.0, 0.0]]), means=2).tolist()  # twice the mean is 4
     [[False, False], [False, False]]
     """
-    maps = _as_maps(maps)
     _check_threshold(threshold)
     _check_means(means)
-    taken = means * _means(maps)
-    if threshold == "mean":
-        return np.asarray(maps > taken)
-    # Subtracted, as the formula says: `maps > mean + threshold` rounds otherwise where both sides are equal.
-    return np.asarray(maps - taken > float(threshold))
-
-
-def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number the 8-connected components of a stack of masks, 1..n through the whole stack; 0 is background.
-
-    Args:
-        masks: bool `[..., h, w]`.
-
-    Returns:
-        int32 `[..., h, w]`; the numbers of one map are consecutive and above those of the maps before it.
-
-    >>> label_components(np.array([[True, False, True], [False, False, True]])).tolist()
-    [[1, 0, 2], [0, 0, 2]]
-    """
-    neighbours = np.zeros((3, 3, 3), dtype=bool)
-    neighbours[1] = True  # eight neighbours in the plane, none in the planes beside it
-    labels, _ = ndimage.label(masks.reshape(-1, *masks.shape[-2:]), structure=neighbours, output=np.int32)
-    return np.asarray(labels.reshape(masks.shape), dtype=np.int32)
-
-
-def component_count(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.int64]:
-    """Number of 8-connected components of each binarised map: int64 `[...]`.
-
-    >>> int(component_count(np.array([[4.0, 0.0, 3.0], [0.0, 0.0, 3.0]])))
-    2
-    """
-    return _counts(label_components(binarise(maps, threshold=threshold)))
+    _, excess = _excess(maps, means)
+    return np.asarray(excess[..., :-1, :] > _limit(threshold))
 
 
 def spatial_entropy(
@@ -352,62 +329,102 @@ def spatial_entropy(
     0.6365
     """
     _check_choice("weight", weight, get_args(Weight))
-    labels = label_components(binarise(maps, threshold=threshold, means=means))
-    return _entropy(maps, labels, weight, means).astype(np.float32)
+    options = CriteriaOptions(entropy=weight, threshold=threshold, means=means)
+    return head_statistics(maps, options).spatial_entropy
 
 
-def bottom_row_focus(maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean") -> NDArray[np.bool_]:
-    """Whether every cell of the bottom row is active (the published code's flag): bool `[...]`.
+def _measure(maps: NDArray[np.floating[Any]], options: CriteriaOptions) -> tuple[NDArray[Any], ...]:
+    """Attention sum, area entropy, mass entropy, number of components and bottom-row flag of maps `(n, h, w)`."""
+    n, height, width = maps.shape
+    sums, excess = _excess(maps, options.means)
+    # Inactive in one row more below each map and one cell more before each row, which keep maps and rows apart.
+    active = np.zeros((n, height + 1, width + 1), dtype=np.bool_)
+    active[..., 1:] = excess > _limit(options.threshold)
+    active[:, -1] = False
+    owner, areas, masses = _components(active, excess)
 
-    >>> bool(bottom_row_focus(np.array([[0.0, 0.0], [1.0, 1.0]])))
-    True
+    # Above the mean, the components hold all excess that is positive.
+    at_mean = options.threshold == "mean"
+    whole = _added(masses, owner, n) if at_mean else np.maximum(excess[:, :-1], 0).sum(axis=(1, 2))
+    above = options.bottom_row_above
+    focus = active[:, -2, 1:].all(axis=1) if above is None else (maps[:, -1] > above).any(axis=1)
+    entropies = _entropy(areas, _added(areas, owner, n), owner), _entropy(masses, whole, owner)
+    return sums, *entropies, np.bincount(owner, minlength=n), np.asarray(focus)
+
+
+def _excess(
+    maps: NDArray[np.floating[Any]], means: float = 1.0
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The sum of each map, `[...]`, and `A - means * mean(A)`, `[..., h + 1, w]`; both are computed in float64.
+
+    The row more below each map takes away what the columns above it add up to. So the integral image of maps one
+    below the other begins at 0 with each of them, and loses no digits of a faint map that follows a strong one.
     """
-    return _bottom_row(binarise(maps, threshold=threshold))
+    maps = _as_maps(maps)
+    *stack, height, width = maps.shape
+    excess = np.empty((*stack, height + 1, width))
+    excess[..., :-1, :] = maps
+    columns = np.ones(height) @ excess[..., :-1, :]
+    sums = columns.sum(axis=-1)
+    if not np.isfinite(sums).all():  # so exactly if all cells are: one look per map instead of one per cell
+        raise NotFiniteError
+    # A rounded mean may fall an ulp below the smallest cell, and a constant map would be active everywhere.
+    taken = means * np.maximum(sums / (height * width), maps.min(axis=(-2, -1)))
+    excess[..., -1, :] = 0
+    excess -= taken[..., None, None]
+    excess[..., -1, :] = height * taken[..., None] - columns
+    return sums, excess
 
 
-def _bottom_row(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return np.asarray(masks[..., -1, :].all(axis=-1))
+def _components(
+    active: NDArray[np.bool_], excess: NDArray[np.float64]
+) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.float64]]:
+    """The map, the area and the mass of every component, in the order of the labels.
 
+    Both are added up over runs, the neighbouring active cells of one row: far fewer than cells. Between the ends of
+    a run lies its area, and between what an integral image has there its mass.
 
-def _bottom_row_peak(maps: NDArray[np.floating[Any]], above: float) -> NDArray[np.bool_]:
-    """Whether any cell of the bottom row has more attention than that (published code of August 2025)."""
-    return np.asarray((maps[..., -1, :] > above).any(axis=-1))
+    Args:
+        active: `(n, h + 1, w + 1)`, inactive in the last row and the first column of each map.
+        excess: `(n, h + 1, w)`, as `_excess` has it.
+    """
+    count, labels = label_apart(active)
+    flat = active.ravel()
+    ends = np.flatnonzero(flat[1:] != flat[:-1])  # in turn: the place before a run, and the run's last
+    if not ends.size:
+        return ends, np.zeros(0), np.zeros(0)
+    integral = cv2.integral(excess.reshape(-1, excess.shape[-1]), sdepth=cv2.CV_64F).ravel()
+    upto = integral[active.shape[-1] :].take(ends) - integral.take(ends)  # the row's cells up to there
+    last = ends[1::2]
+    label = labels.ravel()[last].astype(np.intp)  # (runs,)
+
+    def by_component(upto: NDArray[Any]) -> NDArray[np.float64]:
+        return _added(upto[1::2] - upto[::2], label, count)[1:]
+
+    place = np.empty(count, dtype=np.intp)
+    place[label] = last
+    return place[1:] // active[0].size, by_component(ends), by_component(upto)
 
 
 def _entropy(
-    maps: NDArray[np.floating[Any]], labels: NDArray[np.int32], weight: Weight, means: float = 1.0
+    parts: NDArray[np.float64], whole: NDArray[np.float64], owner: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    counts = _counts(labels).ravel()  # (n,)
-    owner = np.repeat(np.arange(counts.size), counts)  # (components,): the map each belongs to
-    if weight == "area":
-        parts = np.bincount(labels.ravel(), minlength=owner.size + 1)[1:]
-        totals = np.bincount(owner, weights=parts, minlength=counts.size)
-        shares = parts / totals[owner]
-    else:
-        excess = np.maximum(maps - means * _means(maps), 0.0)
-        parts = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=owner.size + 1)[1:]
-        totals = excess.sum(axis=(-2, -1)).ravel()
-        # The two sums add the cells in different orders: rounding makes a lone component's share exactly 1.
-        shares = np.round(parts / totals[owner], 12)
-    # Summed from the smallest share up, the result does not depend on where the components lie.
-    shares = shares[np.lexsort((shares, owner))]
-    sums = np.bincount(owner, weights=special.xlogy(shares, shares), minlength=counts.size)
-    entropy = np.where(totals > 0, np.abs(sums), np.inf)
-    return entropy.reshape(labels.shape[:-2])
+    """`-sum p ln p` over each map's parts, as shares of the map's whole `(n,)`; +inf where the whole is 0."""
+    # Sums in different orders: rounding makes a lone component's share exactly 1.
+    shares = np.round(parts / whole[owner], 12)
+    # Whole numbers: their sum does not depend on where the components lie, so that ties are ties.
+    terms = np.rint(special.xlogy(shares, shares) * 2.0**45)
+    entropy = np.abs(_added(terms, owner, len(whole))) / 2.0**45
+    return np.where(whole > 0, entropy, np.inf)
 
 
-def _counts(labels: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Components of each map. Labels only grow along the stack, so the maximum so far counts them."""
-    top = np.maximum.accumulate(labels.reshape(-1, labels.shape[-2] * labels.shape[-1]).max(axis=1))
-    return np.diff(top, prepend=0).astype(np.int64).reshape(labels.shape[:-2])
+def _added(values: NDArray[Any], group: NDArray[np.intp], groups: int) -> NDArray[np.float64]:
+    """Sum of the values of each group: float64 `(groups,)`."""
+    return np.asarray(np.bincount(group, weights=values, minlength=groups), dtype=np.float64)
 
 
-def _means(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Mean of each map in float64 `[..., 1, 1]`."""
-    means = maps.mean(axis=(-2, -1), dtype=np.float64, keepdims=True)
-    _check_finite(means)
-    # A rounded mean may fall an ulp below the smallest cell, and a constant map would be active everywhere.
-    return np.asarray(np.maximum(means, maps.min(axis=(-2, -1), keepdims=True)), dtype=np.float64)
+def _limit(threshold: Threshold) -> float:
+    return 0.0 if threshold == "mean" else float(threshold)
 
 
 def _as_maps(maps: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -424,12 +441,6 @@ def _as_values(values: ArrayLike) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise ValueError("attention sums must be finite: they hold NaN or infinite values")
     return array
-
-
-def _check_finite(totals: NDArray[np.float64]) -> None:
-    # A sum or mean is finite exactly if all its cells are: one look per map instead of one per cell.
-    if not np.isfinite(totals).all():
-        raise NotFiniteError
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import label_components
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
@@ -17,7 +18,6 @@ from localization_heads.heads.criteria import (
     HeadStatistics,
     binarise,
     head_statistics,
-    label_components,
 )
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import own_heads
