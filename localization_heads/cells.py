@@ -1,9 +1,10 @@
-"""Between cells and pixels: which cells show the image, and a map on the pixels of the image."""
+"""Cells of a map: their components, which of them show the image, and a map on the pixels of the image."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -12,6 +13,34 @@ from localization_heads.options.groups import Interpolation
 
 SLIVER = 1e-6
 """Pixels: a cell that shows less of the image than this is outside; it touches the border by rounding."""
+
+
+def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the 8-connected components of a stack of masks, 1..n through the whole stack; 0 is background.
+
+    Args:
+        masks: bool `[..., h, w]`.
+
+    Returns:
+        int32 `[..., h, w]`, in the order of the components' first cells: map by map, row by row.
+
+    >>> label_components(np.array([[True, False, True], [False, False, True]])).tolist()
+    [[1, 0, 2], [0, 0, 2]]
+    """
+    *stack, height, width = masks.shape
+    apart = np.zeros((*stack, height + 1, width), dtype=np.bool_)
+    apart[..., :-1, :] = masks
+    return label_apart(apart)[1][..., :-1, :].copy()
+
+
+def label_apart(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
+    """Components of masks `[..., h, w]` whose last row is empty: one more than there are, and the labels."""
+    if not apart.size:
+        return 1, np.zeros(apart.shape, dtype=np.int32)
+    column = apart.view(np.uint8).reshape(-1, apart.shape[-1])
+    # Of OpenCV's algorithms, this one numbers components by their first cell; others go by blocks of cells.
+    count, labels = cv2.connectedComponentsWithAlgorithm(column, 8, cv2.CV_32S, cv2.CCL_WU)
+    return count, np.asarray(labels, dtype=np.int32).reshape(apart.shape)
 
 
 def upsample(

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
+from localization_heads.cells import label_components
 from localization_heads.heads.criteria import (
+    BLOCK,
     _measure,
     attention_sum,
     attention_sum_threshold,
@@ -19,7 +22,6 @@ from localization_heads.heads.criteria import (
     elbow_index,
     head_statistics,
     keep_heads,
-    label_components,
     spatial_entropy,
 )
 from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_heads
@@ -282,6 +284,15 @@ class TestComponents:
             seen += expected
         assert labels.dtype == np.int32
 
+    def test_labels_are_scipys(self):
+        neighbours = np.zeros((3, 3, 3), dtype=bool)
+        neighbours[1] = True
+        for seed, shape in enumerate([(50, 24, 24), (30, 7, 1), (30, 1, 9), (9, 33, 40)]):
+            masks = (
+                np.random.default_rng(seed).random(shape) < np.linspace(0.05, 0.95, shape[0])[:, None, None]
+            )
+            assert (label_components(masks) == ndimage.label(masks, neighbours)[0]).all()
+
     def test_no_maps_at_all(self):
         assert spatial_entropy(np.zeros((0, 4, 4))).shape == (0,)
 
@@ -370,6 +381,27 @@ class TestSpatialEntropy:
         for index in np.ndindex(4, 6):
             assert whole[index] == spatial_entropy(stack[index])
             assert whole[index] == pytest.approx(obvious_entropy(stack[index]), rel=1e-6)
+
+    def test_a_map_does_not_depend_on_those_around_it(self):
+        """Faint maps between strong ones, more than are measured together."""
+        rng = np.random.default_rng(7)
+        stack = ndimage.gaussian_filter(rng.random((600, 24, 24)), (0, 1, 1)).astype(np.float32)
+        stack *= np.float32(10.0) ** rng.integers(-9, 1, (600, 1, 1)).astype(np.float32)
+        assert stack.size > BLOCK
+        for options in (CriteriaOptions(), CriteriaOptions("mass", 1e-4), CriteriaOptions("mass", means=1.5)):
+            whole = head_statistics(stack, options)
+            for index in range(0, 600, 7):
+                alone = head_statistics(stack[index], options)
+                assert whole.num_components[index] == alone.num_components
+                assert whole.area_entropy[index] == alone.area_entropy
+                assert whole.mass_entropy[index] == alone.mass_entropy
+                expected = obvious_entropy(
+                    stack[index].tolist(),
+                    options.entropy,
+                    None if options.threshold == "mean" else options.threshold,
+                    options.means,
+                )
+                assert whole.spatial_entropy[index] == pytest.approx(expected, rel=1e-6)
 
     def test_refuses_other_weights(self):
         with pytest.raises(ValueError, match="weight must be one of area, mass"):

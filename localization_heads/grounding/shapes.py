@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from localization_heads.heads.criteria import label_components
+from localization_heads.cells import label_components
 
 Point = tuple[float, float]
 

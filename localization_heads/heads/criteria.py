@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from localization_heads.cells import label_apart
 from localization_heads.errors import NotFiniteError
 from localization_heads.options.groups import CriteriaOptions, ElbowHeads, ElbowRule, Threshold, Weight
 
@@ -223,24 +224,6 @@ def binarise(
     return np.asarray(excess[..., :-1, :] > _limit(threshold))
 
 
-def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number the 8-connected components of a stack of masks, 1..n through the whole stack; 0 is background.
-
-    Args:
-        masks: bool `[..., h, w]`.
-
-    Returns:
-        int32 `[..., h, w]`, in the order of the components' first cells: map by map, row by row.
-
-    >>> label_components(np.array([[True, False, True], [False, False, True]])).tolist()
-    [[1, 0, 2], [0, 0, 2]]
-    """
-    *stack, height, width = masks.shape
-    apart = np.zeros((*stack, height + 1, width), dtype=np.bool_)
-    apart[..., :-1, :] = masks
-    return _label(apart)[1][..., :-1, :].copy()
-
-
 def spatial_entropy(
     maps: NDArray[np.floating[Any]],
     *,
@@ -280,25 +263,19 @@ def _measure(maps: NDArray[np.floating[Any]], options: CriteriaOptions) -> tuple
     """Attention sum, area entropy, mass entropy, number of components and bottom-row flag of maps `(n, h, w)`."""
     n, height, width = maps.shape
     sums, excess = _excess(maps, options.means)
-    # One row and column more than the maps have, inactive: nothing touches the next map, nothing wraps around.
+    # Inactive in one row more below each map and one cell more before each row, which keep maps and rows apart.
     active = np.zeros((n, height + 1, width + 1), dtype=np.bool_)
-    active[:, :-1, :-1] = excess[:, :-1] > _limit(options.threshold)
+    active[..., 1:] = excess > _limit(options.threshold)
+    active[:, -1] = False
     owner, areas, masses = _components(active, excess)
 
-    def by_map(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(owner, weights=values, minlength=n)
-
-    # Above the mean, the components hold all excess that is positive; above a higher threshold they may not.
-    whole = by_map(masses) if options.threshold == "mean" else np.maximum(excess[:, :-1], 0).sum(axis=(1, 2))
+    # Above the mean, the components hold all excess that is positive.
+    at_mean = options.threshold == "mean"
+    whole = _added(masses, owner, n) if at_mean else np.maximum(excess[:, :-1], 0).sum(axis=(1, 2))
     above = options.bottom_row_above
-    focus = active[:, -2, :-1].all(axis=1) if above is None else (maps[:, -1] > above).any(axis=1)
-    return (
-        sums,
-        _entropy(areas, by_map(areas), owner),
-        _entropy(masses, whole, owner),
-        np.bincount(owner, minlength=n),
-        focus,
-    )
+    focus = active[:, -2, 1:].all(axis=1) if above is None else (maps[:, -1] > above).any(axis=1)
+    entropies = _entropy(areas, _added(areas, owner, n), owner), _entropy(masses, whole, owner)
+    return sums, *entropies, np.bincount(owner, minlength=n), np.asarray(focus)
 
 
 def _excess(
@@ -334,36 +311,25 @@ def _components(
     a run lies its area, and between what an integral image has there its mass.
 
     Args:
-        active: `(n, h + 1, w + 1)`, inactive in the last row and column of each map.
+        active: `(n, h + 1, w + 1)`, inactive in the last row and the first column of each map.
         excess: `(n, h + 1, w)`, as `_excess` has it.
     """
-    count, labels = _label(active)
-    ends = np.flatnonzero(
-        np.diff(active.ravel(), prepend=False)
-    )  # a run's first place, and the one behind it
+    count, labels = label_apart(active)
+    flat = active.ravel()
+    ends = np.flatnonzero(flat[1:] != flat[:-1])  # in turn: the place before a run, and the run's last
     if not ends.size:
         return ends, np.zeros(0), np.zeros(0)
     integral = cv2.integral(excess.reshape(-1, excess.shape[-1]), sdepth=cv2.CV_64F).ravel()
-    before = integral[active.shape[-1] :].take(ends) - integral.take(ends)  # in the same row
-    first = ends[::2]
-    label = labels.ravel()[first]  # (runs,)
+    upto = integral[active.shape[-1] :].take(ends) - integral.take(ends)  # the row's cells up to there
+    last = ends[1::2]
+    label = labels.ravel()[last].astype(np.intp)  # (runs,)
 
     def by_component(upto: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(label, weights=upto[1::2] - upto[::2])[1:]
+        return _added(upto[1::2] - upto[::2], label, count)[1:]
 
     place = np.empty(count, dtype=np.intp)
-    place[label] = first
-    return place[1:] // active[0].size, by_component(ends), by_component(before)
-
-
-def _label(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
-    """Components of maps `[..., h, w]` whose last row is inactive: one more than there are, and the labels."""
-    if not apart.size:
-        return 1, np.zeros(apart.shape, dtype=np.int32)
-    column = apart.view(np.uint8).reshape(-1, apart.shape[-1])
-    # Of OpenCV's algorithms, this one numbers components by their first cell; others go by blocks of cells.
-    count, labels = cv2.connectedComponentsWithAlgorithm(column, 8, cv2.CV_32S, cv2.CCL_WU)
-    return count, np.asarray(labels, dtype=np.int32).reshape(apart.shape)
+    place[label] = last
+    return place[1:] // active[0].size, by_component(ends), by_component(upto)
 
 
 def _entropy(
@@ -374,8 +340,13 @@ def _entropy(
     shares = np.round(parts / whole[owner], 12)
     # Whole numbers: their sum does not depend on where the components lie, so that ties are ties.
     terms = np.rint(special.xlogy(shares, shares) * 2.0**45)
-    entropy = np.abs(np.bincount(owner, weights=terms, minlength=len(whole))) / 2.0**45
+    entropy = np.abs(_added(terms, owner, len(whole))) / 2.0**45
     return np.where(whole > 0, entropy, np.inf)
+
+
+def _added(values: NDArray[Any], group: NDArray[np.intp], groups: int) -> NDArray[np.float64]:
+    """Sum of the values of each group: float64 `(groups,)`."""
+    return np.asarray(np.bincount(group, weights=values, minlength=groups), dtype=np.float64)
 
 
 def _limit(threshold: Threshold) -> float:

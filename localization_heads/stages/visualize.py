@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import label_components
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics, label_components
+from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import own_heads
 from localization_heads.options.groups import CriteriaOptions
