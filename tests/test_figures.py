@@ -633,7 +633,7 @@ def test_svg_is_the_same_each_time_and_stands_beside_others():
     assert len(ids) == len(set(ids)) > 3
     for text in one:
         root = ElementTree.fromstring(text)
-        assert {id for id in re.findall(r'["(]#([\w-]+)', text)} == set(re.findall(r' id="([^"]+)"', text))
+        assert set(re.findall(r'(?:href="|url\()#([\w-]+)', text)) == set(re.findall(r' id="([^"]+)"', text))
         assert not [
             element for element in root.iter() if "style" in element.attrib or element.tag.endswith("style")
         ]
