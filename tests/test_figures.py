@@ -23,11 +23,10 @@ from PIL import Image
 
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import label_components
 from localization_heads.figures.pictures import _colours
 from localization_heads.figures.sheet import VERMILLION, drawable, font_families, wrap
 from localization_heads.grounding.ground import ground_maps
-from localization_heads.heads.criteria import head_statistics, keep_heads, spatial_entropy
+from localization_heads.heads.criteria import head_statistics, keep_heads, label_components, spatial_entropy
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 
@@ -634,7 +633,7 @@ def test_svg_is_the_same_each_time_and_stands_beside_others():
     assert len(ids) == len(set(ids)) > 3
     for text in one:
         root = ElementTree.fromstring(text)
-        assert set(re.findall(r'["(]#([\w-]+)', text)) == set(re.findall(r' id="([^"]+)"', text))
+        assert set(re.findall(r'(?:href="|url\()#([\w-]+)', text)) == set(re.findall(r' id="([^"]+)"', text))
         assert not [
             element for element in root.iter() if "style" in element.attrib or element.tag.endswith("style")
         ]

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from localization_heads.report import values
@@ -30,8 +29,8 @@ def render(report: Report) -> str:
         .render(
             report=report,
             policy=_policy(style, script),
-            style=Markup(style),
-            script=Markup(script),
+            style=style,
+            script=script,
             **({} if report.heads is None else _figures(report.heads)),
         )
     )
@@ -48,18 +47,14 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"plain": values.plain, "number": values.number, "json": _json}
+    made.filters |= {"plain": values.plain, "number": values.number, "json": values.json_text}
     made.globals["v"] = values
     return made
 
 
 def _clean(value: Any) -> Any:
     """No control character or half of a pair reaches the page, whatever the template does with a text."""
-    return values.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _json(value: object) -> Markup:
-    return Markup(values.json_text(value))
+    return values.clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _policy(style: str, script: str) -> str:
@@ -125,7 +120,7 @@ def _figures(facts: HeadFacts) -> dict[str, Any]:
                 exclude_layers=exclude if key == "frequency" else 0,
             )
             labels[key] = f"{label}, layers by heads"
-    inline = {name: Markup(figures.svg(figure, name, labels[name])) for name, figure in drawn.items()}
+    inline = {name: figures.svg(figure, name, labels[name]) for name, figure in drawn.items()}
     return {
         "curve": inline.pop("curve"),
         "scatter": inline.pop("scatter", ""),
