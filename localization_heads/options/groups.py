@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.options.kinds import (
     FolderName,
     Odd,
+    OptionError,
     Options,
     PathText,
     Reads,
@@ -143,7 +143,7 @@ class CriteriaOptions(Options):
     @model_validator(mode="after")
     def _one_threshold(self) -> Self:
         if self.tau is not None and self.elbow == "index":
-            raise UsageError("criteria.tau is a value: it cannot be combined with criteria.elbow=index")
+            raise OptionError("tau", f"{self.tau:g}: it is a value, and cannot be combined with elbow=index")
         return self
 
 

@@ -80,6 +80,8 @@ def _check_kinds(chosen: Options) -> None:
 
 def _one_line(kind: type[Options], error: ValidationError) -> Exception:
     first = error.errors()[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), OptionError):  # of a check of several options together
+        return own
     name, value = str(first["loc"][0]) if first["loc"] else "", first["input"]
     if name not in kind.__pydantic_fields__:
         return TypeError(f"{kind.__name__}: {first['msg']}: {name}")
