@@ -1,4 +1,4 @@
-"""Many pictures with their predicted and true boxes on one sheet."""
+"""What is laid over an image: maps, boxes, masks and cells; and the figures that consist of that alone."""
 
 from __future__ import annotations
 
@@ -41,125 +41,6 @@ from localization_heads.figures.sheet import (
 )
 from localization_heads.lvlm.geometry import View
 
-_BOX_AREA = 5.2  # square inches: four panels a row
-_PANEL_FONT = 8.0  # points
-
-
-@dataclass(frozen=True)
-class BoxPanel:
-    """One picture of the sheet.
-
-    Args:
-        image: the picture, at any resolution.
-        image_size: `(W, H)` of the original, in whose pixels the boxes are.
-        text: what was asked; cut to one line.
-    """
-
-    image: Picture
-    image_size: tuple[int, int]
-    text: str
-    predicted: Box
-    truth: Box | None
-    iou: float
-
-
-def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, title: str = "") -> Figure:
-    """Each picture with the predicted box, solid, and the true one, dashed; its IoU and expression above it."""
-    size = panel_size((1, 1), area=_BOX_AREA)
-    legend = [
-        Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label="predicted box"),
-        Line2D([], [], color=SKY, linewidth=BOX_WIDTH, linestyle="--", label="true box"),
-    ]
-    with paper_style():
-        figure, sheet = new_sheet(size, len(panels), title, legend=legend)
-        for axes, panel in zip(sheet, panels, strict=True):
-            draw_image(axes, prepare(panel.image, max(size)), panel.image_size)
-            draw_box(axes, panel.predicted, VERMILLION)
-            if panel.truth is not None:
-                draw_box(axes, panel.truth, SKY, dashed=True)
-            label = wrap(f"IoU {panel.iou:.2f}  {panel.text}", size[0] - 0.05, _PANEL_FONT, max_lines=1)
-            axes.set_title(label, fontsize=_PANEL_FONT, **as_typed(label))
-        return save(figure, path)
-
-
-_AREA = 14.0  # square inches of all panels together
-_LINE = 0.7  # points
-
-
-def plot_cells(
-    image: Picture, views: Sequence[View], path: str | Path | None = None, *, title: str = ""
-) -> Figure:
-    """The picture under the cell grid of each view, one panel a view, its first and last cell filled.
-
-    A panel reaches as far as its view: what the processor padded is grey, what it cropped off has no cells.
-
-    Args:
-        views: edges in pixels of the picture.
-        title: one line above the panels.
-    """
-    frame = _frame(image, views)
-    size = panel_size((round(frame[2] - frame[0]), round(frame[3] - frame[1])), _AREA / min(len(views), 2))
-    picture = prepare(image, max(size))
-    with paper_style():
-        figure, sheet = new_sheet(size, len(views), title, legend=_legend())
-        for view, axes in zip(views, sheet, strict=True):
-            draw_image(axes, picture, _size(image))
-            _draw_view(axes, view, frame)
-        return save(figure, path)
-
-
-def _size(image: Picture) -> tuple[int, int]:
-    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
-
-
-def _frame(image: Picture, views: Sequence[View]) -> Box:
-    """The smallest box that holds the picture and all views, and a hair more for the outermost lines."""
-    W, H = _size(image)
-    boxes = np.array([(0, 0, W, H), *(view.box for view in views)], dtype=float)
-    (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    margin = 0.004 * max(x1 - x0, y1 - y0)
-    return x0 - margin, y0 - margin, x1 + margin, y1 + margin
-
-
-def _draw_view(axes: Axes, view: View, frame: Box) -> None:
-    rows, columns = view.index.shape
-    x0, y0, x1, y1 = view.box
-    axes.set_xlim(frame[0], frame[2])
-    axes.set_ylim(frame[3], frame[1])
-    upright = [[(x, y0), (x, y1)] for x in view.x_edges]
-    level = [[(x0, y), (x1, y)] for y in view.y_edges]
-    width = min(_LINE, 24 / max(rows, columns))
-    axes.add_collection(LineCollection(upright + level, colors="black", linewidths=2 * width, alpha=0.55))
-    axes.add_collection(LineCollection(upright + level, colors="white", linewidths=width))
-    for row, column, colour in ((0, 0, ORANGE), (rows - 1, columns - 1, SKY)):
-        axes.add_patch(_cell(view, row, column, colour))
-    draw_box(axes, view.box, VERMILLION)
-    axes.set_title(f"{view.name}: {columns} x {rows} cells{_cell_size(view)}")
-
-
-def _cell(view: View, row: int, column: int, colour: str) -> Rectangle:
-    x, y = view.x_edges[column], view.y_edges[row]
-    width, height = view.x_edges[column + 1] - x, view.y_edges[row + 1] - y
-    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=_LINE, zorder=3)
-
-
-def _cell_size(view: View) -> str:
-    """` of 16.7 x 13.3 pixels`, where all are alike."""
-    if not view.is_uniform:
-        return ", of several sizes"
-    w, h = (math.fabs(edges[1] - edges[0]) for edges in (view.x_edges, view.y_edges))
-    return f" of {w:.1f} x {h:.1f} pixels"
-
-
-def _legend() -> list[Line2D]:
-    square = {"linestyle": "none", "marker": "s", "markersize": 6}
-    return [
-        Line2D([], [], color=ORANGE, label="first token", **square),  # type: ignore[arg-type]
-        Line2D([], [], color=SKY, label="last token", **square),  # type: ignore[arg-type]
-        Line2D([], [], color=VERMILLION, linewidth=1.4, label="what the view covers"),
-    ]
-
-
 Picture = Image.Image | NDArray[np.uint8]
 """An RGB picture; as an array `[H, W, 3]`, 0 to 255."""
 
@@ -168,7 +49,7 @@ BOX_WIDTH = 1.7  # points
 RIM = [withStroke(linewidth=2.6, foreground="black")]
 
 
-def prepare(image: Picture | None, inches: float) -> Image.Image | None:
+def shrink_to_panel(image: Picture | None, inches: float) -> Image.Image | None:
     """The picture in RGB, no larger than a panel of that length shows: it is drawn once for every panel."""
     if image is None:
         return None
@@ -284,6 +165,125 @@ def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
     outline.set(path_effects=RIM)
 
 
+_BOX_AREA = 5.2  # square inches: four panels a row
+_PANEL_FONT = 8.0  # points
+
+
+@dataclass(frozen=True)
+class BoxPanel:
+    """One picture of the sheet.
+
+    Args:
+        image: the picture, at any resolution.
+        image_size: `(W, H)` of the original, in whose pixels the boxes are.
+        text: what was asked; cut to one line.
+    """
+
+    image: Picture
+    image_size: tuple[int, int]
+    text: str
+    predicted: Box
+    truth: Box | None
+    iou: float
+
+
+def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, title: str = "") -> Figure:
+    """Each picture with the predicted box, solid, and the true one, dashed; its IoU and expression above it."""
+    size = panel_size((1, 1), area=_BOX_AREA)
+    legend = [
+        Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label="predicted box"),
+        Line2D([], [], color=SKY, linewidth=BOX_WIDTH, linestyle="--", label="true box"),
+    ]
+    with paper_style():
+        figure, sheet = new_sheet(size, len(panels), title, legend=legend)
+        for axes, panel in zip(sheet, panels, strict=True):
+            draw_image(axes, shrink_to_panel(panel.image, max(size)), panel.image_size)
+            draw_box(axes, panel.predicted, VERMILLION)
+            if panel.truth is not None:
+                draw_box(axes, panel.truth, SKY, dashed=True)
+            label = wrap(f"IoU {panel.iou:.2f}  {panel.text}", size[0] - 0.05, _PANEL_FONT, max_lines=1)
+            axes.set_title(label, fontsize=_PANEL_FONT, **as_typed(label))
+        return save(figure, path)
+
+
+_AREA = 14.0  # square inches of all panels together
+_LINE = 0.7  # points
+
+
+def plot_cells(
+    image: Picture, views: Sequence[View], path: str | Path | None = None, *, title: str = ""
+) -> Figure:
+    """The picture under the cell grid of each view, one panel a view, its first and last cell filled.
+
+    A panel reaches as far as its view: what the processor padded is grey, what it cropped off has no cells.
+
+    Args:
+        views: edges in pixels of the picture.
+        title: one line above the panels.
+    """
+    frame = _frame(image, views)
+    size = panel_size((round(frame[2] - frame[0]), round(frame[3] - frame[1])), _AREA / min(len(views), 2))
+    picture = shrink_to_panel(image, max(size))
+    with paper_style():
+        figure, sheet = new_sheet(size, len(views), title, legend=_legend())
+        for view, axes in zip(views, sheet, strict=True):
+            draw_image(axes, picture, _size(image))
+            _draw_view(axes, view, frame)
+        return save(figure, path)
+
+
+def _size(image: Picture) -> tuple[int, int]:
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+def _frame(image: Picture, views: Sequence[View]) -> Box:
+    """The smallest box that holds the picture and all views, and a hair more for the outermost lines."""
+    W, H = _size(image)
+    boxes = np.array([(0, 0, W, H), *(view.box for view in views)], dtype=float)
+    (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    margin = 0.004 * max(x1 - x0, y1 - y0)
+    return x0 - margin, y0 - margin, x1 + margin, y1 + margin
+
+
+def _draw_view(axes: Axes, view: View, frame: Box) -> None:
+    rows, columns = view.index.shape
+    x0, y0, x1, y1 = view.box
+    axes.set_xlim(frame[0], frame[2])
+    axes.set_ylim(frame[3], frame[1])
+    upright = [[(x, y0), (x, y1)] for x in view.x_edges]
+    level = [[(x0, y), (x1, y)] for y in view.y_edges]
+    width = min(_LINE, 24 / max(rows, columns))
+    axes.add_collection(LineCollection(upright + level, colors="black", linewidths=2 * width, alpha=0.55))
+    axes.add_collection(LineCollection(upright + level, colors="white", linewidths=width))
+    for row, column, colour in ((0, 0, ORANGE), (rows - 1, columns - 1, SKY)):
+        axes.add_patch(_cell(view, row, column, colour))
+    draw_box(axes, view.box, VERMILLION)
+    axes.set_title(f"{view.name}: {columns} x {rows} cells{_cell_size(view)}")
+
+
+def _cell(view: View, row: int, column: int, colour: str) -> Rectangle:
+    x, y = view.x_edges[column], view.y_edges[row]
+    width, height = view.x_edges[column + 1] - x, view.y_edges[row + 1] - y
+    return Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=_LINE, zorder=3)
+
+
+def _cell_size(view: View) -> str:
+    """` of 16.7 x 13.3 pixels`, where all are alike."""
+    if not view.is_uniform:
+        return ", of several sizes"
+    w, h = (math.fabs(edges[1] - edges[0]) for edges in (view.x_edges, view.y_edges))
+    return f" of {w:.1f} x {h:.1f} pixels"
+
+
+def _legend() -> list[Line2D]:
+    square = {"linestyle": "none", "marker": "s", "markersize": 6}
+    return [
+        Line2D([], [], color=ORANGE, label="first token", **square),  # type: ignore[arg-type]
+        Line2D([], [], color=SKY, label="last token", **square),  # type: ignore[arg-type]
+        Line2D([], [], color=VERMILLION, linewidth=1.4, label="what the view covers"),
+    ]
+
+
 COLOURS = (VERMILLION, SKY, YELLOW, GREEN, PURPLE, ORANGE, BLUE)
 """Okabe and Ito's, in an order that keeps the first few far apart; the numbers tell those apart that come again."""
 _TINT = 0.35  # opacity of a mask
@@ -309,7 +309,7 @@ def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path 
     title = " | ".join(f"{n}: {found.phrase} ({found.score:.2f})" for n, found in enumerate(objects, start=1))
     with paper_style():
         figure, (axes,) = new_sheet(size, 1, title, titled=False)
-        draw_image(axes, prepare(image, max(size)), image.size)
+        draw_image(axes, shrink_to_panel(image, max(size)), image.size)
         for number, found in enumerate(objects, start=1):
             colour = COLOURS[(number - 1) % len(COLOURS)]
             if found.mask is not None:

@@ -29,7 +29,7 @@ from localization_heads.figures.overlay import (
     draw_map,
     draw_outline,
     opacity,
-    prepare,
+    shrink_to_panel,
 )
 from localization_heads.figures.sheet import (
     BLUE,
@@ -77,7 +77,7 @@ def plot_top_maps(
         statistics: adds the spatial entropy `H` to the attention sum `S` in the titles.
     """
     size = panel_size(attention.image_size, area=2.4)
-    picture = prepare(image, max(size))
+    picture = shrink_to_panel(image, max(size))
     panels = (image is not None) + len(heads) + (grounding is not None)
     title = attention.query if expression is None else expression
     with paper_style():
@@ -145,7 +145,7 @@ def plot_grounding(
         expression: the title.
     """
     size = panel_size(grounding.image_size, area=14)
-    picture = prepare(image, max(size))
+    picture = shrink_to_panel(image, max(size))
     heat, mask = _at_drawn_size(grounding)
     legend = _box_entries(grounding, truth)
     label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
@@ -209,7 +209,7 @@ def plot_components(
         expression: the title; by default the query of the map.
     """
     size = panel_size(attention.image_size, area=4.8, widest=3.1)
-    picture = prepare(image, max(size))
+    picture = shrink_to_panel(image, max(size))
     numbers, areas = np.unique(labels[labels > 0], return_counts=True)
     order = np.argsort(-areas, kind="stable")
     numbers, shares = numbers[order], areas[order] / max(1, areas.sum())

@@ -100,12 +100,12 @@ def _figures(facts: HeadFacts) -> dict[str, Any]:
             of["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude
         )
     }
-    if facts.scatter:
-        points = [
-            (head.address, head.selection_frequency, float(of["iou"][head.address]))
-            for head in ranking.heads
-            if math.isfinite(of["iou"][head.address])
-        ]
+    points = [
+        (head.address, head.selection_frequency, float(of["iou"][head.address]))
+        for head in ranking.heads
+        if math.isfinite(of["iou"][head.address])
+    ]
+    if points:
         drawn["scatter"] = figures.plot_frequency_iou(points, least_frequency=LEAST_FREQUENCY, top=facts.used)
     labels = {
         "curve": "Average attention sums of the heads in ascending order",
@@ -135,8 +135,8 @@ def _by_head(facts: HeadFacts, key: str) -> NDArray[np.float64]:
         found = measured[key]
         return np.full(facts.shape, np.nan) if found is None else found
     name = {"frequency": "selection_frequency", "sum": "attention_sum", "entropy": "spatial_entropy"}[key]
-    values = np.full(facts.shape, np.nan)
+    grid = np.full(facts.shape, np.nan)
     for head in facts.ranking.heads:
         value = getattr(head, name)
-        values[head.address] = np.nan if value is None else value
-    return values
+        grid[head.address] = np.nan if value is None else value
+    return grid

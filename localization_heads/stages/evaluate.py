@@ -57,7 +57,7 @@ def save_failed_boxes(run: Run, outcomes: Sequence[Outcome]) -> list[Path]:
     Each goes through the model once more: no map is kept while the data set is worked through.
     """
     from localization_heads import figures
-    from localization_heads.figures.overlay import BoxPanel, prepare
+    from localization_heads.figures.overlay import BoxPanel, shrink_to_panel
 
     folder = run.folder / "failures"
     panels = []
@@ -71,7 +71,7 @@ def save_failed_boxes(run: Run, outcomes: Sequence[Outcome]) -> list[Path]:
             path = new / f"{number:03d}_{sample.id}.png"
             title = f"{sample.expression} (IoU {iou:.2f})"
             figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=title)
-            small = prepare(image, _THUMBNAIL)
+            small = shrink_to_panel(image, _THUMBNAIL)
             assert small is not None
             panels.append(BoxPanel(small, image.size, sample.expression, grounding.box, sample.bbox, iou))
         if panels:
