@@ -93,12 +93,6 @@ class CriteriaOptions(Options):
         "A cell is positive if A exceeds the map's own mean (mean, paper), or if relu(A - mean) exceeds a number "
         "(published code: 0.001).",
     )
-    means: float = option(
-        1.0,
-        "Multiple of the mean that is subtracted from a map before it is thresholded (paper: 1; published code of "
-        "August 2025: 2).",
-        ge=1,
-    )
     elbow: ElbowRule = option(
         "value",
         "Heads kept by criterion 1: those whose attention sum reaches the elbow's value (paper), or whose flat index "
@@ -109,14 +103,20 @@ class CriteriaOptions(Options):
         False,
         "Never mark a head in a sample whose bottom row is in focus (published code of August 2025).",
     )
+    tau: Annotated[float, Field(ge=0)] | None = option(
+        None,
+        "A fixed threshold for criterion 1; null takes the elbow, 0 switches the criterion off.",
+    )
+    means: float = option(
+        1.0,
+        "Multiple of the mean that is subtracted from a map before it is thresholded (paper: 1; published code of "
+        "August 2025: 2).",
+        ge=1,
+    )
     bottom_row_above: Annotated[float, Field(ge=0)] | None = option(
         None,
         "Bottom-row focus: every cell of the row is positive (null), or any of them holds more attention than this "
         "number (published code of August 2025: 0.05).",
-    )
-    tau: Annotated[float, Field(ge=0)] | None = option(
-        None,
-        "A fixed threshold for criterion 1; null takes the elbow, 0 switches the criterion off.",
     )
     elbow_heads: ElbowHeads = option(
         "considered",
@@ -153,17 +153,17 @@ class GroundingOptions(Options):
 
     kernel_size: Odd = option(7, "Taps of the Gaussian that smooths each map; 1 switches smoothing off.")
     sigma: float = option(1.0, "Its standard deviation in cells; 0 switches smoothing off.", ge=0)
-    border: Border = option(
-        "mirror",
-        "How a map continues beyond its edge when it is smoothed: mirror does not repeat the edge cell (c b | a b c, "
-        "as in OpenCV), repeat does (b a | a b c, as in scipy and so in the published code).",
-    )
     upsample: int = option(
         1,
         "Split each cell into this many along both axes before smoothing, for boxes finer than a cell (paper: 1). "
         "Kernel and sigma then count the finer cells.",
         ge=1,
         le=16,
+    )
+    component: Component = option(
+        "largest_hull",
+        "Positive cells that make the box: those of the component with the largest convex hull (paper), or all "
+        "(published code).",
     )
     interpolation: Interpolation = option(
         "nearest",
@@ -175,24 +175,24 @@ class GroundingOptions(Options):
         "A cell is positive above the mean (paper), above Otsu's threshold (otsu), or if it is among the "
         "fewest cells that hold a share of the attention (top_mass).",
     )
-    means: float = option(
-        1.0, "For binarise=mean: the threshold as a multiple of the mean (paper and published code: 1).", ge=1
-    )
-    margin: float = option(
-        0.0, "For binarise=mean: a constant that is added to the threshold (paper: 0).", ge=0
-    )
     top_mass: Share = option(0.7, "For binarise=top_mass: the share of the attention.")
-    component: Component = option(
-        "largest_hull",
-        "Positive cells that make the box: those of the component with the largest convex hull (paper), or all "
-        "(published code).",
-    )
     box_from: BoxFrom = option(
         "map", "Take the box from the map (paper), or the tight box of the segmenter's mask (mask)."
     )
     ignore_padding: bool = option(
         False,
         "Read the grid as if it covered the image and no padding: wrong on purpose, as in the published code.",
+    )
+    means: float = option(
+        1.0, "For binarise=mean: the threshold as a multiple of the mean (paper and published code: 1).", ge=1
+    )
+    margin: float = option(
+        0.0, "For binarise=mean: a constant that is added to the threshold (paper: 0).", ge=0
+    )
+    border: Border = option(
+        "mirror",
+        "How a map continues beyond its edge when it is smoothed: mirror does not repeat the edge cell (c b | a b c, "
+        "as in OpenCV), repeat does (b a | a b c, as in scipy and so in the published code).",
     )
 
 

@@ -80,9 +80,12 @@ def _check_kinds(chosen: Options) -> None:
 
 def _one_line(kind: type[Options], error: ValidationError) -> Exception:
     first = error.errors()[0]
-    if isinstance(own := first.get("ctx", {}).get("error"), OptionError):  # of a check of several options together
+    if isinstance(
+        own := first.get("ctx", {}).get("error"), OptionError
+    ):  # of a check of several options together
         return own
-    name, value = str(first["loc"][0]) if first["loc"] else "", first["input"]
+    place, value = first["loc"][0] if first["loc"] else "", first["input"]
+    name = list(kind.__pydantic_fields__)[place] if isinstance(place, int) else place
     if name not in kind.__pydantic_fields__:
         return TypeError(f"{kind.__name__}: {first['msg']}: {name}")
     if len(first["loc"]) > 1 and isinstance(first["loc"][1], int):
