@@ -12,7 +12,7 @@ from localization_heads.figures.charts import (
 )
 from localization_heads.figures.overlay import Found, plot_boxes, plot_cells, plot_several
 from localization_heads.figures.pictures import plot_components, plot_grounding, plot_top_maps
-from localization_heads.figures.sheet import show
+from localization_heads.figures.sheet import plot_once, show
 
 __all__ = [
     "Found",
@@ -23,6 +23,7 @@ __all__ = [
     "plot_experiment",
     "plot_grounding",
     "plot_head_grid",
+    "plot_once",
     "plot_selection_frequency",
     "plot_several",
     "plot_top_maps",

@@ -8,16 +8,12 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-
 from localization_heads.attention import Box, rescaled
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.geometry import Size, padded_box, whole_box
-from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import clean_expression
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from localization_heads.lvlm.model import LVLM
@@ -44,6 +40,8 @@ class Conversation:
             UsageError: an empty question, or one with control tokens.
             WorkError: the generation failed; the question is forgotten.
         """
+        from localization_heads.lvlm.prompts import clean_expression
+
         question = clean_expression(question, self.lvlm.control_tokens)
         turn = _turn("user", question, with_image=self.image is not None and not self.messages)
         prompt = self._prompt([*self.messages, turn], question)
@@ -75,6 +73,7 @@ def stream(
     Raises:
         WorkError: the generation failed.
     """
+    import torch
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     inputs = _inputs(lvlm, image, prompt)
@@ -108,6 +107,8 @@ def stream(
 
 
 def _flags(ids: torch.Tensor, stopped: threading.Event) -> torch.Tensor:
+    import torch
+
     return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
 
 
@@ -245,6 +246,8 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
 
 def box_prompt(lvlm: LVLM, form: BoxFormat, expression: str) -> str:
     """The whole prompt. UsageError for a chat format where the checkpoint brings no chat template."""
+    from localization_heads.lvlm.prompts import clean_expression
+
     text = form.question(clean_expression(expression, lvlm.control_tokens))
     return lvlm.chat_prompt(text) if form.chat else lvlm.image_text + text
 

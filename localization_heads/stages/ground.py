@@ -92,8 +92,10 @@ def draw_groups(
             if outcome.prediction.bbox is not None
         ]
         paths.append(entry_path(run.attention_folder, id, "_grounding.png"))
-        figure = figures.plot_several(image, objects, paths[-1])
-        if run["show_plot"]:
+        figure = figures.plot_once(
+            figures.plot_several, image, objects, path=paths[-1], always=run["show_plot"]
+        )
+        if figure and run["show_plot"]:
             figures.show(figure)
     return paths
 
@@ -326,7 +328,15 @@ def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) 
     if grounding.mask_from != "map" and mask is not None:
         grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
-    figure = figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=sample.expression)
-    if run["show_plot"]:
+    figure = figures.plot_once(
+        figures.plot_grounding,
+        image,
+        grounding,
+        path=path,
+        truth=sample.bbox,
+        expression=sample.expression,
+        always=run["show_plot"],
+    )
+    if figure and run["show_plot"]:
         figures.show(figure)
     return path

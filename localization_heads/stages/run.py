@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,11 +42,13 @@ class Run:
         options: every option by name, plain values only.
         model_choice: which file of `config/model/` was chosen.
         overrides: what the user wrote on the command line, or None if that is not known.
+        before_model: told before the model is loaded, which takes seconds.
     """
 
     options: Mapping[str, Any]
     model_choice: str = "tiny"
     overrides: Sequence[str] | None = None
+    before_model: Callable[[Run], None] | None = None
 
     def __post_init__(self) -> None:
         check_options(self.options)
@@ -104,6 +106,8 @@ class Run:
     @cached_property
     def lvlm(self) -> LVLM:
         """The model, loaded on first use. Where workers run it, it is only asked for its shape: GPUs are theirs."""
+        if self.before_model:
+            self.before_model(self)
         import torch
 
         from localization_heads.lvlm.loading import load_model

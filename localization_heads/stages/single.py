@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import picture_source
-from localization_heads.data.images import Picture, load_image
+from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
@@ -109,8 +110,9 @@ def visualize(run: Run) -> Visualised:
         heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
     else:
         heads = run.named_heads
-    image = picture_of(analysed.maps, run["allow_private_addresses"])
-    return draw(run, analysed, path, image, heads=heads or run.own_heads(analysed.statistics))
+    image = image_of(analysed.maps, run["allow_private_addresses"])
+    chosen = heads or run.own_heads(analysed.statistics)
+    return draw(run, analysed.maps, analysed.statistics, path, image, heads=chosen)
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
@@ -119,12 +121,14 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    return collected, analysed, draw(run, analysed, collected.path, collected.image)
+    drawn = draw(run, collected.maps, analysed.statistics, collected.path, collected.image)
+    return collected, analysed, drawn
 
 
 def draw(
     run: Run,
-    analysed: Analysed,
+    maps: AttentionMaps,
+    statistics: HeadStatistics,
     path: Path,
     image: Image.Image | None,
     *,
@@ -134,20 +138,26 @@ def draw(
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
 
-    maps, statistics = analysed.maps, analysed.statistics
     chosen = list(heads) if heads else run.heads_for(statistics)
     check_heads(chosen, maps.num_layers, maps.num_heads)
     grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
     shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
+    once = partial(figures.plot_once, always=run["show_plot"], truth=truth)
     drawn = [
-        figures.plot_top_maps(
-            image, maps, shown, targets[0], grounding=grounding, truth=truth, statistics=statistics
+        once(
+            figures.plot_top_maps,
+            image,
+            maps,
+            shown,
+            path=targets[0],
+            grounding=grounding,
+            statistics=statistics,
         ),
-        figures.plot_grounding(image, grounding, targets[1], truth=truth, expression=maps.query),
+        once(figures.plot_grounding, image, grounding, path=targets[1], expression=maps.query),
     ]
     if run["show_plot"]:
-        for figure in drawn:
+        for figure in filter(None, drawn):
             figures.show(figure)
     return Visualised(grounding, targets)
 
@@ -160,20 +170,21 @@ def top_heads(
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
 
 
-def picture_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
+def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
     """The picture that the maps are of, or None, with a note, if it is not there any more.
 
     The file may be a stranger's: it does not choose machines of a private network to be asked.
     """
     if not maps.image_file:
         return None
-    return picture_or_none(picture_source(maps.image_file, allow_private=allow_private_addresses))
+    source = picture_source(maps.image_file, allow_private=allow_private_addresses)
+    return image_or_none(partial(load_image, source))
 
 
-def picture_or_none(picture: Picture) -> Image.Image | None:
+def image_or_none(load: Callable[[], Image.Image]) -> Image.Image | None:
     """The picture, or None, with a note, if it is not there any more."""
     try:
-        return load_image(picture)
+        return load()
     except (UsageError, WorkError) as error:
         log.warning("drawing without the picture: %s", error)
         return None

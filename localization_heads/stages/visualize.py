@@ -23,7 +23,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import own_heads
 from localization_heads.stages.entries import choose_range
 from localization_heads.stages.run import check_criteria, check_heads, known_heads
-from localization_heads.stages.single import attention_file_of, find_attention_file, picture_of, top_heads
+from localization_heads.stages.single import attention_file_of, find_attention_file, image_of, top_heads
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.paths import side_path
 
@@ -158,7 +158,7 @@ def _draw(
     """A named head comes without a box, and its figure bears its name."""
     from localization_heads import figures
 
-    image = picture_of(opened.maps, options["allow_private_addresses"])
+    image = image_of(opened.maps, options["allow_private_addresses"])
     statistics, save = opened.statistics, options["save_fig"]
     paths = [_figure(stem, *(shown[0] if grounding is None else (None, None)))]
     target = paths[0] if save else None
