@@ -17,7 +17,6 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import picture_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
-from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import (
@@ -353,7 +352,7 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
         kept[head.address] = head.kept
     targets = [run.folder / f"{name}.png" for name in ("attention_sums", "selection_frequency", "head_grid")]
     once = partial(figures.plot_once, always=run["show_plot"])
-    marked = {"top": top, "exclude_layers": ranking.exclude_layers}
+    marked: dict[str, Any] = {"top": top, "exclude_layers": ranking.exclude_layers}
     drawn = [
         once(figures.plot_selection_frequency, ranking, path=targets[1], emphasised=run["k"]),
         once(figures.plot_head_grid, 100 * frequency, path=targets[2], **marked),
@@ -382,6 +381,7 @@ def _ground_all(
     """
     best = [head.address for head in ranking.kept[: run["k"]]]
     heads: Sequence[Head] | None = best if run["heads"] == "auto" else run.named_heads
+    grounder = run.grounder(heads)
     limit = run["visualize_limit"] if run["visualize_batch"] else 0
     grounded = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
@@ -391,13 +391,12 @@ def _ground_all(
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             picture = cache(partial(image_or_none, partial(entries.pictures.load, sample)))
-            chosen = list(heads or run.own_heads(statistics))
             if limit is None or number < limit:
-                drawn = draw(run, maps, statistics, path, picture(), heads=chosen, truth=sample.bbox)
+                drawn = draw(run, grounder, maps, statistics, path, picture(), truth=sample.bbox)
                 grounding = drawn.grounding
             else:
-                image = picture() if run.segmenter else None
-                grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
+                image = picture() if grounder.segmenter else None
+                grounding = grounder.ground(maps, image, statistics)
             outcome = outcome_of(sample, grounding)
             report.add(outcome, look(report.room, outcome, maps, grounding, picture))
             report.measure(sample, maps)

@@ -13,7 +13,7 @@ from localization_heads.data.masks import read_mask
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options import require
@@ -269,10 +269,11 @@ def _ground_each(
         analyse: the statistics of all heads go on as well, some 0.03 s of work for a model of 1,024 heads.
     """
 
+    grounder = run.grounder(heads)
+
     def ground_one(one: Attended) -> _Grounded:
         statistics = head_statistics(one.maps.attention, run.criteria) if analyse else None
-        chosen = heads or run.own_heads(statistics or head_statistics(one.maps.attention, run.criteria))
-        grounding = run.refine(ground_maps(one.maps, chosen, run.grounding), one.image)
+        grounding = grounder.ground(one.maps, one.image, statistics)
         outcome = outcome_of(one.sample, grounding)
         if measure:
             outcome = replace(outcome, measured=measure(run, one, grounding))

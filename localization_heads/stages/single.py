@@ -15,12 +15,13 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import picture_source
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounder import Grounder, check_heads, choose_heads
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import CriteriaOptions, HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.options import require
-from localization_heads.stages.run import Run, check_criteria, check_heads, known_heads
+from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
@@ -106,13 +107,10 @@ def visualize(run: Run) -> Visualised:
     require(run.options, "attention_file")
     path = find_attention_file(run["attention_file"])
     analysed = analyse_file(run, load_attention(path), path, replace=False)
-    if run["heads"] == "auto":  # the file may be of another model than model= names: take those of its own
-        heads = known_heads(analysed.maps.model, path.parent.parent, run["k"])
-    else:
-        heads = run.named_heads
+    # The file may be of another model than model= names: heads=auto takes those of its own.
+    heads = choose_heads(run["heads"], run["k"], analysed.maps.model, path.parent.parent)
     image = image_of(analysed.maps, run["allow_private_addresses"])
-    chosen = heads or run.own_heads(analysed.statistics)
-    return draw(run, analysed.maps, analysed.statistics, path, image, heads=chosen)
+    return draw(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
@@ -121,27 +119,27 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    drawn = draw(run, collected.maps, analysed.statistics, collected.path, collected.image)
+    grounder = run.grounder(run.named_heads)
+    drawn = draw(run, grounder, collected.maps, analysed.statistics, collected.path, collected.image)
     return collected, analysed, drawn
 
 
 def draw(
     run: Run,
+    grounder: Grounder,
     maps: AttentionMaps,
     statistics: HeadStatistics,
     path: Path,
     image: Image.Image | None,
     *,
-    heads: Sequence[Head] | None = None,
     truth: Box | None = None,
 ) -> Visualised:
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
 
-    chosen = list(heads) if heads else run.heads_for(statistics)
-    check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = run.refine(ground_maps(maps, chosen, run.grounding), image)
-    shown = top_heads(chosen, statistics, run.criteria, run["top_k"])
+    check_heads(grounder.heads, maps.num_layers, maps.num_heads)
+    grounding = grounder.ground(maps, image, statistics)
+    shown = top_heads(grounding.heads, statistics, run.criteria, run["top_k"])
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
     once = partial(figures.plot_once, always=run["show_plot"], truth=truth)
     drawn = [

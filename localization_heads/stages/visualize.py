@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
-from localization_heads.grounding.ground import Grounding, GroundingOptions, ground_maps
+from localization_heads.grounder import Grounder, check_heads, known_heads
+from localization_heads.grounding.ground import Grounding, GroundingOptions
 from localization_heads.heads.criteria import (
     CriteriaOptions,
     HeadStatistics,
@@ -20,9 +21,8 @@ from localization_heads.heads.criteria import (
     label_components,
 )
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import own_heads
 from localization_heads.stages.entries import choose_range
-from localization_heads.stages.run import check_criteria, check_heads, known_heads
+from localization_heads.stages.run import check_criteria
 from localization_heads.stages.single import attention_file_of, find_attention_file, image_of, top_heads
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.paths import side_path
@@ -142,10 +142,10 @@ def _top(options: Mapping[str, Any], opened: Opened) -> tuple[list[Head], Ground
     """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
     criteria, maps = CriteriaOptions(**options["criteria"]), opened.maps
     chosen = known_heads(maps.model, opened.path.parent.parent, options["k"])
-    chosen = chosen or tuple(own_heads(opened.statistics, criteria, options["k"]))
-    check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = ground_maps(maps, chosen, GroundingOptions(**options["grounding"]))
-    return top_heads(chosen, opened.statistics, criteria, options["top_k"]), grounding
+    grounder = Grounder(chosen or (), criteria, GroundingOptions(**options["grounding"]), k=options["k"])
+    check_heads(grounder.heads, maps.num_layers, maps.num_heads)
+    grounding = grounder.ground(maps, None, opened.statistics)
+    return top_heads(grounding.heads, opened.statistics, criteria, options["top_k"]), grounding
 
 
 def _draw(
