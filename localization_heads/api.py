@@ -16,18 +16,18 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.images import Picture, load_image
 from localization_heads.data.samples import Sample, where
-from localization_heads.errors import NoHeadError, NotFiniteError
+from localization_heads.errors import NoHeadError, NotFiniteError, UsageError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
-from localization_heads.grounder import make_segmenter
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounder import Grounder, check_heads, make_segmenter
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, own_heads, rank_heads
+from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.record import found_with
 from localization_heads.lvlm.spec import heads_found_with
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
-from localization_heads.segmentation.segmenter import GRABCUT, Segmenter, refine
+from localization_heads.segmentation.segmenter import GRABCUT, Segmenter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -214,7 +214,7 @@ def evaluate(
             log.warning("%s is left out: %s", sample.id, error)
             num_headless += 1
             continue
-        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, picture=picture))
+        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, image=picture))
         if form:
             box, _ = ask_for_box(lvlm, form, picture, sample.expression)
             scores["native"] = [score_box(box, truth, picture.size)]
@@ -234,35 +234,13 @@ def evaluate(
     return Evaluation({**metrics, "choices": choices}, scored)
 
 
-@dataclass(frozen=True)
-class _Grounder:
-    """How maps become a box and a mask. Without heads, each sample's own three are taken."""
-
-    heads: tuple[Head, ...]
-    criteria: CriteriaOptions
-    options: GroundingOptions
-    segmenter: Segmenter | None
-
-    @property
-    def last_layer(self) -> int | None:
-        """The deepest layer that is looked at; None for all."""
-        return max(layer for layer, _ in self.heads) if self.heads else None
-
-    def ground(self, maps: AttentionMaps, picture: Image.Image) -> Grounding:
-        heads = self.heads or own_heads(head_statistics(maps.attention, self.criteria), self.criteria, K)
-        return self.refine(ground_maps(maps, heads, self.options), picture)
-
-    def refine(self, grounding: Grounding, picture: Image.Image) -> Grounding:
-        return refine(grounding, picture, self.segmenter, box_from=self.options.box_from)
-
-
 def _grounder(
     lvlm: LVLM,
     heads: Sequence[Head] | HeadRanking | None,
     criteria: CriteriaOptions,
     options: GroundingOptions | None,
     segmenter: Segmenter | SegmenterOptions | None,
-) -> _Grounder:
+) -> Grounder:
     """What `ground` and `evaluate` have in common. ValueError for a head that the model does not have."""
     if isinstance(heads, HeadRanking):
         lvlm.note_other_conditions("these heads", heads.found_with)
@@ -272,11 +250,12 @@ def _grounder(
     if heads is not None and not len(heads):
         raise ValueError("heads names no head; None takes those that are known, or each sample's own")
     chosen = tuple(Head(*head) for head in (lvlm.known_heads if heads is None else heads))
-    for head in chosen:
-        if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):
-            raise ValueError(f"no head {head} among {lvlm.num_layers} layers of {lvlm.num_heads}")
+    try:
+        check_heads(chosen, lvlm.num_layers, lvlm.num_heads)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
     made = make_segmenter(segmenter) if isinstance(segmenter, SegmenterOptions) else segmenter
-    return _Grounder(chosen, criteria, options or GroundingOptions(), made)
+    return Grounder(chosen, criteria, options or GroundingOptions(), made, K)
 
 
 def _named(segmenter: Segmenter | SegmenterOptions | None) -> dict[str, Any]:

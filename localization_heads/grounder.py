@@ -1,9 +1,154 @@
-"""What turns maps into a box and a mask: heads, criteria, read-out and segmenter."""
+"""What turns maps into a box and a mask: heads, criteria, read-out and segmenter; and which heads those are."""
 
 from __future__ import annotations
 
-from localization_heads.options.groups import SegmenterOptions
-from localization_heads.segmentation.segmenter import Segmenter
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.errors import UsageError
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.head import Head, repeated
+from localization_heads.heads.ranking import own_heads
+from localization_heads.interop.hub import is_repository, load_heads
+from localization_heads.lvlm.spec import find_spec
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
+from localization_heads.segmentation.segmenter import Segmenter, refine
+from localization_heads.store.results import load_head_list, load_ranking
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Grounder:
+    """How maps become a box and a mask (Sec. 5).
+
+    Args:
+        heads: whose maps are added; without any, each sample picks its own (the paper's "greedy" ablation).
+        criteria: what heads must pass where a sample picks its own.
+        options: the read-out.
+        segmenter: what makes the mask; None leaves the pseudo-mask of the maps.
+        k: how many heads a sample picks.
+    """
+
+    heads: tuple[Head, ...]
+    criteria: CriteriaOptions
+    options: GroundingOptions
+    segmenter: Segmenter | None = None
+    k: int = 3
+
+    @property
+    def last_layer(self) -> int | None:
+        """The deepest layer that is looked at; None for all."""
+        return max((layer for layer, _ in self.heads), default=None)
+
+    def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
+        """The heads that ground one sample. NoHeadError where it has to pick its own and none passes.
+
+        Args:
+            statistics: of the maps, where they are known already.
+        """
+        if self.heads:
+            return list(self.heads)
+        statistics = statistics or head_statistics(maps.attention, self.criteria)
+        return own_heads(statistics, self.criteria, self.k)
+
+    def ground(
+        self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
+    ) -> Grounding:
+        """The box, mask and heat map of one sample. NoHeadError as of `heads_of`.
+
+        Args:
+            image: what the maps are of; without it the mask is that of the maps.
+            statistics: of the maps, where they are known already.
+        """
+        return self.refine(ground_maps(maps, self.heads_of(maps, statistics), self.options), image)
+
+    def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
+        """The grounding with the segmenter's mask, and with that mask's box if `box_from` asks for it."""
+        return refine(grounding, image, self.segmenter, box_from=self.options.box_from)
+
+
+def choose_heads(
+    wanted: Any, k: int, model: str, folder: Path, published: Sequence[Head] | None = None
+) -> tuple[Head, ...] | None:
+    """The heads that `heads=` asks for, best first, or None where each sample has to pick its own.
+
+    Args:
+        wanted: `auto`, `greedy`, a list of names, a heads.json or a hub repository.
+        model: whose heads they are.
+        folder: of that model's results, with its heads.json.
+        published: of the model, where they are known already.
+
+    Raises:
+        UsageError: a file or a name that cannot be used.
+    """
+    if wanted == "greedy":
+        return None
+    if wanted != "auto":
+        return chosen_heads(wanted, k)
+    known = tuple(published or ())[:k] or known_heads(model, folder, k)
+    if not known:
+        log.warning("no heads are known for %s: each sample picks its own", model)
+    elif len(known) < k:
+        log.warning("k=%d: only %d heads are known for %s, and these are taken", k, len(known), model)
+    return known
+
+
+def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
+    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder.
+
+    None where neither is there: a heads.json of another model says nothing about this one.
+    """
+    if published := find_spec(model).heads:
+        return published[:k]
+    latest = folder / "heads.json"
+    if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
+        return None
+    return tuple(head.address for head in ranking.kept[:k]) or None
+
+
+def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
+    """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
+    if isinstance(value, str) and value.endswith(".json"):
+        return _best_of(value, load_head_list(value), k)
+    if isinstance(value, str) and is_repository(value):
+        return _best_of(value, [head.address for head in load_heads(value).kept], k)
+    names = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        heads = tuple(Head.parse(str(name)) for name in names)
+    except ValueError as error:
+        raise UsageError(
+            f"heads={value}: {error}; or write auto, greedy, the path of a heads.json, or a hub repository user/repo"
+        ) from error
+    if not heads:
+        raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
+    if twice := repeated(heads):
+        raise UsageError(f"heads names {twice} twice: name each head once")
+    return heads
+
+
+def _best_of(source: str, heads: Sequence[Head], k: int) -> tuple[Head, ...]:
+    if len(heads) < k:
+        raise UsageError(f"k={k}: {source} lists only {len(heads)} heads")
+    return tuple(heads[:k])
+
+
+def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:
+    """Raises UsageError, naming the option, for a head that a model of that shape does not have."""
+    for head in heads:
+        if not (0 <= head.layer < num_layers and 0 <= head.head < num_heads):
+            raise UsageError(
+                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} "
+                f"and the heads 0 to {num_heads - 1}"
+            )
 
 
 def make_segmenter(options: SegmenterOptions) -> Segmenter | None:

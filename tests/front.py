@@ -114,5 +114,8 @@ def stub_figures(patch: pytest.MonkeyPatch) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b"stub")
 
+    def once(plot: Any, *arguments: Any, path: Path, **_: Any) -> None:
+        target_of(path)
+
     for name in figures.__all__:
-        patch.setattr(figures, name, target_of)
+        patch.setattr(figures, name, once if name == "plot_once" else target_of)

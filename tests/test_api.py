@@ -222,9 +222,9 @@ def test_what_cannot_be_evaluated_is_refused(lvlm: LVLM) -> None:
             lh.evaluate(lvlm, [one], HEADS)
     with pytest.raises(ValueError, match="at least one sample"):
         lh.evaluate(lvlm, [], HEADS)
-    with pytest.raises(ValueError, match="no head L99H0"):
+    with pytest.raises(ValueError, match="there is no L99H0"):
         lh.evaluate(lvlm, [sample], [Head(99, 0)])
-    with pytest.raises(ValueError, match="no head L0H-1"):
+    with pytest.raises(ValueError, match="there is no L0H-1"):
         lh.ground(lvlm, sample.image, "the animal", [Head(0, -1)])
     with pytest.raises(ValueError, match="bootstrap"):
         lh.evaluate(lvlm, [sample], HEADS, bootstrap="word")  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from localization_heads.data.images import image_size, load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.grounder import chosen_heads
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
@@ -22,7 +23,6 @@ from localization_heads.heads.record import read_scores, scores_of
 from localization_heads.interop import detections, hub
 from localization_heads.interop.coco import to_coco
 from localization_heads.interop.pipeline import answer_of
-from localization_heads.stages.run import chosen_heads
 from localization_heads.store.results import Prediction, load_head_list, save_ranking
 
 

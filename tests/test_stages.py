@@ -6,7 +6,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from front import (
     write_data,
     write_lines,
 )
-from PIL import Image
+from matplotlib.figure import Figure
+from PIL import Image, ImageFile
 from tiny_models import llava_model, llava_processor, save_overflowing
 
 import localization_heads as lh
@@ -876,3 +878,82 @@ def test_maps_that_are_not_finite(value: float) -> None:
     maps.attention[1, 1, 2, 2] = value
     with pytest.raises(NotFiniteError):
         maps.check_finite()
+
+
+# ---------------------------------------------------------------------------------------------- computed once
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often pictures are opened and decoded, samples analysed, expressions cleaned, prompts and figures made."""
+    from localization_heads.lvlm import loaded
+    from localization_heads.stages import find, single
+
+    counts: Counter[str] = Counter()
+
+    def count(holder: Any, name: str, what: str, known: Callable[..., bool] = lambda *_: True) -> None:
+        original = getattr(holder, name)
+
+        def spy(*arguments: Any, **named: Any) -> Any:
+            counts[what] += known(*arguments)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(holder, name, spy)
+
+    count(Image, "open", "opened")
+    count(ImageFile.ImageFile, "load", "decoded", lambda image: bool(image.tile))
+    count(find, "head_statistics", "analysed")
+    count(single, "head_statistics", "analysed")
+    count(loaded, "clean_expression", "cleaned", lambda text, *_: text.startswith("the "))
+    count(loaded, "expression_prompt", "rendered", lambda text, *_: text.startswith("the "))
+    count(Figure, "savefig", "drawn")
+    return counts
+
+
+def test_a_batch_computes_each_thing_once(front: Front, counted: Counter[str], tmp_path: Path) -> None:
+    """A rerun opens the pictures for the masks, reads the maps for the boxes, and draws nothing anew."""
+    number = 4
+    write_lines(
+        tmp_path / "data.jsonl",
+        [
+            {
+                "id": f"entry_{n}",
+                "prompt": f"the dog {n}",
+                "image_path": draw_picture(tmp_path / f"{n}.png", n).name,
+            }
+            for n in range(number)
+        ],
+    )
+    first = front.finder("stage=batch", "data_file=data.jsonl", "report=false")
+    assert first.status == 0, first.err
+    assert counted == {
+        "opened": number,
+        "decoded": number,
+        "analysed": number,
+        "cleaned": number,
+        "rendered": number,
+        "drawn": 2 * number + 3,
+    }
+    counted.clear()
+    figures = {path: path.stat().st_mtime_ns for path in front.out.rglob("*.png")}
+    assert front.finder("stage=batch", "data_file=data.jsonl", "report=false").status == 0
+    assert +counted == {"opened": number, "decoded": number, "analysed": number}
+    assert figures == {path: path.stat().st_mtime_ns for path in front.out.rglob("*.png")}
+    draw_picture(tmp_path / "0.png", 9)
+    counted.clear()
+    assert front.finder("stage=batch", "data_file=data.jsonl", "report=false", "top_k=2").status == 0
+    assert counted["drawn"] >= number + 1  # the top maps of all, the box of the other picture
+
+
+def test_a_figure_that_was_cut_short_is_drawn_again(tmp_path: Path) -> None:
+    from localization_heads import figures
+
+    path, values = tmp_path / "grid.png", np.ones((3, 3))
+    assert figures.plot_once(figures.plot_head_grid, values, path=path) is not None
+    whole = path.read_bytes()
+    assert figures.plot_once(figures.plot_head_grid, values, path=path) is None
+    path.write_bytes(whole[:-20])
+    assert figures.plot_once(figures.plot_head_grid, values, path=path) is not None
+    assert path.read_bytes() == whole
+    assert figures.plot_once(figures.plot_head_grid, 2 * values, path=path) is not None
+    assert figures.plot_once(figures.plot_head_grid, 2 * values, path=path, always=True) is not None

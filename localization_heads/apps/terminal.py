@@ -14,10 +14,11 @@ from localization_heads.api import ground
 from localization_heads.apps.tables import box_text
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError, printable
+from localization_heads.grounder import check_heads
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers import Conversation
 from localization_heads.lvlm.prompts import CONV_MODES
-from localization_heads.stages.run import ChatRun, check_heads
+from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
 from localization_heads.store.paths import entry_path, from_home
 

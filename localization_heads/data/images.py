@@ -133,6 +133,19 @@ def image_size(source: Picture) -> tuple[int, int]:
         return upright_size(image)
 
 
+def open_image(source: str | Path, most_pixels: int) -> tuple[tuple[int, int], Image.Image | None]:
+    """`image_size` and, of a picture of at most so many pixels, `load_image`, from a file that is opened once.
+
+    The picture is None as well where its pixels cannot be read: `load_image` says why.
+    """
+    path = find_file(source)
+    with open_raster(path) as image:
+        size = upright_size(image)
+        with suppress(UsageError):
+            return size, _decoded(path, image) if size[0] * size[1] <= most_pixels else None
+        return size, None
+
+
 def check_image(name: str, content: bytes) -> tuple[str, tuple[int, int]]:
     """Decode an image in memory: its format (one of FORMATS) and its `(W, H)`. Raises ImageError, naming `name`."""
     if len(content) > MAX_BYTES:

@@ -13,7 +13,7 @@ from localization_heads.figures.charts import (
 )
 from localization_heads.figures.overlay import Found, plot_boxes, plot_cells, plot_several
 from localization_heads.figures.pictures import plot_components, plot_grounding, plot_top_maps
-from localization_heads.figures.sheet import show, svg
+from localization_heads.figures.sheet import plot_once, show, svg
 
 __all__ = [
     "Found",
@@ -25,6 +25,7 @@ __all__ = [
     "plot_frequency_iou",
     "plot_grounding",
     "plot_head_grid",
+    "plot_once",
     "plot_selection_frequency",
     "plot_several",
     "plot_top_maps",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.prefix import why_not_shared
 from localization_heads.lvlm.processors import misfit_errors, processor_errors
 from localization_heads.lvlm.prompts import (
+    STAND_IN,
     Prompt,
     clean_expression,
     expression_prompt,
@@ -40,6 +42,9 @@ from localization_heads.lvlm.query_tokens import lone_space_id, query_of, withou
 from localization_heads.options.groups import ModelSpec
 
 log = logging.getLogger(__name__)
+
+PROMPTS = 10_000
+"""Of so many expressions the prompt is remembered: of those that are checked, made ready and asked at a time."""
 
 
 class LoadedModel:
@@ -71,6 +76,8 @@ class LoadedModel:
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
+        self._stand_ins: dict[tuple[str, str], str] = {}
+        self._prompts: dict[tuple[str, str, str], Prompt] = {}
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
 
     def prompted(self, conv_mode: str) -> Self:
@@ -180,14 +187,27 @@ class LoadedModel:
         return self.located_prompt(expression).text
 
     def located_prompt(self, expression: str) -> Prompt:
-        """The prompt, and where in it the expression lies."""
-        text = clean_expression(expression, self.control_tokens)
-        return locate_expression(self._render, text)
+        """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
+        key = expression, self.conv_mode, self.system
+        if (found := self._prompts.get(key)) is None:
+            text = clean_expression(expression, self.control_tokens)
+            found = self._prompts[key] = locate_expression(self._render, text)
+            if len(self._prompts) > PROMPTS:
+                with suppress(KeyError, RuntimeError):  # another thread was quicker
+                    del self._prompts[next(iter(self._prompts))]
+        return found
 
     def _render(self, text: str) -> str:
-        return expression_prompt(
+        """The stand-in's prompt, which every expression asks for, is kept: a template may take a process to render."""
+        key = self.conv_mode, self.system
+        if text == STAND_IN and key in self._stand_ins:
+            return self._stand_ins[key]
+        prompt = expression_prompt(
             text, self.conv_mode, image_text=self.image_text, system=self.system, chat=self.chat_prompt
         )
+        if text == STAND_IN:
+            self._stand_ins[key] = prompt
+        return prompt
 
     def chat_prompt(self, text: str) -> str:
         """One user turn with an image in the model's own template, up to where its answer begins."""

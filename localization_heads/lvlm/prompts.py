@@ -21,7 +21,7 @@ LLAVA_SYSTEM = (
 """The system sentence of the published code's `referseg` template (LLaVA-Llama-2's)."""
 
 _CLOSING = ".!?。！？"  # noqa: RUF001
-_STAND_IN = "EXPRESSION"
+STAND_IN = "EXPRESSION"
 
 
 class Prompt(NamedTuple):
@@ -45,7 +45,7 @@ def locate_expression(render: Callable[[str], str], expression: str) -> Prompt:
     Prompt(text='user: a. assistant:', start=6, end=7)
     """
     text, words = render(expression), expression.rstrip(_CLOSING + " ") or expression
-    start = render(_STAND_IN).find(_STAND_IN)
+    start = render(STAND_IN).find(STAND_IN)
     if start < 0 or not text.startswith(words, start):
         start = text.rfind(words)  # the template changes with what is said
     if start < 0:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from PIL import Image
+
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.address import is_address
 from localization_heads.data.box_scale import check_scale, true_boxes
-from localization_heads.data.images import image_size, load_image
+from localization_heads.data.images import load_image, open_image
 from localization_heads.data.samples import Sample, VisualizationEntry, check_inside, load_samples
 from localization_heads.errors import (
     BadEntry,
@@ -27,8 +29,6 @@ from localization_heads.stages.run import Run
 from localization_heads.store.statistics import sample_key
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from localization_heads.lvlm.model import LVLM, Batch
 
 
@@ -37,17 +37,77 @@ log = logging.getLogger(__name__)
 Line = TypeVar("Line", Sample, VisualizationEntry)
 
 
+class Pictures:
+    """The pictures of one run, each opened and decoded once as long as those kept have `most` pixels together.
+
+    A picture that is kept for another pass stays; any other is handed out and forgotten.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._room = most
+        self._sizes: dict[str | int, int] = {}
+        self._kept: dict[str | int, Image.Image] = {}
+
+    def pixels(self, sample: Sample) -> int:
+        """0 for what is no picture. An address, which is not fetched for this, fills a chunk."""
+        if is_address(sample.image):
+            return CHUNK_PIXELS
+        if (key := picture_key(sample)) not in self._sizes:
+            self._sizes[key] = self._opened(key, sample)
+        return self._sizes[key]
+
+    def _opened(self, key: str | int, sample: Sample) -> int:
+        try:
+            if isinstance(sample.image, Image.Image):
+                width, height = sample.image.size
+                return width * height
+            (width, height), image = open_image(sample.image, min(self._room, OPENED_AHEAD))  # type: ignore[arg-type]
+        except UsageError:
+            return 0
+        if image is not None:
+            self._keep(key, image)
+        return width * height
+
+    def _keep(self, key: str | int, image: Image.Image) -> None:
+        self._kept[key] = image
+        self._room -= image.width * image.height
+
+    def load(self, sample: Sample, *, again: bool = False) -> Image.Image:
+        """The picture, whole in memory. Raises what `load_image` does.
+
+        Args:
+            again: it will be looked at once more, and is kept if there is room.
+        """
+        key = picture_key(sample)
+        image = self._kept.get(key)
+        if image is None:
+            image = load_image(sample.image)
+            if again and image.width * image.height <= self._room:
+                self._keep(key, image)
+        elif not again:
+            del self._kept[key]
+            self._room += image.width * image.height
+        return image
+
+
+KEPT_PIXELS = 24_000_000
+"""Of the pictures that one pass keeps for the next: those of a small data set, of a large one 70 MB."""
+
+
 @dataclass
 class Entries:
     """The samples to work on, in file order, and the failures met so far.
 
     Args:
         fitting: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
+        pictures_again: the pictures are looked at in a second pass.
     """
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
     fitting: int | None = None
+    pictures_again: bool = False
+    pictures: Pictures = field(default_factory=lambda: Pictures(KEPT_PIXELS), repr=False)
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def key(self, sample: Sample) -> bytes:
@@ -144,8 +204,8 @@ def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tupl
     for sample in chunk:
         try:
             run.lvlm.prompt(sample.expression)
-            if (key := picture_of(sample)) not in pictures:
-                pictures[key] = load_image(sample.image)
+            if (key := picture_key(sample)) not in pictures:
+                pictures[key] = entries.pictures.load(sample, again=entries.pictures_again)
             check_inside(sample, pictures[key].size)
             opened.append((sample, pictures[key]))
         except (UsageError, WorkError) as error:
@@ -153,7 +213,7 @@ def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tupl
     return opened
 
 
-def picture_of(sample: Sample) -> str | int:
+def picture_key(sample: Sample) -> str | int:
     """What stands for a sample's picture: two samples of one file have one and the same."""
     return sample.image_key or id(sample.image)
 
@@ -281,7 +341,7 @@ def prepare(run: Run, entries: Entries, chunk: Chunk) -> Prepared:
     """
     if (
         chunk.missing
-        and pixels_of(chunk.samples[0]) > OPENED_AHEAD
+        and entries.pictures.pixels(chunk.samples[0]) > OPENED_AHEAD
         and not is_address(chunk.samples[0].image)
     ):
         return Prepared(chunk, None, None)
@@ -302,14 +362,3 @@ def compute(run: Run, entries: Entries, prepared: Prepared, last_layer: int | No
         prepared = _opened(run, entries, prepared.chunk)
     attended = attend(run, entries, prepared.opened or [], last_layer=last_layer, ready=prepared.ready)
     return [one for one in attended if one.sample.id in missing]
-
-
-def pixels_of(sample: Sample) -> int:
-    """From the picture's header, 0 for what is no picture. An address, which is not fetched for this, fills a chunk."""
-    if is_address(sample.image):
-        return CHUNK_PIXELS
-    try:
-        width, height = image_size(sample.image)
-    except UsageError:
-        return 0
-    return width * height

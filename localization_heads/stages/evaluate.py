@@ -163,7 +163,9 @@ class Examination:
     def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
         """Scores of every method by name, as lists; the heads' first."""
         truth = truth_of(one.sample, one.image.size)
-        scores = self.judge.scores(one.maps, grounding, truth, partial(run.refine, image=one.image))
+        scores = self.judge.scores(
+            one.maps, grounding, truth, partial(run.grounder(None).refine, image=one.image)
+        )
         measured: dict[str, Any] = {"scores": scores}
         if self.native:
             box, answer = ask_for_box(run.lvlm, self.native, one.image, one.sample.expression)

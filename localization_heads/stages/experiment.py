@@ -242,7 +242,7 @@ def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
     """The segmenter's turn, with the sample's picture."""
     if run.segmenter is None:
         return None
-    return lambda number, grounding: run.refine(grounding, load_image(samples[number].image))
+    return lambda number, grounding: run.grounder(None).refine(grounding, load_image(samples[number].image))
 
 
 def _maps_and_truths(run: Run, entries: Entries) -> Iterator[tuple[AttentionMaps, Truth]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import picture_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
-from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import (
@@ -34,13 +33,15 @@ from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, asked_of, check_criteria
-from localization_heads.stages.single import analyse_file, draw, picture_or_none
+from localization_heads.stages.single import analyse_file, draw, image_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
 from localization_heads.store.paths import analysis_path, attention_path, local_path
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
 
+KEPT_STATISTICS = 64 << 20
+"""Bytes of statistics that go from collecting to grounding in memory: of 3,000 samples of a model of 1,024 heads."""
 ROUNDING = 2e-5
 """How far the sums of one sample may lie apart when it went through a model in float32 in another batch (1.5e-6 seen).
 
@@ -84,8 +85,21 @@ def asked_settings(run: Run) -> dict[str, Any]:
 
 def collect(
     run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
-) -> None:
-    """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet."""
+) -> dict[str, HeadStatistics]:
+    """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet.
+
+    Returns:
+        by id, the statistics of the first `KEPT_STATISTICS` bytes of samples whose maps were kept by this run: they
+        need not be analysed again.
+    """
+    fresh: dict[str, HeadStatistics] = {}
+
+    def keep(collected: Sequence[_Collected]) -> None:
+        _keep(run, entries, collected, store)
+        for one in collected if keep_maps else ():
+            if len(fresh) * _num_bytes(one.statistics) < KEPT_STATISTICS:
+                fresh[one.sample.id] = one.statistics
+
     go_through(
         run,
         entries,
@@ -93,7 +107,14 @@ def collect(
         "collect",
         is_done=lambda sample: _is_done(run, entries, sample, store, keep_maps),
         work=partial(_analysed, keep_maps=keep_maps),
-        keep=lambda collected: _keep(run, entries, collected, store),
+        keep=keep,
+    )
+    return fresh
+
+
+def _num_bytes(statistics: HeadStatistics) -> int:
+    return sum(
+        getattr(statistics, field.name).nbytes for field in fields(statistics) if field.name != "weight"
     )
 
 
@@ -221,12 +242,13 @@ def batch(run: Run) -> Discovered:
             len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
         )
         store = open_store(run)
-        collect(run, entries, entries.samples, store, keep_maps=True)
+        entries.pictures_again = True
+        fresh = collect(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
         paths = _save(run, ranking)
         report = Reporter(run, ranking)
-        grounded = _ground_all(run, entries, ranking, report)
+        grounded = _ground_all(run, entries, ranking, report, fresh)
         paths.append(save_predictions(run, grounded, entries.in_order()))
         paths += report.write(entries, grounded, store=store)
         return Discovered(ranking, grounded, entries.in_order(), paths)
@@ -334,53 +356,56 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
         sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
         kept[head.address] = head.kept
     targets = [run.folder / f"{name}.png" for name in ("attention_sums", "selection_frequency", "head_grid")]
+    once = partial(figures.plot_once, always=run.options.show_plot)
+    marked: dict[str, Any] = {"top": top, "exclude_layers": ranking.exclude_layers}
     drawn = [
-        figures.plot_selection_frequency(ranking, targets[1], emphasised=run.options.k),
-        figures.plot_head_grid(100 * frequency, targets[2], top=top, exclude_layers=ranking.exclude_layers),
+        once(figures.plot_selection_frequency, ranking, path=targets[1], emphasised=run.options.k),
+        once(figures.plot_head_grid, 100 * frequency, path=targets[2], **marked),
     ]
     if ranking.tau is not None:
-        exclude = ranking.exclude_layers
         drawn.append(
-            figures.plot_attention_sums(
-                sums, ranking.tau, targets[0], kept=kept, top=top, exclude_layers=exclude
-            )
+            once(figures.plot_attention_sums, sums, ranking.tau, path=targets[0], kept=kept, **marked)
         )
     if run.options.show_plot:
-        for figure in drawn:
+        for figure in filter(None, drawn):
             figures.show(figure)
     return paths + [target for target in targets if target.is_file()]
 
 
-def _ground_all(run: Run, entries: Entries, ranking: HeadRanking, report: Reporter) -> list[Outcome]:
-    """Boxes for every entry, from the maps on disk, with the heads just found or those that were named."""
+def _ground_all(
+    run: Run,
+    entries: Entries,
+    ranking: HeadRanking,
+    report: Reporter,
+    fresh: Mapping[str, HeadStatistics],
+) -> list[Outcome]:
+    """Boxes for every entry, from the maps on disk, with the heads just found or those that were named.
+
+    Args:
+        fresh: what `collect` has analysed.
+    """
     best = [head.address for head in ranking.kept[: run.options.k]]
     heads: Sequence[Head] | None = best if run.options.heads == "auto" else run.named_heads
+    grounder = run.grounder(heads)
     limit = run.options.visualize_limit if run.options.visualize_batch else 0
     grounded = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
         try:
-            grounded.append(_ground_one(run, sample, heads, report, is_drawn=limit is None or number < limit))
+            path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+            maps, statistics = load_attention(path), fresh.get(sample.id)
+            if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
+                statistics = analyse_file(run, maps, path).statistics
+            picture = cache(partial(image_or_none, partial(entries.pictures.load, sample)))
+            if limit is None or number < limit:
+                drawn = draw(run, grounder, maps, statistics, path, picture(), truth=sample.bbox)
+                grounding = drawn.grounding
+            else:
+                image = picture() if grounder.segmenter else None
+                grounding = grounder.ground(maps, image, statistics)
+            outcome = outcome_of(sample, grounding)
+            report.add(outcome, look(report.room, outcome, maps, grounding, picture))
+            report.measure(sample, maps)
+            grounded.append(outcome)
         except UsageError as error:
             entries.fail(sample, error)
     return grounded
-
-
-def _ground_one(
-    run: Run, sample: Sample, heads: Sequence[Head] | None, report: Reporter, *, is_drawn: bool
-) -> Outcome:
-    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
-    # The analysis on disk may be of an earlier run under other criteria.
-    analysed = analyse_file(run, load_attention(path), path)
-    maps = analysed.maps
-    picture = cache(lambda: picture_or_none(sample.image))  # opened once, and only if somebody looks at it
-    chosen = list(heads or run.own_heads(analysed.statistics))
-    if is_drawn:
-        grounding = draw(run, analysed, path, picture(), heads=chosen, truth=sample.bbox).grounding
-    else:
-        grounding = run.refine(
-            ground_maps(maps, chosen, run.options.grounding), picture() if run.segmenter else None
-        )
-    outcome = outcome_of(sample, grounding)
-    report.add(outcome, look(report.room, outcome, maps, grounding, picture))
-    report.measure(sample, maps)
-    return outcome

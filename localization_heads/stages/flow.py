@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,11 +24,11 @@ from localization_heads.stages.entries import (
     Attended,
     Chunk,
     Entries,
+    Pictures,
     Prepared,
     Work,
     compute,
-    picture_of,
-    pixels_of,
+    picture_key,
     prepare,
 )
 from localization_heads.stages.run import Run
@@ -96,11 +97,11 @@ def go_through(
 
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
     behind = not (work_runs_model or run.options.show_plot)  # windows open in the main thread only
+    parts = chunks(samples, size, entries.pictures)
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:
-            _over_workers(run, entries, map(chunk_of, chunks(samples, size)), work, keep, last_layer, bar)
+            _over_workers(run, entries, map(chunk_of, parts), work, keep, last_layer, bar)
             return
-        parts = chunks(samples, size)
         in_line(
             parts,
             lambda part: prepare(run, entries, chunk_of(part)),
@@ -182,7 +183,7 @@ def in_line(
                 last.result()
 
 
-def chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+def chunks(samples: Sequence[Sample], size: int, known: Pictures | None = None) -> Iterator[list[Sample]]:
     """Samples in chunks of at most `size`, cut in the same way in every run.
 
     Those of one picture are together, wherever they stand in the file (more than `size` are several chunks). A chunk
@@ -190,10 +191,11 @@ def chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
     padded. Its pictures have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
     memory for large pictures, which cost more to decode than a larger batch would save.
     """
+    known = known or Pictures(0)
     chunk: list[Sample] = []
     pixels = 0
-    for part in _parts(samples, size):
-        more = pixels_of(part[0])
+    for part in _parts(samples, size, known):
+        more = known.pixels(part[0])
         if chunk and (len(chunk) + len(part) > size or pixels + more > CHUNK_PIXELS):
             yield chunk
             chunk, pixels = [], 0
@@ -202,20 +204,20 @@ def chunks(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _parts(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+def _parts(samples: Sequence[Sample], size: int, known: Pictures) -> Iterator[list[Sample]]:
     """The samples of each picture, in parts of at most `size`; sorted by length within windows."""
     pictures: dict[str | int, list[Sample]] = {}
     for sample in samples:
-        pictures.setdefault(picture_of(sample), []).append(sample)
+        pictures.setdefault(picture_key(sample), []).append(sample)
     parts = (
         group[start : start + size] for group in pictures.values() for start in range(0, len(group), size)
     )
     if size == 1:
         yield from parts
     while window := list(islice(parts, WINDOW * size)):
-        yield from sorted(window, key=_length)
+        yield from sorted(window, key=partial(_length, known))
 
 
-def _length(part: Sequence[Sample]) -> tuple[int, int]:
+def _length(known: Pictures, part: Sequence[Sample]) -> tuple[int, int]:
     """Pixels of the picture, then letters of the longest expression: about as many tokens."""
-    return pixels_of(part[0]), max(len(sample.expression) for sample in part)
+    return known.pixels(part[0]), max(len(sample.expression) for sample in part)

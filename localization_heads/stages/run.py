@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.address import Address, picture_source
 from localization_heads.errors import UsageError
-from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.criteria import HeadStatistics
-from localization_heads.heads.head import Head, repeated
-from localization_heads.heads.ranking import own_heads
+from localization_heads.grounder import Grounder, check_heads, choose_heads, make_segmenter
+from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith, asked
 from localization_heads.interop.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
@@ -28,12 +26,10 @@ from localization_heads.options.programs import (
     ImageAddresses,
     ModelUse,
 )
-from localization_heads.segmentation.segmenter import Segmenter, refine
-from localization_heads.store.results import is_ranking, load_head_list, load_ranking
+from localization_heads.segmentation.segmenter import Segmenter
+from localization_heads.store.results import is_ranking, load_ranking
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from localization_heads.lvlm.model import LVLM
 
 log = logging.getLogger(__name__)
@@ -49,11 +45,13 @@ class ModelRun:
         options: checked when they were made.
         model_choice: which file of `config/model/` was chosen.
         overrides: what the user wrote on the command line, or None if that is not known.
+        before_model: told before the model is loaded, which takes seconds.
     """
 
     options: ModelUse
     model_choice: str = "tiny"
     overrides: Sequence[str] | None = None
+    before_model: Callable[[Any], None] | None = None
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -79,16 +77,17 @@ class ModelRun:
     @cached_property
     def segmenter(self) -> Segmenter | None:
         """What makes the masks, loaded on first use; None leaves the pseudo-masks of the maps."""
-        from localization_heads.grounder import make_segmenter
 
         chosen = self.options.segmenter
         return make_segmenter(
             replace(chosen, device=self.options.device if chosen.device is None else chosen.device)
         )
 
-    def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
-        """The grounding with the segmenter's mask, and with that mask's box if `grounding.box_from` asks for it."""
-        return refine(grounding, image, self.segmenter, box_from=self.options.grounding.box_from)
+    def grounder(self, heads: Sequence[Head] | None) -> Grounder:
+        """What makes the boxes of this run, with those heads or, without, each sample's own `k`."""
+        return Grounder(
+            tuple(heads or ()), self.options.criteria, self.options.grounding, self.segmenter, self.options.k
+        )
 
     @property
     def is_spread(self) -> bool:
@@ -98,6 +97,8 @@ class ModelRun:
     @cached_property
     def lvlm(self) -> LVLM:
         """The model, loaded on first use. Where workers run it, it is only asked for its shape: GPUs are theirs."""
+        if self.before_model:
+            self.before_model(self)
         import torch
 
         from localization_heads.lvlm.loading import load_model
@@ -132,22 +133,7 @@ class ModelRun:
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
         """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
-        wanted = self.options.heads
-        if wanted == "greedy":
-            return None
-        if wanted != "auto":
-            return chosen_heads(wanted, self.options.k)
-        known = self.spec.heads[: self.options.k] or known_heads(self.spec.name, self.folder, self.options.k)
-        if not known:
-            log.warning("no heads are known for %s: each sample picks its own", self.spec.name)
-        elif len(known) < self.options.k:
-            log.warning(
-                "k=%d: only %d heads are known for %s, and these are taken",
-                self.options.k,
-                len(known),
-                self.spec.name,
-            )
-        return known
+        return choose_heads(self.options.heads, self.options.k, self.spec.name, self.folder, self.spec.heads)
 
     @cached_property
     def heads_source(self) -> Path | str | None:
@@ -178,15 +164,6 @@ class ModelRun:
         """Before the work: UsageError if the model lacks one of the heads, a note if they were found in another way."""
         check_heads(self.named_heads or (), self.lvlm.num_layers, self.lvlm.num_heads)
         self.note_heads()
-
-    def own_heads(self, statistics: HeadStatistics) -> list[Head]:
-        """The `k` heads that one sample picks by itself (the paper's "greedy"). UsageError if none passes."""
-        check_criteria(self.options.criteria, len(statistics.attention_sum))
-        return own_heads(statistics, self.options.criteria, self.options.k)
-
-    def heads_for(self, statistics: HeadStatistics) -> list[Head]:
-        """The `k` heads to ground one sample with."""
-        return list(self.named_heads or self.own_heads(statistics))
 
 
 @dataclass(frozen=True)
@@ -234,58 +211,9 @@ def asked_of(settings: Mapping[str, Any]) -> dict[str, str | None]:
     return asked(conv_mode, system, query_token, settings["weights"][1])
 
 
-def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
-    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder.
-
-    None where neither is there: a heads.json of another model says nothing about this one.
-    """
-    if published := find_spec(model).heads:
-        return published[:k]
-    latest = folder / "heads.json"
-    if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
-        return None
-    return tuple(head.address for head in ranking.kept[:k]) or None
-
-
-def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
-    """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
-    if isinstance(value, str) and value.endswith(".json"):
-        return _best_of(value, load_head_list(value), k)
-    if isinstance(value, str) and is_repository(value):
-        return _best_of(value, [head.address for head in load_heads(value).kept], k)
-    names = value if isinstance(value, (list, tuple)) else [value]
-    try:
-        heads = tuple(Head.parse(str(name)) for name in names)
-    except ValueError as error:
-        raise UsageError(
-            f"heads={value}: {error}; or write auto, greedy, the path of a heads.json, or a hub repository user/repo"
-        ) from error
-    if not heads:
-        raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
-    if twice := repeated(heads):
-        raise UsageError(f"heads names {twice} twice: name each head once")
-    return heads
-
-
-def _best_of(source: str, heads: Sequence[Head], k: int) -> tuple[Head, ...]:
-    if len(heads) < k:
-        raise UsageError(f"k={k}: {source} lists only {len(heads)} heads")
-    return tuple(heads[:k])
-
-
 def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
     """Raises UsageError if no layer is left to choose heads from."""
     if criteria.exclude_layers >= num_layers:
         raise UsageError(
             f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
         )
-
-
-def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:
-    """Raises UsageError, naming the option, for a head that a model of that shape does not have."""
-    for head in heads:
-        if head.layer >= num_layers or head.head >= num_heads:
-            raise UsageError(
-                f"{option}: there is no {head}; the layers are 0 to {num_layers - 1} "
-                f"and the heads 0 to {num_heads - 1}"
-            )

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import picture_source
-from localization_heads.data.images import Picture, load_image
+from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounder import Grounder, check_heads, choose_heads
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.stages.run import Run, check_criteria, check_heads, known_heads
+from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
@@ -105,14 +107,10 @@ def visualize(run: Run) -> Visualised:
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
-    if (
-        run.options.heads == "auto"
-    ):  # the file may be of another model than model= names: take those of its own
-        heads = known_heads(analysed.maps.model, path.parent.parent, run.options.k)
-    else:
-        heads = run.named_heads
-    image = picture_of(analysed.maps, run.options.allow_private_addresses)
-    return draw(run, analysed, path, image, heads=heads or run.own_heads(analysed.statistics))
+    # The file may be of another model than model= names: heads=auto takes those of its own.
+    heads = choose_heads(run.options.heads, run.options.k, analysed.maps.model, path.parent.parent)
+    image = image_of(analysed.maps, run.options.allow_private_addresses)
+    return draw(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
@@ -121,35 +119,43 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    return collected, analysed, draw(run, analysed, collected.path, collected.image)
+    grounder = run.grounder(run.named_heads)
+    drawn = draw(run, grounder, collected.maps, analysed.statistics, collected.path, collected.image)
+    return collected, analysed, drawn
 
 
 def draw(
     run: Run,
-    analysed: Analysed,
+    grounder: Grounder,
+    maps: AttentionMaps,
+    statistics: HeadStatistics,
     path: Path,
     image: Image.Image | None,
     *,
-    heads: Sequence[Head] | None = None,
     truth: Box | None = None,
 ) -> Visualised:
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
 
-    maps, statistics = analysed.maps, analysed.statistics
-    chosen = list(heads) if heads else run.heads_for(statistics)
-    check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = run.refine(ground_maps(maps, chosen, run.options.grounding), image)
-    shown = top_heads(chosen, statistics, run.options.criteria, run.options.top_k)
+    check_heads(grounder.heads, maps.num_layers, maps.num_heads)
+    grounding = grounder.ground(maps, image, statistics)
+    shown = top_heads(grounding.heads, statistics, run.options.criteria, run.options.top_k)
     targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
+    once = partial(figures.plot_once, always=run.options.show_plot, truth=truth)
     drawn = [
-        figures.plot_top_maps(
-            image, maps, shown, targets[0], grounding=grounding, truth=truth, statistics=statistics
+        once(
+            figures.plot_top_maps,
+            image,
+            maps,
+            shown,
+            path=targets[0],
+            grounding=grounding,
+            statistics=statistics,
         ),
-        figures.plot_grounding(image, grounding, targets[1], truth=truth, expression=maps.query),
+        once(figures.plot_grounding, image, grounding, path=targets[1], expression=maps.query),
     ]
     if run.options.show_plot:
-        for figure in drawn:
+        for figure in filter(None, drawn):
             figures.show(figure)
     return Visualised(grounding, targets)
 
@@ -162,20 +168,21 @@ def top_heads(
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
 
 
-def picture_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
+def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
     """The picture that the maps are of, or None, with a note, if it is not there any more.
 
     The file may be a stranger's: it does not choose machines of a private network to be asked.
     """
     if not maps.image_file:
         return None
-    return picture_or_none(picture_source(maps.image_file, allow_private=allow_private_addresses))
+    source = picture_source(maps.image_file, allow_private=allow_private_addresses)
+    return image_or_none(partial(load_image, source))
 
 
-def picture_or_none(picture: Picture) -> Image.Image | None:
+def image_or_none(load: Callable[[], Image.Image]) -> Image.Image | None:
     """The picture, or None, with a note, if it is not there any more."""
     try:
-        return load_image(picture)
+        return load()
     except (UsageError, WorkError) as error:
         log.warning("drawing without the picture: %s", error)
         return None

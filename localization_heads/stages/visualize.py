@@ -12,15 +12,15 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounder import Grounder, check_heads, known_heads
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import own_heads
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.programs import VisualizeOptions
 from localization_heads.stages.entries import choose_range
-from localization_heads.stages.run import check_criteria, check_heads, known_heads
-from localization_heads.stages.single import attention_file_of, find_attention_file, picture_of, top_heads
+from localization_heads.stages.run import check_criteria
+from localization_heads.stages.single import attention_file_of, find_attention_file, image_of, top_heads
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.paths import side_path
 
@@ -139,10 +139,10 @@ def _top(options: VisualizeOptions, opened: Opened) -> tuple[list[Head], Groundi
     """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
     criteria, maps = options.criteria, opened.maps
     chosen = known_heads(maps.model, opened.path.parent.parent, options.k)
-    chosen = chosen or tuple(own_heads(opened.statistics, criteria, options.k))
-    check_heads(chosen, maps.num_layers, maps.num_heads)
-    grounding = ground_maps(maps, chosen, options.grounding)
-    return top_heads(chosen, opened.statistics, criteria, options.top_k), grounding
+    grounder = Grounder(chosen or (), criteria, options.grounding, k=options.k)
+    check_heads(grounder.heads, maps.num_layers, maps.num_heads)
+    grounding = grounder.ground(maps, None, opened.statistics)
+    return top_heads(grounding.heads, opened.statistics, criteria, options.top_k), grounding
 
 
 def _draw(
@@ -155,7 +155,7 @@ def _draw(
     """A named head comes without a box, and its figure bears its name."""
     from localization_heads import figures
 
-    image = picture_of(opened.maps, options.allow_private_addresses)
+    image = image_of(opened.maps, options.allow_private_addresses)
     statistics, save = opened.statistics, options.save_fig
     paths = [_figure(stem, *(shown[0] if grounding is None else (None, None)))]
     target = paths[0] if save else None

@@ -394,7 +394,7 @@ class Page:
     def _refined(self, asked: Asked, answer: Grounding) -> Grounding:
         """The answer with the segmenter's mask, made in a turn at the model, on the picture as it is kept."""
         small = resized(answer, asked.image.size)
-        return resized(MODEL.take(self.run.refine, small, asked.image), answer.image_size)
+        return resized(MODEL.take(self.run.grounder(None).refine, small, asked.image), answer.image_size)
 
     def _upload(self, image: object) -> Path | None:
         """The file that gradio stored for the picture that was sent, None if none was."""

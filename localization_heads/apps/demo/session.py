@@ -23,13 +23,14 @@ from localization_heads.data.address import ImageError
 from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import UsageError
+from localization_heads.grounder import check_heads
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import greedy_heads
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
-from localization_heads.stages.run import DemoRun, check_heads
+from localization_heads.stages.run import DemoRun
 
 MAX_EXPRESSIONS = 6
 MAX_EXPRESSION = 300  # characters
