@@ -44,6 +44,28 @@ def label_apart(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
     return count, np.asarray(labels, dtype=np.int32).reshape(apart.shape)
 
 
+def tight_box(
+    mask: NDArray[np.bool_],
+    x_edges: NDArray[np.float64] | None = None,
+    y_edges: NDArray[np.float64] | None = None,
+) -> Box | None:
+    """The smallest box that holds a mask, bool `(h, w)`: xyxy, half-open; None for an empty mask.
+
+    Args:
+        x_edges, y_edges: borders of its columns `[w + 1]` and rows `[h + 1]`, in pixels; by default it is a mask of
+            pixels.
+
+    >>> tight_box(np.array([[False, False, False], [False, True, True]]))
+    (1.0, 1.0, 3.0, 2.0)
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return None
+    x = np.arange(mask.shape[1] + 1.0) if x_edges is None else x_edges
+    y = np.arange(mask.shape[0] + 1.0) if y_edges is None else y_edges
+    return float(x[columns[0]]), float(y[rows[0]]), float(x[columns[-1] + 1]), float(y[rows[-1] + 1])
+
+
 def upsample(
     maps: NDArray[np.floating[Any]], times: int, interpolation: Interpolation = "nearest"
 ) -> NDArray[np.floating[Any]]:
