@@ -43,6 +43,28 @@ def label_apart(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
     return count, np.asarray(labels, dtype=np.int32).reshape(apart.shape)
 
 
+def tight_box(
+    mask: NDArray[np.bool_],
+    x_edges: NDArray[np.float64] | None = None,
+    y_edges: NDArray[np.float64] | None = None,
+) -> Box | None:
+    """The smallest box that holds a mask, bool `(h, w)`: xyxy, half-open; None for an empty mask.
+
+    Args:
+        x_edges, y_edges: borders of its columns `[w + 1]` and rows `[h + 1]`, in pixels; by default it is a mask of
+            pixels.
+
+    >>> tight_box(np.array([[False, False, False], [False, True, True]]))
+    (1.0, 1.0, 3.0, 2.0)
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return None
+    x = np.arange(mask.shape[1] + 1.0) if x_edges is None else x_edges
+    y = np.arange(mask.shape[0] + 1.0) if y_edges is None else y_edges
+    return float(x[columns[0]]), float(y[rows[0]]), float(x[columns[-1] + 1]), float(y[rows[-1] + 1])
+
+
 def upsample(
     maps: NDArray[np.floating[Any]], times: int, interpolation: Interpolation = "nearest"
 ) -> NDArray[np.floating[Any]]:
@@ -103,9 +125,8 @@ def mass_inside(
     >>> mass_inside(np.array([[3.0, 1.0]]), (0, 0, 4, 2), (4, 2), (1, 0, 4, 2))
     0.625
     """
-    h, w = mass.shape
     W, H = image_size
-    x_edges, y_edges = (np.linspace(image_box[i], image_box[i + 2], n + 1) for i, n in ((0, w), (1, h)))
+    x_edges, y_edges = grid_edges(image_box, mass.shape)
 
     def within(x0: float, y0: float, x1: float, y1: float) -> float:
         return float(interval_shares(y_edges, y0, y1) @ mass @ interval_shares(x_edges, x0, x1))
@@ -123,8 +144,52 @@ def interval_shares(edges: ArrayLike, low: float, high: float) -> NDArray[np.flo
     [0.5, 1.0, 0.25]
     """
     edges = np.asarray(edges, dtype=np.float64)
-    shared = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    return np.asarray(np.clip(shared, 0, None) / np.diff(edges))
+    return np.asarray(overlaps(edges, np.array([low, high]))[:, 0] / np.diff(edges))
+
+
+def overlaps(edges: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Length that each interval between rising `edges` `[n + 1]` shares with each between `others` `[m + 1]`: `[n, m]`.
+
+    >>> overlaps(np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.5, 3.0])).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
+    """
+    start = np.maximum(edges[:-1, None], others[None, :-1])
+    end = np.minimum(edges[1:, None], others[None, 1:])
+    return np.asarray(np.clip(end - start, 0, None))
+
+
+def mask_shares(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """The share of each cell that a mask `[H, W]` covers: float64 `[h, w]` for a grid over `image_box`.
+
+    Pixels that a cell's edge cuts count by area; beyond the image there is no mask.
+
+    >>> mask_shares(np.array([[True, False, False, True]]), (0, 0, 4, 1), (1, 2)).tolist()
+    [[0.5, 0.5]]
+    """
+    height, width = mask.shape
+    x_edges, y_edges = grid_edges(image_box, grid)
+    columns = overlaps(x_edges, np.arange(width + 1.0))  # (w, W)
+    shares = np.zeros(grid)
+    for row, weights in enumerate(overlaps(y_edges, np.arange(height + 1.0))):
+        rows = np.flatnonzero(weights)  # a grid's row at a time: a large mask is never copied whole
+        shares[row] = columns @ (weights[rows] @ mask[rows].astype(np.float64))
+    return np.asarray(shares / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
+
+
+def box_shares(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+    """The share of each cell that a box covers: float64 `[h, w]` for a grid over `image_box`.
+
+    >>> box_shares((1, 0, 4, 1), (0, 0, 4, 1), (1, 2)).tolist()
+    [[0.5, 1.0]]
+    """
+    x_edges, y_edges = grid_edges(image_box, grid)
+    return np.outer(interval_shares(y_edges, box[1], box[3]), interval_shares(x_edges, box[0], box[2]))
+
+
+def grid_edges(image_box: Box, grid: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Borders of the columns `[w + 1]` and rows `[h + 1]` of a grid over `image_box`, in pixels."""
+    x0, y0, x1, y1 = image_box
+    return np.linspace(x0, x1, grid[1] + 1), np.linspace(y0, y1, grid[0] + 1)
 
 
 def visible_edges(
@@ -138,9 +203,7 @@ def visible_edges(
     >>> x_edges.tolist(), y_edges.tolist()
     ([0.0, 0.0, 2.0, 4.0, 4.0], [0.0, 2.0, 4.0])
     """
-    x0, y0, x1, y1 = image_box
-    x_edges = np.linspace(x0, x1, grid[1] + 1)
-    y_edges = np.linspace(y0, y1, grid[0] + 1)
+    x_edges, y_edges = grid_edges(image_box, grid)
     return np.clip(x_edges, 0.0, image_size[0]), np.clip(y_edges, 0.0, image_size[1])
 
 

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import box_shares, mask_shares
 from localization_heads.evaluation.controls import (
     DRAWS,
-    box_shares,
     centre_box,
     control_groundings,
-    mask_shares,
     mean_map,
     oracle_map,
     random_heads,

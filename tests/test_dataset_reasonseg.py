@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from localization_heads.cells import tight_box
 from localization_heads.data import masks
-from localization_heads.data.masks import tight_box
 from localization_heads.datasets.reasonseg import paint_shapes
 from localization_heads.datasets.reference import BadRecord, Record
 from localization_heads.datasets.source import open_source

@@ -12,6 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import mask_shares
+from localization_heads.evaluation.head_iou import head_hits, map_ious
 from localization_heads.evaluation.metrics import spearman
 from localization_heads.evaluation.scores import Truth
 from localization_heads.experiments import paper
@@ -21,11 +23,7 @@ from localization_heads.experiments.selection import ELBOWS
 from localization_heads.experiments.study import (
     Study,
     StudyOptions,
-    cell_shares,
-    head_hits,
-    head_ious,
     highest,
-    object_area,
 )
 from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.experiments.validation import Recipe, Scores, contrast, random_sets, score
@@ -68,7 +66,7 @@ def make_study(**options: object) -> Study:
         sums=np.stack([one.attention_sum for one in found]),
         entropies=np.stack([one.spatial_entropy for one in found]),
         bottom_row=np.stack([one.bottom_row_focus for one in found]),
-        ious=np.stack([head_ious(*sample) for sample in SET]),
+        ious=np.stack([map_ious(*sample) for sample in SET]),
         hits=np.stack([head_hits(*sample) for sample in SET]),
         num_masks=SAMPLES,
         options=StudyOptions(top_n=4, criteria=CriteriaOptions(exclude_layers=1), **options),  # type: ignore[arg-type]
@@ -141,16 +139,16 @@ def test_head_iou_by_hand() -> None:
     mask = np.zeros((8, 8), dtype=bool)
     mask[0:2, 0:6] = True
     maps = AttentionMaps(attention, (0.0, 0.0, 8.0, 8.0), (8, 8))
-    assert head_ious(maps, Truth((0, 0, 6, 2), mask))[0, 0] == pytest.approx(8 / (16 + 12 - 8))
-    assert head_ious(maps, Truth((0, 0, 6, 2)))[0, 0] == pytest.approx(8 / (16 + 12 - 8))
+    assert map_ious(maps, Truth((0, 0, 6, 2), mask))[0, 0] == pytest.approx(8 / (16 + 12 - 8))
+    assert map_ious(maps, Truth((0, 0, 6, 2)))[0, 0] == pytest.approx(8 / (16 + 12 - 8))
     flat = replace(maps, attention=np.ones_like(attention))
-    assert head_ious(flat, Truth((0, 0, 6, 2), mask))[0, 0] == 0
+    assert map_ious(flat, Truth((0, 0, 6, 2), mask))[0, 0] == 0
 
 
 def test_head_iou_is_that_of_the_upsampled_binary_map() -> None:
     for maps, truth in SET:
         cell = SIZE // GRID
-        ious = head_ious(maps, truth)
+        ious = map_ious(maps, truth)
         for index in np.ndindex(SHAPE):
             own = maps.attention[index]
             active = np.kron(own > own.astype(np.float64).mean(), np.ones((cell, cell))).astype(bool)
@@ -165,10 +163,10 @@ def test_padding_has_no_area_and_cropped_parts_count_as_missed() -> None:
     attention[..., 0, :] = 1  # padding
     attention[..., 1, 0] = 1  # pixels (0, 0) to (2, 2)
     padded = AttentionMaps(attention, (0.0, -2.0, 8.0, 6.0), (8, 4))
-    assert head_ious(padded, Truth((0, 0, 2, 4)))[0, 0] == pytest.approx(4 / 8)
+    assert map_ious(padded, Truth((0, 0, 2, 4)))[0, 0] == pytest.approx(4 / 8)
     assert not head_hits(padded, Truth((4, 0, 8, 4)))[0, 0]
     cropped = AttentionMaps(np.array([[[[1, 0]]]], dtype=np.float32), (2.0, 0.0, 6.0, 4.0), (8, 4))
-    assert head_ious(cropped, Truth((0, 0, 4, 4)))[0, 0] == pytest.approx(8 / 16)
+    assert map_ious(cropped, Truth((0, 0, 4, 4)))[0, 0] == pytest.approx(8 / 16)
 
 
 def test_cells_that_cut_pixels_share_them_by_area() -> None:
@@ -177,12 +175,12 @@ def test_cells_that_cut_pixels_share_them_by_area() -> None:
     mask = rng.random((5, 7)) < 0.5
     x_edges, y_edges = visible_edges((-1.0, 0.0, 8.0, 5.0), (7, 5), (3, 4))
     fine = np.kron(mask, np.ones((12, 12)))
-    shares = cell_shares(Truth((0, 0, 7, 5), mask), x_edges, y_edges)
+    shares = mask_shares(mask, (-1.0, 0.0, 8.0, 5.0), (3, 4)) * (9 / 4) * (5 / 3)  # in pixels
     for row, column in np.ndindex(3, 4):
         rows = slice(round(12 * y_edges[row]), round(12 * y_edges[row + 1]))
         columns = slice(round(12 * x_edges[column]), round(12 * x_edges[column + 1]))
         assert shares[row, column] == pytest.approx(fine[rows, columns].sum() / 144)
-    assert shares.sum() == pytest.approx(object_area(Truth((0, 0, 7, 5), mask), (7, 5)))
+    assert shares.sum() == pytest.approx(mask.sum())
 
 
 def test_a_heads_hit_is_its_groundings_point() -> None:

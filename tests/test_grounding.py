@@ -185,6 +185,18 @@ class TestHull:
         assume(mask.any())
         assert hull_area(mask) == pytest.approx(obvious_hull_area(mask))
 
+    def test_opencvs_area_is_that_of_our_own_hull(self):
+        rng = np.random.default_rng(11)
+        for _ in range(1000):
+            mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
+            hull = np.array(
+                convex_hull(
+                    [(x + a, y + b) for y, x in np.argwhere(mask).tolist() for a in (0, 1) for b in (0, 1)]
+                )
+            )
+            x, y = hull.reshape(-1, 2).T
+            assert hull_area(mask) == abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+
     @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20))
     def test_hull_holds_every_point_and_no_needless_vertex(self, points):
         hull = convex_hull(points)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localization_heads.data.masks import tight_box
+from localization_heads.cells import tight_box
 from localization_heads.scenes import artwork
 from localization_heads.scenes.expressions import RELATIONS, Phrase, Thing, meant_by
 from localization_heads.scenes.scene import (

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from tiny_sams import SIDE, TINY
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.masks import tight_box
+from localization_heads.cells import tight_box
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.figures import plot_grounding
 from localization_heads.grounder import make_segmenter

@@ -17,7 +17,9 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.evaluation.head_iou import map_ious
 from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit, spearman
+from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import attention_sum, spatial_entropy
 from localization_heads.heads.head import Head
@@ -64,8 +66,7 @@ def ground_all(results: list[Measured], heads: list[Head]) -> Grounded:
     """Ground every scene with the same heads, as the tool does."""
     pointing, ious = [], {1: [], 2: []}
     for result in results:
-        size = result.scene.image.shape[0]
-        maps = AttentionMaps(result.maps, (0.0, 0.0, float(size), float(size)), (size, size))
+        maps = _maps(result)
         for upsample, values in ious.items():
             found = ground_maps(maps, heads, GroundingOptions(upsample=upsample))
             values.append(float(box_iou(found.box, result.target.box)))
@@ -92,15 +93,14 @@ def rank(results: list[Measured], options: CriteriaOptions | None = None, top_n:
 
 
 def head_mask_iou(results: list[Measured]) -> np.ndarray:
-    """Mean IoU of every head's map, binarised at its mean, with the target's mask: (layer, head)."""
-    total = 0.0
-    for result in results:
-        cell = result.scene.image.shape[0] // result.maps.shape[-1]
-        active = result.maps > result.maps.mean((-2, -1), keepdims=True)
-        pixels = active.repeat(cell, -2).repeat(cell, -1)
-        mask = result.target.mask
-        total = total + (pixels & mask).sum((-2, -1)) / (pixels | mask).sum((-2, -1))
-    return total / len(results)
+    """Mean of the paper's Fig. 6b over the scenes, `map_ious`: (layer, head)."""
+    ious = [map_ious(_maps(result), Truth(result.target.box, result.target.mask)) for result in results]
+    return np.mean(ious, axis=0, dtype=np.float64)
+
+
+def _maps(result: Measured) -> AttentionMaps:
+    size = result.scene.image.shape[0]
+    return AttentionMaps(result.maps, (0.0, 0.0, float(size), float(size)), (size, size))
 
 
 def random_heads(results: list[Measured], top: list[Head], seed: int = 0) -> list[Grounded]:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from localization_heads.attention import Box
 from localization_heads.data.images import MAX_PIXELS, open_raster
 from localization_heads.errors import UsageError
 
@@ -70,18 +69,6 @@ def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
     if found != tuple(size):
         shape = " x ".join(str(n) for n in found)
         raise MaskError(f"the mask is {shape} pixels, its image {size[0]} x {size[1]}")
-
-
-def tight_box(mask: NDArray[np.bool_]) -> Box | None:
-    """The smallest box that holds a mask, bool `(H, W)`: xyxy in pixels, half-open; None for an empty mask.
-
-    >>> tight_box(np.array([[False, False, False], [False, True, True]]))
-    (1.0, 1.0, 3.0, 2.0)
-    """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not rows.size:
-        return None
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:

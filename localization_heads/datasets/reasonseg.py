@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from localization_heads.cells import tight_box
 from localization_heads.data.address import ImageError
 from localization_heads.data.images import MAX_PIXELS, image_size
-from localization_heads.data.masks import strips, tight_box
+from localization_heads.data.masks import strips
 from localization_heads.datasets import refcoco_parquet
 from localization_heads.datasets.refcoco_parquet import ParquetSource
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, expression, picture_size

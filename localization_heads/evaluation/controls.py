@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import interval_shares
+from localization_heads.cells import box_shares, mask_shares
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
@@ -114,41 +113,6 @@ def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
     return _as_one_head(maps, mask_shares(truth.mask, maps.image_box, maps.grid))
 
 
-def mask_shares(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
-    """The share of each cell that a mask `[H, W]` covers: float64 `[h, w]` for a grid over `image_box`.
-
-    Pixels that a cell's edge cuts count by area; beyond the image there is no mask.
-
-    >>> mask_shares(np.array([[True, False, False, True]]), (0, 0, 4, 1), (1, 2)).tolist()
-    [[0.5, 0.5]]
-    """
-    height, width = mask.shape
-    x_edges, y_edges = _edges(image_box, grid)
-    columns = np.stack([_pixels(low, high, width) for low, high in pairwise(x_edges)])
-    shares = np.zeros(grid)
-    for row, (low, high) in enumerate(pairwise(y_edges)):
-        weights = _pixels(low, high, height)
-        rows = np.flatnonzero(weights)  # a grid's row at a time: a large mask is never copied whole
-        shares[row] = columns @ (weights[rows] @ mask[rows].astype(np.float64))
-    return np.asarray(shares / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
-
-
-def _pixels(low: float, high: float, count: int) -> NDArray[np.float64]:
-    """How much of each of `count` pixels lies in `[low, high]`."""
-    start = np.arange(count)
-    return np.asarray(np.clip(np.minimum(start + 1, high) - np.maximum(start, low), 0, None))
-
-
-def box_shares(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
-    """The share of each cell that a box covers: float64 `[h, w]` for a grid over `image_box`.
-
-    >>> box_shares((1, 0, 4, 1), (0, 0, 4, 1), (1, 2)).tolist()
-    [[0.5, 1.0]]
-    """
-    x_edges, y_edges = _edges(image_box, grid)
-    return np.outer(interval_shares(y_edges, box[1], box[3]), interval_shares(x_edges, box[0], box[2]))
-
-
 def centre_box(image_size: tuple[int, int]) -> Box:
     """The box in the middle of a `(W, H)` image with half its sides, a quarter of its area.
 
@@ -157,11 +121,6 @@ def centre_box(image_size: tuple[int, int]) -> Box:
     """
     W, H = image_size
     return W * (1 - CENTRE) / 2, H * (1 - CENTRE) / 2, W * (1 + CENTRE) / 2, H * (1 + CENTRE) / 2
-
-
-def _edges(image_box: Box, grid: tuple[int, int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    x0, y0, x1, y1 = image_box
-    return np.linspace(x0, x1, grid[1] + 1), np.linspace(y0, y1, grid[0] + 1)
 
 
 def _as_one_head(maps: AttentionMaps, values: NDArray[np.float64]) -> AttentionMaps:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.masks import tight_box
+from localization_heads.cells import tight_box
 from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings

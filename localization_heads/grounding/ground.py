@@ -19,11 +19,23 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import mass_inside, resample, upsample, visible_cells, visible_edges
+from localization_heads.cells import (
+    mass_inside,
+    resample,
+    tight_box,
+    upsample,
+    visible_cells,
+    visible_edges,
+)
 from localization_heads.errors import NotFiniteError
 from localization_heads.grounding.shapes import Point, convex_hull, corners, fill_polygon, largest_hull
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import Binarise, Border, GroundingOptions
+
+FLAT = 1e-6
+"""A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""
+ROUNDING = 1e-12
+"""How much of the mass a sum of cells may miss by rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +135,7 @@ def ground_maps(
     cells = (combined > level) & visible
     if options.component == "largest_hull":
         cells = largest_hull(cells, combined)
-    box = _tight_box(cells, x_edges, y_edges)
+    box = tight_box(cells, x_edges, y_edges)
     return Grounding(
         box=box or whole,
         score=mass_inside(combined, attention.image_box, attention.image_size, box) if box else 0.0,
@@ -181,39 +193,6 @@ def combine(
 ) -> NDArray[np.float64]:
     """`sum_k G * A_k`: the smoothed maps `[k, h, w]` added up to `[h, w]`, not renormalised."""
     return np.asarray(smooth(maps, kernel_size, sigma, border).sum(axis=0))
-
-
-def _tight_box(
-    cells: NDArray[np.bool_], x_edges: NDArray[np.float64], y_edges: NDArray[np.float64]
-) -> Box | None:
-    """Tight box of the cells in pixels; none without cells."""
-    rows, columns = np.flatnonzero(cells.any(axis=1)), np.flatnonzero(cells.any(axis=0))
-    if rows.size == 0:
-        return None
-    return (
-        float(x_edges[columns[0]]),
-        float(y_edges[rows[0]]),
-        float(x_edges[columns[-1] + 1]),
-        float(y_edges[rows[-1] + 1]),
-    )
-
-
-def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float32]:
-    """The maps `[k, h, w]` of the heads."""
-    if not heads:
-        raise ValueError("grounding needs at least one head")
-    for layer, head in heads:
-        if not (0 <= layer < attention.num_layers and 0 <= head < attention.num_heads):
-            raise ValueError(
-                f"no head {Head(layer, head)} among {attention.num_layers} layers of {attention.num_heads}"
-            )
-    return np.stack([attention.attention[layer, head] for layer, head in heads])
-
-
-FLAT = 1e-6
-"""A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""
-ROUNDING = 1e-12
-"""How much of the mass a sum of cells may miss by rounding."""
 
 
 def threshold(
@@ -282,3 +261,15 @@ def top_mass(values: NDArray[np.floating[Any]], share: float = 0.5) -> float:
         return float("inf")
     last = int(np.argmax(held >= share * held[-1] * (1 - ROUNDING)))
     return float(np.nextafter(ordered[last], -np.inf))
+
+
+def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float32]:
+    """The maps `[k, h, w]` of the heads."""
+    if not heads:
+        raise ValueError("grounding needs at least one head")
+    for layer, head in heads:
+        if not (0 <= layer < attention.num_layers and 0 <= head < attention.num_heads):
+            raise ValueError(
+                f"no head {Head(layer, head)} among {attention.num_layers} layers of {attention.num_heads}"
+            )
+    return np.stack([attention.attention[layer, head] for layer, head in heads])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -45,13 +46,14 @@ def largest_hull(
 
 def hull_area(cells: NDArray[np.bool_]) -> float:
     """Area, in cells, of the convex hull of the corners of the active cells `[h, w]`; exact."""
-    hull = convex_hull(corners(cells, np.arange(cells.shape[1] + 1), np.arange(cells.shape[0] + 1)))
-    following = [*hull[1:], hull[0]] if hull else []
-    return abs(sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(hull, following, strict=True))) / 2
+    points = corners(cells, np.arange(cells.shape[1] + 1), np.arange(cells.shape[0] + 1))
+    return cv2.contourArea(cv2.convexHull(np.array(points, dtype=np.int32))) if points else 0.0
 
 
 def convex_hull(points: Sequence[Point]) -> list[Point]:
     """Vertices of the convex hull, in order around it (Andrew's monotone chain); none on a straight side.
+
+    In float64, for points in pixels: OpenCV's hull rounds them to float32, and pixels at the outline change sides.
 
     >>> convex_hull([(0, 0), (2, 0), (1, 0), (2, 2), (1, 1), (0, 2)])
     [(0, 0), (2, 0), (2, 2), (0, 2)]
@@ -64,6 +66,8 @@ def convex_hull(points: Sequence[Point]) -> list[Point]:
 
 def fill_polygon(polygon: NDArray[np.float64], image_size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels whose centres lie in a convex polygon: bool `[H, W]`.
+
+    Not OpenCV's `fillPoly`, which rounds vertices to whole pixels and paints the outline, too.
 
     A polygon too small to hold any pixel's centre gets the pixel under the middle of its box, so that a
     mask is never empty.

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import Box
+from localization_heads.cells import overlaps
 from localization_heads.errors import UsageError
 
 MAX_PREPARED_PIXELS = 400_000_000
@@ -332,6 +333,4 @@ def shares(source: Edges, target: Edges) -> NDArray[np.float64]:
     >>> shares(np.array([-1.0, 1.0, 2.0]), np.array([0.0, 1.5, 3.0])).tolist()
     [[0.5, 0.5], [0.0, 0.5]]
     """
-    start = np.maximum(source[None, :-1], target[:-1, None])
-    end = np.minimum(source[None, 1:], target[1:, None])
-    return np.asarray(np.clip(end - start, 0, None) / np.diff(source))
+    return np.asarray(overlaps(target, source) / np.diff(source))

@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from localization_heads.data.masks import tight_box
+from localization_heads.cells import tight_box
 from localization_heads.scenes import artwork
 from localization_heads.scenes.artwork import HELD_OUT_STYLE, NAMES, PALETTE, STYLES, VOCABULARY
 from localization_heads.scenes.expressions import Expression, Thing, pick, refer

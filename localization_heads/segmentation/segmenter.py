@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from localization_heads.cells import mass_inside, spread, visible_cells, visible_edges
-from localization_heads.data.masks import tight_box
+from localization_heads.cells import mass_inside, spread, tight_box, visible_cells, visible_edges
 from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.shapes import Point
 from localization_heads.options.groups import BoxFrom, SegmenterOptions

@@ -17,13 +17,13 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.controls import CENTRE, DRAWS
+from localization_heads.evaluation.head_iou import box_ious
 from localization_heads.evaluation.judging import Judge, Scores, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
 from localization_heads.evaluation.scores import Score, score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.ranking import HeadRanking, random_draws
 from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
-from localization_heads.report.head_iou import head_ious
 from localization_heads.stages.entries import Attended, Entries, select_entries, with_truth
 from localization_heads.stages.find import open_store, rank_entries
 from localization_heads.stages.ground import Groundings, ground_all, settings
@@ -172,7 +172,7 @@ class Examination:
             scores["native"] = [score_box(box, truth, one.image.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
         if one.sample.id in self.alone.samples:
-            measured[HEAD_IOU] = head_ious(one.maps, self.alone.heads, truth.box, run.options.grounding)
+            measured[HEAD_IOU] = box_ious(one.maps, self.alone.heads, truth.box, run.options.grounding)
         return measured
 
     def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError
+from localization_heads.evaluation.head_iou import head_hits, map_ious
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.evaluation.scores import Truth
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.experiments.paper import Climbed, Finding, ladder_finding
-from localization_heads.experiments.study import Study, StudyOptions, head_hits, head_ious
+from localization_heads.experiments.study import Study, StudyOptions
 from localization_heads.experiments.validation import Refine, score
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import SAMS, SegmenterOptions
@@ -218,7 +219,7 @@ def _measure(run: Run, entries: Entries) -> dict[str, Any]:
         except UsageError as error:
             entries.fail(sample, error)
             continue
-        ious.append(head_ious(maps, truth))
+        ious.append(map_ious(maps, truth))
         hits.append(head_hits(maps, truth))
         num_masks += truth.mask is not None
     return {"ious": np.stack(ious), "hits": np.stack(hits), "num_masks": num_masks} if ious else {}

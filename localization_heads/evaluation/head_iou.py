@@ -1,0 +1,121 @@
+"""How well each head does alone, where there is truth: two measures, of its map and of its box.
+
+The paper's Fig. 6b takes `map_ious`: it needs no reading of a box out of the map. `box_ious` ground with one head at a
+time, by the run's own options, as the report shows them: what a user of that head would get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.cells import (
+    box_shares,
+    grid_edges,
+    mask_shares,
+    visible_cells,
+    visible_edges,
+)
+from localization_heads.evaluation.metrics import box_iou
+from localization_heads.evaluation.scores import Truth
+from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.heads.criteria import binarise
+from localization_heads.heads.head import Head
+
+
+def map_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
+    """IoU of every head's own map, binarised at its mean and laid over the image, with the object (Fig. 6b).
+
+    Exact: a cell's share of the object and of the image are areas, not samples. Without a mask the object
+    is its box. Cells outside the image (padding) have no area; parts of the object outside the grid
+    (cropping) count as missed.
+
+    Returns:
+        float32 `[layer, head]`; 0 for a map with no positive cell.
+    """
+    x_edges, y_edges = visible_edges(maps.image_box, maps.image_size, maps.grid)
+    areas = np.outer(np.diff(y_edges), np.diff(x_edges))
+    object_areas, object_area = _object(truth, maps)
+    active = binarise(maps.attention).reshape(maps.num_layers, maps.num_heads, -1).astype(np.float64)
+    shared = active @ object_areas.ravel()
+    union = active @ areas.ravel() + object_area - shared
+    return np.asarray(np.where(union > 0, shared / np.where(union > 0, union, 1), 0), dtype=np.float32)
+
+
+def _object(truth: Truth, maps: AttentionMaps) -> tuple[NDArray[np.float64], float]:
+    """Pixels of the object in each cell `[h, w]`, and in the image."""
+    x_edges, y_edges = grid_edges(maps.image_box, maps.grid)
+    cell = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
+    if truth.mask is not None:
+        return cell * mask_shares(truth.mask, maps.image_box, maps.grid), float(truth.mask.sum())
+    W, H = maps.image_size
+    x0, y0, x1, y1 = truth.box
+    box = (max(x0, 0), max(y0, 0), min(x1, W), min(y1, H))
+    area = max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+    return cell * box_shares(box, maps.image_box, maps.grid), float(area)
+
+
+def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
+    """Pointing game of every head alone: does its strongest cell on the image have its centre in the box?
+
+    Returns:
+        bool `[layer, head]`.
+    """
+    x_edges, y_edges = visible_edges(maps.image_box, maps.image_size, maps.grid)
+    on_image = np.where(visible_cells(x_edges, y_edges), maps.attention, -np.inf)
+    best = on_image.reshape(maps.num_layers, maps.num_heads, -1).argmax(axis=-1)
+    row, column = np.unravel_index(best, maps.grid)
+    x, y = (x_edges[:-1] + x_edges[1:])[column] / 2, (y_edges[:-1] + y_edges[1:])[row] / 2
+    x0, y0, x1, y1 = truth.box
+    return np.asarray((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
+
+
+def box_ious(
+    maps: AttentionMaps, heads: Sequence[Head], truth: Box, options: GroundingOptions
+) -> list[float | None]:
+    """IoU of the true box and the box of each head's map; None where the map is empty (its layer was not run)."""
+    return [
+        float(box_iou(ground_maps(maps, [head], options).box, truth)) if maps.attention[head].any() else None
+        for head in heads
+    ]
+
+
+class HeadIoU:
+    """Mean of `box_ious` over samples: the true box and the box that one head's map makes by itself.
+
+    Args:
+        heads: which heads are measured.
+        shape: `(layers, heads)` of the model.
+        max_samples: later samples are not counted: a mean settles early, and grounding takes time.
+    """
+
+    def __init__(
+        self, heads: Iterable[Head], shape: tuple[int, int], options: GroundingOptions, max_samples: int = 200
+    ) -> None:
+        self._heads = tuple(heads)
+        self._options = options
+        self._max_samples = max_samples
+        self._total = np.zeros(shape)
+        self._count = np.zeros(shape)
+        self.num_samples = 0
+
+    def add(self, maps: AttentionMaps, truth: Box) -> None:
+        """Measure and count one sample."""
+        if self.num_samples < self._max_samples:
+            self.count(box_ious(maps, self._heads, truth, self._options))
+
+    def count(self, ious: Sequence[float | None]) -> None:
+        """Count one sample, whose `box_ious` were found before; a head without one is passed over."""
+        self.num_samples += 1
+        for head, iou in zip(self._heads, ious, strict=True):
+            if iou is not None:
+                self._total[head] += iou
+                self._count[head] += 1
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """`[layer, head]`, NaN where nothing was measured."""
+        return np.where(self._count > 0, self._total / np.maximum(self._count, 1), np.nan)
