@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localization_heads.grounding.ground import Grounding
     from localization_heads.heads.head import Head
     from localization_heads.heads.ranking import HeadRanking
-    from localization_heads.interop.hub import load_heads, push_heads
+    from localization_heads.hub import load_heads, push_heads
     from localization_heads.interop.pipeline import pipeline
     from localization_heads.lvlm.loading import load_model
 
@@ -39,10 +39,10 @@ _HOMES = {
     "evaluate": "api",
     "find_heads": "api",
     "ground": "api",
-    "load_heads": "interop.hub",
+    "load_heads": "hub",
     "load_model": "lvlm.loading",
     "pipeline": "interop.pipeline",
-    "push_heads": "interop.hub",
+    "push_heads": "hub",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ranking import own_heads
-from localization_heads.interop.hub import is_repository, load_heads
+from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine

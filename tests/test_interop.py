@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import localization_heads as lh
+from localization_heads import hub
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import image_size, load_image
 from localization_heads.data.masks import encode_mask
@@ -20,7 +21,7 @@ from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.record import read_scores, scores_of
-from localization_heads.interop import detections, hub
+from localization_heads.interop import detections
 from localization_heads.interop.coco import to_coco
 from localization_heads.interop.pipeline import answer_of
 from localization_heads.store.results import Prediction, load_head_list, save_ranking

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from localization_heads import hub
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
 from localization_heads.datasets import prepare
@@ -19,7 +20,6 @@ from localization_heads.datasets.leakage import picture_keys
 from localization_heads.datasets.prepare import sample_entries
 from localization_heads.datasets.reference import Entry
 from localization_heads.datasets.source import OFFICIAL, Counts
-from localization_heads.interop import hub
 from localization_heads.lvlm.spec import compose_spec, find_spec
 from localization_heads.stages import run as stages_run
 from tests.dataset_files import (

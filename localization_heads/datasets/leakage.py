@@ -15,7 +15,7 @@ from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, read_objects
 from localization_heads.datasets.reference import coco_picture_of
 from localization_heads.errors import UsageError
-from localization_heads.interop.hub import load_heads
+from localization_heads.hub import load_heads
 from localization_heads.stages.run import Run
 from localization_heads.store.json_files import read_json
 

@@ -21,9 +21,10 @@ from localization_heads.cells import (
 )
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.evaluation.scores import Truth
-from localization_heads.grounding.ground import GroundingOptions, ground_maps
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import binarise
 from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 
 def map_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:

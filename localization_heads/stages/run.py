@@ -16,7 +16,7 @@ from localization_heads.errors import UsageError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, make_segmenter
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith, asked
-from localization_heads.interop.hub import is_repository, load_heads
+from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
 from localization_heads.options.groups import CriteriaOptions, ModelSpec
 from localization_heads.options.programs import (
