@@ -107,7 +107,7 @@ def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
 
     None where neither is there: a heads.json of another model says nothing about this one.
     """
-    if published := find_spec(model).heads:
+    if model and (published := find_spec(model).heads):
         return published[:k]
     latest = folder / "heads.json"
     if not latest.is_file() or (ranking := load_ranking(latest)).model != model:

@@ -2,11 +2,9 @@
 
 import itertools
 import math
-from importlib.resources import files
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,6 +16,7 @@ from localization_heads.cells import resample
 from localization_heads.grounding.ground import combine, gaussian_kernel, ground_maps, smooth
 from localization_heads.grounding.shapes import convex_hull, fill_polygon, hull_area, largest_hull
 from localization_heads.heads.head import Head
+from localization_heads.options.compose import preset
 from localization_heads.options.groups import GroundingOptions
 
 SHARP = GroundingOptions(sigma=0.0)
@@ -266,7 +265,6 @@ class TestBox:
     @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 400), (90, 90)])
     def test_the_box_of_august_from_its_description(self, width, height):
         """scipy's filter on each map, their sum, all cells above its mean, scaled as if nothing padded the picture."""
-        preset = yaml.safe_load((files("localization_heads.config") / "grounding/published.yaml").read_text())
         rng, side = np.random.default_rng(width), max(width, height)
         padded = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
         for _ in range(5):
@@ -278,7 +276,11 @@ class TestBox:
             assert expected[2] - expected[0] < 12 and expected[3] - expected[1] < 12
             scales = np.array([width, height, width, height]) / 12
             maps = AttentionMaps(attention, padded, (width, height))
-            found = ground_maps(maps, [Head(0, head) for head in range(5)], GroundingOptions(**preset))
+            found = ground_maps(
+                maps,
+                [Head(0, head) for head in range(5)],
+                GroundingOptions.of(preset("grounding", "published")),
+            )
             assert found.box == pytest.approx(tuple(expected * scales))
 
     def test_positive_cells_above_two_means_by_hand(self):

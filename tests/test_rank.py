@@ -107,7 +107,9 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
     assert contents() == expected
     for result in (found, ranked):
         assert "lies outside the picture" in result.out
-    assert ranked.out == found.out
+    announced, _, told = found.out.partition("\n")  # before the model is loaded, which rank does without
+    assert announced.split() == ["stage=find", "embedded", "bad.jsonl"]
+    assert ranked.out == told
 
 
 def test_entries_without_statistics_are_work_for_find(front: Front) -> None:

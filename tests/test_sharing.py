@@ -170,6 +170,7 @@ def test_several_threads_ask_one_picture(lvlm: LVLM, picture: Image.Image) -> No
 
 def test_a_picture_after_the_text_is_not_shared() -> None:
     lvlm = copy.copy(tiny("llava"))
+    lvlm._prompts = {}
     lvlm._render = lambda text: f"{text}. {lvlm.image_text} here"  # type: ignore[method-assign]
     encoded = lvlm.encode_image(coordinate_picture(110, 150))
     assert not encoded.shares

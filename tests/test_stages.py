@@ -798,7 +798,7 @@ def test_from_python(lvlm: LVLM, tmp_path: Path) -> None:
     assert result.mask.dtype == bool
     with pytest.raises(ValueError, match="at least one sample"):
         lh.find_heads(lvlm, [])
-    with pytest.raises(ValueError, match="no head L99H0"):
+    with pytest.raises(ValueError, match="there is no L99H0"):
         lh.ground(lvlm, picture, "the cat", heads=[lh.Head(99, 0)])
 
 

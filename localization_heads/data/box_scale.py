@@ -49,7 +49,7 @@ class TrueBox(NamedTuple):
     size: tuple[int, int] | None
 
 
-class Finding(NamedTuple):
+class Suspicion(NamedTuple):
     """What is wrong with the boxes, the index of one that shows it, and whether no accident can explain it."""
 
     what: str
@@ -96,19 +96,19 @@ def _size(sample: Sample) -> tuple[int, int] | None:
         return None
 
 
-def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) -> Finding | None:
+def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) -> Suspicion | None:
     """Evidence that boxes `(n, 4)`, xyxy, are not in pixels of images of `sizes` `(n, 2)`, W and H, 0 for unknown.
 
     >>> boxes = np.array([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 0.5, 1.0]])
     >>> find_wrong_scale(boxes, np.array([[640, 480], [640, 480]]))
-    Finding(what='all 2 boxes lie within the first pixel: they look like 0 to 1', first=0, is_certain=True)
+    Suspicion(what='all 2 boxes lie within the first pixel: they look like 0 to 1', first=0, is_certain=True)
     """
     known = (sizes > 0).all(1)
     in_pixel = ((boxes >= -0.1) & (boxes <= 1.1)).all(1) & ~(known & (sizes <= TINY).any(1))
     if in_pixel.any():
         count = "all" if in_pixel.all() else f"{in_pixel.sum()} of the"
         what = f"{count} {len(boxes)} boxes lie within the first pixel: they look like 0 to 1"
-        return Finding(what, int(in_pixel.argmax()), bool(in_pixel.all()))
+        return Suspicion(what, int(in_pixel.argmax()), bool(in_pixel.all()))
     beyond = known & (boxes[:, 2:] > sizes * (1 + BEYOND)).any(1)
     of_1000 = bool(((boxes >= 0) & (boxes <= 1000)).all())
     if beyond.any():
@@ -117,9 +117,9 @@ def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) ->
             "they look like 0 to 1000, or like pixels of larger copies" if of_1000 else "of larger copies?"
         )
         certain = of_1000 and beyond.sum() >= max(2, known.sum() / 2)
-        return Finding(f"{count}: {guess}", int(beyond.argmax()), bool(certain))
+        return Suspicion(f"{count}: {guess}", int(beyond.argmax()), bool(certain))
     large = (sizes >= FAR_ABOVE).all(1)
     if of_1000 and large.sum() >= MANY and boxes[large].max() > 500:
         what = f"none of the {large.sum()} boxes in pictures of {FAR_ABOVE} pixels and more passes 1000"
-        return Finding(f"{what}: do they go from 0 to 1000?", int(large.argmax()), False)
+        return Suspicion(f"{what}: do they go from 0 to 1000?", int(large.argmax()), False)
     return None

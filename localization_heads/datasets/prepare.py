@@ -22,7 +22,7 @@ from localization_heads.data.box_scale import TrueBox, check_scale
 from localization_heads.data.images import check_image, image_size
 from localization_heads.data.masks import encode_source
 from localization_heads.datasets.leakage import prepared_pictures, prepared_sets
-from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_inside
+from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_box_inside
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
 from localization_heads.stages.run import Run
@@ -218,7 +218,7 @@ def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> 
     yield "image_path", path
     if record.box is not None:
         boxes.append(TrueBox(entry.id, record.box, size))
-        check_inside(record.box, size)
+        check_box_inside(record.box, size)
         yield "bbox", list(record.box)
     if record.mask is not None:
         yield "mask", encode_source(record.mask, size)

@@ -176,7 +176,7 @@ def _four_numbers(value: object) -> tuple[float, float, float, float]:
     return x, y, z, w
 
 
-def check_inside(box: Box, size: tuple[int, int]) -> None:
+def check_box_inside(box: Box, size: tuple[int, int]) -> None:
     """BadLineError if the box lies outside its image of `(W, H)` pixels: they cannot belong together."""
     if misses_picture(box, size):
         raise BadLineError(f"the box lies outside the picture, which is {size[0]} x {size[1]} pixels")
@@ -259,7 +259,7 @@ def coco_record(
     """A record from COCO's own entries of an image and an annotation. Raises BadLineError."""
     size = picture_size(image.get("height"), image.get("width"))
     box = box_from_xywh(annotation.get("bbox"))
-    check_inside(box, size)
+    check_box_inside(box, size)
     if is_number(annotation.get("id")):
         more = {**more, "ann_id": annotation["id"]}
     return Record(row, file, size, box, _segmentation(annotation.get("segmentation")), more=more)

@@ -89,8 +89,15 @@ def register(program: str) -> None:
             store.store(group=name, name=BASE, node=plain(group()))
     for group_name, table in TABLES.items():
         for choice, node in table.items():
-            package = "_global_" if group_name == "rung" or "hydra" in node else group_name
-            store.store(group=group_name, name=choice, node=node, package=package)
+            store.store(group=group_name, name=choice, **_row(group_name, node))
+
+
+def _row(group: str, node: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table as Hydra takes it: on top of the group's base; a rung sets options of the program besides."""
+    if group == "rung" or "hydra" in node:
+        base = [f"{BASE}@{group}", *node.get("defaults", []), "_self_"]
+        return {"node": {**node, "defaults": base}, "package": "_global_"}
+    return {"node": {"defaults": [BASE, "_self_"], **node}, "package": group}
 
 
 _HYDRA = {

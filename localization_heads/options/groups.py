@@ -215,7 +215,7 @@ class SegmenterOptions(Options):
     multimask: bool = option(
         False, "Predict three masks and take the one that the SAM scores highest.", kinds=SAMS
     )
-    device: Device | None = option(None, "Device of a SAM; null takes that of the model.")
+    device: Device | None = option(None, "Device of a SAM; null takes that of the model.", kinds=SAMS)
     iterations: int = option(5, "GrabCut's iterations.", kinds=("grabcut",), ge=1, le=100)
 
 

@@ -78,6 +78,15 @@ def _check_kinds(chosen: Options) -> None:
             raise OptionError(name, f"{shown(value)}: only {' or '.join(kinds)} reads it, and not {kind}")
 
 
+def as_read(chosen: Options) -> dict[str, Any]:
+    """The values of a group by name, without those that its kind does not read."""
+    fields = type(chosen).__pydantic_fields__
+    kind = getattr(chosen, "kind", "")
+    return {
+        name: getattr(chosen, name) for name, f in fields.items() if kind in (extra(f).get("kinds") or [kind])
+    }
+
+
 def _one_line(kind: type[Options], error: ValidationError) -> Exception:
     first = error.errors()[0]
     if isinstance(

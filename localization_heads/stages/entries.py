@@ -322,7 +322,7 @@ class Chunk(NamedTuple):
     missing: frozenset[str]
 
 
-class Prepared(NamedTuple):
+class ReadyChunk(NamedTuple):
     """A chunk with its pictures open and the host's share of the model's work done.
 
     Args:
@@ -334,7 +334,7 @@ class Prepared(NamedTuple):
     ready: Batch | None
 
 
-def prepare(run: Run, entries: Entries, chunk: Chunk) -> Prepared:
+def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk) -> ReadyChunk:
     """The whole chunk goes through the model or nothing of it: a smaller batch would round differently.
 
     A picture of more than `OPENED_AHEAD` is left to `compute`.
@@ -344,18 +344,18 @@ def prepare(run: Run, entries: Entries, chunk: Chunk) -> Prepared:
         and entries.pictures.pixels(chunk.samples[0]) > OPENED_AHEAD
         and not is_address(chunk.samples[0].image)
     ):
-        return Prepared(chunk, None, None)
+        return ReadyChunk(chunk, None, None)
     return _opened(run, entries, chunk)
 
 
-def _opened(run: Run, entries: Entries, chunk: Chunk) -> Prepared:
+def _opened(run: Run, entries: Entries, chunk: Chunk) -> ReadyChunk:
     opened = open_chunk(run, entries, chunk.samples) if chunk.missing else []
     if not any(sample.id in chunk.missing for sample, _ in opened):
-        return Prepared(chunk, [], None)
-    return Prepared(chunk, opened, made_ready(run.lvlm, opened))
+        return ReadyChunk(chunk, [], None)
+    return ReadyChunk(chunk, opened, made_ready(run.lvlm, opened))
 
 
-def compute(run: Run, entries: Entries, prepared: Prepared, last_layer: int | None) -> list[Attended]:
+def compute(run: Run, entries: Entries, prepared: ReadyChunk, last_layer: int | None) -> list[Attended]:
     """The maps of the chunk's missing samples."""
     missing = prepared.chunk.missing
     if prepared.opened is None:

@@ -24,6 +24,7 @@ from localization_heads.evaluation.scores import Score, score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.ranking import HeadRanking, random_draws
 from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
+from localization_heads.options.kinds import as_read
 from localization_heads.stages.entries import Attended, Entries, select_entries, with_truth
 from localization_heads.stages.find import open_store, rank_entries
 from localization_heads.stages.ground import Groundings, ground_all, settings
@@ -109,7 +110,7 @@ def evaluate(run: Run) -> Groundings:
         )
         store = open_store(run) if report.lacks_ranking and judge.controls else None
         native = wanted_format(run.lvlm, run.options.native, by_default=judge.controls)
-        asked = Examination(judge, native, report.alone(entries))
+        asked = EntryScorer(judge, native, report.alone(entries))
         depends = {**settings(run), **asked.settings(entries.samples), "report": report.settings}
         log = ResultLog(run.folder, "evaluate", depends)
         outcomes, drawn = ground_all(
@@ -148,7 +149,7 @@ def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRank
 
 
 @dataclass(frozen=True)
-class Examination:
+class EntryScorer:
     """What is asked about each grounded entry.
 
     Args:
@@ -207,14 +208,12 @@ def _with_box(sample: Sample) -> Sample:
     return replace(sample, bbox=truth_of(sample, image_size(sample.image)).box)
 
 
-def _metrics(
-    run: Run, examination: Examination, outcomes: Sequence[Outcome], num_failed: int
-) -> dict[str, Any]:
+def _metrics(run: Run, scorer: EntryScorer, outcomes: Sequence[Outcome], num_failed: int) -> dict[str, Any]:
     """The content of `metrics.json`: the heads' numbers, the controls', and every choice that made them."""
     scored = [_scores(outcome) for outcome in outcomes]
     images = [outcome.sample.image_key for outcome in outcomes]
-    numbers = examination.judge.metrics(scored, images, num_failed)
-    return {**numbers, "choices": _choices(run, examination)}
+    numbers = scorer.judge.metrics(scored, images, num_failed)
+    return {**numbers, "choices": _choices(run, scorer)}
 
 
 def _scores(outcome: Outcome) -> Scores:
@@ -222,14 +221,14 @@ def _scores(outcome: Outcome) -> Scores:
     return {name: [Score.from_json(score) for score in answers] for name, answers in scores.items()}
 
 
-def _choices(run: Run, examination: Examination) -> dict[str, Any]:
+def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
     """Whatever the numbers depend on, by name."""
     return {
         **run.lvlm.choices,
         "data_file": str(run.options.data_file),
         "scenes": asdict(run.options.scenes) if run.options.data_file == "scenes" else None,
         "range": [run.options.start_index, run.options.end_index],
-        **examination.judge.choices(run.named_heads, run.options.k),
-        "segmenter": asdict(run.options.segmenter),
-        "native": examination.native and examination.native.prompt,
+        **scorer.judge.choices(run.named_heads, run.options.k),
+        "segmenter": as_read(run.options.segmenter),
+        "native": scorer.native and scorer.native.prompt,
     }

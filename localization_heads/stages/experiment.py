@@ -32,7 +32,7 @@ from localization_heads.heads.head import Head
 from localization_heads.options.groups import SAMS, SegmenterOptions
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
-from localization_heads.stages.find import collect, open_store
+from localization_heads.stages.find import collect_statistics, open_store
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, write_bytes, write_json
@@ -141,7 +141,7 @@ def experiment(run: Run) -> Experimented:
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         given = _given_heads(run)
         store = open_store(run)
-        collect(run, entries, entries.samples, store, keep_maps=True)
+        collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         measures = _measure(run, entries) if needs_truth else {}
         if not entries.good:
             raise NothingDoneError("no entry could be used", entries.in_order())

@@ -83,7 +83,7 @@ def asked_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def collect(
+def collect_statistics(
     run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
 ) -> dict[str, HeadStatistics]:
     """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet.
@@ -209,7 +209,7 @@ def find(run: Run) -> Discovered:
         )
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
         store = open_store(run)
-        collect(run, entries, used, store, keep_maps=False)
+        collect_statistics(run, entries, used, store, keep_maps=False)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
         paths = [*_save(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
@@ -243,7 +243,7 @@ def batch(run: Run) -> Discovered:
         )
         store = open_store(run)
         entries.pictures_again = True
-        fresh = collect(run, entries, entries.samples, store, keep_maps=True)
+        fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
         paths = _save(run, ranking)

@@ -25,11 +25,11 @@ from localization_heads.stages.entries import (
     Chunk,
     Entries,
     Pictures,
-    Prepared,
+    ReadyChunk,
     Work,
     compute,
+    make_chunk_ready,
     picture_key,
-    prepare,
 )
 from localization_heads.stages.run import Run
 
@@ -86,7 +86,7 @@ def go_through(
     def chunk_of(part: Sequence[Sample]) -> Chunk:
         return Chunk(part, frozenset(sample.id for sample in part if not is_done(sample)))
 
-    def compute_one(prepared: Prepared) -> _Computed:
+    def compute_one(prepared: ReadyChunk) -> _Computed:
         fresh = compute(run, entries, prepared, last_layer)
         return _Computed(len(prepared.chunk.samples), fresh)
 
@@ -104,7 +104,7 @@ def go_through(
             return
         in_line(
             parts,
-            lambda part: prepare(run, entries, chunk_of(part)),
+            lambda part: make_chunk_ready(run, entries, chunk_of(part)),
             compute_one,
             finish,
             behind=behind,
@@ -122,7 +122,7 @@ def _over_workers(
     bar: tqdm,
 ) -> None:
     """The same with `engine=ray`: what is done already is not sent out."""
-    from localization_heads.stages.workers import spread
+    from localization_heads.stages.workers import run_on_workers
 
     todo = []
     for chunk in every:
@@ -130,7 +130,7 @@ def _over_workers(
             todo.append(chunk)
         else:
             bar.update(len(chunk.samples))
-    with closing(spread(run, todo, work, last_layer)) as done:
+    with closing(run_on_workers(run, todo, work, last_layer)) as done:
         for chunk, one in zip(todo, done, strict=True):
             entries.failures += one.failures
             if one.results:

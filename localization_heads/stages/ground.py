@@ -16,6 +16,7 @@ from localization_heads.errors import BadEntry, NothingDoneError, UsageError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
+from localization_heads.options.kinds import as_read
 from localization_heads.report.gallery import Card, Gallery
 from localization_heads.stages.entries import Attended, Entries, select_entries
 from localization_heads.stages.find import keep_statistics
@@ -295,7 +296,7 @@ def settings(run: Run) -> dict[str, Any]:
             asdict(run.options.criteria),
             asdict(run.options.grounding),
         ],
-        "segmenter": asdict(run.options.segmenter),
+        "segmenter": as_read(run.options.segmenter),
     }
 
 

@@ -18,7 +18,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith, asked
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
-from localization_heads.options.groups import CriteriaOptions, ModelSpec
+from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
 from localization_heads.options.programs import (
     ChatOptions,
     DemoOptions,
@@ -79,9 +79,9 @@ class ModelRun:
         """What makes the masks, loaded on first use; None leaves the pseudo-masks of the maps."""
 
         chosen = self.options.segmenter
-        return make_segmenter(
-            replace(chosen, device=self.options.device if chosen.device is None else chosen.device)
-        )
+        if chosen.kind in SAMS and chosen.device is None:
+            chosen = replace(chosen, device=self.options.device)
+        return make_segmenter(chosen)
 
     def grounder(self, heads: Sequence[Head] | None) -> Grounder:
         """What makes the boxes of this run, with those heads or, without, each sample's own `k`."""

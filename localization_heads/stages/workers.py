@@ -21,7 +21,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.options.groups import EngineOptions
 from localization_heads.options.programs import FinderOptions
-from localization_heads.stages.entries import Chunk, Entries, Work, compute, prepare
+from localization_heads.stages.entries import Chunk, Entries, Work, compute, make_chunk_ready
 from localization_heads.stages.run import Run
 
 BLOCKS = 1000
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
     gpus: float
 
 
-class Recipe(NamedTuple):
+class WorkerRecipe(NamedTuple):
     """What a worker is made of."""
 
     options: FinderOptions
@@ -62,7 +62,7 @@ class Worker:
     """An actor: loads the model for its first chunk, and makes of every chunk what the work is to make of it."""
 
     def __init__(self, recipe: bytes) -> None:
-        self._recipe: Recipe = pickle.loads(recipe)
+        self._recipe: WorkerRecipe = pickle.loads(recipe)
         self._run = Run(self._recipe.options, self._recipe.model_choice, self._recipe.overrides)
         self._fitting: int | None = None
 
@@ -83,13 +83,15 @@ class Worker:
                 f"engine=ray: every machine needs the folder {self._recipe.folder} ({error})"
             ) from None
         entries = Entries(list(chunk.samples), fitting=self._fitting)
-        fresh = compute(self._run, entries, prepare(self._run, entries, chunk), self._recipe.last_layer)
+        fresh = compute(
+            self._run, entries, make_chunk_ready(self._run, entries, chunk), self._recipe.last_layer
+        )
         results = self._recipe.work(self._run, entries, fresh) if fresh else []
         self._fitting = entries.fitting
         return Done(results, entries.failures)
 
 
-def spread(
+def run_on_workers(
     run: Run, chunks: Sequence[Chunk], work: Work, last_layer: int | None
 ) -> Generator[Done, None, None]:
     """The results of `work` on each chunk, and the entries that failed in it, in the order of the chunks.
@@ -102,7 +104,7 @@ def spread(
         return
     with _ray(run.options.engine) as ray:
         spread = _spread(run, ray.cluster_resources())
-        recipe = Recipe(
+        recipe = WorkerRecipe(
             worker_options(run, spread), run.model_choice, run.overrides, str(Path.cwd()), work, last_layer
         )
         samples = {sample.id: sample for chunk in chunks for sample in chunk.samples}
@@ -116,7 +118,7 @@ def spread(
 
 
 def _rows(
-    ray: Any, chunks: Sequence[Chunk], spread: Spread, recipe: Recipe
+    ray: Any, chunks: Sequence[Chunk], spread: Spread, recipe: WorkerRecipe
 ) -> Generator[Mapping[str, Any], None, None]:
     """What the workers return, in order."""
     context = ray.data.DataContext.get_current()

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.store import journal
 
 LARGEST_JSON = 64 << 20  # bytes
 
@@ -63,7 +62,7 @@ def truncate(path: Path, size: int) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def parse_json(content: bytes | str) -> Any:
+def sound_json(content: bytes | str) -> Any:
     """The value of a JSON text; None if it is invalid, nested too deeply or holds a number that is not finite."""
     try:
         return json.loads(content, parse_float=_finite, parse_constant=_finite)
@@ -78,10 +77,10 @@ def _finite(digits: str) -> float:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """`parse_json` of a file; None where it cannot be read or is larger than `LARGEST_JSON`."""
+def sound_json_file(path: Path) -> Any:
+    """`sound_json` of a file; None where it cannot be read or is larger than `LARGEST_JSON`."""
     try:
-        return parse_json(path.read_bytes()) if path.stat().st_size <= LARGEST_JSON else None
+        return sound_json(path.read_bytes()) if path.stat().st_size <= LARGEST_JSON else None
     except OSError:
         return None
 
@@ -89,7 +88,7 @@ def read_json(path: Path) -> Any:
 log = logging.getLogger(__name__)
 
 VERSION = 2
-LONGEST_LINE = journal.LARGEST_JSON
+LONGEST_LINE = LARGEST_JSON
 _CRC_DIGITS, _KEY_DIGITS = 8, 32
 
 
@@ -122,13 +121,13 @@ class ResultLog:
                 line = file.read(length)
         except OSError as error:
             raise WorkError(f"cannot read {self.path}: {error.strerror or error}") from error
-        result = journal.parse_json(line[_CRC_DIGITS + _KEY_DIGITS + 2 :])
+        result = sound_json(line[_CRC_DIGITS + _KEY_DIGITS + 2 :])
         return result if self._key(line) == key and isinstance(result, dict) else None
 
     def append(self, results: Sequence[tuple[bytes, dict[str, Any]]]) -> None:
         """Add finished results; they are on the disk on return. The latest result of a key counts."""
         lines = [self._line(key, result) for key, result in results]
-        journal.append(self.path, b"".join(lines), self._end)
+        append(self.path, b"".join(lines), self._end)
         for (key, _), line in zip(results, lines, strict=True):
             self._places[key] = self._end, len(line)
             self._end += len(line)
@@ -169,4 +168,4 @@ class ResultLog:
             log.warning("%s: %d damaged results are left out and made again", self.path, damaged)
         if self.path.stat().st_size != self._end:
             log.info("%s: the last result was cut off by a kill and is made again", self.path)
-            journal.truncate(self.path, self._end)
+            truncate(self.path, self._end)

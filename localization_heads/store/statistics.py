@@ -153,7 +153,7 @@ def recorded(folder: str | Path) -> list[Recorded]:
     """The stores of a folder, most recently used first. Anything but a sound header of this version is skipped."""
     found = []
     for path in Path(folder).glob("statistics-*.json"):
-        header = journal.read_json(path)
+        header = journal.sound_json_file(path)
         if not isinstance(header, dict) or path.stem != _name(header):
             continue
         layers, heads, settings = header.get("layers"), header.get("heads"), header.get("settings")
@@ -255,7 +255,7 @@ class StatisticsStore:
 
     def failures(self) -> dict[bytes, str]:
         """The reasons given to `note_failures`, by key."""
-        noted = journal.read_json(self._failures_path)
+        noted = journal.sound_json_file(self._failures_path)
         try:
             return {bytes.fromhex(key): str(why) for key, why in (noted or {}).items()}
         except (AttributeError, ValueError, RecursionError):
