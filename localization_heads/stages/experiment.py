@@ -1,7 +1,8 @@
-"""The ladder: one rung a run, from the published code's box to the paper's, and the table of those climbed so far.
+"""`experiment`: the figures and tables of the paper from one pass over the data; and the ladder, a rung a run.
 
-`experiment=ladder` is a Hydra multirun over the presets of `config/rung/`; each is `evaluate` under the options
-that the preset sets, so whatever `evaluate` can do, a rung can. Docs: docs/reproducing-the-paper.md.
+`experiment=ladder` is a Hydra multirun over the rungs of `options/presets.py`, from the published code's box to the
+paper's. Each is `evaluate` under the options that the rung sets, and adds its row to the table of those climbed so far
+(docs/reproducing-the-paper.md).
 """
 
 from __future__ import annotations
