@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.datasets import refcoco_parquet
 from localization_heads.datasets.reference import (
     BadRecord,
     Entry,
@@ -234,7 +233,7 @@ class ParquetSource:
     variant = ""
     index_columns: tuple[str, ...]
     record_columns: tuple[str, ...]
-    batch_size = refcoco_parquet.BATCH
+    batch_size = BATCH
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = sorted(files)
@@ -246,7 +245,7 @@ class ParquetSource:
         number = 0
         for file in self.files:
             split = self.split(file)
-            for values in refcoco_parquet.read_columns(file, self.index_columns):
+            for values in read_columns(file, self.index_columns):
                 try:
                     entries += self.entries(values, number, split)
                 except BadLineError as error:
@@ -257,9 +256,9 @@ class ParquetSource:
     def records(self, rows: Sequence[int]) -> Iterator[Record | BadRecord]:
         first = 0
         for file in self.files:
-            end = first + refcoco_parquet.num_rows(file)
+            end = first + num_rows(file)
             here = [row - first for row in rows if first <= row < end]
-            read = refcoco_parquet.read_rows(file, self.record_columns, here, self.batch_size) if here else ()
+            read = read_rows(file, self.record_columns, here, self.batch_size) if here else ()
             for row, batch in read:
                 try:
                     yield self.record(first + row, batch)
@@ -268,7 +267,7 @@ class ParquetSource:
             first = end
 
     def split(self, file: Path) -> str:
-        return refcoco_parquet.split_of(file)
+        return split_of(file)
 
     def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
         raise NotImplementedError
@@ -290,7 +289,7 @@ class JxuParquet(ParquetSource):
         self.has_testa = dataset != "refcocog"
 
     def split(self, file: Path) -> str:
-        split = refcoco_parquet.split_of(file)
+        split = split_of(file)
         return "testA" if split == "test" and self.has_testa else split
 
     def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
@@ -304,8 +303,8 @@ class JxuParquet(ParquetSource):
 
     def record(self, row: int, batch: Any) -> Record:
         values = batch.to_pylist()[0]
-        annotation = refcoco_parquet.json_cell(values["raw_anns"], "raw_anns")
-        image = refcoco_parquet.json_cell(values["raw_image_info"], "raw_image_info")
+        annotation = json_cell(values["raw_anns"], "raw_anns")
+        image = json_cell(values["raw_image_info"], "raw_image_info")
         file = find_coco_image(self.images, coco_picture(values["image_id"]))
         found = coco_record(row, file, image, annotation, {"ref_id": values["ref_id"]})
         _check_same(box_from_xyxy(values["bbox"]), found.box)
@@ -349,7 +348,7 @@ class LmmsParquet(ParquetSource):
         polygon = values["segmentation"]
         return Record(
             row,
-            refcoco_parquet.image_cell(values["image"]),
+            image_cell(values["image"]),
             box=box_from_xywh(values["bbox"]),
             mask=[polygon] if isinstance(polygon, list) and polygon else None,
             more={"file_name": values["file_name"]},

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from localization_heads.experiments import paper
-
 MISSING = "-"
 
 
@@ -231,7 +229,7 @@ def ladder_finding(model: str, rungs: Sequence[Climbed]) -> Finding:
         before = accuracy
     columns = ("rung", "option", "expressions", "Acc@0.5 [95 %]", "gain", "mean IoU", "pointing", "cIoU")
     tables = [Table(columns, tuple(rows), model)]
-    if model in paper.MODELS:
+    if model in MODELS:
         reported = tuple((who, printed(value)) for who, value in REPORTED)
         tables.append(Table(("reported elsewhere", "REC Acc@0.5"), reported))
     numbers = {"rungs": [rung.to_json() for rung in rungs]}
