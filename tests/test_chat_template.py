@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_placeholder import TEMPLATES, processor_with
-from tiny_models import llava_model, llava_processor
+from tiny_models import llava_processor, save_llava
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm import chat_template
@@ -121,8 +121,7 @@ def test_a_checkpoint_whose_template_loops_for_ever(
     """The paper's prompt does without it; the model's own is refused."""
     PROCESS.render("ready", TURN, {})
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
-    llava_model().save_pretrained(tmp_path)
-    llava_processor().save_pretrained(tmp_path)
+    save_llava(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": ENDLESS + "1"}))
     start = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import llava_model, llava_processor
+from tiny_models import save_llava
 from tiny_sams import tiny_sam
 
 from localization_heads.errors import UsageError, WorkError
@@ -23,10 +23,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\ns
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "whole"
-    llava_model().save_pretrained(folder)
-    llava_processor().save_pretrained(folder)
-    return folder
+    return save_llava(tmp_path_factory.mktemp("models") / "whole")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from family_models import tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_model_configs import composed
-from tiny_models import llava_model, llava_processor
+from tiny_models import llava_model, llava_processor, save_llava
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
@@ -32,11 +32,7 @@ from localization_heads.stages.run import Run
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA saved as anyone would save one."""
-    folder = tmp_path_factory.mktemp("models") / "my-llava"
-    llava_model().save_pretrained(folder)
-    llava_processor().save_pretrained(folder)
-    return folder
+    return save_llava(tmp_path_factory.mktemp("models") / "my-llava")
 
 
 def test_a_local_folder_gives_the_maps_of_the_model_in_it(folder: Path, picture: Image.Image) -> None:

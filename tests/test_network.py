@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_models import llava_model, llava_processor
+from tiny_models import save_llava
 
 import localization_heads as lh
 from localization_heads.data.address import Address
@@ -74,8 +74,7 @@ def test_a_cached_model_and_a_folder_need_no_network(
 ) -> None:
     assert client_trouble()
     snapshot = tmp_path / "models--me--my-llava" / "snapshots" / ("a" * 40)
-    llava_model().save_pretrained(snapshot)
-    llava_processor().save_pretrained(snapshot)
+    save_llava(snapshot)
     (tmp_path / "models--me--my-llava" / "refs").mkdir()
     (tmp_path / "models--me--my-llava" / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import llava_model, llava_processor
+from tiny_models import save_llava
 
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.checkpoint import (
@@ -34,10 +34,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    llava_model().save_pretrained(folder)
-    llava_processor().save_pretrained(folder)
-    return folder
+    return save_llava(tmp_path_factory.mktemp("models"))
 
 
 def refusal(spec: ModelSpec) -> str:

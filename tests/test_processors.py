@@ -15,7 +15,7 @@ import torch
 from family_models import BUILDERS, tiny
 from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
 from PIL import Image
-from tiny_models import llava_model, llava_processor
+from tiny_models import llava_model, llava_processor, save_llava
 
 import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
@@ -76,21 +76,15 @@ LACKING: dict[str, Callable[[Path], None]] = {
 }
 
 
-def saved(folder: Path) -> Path:
-    llava_model().save_pretrained(folder)
-    llava_processor().save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_folder_that_lacks_something_gives_the_same_boxes(
     lacking: str, tmp_path: Path, picture: Image.Image
 ) -> None:
     """Two pictures in one batch, whose prompts differ in length: they are padded."""
-    folder = saved(tmp_path / "model")
+    folder = save_llava(tmp_path / "model")
     LACKING[lacking](folder)
     images, words = [picture, picture.copy()], ["the dog", "the red car left"]
-    whole = load_model(str(saved(tmp_path / "whole")), device="cpu").attend_batch(images, words)
+    whole = load_model(str(save_llava(tmp_path / "whole")), device="cpu").attend_batch(images, words)
     for found, expected in zip(
         load_model(str(folder), device="cpu").attend_batch(images, words), whole, strict=True
     ):
@@ -99,7 +93,7 @@ def test_a_folder_that_lacks_something_gives_the_same_boxes(
 
 
 def test_the_chat_template_of_the_tokenizer(tmp_path: Path, picture: Image.Image) -> None:
-    by_tokenizer, by_processor = saved(tmp_path / "tokenizer"), saved(tmp_path / "processor")
+    by_tokenizer, by_processor = save_llava(tmp_path / "tokenizer"), save_llava(tmp_path / "processor")
     edit(by_tokenizer / "tokenizer_config.json", lambda d: d.update(chat_template=TEMPLATE))
     (by_processor / "chat_template.jinja").write_text(TEMPLATE)
     found, expected = (
@@ -218,7 +212,7 @@ def test_whatever_a_processor_says_no_with(
 
 def test_a_processor_of_another_model(tmp_path: Path, picture: Image.Image) -> None:
     """Too many image tokens for the tower's features."""
-    folder = saved(tmp_path)
+    folder = save_llava(tmp_path)
     edit(folder / "processor_config.json", lambda d: d.update(patch_size=4))
     with pytest.raises(UsageError, match="do not fit each other"):
         load_model(str(folder), device="cpu").attend(picture, "the dog")

@@ -27,6 +27,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import BadEntry
+from localization_heads.evaluation.head_iou import HeadIoU
 from localization_heads.evaluation.metrics import box_iou, spearman
 from localization_heads.grounding.ground import fill_polygon, ground_maps
 from localization_heads.heads.head import Head
@@ -37,7 +38,6 @@ from localization_heads.report import (
     Card,
     Gallery,
     HeadFacts,
-    HeadIoU,
     Report,
     outline,
     render,

@@ -26,7 +26,7 @@ from front import (
 )
 from matplotlib.figure import Figure
 from PIL import Image, ImageFile
-from tiny_models import llava_model, llava_processor, save_overflowing
+from tiny_models import save_llava, save_overflowing
 
 import localization_heads as lh
 from localization_heads.api import ground
@@ -365,8 +365,7 @@ def test_a_model_that_is_not_here(front: Front) -> None:
 
 def test_a_local_folder_runs_through_the_pipeline(front: Front) -> None:
     """Its files go to a folder named after it."""
-    llava_model().save_pretrained("my model")
-    llava_processor().save_pretrained("my model")
+    save_llava("my model")
     result = front.finder(
         "stage=pipeline", "model.name=./my model", "image_file=cat.png", "query=the red car"
     )

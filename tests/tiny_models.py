@@ -96,6 +96,13 @@ def llava_processor(*, side: int = 48, patch: int = 8, mode: str = "crop") -> Ll
     )
 
 
+def save_llava(folder: str | Path) -> Path:
+    """A random LLaVA saved as anyone would save one."""
+    llava_model().save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
+    return Path(folder)
+
+
 def save_overflowing(folder: Path) -> Path:
     """A checkpoint whose attention is NaN where the expression has the word dog, as half precision has it."""
     model = llava_model()

@@ -15,8 +15,6 @@ from localization_heads.datasets.refcoco_parquet import JXU_COLUMNS, LMMS_COLUMN
 from localization_heads.datasets.reference import Entry, ReferPickles, Source
 from localization_heads.errors import UsageError, shown
 
-DATASETS = ("refcoco", "refcoco+", "refcocog", "reasonseg")
-
 PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 """The partitions that papers report: UNC for RefCOCO and RefCOCO+, UMD for RefCOCOg (lichengunc/MAttNet, issue 20)."""
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box
-from localization_heads.cells import SLIVER, visible_edges
+from localization_heads.cells import visible_cells, visible_edges
 from localization_heads.figures.sheet import (
     BLUE,
     COLOUR_MAP,
@@ -108,8 +108,8 @@ def cells_inside(
     shape: tuple[int, ...], box: Box, image_size: tuple[int, int]
 ) -> tuple[NDArray[np.intp], ...]:
     """Index of the cells of a grid over `box` that overlap the image; those in the padding are not seen."""
-    columns, rows = visible_edges(box, image_size, shape)
-    return np.ix_(np.flatnonzero(np.diff(rows) > SLIVER), np.flatnonzero(np.diff(columns) > SLIVER))
+    visible = visible_cells(*visible_edges(box, image_size, shape))
+    return np.ix_(*(np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0)))
 
 
 def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False, label: str = "") -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from localization_heads.attention import Box
-from localization_heads.cells import SLIVER, visible_edges
+from localization_heads.cells import visible_cells, visible_edges
 from localization_heads.heads.head import Head
 
 MAX_BYTES = 8_000
@@ -76,8 +76,7 @@ def tiny_map(values: NDArray[np.floating], image_box: Box, image_size: tuple[int
     if size != (width, height):
         cells = np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BOX))  # mean over an area
     columns, rows = visible_edges(image_box, image_size, cells.shape)
-    inside = np.logical_and.outer(np.diff(rows) > SLIVER, np.diff(columns) > SLIVER)
-    top = float(cells[inside].max(initial=0.0)) or 1.0
+    top = float(cells[visible_cells(columns, rows)].max(initial=0.0)) or 1.0
     content = np.rint(255 * np.clip(cells / top, 0, 1)).astype(np.uint8)
     return TinyMap(content.shape[0], content.shape[1], b64encode(content.tobytes()).decode())
 
