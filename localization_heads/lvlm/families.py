@@ -39,6 +39,8 @@ from localization_heads.lvlm.geometry import (
 )
 from localization_heads.lvlm.tiled_families import anyres, cohere, idefics3, internvl, lfm2, llama4, ovis2
 
+log = logging.getLogger(__name__)
+
 _GRID = "image_grid_thw"
 _SIZES = re.compile(r"sizes?$|shapes?$|grid|_hws?$|_thw$")
 """Processor outputs that list sizes: image_sizes, spatial_shapes, image_grid_hws, tgt_sizes, ..."""
@@ -150,8 +152,6 @@ def _natural_grid(num_tokens: int, W: int, H: int) -> Size | None:
             return rows, columns
     return None
 
-
-log = logging.getLogger(__name__)
 
 Family = Callable[[EncodedImage], list[View]]
 Positions = NDArray[np.intp]

@@ -19,6 +19,8 @@ from localization_heads.options.compose import choices_of, preset
 from localization_heads.options.groups import ModelSpec
 from localization_heads.options.kinds import did_you_mean
 
+log = logging.getLogger(__name__)
+
 Facts = dict[str, Any]
 """Options of a model (the group `model`) by name."""
 
@@ -121,8 +123,6 @@ def looks_like(config: Any) -> str | None:
     ]
     return next((stem for stem, shape in SHAPES.items() if [config.model_type, *sizes] == list(shape)), None)
 
-
-log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 """The `name` of the model inside this package."""

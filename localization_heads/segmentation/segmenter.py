@@ -18,6 +18,8 @@ from localization_heads.options.groups import BoxFrom, SegmenterOptions
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger(__name__)
+
 
 GRABCUT = SegmenterOptions()
 """The default: offline, without weights."""
@@ -128,9 +130,6 @@ def _best(values: NDArray[np.float64], strength: NDArray[np.float64]) -> int:
 
 def _middles(edges: NDArray[np.float64]) -> NDArray[np.float64]:
     return (edges[:-1] + edges[1:]) / 2
-
-
-log = logging.getLogger(__name__)
 
 
 class Segmenter(Protocol):

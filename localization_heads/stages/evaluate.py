@@ -22,11 +22,11 @@ from localization_heads.evaluation.judging import Judge, Scores, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
 from localization_heads.evaluation.scores import Score, score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.heads.ranking import HeadRanking, random_draws
+from localization_heads.heads.ranking import HeadRanking
 from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
 from localization_heads.options.kinds import as_read
 from localization_heads.stages.entries import Attended, Entries, select_entries, with_truth
-from localization_heads.stages.find import open_store, rank_entries
+from localization_heads.stages.find import draws_of, open_store, rank_entries
 from localization_heads.stages.ground import Groundings, ground_all, settings
 from localization_heads.stages.outcome import Outcome, save_per_sample, save_predictions
 from localization_heads.stages.report import HEAD_IOU, Alone, Reporter
@@ -139,9 +139,7 @@ def evaluate(run: Run) -> Groundings:
 
 def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
     """What `find` would come to over these samples, for the report alone; None if no sample drawn could be used."""
-    draws = random_draws(
-        len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
-    )
+    draws = draws_of(run, entries)
     try:
         return rank_entries(run, entries, draws, store)
     except NothingDoneError:

@@ -40,6 +40,8 @@ from localization_heads.store.paths import analysis_path, attention_path, local_
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
 
+log = logging.getLogger(__name__)
+
 KEPT_STATISTICS = 64 << 20
 """Bytes of statistics that go from collecting to grounding in memory: of 3,000 samples of a model of 1,024 heads."""
 ROUNDING = 2e-5
@@ -186,9 +188,6 @@ def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadS
     save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Discovered:
     """What `find` and `batch` end with. `grounded` is empty after `find`."""
@@ -204,9 +203,7 @@ def find(run: Run) -> Discovered:
     entries = select_entries(run)
     with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
         check_criteria(run.options.criteria, run.lvlm.num_layers)
-        draws = random_draws(
-            len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
-        )
+        draws = draws_of(run, entries)
         used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
         store = open_store(run)
         collect_statistics(run, entries, used, store, keep_maps=False)
@@ -222,9 +219,7 @@ def rank(run: Run) -> Discovered:
     record = _choose_record(run)
     check_criteria(run.options.criteria, record.num_layers)
     with RunLock(run.folder):
-        draws = random_draws(
-            len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
-        )
+        draws = draws_of(run, entries)
         store = record.open()
         _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
         ranking = _rank(run, entries, draws, store)
@@ -238,9 +233,7 @@ def batch(run: Run) -> Discovered:
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         if run.options.heads != "auto":  # before the work, not after it
             run.check_named_heads()
-        draws = random_draws(
-            len(entries.samples), run.options.num_trials, run.options.num_samples, run.options.random_seed
-        )
+        draws = draws_of(run, entries)
         store = open_store(run)
         entries.pictures_again = True
         fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
@@ -252,6 +245,12 @@ def batch(run: Run) -> Discovered:
         paths.append(save_predictions(run, grounded, entries.in_order()))
         paths += report.write(entries, grounded, store=store)
         return Discovered(ranking, grounded, entries.in_order(), paths)
+
+
+def draws_of(run: Run, entries: Entries) -> np.ndarray:
+    """How often each trial of the run holds each entry (`random_draws`)."""
+    options = run.options
+    return random_draws(len(entries.samples), options.num_trials, options.num_samples, options.random_seed)
 
 
 def _note_failures(entries: Entries, store: StatisticsStore) -> None:

@@ -28,6 +28,8 @@ from typing import Any
 
 from localization_heads.errors import UsageError, WorkError
 
+log = logging.getLogger(__name__)
+
 LARGEST_JSON = 64 << 20  # bytes
 
 
@@ -84,8 +86,6 @@ def sound_json_file(path: Path) -> Any:
     except OSError:
         return None
 
-
-log = logging.getLogger(__name__)
 
 VERSION = 2
 LONGEST_LINE = LARGEST_JSON
