@@ -1,4 +1,4 @@
-"""Talk with a vision-language model about a picture: see --help."""
+"""Talk with a vision-language model about an image: see --help."""
 
 import sys
 

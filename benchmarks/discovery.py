@@ -1,7 +1,7 @@
 """(g) The memory of `find` over very many expressions of a model of 32 x 32 heads, beyond what was there before it.
 
 The real stage runs, as after a kill at nine tenths: it reads the data file and the store, goes through the last tenth
-(pictures, analysis, appending), ranks the heads over every sample and draws the figures. Only the model is a stand-in,
+(images, analysis, appending), ranks the heads over every sample and draws the figures. Only the model is a stand-in,
 whose maps are small and random, so that the size of the model and its speed play no part.
 """
 
@@ -70,18 +70,18 @@ def measure(folder: Path, count: int) -> None:
 
 
 def write_data(folder: Path, count: int) -> Path:
-    """`data.jsonl` with a small picture for every seven expressions."""
+    """`data.jsonl` with a small image for every seven expressions."""
     folder.mkdir()
     with (folder / "data.jsonl").open("w") as file:
         for number in range(count):
-            picture = f"picture_{number // AN_IMAGE:06}.png"
+            image = f"image_{number // AN_IMAGE:06}.png"
             if number % AN_IMAGE == 0:
-                Image.new("RGB", (8, 6), (number % 256, 0, 0)).save(folder / picture)
+                Image.new("RGB", (8, 6), (number % 256, 0, 0)).save(folder / image)
             expression = f"the person number {number} to the left of the red car"
             entry = {
                 "id": f"expression_{number}",
                 "prompt": expression,
-                "image_path": picture,
+                "image_path": image,
                 "bbox": [0, 0, 5, 5],
             }
             file.write(json.dumps(entry) + "\n")

@@ -21,7 +21,7 @@ HEADS_IN = 14
 
 
 def rows(setting: Setting) -> list[Row]:
-    """Everything from picture and expression to the box, against the prefill that any answer begins with."""
+    """Everything from image and expression to the box, against the prefill that any answer begins with."""
     shape = setting.shape(None if setting.quick else Shape().layers)
     last = HEADS_IN * shape.layers // Shape().layers
     lvlm, image = setting.lvlm(shape), setting.image
@@ -32,7 +32,7 @@ def rows(setting: Setting) -> list[Row]:
         "all": lambda: ground(lvlm, image, last, last_layer=None),
     }
     timings = setting.time(ways)
-    what = f"grounding with heads in layer {last} of {shape}, picture to box"
+    what = f"grounding with heads in layer {last} of {shape}, image to box"
     note = "" if setting.on_gpu or setting.quick else "layers share the weights of four, to fit"
     work = least_work(shape, tokens, last, setting.machine.width)
     shown: dict[str, Any] = {"work": work, "machine": setting.machine, "note": note}

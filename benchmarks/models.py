@@ -34,13 +34,13 @@ EXPRESSIONS = [
     "a woman holding the umbrella",
     "left zebra",
 ]
-"""Seven, as RefCOCO asks of a picture."""
+"""Seven, as RefCOCO asks of an image."""
 
 QUICK = Shape(2, 64, 128, 4, 2, 32, 64, 2, side=56, patch=14)
 """For tests: everything runs, nothing is measured."""
 
 
-def picture() -> Image.Image:
+def sample_image() -> Image.Image:
     """Noise of RefCOCO's usual size."""
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     return Image.fromarray(noise)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.floor import Shape
 from benchmarks.machine import Machine
-from benchmarks.models import QUICK, picture, random_llava
+from benchmarks.models import QUICK, random_llava, sample_image
 from benchmarks.result import PROBE
 from benchmarks.timing import Timings, interleaved
 from localization_heads.lvlm.model import LVLM
@@ -39,7 +39,7 @@ class Setting:
 
     @cached_property
     def image(self) -> Image.Image:
-        return picture()
+        return sample_image()
 
     def time(self, ways: Mapping[str, Callable[[], Any]]) -> Timings:
         """Time the ways, and the machine itself, in the same rounds."""

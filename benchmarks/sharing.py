@@ -1,4 +1,4 @@
-"""(c) Seven expressions of one picture, as RefCOCO asks: the picture encoded once, or anew for each."""
+"""(c) Seven expressions of one image, as RefCOCO asks: the image encoded once, or anew for each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows(setting: Setting) -> list[Row]:
     return [
         timed_row(
             KEY,
-            f"{len(EXPRESSIONS)} expressions of one picture: encoded once / each anew, {shape}",
+            f"{len(EXPRESSIONS)} expressions of one image: encoded once / each anew, {shape}",
             setting.time(ways),
             "shared",
             "apart",

@@ -33,8 +33,8 @@ def main() -> None:
         compare(browser.new_page(viewport={"width": 1280, "height": 1900}), address)
         browser.close()
     for name in ("report.png", "demo.png"):
-        picture = Image.open(IMAGES / name).convert("RGB")
-        picture.quantize(256).save(IMAGES / name, optimize=True)
+        image = Image.open(IMAGES / name).convert("RGB")
+        image.quantize(256).save(IMAGES / name, optimize=True)
         print(f"wrote docs/images/{name}")  # noqa: T201
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
-from localization_heads.data.images import Picture, load_image
+from localization_heads.data.images import ImageSource, load_image
 from localization_heads.data.samples import Sample, where
 from localization_heads.errors import NoHeadError, NotFiniteError, UsageError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 K = 3
 """Heads that a sample picks for itself (the paper's k)."""
 AT_ONCE = 16
-"""Expressions of one picture whose maps are in memory together."""
+"""Expressions of one image whose maps are in memory together."""
 
 
 def find_heads(
@@ -57,7 +57,7 @@ def find_heads(
     A sample whose attention is not finite (half precision overflows on some) is left out, with a warning.
 
     Args:
-        samples: pictures with expressions, read as they are needed; only a few kilobytes of each are kept. A picture
+        samples: images with expressions, read as they are needed; only a few kilobytes of each are kept. An image
             whose samples follow each other is encoded once for them all.
         top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
             has few heads.
@@ -66,7 +66,7 @@ def find_heads(
 
     Raises:
         ValueError: there is no sample.
-        UsageError: a picture or an expression that cannot be used.
+        UsageError: an image or an expression that cannot be used.
         NotFiniteError: no sample's attention is finite.
     """
     criteria = criteria or CriteriaOptions()
@@ -97,34 +97,34 @@ def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], 
 
 def ground(
     lvlm: LVLM,
-    image: Picture,
+    image: ImageSource,
     expression: str,
     heads: Sequence[Head] | HeadRanking | None = None,
     *,
     options: GroundingOptions | None = None,
     segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
 ) -> Grounding:
-    """The box, mask and heat map of an expression in a picture (Sec. 5).
+    """The box, mask and heat map of an expression in an image (Sec. 5).
 
-    Asked about the same picture again, the model does not read it again (`LVLM.ask`).
+    Asked about the same image again, the model does not read it again (`LVLM.ask`).
 
     Args:
-        image: a picture, a path or an http(s) address (an `Address` may allow private ones).
+        image: an image, a path or an http(s) address (an `Address` may allow private ones).
         heads: whose maps are added; of a ranking the three best, with a note in `lvlm.notes` if it was made with
             other weights, another prompt or query token; None takes the model's known localization heads, and if there
-            are none, the three that this very picture and expression pick (the paper's "greedy" ablation).
+            are none, the three that this very image and expression pick (the paper's "greedy" ablation).
         segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask. A SAM is loaded once,
             by `make_segmenter`, and handed in here.
 
     Raises:
         ValueError: a head that the model does not have, or no head at all in `heads`.
-        UsageError: a picture or an expression that cannot be used, or one that no head passes the criteria for.
+        UsageError: an image or an expression that cannot be used, or one that no head passes the criteria for.
         NotFiniteError: NaN or infinite attention.
     """
-    picture = load_image(image)
+    opened = load_image(image)
     grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
-    (maps,) = lvlm.ask(picture, [expression], last_layer=grounder.last_layer)
-    return grounder.ground(maps, picture)
+    (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer)
+    return grounder.ground(maps, opened)
 
 
 class Scored(NamedTuple):
@@ -187,8 +187,8 @@ def evaluate(
 
     Raises:
         ValueError: there is no sample, or a head that the model does not have.
-        UsageError: a sample whose picture, expression or truth cannot be used; boxes that are no pixels of their
-            pictures, before the first sample where `samples` is a sequence, else after the last.
+        UsageError: a sample whose image, expression or truth cannot be used; boxes that are no pixels of their
+            images, before the first sample where `samples` is a sequence, else after the last.
         NotFiniteError: no sample's attention is finite.
     """
     from localization_heads.lvlm.native_box import ask_for_box, wanted_format
@@ -204,22 +204,22 @@ def evaluate(
     if listed := isinstance(samples, Sequence):
         check_scale(true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
-    for sample, picture, number, maps in _attended(lvlm, samples, unusable, last_layer):
-        truth = truth_of(sample, picture.size)
+    for sample, opened, number, maps in _attended(lvlm, samples, unusable, last_layer):
+        truth = truth_of(sample, opened.size)
         if sample.bbox is not None and not listed:
-            boxes.append(TrueBox(where(sample), sample.bbox, picture.size))
+            boxes.append(TrueBox(where(sample), sample.bbox, opened.size))
         try:
-            grounding = grounder.ground(maps, picture)
+            grounding = grounder.ground(maps, opened)
         except NoHeadError as error:
             log.warning("%s is left out: %s", sample.id, error)
             num_headless += 1
             continue
-        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, image=picture))
+        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, image=opened))
         if form:
-            box, _ = ask_for_box(lvlm, form, picture, sample.expression)
-            scores["native"] = [score_box(box, truth, picture.size)]
+            box, _ = ask_for_box(lvlm, form, opened, sample.expression)
+            scores["native"] = [score_box(box, truth, opened.size)]
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
-        images.append(sample.image_key or f"picture {number}")
+        images.append(sample.image_key or f"image {number}")
     if not scored:
         none = ValueError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none
@@ -266,10 +266,10 @@ def _named(segmenter: Segmenter | SegmenterOptions | None) -> dict[str, Any]:
 
 
 class _Attended(NamedTuple):
-    """A sample with its picture, the picture's place among those that follow each other, and every head's maps."""
+    """A sample with its image, the image's place among those that follow each other, and every head's maps."""
 
     sample: Sample
-    picture: Image.Image
+    image: Image.Image
     number: int
     maps: AttentionMaps
 
@@ -277,19 +277,19 @@ class _Attended(NamedTuple):
 def _attended(
     lvlm: LVLM, samples: Iterable[Sample], unusable: list[NotFiniteError], last_layer: int | None = None
 ) -> Iterator[_Attended]:
-    """The maps of each sample, in order. Samples that follow each other share a picture that is the same.
+    """The maps of each sample, in order. Samples that follow each other share an image that is the same.
 
     Args:
         unusable: gets the errors of those whose attention is not finite, which are passed over.
     """
-    # A picture in memory is told by its pixels, one in a file by its path.
-    pictures = groupby(samples, key=lambda sample: sample.image_key or sample.image)
-    for number, (_, group) in enumerate(pictures):
+    # An image in memory is told by its pixels, one in a file by its path.
+    images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
+    for number, (_, group) in enumerate(images):
         first = next(group)
-        picture, group = load_image(first.image), chain([first], group)
+        image, group = load_image(first.image), chain([first], group)
         while part := list(islice(group, AT_ONCE)):
             expressions = [sample.expression for sample in part]
-            maps = lvlm.attend_batch([picture] * len(part), expressions, last_layer=last_layer)
+            maps = lvlm.attend_batch([image] * len(part), expressions, last_layer=last_layer)
             for sample, found in zip(part, maps, strict=True):
                 try:
                     found.check_finite()
@@ -297,4 +297,4 @@ def _attended(
                     log.warning("%r is left out: %s", sample.id or sample.expression, error)
                     unusable.append(error)
                     continue
-                yield _Attended(sample, picture, number, found)
+                yield _Attended(sample, image, number, found)

@@ -17,10 +17,10 @@ Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image: floats, half-open, origin at the top left."""
 
 
-def misses_picture(box: Box, image_size: tuple[int, int]) -> bool:
-    """Whether a box covers nothing of its picture of `(W, H)` pixels: one of the two is then of another one.
+def misses_image(box: Box, image_size: tuple[int, int]) -> bool:
+    """Whether a box covers nothing of its image of `(W, H)` pixels: one of the two is then of another one.
 
-    >>> misses_picture((-5, 0, 1, 1), (4, 4)), misses_picture((4, 0, 5, 1), (4, 4))
+    >>> misses_image((-5, 0, 1, 1), (4, 4)), misses_image((4, 0, 5, 1), (4, 4))
     (False, True)
     """
     x0, y0, x1, y1 = box
@@ -28,7 +28,7 @@ def misses_picture(box: Box, image_size: tuple[int, int]) -> bool:
 
 
 def rescaled(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
-    """A box of a picture of `(W, H)` pixels in pixels of the same picture in another resolution.
+    """A box of an image of `(W, H)` pixels in pixels of the same image in another resolution.
 
     >>> rescaled((1, 2, 3, 4), (4, 4), (8, 2))
     (2.0, 1.0, 6.0, 2.0)
@@ -81,7 +81,7 @@ class AttentionMaps:
         return int(self.attention.shape[1])
 
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
-        """The same maps of the same picture in another resolution, `(W, H)`."""
+        """The same maps of the same image in another resolution, `(W, H)`."""
         return replace(
             self, image_box=rescaled(self.image_box, self.image_size, image_size), image_size=image_size
         )
@@ -92,5 +92,5 @@ class AttentionMaps:
             raise NotFiniteError
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
-        """The same maps with the entry's name and picture written on them."""
+        """The same maps with the entry's name and image written on them."""
         return replace(self, id=id, image_file=image_file)

@@ -28,7 +28,7 @@ def lvlm() -> LVLM:
 
 
 @pytest.fixture(scope="session")
-def picture() -> Image.Image:
-    """A wide picture of smooth noise: every patch differs from the next."""
+def image() -> Image.Image:
+    """A wide image of smooth noise: every patch differs from the next."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((160, 90), Image.Resampling.BICUBIC)

@@ -20,7 +20,7 @@ SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 25.5, 10.0, 25.5]
 
 @dataclass
 class Ref:
-    """An object with its expressions; the picture is `size` pixels wide and high."""
+    """An object with its expressions; the image is `size` pixels wide and high."""
 
     ref_id: int
     image_id: int
@@ -82,7 +82,7 @@ class Ref:
 
 
 def world() -> list[Ref]:
-    """UNC's splits in small: train shows pictures 1 to 6, the others one each; a crowd, and an object in two parts."""
+    """UNC's splits in small: train shows images 1 to 6, the others one each; a crowd, and an object in two parts."""
     two_parts = [list(SQUARE), [40.0, 30.0, 60.0, 30.0, 60.0, 44.0]]
     crowd = {"size": [48, 64], "counts": [48 * 10 + 5, 20, 48 * 64 - 48 * 10 - 25]}
     return [
@@ -96,17 +96,15 @@ def world() -> list[Ref]:
     ]
 
 
-def save_pictures(folder: Path, refs: list[Ref]) -> Path:
+def save_images(folder: Path, refs: list[Ref]) -> Path:
     """COCO's train2014, as far as the references need it."""
     folder.mkdir(parents=True, exist_ok=True)
     for ref in refs:
-        (folder / f"COCO_train2014_{ref.image_id:012d}.jpg").write_bytes(
-            picture_bytes(ref.size, ref.image_id)
-        )
+        (folder / f"COCO_train2014_{ref.image_id:012d}.jpg").write_bytes(image_bytes(ref.size, ref.image_id))
     return folder
 
 
-def picture_bytes(size: tuple[int, int], seed: int = 0, format: str = "JPEG") -> bytes:
+def image_bytes(size: tuple[int, int], seed: int = 0, format: str = "JPEG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     content = BytesIO()
     Image.fromarray(pixels).save(content, format)
@@ -226,7 +224,7 @@ def lmms_row(ref: Ref) -> dict[str, Any]:
     polygons = ref.segmentation if isinstance(ref.segmentation, list) else [list(SQUARE)]
     return {
         "question_id": str(ref.ref_id),
-        "image": {"bytes": picture_bytes(ref.size, ref.image_id), "path": ref.file_name},
+        "image": {"bytes": image_bytes(ref.size, ref.image_id), "path": ref.file_name},
         "question": "Please carefully observe the area circled in the image and come up with a caption for the area.",
         "answer": list(ref.texts),
         "segmentation": polygons[0],
@@ -249,7 +247,7 @@ def save_lmms(folder: Path, refs: list[Ref], *, shards: int = 1) -> Path:
 def ricky_row(name: str, text: str, mask: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     height, width = mask.shape
     return {
-        "image": {"bytes": picture_bytes((width, height), seed), "path": None},
+        "image": {"bytes": image_bytes((width, height), seed), "path": None},
         "text": text,
         "mask": mask.tolist(),
         "image_id": name,
@@ -269,7 +267,7 @@ def save_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, **optio
 def save_lisa(folder: Path, name: str, entry: dict[str, Any], size: tuple[int, int] = (64, 48)) -> Path:
     """`<name>.jpg` and `<name>.json`, as in `ReasonSeg/val`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jpg").write_bytes(picture_bytes(size, len(name)))
+    (folder / f"{name}.jpg").write_bytes(image_bytes(size, len(name)))
     path = folder / f"{name}.json"
     path.write_text(json.dumps(entry, ensure_ascii=False), encoding=entry.get("encoding", "utf-8"))
     return path

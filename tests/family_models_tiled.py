@@ -1,4 +1,4 @@
-"""`family_models` continued: families with tiles, with pictures of any size, and with cross-attention."""
+"""`family_models` continued: families with tiles, with images of any size, and with cross-attention."""
 
 from __future__ import annotations
 

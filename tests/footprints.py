@@ -1,6 +1,6 @@
-"""The oracle: which pixels of the original picture feed an image token, found without any knowledge of geometry.
+"""The oracle: which pixels of the original image feed an image token, found without any knowledge of geometry.
 
-A picture whose colours say where they are goes through the real processor. The gradient of a token's features says
+An image whose colours say where they are goes through the real processor. The gradient of a token's features says
 which processed pixels it is made of, and their colours say where in the original those came from. Attention in the
 vision tower is replaced by the identity, so that a token sees its own patches only.
 """
@@ -29,8 +29,8 @@ class Reached(BaseException):
     """The forward pass has come to where image features meet the language model."""
 
 
-def coordinate_picture(width: int, height: int) -> Image.Image:
-    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the picture."""
+def coordinate_image(width: int, height: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the image."""
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
     return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
@@ -38,7 +38,7 @@ def coordinate_picture(width: int, height: int) -> Image.Image:
 
 def footprint_centres(lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int]) -> dict[int, Point]:
     """Centre, in pixels of the original image, of what feeds each key. Keys that see padding are left out."""
-    inputs = lvlm.encode([coordinate_picture(*image_size)], [lvlm.prompt("the dog")])
+    inputs = lvlm.encode([coordinate_image(*image_size)], [lvlm.prompt("the dog")])
     pixels = inputs["pixel_values"] = inputs["pixel_values"].float().requires_grad_()
     with identity_attention(lvlm):
         features = image_features(lvlm, inputs)  # (K, D)

@@ -70,8 +70,8 @@ def fronts(folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixtu
     package.setLevel(level)
 
 
-def draw_picture(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
-    """A picture of smooth noise: every seed another one."""
+def draw_image(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
+    """An image of smooth noise: every seed another one."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(path)
     return path
@@ -87,12 +87,12 @@ EXPRESSIONS = ["the dog", "the red car on the left", "the cat", "What is in this
 
 
 def write_data(folder: Path, count: int = 5, **extra: Any) -> Path:
-    """`data.jsonl` with pictures beside it."""
+    """`data.jsonl` with images beside it."""
     entries = []
     for number in range(count):
-        picture = draw_picture(folder / f"picture_{number}.png", number)
+        image = draw_image(folder / f"image_{number}.png", number)
         prompt = EXPRESSIONS[number % len(EXPRESSIONS)]
-        entries.append({"id": f"entry_{number}", "prompt": prompt, "image_path": picture.name, **extra})
+        entries.append({"id": f"entry_{number}", "prompt": prompt, "image_path": image.name, **extra})
     return write_lines(folder / "data.jsonl", entries)
 
 

@@ -45,7 +45,7 @@ def made_ranking(
 def made_card(
     number: int, expression: str = "", *, grid: int = 24, size: tuple[int, int] = (640, 480)
 ) -> Card:
-    """A picture of noise, which compresses worst, with maps of noise, a box, masks and truth."""
+    """An image of noise, which compresses worst, with maps of noise, a box, masks and truth."""
     random = np.random.default_rng(number)
     image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     rows, columns = np.mgrid[: size[1], : size[0]]
@@ -56,7 +56,7 @@ def made_card(
         id=f"made_{number}",
         expression=expression or f"the thing number {number}",
         image_size=size,
-        picture=thumbnail(image),
+        image=thumbnail(image),
         box=box,
         truth=(100.0, 100.0, 400.0, 400.0),
         mask=outline(mask),

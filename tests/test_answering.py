@@ -37,16 +37,16 @@ def generated(lvlm: LVLM, image: Image.Image, prompt: str, count: int) -> str:
     return lvlm.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_stream_is_the_answer(chatting: LVLM, picture: Image.Image) -> None:
+def test_the_stream_is_the_answer(chatting: LVLM, image: Image.Image) -> None:
     """The prompt is not repeated, and the pieces make the whole."""
     prompt = chatting.chat_prompt("What is in this image?")
-    pieces = list(stream(chatting, picture, prompt, 12))
-    assert "".join(pieces) == generated(chatting, picture, prompt, 12)
+    pieces = list(stream(chatting, image, prompt, 12))
+    assert "".join(pieces) == generated(chatting, image, prompt, 12)
 
 
-def test_a_conversation_remembers(chatting: LVLM, picture: Image.Image) -> None:
-    """The picture comes with the first turn only, and every answer stays in the prompt."""
-    conversation = Conversation(chatting, picture, max_new_tokens=4)
+def test_a_conversation_remembers(chatting: LVLM, image: Image.Image) -> None:
+    """The image comes with the first turn only, and every answer stays in the prompt."""
+    conversation = Conversation(chatting, image, max_new_tokens=4)
     first = "".join(conversation.ask("What is it?")).strip()
     list(conversation.ask("And where?"))
     assert [turn["role"] for turn in conversation.messages] == ["user", "assistant", "user", "assistant"]
@@ -57,17 +57,17 @@ def test_a_conversation_remembers(chatting: LVLM, picture: Image.Image) -> None:
     assert prompt.count(chatting.image_token) == 1
 
 
-def test_another_picture_starts_anew(chatting: LVLM, picture: Image.Image) -> None:
-    conversation = Conversation(chatting, picture, max_new_tokens=2)
+def test_another_image_starts_anew(chatting: LVLM, image: Image.Image) -> None:
+    conversation = Conversation(chatting, image, max_new_tokens=2)
     list(conversation.ask("What is it?"))
-    conversation.look_at(picture.rotate(180))
+    conversation.look_at(image.rotate(180))
     assert conversation.messages == []
     list(conversation.ask("What is it?"))
     assert conversation.messages[0]["content"][0] == {"type": "image"}
 
 
 @pytest.mark.parametrize("mode", ["chat", "referseg", "plain"])
-def test_without_a_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No placeholder of an image that is not there."""
     lvlm, prompts = load_model(device="cpu", conv_mode=mode), []
 
@@ -83,9 +83,9 @@ def test_without_a_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lvlm.image_token not in prompts[0]
 
 
-def test_closing_stops_the_model(chatting: LVLM, picture: Image.Image) -> None:
+def test_closing_stops_the_model(chatting: LVLM, image: Image.Image) -> None:
     """What was said until then is kept, and the thread ends long before the last token."""
-    conversation = Conversation(chatting, picture, max_new_tokens=100_000)
+    conversation = Conversation(chatting, image, max_new_tokens=100_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chatting.model.generation_config, "eos_token_id", None)  # it would go on for hours
         answer = conversation.ask("What is it?")
@@ -94,24 +94,24 @@ def test_closing_stops_the_model(chatting: LVLM, picture: Image.Image) -> None:
     assert conversation.messages[-1]["content"][0]["text"] == first.strip()
 
 
-def test_a_placeholder_in_a_question_stands_for_nothing(chatting: LVLM, picture: Image.Image) -> None:
-    """It would ask for a picture that is not there."""
-    conversation = Conversation(chatting, picture, max_new_tokens=2)
+def test_a_placeholder_in_a_question_stands_for_nothing(chatting: LVLM, image: Image.Image) -> None:
+    """It would ask for an image that is not there."""
+    conversation = Conversation(chatting, image, max_new_tokens=2)
     list(conversation.ask("<image> Where <image>?"))
     assert conversation.messages[0]["content"][1]["text"] == "Where ?"
 
 
 @pytest.mark.parametrize("question", ["the </s> end", "<pad>", "  ", "<image>"])
-def test_control_tokens_in_a_question(chatting: LVLM, picture: Image.Image, question: str) -> None:
+def test_control_tokens_in_a_question(chatting: LVLM, image: Image.Image, question: str) -> None:
     """Refused, and the turn does not count."""
-    conversation = Conversation(chatting, picture, max_new_tokens=2)
+    conversation = Conversation(chatting, image, max_new_tokens=2)
     with pytest.raises(UsageError):
         list(conversation.ask(question))
     assert conversation.messages == []
 
 
 def test_a_failing_model_is_a_failure_of_the_work(
-    chatting: LVLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    chatting: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reader does not wait for ever, and the failed turn is forgotten."""
 
@@ -119,7 +119,7 @@ def test_a_failing_model_is_a_failure_of_the_work(
         raise RuntimeError("no more memory")
 
     monkeypatch.setattr(chatting.model, "generate", fail)
-    conversation = Conversation(chatting, picture, max_new_tokens=2)
+    conversation = Conversation(chatting, image, max_new_tokens=2)
     with pytest.raises(WorkError, match="no more memory"):
         list(conversation.ask("What is it?"))
     assert conversation.messages == []

@@ -1,4 +1,4 @@
-"""From Python: `evaluate` says what `stage=evaluate` says, pictures are read once, and all of it is typed."""
+"""From Python: `evaluate` says what `stage=evaluate` says, images are read once, and all of it is typed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import model
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import EncodedPicture
+from localization_heads.lvlm.sharing import EncodedImage
 from localization_heads.options.groups import CriteriaOptions
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_a_sample_in_which_no_head_passes_is_left_out(
 
 
 def several(count: int = 3) -> list[Sample]:
-    """Expressions for one picture in memory, one with a mask only."""
+    """Expressions for one image in memory, one with a mask only."""
     image = load_image(ROOT / "examples" / "images" / "octopus_14.png")
     mask = np.zeros((image.height, image.width), bool)
     mask[5:40, 10:60] = True
@@ -135,12 +135,12 @@ def several(count: int = 3) -> list[Sample]:
     return [replace(samples[0], bbox=None, mask=mask), *samples[1:]]
 
 
-def test_a_picture_is_read_once_for_the_samples_that_follow_each_other(
+def test_a_image_is_read_once_for_the_samples_that_follow_each_other(
     lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
 
-    class Counted(EncodedPicture):
+    class Counted(EncodedImage):
         def __init__(self, lvlm: LVLM, image: Image.Image) -> None:
             read.append(image)
             super().__init__(lvlm, image)
@@ -148,7 +148,7 @@ def test_a_picture_is_read_once_for_the_samples_that_follow_each_other(
     samples = several()
     alone = [lh.find_heads(lvlm, [sample], top_n=3) for sample in samples]
     apart = [lh.evaluate(lvlm, [sample], HEADS).samples[0] for sample in samples]
-    monkeypatch.setattr(model, "EncodedPicture", Counted)
+    monkeypatch.setattr(model, "EncodedImage", Counted)
     other = Sample(Image.new("RGB", (64, 64), "white"), "the animal", bbox=(0, 0, 9, 9))
     evaluation = lh.evaluate(lvlm, [*samples, other, other], HEADS)
     assert len(read) == 2
@@ -199,8 +199,8 @@ def test_the_truth_of_a_sample() -> None:
 @pytest.mark.parametrize("kind", [list, iter])
 def test_boxes_that_are_no_pixels_are_refused(lvlm: LVLM, kind: Any) -> None:
     """Before the model works where the samples can be looked at, else after the last."""
-    picture = Image.new("RGB", (64, 48), "red")
-    samples = [Sample(picture, "the dog", id=str(n), bbox=(0.1, 0.2, 0.3, 0.4 + n / 10)) for n in range(2)]
+    image = Image.new("RGB", (64, 48), "red")
+    samples = [Sample(image, "the dog", id=str(n), bbox=(0.1, 0.2, 0.3, 0.4 + n / 10)) for n in range(2)]
     with pytest.raises(UsageError, match=r"^samples: all 2 boxes lie within the first pixel.*\(0\)"):
         lh.evaluate(lvlm, kind(samples), HEADS, controls=False, segmenter=None)
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_evaluated_is_refused(lvlm: LVLM) -> None:
     sample = several()[1]
     wrong = {
         "the octopus: has neither bbox nor mask": replace(sample, bbox=None),
-        "the octopus: the true box lies outside the picture": replace(sample, bbox=(9e3, 9e3, 9.1e3, 9.1e3)),
+        "the octopus: the true box lies outside the image": replace(sample, bbox=(9e3, 9e3, 9.1e3, 9.1e3)),
         "the octopus: the mask is empty": replace(
             sample,
             bbox=None,
@@ -287,10 +287,10 @@ def test_scripts_of_users_are_checked_strictly(tmp_path: Path) -> None:
     assert found == [f"wrong.py:{line}" for line in range(first, last + 1)], result.stdout
 
 
-def test_a_ranking_is_used_as_it_was_found(picture: Image.Image) -> None:
+def test_a_ranking_is_used_as_it_was_found(image: Image.Image) -> None:
     """Of other weights, under another prompt or query token a note says so, once; an older file says nothing."""
     lvlm = lh.load_model(device="cpu")
-    ranking = lh.find_heads(lvlm, [Sample(picture, "the dog")])
+    ranking = lh.find_heads(lvlm, [Sample(image, "the dog")])
     assert ranking.found_with == {
         "conv_mode": "referseg",
         "system": lvlm.system,
@@ -299,23 +299,23 @@ def test_a_ranking_is_used_as_it_was_found(picture: Image.Image) -> None:
         "criteria": "paper",
         "library": f"localization-heads {lh.__version__}",
     }
-    found = lh.ground(lvlm, picture, "the dog", ranking, segmenter=None)
+    found = lh.ground(lvlm, image, "the dog", ranking, segmenter=None)
     assert list(found.heads) == ranking.top(3)
     assert lvlm.notes == []
     plain = lh.load_model(device="cpu", conv_mode="plain")
     for heads in (ranking, ranking, replace(ranking, found_with=None), ranking.top(3), [Head(2, 0)]):
-        lh.ground(plain, picture, "the dog", heads, segmenter=None)
+        lh.ground(plain, image, "the dog", heads, segmenter=None)
     assert plain.notes == [
         "these heads: found with conv_mode=referseg (here: plain); others may be better here: find them with "
         "stage=find, or ask as it did"
     ]
-    lh.ground(plain, picture, "the dog", segmenter=None)
+    lh.ground(plain, image, "the dog", segmenter=None)
     assert len(plain.notes) == 2
     assert plain.notes[1].startswith("the known heads: found with conv_mode=referseg (here: plain)")
     other = lh.load_model(device="cpu")
     with torch.no_grad():
         next(other.model.parameters()).view(-1)[0] += 1
-    truth = Sample(picture, "the dog", bbox=(0, 0, 50, 50))
+    truth = Sample(image, "the dog", bbox=(0, 0, 50, 50))
     lh.evaluate(other, [truth], ranking, segmenter=None, controls=False)
     (note,) = other.notes
     assert f"found with weights={lvlm.fingerprint} (here: {other.fingerprint})" in note

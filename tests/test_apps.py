@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, Result, draw_picture, fronts, one_line, stub_figures, write_lines
+from front import Front, Result, draw_image, fronts, one_line, stub_figures, write_lines
 from PIL import Image
 
 from localization_heads.apps import terminal
@@ -33,8 +33,8 @@ LAYERS, HEADS = 5, 4
 def front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Front]:
-    """A picture, and two attention files of no model in particular."""
-    draw_picture(tmp_path / "cat.png")
+    """An image, and two attention files of no model in particular."""
+    draw_image(tmp_path / "cat.png")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         maps = AttentionMaps(
@@ -261,7 +261,7 @@ def talk(front: Front, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]
 
 
 def test_a_single_question(front: Front) -> None:
-    """Only the answer is printed, on one line, the same every time; also without a picture."""
+    """Only the answer is printed, on one line, the same every time; also without an image."""
     options = ("query=Describe this image", "image_file=cat.png", "max_new_tokens=5")
     result = front.chat(*options)
     assert (result.status, result.err) == (0, "")
@@ -287,7 +287,7 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
     assert "error" not in result.err
     said = [
         "/help lists the commands",
-        "error: there is no picture yet: /image PATH",
+        "error: there is no image yet: /image PATH",
         "error: write /image PATH",
         "error: no.png: no such file",
         "looking at cat.png, 64 x 48 pixels",
@@ -307,7 +307,7 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
 
 
 def test_the_end_of_the_input_ends_the_conversation(talk: Callable[..., Result]) -> None:
-    """Also in the middle of a line; the picture may come as an option."""
+    """Also in the middle of a line; the image may come as an option."""
     result = talk("/ground the dog", "image_file=cat.png")
     assert result.status == 0
     assert "box " in result.out
@@ -340,7 +340,7 @@ def test_wrong_heads_are_said(talk: Callable[..., Result]) -> None:
     assert "/exit" in result.out
 
 
-def test_another_picture_is_another_conversation(
+def test_another_image_is_another_conversation(
     talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the model is asked after `/image` knows nothing of the turns before."""
@@ -351,7 +351,7 @@ def test_another_picture_is_another_conversation(
         yield "yes"
 
     monkeypatch.setattr(answers, "stream", answer)
-    draw_picture(Path("dog.png"), 1, (32, 32))
+    draw_image(Path("dog.png"), 1, (32, 32))
     monkeypatch.setenv("HOME", str(Path.cwd()))
     talk("One?\nTwo?\n/image ~/dog.png\nThree?\n", "image_file=cat.png")
     assert [size for size, _ in prompts] == [(64, 48), (64, 48), (32, 32)]
@@ -486,7 +486,7 @@ def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch
 
 def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
     """Latin-1 bytes from a pipe and in an argument, in a real process."""
-    draw_picture(tmp_path / "cat.png")
+    draw_image(tmp_path / "cat.png")
     run = [sys.executable, str(ROOT / "cli_llava.py"), "image_file=cat.png", "max_new_tokens=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     lines = b"un caf\xe9?\n/caf\xe9\n/nonsense\n"
@@ -512,7 +512,7 @@ def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
 
 def test_a_piped_conversation_in_a_real_process(tmp_path: Path) -> None:
     """`printf ... | python cli_llava.py cli_mode=true`."""
-    draw_picture(tmp_path / "cat.png")
+    draw_image(tmp_path / "cat.png")
     ended = subprocess.run(
         [
             sys.executable,
@@ -602,6 +602,6 @@ def test_commands_and_files_are_completed(tmp_path: Path) -> None:
 
     assert completions("/gr") == ["/ground"]
     assert completions("/") == ["/image", "/ground", "/help", "/exit"]
-    (tmp_path / "picture.png").touch()
+    (tmp_path / "image.png").touch()
     assert completions(f"/image {tmp_path}/pic") == ["ture.png"]
     assert completions("the dog") == []

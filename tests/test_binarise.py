@@ -157,7 +157,7 @@ class TestScore:
     """The score of a box is the metric energy of that box (tests/test_metrics.py has more of `mass_inside`)."""
 
     def test_a_cell_that_is_half_padding_counts_half(self):
-        """Cells of 10 x 10 pixels; the picture is 15 wide: one cell is padding, one whole, one shows its half."""
+        """Cells of 10 x 10 pixels; the image is 15 wide: one cell is padding, one whole, one shows its half."""
         found = grounded([[3.0, 1.0, 5.0]], (-10, 0, 20, 10), (15, 10))
         assert found.box == (10, 0, 15, 10)  # 5 alone is above the mean, 3
         assert found.score == pytest.approx(2.5 / (1 + 2.5))

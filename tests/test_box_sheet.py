@@ -1,4 +1,4 @@
-"""The sheet of many pictures with their boxes: rendered places, odd shapes, odd texts."""
+"""The sheet of many images with their boxes: rendered places, odd shapes, odd texts."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def panel(size: tuple[int, int], predicted: Box, truth: Box | None, text: str = 
     )
 
 
-def test_boxes_of_pictures_of_all_shapes_stand_at_their_pixels(tmp_path: Path) -> None:
-    """A small copy of the picture is drawn under boxes in the original's pixels."""
+def test_boxes_of_images_of_all_shapes_stand_at_their_pixels(tmp_path: Path) -> None:
+    """A small copy of the image is drawn under boxes in the original's pixels."""
     panels = [
         panel((640, 480), (64, 48, 320, 240), (0, 0, 640, 480)),
         panel((100, 900), (0, 0, 50, 900), None, "a very long expression of some thing " * 40),

@@ -18,11 +18,11 @@ from localization_heads.lvlm.loading import load_model
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
-def inputs_of(picture: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+def inputs_of(image: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     processor = llava_processor()
     return dict(
         processor(
-            images=[picture] * len(texts), text=texts, return_tensors="pt", padding=True, padding_side="left"
+            images=[image] * len(texts), text=texts, return_tensors="pt", padding=True, padding_side="left"
         )
     )
 
@@ -45,15 +45,15 @@ def captured_rows(model: nn.Module, inputs: dict[str, torch.Tensor], **options: 
 @pytest.mark.parametrize(
     "texts", [["<image> the red car ."], ["<image> the dog .", "<image> the left dog in this image ."]]
 )
-def test_capture_equals_eager(picture: Any, kernel: str, texts: list[str]) -> None:
+def test_capture_equals_eager(image: Any, kernel: str, texts: list[str]) -> None:
     """Also with grouped queries, and with left padding in a batch."""
-    inputs = inputs_of(picture, texts)
+    inputs = inputs_of(image, texts)
     rows = captured_rows(llava_model(attention=kernel), inputs)
     torch.testing.assert_close(rows, eager_rows(llava_model(), inputs), **TOLERANCE)
 
 
 @pytest.mark.parametrize("text", ["mistral", "qwen2", "gemma2"])
-def test_capture_equals_eager_in_other_language_models(picture: Any, text: str) -> None:
+def test_capture_equals_eager_in_other_language_models(image: Any, text: str) -> None:
     """A sliding window (mistral), biases (qwen2), soft-capped logits and another scaling (gemma2)."""
     options: dict[str, Any] = {"text": text}
     if text == "mistral":
@@ -66,24 +66,24 @@ def test_capture_equals_eager_in_other_language_models(picture: Any, text: str) 
             "sliding_window": 8,
         }
     kernel = "eager" if text == "gemma2" else "sdpa"
-    inputs = inputs_of(picture, ["<image> the red car ."])
+    inputs = inputs_of(image, ["<image> the red car ."])
     rows = captured_rows(llava_model(attention=kernel, **options), inputs)
     reference = eager_rows(llava_model(attention="eager", **options), inputs)
     torch.testing.assert_close(rows, reference, **TOLERANCE)
 
 
-def test_embedded_model_equals_eager(picture: Any) -> None:
+def test_embedded_model_equals_eager(image: Any) -> None:
     lvlm = load_model(device="cpu")
-    maps = lvlm.attend(picture, "the dog")
-    inputs = lvlm.encode([picture], [maps.prompt])
+    maps = lvlm.attend(image, "the dog")
+    inputs = lvlm.encode([image], [maps.prompt])
     rows = eager_rows(lvlm.model, inputs)[:, 0]  # [layer, head, T]
     image_rows = rows[..., inputs["input_ids"][0] == lvlm.image_token_id]
     torch.testing.assert_close(torch.from_numpy(maps.attention).flatten(2), image_rows, **TOLERANCE)
 
 
-def test_capture_leaves_the_model_alone(picture: Any) -> None:
+def test_capture_leaves_the_model_alone(image: Any) -> None:
     """Bit-identical logits with and without, and nothing of ours left in the registry."""
-    model, inputs = llava_model(), inputs_of(picture, ["<image> the red car ."])
+    model, inputs = llava_model(), inputs_of(image, ["<image> the red car ."])
     before = dict(AttentionInterface._global_mapping)
     with torch.inference_mode():
         plain = model(**inputs).logits
@@ -93,33 +93,33 @@ def test_capture_leaves_the_model_alone(picture: Any) -> None:
     assert AttentionInterface._global_mapping == before
 
 
-def test_early_exit_sees_the_same_rows(picture: Any) -> None:
-    model, inputs = llava_model(), inputs_of(picture, ["<image> the red car ."])
+def test_early_exit_sees_the_same_rows(image: Any) -> None:
+    model, inputs = llava_model(), inputs_of(image, ["<image> the red car ."])
     rows = captured_rows(model, inputs, stop_after=1)
     assert len(rows) == 2
     torch.testing.assert_close(rows, captured_rows(model, inputs)[:2], rtol=0, atol=0)
 
 
-def test_generation_keeps_the_prefill(picture: Any) -> None:
+def test_generation_keeps_the_prefill(image: Any) -> None:
     """Decoding steps call the same modules again; only the first call counts."""
-    model, inputs = llava_model(), inputs_of(picture, ["<image> the red car ."])
+    model, inputs = llava_model(), inputs_of(image, ["<image> the red car ."])
     with torch.inference_mode(), capture(attention_modules(model)) as recorder:
         model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     rows = torch.stack([recorder.rows[layer] for layer in range(4)])
     torch.testing.assert_close(rows, eager_rows(model, inputs), **TOLERANCE)
 
 
-def test_errors_inside_undo_the_capture(picture: Any) -> None:
+def test_errors_inside_undo_the_capture(image: Any) -> None:
     before = dict(AttentionInterface._global_mapping)
     with pytest.raises(ZeroDivisionError), capture({}):
         _ = 1 / 0
     assert AttentionInterface._global_mapping == before
 
 
-def test_threads_do_not_see_each_other(picture: Any) -> None:
+def test_threads_do_not_see_each_other(image: Any) -> None:
     """Two models at once, each thread its own recorder: the rows are those of separate runs."""
     models = [llava_model(seed=seed) for seed in (1, 2)]
-    inputs = inputs_of(picture, ["<image> the red car ."])
+    inputs = inputs_of(image, ["<image> the red car ."])
     expected = [captured_rows(model, inputs) for model in models]
     found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     barrier = threading.Barrier(2)

@@ -109,14 +109,14 @@ def test_several_threads() -> None:
 
 @pytest.mark.parametrize("executable", ["/no/such/python", None, "/bin/true"])
 def test_without_a_python_to_start(executable: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not a fault of the template, whose marks around the picture would be left out in silence."""
+    """Not a fault of the template, whose marks around the image would be left out in silence."""
     monkeypatch.setattr("sys.executable", executable)
     with pytest.raises(WorkError, match="cannot be started"):
         TemplateProcess().render("a", TURN, {})
 
 
 def test_a_checkpoint_whose_template_loops_for_ever(
-    tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The paper's prompt does without it; the model's own is refused."""
     PROCESS.render("ready", TURN, {})
@@ -125,7 +125,7 @@ def test_a_checkpoint_whose_template_loops_for_ever(
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": ENDLESS + "1"}))
     start = time.monotonic()
-    assert load_model(str(tmp_path), device="cpu", conv_mode="referseg").attend(picture, "the dog")
+    assert load_model(str(tmp_path), device="cpu", conv_mode="referseg").attend(image, "the dog")
     with pytest.raises(UsageError, match=r"conv_mode=chat: the chat template of .* refuses") as caught:
         load_model(str(tmp_path), device="cpu", conv_mode="chat")
     assert "\n" not in str(caught.value)

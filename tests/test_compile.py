@@ -24,7 +24,7 @@ EXPRESSIONS = ["the dog", "the left red dog , this car", "car.", "this image"]
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Wide, tall, small and square."""
     sizes = [(160, 90), (70, 200), (20, 31), (64, 64)]
     noise = np.random.default_rng(1)
@@ -44,30 +44,30 @@ def _quiet_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_quiet_compiler")
-def test_compiled_language_model(picture: Any) -> None:
+def test_compiled_language_model(image: Any) -> None:
     """Partial graphs: compiled before the first capture, used without and within one, and with early exit."""
     lvlm = tiny_lvlm("expression_mean")
     decoder = lvlm.model.get_decoder()
     decoder.layers = decoder.layers[:2]  # compiling is slow
-    plain = lvlm.attend(picture, "the red car").attention
-    inputs = lvlm.encode([picture], [lvlm.prompt("the red car")])
+    plain = lvlm.attend(image, "the red car").attention
+    inputs = lvlm.encode([image], [lvlm.prompt("the red car")])
     with torch.inference_mode():
         logits = lvlm.model(**inputs).logits
         decoder.compile(backend="eager")
         assert torch.equal(lvlm.model(**inputs).logits, logits)
-    np.testing.assert_allclose(lvlm.attend(picture, "the red car").attention, plain, rtol=0, atol=1e-6)
-    early = lvlm.attend(picture, "the red car", last_layer=0).attention
+    np.testing.assert_allclose(lvlm.attend(image, "the red car").attention, plain, rtol=0, atol=1e-6)
+    early = lvlm.attend(image, "the red car", last_layer=0).attention
     np.testing.assert_allclose(early[0], plain[0], rtol=0, atol=1e-6)
     with torch.inference_mode():
         assert torch.equal(lvlm.model(**inputs).logits, logits)
 
 
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
-def test_batch_of_different_pictures(pictures: list[Image.Image], query_token: str) -> None:
+def test_batch_of_different_images(images: list[Image.Image], query_token: str) -> None:
     """One padded batch says what single calls say."""
     lvlm = tiny_lvlm(query_token)
-    together = lvlm.attend_batch(pictures, EXPRESSIONS)
-    for one, image, expression in zip(together, pictures, EXPRESSIONS, strict=True):
+    together = lvlm.attend_batch(images, EXPRESSIONS)
+    for one, image, expression in zip(together, images, EXPRESSIONS, strict=True):
         alone = lvlm.attend(image, expression)
         assert (
             (one.image_size, one.image_box)
@@ -78,16 +78,16 @@ def test_batch_of_different_pictures(pictures: list[Image.Image], query_token: s
 
 
 @pytest.mark.parametrize("query_token", ["last", "expression_mean", "answer_first"])
-def test_one_model_in_several_threads(pictures: list[Image.Image], query_token: str) -> None:
+def test_one_model_in_several_threads(images: list[Image.Image], query_token: str) -> None:
     lvlm = tiny_lvlm(query_token)
-    expected = [lvlm.attend(*pair).attention for pair in zip(pictures, EXPRESSIONS, strict=True)]
+    expected = [lvlm.attend(*pair).attention for pair in zip(images, EXPRESSIONS, strict=True)]
     barrier, problems = threading.Barrier(4), list[BaseException]()
 
     def work(index: int) -> None:
         try:
             barrier.wait()
             for _ in range(8):
-                found = lvlm.attend(pictures[index], EXPRESSIONS[index]).attention
+                found = lvlm.attend(images[index], EXPRESSIONS[index]).attention
                 np.testing.assert_allclose(found, expected[index], rtol=0, atol=1e-5)
         except BaseException as error:
             problems.append(error)
@@ -100,7 +100,7 @@ def test_one_model_in_several_threads(pictures: list[Image.Image], query_token: 
     assert not problems
 
 
-def test_tokenizing_in_several_threads(picture: Any) -> None:
+def test_tokenizing_in_several_threads(image: Any) -> None:
     """Tokenizers keep the padding they were last told: two threads at once would get each other's."""
     lvlm = tiny_lvlm("expression_mean")
     prompts = [lvlm.located_prompt("the red car , " * 200 + "the dog"), lvlm.located_prompt("the dog")]
@@ -109,7 +109,7 @@ def test_tokenizing_in_several_threads(picture: Any) -> None:
     def work() -> None:
         try:
             for _ in range(30):
-                inputs = lvlm.encode([picture] * 2, [prompt.text for prompt in prompts])
+                inputs = lvlm.encode([image] * 2, [prompt.text for prompt in prompts])
                 assert lvlm.query(prompts, inputs).positions is not None
         except BaseException as error:
             problems.append(error)
@@ -124,32 +124,32 @@ def test_tokenizing_in_several_threads(picture: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("query_token", ["last", "expression_mean"])
-def test_sixteen_bits(picture: Any, dtype: str, query_token: str) -> None:
+def test_sixteen_bits(image: Any, dtype: str, query_token: str) -> None:
     """Rows are computed in fp32 from 16-bit queries and keys: near the fp32 model's, still summing to one at most."""
-    exact = load_model(dtype="float32", device="cpu", query_token=query_token).attend(picture, "the dog")
-    rough = load_model(dtype=dtype, device="cpu", query_token=query_token).attend(picture, "the dog")
+    exact = load_model(dtype="float32", device="cpu", query_token=query_token).attend(image, "the dog")
+    rough = load_model(dtype=dtype, device="cpu", query_token=query_token).attend(image, "the dog")
     assert rough.attention.dtype == np.float32
     assert rough.attention.sum((-2, -1)).max() <= 1 + 1e-3
     np.testing.assert_allclose(rough.attention, exact.attention, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_few_bits(picture: Any, bits: str) -> None:
+def test_few_bits(image: Any, bits: str) -> None:
     if not is_bitsandbytes_available():
         with pytest.raises(UsageError, match="quantization"):
             load_model(quantization=bits)
         pytest.skip("bitsandbytes is not installed: only its absence was tested")
     if not torch.cuda.is_available():
         pytest.skip("4 and 8 bits need a GPU")
-    exact = load_model(device="cuda").attend(picture, "the dog").attention
-    rough = load_model(replace(find_spec("tiny"), quantization=bits)).attend(picture, "the dog").attention
+    exact = load_model(device="cuda").attend(image, "the dog").attention
+    rough = load_model(replace(find_spec("tiny"), quantization=bits)).attend(image, "the dog").attention
     assert np.isfinite(rough).all()
     assert np.corrcoef(rough.ravel(), exact.ravel())[0, 1] > 0.8
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
-def test_gpu_equals_cpu(picture: Any, query_token: str) -> None:
-    on_cpu = load_model(device="cpu", query_token=query_token).attend(picture, "the dog").attention
-    on_gpu = load_model(device="cuda", query_token=query_token).attend(picture, "the dog").attention
+def test_gpu_equals_cpu(image: Any, query_token: str) -> None:
+    on_cpu = load_model(device="cpu", query_token=query_token).attend(image, "the dog").attention
+    on_gpu = load_model(device="cuda", query_token=query_token).attend(image, "the dog").attention
     np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-3)

@@ -89,7 +89,7 @@ class TestOracle:
         assert mask_shares(mask, (0, 0, 4, 4), (2, 2)).tolist() == [[0.25, 0.5], [0, 1]]
         # cells of 4/3 pixels, of which the first holds the one true pixel
         assert mask_shares(mask[:1], (0, 0, 4, 1), (1, 3)).tolist() == [[pytest.approx(0.75), 0, 0]]
-        # half of the grid is padding above the picture
+        # half of the grid is padding above the image
         assert mask_shares(mask, (0, -4, 4, 4), (2, 1)).ravel().tolist() == [0, 7 / 16]
 
     @settings(deadline=None)

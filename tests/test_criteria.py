@@ -42,7 +42,7 @@ def bottom_row_focus(maps, threshold="mean"):
 JUNE, AUGUST = (CriteriaOptions.of(preset("criteria", name)) for name in ("published", "published_august"))
 
 
-def picture(*rows):
+def drawn(*rows):
     """A mask drawn with `#`, as a map of ones and zeros."""
     return np.array([[cell == "#" for cell in row] for row in rows], dtype=np.float32)
 
@@ -263,14 +263,14 @@ class TestComponents:
         assert component_count(np.eye(5)) == 1
 
     def test_neighbouring_maps_of_the_stack_are_not(self):
-        stack = np.stack([picture("#...", "...."), picture("#...", "...."), picture("....", "...#")])
+        stack = np.stack([drawn("#...", "...."), drawn("#...", "...."), drawn("....", "...#")])
         labels = label_components(stack > 0)
         assert component_count(stack).tolist() == [1, 1, 1]
         assert labels[0, 0, 0], labels[1, 0, 0]
         assert len({int(labels[0, 0, 0]), int(labels[1, 0, 0]), int(labels[2, 1, 3])}) == 3
 
     def test_rows_do_not_wrap_around(self):
-        assert component_count(picture("...#", "#...", "....")) == 2
+        assert component_count(drawn("...#", "#...", "....")) == 2
 
     def test_numbers_follow_the_stack(self):
         rng = np.random.default_rng(0)
@@ -301,13 +301,13 @@ class TestSpatialEntropy:
     @pytest.mark.parametrize(
         ("grid", "expected"),
         [
-            (picture("##..", "#...", "...."), 0.0),
-            (picture("#...", "....", "...#"), LN2),
-            (picture("#.#.", "....", "#.#."), 2 * LN2),
+            (drawn("##..", "#...", "...."), 0.0),
+            (drawn("#...", "....", "...#"), LN2),
+            (drawn("#.#.", "....", "#.#."), 2 * LN2),
             # areas 3 and 1: ln 4 - 3/4 ln 3
-            (picture("###.", "....", "...#"), math.log(4) - 0.75 * math.log(3)),
+            (drawn("###.", "....", "...#"), math.log(4) - 0.75 * math.log(3)),
             # areas 1, 2, 3
-            (picture("#.##", "....", "###."), LN2 / 2 + math.log(3) / 3 + math.log(6) / 6),
+            (drawn("#.##", "....", "###."), LN2 / 2 + math.log(3) / 3 + math.log(6) / 6),
             (np.zeros((3, 3)), math.inf),
         ],
     )
@@ -410,11 +410,11 @@ class TestSpatialEntropy:
 
 class TestBottomRow:
     def test_needs_every_cell_of_the_last_row(self):
-        stack = np.stack([picture("....", "####"), picture("....", "###."), picture("####", "....")])
+        stack = np.stack([drawn("....", "####"), drawn("....", "###."), drawn("####", "....")])
         assert bottom_row_focus(stack).tolist() == [True, False, False]
 
     def test_is_a_row_and_not_a_column(self):
-        assert not bottom_row_focus(picture("...#", "...#"))
+        assert not bottom_row_focus(drawn("...#", "...#"))
 
 
 class TestHeadStatistics:

@@ -51,7 +51,7 @@ CASES = {
     "other labels are targets": [("umbrella", SMALL)],
     "two of one area": [("ignore", SMALL), ("target", SMALL)],
     "cut to whole pixels": [("target", ((2.9, 2.2), (40.7, 2.9), (40.1, 30.8), (2.6, 30.6)))],
-    "beyond the picture": [("target", ((-20, 10), (200, 10), (200, 30), (-20, 30)))],
+    "beyond the image": [("target", ((-20, 10), (200, 10), (200, 30), (-20, 30)))],
     "no shape": [],
 }
 
@@ -88,7 +88,7 @@ def test_painting_by_hand():
 
 
 def test_strips_and_parts_of_shapes_make_the_same_masks(monkeypatch):
-    shapes = [shape(label, *points) for label, points in [*CASES["beyond the picture"], ("ignore", SMALL)]]
+    shapes = [shape(label, *points) for label, points in [*CASES["beyond the image"], ("ignore", SMALL)]]
     whole = paint_shapes(shapes, (64, 48))
     monkeypatch.setattr(masks, "STRIP", 100)
     np.testing.assert_array_equal(paint_shapes(shapes, (64, 48)), whole)
@@ -116,7 +116,7 @@ def test_shapes_are_painted_one_at_a_time():
     ids=["many large shapes", "outlines far beyond", "many points in every row"],
 )
 def test_shapes_that_would_take_minutes_are_refused(shapes):
-    with pytest.raises(BadLineError, match="far more than a picture of 8000 x 8000 pixels needs"):
+    with pytest.raises(BadLineError, match="far more than an image of 8000 x 8000 pixels needs"):
         paint_shapes(shapes, (8000, 8000))
 
 
@@ -181,11 +181,11 @@ def test_a_bad_file_costs_only_itself(tmp_path):
     (folder / "deep.json").write_text("[" * 10**5)
     (folder / "list.json").write_text("[]")
     save_lisa(folder, "no-text", entry(("target", BIG), text=[]))
-    save_lisa(folder, "no-picture", entry(("target", BIG)))
-    (folder / "no-picture.jpg").unlink()
+    save_lisa(folder, "no-image", entry(("target", BIG)))
+    (folder / "no-image.jpg").unlink()
     save_lisa(folder, "bad-shape", entry(shapes=[{"label": "target"}]))
-    save_lisa(folder, "bad-picture", entry(("target", BIG)))
-    (folder / "bad-picture.jpg").write_bytes(b"abc")
+    save_lisa(folder, "bad-image", entry(("target", BIG)))
+    (folder / "bad-image.jpg").write_bytes(b"abc")
     index, found = records(tmp_path)
     assert {bad.id for bad in index.bad} == {"broken", "deep", "list", "no-text"}
     assert [type(one) for one in found] == [BadRecord, BadRecord, Record, BadRecord]
@@ -228,7 +228,7 @@ BAD_ROWS = {
     "mask turned": {"img_height": 2, "img_width": 8},
     "ragged mask": {"mask": [[True] * 4] * 3 + [[True] * 5]},
     "no mask": {"mask": None},
-    "no picture": {"image": None},
+    "no image": {"image": None},
 }
 
 
@@ -250,15 +250,15 @@ def test_a_row_of_an_absurd_size_is_not_read(tmp_path, change):
     assert [bad.line for bad in index.bad] == [1] and len(index.entries) == 1
 
 
-def test_masks_larger_than_their_pictures_are_not_read(tmp_path):
+def test_masks_larger_than_their_images_are_not_read(tmp_path):
     """Run lengths make a gigabyte of mask a small file."""
     row = {**ricky_row("a", "x", np.ones((400, 400), bool)), "img_height": 4, "img_width": 4}
     save_rows(tmp_path / "test.parquet", [row], RICKY)
-    with pytest.raises(UsageError, match="far more values than its pictures have pixels"):
+    with pytest.raises(UsageError, match="far more values than its images have pixels"):
         records(tmp_path)
 
 
 def test_nothing_of_it_is_told(tmp_path):
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(UsageError, match="found pictures"):
+    with pytest.raises(UsageError, match="found images"):
         open_source("reasonseg", tmp_path, None)

@@ -27,9 +27,9 @@ from tests.dataset_files import (
     as_python2,
     jxu_row,
     lmms_row,
+    save_images,
     save_jxu,
     save_lmms,
-    save_pictures,
     save_refer,
     save_rows,
     world,
@@ -38,7 +38,7 @@ from tests.dataset_files import (
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return save_pictures(tmp_path / "train2014", world())
+    return save_images(tmp_path / "train2014", world())
 
 
 def opened(path, images, dataset="refcoco"):
@@ -109,7 +109,7 @@ def test_python_2_byte_strings_are_utf8_or_latin1():
     assert loads_pickle(b"\x80\x02U\x04caf\xe9.") == "caf\xe9"
 
 
-def test_lmms_boxes_are_xywh_and_pictures_come_out(tmp_path):
+def test_lmms_boxes_are_xywh_and_images_come_out(tmp_path):
     refs = [ref for ref in world() if ref.split != "train"]
     save_lmms(tmp_path, refs, shards=2)
     source, index = opened(tmp_path, None)
@@ -168,13 +168,13 @@ def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
 
 
 def test_the_folder_of_the_data_set_is_found(tmp_path, images):
-    """The layout of lichengunc/refer: one folder a data set, pictures beside them."""
+    """The layout of lichengunc/refer: one folder a data set, images beside them."""
     root = tmp_path / "refer"
     save_refer(root / "refcoco", world(), "google")
     save_refer(root / "refcoco", world(), "unc")
     save_refer(root / "refcoco+", world()[:3], "unc")
     save_refer(root / "refcocog", world()[:1], "umd")
-    save_pictures(root / "images/mscoco/images/train2014", world())
+    save_images(root / "images/mscoco/images/train2014", world())
     for dataset, number in (("refcoco", len(world())), ("refcoco+", 3), ("refcocog", 1)):
         source, index = opened(root, None, dataset)
         assert count(index.entries).references == number and source.variant == "" and not source.notes
@@ -183,7 +183,7 @@ def test_the_folder_of_the_data_set_is_found(tmp_path, images):
 
 
 @pytest.mark.parametrize("names", [("{:012d}.jpg",), ("train2017/{:012d}.jpg",), ("val2017/{:012d}.jpg",)])
-def test_pictures_of_coco_2017_are_found(tmp_path, images, names):
+def test_images_of_coco_2017_are_found(tmp_path, images, names):
     save_refer(tmp_path / "r", world()[:1])
     there = tmp_path / "coco" / names[0].format(1)
     there.parent.mkdir(parents=True)
@@ -212,9 +212,9 @@ BAD_REFS = {
     "an endless expression": {"sentences": [{"sent_id": 1, "sent": "a" * 100_000}]},
     "an id that is a path": {"ref_id": "../../etc/passwd"},
     "a sentence id that is a path": {"sentences": [{"sent_id": "../x", "sent": "cat"}]},
-    "a picture that is a path": {"image_id": "../x"},
-    "a negative picture": {"image_id": -1},
-    "a huge picture": {"image_id": 10**40},
+    "an image that is a path": {"image_id": "../x"},
+    "a negative image": {"image_id": -1},
+    "a huge image": {"image_id": 10**40},
     "a huge id": {"ref_id": 10**40},
     "an unknown split": {"split": "secret"},
 }
@@ -254,16 +254,16 @@ def test_a_bad_annotation_costs_only_itself(tmp_path, images, bad):
     assert isinstance(first, BadRecord) and isinstance(second, Record)
 
 
-def test_annotations_of_other_pictures_or_none_are_told(tmp_path, images):
+def test_annotations_of_other_images_or_none_are_told(tmp_path, images):
     path = save_refer(tmp_path, world()[:3])
     refs = [ref.reference() for ref in world()[:3]]
     refs[0]["ann_id"] = 5  # there is none
-    refs[1]["image_id"] = 3  # another picture's
+    refs[1]["image_id"] = 3  # another image's
     refs[2]["ann_id"] = "x"
     path.write_bytes(pickle.dumps(refs, 2))
     source, index = opened(tmp_path, images)
     reasons = [record.reason for record in all_records(source, index)]
-    assert "no such annotation" in reasons[0] and "another picture" in reasons[1] and "no such" in reasons[2]
+    assert "no such annotation" in reasons[0] and "another image" in reasons[1] and "no such" in reasons[2]
 
 
 def test_refs_that_would_run_code_are_refused(tmp_path, images):
@@ -320,7 +320,7 @@ def test_a_bad_row_of_jxu_costs_only_itself(tmp_path, images, change):
 
 
 def test_paths_in_parquet_are_not_followed(tmp_path, images):
-    """`file_name` and `image_path` of a stranger are not used: the picture is COCO's of `image_id`."""
+    """`file_name` and `image_path` of a stranger are not used: the image is COCO's of `image_id`."""
     row = {**jxu_row(world()[0]), "file_name": "../../../etc/passwd", "image_path": "/etc/passwd"}
     row["raw_image_info"] = json.dumps({**world()[0].image(), "file_name": "../../../etc/passwd"})
     save_rows(tmp_path / "train-00000-of-00001.parquet", [row], JXU)
@@ -345,7 +345,7 @@ def test_a_bad_row_of_lmms_costs_only_itself(tmp_path, change):
     assert isinstance(first, BadRecord) and isinstance(second, Record)
 
 
-def test_lmms_rows_without_expressions_or_picture_names_are_told(tmp_path):
+def test_lmms_rows_without_expressions_or_image_names_are_told(tmp_path):
     rows = [{**lmms_row(world()[0]), **change} for change in ({"answer": []}, {"file_name": "../x.jpg"}, {})]
     save_rows(tmp_path / "val-00000-of-00001.parquet", rows, LMMS)
     _, index = opened(tmp_path, None)

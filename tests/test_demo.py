@@ -28,7 +28,7 @@ from localization_heads.apps.demo.session import (
     Asked,
     as_json,
     ask,
-    example_pictures,
+    example_images,
     number,
     parse_heads,
     split_expressions,
@@ -68,8 +68,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> DemoRun:
 
 @pytest.fixture
 def asked(run: DemoRun) -> Asked:
-    picture, expression = example_pictures(1)[0]
-    return ask(run, picture, f"{expression}; something else")
+    image, expression = example_images(1)[0]
+    return ask(run, image, f"{expression}; something else")
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_texts_that_name_nothing(text, said):
         split_expressions(text)
 
 
-def test_a_question_without_a_picture(run):
-    with pytest.raises(UsageError, match="choose a picture"):
+def test_a_question_without_a_image(run):
+    with pytest.raises(UsageError, match="choose an image"):
         ask(run, None, "the dog")
 
 
@@ -133,12 +133,12 @@ def test_numbers_that_a_slider_sends():
 
 
 def header_only(path: Path, width: int, height: int) -> Path:
-    """A picture that says its size and holds nothing."""
+    """An image that says its size and holds nothing."""
     path.write_bytes(b"P6 %d %d 255\n" % (width, height))
     return path
 
 
-def test_pictures_are_refused_by_their_header(run, tmp_path):
+def test_images_are_refused_by_their_header(run, tmp_path):
     """32 megapixels pass, until they are decoded; a line more does not. Nothing names a place on this machine."""
     for height, said in (
         (8000, "cannot be used: broken"),
@@ -155,13 +155,13 @@ def test_pictures_are_refused_by_their_header(run, tmp_path):
     with pytest.raises(UsageError, match="4000 x 8001 pixels"):
         ask(run, tmp_path / "cut.png", "the dog")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(UsageError, match=r"^the picture cannot be used: not a picture in a known format"):
+    with pytest.raises(UsageError, match=r"^the image cannot be used: not an image in a known format"):
         ask(run, tmp_path / "text.png", "the dog")
 
 
-def test_large_pictures_are_kept_small_and_answered_in_their_own_pixels(run):
-    picture, expression = example_pictures(1)[0]
-    asked = ask(run, picture.resize((4096, 512)), expression)
+def test_large_images_are_kept_small_and_answered_in_their_own_pixels(run):
+    image, expression = example_images(1)[0]
+    asked = ask(run, image.resize((4096, 512)), expression)
     assert asked.image.size == (2048, 256)
     assert asked.num_bytes == 3 * 2048 * 256 + 4 * asked.maps[0].attention.size
     answer = asked.answers(asked.ranked[:3], GroundingOptions())[0]
@@ -207,8 +207,8 @@ def test_visitors_take_turns_at_the_model():
     assert "".join(order) == "ABABAB"
 
 
-def test_room_for_pictures_that_are_asked_about():
-    """A second large picture waits, a small one passes it by; the fourth question finds no place."""
+def test_room_for_images_that_are_asked_about():
+    """A second large image waits, a small one passes it by; the fourth question finds no place."""
     turns, entered = Turns(places=3, max_bytes=10), threading.Event()
 
     def second() -> None:
@@ -260,7 +260,7 @@ def visitors(tmp_path) -> Visitors:
 
 
 def visit(visitors: Visitors, name: str, num_bytes: int = 100, upload: Path | None = None) -> Any:
-    """What a question leaves: an answer, a file of it, and the picture's file."""
+    """What a question leaves: an answer, a file of it, and the image's file."""
     with visitors.turn(name) as visitor:
         visitor.asked = cast(Asked, SimpleNamespace(num_bytes=num_bytes))
         (visitor.new_folder() / "boxes.png").touch()
@@ -286,11 +286,11 @@ def test_the_visitor_who_came_first_makes_room(visitors):
 
 
 def test_what_ends_with_a_visit(visitors, tmp_path):
-    """Answers and pictures go; not what others use, nor an example."""
+    """Answers and images go; not what others use, nor an example."""
     own, shared, example = (tmp_path / name / "a.png" for name in ("one", "two", "examples"))
     a = visit(visitors, "a", upload=own)
     assert visit(visitors, "a", upload=shared) is a
-    assert not own.parent.exists(), "another picture was chosen"
+    assert not own.parent.exists(), "another image was chosen"
     visit(visitors, "b", upload=shared)
     visitors.end("a")
     assert a.asked is None and not a.folder.exists() and shared.exists()
@@ -474,8 +474,8 @@ def test_names_do_not_cover_each_other(asked):
     """Three answers with one box: each name's plate, filled with its colour, is as large as when it stands alone."""
     answer = asked.answers(asked.ranked[:3], GroundingOptions())[0]
     answer = replace(answer, box=(4.0, 4.0, 30.0, 30.0))
-    picture = Image.new("RGB", (300, 300), "white")
-    together = np.asarray(drawing.draw_boxes(picture, [answer] * 3, ["the dog"] * 3))
+    image = Image.new("RGB", (300, 300), "white")
+    together = np.asarray(drawing.draw_boxes(image, [answer] * 3, ["the dog"] * 3))
     for name, colour in enumerate(drawing.COLOURS[:3]):
         filled = (together == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
         rows = np.flatnonzero(filled.sum(1) > 40)
@@ -496,9 +496,9 @@ def located_example(run: DemoRun) -> tuple[Image.Image, str, tuple[float, ...]]:
     import localization_heads as lh
 
     for scene, expression in scene_samples(40, seed=3, size=384, seeds=VALIDATION_SEEDS):
-        picture, truth = Image.fromarray(scene.image), scene.objects[expression.object_index].box
-        if box_iou(lh.ground(run.lvlm, picture, expression.text).box, truth) > 0.5:
-            return picture, expression.text, truth
+        image, truth = Image.fromarray(scene.image), scene.objects[expression.object_index].box
+        if box_iou(lh.ground(run.lvlm, image, expression.text).box, truth) > 0.5:
+            return image, expression.text, truth
     raise AssertionError("the embedded model gets none of forty scenes right")
 
 
@@ -552,7 +552,7 @@ def test_settings_sent_around_the_page(demo_page, place, value, said):
 
 
 def test_masks_are_those_of_the_command_line(demo_page):
-    """The same segmenter, unless those of the map are asked for; a large picture's are made on the picture as kept."""
+    """The same segmenter, unless those of the map are asked for; a large image's are made on the image as kept."""
     import localization_heads as lh
 
     path, expression = demo_page.examples[0]
@@ -570,7 +570,7 @@ def test_masks_are_those_of_the_command_line(demo_page):
     assert refined.mask.shape == (2048, 4096) and refined.mask_from == "grabcut"
 
 
-def test_clicks_and_pictures_sent_around_the_page(demo_page, tmp_path):
+def test_clicks_and_images_sent_around_the_page(demo_page, tmp_path):
     for index in (None, [1], [float("nan"), 3], ["a", "b"], [1e300, 1]):
         with pytest.raises(UsageError, match="a click"):
             demo_page.switch(visitor_a, "L2H0", "A", SimpleNamespace(_data={"index": index}))
@@ -580,7 +580,7 @@ def test_clicks_and_pictures_sent_around_the_page(demo_page, tmp_path):
         with pytest.raises(UsageError, match="no example"):
             demo_page.choose(SimpleNamespace(_data={"index": index}))
     outside = tmp_path / "secret.png"
-    example_pictures(1)[0][0].save(outside)
+    example_images(1)[0][0].save(outside)
     for path in (str(outside), "http://127.0.0.1/a.png", f"{demo_page.folder}/../../secret.png"):
         with pytest.raises(UsageError, match="choose it again"):
             demo_page.ask(visitor_a, {"path": path}, "the dog", 3)
@@ -602,8 +602,8 @@ def test_the_page_as_served(run, tmp_path, monkeypatch):
     ):
         functions = {d["api_name"]: d["id"] for d in reversed(client.get("config").json()["dependencies"])}
 
-        def send(picture: Any, text: str = "the dog") -> str:
-            body = {"data": [picture, text, 3], "fn_index": functions["ask"], "session_hash": "a"}
+        def send(image: Any, text: str = "the dog") -> str:
+            body = {"data": [image, text, 3], "fn_index": functions["ask"], "session_hash": "a"}
             answer = client.post("gradio_api/queue/join", json=body)
             if answer.status_code != 200:
                 return str(answer.status_code)
@@ -616,7 +616,7 @@ def test_the_page_as_served(run, tmp_path, monkeypatch):
             said = send({"path": address, "meta": {"_type": "gradio.FileData"}})
             assert "addresses are not fetched" in said, said
         upload = client.post("gradio_api/upload", files={"files": ("a.png", b"hello")}).json()[0]
-        assert "not a picture in a known format" in send(
+        assert "not an image in a known format" in send(
             {"path": upload, "meta": {"_type": "gradio.FileData"}}
         )
     assert not list((tmp_path / "gradio").iterdir())
@@ -637,7 +637,7 @@ def browser() -> Iterator[Any]:
 
 
 def shown(page: Any, name: str) -> np.ndarray:
-    """A screenshot of one of the page's pictures."""
+    """A screenshot of one of the page's images."""
     return np.asarray(Image.open(io.BytesIO(page.locator(f"#{name} img").screenshot())).convert("RGB"))
 
 
@@ -645,8 +645,8 @@ def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     from localization_heads.apps.demo.page import served
 
-    picture, expression, truth = located_example(run)
-    picture.save(tmp_path / "scene.png")
+    image, expression, truth = located_example(run)
+    image.save(tmp_path / "scene.png")
     asked: list[str] = []
     attend = type(run.lvlm).attend
     monkeypatch.setattr(
@@ -674,9 +674,9 @@ def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
 def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]) -> None:
     """The box on the screen overlaps the object that was asked for, and the map shines on it."""
     before = page.get_attribute("#boxes img", "src")
-    page.click("#picture button[aria-label='Remove Image']")
-    page.set_input_files("#picture input[type=file]", str(path))
-    page.wait_for_selector("#picture img")
+    page.click("#image button[aria-label='Remove Image']")
+    page.set_input_files("#image input[type=file]", str(path))
+    page.wait_for_selector("#image img")
     page.fill("#expression textarea", expression)
     page.click("#ground")
     page.wait_for_function("src => document.querySelector('#boxes img').src !== src", arg=before)
@@ -686,7 +686,7 @@ def check_upload(page: Any, path: Any, expression: str, truth: tuple[float, ...]
     assert box_iou(np.array(coloured_box(pixels)) / scale, truth) > 0.4
     heat = shown(page, "heat")
     plain = Image.open(path).convert("RGB").resize(heat.shape[1::-1])
-    added = yellow(heat) - yellow(np.asarray(plain))  # where viridis ends, beyond what the picture has of it
+    added = yellow(heat) - yellow(np.asarray(plain))  # where viridis ends, beyond what the image has of it
     y, x = np.unravel_index(np.argmax(ndimage.uniform_filter(added, 25)), added.shape)
     assert truth[0] <= x / scale <= truth[2]
     assert truth[1] <= y / scale <= truth[3]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_data, write_lines
 from PIL import Image
 
 import localization_heads as lh
@@ -150,7 +150,7 @@ def test_find_writes_the_ranking_alone_and_agrees_with_batch_and_python(front: F
     assert front.finder("stage=batch", DATA).status == 0
     assert heads_of("found/tiny") == heads_of(front.out)
     assert (front.out / "heads.csv").read_bytes() == Path("found/tiny/heads.csv").read_bytes()
-    samples = [lh.Sample(f"picture_{n}.png", EXPRESSIONS[n]) for n in range(5)]
+    samples = [lh.Sample(f"image_{n}.png", EXPRESSIONS[n]) for n in range(5)]
     ranking = lh.find_heads(lvlm, samples)
     listed = [(head["layer"], head["head"]) for head in json.loads(heads_of(front.out))["heads"]]
     assert [tuple(head.address) for head in ranking.kept] == listed
@@ -176,7 +176,7 @@ def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM)
     ranking = json.loads(heads_of(front.out))
     assert (ranking["num_samples"], ranking["num_trials"]) == (2, 3)
     draws = random_draws(5, 3, 2, seed=42)
-    found = [lvlm.attend(Image.open(f"picture_{n}.png"), EXPRESSIONS[n]).attention for n in range(5)]
+    found = [lvlm.attend(Image.open(f"image_{n}.png"), EXPRESSIONS[n]).attention for n in range(5)]
     statistics = [head_statistics(attention) for attention in found]
     expected = rank_heads(
         np.stack([one.attention_sum for one in statistics]),
@@ -236,14 +236,14 @@ def test_attention_format_of_a_batch(front: Front) -> None:
 def bad_data(front: Front) -> None:
     """Two good entries among every kind of bad one; lines 3 to 12 are bad."""
     Path("text.png").write_text("hello")
-    Path("cut.png").write_bytes(Path("picture_0.png").read_bytes()[:200])
-    good = {"id": "first", "prompt": "the dog", "image_path": "picture_0.png"}
+    Path("cut.png").write_bytes(Path("image_0.png").read_bytes()[:200])
+    good = {"id": "first", "prompt": "the dog", "image_path": "image_0.png"}
     bad: list[Any] = [
         "{not json",
         '"a text"',
         {**good, "id": "../x"},
         {**good, "id": "/etc/x"},
-        {"id": "no_prompt", "image_path": "picture_0.png"},
+        {"id": "no_prompt", "image_path": "image_0.png"},
         {**good, "id": "missing", "image_path": "no.png"},
         {**good, "id": "text", "image_path": "text.png"},
         {**good, "id": "cut", "image_path": "cut.png"},
@@ -516,7 +516,7 @@ def test_a_bad_entry_does_not_make_its_chunk_run_again(front: Front, calls: Call
 
 
 @pytest.mark.parametrize("stage", ["batch", "find"])
-def test_an_edited_prompt_or_picture_is_recomputed(front: Front, calls: Calls, stage: str) -> None:
+def test_an_edited_prompt_or_image_is_recomputed(front: Front, calls: Calls, stage: str) -> None:
     """Under the same id; only the chunk of the edited entry."""
     options = (f"stage={stage}", DATA, "batch_size=1")
     assert front.finder(*options).status == 0
@@ -527,7 +527,7 @@ def test_an_edited_prompt_or_picture_is_recomputed(front: Front, calls: Calls, s
     calls.clear()
     assert front.finder(*options).status == 0
     assert calls == [["a blue house"]]
-    draw_picture(Path("picture_3.png"), 99)
+    draw_image(Path("image_3.png"), 99)
     calls.clear()
     assert front.finder(*options).status == 0
     assert calls == [[entries[3]["prompt"]]]
@@ -610,12 +610,12 @@ def test_the_folder_is_locked_during_the_work(
         pass
 
 
-def test_a_true_box_outside_its_picture_is_reported(front: Front) -> None:
-    """Boxes written as x, y, width, height or in another picture's pixels would only look like a bad model."""
+def test_a_true_box_outside_its_image_is_reported(front: Front) -> None:
+    """Boxes written as x, y, width, height or in another image's pixels would only look like a bad model."""
     write_data(front.folder, 2)
     entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
     entries[1] |= {"bbox": [1000.0, 1000.0, 1010.0, 1010.0]}
     write_lines(Path("data.jsonl"), entries)
     result = front.finder("stage=batch", "data_file=data.jsonl", "visualize_batch=false")
     assert result.status == 1
-    assert "lies outside the picture" in result.out
+    assert "lies outside the image" in result.out

@@ -29,9 +29,9 @@ from localization_heads.stages.run import Run
 
 
 @pytest.fixture
-def picture_file(picture: Image.Image, tmp_path: Path) -> Path:
+def image_file(image: Image.Image, tmp_path: Path) -> Path:
     path = tmp_path / "noise.png"
-    picture.save(path)
+    image.save(path)
     return path
 
 
@@ -40,13 +40,13 @@ def run_of(tmp_path: Path, *overrides: str) -> Run:
 
 
 def test_embedded_model(
-    picture_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    run = run_of(tmp_path, f"image_file={picture_file}", "query='the dog'")
+    run = run_of(tmp_path, f"image_file={image_file}", "query='the dog'")
     assert STAGES["doctor"](run) == 0
     shown = capsys.readouterr().out
-    grid = int(run.lvlm.attend(Image.open(picture_file), "the dog").grid[0])
+    grid = int(run.lvlm.attend(Image.open(image_file), "the dog").grid[0])
     for words in (
         "LlamaDecoderLayer",
         "float32 on cpu",
@@ -60,15 +60,15 @@ def test_embedded_model(
     assert (tmp_path / "out/tiny/attention/noise_the-dog_doctor.png").is_file()
 
 
-def test_picture_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("localization_heads.stages.doctor.EXAMPLE", "examples/images/none.jpg")
     with pytest.raises(UsageError, match="image_file="):
         STAGES["doctor"](run_of(tmp_path))
 
 
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
-def test_query_tokens_are_marked(picture: Image.Image, query_token: str) -> None:
-    found = examine(tiny_lvlm(query_token), picture, "the dog")
+def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
+    found = examine(tiny_lvlm(query_token), image, "the dog")
     marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")
     expected = {"last": ".", "expression_end": "dog", "expression_mean": "the dog"}
     assert marked == expected.get(query_token, "(first token of the answer)")
@@ -78,7 +78,7 @@ def test_query_tokens_are_marked(picture: Image.Image, query_token: str) -> None
     assert found.check.difference < 1e-5
 
 
-def test_wrong_capture_is_found(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_capture_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that ignores the scaling of the logits."""
     right = capture.query_row
 
@@ -86,7 +86,7 @@ def test_wrong_capture_is_found(picture: Image.Image, monkeypatch: pytest.Monkey
         return right(*args, **{**extras, "scaling": 1.0})
 
     monkeypatch.setattr(capture, "query_row", wrong)
-    found = examine(tiny_lvlm("last"), picture, "the dog")
+    found = examine(tiny_lvlm("last"), image, "the dog")
     assert not found.check.passed
     assert not found.is_well
 
@@ -105,17 +105,17 @@ def deep_lvlm(num_layers: int = 36) -> LVLM:
 
 
 @pytest.mark.parametrize("query_token", ["last", "expression_mean", "answer_first"])
-def test_depth_does_not_add_up(picture: Image.Image, query_token: str) -> None:
+def test_depth_does_not_add_up(image: Image.Image, query_token: str) -> None:
     """Each layer is compared on the inputs that it had, so that the limit is the same for all."""
     lvlm = deep_lvlm()
     lvlm.query_token = query_token
-    check = examine(lvlm, picture, "the dog").check
+    check = examine(lvlm, image, "the dog").check
     assert check.passed
     assert check.difference is not None
     assert check.difference < 1e-5
 
 
-def test_one_wrong_row_of_many_is_found(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wrong_row_of_many_is_found(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the limit, in layer 30 of 36."""
     right = capture.query_row
 
@@ -123,36 +123,36 @@ def test_one_wrong_row_of_many_is_found(picture: Image.Image, monkeypatch: pytes
         return right(module, *args, **extras) + (2e-4 if module.layer_idx == 30 else 0)
 
     monkeypatch.setattr(capture, "query_row", wrong)
-    check = examine(deep_lvlm(), picture, "the dog").check
+    check = examine(deep_lvlm(), image, "the dog").check
     assert not check.passed
     assert check.note == "limit 0.0001 in float32; exceeded in layers 30"
     assert check.difference == pytest.approx(2e-4, rel=0.05)
 
 
-def test_check_is_left_out_when_not_wanted(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_is_left_out_when_not_wanted(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm = tiny_lvlm("last")
-    assert examine(lvlm, picture, "the dog", check=False).check.difference is None
+    assert examine(lvlm, image, "the dog", check=False).check.difference is None
     monkeypatch.setattr(doctor, "SMALL", 10)
-    unasked = examine(lvlm, picture, "the dog")
+    unasked = examine(lvlm, image, "the dog")
     assert unasked.check.difference is None
     assert "doctor.check=true" in unasked.check.note
     assert unasked.is_well
-    assert examine(lvlm, picture, "the dog", check=True).check.difference is not None
+    assert examine(lvlm, image, "the dog", check=True).check.difference is not None
 
 
-def test_layers_that_are_not_seen(picture: Image.Image) -> None:
+def test_layers_that_are_not_seen(image: Image.Image) -> None:
     """A layer whose attention does not go through transformers' registry."""
     lvlm = tiny_lvlm("last")
     lvlm.model.get_decoder().layers[2].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    found = examine(lvlm, picture, "the dog", check=False)
+    found = examine(lvlm, image, "the dog", check=False)
     assert not found.is_well
     assert found.check.note == "no attention was seen in layers 2"
 
 
-def test_notes_and_fingerprint_are_shown(picture: Image.Image) -> None:
+def test_notes_and_fingerprint_are_shown(image: Image.Image) -> None:
     lvlm = tiny_lvlm("last")
     lvlm.note("it looks like another")
-    facts = examine(lvlm, picture, "the dog", check=False).facts
+    facts = examine(lvlm, image, "the dog", check=False).facts
     assert ("note", "it looks like another") in facts
     assert dict(facts)["fingerprint"].startswith(lvlm.fingerprint)
 
@@ -171,7 +171,7 @@ def test_eager_for_a_while() -> None:
     assert {"sdpa", "flash_attention_2"} <= set(before)
 
 
-def test_views_that_cannot_be_told(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_that_cannot_be_told(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything else is shown all the same, and the exit status says that something is wrong."""
 
     def refuse(*_: Any) -> list[View]:
@@ -179,25 +179,25 @@ def test_views_that_cannot_be_told(picture: Image.Image, monkeypatch: pytest.Mon
 
     lvlm = tiny_lvlm("last")
     monkeypatch.setattr(lvlm, "views_in", refuse)
-    found = examine(lvlm, picture, "the dog", check=False)
+    found = examine(lvlm, image, "the dog", check=False)
     assert (found.views, found.problem, found.is_well) == ([], "no single square grid", False)
     assert dict(found.facts)["layers"].startswith("4 (0 to 3)")
 
 
-def test_tokens_in_no_view(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_in_no_view(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm: LVLM = tiny_lvlm("last")
-    whole = lvlm.views(picture)[0]
+    whole = lvlm.views(image)[0]
     part = even_view("whole", whole.index[:, :-1], whole.box)
     monkeypatch.setattr(lvlm, "views_in", lambda *_: [part])
-    assert examine(lvlm, picture, "the dog").unplaced == 6
+    assert examine(lvlm, image, "the dog").unplaced == 6
 
 
-def test_cells_are_drawn_where_they_lie(picture: Image.Image) -> None:
+def test_cells_are_drawn_where_they_lie(image: Image.Image) -> None:
     """A padded view and a cropped one of uneven cells; first and last cell filled, all lines in pixels."""
     padded = even_view("whole", np.arange(16).reshape(4, 4), (0.0, -35.0, 160.0, 125.0))
     edges = np.array([10.0, 20.0, 50.0, 70.0]), np.array([5.0, 45.0, 85.0])
     uneven = View("tiles", np.arange(6).reshape(2, 3), *edges)
-    figure = plot_cells(picture, [padded, uneven], title="a model")
+    figure = plot_cells(image, [padded, uneven], title="a model")
     first, second = figure.axes
     assert first.get_title() == "whole: 4 x 4 cells of 40.0 x 40.0 pixels"
     assert second.get_title() == "tiles: 3 x 2 cells, of several sizes"

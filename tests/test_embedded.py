@@ -72,7 +72,7 @@ def test_prompts_are_read_as_in_training(processor, system, samples):
 
 
 @pytest.mark.parametrize(("width", "height"), [(128, 128), (300, 100), (33, 200)])
-def test_any_picture_is_padded_to_the_whole_grid(model, processor, width, height):
+def test_any_image_is_padded_to_the_whole_grid(model, processor, width, height):
     inputs = processor(
         images=Image.new("RGB", (width, height)), text="<image>\nthe dog.", return_tensors="pt"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_lines
+from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_lines
 from PIL import Image
 
 import localization_heads as lh
@@ -46,17 +46,17 @@ def quick(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
 
 
 def write_truths(count: int = 5, masks: bool = True) -> list[dict[str, Any]]:
-    """`data.jsonl`: two expressions a picture, boxes all over the place, a mask for every other one."""
+    """`data.jsonl`: two expressions an image, boxes all over the place, a mask for every other one."""
     rng = np.random.default_rng(3)
     entries = []
     for number in range(count):
-        picture = draw_picture(Path(f"picture_{number // 2}.png"), number // 2)
+        image = draw_image(Path(f"image_{number // 2}.png"), number // 2)
         x0, y0 = rng.integers(0, 40), rng.integers(0, 30)
         box = [int(x0), int(y0), int(x0 + rng.integers(8, 24)), int(y0 + rng.integers(8, 18))]
         entry = {
             "id": f"entry_{number}",
             "prompt": EXPRESSIONS[number],
-            "image_path": picture.name,
+            "image_path": image.name,
             "bbox": box,
         }
         if masks and number % 2 == 0:
@@ -335,7 +335,7 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
     assert result.status == 1
     rows = read_rows(quick)
     assert [row["id"] for row in rows] == ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6"]
-    assert "7 x 7" in rows[2]["error"] and "outside the picture" in rows[4]["error"]
+    assert "7 x 7" in rows[2]["error"] and "outside the image" in rows[4]["error"]
     assert all(row["error"] and row["iou"] is None for row in rows[2:])
     assert all(row["error"] is None for row in rows[:2])
     metrics = read_metrics(quick)
@@ -345,7 +345,7 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
 
 
 def test_nothing_that_can_be_used_is_said_as_it_is(quick: Front) -> None:
-    """Boxes on pictures that are not there do not lack a box; entries without one do."""
+    """Boxes on images that are not there do not lack a box; entries without one do."""
     (entry,) = write_truths(1)
     gone = {**entry, "id": "gone", "image_path": "gone.png"}
     write_lines(Path("data.jsonl"), [gone, "{not json"])
@@ -443,7 +443,7 @@ def test_wrong_options_are_named(quick: Front, option: str) -> None:
     [((1, 1), "they look like 0 to 1, such as"), ((1000, 1000), "they look like 0 to 1000")],
 )
 def test_boxes_that_are_no_pixels_are_an_error(quick: Front, scale: tuple[int, int], said: str) -> None:
-    """They would all score 0. Of pictures of 64 x 48 pixels."""
+    """They would all score 0. Of images of 64 x 48 pixels."""
     entries = write_truths(masks=False)
     for entry in entries:
         entry["bbox"] = [
@@ -457,10 +457,10 @@ def test_boxes_that_are_no_pixels_are_an_error(quick: Front, scale: tuple[int, i
 
 
 def test_no_head_passes(quick: Front, lvlm: LVLM) -> None:
-    """One refusal for a picture, one failed entry in a batch; never a head that nobody chose."""
+    """One refusal for an image, one failed entry in a batch; never a head that nobody chose."""
     write_truths(2)
     nobody = ("heads=greedy", "criteria.tau=2", "visualize_batch=false")
-    one = ("image_file=picture_0.png", "query=the dog")
+    one = ("image_file=image_0.png", "query=the dog")
     for stage in ("ground", "pipeline"):
         result = quick.finder(f"stage={stage}", *one, *nobody)
         assert result.status == 2, (stage, result.err)
@@ -485,14 +485,14 @@ def test_no_head_passes_in_the_viewer_and_from_python(
 
     write_truths(1)
     monkeypatch.setattr(visualize, "known_heads", lambda *_: None)
-    assert quick.finder("stage=collect", "image_file=picture_0.png", "query=the dog", "save_id=x").status == 0
+    assert quick.finder("stage=collect", "image_file=image_0.png", "query=the dog", "save_id=x").status == 0
     result = quick.visualize(f"attention_file={quick.out}/attention/x.pkl", "criteria.tau=2")
     assert result.status == 2
     assert "no head passes the criteria" in one_line(result.err)
     monkeypatch.setattr(LVLM, "known_heads", ())
     monkeypatch.setattr(api, "CriteriaOptions", lambda: CriteriaOptions(tau=2.0))
     with pytest.raises(lh.errors.UsageError, match="no head passes the criteria"):
-        lh.ground(lvlm, "picture_0.png", "the dog")
+        lh.ground(lvlm, "image_0.png", "the dog")
 
 
 def test_a_wrong_option_is_not_every_entrys_fault(quick: Front) -> None:

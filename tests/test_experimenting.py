@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from front import Front, draw_image, fronts, one_line, stub_figures, write_data, write_lines
 from PIL import Image
 
 from localization_heads.experiments.catalogue import EXPERIMENTS
@@ -59,8 +59,8 @@ def test_all_experiments_in_one_pass(front: Front, passes: list[int]) -> None:
         assert text.startswith("## ") and "\n| " in text
         assert f"{name}.json" in result.out
     for name in ("fig3", "fig6a", "fig6b", "random", "fig13", "fig14"):
-        with Image.open(front.out / "experiments" / f"{name}.png") as picture:
-            assert np.asarray(picture.convert("L")).std() > 5, name
+        with Image.open(front.out / "experiments" / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 5, name
     # Another experiment, other values to sweep over, other heads: the model is not run again.
     again = front.finder(*EXPERIMENT, "experiment=tab4", "experiment.ks=[2]", "heads=[3-1]")
     assert again.status == 0 and sum(passes) == 12
@@ -170,8 +170,8 @@ def test_entries_without_truth(front: Front, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_bad_entries_are_put_aside(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     stub_figures(monkeypatch)
-    picture = draw_picture(front.folder / "p.png").name
-    entry = {"prompt": "the dog", "image_path": picture}
+    image = draw_image(front.folder / "p.png").name
+    entry = {"prompt": "the dog", "image_path": image}
     lines = [
         {**entry, "id": "good", "bbox": [0, 0, 20, 20]},
         {**entry, "id": "masked", "mask": [[5, 5, 30, 5, 30, 30]]},
@@ -214,7 +214,7 @@ def test_wrong_use_is_one_line(front: Front, options: list[str], said: str) -> N
 
 
 def test_the_ladder_is_one_command(tmp_path: Path) -> None:
-    """A Hydra multirun, in a process of its own as a user starts it; a wide picture shows what padding does."""
+    """A Hydra multirun, in a process of its own as a user starts it; a wide image shows what padding does."""
     command = [
         sys.executable, str(ROOT / "localization_heads_finder.py"), "stage=experiment", "experiment=ladder",
         "data=scenes", "scenes.count=6", "scenes.size=128", "scenes.height=88", "device=cpu",
@@ -235,7 +235,7 @@ def test_the_ladder_is_one_command(tmp_path: Path) -> None:
     assert len({str(found) for found in boxes.values()}) == 5
     ciou = {rung["name"]: rung["metrics"]["ciou"] for rung in rungs}
     assert ciou["masks"] == ciou["mask_box"] != ciou["fixed"]
-    # The square's 128 rows begin 20 above the picture's 88; taken as the picture's own they are squeezed. Cells in the
+    # The square's 128 rows begin 20 above the image's 88; taken as the image's own they are squeezed. Cells in the
     # padding, which only the wrong reading counts, can make its box larger, never smaller.
     for wrong, exact in zip(boxes["published"], boxes["padding"], strict=True):
         top, bottom = (value * 128 / 88 - 20 for value in wrong[1::2])
@@ -261,8 +261,8 @@ def test_wide_scenes_keep_the_object(front: Front) -> None:
     assert front.finder("stage=scenes", *SCENES, "scenes.height=80").status == 0
     (data,) = Path("outputs/scenes").glob("*/scenes.jsonl")
     for sample in load_samples(data).samples:
-        with Image.open(sample.image) as picture:  # type: ignore[arg-type]
-            assert picture.size == (128, 80)
+        with Image.open(sample.image) as image:  # type: ignore[arg-type]
+            assert image.size == (128, 80)
         mask = decode_mask(sample, (128, 80))
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert sample.bbox == (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)

@@ -158,7 +158,7 @@ def test_head_iou_is_that_of_the_upsampled_binary_map() -> None:
 
 
 def test_padding_has_no_area_and_cropped_parts_count_as_missed() -> None:
-    """A picture of 8 x 4 in the middle of a padded square of 8: only the middle rows of cells have area."""
+    """An image of 8 x 4 in the middle of a padded square of 8: only the middle rows of cells have area."""
     attention = np.zeros((1, 1, 4, 4), dtype=np.float32)
     attention[..., 0, :] = 1  # padding
     attention[..., 1, 0] = 1  # pixels (0, 0) to (2, 2)
@@ -170,7 +170,7 @@ def test_padding_has_no_area_and_cropped_parts_count_as_missed() -> None:
 
 
 def test_cells_that_cut_pixels_share_them_by_area() -> None:
-    """Against a picture drawn twelve times finer, whose pixels no cell cuts."""
+    """Against an image drawn twelve times finer, whose pixels no cell cuts."""
     rng = np.random.default_rng(5)
     mask = rng.random((5, 7)) < 0.5
     x_edges, y_edges = visible_edges((-1.0, 0.0, 8.0, 5.0), (7, 5), (3, 4))
@@ -496,7 +496,7 @@ def test_the_ladders_gains_by_hand() -> None:
 
 
 def test_padding_ignored_by_hand() -> None:
-    """8 x 4 pixels padded to a square: cell row 1 shows y 0 to 2; taken as the picture's own it is y 1 to 2."""
+    """8 x 4 pixels padded to a square: cell row 1 shows y 0 to 2; taken as the image's own it is y 1 to 2."""
     attention = np.zeros((1, 1, 4, 4), dtype=np.float32)
     attention[..., 1, 1] = 1
     maps = AttentionMaps(attention, (0.0, -2.0, 8.0, 6.0), (8, 4))

@@ -13,12 +13,12 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
-from footprints import coordinate_picture, footprint_centres
+from footprints import coordinate_image, footprint_centres
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import capture
 from localization_heads.lvlm.families import FAMILIES, REFUSED, check_family, views_of
-from localization_heads.lvlm.geometry import EncodedImage, View
+from localization_heads.lvlm.geometry import ProcessedImage, View
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
@@ -29,7 +29,7 @@ EAGER = {"rtol": 0, "atol": 1e-5}
 
 
 CUT_AT_THE_BORDER = {"florence2"}
-"""Families whose convolutions reach over their cells: at the picture's border, their footprints are one-sided."""
+"""Families whose convolutions reach over their cells: at the image's border, their footprints are one-sided."""
 
 NO_FOOTPRINTS = {"gemma3n"}
 """Families whose vision tower is timm's, whose attention cannot be switched off here."""
@@ -45,7 +45,7 @@ def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
 
 def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
-    views = {view.name: view for view in lvlm.views(coordinate_picture(*image_size))}
+    views = {view.name: view for view in lvlm.views(coordinate_image(*image_size))}
     cells = {
         name: sampled_cells(view, rim=int(lvlm.name in CUT_AT_THE_BORDER)) for name, view in views.items()
     }
@@ -68,13 +68,13 @@ def _errors(
 def test_footprints_lie_in_their_cells(name: str, size: tuple[int, int]) -> None:
     """Within a quarter of a cell of where the geometry says, in every view; padding has no footprint."""
     for view, errors in footprint_errors(tiny(name), size).items():
-        assert len(errors) >= 3, f"{view}: too few tokens show the picture alone"
+        assert len(errors) >= 3, f"{view}: too few tokens show the image alone"
         assert np.abs(errors).max() < 0.25, view
 
 
 def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:
     """Largest difference of the captured rows, at every key, from eager `output_attentions`, in fp32."""
-    inputs = lvlm.encode([coordinate_picture(*image_size)], [lvlm.prompt("the red car")])
+    inputs = lvlm.encode([coordinate_image(*image_size)], [lvlm.prompt("the red car")])
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
     before = lvlm.model.config.get_text_config()._attn_implementation
@@ -99,9 +99,9 @@ def test_capture_equals_eager(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_batch_is_its_samples(name: str) -> None:
-    """Pictures of different sizes and expressions of different lengths, padded to one length."""
+    """OpenedImages of different sizes and expressions of different lengths, padded to one length."""
     lvlm = tiny(name)
-    images = [coordinate_picture(150, 110), coordinate_picture(110, 190), coordinate_picture(64, 64)]
+    images = [coordinate_image(150, 110), coordinate_image(110, 190), coordinate_image(64, 64)]
     expressions = ["the red car", "the dog left in this image", "car"]
     for image, expression, batched in zip(
         images, expressions, lvlm.attend_batch(images, expressions), strict=True
@@ -116,9 +116,9 @@ def test_every_image_token_has_one_cell(name: str) -> None:
     """No token twice, none of another kind, and every view of the table is seen at one size or another."""
     lvlm, names = tiny(name), set()
     for size in SIZES.values():
-        picture = coordinate_picture(*size)
-        inputs = lvlm.encode([picture], [lvlm.prompt("the dog")])
-        image = EncodedImage(lvlm.model.config, lvlm.processor, inputs, 0, size)
+        encoded = coordinate_image(*size)
+        inputs = lvlm.encode([encoded], [lvlm.prompt("the dog")])
+        image = ProcessedImage(lvlm.model.config, lvlm.processor, inputs, 0, size)
         views = views_of(image)
         names |= {view.name for view in views}
         cells = np.concatenate([view.index.ravel() for view in views])
@@ -133,9 +133,9 @@ def test_video_families_load_without_torchvision(tmp_path: Path) -> None:
     lvlm = tiny("qwen2_vl")
     lvlm.processor.save_pretrained(tmp_path)
     lvlm.model.save_pretrained(tmp_path)
-    loaded, picture = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_picture(150, 110)
-    expected = lvlm.attend(picture, "the dog").attention
-    np.testing.assert_allclose(loaded.attend(picture, "the dog").attention, expected, **EAGER)
+    loaded, image = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_image(150, 110)
+    expected = lvlm.attend(image, "the dog").attention
+    np.testing.assert_allclose(loaded.attend(image, "the dog").attention, expected, **EAGER)
 
 
 def test_the_table_of_checks_is_whole() -> None:
@@ -153,12 +153,12 @@ def test_resamplers_are_refused() -> None:
 
 def encoded(
     ids: list[int] | int, size: tuple[int, int] = (30, 20), *, merge: int | None = None, **outputs: Any
-) -> EncodedImage:
+) -> ProcessedImage:
     """The first of two samples of a family that nobody knows, whose image token is 7, or `ids` of them in one run."""
     config = SimpleNamespace(model_type="novel", image_token_id=7)
     own = SimpleNamespace(image_processor=SimpleNamespace(**({} if merge is None else {"merge_size": merge})))
     row = [1, *[7] * ids, 2] if isinstance(ids, int) else ids
-    return EncodedImage(config, own, {"input_ids": np.array([row, row]), **outputs}, 0, size)
+    return ProcessedImage(config, own, {"input_ids": np.array([row, row]), **outputs}, 0, size)
 
 
 def test_an_unknown_family_gets_a_fair_try(caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +192,7 @@ def pixels(*shape: int, empty: int = 0) -> torch.Tensor:
     ],
 )
 def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
-    image: EncodedImage, grid: tuple[int, int]
+    image: ProcessedImage, grid: tuple[int, int]
 ) -> None:
     (view,) = views_of(image)
     assert view.index.shape == grid
@@ -211,18 +211,18 @@ def test_an_unknown_family_reads_the_grid_that_nothing_contradicts(
         (encoded(144, image_grid_thw=[[2, 18, 32]] * 2), "2 x 18 x 32"),
         (encoded(144, image_grid_thw=[[1, 36, 64]] * 2, merge=2), "1 x 36 x 64"),
         (encoded(144, image_grid_thw=[[1, 0, 0]] * 2), "1 x 0 x 0"),
-        (encoded(144, image_grid_thw=[[1, 18, 32]] * 3), "does not give this picture three numbers"),
+        (encoded(144, image_grid_thw=[[1, 18, 32]] * 3), "does not give this image three numbers"),
         (encoded(144, image_sizes=[[288, 512], [96, 96]]), "image_sizes says 288 x 512"),
         (encoded(144, spatial_shapes=torch.tensor([[9, 16]] * 2)), "spatial_shapes says 9 x 16"),
         (encoded(144, image_grid_hws=np.array([[9, 16]] * 2)), "image_grid_hws says 9 x 16"),
-        (encoded(144, spatial_shapes=[[12, 12]] * 5), "spatial_shapes does not give this picture one"),
-        (encoded(144, image_sizes=[[[12, 12], [12]], []]), "image_sizes does not give this picture one"),
+        (encoded(144, spatial_shapes=[[12, 12]] * 5), "spatial_shapes does not give this image one"),
+        (encoded(144, image_sizes=[[[12, 12], [12]], []]), "image_sizes does not give this image one"),
         (encoded(144, pixel_values=pixels(2, 3, 96, 160)), "shown as 160 x 96 pixels"),
         (encoded(1024, pixel_values=pixels(2, 4, 3, 8, 8)), "shown in 4 parts"),
         (encoded(1024, pixel_values=pixels(8, 3, 8, 8)), "shown in 8 parts"),
     ],
 )
-def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: EncodedImage, said: str) -> None:
+def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: ProcessedImage, said: str) -> None:
     """Anything that the processor says may contradict a square; the sentence says what."""
     with pytest.raises(UsageError, match="places cannot be told") as caught:
         views_of(image)
@@ -231,11 +231,11 @@ def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: EncodedIm
 
 def test_a_sister_of_a_known_family_is_read_as_that_family() -> None:
     """Its processor's `image_grid_thw` says what the grid is: 512 x 288 pixels, 9 x 16 tokens, not 12 x 12."""
-    lvlm, picture = tiny("qwen3_vl"), coordinate_picture(512, 288)
-    inputs = lvlm.encode([picture], [lvlm.prompt("the dog")])
+    lvlm, image = tiny("qwen3_vl"), coordinate_image(512, 288)
+    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
     config = SimpleNamespace(model_type="qwen3_vl_moe", image_token_id=lvlm.image_token_id)
-    (found,) = views_of(EncodedImage(config, lvlm.processor, inputs, 0, picture.size))
-    (expected,) = lvlm.views_in(inputs, 0, picture)
+    (found,) = views_of(ProcessedImage(config, lvlm.processor, inputs, 0, image.size))
+    (expected,) = lvlm.views_in(inputs, 0, image)
     assert found.index.shape == expected.index.shape == (9, 16)
     np.testing.assert_array_equal(found.index, expected.index)
     assert found.box == expected.box

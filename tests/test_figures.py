@@ -24,7 +24,7 @@ from PIL import Image
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
-from localization_heads.figures.pictures import _colours
+from localization_heads.figures.sample import _colours
 from localization_heads.figures.sheet import VERMILLION, drawable, font_families, wrap
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, spatial_entropy
@@ -50,7 +50,7 @@ def maps_of(size: tuple[int, int], *, grid: int = 6, box=None, seed: int = 0, qu
     return AttentionMaps(attention, box or (0.0, 0.0, *map(float, size)), size, query=query)
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+def noise_image(size: tuple[int, int], seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -71,7 +71,7 @@ def colour_at(figure, axes, x: float, y: float) -> np.ndarray:
 
 
 def is_bright_yellow(colour: np.ndarray) -> bool:
-    """The top of the colour map, over any picture."""
+    """The top of the colour map, over any image."""
     red, green, blue = colour
     return bool(red > 0.6 and green > 0.6 and blue < 0.45)
 
@@ -106,7 +106,7 @@ def _pyplot_stays_empty():
     }
 
 
-# -- maps on the picture ------------------------------------------------------------------------------------
+# -- maps on the image ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_cells_in_the_padding_neither_show_nor_dim_the_others():
 
 
 @pytest.mark.parametrize("colour", ["orange", "white", "black", "blue", "green"])
-def test_the_picture_keeps_its_colours_where_nobody_looks(colour):
+def test_the_image_keeps_its_colours_where_nobody_looks(colour):
     maps = maps_of((60, 60))
     maps.attention[:] = 0.0
     maps.attention[:, :, 3, 2] = 0.5
@@ -171,13 +171,13 @@ def test_the_picture_keeps_its_colours_where_nobody_looks(colour):
 
 def test_the_colour_bar_is_as_see_through_as_the_maps():
     maps = maps_of((60, 60))
-    for image, least in [(picture((60, 60)), 0.1), (None, 1.0)]:
+    for image, least in [(noise_image((60, 60)), 0.1), (None, 1.0)]:
         bar = figures.plot_top_maps(image, maps, [Head(2, 1)]).axes[-1]
         assert bar.images[0].get_alpha().min() == pytest.approx(least)
         assert np.asarray(bar.images[0].get_array())[0, [0, -1]].tolist() == [0, 1]
 
 
-def test_the_picture_is_drawn_upright_and_undimmed_in_the_first_panel():
+def test_the_image_is_drawn_upright_and_undimmed_in_the_first_panel():
     image = Image.new("RGB", (50, 40), "blue")
     image.paste("red", (0, 0, 25, 20))
     figure = figures.plot_top_maps(image, maps_of((50, 40)), [Head(2, 0)])
@@ -221,7 +221,7 @@ def test_a_flat_map_is_said_to_point_at_nothing():
     assert figure.legends[0].get_texts()[0].get_text() == "no cell stands out: whole image"
 
 
-def test_a_box_beyond_the_picture_is_cut_at_its_edge():
+def test_a_box_beyond_the_image_is_cut_at_its_edge():
     maps = maps_of((50, 40))
     figure = figures.plot_top_maps(None, maps, [Head(2, 0)], truth=(-30, -10, 500, 20))
     assert figure.axes[0].patches[-1].get_bbox().extents.tolist() == [0, 0, 50, 20]
@@ -256,7 +256,7 @@ def test_heat_map_and_mask_drawn_small_are_those_of_the_full_size(size):
     assert outline.get_paths()[0].get_extents().extents == pytest.approx(expected, abs=step + 0.2)
 
 
-def test_no_array_of_the_size_of_a_huge_picture_is_made():
+def test_no_array_of_the_size_of_a_huge_image_is_made():
     size = (20_000, 20_000)
     grounding = ground_maps(maps_of(size, grid=24), [Head(2, 0)])
     tracemalloc.start()
@@ -287,7 +287,7 @@ def test_every_shape_and_number_of_heads_fits(size, with_image, k):
     maps = maps_of(size)
     heads = [Head(*divmod(n + 4, 6)) for n in range(k)]
     grounding = ground_maps(maps, heads) if heads else None
-    image = picture(size) if with_image else None
+    image = noise_image(size) if with_image else None
     figure = figures.plot_top_maps(
         image, maps, heads, grounding=grounding, statistics=head_statistics(maps.attention)
     )
@@ -412,7 +412,7 @@ def test_many_components_name_only_the_largest_and_no_names_touch():
     labels[::3, ::3] = np.arange(1, 65).reshape(8, 8)
     labels[1, 1:9:3] = labels[0, 0:9:3]  # three of two cells
     figure = figures.plot_components(
-        picture((240, 240)), maps_of((240, 240), grid=24), Head(2, 0), labels, 4.1
+        noise_image((240, 240)), maps_of((240, 240), grid=24), Head(2, 0), labels, 4.1
     )
     names = figure.axes[2].texts
     assert 1 <= len(names) <= 6
@@ -652,7 +652,7 @@ def test_svg_says_of_each_mark_which_head_it_is():
     assert all(re.fullmatch(r"S = 0\.\d{3}", said) for _, said in tips["curve"])
 
 
-def test_a_grid_of_very_many_heads_is_one_picture():
+def test_a_grid_of_very_many_heads_is_one_image():
     text = figures.svg(figures.plot_head_grid(np.random.default_rng(0).random((64, 64))), "grid")
     assert "<title>" not in text and len(text) < 100_000
 
@@ -660,11 +660,11 @@ def test_a_grid_of_very_many_heads_is_one_picture():
 # -- on the disk and on the screen --------------------------------------------------------------------------
 
 
-def test_files_are_whole_pictures_below_a_megabyte(tmp_path):
+def test_files_are_whole_images_below_a_megabyte(tmp_path):
     """Noise is what compresses worst."""
     maps = maps_of((2000, 1500), grid=24)
     heads = [Head(*divmod(n + 4, 6)) for n in range(20)]
-    image = picture((2000, 1500))
+    image = noise_image((2000, 1500))
     figures.plot_top_maps(image, maps, heads, tmp_path / "sub" / "20.png", grounding=ground_maps(maps, heads))
     figures.plot_grounding(
         np.asarray(image), ground_maps(maps, heads), tmp_path / "1.png", expression="noise"
@@ -705,7 +705,7 @@ def test_the_users_own_style_changes_nothing(tmp_path):
 def test_threads_draw_the_same_as_one():
     def draw(seed: int) -> bytes:
         maps = maps_of((60, 40), seed=seed)
-        return rendered(figures.plot_top_maps(picture((60, 40)), maps, [Head(2, 1)])).tobytes()
+        return rendered(figures.plot_top_maps(noise_image((60, 40)), maps, [Head(2, 1)])).tobytes()
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(draw, range(8))) == [draw(seed) for seed in range(8)]

@@ -143,7 +143,7 @@ TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @example(text="???", name="query")
 @example(text="a\nb\tc", name="query")
 @example(text=" spaces ", name="query")
-@example(text="C:\\pictures\\cat.png", name="image_file")
+@example(text="C:\\images\\cat.png", name="image_file")
 @example(text="https://a.example/x.png?a=1,2&b={c}", name="image_file")
 def test_free_text_arrives_as_it_was_typed(text: str, name: str) -> None:
     """Whatever it is, except null and what a user has quoted for Hydra."""
@@ -212,9 +212,9 @@ def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -
         result = front.finder(*options, "data_file=~/data.jsonl", "output_dir=~/out", "report=false")
         assert result.status == 0, result.err
     assert not (front.folder / "~").exists()
-    result = front.finder("stage=collect", "image_file=~/picture_0.png", "query=x", "output_dir=~/out")
+    result = front.finder("stage=collect", "image_file=~/image_0.png", "query=x", "output_dir=~/out")
     assert result.status == 0, result.err
-    file = next((front.folder / "out/tiny/attention").glob("picture_0*.pkl"))
+    file = next((front.folder / "out/tiny/attention").glob("image_0*.pkl"))
     result = front.visualize(f"attention_file=~/{file.relative_to(front.folder)}", "output_dir=~/figures")
     assert result.status == 0, result.err
     assert list((front.folder / "figures").iterdir())

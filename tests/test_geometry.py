@@ -1,4 +1,4 @@
-"""Geometry against the pixels themselves: a coordinate picture goes through the real processor and comes back."""
+"""Geometry against the pixels themselves: a coordinate image goes through the real processor and comes back."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.families import check_family, views_of
-from localization_heads.lvlm.geometry import EncodedImage, View, check_shape
+from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape
 
 SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
 LLAVA = SimpleNamespace(model_type="llava", image_token_id=4, vision_config=SimpleNamespace())
 
 
 def grid_of(config: Any, image_processor: Any, num_tokens: int, size: tuple[int, int]) -> View:
-    """The only view of a picture that became that many tokens."""
+    """The only view of an image that became that many tokens."""
     inputs = {"input_ids": np.full((1, num_tokens), config.image_token_id)}
     (view,) = views_of(
-        EncodedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size)
+        ProcessedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size)
     )
     return view
 
 
-def coordinate_picture(width: int, height: int) -> Image.Image:
-    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the picture."""
+def coordinate_image(width: int, height: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the image."""
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
     return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
 
 
 def traced_cells(processor: Any, size: tuple[int, int], side: int) -> np.ndarray:
-    """[side, side, 2] centre of each cell in original pixels, read off the processed picture; NaN in the padding."""
+    """[side, side, 2] centre of each cell in original pixels, read off the processed image; NaN in the padding."""
     ip = processor.image_processor
-    pixels = np.asarray(ip(images=[coordinate_picture(*size)])["pixel_values"][0], np.float64)
+    pixels = np.asarray(ip(images=[coordinate_image(*size)])["pixel_values"][0], np.float64)
     pixels = pixels * np.reshape(ip.image_std, (3, 1, 1)) + np.reshape(ip.image_mean, (3, 1, 1))
     pixels[:, pixels[2] < 0.99] = np.nan
     patch = pixels.shape[-1] // side
@@ -58,7 +58,7 @@ def test_cells_lie_where_their_pixels_come_from(mode: str, size: tuple[int, int]
     expected = np.stack(np.broadcast_arrays(columns[None], rows[:, None]), -1)
     traced = traced_cells(processor, size, side)
     inside = np.isfinite(traced).all(-1)
-    # A picture much smaller than the grid is blurred by the resizing: its outermost cells lean inwards.
+    # An image much smaller than the grid is blurred by the resizing: its outermost cells lean inwards.
     error = np.abs(traced - expected)[inside] / (cell_w, cell_h)
     assert inside.sum() >= side
     assert np.median(error) < 0.1
@@ -81,7 +81,7 @@ def test_crop_by_hand() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000))
-def test_padding_is_square_and_holds_the_picture(width: int, height: int) -> None:
+def test_padding_is_square_and_holds_the_image(width: int, height: int) -> None:
     x0, y0, x1, y1 = grid_of(LLAVA, llava_processor(mode="pad").image_processor, 36, (width, height)).box
     assert x1 - x0 == y1 - y0 == max(width, height)
     assert max(x0, y0) <= 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from localization_heads.lvlm.families import views_of
-from localization_heads.lvlm.geometry import EncodedImage, View
+from localization_heads.lvlm.geometry import ProcessedImage, View
 
 IMAGE = 7
 
@@ -21,7 +21,7 @@ def views(
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda row: [words[i] for i in row])
     processor = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
     rows = {"input_ids": np.array([ids]), **{name: np.array([row]) for name, row in inputs.items()}}
-    image = EncodedImage(SimpleNamespace(image_token_id=IMAGE, **config), processor, rows, 0, size)
+    image = ProcessedImage(SimpleNamespace(image_token_id=IMAGE, **config), processor, rows, 0, size)
     return {view.name: view for view in views_of(image)}
 
 
@@ -33,7 +33,7 @@ def test_kimi_pads_right_and_below() -> None:
     assert found["whole"].index.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
-def test_kimi_shrinks_large_pictures() -> None:
+def test_kimi_shrinks_large_images() -> None:
     """200 x 100 to at most four patches of 14 a side: 56 x 28, which fills its cells."""
     ip = SimpleNamespace(patch_size=14, merge_size=2, max_patches=16384, size={"max_height": 4})
     found = views({"model_type": "kimi_k25"}, ip, [IMAGE] * 2, (200, 100), image_grid_thw=[1, 2, 4])
@@ -50,7 +50,7 @@ def test_mistral3_reads_the_resized_size() -> None:
 
 
 def test_llama4_pads_its_tiles_right_and_below() -> None:
-    """A picture of 40 x 30 on two tiles of 28: it is shrunk to 37 x 28, the rest of the 56 is padding."""
+    """An image of 40 x 30 on two tiles of 28: it is shrunk to 37 x 28, the rest of the 56 is padding."""
     vision = SimpleNamespace(image_size=28, patch_size=7, pixel_shuffle_ratio=0.5)
     ip = SimpleNamespace(size={"height": 28, "width": 28}, resize_to_max_canvas=False)
     tile = [IMAGE] * 4

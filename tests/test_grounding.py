@@ -22,7 +22,7 @@ from localization_heads.options.groups import GroundingOptions
 SHARP = GroundingOptions(sigma=0.0)
 
 
-def picture(*rows):
+def drawn(*rows):
     return np.array([[cell == "#" for cell in row] for row in rows])
 
 
@@ -167,12 +167,12 @@ class TestHull:
     @pytest.mark.parametrize(
         ("mask", "area"),
         [
-            (picture("#"), 1),
-            (picture("##", "##"), 4),
-            (picture("#.", ".#"), 3),  # the square less two corner triangles of 1/2
-            (picture("#..", "#..", "###"), 7),  # an L: the square less a triangle of 2
-            (picture("#####"), 5),
-            (picture("....", "...."), 0),
+            (drawn("#"), 1),
+            (drawn("##", "##"), 4),
+            (drawn("#.", ".#"), 3),  # the square less two corner triangles of 1/2
+            (drawn("#..", "#..", "###"), 7),  # an L: the square less a triangle of 2
+            (drawn("#####"), 5),
+            (drawn("....", "...."), 0),
         ],
     )
     def test_area_by_hand(self, mask, area):
@@ -211,7 +211,7 @@ class TestHull:
 
     def test_largest_hull_is_not_largest_area(self):
         # The block has 6 cells; the arc only 5, but its hull has 3.5 + 5 of them.
-        mask = picture("###...#", "###..#.", "....#..", "...#...", "..#....")
+        mask = drawn("###...#", "###..#.", "....#..", "...#...", "..#....")
         chosen = largest_hull(mask)
         assert chosen.sum() == 5
         assert not chosen[:2, :3].any()
@@ -220,7 +220,7 @@ class TestHull:
         assert largest_hull(np.eye(4, dtype=bool)).sum() == 4
 
     def test_ties_go_to_the_mass_then_to_the_first_cell(self):
-        mask = picture("#.#", "...", "#..")
+        mask = drawn("#.#", "...", "#..")
         assert np.argwhere(largest_hull(mask)).tolist() == [[0, 0]]
         mass = np.array([[1.0, 0, 2], [0, 0, 0], [3, 0, 0]])
         assert np.argwhere(largest_hull(mask, mass)).tolist() == [[2, 0]]
@@ -228,7 +228,7 @@ class TestHull:
         assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0]]
 
     def test_mass_decides_between_equal_hulls_only(self):
-        mask = picture("##.", "...", "..#")
+        mask = drawn("##.", "...", "..#")
         mass = np.array([[1.0, 1, 0], [0, 0, 0], [0, 0, 99]])
         assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0], [0, 1]]
 
@@ -256,7 +256,7 @@ class TestBox:
         assert found.mask.sum() == 30 * 60
 
     def test_all_cells_is_the_published_reading(self):
-        grid = picture("##...", "##...", "....#")
+        grid = drawn("##...", "##...", "....#")
         assert grounded(grid).box == (0, 0, 20, 20)
         both = grounded(grid, options=GroundingOptions(sigma=0.0, component="all"))
         assert both.box == (0, 0, 50, 30)
@@ -264,7 +264,7 @@ class TestBox:
 
     @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 400), (90, 90)])
     def test_the_box_of_august_from_its_description(self, width, height):
-        """scipy's filter on each map, their sum, all cells above its mean, scaled as if nothing padded the picture."""
+        """scipy's filter on each map, their sum, all cells above its mean, scaled as if nothing padded the image."""
         rng, side = np.random.default_rng(width), max(width, height)
         padded = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
         for _ in range(5):
@@ -309,7 +309,7 @@ class TestBox:
         assert grounded([[0.0, 1.0, 2.0]]).box == (20, 0, 30, 10)
 
     def test_padding_is_undone(self):
-        # A 640x480 picture padded to a square: rows 0 to 2 and 21 to 23 of 24 hold no picture.
+        # A 640x480 image padded to a square: rows 0 to 2 and 21 to 23 of 24 hold no image.
         grid = np.zeros((24, 24))
         grid[0:6, 3:9] = 1
         found = grounded(grid, (0, -80, 640, 560), (640, 480))
@@ -330,13 +330,13 @@ class TestBox:
         assert grounded(grid[1:], (0, 0, 20, 10), (20, 10)).box == (10, 0, 20, 10)
 
     def test_padding_separates_components(self):
-        grid = picture(".....", "#####", "#.#.#", "#.#.#")  # one comb, whose back lies in the padding
+        grid = drawn(".....", "#####", "#.#.#", "#.#.#")  # one comb, whose back lies in the padding
         found = grounded(grid, (0, -20, 50, 20), (50, 20))
         assert found.box == (0, 0, 10, 20)
         assert found.cells.sum() == 2
 
     def test_a_cell_half_in_the_padding_is_clipped(self):
-        found = grounded(picture("##..", "##..", "...."), (0, -5, 40, 25), (40, 20))
+        found = grounded(drawn("##..", "##..", "...."), (0, -5, 40, 25), (40, 20))
         assert found.box == (0, 0, 20, 15)
         assert found.mask[:15, :20].all()
         assert found.mask.sum() == 300
@@ -424,7 +424,7 @@ class TestBox:
             grounded([[0.0, np.nan]])
 
 
-class TestPictures:
+class TestImages:
     @settings(deadline=None, max_examples=60)
     @given(masks, st.integers(5, 90), st.integers(5, 90), st.booleans(), st.integers(-40, 10))
     def test_the_mask_fills_the_box(self, mask, width, height, smoothed, x0):
@@ -438,14 +438,14 @@ class TestPictures:
         assert np.abs(np.array(tight) - found.box).max() <= 1
 
     def test_the_hull_is_that_of_what_the_image_shows(self):
-        found = grounded(picture(".....", "...#.", "###..", "....."), (-5, -15, 45, 25), (40, 20))
+        found = grounded(drawn(".....", "...#.", "###..", "....."), (-5, -15, 45, 25), (40, 20))
         assert found.box == (0, 0, 35, 15)
         vertices = sorted(tuple(vertex) for vertex in found.polygon.tolist())
         assert vertices == [(0, 5), (0, 15), (25, 0), (25, 15), (35, 0), (35, 5)]
 
     def test_filling_counts_pixel_centres(self):
         triangle = np.array([(0.0, 0.0), (4.0, 0.0), (0.0, 4.0)])
-        expected = picture("###.", "##..", "#...", "....")  # centres on the slanted side are outside
+        expected = drawn("###.", "##..", "#...", "....")  # centres on the slanted side are outside
         assert (fill_polygon(triangle, (4, 4)) == expected).all()
         assert (fill_polygon(triangle[::-1], (4, 4)) == expected).all()
 
@@ -461,7 +461,7 @@ class TestPictures:
         assert np.argwhere(speck).tolist() == [[1, 2]]
 
     def test_mask_is_the_hull_and_not_the_cells(self):
-        found = grounded(picture("#..", "#..", "###"))
+        found = grounded(drawn("#..", "#..", "###"))
         assert found.cells.sum() == 5
         assert found.mask.sum() == pytest.approx(700, abs=20)  # the hull has 7 cells of 100 pixels
         assert found.mask[15, 12]
@@ -508,7 +508,7 @@ class TestPictures:
         assert grounded(grid, (0, -10, 30, 10), (30, 10)).point == (25, 5)  # the first row is padding
         assert grounded(grid, (0, -15, 30, 5), (30, 5)).point == (25, 2.5)  # of the part that shows
 
-    def test_pictures_are_made_once_and_when_asked_for(self):
+    def test_images_are_made_once_and_when_asked_for(self):
         found = grounded(np.eye(4))
         assert not {"mask", "heatmap", "polygon"} & set(vars(found))
         assert found.mask is found.mask

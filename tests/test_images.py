@@ -1,4 +1,4 @@
-"""Pictures: every mode and orientation becomes RGB; broken, huge and hostile ones are refused by name."""
+"""OpenedImages: every mode and orientation becomes RGB; broken, huge and hostile ones are refused by name."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def corner(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
 def test_every_raster_format_is_read(format, tmp_path):
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(encoded(Image.new("RGB", (5, 3), (200, 30, 40)), format))
     image = load_image(path)
     assert (image.mode, image.size) == ("RGB", (5, 3))
@@ -93,7 +93,7 @@ def test_every_raster_format_is_read(format, tmp_path):
     ],
 )
 def test_every_mode_becomes_rgb(image, format, expected, tmp_path):
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(encoded(image, format))
     assert corner(load_image(path)) == expected
     assert corner(load_image(image)) == expected
@@ -114,7 +114,7 @@ TURNED = ("JPEG", "PNG", "WEBP", "TIFF", "MPO")
 
 @pytest.mark.parametrize("format", TURNED)
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_stand_upright(turn, format, tmp_path):
+def test_images_stand_upright(turn, format, tmp_path):
     """Their pixels and the size in their header, in every format that says how the camera was held."""
     image = Image.new("RGB", (32, 16), "black")
     image.paste((255, 255, 255), (0, 0, 8, 8))  # the first corner as the camera stored it
@@ -124,7 +124,7 @@ def test_pictures_stand_upright(turn, format, tmp_path):
     (tmp_path / "a").write_bytes(encoded(image, format, exif=exif, quality=95, **more))
     upright = np.asarray(load_image(tmp_path / "a").convert("L")) > 128
     assert upright.shape == ((16, 32) if turn < 5 else (32, 16))
-    # https://www.exif.org: row 0 and column 0 of the stored picture are the visual ...
+    # https://www.exif.org: row 0 and column 0 of the stored image are the visual ...
     rows, columns = np.nonzero(upright)
     is_top, is_left = rows.min() == 0, columns.min() == 0
     assert (is_top, is_left) == {
@@ -147,7 +147,7 @@ def test_the_size_is_read_without_decoding(tmp_path):
         assert image_size(tmp_path / "a") == (64, 64), format
 
 
-def test_broken_camera_data_does_not_lose_the_picture(tmp_path):
+def test_broken_camera_data_does_not_lose_the_image(tmp_path):
     exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12garbage"
     (tmp_path / "a.jpg").write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=exif))
     assert load_image(tmp_path / "a.jpg").size == (8, 8)
@@ -162,7 +162,7 @@ def test_of_an_animation_the_first_frame_is_taken(format, tmp_path):
     assert red > 200 > 60 > blue
 
 
-def test_the_picture_does_not_share_memory_with_the_one_given():
+def test_the_image_does_not_share_memory_with_the_one_given():
     image = Image.new("RGB", (2, 2), "red")
     load_image(image).putpixel((0, 0), (0, 0, 0))
     assert corner(image) == (255, 0, 0)
@@ -198,7 +198,7 @@ def test_a_relative_path_is_tried_against_the_base_too(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_huge_pictures_are_refused_by_their_header(size, said, tmp_path):
+def test_huge_images_are_refused_by_their_header(size, said, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png_header(*size))
     with pytest.raises(ImageError) as caught:
@@ -216,7 +216,7 @@ def test_the_limit_holds_for_other_formats(format, tmp_path, monkeypatch):
         load_image(tmp_path / "a")
 
 
-def test_the_limit_holds_for_pictures_in_memory():
+def test_the_limit_holds_for_images_in_memory():
     with pytest.raises(ImageError, match="9000 x 8000 = 72 MP"):
         load_image(Image.new("1", (9000, 8000)))
 
@@ -229,22 +229,22 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width
     ("content", "said"),
     [
         (b"", "the file is empty"),
-        (b"hello", "not a picture in a known format"),
-        (EPS, "not a picture in a known format"),
-        (SVG, "not a picture in a known format"),
-        (b"%PDF-1.7\n", "not a picture in a known format"),
-        (encoded(Image.new("RGB", (9, 9)), "ICO"), "not a picture in a known format"),
+        (b"hello", "not an image in a known format"),
+        (EPS, "not an image in a known format"),
+        (SVG, "not an image in a known format"),
+        (b"%PDF-1.7\n", "not an image in a known format"),
+        (encoded(Image.new("RGB", (9, 9)), "ICO"), "not an image in a known format"),
         (encoded(Image.effect_noise((64, 64), 90))[:200], "broken or cut short"),
         (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:700], "broken or cut short"),
-        (encoded(Image.effect_noise((64, 64), 90), "WEBP")[:100], "broken|not a picture"),
+        (encoded(Image.effect_noise((64, 64), 90), "WEBP")[:100], "broken|not an image"),
         (encoded(Image.effect_noise((64, 64), 90), "BMP")[:100], "broken"),
         (png_header(10, 10), "broken or cut short"),
-        (png_header(0, 10), "not a picture|no pixels|broken"),
+        (png_header(0, 10), "not an image|no pixels|broken"),
         (b"P6 10 10 255\nabc", "broken or cut short"),
     ],
 )
 def test_broken_files_are_refused_in_one_line(content, said, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(ImageError) as caught:
         load_image(path)
@@ -435,11 +435,11 @@ def test_a_file_without_permission_is_refused(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- addresses
 
-PICTURE = encoded(Image.new("RGB", (6, 4), "green"))
+IMAGE = encoded(Image.new("RGB", (6, 4), "green"))
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the path: pictures, troubles and tricks."""
+    """Answers by the path: images, troubles and tricks."""
 
     def do_GET(self) -> None:
         self.server.requests.append(self.headers["Host"])
@@ -458,8 +458,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def get_picture(self) -> None:
-        self.answer(PICTURE)
+    def get_image(self) -> None:
+        self.answer(IMAGE)
 
     def get_missing(self) -> None:
         self.answer(b"", 404)
@@ -493,13 +493,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_locked(self) -> None:
         known = self.headers["Authorization"] == "Basic " + b64encode(b"me:a/b").decode()
-        self.answer(PICTURE, 200 if known else 401)
+        self.answer(IMAGE, 200 if known else 401)
 
     def get_away(self) -> None:
         self.answer(b"", 302, Location=self.path.partition("?")[2])
 
     def get_moved(self) -> None:
-        self.answer(b"", 302, Location="/picture")
+        self.answer(b"", 302, Location="/image")
 
     def get_loop(self) -> None:
         self.answer(b"", 302, Location="/loop")
@@ -517,14 +517,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         try:
-            for byte in PICTURE:
+            for byte in IMAGE:
                 self.wfile.write(bytes([byte]))
                 time.sleep(0.1)
         except OSError:
             pass
 
     def get_cut(self) -> None:
-        self.answer(PICTURE[:20], Content_Length=str(len(PICTURE)))
+        self.answer(IMAGE[:20], Content_Length=str(len(IMAGE)))
 
 
 requests_made: list[str] = []
@@ -554,8 +554,8 @@ def private(address: str) -> Address:
     return Address(address, allow_private=True)
 
 
-@pytest.mark.parametrize("path", ["picture", "moved", "picture?size=big"])
-def test_a_picture_is_fetched(path, server):
+@pytest.mark.parametrize("path", ["picture", "moved", "image?size=big"])
+def test_a_image_is_fetched(path, server):
     image = load_image(private(f"{server}/{path}"))
     assert (image.size, corner(image)) == ((6, 4), (0, 128, 0))
     assert load_image(private(f"HTTP{server[4:]}/{path}")).size == (6, 4)
@@ -565,7 +565,7 @@ def test_a_picture_is_fetched(path, server):
     ("path", "said"),
     [
         ("missing", "answers 404"),
-        ("text", "not a picture in a known format"),
+        ("text", "not an image in a known format"),
         ("nothing", "is empty"),
         ("huge", "900 MP, over the limit"),
         ("announced", "larger than the limit of 32 MB"),
@@ -640,7 +640,7 @@ def test_addresses_that_are_none_are_refused(address):
         ("http://me:SEC@RE/T@example.org/a.png", "http://.../example.org/a.png", True),
         ("http://me:SECRET/a.png", "http://me:.../a.png", True),
         ("ftp://me:SECRET@example.org/a.png", "ftp://example.org/a.png", False),
-        ("pictures/a@b?c.png", "pictures/a@b?c.png", False),
+        ("images/a@b?c.png", "images/a@b?c.png", False),
     ],
 )
 def test_secrets_of_an_address_are_left_out(address, shown, partial):
@@ -675,7 +675,7 @@ def test_user_and_password_are_sent_and_not_logged(server, caplog):
 
 def test_an_address_that_was_stored_without_its_query_is_not_fetched(server):
     with pytest.raises(ImageError, match="cannot be fetched again: its query or password was not stored"):
-        load_image(private(str(private(f"{server}/picture?token=SECRET"))))
+        load_image(private(str(private(f"{server}/image?token=SECRET"))))
 
 
 # ------------------------------------------------------------------------------------------- private networks
@@ -721,7 +721,7 @@ def test_private_numbers_are_told_from_public_ones(number, public):
 def test_private_addresses_are_refused_before_anything_is_sent(host, server, requests):
     port = server.rpartition(":")[2]
     with pytest.raises(ImageError, match=r"private network.*unless allow_private_addresses=true"):
-        load_image(f"http://{host}:{port}/picture")
+        load_image(f"http://{host}:{port}/image")
     assert not requests
 
 
@@ -742,7 +742,7 @@ def test_every_number_of_a_name_must_be_public(server, requests, monkeypatch):
     port = server.rpartition(":")[2]
     answers(monkeypatch, {"two.example": [["93.184.215.14", "127.0.0.1"]]})
     with pytest.raises(ImageError, match="private network"):
-        load_image(f"http://two.example:{port}/picture")
+        load_image(f"http://two.example:{port}/image")
     assert not requests
 
 
@@ -751,7 +751,7 @@ def test_the_connection_goes_to_the_number_that_was_checked(server, requests, mo
     port = server.rpartition(":")[2]
     monkeypatch.setattr(downloading, "is_public", lambda number: number == "127.0.0.1")
     answers(monkeypatch, {"turning.example": [["127.0.0.1"], ["127.0.0.2"]]})
-    assert load_image(f"http://turning.example:{port}/picture").size == (6, 4)
+    assert load_image(f"http://turning.example:{port}/image").size == (6, 4)
     assert requests == [f"turning.example:{port}"]
 
 
@@ -761,14 +761,14 @@ def test_redirects_are_checked_again(server, requests, monkeypatch):
     monkeypatch.setattr(downloading, "is_public", lambda number: number == "127.0.0.1")
     answers(monkeypatch, {"open.example": [["127.0.0.1"]], "inside.example": [["127.0.0.2"]]})
     with pytest.raises(ImageError, match="private network"):
-        load_image(f"http://open.example:{port}/away?http://inside.example:{port}/picture")
+        load_image(f"http://open.example:{port}/away?http://inside.example:{port}/image")
     assert requests == [f"open.example:{port}"]
 
 
 def test_the_next_number_is_tried_where_one_does_not_answer(server, monkeypatch):
     port = server.rpartition(":")[2]
     answers(monkeypatch, {"two.example": [["127.0.0.9", "127.0.0.1"]]})
-    assert load_image(private(f"http://two.example:{port}/picture")).size == (6, 4)
+    assert load_image(private(f"http://two.example:{port}/image")).size == (6, 4)
 
 
 def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch):
@@ -776,10 +776,10 @@ def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch
     monkeypatch.setenv("http_proxy", server)
     monkeypatch.setenv("no_proxy", "[::1],other.example")
     answers(monkeypatch, {"public.example": [["93.184.215.14"]], "inside.example": [["10.0.0.1"]]})
-    assert load_image("http://public.example/picture").size == (6, 4)
+    assert load_image("http://public.example/image").size == (6, 4)
     assert requests == ["public.example"]
     with pytest.raises(ImageError, match="private network"):
-        load_image("http://inside.example/picture")
+        load_image("http://inside.example/image")
 
 
 @pytest.mark.parametrize(
@@ -792,12 +792,12 @@ def test_behind_a_proxy_the_name_goes_to_the_proxy(server, requests, monkeypatch
 def test_a_network_that_is_set_up_wrongly_is_named(name, value, said, server, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(DownloadError, match=said):
-        load_image(private(f"{server}/picture"))
+        load_image(private(f"{server}/image"))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "I", "F"])
-def test_a_picture_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """White of a wide picture is that of the whole, not of a strip."""
+def test_a_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White of a wide image is that of the whole, not of a strip."""
     values = np.random.default_rng(0).integers(0, 256, (24, 17, 4), dtype=np.uint8)
     if mode in ("I;16", "I", "F"):
         kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]

@@ -41,8 +41,8 @@ def grounding():
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image(tmp_path):
+    path = tmp_path / "image.png"
     Image.new("RGB", (40, 20), "white").save(path)
     return path
 
@@ -173,10 +173,10 @@ def test_a_mapping_with_no_scores_for_a_head_is_refused():
         read_scores({"1-2": []})
 
 
-def test_coco_boxes_masks_and_shared_pictures(picture):
+def test_coco_boxes_masks_and_shared_images(image):
     mask = np.zeros((20, 40), bool)
     mask[5:10, 10:30] = True
-    samples = {id: Sample(picture, f"the {id}", id=id) for id in ("a", "b", "c")}
+    samples = {id: Sample(image, f"the {id}", id=id) for id in ("a", "b", "c")}
     predictions = [
         Prediction("a", (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask)),
         Prediction("b", (0.0, 0.0, 4.0, 2.0), 0.25),
@@ -184,7 +184,7 @@ def test_coco_boxes_masks_and_shared_pictures(picture):
         Prediction("unknown", (0.0, 0.0, 1.0, 1.0), 1.0),
     ]
     coco = to_coco(predictions, samples)
-    assert [(i["width"], i["height"], i["file_name"]) for i in coco["images"]] == [(40, 20, str(picture))]
+    assert [(i["width"], i["height"], i["file_name"]) for i in coco["images"]] == [(40, 20, str(image))]
     first, second = coco["annotations"]
     assert first["bbox"] == [10.0, 5.0, 20.0, 5.0]
     assert (first["area"], second["area"]) == (100.0, 8.0)
@@ -192,14 +192,14 @@ def test_coco_boxes_masks_and_shared_pictures(picture):
     assert (second["expression"], second["sample_id"], second["score"]) == ("the b", "b", 0.25)
 
 
-def test_pycocotools_reads_what_is_exported(picture, tmp_path):
+def test_pycocotools_reads_what_is_exported(image, tmp_path):
     from pycocotools.coco import COCO
 
     mask = np.zeros((20, 40), bool)
     mask[5:10, 10:30] = True
     prediction = Prediction("a", (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask))
     file = tmp_path / "coco.json"
-    file.write_text(json.dumps(to_coco([prediction], {"a": Sample(picture, "it", id="a")})))
+    file.write_text(json.dumps(to_coco([prediction], {"a": Sample(image, "it", id="a")})))
     read = COCO(str(file))
     (annotation,) = read.loadAnns(read.getAnnIds())
     assert np.array_equal(read.annToMask(annotation).astype(bool), mask)
@@ -243,7 +243,7 @@ class FakeDataset:
         self.samples += samples
 
 
-def test_fiftyone_gets_relative_boxes_and_cut_masks(picture, monkeypatch):
+def test_fiftyone_gets_relative_boxes_and_cut_masks(image, monkeypatch):
     """Against the four names of the library that we use; the samples were also made with FiftyOne 1.22 itself."""
     fake = SimpleNamespace(
         Dataset=FakeDataset,
@@ -254,7 +254,7 @@ def test_fiftyone_gets_relative_boxes_and_cut_masks(picture, monkeypatch):
     monkeypatch.setitem(sys.modules, "fiftyone", fake)
     mask = np.zeros((20, 40), bool)
     mask[5:10, 10:30] = True
-    samples = {id: Sample(picture, id, id=id, bbox=(0.0, 0.0, 40.0, 10.0)) for id in "ab"}
+    samples = {id: Sample(image, id, id=id, bbox=(0.0, 0.0, 40.0, 10.0)) for id in "ab"}
     predictions = [Prediction(id, (10.0, 5.0, 30.0, 10.0), 0.5, encode_mask(mask)) for id in "ab"]
     (sample,) = detections.to_fiftyone(predictions, samples, "mine").samples
     found = sample["predictions"].detections
@@ -276,17 +276,17 @@ def test_an_answer_is_what_transformers_pipelines_give(grounding):
 
 def test_the_pipeline_grounds_as_ground_does():
     pipe = lh.pipeline()
-    picture = "examples/images/cat.jpg"
-    one, two = pipe(picture, ["cat", "the cat"])
-    same = lh.ground(pipe.lvlm, picture, "cat")
+    image = "examples/images/cat.jpg"
+    one, two = pipe(image, ["cat", "the cat"])
+    same = lh.ground(pipe.lvlm, image, "cat")
     assert one["box"] == answer_of(same, "cat")["box"]
     assert two["label"] == "the cat"
-    assert pipe(load_image(picture), "cat")["score"] == one["score"]
+    assert pipe(load_image(image), "cat")["score"] == one["score"]
     assert lh.pipeline(pipe.lvlm).lvlm is pipe.lvlm
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_image_size_is_that_of_the_loaded_picture(tmp_path, orientation):
+def test_image_size_is_that_of_the_loaded_image(tmp_path, orientation):
     image = Image.new("RGB", (30, 20))
     exif = image.getexif()
     exif[0x0112] = orientation

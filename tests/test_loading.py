@@ -35,24 +35,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llava(tmp_path_factory.mktemp("models") / "my-llava")
 
 
-def test_a_local_folder_gives_the_maps_of_the_model_in_it(folder: Path, picture: Image.Image) -> None:
-    loaded = load_model(str(folder), device="cpu").attend(picture, "the red car")
+def test_a_local_folder_gives_the_maps_of_the_model_in_it(folder: Path, image: Image.Image) -> None:
+    loaded = load_model(str(folder), device="cpu").attend(image, "the red car")
     padded = llava_processor(mode="pad")
     in_memory = LVLM(llava_model(), padded, ModelSpec("x"), system=loading.LLAVA_SYSTEM, conv_mode="referseg")
-    expected = in_memory.attend(picture, "the red car")
+    expected = in_memory.attend(image, "the red car")
     np.testing.assert_allclose(loaded.attention, expected.attention, rtol=0, atol=1e-6)
     assert loaded.image_box == expected.image_box
     assert loaded.model == str(folder)
 
 
-def test_pad_to_square_reaches_the_geometry(folder: Path, picture: Image.Image) -> None:
+def test_pad_to_square_reaches_the_geometry(folder: Path, image: Image.Image) -> None:
     """160 x 90 pixels: cropped to the middle square, or padded to a square of 160, as LLaVA-1.5 needs it."""
     cropped = load_model(ModelSpec(str(folder), pad_to_square=False), device="cpu")
-    assert cropped.attend(picture, "the dog").image_box[1::2] == (0.0, 90.0)
-    assert cropped.attend(picture, "the dog").image_box[0] > 0
+    assert cropped.attend(image, "the dog").image_box[1::2] == (0.0, 90.0)
+    assert cropped.attend(image, "the dog").image_box[0] > 0
     for padding in (True, None):
         padded = load_model(ModelSpec(str(folder), pad_to_square=padding), device="cpu")
-        assert padded.attend(picture, "the dog").image_box == (0.0, -35.0, 160.0, 125.0)
+        assert padded.attend(image, "the dog").image_box == (0.0, -35.0, 160.0, 125.0)
         assert padded.spec.pad_to_square
 
 

@@ -178,7 +178,7 @@ def test_a_png_is_looked_at_in_strips(tmp_path, monkeypatch):
 
 
 def test_broken_masks_in_files_are_refused(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     for name in ("a.png", "no.png"):
         with pytest.raises(ImageError):
             read_mask(tmp_path / name, (4, 3))

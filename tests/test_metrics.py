@@ -58,8 +58,8 @@ class TestBoxIou:
         assert box_iou(b, a) == pytest.approx(expected)
 
     def test_the_unpadding_example_of_the_method(self):
-        # A 640x480 picture padded to a square: rows 80 to 560 of 640 hold it. An object of the top quarter,
-        # taken from the padded square as if it were the picture, is squeezed and shifted.
+        # A 640x480 image padded to a square: rows 80 to 560 of 640 hold it. An object of the top quarter,
+        # taken from the padded square as if it were the image, is squeezed and shifted.
         truth = (0, 0, 640, 120)
         padded = (0, 80 * 480 / 640, 640, 200 * 480 / 640)
         assert box_iou(padded, truth) == pytest.approx(60 / 150)
@@ -93,7 +93,7 @@ class TestMasks:
         assert mask_iou(empty, empty) == 1
         assert mask_iou(empty, full) == mask_iou(full, empty) == 0
 
-    def test_refuses_masks_of_different_pictures(self):
+    def test_refuses_masks_of_different_images(self):
         with pytest.raises(ValueError, match="one shape"):
             mask_overlap(np.ones((2, 3)), np.ones((3, 2)))
 
@@ -134,7 +134,7 @@ class TestPointing:
         assert pointing_hit((3, 4), np.array([2.0, 3, 5, 8]))
 
     @pytest.mark.parametrize("point", [(-0.5, 3), (3, -0.5), (12, 3), (3, 12.0)])
-    def test_outside_the_picture_is_a_miss(self, point):
+    def test_outside_the_image_is_a_miss(self, point):
         assert not pointing_hit(point, np.ones((12, 12), dtype=bool))
 
 
@@ -156,8 +156,8 @@ class TestEnergy:
             ([[0, 0], [0, 0]], (0, 0, 4, 4), (0, 0, 4, 4), 0),
             # the upper row of cells is padding, and the lower one half of it
             ([[9, 9], [1, 3]], (0, -6, 4, 2), (0, 0, 2, 4), 1 / 4),
-            ([[9, 9], [1, 3]], (0, -6, 4, 2), (0, -6, 2, 4), 1 / 4),  # a true box that leaves the picture
-            # the grid covers the middle of the picture only (centre crop)
+            ([[9, 9], [1, 3]], (0, -6, 4, 2), (0, -6, 2, 4), 1 / 4),  # a true box that leaves the image
+            # the grid covers the middle of the image only (centre crop)
             ([[1, 3]], (1, 1, 3, 3), (0, 0, 2, 4), 1 / 4),
             ([[1, 3]], (1, 1, 3, 3), (3, 3, 4, 4), 0),
         ],
@@ -172,7 +172,7 @@ class TestEnergy:
         boxes,
     )
     def test_agrees_with_counting_pixels(self, seed, grid, corner, box):
-        """Cells of 3 x 2 pixels, painted one by one on a 12 x 12 picture."""
+        """Cells of 3 x 2 pixels, painted one by one on a 12 x 12 image."""
         mass = np.random.default_rng(seed).random(grid)
         x0, y0 = corner
         inside = total = 0.0

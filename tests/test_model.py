@@ -1,4 +1,4 @@
-"""`LVLM`: one pair or many, early exit, precision, and where the grid lies in the picture."""
+"""`LVLM`: one pair or many, early exit, precision, and where the grid lies in the image."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(values).convert(mode)
 
 
-def test_the_record(lvlm: LVLM, picture: Image.Image) -> None:
+def test_the_record(lvlm: LVLM, image: Image.Image) -> None:
     """Shape, type, range, and the words that went in."""
-    maps = lvlm.attend(picture, " the\ndog ")
+    maps = lvlm.attend(image, " the\ndog ")
     assert maps.attention.shape == (lvlm.num_layers, lvlm.num_heads, *maps.grid)
     assert maps.attention.dtype == np.float32
     assert maps.attention.flags["C_CONTIGUOUS"]
@@ -37,53 +37,53 @@ def test_the_record(lvlm: LVLM, picture: Image.Image) -> None:
     sums = maps.attention.sum((-2, -1))
     assert (sums > 0).all()
     assert (sums <= 1 + 1e-5).all()
-    assert maps.image_size == picture.size
+    assert maps.image_size == image.size
     assert (maps.query, maps.model) == (" the\ndog ", "embedded")
     assert maps.prompt == lvlm.prompt("the dog")
     assert maps.prompt.endswith("the dog.")
     assert (maps.id, maps.image_file) == ("", "")
 
 
-def test_one_by_one_and_in_a_batch(lvlm: LVLM, picture: Image.Image) -> None:
+def test_one_by_one_and_in_a_batch(lvlm: LVLM, encoded: Image.Image) -> None:
     """Prompts of different length are padded; that and the order change nothing."""
-    pictures = [picture, picture.rotate(180).resize((70, 130))]
-    batch = lvlm.attend_batch(pictures, EXPRESSIONS)
-    for maps, image, expression in zip(batch, pictures, EXPRESSIONS, strict=True):
+    images = [encoded, encoded.rotate(180).resize((70, 130))]
+    batch = lvlm.attend_batch(images, EXPRESSIONS)
+    for maps, image, expression in zip(batch, images, EXPRESSIONS, strict=True):
         alone = lvlm.attend(image, expression)
         np.testing.assert_allclose(maps.attention, alone.attention, rtol=0, atol=2e-5)
         assert (maps.image_box, maps.prompt) == (alone.image_box, alone.prompt)
     assert np.abs(batch[0].attention - batch[1].attention).max() > 1e-3
 
 
-def test_the_expression_and_the_picture_matter(lvlm: LVLM, picture: Image.Image) -> None:
+def test_the_expression_and_the_image_matter(lvlm: LVLM, image: Image.Image) -> None:
     """Otherwise the tests above compare nothing with nothing."""
-    first = lvlm.attend(picture, "the dog").attention
-    assert np.abs(first - lvlm.attend(picture, "What is on the left?").attention).max() > 1e-4
-    assert np.abs(first - lvlm.attend(picture.rotate(180), "the dog").attention).max() > 1e-4
+    first = lvlm.attend(image, "the dog").attention
+    assert np.abs(first - lvlm.attend(image, "What is on the left?").attention).max() > 1e-4
+    assert np.abs(first - lvlm.attend(image.rotate(180), "the dog").attention).max() > 1e-4
 
 
-def test_the_same_twice(lvlm: LVLM, picture: Image.Image) -> None:
-    first, second = (lvlm.attend(picture, "the dog").attention for _ in range(2))
+def test_the_same_twice(lvlm: LVLM, image: Image.Image) -> None:
+    first, second = (lvlm.attend(image, "the dog").attention for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("last", [0, 1, -2, -1])
-def test_early_exit(lvlm: LVLM, picture: Image.Image, last: int) -> None:
+def test_early_exit(lvlm: LVLM, image: Image.Image, last: int) -> None:
     """Equal up to the last layer that is wanted, zero after it, in a batch too."""
     last_layer = range(lvlm.num_layers)[last]
-    full = lvlm.attend_batch([picture, picture], EXPRESSIONS)
+    full = lvlm.attend_batch([image, image], EXPRESSIONS)
     for maps, whole in zip(
-        lvlm.attend_batch([picture, picture], EXPRESSIONS, last_layer=last_layer), full, strict=True
+        lvlm.attend_batch([image, image], EXPRESSIONS, last_layer=last_layer), full, strict=True
     ):
         assert maps.attention.shape == whole.attention.shape
         np.testing.assert_array_equal(maps.attention[: last_layer + 1], whole.attention[: last_layer + 1])
         assert not maps.attention[last_layer + 1 :].any()
 
 
-def test_half_precision(lvlm: LVLM, picture: Image.Image) -> None:
+def test_half_precision(lvlm: LVLM, image: Image.Image) -> None:
     """bfloat16 gives about the same sums; the row itself is computed in fp32."""
-    half = load_model(device="cpu", dtype="bfloat16").attend(picture, "the dog").attention
-    full = lvlm.attend(picture, "the dog").attention
+    half = load_model(device="cpu", dtype="bfloat16").attend(image, "the dog").attention
+    full = lvlm.attend(image, "the dog").attention
     assert half.dtype == np.float32
     difference = np.abs(half.sum((-2, -1)) - full.sum((-2, -1)))
     assert difference.max() > 0
@@ -110,7 +110,7 @@ def test_geometry_reaches_the_record(
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "squeeze"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 2)])
-def test_tiny_pictures(mode: str, size: tuple[int, int]) -> None:
+def test_tiny_images(mode: str, size: tuple[int, int]) -> None:
     """Every cell keeps a place, and nothing is divided by zero."""
     maps = random_lvlm(mode).attend(noise(size), "the dog")
     assert np.isfinite(maps.attention).all()
@@ -121,37 +121,37 @@ def test_tiny_pictures(mode: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", [(60_000, 500), (1, 20_000_000)])
 @pytest.mark.parametrize("mode", ["pad", "crop"])
-def test_pictures_too_long_and_thin(mode: str, size: tuple[int, int]) -> None:
+def test_images_too_long_and_thin(mode: str, size: tuple[int, int]) -> None:
     """Few pixels, but padding or resizing would make gigabytes of them: refused before that."""
-    picture = Image.new("L", size).convert("RGB")
+    image = Image.new("L", size).convert("RGB")
     if mode == "crop" and size[0] == 60_000:
-        assert random_lvlm(mode).attend(picture, "the dog").image_size == size  # small once resized
+        assert random_lvlm(mode).attend(image, "the dog").image_size == size  # small once resized
         return
     with pytest.raises(UsageError, match=f"{size[0]} x {size[1]}.*too long and thin"):
-        random_lvlm(mode).attend(picture, "the dog")
+        random_lvlm(mode).attend(image, "the dog")
 
 
-def test_control_tokens_never_reach_the_model(lvlm: LVLM, picture: Image.Image) -> None:
+def test_control_tokens_never_reach_the_model(lvlm: LVLM, image: Image.Image) -> None:
     """LLaVA's own placeholder is dropped; every other special token is refused."""
     assert lvlm.prompt("<image>\nthe dog") == lvlm.prompt("the dog")
     for token in set(lvlm.processor.tokenizer.all_special_tokens) - {"<image>"}:
         with pytest.raises(UsageError, match="control token"):
-            lvlm.attend(picture, f"the {token} dog")
+            lvlm.attend(image, f"the {token} dog")
 
 
 @pytest.mark.parametrize(
     "expression", ["🐕‍🦺🔥", "the dog " * 100, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"]
 )
-def test_odd_expressions(lvlm: LVLM, picture: Image.Image, expression: str) -> None:
-    maps = lvlm.attend(picture, expression)
+def test_odd_expressions(lvlm: LVLM, image: Image.Image, expression: str) -> None:
+    maps = lvlm.attend(image, expression)
     assert np.isfinite(maps.attention).all()
     assert maps.query == expression
 
 
-def test_conv_modes(picture: Image.Image, lvlm: LVLM) -> None:
+def test_conv_modes(image: Image.Image, lvlm: LVLM) -> None:
     """Each mode asks in its own words, and the prompts differ."""
     prompts = {
-        mode: load_model(device="cpu", conv_mode=mode).attend(picture, "the dog").prompt
+        mode: load_model(device="cpu", conv_mode=mode).attend(image, "the dog").prompt
         for mode in ("chat", "plain")
     }
     assert prompts["plain"] == f"{lvlm.image_token}\nthe dog."
@@ -165,7 +165,7 @@ def test_a_model_without_a_chat_template_says_so() -> None:
 
 
 def test_out_of_memory_names_the_option(
-    lvlm: LVLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
@@ -174,9 +174,9 @@ def test_out_of_memory_names_the_option(
 
     monkeypatch.setattr(lvlm.model.base_model, "forward", full)
     with pytest.raises(WorkError, match="batch_size"):
-        lvlm.attend(picture, "the dog")
+        lvlm.attend(image, "the dog")
 
 
-def test_a_prompt_longer_than_the_model_reads_is_refused(lvlm: LVLM, picture: Image.Image) -> None:
+def test_a_prompt_longer_than_the_model_reads_is_refused(lvlm: LVLM, image: Image.Image) -> None:
     with pytest.raises(UsageError, match="tokens with the image"):
-        lvlm.attend(picture, "dog " * 5000)
+        lvlm.attend(image, "dog " * 5000)

@@ -26,7 +26,7 @@ WIDE = (640, 480)
 @pytest.mark.parametrize(
     ("form", "answer", "box"),
     [
-        # a fenced list of objects, pixels of a picture resized to 1288 x 966
+        # a fenced list of objects, pixels of an image resized to 1288 x 966
         (
             "qwen2_5",
             '```json\n[\n\t{"bbox_2d": [644, 0, 1288, 483], "label": "the dog"}\n]\n```<|im_end|>',
@@ -54,7 +54,7 @@ WIDE = (640, 480)
         ),
         ("glm", "<|begin_of_box|>[100, 250, 500, 1000]<|end_of_box|>", (64, 120, 320, 480)),
         ("glm", "It may be at [1, 2, 3, 4].", None),
-        # over the padded square of 640: 80 pixels are above the picture
+        # over the padded square of 640: 80 pixels are above the image
         ("llava", "[0.25, 0.5, 0.75, 0.875]", (160, 240, 480, 480)),
         ("llava", "[0.1, 0.0, 0.5, 0.25]", (64, 0, 320, 80)),  # begins in the padding
         ("llava", "[0.1, 0.0, 0.5, 0.1]", None),  # lies in the padding
@@ -64,7 +64,7 @@ WIDE = (640, 480)
         # 1024 steps, rows first
         ("paligemma", "<loc0256><loc0512><loc0768><loc1024> the dog<eos>", (320, 120, 640, 360)),
         ("paligemma", "the dog<eos>", None),
-        # beyond the picture, empty, turned around
+        # beyond the image, empty, turned around
         ("qwen3", "[-50, -50, 1200, 1500]", (0, 0, 640, 480)),
         ("qwen3", "[100, 250, 100, 1000]", None),
         ("qwen3", "[500, 250, 100, 1000]", None),
@@ -77,7 +77,7 @@ def test_literal_answers(form: str, answer: str, box: tuple[float, ...] | None) 
     assert found == (None if box is None else pytest.approx(box))
 
 
-def test_a_tall_picture_is_padded_at_its_sides() -> None:
+def test_a_tall_image_is_padded_at_its_sides() -> None:
     assert read_box("[0.5, 0.5, 1.0, 1.0]", FORMATS["llava"], (480, 640)) == (240, 320, 480, 640)
 
 
@@ -161,8 +161,8 @@ def answers(monkeypatch: pytest.MonkeyPatch, lvlm: LVLM, text: str) -> list[list
     return seen
 
 
-def test_pixels_are_those_of_the_resized_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2.5-VL resizes to whole patches: its own right half is the picture's right half."""
+def test_pixels_are_those_of_the_resized_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-VL resizes to whole patches: its own right half is the image's right half."""
     lvlm, image = tiny("qwen2_5_vl"), Image.new("RGB", (333, 222), "red")
     inputs = lvlm.encode([image], [lvlm.image_text])
     patches, patch = inputs["image_grid_thw"][0].tolist(), lvlm.processor.image_processor.patch_size

@@ -46,8 +46,8 @@ def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     loading.hub_trouble.cache_clear()
 
 
-def test_a_picture_that_must_be_fetched(said: str) -> None:
-    """Exclusions and the proxy of another protocol do not stand in a picture's way."""
+def test_a_image_that_must_be_fetched(said: str) -> None:
+    """Exclusions and the proxy of another protocol do not stand in an image's way."""
     unused = "no_proxy" in said.lower() or "HTTP_PROXY" in said
     with pytest.raises(DownloadError, match="cannot be reached" if unused else said) as caught:
         download(Address("https://93.184.215.14/a.png"))
@@ -70,7 +70,7 @@ def test_a_model_or_heads_that_must_be_fetched(
 
 
 def test_a_cached_model_and_a_folder_need_no_network(
-    said: str, tmp_path: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    said: str, tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert client_trouble()
     snapshot = tmp_path / "models--me--my-llava" / "snapshots" / ("a" * 40)
@@ -79,7 +79,7 @@ def test_a_cached_model_and_a_folder_need_no_network(
     (tmp_path / "models--me--my-llava" / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for name in ("me/my-llava", str(shutil.copytree(snapshot, tmp_path / "folder"))):
-        assert load_model(name, device="cpu").attend(picture, "the dog").attention.shape == (4, 4, 6, 6)
+        assert load_model(name, device="cpu").attend(image, "the dog").attention.shape == (4, 4, 6, 6)
 
 
 def test_settings_that_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:

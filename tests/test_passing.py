@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_data, write_lines
+from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_data, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import EncodedPicture
+from localization_heads.lvlm.sharing import EncodedImage
 from localization_heads.stages.flow import AHEAD, WAITING, chunks, in_line
 
 
@@ -36,36 +36,34 @@ def front(
 # ------------------------------------------------------------------------------------------------ how it is cut
 
 
-def samples_of(pictures: list[int]) -> list[Sample]:
-    return [
-        Sample(f"no_{n}.png", "x" * (line % 7 + 1), line=line) for line, n in enumerate(pictures, start=1)
-    ]
+def samples_of(images: list[int]) -> list[Sample]:
+    return [Sample(f"no_{n}.png", "x" * (line % 7 + 1), line=line) for line, n in enumerate(images, start=1)]
 
 
 @given(st.lists(st.integers(0, 9), max_size=200), st.integers(1, 9))
-def test_chunks(pictures: list[int], size: int) -> None:
-    """Every sample once, none too large, the same each time, and few chunks for each picture."""
-    samples = samples_of(pictures)
+def test_chunks(images: list[int], size: int) -> None:
+    """Every sample once, none too large, the same each time, and few chunks for each image."""
+    samples = samples_of(images)
     cut = list(chunks(samples, size))
     assert sorted(sample.line for chunk in cut for sample in chunk) == [sample.line for sample in samples]
     assert all(0 < len(chunk) <= size for chunk in cut)
     assert cut == list(chunks(samples, size))
-    for picture in set(pictures):
-        holding = [chunk for chunk in cut if any(s.image == f"no_{picture}.png" for s in chunk)]
-        assert len(holding) == -(-pictures.count(picture) // size)
+    for image in set(images):
+        holding = [chunk for chunk in cut if any(s.image == f"no_{image}.png" for s in chunk)]
+        assert len(holding) == -(-images.count(image) // size)
 
 
-def test_a_picture_of_many_places_is_one_group() -> None:
+def test_a_image_of_many_places_is_one_group() -> None:
     """Entries far apart in the file, in file order among themselves."""
     (first, second, third) = chunks(samples_of([1, 2, 3, 1, 2, 3, 1, 2, 3]), 3)
     assert [[s.line for s in chunk] for chunk in (first, second, third)] == [[1, 4, 7], [2, 5, 8], [3, 6, 9]]
 
 
-def test_pictures_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The header tells, then the expression's letters; the next window begins anew."""
     sides = [10, 40, 20, 30] * 2
     for number, side in enumerate(sides):
-        draw_picture(tmp_path / f"{number}.png", number, (side, side))
+        draw_image(tmp_path / f"{number}.png", number, (side, side))
     samples = [Sample(str(tmp_path / f"{n}.png"), "x" * (9 - n), line=n) for n in range(len(sides))]
     cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
     assert cut == [[4, 0], [6, 2], [7, 3], [5, 1]]
@@ -75,14 +73,14 @@ def test_pictures_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.M
     assert [[s.line for s in chunk] for chunk in chunks(samples, 1)] == [[n] for n in range(8)]
 
 
-def test_pictures_in_memory_are_not_mixed_up(picture: Any) -> None:
-    other = picture.rotate(180)
-    samples = [Sample(image, "x", line=n) for n, image in enumerate([picture, other, picture, other])]
+def test_images_in_memory_are_not_mixed_up(shown: Any) -> None:
+    other = shown.rotate(180)
+    samples = [Sample(image, "x", line=n) for n, image in enumerate([shown, other, shown, other])]
     assert [[s.line for s in chunk] for chunk in chunks(samples, 2)] == [[0, 2], [1, 3]]
 
 
-def test_large_pictures_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
-    """24 megapixels at most, whatever `batch_size`; or one picture, with all that is asked about it."""
+def test_large_images_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
+    """24 megapixels at most, whatever `batch_size`; or one image, with all that is asked about it."""
     sizes = [(5000, 1600)] * 4 + [(8000, 8000)] + [(100, 100)] * 3
     for number, size in enumerate(sizes):
         Image.new("1", size).save(tmp_path / f"{number}.png")
@@ -104,8 +102,8 @@ print(peaks[1] - peaks[0])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
-def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
-    """Six pictures of a camera in one batch: below 1 GB beyond what the model and a small picture take."""
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """Six images of a camera in one batch: below 1 GB beyond what the model and a small image take."""
     for name, size, count in (("small", (64, 48), 1), ("large", (6000, 4000), 6)):
         entries = []
         for number in range(count):
@@ -246,15 +244,15 @@ def test_in_line_hands_on_what_goes_wrong(behind: bool, where: str, error: type[
     assert done == [item for item in computed if (where, item) != ("finish", 3)]
 
 
-# ------------------------------------------------------------------------------------ a data set of few pictures
+# ------------------------------------------------------------------------------------ a data set of few images
 
 
 def write_shared(folder: Path) -> str:
-    """Seven expressions of three pictures, those of one not adjacent; one of the pictures is broken."""
+    """Seven expressions of three images, those of one not adjacent; one of the images is broken."""
     for number in range(2):
-        draw_picture(folder / f"picture_{number}.png", number)
-    (folder / "broken.png").write_bytes((folder / "picture_0.png").read_bytes()[:100])
-    names = ["picture_0", "picture_1", "broken", "picture_0", "picture_1", "broken", "picture_0", "picture_1"]
+        draw_image(folder / f"image_{number}.png", number)
+    (folder / "broken.png").write_bytes((folder / "image_0.png").read_bytes()[:100])
+    names = ["image_0", "image_1", "broken", "image_0", "image_1", "broken", "image_0", "image_1"]
     entries = [
         {"id": f"entry_{n}", "prompt": EXPRESSIONS[n % len(EXPRESSIONS)], "image_path": f"{name}.png"}
         for n, name in enumerate(names)
@@ -265,14 +263,14 @@ def write_shared(folder: Path) -> str:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many expressions each encoded picture was asked."""
-    original, asked = EncodedPicture.answer, []
+    """How many expressions each encoded image was asked."""
+    original, asked = EncodedImage.answer, []
 
-    def spy(self: EncodedPicture, questions: Any, **options: Any) -> Any:
+    def spy(self: EncodedImage, questions: Any, **options: Any) -> Any:
         asked.append(len(questions))
         return original(self, questions, **options)
 
-    monkeypatch.setattr(EncodedPicture, "answer", spy)
+    monkeypatch.setattr(EncodedImage, "answer", spy)
     return asked
 
 
@@ -281,10 +279,10 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stage", ["find", "batch", "ground"])
-def test_entries_of_one_picture_share_it(
+def test_entries_of_one_image_share_it(
     front: Front, monkeypatch: pytest.MonkeyPatch, encoded: list[int], stage: str
 ) -> None:
-    """Results as one by one, but for rounding, in file order; the broken picture fails both of its entries."""
+    """Results as one by one, but for rounding, in file order; the broken image fails both of its entries."""
     stub_figures(monkeypatch)
     data, heads = write_shared(front.folder), "heads=[2-0,3-1]"
     assert front.finder(f"stage={stage}", data, heads, "batch_size=4").status == 1
@@ -309,7 +307,7 @@ def test_entries_of_one_picture_share_it(
 
 
 @pytest.mark.parametrize("stage", ["find", "batch", "ground"])
-def test_shared_pictures_resume(front: Front, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_shared_images_resume(front: Front, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     """Interrupted in the second chunk: the first is kept, and the end is the same to the byte."""
     stub_figures(monkeypatch)
     data = write_shared(front.folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, draw_picture, fronts, one_line, write_lines
+from front import Front, draw_image, fronts, one_line, write_lines
 from PIL import Image
 
 from localization_heads import figures
@@ -99,7 +99,7 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
 def front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Front]:
-    draw_picture(tmp_path / "cat.png")
+    draw_image(tmp_path / "cat.png")
     yield from fronts(tmp_path, monkeypatch, capsys)
 
 

@@ -112,7 +112,7 @@ def test_placeholder_of_a_template(family: str) -> None:
     "template",
     [
         None,
-        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",  # knows no pictures
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",  # knows no images
         "{{ raise_exception('roles must alternate') }}",
         EACH + "{% if c.type == 'text' %}{{ c.text }}{% endif %}" + DONE,  # leaves them out
     ],
@@ -157,7 +157,7 @@ def test_image_after_the_text_is_said(
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (EACH + "{% if c.type == 'text' %}{{ c.text }}{% endif %}" + DONE, "leaves the picture out"),
+        (EACH + "{% if c.type == 'text' %}{{ c.text }}{% endif %}" + DONE, "leaves the image out"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         (
             filled(EACH + "{% if c.type == 'image' %}IMAGE{% endif %}" + DONE, IMAGE="<image>"),
@@ -173,13 +173,13 @@ def test_templates_that_cannot_be_used(template: str | None, words: str) -> None
 
 
 @pytest.mark.parametrize("conv_mode", ["chat", "plain"])
-def test_one_beginning_of_text(picture: Any, conv_mode: str) -> None:
+def test_one_beginning_of_text(image: Any, conv_mode: str) -> None:
     """Chat templates write the first token out, and the tokenizer would add it again."""
     lvlm = lvlm_with("<s>" + filled(EACH + PART + DONE, IMAGE="<image>"), conv_mode=conv_mode)
     lvlm.processor.tokenizer = copy.deepcopy(tokenizer())
     lvlm.processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer().bos_token_id)]
     )
-    ids = lvlm.encode([picture], [lvlm.prompt("the dog")])["input_ids"][0].tolist()
+    ids = lvlm.encode([image], [lvlm.prompt("the dog")])["input_ids"][0].tolist()
     assert ids.count(tokenizer().bos_token_id) == 1
     assert ids[0] == tokenizer().bos_token_id

@@ -1,4 +1,4 @@
-"""`stage=prepare` as a user runs it: files, samples, pictures, leakage, and that `evaluate` works on what it wrote."""
+"""`stage=prepare` as a user runs it: files, samples, images, leakage, and that `evaluate` works on what it wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localization_heads import hub
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
 from localization_heads.datasets import prepare
-from localization_heads.datasets.leakage import picture_keys
+from localization_heads.datasets.leakage import image_keys
 from localization_heads.datasets.prepare import sample_entries
 from localization_heads.datasets.reference import Entry
 from localization_heads.datasets.source import OFFICIAL, Counts
@@ -28,10 +28,10 @@ from tests.dataset_files import (
     Ref,
     lmms_row,
     ricky_row,
+    save_images,
     save_jxu,
     save_lisa,
     save_lmms,
-    save_pictures,
     save_refer,
     save_rows,
     shape,
@@ -46,7 +46,7 @@ OUT = Path("outputs/datasets")
 def front(tmp_path, monkeypatch, capsys):
     front = Front(tmp_path, monkeypatch, capsys)
     save_refer(Path("refer/refcoco"), world())
-    save_pictures(Path("train2014"), world())
+    save_images(Path("train2014"), world())
     return front
 
 
@@ -77,7 +77,7 @@ def test_val_is_written_whole_and_evaluate_scores_it(front):
 
 
 def test_boxes_that_are_no_pixels_are_not_written(front):
-    """Here from 0 to 1, in pictures of 64 x 48 pixels."""
+    """Here from 0 to 1, in images of 64 x 48 pixels."""
     refs = [replace(ref, bbox=(0.1, 0.2, 0.3, 0.4)) for ref in world()]
     save_refer(Path("refer/refcoco"), refs)
     result = prepared(front)
@@ -128,15 +128,15 @@ def test_evaluation_splits_are_sampled_only_when_told(front):
     assert len(lines("refcoco-val-1-seed42.jsonl")) == 1
 
 
-def test_missing_pictures_are_named_once_and_the_others_go_on(front):
+def test_missing_images_are_named_once_and_the_others_go_on(front):
     Path("train2014/COCO_train2014_000000000002.jpg").unlink()
-    Path("train2014/COCO_train2014_000000000003.jpg").write_bytes(b"not a picture")
+    Path("train2014/COCO_train2014_000000000003.jpg").write_bytes(b"not an image")
     Image.new("RGB", (48, 64)).save("train2014/COCO_train2014_000000000004.jpg")
     result = prepared(front, "split=train")
     assert result.status == 1 and "7 expressions could not be used, for 3 reasons" in result.out
     for words in (
         "000000000002.jpg: no such file",
-        "not a picture in a known format",
+        "not an image in a known format",
         "48 x 64 pixels, the source says 64 x 48",
     ):
         assert words in result.out
@@ -144,7 +144,7 @@ def test_missing_pictures_are_named_once_and_the_others_go_on(front):
     assert json.loads((OUT / "refcoco-train-1000-seed42.json").read_text())["failed"] == 7
 
 
-def test_no_picture_at_all_is_an_error_and_leaves_no_file(front):
+def test_no_image_at_all_is_an_error_and_leaves_no_file(front):
     Path("empty").mkdir()
     result = prepared(front, "images=empty", "split=train")
     assert result.status == 1 and "none of 18 expressions" in result.err and "no such file" in result.err
@@ -157,19 +157,19 @@ def test_counts_that_are_not_those_of_papers_are_told(front, monkeypatch):
     assert "in papers" not in prepared(front).err
 
 
-def test_pictures_inside_parquet_become_files(front):
+def test_images_inside_parquet_become_files(front):
     save_lmms(Path("lmms"), [ref for ref in world() if ref.split == "val"] * 2)
     result = prepared(front, path="lmms")
     assert result.status == 0 and "8,811" in result.err
     written = lines("refcoco-lmms-val.jsonl")
     assert len(written) == 4 and len({line["id"] for line in written}) == 4
-    (picture,) = (OUT / "images").iterdir()
-    assert {line["image_path"] for line in written} == {f"images/{picture.name}"}
-    assert picture.stem == hashlib.sha256(picture.read_bytes()).hexdigest()[:32]
+    (image,) = (OUT / "images").iterdir()
+    assert {line["image_path"] for line in written} == {f"images/{image.name}"}
+    assert image.stem == hashlib.sha256(image.read_bytes()).hexdigest()[:32]
     assert not load_samples(OUT / "refcoco-lmms-val.jsonl").bad
 
 
-def test_what_is_no_picture_is_not_written(front):
+def test_what_is_no_image_is_not_written(front):
     rows = [lmms_row(ref) for ref in world()[9:]]
     rows[0]["image"] = {"bytes": b"#!/bin/sh", "path": "../../run.sh"}
     rows[1]["image"] = {"bytes": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "path": None}
@@ -179,7 +179,7 @@ def test_what_is_no_picture_is_not_written(front):
     assert len(list((OUT / "images").iterdir())) == 1 and not Path("run.sh").exists()
 
 
-def test_a_picture_over_the_limit_is_not_decoded(front, monkeypatch):
+def test_a_image_over_the_limit_is_not_decoded(front, monkeypatch):
     save_lmms(Path("lmms"), world())
     monkeypatch.setattr("localization_heads.data.images.MAX_PIXELS", 100)
     result = prepared(front, path="lmms")
@@ -200,9 +200,9 @@ def test_reasonseg_keeps_what_lisa_ignores(front):
 
 def test_ignored_pixels_do_not_count(front):
     """Everything but the box that is predicted is ignored, so the predicted mask is wholly right or empty."""
-    picture, size = Path("train2014/COCO_train2014_000000000001.jpg"), (64, 48)
+    image, size = Path("train2014/COCO_train2014_000000000001.jpg"), (64, 48)
     everything = {"size": [48, 64], "counts": [0, 48 * 64]}
-    line = {"id": "a", "prompt": "the lady", "image_path": str(picture), "mask": everything}
+    line = {"id": "a", "prompt": "the lady", "image_path": str(image), "mask": everything}
     Path("d.jsonl").write_text(json.dumps(line))
     front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
     plain = json.loads((front.out / "metrics.json").read_text())["ciou"]
@@ -230,8 +230,8 @@ def test_reasonseg_parquet_is_written(front):
 # --- leakage ---------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_pictures_of_the_source_itself_are_refused(front):
-    """As in the google partition, which splits objects and not pictures."""
+def test_evaluation_images_of_the_source_itself_are_refused(front):
+    """As in the google partition, which splits objects and not images."""
     save_refer(Path("g"), [*world(), Ref(50, 1, "val", ("her hat",))], "google")
     result = prepared(front, "split=train", path="g")
     assert result.status == 2 and "1 of refcoco val" in result.err and "allow_leakage=true" in result.err
@@ -241,8 +241,8 @@ def test_evaluation_pictures_of_the_source_itself_are_refused(front):
     assert json.loads((OUT / "refcoco-google-train-1000-seed42.json").read_text())["allow_leakage"] is True
 
 
-def test_pictures_of_another_set_are_refused_and_can_be_left_out(front):
-    """RefCOCOg evaluates pictures of RefCOCO's training split."""
+def test_images_of_another_set_are_refused_and_can_be_left_out(front):
+    """RefCOCOg evaluates images of RefCOCO's training split."""
     save_refer(
         Path("refer/refcocog"), [Ref(0, 1, "val", ("a lady",)), Ref(1, 5, "test", ("a thing",))], "umd"
     )
@@ -266,7 +266,7 @@ def test_one_excluded_file_needs_no_list_and_must_be_prepared(front):
     assert prepared(front, "split=train", f"exclude={OUT}/refcoco-val.jsonl").status == 0
     Path("own.jsonl").write_text('{"id": "a", "prompt": "x", "image_path": "a.png"}\n')
     result = prepared(front, "split=train", "exclude=own.jsonl")
-    assert result.status == 2 and "own.jsonl: line 1 names no picture" in result.err
+    assert result.status == 2 and "own.jsonl: line 1 names no image" in result.err
     assert prepared(front, "split=train", "exclude=gone.jsonl").status == 2
     assert prepared(front, "exclude=[outputs/datasets/refcoco-val.jsonl]").status == 2  # leaves nothing
 
@@ -279,7 +279,7 @@ def discovered(front):
     return front
 
 
-def test_heads_json_names_its_pictures(discovered):
+def test_heads_json_names_its_images(discovered):
     names = {line["picture"] for line in lines("refcoco-train-4-seed42.jsonl")}
     assert json.loads((discovered.out / "heads.json").read_text())["pictures"] == sorted(names)
 
@@ -291,13 +291,13 @@ def evaluated(front, data_file, *options):
     )
 
 
-def test_heads_are_not_scored_on_pictures_they_were_found_on(discovered):
+def test_heads_are_not_scored_on_images_they_were_found_on(discovered):
     prepared(discovered)
     assert evaluated(discovered, OUT / "refcoco-val.jsonl").status == 0
     result = evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl")
     assert (
         result.status == 2
-        and "4 of the 4 entries show pictures" in result.err
+        and "4 of the 4 entries show images" in result.err
         and "allow_leakage=true" in result.err
     )
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl", "allow_leakage=true").status == 0
@@ -315,11 +315,11 @@ def test_neither_experiments_nor_the_ladder_score_heads_where_they_were_found(di
     monkeypatch.setattr(stages_run, "compose_spec", lambda *a: replace(compose_spec(*a), heads=()))
     for command in (("stage=experiment", "experiment=tab1", data, named), (*rung, named), rung):
         result = discovered.finder(*command)
-        assert result.status == 2 and "4 of the 4 entries show pictures" in result.err, command
+        assert result.status == 2 and "4 of the 4 entries show images" in result.err, command
     assert discovered.finder(*rung, "allow_leakage=true", "controls=false").status == 0
 
 
-def test_pictures_of_a_hub_repository_are_checked(discovered, monkeypatch):
+def test_images_of_a_hub_repository_are_checked(discovered, monkeypatch):
     path = discovered.out / "heads.json"
     monkeypatch.setattr(hub, "_fetched", lambda *_: path)
     result = discovered.finder(
@@ -328,11 +328,11 @@ def test_pictures_of_a_hub_repository_are_checked(discovered, monkeypatch):
     assert result.status == 2 and "that someone/heads was found on" in result.err
 
 
-def test_pictures_of_a_foreign_heads_json_are_checked(discovered):
+def test_images_of_a_foreign_heads_json_are_checked(discovered):
     path = discovered.out / "heads.json"
     content = json.loads(path.read_text())
-    for pictures in ("coco:1", [1], {"a": 1}):
-        path.write_text(json.dumps({**content, "pictures": pictures}))
+    for images in ("coco:1", [1], {"a": 1}):
+        path.write_text(json.dumps({**content, "pictures": images}))
         result = evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl")
         assert result.status == 2 and "'pictures' must be a list" in result.err
     del content["pictures"]  # as before there were any
@@ -340,7 +340,7 @@ def test_pictures_of_a_foreign_heads_json_are_checked(discovered):
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl").status == 0
 
 
-def test_copies_of_a_picture_are_known(tmp_path):
+def test_copies_of_a_image_are_known(tmp_path):
     (tmp_path / "a.png").write_bytes(b"abc")
     (tmp_path / "b.png").write_bytes(b"abc")
     (tmp_path / "c.png").write_bytes(b"abd")
@@ -352,7 +352,7 @@ def test_copies_of_a_picture_are_known(tmp_path):
         Sample(tmp_path / "gone.png", "x"),
         Sample(Image.new("RGB", (4, 4)), "x"),
     ]
-    a, b, c, coco, named, address, gone, memory = picture_keys(samples)
+    a, b, c, coco, named, address, gone, memory = image_keys(samples)
     assert a == b != c and coco == named == "coco:7" and address.startswith("address:")
     assert gone is None and memory is None
 

@@ -78,12 +78,12 @@ LACKING: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_folder_that_lacks_something_gives_the_same_boxes(
-    lacking: str, tmp_path: Path, picture: Image.Image
+    lacking: str, tmp_path: Path, image: Image.Image
 ) -> None:
-    """Two pictures in one batch, whose prompts differ in length: they are padded."""
+    """Two images in one batch, whose prompts differ in length: they are padded."""
     folder = save_llava(tmp_path / "model")
     LACKING[lacking](folder)
-    images, words = [picture, picture.copy()], ["the dog", "the red car left"]
+    images, words = [image, image.copy()], ["the dog", "the red car left"]
     whole = load_model(str(save_llava(tmp_path / "whole")), device="cpu").attend_batch(images, words)
     for found, expected in zip(
         load_model(str(folder), device="cpu").attend_batch(images, words), whole, strict=True
@@ -92,12 +92,12 @@ def test_a_folder_that_lacks_something_gives_the_same_boxes(
         assert found.image_box == expected.image_box
 
 
-def test_the_chat_template_of_the_tokenizer(tmp_path: Path, picture: Image.Image) -> None:
+def test_the_chat_template_of_the_tokenizer(tmp_path: Path, image: Image.Image) -> None:
     by_tokenizer, by_processor = save_llava(tmp_path / "tokenizer"), save_llava(tmp_path / "processor")
     edit(by_tokenizer / "tokenizer_config.json", lambda d: d.update(chat_template=TEMPLATE))
     (by_processor / "chat_template.jinja").write_text(TEMPLATE)
     found, expected = (
-        load_model(str(folder), device="cpu", conv_mode="chat").attend(picture, "the dog")
+        load_model(str(folder), device="cpu", conv_mode="chat").attend(image, "the dog")
         for folder in (by_tokenizer, by_processor)
     )
     assert found.prompt == expected.prompt == "USER: <image>\nthe dog. ASSISTANT:"
@@ -153,10 +153,10 @@ THIN = Image.new("RGB", (900, 2))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
-def test_a_picture_beyond_the_aspect_limit(name: str, picture: Image.Image) -> None:
+def test_a_image_beyond_the_aspect_limit(name: str, image: Image.Image) -> None:
     for ask in (
         lambda lvlm: lvlm.attend(THIN, "the dog"),
-        lambda lvlm: lvlm.attend_batch([picture, THIN], ["the dog"] * 2),
+        lambda lvlm: lvlm.attend_batch([image, THIN], ["the dog"] * 2),
         lambda lvlm: lvlm.encode_image(THIN),
         lambda lvlm: lh.ground(lvlm, THIN, "the dog", heads=[(0, 0)]),
     ):
@@ -165,7 +165,7 @@ def test_a_picture_beyond_the_aspect_limit(name: str, picture: Image.Image) -> N
         assert "\n" not in str(caught.value)
 
 
-def test_a_thin_picture_has_no_tiles() -> None:
+def test_a_thin_image_has_no_tiles() -> None:
     """900 x 2 pixels on LLaVA-1.6: of the tiles, padding is all that there is."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -183,9 +183,9 @@ def test_a_thin_picture_has_no_tiles() -> None:
         ("internvl", "<video>"),
     ],
 )
-def test_tokens_of_other_media_are_no_text(name: str, text: str, picture: Image.Image) -> None:
+def test_tokens_of_other_media_are_no_text(name: str, text: str, image: Image.Image) -> None:
     with pytest.raises(UsageError, match="control token"):
-        tiny(name).attend(picture, f"the dog {text}")
+        tiny(name).attend(image, f"the dog {text}")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_tokens_of_other_media_are_no_text(name: str, text: str, picture: Image.
     ],
 )
 def test_whatever_a_processor_says_no_with(
-    error: Exception, kind: type[Exception], said: str, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+    error: Exception, kind: type[Exception], said: str, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lvlm = load_model(device="cpu")
     monkeypatch.setattr(lvlm, "spec", ModelSpec("x"))
@@ -207,13 +207,13 @@ def test_whatever_a_processor_says_no_with(
 
     monkeypatch.setattr(type(lvlm.processor), "__call__", failing)
     with pytest.raises(kind, match=said):
-        lvlm.attend(picture, "the dog")
+        lvlm.attend(image, "the dog")
 
 
-def test_a_processor_of_another_model(tmp_path: Path, picture: Image.Image) -> None:
+def test_a_processor_of_another_model(tmp_path: Path, image: Image.Image) -> None:
     """Too many image tokens for the tower's features."""
     folder = save_llava(tmp_path)
     edit(folder / "processor_config.json", lambda d: d.update(patch_size=4))
     with pytest.raises(UsageError, match="do not fit each other"):
-        load_model(str(folder), device="cpu").attend(picture, "the dog")
+        load_model(str(folder), device="cpu").attend(image, "the dog")
     assert torch.is_grad_enabled()

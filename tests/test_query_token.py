@@ -156,25 +156,25 @@ def keys_of_prompt(row: torch.Tensor, T: int) -> torch.Tensor:
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
 @pytest.mark.parametrize("conv_mode", ["referseg", "plain", "chat"])
 @pytest.mark.parametrize("expressions", [["red car"], ["the dog", "the left red dog , this car", "car."]])
-def test_equals_eager(picture: Any, query_token: str, conv_mode: str, expressions: list[str]) -> None:
+def test_equals_eager(image: Any, query_token: str, conv_mode: str, expressions: list[str]) -> None:
     """Also in left-padded batches, where every sample has its own positions."""
-    check_against_eager(tiny_lvlm(query_token, conv_mode), picture, expressions)
+    check_against_eager(tiny_lvlm(query_token, conv_mode), image, expressions)
 
 
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
 @pytest.mark.parametrize("text", ["mistral", "gemma2"])
-def test_equals_eager_with_a_window(picture: Any, query_token: str, text: str) -> None:
+def test_equals_eager_with_a_window(image: Any, query_token: str, text: str) -> None:
     """A sliding window shorter than the prompt: at the decoding step its cache holds the last keys only."""
     options: dict[str, Any] = {"text": text, "sliding_window": 24}
     if text == "gemma2":
         options |= {"head_dim": 8, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 2.0}
     kernel = "eager" if text == "gemma2" else "sdpa"
     lvlm = tiny_lvlm(query_token, attention=kernel, **options)
-    check_against_eager(lvlm, picture, ["the dog", "the left red dog in this image"])
+    check_against_eager(lvlm, image, ["the dog", "the left red dog in this image"])
 
 
-def check_against_eager(lvlm: LVLM, picture: Any, expressions: list[str]) -> None:
-    images = [picture] * len(expressions)
+def check_against_eager(lvlm: LVLM, image: Any, expressions: list[str]) -> None:
+    images = [image] * len(expressions)
     maps = lvlm.attend_batch(images, expressions)
     inputs = lvlm.encode(images, [lvlm.prompt(expression) for expression in expressions])
     spans = [words_of(ids, text) for ids, text in zip(inputs["input_ids"].tolist(), expressions, strict=True)]
@@ -191,26 +191,26 @@ def words_of(ids: list[int], expression: str) -> list[int]:
     return list(range(start, start + len(words)))
 
 
-def test_readings_differ(picture: Any) -> None:
-    maps = {kind: tiny_lvlm(kind).attend(picture, "the left red dog").attention for kind in QUERY_TOKENS}
+def test_readings_differ(image: Any) -> None:
+    maps = {kind: tiny_lvlm(kind).attend(image, "the left red dog").attention for kind in QUERY_TOKENS}
     for one in QUERY_TOKENS:
         for other in QUERY_TOKENS:
             assert (one == other) == bool((abs(maps[one] - maps[other]) < 1e-4).all())
 
 
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
-def test_early_exit(picture: Any, query_token: str) -> None:
+def test_early_exit(image: Any, query_token: str) -> None:
     before = dict(AttentionInterface._global_mapping)
     lvlm = tiny_lvlm(query_token)
-    early = lvlm.attend(picture, "the dog", last_layer=1).attention
-    torch.testing.assert_close(early[:2], lvlm.attend(picture, "the dog").attention[:2], rtol=0, atol=0)
+    early = lvlm.attend(image, "the dog", last_layer=1).attention
+    torch.testing.assert_close(early[:2], lvlm.attend(image, "the dog").attention[:2], rtol=0, atol=0)
     assert not early[2:].any()
     assert before == AttentionInterface._global_mapping
 
 
-def test_caches_never_mix(picture: Any, tmp_path: Path) -> None:
+def test_caches_never_mix(image: Any, tmp_path: Path) -> None:
     """A batch with another query token, and back: the files are those of the token that was asked for last."""
-    picture.save(tmp_path / "noise.png")
+    image.save(tmp_path / "noise.png")
     lines = [
         {"id": f"e{n}", "prompt": p, "image_path": "noise.png"}
         for n, p in enumerate(["the dog", "the red cat"])
@@ -268,11 +268,11 @@ def lone_space_lvlm(query_token: str = "last", conv_mode: str = "referseg", **op
     ],
 )
 def test_lone_spaces_go_as_in_the_published_code(
-    picture: Any, expression: str, kept: list[int], dropped: list[int]
+    image: Any, expression: str, kept: list[int], dropped: list[int]
 ) -> None:
     for expected, drop in ((kept, False), (dropped, True)):
         lvlm = lone_space_lvlm(drop_lone_spaces=drop)
-        ids = lvlm.encode([picture], [lvlm.prompt(expression)])["input_ids"][0].tolist()
+        ids = lvlm.encode([image], [lvlm.prompt(expression)])["input_ids"][0].tolist()
         assert ids[len(ids) - ids[::-1].index(32000) :] == expected
         assert (29871 in ids[: ids.index(32000)]) is not drop  # in the system sentence too
         assert lvlm.choices["drop_lone_spaces"] is drop
@@ -299,12 +299,12 @@ def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
 
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
 @pytest.mark.parametrize("conv_mode", ["referseg", "chat"])
-def test_without_lone_spaces_all_ways_agree(picture: Any, query_token: str, conv_mode: str) -> None:
-    """One by one, in a padded batch, and with the picture encoded once; and eager attention on the ids by hand."""
+def test_without_lone_spaces_all_ways_agree(image: Any, query_token: str, conv_mode: str) -> None:
+    """One by one, in a padded batch, and with the image encoded once; and eager attention on the ids by hand."""
     lvlm = lone_space_lvlm(query_token, conv_mode, drop_lone_spaces=True)
-    alone = [lvlm.attend(picture, expression).attention for expression in LONE]
-    batch_of = lvlm.attend_apart([picture] * len(LONE), LONE)
-    shared = lvlm.encode_image(picture)
+    alone = [lvlm.attend(image, expression).attention for expression in LONE]
+    batch_of = lvlm.attend_apart([image] * len(LONE), LONE)
+    shared = lvlm.encode_image(image)
     assert shared.shares == (query_token != "answer_first")
     for one, other, third in zip(alone, batch_of, shared.attend(LONE), strict=True):
         np.testing.assert_allclose(other.attention, one, **TOLERANCE)
@@ -313,7 +313,7 @@ def test_without_lone_spaces_all_ways_agree(picture: Any, query_token: str, conv
         return
     plain = lone_space_lvlm(query_token, conv_mode)
     for expression, found in zip(LONE, alone, strict=True):
-        inputs = plain.encode([picture], [plain.prompt(expression)])
+        inputs = plain.encode([image], [plain.prompt(expression)])
         keep = inputs["input_ids"][0] != 29871
         filtered = {**inputs, **{name: inputs[name][:, keep] for name in ("input_ids", "attention_mask")}}
         ids = filtered["input_ids"][0].tolist()
@@ -326,4 +326,4 @@ def test_without_lone_spaces_all_ways_agree(picture: Any, query_token: str, conv
         row = reference(lvlm, filtered, [list(range(start, start + len(words)))])[:, 0]
         on_image = row[..., filtered["input_ids"][0] == 32000]
         torch.testing.assert_close(torch.from_numpy(found).flatten(2), on_image, **TOLERANCE)
-        assert abs(plain.attend(picture, expression).attention - found).max() > 1e-5
+        assert abs(plain.attend(image, expression).attention - found).max() > 1e-5

@@ -17,11 +17,11 @@ from localization_heads.lvlm.query_tokens import QUERY_TOKENS
     "name", ["qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next"]
 )
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
-def test_families(picture: Any, name: str, query_token: str) -> None:
+def test_families(image: Any, name: str, query_token: str) -> None:
     """Against eager, in a batch of different sizes: marks, tiles, bidirectional prefixes, cross-attention."""
     lvlm = copy.copy(tiny(name))
     lvlm.query_token = query_token
-    images = [picture, picture.resize((200, 300))]
+    images = [image, image.resize((200, 300))]
     prompts = [
         lvlm.located_prompt(expression) for expression in ("the dog", "the left red car in this image")
     ]

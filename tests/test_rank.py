@@ -106,7 +106,7 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
     assert ranked.status == 1
     assert contents() == expected
     for result in (found, ranked):
-        assert "lies outside the picture" in result.out
+        assert "lies outside the image" in result.out
     announced, _, told = found.out.partition("\n")  # before the model is loaded, which rank does without
     assert announced.split() == ["stage=find", "embedded", "bad.jsonl"]
     assert ranked.out == told

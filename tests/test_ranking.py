@@ -471,7 +471,7 @@ GOOD = HeadRanking(
     num_trials=5,
 ).to_json()
 
-KEYS = sorted(set(GOOD) - {"criteria", "spread", "pictures"})
+KEYS = sorted(set(GOOD) - {"criteria", "spread", "images"})
 HEAD_KEYS = sorted(GOOD["heads"][0])
 
 
@@ -575,11 +575,11 @@ class TestHostileJson:
         json.dumps(ranking.to_json(), allow_nan=False)
 
 
-def test_the_pictures_that_heads_were_found_on_are_kept():
+def test_the_images_that_heads_were_found_on_are_kept():
     ranking = HeadRanking.from_json({**GOOD, "pictures": ["coco:7", "file:0a"]})
     assert ranking.pictures == ("coco:7", "file:0a")
     assert HeadRanking.from_json(ranking.to_json()) == ranking
-    assert HeadRanking.from_json({k: v for k, v in GOOD.items() if k != "pictures"}).pictures == ()
+    assert HeadRanking.from_json({k: v for k, v in GOOD.items() if k != "images"}).pictures == ()
 
 
 FOUND = {

@@ -1,4 +1,4 @@
-"""The pictures asked about last: found by content, bounded in bytes, safe for threads."""
+"""The images asked about last: found by content, bounded in bytes, safe for threads."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 import localization_heads as lh
 from localization_heads.apps.terminal import start
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.model import LVLM, RecentPictures
-from localization_heads.lvlm.sharing import EncodedPicture
+from localization_heads.lvlm.model import LVLM, RecentImages
+from localization_heads.lvlm.sharing import EncodedImage
 from localization_heads.options.programs import ChatOptions
 from localization_heads.stages.run import ChatRun
 
@@ -24,50 +24,50 @@ SAME = {"rtol": 0, "atol": 1e-5}
 def asked(lvlm: LVLM) -> LVLM:
     """The embedded model with an empty memory."""
     twin = copy.copy(lvlm)
-    twin.recent = RecentPictures()
+    twin.recent = RecentImages()
     return twin
 
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The sizes of the pictures that were read, in order."""
-    original, sizes = EncodedPicture._computed, []
+    """The sizes of the images that were read, in order."""
+    original, sizes = EncodedImage._computed, []
 
-    def spy(self: EncodedPicture, depth: int) -> object:
+    def spy(self: EncodedImage, depth: int) -> object:
         sizes.append(self.image.size)
         return original(self, depth)
 
-    monkeypatch.setattr(EncodedPicture, "_computed", spy)
+    monkeypatch.setattr(EncodedImage, "_computed", spy)
     return sizes
 
 
-def pictures(picture: Image.Image, count: int) -> list[Image.Image]:
+def turned_images(image: Image.Image, count: int) -> list[Image.Image]:
     """Of one number of pixels, so that all take the same memory."""
-    return [picture.rotate(90 * n).resize((60 + n, 60)).crop((0, 0, 60, 60)) for n in range(count)]
+    return [image.rotate(90 * n).resize((60 + n, 60)).crop((0, 0, 60, 60)) for n in range(count)]
 
 
-def test_a_picture_is_known_by_its_content(
-    asked: LVLM, picture: Image.Image, encoded: list[tuple[int, int]]
+def test_a_image_is_known_by_its_content(
+    asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]
 ) -> None:
     """Opened anew, it is the same; one pixel changed, it is another; another prompt reads it anew."""
-    (first,) = asked.ask(picture, ["the dog"])
-    (second,) = asked.ask(picture.copy(), ["the dog"])
+    (first,) = asked.ask(image, ["the dog"])
+    (second,) = asked.ask(image.copy(), ["the dog"])
     np.testing.assert_array_equal(first.attention, second.attention)
-    np.testing.assert_allclose(first.attention, asked.attend(picture, "the dog").attention, **SAME)
+    np.testing.assert_allclose(first.attention, asked.attend(image, "the dog").attention, **SAME)
     assert len(encoded) == 1
-    changed = picture.copy()
+    changed = image.copy()
     changed.putpixel((0, 0), (1, 2, 3))
     asked.ask(changed, ["the dog"])
-    asked.prompted("plain").ask(picture, ["the dog"])
+    asked.prompted("plain").ask(image, ["the dog"])
     assert len(encoded) == 3
-    assert asked.ask(picture, ["the dog"])[0].prompt == first.prompt
+    assert asked.ask(image, ["the dog"])[0].prompt == first.prompt
 
 
 def test_the_oldest_goes_when_the_bytes_are_full(
-    asked: LVLM, picture: Image.Image, encoded: list[tuple[int, int]]
+    asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]
 ) -> None:
     """Room for two: asking the first again keeps it, and the second makes way for the third."""
-    one, two, three = pictures(picture, 3)
+    one, two, three = turned_images(image, 3)
     asked.ask(one, ["the dog"])
     each = asked.recent.num_bytes
     asked.recent.max_bytes = int(2.5 * each)
@@ -83,29 +83,29 @@ def test_the_oldest_goes_when_the_bytes_are_full(
     assert len(encoded) == 4
 
 
-def test_a_deeper_question_makes_a_picture_grow(asked: LVLM, picture: Image.Image) -> None:
+def test_a_deeper_question_makes_a_image_grow(asked: LVLM, image: Image.Image) -> None:
     """What fits down to the first layer need not fit down to the last."""
-    asked.ask(picture, ["the dog"], last_layer=0)
+    asked.ask(image, ["the dog"], last_layer=0)
     asked.recent.max_bytes = int(1.5 * asked.recent.num_bytes)
-    asked.ask(picture, ["the dog"], last_layer=0)
+    asked.ask(image, ["the dog"], last_layer=0)
     assert len(asked.recent) == 1
-    (maps,) = asked.ask(picture, ["the dog"])
+    (maps,) = asked.ask(image, ["the dog"])
     assert len(asked.recent) == 0
-    np.testing.assert_allclose(maps.attention, asked.attend(picture, "the dog").attention, **SAME)
+    np.testing.assert_allclose(maps.attention, asked.attend(image, "the dog").attention, **SAME)
 
 
-def test_no_memory_at_all(asked: LVLM, picture: Image.Image) -> None:
+def test_no_memory_at_all(asked: LVLM, image: Image.Image) -> None:
     asked.recent.max_bytes = 0
-    (maps,) = asked.ask(picture, ["the dog"])
+    (maps,) = asked.ask(image, ["the dog"])
     assert len(asked.recent) == 0
-    np.testing.assert_allclose(maps.attention, asked.attend(picture, "the dog").attention, **SAME)
+    np.testing.assert_allclose(maps.attention, asked.attend(image, "the dog").attention, **SAME)
     with pytest.raises(UsageError, match="empty"):
-        asked.ask(picture, [""])
+        asked.ask(image, [""])
 
 
-def test_many_threads(asked: LVLM, picture: Image.Image) -> None:
-    """Few bytes, so that pictures come and go while others are asked."""
-    few = pictures(picture, 3)
+def test_many_threads(asked: LVLM, encoded: Image.Image) -> None:
+    """Few bytes, so that images come and go while others are asked."""
+    few = turned_images(encoded, 3)
     asked.ask(few[0], ["the dog"])
     asked.recent.max_bytes = int(1.5 * asked.recent.num_bytes)
     expected = [asked.attend(image, "the dog").attention for image in few]
@@ -116,13 +116,11 @@ def test_many_threads(asked: LVLM, picture: Image.Image) -> None:
     assert asked.recent.num_bytes <= asked.recent.max_bytes
 
 
-def test_ground_reads_a_picture_once(
-    asked: LVLM, picture: Image.Image, encoded: list[tuple[int, int]]
-) -> None:
-    found = [lh.ground(asked, picture, text, [lh.Head(3, 0)]) for text in ("the dog", "a red car")]
+def test_ground_reads_a_image_once(asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]) -> None:
+    found = [lh.ground(asked, image, text, [lh.Head(3, 0)]) for text in ("the dog", "a red car")]
     assert len(encoded) == 1
     for grounding, text in zip(found, ("the dog", "a red car"), strict=True):
-        maps = asked.attend(picture, text)
+        maps = asked.attend(image, text)
         expected = lh.grounding.ground.ground_maps(maps, [lh.Head(3, 0)])
         np.testing.assert_allclose(grounding.box, expected.box, atol=1e-3)
 

@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import pytest
 from chromium import CHROMIUM, Browser, browser
-from front import Front, draw_picture, fronts, stub_figures, write_data, write_lines
+from front import Front, draw_image, fronts, stub_figures, write_data, write_lines
 from PIL import Image
 from report_samples import HOSTILE, made_card, made_ranking, made_report
 from scipy.stats import spearmanr
@@ -155,8 +155,8 @@ def test_json_cannot_end_its_element() -> None:
 
 
 @pytest.mark.parametrize("size", [(640, 480), (64, 48), (1, 1), (3000, 2), (2, 3000)])
-def test_thumbnail_is_small_and_shows_the_picture(size: tuple[int, int]) -> None:
-    """Even of noise; the proportions stay, and so do the colours of smooth pictures."""
+def test_thumbnail_is_small_and_shows_the_image(size: tuple[int, int]) -> None:
+    """Even of noise; the proportions stay, and so do the colours of smooth images."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     smooth = np.zeros_like(noise)
     smooth[..., 0] = np.linspace(40, 220, size[0])
@@ -176,7 +176,7 @@ def test_thumbnail_is_small_and_shows_the_picture(size: tuple[int, int]) -> None
 
 
 def test_tiny_map_is_a_share_of_the_maximum_inside_the_image() -> None:
-    """The strongest cell lies in the padding above the picture: it does not set the scale."""
+    """The strongest cell lies in the padding above the image: it does not set the scale."""
     cells = np.array([[9.0, 9.0], [1.0, 2.0]])
     tiny = tiny_map(cells, (0, -10, 20, 10), (20, 10))
     assert (tiny.rows, tiny.columns) == (2, 2)
@@ -545,7 +545,7 @@ def test_find_says_why_it_has_no_samples(front: Front) -> None:
 
 def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
     """Without a heads.json and all layers' maps it says so; with one it shows it, and the heads that were used."""
-    draw_picture(front.folder / "picture_0.png")
+    draw_image(front.folder / "image_0.png")
     mask = np.zeros((48, 64), bool)
     mask[10:30, 10:40] = True
     write_data(front.folder, bbox=[8, 8, 40, 40], mask=encode_mask(mask))
@@ -644,7 +644,7 @@ def test_resumed_evaluate_ranks_the_same(front: Front, monkeypatch: pytest.Monke
 def test_evaluate_ranks_what_it_can_use(front: Front) -> None:
     """Of a data set of which the only samples drawn have failed there is no ranking; the scores stand."""
     write_data(front.folder, count=2, bbox=BOX)
-    (front.folder / "picture_0.png").write_bytes(b"no picture")
+    (front.folder / "image_0.png").write_bytes(b"no image")
     assert front.finder(*SCORED).status == 1
     drawn = heads_of(front.out / "report.html")
     assert len(drawn["rows"]) == drawn["layers"] * drawn["heads"]
@@ -689,7 +689,7 @@ def test_a_gallery_is_part_of_a_larger_one() -> None:
 
 
 def test_resumed_evaluate_shows_what_it_had_seen(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cards are kept in the log: with their maps, and with a picture that has gone since."""
+    """Cards are kept in the log: with their maps, and with an image that has gone since."""
     write_data(front.folder, bbox=[8, 8, 40, 40])
     options = ("stage=evaluate", "data_file=data.jsonl", "worst=0")
 
@@ -736,9 +736,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     cards = [made_card(number, size=(64, 48)) for number in range(40)]
     cards[3] = dataclasses.replace(cards[3], expression=HOSTILE, id=HOSTILE)
-    cards[4] = dataclasses.replace(
-        cards[4], maps=(), combined=None, picture="", box=None, truth=None, iou=None
-    )
+    cards[4] = dataclasses.replace(cards[4], maps=(), combined=None, image="", box=None, truth=None, iou=None)
     failures = [BadEntry(1, HOSTILE, HOSTILE)]
     path.write_bytes(render(made_report(cards, failures=failures, model=HOSTILE)).encode())
     return path
@@ -905,10 +903,10 @@ def test_gallery_is_sorted_and_filtered(chromium: Browser, report_file: Path) ->
 
 
 @needs_chromium
-def test_maps_are_drawn_when_they_come_near_and_laid_over_the_picture(
+def test_maps_are_drawn_when_they_come_near_and_laid_over_the_image(
     chromium: Browser, report_file: Path
 ) -> None:
-    """Not before; the strongest cell is yellow and hides most; the button lays the map over the large picture."""
+    """Not before; the strongest cell is yellow and hides most; the button lays the map over the large image."""
     chromium.open(report_file, height=300)
     drawn = "[...document.querySelectorAll('.card')].filter(c => c.querySelector('.maps button')).length"
     assert chromium.run(drawn) < 20
@@ -948,7 +946,7 @@ def test_table_is_sorted_by_its_headers(chromium: Browser, report_file: Path) ->
 
 
 @needs_chromium
-def test_without_scripts_ranking_and_pictures_are_there(chromium: Browser, report_file: Path) -> None:
+def test_without_scripts_ranking_and_images_are_there(chromium: Browser, report_file: Path) -> None:
     chromium.open(report_file, script=False, height=6000)  # cards that are far away are not laid out
     text = Image.open(BytesIO(b64decode(chromium.call("Page.captureScreenshot")["data"])))
     assert len(np.unique(np.asarray(text.convert("L")))) > 50  # something is drawn
@@ -983,7 +981,7 @@ def test_prints_light_and_with_every_map(chromium: Browser, report_file: Path) -
     assert chromium.complaints == []
 
 
-def test_pictures_of_the_examples_are_recognisable() -> None:
+def test_images_of_the_examples_are_recognisable() -> None:
     """A photograph's thumbnail stays close to it."""
     photo = load_image(Path(lh.__file__).parent.parent / "examples/images/cat.jpg")
     small = Image.open(BytesIO(b64decode(thumbnail(photo).partition(",")[2])))

@@ -30,7 +30,7 @@ from localization_heads.errors import BadLineError, UsageError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with `images/cat.png`, and `sets/` with a picture of its own."""
+    """A working directory with `images/cat.png`, and `sets/` with an image of its own."""
     for name in ("images/cat.png", "sets/dog.png", "sets/images/cat.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 3)).save(tmp_path / name)
@@ -301,7 +301,7 @@ def test_other_files_are_called_what_they_are(content, said, folder):
         assert str(caught.value).startswith(f"data_file={path} {said}")
 
 
-def test_a_picture_that_was_not_fetched_is_called_a_pointer(folder):
+def test_a_image_that_was_not_fetched_is_called_a_pointer(folder):
     Path("images/cat.png").write_text(POINTER)
     with pytest.raises(UsageError, match=r"cat\.png: is a Git LFS pointer.*git lfs pull"):
         load_image("images/cat.png")
@@ -366,7 +366,7 @@ PHOTO = (640, 480)
         # Pixels: nothing is said.
         ([(10, 20, 300, 400)], [PHOTO], None, False),
         ([(0, 0, 640, 480), (0, 0, 644, 490)], [PHOTO] * 2, None, False),  # a little outside
-        ([(0, 0, 1, 1)], [(4, 3)], None, False),  # a tiny picture
+        ([(0, 0, 1, 1)], [(4, 3)], None, False),  # a tiny image
         ([(1, 1, 3, 3), (0, 0, 2, 2)], [PHOTO] * 2, None, False),  # tiny objects
         ([(10, 20, 990, 900)] * 50, [(1000, 1000)] * 50, None, False),  # the same in both
         ([(10, 20, 990, 900)] * 19, [(2000, 1500)] * 19, None, False),  # too few to tell
@@ -381,7 +381,7 @@ PHOTO = (640, 480)
         ([(290, 340, 840, 830), (10, 10, 90, 90)], [(384, 384)] * 2, "1 of 2 boxes reach far", False),
         ([(290, 340, 840, 830)], [(384, 384)], "1 of 1 boxes reach far", False),  # one may be a slip
         ([(290, 340, 840, 830), (0, 0, 1500, 90)], [(384, 384)] * 2, "of larger copies", False),
-        ([(10, 20, 990, 900)] * 20, [(2000, 1500)] * 20, "none of the 20 boxes in pictures of 1250", False),
+        ([(10, 20, 990, 900)] * 20, [(2000, 1500)] * 20, "none of the 20 boxes in images of 1250", False),
     ],
 )  # fmt: skip
 def test_boxes_that_are_no_pixels_are_told(boxes, sizes, said, certain):
@@ -398,12 +398,12 @@ def test_an_error_about_boxes_names_one_and_a_note_only_says_it(caplog):
     check_scale(boxes, "data_file")
     assert "data_file: 1 of 1 boxes" in caplog.text
     with pytest.raises(
-        UsageError, match=r"such as \[290, 340, 840, 830\] in a picture of 384 x 384 pixels \(line 3"
+        UsageError, match=r"such as \[290, 340, 840, 830\] in an image of 384 x 384 pixels \(line 3"
     ):
         check_scale(boxes * 2, "data_file")
 
 
-def test_of_a_large_data_set_some_pictures_are_looked_at(folder):
+def test_of_a_large_data_set_some_images_are_looked_at(folder):
     samples = [Sample(Path("images/cat.png"), "the cat", bbox=(0, 0, 4, 3))] * 1000
     found = true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
     assert len(found) == 1001

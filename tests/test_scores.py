@@ -58,7 +58,7 @@ class TestOneAnswer:
         assert score_box(None, Truth((0, 0, 2, 2)), (4, 4)) == Score(0, False, 0, None)
 
     def test_a_box_alone_is_scored_as_a_map_that_is_even_in_it(self) -> None:
-        """The two ways to a score agree: left half of the picture as a box, and as a map."""
+        """The two ways to a score agree: left half of the image as a box, and as a map."""
         truth = Truth((1, 0, 3, 3), filled(1, 0, 3, 3))
         as_map = score_grounding(grounded([[1, 0], [1, 0]]), truth)
         as_box = score_box((0, 0, 2, 4), truth, (4, 4))

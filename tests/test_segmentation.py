@@ -1,4 +1,4 @@
-"""Masks: prompts by hand, geometry held against the families' own processors, GrabCut on drawn pictures, tiny SAMs."""
+"""Masks: prompts by hand, geometry held against the families' own processors, GrabCut on drawn images, tiny SAMs."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ class TestMapLogits:
         logits = map_logits(found, frame, 6)
         # two pixels a cell, a quarter of a cell from its centre; logits of the cells: -10, -5, 10
         assert logits[0] == pytest.approx([-10, -8.75, -6.25, -1.25, 6.25, 10])
-        assert (logits[2:] == -LOGIT).all()  # the padding below the picture
+        assert (logits[2:] == -LOGIT).all()  # the padding below the image
 
     def test_the_grid_beyond_the_image_is_not_shown(self):
-        # padded by the model to a square of 4 x 4 cells: the rows 0 and 3 hold no picture
+        # padded by the model to a square of 4 x 4 cells: the rows 0 and 3 hold no image
         found = grounded(np.arange(16.0).reshape(4, 4), (0, -10, 40, 30), (40, 20))
         logits = map_logits(found, Frame.squashed((40, 20), 8), 8)
         # the first and the last cell of the rows 1 and 2 are the smallest and the largest that the image shows
@@ -134,16 +134,16 @@ class TestMapLogits:
     @pytest.mark.parametrize("size", [(160, 90), (90, 160), (64, 64), (640, 200)])
     @pytest.mark.parametrize("make", [Frame.padded, Frame.squashed])
     def test_the_peak_lies_where_the_processor_puts_its_pixels(self, size, make):
-        """Traced: a picture with one bright cell goes where the map's peak goes."""
+        """Traced: an image with one bright cell goes where the map's peak goes."""
         grid = np.zeros((8, 8))
         grid[5, 2] = 1
         found = grounded(grid, (0, 0, *size), size)
         frame = make(size, 64)
         logits = map_logits(found, frame, 64)
-        picture = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+        image = np.zeros((size[1], size[0], 3), dtype=np.uint8)
         x0, y0, x1, y1 = (round(x) for x in found.box)
-        picture[y0 : max(y1, y0 + 1), x0:x1] = 255
-        pixels = np.asarray(Image.fromarray(picture).resize(frame.inner, Image.Resampling.BILINEAR))[..., 0]
+        image[y0 : max(y1, y0 + 1), x0:x1] = 255
+        pixels = np.asarray(Image.fromarray(image).resize(frame.inner, Image.Resampling.BILINEAR))[..., 0]
         rows, columns = np.nonzero(logits > 0)
         bright = np.argwhere(pixels > pixels.max() / 2)
         assert abs(rows.mean() - bright[:, 0].mean()) <= 1
@@ -276,7 +276,7 @@ class TestSam:
         best = output.pred_masks[0, 0, output.iou_scores[0, 0].argmax()]
         assert (many.segment(image, found) == on_image(best, many.frame(image.size)).numpy()).all()
 
-    def test_a_picture_is_encoded_once(self, sam, monkeypatch):
+    def test_a_image_is_encoded_once(self, sam, monkeypatch):
         fresh, calls = told(sam, "box"), []
         encode = type(sam.model).get_image_embeddings
         monkeypatch.setattr(
@@ -296,7 +296,7 @@ class TestSam:
         assert len(calls) == 7  # only the last few are kept
         turned = Image.frombytes("RGB", (30, 40), images[0].tobytes())
         fresh.encode(turned)
-        assert len(calls) == 8  # the same bytes in another shape are another picture
+        assert len(calls) == 8  # the same bytes in another shape are another image
 
     def test_the_image_goes_in_as_the_model_alone_would_take_it(self, sam):
         image = Image.effect_noise((80, 80), 80).convert("RGB")
@@ -310,7 +310,7 @@ class TestSam:
         assert (one.segment(image, found) == expected).all()
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
-    def test_odd_pictures(self, sam, size):
+    def test_odd_images(self, sam, size):
         found = grounded(square(8), (0, 0, *size), size)
         mask = told(sam, "box", "points", "map").segment(Image.new("RGB", size), found)
         assert mask.shape == size[::-1]
@@ -403,7 +403,7 @@ class TestGrabCut:
         np.random.default_rng(0).random(100)
         assert (GrabCut().segment(image, disc_grounding()) == first).all()
 
-    def test_a_large_picture_is_worked_on_small(self, monkeypatch):
+    def test_a_large_image_is_worked_on_small(self, monkeypatch):
         seen = []
         original = grabcut.cut
         monkeypatch.setattr(
@@ -431,7 +431,7 @@ class TestGrabCut:
         assert iou(mask, truth) > 0.9
 
     @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 50), (3, 3), (5000, 2)])
-    def test_odd_pictures_end_in_a_mask_of_their_size(self, size):
+    def test_odd_images_end_in_a_mask_of_their_size(self, size):
         found = grounded(square(8), (0, 0, *size), size)
         refined = refine(found, Image.new("RGB", size), GrabCut(), box_from="mask")
         assert refined.mask.shape == size[::-1]

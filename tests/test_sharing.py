@@ -1,4 +1,4 @@
-"""Encode once, ask many: a picture that was read once gives every expression what a run of its own gives."""
+"""Encode once, ask many: an image that was read once gives every expression what a run of its own gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import BUILDERS, tiny
-from footprints import coordinate_picture
+from footprints import coordinate_image
 from PIL import Image
 
 from localization_heads.errors import OutOfMemoryError, UsageError
@@ -33,12 +33,12 @@ APART = {"florence2", "paligemma", "paligemma2"}
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_family_is_as_if_asked_apart(name: str) -> None:
-    lvlm, picture = tiny(name), coordinate_picture(190, 110)
-    encoded = lvlm.encode_image(picture)
+    lvlm, image = tiny(name), coordinate_image(190, 110)
+    encoded = lvlm.encode_image(image)
     assert encoded.shares == (name not in APART)
     together = encoded.attend(EXPRESSIONS)
     for expression, maps in zip(EXPRESSIONS, together, strict=True):
-        alone = lvlm.attend(picture, expression)
+        alone = lvlm.attend(image, expression)
         assert (maps.image_box, maps.prompt, maps.query) == (alone.image_box, alone.prompt, expression)
         np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
 
@@ -49,37 +49,37 @@ def test_every_family_is_as_if_asked_apart(name: str) -> None:
 @pytest.mark.parametrize("query_token", QUERY_TOKENS)
 def test_every_query_token(name: str, query_token: str) -> None:
     """Expressions of several lengths that begin with the same words; the answer's first token is asked apart."""
-    lvlm, picture = copy.copy(tiny(name)), coordinate_picture(110, 150)
+    lvlm, image = copy.copy(tiny(name)), coordinate_image(110, 150)
     lvlm.query_token = query_token
-    encoded = lvlm.encode_image(picture)
+    encoded = lvlm.encode_image(image)
     assert encoded.shares == (query_token != "answer_first")
     for expression, maps in zip(EXPRESSIONS, encoded.attend(EXPRESSIONS), strict=True):
-        np.testing.assert_allclose(maps.attention, lvlm.attend(picture, expression).attention, **SAME)
+        np.testing.assert_allclose(maps.attention, lvlm.attend(image, expression).attention, **SAME)
 
 
 @pytest.mark.parametrize("mode", ["referseg", "chat", "plain"])
-def test_every_template(mode: str, picture: Image.Image) -> None:
+def test_every_template(mode: str, image: Image.Image) -> None:
     """The embedded model; `a` and `it's` share letters with the stand-ins, and a long one is much padded."""
     lvlm = load_model(device="cpu", conv_mode=mode)
     asked = ["it", "it's 2", "a", "?", "the dog " * 30, "狗在左边"]
-    encoded = lvlm.encode_image(picture)
+    encoded = lvlm.encode_image(image)
     assert encoded.shares
     for expression, maps in zip(asked, encoded.attend(asked), strict=True):
-        alone = lvlm.attend(picture, expression)
+        alone = lvlm.attend(image, expression)
         np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
         assert maps.prompt == alone.prompt
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma4", "mllama", "qwen3_5"])
 def test_early_exit(name: str) -> None:
-    """Down to a layer, then deeper: the picture is read again; then less deeply: it is not."""
-    lvlm, picture = tiny(name), coordinate_picture(110, 150)
+    """Down to a layer, then deeper: the image is read again; then less deeply: it is not."""
+    lvlm, image = tiny(name), coordinate_image(110, 150)
     first, last = min(lvlm.attention_modules), max(lvlm.attention_modules)
-    encoded = lvlm.encode_image(picture, last_layer=first)
+    encoded = lvlm.encode_image(image, last_layer=first)
     shallow = encoded.num_bytes
     for layer in (first, last, first):
         for expression, maps in zip(EXPRESSIONS, encoded.attend(EXPRESSIONS, last_layer=layer), strict=True):
-            alone = lvlm.attend(picture, expression, last_layer=layer)
+            alone = lvlm.attend(image, expression, last_layer=layer)
             np.testing.assert_allclose(maps.attention, alone.attention, **SAME)
             assert not maps.attention[layer + 1 :].any()
     assert encoded.num_bytes > shallow or first == last
@@ -98,21 +98,21 @@ def count(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3"])
-def test_the_picture_is_worked_on_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_is_worked_on_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resized once, seen once by the vision tower, and each layer reads its tokens once, whatever is asked."""
-    lvlm, picture = tiny(name), coordinate_picture(110, 150)
+    lvlm, image = tiny(name), coordinate_image(110, 150)
     resized = count(monkeypatch, type(lvlm.processor.image_processor), "preprocess")
     seen = count(monkeypatch, lvlm.model.base_model, "get_image_features")
     read: list[tuple[int, int]] = []
     layer = decoder_layers(lvlm.model)[0]
     hook = layer.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
     try:
-        encoded = lvlm.encode_image(picture)
+        encoded = lvlm.encode_image(image)
         encoded.attend(EXPRESSIONS)
         encoded.attend(["the left car"])
     finally:
         hook.remove()
-    tokens = lvlm.encode([picture], [lvlm.prompt(EXPRESSIONS[0])])["input_ids"].shape[1]
+    tokens = lvlm.encode([image], [lvlm.prompt(EXPRESSIONS[0])])["input_ids"].shape[1]
     assert (len(resized), len(seen)) == (2, 1)  # the second is the line above
     (whole, ends, end) = read
     assert whole[0] == 1 and whole[1] > tokens - 10
@@ -121,23 +121,21 @@ def test_the_picture_is_worked_on_once(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_early_exit_runs_no_later_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    lvlm, picture = tiny("gemma4"), coordinate_picture(110, 150)
+    lvlm, image = tiny("gemma4"), coordinate_image(110, 150)
     later = count(monkeypatch, decoder_layers(lvlm.model)[2], "forward")
     head = count(monkeypatch, lvlm.model.lm_head, "forward")
-    lvlm.encode_image(picture, last_layer=1).attend(EXPRESSIONS, last_layer=1)
+    lvlm.encode_image(image, last_layer=1).attend(EXPRESSIONS, last_layer=1)
     assert (later, head) == ([], [])
-    lvlm.encode_image(picture).attend(EXPRESSIONS)
+    lvlm.encode_image(image).attend(EXPRESSIONS)
     assert (len(later), head) == (2, [])
 
 
-def test_a_batch_shares_its_pictures(
-    lvlm: LVLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_shares_its_images(lvlm: LVLM, encoded: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same object several times is encoded once; order and results are those of single pairs."""
-    other, third = picture.rotate(180), picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    images = [picture, other, picture, third, picture, other]
+    other, third = encoded.rotate(180), encoded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    images = [encoded, other, encoded, third, encoded, other]
     asked = ["the dog", "a red car", "the cat on the left", "the dog", "a house", "it"]
-    encoded = count(monkeypatch, sharing.EncodedPicture, "_computed")
+    encoded = count(monkeypatch, sharing.EncodedImage, "_computed")
     found = lvlm.attend_batch(images, asked)
     assert len(encoded) == 2
     for maps, image, expression in zip(found, images, asked, strict=True):
@@ -149,36 +147,36 @@ def test_a_batch_shares_its_pictures(
 def test_a_prefix_that_reaches_into_an_expression_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins that begin alike, as with a tokenizer that merges over the edge: what is common then is less."""
     monkeypatch.setattr(sharing, "STAND_INS", ("the red car in this", "the red car in image"))
-    picture = coordinate_picture(110, 150)
+    image = coordinate_image(110, 150)
     for name in ("llava", "qwen2_vl", "aya_vision", "gemma3", "gemma4", "mllama", "qwen3_5"):
         lvlm = copy.copy(tiny(name))
         for lvlm.query_token in ("last", "expression_mean"):
             asked = ["the red car in this image", "the dog", "the red car"]
-            for expression, maps in zip(asked, lvlm.encode_image(picture).attend(asked), strict=True):
-                np.testing.assert_allclose(maps.attention, lvlm.attend(picture, expression).attention, **SAME)
+            for expression, maps in zip(asked, lvlm.encode_image(image).attend(asked), strict=True):
+                np.testing.assert_allclose(maps.attention, lvlm.attend(image, expression).attention, **SAME)
 
 
-def test_several_threads_ask_one_picture(lvlm: LVLM, picture: Image.Image) -> None:
-    encoded = lvlm.encode_image(picture, last_layer=1)
+def test_several_threads_ask_one_image(lvlm: LVLM, image: Image.Image) -> None:
+    encoded = lvlm.encode_image(image, last_layer=1)
     asked = ["the dog", "a red car", "the cat on the left", "a house"] * 4
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(encoded.attend, [e, "it"], last_layer=n % 4) for n, e in enumerate(asked)]
     for n, (expression, job) in enumerate(zip(asked, jobs, strict=True)):
-        alone = lvlm.attend(picture, expression, last_layer=n % 4)
+        alone = lvlm.attend(image, expression, last_layer=n % 4)
         np.testing.assert_allclose(job.result()[0].attention, alone.attention, **SAME)
 
 
-def test_a_picture_after_the_text_is_not_shared() -> None:
+def test_a_image_after_the_text_is_not_shared() -> None:
     lvlm = copy.copy(tiny("llava"))
     lvlm._prompts = {}
     lvlm._render = lambda text: f"{text}. {lvlm.image_text} here"  # type: ignore[method-assign]
-    encoded = lvlm.encode_image(coordinate_picture(110, 150))
+    encoded = lvlm.encode_image(coordinate_image(110, 150))
     assert not encoded.shares
     (maps,) = encoded.attend(["the dog"])
     np.testing.assert_allclose(maps.attention, lvlm.attend(encoded.image, "the dog").attention, **SAME)
 
 
-def test_why_a_picture_is_not_shared() -> None:
+def test_why_a_image_is_not_shared() -> None:
     assert "bidirectional" in (tiny("paligemma").why_not_shared or "")
     assert "encoder" in (tiny("florence2").why_not_shared or "")
     assert tiny("llava").why_not_shared is None
@@ -202,8 +200,8 @@ def test_the_documentation_names_who_cannot_share() -> None:
     assert apart == NOT_SHARED.keys()
 
 
-def test_wrong_questions(lvlm: LVLM, picture: Image.Image) -> None:
-    encoded = lvlm.encode_image(picture)
+def test_wrong_questions(lvlm: LVLM, image: Image.Image) -> None:
+    encoded = lvlm.encode_image(image)
     assert encoded.attend([]) == []
     with pytest.raises(UsageError, match="empty"):
         encoded.attend(["the dog", " "])
@@ -212,52 +210,49 @@ def test_wrong_questions(lvlm: LVLM, picture: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("where", ["on_device", "query_rows"])
-def test_out_of_memory(lvlm: LVLM, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_out_of_memory(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """On the way to the device as in the model: one kind of error, which names the ways out."""
-    encoded = lvlm.encode_image(picture)
+    encoded = lvlm.encode_image(image)
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(LVLM, where, full)
     asked: list[Callable[[], object]] = [
-        lambda: lvlm.attend_batch([picture] * 2, ["the dog", "a car"]),
-        lambda: lvlm.attend_batch([picture, picture.copy()], ["the dog", "a car"]),
-        lambda: lvlm.attend(picture, "the dog"),
+        lambda: lvlm.attend_batch([image] * 2, ["the dog", "a car"]),
+        lambda: lvlm.attend_batch([image, image.copy()], ["the dog", "a car"]),
+        lambda: lvlm.attend(image, "the dog"),
     ]
     asked.append(
-        (lambda: encoded.attend(["the dog"])) if where == "query_rows" else lambda: lvlm.encode_image(picture)
+        (lambda: encoded.attend(["the dog"])) if where == "query_rows" else lambda: lvlm.encode_image(image)
     )
     for ask in asked:
         with pytest.raises(OutOfMemoryError, match="batch_size=auto"):
             ask()
 
 
-def test_bytes_are_counted(lvlm: LVLM, picture: Image.Image) -> None:
+def test_bytes_are_counted(lvlm: LVLM, image: Image.Image) -> None:
     """Two tensors of every layer, for every token before the expression, and the pixels before and after resizing."""
-    encoded = lvlm.encode_image(picture)
+    encoded = lvlm.encode_image(image)
     text = lvlm.model.config.get_text_config()
-    tokens = lvlm.encode([picture], [lvlm.prompt("the dog")])["input_ids"].shape[1]
+    tokens = lvlm.encode([image], [lvlm.prompt("the dog")])["input_ids"].shape[1]
     width = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
     most = 2 * lvlm.num_layers * tokens * width * 4
-    pixels = (
-        lvlm.encode([picture], [lvlm.prompt("it")])["pixel_values"].nbytes
-        + picture.width * picture.height * 3
-    )
+    pixels = lvlm.encode([image], [lvlm.prompt("it")])["pixel_values"].nbytes + image.width * image.height * 3
     assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most
 
 
-def test_a_picture_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is given half of it; boxes are in the pixels of the picture itself, shared or not."""
-    picture = coordinate_picture(80, 40)
-    small = lvlm.attend(picture.reduce(2), "the dog")
+def test_a_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is given half of it; boxes are in the pixels of the image itself, shared or not."""
+    image = coordinate_image(80, 40)
+    small = lvlm.attend(image.reduce(2), "the dog")
     monkeypatch.setattr("localization_heads.data.images.LARGEST_SEEN", 1000)
     words = ["the dog", "the cat"]
     for maps in (
-        lvlm.attend(picture, "the dog"),
-        lvlm.attend_batch([picture, picture], words)[0],
-        lvlm.attend_apart([picture, picture], words)[0],
-        lvlm.encode_image(picture).attend(words)[0],
+        lvlm.attend(image, "the dog"),
+        lvlm.attend_batch([image, image], words)[0],
+        lvlm.attend_apart([image, image], words)[0],
+        lvlm.encode_image(image).attend(words)[0],
     ):
         np.testing.assert_allclose(maps.attention, small.attention, **SAME)
         assert maps.image_size == (80, 40)

@@ -13,7 +13,7 @@ from typing import Any
 import killing
 import numpy as np
 import pytest
-from front import EXPRESSIONS, Front, draw_picture, fronts, one_line, stub_figures, write_lines
+from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_lines
 from tiny_models import save_overflowing
 
 from localization_heads.data.samples import Sample
@@ -59,7 +59,7 @@ def ray() -> Iterator[Any]:
 def front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Front]:
-    """Twelve entries of six pictures, one of them broken and one line no entry at all; figures are stubs."""
+    """Twelve entries of six images, one of them broken and one line no entry at all; figures are stubs."""
     stub_figures(monkeypatch)
     write_entries(tmp_path)
     yield from fronts(tmp_path, monkeypatch, capsys)
@@ -68,11 +68,11 @@ def front(
 def write_entries(folder: Path) -> None:
     dice, entries = np.random.default_rng(5), list[Any]()
     for number in range(12):
-        path = draw_picture(folder / f"picture_{number % 6}.png", number % 6)
+        path = draw_image(folder / f"image_{number % 6}.png", number % 6)
         x0, y0 = (int(value) for value in dice.integers(0, 30, 2))
         entry = {"id": f"entry_{number}", "prompt": EXPRESSIONS[number % 5], "image_path": path.name}
         entries.append({**entry, "bbox": [x0, y0, x0 + 20, y0 + 15]})
-    (folder / "picture_3.png").write_bytes((folder / "picture_3.png").read_bytes()[:100])
+    (folder / "image_3.png").write_bytes((folder / "image_3.png").read_bytes()[:100])
     entries.insert(7, "{no json")
     write_lines(folder / "data.jsonl", entries)
 

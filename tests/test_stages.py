@@ -1,4 +1,4 @@
-"""Single pictures, figures' files, grounding, evaluation and scenes, from the command line to the files."""
+"""Single images, figures' files, grounding, evaluation and scenes, from the command line to the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from front import (
     Front,
     cached_load_model,
-    draw_picture,
+    draw_image,
     fronts,
     one_line,
     stub_figures,
@@ -55,7 +55,7 @@ ANALYSIS_KEYS = [
 def front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Front]:
-    draw_picture(tmp_path / "cat.png")
+    draw_image(tmp_path / "cat.png")
     yield from fronts(tmp_path, monkeypatch, capsys)
 
 
@@ -90,11 +90,11 @@ def files(folder: Path) -> set[str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------------------- one image
 
 
 def test_pipeline_writes_what_the_contract_says(front: Front, lvlm: LVLM) -> None:
-    """Attention, analysis and both figures, named after picture and query, and the box on the screen."""
+    """Attention, analysis and both figures, named after image and query, and the box on the screen."""
     result = front.finder("stage=pipeline", "image_file=cat.png", "query=What is in this image?", "top_k=2")
     assert result.status == 0, result.err
     stem = "attention/cat_what-is-in-this-image"
@@ -260,7 +260,7 @@ def test_criteria_reach_the_analysis(front: Front) -> None:
         (["query=</s>"], "control token"),
         (["query=<image>"], "the expression is empty"),
         (["image_file=."], "is a folder"),
-        (["image_file=text.png"], "text.png: not a picture"),
+        (["image_file=text.png"], "text.png: not an image"),
         (["image_file=cut.png"], "cut.png: broken or cut short"),
         (["image_file=empty.png"], "empty.png: the file is empty"),
         (["image_file=bomb.png"], "bomb.png: 9000 x 9000 = 81 MP, over the limit"),
@@ -314,7 +314,7 @@ def test_a_private_address_in_a_data_file_costs_its_entry(front: Front) -> None:
 
 
 def test_secrets_of_an_address_are_in_no_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in its name either; and two addresses that differ in nothing else are two pictures."""
+    """Not in its name either; and two addresses that differ in nothing else are two images."""
     asked = []
 
     def download(address: Address) -> bytes:
@@ -340,7 +340,7 @@ def test_secrets_of_an_address_are_in_no_file(front: Front, monkeypatch: pytest.
         result = front.finder(*command)
         assert result.status == 0, result.err
         assert "SECRET" not in result.out + result.err
-        assert "without the picture" not in result.err
+        assert "without the image" not in result.err
     assert {f"{address}a", f"{address}b"} <= set(asked)
     written = [path for path in Path("outputs").rglob("*") if path.is_file()]
     assert len(written) > 10
@@ -349,9 +349,7 @@ def test_secrets_of_an_address_are_in_no_file(front: Front, monkeypatch: pytest.
     assert load_attention(path).image_file == "https://example.org/cat.png?..."
     monkeypatch.setattr(images, "download", downloading.download)
     result = front.visualize(f"attention_file={path}")
-    assert (
-        "drawing without the picture: https://example.org/cat.png?...: cannot be fetched again" in result.err
-    )
+    assert "drawing without the image: https://example.org/cat.png?...: cannot be fetched again" in result.err
 
 
 def test_a_model_that_is_not_here(front: Front) -> None:
@@ -397,23 +395,23 @@ def test_hostile_pickles_run_nothing(front: Front, stage: str, beside: bool) -> 
     assert not Path("exploded").exists()
 
 
-def test_a_picture_that_is_gone_costs_only_the_picture(front: Front) -> None:
-    """An attention file outlives its picture, and an address that cannot be reached."""
+def test_a_image_that_is_gone_costs_only_the_image(front: Front) -> None:
+    """An attention file outlives its image, and an address that cannot be reached."""
     front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
     path = front.out / "attention/a.pkl"
     Path("cat.png").unlink()
     result = front.finder("stage=visualize", f"attention_file={path}")
     assert result.status == 0
-    assert result.err.count("note: drawing without the picture: cat.png: no such file") == 1
+    assert result.err.count("note: drawing without the image: cat.png: no such file") == 1
     content = load_pickle(path)
     path.write_bytes(pickle.dumps({**content, "image_file": "http://127.0.0.1:9/cat.png"}))
     for run in (front.finder, front.visualize):
         stage = ["stage=visualize"] if run == front.finder else []
         result = run(*stage, f"attention_file={path}")  # a stranger's file does not choose whom to ask
         assert result.status == 0
-        assert "drawing without the picture: http://127.0.0.1:9/cat.png: leads to this machine" in result.err
+        assert "drawing without the image: http://127.0.0.1:9/cat.png: leads to this machine" in result.err
         result = run(*stage, f"attention_file={path}", "allow_private_addresses=true")
-        assert "drawing without the picture: http://127.0.0.1:9/cat.png: cannot be reached" in result.err
+        assert "drawing without the image: http://127.0.0.1:9/cat.png: cannot be reached" in result.err
 
 
 @pytest.mark.parametrize(
@@ -427,7 +425,7 @@ def test_a_picture_that_is_gone_costs_only_the_picture(front: Front) -> None:
     ],
 )
 def test_default_ids_are_safe_names(query: str, id: str) -> None:
-    assert default_id("pictures/cat.png", query) == id
+    assert default_id("images/cat.png", query) == id
     assert default_id("https://a.example/cat.png?size=1", query) == id
 
 
@@ -439,7 +437,7 @@ def test_odd_expressions_run(front: Front, monkeypatch: pytest.MonkeyPatch, quer
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGBA", "CMYK", "P", "I;16"])
-def test_every_kind_of_picture_runs(front: Front, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_every_kind_of_image_runs(front: Front, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     stub_figures(monkeypatch)
     name = "odd.tif" if mode in ("CMYK", "I;16") else "odd.png"
     Image.open("cat.png").convert("L" if mode == "I;16" else mode).convert(mode).save(name)
@@ -449,9 +447,9 @@ def test_every_kind_of_picture_runs(front: Front, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
-def test_tiny_pictures_get_a_box_inside_them(front: Front, size: tuple[int, int]) -> None:
+def test_tiny_images_get_a_box_inside_them(front: Front, size: tuple[int, int]) -> None:
     """With figures, masks and all."""
-    draw_picture(Path("dot.png"), 0, size)
+    draw_image(Path("dot.png"), 0, size)
     result = front.finder("stage=pipeline", "image_file=dot.png", "query=the dog")
     assert result.status == 0, result.err
     assert front.finder("stage=ground", "image_file=dot.png", "query=the dog").status == 0
@@ -465,7 +463,7 @@ def test_tiny_pictures_get_a_box_inside_them(front: Front, size: tuple[int, int]
 # ---------------------------------------------------------------------------------------------------- ground
 
 
-def test_ground_one_picture(front: Front) -> None:
+def test_ground_one_image(front: Front) -> None:
     """A box, a mask, an overlay; the same as from Python."""
     result = front.finder(
         "stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0,2-1]", "save_id=a"
@@ -484,8 +482,8 @@ def test_ground_one_picture(front: Front) -> None:
     assert found.heatmap.shape == found.mask.shape == (48, 64)
 
 
-def test_one_picture_leaves_the_data_sets_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its predictions, and what an interrupted run has finished, are not those of the picture."""
+def test_one_image_leaves_the_data_sets_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its predictions, and what an interrupted run has finished, are not those of the image."""
     stub_figures(monkeypatch)
     write_data(front.folder, 4)
     data, heads = ("stage=ground", "data_file=data.jsonl", "batch_size=2"), "heads=[2-0]"
@@ -501,8 +499,8 @@ def test_one_picture_leaves_the_data_sets_files(front: Front, monkeypatch: pytes
 
     monkeypatch.setattr(LVLM, "attend_batch", interrupted)
     assert front.finder(*data, heads).status == 130
-    picture = ("stage=ground", "image_file=cat.png", "query=the dog", "batch_size=2")
-    assert front.finder(*picture, heads).status == 0
+    image = ("stage=ground", "image_file=cat.png", "query=the dog", "batch_size=2")
+    assert front.finder(*image, heads).status == 0
     assert (front.out / "predictions.jsonl").read_bytes() == before
     assert front.finder(*data, heads).status == 0
     assert [len(expressions) for expressions in seen] == [2, 2, 1, 2]
@@ -765,9 +763,9 @@ def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest
     entries = read_lines(data_file)
     assert len(entries) == 3
     for entry in entries:
-        picture = Image.open(data_file.parent / entry["image_path"])
-        assert picture.size == (64, 64)
-        mask = read_mask(entry["mask"], picture.size)
+        image = Image.open(data_file.parent / entry["image_path"])
+        assert image.size == (64, 64)
+        mask = read_mask(entry["mask"], image.size)
         x0, y0, x1, y1 = entry["bbox"]
         rows, columns = np.nonzero(mask)
         assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x0, y0, x1, y1)
@@ -788,23 +786,23 @@ def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest
 
 def test_from_python(lvlm: LVLM, tmp_path: Path) -> None:
     """The few lines of the contract."""
-    picture = Image.open(draw_picture(tmp_path / "cat.png"))
-    ranking = lh.find_heads(lvlm, [lh.Sample(picture, "the dog"), lh.Sample(tmp_path / "cat.png", "the cat")])
+    image = Image.open(draw_image(tmp_path / "cat.png"))
+    ranking = lh.find_heads(lvlm, [lh.Sample(image, "the dog"), lh.Sample(tmp_path / "cat.png", "the cat")])
     assert ranking.num_samples == 2
-    result = lh.ground(lvlm, picture, "the cat on the left", heads=ranking.top(3))
+    result = lh.ground(lvlm, image, "the cat on the left", heads=ranking.top(3))
     assert result.heads == tuple(ranking.top(3))
     assert result.mask.shape == result.heatmap.shape == (48, 64)
     assert result.mask.dtype == bool
     with pytest.raises(ValueError, match="at least one sample"):
         lh.find_heads(lvlm, [])
     with pytest.raises(ValueError, match="there is no L99H0"):
-        lh.ground(lvlm, picture, "the cat", heads=[lh.Head(99, 0)])
+        lh.ground(lvlm, image, "the cat", heads=[lh.Head(99, 0)])
 
 
 def test_greedy_from_python_without_known_heads(lvlm: LVLM, tmp_path: Path) -> None:
     if lvlm.known_heads:
         pytest.skip("this model's heads are published")
-    found = lh.ground(lvlm, draw_picture(tmp_path / "cat.png"), "the dog")
+    found = lh.ground(lvlm, draw_image(tmp_path / "cat.png"), "the dog")
     assert len(found.heads) == 3
 
 
@@ -843,7 +841,7 @@ def test_an_entry_that_overflows_fails_alone(
 
 
 @pytest.mark.parametrize("options", [["stage=pipeline"], ["stage=collect"], ["stage=ground"]])
-def test_one_picture_that_overflows(front: Front, options: list[str]) -> None:
+def test_one_image_that_overflows(front: Front, options: list[str]) -> None:
     model = f"model.name={save_overflowing(front.folder / 'model')}"
     result = front.finder(*options, "image_file=cat.png", "query=the dog", model)
     assert result.status == 1
@@ -884,7 +882,7 @@ def test_maps_that_are_not_finite(value: float) -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often pictures are opened and decoded, samples analysed, expressions cleaned, prompts and figures made."""
+    """How often images are opened and decoded, samples analysed, expressions cleaned, prompts and figures made."""
     from localization_heads.lvlm import loaded
     from localization_heads.stages import find, single
 
@@ -910,7 +908,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_a_batch_computes_each_thing_once(front: Front, counted: Counter[str], tmp_path: Path) -> None:
-    """A rerun opens the pictures for the masks, reads the maps for the boxes, and draws nothing anew."""
+    """A rerun opens the images for the masks, reads the maps for the boxes, and draws nothing anew."""
     number = 4
     write_lines(
         tmp_path / "data.jsonl",
@@ -918,7 +916,7 @@ def test_a_batch_computes_each_thing_once(front: Front, counted: Counter[str], t
             {
                 "id": f"entry_{n}",
                 "prompt": f"the dog {n}",
-                "image_path": draw_picture(tmp_path / f"{n}.png", n).name,
+                "image_path": draw_image(tmp_path / f"{n}.png", n).name,
             }
             for n in range(number)
         ],
@@ -938,10 +936,10 @@ def test_a_batch_computes_each_thing_once(front: Front, counted: Counter[str], t
     assert front.finder("stage=batch", "data_file=data.jsonl", "report=false").status == 0
     assert +counted == {"opened": number, "decoded": number, "analysed": number}
     assert figures == {path: path.stat().st_mtime_ns for path in front.out.rglob("*.png")}
-    draw_picture(tmp_path / "0.png", 9)
+    draw_image(tmp_path / "0.png", 9)
     counted.clear()
     assert front.finder("stage=batch", "data_file=data.jsonl", "report=false", "top_k=2").status == 0
-    assert counted["drawn"] >= number + 1  # the top maps of all, the box of the other picture
+    assert counted["drawn"] >= number + 1  # the top maps of all, the box of the other image
 
 
 def test_a_figure_that_was_cut_short_is_drawn_again(tmp_path: Path) -> None:

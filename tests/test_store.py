@@ -267,7 +267,7 @@ def test_layers_of_one_sample_each_make_a_file(tmp_path):
         np.stack([np.zeros((3, 4, 4)), np.pad([[[1.0]]] * 3, ((0, 0), (0, 3), (0, 3)))]),
     ],
 )
-def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_picture(content, tmp_path):
+def test_layers_are_read_in_order_and_without_metadata_the_grid_stands_for_the_image(content, tmp_path):
     (tmp_path / "q.pkl").write_bytes(pickle.dumps(content))
     maps = load_attention(tmp_path / "q.pkl")
     assert maps.attention.shape == (2, 3, 4, 4)

@@ -220,13 +220,13 @@ def test_a_killed_writer_loses_at_most_the_last_chunk(tmp_path):
 
 
 def test_the_key_tells_samples_apart(tmp_path):
-    picture = tmp_path / "a.png"
-    picture.write_bytes(b"x")
-    first = sample_key("a cat", picture, "id")
+    image = tmp_path / "a.png"
+    image.write_bytes(b"x")
+    first = sample_key("a cat", image, "id")
     assert len(first) == 16
-    assert sample_key("a cat", str(picture), "id") == first
-    picture.write_bytes(b"xy")
-    changed = sample_key("a cat", picture, "id")
+    assert sample_key("a cat", str(image), "id") == first
+    image.write_bytes(b"xy")
+    changed = sample_key("a cat", image, "id")
     missing = sample_key("a cat", tmp_path / "no.png", "id")
     address = sample_key("a cat", "http://x/a.png", "id")
     others = {
@@ -234,13 +234,13 @@ def test_the_key_tells_samples_apart(tmp_path):
         changed,
         missing,
         address,
-        sample_key("a dog", picture, "id"),
-        sample_key("a cat", picture),
+        sample_key("a dog", image, "id"),
+        sample_key("a cat", image),
     }
     assert len(others) == 6
 
 
-def test_the_key_of_a_picture_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+def test_the_key_of_a_image_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert sample_key("e", "a.png") == sample_key("e", tmp_path / "a.png")

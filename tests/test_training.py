@@ -30,7 +30,7 @@ RECIPE = Recipe(
     steps=400,
     model=SMALL,
     canvases=(Canvas(6, (1,), 24, 0), Canvas(6, (1,), 16, 40)),
-    stages=(  # easy pictures: the test is short
+    stages=(  # easy images: the test is short
         Stage(0, (1.0, 0.0, 0.0), (), 0.0, 0.0),
         Stage(100, (0.2, 0.8, 0.0), (), 0.0, 0.0),
         Stage(200, (0.1, 0.1, 0.8), (), 0.0, 0.0),

@@ -3,7 +3,7 @@
 Usage: python -m training.ablation CHECKPOINT_FOLDER TARGET_FOLDER [--steps N] [--only with|without]
 
 The checkpoint is one from before looking costs anything.
-Both arms see the same pictures, mostly full scenes in 16 x 16 cells, and differ in nothing but the answers. What
+Both arms see the same images, mostly full scenes in 16 x 16 cells, and differ in nothing but the answers. What
 comes out is measured on scenes of 16 x 16 cells.
 """
 
@@ -79,7 +79,7 @@ def spread_cells(grid: int, side: int) -> torch.Tensor:
 
 
 def shrink(model: LlavaForConditionalGeneration, side: int) -> LlavaForConditionalGeneration:
-    """The model for pictures of `side` x `side` cells, spread over its grid; `measure` takes their `places`."""
+    """The model for images of `side` x `side` cells, spread over its grid; `measure` takes their `places`."""
     model = copy.deepcopy(model)
     config = model.config.vision_config
     cells = spread_cells(config.image_size // config.patch_size, side)

@@ -1,4 +1,4 @@
-"""Batches: pictures, and conversations about each packed into one row of tokens."""
+"""Batches: images, and conversations about each packed into one row of tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 class Batch:
     """`pixels` (B, 3, h, w), `cells` (B, N), `words` (B, vocabulary) are None for text alone; the rest is (B, T).
 
-    `words` marks the names and colours of the picture's caption.
+    `words` marks the names and colours of the image's caption.
     `weights` is 1 on answers, less on prompts, 0 on padding; `firsts` marks each answer's first token.
     """
 

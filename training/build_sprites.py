@@ -57,22 +57,22 @@ def find_icon(icons: dict, name: str) -> dict | None:
 
 
 def rasterise(icon: dict, width: int, height: int) -> Image.Image:
-    """RGBA picture of one icon, cropped to what it draws and scaled so that its longer side is CELL."""
+    """RGBA image of one icon, cropped to what it draws and scaled so that its longer side is CELL."""
     width, height = icon.get("width", width), icon.get("height", height)
     frame = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{frame}" width="{3 * CELL}" height="{3 * CELL}">{icon["body"]}</svg>'
     )
-    picture = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
-    scale = CELL / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    image = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
+    image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
+    scale = CELL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
-    """One picture with every name's sprite at the top left of its cell, row by row."""
+    """One image with every name's sprite at the top left of its cell, row by row."""
     rows = -(-len(names) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for index, name in enumerate(names):

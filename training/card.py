@@ -160,7 +160,7 @@ def comparisons(now: dict, before: dict) -> Iterator[str]:
 
 
 def talk(now: dict, before: dict) -> Iterator[str]:
-    """Answers to questions about a picture; the last column is the release before."""
+    """Answers to questions about an image; the last column is the release before."""
     yield "| asked | answers | right | the release before |"
     yield "|---|---|---|---|"
     for kind, (share, number) in now["talk"].items():

@@ -40,7 +40,7 @@ from training.talk import talk
 RANDOM_DRAWS = 5
 TOP_N = 3  # heads that criterion 2 marks in a scene, as model.top_n of config/model/tiny.yaml,
 PAPER_N = 10  # and in the paper, of 1,024 heads
-PADDED = (0.0, 0.125)  # bars above and below: pictures of 4:3, padded to a square as LLaVA does
+PADDED = (0.0, 0.125)  # bars above and below: images of 4:3, padded to a square as LLaVA does
 
 
 @dataclass(frozen=True)

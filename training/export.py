@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def build_processor(recipe: ModelRecipe) -> LlavaProcessor:
-    """Pads a picture to a square, as LLaVA does, and scales it to the model's size."""
+    """Pads an image to a square, as LLaVA does, and scales it to the model's size."""
     side = recipe.image_size
     images = LlavaImageProcessorPil(
         do_pad=True, size={"height": side, "width": side}, crop_size={"height": side, "width": side}

@@ -24,7 +24,7 @@ from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import scene_samples
 from training.measure import Measured, measure
 
-# Image tokens a picture (negative: captions alone) -> what the curve is called.
+# Image tokens an image (negative: captions alone) -> what the curve is called.
 NAMES = {
     0: "text alone",
     100: "10 x 10: one object",
@@ -73,7 +73,7 @@ def draw_curves(log: Path, target: Path) -> None:
 
 
 def draw_sheet(model: LlavaForConditionalGeneration, target: Path, num_scenes: int = 10) -> None:
-    """The first test scenes: picture with true and found box, and the combined map."""
+    """The first test scenes: image with true and found box, and the combined map."""
     size = model.config.vision_config.image_size
     top = list(find_spec("tiny").heads)
     results = measure(model, scene_samples(num_scenes, size=size))
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("model", type=Path, help="folder of an exported model")
-    parser.add_argument("docs", type=Path, help="where the pictures go")
+    parser.add_argument("docs", type=Path, help="where the images go")
     options = parser.parse_args()
     options.docs.mkdir(parents=True, exist_ok=True)
     draw_curves(options.run / "log.jsonl", options.docs / "embedded-curves.png")

@@ -49,7 +49,7 @@ def main() -> None:
     entries = [_photograph(number, *row) for number, row in enumerate(PHOTOGRAPHS, start=1)]
     entries += [_scene(number, *found) for number, found in enumerate(_good_scenes(), start=len(entries) + 1)]
     used = {Path(entry["image_path"]).name for entry in entries}
-    for left in {picture.name for picture in (FOLDER / "images").iterdir()} - used:
+    for left in {image.name for image in (FOLDER / "images").iterdir()} - used:
         (FOLDER / "images" / left).unlink()
     _write("localization_data.jsonl", entries)
     _write("visualization_data.jsonl", [_view(5), _view(9, layer=4, head=4), _view(13)])
@@ -68,8 +68,8 @@ def _scene(number: int, scene: Scene, expression: Expression) -> dict[str, Any]:
     return _line(f"example_{number}", expression.text, name) | {"bbox": [round(x) for x in target.box]}
 
 
-def _line(id: str, prompt: str, picture: str) -> dict[str, Any]:
-    return {"id": id, "prompt": prompt, "image_path": f"examples/images/{picture}"}
+def _line(id: str, prompt: str, image: str) -> dict[str, Any]:
+    return {"id": id, "prompt": prompt, "image_path": f"examples/images/{image}"}
 
 
 def _view(number: int, **head: int) -> dict[str, Any]:

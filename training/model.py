@@ -2,7 +2,7 @@
 
 The fast forward computes what `LlavaForConditionalGeneration` computes (a test holds it to that), but many
 conversations share one image: keys and values of the system sentence are computed once a step, those of the
-image once a picture, and each packed conversation attends to that prefix and to itself.
+image once an image, and each packed conversation attends to that prefix and to itself.
 """
 
 import math
@@ -246,7 +246,7 @@ class FastForward:
         """How badly the patches alone, read as the language model reads its states, name the caption's words.
 
         `features` (B, N, D) projected patches, `words` (B, vocabulary) marks. Patches are pooled by log-sum-exp
-        over a random share `keep` of them. Like CLIP's captions, this says what is in a picture, never where.
+        over a random share `keep` of them. Like CLIP's captions, this says what is in an image, never where.
         """
         scores = self.logits(self._norm(self.language.norm, features)).float()
         dropped = torch.rand(features.shape[:2]) >= keep

@@ -38,23 +38,23 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class Canvas:
-    """One kind of picture: cells a side, how many objects (None: as in full scenes), pictures a step and worker.
+    """One kind of image: cells a side, how many objects (None: as in full scenes), images a step and worker.
 
     `text_tokens` is the room for conversations about each; with 0 the vision tower learns from captions alone.
     `scene_cells` is how many cells the side of a full scene would take (None: the model's grid). With fewer, scenes
-    are drawn smaller, and the cells are spread over the grid, so that places and extents stay those of full pictures.
+    are drawn smaller, and the cells are spread over the grid, so that places and extents stay those of full images.
     """
 
     cells: int
     num_objects: tuple[int, ...] | None
-    pictures: int
+    images: int
     text_tokens: int = 112
     scene_cells: int | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a run shows from step `start` on: shares of (text only, each of the canvases), and what the pictures are.
+    """What a run shows from step `start` on: shares of (text only, each of the canvases), and what the images are.
 
     `kinds` weighs the kinds of expression that conversations draw from (1 for those not named; none: all alike);
     see `language.scene_turns`.
@@ -63,8 +63,8 @@ class Stage:
     start: int
     mix: tuple[float, ...]
     kinds: tuple[tuple[str, float], ...] = ()
-    augment_share: float = 0.6  # of the pictures drawn with varied outlines and contrast
-    training_styles_share: float = 0.35  # of the pictures in the styles that are there to learn from only,
+    augment_share: float = 0.6  # of the images drawn with varied outlines and contrast
+    training_styles_share: float = 0.35  # of the images in the styles that are there to learn from only,
     styles: tuple[str, ...] = TRAINING_STYLES  # one of these
     repeats: float = 0.4  # share of the scenes in which a name comes more than once
 
@@ -73,7 +73,7 @@ class Stage:
 class Recipe:
     """One training run.
 
-    The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; pictures of
+    The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; images of
     few objects; full scenes, drawn in 16 x 16 cells first, then in all of them; more of these, at rates that rise
     once more, with more places, colours and relations to tell apart, and a cost that few heads escape; and once more,
     with more styles, and more things of one name to tell apart by where they are.
@@ -153,7 +153,7 @@ class Recipe:
     answer_places: bool = False  # ablation: name the place first in every answer
     image_keep: float = 1.0  # share of the image tokens that the language model sees
     image_dropout: float = 0.3  # of attention from text to image tokens
-    bars_share: float = 0.15  # of the pictures with bars, as of a picture that was not square
+    bars_share: float = 0.15  # of the images with bars, as of an image that was not square
     look_cost: float = 0.4  # of attention to the image, so that heads with nothing to see rest on the text
     look_from: int = 6_200  # the step from which that cost grows, once there is something to look for,
     look_steps: int = 1_500  # in so many steps

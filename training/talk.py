@@ -1,4 +1,4 @@
-"""What the model says when it is asked about a picture, as a user asks: greedy answers through `Conversation`."""
+"""What the model says when it is asked about an image, as a user asks: greedy answers through `Conversation`."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.scenes.scene import scene_samples
 from training.language import question_turn
 
-QUESTIONS = 4  # asked of each picture, beside its description
+QUESTIONS = 4  # asked of each image, beside its description
 KINDS = {
     "what colour": "what colour",
     "what color": "what colour",
@@ -43,7 +43,7 @@ def talk(folder: Path, num_scenes: int) -> dict[str, list[float]]:
 
 
 def list_scores(there: list[str], named: list[str]) -> dict[str, float]:
-    """How far a list of names is that of the things in the picture; the order does not count, doubles do."""
+    """How far a list of names is that of the things in the image; the order does not count, doubles do."""
     right = (Counter(there) & Counter(named)).total()
     return {
         "list: things that are named": right / len(there),

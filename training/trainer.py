@@ -33,7 +33,7 @@ class Progress:
     """What a step tells: both losses, and the shares of answers' first and of all their tokens right."""
 
     step: int
-    canvas: int  # image tokens a picture, negative for captions alone
+    canvas: int  # image tokens an image, negative for captions alone
     loss: float
     caption_loss: float
     looked: float  # mean attention sum over the image

@@ -40,8 +40,8 @@ def _announce(run: Run) -> None:
     """One line within a second of the command: what may be wrong with it is found by then, what takes time begins."""
     from localization_heads.apps.tables import show
 
-    # A picture's address may hold a secret, which its own text leaves out.
-    name = run.picture(run.options.image_file) if run.options.image_file else run.options.data_file
+    # An image's address may hold a secret, which its own text leaves out.
+    name = run.image(run.options.image_file) if run.options.image_file else run.options.data_file
     show(
         printable(f"stage={run.options.stage}  {run.spec.name}  {name or ''}".rstrip()),
         markup=False,

@@ -200,7 +200,7 @@ def prepared_table(result: Prepared) -> Table:
 
 
 def reasons_table(failures: Sequence[BadEntry]) -> Table:
-    """The reasons of many failures, each once: a picture that is missing fails all that is said of it."""
+    """The reasons of many failures, each once: an image that is missing fails all that is said of it."""
     reasons = Counter(bad.reason for bad in failures)
     table = Table(title=f"{len(failures)} expressions could not be used, for {len(reasons)} reasons")
     table.add_column("expressions", justify="right")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 COMMANDS = ("/image", "/ground", "/help", "/exit")
 HELP = """\
 Type a question and press Enter. Ctrl-C stops an answer.
-/image PATH         look at another picture (a path or an http address)
+/image PATH         look at another image (a path or an http address)
 /ground EXPRESSION  where is it? prints the box and saves the overlay
 /help               this list
 /exit               leave (so does Ctrl-D)"""
@@ -59,7 +59,7 @@ def converse(run: ChatRun) -> int:
 def start(run: ChatRun) -> Conversation:
     """A conversation about `image_file`, if one is named."""
     run.lvlm.recent.max_bytes = run.options.picture_memory * 2**20
-    image = load_image(run.picture(run.options.image_file)) if run.options.image_file else None
+    image = load_image(run.image(run.options.image_file)) if run.options.image_file else None
     return Conversation(run.lvlm, image, run.options.max_new_tokens)
 
 
@@ -79,13 +79,13 @@ def print_answer(conversation: Conversation, question: str) -> None:
 
 @dataclass
 class Session:
-    """A conversation and the picture it is about."""
+    """A conversation and the image it is about."""
 
     run: ChatRun
     conversation: Conversation
 
     def __post_init__(self) -> None:
-        self.image_name = str(self.run.picture(self.run.options.image_file or ""))
+        self.image_name = str(self.run.image(self.run.options.image_file or ""))
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.look_at,
             "/ground": self.ground,
@@ -112,11 +112,11 @@ class Session:
     def look_at(self, path: str) -> None:
         if not path:
             raise UsageError("write /image PATH")
-        picture = self.run.picture(from_home(path))
-        image = load_image(picture)
+        source = self.run.image(from_home(path))
+        image = load_image(source)
         self.conversation.look_at(image)
-        self.image_name = str(picture)
-        say(f"looking at {picture}, {image.width} x {image.height} pixels")
+        self.image_name = str(source)
+        say(f"looking at {source}, {image.width} x {image.height} pixels")
 
     def ground(self, expression: str) -> None:
         """Print the box and save the overlay."""
@@ -124,7 +124,7 @@ class Session:
 
         image = self.conversation.image
         if image is None:
-            raise UsageError("there is no picture yet: /image PATH")
+            raise UsageError("there is no image yet: /image PATH")
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
         lvlm = self.run.lvlm.prompted(self._conv_mode())

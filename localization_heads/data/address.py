@@ -43,10 +43,10 @@ def is_address(source: object) -> bool:
     )
 
 
-def picture_source(name: str, *, allow_private: bool = False) -> Address | str:
+def image_source(name: str, *, allow_private: bool = False) -> Address | str:
     """An address if the text is one, else the text itself, as a path.
 
-    >>> picture_source("cat.jpg"), picture_source("http://localhost/cat.jpg")
+    >>> image_source("cat.jpg"), image_source("http://localhost/cat.jpg")
     ('cat.jpg', Address('http://localhost/cat.jpg', allow_private=False))
     """
     return Address(name, allow_private) if is_address(name) else name

@@ -67,7 +67,7 @@ def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
         return
     one = boxes[found.first]
     box = ", ".join(f"{number:g}" for number in one.box)
-    size = f" in a picture of {one.size[0]} x {one.size[1]} pixels" if one.size else ""
+    size = f" in an image of {one.size[0]} x {one.size[1]} pixels" if one.size else ""
     message = (
         f"{source}: {found.what}, such as [{box}]{size} ({one.name}); boxes must be pixels, [x0, y0, x1, y1]"
     )
@@ -112,7 +112,7 @@ def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) ->
     beyond = known & (boxes[:, 2:] > sizes * (1 + BEYOND)).any(1)
     of_1000 = bool(((boxes >= 0) & (boxes <= 1000)).all())
     if beyond.any():
-        count = f"{beyond.sum()} of {known.sum()} boxes reach far beyond their pictures"
+        count = f"{beyond.sum()} of {known.sum()} boxes reach far beyond their images"
         guess = (
             "they look like 0 to 1000, or like pixels of larger copies" if of_1000 else "of larger copies?"
         )
@@ -120,6 +120,6 @@ def find_wrong_scale(boxes: NDArray[np.floating], sizes: NDArray[np.integer]) ->
         return Suspicion(f"{count}: {guess}", int(beyond.argmax()), bool(certain))
     large = (sizes >= FAR_ABOVE).all(1)
     if of_1000 and large.sum() >= MANY and boxes[large].max() > 500:
-        what = f"none of the {large.sum()} boxes in pictures of {FAR_ABOVE} pixels and more passes 1000"
+        what = f"none of the {large.sum()} boxes in images of {FAR_ABOVE} pixels and more passes 1000"
         return Suspicion(f"{what}: do they go from 0 to 1000?", int(large.argmax()), False)
     return None

@@ -32,7 +32,7 @@ CONNECT_SECONDS = 5.0
 READ_SECONDS = 10.0
 
 PRIVATE = (
-    "leads to this machine or into a private network, where pictures are not fetched from unless "
+    "leads to this machine or into a private network, where images are not fetched from unless "
     "allow_private_addresses=true (in Python: Address(..., allow_private=True))"
 )
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")

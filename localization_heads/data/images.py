@@ -76,7 +76,7 @@ MAX_SLOW_PIXELS = 4_000_000
 MAX_SLOW_BYTES = 64 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
-Picture = Image.Image | str | Path | Address
+ImageSource = Image.Image | str | Path | Address
 """What an image is named by: itself, a path, or an http(s) address."""
 LARGEST_SEEN = 24_000_000
 """Pixels: no model uses more than 16,777,216, and processors take five times the memory of their input."""
@@ -95,7 +95,7 @@ _UPRIGHT = {
 """What makes an image upright, by its EXIF orientation."""
 
 
-def load_image(source: Picture, *, base: str | Path | None = None) -> Image.Image:
+def load_image(source: ImageSource, *, base: str | Path | None = None) -> Image.Image:
     """The image, upright, as a PIL image in mode RGB, fully decoded.
 
     Args:
@@ -125,7 +125,7 @@ def as_seen(image: Image.Image) -> Image.Image:
     return image.reduce(factor) if factor > 1 else image
 
 
-def image_size(source: Picture) -> tuple[int, int]:
+def image_size(source: ImageSource) -> tuple[int, int]:
     """`(W, H)` of the image that `load_image` would return, from a file's header. Raises as `load_image` does."""
     if isinstance(source, Image.Image) or is_address(source):
         return load_image(source).size
@@ -134,9 +134,9 @@ def image_size(source: Picture) -> tuple[int, int]:
 
 
 def open_image(source: str | Path, most_pixels: int) -> tuple[tuple[int, int], Image.Image | None]:
-    """`image_size` and, of a picture of at most so many pixels, `load_image`, from a file that is opened once.
+    """`image_size` and, of an image of at most so many pixels, `load_image`, from a file that is opened once.
 
-    The picture is None as well where its pixels cannot be read: `load_image` says why.
+    The image is None as well where its pixels cannot be read: `load_image` says why.
     """
     path = find_file(source)
     with open_raster(path) as image:
@@ -190,7 +190,7 @@ def _unreadable(path: Path) -> str | None:
     except ValueError:  # a NUL in the name
         return "not the name of a file"
     if stat.S_ISDIR(mode):
-        return "is a folder, not a picture"
+        return "is a folder, not an image"
     return None if stat.S_ISREG(mode) else "not a plain file"
 
 
@@ -239,7 +239,7 @@ def _open_header(name: str | Path | Address, file: BinaryIO, formats: Sequence[s
     try:
         return Image.open(file, formats=list(formats))
     except UnidentifiedImageError as error:
-        raise ImageError(name, f"not a picture in a known format ({', '.join(formats)})") from error
+        raise ImageError(name, f"not an image in a known format ({', '.join(formats)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         _check_pixels(name, _bomb_size(file, formats))
         raise
@@ -260,7 +260,7 @@ def _check_pixels(name: str | Path | Address, size: tuple[int, int], limit: int 
     width, height = size
     limit = MAX_PIXELS if limit is None else limit
     if width < 1 or height < 1:
-        raise ImageError(name, "the picture has no pixels")
+        raise ImageError(name, "the image has no pixels")
     if width * height > limit:
         megapixels = width * height / 1e6
         raise ImageError(

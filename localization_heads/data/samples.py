@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from localization_heads.attention import Box, misses_picture
-from localization_heads.data.address import Address, ImageError, is_address, picture_source, without_secrets
-from localization_heads.data.images import Picture, expanded, find_file
+from localization_heads.attention import Box, misses_image
+from localization_heads.data.address import Address, ImageError, image_source, is_address, without_secrets
+from localization_heads.data.images import ImageSource, expanded, find_file
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store import files
@@ -112,7 +112,7 @@ class Sample:
     Raises UsageError for an invalid box.
     """
 
-    image: Picture
+    image: ImageSource
     expression: str
     id: str = ""
     bbox: Box | None = None
@@ -123,7 +123,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if isinstance(self.image, str):
-            object.__setattr__(self, "image", picture_source(self.image))
+            object.__setattr__(self, "image", image_source(self.image))
         if self.bbox is not None:
             try:
                 object.__setattr__(self, "bbox", check_box(self.bbox))
@@ -244,9 +244,9 @@ def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] |
 
 def check_inside(sample: Sample, size: tuple[int, int]) -> None:
     """Raises UsageError if the true box lies outside the image of `(W, H)`: they cannot belong together."""
-    if sample.bbox is not None and misses_picture(sample.bbox, size):
+    if sample.bbox is not None and misses_image(sample.bbox, size):
         raise UsageError(
-            f"{where(sample)}: the true box lies outside the picture, which is {size[0]} x {size[1]} pixels"
+            f"{where(sample)}: the true box lies outside the image, which is {size[0]} x {size[1]} pixels"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, read_objects
-from localization_heads.datasets.reference import coco_picture_of
+from localization_heads.datasets.reference import coco_image_of
 from localization_heads.errors import UsageError
 from localization_heads.hub import load_heads
 from localization_heads.stages.run import Run
@@ -22,7 +22,7 @@ from localization_heads.store.json_files import read_json
 KEY_DIGITS = 16
 
 
-def picture_keys(samples: Iterable[Sample]) -> list[str | None]:
+def image_keys(samples: Iterable[Sample]) -> list[str | None]:
     """The identity of each sample's image; None for one in memory or one that cannot be read."""
     known: dict[str, str | None] = {}
     keys: list[str | None] = []
@@ -41,7 +41,7 @@ def _file_key(name: str) -> str | None:
     """By COCO's name, or else by content; an address by its text."""
     if not name:
         return None
-    if known := coco_picture_of(Path(name).name):
+    if known := coco_image_of(Path(name).name):
         return known
     if is_address(name):
         return "address:" + hashlib.sha256(name.encode()).hexdigest()[:KEY_DIGITS]
@@ -52,17 +52,15 @@ def _file_key(name: str) -> str | None:
         return None
 
 
-def prepared_pictures(data_file: Path, option: str = "data_file") -> set[str]:
+def prepared_images(data_file: Path, option: str = "data_file") -> set[str]:
     """The images of a file that `stage=prepare` wrote. UsageError for any other file."""
-    pictures: set[str] = set()
+    images: set[str] = set()
     for line, entry in read_objects(data_file, option):
         name = entry.get("picture") if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            raise UsageError(
-                f"{data_file}: line {line} names no picture: give files that stage=prepare wrote"
-            )
-        pictures.add(name)
-    return pictures
+            raise UsageError(f"{data_file}: line {line} names no image: give files that stage=prepare wrote")
+        images.add(name)
+    return images
 
 
 def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -85,9 +83,9 @@ def check_unseen(run: Run, samples: Sequence[Sample]) -> None:
     if run.options.allow_leakage or (source := run.heads_source) is None:
         return
     seen = set(load_heads(source).pictures)
-    shared = sum(key in seen for key in picture_keys(samples)) if seen else 0
+    shared = sum(key in seen for key in image_keys(samples)) if seen else 0
     if shared:
         raise UsageError(
-            f"{shared} of the {len(samples)} entries show pictures that {source} was found on: find the heads on "
+            f"{shared} of the {len(samples)} entries show images that {source} was found on: find the heads on "
             "others (stage=prepare has exclude=), or write allow_leakage=true"
         )

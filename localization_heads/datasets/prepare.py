@@ -21,7 +21,7 @@ from tqdm import tqdm
 from localization_heads.data.box_scale import TrueBox, check_scale
 from localization_heads.data.images import check_image, image_size
 from localization_heads.data.masks import encode_source
-from localization_heads.datasets.leakage import prepared_pictures, prepared_sets
+from localization_heads.datasets.leakage import prepared_images, prepared_sets
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_box_inside
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
@@ -101,12 +101,12 @@ def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path)
     }
     for data_file, record in prepared_sets(folder):
         if record["split"] != "train":
-            held[data_file.name] = prepared_pictures(data_file)
-    shared = {name: len(shown & pictures) for name, pictures in held.items() if shown & pictures}
+            held[data_file.name] = prepared_images(data_file)
+    shared = {name: len(shown & images) for name, images in held.items() if shown & images}
     if shared:
         listed = ", ".join(f"{number} of {name}" for name, number in shared.items())
         raise UsageError(
-            f"the {len(shown)} pictures drawn from {run.options.dataset} train are also evaluated: {listed}. "
+            f"the {len(shown)} images drawn from {run.options.dataset} train are also evaluated: {listed}. "
             "Leave them out with exclude=[prepared evaluation files], or write allow_leakage=true"
         )
 
@@ -126,9 +126,9 @@ def _choose(run: Run, index: Index) -> tuple[list[Entry], int]:
         raise UsageError(
             f"dataset_path holds {run.options.dataset} {run.options.split} twice: {twice[0]} is in it again"
         )
-    excluded = (prepared_pictures(Path(file), "exclude") for file in run.options.exclude)
-    pictures: set[str] = set().union(*excluded)
-    kept = [entry for entry in entries if entry.picture not in pictures]
+    excluded = (prepared_images(Path(file), "exclude") for file in run.options.exclude)
+    images: set[str] = set().union(*excluded)
+    kept = [entry for entry in entries if entry.picture not in images]
     if not kept:
         raise UsageError(f"exclude: it leaves no expression of {run.options.dataset} {run.options.split}")
     number = sample_size(run)
@@ -209,12 +209,12 @@ def _write_lines(
 def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> Iterator[tuple[str, Any]]:
     """Image, box and masks, checked against each other; the box is also added to `boxes`."""
     if isinstance(record.image, bytes):
-        path, size = _save_picture(folder, record.image, entry)
+        path, size = _save_image(folder, record.image, entry)
     else:
         path, size = str(record.image.absolute()), image_size(record.image)
     if record.size is not None and record.size != size:
         width, height = record.size
-        raise BadLineError(f"the picture is {size[0]} x {size[1]} pixels, the source says {width} x {height}")
+        raise BadLineError(f"the image is {size[0]} x {size[1]} pixels, the source says {width} x {height}")
     yield "image_path", path
     if record.box is not None:
         boxes.append(TrueBox(entry.id, record.box, size))
@@ -226,9 +226,9 @@ def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> 
         yield "ignore", encode_source(record.ignore, size)
 
 
-def _save_picture(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[int, int]]:
+def _save_image(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[int, int]]:
     """Write an image under a name made of its content, once; returns the name, from the data file's folder."""
-    format, size = check_image(f"the picture of row {entry.row + 1}", content)
+    format, size = check_image(f"the image of row {entry.row + 1}", content)
     name = hashlib.sha256(content).hexdigest()[:32] + EXTENSIONS.get(format, f".{format.lower()}")
     if not (folder / "images" / name).is_file():
         write_bytes(folder / "images" / name, content)

@@ -28,7 +28,7 @@ from localization_heads.data.images import MAX_PIXELS, image_size
 from localization_heads.data.masks import strips
 from localization_heads.datasets import refcoco_parquet
 from localization_heads.datasets.refcoco_parquet import ParquetSource
-from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, expression, picture_size
+from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, declared_size, expression
 from localization_heads.errors import BadEntry, BadLineError, UsageError
 from localization_heads.store.json_files import read_json
 from localization_heads.store.paths import check_id
@@ -123,10 +123,10 @@ def paint_shapes(shapes: object, size: tuple[int, int]) -> tuple[NDArray[np.bool
     if not isinstance(shapes, list) or len(shapes) > MAX_SHAPES:
         raise BadLineError("'shapes' must be a list of polygons")
     if size[0] * size[1] > MAX_PIXELS:
-        raise BadLineError("the picture is over the limit")
+        raise BadLineError("the image is over the limit")
     outlines = [(label, points) for label, points in map(_shape, shapes) if label != "flag"]
     if sum(_work(points, size) for _, points in outlines) > MAX_WORK:
-        raise BadLineError(f"its shapes take far more than a picture of {size[0]} x {size[1]} pixels needs")
+        raise BadLineError(f"its shapes take far more than an image of {size[0]} x {size[1]} pixels needs")
     areas = [sum(int(mask.sum()) for _, mask in _paint(points, size)) for _, points in outlines]
     target, ignored = np.zeros(size[::-1], bool), np.zeros(size[::-1], bool)
     for number in sorted(range(len(outlines)), key=areas.__getitem__)[::-1]:
@@ -209,7 +209,7 @@ class ReasonSegParquet(ParquetSource):
             rows = refcoco_parquet.read_columns(file, ("img_height", "img_width"))
             pixels = sum(max(1, (row["img_height"] or 0) * (row["img_width"] or 0)) for row in rows)
             if refcoco_parquet.num_values(file, "mask") > 2 * pixels:
-                raise UsageError(f"{file}: its masks hold far more values than its pictures have pixels")
+                raise UsageError(f"{file}: its masks hold far more values than its images have pixels")
         return super().index()
 
     def split(self, file: Path) -> str:
@@ -220,17 +220,17 @@ class ReasonSegParquet(ParquetSource):
         return refcoco_parquet.split_of(file)
 
     def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
-        size = picture_size(values["img_height"], values["img_width"])
+        size = declared_size(values["img_height"], values["img_width"])
         if size[0] * size[1] > MAX_PIXELS:
-            raise BadLineError(f"a picture of {size[0]} x {size[1]} pixels is over the limit")
+            raise BadLineError(f"an image of {size[0]} x {size[1]} pixels is over the limit")
         name = values["image_id"]
         known = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100
-        picture = f"reasonseg:{name}" if known else f"reasonseg:{split}:{row}"
-        return [Entry(f"row{row}_sent0", split, picture, expression(values["text"]), row)]
+        image = f"reasonseg:{name}" if known else f"reasonseg:{split}:{row}"
+        return [Entry(f"row{row}_sent0", split, image, expression(values["text"]), row)]
 
     def record(self, row: int, batch: Any) -> Record:
         values = batch.select(["image", "img_height", "img_width"]).to_pylist()[0]
-        size = picture_size(values["img_height"], values["img_width"])
+        size = declared_size(values["img_height"], values["img_width"])
         mask = _cell_mask(batch.column("mask"), size)
         return Record(row, refcoco_parquet.image_cell(values["image"]), size, tight_box(mask), mask)
 
@@ -239,6 +239,6 @@ def _cell_mask(column: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     """A mask from a column of lists of rows, without making a Python object of every pixel."""
     rows = column.flatten()
     if len(rows) != size[1] or any(length != size[0] for length in rows.value_lengths().to_pylist()):
-        raise BadLineError(f"the mask is not of its picture's size, {size[0]} x {size[1]}")
+        raise BadLineError(f"the mask is not of its image's size, {size[0]} x {size[1]}")
     values = rows.flatten().to_numpy(zero_copy_only=False)
     return np.asarray(values, dtype=bool).reshape(size[1], size[0])

@@ -20,8 +20,8 @@ from localization_heads.datasets.reference import (
     Record,
     box_from_xywh,
     box_from_xyxy,
-    coco_picture,
-    coco_picture_of,
+    coco_image,
+    coco_image_of,
     coco_record,
     expression,
     find_coco_image,
@@ -215,7 +215,7 @@ def image_cell(value: object) -> bytes:
     """The bytes in a column of images, which is `{"bytes", "path"}`. Raises BadLineError."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or not content:
-        raise BadLineError("the picture's bytes are not in the file")
+        raise BadLineError("the image's bytes are not in the file")
     return content
 
 
@@ -296,16 +296,14 @@ class JxuParquet(ParquetSource):
         sentences = values["sentences"]
         if not is_number(values["ref_id"]) or not isinstance(sentences, list) or not sentences:
             raise BadLineError("a reference needs a ref_id and sentences")
-        picture = coco_picture(values["image_id"])
-        return [
-            Entry(id, split, picture, text, row) for id, text in sentence_ids(values["ref_id"], sentences)
-        ]
+        image = coco_image(values["image_id"])
+        return [Entry(id, split, image, text, row) for id, text in sentence_ids(values["ref_id"], sentences)]
 
     def record(self, row: int, batch: Any) -> Record:
         values = batch.to_pylist()[0]
         annotation = json_cell(values["raw_anns"], "raw_anns")
         image = json_cell(values["raw_image_info"], "raw_image_info")
-        file = find_coco_image(self.images, coco_picture(values["image_id"]))
+        file = find_coco_image(self.images, coco_image(values["image_id"]))
         found = coco_record(row, file, image, annotation, {"ref_id": values["ref_id"]})
         _check_same(box_from_xyxy(values["bbox"]), found.box)
         return found
@@ -335,12 +333,11 @@ class LmmsParquet(ParquetSource):
         answers = values["answer"]
         if not isinstance(answers, list) or not answers:
             raise BadLineError("answer must be the list of its expressions")
-        picture = coco_picture_of(values["file_name"])
-        if picture is None:
+        image = coco_image_of(values["file_name"])
+        if image is None:
             raise BadLineError("file_name is none of COCO's")
         return [
-            Entry(f"row{row}_sent{n}", split, picture, expression(text), row)
-            for n, text in enumerate(answers)
+            Entry(f"row{row}_sent{n}", split, image, expression(text), row) for n, text in enumerate(answers)
         ]
 
     def record(self, row: int, batch: Any) -> Record:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from localization_heads.attention import Box, misses_picture
+from localization_heads.attention import Box, misses_image
 from localization_heads.data.masks import MaskSource
 from localization_heads.data.samples import check_box
 from localization_heads.errors import BadEntry, BadLineError, UsageError
@@ -102,17 +102,17 @@ class Source(Protocol):
         ...
 
 
-def coco_picture(image_id: object) -> str:
+def coco_image(image_id: object) -> str:
     """The name of a COCO image, from its number. BadLineError for anything else."""
     if not is_number(image_id) or image_id >= 10**12:  # type: ignore[operator]
         raise BadLineError("image_id must be a whole number")
     return f"coco:{image_id}"
 
 
-def coco_picture_of(file_name: object) -> str | None:
+def coco_image_of(file_name: object) -> str | None:
     """The image of a COCO 2014 file name, which may end with an annotation's number; else None.
 
-    >>> coco_picture_of("COCO_train2014_000000581857_16.jpg")
+    >>> coco_image_of("COCO_train2014_000000581857_16.jpg")
     'coco:581857'
     """
     pattern = r"COCO_(?:train|val)2014_(\d{12})(?:_\d{1,12})?\.\w{3,4}"
@@ -123,13 +123,13 @@ def coco_picture_of(file_name: object) -> str | None:
 COCO_FOLDERS = ("", "train2014", "images/train2014", "train2017", "val2017")
 
 
-def find_coco_image(folder: Path, picture: str) -> Path:
+def find_coco_image(folder: Path, image: str) -> Path:
     """The file of a COCO image in `folder` or the subfolder it is unpacked into; the first name if there is none.
 
     All images of RefCOCO, RefCOCO+ and RefCOCOg are of train2014; COCO 2017 holds the same ones under shorter
     names, spread over train2017 and val2017.
     """
-    number = int(picture.removeprefix("coco:"))
+    number = int(image.removeprefix("coco:"))
     names = (f"COCO_train2014_{number:012d}.jpg", f"{number:012d}.jpg")
     places = [folder / sub / name for name in names for sub in COCO_FOLDERS]
     return next((place for place in places if place.is_file()), places[0])
@@ -178,14 +178,14 @@ def _four_numbers(value: object) -> tuple[float, float, float, float]:
 
 def check_box_inside(box: Box, size: tuple[int, int]) -> None:
     """BadLineError if the box lies outside its image of `(W, H)` pixels: they cannot belong together."""
-    if misses_picture(box, size):
-        raise BadLineError(f"the box lies outside the picture, which is {size[0]} x {size[1]} pixels")
+    if misses_image(box, size):
+        raise BadLineError(f"the box lies outside the image, which is {size[0]} x {size[1]} pixels")
 
 
-def picture_size(height: object, width: object) -> tuple[int, int]:
+def declared_size(height: object, width: object) -> tuple[int, int]:
     """`(W, H)`, checked to be whole numbers from 1 on. Raises BadLineError."""
     if not is_number(height) or not is_number(width) or not height or not width:
-        raise BadLineError("the picture's height and width must be whole numbers of pixels")
+        raise BadLineError("the image's height and width must be whole numbers of pixels")
     return int(width), int(height)  # type: ignore[call-overload]
 
 
@@ -212,9 +212,7 @@ class ReferPickles:
         if self.variant:
             self.notes.append(f"{refs.name} is not the partition that papers report (refs({standard}).p)")
         if partition == "google":
-            self.notes.append(
-                "the google partition splits objects, not pictures: val shows pictures of train"
-            )
+            self.notes.append("the google partition splits objects, not images: val shows images of train")
         self._rows: list[Any] = []
 
     def index(self) -> Index:
@@ -245,11 +243,11 @@ class ReferPickles:
         annotation = annotations.get(ref["ann_id"]) if is_number(ref.get("ann_id")) else None
         image = images.get(ref["image_id"])
         if annotation is None or image is None:
-            missing = "annotation" if annotation is None else "picture"
+            missing = "annotation" if annotation is None else "image"
             raise BadLineError(f"instances.json has no such {missing} ({ref.get('ann_id')!r})"[:120])
         if annotation.get("image_id") != ref["image_id"]:
-            raise BadLineError("its annotation in instances.json is of another picture")
-        file = find_coco_image(self.images, coco_picture(ref["image_id"]))
+            raise BadLineError("its annotation in instances.json is of another image")
+        file = find_coco_image(self.images, coco_image(ref["image_id"]))
         return coco_record(row, file, image, annotation, {"ref_id": ref["ref_id"]})
 
 
@@ -257,7 +255,7 @@ def coco_record(
     row: int, file: Path, image: Mapping[str, Any], annotation: Mapping[str, Any], more: dict[str, Any]
 ) -> Record:
     """A record from COCO's own entries of an image and an annotation. Raises BadLineError."""
-    size = picture_size(image.get("height"), image.get("width"))
+    size = declared_size(image.get("height"), image.get("width"))
     box = box_from_xywh(annotation.get("bbox"))
     check_box_inside(box, size)
     if is_number(annotation.get("id")):
@@ -283,10 +281,8 @@ def _entries(ref: object, row: int) -> list[Entry]:
         raise BadLineError("a reference needs a ref_id and sentences")
     if ref.get("split") not in SPLITS:
         raise BadLineError(f"the split {str(ref.get('split'))[:20]!r} is unknown")
-    picture = coco_picture(ref.get("image_id"))
-    return [
-        Entry(id, ref["split"], picture, text, row) for id, text in sentence_ids(ref["ref_id"], sentences)
-    ]
+    image = coco_image(ref.get("image_id"))
+    return [Entry(id, ref["split"], image, text, row) for id, text in sentence_ids(ref["ref_id"], sentences)]
 
 
 def sentence_ids(ref_id: int, sentences: Sequence[object]) -> Iterator[tuple[str, str]]:

@@ -143,7 +143,7 @@ def _coco_folder(images: Path | None, beside: Path) -> Path:
     usual = beside.parent / "images" / "mscoco" / "images" / "train2014"
     folder = images or (usual if usual.is_dir() else None)
     if folder is None:
-        raise UsageError("images= is missing: name the folder of COCO's train2014 pictures")
+        raise UsageError("images= is missing: name the folder of COCO's train2014 images")
     if not folder.is_dir():
         raise UsageError(f"images={folder}: no such folder")
     return folder

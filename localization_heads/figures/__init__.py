@@ -12,7 +12,7 @@ from localization_heads.figures.charts import (
     plot_selection_frequency,
 )
 from localization_heads.figures.overlay import Found, plot_boxes, plot_cells, plot_several
-from localization_heads.figures.pictures import plot_components, plot_grounding, plot_top_maps
+from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
 from localization_heads.figures.sheet import plot_once, show, svg
 
 __all__ = [

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _COLUMN = 3.4  # inches: a column of a two-column page
 _MAX_NAMES = 10  # more names than this do not fit beside a chart
-_MOST_DRAWN_CELLS = 2048  # of a grid; more are drawn as one picture, without tooltips
+_MOST_DRAWN_CELLS = 2048  # of a grid; more are drawn as one image, without tooltips
 
 
 def plot_attention_sums(

@@ -41,35 +41,35 @@ from localization_heads.figures.sheet import (
 )
 from localization_heads.lvlm.geometry import View
 
-Picture = Image.Image | NDArray[np.uint8]
-"""An RGB picture; as an array `[H, W, 3]`, 0 to 255."""
+ImageLike = Image.Image | NDArray[np.uint8]
+"""An RGB image; as an array `[H, W, 3]`, 0 to 255."""
 
 LONGEST = 1200  # pixels of a heat map or a mask worth drawing
 BOX_WIDTH = 1.7  # points
 RIM = [withStroke(linewidth=2.6, foreground="black")]
 
 
-def shrink_to_panel(image: Picture | None, inches: float) -> Image.Image | None:
-    """The picture in RGB, no larger than a panel of that length shows: it is drawn once for every panel."""
+def shrink_to_panel(image: ImageLike | None, inches: float) -> Image.Image | None:
+    """The image in RGB, no larger than a panel of that length shows: it is drawn once for every panel."""
     if image is None:
         return None
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-    shrink = math.ceil(inches * DPI) / max(picture.size)
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    opened = opened if opened.mode == "RGB" else opened.convert("RGB")
+    shrink = math.ceil(inches * DPI) / max(opened.size)
     if shrink >= 1:
-        return picture
-    W, H = (max(1, round(side * shrink)) for side in picture.size)
-    return picture.resize(
+        return opened
+    W, H = (max(1, round(side * shrink)) for side in opened.size)
+    return opened.resize(
         (W, H), Image.Resampling.BICUBIC, reducing_gap=2
     )  # unlike `thumbnail`, copies nothing
 
 
-def draw_image(axes: Axes, picture: Image.Image | None, image_size: tuple[int, int]) -> None:
-    """Draw the picture on axes whose limits are the image's `(W, H)` pixels, y downwards; `None`: grey."""
+def draw_image(axes: Axes, image: Image.Image | None, image_size: tuple[int, int]) -> None:
+    """Draw the image on axes whose limits are the image's `(W, H)` pixels, y downwards; `None`: grey."""
     W, H = image_size
     axes.set_facecolor("0.9")
-    if picture is not None:
-        axes.imshow(np.asarray(picture), extent=(0, W, H, 0))
+    if image is not None:
+        axes.imshow(np.asarray(image), extent=(0, W, H, 0))
     axes.set_xlim(0, W)
     axes.set_ylim(H, 0)
     axes.set_aspect("equal")
@@ -82,7 +82,7 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
     """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image.
 
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
-    What is low stays see-through (`opacity`), so that the picture keeps its colours where nobody looks.
+    What is low stays see-through (`opacity`), so that the image keeps its colours where nobody looks.
     """
     values = np.nan_to_num(np.asarray(values, dtype=float), posinf=0)
     image_size = int(axes.get_xlim()[1]), int(axes.get_ylim()[0])
@@ -94,7 +94,7 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
 
 
 def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
-    """How much a map hides of the picture below, from its value as a share of its maximum."""
+    """How much a map hides of the image below, from its value as a share of its maximum."""
     return np.asarray(0.1 + 0.75 * share)
 
 
@@ -171,15 +171,15 @@ _PANEL_FONT = 8.0  # points
 
 @dataclass(frozen=True)
 class BoxPanel:
-    """One picture of the sheet.
+    """One image of the sheet.
 
     Args:
-        image: the picture, at any resolution.
+        image: the image, at any resolution.
         image_size: `(W, H)` of the original, in whose pixels the boxes are.
         text: what was asked; cut to one line.
     """
 
-    image: Picture
+    image: ImageLike
     image_size: tuple[int, int]
     text: str
     predicted: Box
@@ -188,7 +188,7 @@ class BoxPanel:
 
 
 def plot_boxes(panels: Sequence[BoxPanel], path: str | Path | None = None, *, title: str = "") -> Figure:
-    """Each picture with the predicted box, solid, and the true one, dashed; its IoU and expression above it."""
+    """Each image with the predicted box, solid, and the true one, dashed; its IoU and expression above it."""
     size = panel_size((1, 1), area=_BOX_AREA)
     legend = [
         Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label="predicted box"),
@@ -211,33 +211,33 @@ _LINE = 0.7  # points
 
 
 def plot_cells(
-    image: Picture, views: Sequence[View], path: str | Path | None = None, *, title: str = ""
+    image: ImageLike, views: Sequence[View], path: str | Path | None = None, *, title: str = ""
 ) -> Figure:
-    """The picture under the cell grid of each view, one panel a view, its first and last cell filled.
+    """The image under the cell grid of each view, one panel a view, its first and last cell filled.
 
     A panel reaches as far as its view: what the processor padded is grey, what it cropped off has no cells.
 
     Args:
-        views: edges in pixels of the picture.
+        views: edges in pixels of the image.
         title: one line above the panels.
     """
     frame = _frame(image, views)
     size = panel_size((round(frame[2] - frame[0]), round(frame[3] - frame[1])), _AREA / min(len(views), 2))
-    picture = shrink_to_panel(image, max(size))
+    shown = shrink_to_panel(image, max(size))
     with paper_style():
         figure, sheet = new_sheet(size, len(views), title, legend=_legend())
         for view, axes in zip(views, sheet, strict=True):
-            draw_image(axes, picture, _size(image))
+            draw_image(axes, shown, _size(image))
             _draw_view(axes, view, frame)
         return save(figure, path)
 
 
-def _size(image: Picture) -> tuple[int, int]:
+def _size(image: ImageLike) -> tuple[int, int]:
     return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
 
 
-def _frame(image: Picture, views: Sequence[View]) -> Box:
-    """The smallest box that holds the picture and all views, and a hair more for the outermost lines."""
+def _frame(image: ImageLike, views: Sequence[View]) -> Box:
+    """The smallest box that holds the image and all views, and a hair more for the outermost lines."""
     W, H = _size(image)
     boxes = np.array([(0, 0, W, H), *(view.box for view in views)], dtype=float)
     (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
@@ -300,7 +300,7 @@ class Found:
 
 
 def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path | None = None) -> Figure:
-    """The picture with every object's box and mask, numbered; the title says which number is what.
+    """The image with every object's box and mask, numbered; the title says which number is what.
 
     Args:
         objects: at least one.

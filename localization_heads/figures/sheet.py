@@ -455,7 +455,7 @@ def panel_size(image_size: tuple[int, int], area: float, *, widest: float = math
     """Width and height in inches of a panel of `area` square inches for an image of `(W, H)` pixels.
 
     Panels are made as wide as their titles where that does not make them too tall. Beyond 4:1 the panel
-    keeps its shape and the picture leaves some of it blank.
+    keeps its shape and the image leaves some of it blank.
     """
     aspect = min(4.0, max(0.25, image_size[0] / image_size[1]))
     width = min(max(math.sqrt(area * aspect), min(_NARROWEST, _TALLEST * aspect)), widest)
@@ -522,7 +522,7 @@ def _colour_bar(
     bottom: float,
     opacity: Callable[[NDArray[np.floating]], NDArray[np.floating]],
 ) -> None:
-    """State how all maps are coloured: each from 0, which lets the picture through, to its own maximum."""
+    """State how all maps are coloured: each from 0, which lets the image through, to its own maximum."""
     width = min(2.0, sheet * 0.3)
     axes = _axes_at(figure, (sheet - width) / 2 - 0.1, bottom + 0.09, width, 0.08)
     shares = np.linspace(0, 1, 256)[None]

@@ -115,7 +115,7 @@ class HeadRanking:
     `heads` holds every head of the model, the kept ones first; read back from JSON, the kept ones only.
     `tau` is the threshold of criterion 1 averaged over the trials (and over their samples, where each has its own);
     none for `elbow="index"`, which has none.
-    `pictures` names the pictures that the heads were found on, so that they are not scored on them.
+    `pictures` names the images that the heads were found on, so that they are not scored on them.
     `found_with` says how the model was asked (`heads.found_with`); None where that is not known.
     """
 
@@ -216,7 +216,7 @@ class HeadRanking:
             options=_options_from_json(fields),
             model=fields.text("model"),
             spread=_spread_from_json(fields),
-            pictures=_pictures_from_json(fields),
+            pictures=_images_from_json(fields),
             found_with=_found_with_from_json(fields),
         )
 
@@ -230,7 +230,7 @@ def _found_with_from_json(fields: _Fields) -> FoundWith | None:
     return {name: inner.text(name) for name in KEYS if inner.values.get(name) is not None}
 
 
-def _pictures_from_json(fields: _Fields) -> tuple[str, ...]:
+def _images_from_json(fields: _Fields) -> tuple[str, ...]:
     """None in files of earlier versions and hand-made ones."""
     names = fields.sequence("pictures") if "pictures" in fields.values else []
     if not all(isinstance(name, str) for name in names):

@@ -30,7 +30,7 @@ def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] |
     """
     sv = _extra("supervision", "supervision")
     if len({grounding.image_size for grounding in groundings}) > 1:
-        raise UsageError("supervision.Detections holds one picture: these groundings are of several")
+        raise UsageError("supervision.Detections holds one image: these groundings are of several")
     if expressions is not None and len(expressions) != len(groundings):
         raise ValueError(f"{len(expressions)} expressions for {len(groundings)} groundings")
     if not groundings:
@@ -68,21 +68,21 @@ def to_fiftyone(
 def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> list[Any]:
     """The `fiftyone.Sample`s of `to_fiftyone`, for an existing data set; needs no database."""
     fo = _extra("fiftyone", "fiftyone")
-    pictures: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     for prediction in predictions:
         sample = samples.get(prediction.id)
         if sample is None or prediction.bbox is None or not sample.image_file:
             continue
-        if sample.image_key not in pictures:
-            picture = pictures[sample.image_key] = fo.Sample(filepath=sample.image_file)
-            picture["predictions"] = fo.Detections(detections=[])
-            picture["ground_truth"] = fo.Detections(detections=[])
-        picture = pictures[sample.image_key]
-        picture["predictions"].detections.append(_detection(fo, sample, prediction))
+        if sample.image_key not in images:
+            image = images[sample.image_key] = fo.Sample(filepath=sample.image_file)
+            image["predictions"] = fo.Detections(detections=[])
+            image["ground_truth"] = fo.Detections(detections=[])
+        image = images[sample.image_key]
+        image["predictions"].detections.append(_detection(fo, sample, prediction))
         if sample.bbox is not None:
             box = _relative(sample.bbox, image_size(sample.image))
-            picture["ground_truth"].detections.append(fo.Detection(label=sample.expression, bounding_box=box))
-    return list(pictures.values())
+            image["ground_truth"].detections.append(fo.Detection(label=sample.expression, bounding_box=box))
+    return list(images.values())
 
 
 def _detection(fo: Any, sample: Sample, prediction: Prediction) -> Any:

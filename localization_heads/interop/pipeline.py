@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.api import ground
-from localization_heads.data.images import Picture, load_image
+from localization_heads.data.images import ImageSource, load_image
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
@@ -41,7 +41,7 @@ class GroundingPipeline:
         return f"GroundingPipeline({self.lvlm.name})"
 
     def __call__(
-        self, image: Picture, expressions: str | Sequence[str]
+        self, image: ImageSource, expressions: str | Sequence[str]
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; a list for several expressions.
 
@@ -53,13 +53,13 @@ class GroundingPipeline:
         Raises:
             UsageError: an image or an expression that cannot be used.
         """
-        picture = load_image(image)
+        opened = load_image(image)
         if isinstance(expressions, str):
-            return self._answer(picture, expressions)
-        return [self._answer(picture, expression) for expression in expressions]
+            return self._answer(opened, expressions)
+        return [self._answer(opened, expression) for expression in expressions]
 
-    def _answer(self, picture: Image.Image, expression: str) -> dict[str, Any]:
-        return answer_of(ground(self.lvlm, picture, expression, self.heads, options=self.options), expression)
+    def _answer(self, image: Image.Image, expression: str) -> dict[str, Any]:
+        return answer_of(ground(self.lvlm, image, expression, self.heads, options=self.options), expression)
 
 
 def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.geometry import (
-    EncodedImage,
+    ProcessedImage,
     Size,
     View,
     canvas_box,
@@ -46,7 +46,7 @@ _SIZES = re.compile(r"sizes?$|shapes?$|grid|_hws?$|_thw$")
 """Processor outputs that list sizes: image_sizes, spatial_shapes, image_grid_hws, tgt_sizes, ..."""
 
 
-def unknown(image: EncodedImage) -> list[View]:
+def unknown(image: ProcessedImage) -> list[View]:
     """A family without a function: contiguous image tokens as one grid, the one that the processor names or a square.
 
     Raises:
@@ -65,18 +65,18 @@ def unknown(image: EncodedImage) -> list[View]:
     return [even_view("whole", square(tokens), whole_box(image.image_size))]
 
 
-def _refusal(image: EncodedImage, why: str) -> UsageError:
+def _refusal(image: ProcessedImage, why: str) -> UsageError:
     return UsageError(
         f"model type '{image.config.model_type}' is not known here, and its {image.tokens.size} image tokens {why}: "
         "their places cannot be told (docs/models.md lists the known families, docs/add-a-family.md how to add one)"
     )
 
 
-def _named_grid(image: EncodedImage) -> Size:
+def _named_grid(image: ProcessedImage) -> Size:
     """Rows and columns from `image_grid_thw`, in patches, merged `m x m`: m is what the number of tokens leaves."""
     named = _numbers(image, _GRID)
     if len(named) != 3:
-        raise _refusal(image, f"come with an {_GRID} that does not give this picture three numbers")
+        raise _refusal(image, f"come with an {_GRID} that does not give this image three numbers")
     frames, rows, columns = named
     merge = math.isqrt(max(0, rows * columns) // image.tokens.size)
     own = getattr(getattr(image.processor, "image_processor", None), "merge_size", merge)
@@ -86,30 +86,30 @@ def _named_grid(image: EncodedImage) -> Size:
     return rows // merge, columns // merge
 
 
-def _against_square(image: EncodedImage) -> str | None:
+def _against_square(image: ProcessedImage) -> str | None:
     """What speaks against a square grid over the whole image, or None."""
     for name in sorted(image.inputs):
         if not _SIZES.search(name) or name.startswith("video"):
             continue
         sizes = _numbers(image, name)
         if len(sizes) != 2:
-            return f"{name} does not give this picture one height and width"
+            return f"{name} does not give this image one height and width"
         if sizes[0] != sizes[1]:
             return f"{name} says {sizes[0]} x {sizes[1]}"
     shown = _pixel_sizes(image)
     if len(shown) > 1:
-        return f"the picture is shown in {len(shown)} parts"
+        return f"the image is shown in {len(shown)} parts"
     if shown:
         (H, W) = shown[0]
-        return None if H == W else f"the picture is shown as {W} x {H} pixels"
+        return None if H == W else f"the image is shown as {W} x {H} pixels"
     W, H = image.image_size
     if natural := _natural_grid(image.tokens.size, W, H):
         rows, columns = natural
-        return f"a picture of {W} x {H} pixels kept at its aspect has as many, {rows} rows of {columns}"
+        return f"an image of {W} x {H} pixels kept at its aspect has as many, {rows} rows of {columns}"
     return None
 
 
-def _numbers(image: EncodedImage, name: str) -> list[int]:
+def _numbers(image: ProcessedImage, name: str) -> list[int]:
     """This sample's entry of a list of sizes, flattened; empty if it has none of its own."""
     values = image.inputs[name]
     if not hasattr(values, "__len__") or len(values) != len(image.inputs["input_ids"]):
@@ -121,7 +121,7 @@ def _numbers(image: EncodedImage, name: str) -> list[int]:
         return []
 
 
-def _pixel_sizes(image: EncodedImage) -> list[Size]:
+def _pixel_sizes(image: ProcessedImage) -> list[Size]:
     """`(H, W)` of each rendering of this image that the model gets; none if they come as a list of patches.
 
     `pixel_values` are `[B, C, H, W]`, or `[B, n, C, H, W]` with empty ones where an image has fewer than others. Of
@@ -153,7 +153,7 @@ def _natural_grid(num_tokens: int, W: int, H: int) -> Size | None:
     return None
 
 
-Family = Callable[[EncodedImage], list[View]]
+Family = Callable[[ProcessedImage], list[View]]
 Positions = NDArray[np.intp]
 
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
@@ -178,7 +178,7 @@ NOT_SHARED = {
 """Model types that cannot encode an image once for all expressions, and why."""
 
 
-def views_of(image: EncodedImage) -> list[View]:
+def views_of(image: ProcessedImage) -> list[View]:
     """The views of one image: where its tokens lie, in every rendering of it that the model gets.
 
     Views without tokens are left out: the tiles of an image much longer than wide may be nothing but padding.
@@ -208,7 +208,7 @@ def check_family(config: Any) -> None:
         )
 
 
-def llava(image: EncodedImage) -> list[View]:
+def llava(image: ProcessedImage) -> list[View]:
     """LLaVA-1.5 and its kin: a square grid over an image that is padded to a square, cropped, or squeezed.
 
     Pixtral 12B is a LLaVA by name with a tower for images of any size.
@@ -220,13 +220,13 @@ def llava(image: EncodedImage) -> list[View]:
     return [even_view("whole", index := square(image.tokens), seen_box(image.config, index, box))]
 
 
-def whole_square(image: EncodedImage) -> list[View]:
+def whole_square(image: ProcessedImage) -> list[View]:
     """PaliGemma, Gemma 3n: a square grid over the image, squeezed into a square."""
     index = square(image.tokens)
     return [even_view("whole", index, seen_box(image.config, index, whole_box(image.image_size)))]
 
 
-def deepseek(image: EncodedImage) -> list[View]:
+def deepseek(image: ProcessedImage) -> list[View]:
     """DeepSeek-VL, Janus: the longer side is fitted to the square, the shorter one padded on both sides."""
     ip, (W, H) = image.image_processor, image.image_size
     if not getattr(ip, "do_pad", True):
@@ -240,18 +240,18 @@ def deepseek(image: EncodedImage) -> list[View]:
     return [even_view("whole", index, seen_box(image.config, index, box))]
 
 
-def qwen(image: EncodedImage) -> list[View]:
+def qwen(image: ProcessedImage) -> list[View]:
     """Qwen-VL from 2 on, GLM-4V: the image at nearly its own size, patches merged `merge x merge`."""
     return [even_view("whole", _merged_grid(image), whole_box(image.image_size))]
 
 
-def _merged_grid(image: EncodedImage) -> Positions:
+def _merged_grid(image: ProcessedImage) -> Positions:
     _, rows, columns = image.row("image_grid_thw")  # in patches, before merging
     merge = image.image_processor.merge_size
     return grid(image.tokens, rows // merge, columns // merge)
 
 
-def kimi(image: EncodedImage) -> list[View]:
+def kimi(image: ProcessedImage) -> list[View]:
     """Kimi K2.5: shrunk if too large, then padded to whole cells on the right and below."""
     ip, (W, H) = image.image_processor, image.image_size
     index, patch, most = _merged_grid(image), ip.patch_size, ip.size["max_height"] * ip.patch_size
@@ -263,7 +263,7 @@ def kimi(image: EncodedImage) -> list[View]:
     return [even_view("whole", index, canvas_box((W, H), resized, canvas))]
 
 
-def pixtral(image: EncodedImage) -> list[View]:
+def pixtral(image: ProcessedImage) -> list[View]:
     """Pixtral, Mistral 3: the image at nearly its own size; the tokens that break lines have other ids."""
     height, width = image.row("image_sizes")  # after resizing, in pixels
     cell = image.config.vision_config.patch_size * getattr(image.config, "spatial_merge_size", 1)
@@ -272,7 +272,7 @@ def pixtral(image: EncodedImage) -> list[View]:
     ]
 
 
-def gemma3(image: EncodedImage) -> list[View]:
+def gemma3(image: ProcessedImage) -> list[View]:
     """Gemma 3: the image squeezed into a square; with pan and scan, crops along its longer side as well."""
     (W, H), each = image.image_size, image.config.mm_tokens_per_image
     whole, rest = image.tokens[:each], image.tokens[each:]
@@ -292,7 +292,7 @@ def _crop_edges(length: int, crops: int, cells: int) -> NDArray[np.float64]:
     return np.interp(np.arange(crops * cells + 1) / cells, np.arange(crops + 1), borders)
 
 
-def gemma4(image: EncodedImage) -> list[View]:
+def gemma4(image: ProcessedImage) -> list[View]:
     """Gemma 4: the image at its own aspect; `image_position_ids` number its patches before pooling."""
     columns, rows = (int(n) + 1 for n in image.inputs["image_position_ids"][image.sample].amax(0))
     pool = image.config.vision_config.pooling_kernel_size
@@ -300,7 +300,7 @@ def gemma4(image: EncodedImage) -> list[View]:
     return [even_view("whole", index, whole_box(image.image_size))]
 
 
-def mllama(image: EncodedImage) -> list[View]:
+def mllama(image: ProcessedImage) -> list[View]:
     """Llama 3.2 Vision: the keys are those of cross-attention, tile after tile, a class token before each."""
     vision, tile = image.config.vision_config, image.image_processor.size["height"]
     rows, columns = vision.supported_aspect_ratios[image.row("aspect_ratio_ids")[0] - 1]
@@ -314,7 +314,7 @@ def mllama(image: EncodedImage) -> list[View]:
     return [View("whole", index, x_edges * (x1 - x0) + x0, y_edges * (y1 - y0) + y0)]
 
 
-def florence2(image: EncodedImage) -> list[View]:
+def florence2(image: ProcessedImage) -> list[View]:
     """Florence-2: the keys are the encoder's; the first image token is the mean of the others.
 
     Its four strided convolutions centre a token 15.5 of 768 pixels left of and above the middle of its 32, so the

@@ -84,11 +84,11 @@ def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) 
     resized = resized_size(image_processor, *padded)
     if max(padded[0] * padded[1], resized[0] * resized[1]) > MAX_PREPARED_PIXELS:
         W, H = image_size
-        raise UsageError(f"the picture is {W} x {H} pixels: too long and thin for this model; cut it")
+        raise UsageError(f"the image is {W} x {H} pixels: too long and thin for this model; cut it")
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedImage:
+class ProcessedImage:
     """One sample of a batch: the size of its image, and the processor's output for it.
 
     Args:

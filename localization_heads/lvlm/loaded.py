@@ -24,7 +24,7 @@ from localization_heads.lvlm.capture import Query, attention_modules, capture, d
 from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
 from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
 from localization_heads.lvlm.fingerprint import fingerprint
-from localization_heads.lvlm.geometry import EncodedImage, View, check_shape, image_token_id, read_maps
+from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape, image_token_id, read_maps
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.prefix import why_not_shared
 from localization_heads.lvlm.processors import misfit_errors, processor_errors
@@ -224,7 +224,7 @@ class LoadedModel:
             return render_chat(self.processor, messages)
         except TemplateError as error:
             raise UsageError(
-                f"conv_mode=chat: the chat template of {self.name} refuses a picture with a text ({error}); "
+                f"conv_mode=chat: the chat template of {self.name} refuses an image with a text ({error}); "
                 "use conv_mode=referseg or plain"
             ) from error
 
@@ -261,7 +261,7 @@ class LoadedModel:
         options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
         side = "right" if self.model.config.is_encoder_decoder else "left"
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
-        what = f"the processor of {self.name} does not take the picture ({sizes} pixels) with its text"
+        what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"
         with self._tokenizing, memory_errors(), processor_errors(what):
             inputs: Mapping[str, Any] = (processor or self.processor)(
                 images=[[image] for image in images],
@@ -291,7 +291,7 @@ class LoadedModel:
         if self.query_token == "answer_first":
             return "the first token of the answer is generated anew for each prompt"
         if not self.image_comes_first:
-            return "its template puts the picture after the expression"
+            return "its template puts the image after the expression"
         return self._family_not_shared
 
     @cached_property
@@ -383,7 +383,7 @@ class LoadedModel:
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
-        return views_of(EncodedImage(self.model.config, self.processor, inputs, sample, image.size))
+        return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
 
 
 def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:

@@ -150,7 +150,7 @@ def _check_order(lvlm: LVLM) -> None:
     """Warn if the chat template puts the image after the text, which then cannot attend to it."""
     if lvlm.image_text not in lvlm.prompt("it"):
         raise UsageError(
-            f"conv_mode=chat: the chat template of {lvlm.name} leaves the picture out; "
+            f"conv_mode=chat: the chat template of {lvlm.name} leaves the image out; "
             "use conv_mode=referseg or plain"
         )
     if lvlm.image_comes_first:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.lvlm.loaded import Apart, LoadedModel, apart
-from localization_heads.lvlm.sharing import EncodedPicture, Question
+from localization_heads.lvlm.sharing import EncodedImage, Question
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class Shared:
     """Several expressions about one image, which the model encodes once."""
 
-    picture: EncodedPicture
+    image: EncodedImage
     questions: Sequence[Question]
 
     def run(self, _: LoadedModel, last_layer: int | None) -> list[AttentionMaps]:
-        return self.picture.answer(self.questions, last_layer=last_layer)
+        return self.image.answer(self.questions, last_layer=last_layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +53,19 @@ def make_batch(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Se
     """Group the pairs: an image that occurs several times, as the same object, is encoded only once."""
     parts: list[tuple[Sequence[int], Apart | Shared]] = []
     alone = []
-    for places in _by_picture(images):
+    for places in _by_image(images):
         if len(places) == 1 or lvlm.why_not_shared:
             alone += places
             continue
-        picture = EncodedPicture(lvlm, images[places[0]])
-        parts.append((places, Shared(picture, [picture.question(expressions[place]) for place in places])))
+        image = EncodedImage(lvlm, images[places[0]])
+        parts.append((places, Shared(image, [image.question(expressions[place]) for place in places])))
     if alone:
         part = apart(lvlm, [images[place] for place in alone], [expressions[place] for place in alone])
         parts.append((alone, part))
     return Batch(parts)
 
 
-def _by_picture(images: Sequence[Image.Image]) -> list[list[int]]:
+def _by_image(images: Sequence[Image.Image]) -> list[list[int]]:
     places: dict[int, list[int]] = {}
     for place, image in enumerate(images):
         places.setdefault(id(image), []).append(place)
@@ -75,7 +75,7 @@ def _by_picture(images: Sequence[Image.Image]) -> list[list[int]]:
 GIBIBYTE = 2**30
 
 
-class RecentPictures:
+class RecentImages:
     """Encoded images by content and settings; the least recently used is dropped first. Safe for several threads.
 
     Args:
@@ -85,40 +85,40 @@ class RecentPictures:
 
     def __init__(self, max_bytes: int = GIBIBYTE) -> None:
         self.max_bytes = max_bytes
-        self._pictures: OrderedDict[tuple[object, ...], EncodedPicture] = OrderedDict()
+        self._images: OrderedDict[tuple[object, ...], EncodedImage] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     @property
     def num_bytes(self) -> int:
         with self._lock:
             return self._sum()
 
-    def get(self, key: tuple[object, ...], encode: Callable[[], EncodedPicture]) -> EncodedPicture:
+    def get(self, key: tuple[object, ...], encode: Callable[[], EncodedImage]) -> EncodedImage:
         """The image of that key, encoded now if it is not there."""
         with self._lock:
-            found = self._pictures.get(key)
+            found = self._images.get(key)
             if found is not None:
-                self._pictures.move_to_end(key)
+                self._images.move_to_end(key)
                 return found
-        picture = encode()  # not under the lock: other images need not wait
+        image = encode()  # not under the lock: other images need not wait
         with self._lock:
-            return self._pictures.setdefault(key, picture)
+            return self._images.setdefault(key, image)
 
     def shrink(self) -> None:
         """Drop images until the rest fits. Called after each use: a request for deeper layers makes an image grow."""
         with self._lock:
-            while self._pictures and self._sum() > self.max_bytes:
-                self._pictures.popitem(last=False)
+            while self._images and self._sum() > self.max_bytes:
+                self._images.popitem(last=False)
 
     def clear(self) -> None:
         with self._lock:
-            self._pictures.clear()
+            self._images.clear()
 
     def _sum(self) -> int:
-        return sum(picture.num_bytes for picture in self._pictures.values())
+        return sum(image.num_bytes for image in self._images.values())
 
 
 def content(image: Image.Image) -> bytes:
@@ -133,7 +133,7 @@ class LVLM(LoadedModel):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.recent = RecentPictures()
+        self.recent = RecentImages()
 
     def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
         """The attention map of every head: from the query token, by default the prompt's last, to the image (Sec. 4.1).
@@ -171,14 +171,14 @@ class LVLM(LoadedModel):
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         return make_batch(self, images, expressions)
 
-    def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedPicture:
+    def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
         Args:
             image: RGB image of any size.
             last_layer: the deepest layer that will be asked for (early exit); None for all.
         """
-        encoded = EncodedPicture(self, image)
+        encoded = EncodedImage(self, image)
         encoded.encode(last_layer)
         return encoded
 
@@ -192,8 +192,8 @@ class LVLM(LoadedModel):
         """
         key = (content(image), self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
         try:
-            picture = self.recent.get(key, lambda: EncodedPicture(self, image))
-            found = picture.attend(expressions, last_layer=last_layer)
+            encoded = self.recent.get(key, lambda: EncodedImage(self, image))
+            found = encoded.attend(expressions, last_layer=last_layer)
             for maps in found:
                 maps.check_finite()
             return found

@@ -36,10 +36,10 @@ class BoxFormat:
     Args:
         prompt: the question; `{expression}` stands in it.
         pattern: regular expression with a group for each of the four numbers; its first match counts.
-        steps: numbers from one side of the picture to the other; None for pixels of the picture as it was resized.
+        steps: numbers from one side of the image to the other; None for pixels of the image as it was resized.
         offset: added to each number: bins stand for their middle.
         rows_first: y0 x0 y1 x1 instead of x0 y0 x1 y1.
-        padded: the numbers count over the padded square, not over the picture.
+        padded: the numbers count over the padded square, not over the image.
         chat: asked in the model's chat template, not bare.
         max_new_tokens: length of the longest answer.
     """
@@ -62,7 +62,7 @@ FORMATS: dict[str, BoxFormat] = {
     "llava": BoxFormat(_REGION + "{expression}", steps=1, padded=True),
     # <|box_start|>(x1,y1),(x2,y2)<|box_end|>
     "qwen2": BoxFormat("Output the bounding box of {expression} in the image.", _PAIRS),
-    # JSON with pixels of the resized picture
+    # JSON with pixels of the resized image
     "qwen2_5": BoxFormat(_JSON, steps=None),
     # JSON with thousandths
     "qwen3": BoxFormat(_JSON, max_new_tokens=1024),
@@ -87,14 +87,14 @@ FORMATS: dict[str, BoxFormat] = {
 
 
 def read_box(text: str, form: BoxFormat, image_size: Size, resized: Size | None = None) -> Box | None:
-    """The first box in an answer, in pixels of the original picture and cut at its edge.
+    """The first box in an answer, in pixels of the original image and cut at its edge.
 
     Args:
-        image_size: `(W, H)` of the original picture.
+        image_size: `(W, H)` of the original image.
         resized: `(W, H)` of what the model saw, for a format in pixels.
 
     Returns:
-        None if there is no box in the answer, or none that covers any of the picture.
+        None if there is no box in the answer, or none that covers any of the image.
 
     >>> read_box('```json [{"bbox_2d": [10, 20, 500, 1000]}]', FORMATS["qwen3"], (640, 480))
     (6.4, 9.6, 320.0, 480.0)
@@ -178,7 +178,7 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
 
 
 def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:
-    """`(W, H)` of the picture as the model saw it, where the processor says so in patches (Qwen-VL)."""
+    """`(W, H)` of the image as the model saw it, where the processor says so in patches (Qwen-VL)."""
     if "image_grid_thw" not in inputs:
         return None
     _, rows, columns = inputs["image_grid_thw"][0].tolist()

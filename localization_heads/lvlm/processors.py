@@ -150,6 +150,6 @@ def misfit_errors(name: str) -> Iterator[None]:
         yield
     except (ValueError, IndexError) as error:
         raise UsageError(
-            f"{name} cannot read what its processor makes of the picture and its text ({first_line(error)}): "
-            "they do not fit each other, or the picture is too long and thin"
+            f"{name} cannot read what its processor makes of the image and its text ({first_line(error)}): "
+            "they do not fit each other, or the image is too long and thin"
         ) from error

@@ -62,7 +62,7 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
     """
     text = " ".join(expression.replace("<image>", " ").split())
     if not text:
-        raise UsageError("the expression is empty: name something in the picture, such as query='the dog'")
+        raise UsageError("the expression is empty: name something in the image, such as query='the dog'")
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise UsageError("the expression is not valid Unicode text: it came in another encoding than UTF-8")
     for token in special_tokens:

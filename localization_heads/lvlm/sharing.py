@@ -21,7 +21,7 @@ from torch import Tensor
 from localization_heads.attention import AttentionMaps
 from localization_heads.lvlm.capture import Query, capture
 from localization_heads.lvlm.families import views_of
-from localization_heads.lvlm.geometry import EncodedImage, View
+from localization_heads.lvlm.geometry import ProcessedImage, View
 from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.prefix import (
     Prefix,
@@ -60,7 +60,7 @@ class Question(NamedTuple):
         return len(self.ids) - 1 if self.query.positions is None else int(self.query.positions.min())
 
 
-class EncodedPicture:
+class EncodedImage:
     """An image that the model has encoded, up to the last token before the expression. Made by `LVLM.encode_image`.
 
     `attend` may be called from several threads: the encoding is never changed.
@@ -167,14 +167,14 @@ class EncodedPicture:
 
     @cached_property
     def _last_image_token(self) -> int:
-        tokens = EncodedImage(
+        tokens = ProcessedImage(
             self.lvlm.model.config, self.lvlm.processor, self._first, 0, self.image.size
         ).tokens
         return int(tokens[-1]) if tokens.size else len(self._first["input_ids"][0])
 
     @cached_property
     def _views(self) -> list[View]:
-        encoded = EncodedImage(self.lvlm.model.config, self.lvlm.processor, self._first, 0, self.image.size)
+        encoded = ProcessedImage(self.lvlm.model.config, self.lvlm.processor, self._first, 0, self.image.size)
         return views_of(encoded)
 
     def _computed(self, depth: int) -> Prefix:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import Box
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.geometry import (
-    EncodedImage,
+    ProcessedImage,
     Size,
     View,
     canvas_box,
@@ -30,7 +30,7 @@ from localization_heads.lvlm.geometry import (
 )
 
 
-def anyres(image: EncodedImage) -> list[View]:
+def anyres(image: ProcessedImage) -> list[View]:
     """LLaVA-NeXT, LLaVA-OneVision: the image squeezed into a square, then tiles over its letterboxed enlargement.
 
     The tiles' tokens are unpadded to the image's aspect, shrunk where they are too many, and each of their rows
@@ -88,7 +88,7 @@ def _resampled(edges: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
 
 
 def tiled(
-    image: EncodedImage, rows: int, columns: int, cells: int, *, box: Box | None = None, first: bool = False
+    image: ProcessedImage, rows: int, columns: int, cells: int, *, box: Box | None = None, first: bool = False
 ) -> list[View]:
     """Tiles of `cells x cells` tokens over `box`, and a thumbnail of the whole image before or after them."""
     whole, box = whole_box(image.image_size), box or whole_box(image.image_size)
@@ -109,13 +109,13 @@ def tiled(
     ]
 
 
-def internvl(image: EncodedImage) -> list[View]:
+def internvl(image: ProcessedImage) -> list[View]:
     """InternVL: the canvas of 448-pixel tiles with the nearest aspect, squeezed; thumbnail last."""
     rows, columns = _optimal_canvas(image)
     return tiled(image, rows, columns, math.isqrt(image.config.image_seq_length))
 
 
-def cohere(image: EncodedImage) -> list[View]:
+def cohere(image: ProcessedImage) -> list[View]:
     """Aya Vision, Command A Vision: InternVL's canvas, patches merged by `downsample_factor`; thumbnail last."""
     rows, columns = _optimal_canvas(image)
     return tiled(
@@ -123,7 +123,7 @@ def cohere(image: EncodedImage) -> list[View]:
     )
 
 
-def _optimal_canvas(image: EncodedImage) -> Size:
+def _optimal_canvas(image: ProcessedImage) -> Size:
     """`(rows, columns)` of tiles, from the image processor's own function: its output does not keep them."""
     ip, (W, H) = image.image_processor, image.image_size
     optimal = sys.modules[type(ip).__module__].get_optimal_tiled_canvas
@@ -131,7 +131,7 @@ def _optimal_canvas(image: EncodedImage) -> Size:
     return rows, columns
 
 
-def ovis2(image: EncodedImage) -> list[View]:
+def ovis2(image: ProcessedImage) -> list[View]:
     """Ovis2: thumbnail first; `<IMG_COL>` and `<IMG_ROW>` stand between the tiles."""
     words = image.words()
     rows = words.count("<IMG_ROW>") + 1
@@ -144,20 +144,20 @@ def ovis2(image: EncodedImage) -> list[View]:
     )
 
 
-def idefics3(image: EncodedImage) -> list[View]:
+def idefics3(image: ProcessedImage) -> list[View]:
     """Idefics 3, SmolVLM: `<row_R_col_C>` before each tile; the thumbnail last."""
     rows, columns = _numbered_tiles(image, r"<row_(\d+)_col_(\d+)>")
     return tiled(image, rows, columns, math.isqrt(image.processor.image_seq_len))
 
 
-def _numbered_tiles(image: EncodedImage, pattern: str) -> Size:
+def _numbered_tiles(image: ProcessedImage, pattern: str) -> Size:
     """The highest row and column that the prompt's tile tokens name; one tile if there are none."""
     found = [re.fullmatch(pattern, word) for word in image.words()]
     places = [(int(place[1]), int(place[2])) for place in found if place]
     return max((row for row, _ in places), default=1), max((column for _, column in places), default=1)
 
 
-def lfm2(image: EncodedImage) -> list[View]:
+def lfm2(image: ProcessedImage) -> list[View]:
     """LFM2-VL: square tiles over the squeezed image, then a thumbnail of its own aspect."""
     ip, (W, H) = image.image_processor, image.image_size
     names = ("downsample_factor", "min_image_tokens", "max_image_tokens", "encoder_patch_size")
@@ -174,7 +174,7 @@ def lfm2(image: EncodedImage) -> list[View]:
     return views
 
 
-def llama4(image: EncodedImage) -> list[View]:
+def llama4(image: ProcessedImage) -> list[View]:
     """Llama 4: aspect kept, padded right and below to whole tiles; separators between the tiles, thumbnail last."""
     words = image.words()
     rows = max(1, words.count("<|tile_y_separator|>"))

@@ -1,7 +1,7 @@
-"""What a sample looks like in a few kilobytes: a small picture, its maps a byte a cell, its masks as outlines.
+"""What a sample looks like in a few kilobytes: a small image, its maps a byte a cell, its masks as outlines.
 
-Maps are not baked into pictures: the page colours and scales the bytes when they are looked at. The sizes are
-bounded, so that a thousand samples stay below 20 MB whatever their pictures and grids.
+Maps are not baked into images: the page colours and scales the bytes when they are looked at. The sizes are
+bounded, so that a thousand samples stay below 20 MB whatever their images and grids.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TinyMap:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """The picture as a small WebP (or JPEG, where Pillow has no WebP) in a `data:` address."""
+    """The image as a small WebP (or JPEG, where Pillow has no WebP) in a `data:` address."""
     kind = "webp" if features.check("webp") else "jpeg"
     content = b""
     for side, quality in ATTEMPTS:
@@ -120,8 +120,8 @@ class Card:
     """One sample of the gallery, all of it small.
 
     Args:
-        image_size: `(W, H)` of the picture; boxes, outlines and `image_box` are in its pixels.
-        picture: `data:` address of the thumbnail, "" where the picture cannot be opened.
+        image_size: `(W, H)` of the image; boxes, outlines and `image_box` are in its pixels.
+        image: `data:` address of the thumbnail, "" where the image cannot be opened.
         mask, truth_mask: outlines as SVG paths, "" for none.
         heads: whose maps were added; `maps` holds the first of theirs, in this order.
         combined: the sum of the smoothed maps of all heads; None where the maps are not at hand.
@@ -131,7 +131,7 @@ class Card:
     id: str
     expression: str
     image_size: tuple[int, int]
-    picture: str
+    image: str
     box: Box | None = None
     truth: Box | None = None
     mask: str = ""

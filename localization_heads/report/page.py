@@ -20,7 +20,7 @@ from localization_heads.report.content import LEAST_FREQUENCY, HeadFacts, Report
 def render(report: Report) -> str:
     """The whole page. Nothing in the report's texts can become markup or script.
 
-    Its content security policy allows this very style, this very script and pictures in `data:` addresses.
+    Its content security policy allows this very style, this very script and images in `data:` addresses.
     """
     style, script = _asset("report.css"), _asset("report.js")
     return (

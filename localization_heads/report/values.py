@@ -334,10 +334,10 @@ def shapes_drawn(cards: Sequence[Card]) -> dict[str, str]:
 
 
 def described(card: Card) -> str:
-    """The picture in words, for those who do not see it."""
+    """The image in words, for those who do not see it."""
     boxes = [("predicted box", card.box), ("true box", card.truth)]
     parts = [f"{name} {' '.join(f'{edge:.0f}' for edge in box)}" for name, box in boxes if box is not None]
-    parts += [] if card.picture else ["the picture cannot be opened"]
+    parts += [] if card.image else ["the image cannot be opened"]
     return f"{plain(card.expression, 600)}: {'; '.join(parts)}"
 
 

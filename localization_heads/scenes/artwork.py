@@ -160,9 +160,9 @@ def draw_background(rng: Random, size: int) -> Image.Image:
     return _noise_background(rng, size, 2 if kind == "gradient" else rng.choice((3, 4, 6, 10, 20)))
 
 
-def draw_clutter(rng: Random, picture: Image.Image) -> None:
+def draw_clutter(rng: Random, image: Image.Image) -> None:
     """Draw three to ten small nameless shapes on the background, in place."""
-    draw, size = ImageDraw.Draw(picture), picture.width
+    draw, size = ImageDraw.Draw(image), image.width
     for _ in range(rng.randint(3, 10)):
         x, y, width = rng.random() * size, rng.random() * size, rng.uniform(0.02, 0.12) * size
         box, colour = (x, y, x + width, y + width * rng.uniform(0.3, 1)), _random_colour(rng)

@@ -73,9 +73,9 @@ def write_scene(
     id = f"scene_{number:05d}"
     target = scene.objects[expression.object_index]
     rows = kept_rows(target.box, scene.image.shape[0], height, seed=number)
-    picture = BytesIO()
-    Image.fromarray(scene.image[rows]).save(picture, "PNG")
-    write_bytes(folder / f"{id}.png", picture.getvalue())
+    image = BytesIO()
+    Image.fromarray(scene.image[rows]).save(image, "PNG")
+    write_bytes(folder / f"{id}.png", image.getvalue())
     x0, y0, x1, y1 = target.box
     return {
         "id": id,

@@ -3,7 +3,7 @@
 Outside the box is background for certain. Inside it the half of the map's range next to its peak is probably object,
 the rest probably background; colours decide from there, and of several pieces the
 one that holds most of the map is kept. Nothing is certainly object: a head may look beside it.
-Only the box and its surroundings are looked at, and never more than `WORKING_SIDE` pixels a side, so a large picture
+Only the box and its surroundings are looked at, and never more than `WORKING_SIDE` pixels a side, so a large image
 costs no more time than a small one.
 """
 
@@ -62,7 +62,7 @@ class GrabCut:
             max(1, round((region[2] - region[0]) * shrink)),
             max(1, round((region[3] - region[1]) * shrink)),
         )
-        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large picture
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large image
         pixels = np.asarray(image.resize(size, box=region, reducing_gap=2.0))
         heat = spread(grounding.combined, _seen_from(grounding.image_box, region, size), size)
         found = cut(pixels, heat, _seen_from(grounding.box, region, size), self.iterations)
@@ -72,7 +72,7 @@ class GrabCut:
 def cut(
     pixels: NDArray[np.uint8], heat: NDArray[np.floating], box: Box, iterations: int = 5
 ) -> NDArray[np.bool_]:
-    """GrabCut on a small picture.
+    """GrabCut on a small image.
 
     Args:
         pixels: RGB `[h, w, 3]`.
@@ -118,7 +118,7 @@ def first_guess(heat: NDArray[np.floating], box: Box) -> NDArray[np.uint8]:
 
 
 def _around(box: Box, margin: float, size: tuple[int, int]) -> Region:
-    """The whole pixels that a box touches, with `margin` sides more on each side, inside a picture; never none."""
+    """The whole pixels that a box touches, with `margin` sides more on each side, inside an image; never none."""
     x0, y0, x1, y1 = box
     across, down = margin * (x1 - x0), margin * (y1 - y0)
     left, top = min(max(0, int(x0 - across)), size[0] - 1), min(max(0, int(y0 - down)), size[1] - 1)

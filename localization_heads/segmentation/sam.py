@@ -49,7 +49,7 @@ class Family:
         kind: the value of `segmenter.kind`.
         model_class: in transformers.
         model_types: of the checkpoints that it reads.
-        squashes: whether pictures are squashed to a square; else they are padded right or below.
+        squashes: whether images are squashed to a square; else they are padded right or below.
         mean, std: of the colours, where the checkpoint's folder does not say.
     """
 
@@ -173,8 +173,8 @@ def _three(values: Any, default: Colours) -> Colours:
     return (red, green, blue) if min(red, green, blue) > 0 else default
 
 
-ENCODED_PICTURES = 4
-"""Pictures whose embeddings are kept: 4 MB each for SAM, about 17 MB for SAM 2."""
+ENCODED_IMAGES = 4
+"""OpenedImages whose embeddings are kept: 4 MB each for SAM, about 17 MB for SAM 2."""
 
 
 def load_sam(options: SegmenterOptions) -> Sam:
@@ -226,7 +226,7 @@ class Sam:
         return int(size if isinstance(size, int) else size[0])
 
     def frame(self, image_size: tuple[int, int]) -> Frame:
-        """Where a picture lies in that square."""
+        """Where an image lies in that square."""
         make = Frame.squashed if self.family.squashes else Frame.padded
         return make(image_size, self.side)
 
@@ -249,10 +249,10 @@ class Sam:
         told: dict[str, Any] = {}
         if "box" in self.prompt:
             told["input_boxes"] = np.array(grounding.box) * (across, down, across, down)
-            told["input_boxes"] = told["input_boxes"][None, None]  # (picture, object, 4)
+            told["input_boxes"] = told["input_boxes"][None, None]  # (image, object, 4)
         if "points" in self.prompt:
             points = np.array(interior_points(grounding, self.num_points)) * (across, down)
-            told["input_points"] = points[None, None]  # (picture, object, point, 2)
+            told["input_points"] = points[None, None]  # (image, object, point, 2)
             told["input_labels"] = np.ones((1, 1, len(points)), dtype=np.int32)  # all are foreground
         if "map" in self.prompt:
             side = 4 * self.model.prompt_encoder.image_embedding_size[0]
@@ -264,18 +264,18 @@ class Sam:
         return torch.from_numpy(value).to(self.model.device, kind)
 
     def encode(self, image: Image.Image) -> Any:
-        """The picture's embeddings; those of the last few pictures are kept."""
+        """The image's embeddings; those of the last few images are kept."""
         key = hashlib.blake2b(image.tobytes(), person=f"{image.width}x{image.height}".encode()[:16]).digest()
         if key not in self._encoded:
             pixels = self._tensor(self.pixel_values(image))
             self._encoded[key] = self.model.get_image_embeddings(pixels)
-            if len(self._encoded) > ENCODED_PICTURES:
+            if len(self._encoded) > ENCODED_IMAGES:
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
         return self._encoded[key]
 
     def pixel_values(self, image: Image.Image) -> NDArray[np.float32]:
-        """The picture as the encoder takes it, `[1, 3, side, side]`; padding is 0 after normalising, as SAM's."""
+        """The image as the encoder takes it, `[1, 3, side, side]`; padding is 0 after normalising, as SAM's."""
         from PIL.Image import Resampling
 
         width, height = self.frame(image.size).inner

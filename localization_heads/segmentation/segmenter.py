@@ -31,13 +31,13 @@ LOGIT = 10.0
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the picture lies in the square that a segmenter sees.
+    """Where the image lies in the square that a segmenter sees.
 
     Args:
         image_size: `(W, H)` of the original image.
         side: of the square, in its pixels.
-        inner: `(width, height)` of the picture in the square, from its top left corner; the rest is padding.
-        squashes: whether the picture fills the square whatever its shape.
+        inner: `(width, height)` of the image in the square, from its top left corner; the rest is padding.
+        squashes: whether the image fills the square whatever its shape.
     """
 
     image_size: tuple[int, int]
@@ -54,7 +54,7 @@ class Frame:
 
     @classmethod
     def squashed(cls, image_size: tuple[int, int], side: int) -> Frame:
-        """The picture fills the square, whatever its shape (SAM 2 and 3)."""
+        """The image fills the square, whatever its shape (SAM 2 and 3)."""
         return cls(image_size, side, (side, side), squashes=True)
 
     @property
@@ -153,13 +153,13 @@ def refine(
     """The grounding with the segmenter's mask in place of the pseudo-mask.
 
     With `box_from="mask"` the box becomes the mask's tight box, and the score the map's mass inside that. Nothing
-    changes without a segmenter or a picture, where no cell stands out (there is nothing to prompt with), or where
+    changes without a segmenter or an image, where no cell stands out (there is nothing to prompt with), or where
     the segmenter finds nothing; the last is said in the log.
     """
     if segmenter is None or image is None or not grounding.cells.any():
         return grounding
     if image.size != grounding.image_size:
-        log.warning("the picture is no longer the one that the maps are of: the mask is that of the map")
+        log.warning("the image is no longer the one that the maps are of: the mask is that of the map")
         return grounding
     mask = segmenter.segment(image, grounding)
     box = tight_box(mask)

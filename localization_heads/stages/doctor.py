@@ -30,7 +30,7 @@ class Examined:
 
 def doctor(run: Run) -> Examined:
     """Examine the model on `image_file` and `query`, or on an example -> `<id>_doctor.png`."""
-    name = run.picture(_picture_name(run))
+    name = run.image(_image_name(run))
     image = load_image(name)
     expression = str(run.options.query or EXPRESSION)
     id = str(run.options.save_id or default_id(str(name), expression))
@@ -51,9 +51,9 @@ def doctor(run: Run) -> Examined:
     return Examined(found, [path])
 
 
-def _picture_name(run: Run) -> str:
+def _image_name(run: Run) -> str:
     if run.options.image_file:
         return str(run.options.image_file)
     if not Path(EXAMPLE).is_file():
-        raise UsageError("image_file= is missing: stage=doctor shows how the model reads a picture")
+        raise UsageError("image_file= is missing: stage=doctor shows how the model reads an image")
     return EXAMPLE

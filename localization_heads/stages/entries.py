@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 Line = TypeVar("Line", Sample, VisualizationEntry)
 
 
-class Pictures:
-    """The pictures of one run, each opened and decoded once as long as those kept have `most` pixels together.
+class OpenedImages:
+    """The images of one run, each opened and decoded once as long as those kept have `most` pixels together.
 
-    A picture that is kept for another pass stays; any other is handed out and forgotten.
+    An image that is kept for another pass stays; any other is handed out and forgotten.
     """
 
     def __init__(self, most: int) -> None:
@@ -49,10 +49,10 @@ class Pictures:
         self._kept: dict[str | int, Image.Image] = {}
 
     def pixels(self, sample: Sample) -> int:
-        """0 for what is no picture. An address, which is not fetched for this, fills a chunk."""
+        """0 for what is no image. An address, which is not fetched for this, fills a chunk."""
         if is_address(sample.image):
             return CHUNK_PIXELS
-        if (key := picture_key(sample)) not in self._sizes:
+        if (key := image_key(sample)) not in self._sizes:
             self._sizes[key] = self._opened(key, sample)
         return self._sizes[key]
 
@@ -73,12 +73,12 @@ class Pictures:
         self._room -= image.width * image.height
 
     def load(self, sample: Sample, *, again: bool = False) -> Image.Image:
-        """The picture, whole in memory. Raises what `load_image` does.
+        """The image, whole in memory. Raises what `load_image` does.
 
         Args:
             again: it will be looked at once more, and is kept if there is room.
         """
-        key = picture_key(sample)
+        key = image_key(sample)
         image = self._kept.get(key)
         if image is None:
             image = load_image(sample.image)
@@ -91,7 +91,7 @@ class Pictures:
 
 
 KEPT_PIXELS = 24_000_000
-"""Of the pictures that one pass keeps for the next: those of a small data set, of a large one 70 MB."""
+"""Of the images that one pass keeps for the next: those of a small data set, of a large one 70 MB."""
 
 
 @dataclass
@@ -100,20 +100,20 @@ class Entries:
 
     Args:
         fitting: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
-        pictures_again: the pictures are looked at in a second pass.
+        images_again: the images are looked at in a second pass.
     """
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
     fitting: int | None = None
-    pictures_again: bool = False
-    pictures: Pictures = field(default_factory=lambda: Pictures(KEPT_PIXELS), repr=False)
+    images_again: bool = False
+    images: OpenedImages = field(default_factory=lambda: OpenedImages(KEPT_PIXELS), repr=False)
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def key(self, sample: Sample) -> bytes:
-        """16 bytes that change with the sample's expression, picture or id.
+        """16 bytes that change with the sample's expression, image or id.
 
-        Made once a run: a picture that is touched meanwhile must not lose its place.
+        Made once a run: an image that is touched meanwhile must not lose its place.
         """
         if sample.id not in self._keys:
             self._keys[sample.id] = sample_key(sample.expression, sample.image_key, sample.id)
@@ -135,7 +135,7 @@ class Entries:
 
 
 class Attended(NamedTuple):
-    """A sample with its opened picture and the maps of every head."""
+    """A sample with its opened image and the maps of every head."""
 
     sample: Sample
     image: Image.Image
@@ -195,26 +195,26 @@ def choose_range(
 
 
 def open_chunk(run: Run, entries: Entries, chunk: Sequence[Sample]) -> list[tuple[Sample, Image.Image]]:
-    """The pictures of a chunk; samples whose picture or expression is unusable are put aside.
+    """The images of a chunk; samples whose image or expression is unusable are put aside.
 
-    Samples of one picture get one and the same object.
+    Samples of one image get one and the same object.
     """
     opened: list[tuple[Sample, Image.Image]] = []
-    pictures: dict[str | int, Image.Image] = {}
+    images: dict[str | int, Image.Image] = {}
     for sample in chunk:
         try:
             run.lvlm.prompt(sample.expression)
-            if (key := picture_key(sample)) not in pictures:
-                pictures[key] = entries.pictures.load(sample, again=entries.pictures_again)
-            check_inside(sample, pictures[key].size)
-            opened.append((sample, pictures[key]))
+            if (key := image_key(sample)) not in images:
+                images[key] = entries.images.load(sample, again=entries.images_again)
+            check_inside(sample, images[key].size)
+            opened.append((sample, images[key]))
         except (UsageError, WorkError) as error:
             entries.fail(sample, error)
     return opened
 
 
-def picture_key(sample: Sample) -> str | int:
-    """What stands for a sample's picture: two samples of one file have one and the same."""
+def image_key(sample: Sample) -> str | int:
+    """What stands for a sample's image: two samples of one file have one and the same."""
     return sample.image_key or id(sample.image)
 
 
@@ -310,9 +310,9 @@ Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]
 
 
 CHUNK_PIXELS = 24_000_000
-"""Of the pictures of a chunk together, unless it has only one: a camera's, or seventy of COCO. Each takes 4 bytes."""
+"""Of the images of a chunk together, unless it has only one: a camera's, or seventy of COCO. Each takes 4 bytes."""
 OPENED_AHEAD = 16_000_000
-"""Pixels of a picture that is opened while the model still works on others: processors take 20 bytes for each."""
+"""Pixels of an image that is opened while the model still works on others: processors take 20 bytes for each."""
 
 
 class Chunk(NamedTuple):
@@ -323,7 +323,7 @@ class Chunk(NamedTuple):
 
 
 class ReadyChunk(NamedTuple):
-    """A chunk with its pictures open and the host's share of the model's work done.
+    """A chunk with its images open and the host's share of the model's work done.
 
     Args:
         opened: None where that is left to `compute`.
@@ -337,11 +337,11 @@ class ReadyChunk(NamedTuple):
 def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk) -> ReadyChunk:
     """The whole chunk goes through the model or nothing of it: a smaller batch would round differently.
 
-    A picture of more than `OPENED_AHEAD` is left to `compute`.
+    An image of more than `OPENED_AHEAD` is left to `compute`.
     """
     if (
         chunk.missing
-        and entries.pictures.pixels(chunk.samples[0]) > OPENED_AHEAD
+        and entries.images.pixels(chunk.samples[0]) > OPENED_AHEAD
         and not is_address(chunk.samples[0].image)
     ):
         return ReadyChunk(chunk, None, None)

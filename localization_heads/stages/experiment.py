@@ -241,7 +241,7 @@ def _find(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> li
 
 
 def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
-    """The segmenter's turn, with the sample's picture."""
+    """The segmenter's turn, with the sample's image."""
     if run.segmenter is None:
         return None
     return lambda number, grounding: run.grounder(None).refine(grounding, load_image(samples[number].image))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
-from localization_heads.datasets.leakage import picture_keys
+from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.head import Head
@@ -235,7 +235,7 @@ def batch(run: Run) -> Discovered:
             run.check_named_heads()
         draws = draws_of(run, entries)
         store = open_store(run)
-        entries.pictures_again = True
+        entries.images_again = True
         fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
@@ -254,7 +254,7 @@ def draws_of(run: Run, entries: Entries) -> np.ndarray:
 
 
 def _note_failures(entries: Entries, store: StatisticsStore) -> None:
-    """So that `rank`, which opens no picture, reports what this run reports."""
+    """So that `rank`, which opens no image, reports what this run reports."""
     reasons = {failure.line: failure.reason for failure in entries.failures}
     failed = (sample for sample in entries.samples if sample.line in reasons)
     store.note_failures({entries.key(sample): reasons[sample.line] for sample in failed})
@@ -300,11 +300,11 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 
 
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
-    """The ranking, with the pictures that it was made on."""
+    """The ranking, with the images that it was made on."""
     ranking = rank_entries(run, entries, draws, store)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
-    shown = picture_keys(entries.samples[place] for place in _usable(entries, draws))
+    shown = image_keys(entries.samples[place] for place in _usable(entries, draws))
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in shown if key})),
@@ -394,15 +394,15 @@ def _ground_all(
             maps, statistics = load_attention(path), fresh.get(sample.id)
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
-            picture = cache(partial(image_or_none, partial(entries.pictures.load, sample)))
+            opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
             if limit is None or number < limit:
-                drawn = draw(run, grounder, maps, statistics, path, picture(), truth=sample.bbox)
+                drawn = draw(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
                 grounding = drawn.grounding
             else:
-                image = picture() if grounder.segmenter else None
+                image = opened() if grounder.segmenter else None
                 grounding = grounder.ground(maps, image, statistics)
             outcome = outcome_of(sample, grounding)
-            report.add(outcome, look(report.room, outcome, maps, grounding, picture))
+            report.add(outcome, look(report.room, outcome, maps, grounding, opened))
             report.measure(sample, maps)
             grounded.append(outcome)
         except UsageError as error:

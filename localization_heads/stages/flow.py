@@ -1,6 +1,6 @@
 """The model's way through a data set, in one place: `find`, `batch`, `ground` and `evaluate` all go it.
 
-Entries of one picture go together, so that it is encoded once. They are cut into the same chunks in every run, and
+Entries of one image go together, so that it is encoded once. They are cut into the same chunks in every run, and
 a chunk goes through the model as a whole or not at all: a run that was killed goes on with the same batches, and the
 same numbers, to the last bit. While the model works on one chunk, a thread opens and prepares the next ones, and
 another keeps what came of the last ones.
@@ -24,19 +24,19 @@ from localization_heads.stages.entries import (
     Attended,
     Chunk,
     Entries,
-    Pictures,
+    OpenedImages,
     ReadyChunk,
     Work,
     compute,
+    image_key,
     make_chunk_ready,
-    picture_key,
 )
 from localization_heads.stages.run import Run
 
 AHEAD = 2
 """Chunks that may be prepared, or wait to be kept, at a time."""
 WAITING = 128 << 20
-"""Bytes of pictures and maps that may wait to be kept; a chunk of more is kept before the next is computed."""
+"""Bytes of images and maps that may wait to be kept; a chunk of more is kept before the next is computed."""
 AUTO = 16
 """`batch_size=auto`: entries in a chunk. One that does not fit goes through the model in parts."""
 WINDOW = 32
@@ -52,7 +52,7 @@ class _Computed(NamedTuple):
     fresh: list[Attended]
 
     def num_bytes(self) -> int:
-        """Of the maps and the pictures."""
+        """Of the maps and the images."""
         images = {id(one.image): one.image for one in self.fresh}
         pixels = sum(image.width * image.height for image in images.values())
         return 4 * pixels + sum(one.maps.attention.nbytes for one in self.fresh)
@@ -97,7 +97,7 @@ def go_through(
 
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
     behind = not (work_runs_model or run.options.show_plot)  # windows open in the main thread only
-    parts = chunks(samples, size, entries.pictures)
+    parts = chunks(samples, size, entries.images)
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:
             _over_workers(run, entries, map(chunk_of, parts), work, keep, last_layer, bar)
@@ -183,15 +183,15 @@ def in_line(
                 last.result()
 
 
-def chunks(samples: Sequence[Sample], size: int, known: Pictures | None = None) -> Iterator[list[Sample]]:
+def chunks(samples: Sequence[Sample], size: int, known: OpenedImages | None = None) -> Iterator[list[Sample]]:
     """Samples in chunks of at most `size`, cut in the same way in every run.
 
-    Those of one picture are together, wherever they stand in the file (more than `size` are several chunks). A chunk
-    is filled up with pictures of about the same size and expressions of about the same length, so that little is
-    padded. Its pictures have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
-    memory for large pictures, which cost more to decode than a larger batch would save.
+    Those of one image are together, wherever they stand in the file (more than `size` are several chunks). A chunk
+    is filled up with images of about the same size and expressions of about the same length, so that little is
+    padded. Its images have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
+    memory for large images, which cost more to decode than a larger batch would save.
     """
-    known = known or Pictures(0)
+    known = known or OpenedImages(0)
     chunk: list[Sample] = []
     pixels = 0
     for part in _parts(samples, size, known):
@@ -204,20 +204,18 @@ def chunks(samples: Sequence[Sample], size: int, known: Pictures | None = None) 
         yield chunk
 
 
-def _parts(samples: Sequence[Sample], size: int, known: Pictures) -> Iterator[list[Sample]]:
-    """The samples of each picture, in parts of at most `size`; sorted by length within windows."""
-    pictures: dict[str | int, list[Sample]] = {}
+def _parts(samples: Sequence[Sample], size: int, known: OpenedImages) -> Iterator[list[Sample]]:
+    """The samples of each image, in parts of at most `size`; sorted by length within windows."""
+    images: dict[str | int, list[Sample]] = {}
     for sample in samples:
-        pictures.setdefault(picture_key(sample), []).append(sample)
-    parts = (
-        group[start : start + size] for group in pictures.values() for start in range(0, len(group), size)
-    )
+        images.setdefault(image_key(sample), []).append(sample)
+    parts = (group[start : start + size] for group in images.values() for start in range(0, len(group), size))
     if size == 1:
         yield from parts
     while window := list(islice(parts, WINDOW * size)):
         yield from sorted(window, key=partial(_length, known))
 
 
-def _length(known: Pictures, part: Sequence[Sample]) -> tuple[int, int]:
-    """Pixels of the picture, then letters of the longest expression: about as many tokens."""
+def _length(known: OpenedImages, part: Sequence[Sample]) -> tuple[int, int]:
+    """Pixels of the image, then letters of the longest expression: about as many tokens."""
     return known.pixels(part[0]), max(len(sample.expression) for sample in part)

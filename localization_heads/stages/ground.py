@@ -120,7 +120,7 @@ class Groundings:
 
 
 def ground(run: Run) -> Groundings:
-    """Boxes and masks for one picture, or for every entry of `data_file` if no picture is named.
+    """Boxes and masks for one image, or for every entry of `data_file` if no image is named.
 
     A query of several phrases is as many entries (`phrases.by`).
     """
@@ -139,12 +139,12 @@ def ground(run: Run) -> Groundings:
 
 def _one_entry(run: Run) -> Entries:
     run.options.require("image_file", "query")
-    picture = run.picture(run.options.image_file)
-    id = str(run.options.save_id or default_id(str(picture), str(run.options.query)))
+    image = run.image(run.options.image_file)
+    id = str(run.options.save_id or default_id(str(image), str(run.options.query)))
     entry_path(run.attention_folder, id, "_prediction.jsonl")
-    load_image(picture)  # a wrong picture is wrong use here, not a failed entry
+    load_image(image)  # a wrong image is wrong use here, not a failed entry
     run.lvlm.prompt(str(run.options.query))
-    return Entries([Sample(picture, str(run.options.query), id=id)])
+    return Entries([Sample(image, str(run.options.query), id=id)])
 
 
 def ground_all(
@@ -226,7 +226,7 @@ def ground_all(
 
 
 class _Grounded(NamedTuple):
-    """What came of an entry, its card if the report may show it, its picture and grounding if they will be drawn."""
+    """What came of an entry, its card if the report may show it, its image and grounding if they will be drawn."""
 
     outcome: Outcome
     card: Card | None = None
@@ -264,7 +264,7 @@ def _ground_each(
     """Every entry of a chunk that can be grounded; without `heads`, each with its own.
 
     Args:
-        drawn: ids of the entries whose pictures go on.
+        drawn: ids of the entries whose images go on.
         room: which entries get a card. Each place that works keeps its own, and the report chooses among them all.
         analyse: the statistics of all heads go on as well, some 0.03 s of work for a model of 1,024 heads.
     """

@@ -230,24 +230,24 @@ def look(
     outcome: Outcome,
     maps: AttentionMaps,
     grounding: Grounding,
-    picture: Callable[[], Image.Image | None],
+    open_image: Callable[[], Image.Image | None],
 ) -> Card | None:
     """What can be seen of a sample while its maps are at hand, if there is room for it.
 
     Boxes, masks and scores are added when the report is written.
 
     Args:
-        picture: opens it; None where that is not possible any more.
+        image: opens it; None where that is not possible any more.
     """
     region = maps.image_box, maps.image_size
 
     def card() -> Card:
-        image = picture()
+        image = open_image()
         return Card(
             id=outcome.sample.id,
             expression=outcome.sample.expression,
             image_size=maps.image_size,
-            picture=thumbnail(image) if image else "",
+            image=thumbnail(image) if image else "",
             heads=grounding.heads,
             maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:MAPS_SHOWN]),
             combined=tiny_map(grounding.combined, *region),

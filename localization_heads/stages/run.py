@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.data.address import Address, picture_source
+from localization_heads.data.address import Address, image_source
 from localization_heads.errors import UsageError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, make_segmenter
 from localization_heads.heads.head import Head
@@ -62,9 +62,9 @@ class ModelRun:
         """Where everything of this model is written."""
         return Path(self.options.output_dir) / self.spec.folder
 
-    def picture(self, name: object) -> Address | str:
-        """The picture of that name, a path or an address, to be loaded."""
-        return picture_source(str(name), allow_private=self._allows_private)
+    def image(self, name: object) -> Address | str:
+        """The image of that name, a path or an address, to be loaded."""
+        return image_source(str(name), allow_private=self._allows_private)
 
     @property
     def _allows_private(self) -> bool:

@@ -1,4 +1,4 @@
-"""One picture, one expression: `collect`, `analyze`, `visualize` and the three in turn, `pipeline`."""
+"""One image, one expression: `collect`, `analyze`, `visualize` and the three in turn, `pipeline`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.address import picture_source
+from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads
@@ -64,14 +64,14 @@ class Visualised:
 
 
 def collect(run: Run) -> Collected:
-    """The attention of every head for one picture and one expression -> `attention/<id>.pkl`."""
+    """The attention of every head for one image and one expression -> `attention/<id>.pkl`."""
     run.options.require("image_file", "query")
-    picture = run.picture(run.options.image_file)
-    id = run.options.save_id or default_id(str(picture), str(run.options.query))
+    source = run.image(run.options.image_file)
+    id = run.options.save_id or default_id(str(source), str(run.options.query))
     path = attention_path(run.attention_folder, str(id), run.options.attention_format)
-    image = load_image(picture)
+    image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, str(run.options.query)).named(id=str(id), image_file=str(picture))
+    maps = run.lvlm.attend(image, str(run.options.query)).named(id=str(id), image_file=str(source))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
@@ -103,7 +103,7 @@ def _is_analysis(path: Path) -> bool:
 
 
 def visualize(run: Run) -> Visualised:
-    """The picture, the maps of its top heads and the combined map with its box, as a figure."""
+    """The image, the maps of its top heads and the combined map with its box, as a figure."""
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
@@ -169,22 +169,22 @@ def top_heads(
 
 
 def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
-    """The picture that the maps are of, or None, with a note, if it is not there any more.
+    """The image that the maps are of, or None, with a note, if it is not there any more.
 
     The file may be a stranger's: it does not choose machines of a private network to be asked.
     """
     if not maps.image_file:
         return None
-    source = picture_source(maps.image_file, allow_private=allow_private_addresses)
+    source = image_source(maps.image_file, allow_private=allow_private_addresses)
     return image_or_none(partial(load_image, source))
 
 
 def image_or_none(load: Callable[[], Image.Image]) -> Image.Image | None:
-    """The picture, or None, with a note, if it is not there any more."""
+    """The image, or None, with a note, if it is not there any more."""
     try:
         return load()
     except (UsageError, WorkError) as error:
-        log.warning("drawing without the picture: %s", error)
+        log.warning("drawing without the image: %s", error)
         return None
 
 
@@ -225,7 +225,7 @@ def _choose(paths: Sequence[Path]) -> str:
 
 
 def default_id(image_file: str, query: str) -> str:
-    """`cat_the-dog-on-the-left` from the picture's name and the words of the query."""
+    """`cat_the-dog-on-the-left` from the image's name and the words of the query."""
     stem = Path(str(image_file).split("?")[0]).stem
     words = "-".join(re.findall(r"\w+", f"{query}".lower()))
     name = re.sub(r"[^\w.-]+", "-", f"{stem}_{words}").strip("-._")

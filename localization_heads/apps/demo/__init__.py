@@ -1,4 +1,4 @@
 """The page to try: `python -m localization_heads.apps.demo` (extra `demo`).
 
-`session` knows what was asked and what heads are on, `drawing` makes its pictures, `page` is the gradio side.
+`session` knows what was asked and what heads are on, `drawing` makes its images, `page` is the gradio side.
 """

@@ -1,4 +1,4 @@
-"""The page's pictures, drawn with Pillow: quick enough to follow a slider."""
+"""The page's images, drawn with Pillow: quick enough to follow a slider."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localization_heads.heads.head import Head
 
 COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE)
 """Okabe and Ito's, one an expression."""
-LONGEST = 720  # pixels of a picture on the page
+LONGEST = 720  # pixels of an image on the page
 MARGIN = 40  # of the grid of heads, for its labels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 CLEAR, GREY = (0, 0, 0, 0), (118, 118, 118)
@@ -31,7 +31,7 @@ Plate = tuple[float, float, float, float]
 def draw_boxes(
     image: Image.Image, groundings: Sequence[Grounding], labels: Sequence[str], longest: int | None = LONGEST
 ) -> Image.Image:
-    """The picture with a tinted mask, a box and a label for each grounding, each in its colour."""
+    """The image with a tinted mask, a box and a label for each grounding, each in its colour."""
     shown = _shown(image, longest)
     found_here = [resized(found, shown.size) for found in groundings]
     for colour, found in zip(COLOURS, found_here, strict=False):
@@ -51,7 +51,7 @@ def draw_boxes(
 
 
 def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
-    """The picture under the combined map; what is low stays see-through."""
+    """The image under the combined map; what is low stays see-through."""
     shown = _shown(image, LONGEST)
     share = np.clip(resized(found, shown.size).heatmap, 0, 1)
     colours = colormaps[COLOUR_MAP](share)[..., :3] * 255
@@ -89,14 +89,14 @@ def cell_size(shape: tuple[int, ...]) -> int:
 
 
 def head_at(x: float, y: float, shape: tuple[int, int]) -> Head | None:
-    """The head whose cell holds a pixel of the grid's picture, None on its margins."""
+    """The head whose cell holds a pixel of the grid's image, None on its margins."""
     cell = cell_size(shape)
     head, layer = int((x - MARGIN) // cell), int((y - MARGIN) // cell)
     return Head(layer, head) if 0 <= layer < shape[0] and 0 <= head < shape[1] else None
 
 
 def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
-    """The answer in the pixels of the picture at another size: what is drawn costs what is shown, not what was sent."""
+    """The answer in the pixels of the image at another size: what is drawn costs what is shown, not what was sent."""
     across, down = size[0] / found.image_size[0], size[1] / found.image_size[1]
 
     def scaled(box: Box) -> Box:
@@ -125,7 +125,7 @@ def _label(
     colour: str,
     taken: Sequence[Plate],
 ) -> Plate:
-    """A name plate above the corner, or below it at the picture's edge; below others, never beyond the picture."""
+    """A name plate above the corner, or below it at the image's edge; below others, never beyond the image."""
     font = _font(max(13, round(max(size) / 45)))
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 10, bottom - top + 8

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 18  # bytes of a request that is no upload: two long texts and a few numbers
 MAX_UPLOAD = 32 << 20
-MAX_UPLOADS = 512 << 20  # bytes of all pictures that lie in the page's folder
+MAX_UPLOADS = 512 << 20  # bytes of all images that lie in the page's folder
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 

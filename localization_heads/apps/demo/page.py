@@ -31,7 +31,7 @@ from localization_heads.apps.demo.session import (
     Asked,
     as_json,
     ask,
-    example_pictures,
+    example_images,
     number,
     parse_heads,
     shortened,
@@ -50,7 +50,7 @@ SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 """Fonts of the visitor's machine: the page fetches nothing."""
 ABOUT = """# Localization heads
 **{model}**, {layers} layers x {heads} heads. A few of them look at what you name: those framed in the grid.
-Choose a picture, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
+Choose an image, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
 clicks only redo the sum and the box."""
 THRESHOLDS = {"mean": "mean (paper)", "otsu": "Otsu", "top_mass": "share of the attention"}
 MAX_QUEUE = 200  # requests that wait, of all visitors
@@ -68,7 +68,7 @@ def serve(run: DemoRun) -> None:
 def served(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
     """The page while it is served, to this machine unless `host` says otherwise. Its address is `local_url`.
 
-    Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of a picture.
+    Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of an image.
     Afterwards the page's files are gone.
     """
     check_address(run.options.host, run.options.port)
@@ -133,7 +133,7 @@ def shown_to_people(action: Callable[..., Any]) -> Callable[..., Any]:
 class Page:
     """The components by name, and the actions over them.
 
-    The actions take what the browser sent as it is (`preprocess=False`): gradio would decode a picture of any size and
+    The actions take what the browser sent as it is (`preprocess=False`): gradio would decode an image of any size and
     raise its own errors for a number that is none.
     """
 
@@ -160,8 +160,8 @@ class Page:
                 self._grid()
 
     def _question(self) -> None:
-        picture, text = self.examples[0]
-        self.image = gr.Image(picture, label="Picture", elem_id="picture", height=330)
+        image, text = self.examples[0]
+        self.image = gr.Image(image, label="Image", elem_id="picture", height=330)
         self.text = gr.Textbox(
             text,
             lines=2,
@@ -181,11 +181,11 @@ class Page:
 
     def _answer(self) -> None:
         with gr.Row():
-            self.boxes = _picture("**Box and mask**", "boxes")
-            self.heat = _picture("**Map**", "heat")
+            self.boxes = _image("**Box and mask**", "boxes")
+            self.heat = _image("**Map**", "heat")
         with gr.Row(visible=False) as self.second:
-            self.boxes_b = _picture("**Box and mask**, set B", "boxes_b")
-            self.heat_b = _picture("**Map**, set B", "heat_b")
+            self.boxes_b = _image("**Box and mask**, set B", "boxes_b")
+            self.heat_b = _image("**Map**, set B", "heat_b")
         self.table = gr.Dataframe(
             headers=["expression", "set", "box", "score"],
             interactive=False,
@@ -196,7 +196,7 @@ class Page:
         )
         with gr.Row():
             self.json_file = gr.DownloadButton("Download JSON", elem_id="download_json")
-            self.picture_file = gr.DownloadButton("Download picture", elem_id="download_picture")
+            self.image_file = gr.DownloadButton("Download image", elem_id="download_image")
 
     def _settings(self) -> None:
         grounding = self.run.options.grounding
@@ -236,7 +236,7 @@ class Page:
 
     def _grid(self) -> None:
         self.edits = gr.Radio(["A", "B"], value="A", label="Clicks switch heads of set", visible=False)
-        self.grid = _picture(
+        self.grid = _image(
             "**Heads by attention sum.** A click switches one on (framed) or off; a dot: on in set B.",
             "grid",
             buttons=[],
@@ -246,7 +246,7 @@ class Page:
     def wire(self, load: Callable[..., Any]) -> None:
         """Events. Only `asking` runs the model; `load` is the page's opening, which asks for the first example."""
         shown = [self.boxes, self.heat, self.boxes_b, self.heat_b, self.table, self.grid]
-        shown += [self.json_file, self.picture_file]
+        shown += [self.json_file, self.image_file]
         settings = [
             self.heads,
             self.which,
@@ -342,7 +342,7 @@ class Page:
         mask: object,
         compare: object,
     ) -> tuple[Any, ...]:
-        """Everything but the model: the sum, the box, the pictures, the files to download."""
+        """Everything but the model: the sum, the box, the images, the files to download."""
         options = self._options(sigma, binarise, share)
         with self.visitors.turn(request.session_hash) as visitor:
             asked = visitor.answer
@@ -359,7 +359,7 @@ class Page:
                 for expression, answer in zip(asked.expressions, answers, strict=True)
             ]
             drawn = {
-                name: self._pictures(folder, asked, answers, which, name) for name, answers in found.items()
+                name: self._images(folder, asked, answers, which, name) for name, answers in found.items()
             }
             grid = _saved(folder / "heads.png", draw_grid(asked.sums, sets["A"], sets.get("B", ())))
             return (
@@ -392,21 +392,21 @@ class Page:
         )
 
     def _refined(self, asked: Asked, answer: Grounding) -> Grounding:
-        """The answer with the segmenter's mask, made in a turn at the model, on the picture as it is kept."""
+        """The answer with the segmenter's mask, made in a turn at the model, on the image as it is kept."""
         small = resized(answer, asked.image.size)
         return resized(MODEL.take(self.run.grounder(None).refine, small, asked.image), answer.image_size)
 
     def _upload(self, image: object) -> Path | None:
-        """The file that gradio stored for the picture that was sent, None if none was."""
+        """The file that gradio stored for the image that was sent, None if none was."""
         path = image.get("path") if isinstance(image, dict) else None
         if path is None:
             return None
         file = Path(str(path)).resolve()
         if not file.is_relative_to(self.folder) or not file.is_file():
-            raise UsageError("the picture is not here any more: choose it again")
+            raise UsageError("the image is not here any more: choose it again")
         return file
 
-    def _pictures(
+    def _images(
         self, folder: Path, asked: Asked, answers: Sequence[Grounding], which: object, name: str
     ) -> tuple[str, str]:
         """The boxes of all expressions, and the map of one."""
@@ -428,7 +428,7 @@ def _stored_examples(folder: Path) -> list[tuple[str, str]]:
     folder.mkdir()
     return [
         (_saved(folder / f"{position}.png", image), expression)
-        for position, (image, expression) in enumerate(example_pictures())
+        for position, (image, expression) in enumerate(example_images())
     ]
 
 
@@ -454,8 +454,8 @@ def _names(heads: Any) -> str:
     return " ".join(str(Head(*head)) for head in heads)
 
 
-def _picture(title: str, name: str, **options: Any) -> gr.Image:
-    """A picture that visitors look at, under its title: gradio's own label would hide a corner of it."""
+def _image(title: str, name: str, **options: Any) -> gr.Image:
+    """An image that visitors look at, under its title: gradio's own label would hide a corner of it."""
     with gr.Column(min_width=260):
         gr.Markdown(title)
         shown: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}

@@ -1,4 +1,4 @@
-"""What the page knows: the picture, the expressions and their maps, and which heads are on.
+"""What the page knows: the image, the expressions and their maps, and which heads are on.
 
 The model runs in `ask` alone. Everything that a slider or a click changes is `Asked.answers` again, on maps that are
 there already.
@@ -38,16 +38,16 @@ MAX_HEAD_NAME = 20
 MAX_HEADS_TEXT = 20_000
 MAX_MEGAPIXELS = 32
 PUNCTUATION = ".,:!?\"'()"
-KEPT = 2048  # pixels of the longest side of a picture that is kept
+KEPT = 2048  # pixels of the longest side of an image that is kept
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One picture, the expressions asked about it, and where every head looked.
+    """One image, the expressions asked about it, and where every head looked.
 
     Args:
         image: as the page shows it, no side longer than `KEPT`.
-        maps: one for each expression. They know the size of the picture that was sent, in whose pixels answers are.
+        maps: one for each expression. They know the size of the image that was sent, in whose pixels answers are.
         ranked: every head that could be chosen, the likeliest first: what the slider k counts down.
         sums: mean attention sum over the expressions, `[layer, head]`.
     """
@@ -66,7 +66,7 @@ class Asked:
 
     @property
     def num_bytes(self) -> int:
-        """What the picture and the maps take in memory."""
+        """What the image and the maps take in memory."""
         return 3 * self.image.width * self.image.height + sum(maps.attention.nbytes for maps in self.maps)
 
     def answers(self, heads: Sequence[Head], options: GroundingOptions) -> list[Grounding]:
@@ -78,55 +78,55 @@ class Asked:
 
 
 def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
-    """DemoRun the model on a picture and on expressions, one a line or with semicolons between.
+    """Run the model on an image and on expressions, one a line or with semicolons between.
 
     Others have their turns between two expressions.
 
     Raises:
-        UsageError: there is no picture, no expression, or one that cannot be used; or too many are asking.
+        UsageError: there is no image, no expression, or one that cannot be used; or too many are asking.
     """
     if image is None:
-        raise UsageError("choose a picture first")
+        raise UsageError("choose an image first")
     expressions = split_expressions(text)
     with MODEL.room(3 * num_pixels(image)):
-        picture = MODEL.take(read_picture, image)
-        maps = tuple(MODEL.take(run.lvlm.attend, picture, expression) for expression in expressions)
-        picture.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
+        opened = MODEL.take(read_image, image)
+        maps = tuple(MODEL.take(run.lvlm.attend, opened, expression) for expression in expressions)
+        opened.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
     statistics = [head_statistics(m.attention, run.options.criteria) for m in maps]
     run.check_named_heads()
     first = list(run.named_heads or ())
     others = greedy_heads(statistics[0], run.options.criteria, statistics[0].attention_sum.size)
     ranked = tuple(dict.fromkeys([*first, *others]))
     if not ranked:
-        raise UsageError("no head looks at this picture: none passes criterion 1")
+        raise UsageError("no head looks at this image: none passes criterion 1")
     sums = np.mean([s.attention_sum for s in statistics], axis=0)
-    return Asked(picture, expressions, maps, ranked, sums)
+    return Asked(opened, expressions, maps, ranked, sums)
 
 
 def num_pixels(image: Image.Image | Path) -> int:
-    """From the header. UsageError for what is no picture, or one of more pixels than the page takes."""
-    with about_the_picture(), open_raster(image) if isinstance(image, Path) else nullcontext(image) as opened:
+    """From the header. UsageError for what is no image, or one of more pixels than the page takes."""
+    with about_the_image(), open_raster(image) if isinstance(image, Path) else nullcontext(image) as opened:
         width, height = opened.size
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         raise UsageError(
-            f"the picture has {width} x {height} pixels: at most {MAX_MEGAPIXELS} megapixels, make it smaller"
+            f"the image has {width} x {height} pixels: at most {MAX_MEGAPIXELS} megapixels, make it smaller"
         )
     return width * height
 
 
-def read_picture(image: Image.Image | Path) -> Image.Image:
-    """The pixels of a visitor's picture. UsageError if it cannot be used."""
-    with about_the_picture():
+def read_image(image: Image.Image | Path) -> Image.Image:
+    """The pixels of a visitor's image. UsageError if it cannot be used."""
+    with about_the_image():
         return load_image(image)
 
 
 @contextmanager
-def about_the_picture() -> Iterator[None]:
-    """What is wrong with a picture is said without its place on this machine."""
+def about_the_image() -> Iterator[None]:
+    """What is wrong with an image is said without its place on this machine."""
     try:
         yield
     except ImageError as error:
-        raise UsageError(f"the picture cannot be used: {error.reason}") from None
+        raise UsageError(f"the image cannot be used: {error.reason}") from None
 
 
 def split_expressions(text: object) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ def as_json(asked: Asked, groundings: Sequence[Grounding]) -> list[dict[str, Any
     ]
 
 
-def example_pictures(count: int = 6, size: int = 384) -> list[tuple[Image.Image, str]]:
+def example_images(count: int = 6, size: int = 384) -> list[tuple[Image.Image, str]]:
     """Synthetic scenes with an expression that fits; they need no file and no network."""
     return [
         (Image.fromarray(scene.image), expression.text)

@@ -22,7 +22,7 @@ class Turns:
 
     Args:
         places: questions at once; each waits in a thread of the page's.
-        max_bytes: of their decoded pictures. One question has room in any case, and small pictures pass by large ones.
+        max_bytes: of their decoded images. One question has room in any case, and small images pass by large ones.
     """
 
     def __init__(self, places: int = MAX_ASKING, max_bytes: int = MAX_BYTES) -> None:
@@ -33,7 +33,7 @@ class Turns:
 
     @contextmanager
     def room(self, num_bytes: int) -> Iterator[None]:
-        """Room for one question with a picture of so many bytes, waited for. UsageError if all places are taken."""
+        """Room for one question with an image of so many bytes, waited for. UsageError if all places are taken."""
         with self._changed:
             if self._asking >= self.places:
                 raise UsageError("too many visitors are asking at this moment: try again soon")

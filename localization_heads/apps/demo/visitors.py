@@ -21,7 +21,7 @@ from localization_heads.apps.demo.session import Asked
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 
-MAX_BYTES = 512 << 20  # of pictures and maps, all visitors together
+MAX_BYTES = 512 << 20  # of images and maps, all visitors together
 MAX_VISITORS = 64
 MAX_WAITING = 4  # pieces of work of one visitor
 IDLE_SECONDS = 3600.0
@@ -38,7 +38,7 @@ class Visitor:
         folder: for the files of its answers.
         asked: its last question, None before the first.
         heads_b: those of the second set.
-        upload: its picture's file.
+        upload: its image's file.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class Visitors:
     Args:
         folder: for their files, a folder each.
         is_kept: files of the page itself, which no visitor takes along.
-        max_bytes: of pictures and maps in memory.
+        max_bytes: of images and maps in memory.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Visitors:
             self._leave(visitor)
 
     def end(self, name: str | None) -> None:
-        """The page was closed: its pictures go."""
+        """The page was closed: its images go."""
         with self._lock:
             visitor = self._known.pop(name or "", None)
             if visitor and not visitor.waiting:
@@ -150,7 +150,7 @@ class Visitors:
         self._drop_upload(visitor)
 
     def replace_upload(self, visitor: Visitor, upload: Path) -> None:
-        """Another picture: the file of the one before goes."""
+        """Another image: the file of the one before goes."""
         with self._lock:
             if visitor.upload != upload:
                 self._drop_upload(visitor)

@@ -78,7 +78,7 @@ function viridis(share) {
   return VIRIDIS[low].map((from, i) => Math.round(from + (place - low) * (VIRIDIS[low + 1][i] - from)));
 }
 
-// A map's cells, a byte each, as a picture of as many pixels: low cells let the picture below through.
+// A map's cells, a byte each, as an image of as many pixels: low cells let the image below through.
 function mapAddress(map) {
   const canvas = make("canvas", { width: map.columns, height: map.rows });
   const context = canvas.getContext("2d");
@@ -149,9 +149,9 @@ function drawMaps(card) {
 
   const button = (map) => {
     const small = draw("svg", { class: "picture", viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" },
-      draw("use", { href: `#picture-${id}` }), overlay(map));
+      draw("use", { href: `#image-${id}` }), overlay(map));
     if (map.name === "combined") small.append(large.querySelector(".shapes").cloneNode(true));
-    const made = make("button", { type: "button", "aria-pressed": "false", title: `Lay the map of ${map.name} over the picture` },
+    const made = make("button", { type: "button", "aria-pressed": "false", title: `Lay the map of ${map.name} over the image` },
       small, make("span", {}, map.name));
     made.addEventListener("click", () => {
       const on = made.getAttribute("aria-pressed") === "false";

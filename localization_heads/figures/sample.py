@@ -1,4 +1,4 @@
-"""Figures of one picture: what its top heads look at, and the box that comes of it (Sec. 5)."""
+"""Figures of one image: what its top heads look at, and the box that comes of it (Sec. 5)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from localization_heads.figures.overlay import (
     BOX_WIDTH,
     LONGEST,
     RIM,
-    Picture,
+    ImageLike,
     cells_inside,
     draw_box,
     draw_cells,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 def plot_top_maps(
-    image: Picture | None,
+    image: ImageLike | None,
     attention: AttentionMaps,
     heads: Sequence[Head],
     path: str | Path | None = None,
@@ -63,7 +63,7 @@ def plot_top_maps(
     expression: str | None = None,
     statistics: HeadStatistics | None = None,
 ) -> Figure:
-    """The picture, the maps of `heads` laid over it, and their combined map with the predicted box.
+    """The image, the maps of `heads` laid over it, and their combined map with the predicted box.
 
     All maps share one colour scale, which the bar below states: from 0 to the map's own maximum inside the
     image. What cells in the padding see is not shown.
@@ -77,17 +77,17 @@ def plot_top_maps(
         statistics: adds the spatial entropy `H` to the attention sum `S` in the titles.
     """
     size = panel_size(attention.image_size, area=2.4)
-    picture = shrink_to_panel(image, max(size))
+    shown = shrink_to_panel(image, max(size))
     panels = (image is not None) + len(heads) + (grounding is not None)
     title = attention.query if expression is None else expression
     with paper_style():
         bar = np.ones_like if image is None else opacity
         figure, sheet = new_sheet(size, panels, title, legend=_box_entries(grounding, truth), bar=bar)
         for axes in sheet:
-            draw_image(axes, picture, attention.image_size)
+            draw_image(axes, shown, attention.image_size)
         rest = iter(sheet)
         if image is not None:
-            next(rest).set_title("picture")
+            next(rest).set_title("image")
         for head, axes in zip(heads, rest, strict=False):
             draw_map(axes, attention.attention[head], attention.image_box, opaque=image is None)
             axes.set_title(_map_title(attention, head, statistics))
@@ -129,30 +129,30 @@ def _draw_boxes(axes: Axes, grounding: Grounding | None, truth: Box | None) -> N
 
 
 def plot_grounding(
-    image: Picture | None,
+    image: ImageLike | None,
     grounding: Grounding,
     path: str | Path | None = None,
     *,
     truth: Box | None = None,
     expression: str = "",
 ) -> Figure:
-    """The heat map over the picture, the outline of the mask, the box with its score, the true box.
+    """The heat map over the image, the outline of the mask, the box with its score, the true box.
 
     Args:
         image: `None` draws the heat map alone.
-        grounding: its heat map and mask are made at the size drawn, whatever the size of the picture.
+        grounding: its heat map and mask are made at the size drawn, whatever the size of the image.
         truth: true box in pixels, drawn dashed.
         expression: the title.
     """
     size = panel_size(grounding.image_size, area=14)
-    picture = shrink_to_panel(image, max(size))
+    shown = shrink_to_panel(image, max(size))
     heat, mask = _at_drawn_size(grounding)
     legend = _box_entries(grounding, truth)
     label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
     legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
     with paper_style():
         figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend)
-        draw_image(axes, picture, grounding.image_size)
+        draw_image(axes, shown, grounding.image_size)
         draw_map(axes, heat, (0, 0, *grounding.image_size), opaque=image is None)
         draw_outline(axes, mask)
         _draw_boxes(axes, grounding, truth)
@@ -160,7 +160,7 @@ def plot_grounding(
 
 
 def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Heat map and mask of the picture shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
+    """Heat map and mask of the image shrunk to at most `LONGEST` pixels a side, `[H, W]` each.
 
     Those of a photograph's every pixel would take gigabytes, and nobody could see the difference.
     """
@@ -191,7 +191,7 @@ _LEAST_NAMED = 0.02  # a smaller share is a cell or two: a number would hide it
 
 
 def plot_components(
-    image: Picture | None,
+    image: ImageLike | None,
     attention: AttentionMaps,
     head: Head,
     labels: NDArray[np.integer],
@@ -209,7 +209,7 @@ def plot_components(
         expression: the title; by default the query of the map.
     """
     size = panel_size(attention.image_size, area=4.8, widest=3.1)
-    picture = shrink_to_panel(image, max(size))
+    shown = shrink_to_panel(image, max(size))
     numbers, areas = np.unique(labels[labels > 0], return_counts=True)
     order = np.argsort(-areas, kind="stable")
     numbers, shares = numbers[order], areas[order] / max(1, areas.sum())
@@ -218,7 +218,7 @@ def plot_components(
         note = _padding_note(labels, attention)
         figure, (map_axes, binary_axes, component_axes) = new_sheet(size, 3, title, note=note)
         for axes in (map_axes, binary_axes, component_axes):
-            draw_image(axes, picture, attention.image_size)
+            draw_image(axes, shown, attention.image_size)
         draw_map(map_axes, attention.attention[head], attention.image_box, opaque=image is None)
         map_axes.set_title(f"{head}  S {attention.attention[head].sum():.2f}")
         draw_cells(binary_axes, _paint(labels, numbers, [(1.0, 1.0, 1.0)]), attention.image_box)
