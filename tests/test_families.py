@@ -99,7 +99,7 @@ def test_capture_equals_eager(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_a_batch_is_its_samples(name: str) -> None:
-    """OpenedImages of different sizes and expressions of different lengths, padded to one length."""
+    """Images of different sizes and expressions of different lengths, padded to one length."""
     lvlm = tiny(name)
     images = [coordinate_image(150, 110), coordinate_image(110, 190), coordinate_image(64, 64)]
     expressions = ["the red car", "the dog left in this image", "car"]

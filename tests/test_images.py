@@ -1,4 +1,4 @@
-"""OpenedImages: every mode and orientation becomes RGB; broken, huge and hostile ones are refused by name."""
+"""Images: every mode and orientation becomes RGB; broken, huge and hostile ones are refused by name."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Grounding:
-    """Where an expression is in an image. OpenedImages of it are made when asked for.
+    """Where an expression is in an image. Images of it are made when asked for.
 
     Args:
         box: xyxy floats in image pixels, half-open, inside the image. The whole image if no cell stands out.

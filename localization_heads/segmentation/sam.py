@@ -174,7 +174,7 @@ def _three(values: Any, default: Colours) -> Colours:
 
 
 ENCODED_IMAGES = 4
-"""OpenedImages whose embeddings are kept: 4 MB each for SAM, about 17 MB for SAM 2."""
+"""Images whose embeddings are kept: 4 MB each for SAM, about 17 MB for SAM 2."""
 
 
 def load_sam(options: SegmenterOptions) -> Sam:
