@@ -67,7 +67,7 @@ def test_another_image_starts_anew(chatting: LVLM, image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("mode", ["chat", "referseg", "plain"])
-def test_without_a_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_image(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No placeholder of an image that is not there."""
     lvlm, prompts = load_model(device="cpu", conv_mode=mode), []
 

@@ -135,7 +135,7 @@ def several(count: int = 3) -> list[Sample]:
     return [replace(samples[0], bbox=None, mask=mask), *samples[1:]]
 
 
-def test_a_image_is_read_once_for_the_samples_that_follow_each_other(
+def test_an_image_is_read_once_for_the_samples_that_follow_each_other(
     lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []

@@ -259,6 +259,6 @@ def test_masks_larger_than_their_images_are_not_read(tmp_path):
 
 
 def test_nothing_of_it_is_told(tmp_path):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     with pytest.raises(UsageError, match="found images"):
         open_source("reasonseg", tmp_path, None)

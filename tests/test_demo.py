@@ -88,7 +88,7 @@ def test_texts_that_name_nothing(text, said):
         split_expressions(text)
 
 
-def test_a_question_without_a_image(run):
+def test_a_question_without_an_image(run):
     with pytest.raises(UsageError, match="choose an image"):
         ask(run, None, "the dog")
 

@@ -554,8 +554,8 @@ def private(address: str) -> Address:
     return Address(address, allow_private=True)
 
 
-@pytest.mark.parametrize("path", ["picture", "moved", "image?size=big"])
-def test_a_image_is_fetched(path, server):
+@pytest.mark.parametrize("path", ["image", "moved", "image?size=big"])
+def test_an_image_is_fetched(path, server):
     image = load_image(private(f"{server}/{path}"))
     assert (image.size, corner(image)) == ((6, 4), (0, 128, 0))
     assert load_image(private(f"HTTP{server[4:]}/{path}")).size == (6, 4)
@@ -796,7 +796,7 @@ def test_a_network_that_is_set_up_wrongly_is_named(name, value, said, server, mo
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16", "I", "F"])
-def test_a_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """White of a wide image is that of the whole, not of a strip."""
     values = np.random.default_rng(0).integers(0, 256, (24, 17, 4), dtype=np.uint8)
     if mode in ("I;16", "I", "F"):

@@ -46,7 +46,7 @@ def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     loading.hub_trouble.cache_clear()
 
 
-def test_a_image_that_must_be_fetched(said: str) -> None:
+def test_an_image_that_must_be_fetched(said: str) -> None:
     """Exclusions and the proxy of another protocol do not stand in an image's way."""
     unused = "no_proxy" in said.lower() or "HTTP_PROXY" in said
     with pytest.raises(DownloadError, match="cannot be reached" if unused else said) as caught:

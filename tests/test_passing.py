@@ -53,7 +53,7 @@ def test_chunks(images: list[int], size: int) -> None:
         assert len(holding) == -(-images.count(image) // size)
 
 
-def test_a_image_of_many_places_is_one_group() -> None:
+def test_an_image_of_many_places_is_one_group() -> None:
     """Entries far apart in the file, in file order among themselves."""
     (first, second, third) = chunks(samples_of([1, 2, 3, 1, 2, 3, 1, 2, 3]), 3)
     assert [[s.line for s in chunk] for chunk in (first, second, third)] == [[1, 4, 7], [2, 5, 8], [3, 6, 9]]

@@ -179,7 +179,7 @@ def test_what_is_no_image_is_not_written(front):
     assert len(list((OUT / "images").iterdir())) == 1 and not Path("run.sh").exists()
 
 
-def test_a_image_over_the_limit_is_not_decoded(front, monkeypatch):
+def test_an_image_over_the_limit_is_not_decoded(front, monkeypatch):
     save_lmms(Path("lmms"), world())
     monkeypatch.setattr("localization_heads.data.images.MAX_PIXELS", 100)
     result = prepared(front, path="lmms")
@@ -340,7 +340,7 @@ def test_images_of_a_foreign_heads_json_are_checked(discovered):
     assert evaluated(discovered, OUT / "refcoco-train-4-seed42.jsonl").status == 0
 
 
-def test_copies_of_a_image_are_known(tmp_path):
+def test_copies_of_an_image_are_known(tmp_path):
     (tmp_path / "a.png").write_bytes(b"abc")
     (tmp_path / "b.png").write_bytes(b"abc")
     (tmp_path / "c.png").write_bytes(b"abd")

@@ -153,7 +153,7 @@ THIN = Image.new("RGB", (900, 2))
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
-def test_a_image_beyond_the_aspect_limit(name: str, image: Image.Image) -> None:
+def test_an_image_beyond_the_aspect_limit(name: str, image: Image.Image) -> None:
     for ask in (
         lambda lvlm: lvlm.attend(THIN, "the dog"),
         lambda lvlm: lvlm.attend_batch([image, THIN], ["the dog"] * 2),

@@ -471,7 +471,7 @@ GOOD = HeadRanking(
     num_trials=5,
 ).to_json()
 
-KEYS = sorted(set(GOOD) - {"criteria", "spread", "images"})
+KEYS = sorted(set(GOOD) - {"criteria", "spread", "pictures"})
 HEAD_KEYS = sorted(GOOD["heads"][0])
 
 

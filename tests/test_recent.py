@@ -46,7 +46,7 @@ def turned_images(image: Image.Image, count: int) -> list[Image.Image]:
     return [image.rotate(90 * n).resize((60 + n, 60)).crop((0, 0, 60, 60)) for n in range(count)]
 
 
-def test_a_image_is_known_by_its_content(
+def test_an_image_is_known_by_its_content(
     asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]
 ) -> None:
     """Opened anew, it is the same; one pixel changed, it is another; another prompt reads it anew."""
@@ -83,7 +83,7 @@ def test_the_oldest_goes_when_the_bytes_are_full(
     assert len(encoded) == 4
 
 
-def test_a_deeper_question_makes_a_image_grow(asked: LVLM, image: Image.Image) -> None:
+def test_a_deeper_question_makes_an_image_grow(asked: LVLM, image: Image.Image) -> None:
     """What fits down to the first layer need not fit down to the last."""
     asked.ask(image, ["the dog"], last_layer=0)
     asked.recent.max_bytes = int(1.5 * asked.recent.num_bytes)
@@ -116,7 +116,7 @@ def test_many_threads(asked: LVLM, encoded: Image.Image) -> None:
     assert asked.recent.num_bytes <= asked.recent.max_bytes
 
 
-def test_ground_reads_a_image_once(asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]) -> None:
+def test_ground_reads_an_image_once(asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]) -> None:
     found = [lh.ground(asked, image, text, [lh.Head(3, 0)]) for text in ("the dog", "a red car")]
     assert len(encoded) == 1
     for grounding, text in zip(found, ("the dog", "a red car"), strict=True):

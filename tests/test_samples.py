@@ -301,7 +301,7 @@ def test_other_files_are_called_what_they_are(content, said, folder):
         assert str(caught.value).startswith(f"data_file={path} {said}")
 
 
-def test_a_image_that_was_not_fetched_is_called_a_pointer(folder):
+def test_an_image_that_was_not_fetched_is_called_a_pointer(folder):
     Path("images/cat.png").write_text(POINTER)
     with pytest.raises(UsageError, match=r"cat\.png: is a Git LFS pointer.*git lfs pull"):
         load_image("images/cat.png")

@@ -276,7 +276,7 @@ class TestSam:
         best = output.pred_masks[0, 0, output.iou_scores[0, 0].argmax()]
         assert (many.segment(image, found) == on_image(best, many.frame(image.size)).numpy()).all()
 
-    def test_a_image_is_encoded_once(self, sam, monkeypatch):
+    def test_an_image_is_encoded_once(self, sam, monkeypatch):
         fresh, calls = told(sam, "box"), []
         encode = type(sam.model).get_image_embeddings
         monkeypatch.setattr(

@@ -166,7 +166,7 @@ def test_several_threads_ask_one_image(lvlm: LVLM, image: Image.Image) -> None:
         np.testing.assert_allclose(job.result()[0].attention, alone.attention, **SAME)
 
 
-def test_a_image_after_the_text_is_not_shared() -> None:
+def test_an_image_after_the_text_is_not_shared() -> None:
     lvlm = copy.copy(tiny("llava"))
     lvlm._prompts = {}
     lvlm._render = lambda text: f"{text}. {lvlm.image_text} here"  # type: ignore[method-assign]
@@ -176,7 +176,7 @@ def test_a_image_after_the_text_is_not_shared() -> None:
     np.testing.assert_allclose(maps.attention, lvlm.attend(encoded.image, "the dog").attention, **SAME)
 
 
-def test_why_a_image_is_not_shared() -> None:
+def test_why_an_image_is_not_shared() -> None:
     assert "bidirectional" in (tiny("paligemma").why_not_shared or "")
     assert "encoder" in (tiny("florence2").why_not_shared or "")
     assert tiny("llava").why_not_shared is None
@@ -242,7 +242,7 @@ def test_bytes_are_counted(lvlm: LVLM, image: Image.Image) -> None:
     assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most
 
 
-def test_a_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is given half of it; boxes are in the pixels of the image itself, shared or not."""
     image = coordinate_image(80, 40)
     small = lvlm.attend(image.reduce(2), "the dog")

@@ -395,7 +395,7 @@ def test_hostile_pickles_run_nothing(front: Front, stage: str, beside: bool) -> 
     assert not Path("exploded").exists()
 
 
-def test_a_image_that_is_gone_costs_only_the_image(front: Front) -> None:
+def test_an_image_that_is_gone_costs_only_the_image(front: Front) -> None:
     """An attention file outlives its image, and an address that cannot be reached."""
     front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
     path = front.out / "attention/a.pkl"

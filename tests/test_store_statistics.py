@@ -240,7 +240,7 @@ def test_the_key_tells_samples_apart(tmp_path):
     assert len(others) == 6
 
 
-def test_the_key_of_a_image_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+def test_the_key_of_an_image_does_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert sample_key("e", "a.png") == sample_key("e", tmp_path / "a.png")

@@ -36,7 +36,7 @@ def test_a_view_alone(choice: str, expected: list) -> None:
     np.testing.assert_allclose(read_maps(ROW, [WHOLE, TILES], (4, 2), choice)[0], expected)
 
 
-def test_a_image_without_tiles_has_only_the_whole() -> None:
+def test_an_image_without_tiles_has_only_the_whole() -> None:
     np.testing.assert_allclose(read_maps(ROW, [WHOLE], (4, 2), "tiles")[0], [[[0.5]]])
     with pytest.raises(UsageError, match="view=thumbnail"):
         read_maps(ROW, [WHOLE], (4, 2), "thumbnail")

@@ -161,7 +161,7 @@ class Page:
 
     def _question(self) -> None:
         image, text = self.examples[0]
-        self.image = gr.Image(image, label="Image", elem_id="picture", height=330)
+        self.image = gr.Image(image, label="Image", elem_id="image", height=330)
         self.text = gr.Textbox(
             text,
             lines=2,
