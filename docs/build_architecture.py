@@ -31,13 +31,13 @@ SHELL, SAMPLES, MODEL, SCIENCE, RESULT, GROUND = (
 
 BOXES = {
     "apps": (0.2, 8.2, 3.7, "apps/", "commands, conversation, demo", SHELL),
-    "stages": (4.4, 8.2, 5.4, "stages/", "find, ground, evaluate: thin, resumable", SHELL),
+    "stages": (4.4, 8.2, 5.4, "stages/", "find, ground, evaluate, ...: thin, resumable", SHELL),
     "options": (10.3, 8.2, 2.9, "options/", "every option once", SHELL),
     "api": (13.7, 8.2, 3.1, "api.py  interop/", "Python, other tools", SHELL),
     "sources": (0.2, 5.3, 2.7, "datasets/  scenes/", "benchmarks as JSON lines", SAMPLES),
-    "data": (0.2, 3.5, 2.7, "data/", "Sample: image,\nexpression, truth?", SAMPLES),
+    "data": (0.2, 3.5, 2.7, "data/", "Sample: image,\nexpression, ground truth", SAMPLES),
     "lvlm": (3.6, 3.5, 2.7, "lvlm/", "encode the image once,\nattend per expression", MODEL),
-    "maps": (7.0, 3.5, 2.4, "attention.py", "AttentionMaps:\nlayer x head x cells", MODEL),
+    "maps": (7.0, 3.5, 2.4, "attention.py", "AttentionMaps:\n[layer, head, h, w]", MODEL),
     "heads": (10.2, 5.3, 2.8, "heads/", "criteria, ranking\n\N{RIGHTWARDS ARROW} heads.json", SCIENCE),
     "grounding": (
         10.2,
@@ -50,13 +50,13 @@ BOXES = {
     "segmentation": (10.2, 1.7, 2.8, "segmentation/", "box and map \N{RIGHTWARDS ARROW} mask", SCIENCE),
     "experiments": (13.9, 5.3, 2.9, "experiments/", "the paper's tables\nand figures", RESULT),
     "evaluation": (13.9, 3.5, 2.9, "evaluation/", "metrics, controls,\nintervals", RESULT),
-    "figures": (13.9, 1.7, 2.9, "figures/  report/", "for people to look at", RESULT),
+    "figures": (13.9, 1.7, 2.9, "figures/  report/", "drawings, one page per run", RESULT),
     "store": (
         0.2,
         0.1,
         16.6,
         "store/   cells.py   errors.py",
-        "used everywhere: files, cells and pixels, errors",
+        "used everywhere: files on disk, from cells to pixels, errors",
         GROUND,
     ),
 }
@@ -106,7 +106,7 @@ def _draw() -> None:
         _box(axes, left, bottom, width, name, words, colour)
     for start, end in ARROWS:
         _arrow(axes, start, end)
-    _frame(axes, 0.0, 1.5, 17.0, 6.1, "the way of a sample: stages/ and api.py carry it through", "0.6")
+    _frame(axes, 0.0, 1.5, 17.0, 6.1, "the path of a sample, carried out by stages/ and api.py", "0.6")
     _frame(axes, 9.95, 1.6, 3.3, 5.4, "grounder.py", "0.25")
     figure.savefig(FIGURE, dpi=130, metadata={"Software": None})
     plt.close(figure)
@@ -128,8 +128,9 @@ def _box(axes: Axes, left: float, bottom: float, width: float, name: str, words:
     style = "round,pad=0,rounding_size=.12"
     axes.add_patch(FancyBboxPatch((left, bottom), width, HEIGHT, boxstyle=style, fc=colour, ec="0.3", lw=0.8))
     centre = left + width / 2
-    axes.text(centre, bottom + HEIGHT - 0.15, name, ha="center", va="top", fontsize=10, weight="bold")
-    axes.text(centre, bottom + HEIGHT / 2 + 0.1, words, ha="center", va="top", fontsize=8.5, linespacing=1.15)
+    top = bottom + HEIGHT - (0.15 if "\n" in words else 0.28)  # two or three lines, in the middle of the box
+    axes.text(centre, top, name, ha="center", va="top", fontsize=10, weight="bold")
+    axes.text(centre, top - 0.38, words, ha="center", va="top", fontsize=8.5, linespacing=1.15)
 
 
 def _arrow(axes: Axes, start: str, end: str) -> None:
