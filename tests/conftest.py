@@ -9,10 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
+
+# A busy machine is no fault: no test fails because an example, or drawing it, took long.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session", autouse=True)
