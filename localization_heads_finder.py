@@ -2,7 +2,7 @@
 
 import sys
 
-from localization_heads.apps.finder import main
+from localization_heads.apps.commands import finder
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(finder())

@@ -2,7 +2,7 @@
 
 import sys
 
-from localization_heads.apps.visualize import main
+from localization_heads.apps.commands import visualize
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(visualize())

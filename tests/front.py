@@ -15,7 +15,7 @@ import pytest
 from hydra._internal.hydra import Hydra
 from PIL import Image
 
-from localization_heads.apps import chat, finder, visualize
+from localization_heads.apps import commands
 from localization_heads.lvlm import loading
 
 cached_load_model = cache(loading.load_model)
@@ -46,13 +46,13 @@ class Front:
         return Path("outputs/localization_heads/tiny")
 
     def finder(self, *options: str) -> Result:
-        return self._run(finder.main, ["device=cpu", *options])
+        return self._run(commands.finder, ["device=cpu", *options])
 
     def visualize(self, *options: str) -> Result:
-        return self._run(visualize.main, options)
+        return self._run(commands.visualize, options)
 
     def chat(self, *options: str) -> Result:
-        return self._run(chat.main, ["device=cpu", *options])
+        return self._run(commands.chat, ["device=cpu", *options])
 
     def _run(self, main: Callable[[], int], options: Sequence[str]) -> Result:
         self._patch.setattr(sys, "argv", ["program", *options])

@@ -603,5 +603,5 @@ def test_commands_and_files_are_completed(tmp_path: Path) -> None:
     assert completions("/gr") == ["/ground"]
     assert completions("/") == ["/image", "/ground", "/help", "/exit"]
     (tmp_path / "image.png").touch()
-    assert completions(f"/image {tmp_path}/im") == ["age.png"]
+    assert completions(f"/image {tmp_path}/ima") == ["ge.png"]
     assert completions("the dog") == []

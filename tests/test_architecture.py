@@ -25,7 +25,6 @@ ROW = re.compile(r"^\| `([a-z_/]+)(?:/|\.py)` \|[^|]+\|([^|]+)\|", re.MULTILINE)
 UPWARDS = {
     ("datasets.leakage", "stages.run"): "takes a Run until the options it needs are values of their own",
     ("datasets.prepare", "stages.run"): "takes a Run until the options it needs are values of their own",
-    ("scenes.write", "stages.run"): "takes a Run until the options it needs are values of their own",
     ("store.results", "data.masks"): "a prediction's mask is checked by the one reader of COCO run lengths",
 }
 """Imports of a higher room, each with its reason. One that is no longer needed fails the test, so the list shrinks."""

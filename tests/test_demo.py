@@ -26,6 +26,7 @@ from scipy import ndimage
 from localization_heads.apps.demo import drawing, guard
 from localization_heads.apps.demo.session import (
     Asked,
+    Turns,
     as_json,
     ask,
     example_images,
@@ -35,7 +36,6 @@ from localization_heads.apps.demo.session import (
     toggled,
     unknown_words,
 )
-from localization_heads.apps.demo.turns import Turns
 from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.data.masks import read_mask
 from localization_heads.errors import UsageError
@@ -591,7 +591,7 @@ def test_the_page_as_served(run, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     import httpx
 
-    from localization_heads.apps.demo.page import served
+    from localization_heads.apps.demo.serving import served
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     for name, value in PROXIED.items():
@@ -643,7 +643,7 @@ def shown(page: Any, name: str) -> np.ndarray:
 
 def test_the_page_in_a_browser(run, browser, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the extra demo is not installed")
-    from localization_heads.apps.demo.page import served
+    from localization_heads.apps.demo.serving import served
 
     image, expression, truth = located_example(run)
     image.save(tmp_path / "scene.png")

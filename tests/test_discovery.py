@@ -398,7 +398,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from localization_heads import figures
-from localization_heads.apps import finder
+from localization_heads.apps.commands import finder
 from localization_heads.lvlm import loading
 
 # Imported and loaded once; every child below is a copy of this process, which has not computed anything.
@@ -417,7 +417,7 @@ def run(options, moment, sent):
         fsync(descriptor)
     os.fsync = counted
     sys.argv = ["finder", "device=cpu", *options]
-    os._exit(finder.main())
+    os._exit(finder())
 
 statuses = []
 for folder, options, moment, sent in json.loads(sys.argv[1]):

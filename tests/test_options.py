@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -17,11 +18,10 @@ from localization_heads.errors import UsageError
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
 from localization_heads.lvlm.native_box import FORMATS
-from localization_heads.options import groups, presets, programs
+from localization_heads.options import experiments, groups, programs
 from localization_heads.options.compose import PROGRAMS, choices_of, composed, help_text, option_names
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.programs import FinderOptions, VisualizeOptions
-from localization_heads.options.tables import markdown
 from localization_heads.stages.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -76,15 +76,15 @@ def test_every_rung_composes(choice: str) -> None:
 
 
 def test_the_tables_are_those_of_the_catalogue() -> None:
-    assert tuple(EXPERIMENTS) == presets.EXPERIMENTS
-    assert (*SPLITS, *REASON_SPLITS) == groups.Benchmark.__args__
+    assert tuple(EXPERIMENTS) == experiments.EXPERIMENTS
+    assert (*SPLITS, *REASON_SPLITS) == experiments.Benchmark.__args__
     assert set(groups.NativeBox.__args__) == set(FORMATS)
     assert set(programs.Stage.__args__) == set(FINDER_STAGES)
 
 
 def test_the_rungs_of_the_ladder_are_in_order() -> None:
     """What the multirun climbs is every rung there is, by its number."""
-    climbed = presets.TABLES["experiment"]["ladder"]["hydra"]["sweeper"]["params"]["rung"].split(",")
+    climbed = experiments.TABLES["experiment"]["ladder"]["hydra"]["sweeper"]["params"]["rung"].split(",")
     assert [composed("finder", f"rung={rung}").rung.step for rung in climbed] == list(range(1, 8))
     assert set(climbed) == set(choices_of("rung")) - {"none"}
 
@@ -334,6 +334,6 @@ def test_a_box_of_a_mask_needs_a_mask(program: str, segmenter: list[str], way: s
 
 
 def test_the_page_of_the_options_is_up_to_date() -> None:
-    """Made by `python -m localization_heads.options.tables`."""
+    """Made by `python docs/build_options.py`."""
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-    assert markdown() in page
+    assert run_path(str(ROOT / "docs" / "build_options.py"))["markdown"]() in page

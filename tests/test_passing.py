@@ -91,11 +91,11 @@ def test_large_images_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
 
 MEASURED = """
 import resource, sys
-from localization_heads.apps import finder
+from localization_heads.apps.commands import finder
 peaks, options = [], sys.argv[1].split()
 for data in ("small.jsonl", "large.jsonl"):
     sys.argv = ["finder", f"data_file={data}", *options]
-    assert finder.main() == 0
+    assert finder() == 0
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(peaks[1] - peaks[0])
 """

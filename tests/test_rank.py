@@ -74,8 +74,8 @@ def test_needs_neither_torch_nor_transformers(front: Front) -> None:
     before = contents()
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from localization_heads.apps import finder\n"
-        f"sys.argv = ['finder', 'stage=rank', '{DATA}']; sys.exit(finder.main())"
+        "from localization_heads.apps.commands import finder\n"
+        f"sys.argv = ['finder', 'stage=rank', '{DATA}']; sys.exit(finder())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.table import Table
+
 from localization_heads.apps import tables
-from localization_heads.apps.tables import metrics_table
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.experiments.paper import Finding
@@ -19,105 +20,71 @@ from localization_heads.stages.run import Run
 log = logging.getLogger(__name__)
 
 
-def collect_stage(run: Run) -> int:
-    _show_collected(single.collect(run))
-    return 0
-
-
-def analyze_stage(run: Run) -> int:
-    _show_analysed(run, single.analyze(run))
-    return 0
-
-
-def visualize_stage(run: Run) -> int:
-    _show_visualised(single.visualize(run))
-    return 0
-
-
-def pipeline_stage(run: Run) -> int:
+def _pipeline(run: Run) -> int:
     collected, analysed, visualised = single.pipeline(run)
     _show_collected(collected)
     _show_analysed(run, analysed)
-    _show_visualised(visualised)
-    return 0
+    return _show_visualised(visualised)
 
 
-def find_stage(run: Run) -> int:
-    return _show_discovered(run, find.find(run))
-
-
-def rank_stage(run: Run) -> int:
-    return _show_discovered(run, find.rank(run))
-
-
-def batch_stage(run: Run) -> int:
-    return _show_discovered(run, find.batch(run))
-
-
-def ground_stage(run: Run) -> int:
+def _ground(run: Run) -> int:
     result = ground.ground(run)
-    tables.show(tables.predictions_table(result.outcomes))
-    tables.written(result.paths)
-    return _show_failures(result.failures)
+    return _show(tables.predictions_table(result.outcomes), result.paths, result.failures)
 
 
-def evaluate_stage(run: Run) -> int:
+def _evaluate(run: Run) -> int:
     result = evaluate.evaluate(run)
-    tables.show(metrics_table(result.metrics))
-    tables.written(result.paths)
-    return _show_failures(result.failures)
+    return _show(tables.metrics_table(result.metrics), result.paths, result.failures)
 
 
-def scenes_stage(run: Run) -> int:
-    tables.written([write.scenes(run)])
+def _scenes(run: Run) -> int:
+    tables.written([write.scenes(run.options.scenes)])
     return 0
 
 
-def prepare_stage(run: Run) -> int:
+def _prepare(run: Run) -> int:
     result = prepare.prepare(run)
-    tables.show(tables.prepared_table(result))
-    tables.written(result.paths)
+    _show(tables.prepared_table(result), result.paths)
     if result.failures:
         tables.show(tables.reasons_table(result.failures))
     return 1 if result.failures else 0
 
 
-def doctor_stage(run: Run) -> int:
+def _doctor(run: Run) -> int:
     result = doctor.doctor(run)
-    examination = result.examination
-    tables.show(tables.examination_table(examination))
-    tables.show(tables.marked_prompt(examination), soft_wrap=True)
+    tables.show(tables.examination_table(result.examination))
+    tables.show(tables.marked_prompt(result.examination), soft_wrap=True)
     tables.written(result.paths)
-    return 0 if examination.is_well else 1
+    return 0 if result.examination.is_well else 1
 
 
-def experiment_stage(run: Run) -> int:
+def _experiment(run: Run) -> int:
     if run.options.experiment.names == ("ladder",):
         return _show_findings(*experiment.climb(run))
     result = experiment.experiment(run)
     return _show_findings(result.findings, result.failures, result.paths)
 
 
-def export_stage(run: Run) -> int:
+def _export(run: Run) -> int:
     tables.written(export.export(run))
     return 0
 
 
 STAGES: dict[str, Callable[[Run], int]] = {
-    "collect": collect_stage,
-    "analyze": analyze_stage,
-    "visualize": visualize_stage,
-    "pipeline": pipeline_stage,
-    "find": find_stage,
-    "rank": rank_stage,
-    "batch": batch_stage,
-    "ground": ground_stage,
-    "evaluate": evaluate_stage,
-    "scenes": scenes_stage,
-    "doctor": doctor_stage,
-    "experiment": experiment_stage,
-    "export": export_stage,
-    "prepare": prepare_stage,
+    "collect": lambda run: _show_collected(single.collect(run)),
+    "analyze": lambda run: _show_analysed(run, single.analyze(run)),
+    "visualize": lambda run: _show_visualised(single.visualize(run)),
+    "pipeline": _pipeline,
+    "find": lambda run: _show_discovered(run, find.find(run)),
+    "rank": lambda run: _show_discovered(run, find.rank(run)),
+    "batch": lambda run: _show_discovered(run, find.batch(run)),
+    "ground": _ground,
+    "evaluate": _evaluate,
+    "scenes": _scenes,
+    "doctor": _doctor,
+    "experiment": _experiment,
+    "export": _export,
+    "prepare": _prepare,
 }
 
 
@@ -129,29 +96,32 @@ def run_stage(run: Run) -> int:
         log.info("stage=%s took %.1f s", run.options.stage, time.monotonic() - started)
         return status
     except NothingDoneError as error:
-        _show_failures(error.failures)
+        tables.show_failures(error.failures)
         raise
 
 
-def _show_collected(collected: single.Collected) -> None:
+def _show(table: Table, paths: Sequence[Path], failures: Sequence[BadEntry] = ()) -> int:
+    """The exit status: 1 where entries have failed."""
+    tables.show(table)
+    tables.written(paths)
+    return tables.show_failures(failures)
+
+
+def _show_collected(collected: single.Collected) -> int:
     if collected.answer is not None:
         tables.show(f"answer: {printable(collected.answer)}", markup=False, highlight=False)
     tables.written([collected.path])
+    return 0
 
 
-def _show_analysed(run: Run, analysed: single.Analysed) -> None:
-    tables.show(tables.analysis_table(analysed.rows, run.options.top_k))
-    tables.written([analysed.path])
+def _show_analysed(run: Run, analysed: single.Analysed) -> int:
+    return _show(tables.analysis_table(analysed.rows, run.options.top_k), [analysed.path])
 
 
-def _show_visualised(visualised: single.Visualised) -> None:
-    grounding = visualised.grounding
-    heads = " ".join(map(str, grounding.heads))
-    tables.show(
-        f"box: {tables.box_text(grounding.box)}   score {grounding.score:.2f}   heads {heads}",
-        highlight=False,
-    )
+def _show_visualised(visualised: single.Visualised) -> int:
+    tables.show(f"box: {tables.grounding_text(visualised.grounding)}", highlight=False)
     tables.written(visualised.paths)
+    return 0
 
 
 def _show_discovered(run: Run, result: find.Discovered) -> int:
@@ -159,7 +129,7 @@ def _show_discovered(run: Run, result: find.Discovered) -> int:
     if result.grounded:
         tables.show(tables.predictions_table(result.grounded))
     tables.written(result.paths)
-    return _show_failures(result.failures)
+    return tables.show_failures(result.failures)
 
 
 def _show_findings(findings: Sequence[Finding], failures: Sequence[BadEntry], paths: Sequence[Path]) -> int:
@@ -169,11 +139,4 @@ def _show_findings(findings: Sequence[Finding], failures: Sequence[BadEntry], pa
             tables.show(tables.finding_table(table))
         tables.show(finding.reading, markup=False, highlight=False)
     tables.written(paths)
-    return _show_failures(failures)
-
-
-def _show_failures(failures: Sequence[BadEntry]) -> int:
-    if not failures:
-        return 0
-    tables.show(tables.failures_table(failures))
-    return 1
+    return tables.show_failures(failures)

@@ -1,4 +1,8 @@
-"""`-q` and `-v`: how much a command says. What went wrong is always said."""
+"""From the words of a command line to checked options, and from whatever goes wrong to one line and an exit status.
+
+Hydra composes the options; in front of it, free text is quoted for its grammar and mistakes are named in our words.
+`-q` and `-v` say how much a command prints; what went wrong is always printed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partialmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 from localization_heads.errors import UsageError, WorkError, printable
 
@@ -76,8 +80,18 @@ _QUOTED = re.compile(r"""'[^'\\]+'|"[^"\\]+\"""")  # by a user who knows Hydra
 _ITEM = re.compile(r"""\s*('[^'\\]+'|"[^"\\]+"|[^,]*?)\s*(?:,|\Z)""")  # of a list
 
 
-def run(main: Callable[[Any], int], config_name: str, program: str, argv: Sequence[str] | None = None) -> int:
-    """Compose the options of `config_name` and call `main(cfg)`; returns the exit status.
+class Given(NamedTuple):
+    """What a command line says: its options, the model preset that was chosen, and the words as they were written."""
+
+    options: Any
+    model_choice: str
+    overrides: tuple[str, ...]
+
+
+def run(
+    main: Callable[[Given], int], config_name: str, program: str, argv: Sequence[str] | None = None
+) -> int:
+    """Compose and check the options of `config_name` and call `main` with them; returns the exit status.
 
     0 all went well, 1 some work failed, 2 wrong use; an error is one line on standard error. A traceback is
     shown only with `debug=true` or `HYDRA_FULL_ERROR=1`.
@@ -128,7 +142,7 @@ def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "fin
     kind = reads(field) if (field := option_names(config_name).get(name)) else "value"
     if not equals or kind == "value" or value in ("", "null"):
         return argument
-    if kind in ("texts", "paths"):
+    if kind == "paths":
         if sweeps or value == "[]":
             return argument
         if value[0] == "[" and value[-1] == "]":
@@ -146,19 +160,12 @@ def _quoted(value: str) -> str:
     return f"'{value}'"
 
 
-def plain_options(cfg: Any) -> dict[str, Any]:
-    """The composed options as plain values, interpolations resolved."""
-    from omegaconf import OmegaConf
-
-    options = OmegaConf.to_container(cfg, resolve=True)
-    return {str(name): value for name, value in options.items()} if isinstance(options, dict) else {}
-
-
-def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, arguments: list[str]) -> int:
+def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arguments: list[str]) -> int:
     try:
         import hydra
+        from hydra.core.hydra_config import HydraConfig
 
-        from localization_heads.options.compose import register
+        from localization_heads.options.compose import checked, register
     except ModuleNotFoundError:
         raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
     register(config_name)
@@ -173,7 +180,10 @@ def _run_hydra(main: Callable[[Any], int], config_name: str, program: str, argum
 
     def job(cfg: Any) -> None:
         try:
-            status = main(cfg)
+            options = checked(config_name, cfg)  # first: the overrides may hold what cannot be resolved
+            chosen = HydraConfig.get()
+            model, overrides = chosen.runtime.choices.get("model", ""), tuple(chosen.overrides.task)
+            status = main(Given(options, model, overrides))
         except BaseException as error:  # Hydra would print a line of its own about it
             if _process() != here:
                 raise

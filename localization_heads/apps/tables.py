@@ -1,10 +1,13 @@
-"""The table that `stage=evaluate` ends with: a row a method, a column a metric, each with its 95 % interval."""
+"""What the commands print for people: tables as wide as the terminal, one line for a box, the files that were written.
+
+Text of others is cleaned before it is printed: nothing in it is obeyed by the terminal, and nothing is endless.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ from localization_heads.attention import Box
 from localization_heads.datasets.prepare import Prepared
 from localization_heads.datasets.source import OFFICIAL
 from localization_heads.errors import BadEntry, printable
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.stages.outcome import Outcome
 
@@ -28,7 +32,16 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.doctor import Examination
     from localization_heads.lvlm.geometry import View
 
-
+ROWS = 30
+"""Longest table that is printed whole; the files hold everything."""
+TOP_REASONS = 10
+"""Different reasons that are listed of a run with many failures."""
+REASON = 300
+"""Longest reason of a failure that is printed whole, in characters."""
+SHORT = 14
+"""Cells of up to so many characters are never folded."""
+HEADING = 16
+"""Headings above them are, from so many characters on."""
 HEADINGS = {
     "acc@0.25": "Acc\n@0.25",
     "acc@0.5": "Acc\n@0.5",
@@ -47,8 +60,22 @@ NAMES = {
 }
 
 
+def _table(title: str, *columns: str, texts: Collection[str] = (), caption: str | None = None) -> Table:
+    """An empty table of numbers, and of `texts`, the columns that may be folded."""
+    table = Table(title=title, caption=caption)
+    for column in columns:
+        if column in texts:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right")
+    return table
+
+
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """The localization heads first, the controls below, and how far the heads are ahead of random ones."""
+    """What `stage=evaluate` ends with: a row a method, a column a metric, each value with its 95 % interval below.
+
+    The localization heads come first, the controls below, and how far the heads are ahead of random ones.
+    """
     table = Table(
         title=_title(metrics),
         caption=_ahead(metrics),
@@ -105,25 +132,10 @@ def _short(bound: float | None) -> str:
     return "1.0" if text == "1.00" else text.removeprefix("0")
 
 
-ROWS = 30
-"""Longest table that is printed whole; the files hold everything."""
-
-TOP_REASONS = 10
-"""Different reasons that are listed of a run with many failures."""
-SHORT = 14
-"""Cells of up to so many characters are never folded."""
-HEADING = 16
-"""Headings above them are, from so many characters on."""
-
-REASON = 300
-"""Longest reason of a failure that is printed whole, in characters."""
-
-
 def analysis_table(rows: Sequence[Mapping[str, Any]], top_k: int) -> Table:
     """The `top_k` heads of one sample that criterion 1 keeps, lowest entropy first."""
-    table = Table(title=f"Top {top_k} heads of this sample")
-    for column in ("layer", "head", "attention sum", "spatial entropy", "components", "bottom row"):
-        table.add_column(column, justify="right")
+    names = ("layer", "head", "attention sum", "spatial entropy", "components", "bottom row")
+    table = _table(f"Top {top_k} heads of this sample", *names)
     kept = [row for row in rows if row["above_threshold"]]
     for row in kept[:top_k]:
         table.add_row(
@@ -140,29 +152,23 @@ def analysis_table(rows: Sequence[Mapping[str, Any]], top_k: int) -> Table:
 def ranking_table(ranking: HeadRanking, k: int) -> Table:
     """The best heads over a data set; the first `k` are the localization heads."""
     tau = "none" if ranking.tau is None else f"{ranking.tau:.3f}"
-    table = Table(
-        title=f"Heads of {_cell(ranking.model)} over {ranking.num_samples} samples",
+    table = _table(
+        f"Heads of {_cell(ranking.model)} over {ranking.num_samples} samples",
+        *("rank", "head", "selection frequency", "attention sum", "spatial entropy"),
         caption=f"tau {tau}: {len(ranking.kept)} of {len(ranking.heads)} heads kept by criterion 1",
     )
-    for column in ("rank", "head", "selection frequency", "attention sum", "spatial entropy"):
-        table.add_column(column, justify="right")
     for rank, head in enumerate(ranking.kept[: max(10, k)], start=1):
         entropy = "-" if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}"
         frequency = f"{head.selection_frequency:.3f} ± {head.selection_frequency_std:.3f}"
-        style = "bold" if rank <= k else ""
-        table.add_row(
-            str(rank), str(head.address), frequency, f"{head.attention_sum:.3f}", entropy, style=style
-        )
+        cells = str(rank), str(head.address), frequency, f"{head.attention_sum:.3f}", entropy
+        table.add_row(*cells, style="bold" if rank <= k else "")
     return table
 
 
 def predictions_table(outcomes: Sequence[Outcome]) -> Table:
     """Box and score of every entry, and the IoU with the true box where there is one."""
-    table = Table(title="Predicted boxes", caption=_summary(outcomes))
-    table.add_column("id", overflow="fold")
-    table.add_column("expression", overflow="fold")
-    for column in ("box (x0 y0 x1 y1)", "score", "IoU"):
-        table.add_column(column, justify="right")
+    names = ("id", "expression", "box (x0 y0 x1 y1)", "score", "IoU")
+    table = _table("Predicted boxes", *names, texts=names[:2], caption=_summary(outcomes))
     for outcome in outcomes[:ROWS]:
         sample, prediction = outcome.sample, outcome.prediction
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
@@ -172,10 +178,7 @@ def predictions_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def failures_table(failures: Iterable[BadEntry]) -> Table:
-    table = Table(title="Entries that failed")
-    table.add_column("line", justify="right")
-    table.add_column("id", overflow="fold")
-    table.add_column("reason", overflow="fold")
+    table = _table("Entries that failed", "line", "id", "reason", texts=("id", "reason"))
     for bad in failures:
         table.add_row(str(bad.line or "-"), _cell(bad.id or "-"), _cell(bad.reason, REASON))
     return table
@@ -184,13 +187,12 @@ def failures_table(failures: Iterable[BadEntry]) -> Table:
 def prepared_table(result: Prepared) -> Table:
     """What the source holds, beside the counts of papers; the split that was written stands in bold."""
     written = result.written
-    table = Table(
-        title=f"{_cell(result.dataset)}: what was found",
+    table = _table(
+        f"{_cell(result.dataset)}: what was found",
+        *("split", "references", "expressions", "in papers"),
+        texts=("split",),
         caption=f"{written.expressions} expressions for {written.references} references written",
     )
-    table.add_column("split")
-    for column in ("references", "expressions", "in papers"):
-        table.add_column(column, justify="right")
     for split, found in result.splits.items():
         official = OFFICIAL.get((result.dataset, split))
         published = f"{official.references:,} / {official.expressions:,}" if official else "-"
@@ -202,15 +204,12 @@ def prepared_table(result: Prepared) -> Table:
 def reasons_table(failures: Sequence[BadEntry]) -> Table:
     """The reasons of many failures, each once: an image that is missing fails all that is said of it."""
     reasons = Counter(bad.reason for bad in failures)
-    table = Table(title=f"{len(failures)} expressions could not be used, for {len(reasons)} reasons")
-    table.add_column("expressions", justify="right")
-    table.add_column("reason", overflow="fold")
+    title = f"{len(failures)} expressions could not be used, for {len(reasons)} reasons"
+    table = _table(title, "expressions", "reason", texts=("reason",))
     for reason, number in list(reasons.items())[:TOP_REASONS]:
         table.add_row(str(number), _cell(reason, REASON))
-    if len(reasons) > TOP_REASONS:
-        table.add_row(
-            str(sum(list(reasons.values())[TOP_REASONS:])), f"{len(reasons) - TOP_REASONS} more reasons"
-        )
+    if others := list(reasons.values())[TOP_REASONS:]:
+        table.add_row(str(sum(others)), f"{len(others)} more reasons")
     return table
 
 
@@ -283,6 +282,11 @@ def box_text(box: Box) -> str:
     return " ".join(f"{value:.{digits}f}" for value in box)
 
 
+def grounding_text(found: Grounding) -> str:
+    """The box, its score and the heads that made it, on one line."""
+    return f"{box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}"
+
+
 def show(content: object, **options: Any) -> None:
     """Print for people, as wide as the terminal is now; nothing with `-q`."""
     Console(quiet=frontdoor.is_quiet).print(content, **options)
@@ -292,6 +296,13 @@ def written(paths: Iterable[Path]) -> None:
     """Name the files that were written, one a line, so that a terminal can open them."""
     for path in paths:
         show(printable(f"wrote {path}"), soft_wrap=True, highlight=False, markup=False)
+
+
+def show_failures(failures: Sequence[BadEntry]) -> int:
+    """Print the entries that have failed, if any; returns the exit status."""
+    if failures:
+        show(failures_table(failures))
+    return 1 if failures else 0
 
 
 def _cell(text: str, limit: int = 80) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localization_heads.api import ground
-from localization_heads.apps.tables import box_text
+from localization_heads.apps.tables import grounding_text
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.grounder import check_heads
@@ -25,9 +25,6 @@ from localization_heads.store.paths import entry_path, from_home
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.history import History
-
-    from localization_heads.stages.run import ChatRun
-
 
 COMMANDS = ("/image", "/ground", "/help", "/exit")
 HELP = """\
@@ -132,7 +129,7 @@ class Session:
         found = ground(lvlm, image, expression, self._heads(), options=options, segmenter=segmenter)
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
-        say(f"box {box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}")
+        say(f"box {grounding_text(found)}")
         say(f"wrote {path}")
 
     def _conv_mode(self) -> str:

@@ -1,21 +1,21 @@
 """What Hydra composes and what `--help` prints, both made from the classes of options.
 
 Every value and every group comes from the classes (`programs`, `groups`); the files of `config/<group>/` and the table
-of `presets` change some of them under a name.
+of `experiments` change some of them under a name.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from localization_heads.heads.head import Head
+from localization_heads.options.experiments import TABLES
 from localization_heads.options.kinds import Options, extra, group_of, shown
-from localization_heads.options.presets import TABLES
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions, VisualizeOptions
 
 PROGRAMS: dict[str, type[Options]] = {
@@ -32,7 +32,7 @@ _WIDTH = 118
 def choices(program: str) -> dict[str, str]:
     """The groups of a program, each with the choice that is made unless another is named."""
     fields = PROGRAMS[program].__pydantic_fields__
-    own = {name: str(extra(field)["choice"]) for name, field in fields.items() if "choice" in extra(field)}
+    own = {name: choice for name, field in fields.items() if (choice := extra(field)["choice"])}
     return {**own, **{name: choice for name, (choice, _) in PROGRAMS[program].EXTRA_GROUPS.items()}}
 
 
@@ -74,10 +74,8 @@ def register(program: str) -> None:
     store, kind = ConfigStore.instance(), PROGRAMS[program]
     groups = choices(program)
     values = {name: plain(f.default) for name, f in kind.__pydantic_fields__.items() if name not in groups}
-    overriding = {
-        *kind.EXTRA_GROUPS,
-        *TABLES,
-    }  # set options of the program itself, so they come after its defaults
+    # These set options of the program itself, so they come after its defaults.
+    overriding = {*kind.EXTRA_GROUPS, *TABLES}
     before = [{name: choice} for name, choice in groups.items() if name not in overriding]
     after = [{name: choice} for name, choice in groups.items() if name in overriding]
     quiet = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
@@ -112,31 +110,31 @@ def help_text(program: str) -> str:
     """Every option with its default and the sentence that explains it, those of the chosen groups last."""
     kind, groups = PROGRAMS[program], choices(program)
     lines: list[str] = []
+    of_choices: dict[str, list[str]] = {}
     for name, field in _own_first(kind):
-        if section := extra(field).get("section"):
-            lines += ["", _rule(str(section))]
-        if name in groups:
+        if section := extra(field)["section"]:
+            lines += ["", _rule(section)]
+        group = group_of(field)
+        if name in groups and group:
             lines += _explained(name, groups[name], field.description)
-        elif group := group_of(field):
-            lines += ["", _rule(str(field.description).rstrip("."))]
-            for leaf, one in _leaves(group, f"{name}."):
-                lines += _explained(leaf, one.default, one.description)
+            of_choices[name] = _section(f"{name}={groups[name]}", name, group, preset(name, groups[name]))
+        elif group:
+            lines += _section(str(field.description).rstrip("."), name, group, {})
         else:
             lines += _explained(name, field.default, field.description)
     for name, (choice, sentence) in kind.EXTRA_GROUPS.items():
         lines += _explained(name, choice, sentence)
-    for name, choice in groups.items():
-        if group := group_of(kind.__pydantic_fields__[name]) if name in kind.__pydantic_fields__ else None:
-            chosen = preset(name, choice)
-            lines += ["", _rule(f"{name}={choice}")]
-            lines += [
-                line
-                for leaf, one in _leaves(group, f"{name}.")
-                for line in _explained(
-                    leaf, chosen.get(leaf.removeprefix(f"{name}."), one.default), one.description
-                )
-            ]
+    for name in groups:
+        lines += of_choices.get(name, [])
     return "\n".join(lines).strip() + "\n"
+
+
+def _section(title: str, name: str, group: type[Options], chosen: Mapping[str, Any]) -> list[str]:
+    """The options of a group below a rule, with the values that a preset has chosen."""
+    lines = ["", _rule(title)]
+    for key, field in _leaves(group):
+        lines += _explained(f"{name}.{key}", chosen.get(key, field.default), field.description)
+    return lines
 
 
 def _own_first(kind: type[Options]) -> list[tuple[str, FieldInfo]]:
@@ -190,10 +188,15 @@ def composed(program: str, *overrides: str) -> Any:
         UsageError: a value that an option does not take. What Hydra refuses is raised as it comes.
     """
     from hydra import compose, initialize_config_module
-    from omegaconf import OmegaConf
 
     register(program)
     with initialize_config_module("localization_heads.config", version_base="1.3"):
-        values = OmegaConf.to_container(compose(program, list(overrides)), resolve=True)
-    assert isinstance(values, dict)
-    return PROGRAMS[program].of({str(name): value for name, value in values.items()})
+        return checked(program, compose(program, list(overrides)))
+
+
+def checked(program: str, cfg: Any) -> Any:
+    """The options that Hydra has composed as an object of the program's class. UsageError for a wrong value."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    return PROGRAMS[program].of(values)

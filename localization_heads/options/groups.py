@@ -50,25 +50,6 @@ RAY = ("ray",)
 ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
 SceneSplit = Literal["test", "validation", "train"]
 Dataset = Literal["refcoco", "refcoco+", "refcocog", "reasonseg"]
-Experiment = Literal[
-    "fig3",
-    "fig6a",
-    "fig6b",
-    "random",
-    "tab1",
-    "tab2",
-    "tab3",
-    "tab4",
-    "tab5",
-    "tab8",
-    "fig13",
-    "fig14",
-    "ladder",
-]
-Benchmark = Literal[
-    "refcoco-val", "refcoco-testA", "refcoco-testB", "refcoco+-val", "refcoco+-testA", "refcoco+-testB",
-    "refcocog-val", "refcocog-test", "reasonseg-val", "reasonseg-test",
-]  # fmt: skip
 Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
 """Checked against the machine by `lvlm.loading.pick_device`."""
 
@@ -92,6 +73,7 @@ class CriteriaOptions(Options):
         "mean",
         "A cell is positive if A exceeds the map's own mean (mean, paper), or if relu(A - mean) exceeds a number "
         "(published code: 0.001).",
+        measured=True,
     )
     elbow: ElbowRule = option(
         "value",
@@ -112,11 +94,13 @@ class CriteriaOptions(Options):
         "Multiple of the mean that is subtracted from a map before it is thresholded (paper: 1; published code of "
         "August 2025: 2).",
         ge=1,
+        measured=True,
     )
     bottom_row_above: Annotated[float, Field(ge=0)] | None = option(
         None,
         "Bottom-row focus: every cell of the row is positive (null), or any of them holds more attention than this "
         "number (published code of August 2025: 0.05).",
+        measured=True,
     )
     elbow_heads: ElbowHeads = option(
         "considered",
@@ -349,51 +333,4 @@ class EngineOptions(Options):
     )
     object_store: int = option(
         1024, "MiB of memory for results in transit, where Ray is started on this machine.", kinds=RAY, ge=80
-    )
-
-
-@options
-class ExperimentOptions(Options):
-    """The experiments of the paper (stage=experiment)."""
-
-    names: Annotated[tuple[Experiment, ...], Several] = option((), "Which ones, in order.")
-    benchmark: Benchmark | None = option(
-        None,
-        "The split that the entries come from, so that our numbers stand in the paper's column; null for other data.",
-    )
-    ks: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = option(
-        (1, 2, 3, 4, 5), "Tab. 4: numbers of heads added."
-    )
-    sigmas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several, Field(min_length=1)] = option(
-        (0.0, 0.5, 0.8, 1.0, 1.4, 1.8),
-        "Tab. 8: standard deviations of the smoothing in cells, with the kernel of grounding.kernel_size.",
-    )
-    kernels: Annotated[tuple[Odd, ...], Several, Field(min_length=1)] = option(
-        (1, 3, 5, 7, 9), "Tab. 8: kernel sizes, with the sigma of grounding.sigma."
-    )
-    taus: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] | None = option(
-        None,
-        "Fig. 13: thresholds of criterion 1; null takes 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
-    )
-    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = (
-        option(tuple(range(1, 15)), "Fig. 14: numbers of heads marked in each sample.")
-    )
-    min_frequency: float = option(
-        0.01, "Fig. 6b: heads of lower selection frequency are left out.", ge=0, le=1
-    )
-    random_sets: int = option(
-        20, "Sets of random heads, of the same layers, that the found ones are compared with.", ge=2, le=1000
-    )
-
-
-@options
-class RungOptions(Options):
-    """A rung of the ladder (docs/reproducing-the-paper.md): a preset of criteria, grounding, heads and k."""
-
-    step: int = option(0, "Its place in the ladder, from 1.", ge=0, le=100)
-    name: FolderName = option("none", "Its name.")
-    about: Text = option("the options as they are", "What it adds to the rung before.")
-    segmenter: Literal["none", "chosen", "points"] = option(
-        "chosen",
-        "Masks: none (the map's own), chosen (segmenter=), or points (the same, prompted with points as well).",
     )

@@ -52,7 +52,7 @@ class OptionError(UsageError, ValueError):
         self.name, self.advice = name, advice
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=False)
+@dataclass_transform(frozen_default=True)
 def options(kind: Kind) -> Kind:
     """Makes options of a class with `option` fields: a frozen pydantic dataclass whose errors are one line."""
     made: Any = pydantic_dataclass(frozen=True, config=_STRICT)(kind)
@@ -70,28 +70,36 @@ def options(kind: Kind) -> Kind:
     return cast(Kind, made)
 
 
-def _check_kinds(chosen: Options) -> None:
-    """What is named is meant: an option that this kind would pass over in silence is an error."""
+def _check_kinds(chosen: Any) -> None:
+    """What is named is meant: an option that this kind would ignore is an error."""
     for name, field in type(chosen).__pydantic_fields__.items():
-        kinds, value = extra(field).get("kinds"), getattr(chosen, name)
-        if kinds and value != field.default and (kind := getattr(chosen, "kind", "")) not in kinds:
-            raise OptionError(name, f"{shown(value)}: only {' or '.join(kinds)} reads it, and not {kind}")
+        value = getattr(chosen, name)
+        if value != field.default and not _is_read(chosen, field):
+            kinds = " or ".join(extra(field)["kinds"])
+            raise OptionError(name, f"{shown(value)}: only {kinds} reads it, and not {chosen.kind}")
+
+
+def _is_read(chosen: Any, field: FieldInfo) -> bool:
+    kinds = extra(field).get("kinds")
+    return not kinds or chosen.kind in kinds
 
 
 def as_read(chosen: Options) -> dict[str, Any]:
     """The values of a group by name, without those that its kind does not read."""
     fields = type(chosen).__pydantic_fields__
-    kind = getattr(chosen, "kind", "")
-    return {
-        name: getattr(chosen, name) for name, f in fields.items() if kind in (extra(f).get("kinds") or [kind])
-    }
+    return {name: getattr(chosen, name) for name, field in fields.items() if _is_read(chosen, field)}
+
+
+def as_measured(chosen: Options) -> dict[str, Any]:
+    """The values of a group, by name, that stored statistics depend on."""
+    fields = type(chosen).__pydantic_fields__
+    return {name: getattr(chosen, name) for name, field in fields.items() if extra(field).get("measured")}
 
 
 def _one_line(kind: type[Options], error: ValidationError) -> Exception:
     first = error.errors()[0]
-    if isinstance(
-        own := first.get("ctx", {}).get("error"), OptionError
-    ):  # of a check of several options together
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, OptionError):  # of a check of several options together
         return own
     place, value = first["loc"][0] if first["loc"] else "", first["input"]
     name = list(kind.__pydantic_fields__)[place] if isinstance(place, int) else place
@@ -114,11 +122,11 @@ class Wants:
 class Reads:
     """How the command line reads an option whose value Hydra's grammar must not read.
 
-    A `text` is taken as it was typed, a `path` as well, with `~` for the home folder; `texts` and `paths` are a list
-    `[A,B]` of them, or one. What has no such mark is read by Hydra's grammar.
+    A `text` is taken as it was typed, a `path` as well, with `~` for the home folder; `paths` are a list `[A,B]` of
+    them, or one. What has no such mark is read by Hydra's grammar.
     """
 
-    kind: Literal["text", "path", "texts", "paths"]
+    kind: Literal["text", "path", "paths"]
 
 
 def _as_text(value: Any) -> Any:
@@ -191,10 +199,11 @@ def option(
     default: Any,
     sentence: str,
     *,
-    section: str | None = None,
-    choice: str | None = None,
+    section: str = "",
+    choice: str = "",
     stages: tuple[str, ...] = (),
     kinds: tuple[str, ...] = (),
+    measured: bool = False,
     **limits: Any,
 ) -> Any:
     """A field: its default, the sentence that explains it, and `ge`, `gt`, `le`, `lt` as pydantic knows them.
@@ -204,29 +213,21 @@ def option(
         choice: of a group: the preset that is taken unless another is named.
         stages: the only ones that read it.
         kinds: of a group with a `kind`: the only ones that read it.
+        measured: of a criterion: the statistics of a sample depend on it, so that another value needs the maps again.
     """
     said: dict[str, Any] = {
         "section": section,
         "choice": choice,
         "stages": list(stages),
         "kinds": list(kinds),
+        "measured": measured,
     }
-    extra = {name: value for name, value in said.items() if value}
-    return Field(default, description=sentence, json_schema_extra=extra, **limits)
+    return Field(default, description=sentence, json_schema_extra=said, **limits)
 
 
 def extra(field: FieldInfo) -> dict[str, Any]:
     """What `option` says of a field besides its sentence and limits."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
-def marks(field: FieldInfo) -> list[Any]:
-    """What `Annotated` says of a field, also of the parts of a union."""
-    found = list(field.metadata)
-    parts = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
-    return found + [
-        mark for kind in parts if get_origin(kind) is Annotated for mark in _spread(get_args(kind)[1:])
-    ]
 
 
 class Options:
@@ -244,19 +245,18 @@ class Options:
             UsageError: names the first wrong option, its value, and what it takes.
         """
         known = cls.__pydantic_fields__
-        for name in values:
+        given = {}
+        for name, value in values.items():
             if name not in known:
                 raise UsageError(f"{prefix}{name} is no option")
-        given = {name: _nested(known[name], value, f"{prefix}{name}.") for name, value in values.items()}
+            group = group_of(known[name])
+            if group and isinstance(value, Mapping):
+                value = group.of(value, f"{prefix}{name}.")
+            given[name] = value
         try:
             return cls(**given)
         except OptionError as error:
             raise OptionError(f"{prefix}{error.name}", error.advice) from None
-
-
-def _nested(field: FieldInfo, value: Any, prefix: str) -> Any:
-    group = group_of(field)
-    return group.of(value, prefix) if group is not None and isinstance(value, Mapping) else value
 
 
 def group_of(field: FieldInfo) -> type[Options] | None:
@@ -273,13 +273,6 @@ def shown(value: Any) -> str:
     return printable(text, 200)
 
 
-def wants(field: FieldInfo, value: Any = None) -> str:
-    """What a value must be, as advice: `give a whole number of at least 1, or null`."""
-    advice = _wants(field.annotation, field.metadata)
-    near = did_you_mean(value, literals(field)) if isinstance(value, str) else ""
-    return near + advice
-
-
 def did_you_mean(written: str, choices: Iterable[str]) -> str:
     """A question to begin a hint with, or nothing.
 
@@ -290,62 +283,67 @@ def did_you_mean(written: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def literals(field: FieldInfo) -> list[str]:
-    """The words that an option takes."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-
-
 def reads(field: FieldInfo) -> str:
     """How the command line reads an option: `value`, or what its mark says."""
-    found = [mark.kind for mark in marks(field) if isinstance(mark, Reads)]
-    return found[-1] if found else "value"
+    parts = get_args(field.annotation) if _is_union(field.annotation) else ()
+    marks = [*field.metadata, *(mark for part in parts for mark in _marks(part))]
+    return next((mark.kind for mark in reversed(marks) if isinstance(mark, Reads)), "value")
 
 
-def _wants(kind: Any, metadata: Any = ()) -> str:
-    for mark in metadata:
-        if isinstance(mark, Wants):
-            return mark.sentence
-    origin = get_origin(kind)
-    if origin is Annotated:
-        inner, *marks = get_args(kind)
-        return _wants(inner, [*_spread(marks), *metadata])
-    if origin in (Union, types.UnionType):
-        return _wants_one_of(get_args(kind), metadata)
-    if origin is Literal:
-        return f"choose one of {', '.join(map(str, get_args(kind)))}"
-    if origin is tuple:
+def wants(field: FieldInfo, value: Any = None) -> str:
+    """What a value must be, as advice: `give a whole number of at least 1, or null`."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    known = [str(word) for kind in kinds for word in _words(kind)]
+    near = did_you_mean(value, known) if isinstance(value, str) else ""
+    return near + _wants(field.annotation, field.metadata)
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _words(kind: Any) -> tuple[Any, ...]:
+    """The words of a Literal; none of another kind."""
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _marks(kind: Any) -> Iterator[Any]:
+    """What `Annotated` says of a kind; pydantic keeps a part of it inside a field's info."""
+    for mark in getattr(kind, "__metadata__", ()):
+        yield from mark.metadata if isinstance(mark, FieldInfo) else (mark,)
+
+
+def _wants(kind: Any, marks: Iterable[Any] = ()) -> str:
+    marks = list(marks)
+    if said := next((mark.sentence for mark in marks if isinstance(mark, Wants)), ""):
+        return said
+    if get_origin(kind) is Annotated:
+        return _wants(get_args(kind)[0], [*_marks(kind), *marks])
+    if _is_union(kind):
+        return _wants_one_of(get_args(kind), marks)
+    if words := _words(kind):
+        return f"choose one of {', '.join(map(str, words))}"
+    if get_origin(kind) is tuple:
         return f"give a list such as [A,B]; in it, {_wants(get_args(kind)[0])}"
     if kind is bool:
         return "give true or false"
     if kind in (int, float):
-        return f"give a {'whole ' if kind is int else ''}number{_range(metadata)}"
+        return f"give a {'whole ' if kind is int else ''}number{_range(marks)}"
     return "give a text"
 
 
-def _spread(marks: Any) -> Iterator[Any]:
-    for mark in marks:
-        yield from mark.metadata if isinstance(mark, FieldInfo) else (mark,)
+def _wants_one_of(kinds: tuple[Any, ...], marks: list[Any]) -> str:
+    """Single words come last, as alternatives to a value."""
+    others = [kind for kind in kinds if kind is not type(None) and len(_words(kind)) != 1]
+    parts = [_wants(kind, marks) for kind in others]
+    parts += [f"or write {words[0]}" for kind in kinds if len(words := _words(kind)) == 1]
+    parts += ["or null"] if type(None) in kinds else []
+    return ", ".join(parts)
 
 
-def _wants_one_of(kinds: tuple[Any, ...], metadata: Any) -> str:
-    words = [get_args(kind)[0] for kind in kinds if get_origin(kind) is Literal and len(get_args(kind)) == 1]
-    is_word = [get_origin(kind) is Literal and get_args(kind)[0] in words for kind in kinds]
-    others = [
-        kind for kind, known in zip(kinds, is_word, strict=True) if kind is not type(None) and not known
-    ]
-    parts = [_wants(kind, metadata) for kind in others]
-    parts += [f"or write {word}" for word in words]
-    return ", ".join([*parts, *(["or null"] if type(None) in kinds else [])])
-
-
-def _range(metadata: Any) -> str:
-    least = next((m.ge for m in metadata if isinstance(m, annotated_types.Ge)), None)
-    most = next((m.le for m in metadata if isinstance(m, annotated_types.Le)), None)
-    above = next((m.gt for m in metadata if isinstance(m, annotated_types.Gt)), None)
-    bounds = [
-        f"of at least {least}" if least is not None else f"above {above}" if above is not None else "",
-        f"at most {most}" if most is not None else "",
-    ]
-    text = " and ".join(bound for bound in bounds if bound)
+def _range(marks: Iterable[Any]) -> str:
+    named = {annotated_types.Ge: "ge", annotated_types.Gt: "gt", annotated_types.Le: "le"}
+    limits = {name: getattr(m, name) for m in marks for kind, name in named.items() if isinstance(m, kind)}
+    words = {"ge": "of at least", "gt": "above", "le": "at most"}
+    text = " and ".join(f"{said} {limits[name]}" for name, said in words.items() if name in limits)
     return f" {text}" if text else ""

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from localization_heads.errors import UsageError
+from localization_heads.options.experiments import ExperimentOptions, RungOptions
 from localization_heads.options.groups import (
     ConvMode,
     CriteriaOptions,
@@ -19,12 +20,10 @@ from localization_heads.options.groups import (
     Device,
     DoctorOptions,
     EngineOptions,
-    ExperimentOptions,
     GroundingOptions,
     ModelSpec,
     PhrasesOptions,
     QueryToken,
-    RungOptions,
     ScenesOptions,
     SegmenterOptions,
     ViewChoice,
@@ -175,8 +174,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
         "batch",
         "What to do: batch, find, rank, pipeline, ground, evaluate, collect, analyze, visualize, scenes, doctor, "
         "export, prepare or experiment. rank repeats the last step of find (or batch) from the statistics that it "
-        "left, without the model: for another criteria.tau, .elbow, .entropy, .exclude_layers, .bottom_row_filter or "
-        ".per_sample, top_n, or k.",
+        "left, without the model: for another top_n or k, or other criteria, except those that need the maps again.",
     )
     image_file: PathText | None = option(
         None,

@@ -23,15 +23,13 @@ from localization_heads.scenes.scene import (
     Scene,
     scene_samples,
 )
-from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, write_bytes
 
 SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEEDS}
 
 
-def scenes(run: Run) -> Path:
+def scenes(options: ScenesOptions) -> Path:
     """Render the benchmark and write its data file; returns that file. What is there already is kept."""
-    options = run.options.scenes
     folder = scenes_folder(options)
     data_file = folder / "scenes.jsonl"
     with RunLock(folder):

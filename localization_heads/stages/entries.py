@@ -145,7 +145,9 @@ class Attended(NamedTuple):
 def select_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options ask for."""
     run.options.require("data_file")
-    data_file = scenes(run) if run.options.data_file == "scenes" else str(run.options.data_file)
+    data_file = (
+        scenes(run.options.scenes) if run.options.data_file == "scenes" else str(run.options.data_file)
+    )
     file = load_samples(data_file, allow_private_addresses=run.options.allow_private_addresses)
     return Entries(*choose_range(run.options, file.samples, file.bad))
 

@@ -1,6 +1,6 @@
 """`experiment`: the figures and tables of the paper from one pass over the data; and the ladder, a rung a run.
 
-`experiment=ladder` is a Hydra multirun over the rungs of `options/presets.py`, from the published code's box to the
+`experiment=ladder` is a Hydra multirun over the rungs of `options/experiments.py`, from the published code's box to the
 paper's. Each is `evaluate` under the options that the rung sets, and adds its row to the table of those climbed so far
 (docs/reproducing-the-paper.md).
 """

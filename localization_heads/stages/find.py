@@ -28,6 +28,7 @@ from localization_heads.heads.ranking import (
     rank_heads,
 )
 from localization_heads.heads.record import found_with
+from localization_heads.options.kinds import as_measured
 from localization_heads.stages.entries import Attended, Entries, select_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
@@ -79,9 +80,7 @@ def asked_settings(run: Run) -> dict[str, Any]:
         "drop_lone_spaces": run.options.drop_lone_spaces,
         "query_token": run.options.query_token,
         "view": run.options.view,
-        "criteria.threshold": run.options.criteria.threshold,
-        "criteria.means": run.options.criteria.means,
-        "criteria.bottom_row_above": run.options.criteria.bottom_row_above,
+        **{f"criteria.{name}": value for name, value in as_measured(run.options.criteria).items()},
     }
 
 

@@ -53,11 +53,6 @@ def direct_connections() -> Iterator[None]:
     httpx reads these variables as soon as gradio is imported and fails on a SOCKS proxy, on `[::1]` in `no_proxy` and
     on certificates that are not there.
     """
-    for name in CERTIFICATES:
-        if (place := os.environ.get(name)) and not Path(place).exists():
-            log.warning(
-                "%s=%s: no such file or folder; the page needs no certificates and goes on", name, place
-            )
     names = [*PROXIES, *map(str.upper, PROXIES), *CERTIFICATES]
     with environment(**dict.fromkeys(names)):
         yield

@@ -1,120 +1,42 @@
-"""The gradio page: where its parts are, and what each of them sets going."""
+"""The gradio page: its components, and what each of them starts."""
 
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
 from PIL import Image
-from starlette.middleware import Middleware
 
 from localization_heads.apps.demo.drawing import draw_boxes, draw_grid, draw_heat, head_at, resized
-from localization_heads.apps.demo.guard import (
-    MAX_UPLOAD,
-    BoundedRequests,
-    check_address,
-    direct_connections,
-    make_room,
-    note_missing_certificates,
-    own_folder,
-)
+from localization_heads.apps.demo.guard import make_room
 from localization_heads.apps.demo.session import (
+    MODEL,
     Asked,
     as_json,
     ask,
     example_images,
     number,
     parse_heads,
-    shortened,
     toggled,
     unknown_words,
 )
-from localization_heads.apps.demo.turns import MODEL
-from localization_heads.apps.demo.visitors import MAX_VISITORS, Visitors
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.apps.demo.visitors import Visitors
+from localization_heads.errors import UsageError, WorkError, shown
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.stages.run import DemoRun
 
-SYSTEM = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-"""Fonts of the visitor's machine: the page fetches nothing."""
 ABOUT = """# Localization heads
 **{model}**, {layers} layers x {heads} heads. A few of them look at what you name: those framed in the grid.
 Choose an image, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
 clicks only redo the sum and the box."""
 THRESHOLDS = {"mean": "mean (paper)", "otsu": "Otsu", "top_mass": "share of the attention"}
-MAX_QUEUE = 200  # requests that wait, of all visitors
-CSS = "#grid img, #grid button {cursor: crosshair} footer {display: none !important}"
-
-
-def serve(run: DemoRun) -> None:
-    """Load the model and serve the page until Ctrl-C or SIGTERM. UsageError if the port or the folder is no good."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the page's files go, as with Ctrl-C
-    with served(run) as blocks:
-        blocks.block_thread()
-
-
-@contextmanager
-def served(run: DemoRun, **options: Any) -> Iterator[gr.Blocks]:
-    """The page while it is served, to this machine unless `host` says otherwise. Its address is `local_url`.
-
-    Nothing is fetched from elsewhere, neither for the page nor for a visitor who sends an address instead of an image.
-    Afterwards the page's files are gone.
-    """
-    check_address(run.options.host, run.options.port)
-    note_missing_certificates()
-    with own_folder() as folder, refused_addresses():
-        page, blocks = build(run, folder)
-        blocks.queue(api_open=False, max_size=MAX_QUEUE, default_concurrency_limit=None)
-        bounds = {"middleware": [Middleware(BoundedRequests, make_room=page.make_room)]}
-        try:
-            with direct_connections():
-                blocks.launch(
-                    server_name=run.options.host,
-                    server_port=run.options.port,
-                    inbrowser=run.options.open_browser,
-                    prevent_thread_lock=True,
-                    share=False,
-                    show_error=True,
-                    max_file_size=MAX_UPLOAD,
-                    state_session_capacity=MAX_VISITORS,
-                    theme=gr.themes.Default(font=SYSTEM, font_mono=("ui-monospace", "monospace")),
-                    css=CSS,
-                    app_kwargs=bounds,
-                    **options,
-                )
-        except OSError as error:
-            raise UsageError(f"host={run.options.host} port={run.options.port}: {error}") from error
-        try:
-            yield blocks
-        finally:
-            page.visitors.close()
-            blocks.close(verbose=False)
-
-
-@contextmanager
-def refused_addresses() -> Iterator[None]:
-    """gradio would fetch any public address that is sent in place of a file, of any size, into its folder."""
-
-    async def refuse(url: str, cache_dir: str) -> str:
-        raise gr.Error("addresses are not fetched: choose a file", print_exception=False)
-
-    before = processing_utils.async_ssrf_protected_download
-    processing_utils.async_ssrf_protected_download = refuse
-    try:
-        yield
-    finally:
-        processing_utils.async_ssrf_protected_download = before
 
 
 def shown_to_people(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,8 +167,8 @@ class Page:
 
     def wire(self, load: Callable[..., Any]) -> None:
         """Events. Only `asking` runs the model; `load` is the page's opening, which asks for the first example."""
-        shown = [self.boxes, self.heat, self.boxes_b, self.heat_b, self.table, self.grid]
-        shown += [self.json_file, self.image_file]
+        outputs = [self.boxes, self.heat, self.boxes_b, self.heat_b, self.table, self.grid]
+        outputs += [self.json_file, self.image_file]
         settings = [
             self.heads,
             self.which,
@@ -260,7 +182,7 @@ class Page:
         redo: dict[str, Any] = {
             "fn": shown_to_people(self.redraw),
             "inputs": settings,
-            "outputs": shown,
+            "outputs": outputs,
             **raw,
         }
         asking: dict[str, Any] = {
@@ -293,7 +215,7 @@ class Page:
         switching.success(**redo)
 
     def ask(self, request: gr.Request, image: object, text: object, k: object) -> tuple[Any, ...]:
-        """DemoRun the model; the first `k` heads are on, the next `k` are set B."""
+        """Run the model; the first `k` heads are on, the next `k` are set B."""
         count, upload = self._count(k), self._upload(image)
         with self.visitors.turn(request.session_hash) as visitor:
             asked = visitor.asked = ask(self.run, upload, text)
@@ -314,7 +236,7 @@ class Page:
         """An example."""
         chosen = _place(event)
         if not isinstance(chosen, int) or not 0 <= chosen < len(self.examples):
-            raise UsageError(f"there is no example {shortened(chosen)}")
+            raise UsageError(f"there is no example {shown(chosen)}")
         return self.examples[chosen]
 
     def show_second(self, wanted: object) -> tuple[Any, ...]:
@@ -383,7 +305,7 @@ class Page:
 
     def _options(self, sigma: object, binarise: Any, share: object) -> GroundingOptions:
         if binarise not in list(THRESHOLDS):
-            raise UsageError(f"threshold: one of {', '.join(THRESHOLDS)}, not {shortened(binarise)}")
+            raise UsageError(f"threshold: one of {', '.join(THRESHOLDS)}, not {shown(binarise)}")
         return replace(
             self.run.options.grounding,
             sigma=float(number("sigma", sigma, self.sigma.minimum, self.sigma.maximum)),
@@ -410,10 +332,10 @@ class Page:
         self, folder: Path, asked: Asked, answers: Sequence[Grounding], which: object, name: str
     ) -> tuple[str, str]:
         """The boxes of all expressions, and the map of one."""
-        shown = asked.expressions.index(which) if which in asked.expressions else 0
+        chosen = asked.expressions.index(which) if which in asked.expressions else 0
         return (
             _saved(folder / f"boxes_{name}.png", draw_boxes(asked.image, answers, asked.expressions)),
-            _saved(folder / f"map_{name}.png", draw_heat(asked.image, answers[shown])),
+            _saved(folder / f"map_{name}.png", draw_heat(asked.image, answers[chosen])),
         )
 
     def _downloads(self, folder: Path, asked: Asked, answers: Sequence[Grounding]) -> tuple[str, str]:
@@ -458,8 +380,8 @@ def _image(title: str, name: str, **options: Any) -> gr.Image:
     """An image that visitors look at, under its title: gradio's own label would hide a corner of it."""
     with gr.Column(min_width=260):
         gr.Markdown(title)
-        shown: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-        return gr.Image(show_label=False, label=title, elem_id=name, **{**shown, **options})
+        looks: dict[str, Any] = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+        return gr.Image(show_label=False, label=title, elem_id=name, **{**looks, **options})
 
 
 def build(run: DemoRun, folder: Path) -> tuple[Page, gr.Blocks]:

@@ -1,28 +1,28 @@
-"""What the page knows: the image, the expressions and their maps, and which heads are on.
+"""What the page knows: the image, the expressions and their maps, and which heads are on; and whose turn it is.
 
-The model runs in `ask` alone. Everything that a slider or a click changes is `Asked.answers` again, on maps that are
-there already.
+The model runs in `ask` alone, one piece of work at a time. Everything that a slider or a click changes is
+`Asked.answers` again, on maps that are there already.
 """
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from localization_heads.apps.demo.turns import MODEL
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.address import ImageError
 from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.grounder import check_heads
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import head_statistics
@@ -32,6 +32,8 @@ from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.run import DemoRun
 
+MAX_ASKING = 24
+MAX_ASKED_BYTES = 384 << 20
 MAX_EXPRESSIONS = 6
 MAX_EXPRESSION = 300  # characters
 MAX_HEAD_NAME = 20
@@ -39,6 +41,48 @@ MAX_HEADS_TEXT = 20_000
 MAX_MEGAPIXELS = 32
 PUNCTUATION = ".,:!?\"'()"
 KEPT = 2048  # pixels of the longest side of an image that is kept
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Turns:
+    """The model: one piece of work at a time, in the order of asking. Whoever has more to do queues again for each.
+
+    Args:
+        places: questions at once; each waits in a thread of the page's.
+        max_bytes: of their decoded images. One question has room in any case, and small images pass by large ones.
+    """
+
+    def __init__(self, places: int = MAX_ASKING, max_bytes: int = MAX_ASKED_BYTES) -> None:
+        self.places, self.max_bytes = places, max_bytes
+        self._worker = ThreadPoolExecutor(1, "model")
+        self._changed = threading.Condition()
+        self._asking = self._held = 0
+
+    @contextmanager
+    def room(self, num_bytes: int) -> Iterator[None]:
+        """Room for one question with an image of so many bytes, waited for. UsageError if all places are taken."""
+        with self._changed:
+            if self._asking >= self.places:
+                raise UsageError("too many visitors are asking at this moment: try again soon")
+            self._asking += 1
+            self._changed.wait_for(lambda: not self._held or self._held + num_bytes <= self.max_bytes)
+            self._held += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._asking -= 1
+                self._held -= num_bytes
+                self._changed.notify_all()
+
+    def take(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """The result of `work`, once its turn has come. Raises what it raises."""
+        return self._worker.submit(work, *arguments, **options).result()
+
+
+MODEL = Turns()
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +207,7 @@ def unknown_words(tokenizer: Any, expressions: Sequence[str]) -> list[str]:
 def bounded(name: str, text: object, limit: int) -> str:
     """The text of a field. UsageError if it is none, or longer than `limit` characters."""
     if not isinstance(text, str):
-        raise UsageError(f"{name}: a text, not {shortened(text)}")
+        raise UsageError(f"{name}: a text, not {shown(text)}")
     if len(text) > limit:
         raise UsageError(f"{name}: at most {limit:,} characters, not {len(text):,}")
     return text
@@ -176,14 +220,8 @@ def number(name: str, value: object, low: float, high: float) -> float:
     3
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name}: a number from {low:g} to {high:g}, not {shortened(value)}")
+        raise UsageError(f"{name}: a number from {low:g} to {high:g}, not {shown(value)}")
     return value
-
-
-def shortened(value: object, limit: int = 40) -> str:
-    """A value as part of a message."""
-    text = reprlib.repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def parse_heads(text: object) -> list[Head]:

@@ -1,4 +1,4 @@
-"""The option tables of the docs: `python -m localization_heads.options.tables` prints them as Markdown."""
+"""The tables of `docs/options.md`: `python docs/build_options.py` prints them as Markdown."""
 
 from __future__ import annotations
 

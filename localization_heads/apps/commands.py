@@ -1,0 +1,79 @@
+"""The commands: `localization_heads_finder.py` (and `locheads`), `visualize_attention.py` and `cli_llava.py`.
+
+What takes time to import waits until the options are read: help and errors are there at once.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+from localization_heads.apps.frontdoor import Given, run
+from localization_heads.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from localization_heads.stages.run import Run
+
+_RARELY = (50_000, 20, 100)
+"""Allocations between two collections of garbage: the libraries' million objects are looked through less often."""
+
+
+def finder() -> int:
+    """One stage. The exit status: 0 all went well, 1 some entry or work failed, 2 wrong use."""
+    return run(_finder, "finder", "python localization_heads_finder.py")
+
+
+def _finder(given: Given) -> int:
+    gc.set_threshold(*_RARELY)
+    from localization_heads.apps.finder_stages import run_stage
+    from localization_heads.stages.run import Run
+
+    return run_stage(Run(*given, before_model=_announce))
+
+
+def _announce(run: Run) -> None:
+    """One line within a second of the command: what may be wrong with it is found by then, what takes time begins."""
+    from localization_heads.apps.tables import show
+
+    # An image's address may hold a secret, which its own text leaves out.
+    name = run.image(run.options.image_file) if run.options.image_file else run.options.data_file
+    line = f"stage={run.options.stage}  {run.spec.name}  {name or ''}".rstrip()
+    show(printable(line), markup=False, highlight=False)
+
+
+def visualize() -> int:
+    """Figures of attention files on disk. The exit status: 0 all went well, 1 some entry failed, 2 wrong use."""
+    return run(_visualize, "visualize", "python visualize_attention.py")
+
+
+def _visualize(given: Given) -> int:
+    from localization_heads.apps import tables
+    from localization_heads.stages.visualize import show_entries, show_file
+
+    options = given.options
+    if options.mode == "batch":
+        paths, failures = show_entries(options)
+        tables.written(paths)
+        return tables.show_failures(failures)
+    if not options.attention_file:
+        raise UsageError("attention_file= is missing: mode=single needs it")
+    tables.written(show_file(options, options.attention_file, options.layer, options.head))
+    return 0
+
+
+def chat() -> int:
+    """One answer, or a conversation. The exit status: 0 all went well, 1 the model failed, 2 wrong use."""
+    return run(_chat, "chat", "python cli_llava.py")
+
+
+def _chat(given: Given) -> int:
+    from localization_heads.apps.terminal import converse, print_answer, start
+    from localization_heads.stages.run import ChatRun
+
+    run = ChatRun(*given)
+    if run.options.cli_mode:
+        return converse(run)
+    if not run.options.query:
+        raise UsageError("query= is missing: ask something, or start a conversation with cli_mode=true")
+    print_answer(start(run), run.options.query)
+    return 0

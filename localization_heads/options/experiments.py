@@ -1,0 +1,131 @@
+"""The experiments of the paper: their options, and the choices of `experiment=` and `rung=` as rows of a table.
+
+The choices of the other groups are files of `config/`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from localization_heads.options.kinds import FolderName, Odd, Options, Several, Text, option, options
+
+Experiment = Literal[
+    "fig3", "fig6a", "fig6b", "random", "tab1", "tab2", "tab3", "tab4", "tab5", "tab8", "fig13", "fig14", "ladder",
+]  # fmt: skip
+Benchmark = Literal[
+    "refcoco-val", "refcoco-testA", "refcoco-testB", "refcoco+-val", "refcoco+-testA", "refcoco+-testB",
+    "refcocog-val", "refcocog-test", "reasonseg-val", "reasonseg-test",
+]  # fmt: skip
+
+
+@options
+class ExperimentOptions(Options):
+    """The experiments of the paper (stage=experiment)."""
+
+    names: Annotated[tuple[Experiment, ...], Several] = option((), "Which ones, in order.")
+    benchmark: Benchmark | None = option(
+        None,
+        "The split that the entries come from, so that our numbers stand in the paper's column; null for other data.",
+    )
+    ks: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = option(
+        (1, 2, 3, 4, 5), "Tab. 4: numbers of heads added."
+    )
+    sigmas: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several, Field(min_length=1)] = option(
+        (0.0, 0.5, 0.8, 1.0, 1.4, 1.8),
+        "Tab. 8: standard deviations of the smoothing in cells, with the kernel of grounding.kernel_size.",
+    )
+    kernels: Annotated[tuple[Odd, ...], Several, Field(min_length=1)] = option(
+        (1, 3, 5, 7, 9), "Tab. 8: kernel sizes, with the sigma of grounding.sigma."
+    )
+    taus: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Several] | None = option(
+        None,
+        "Fig. 13: thresholds of criterion 1; null takes 0, 1/4, 1/2, 3/4, 1, 5/4, 3/2 and 2 times the elbow.",
+    )
+    top_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10_000)], ...], Several, Field(min_length=1)] = (
+        option(tuple(range(1, 15)), "Fig. 14: numbers of heads marked in each sample.")
+    )
+    min_frequency: float = option(
+        0.01, "Fig. 6b: heads of lower selection frequency are left out.", ge=0, le=1
+    )
+    random_sets: int = option(
+        20, "Sets of random heads, of the same layers, that the found ones are compared with.", ge=2, le=1000
+    )
+
+
+@options
+class RungOptions(Options):
+    """A rung of the ladder (docs/reproducing-the-paper.md): a preset of criteria, grounding, heads and k."""
+
+    step: int = option(0, "Its place in the ladder, from 1.", ge=0, le=100)
+    name: FolderName = option("none", "Its name.")
+    about: Text = option("the options as they are", "What it adds to the rung before.")
+    segmenter: Literal["none", "chosen", "points"] = option(
+        "chosen",
+        "Masks: none (the map's own), chosen (segmenter=), or points (the same, prompted with points as well).",
+    )
+
+
+EXPERIMENTS = tuple(name for name in get_args(Experiment) if name != "ladder")
+"""The figures and tables of the paper. The ladder, a sweep over rungs, is a command of its own."""
+
+
+def _rung(
+    step: int,
+    name: str,
+    about: str,
+    *,
+    published: bool = False,
+    grounding: str = "paper",
+    masks: str = "none",
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A rung: its criteria and heads are those of the published code, or the paper's; `changes` are other options."""
+    criteria, heads, k = ("published", "greedy", 5) if published else ("paper", "auto", 3)
+    return {
+        "defaults": [{"override /criteria": criteria}, {"override /grounding": grounding}],
+        "heads": heads,
+        "k": k,
+        **({"drop_lone_spaces": True} if published else {}),
+        **(changes or {}),
+        "rung": {"step": step, "name": name, "about": about, "segmenter": masks},
+    }
+
+
+_MASK_BOX = {"grounding": {"box_from": "mask"}}
+_RUNGS = (
+    _rung(1, "published", "the published code's box", published=True, grounding="published"),
+    _rung(
+        2,
+        "padding",
+        "+ exact padding",
+        published=True,
+        grounding="published",
+        changes={"grounding": {"ignore_padding": False}},
+    ),
+    _rung(3, "hull", "+ largest hull", published=True),
+    _rung(4, "fixed", "+ fixed heads"),
+    _rung(5, "masks", "+ the segmenter's masks", masks="chosen"),
+    _rung(6, "mask_box", "+ box from the mask", masks="chosen", changes=_MASK_BOX),
+    _rung(7, "points", "+ points", masks="points", changes=_MASK_BOX),
+)
+"""From the published code's box to the paper's, step by step (docs/reproducing-the-paper.md)."""
+
+RUNGS: dict[str, dict[str, Any]] = {rung["rung"]["name"]: rung for rung in _RUNGS}
+
+_LADDER = {
+    "experiment": {"names": ["ladder"]},
+    "hydra": {"mode": "MULTIRUN", "sweeper": {"params": {"rung": ",".join(RUNGS)}}},
+}
+
+TABLES: dict[str, dict[str, dict[str, Any]]] = {
+    "experiment": {
+        "none": {"names": []},
+        **{name: {"names": [name]} for name in EXPERIMENTS},
+        "all": {"names": list(EXPERIMENTS)},
+        "ladder": _LADDER,
+    },
+    "rung": {"none": {}, **RUNGS},
+}
+"""Group, choice, and what the choice changes: options of the group, or of the whole program where it is a rung."""
