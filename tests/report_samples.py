@@ -12,7 +12,7 @@ from localization_heads.errors import BadEntry
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.report import Card, HeadFacts, Report, outline, thumbnail, tiny_map
+from localization_heads.report.content import Card, HeadFacts, Report, outline, thumbnail, tiny_map
 
 HOSTILE = "</script><script>boom=1</script><img src=x onerror='boom=1'>\" onload=\"boom=1 <!-- \u2028 \ud800 \x00 ]]>"
 

@@ -34,18 +34,9 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import RankedHead
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.report import (
-    Card,
-    Gallery,
-    HeadFacts,
-    Report,
-    outline,
-    render,
-    thumbnail,
-    tiny_map,
-)
 from localization_heads.report import page as page_module
-from localization_heads.report.page import environment
+from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
+from localization_heads.report.page import environment, render
 from localization_heads.report.values import json_text, plain
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.journal import ResultLog

@@ -32,7 +32,7 @@ def _finder(given: Given) -> int:
 
 
 def _announce(run: Run) -> None:
-    """One line within a second of the command: what may be wrong with it is found by then, what takes time begins."""
+    """One line within a second of the command, once its options have been checked and before the model is loaded."""
     from localization_heads.apps.tables import show
 
     # An image's address may hold a secret, which its own text leaves out.

@@ -39,9 +39,9 @@ TOP_REASONS = 10
 REASON = 300
 """Longest reason of a failure that is printed whole, in characters."""
 SHORT = 14
-"""Cells of up to so many characters are never folded."""
+"""Cells of at most this many characters are never folded."""
 HEADING = 16
-"""Headings above them are, from so many characters on."""
+"""Width at which the headings above such cells are folded."""
 HEADINGS = {
     "acc@0.25": "Acc\n@0.25",
     "acc@0.5": "Acc\n@0.5",
@@ -72,7 +72,7 @@ def _table(title: str, *columns: str, texts: Collection[str] = (), caption: str 
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """What `stage=evaluate` ends with: a row a method, a column a metric, each value with its 95 % interval below.
+    """The scores of `stage=evaluate`: a row per method, a column per metric, below each value its 95 % interval.
 
     The localization heads come first, the controls below, and how far the heads are ahead of random ones.
     """
@@ -202,7 +202,7 @@ def prepared_table(result: Prepared) -> Table:
 
 
 def reasons_table(failures: Sequence[BadEntry]) -> Table:
-    """The reasons of many failures, each once: an image that is missing fails all that is said of it."""
+    """Each reason once, with its count: a missing image fails every expression that refers to it."""
     reasons = Counter(bad.reason for bad in failures)
     title = f"{len(failures)} expressions could not be used, for {len(reasons)} reasons"
     table = _table(title, "expressions", "reason", texts=("reason",))
@@ -228,7 +228,7 @@ def finding_table(found: FindingTable) -> Table:
 
 
 def examination_table(found: Examination) -> Table:
-    """What `stage=doctor` found, a line a fact; what is wrong stands in bold."""
+    """The findings of `stage=doctor`, one fact per line, problems in bold."""
     table = Table(title="What was found", show_header=False)
     table.add_column("fact", style="bold", no_wrap=True)
     table.add_column("value", overflow="fold")
@@ -311,7 +311,7 @@ def _cell(text: str, limit: int = 80) -> str:
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str | None:
-    """What the table does not show, and the mean IoU where truth is known."""
+    """The number of rows left out, and the mean IoU over the entries with a true box."""
     ious = [outcome.iou for outcome in outcomes if outcome.iou is not None]
     parts = [f"and {len(outcomes) - ROWS} more in predictions.jsonl"] if len(outcomes) > ROWS else []
     parts += [f"mean IoU {sum(ious) / len(ious):.2f} over {len(ious)} with a true box"] if ious else []

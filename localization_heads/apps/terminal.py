@@ -103,7 +103,7 @@ class Session:
             say(f"error: {error}")
         except KeyboardInterrupt:
             say("stopped")
-        except Exception as error:  # whatever it is, the conversation is worth more
+        except Exception as error:  # no single failure may end the conversation
             say(f"error: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def look_at(self, path: str) -> None:
@@ -133,7 +133,7 @@ class Session:
         say(f"wrote {path}")
 
     def _conv_mode(self) -> str:
-        """The prompt that the heads were found with; of heads that nobody knows this of, the paper's."""
+        """The prompt that the heads were found with; the paper's where that is not known."""
         found = (self.run.heads_found_with or {}).get("conv_mode")
         return found if found in CONV_MODES else "referseg"
 

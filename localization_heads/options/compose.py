@@ -1,4 +1,4 @@
-"""What Hydra composes and what `--help` prints, both made from the classes of options.
+"""The configuration that Hydra composes and the text of `--help`, both made from the classes of options.
 
 Every value and every group comes from the classes (`programs`, `groups`); the files of `config/<group>/` and the table
 of `experiments` change some of them under a name.
@@ -37,7 +37,7 @@ def choices(program: str) -> dict[str, str]:
 
 
 def choices_of(group: str) -> list[str]:
-    """What `group=` can be."""
+    """The choices of `group=`: files of `config/<group>/` and rows of the tables."""
     folder = files("localization_heads") / "config" / group
     stems = [file.name.removesuffix(".yaml") for file in folder.iterdir()] if folder.is_dir() else []
     return sorted([stem for stem in stems if not stem.startswith("_")] + list(TABLES.get(group, ())))
@@ -138,7 +138,7 @@ def _section(title: str, name: str, group: type[Options], chosen: Mapping[str, A
 
 
 def _own_first(kind: type[Options]) -> list[tuple[str, FieldInfo]]:
-    """What only this program has before what it shares with others."""
+    """The program's own options before those that it shares with others."""
     own = kind.__annotations__
     return sorted(kind.__pydantic_fields__.items(), key=lambda item: item[0] not in own)
 
@@ -162,7 +162,7 @@ def _written(value: Any) -> str:
 
 
 def preset(group: str, choice: str) -> dict[str, Any]:
-    """What a choice changes in its group. For `--help`, without Hydra."""
+    """The values that a choice changes in its group, read without Hydra."""
     if choice in TABLES.get(group, ()):
         return TABLES[group][choice]
     import yaml

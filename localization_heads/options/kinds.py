@@ -34,7 +34,7 @@ from localization_heads.errors import UsageError, printable
 from localization_heads.store.paths import check_id, from_home
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""`true` is no number, "3" is not 3, infinity is nothing."""
+"""`true` is no number, "3" is not 3, infinities and NaN are refused."""
 
 Kind = TypeVar("Kind", bound="type[Options]")
 
@@ -71,7 +71,7 @@ def options(kind: Kind) -> Kind:
 
 
 def _check_kinds(chosen: Any) -> None:
-    """What is named is meant: an option that this kind would ignore is an error."""
+    """An option that is set although this kind ignores it is an error."""
     for name, field in type(chosen).__pydantic_fields__.items():
         value = getattr(chosen, name)
         if value != field.default and not _is_read(chosen, field):
@@ -113,7 +113,7 @@ def _one_line(kind: type[Options], error: ValidationError) -> Exception:
 
 @dataclasses.dataclass(frozen=True)
 class Wants:
-    """What a value must be, in words, where the type alone does not say it."""
+    """The requirement on a value, in words, where the type alone does not express it."""
 
     sentence: str
 
@@ -226,12 +226,12 @@ def option(
 
 
 def extra(field: FieldInfo) -> dict[str, Any]:
-    """What `option` says of a field besides its sentence and limits."""
+    """The arguments of `option` besides the sentence and the limits."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 class Options:
-    """What classes of options have in common. Each is a frozen pydantic dataclass."""
+    """Base of the classes of options, each of which is a frozen pydantic dataclass."""
 
     __pydantic_fields__: ClassVar[dict[str, FieldInfo]]
     EXTRA_GROUPS: ClassVar[Mapping[str, tuple[str, str]]] = {}
@@ -291,7 +291,7 @@ def reads(field: FieldInfo) -> str:
 
 
 def wants(field: FieldInfo, value: Any = None) -> str:
-    """What a value must be, as advice: `give a whole number of at least 1, or null`."""
+    """The requirement on a value as advice: `give a whole number of at least 1, or null`."""
     kinds = [field.annotation, *get_args(field.annotation)]
     known = [str(word) for kind in kinds for word in _words(kind)]
     near = did_you_mean(value, known) if isinstance(value, str) else ""

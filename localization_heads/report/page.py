@@ -23,17 +23,9 @@ def render(report: Report) -> str:
     Its content security policy allows this very style, this very script and images in `data:` addresses.
     """
     style, script = _asset("report.css"), _asset("report.js")
-    return (
-        environment()
-        .get_template("report.html")
-        .render(
-            report=report,
-            policy=_policy(style, script),
-            style=style,
-            script=script,
-            **({} if report.heads is None else _figures(report.heads)),
-        )
-    )
+    figures = {} if report.heads is None else _figures(report.heads)
+    policy, template = _policy(style, script), environment().get_template("report.html")
+    return template.render(report=report, policy=policy, style=style, script=script, **figures)
 
 
 @cache
@@ -95,11 +87,10 @@ def _figures(facts: HeadFacts) -> dict[str, Any]:
     kept = np.zeros(facts.shape, dtype=bool)
     for head in ranking.kept:
         kept[head.address] = True
-    drawn = {
-        "curve": figures.plot_attention_sums(
-            of["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude
-        )
-    }
+    curve = figures.plot_attention_sums(
+        of["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude
+    )
+    drawn = {"curve": curve}
     points = [
         (head.address, head.selection_frequency, float(of["iou"][head.address]))
         for head in ranking.heads
@@ -130,12 +121,11 @@ def _figures(facts: HeadFacts) -> dict[str, Any]:
 
 def _by_head(facts: HeadFacts, key: str) -> NDArray[np.float64]:
     """One statistic of every head, `[layer, head]`, NaN where it is not known."""
-    measured = {"bottom": facts.bottom_row, "iou": facts.iou}
-    if key in measured:
-        found = measured[key]
-        return np.full(facts.shape, np.nan) if found is None else found
-    name = {"frequency": "selection_frequency", "sum": "attention_sum", "entropy": "spatial_entropy"}[key]
     grid = np.full(facts.shape, np.nan)
+    if key in ("bottom", "iou"):
+        measured = facts.bottom_row if key == "bottom" else facts.iou
+        return grid if measured is None else measured
+    name = {"frequency": "selection_frequency", "sum": "attention_sum", "entropy": "spatial_entropy"}[key]
     for head in facts.ranking.heads:
         value = getattr(head, name)
         grid[head.address] = np.nan if value is None else value

@@ -1,4 +1,4 @@
-"""What the page says, as plain values for its template: texts, numbers and rows, none of them markup."""
+"""The content of the page as plain values for its template: texts, numbers and rows, none of them markup."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from localization_heads.attention import Box
 from localization_heads.evaluation.metrics import FEWEST
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead
-from localization_heads.report.content import HeadFacts, Report
-from localization_heads.report.gallery import Card
+from localization_heads.report.content import Card, HeadFacts, Report
 
 MAX_ROWS = 100
 """Heads in the ranking table and failures in theirs; the files hold all."""
@@ -115,7 +114,7 @@ def _scores(report: Report) -> list[Tile]:
 
 
 def method(facts: HeadFacts) -> str:
-    """What the columns mean, for a reader who has not read the paper."""
+    """Explains the columns to a reader who has not read the paper."""
     ranking = facts.ranking
     where, average = (" in a sample", " on average") if ranking.options.per_sample else ("", "")
     tau = (
@@ -147,7 +146,7 @@ def _spread(ranking: HeadRanking) -> str:
 
 
 def correlation(facts: HeadFacts) -> str:
-    """The number with what it stands on: how many heads, and how often luck alone gives as much."""
+    """Spearman's correlation with the number of heads and the p-value."""
     from localization_heads.figures.charts import chance
 
     heads = counted(len(facts.scatter), "head")
@@ -156,11 +155,6 @@ def correlation(facts: HeadFacts) -> str:
         return f"No rank correlation over {heads}: {why}."
     rho, p = facts.correlation
     return f"Spearman's rank correlation: {rho:.2f} over {heads} ({chance(p)})."
-
-
-class Column(NamedTuple):
-    key: str
-    name: str
 
 
 class Cell(NamedTuple):
@@ -175,13 +169,14 @@ class Cell(NamedTuple):
         return None if self.value is None or math.isnan(self.value) else f"{self.value:.6g}"
 
 
-def ranking_columns(facts: HeadFacts) -> list[Column]:
+def ranking_columns(facts: HeadFacts) -> dict[str, str]:
+    """The columns of the ranking: their keys, and what stands above them."""
     known = {"bottom": facts.bottom_row is not None, "iou": facts.iou is not None}
     names = {
         "rank": "#", "head": "head", "frequency": "selection frequency", "sum": "attention sum",
         "entropy": "spatial entropy", "bottom": "bottom row", "iou": "IoU",
     }  # fmt: skip
-    return [Column(key, name) for key, name in names.items() if known.get(key, True)]
+    return {key: name for key, name in names.items() if known.get(key, True)}
 
 
 def ranking_cells(facts: HeadFacts, rank: int, head: RankedHead) -> list[Cell]:
@@ -219,13 +214,6 @@ class Table(NamedTuple):
     header: Sequence[str] = ()
 
 
-class Group(NamedTuple):
-    """Tables that stand together. `settings`: the choices behind the numbers, which are folded away."""
-
-    tables: list[Table]
-    settings: bool = False
-
-
 CONTROLS = (
     "The controls tell an effect from luck: random heads of the same layers, the mean of all heads, "
     "a box in the middle, and the oracle, which is the truth on the model's own grid."
@@ -238,8 +226,8 @@ def own_metrics(metrics: Mapping[str, Any]) -> Table:
     return _pairs({name: value for name, value in metrics.items() if not isinstance(value, Mapping)})
 
 
-def metric_groups(metrics: Mapping[str, Any]) -> list[Group]:
-    """The groups of metrics.json under their names."""
+def metric_groups(metrics: Mapping[str, Any]) -> list[list[Table]]:
+    """The groups of metrics.json under their names; one without a header holds settings, which are folded away."""
     return [
         _group(plain(name.replace("_", " "), 80), group, metrics)
         for name, group in metrics.items()
@@ -247,10 +235,10 @@ def metric_groups(metrics: Mapping[str, Any]) -> list[Group]:
     ]
 
 
-def _group(title: str, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Group:
+def _group(title: str, group: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Table]:
     """Rows of numbers as a table with ours on top, and one more for each kind of numbers within them."""
     if not all(isinstance(row, Mapping) for row in group.values()):
-        return Group([_pairs(dict(_flattened(group)), title)], settings=True)
+        return [_pairs(dict(_flattened(group)), title)]
     names = {name for row in group.values() for name in row}
     own = {name: value for name, value in ours.items() if name in names and not isinstance(value, Mapping)}
     inner = dict.fromkeys(
@@ -260,7 +248,7 @@ def _group(title: str, group: Mapping[str, Any], ours: Mapping[str, Any]) -> Gro
     for key in inner:
         rows = {name: row[key] for name, row in group.items() if isinstance(row.get(key), Mapping)}
         tables.append(_table(f"{title}: {DIFFERENCE if key == 'difference' else plain(key, 80)}", rows))
-    return Group(tables)
+    return tables
 
 
 def _pairs(metrics: Mapping[str, Any], title: str = "") -> Table:
@@ -317,24 +305,18 @@ def which_samples(report: Report) -> str:
 
 
 def shapes_drawn(cards: Sequence[Card]) -> dict[str, str]:
-    """What the legend lists: only what is drawn somewhere."""
-    names = {
-        "predicted": "predicted box",
-        "mask": "predicted mask",
-        "truth": "true box",
-        "truth-mask": "true mask",
-    }
-    drawn = {
-        "predicted": True,
-        "mask": any(card.mask for card in cards),
-        "truth": any(card.truth for card in cards),
-        "truth-mask": any(card.truth_mask for card in cards),
-    }
-    return {kind: name for kind, name in names.items() if drawn[kind]}
+    """The entries of the legend: only shapes that are drawn in some sample."""
+    shapes = [
+        ("predicted", "predicted box", True),
+        ("mask", "predicted mask", any(card.mask for card in cards)),
+        ("truth", "true box", any(card.truth for card in cards)),
+        ("truth-mask", "true mask", any(card.truth_mask for card in cards)),
+    ]
+    return {kind: name for kind, name, is_drawn in shapes if is_drawn}
 
 
 def described(card: Card) -> str:
-    """The image in words, for those who do not see it."""
+    """The image in words, for screen readers."""
     boxes = [("predicted box", card.box), ("true box", card.truth)]
     parts = [f"{name} {' '.join(f'{edge:.0f}' for edge in box)}" for name, box in boxes if box is not None]
     parts += [] if card.image else ["the image cannot be opened"]
@@ -350,7 +332,7 @@ def cut(box: Box, image_size: tuple[int, int]) -> dict[str, str]:
 
 
 def script_data(cards: Sequence[Card]) -> dict[str, Any]:
-    """What the page's script draws: the maps of every sample."""
+    """The data of the page's script: the maps of every sample."""
     return {
         "cards": [
             {"region": [round(edge, 2) for edge in card.image_box], "maps": _maps(card)} for card in cards
@@ -367,7 +349,7 @@ def _maps(card: Card) -> list[dict[str, Any]]:
 
 
 def reasons(report: Report) -> list[tuple[int, str]]:
-    """How many entries failed for the same reason, without what differs from entry to entry."""
+    """Reasons with their counts, without the part that differs from entry to entry."""
     kinds = (bad.reason.rpartition(": ")[2] if ": " in bad.reason else bad.reason for bad in report.failures)
     counts = Counter(plain(kind, 160) for kind in kinds)
     return [(count, reason) for reason, count in counts.most_common(MAX_ROWS)]

@@ -17,7 +17,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.kinds import as_read
-from localization_heads.report.gallery import Card, Gallery
+from localization_heads.report.content import Card, Gallery
 from localization_heads.stages.entries import Attended, Entries, select_entries
 from localization_heads.stages.find import keep_statistics
 from localization_heads.stages.flow import go_through

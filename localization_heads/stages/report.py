@@ -23,8 +23,16 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.options.compose import flat
-from localization_heads.report.content import LEAST_FREQUENCY, HeadFacts, Report
-from localization_heads.report.gallery import Card, Gallery, outline, thumbnail, tiny_map
+from localization_heads.report.content import (
+    LEAST_FREQUENCY,
+    Card,
+    Gallery,
+    HeadFacts,
+    Report,
+    outline,
+    thumbnail,
+    tiny_map,
+)
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.outcome import Outcome
 from localization_heads.stages.run import Run

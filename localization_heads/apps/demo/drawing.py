@@ -18,7 +18,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 
 COLOURS = (VERMILLION, SKY, ORANGE, GREEN, PURPLE, BLUE)
-"""Okabe and Ito's, one an expression."""
+"""Okabe and Ito's, one for each expression."""
 LONGEST = 720  # pixels of an image on the page
 MARGIN = 40  # of the grid of heads, for its labels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -51,7 +51,7 @@ def draw_boxes(
 
 
 def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
-    """The image under the combined map; what is low stays see-through."""
+    """The image under the combined map, whose low values are transparent."""
     shown = _shown(image, LONGEST)
     share = np.clip(resized(found, shown.size).heatmap, 0, 1)
     colours = colormaps[COLOUR_MAP](share)[..., :3] * 255
@@ -96,7 +96,7 @@ def head_at(x: float, y: float, shape: tuple[int, int]) -> Head | None:
 
 
 def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
-    """The answer in the pixels of the image at another size: what is drawn costs what is shown, not what was sent."""
+    """The grounding in pixels of the image at another size, so that large images are drawn no slower."""
     across, down = size[0] / found.image_size[0], size[1] / found.image_size[1]
 
     def scaled(box: Box) -> Box:

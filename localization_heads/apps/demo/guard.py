@@ -1,4 +1,4 @@
-"""What the page needs of its machine, and what it takes from visitors: a folder, plain connections, bounded requests.
+"""The limits of the page: a folder of its own, connections without proxies, requests of bounded size.
 
 Notable choices: gradio keeps uploads and results below one folder, so this process gets one of its own and removes it
 at the end. The size of a request is counted here as its bytes come in, because gradio reads a body whole before any of
@@ -37,7 +37,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 @contextmanager
 def environment(**values: str | None) -> Iterator[None]:
-    """Variables of the environment for a while; None takes one away."""
+    """Set environment variables while the block runs; None removes one."""
     before = {name: os.environ.get(name) for name in values}
     _set(values)
     try:
@@ -59,7 +59,7 @@ def direct_connections() -> Iterator[None]:
 
 
 def note_missing_certificates() -> None:
-    """Certificates that are not there: whoever set them wants to know, though the page does without."""
+    """Warn of certificate files that do not exist: the page does without them, other programs may not."""
     for name in CERTIFICATES:
         if (place := os.environ.get(name)) and not Path(place).exists():
             log.warning(
@@ -162,7 +162,7 @@ def make_room(entries: Iterable[Path], max_bytes: int = MAX_UPLOADS) -> None:
 
 
 def remove(entry: Path) -> None:
-    """Remove a file or a folder with all in it; what is gone already is no error."""
+    """Remove a file, or a folder with all its content; it may be gone already."""
     if entry.is_dir():
         shutil.rmtree(entry, ignore_errors=True)
     else:
@@ -170,7 +170,7 @@ def remove(entry: Path) -> None:
 
 
 def _age_and_size(entry: Path) -> tuple[float, int]:
-    """When it was written, and the bytes in it; zeros for what somebody else has removed."""
+    """Time of the last change and size in bytes; zeros for an entry that has been removed meanwhile."""
     try:
         files = [entry] if entry.is_file() else list(entry.rglob("*"))
         return entry.stat().st_mtime, sum(file.stat().st_size for file in files)

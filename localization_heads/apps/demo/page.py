@@ -243,7 +243,7 @@ class Page:
         return gr.Row(visible=bool(wanted)), gr.Radio(visible=bool(wanted))
 
     def switch(self, request: gr.Request, heads: object, edits: object, event: gr.EventData) -> str:
-        """A click into the grid."""
+        """Switch the head that was clicked in the grid."""
         with self.visitors.turn(request.session_hash) as visitor:
             chosen = parse_heads(heads)
             head = clicked(_place(event), visitor.answer.shape)
@@ -297,7 +297,7 @@ class Page:
         self.visitors.end(request.session_hash)
 
     def make_room(self) -> None:
-        """Uploads that nobody came back for make room for others."""
+        """Delete the oldest uploads, of visitors who have left, where there are too many."""
         make_room(entry for entry in self.folder.iterdir() if entry not in self.own)
 
     def _count(self, k: object) -> int:
@@ -368,7 +368,7 @@ def clicked(place: object, shape: tuple[int, int]) -> Head | None:
 
 
 def _saved(path: Path, image: Image.Image) -> str:
-    image.save(path, compress_level=1)  # quick: somebody moves a slider
+    image.save(path, compress_level=1)  # fast, so that the image follows the slider
     return str(path)
 
 

@@ -1,4 +1,4 @@
-"""What the page knows: the image, the expressions and their maps, and which heads are on; and whose turn it is.
+"""The state behind the page: the image, the expressions, their attention maps and the heads that are on.
 
 The model runs in `ask` alone, one piece of work at a time. Everything that a slider or a click changes is
 `Asked.answers` again, on maps that are there already.
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class Turns:
-    """The model: one piece of work at a time, in the order of asking. Whoever has more to do queues again for each.
+    """Turns at the model: one piece of work at a time, first come, first served; each piece queues anew.
 
     Args:
         places: questions at once; each waits in a thread of the page's.
@@ -87,7 +87,7 @@ MODEL = Turns()
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One image, the expressions asked about it, and where every head looked.
+    """One image, the expressions asked about it, and the attention maps of every head.
 
     Args:
         image: as the page shows it, no side longer than `KEPT`.
@@ -110,7 +110,7 @@ class Asked:
 
     @property
     def num_bytes(self) -> int:
-        """What the image and the maps take in memory."""
+        """Size of the image and the maps in memory."""
         return 3 * self.image.width * self.image.height + sum(maps.attention.nbytes for maps in self.maps)
 
     def answers(self, heads: Sequence[Head], options: GroundingOptions) -> list[Grounding]:
@@ -166,7 +166,7 @@ def read_image(image: Image.Image | Path) -> Image.Image:
 
 @contextmanager
 def about_the_image() -> Iterator[None]:
-    """What is wrong with an image is said without its place on this machine."""
+    """Errors about the image leave out its path on this machine."""
     try:
         yield
     except ImageError as error:
@@ -239,7 +239,7 @@ def toggled(heads: Sequence[Head], head: Head) -> list[Head]:
 
 
 def as_json(asked: Asked, groundings: Sequence[Grounding]) -> list[dict[str, Any]]:
-    """What the download holds: the keys of predictions.jsonl, with the expression."""
+    """The content of the download: the keys of predictions.jsonl, with the expression."""
     return [
         {
             "expression": expression,

@@ -1,6 +1,6 @@
-"""Who has the page open, and what it remembers of each: bounded in memory, in files and in work that waits.
+"""The visitors of the page and their state, bounded in memory, files and waiting work.
 
-The name of a visitor is gradio's session, one an open page. It comes from the browser and is trusted for nothing but
+The name of a visitor is gradio's session, one per open page. It comes from the browser and is trusted for nothing but
 finding that visitor's own answer.
 """
 
@@ -66,7 +66,7 @@ class Visitor:
 
 
 class Visitors:
-    """Everybody who has the page open, least recently used first.
+    """All visitors, least recently active first.
 
     Args:
         folder: for their files, a folder each.
@@ -91,12 +91,12 @@ class Visitors:
 
     @property
     def num_bytes(self) -> int:
-        """What their answers take in memory."""
+        """Size of their images and maps in memory."""
         return sum(v.asked.num_bytes for v in self._known.values() if v.asked)
 
     @contextmanager
     def turn(self, name: str | None) -> Iterator[Visitor]:
-        """One piece of work of a visitor, after those that he sent before. UsageError if too many wait."""
+        """One piece of work of a visitor, after the earlier ones. UsageError if too many are waiting."""
         visitor = self._enter(name or "")
         try:
             with visitor.lock:
@@ -114,7 +114,7 @@ class Visitors:
                 self._free(visitor)
 
     def close(self, seconds: float = 10) -> None:
-        """No more work. Returns when what was begun is done, which would write into a folder that is being removed."""
+        """Accept no more work, and wait for what has begun: it writes into a folder that is about to go."""
         self.is_closed = True
         with self._lock:
             visitors = list(self._known.values())
