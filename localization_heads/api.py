@@ -90,7 +90,7 @@ def find_heads(
 
 
 def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """What the ranking needs of a sample, each `[layer, head]`: sums, entropies, bottom-row flags."""
+    """Attention sums, spatial entropies and bottom-row flags of one sample, each `[layer, head]`."""
     statistics = head_statistics(maps.attention, criteria)
     return statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
 
@@ -106,7 +106,7 @@ def ground(
 ) -> Grounding:
     """The box, mask and heat map of an expression in an image (Sec. 5).
 
-    Asked about the same image again, the model does not read it again (`LVLM.ask`).
+    The prefix that holds the image is kept: asked about the same image again, the model does not encode it anew.
 
     Args:
         image: an image, a path or an http(s) address (an `Address` may allow private ones).
@@ -128,7 +128,7 @@ def ground(
 
 
 class Scored(NamedTuple):
-    """What became of one sample: the box that was found, and how well each method did.
+    """One sample: the predicted box, and the scores of each method.
 
     Attributes:
         id: the sample's.
@@ -144,7 +144,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` finds out.
+    """The result of `evaluate`.
 
     Args:
         metrics: what `metrics.json` holds: each metric and its 95 % interval, the counts, `controls` and `choices`.
@@ -179,7 +179,7 @@ def evaluate(
         options: as in `ground`, for the controls too.
         segmenter: as in `ground`, for the controls too.
         criteria: what heads must pass where each sample picks its own; `exclude_layers` is also that of the control
-            which takes all heads.
+            of all heads.
         controls: score random heads, all heads, the centre box and the oracle as well; they need all layers.
         native: ask the model for a box of its own; None asks one that is known to write boxes, beside the controls.
         bootstrap: what the 95 % intervals draw: expressions, or images with all their expressions.
@@ -241,7 +241,7 @@ def _grounder(
     options: GroundingOptions | None,
     segmenter: Segmenter | SegmenterOptions | None,
 ) -> Grounder:
-    """What `ground` and `evaluate` have in common. ValueError for a head that the model does not have."""
+    """The grounder that the arguments of `ground` and `evaluate` ask for. ValueError for a head the model lacks."""
     if isinstance(heads, HeadRanking):
         lvlm.note_other_conditions("these heads", heads.found_with)
         heads = heads.top(K)
@@ -282,7 +282,7 @@ def _attended(
     Args:
         unusable: gets the errors of those whose attention is not finite, which are passed over.
     """
-    # An image in memory is told by its pixels, one in a file by its path.
+    # Images in memory are compared by their pixels, files by their paths.
     images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
     for number, (_, group) in enumerate(images):
         first = next(group)

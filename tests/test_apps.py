@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -399,25 +401,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(
         assert words in result.out
 
 
-def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line, a corrected line, Ctrl-C and Ctrl-D."""
-    from prompt_toolkit.application import create_app_session
-    from prompt_toolkit.input import create_pipe_input
-    from prompt_toolkit.output import DummyOutput
-
-    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
-    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        read = terminal.line_reader()
-        keys.send_text("hello\nhex\x7fy\n")
-        assert [read(), read()] == ["hello", "hey"]
-        keys.send_text("\x03")
-        with pytest.raises(KeyboardInterrupt):
-            read()
-        keys.send_text("\x04")
-        with pytest.raises(EOFError):
-            read()
-
-
 def test_a_real_ctrl_c_stops_the_model(
     front: Front, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -446,29 +429,38 @@ def test_a_real_ctrl_c_stops_the_model(
     assert conversation.messages[-1]["content"][0]["text"].startswith(seen[0].strip())
 
 
-def test_a_failing_model_does_not_end_the_conversation(
-    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("target", "error", "line", "said"),
+    [
+        (
+            "transformers.generation.GenerationMixin.generate",
+            RuntimeError("no more memory"),
+            "What?",
+            "error: the model could not answer: no more memory",
+        ),
+        (
+            "localization_heads.apps.terminal.ground",
+            ZeroDivisionError("by\nzero"),
+            "/ground the dog",
+            "error: ZeroDivisionError: by zero\n",
+        ),
+    ],
+)
+def test_no_failure_ends_the_conversation(
+    talk: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    error: Exception,
+    line: str,
+    said: str,
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no more memory")
+        raise error
 
-    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", fail)
-    result = talk("What?\n/help\n", "image_file=cat.png")
+    monkeypatch.setattr(target, fail)
+    result = talk(f"{line}\n/help\n", "image_file=cat.png")
     assert result.status == 0
-    assert "error: the model could not answer: no more memory" in result.out
-    assert "/exit" in result.out
-
-
-def test_whatever_fails_the_conversation_goes_on(
-    talk: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise ZeroDivisionError("by\nzero")
-
-    monkeypatch.setattr(terminal, "ground", fail)
-    result = talk("/ground the dog\n/help\n", "image_file=cat.png")
-    assert result.status == 0
-    assert "error: ZeroDivisionError: by zero\n" in result.out
+    assert said in result.out
     assert "/exit" in result.out
 
 
@@ -484,56 +476,39 @@ def test_nothing_of_an_answer_is_obeyed(talk: Callable[..., Result], monkeypatch
     assert "\u001b" not in result.out
 
 
-def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
-    """Latin-1 bytes from a pipe and in an argument, in a real process."""
-    draw_image(tmp_path / "cat.png")
+def chat_process(folder: Path, *options: str | bytes, lines: bytes = b"") -> tuple[int, list[str], str]:
+    """`cli_llava.py` in a real process: its status, its lines, and what it writes to standard error."""
+    draw_image(folder / "cat.png")
     run = [sys.executable, str(ROOT / "cli_llava.py"), "image_file=cat.png", "max_new_tokens=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    command = list(map(os.fsencode, [*run, *options]))
+    ended = subprocess.run(command, input=lines, capture_output=True, cwd=folder, env=env, check=False)
+    return ended.returncode, ended.stdout.decode().splitlines(), ended.stderr.decode()
+
+
+def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
+    """Latin-1 bytes from a pipe and in an argument."""
     lines = b"un caf\xe9?\n/caf\xe9\n/nonsense\n"
-    ended = subprocess.run(
-        [*run, "cli_mode=true"], input=lines, capture_output=True, cwd=tmp_path, env=env, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    said = ended.stdout.decode().splitlines()[1:]
-    assert said[0].startswith("error: the expression is not valid Unicode text")
-    assert said[1:] == [
+    status, said, err = chat_process(tmp_path, "cli_mode=true", lines=lines)
+    assert status == 0, err
+    assert said[1].startswith("error: the expression is not valid Unicode text")
+    assert said[2:] == [
         "/caf\ufffd is no command; /help lists them", "/nonsense is no command; /help lists them",
     ]  # fmt: skip
-    ended = subprocess.run(
-        [*map(os.fsencode, run), b"query=un caf\xe9?"],
-        capture_output=True,
-        cwd=tmp_path,
-        env=env,
-        check=False,
-    )
-    assert ended.returncode == 2
-    assert "not valid Unicode" in one_line(ended.stderr.decode())
+    status, _, err = chat_process(tmp_path, b"query=un caf\xe9?")
+    assert status == 2
+    assert "not valid Unicode" in one_line(err)
 
 
 def test_a_piped_conversation_in_a_real_process(tmp_path: Path) -> None:
     """`printf ... | python cli_llava.py cli_mode=true`."""
-    draw_image(tmp_path / "cat.png")
-    ended = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "cli_llava.py"),
-            "cli_mode=true",
-            "image_file=cat.png",
-            "max_new_tokens=2",
-        ],
-        input="What is it?\n/nonsense\n/exit\n",
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr
-    lines = ended.stdout.splitlines()
-    assert lines[0] == "embedded: /help lists the commands"
-    assert lines[-1] == "/nonsense is no command; /help lists them"
-    assert len(lines) == 3
+    lines = b"What is it?\n/nonsense\n/exit\n"
+    status, said, err = chat_process(tmp_path, "cli_mode=true", lines=lines)
+    assert status == 0, err
+    assert "Traceback" not in err
+    assert said[0] == "embedded: /help lists the commands"
+    assert said[-1] == "/nonsense is no command; /help lists them"
+    assert len(said) == 3
 
 
 def test_the_finders_maps_are_what_the_viewer_draws(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,16 +542,37 @@ def test_the_first_document_names_a_head_of_another_model(
 # ------------------------------------------------------------------------------------------------ a real keyboard
 
 
-def typed(keys: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
-    """The line that prompt_toolkit makes of keys, with history in a folder."""
+@contextmanager
+def keyboard(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """A terminal with history in a folder: the keys to send, and how lines are read from them."""
     from prompt_toolkit.application import create_app_session
     from prompt_toolkit.input import create_pipe_input
     from prompt_toolkit.output import DummyOutput
 
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
-    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
-        keyboard.send_text(keys)
-        return terminal._prompt()()
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        yield keys, terminal.line_reader()
+
+
+def typed(keys: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    """The line that these keys make in a new conversation."""
+    with keyboard(monkeypatch, folder) as (board, read):
+        board.send_text(keys)
+        return read()
+
+
+def test_a_terminal_has_editing_and_its_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A line, a corrected line, Ctrl-C and Ctrl-D."""
+    with keyboard(monkeypatch, tmp_path) as (keys, read):
+        keys.send_text("hello\nhex\x7fy\n")
+        assert [read(), read()] == ["hello", "hey"]
+        keys.send_text("\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            read()
 
 
 def test_earlier_lines_come_back_in_the_next_conversation(

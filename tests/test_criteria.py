@@ -24,7 +24,7 @@ from localization_heads.heads.criteria import (
     keep_heads,
     spatial_entropy,
 )
-from localization_heads.heads.ranking import analysis_rows, criterion_1, greedy_heads
+from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.options.compose import preset
 from localization_heads.options.groups import CriteriaOptions
 
@@ -168,52 +168,56 @@ class TestKeepHeads:
         louder[:2] = 100.0
         assert (keep_heads(louder) == keep_heads(self.SUMS)).all()
         assert attention_sum_threshold(louder) == 0.2
-        assert attention_sum_threshold(louder, exclude_layers=0) == 1.0
+        assert attention_sum_threshold(louder, CriteriaOptions(exclude_layers=0)) == 1.0
 
     def test_a_given_tau_is_reached_by_an_equal_sum(self):
-        assert np.argwhere(keep_heads(self.SUMS, tau=0.15)).tolist() == [[3, 0], [3, 1], [4, 1]]
-        assert keep_heads(self.SUMS, tau=0.0)[2:].all()
+        assert np.argwhere(keep_heads(self.SUMS, CriteriaOptions(tau=0.15))).tolist() == [
+            [3, 0],
+            [3, 1],
+            [4, 1],
+        ]
+        assert keep_heads(self.SUMS, CriteriaOptions(tau=0.0))[2:].all()
 
     def test_index_variant_takes_the_head_at_the_elbow(self):
         sums = np.array(
             [[0.9, 0.0], [0.2, 0.1]]
         )  # sorted: heads 1, 3, 2, 0: head 2 stands at the elbow, at position 2
         assert elbow_head(sums) == 2
-        kept = keep_heads(sums, elbow="index", exclude_layers=0)
+        kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=0))
         assert kept.tolist() == [
             [False, False],
             [True, True],
         ]  # 2 itself and what comes after it, however silent
-        assert keep_heads(sums, exclude_layers=0).tolist() == [[True, False], [True, False]]
+        assert keep_heads(sums, CriteriaOptions(exclude_layers=0)).tolist() == [[True, False], [True, False]]
         sums = np.array(
             [[0.2, 0.0], [0.1, 0.9]]
         )  # sorted: heads 1, 2, 0, 3: now it is head 0, and all are kept
         assert elbow_head(sums) == 0
-        assert keep_heads(sums, elbow="index", exclude_layers=0).all()
+        assert keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=0)).all()
 
     def test_index_variant_sorts_all_heads_then_excludes(self):
         # All sorted: heads 2, 3, 4, 0, 1, 5 with the elbow at 0 (0.9); without layer 0 it would be head 4 (0.2).
         sums = np.array([[0.9, 0.9], [0.0, 0.1], [0.2, 1.0]])
-        kept = keep_heads(sums, elbow="index", exclude_layers=1)
+        kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=1))
         assert kept.tolist() == [[False, False], [True, True], [True, True]]
-        kept = keep_heads(sums, elbow="index", exclude_layers=2)
+        kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=2))
         assert np.argwhere(kept).tolist() == [[2, 0], [2, 1]]
 
     def test_the_elbow_may_be_of_all_heads(self):
         # Of all: 0, 0.05, 0.1, 0.15, 0.2, 0.8, 0.8, 0.9, 0.9, 1: the elbow is 0.2; louder first layers move it to 1.
-        assert attention_sum_threshold(self.SUMS, elbow_heads="all") == 0.2
+        assert attention_sum_threshold(self.SUMS, CriteriaOptions(elbow_heads="all")) == 0.2
         louder = np.concatenate([100 * self.SUMS[:2], self.SUMS[2:]])
-        assert attention_sum_threshold(louder, elbow_heads="all") == 1.0
-        kept = keep_heads(louder, elbow_heads="all")
+        assert attention_sum_threshold(louder, CriteriaOptions(elbow_heads="all")) == 1.0
+        kept = keep_heads(louder, CriteriaOptions(elbow_heads="all"))
         assert np.argwhere(kept).tolist() == [[3, 1]]
 
     def test_refuses_contradictions(self):
         with pytest.raises(ValueError, match="exclude_layers=5 leaves none"):
-            keep_heads(self.SUMS, exclude_layers=5)
+            keep_heads(self.SUMS, CriteriaOptions(exclude_layers=5))
         with pytest.raises(ValueError, match="tau"):
-            keep_heads(self.SUMS, tau=0.2, elbow="index")
-        with pytest.raises(ValueError, match="elbow must be one of value, index"):
-            keep_heads(self.SUMS, elbow="slope")
+            keep_heads(self.SUMS, CriteriaOptions(tau=0.2, elbow="index"))
+        with pytest.raises(ValueError, match=r"^elbow=slope: choose one of value, index"):
+            keep_heads(self.SUMS, CriteriaOptions(elbow="slope"))
 
     def test_leaves_the_sums_alone(self):
         before = self.SUMS.copy()
@@ -228,18 +232,20 @@ class TestBinarise:
 
     def test_absolute_threshold_is_on_the_excess_over_the_mean(self):
         grid = np.array([[0.0, 0.5, 1.0, 2.5]])  # mean 1
-        assert binarise(grid, threshold=0.0).tolist() == [[False, False, False, True]]
-        assert binarise(grid, threshold=1.5).tolist() == [[False] * 4]
-        assert binarise(grid, threshold=1.499).tolist() == [[False, False, False, True]]
+        assert binarise(grid, CriteriaOptions(threshold=0.0)).tolist() == [[False, False, False, True]]
+        assert binarise(grid, CriteriaOptions(threshold=1.5)).tolist() == [[False] * 4]
+        assert binarise(grid, CriteriaOptions(threshold=1.499)).tolist() == [[False, False, False, True]]
 
     def test_two_means_are_taken_off(self):
         grid = np.array([[0.0, 0.5, 0.5, 3.0]])  # mean 1
-        assert binarise(grid, means=2).tolist() == [[False, False, False, True]]
-        assert binarise(grid, threshold=1.0, means=2).tolist() == [[False] * 4]
-        assert binarise(grid, threshold=0.999, means=2).tolist() == [[False, False, False, True]]
-        assert not binarise(np.full((2, 2), 0.1), means=2).any()
-        with pytest.raises(ValueError, match="means must be"):
-            binarise(grid, means=0.5)
+        assert binarise(grid, CriteriaOptions(means=2)).tolist() == [[False, False, False, True]]
+        assert binarise(grid, CriteriaOptions(threshold=1.0, means=2)).tolist() == [[False] * 4]
+        assert binarise(grid, CriteriaOptions(threshold=0.999, means=2)).tolist() == [
+            [False, False, False, True]
+        ]
+        assert not binarise(np.full((2, 2), 0.1), CriteriaOptions(means=2)).any()
+        with pytest.raises(ValueError, match=r"^means=0\.5: give a number"):
+            binarise(grid, CriteriaOptions(means=0.5))
 
     @settings(deadline=None)
     @given(
@@ -254,8 +260,8 @@ class TestBinarise:
 
     @pytest.mark.parametrize("threshold", [-0.1, np.nan, np.inf, "median", True, None])
     def test_refuses_other_thresholds(self, threshold):
-        with pytest.raises(ValueError, match="threshold must be"):
-            binarise(np.eye(3), threshold=threshold)
+        with pytest.raises(ValueError, match=r"^threshold="):
+            binarise(np.eye(3), CriteriaOptions(threshold=threshold))
 
 
 class TestComponents:
@@ -404,7 +410,7 @@ class TestSpatialEntropy:
                 assert whole.spatial_entropy[index] == pytest.approx(expected, rel=1e-6)
 
     def test_refuses_other_weights(self):
-        with pytest.raises(ValueError, match="weight must be one of area, mass"):
+        with pytest.raises(ValueError, match=r"^entropy=.*: choose one of area, mass"):
             spatial_entropy(np.eye(3), weight="volume")
 
 
@@ -587,7 +593,7 @@ class TestPublishedCode:
         attention = built(layers, heads, 3, {**special, (0, 0): "one", (1, 1): "one"})
         found = head_statistics(attention, JUNE)
         assert elbow_head(found.attention_sum) == at
-        assert np.flatnonzero(criterion_1(found.attention_sum, JUNE)).tolist() == list(
+        assert np.flatnonzero(keep_heads(found.attention_sum, JUNE)).tolist() == list(
             range(at, layers * heads)
         )
         assert greedy_heads(found, JUNE, 5) == best
@@ -619,8 +625,8 @@ class TestPublishedCode:
 
         def found(shapes):
             statistics = head_statistics(built(layers, heads, 21, shapes), AUGUST)
-            assert np.float32(attention_sum_threshold(statistics.attention_sum, elbow_heads="all")) == tau
-            kept = criterion_1(statistics.attention_sum, AUGUST)
+            assert np.float32(attention_sum_threshold(statistics.attention_sum, AUGUST)) == tau
+            kept = keep_heads(statistics.attention_sum, AUGUST)
             assert sorted(map(tuple, np.argwhere(kept).tolist())) == sorted(deep)
             return statistics, greedy_heads(statistics, AUGUST, 5)
 
@@ -661,9 +667,9 @@ class TestPublishedCode:
 
         tau, entropies, best = obvious_august(attention)
         august = head_statistics(attention, AUGUST)
-        assert attention_sum_threshold(august.attention_sum, elbow_heads="all") == pytest.approx(
-            tau, rel=1e-6
-        )
+        assert attention_sum_threshold(
+            august.attention_sum, CriteriaOptions(elbow_heads="all")
+        ) == pytest.approx(tau, rel=1e-6)
         np.testing.assert_allclose(august.spatial_entropy.ravel(), entropies, rtol=1e-5, atol=1e-7)
         assert greedy_heads(august, AUGUST, 5) == best
 

@@ -232,35 +232,9 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 def test_no_value_upsets_an_option(name: str) -> None:
     """It passes or is refused in one line, whatever Hydra's grammar or a program makes of it."""
     odd: list[Any] = [
-        None,
-        True,
-        -1,
-        10**400,
-        0.5,
-        float("nan"),
-        float("inf"),
-        "",
-        " ",
-        "x" * 300,
-        "é",
-        "\ud800",
-        "\0",
-    ]
-    odd += [
-        "a\nb",
-        "[",
-        [],
-        [1, 2],
-        [[1]],
-        [None],
-        [{}],
-        [["a"], "b"],
-        {},
-        {"a": 1},
-        (1,),
-        "~",
-        "~nobody-here/x",
-    ]
+        None, True, -1, 10**400, 0.5, float("nan"), float("inf"), "", " ", "x" * 300, "é", "\ud800", "\0", "a\nb", "[",
+        [], [1, 2], [[1]], [None], [{}], [["a"], "b"], {}, {"a": 1}, (1,), "~", "~nobody-here/x",
+    ]  # fmt: skip
     for value in odd:
         said = ""
         try:
@@ -282,55 +256,55 @@ def test_no_value_upsets_an_option(name: str) -> None:
         {"start_index": 5, "end_index": 6},
         {"batch_size": 4096, "num_trials": 1000, "k": 10_000, "grounding": {"kernel_size": 63}},
         {"scenes": {"size": 256, "height": 256}},
+        *({"stage": stage, name: None} for name, stage in (("query", "find"), ("dataset", "batch"))),
     ],
 )
 def test_right_values_pass(options: Mapping[str, Any]) -> None:
     FinderOptions.of(options)
-
-
-def test_the_viewer_needs_no_folder() -> None:
     assert VisualizeOptions.of({"mode": "single", "output_dir": None}).output_dir is None
 
 
-def test_a_scene_cannot_be_cut_higher_than_it_is() -> None:
-    with pytest.raises(UsageError, match=r"^scenes\.height=300: .*256 rows"):
-        FinderOptions.of({"scenes": {"size": 256, "height": 300}})
+UNREAD = {
+    "image_file": ("batch", "stage=collect or pipeline or ground or doctor"),
+    "query": ("find", "stage=collect or pipeline"),
+    "save_id": ("evaluate", "stage=collect or pipeline"),
+    "attention_file": ("batch", "stage=analyze or visualize"),
+    "dataset": ("batch", "stage=prepare"),
+}
+MASK = {"grounding": {"box_from": "mask"}}
+NEEDS_MASK = "grounding.box_from=mask needs a segmenter, .*"
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("finder", {"scenes": {"size": 256, "height": 300}}, r"^scenes\.height=300: .*256 rows"),
+    ("finder", {**MASK, "segmenter": {"kind": "none"}}, NEEDS_MASK + "segmenter=grabcut"),
+    ("visualize", MASK, NEEDS_MASK + "stage=visualize"),
+    *(
+        (
+            "finder",
+            {"start_index": start, "end_index": end},
+            f"start_index={start} end_index={end}: the range is empty",
+        )
+        for start, end in ((5, 3), (3, 3), (0, 0))
+    ),
+    *(
+        (
+            "finder",
+            {"stage": stage, name: "refcoco"},
+            f"^{name}=: stage={stage} does not read it; write {way}",
+        )
+        for name, (stage, way) in UNREAD.items()
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "way"),
-    [
-        ("image_file", "batch", "stage=collect or pipeline or ground or doctor"),
-        ("query", "find", "stage=collect or pipeline"),
-        ("save_id", "evaluate", "stage=collect or pipeline"),
-        ("attention_file", "batch", "stage=analyze or visualize"),
-        ("dataset", "batch", "stage=prepare"),
-    ],
-)
-def test_an_option_that_the_stage_does_not_read_is_said(name: str, stage: str, way: str) -> None:
-    with pytest.raises(UsageError, match=f"^{name}=: stage={stage} does not read it; write {way}"):
-        FinderOptions.of({"stage": stage, name: "refcoco"})
-    FinderOptions.of({"stage": stage, name: None})
-
-
-@pytest.mark.parametrize(("start", "end"), [(5, 3), (3, 3), (0, 0)])
-def test_an_empty_range_is_said(start: int, end: int) -> None:
-    with pytest.raises(UsageError, match=f"start_index={start} end_index={end}: the range is empty"):
-        FinderOptions.of({"start_index": start, "end_index": end})
+@pytest.mark.parametrize(("program", "options", "said"), REFUSED)
+def test_options_that_do_not_go_together(program: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        PROGRAMS[program].of(options)
 
 
 def test_a_missing_option_is_named_with_its_stage() -> None:
     with pytest.raises(UsageError, match="query= is missing: stage=collect needs image_file and query"):
         FinderOptions.of({"stage": "collect", "image_file": "a.png"}).require("image_file", "query")
-
-
-@pytest.mark.parametrize(
-    ("program", "segmenter", "way"),
-    [("finder", ["segmenter=none"], "segmenter=grabcut"), ("visualize", [], "stage=visualize")],
-)
-def test_a_box_of_a_mask_needs_a_mask(program: str, segmenter: list[str], way: str) -> None:
-    with pytest.raises(UsageError, match=f"grounding.box_from=mask needs a segmenter, .*{way}"):
-        composed(program, "grounding.box_from=mask", *segmenter)
 
 
 def test_the_page_of_the_options_is_up_to_date() -> None:

@@ -318,15 +318,32 @@ def _no_choice(group: str, value: str, config_name: str) -> str:
 @contextmanager
 def _as_hydra_wants_it(argv: list[str]) -> Iterator[None]:
     """Hydra reads `sys.argv`, and told so by the environment it raises instead of printing and exiting."""
-    saved_argv, saved_setting = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    before = sys.argv
+    sys.argv = argv
+    try:
+        with environment(HYDRA_FULL_ERROR="1"):
+            yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Set environment variables while the block runs; None removes one."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
     try:
         yield
     finally:
-        sys.argv = saved_argv
-        del os.environ["HYDRA_FULL_ERROR"]
-        if saved_setting is not None:
-            os.environ["HYDRA_FULL_ERROR"] = saved_setting
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _option_error(error: Exception, config_name: str) -> str | None:

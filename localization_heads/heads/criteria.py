@@ -9,9 +9,8 @@ paper's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +19,7 @@ from scipy import special
 
 from localization_heads.cells import label_apart
 from localization_heads.errors import NotFiniteError
-from localization_heads.options.groups import CriteriaOptions, ElbowHeads, ElbowRule, Threshold, Weight
+from localization_heads.options.groups import CriteriaOptions, Threshold, Weight
 
 BLOCK = 1 << 17
 """Cells that are measured together: as many as a processor's cache holds with all that is made of them."""
@@ -142,37 +141,30 @@ def _elbow_of_sorted(ordered: NDArray[np.float64]) -> int:
     return index if distance[index] > 1e-9 * last * rise else 0
 
 
-def attention_sum_threshold(
-    sums: NDArray[np.floating[Any]], *, exclude_layers: int = 2, elbow_heads: ElbowHeads = "considered"
-) -> float:
+def attention_sum_threshold(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> float:
     """`tau` of criterion 1: the elbow of the sums `[layer, head]` of the layers that are not excluded, or of all.
+
+    Args:
+        options: `exclude_layers` and `elbow_heads` matter here.
 
     >>> sums = np.array([[9.0, 9.0], [9.0, 9.0], [0.0, 0.125], [0.25, 1.0]])
     >>> attention_sum_threshold(sums)
     0.25
     """
-    if exclude_layers >= sums.shape[0]:
-        raise ValueError(f"exclude_layers={exclude_layers} leaves none of the {sums.shape[0]} layers")
-    return elbow(sums if elbow_heads == "all" else sums[exclude_layers:])
+    options = options or CriteriaOptions()
+    if options.exclude_layers >= sums.shape[0]:
+        raise ValueError(f"exclude_layers={options.exclude_layers} leaves none of the {sums.shape[0]} layers")
+    return elbow(sums if options.elbow_heads == "all" else sums[options.exclude_layers :])
 
 
-def keep_heads(
-    sums: NDArray[np.floating[Any]],
-    *,
-    tau: float | None = None,
-    elbow: ElbowRule = "value",
-    exclude_layers: int = 2,
-    elbow_heads: ElbowHeads = "considered",
-) -> NDArray[np.bool_]:
-    """Criterion 1: the heads with `S >= tau` outside the excluded layers.
+def keep_heads(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> NDArray[np.bool_]:
+    """Criterion 1: the heads with `S >= tau` outside the excluded layers, tau being fixed or the elbow of the sums.
+
+    Under `elbow="index"` (the published code of June 2025) it keeps the heads whose flat index `layer * H + head` is
+    at least that of the head at the elbow of *all* heads, whatever their own sums; it has no tau.
 
     Args:
-        sums: attention sums `[layer, head]`, averaged over the data set.
-        tau: the threshold; none takes the elbow.
-        elbow: `"index"` is the published bug: it keeps the heads whose flat index `layer * H + head` is at least that
-            of the head at the elbow of *all* heads, whatever their own sums. It has no tau.
-        exclude_layers: that many first layers are never kept.
-        elbow_heads: `"all"` takes the elbow of all heads, those of the excluded layers included.
+        sums: attention sums `[layer, head]`, of one sample or averaged over several.
 
     Returns:
         bool `[layer, head]`.
@@ -181,47 +173,39 @@ def keep_heads(
     >>> keep_heads(sums).tolist()
     [[False, False], [False, False], [False, False], [True, True]]
     """
-    _check_choice("elbow", elbow, get_args(ElbowRule))
-    threshold = (
-        attention_sum_threshold(sums, exclude_layers=exclude_layers, elbow_heads=elbow_heads)
-        if tau is None
-        else tau
-    )
-    if elbow == "value":
+    options = options or CriteriaOptions()
+    threshold = attention_sum_threshold(sums, options) if options.tau is None else options.tau
+    if options.elbow == "value":
         kept = sums >= threshold
-    elif tau is None:
-        kept = np.arange(sums.size).reshape(sums.shape) >= elbow_head(sums)
     else:
-        raise ValueError("tau is a value: it cannot be combined with elbow=index")
-    kept[:exclude_layers] = False
+        kept = np.arange(sums.size).reshape(sums.shape) >= elbow_head(sums)
+    kept[: options.exclude_layers] = False
     return kept
 
 
-def binarise(
-    maps: NDArray[np.floating[Any]], *, threshold: Threshold = "mean", means: float = 1.0
-) -> NDArray[np.bool_]:
+def binarise(maps: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> NDArray[np.bool_]:
     """`A > means * mean(A)`, each map by its own mean; or `relu(A - means * mean(A)) > threshold` for a number.
 
-    The comparison is strict, so a constant map has no active cell.
+    The comparison is strict, so a constant map has no positive cell.
 
     Args:
         maps: `[..., h, w]`.
+        options: `threshold` and `means` matter here.
 
     Returns:
         bool `[..., h, w]`.
 
     Raises:
-        ValueError: for a negative threshold, means below 1, or (NotFiniteError) a NaN or infinite map.
+        NotFiniteError: for a NaN or infinite map.
 
     >>> binarise(np.array([[4.0, 0.0], [1.0, 1.0]])).tolist()
     [[True, False], [False, False]]
-    >>> binarise(np.array([[4.0, 3.0], [1.0, 0.0]]), means=2).tolist()  # twice the mean is 4
+    >>> binarise(np.array([[4.0, 3.0], [1.0, 0.0]]), CriteriaOptions(means=2)).tolist()  # twice the mean is 4
     [[False, False], [False, False]]
     """
-    _check_threshold(threshold)
-    _check_means(means)
-    _, excess = _excess(maps, means)
-    return np.asarray(excess[..., :-1, :] > _limit(threshold))
+    options = options or CriteriaOptions()
+    _, excess = _excess(maps, options.means)
+    return np.asarray(excess[..., :-1, :] > _limit(options.threshold))
 
 
 def spatial_entropy(
@@ -254,7 +238,6 @@ def spatial_entropy(
     >>> round(-(math.log(1 / 3) / 3 + math.log(2 / 3) * 2 / 3), 4)
     0.6365
     """
-    _check_choice("weight", weight, get_args(Weight))
     options = CriteriaOptions(entropy=weight, threshold=threshold, means=means)
     return head_statistics(maps, options).spatial_entropy
 
@@ -367,22 +350,3 @@ def _as_values(values: ArrayLike) -> NDArray[np.float64]:
     if not np.isfinite(array).all():
         raise ValueError("attention sums must be finite: they hold NaN or infinite values")
     return array
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _check_threshold(threshold: object) -> None:
-    if threshold != "mean" and not (_is_number(threshold) and float(threshold) >= 0):  # type: ignore[arg-type]
-        raise ValueError(f"threshold must be mean or a number of at least 0, not {threshold!r}")
-
-
-def _check_means(means: object) -> None:
-    if not (_is_number(means) and float(means) >= 1):  # type: ignore[arg-type]
-        raise ValueError(f"means must be a number of at least 1, not {means!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

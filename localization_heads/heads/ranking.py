@@ -57,7 +57,7 @@ def analysis_rows(statistics: HeadStatistics, options: CriteriaOptions) -> list[
     So `analysis[:k]` holds heads that pass. Of these, heads that `options.bottom_row_filter` drops come last.
     `above_threshold` says whether criterion 1 keeps the head in this sample; `head_idx` is `layer * H + head`.
     """
-    kept = criterion_1(statistics.attention_sum, options)
+    kept = keep_heads(statistics.attention_sum, options)
     dropped = statistics.bottom_row_focus & options.bottom_row_filter
     group = np.where(kept, np.where(dropped, 1, 0), 2).ravel()
     order = by_entropy(statistics.attention_sum.ravel(), statistics.spatial_entropy.ravel(), options.ties)
@@ -81,7 +81,6 @@ def _row(statistics: HeadStatistics, kept: NDArray[np.bool_], head: Head) -> dic
 __all__ = [
     "HeadRanking",
     "RankedHead",
-    "criterion_1",
     "random_draws",
     "rank_heads",
     "sample_heads",
@@ -122,21 +121,6 @@ def select_heads(
     return _addresses(order[allowed[order]][:top_n], sums.shape[1])
 
 
-def criterion_1(sums: NDArray[np.floating[Any]], options: CriteriaOptions) -> NDArray[np.bool_]:
-    """The heads that criterion 1 keeps, by the fixed tau or by the elbow of these sums: bool `[layer, head]`.
-
-    Args:
-        sums: attention sums `[layer, head]`, of one sample or averaged over several.
-    """
-    return keep_heads(
-        sums,
-        tau=options.tau,
-        elbow=options.elbow,
-        exclude_layers=options.exclude_layers,
-        elbow_heads=options.elbow_heads,
-    )
-
-
 def sample_heads(
     sums: NDArray[np.floating[Any]],
     entropy: NDArray[np.floating[Any]],
@@ -158,7 +142,7 @@ def sample_heads(
     >>> sample_heads(sums, np.array([[1.0, 0.0], [0.0, 0.5]]), sums < 0, options, top_n=3)
     [Head(layer=1, head=1), Head(layer=0, head=0), Head(layer=0, head=1)]
     """
-    allowed = criterion_1(sums, options)
+    allowed = keep_heads(sums, options)
     if options.bottom_row_filter:
         allowed &= ~bottom_row
     chosen = select_heads(sums, entropy, allowed, top_n, options.ties)
@@ -178,7 +162,7 @@ def _highest(
 
     The code of August 2025 looks at no bottom row below the elbow.
     """
-    above = criterion_1(sums, replace(options, exclude_layers=0))
+    above = keep_heads(sums, replace(options, exclude_layers=0))
     left_out = (above & bottom_row & options.bottom_row_filter).ravel()
     order = np.argsort(-sums, axis=None, kind="stable")
     return _addresses(order[~left_out[order]][:1], sums.shape[1])
@@ -331,7 +315,7 @@ def _run_trials(pool: _Pool, draws: NDArray[np.int64], options: CriteriaOptions,
     if options.per_sample:
         counts, kept, tau = _own_marks(pool, draws, options, top_n)
     else:
-        kept = np.stack([criterion_1(trial, options) for trial in sums])
+        kept = np.stack([keep_heads(trial, options) for trial in sums])
         counts = _marks(pool, draws, kept.reshape(len(draws), -1), options, top_n).reshape(shape)
         tau = np.array([_tau(trial, options) for trial in sums])
     entropy, finite = _mean_entropies(pool, draws)
@@ -397,7 +381,7 @@ def _own_marks(
         for sums, entropy, bottom_row, weights in samples:
             for head in sample_heads(sums, entropy, bottom_row, options, top_n):
                 counts[:, head.layer, head.head] += weights
-            kept[weights > 0] |= criterion_1(sums, options)
+            kept[weights > 0] |= keep_heads(sums, options)
             tau += weights * _tau(sums, options)
     return counts, kept, tau / draws.sum(axis=1)
 
@@ -421,9 +405,7 @@ def _tau(sums: NDArray[np.floating[Any]], options: CriteriaOptions) -> float:
         return math.nan
     if options.tau is not None:
         return float(options.tau)
-    return attention_sum_threshold(
-        sums, exclude_layers=options.exclude_layers, elbow_heads=options.elbow_heads
-    )
+    return attention_sum_threshold(sums, options)
 
 
 def _ranked(
@@ -436,7 +418,7 @@ def _ranked(
     tau = None if options.elbow == "index" else float(means[-1])
     sums = means[:-1].reshape(centre.sums.shape[1:])
     own: NDArray[np.bool_] = np.logical_or.reduce(centre.kept, axis=0)  # in any sample of any trial
-    kept = own if options.per_sample else criterion_1(sums, replace(options, tau=tau))
+    kept = own if options.per_sample else keep_heads(sums, replace(options, tau=tau))
     # From whole numbers: averaging the trials' frequencies would break ties by rounding.
     frequency = centre.counts.sum(axis=0) / centre.sizes.sum()
     deviation = (spread.counts / spread.sizes[:, None, None]).std(axis=0)

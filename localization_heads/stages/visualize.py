@@ -177,7 +177,7 @@ def _draw_components(
 ) -> Figure:
     from localization_heads import figures
 
-    cells = binarise(opened.maps.attention[head], threshold=criteria.threshold, means=criteria.means)
+    cells = binarise(opened.maps.attention[head], criteria)
     labels = label_components(cells)
     return figures.plot_components(
         image, opened.maps, head, labels, float(opened.statistics.spatial_entropy[head]), path
