@@ -235,7 +235,7 @@ def spatial_entropy(
     >>> maps = np.array([[4.0, 0.0, 3.0], [0.0, 0.0, 3.0]])  # a component of one cell, and one of two
     >>> round(float(spatial_entropy(maps)), 4)
     0.6365
-    >>> round(-(math.log(1 / 3) / 3 + math.log(2 / 3) * 2 / 3), 4)
+    >>> round(float(-(np.log(1 / 3) / 3 + np.log(2 / 3) * 2 / 3)), 4)
     0.6365
     """
     options = CriteriaOptions(entropy=weight, threshold=threshold, means=means)
