@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import find_spec
+from localization_heads.options.groups import QueryToken
 
 EXPRESSIONS = ["the dog", "the left red dog , this car", "car.", "this image"]
 
@@ -62,7 +62,7 @@ def test_compiled_language_model(image: Any) -> None:
         assert torch.equal(lvlm.model(**inputs).logits, logits)
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_batch_of_different_images(images: list[Image.Image], query_token: str) -> None:
     """One padded batch says what single calls say."""
     lvlm = tiny_lvlm(query_token)
@@ -148,7 +148,7 @@ def test_few_bits(image: Any, bits: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_gpu_equals_cpu(image: Any, query_token: str) -> None:
     on_cpu = load_model(device="cpu", query_token=query_token).attend(image, "the dog").attention
     on_gpu = load_model(device="cuda", query_token=query_token).attend(image, "the dog").attention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,8 +23,7 @@ from localization_heads.lvlm import capture, doctor
 from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
-from localization_heads.options.groups import ModelSpec
+from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.run import Run
 
 
@@ -66,7 +65,7 @@ def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         STAGES["doctor"](run_of(tmp_path))
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
     found = examine(tiny_lvlm(query_token), image, "the dog")
     marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")

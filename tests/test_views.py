@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localization_heads.errors import UsageError
 from localization_heads.lvlm.geometry import View, even_view, read_maps
 
 WHOLE = even_view("whole", np.array([[0]]), (0, 0, 4, 2))
@@ -38,8 +37,6 @@ def test_a_view_alone(choice: str, expected: list) -> None:
 
 def test_an_image_without_tiles_has_only_the_whole() -> None:
     np.testing.assert_allclose(read_maps(ROW, [WHOLE], (4, 2), "tiles")[0], [[[0.5]]])
-    with pytest.raises(UsageError, match="view=thumbnail"):
-        read_maps(ROW, [WHOLE], (4, 2), "thumbnail")
 
 
 def test_uneven_cells_are_spread_over_even_ones() -> None:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError, WorkError, first_line
 from localization_heads.lvlm.spec import CONVERTED
 
 _LINES = (
@@ -62,10 +62,9 @@ def check_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # operators that torch lacks, symbols that a library lacks, names that moved
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise WorkError(
-            f"torchvision {found} does not fit torch {_version('torch')} ({reason}); {torchvision_advice()}, "
-            "or go without: pip uninstall torchvision"
+            f"torchvision {found} does not fit torch {_version('torch')} ({first_line(error)}); "
+            f"{torchvision_advice()}, or go without: pip uninstall torchvision"
         ) from error
 
 
@@ -363,11 +362,6 @@ def system_sentence(folder: Path) -> str | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {first_line(error)}; mend or delete it") from None
     return system
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error)[:2000].strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def loading_reason(error: Exception) -> str:

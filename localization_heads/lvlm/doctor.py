@@ -18,6 +18,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.capture import Query, decoder_layers
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.loaded import prompt_keys
 from localization_heads.lvlm.model import LVLM
 
 SMALL = 1_000_000_000
@@ -207,21 +208,15 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
         captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
     truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
-    gaps = {
-        layer: (captured[:, layer] - _fit(row, length)).abs().max().item() for layer, row in truth.items()
-    }
+    if not lvlm.looks_across:
+        truth = {layer: prompt_keys(row, length, query) for layer, row in truth.items()}
+    gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in truth.items()}
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
     wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is wrong
     note = f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}"
     if wrong:
         note += f"; exceeded in layers {ranges(wrong)}"
     return Check(max(gaps.values()), not wrong, note)
-
-
-def _fit(row: Tensor, length: int) -> Tensor:
-    """Keys `[B, H, K]` of a decoding step, brought to the prompt's: the answer's left out, forgotten ones zero."""
-    extra = max(0, length + 1 - row.shape[-1]) if row.shape[-1] != length else 0
-    return nn.functional.pad(row, (extra, 0))[..., :length]
 
 
 @contextmanager

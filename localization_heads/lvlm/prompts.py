@@ -5,14 +5,13 @@ Prompts are pure functions from text to text; the query positions are found in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
-
-CONV_MODES = ("referseg", "chat", "plain")
+from localization_heads.options.groups import ConvMode
 
 LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -98,7 +97,7 @@ def plain_prompt(expression: str, image_text: str) -> str:
 
 
 def expression_prompt(
-    expression: str, mode: str, *, image_text: str, system: str, chat: Callable[[str], str]
+    expression: str, mode: ConvMode, *, image_text: str, system: str, chat: Callable[[str], str]
 ) -> str:
     """The prompt whose last token is the query token.
 
@@ -111,9 +110,7 @@ def expression_prompt(
         return referseg_prompt(expression, image_text, system)
     if mode == "plain":
         return plain_prompt(expression, image_text)
-    if mode == "chat":
-        return chat(close_sentence(expression))
-    raise UsageError(f"conv_mode={mode}: choose one of {', '.join(CONV_MODES)}")
+    return chat(close_sentence(expression))
 
 
 Render = Callable[[list[dict[str, str]]], str]
@@ -172,14 +169,18 @@ def _difference(with_image: str, without: str) -> str | None:
     '<image>'
     """
     (head, _, tail), (bare_head, _, bare_tail) = with_image.partition(_AFTER), without.partition(_AFTER)
-    before = head[_shared_start(head, bare_head) :].strip()
-    shared = _shared_start(tail[::-1], bare_tail[::-1])
+    before = head[shared_start(head, bare_head) :].strip()
+    shared = shared_start(tail[::-1], bare_tail[::-1])
     return before or tail[: len(tail) - shared].strip() or None
 
 
-def _shared_start(a: str, b: str) -> int:
-    """How many characters two texts have in common at their start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+def shared_start(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items (characters, tokens) two sequences have in common at their start.
+
+    >>> shared_start([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def image_comes_first(render: Render, placeholder: str) -> bool:

@@ -16,13 +16,13 @@ from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import Query
 from localization_heads.lvlm.prefix import SEQUENCES
 from localization_heads.lvlm.prompts import Prompt
+from localization_heads.options.groups import QueryToken
 
-QUERY_TOKENS = ("last", "expression_end", "expression_mean", "answer_first")
 _LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding
 
 
 def query_of(
-    kind: str,
+    kind: QueryToken,
     prompts: Sequence[Prompt],
     inputs: Mapping[str, Any],
     tokenizer: Any,

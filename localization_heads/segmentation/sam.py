@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError, WorkError, first_line
 from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.checkpoint import (
     check_counts,
     check_files,
     check_size,
     checkpoint_folder,
-    first_line,
     loading_reason,
     weights_in,
     written_config,
 )
-from localization_heads.lvlm.loading import hub_answers, hub_trouble
+from localization_heads.lvlm.loading import hub_trouble
 from localization_heads.options.groups import SegmenterOptions, SegmenterPrompt
 from localization_heads.segmentation.segmenter import Frame, interior_points, map_logits
 from localization_heads.store.paths import local_path
@@ -131,7 +130,7 @@ def _source(name: str) -> str:
 
 
 def _only_here(source: str) -> bool:
-    return Path(source).is_dir() or not hub_answers()
+    return Path(source).is_dir() or hub_trouble() is not None
 
 
 def _meant(found: str) -> str:
