@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -77,49 +78,42 @@ def test_batch_of_different_images(images: list[Image.Image], query_token: str) 
         np.testing.assert_allclose(one.attention, alone.attention, rtol=0, atol=1e-5)
 
 
+def in_four_threads(work: Callable[[int], None]) -> None:
+    """`work(0)` to `work(3)`, begun at the same time."""
+    barrier = threading.Barrier(4)
+
+    def together(index: int) -> None:
+        barrier.wait()
+        work(index)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(together, range(4)))
+
+
 @pytest.mark.parametrize("query_token", ["last", "expression_mean", "answer_first"])
 def test_one_model_in_several_threads(images: list[Image.Image], query_token: str) -> None:
     lvlm = tiny_lvlm(query_token)
     expected = [lvlm.attend(*pair).attention for pair in zip(images, EXPRESSIONS, strict=True)]
-    barrier, problems = threading.Barrier(4), list[BaseException]()
 
     def work(index: int) -> None:
-        try:
-            barrier.wait()
-            for _ in range(8):
-                found = lvlm.attend(images[index], EXPRESSIONS[index]).attention
-                np.testing.assert_allclose(found, expected[index], rtol=0, atol=1e-5)
-        except BaseException as error:
-            problems.append(error)
+        for _ in range(8):
+            found = lvlm.attend(images[index], EXPRESSIONS[index]).attention
+            np.testing.assert_allclose(found, expected[index], rtol=0, atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    in_four_threads(work)
 
 
 def test_tokenizing_in_several_threads(image: Any) -> None:
     """Tokenizers keep the padding they were last told: two threads at once would get each other's."""
     lvlm = tiny_lvlm("expression_mean")
     prompts = [lvlm.located_prompt("the red car , " * 200 + "the dog"), lvlm.located_prompt("the dog")]
-    problems = list[BaseException]()
 
-    def work() -> None:
-        try:
-            for _ in range(30):
-                inputs = lvlm.encode([image] * 2, [prompt.text for prompt in prompts])
-                assert lvlm.query(prompts, inputs).positions is not None
-        except BaseException as error:
-            problems.append(error)
+    def work(_: int) -> None:
+        for _ in range(30):
+            inputs = lvlm.encode([image] * 2, [prompt.text for prompt in prompts])
+            assert lvlm.query(prompts, inputs).positions is not None
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    in_four_threads(work)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -216,6 +216,3 @@ def test_bad_choices() -> None:
     for options in ("query_token=first", "conv_mode=shout", "model.conv_mode=shout"):
         with pytest.raises(UsageError, match=options.partition("=")[0]):
             composed(options)
-    for name, value in {"query_token": "first", "conv_mode": "shout", "view": "thumbnail"}.items():
-        with pytest.raises(UsageError, match=f"{name}={value}: choose one of "):
-            load_model(**{name: value})

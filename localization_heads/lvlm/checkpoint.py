@@ -241,16 +241,6 @@ def check_counts(config: Mapping[str, Any], shown: str) -> None:
             raise UsageError(f"{shown}: config.json asks for {name}={count:,}: no model has that many")
 
 
-def checkpoint_folder(source: str) -> Path | None:
-    """Where the files are: a local folder, or the hub cache's folder of an id; None if the cache lacks it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(source).is_dir():
-        return Path(source)
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
-
-
 def weights_in(folder: Path | None) -> Weights | None:
     """The weights of a folder; None where there are none."""
     if folder is None:
@@ -362,10 +352,3 @@ def system_sentence(folder: Path) -> str | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {first_line(error)}; mend or delete it") from None
     return system
-
-
-def loading_reason(error: Exception) -> str:
-    """Why a checkpoint cannot be loaded, in one line, from an error of transformers."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "the sizes in config.json are not those of its weights"
-    return first_line(error)

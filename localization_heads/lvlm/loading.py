@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -14,14 +13,14 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from localization_heads.data.network import NetworkSettingError, open_client
-from localization_heads.errors import UsageError, WorkError, first_line
+from localization_heads.errors import UsageError
 from localization_heads.lvlm import checkpoint
 from localization_heads.lvlm.chat_template import PROCESS, template_of
 from localization_heads.lvlm.families import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
 from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
+from localization_heads.lvlm.sources import checkpoint_folder, only_here, reading_errors, source_of
 from localization_heads.lvlm.spec import (
     EMBEDDED,
     converted,
@@ -32,7 +31,6 @@ from localization_heads.lvlm.spec import (
 )
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 from localization_heads.options.kinds import OptionError
-from localization_heads.store.paths import local_path
 
 log = logging.getLogger(__name__)
 
@@ -179,20 +177,7 @@ def _source(spec: ModelSpec) -> str:
     """What `from_pretrained` is given: the embedded folder, a local folder, or a hub id."""
     if spec.name == EMBEDDED:
         return str(files("localization_heads") / "lvlm" / "embedded")
-    folder = local_path(spec.name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
-            )
-        checkpoint.check_files(folder, f"model.name={spec.name}")
-        return str(folder)
-    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
-        raise UsageError(
-            f"model.name={spec.name}: no such folder, and no Hugging Face id (owner/name) either; "
-            "model=tiny is the embedded model"
-        )
-    return spec.name
+    return source_of(spec.name, f"model.name={spec.name}", "model=tiny is the embedded model")
 
 
 def _checked_config(source: str, spec: ModelSpec) -> Any:
@@ -208,9 +193,7 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"{shown}: {error}") from None
-    checkpoint.check_size(
-        config.to_dict(), checkpoint.weights_in(checkpoint.checkpoint_folder(source)), shown
-    )
+    checkpoint.check_size(config.to_dict(), checkpoint.weights_in(checkpoint_folder(source)), shown)
     return config
 
 
@@ -280,51 +263,11 @@ def _quantization(bits: str) -> Any:
 
 def _read(from_pretrained: Callable[..., Any], source: str, spec: ModelSpec, **options: Any) -> Any:
     """A checkpoint's part, by the function of transformers whose many ways to fail become one line each."""
-    local = Path(source).is_dir()
-    _progress_bars(enabled=not local)  # a download shows its bars; reading a local file needs none
-    only_here = local or hub_trouble() is not None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            return from_pretrained(source, local_files_only=only_here, trust_remote_code=False, **options)
-    except (OSError, ConnectionError, TimeoutError) as error:
-        raise WorkError(_why(error, spec, local)) from error
-    except Exception as error:  # broken weights and configs raise anything
-        reason = checkpoint.missing_package(error) or checkpoint.loading_reason(error)
-        raise WorkError(f"model.name={spec.name} cannot be loaded: {reason}") from error
-
-
-@cache
-def hub_trouble() -> str | None:
-    """Why the hub cannot be asked; None if it can.
-
-    Without this, every file is asked for many times before the error.
-    """
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE=1 is set"
-    try:
-        with open_client(timeout=10) as client:
-            client.head(constants.ENDPOINT)
-    except NetworkSettingError as error:
-        return str(error)
-    except httpx.ConnectError as error:
-        return f"no connection: {first_line(error)}"
-    except (httpx.HTTPError, httpx.InvalidURL):
-        pass  # slow or odd, but there: the hub's own client shall say more
-    return None
-
-
-def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
-    if local:
-        return f"model.name={spec.name} cannot be read: {first_line(error)}"
-    return (
-        f"model.name={spec.name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({hub_trouble() or first_line(error)}). Without a network: model=tiny runs the embedded model, "
-        "model.name=/path/to/folder a model saved on this machine"
-    )
+    offline = "model=tiny runs the embedded model, model.name=/path/to/folder a model saved on this machine"
+    _progress_bars(enabled=not Path(source).is_dir())  # a download shows its bars; reading a file needs none
+    with reading_errors(source, f"model.name={spec.name}", offline), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return from_pretrained(source, local_files_only=only_here(source), trust_remote_code=False, **options)
 
 
 def _system_sentence(source: str, spec: ModelSpec) -> str:
