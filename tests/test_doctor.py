@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from footprints import views_seen
 from matplotlib.colors import to_rgba
 from PIL import Image
 from test_model_configs import composed
@@ -185,7 +186,7 @@ def test_views_that_cannot_be_told(image: Image.Image, monkeypatch: pytest.Monke
 
 def test_tokens_in_no_view(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm: LVLM = tiny_lvlm("last")
-    whole = lvlm.views(image)[0]
+    whole = views_seen(lvlm, image)[0]
     part = even_view("whole", whole.index[:, :-1], whole.box)
     monkeypatch.setattr(lvlm, "views_in", lambda *_: [part])
     assert examine(lvlm, image, "the dog").unplaced == 6

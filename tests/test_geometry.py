@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from footprints import coordinate_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
@@ -30,13 +30,6 @@ def grid_of(config: Any, image_processor: Any, num_tokens: int, size: tuple[int,
         ProcessedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size)
     )
     return view
-
-
-def coordinate_image(width: int, height: int) -> Image.Image:
-    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the image."""
-    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
-    channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
-    return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
 
 
 def traced_cells(processor: Any, size: tuple[int, int], side: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from footprints import views_seen
 from PIL import Image
 from tiny_models import edit, llava_model, llava_processor, save_llava
 
@@ -164,7 +165,7 @@ def test_a_thin_image_has_no_tiles() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         maps = tiny("llava_next").attend(THIN, "the dog")
-    assert [view.name for view in tiny("llava_next").views(THIN)] == ["whole"]
+    assert [view.name for view in views_seen(tiny("llava_next"), THIN)] == ["whole"]
     assert maps.attention.sum() > 0
 
 

@@ -1,6 +1,6 @@
-"""Chat templates are programs in a checkpoint: they are rendered in a process of its own, which can be ended.
+"""Chat templates are programs in a checkpoint: they are rendered in a separate process, which can be killed.
 
-Jinja's sandbox keeps a template from files and from Python, but does not bound its time and memory: three nested
+Jinja's sandbox keeps a template away from files and from Python, but does not bound its time and memory: three nested
 ranges loop for ever, `9 ** (9 ** 9)` never returns from C, one filter builds a text of gigabytes. Counting steps
 inside the interpreter cannot bound a single operation, so the operating system does: a child process with limits on
 seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and then

@@ -51,7 +51,7 @@ def missing_package(error: Exception) -> str | None:
 
 
 def check_torchvision() -> None:
-    """Check that an installed torchvision can be imported, because transformers uses it unasked.
+    """Check that an installed torchvision can be imported, because transformers uses it wherever it is installed.
 
     Raises:
         WorkError: names both versions, and the torchvision that fits.

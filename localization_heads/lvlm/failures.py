@@ -1,4 +1,4 @@
-"""What goes wrong while a model or its processor runs, as errors of one line: every library words it differently."""
+"""Failures of a model or its processor as errors of one line, which libraries and devices word differently."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def processor_errors(what: str) -> Iterator[None]:
         yield
     except (UsageError, WorkError):
         raise
-    except (
-        Exception
-    ) as error:  # limits of the aspect, tokens of other media, settings that do not fit: anything
+    except Exception as error:  # limits of the aspect ratio, tokens of other media, settings that do not fit
         if is_memory_error(error):
             raise
         raise UsageError(f"{what}: {first_line(error)}") from error

@@ -31,7 +31,7 @@ from localization_heads.lvlm.geometry import (
 
 
 def llava(image: ProcessedImage) -> list[View]:
-    """LLaVA-1.5 and its kin: a square grid over an image that is padded to a square, cropped, or squeezed.
+    """LLaVA-1.5 and models built like it: a square grid over an image that is padded to a square, cropped, or squeezed.
 
     Pixtral 12B is a LLaVA by name with a tower for images of any size.
     """
@@ -102,7 +102,7 @@ def florence2(image: ProcessedImage) -> list[View]:
     """Florence-2: the keys are the encoder's; the first image token is the mean of the others.
 
     Its four strided convolutions centre a token 15.5 of 768 pixels left of and above the middle of its 32, so the
-    cells' borders are moved by as much, but for the outermost.
+    borders between cells are moved by as much; the outermost stay.
     """
     view = whole_view(image, square(image.tokens[1:]))
     shift = 15.5 / image.image_processor.size["height"]

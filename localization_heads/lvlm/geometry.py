@@ -210,7 +210,7 @@ def canvas_box(image_size: Size, resized: Size, canvas: Size, offset: Size = (0,
 
 
 def fitted_size(image_size: Size, limit: Size, rounded: Callable[[float], int] = math.floor) -> Size:
-    """The largest size of the image's aspect within a limit; its other side is rounded down unless told otherwise."""
+    """The largest size of the image's aspect within a limit; the side that does not reach it is `rounded`."""
     (W, H), (w, h) = image_size, limit
     if w / W < h / H:
         return w, max(1, min(rounded(H * (w / W)), h))
@@ -263,7 +263,7 @@ def _crop_axis(start: float, end: float, resized: int, crop: int) -> tuple[float
 
 def patches_of(vision_config: Any) -> tuple[int, float]:
     """Patches along a side of the vision tower's square input, and the share of that side that they cover."""
-    side, patch = _first(vision_config.image_size), _first(vision_config.patch_size)
+    side, patch = first_of(vision_config.image_size), first_of(vision_config.patch_size)
     return side // patch, side // patch * patch / side
 
 
@@ -283,9 +283,9 @@ def _seen_box(vision: Any, index: NDArray[np.intp], box: Box) -> Box:
     return box[0], box[1], box[0] + covered * (box[2] - box[0]), box[1] + covered * (box[3] - box[1])
 
 
-def _first(value: Any) -> int:
-    """Configs write a square's side as a number or as `[h, w]`."""
-    return int(value[0] if isinstance(value, list | tuple) else value)
+def first_of(value: Any) -> Any:
+    """Configurations write a square's side as a number or as `[h, w]`."""
+    return value[0] if isinstance(value, list | tuple) and value else value
 
 
 def read_maps(

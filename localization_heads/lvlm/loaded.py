@@ -40,7 +40,7 @@ from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, V
 log = logging.getLogger(__name__)
 
 PROMPTS = 10_000
-"""Of so many expressions the prompt is remembered: of those that are checked, made ready and asked at a time."""
+"""Expressions whose prompts are cached: more than are checked, prepared and run at a time."""
 
 
 class LoadedModel:
@@ -72,17 +72,16 @@ class LoadedModel:
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
-        self._located = lru_cache(PROMPTS)(self._locate)  # shared by the twins of `prompted`
-        self._rendered = lru_cache(PROMPTS)(
-            self._render
-        )  # the stand-in's prompt, which every expression asks for
+        # Both are shared by the copies that `prompted` makes. Every expression renders the stand-in's prompt as well.
+        self._located = lru_cache(PROMPTS)(self._locate)
+        self._rendered = lru_cache(16)(self._render)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
 
     def prompted(self, conv_mode: ConvMode) -> Self:
         """The same loaded model with another prompt."""
         twin = copy(self)
         twin.conv_mode = conv_mode
-        twin.__dict__.pop("image_comes_first", None)  # known for the other prompt
+        twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
         return twin
 
     def __repr__(self) -> str:
@@ -302,10 +301,9 @@ class LoadedModel:
 
     def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
         """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
-        deepest = (
-            max(self.attention_modules) if query.step == 0 else None
-        )  # what comes after it is not needed
-        stop = deepest if last_layer is None else last_layer
+        stop = last_layer
+        if stop is None and query.step == 0:
+            stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
         with (
             memory_errors(),
             misfit_errors(self.name),
@@ -358,10 +356,6 @@ class LoadedModel:
             prompt=prompt,
             model=self.name,
         )
-
-    def views(self, image: Image.Image) -> list[View]:
-        """Where the image's tokens lie, in every rendering of it that the model gets."""
-        return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""

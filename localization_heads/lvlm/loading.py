@@ -97,9 +97,8 @@ def load_model(
     if target is not None and not spec.quantization:
         model.to(target)
     if asked.conv_mode is None and spec.conv_mode == "chat" and template_renderer(processor) is None:
-        spec = replace(
-            spec, conv_mode=None
-        )  # the family has a template, but this checkpoint does not bring it
+        # The family has a chat template, but this checkpoint does not bring it.
+        spec = replace(spec, conv_mode=None)
     lvlm = LVLM(
         model.eval(),
         processor,

@@ -134,7 +134,9 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
             f"{', '.join(FORMATS)}"
         )
     form = FORMATS[known]
-    box_prompt(lvlm, form, "it")  # a checkpoint without a chat template is heard of before the work
+    box_prompt(
+        lvlm, form, "it"
+    )  # raises now, not after the first image, if the checkpoint has no chat template
     return form
 
 

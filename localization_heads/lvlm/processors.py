@@ -12,7 +12,7 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
 from transformers.utils.import_utils import is_torchvision_available
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, image_token_id
+from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, first_of, image_token_id
 
 MAX_SIDE = 16_384
 """Pixels of an image's side that a processor may ask for."""
@@ -98,7 +98,7 @@ def check_image_sizes(image_processor: Any, shown: str) -> None:
 def _configured(config: Any) -> dict[str, Any]:
     """Attributes of processors by name, as the configuration of the model has them."""
     vision = getattr(config, "vision_config", None)
-    side, patch = (_first(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
+    side, patch = (first_of(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
     values = {
         "patch_size": patch,
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
@@ -117,8 +117,3 @@ def _padding(tokenizer: Any, config: Any) -> str:
         if isinstance(index, int) and 0 <= index < size and index != image_token_id(config):
             return str(tokenizer.convert_ids_to_tokens(index))
     return str(tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0))
-
-
-def _first(value: Any) -> Any:
-    """Configurations write a square's side as a number or as `[h, w]`."""
-    return value[0] if isinstance(value, list | tuple) and value else value

@@ -122,7 +122,7 @@ _MARKS = ("vision_start_token", "vision_end_token")  # Qwen's; other processors 
 
 
 def image_placeholder(processor: Any, image_token: str) -> str:
-    """The text that a prompt needs where an image goes, without surrounding blanks.
+    """The text that a prompt needs where an image goes, without surrounding whitespace.
 
     Args:
         image_token: what the processor looks for in a prompt and replaces by an image's tokens.

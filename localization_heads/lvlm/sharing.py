@@ -97,9 +97,7 @@ class EncodedImage:
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
         self._prefix: Prefix | None = None
-        self._first = self._read(
-            self.lvlm.located_prompt(STAND_INS[0])
-        )  # raises what is wrong with the image
+        self._first = self._read(lvlm.located_prompt(STAND_INS[0]))  # raises if the image cannot be used
         self.shares = lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
         """Whether the expressions share the image's encoding; if not, each prompt is run by itself."""
 
@@ -178,7 +176,7 @@ class EncodedImage:
         return min(shared_start(prefix.ids, question.ids), question.first_query)
 
     def _read(self, prompt: Prompt) -> dict[str, Any]:
-        """The processor's output; the image itself goes through it only once."""
+        """The processor's output; the image itself is processed only once."""
         return dict(self.lvlm.processed([self.image], [prompt.text], self._processor))
 
     @cached_property

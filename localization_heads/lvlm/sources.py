@@ -69,7 +69,7 @@ def hub_trouble() -> str | None:
     except httpx.ConnectError as error:
         return f"no connection: {first_line(error)}"
     except (httpx.HTTPError, httpx.InvalidURL):
-        pass  # slow or odd, but there: the hub's own client shall say more
+        pass  # slow or odd, but there: the hub's own client will say more
     return None
 
 

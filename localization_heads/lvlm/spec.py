@@ -1,7 +1,7 @@
 """`ModelSpec`: a checkpoint and the facts about it, from the files of `config/model/`.
 
-The files describe checkpoints by name. A local copy, or a relative that has no file, goes by another name: it gets what
-follows from its `model_type` (`families.FAMILIES`). What the user or a file says takes precedence.
+The files describe checkpoints by name. A local copy, or a checkpoint that has no file, gets what follows from its
+`model_type` instead (`families.FAMILIES`). What the user or a file says takes precedence.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.record import FoundWith
@@ -21,24 +21,16 @@ from localization_heads.options.kinds import did_you_mean
 log = logging.getLogger(__name__)
 
 
-class Shape(NamedTuple):
-    """The sizes in a configuration that distinguish checkpoints of one family."""
-
-    model_type: str
-    layers: int
-    heads: int
-    width: int
-    vision_width: int
-    image_size: int
-    patch_size: int
-
-
 SHAPES = {
-    "llava": Shape("llava", 32, 32, 4096, 1024, 336, 14),
-    "llava-13b": Shape("llava", 40, 40, 5120, 1024, 336, 14),
-    "tiny": Shape("llava", 6, 8, 128, 128, 192, 8),
+    "llava": ("llava", 32, 32, 4096, 1024, 336, 14),
+    "llava-13b": ("llava", 40, 40, 5120, 1024, 336, 14),
+    "tiny": ("llava", 6, 8, 128, 128, 192, 8),
 }
-"""The shapes of checkpoints with known heads, by their file in `config/model/`."""
+"""The shapes of checkpoints with known heads, by their file in `config/model/`.
+
+That is what distinguishes checkpoints of one family: the `model_type`; layers, heads and width of the language model;
+width, image size and patch size of the vision tower.
+"""
 
 
 def looks_like(config: Any) -> str | None:
@@ -48,7 +40,7 @@ def looks_like(config: Any) -> str | None:
         *(getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")),
         *(getattr(vision, name, None) for name in ("hidden_size", "image_size", "patch_size")),
     ]
-    return next((stem for stem, shape in SHAPES.items() if [config.model_type, *sizes] == list(shape)), None)
+    return next((stem for stem, shape in SHAPES.items() if shape == (config.model_type, *sizes)), None)
 
 
 EMBEDDED = "embedded"
