@@ -134,9 +134,7 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
             f"{', '.join(FORMATS)}"
         )
     form = FORMATS[known]
-    box_prompt(
-        lvlm, form, "it"
-    )  # raises now, not after the first image, if the checkpoint has no chat template
+    box_prompt(lvlm, form, "it")  # raises now, not at the first image, if there is no chat template
     return form
 
 
