@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families import check_family, views_of
+from localization_heads.lvlm.families import views_of
 from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape
 
 SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
@@ -84,9 +84,7 @@ def test_padding_is_square_and_holds_the_image(width: int, height: int) -> None:
     assert (x1, y1) >= (width, height)
 
 
-def test_what_has_no_grid_is_refused() -> None:
-    with pytest.raises(UsageError, match="resampler"):
-        check_family(SimpleNamespace(model_type="aria"))
+def test_tokens_that_make_no_grid_are_refused() -> None:
     with pytest.raises(UsageError, match="square grid"):
         grid_of(LLAVA, llava_processor().image_processor, 35, (10, 10))
 

@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.doctor import compare
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
+from localization_heads.lvlm.prompts import Prompt, locate_expression, referseg_prompt
 from localization_heads.lvlm.query_tokens import (
     expression_tokens,
     lone_space_id,
@@ -46,7 +46,7 @@ CHAT_ORDER = {
 }
 RENDERERS = {
     "referseg": lambda text: referseg_prompt(text, "<image>"),
-    "plain": lambda text: plain_prompt(text, "<image>"),
+    "plain": lambda text: referseg_prompt(text, "<image>", ""),
     **{name: template.format for name, template in CHAT_ORDER.items()},
 }
 

@@ -202,7 +202,12 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     Each layer's eager attention gets the very inputs that the layer had when its row was captured. So rounding
     differences of earlier layers do not add up, and one limit holds at every depth.
     """
-    with _remembered(lvlm) as given:
+    given: Inputs = {}
+
+    def remember(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
+        given[layer, call] = dict(_hidden(arguments.arguments))
+
+    with _before_attention(lvlm, remember):
         captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
     truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
@@ -215,18 +220,6 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     if wrong:
         note += f"; exceeded in layers {ranges(wrong)}"
     return Check(max(gaps.values()), not wrong, note)
-
-
-@contextmanager
-def _remembered(lvlm: LVLM) -> Iterator[Inputs]:
-    """What every attention module of the decoder is given while the model runs."""
-    given: Inputs = {}
-
-    def keep(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
-        given[layer, call] = dict(_hidden(arguments.arguments))
-
-    with _before_attention(lvlm, keep):
-        yield given
 
 
 def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query, given: Inputs) -> dict[int, Tensor]:

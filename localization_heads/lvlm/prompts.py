@@ -84,16 +84,13 @@ def close_sentence(expression: str) -> str:
 def referseg_prompt(expression: str, image_text: str, system: str = LLAVA_SYSTEM) -> str:
     """The paper's prompt: system sentence, newline, image, newline, expression; no roles, nothing after it.
 
+    Without a system sentence, it is the prompt of the mode `plain`.
+
     >>> referseg_prompt("the dog", "<image>", "Be helpful.")
     'Be helpful.\\n<image>\\nthe dog.'
     """
     head = f"{system}\n" if system else ""
     return f"{head}{image_text}\n{close_sentence(expression)}"
-
-
-def plain_prompt(expression: str, image_text: str) -> str:
-    """Only the image and the expression."""
-    return f"{image_text}\n{close_sentence(expression)}"
 
 
 def expression_prompt(
@@ -106,11 +103,9 @@ def expression_prompt(
         image_text: the placeholder of the image in this model's prompts.
         chat: applies the model's chat template to one user turn with an image.
     """
-    if mode == "referseg":
-        return referseg_prompt(expression, image_text, system)
-    if mode == "plain":
-        return plain_prompt(expression, image_text)
-    return chat(close_sentence(expression))
+    if mode == "chat":
+        return chat(close_sentence(expression))
+    return referseg_prompt(expression, image_text, system if mode == "referseg" else "")
 
 
 Render = Callable[[list[dict[str, str]]], str]
