@@ -187,7 +187,7 @@ def test_row_into_an_empty_static_cache() -> None:
     longer = torch.cat([key, torch.full((1, 1, 3, 4), 9.0)], 2)
     row = attention_rows(nn.Module(), query, longer, None)[:, :, 0]
     assert (row[..., 5:] == 0).all()
-    torch.testing.assert_close(row[..., :5], attention_rows(nn.Module(), query, key, None))[:, :, 0]
+    torch.testing.assert_close(row[..., :5], attention_rows(nn.Module(), query, key, None)[:, :, 0])
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 2}], ids=["causal", "window"])
