@@ -20,7 +20,13 @@ from localization_heads.lvlm.families import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
 from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
-from localization_heads.lvlm.sources import checkpoint_folder, only_here, reading_errors, source_of
+from localization_heads.lvlm.sources import (
+    check_torchvision,
+    checkpoint_folder,
+    only_here,
+    reading_errors,
+    source_of,
+)
 from localization_heads.lvlm.spec import (
     EMBEDDED,
     converted,
@@ -90,7 +96,7 @@ def load_model(
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    checkpoint.check_torchvision()
+    check_torchvision()
     config = _checked_config(source, spec)
     spec, asked = with_family(spec, family_facts(config)), spec
     processor, model = _load_processor(source, spec, config), _load_weights(source, spec)
