@@ -92,6 +92,12 @@ class BadLineError(ValueError):
     """The line cannot be used; the message says why."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 300 characters."""
+    lines = str(error)[:2000].strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def printable(text: object, limit: int | None = None) -> str:
     """`text` without what a terminal would obey (escapes, turned writing direction), cut to `limit` characters.
 

@@ -106,10 +106,12 @@ def _fetched(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    from localization_heads.lvlm.loading import hub_answers
+    from localization_heads.lvlm.sources import hub_trouble
 
     try:
-        return Path(hf_hub_download(repository, FILE, revision=revision, local_files_only=not hub_answers()))
+        return Path(
+            hf_hub_download(repository, FILE, revision=revision, local_files_only=hub_trouble() is not None)
+        )
     except HFValidationError as error:
         raise UsageError(f"heads={repository}: {error}") from None
     except (OSError, ConnectionError, TimeoutError) as error:

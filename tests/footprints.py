@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from localization_heads.lvlm.capture import decoder_layers
+from localization_heads.lvlm.geometry import View
 from localization_heads.lvlm.model import LVLM
 
 Point = tuple[float, float]
@@ -34,6 +35,11 @@ def coordinate_image(width: int, height: int) -> Image.Image:
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
     return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
+
+
+def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
+    """Where the tokens of an image lie, in every rendering of it that the model gets."""
+    return lvlm.views_in(lvlm.encode([image], [lvlm.prompt("it")]), 0, image)
 
 
 def footprint_centres(lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int]) -> dict[int, Point]:

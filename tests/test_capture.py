@@ -12,7 +12,7 @@ from tiny_models import llava_model, llava_processor
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from localization_heads.lvlm.capture import attention_modules, attention_row, attention_rows, capture
+from localization_heads.lvlm.capture import attention_modules, attention_rows, capture
 from localization_heads.lvlm.loading import load_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -176,7 +176,7 @@ def random_qk() -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_row_by_hand(mask: torch.Tensor | None, options: dict[str, Any], allowed: list[bool]) -> None:
     query, key = random_qk()
-    row = attention_row(nn.Module(), query, key, mask, **options)
+    row = attention_rows(nn.Module(), query, key, mask, **options)[:, :, 0]
     expected = [naive_row(query[0, head].tolist(), key[0, 0].tolist(), allowed) for head in range(2)]
     torch.testing.assert_close(row[0], torch.tensor(expected))
 
@@ -185,9 +185,9 @@ def test_row_into_an_empty_static_cache() -> None:
     """Five queries against a cache of eight: the three keys after the query do not exist yet."""
     query, key = random_qk()
     longer = torch.cat([key, torch.full((1, 1, 3, 4), 9.0)], 2)
-    row = attention_row(nn.Module(), query, longer, None)
+    row = attention_rows(nn.Module(), query, longer, None)[:, :, 0]
     assert (row[..., 5:] == 0).all()
-    torch.testing.assert_close(row[..., :5], attention_row(nn.Module(), query, key, None))
+    torch.testing.assert_close(row[..., :5], attention_rows(nn.Module(), query, key, None)[:, :, 0])
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 2}], ids=["causal", "window"])
@@ -202,8 +202,8 @@ def test_rows_after_a_prefix(options: dict[str, Any]) -> None:
 
 def test_row_with_a_sink_and_a_softcap() -> None:
     query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
-    with_sink = attention_row(nn.Module(), query, key, None, s_aux=torch.zeros(1))
+    with_sink = attention_rows(nn.Module(), query, key, None, s_aux=torch.zeros(1))[:, :, 0]
     torch.testing.assert_close(with_sink, torch.full((1, 1, 3), 0.25))  # the sink takes a fourth share
     query[..., 0], key[..., 1, 0] = 100.0, 100.0
-    capped = attention_row(nn.Module(), query, key, None, softcap=1.0)  # logits 0, 1, 0
+    capped = attention_rows(nn.Module(), query, key, None, softcap=1.0)[:, :, 0]  # logits 0, 1, 0
     torch.testing.assert_close(capped[0, 0, 1], torch.tensor(math.e / (math.e + 2)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_llava
+from tiny_models import edit, save_llava
 from tiny_sams import tiny_sam
 
 from localization_heads.errors import UsageError, WorkError
@@ -29,12 +28,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "model")
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def refusal(folder: Path, kind: type[Exception] = UsageError) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from transformers.utils import is_bitsandbytes_available
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
 from localization_heads.lvlm.spec import find_spec
+from localization_heads.options.groups import QueryToken
 
 EXPRESSIONS = ["the dog", "the left red dog , this car", "car.", "this image"]
 
@@ -62,7 +63,7 @@ def test_compiled_language_model(image: Any) -> None:
         assert torch.equal(lvlm.model(**inputs).logits, logits)
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_batch_of_different_images(images: list[Image.Image], query_token: str) -> None:
     """One padded batch says what single calls say."""
     lvlm = tiny_lvlm(query_token)
@@ -77,49 +78,42 @@ def test_batch_of_different_images(images: list[Image.Image], query_token: str) 
         np.testing.assert_allclose(one.attention, alone.attention, rtol=0, atol=1e-5)
 
 
+def in_four_threads(work: Callable[[int], None]) -> None:
+    """`work(0)` to `work(3)`, begun at the same time."""
+    barrier = threading.Barrier(4)
+
+    def together(index: int) -> None:
+        barrier.wait()
+        work(index)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(together, range(4)))
+
+
 @pytest.mark.parametrize("query_token", ["last", "expression_mean", "answer_first"])
 def test_one_model_in_several_threads(images: list[Image.Image], query_token: str) -> None:
     lvlm = tiny_lvlm(query_token)
     expected = [lvlm.attend(*pair).attention for pair in zip(images, EXPRESSIONS, strict=True)]
-    barrier, problems = threading.Barrier(4), list[BaseException]()
 
     def work(index: int) -> None:
-        try:
-            barrier.wait()
-            for _ in range(8):
-                found = lvlm.attend(images[index], EXPRESSIONS[index]).attention
-                np.testing.assert_allclose(found, expected[index], rtol=0, atol=1e-5)
-        except BaseException as error:
-            problems.append(error)
+        for _ in range(8):
+            found = lvlm.attend(images[index], EXPRESSIONS[index]).attention
+            np.testing.assert_allclose(found, expected[index], rtol=0, atol=1e-5)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    in_four_threads(work)
 
 
 def test_tokenizing_in_several_threads(image: Any) -> None:
     """Tokenizers keep the padding they were last told: two threads at once would get each other's."""
     lvlm = tiny_lvlm("expression_mean")
     prompts = [lvlm.located_prompt("the red car , " * 200 + "the dog"), lvlm.located_prompt("the dog")]
-    problems = list[BaseException]()
 
-    def work() -> None:
-        try:
-            for _ in range(30):
-                inputs = lvlm.encode([image] * 2, [prompt.text for prompt in prompts])
-                assert lvlm.query(prompts, inputs).positions is not None
-        except BaseException as error:
-            problems.append(error)
+    def work(_: int) -> None:
+        for _ in range(30):
+            inputs = lvlm.encode([image] * 2, [prompt.text for prompt in prompts])
+            assert lvlm.query(prompts, inputs).positions is not None
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems
+    in_four_threads(work)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -148,7 +142,7 @@ def test_few_bits(image: Any, bits: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_gpu_equals_cpu(image: Any, query_token: str) -> None:
     on_cpu = load_model(device="cpu", query_token=query_token).attend(image, "the dog").attention
     on_gpu = load_model(device="cuda", query_token=query_token).attend(image, "the dog").attention

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from footprints import views_seen
 from matplotlib.colors import to_rgba
 from PIL import Image
 from test_model_configs import composed
@@ -23,8 +24,7 @@ from localization_heads.lvlm import capture, doctor
 from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
-from localization_heads.options.groups import ModelSpec
+from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.run import Run
 
 
@@ -66,7 +66,7 @@ def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         STAGES["doctor"](run_of(tmp_path))
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
     found = examine(tiny_lvlm(query_token), image, "the dog")
     marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")
@@ -186,7 +186,7 @@ def test_views_that_cannot_be_told(image: Image.Image, monkeypatch: pytest.Monke
 
 def test_tokens_in_no_view(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm: LVLM = tiny_lvlm("last")
-    whole = lvlm.views(image)[0]
+    whole = views_seen(lvlm, image)[0]
     part = even_view("whole", whole.index[:, :-1], whole.box)
     monkeypatch.setattr(lvlm, "views_in", lambda *_: [part])
     assert examine(lvlm, image, "the dog").unplaced == 6

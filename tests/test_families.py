@@ -13,7 +13,7 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
-from footprints import coordinate_image, footprint_centres
+from footprints import coordinate_image, footprint_centres, views_seen
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import capture
@@ -45,7 +45,7 @@ def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
 
 def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
     """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
-    views = {view.name: view for view in lvlm.views(coordinate_image(*image_size))}
+    views = {view.name: view for view in views_seen(lvlm, coordinate_image(*image_size))}
     cells = {
         name: sampled_cells(view, rim=int(lvlm.name in CUT_AT_THE_BORDER)) for name, view in views.items()
     }

@@ -1,4 +1,8 @@
-"""Geometry against the pixels themselves: a coordinate image goes through the real processor and comes back."""
+"""Geometry against the pixels themselves: a coordinate image goes through the real processor and comes back.
+
+Families whose processors need torchvision follow by hand: `test_families` cannot check them without it. Then views on
+a common grid: attention is spread over pixels, added up, and never lost inside the image.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from footprints import coordinate_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families import check_family, views_of
-from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape
+from localization_heads.lvlm.families import views_of
+from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape, even_view, read_maps
 
 SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
 LLAVA = SimpleNamespace(model_type="llava", image_token_id=4, vision_config=SimpleNamespace())
@@ -27,13 +31,6 @@ def grid_of(config: Any, image_processor: Any, num_tokens: int, size: tuple[int,
         ProcessedImage(config, SimpleNamespace(image_processor=image_processor), inputs, 0, size)
     )
     return view
-
-
-def coordinate_image(width: int, height: int) -> Image.Image:
-    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the image."""
-    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
-    channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
-    return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
 
 
 def traced_cells(processor: Any, size: tuple[int, int], side: int) -> np.ndarray:
@@ -88,9 +85,7 @@ def test_padding_is_square_and_holds_the_image(width: int, height: int) -> None:
     assert (x1, y1) >= (width, height)
 
 
-def test_what_has_no_grid_is_refused() -> None:
-    with pytest.raises(UsageError, match="resampler"):
-        check_family(SimpleNamespace(model_type="aria"))
+def test_tokens_that_make_no_grid_are_refused() -> None:
     with pytest.raises(UsageError, match="square grid"):
         grid_of(LLAVA, llava_processor().image_processor, 35, (10, 10))
 
@@ -99,3 +94,115 @@ def test_pixtral_may_get_any_shape() -> None:
     """A LLaVA by name, whose processor has neither a shortest edge nor a fixed size: it resizes to a longest edge."""
     config, processor = SimpleNamespace(model_type="llava"), SimpleNamespace(size={"longest_edge": 1024})
     check_shape(config, processor, (60_000, 500))
+
+
+TOKEN = 7
+
+
+def views(
+    config: dict[str, Any], image_processor: Any, ids: list[int], size: tuple[int, int], **inputs: Any
+) -> dict[str, View]:
+    words = {0: "text", TOKEN: "image", 1: "<|tile_x_separator|>", 2: "<|tile_y_separator|>"}
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda row: [words[i] for i in row])
+    processor = SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
+    rows = {"input_ids": np.array([ids]), **{name: np.array([row]) for name, row in inputs.items()}}
+    image = ProcessedImage(SimpleNamespace(image_token_id=TOKEN, **config), processor, rows, 0, size)
+    return {view.name: view for view in views_of(image)}
+
+
+def test_kimi_pads_right_and_below() -> None:
+    """100 x 50 in cells of 28: four columns of 112 pixels, two rows of 56; nothing is resized."""
+    ip = SimpleNamespace(patch_size=14, merge_size=2, max_patches=16384, size={"max_height": 512})
+    found = views({"model_type": "kimi_k25"}, ip, [0, *[TOKEN] * 8, 0], (100, 50), image_grid_thw=[1, 4, 8])
+    assert found["whole"].box == (0, 0, 112, 56)
+    assert found["whole"].index.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_kimi_shrinks_large_images() -> None:
+    """200 x 100 to at most four patches of 14 a side: 56 x 28, which fills its cells."""
+    ip = SimpleNamespace(patch_size=14, merge_size=2, max_patches=16384, size={"max_height": 4})
+    found = views({"model_type": "kimi_k25"}, ip, [TOKEN] * 2, (200, 100), image_grid_thw=[1, 2, 4])
+    assert found["whole"].box == pytest.approx((0, 0, 200, 100))
+
+
+def test_mistral3_reads_the_resized_size() -> None:
+    """56 x 84 pixels in cells of 28; the tokens that break lines are none of the image's."""
+    vision = SimpleNamespace(patch_size=14)
+    config = {"model_type": "mistral3", "vision_config": vision, "spatial_merge_size": 2}
+    found = views(config, None, [TOKEN] * 3 + [0] + [TOKEN] * 3 + [0], (90, 60), image_sizes=[56, 84])
+    assert found["whole"].index.tolist() == [[0, 1, 2], [4, 5, 6]]
+    assert found["whole"].box == (0, 0, 90, 60)
+
+
+def test_llama4_pads_its_tiles_right_and_below() -> None:
+    """An image of 40 x 30 on two tiles of 28: it is shrunk to 37 x 28, the rest of the 56 is padding."""
+    vision = SimpleNamespace(image_size=28, patch_size=7, pixel_shuffle_ratio=0.5)
+    ip = SimpleNamespace(size={"height": 28, "width": 28}, resize_to_max_canvas=False)
+    tile = [TOKEN] * 4
+    ids = [*tile, 1, *tile, 2, *tile]  # left tile, right tile, thumbnail
+    found = views({"model_type": "llama4", "vision_config": vision}, ip, ids, (40, 30))
+    assert found["whole"].index.tolist() == [[10, 11], [12, 13]]
+    assert found["tiles"].index.tolist() == [[0, 1, 5, 6], [2, 3, 7, 8]]
+    assert found["tiles"].box == pytest.approx((0, 0, 56 * 40 / 37, 30))
+    assert found["whole"].box == (0, 0, 40, 30)
+
+
+WHOLE = even_view("whole", np.array([[0]]), (0, 0, 4, 2))
+TILES = even_view("tiles", np.array([[2, 1]]), (0, 0, 4, 2))
+ROW = np.array([[0.5, 0.3, 0.1]], np.float32)  # one head, three keys
+
+
+def test_a_single_even_view_is_taken_as_it_is() -> None:
+    """Bit-identical, in the order of its index, with the padding around the image."""
+    view = even_view("whole", np.array([[2, 0], [1, 3]]), (0, -1, 4, 3))
+    row = np.random.default_rng(0).random((2, 3, 4), np.float32)
+    maps, box = read_maps(row, [view], (4, 2))
+    assert box == (0, -1, 4, 3)
+    assert np.array_equal(maps, row[..., [2, 0, 1, 3]].reshape(2, 3, 2, 2))
+
+
+def test_two_views_add_up() -> None:
+    """The whole's 0.5 falls half on either side of the tiles' 0.1 and 0.3."""
+    maps, box = read_maps(ROW, [WHOLE, TILES], (4, 2))
+    assert box == (0, 0, 4, 2)
+    np.testing.assert_allclose(maps, [[[0.35, 0.55]]])
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("whole", [[[0.5]]]), ("tiles", [[[0.1, 0.3]]])])
+def test_a_view_alone(choice: str, expected: list) -> None:
+    np.testing.assert_allclose(read_maps(ROW, [WHOLE, TILES], (4, 2), choice)[0], expected)
+
+
+def test_an_image_without_tiles_has_only_the_whole() -> None:
+    np.testing.assert_allclose(read_maps(ROW, [WHOLE], (4, 2), "tiles")[0], [[[0.5]]])
+
+
+def test_uneven_cells_are_spread_over_even_ones() -> None:
+    """Columns of 1 and 3 pixels, on the image's two of 2: a third of the wide one's 0.3 goes left."""
+    view = View("tiles", np.array([[0, 1]]), np.array([0.0, 1, 4]), np.array([0.0, 2]))
+    np.testing.assert_allclose(read_maps(ROW, [view], (4, 2))[0], [[[0.6, 0.2]]], rtol=1e-6)
+
+
+def test_what_lies_outside_the_image_is_left_out() -> None:
+    """Two columns of four pixels, the right one all padding: combined with the whole, its 0.1 is gone."""
+    padded = even_view("tiles", np.array([[1, 2]]), (0, 0, 8, 2))
+    maps, _ = read_maps(ROW, [WHOLE, padded], (4, 2))
+    np.testing.assert_allclose(maps.sum(), 0.5 + 0.3, rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=2, max_size=3),
+    st.integers(5, 50),
+    st.integers(5, 50),
+)
+def test_mass_is_kept(grids: list[tuple[int, int]], width: int, height: int) -> None:
+    """Where all views lie inside the image, whatever their grids."""
+    views, start = [], 0
+    for h, w in grids:
+        index = np.arange(start, start + h * w).reshape(h, w)
+        views.append(even_view("tiles", index, (0, 0, width, height)))
+        start += h * w
+    row = np.random.default_rng(0).random(start).astype(np.float32)
+    maps, _ = read_maps(row, views, (width, height))
+    assert maps.sum() == pytest.approx(row.sum(), rel=1e-5)

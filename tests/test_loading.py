@@ -317,7 +317,9 @@ def test_truncated_weights(folder: Path, tmp_path: Path) -> None:
     [
         ({"dtype": "int8"}, r"model\.dtype=int8"),
         ({"quantization": "2bit"}, r"model\.quantization=2bit"),
-        ({"conv_mode": "loud"}, "conv_mode=loud"),
+        ({"conv_mode": "loud"}, "conv_mode=loud: choose one of referseg, chat, plain"),
+        ({"query_token": "first"}, "query_token=first: choose one of last"),
+        ({"view": "thumbnail"}, "view=thumbnail: choose one of combined"),
         ({"device": "cuda:77"}, "device=cuda:77"),
         ({"device": "toaster"}, "device=toaster"),
     ],

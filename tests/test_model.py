@@ -44,9 +44,9 @@ def test_the_record(lvlm: LVLM, image: Image.Image) -> None:
     assert (maps.id, maps.image_file) == ("", "")
 
 
-def test_one_by_one_and_in_a_batch(lvlm: LVLM, encoded: Image.Image) -> None:
+def test_one_by_one_and_in_a_batch(lvlm: LVLM, image: Image.Image) -> None:
     """Prompts of different length are padded; that and the order change nothing."""
-    images = [encoded, encoded.rotate(180).resize((70, 130))]
+    images = [image, image.rotate(180).resize((70, 130))]
     batch = lvlm.attend_batch(images, EXPRESSIONS)
     for maps, image, expression in zip(batch, images, EXPRESSIONS, strict=True):
         alone = lvlm.attend(image, expression)

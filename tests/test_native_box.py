@@ -17,7 +17,7 @@ from localization_heads.errors import UsageError
 from localization_heads.lvlm.families import FAMILIES, REFUSED
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import FORMATS, ask_for_box, box_prompt, format_of, read_box
+from localization_heads.lvlm.native_box import FORMATS, ask_for_box, box_prompt, read_box, wanted_format
 from localization_heads.lvlm.spec import known_specs
 
 WIDE = (640, 480)
@@ -131,9 +131,10 @@ def test_only_what_is_known_is_claimed() -> None:
 
 
 def test_a_model_without_a_format_says_how_to_name_one() -> None:
-    with pytest.raises(UsageError, match=r"native=true: my-model .*model\.native_box="):
-        format_of(None, "my-model")
-    assert format_of("glm", "x") is FORMATS["glm"]
+    lvlm = load_model(device="cpu")
+    assert wanted_format(lvlm, None, by_default=True) is None
+    with pytest.raises(UsageError, match=r"native=true: embedded .*model\.native_box="):
+        wanted_format(lvlm, True, by_default=False)
 
 
 def test_prompts() -> None:

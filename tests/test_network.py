@@ -16,7 +16,7 @@ from localization_heads.data.address import Address
 from localization_heads.data.download import DownloadError, download
 from localization_heads.data.network import client_trouble
 from localization_heads.errors import WorkError
-from localization_heads.lvlm import loading
+from localization_heads.lvlm import sources
 from localization_heads.lvlm.loading import load_model
 from localization_heads.segmentation.sam import FAMILIES, load_checkpoint
 
@@ -41,9 +41,9 @@ def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     value, message = SETTINGS[request.param]
     monkeypatch.setenv(request.param, value)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    loading.hub_trouble.cache_clear()
+    sources.hub_trouble.cache_clear()
     yield message
-    loading.hub_trouble.cache_clear()
+    sources.hub_trouble.cache_clear()
 
 
 def test_an_image_that_must_be_fetched(said: str) -> None:

@@ -73,9 +73,9 @@ def test_images_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.Mon
     assert [[s.line for s in chunk] for chunk in chunks(samples, 1)] == [[n] for n in range(8)]
 
 
-def test_images_in_memory_are_not_mixed_up(shown: Any) -> None:
-    other = shown.rotate(180)
-    samples = [Sample(image, "x", line=n) for n, image in enumerate([shown, other, shown, other])]
+def test_images_in_memory_are_not_mixed_up(image: Image.Image) -> None:
+    other = image.rotate(180)
+    samples = [Sample(one, "x", line=n) for n, one in enumerate([image, other, image, other])]
     assert [[s.line for s in chunk] for chunk in chunks(samples, 2)] == [[0, 2], [1, 3]]
 
 
@@ -266,9 +266,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many expressions each encoded image was asked."""
     original, asked = EncodedImage.answer, []
 
-    def spy(self: EncodedImage, questions: Any, **options: Any) -> Any:
+    def spy(self: EncodedImage, questions: Any, last_layer: int | None) -> Any:
         asked.append(len(questions))
-        return original(self, questions, **options)
+        return original(self, questions, last_layer)
 
     monkeypatch.setattr(EncodedImage, "answer", spy)
     return asked
@@ -338,7 +338,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original, tried = LVLM.query_rows, []
 
     def full(self: LVLM, inputs: Any, *arguments: Any, **named: Any) -> Any:
-        from localization_heads.lvlm.memory import memory_errors
+        from localization_heads.lvlm.failures import memory_errors
 
         tried.append(len(inputs["input_ids"]))
         with memory_errors():

@@ -14,8 +14,9 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from footprints import views_seen
 from PIL import Image
-from tiny_models import llava_model, llava_processor, save_llava
+from tiny_models import edit, llava_model, llava_processor, save_llava
 
 import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
@@ -28,12 +29,6 @@ TEMPLATE = (
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 SAID = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def without(*names: str) -> Callable[[Path], None]:
@@ -170,7 +165,7 @@ def test_a_thin_image_has_no_tiles() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         maps = tiny("llava_next").attend(THIN, "the dog")
-    assert [view.name for view in tiny("llava_next").views(THIN)] == ["whole"]
+    assert [view.name for view in views_seen(tiny("llava_next"), THIN)] == ["whole"]
     assert maps.attention.sum() > 0
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch
+from family_models import tiny
 from test_model_configs import composed
 from tiny_models import llava_config, llava_model, llava_processor, tokenizer
 from tiny_tokenizers import KINDS, llama_tokenizer, tiny_tokenizer
@@ -16,16 +19,17 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.doctor import compare
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import Prompt, locate_expression, plain_prompt, referseg_prompt
+from localization_heads.lvlm.prompts import Prompt, locate_expression, referseg_prompt
 from localization_heads.lvlm.query_tokens import (
-    QUERY_TOKENS,
     expression_tokens,
     lone_space_id,
     query_of,
     without_token,
 )
-from localization_heads.options.groups import ModelSpec
+from localization_heads.lvlm.sharing import apart
+from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.find import batch
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
@@ -42,7 +46,7 @@ CHAT_ORDER = {
 }
 RENDERERS = {
     "referseg": lambda text: referseg_prompt(text, "<image>"),
-    "plain": lambda text: plain_prompt(text, "<image>"),
+    "plain": lambda text: referseg_prompt(text, "<image>", ""),
     **{name: template.format for name, template in CHAT_ORDER.items()},
 }
 
@@ -153,7 +157,7 @@ def keys_of_prompt(row: torch.Tensor, T: int) -> torch.Tensor:
     return torch.cat([row.new_zeros(*row.shape[:-1], missing), row], -1)[..., :T]
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 @pytest.mark.parametrize("conv_mode", ["referseg", "plain", "chat"])
 @pytest.mark.parametrize("expressions", [["red car"], ["the dog", "the left red dog , this car", "car."]])
 def test_equals_eager(image: Any, query_token: str, conv_mode: str, expressions: list[str]) -> None:
@@ -161,7 +165,7 @@ def test_equals_eager(image: Any, query_token: str, conv_mode: str, expressions:
     check_against_eager(tiny_lvlm(query_token, conv_mode), image, expressions)
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 @pytest.mark.parametrize("text", ["mistral", "gemma2"])
 def test_equals_eager_with_a_window(image: Any, query_token: str, text: str) -> None:
     """A sliding window shorter than the prompt: at the decoding step its cache holds the last keys only."""
@@ -171,6 +175,28 @@ def test_equals_eager_with_a_window(image: Any, query_token: str, text: str) -> 
     kernel = "eager" if text == "gemma2" else "sdpa"
     lvlm = tiny_lvlm(query_token, attention=kernel, **options)
     check_against_eager(lvlm, image, ["the dog", "the left red dog in this image"])
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next"]
+)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
+def test_equals_eager_in_every_kind_of_family(image: Any, name: str, query_token: str) -> None:
+    """Against eager, in a batch of different sizes: marks, tiles, bidirectional prefixes, cross-attention."""
+    lvlm = copy.copy(tiny(name))
+    lvlm.query_token = query_token
+    images = [image, image.resize((200, 300))]
+    prompts = [
+        lvlm.located_prompt(expression) for expression in ("the dog", "the left red car in this image")
+    ]
+    inputs = lvlm.encode(images, [prompt.text for prompt in prompts])
+    query = lvlm.query(prompts, inputs)
+    assert compare(lvlm, inputs, query).difference < 1e-5
+    if query.positions is not None:
+        for ids, places, prompt in zip(inputs["input_ids"], query.positions.tolist(), prompts, strict=True):
+            words = lvlm.processor.tokenizer.decode(ids[places[0] : max(places) + 1]).split()
+            expected = prompt.expression.split()
+            assert words == (expected if query_token == "expression_mean" else expected[-1:])
 
 
 def check_against_eager(lvlm: LVLM, image: Any, expressions: list[str]) -> None:
@@ -192,13 +218,15 @@ def words_of(ids: list[int], expression: str) -> list[int]:
 
 
 def test_readings_differ(image: Any) -> None:
-    maps = {kind: tiny_lvlm(kind).attend(image, "the left red dog").attention for kind in QUERY_TOKENS}
-    for one in QUERY_TOKENS:
-        for other in QUERY_TOKENS:
+    maps = {
+        kind: tiny_lvlm(kind).attend(image, "the left red dog").attention for kind in get_args(QueryToken)
+    }
+    for one in get_args(QueryToken):
+        for other in get_args(QueryToken):
             assert (one == other) == bool((abs(maps[one] - maps[other]) < 1e-4).all())
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_early_exit(image: Any, query_token: str) -> None:
     before = dict(AttentionInterface._global_mapping)
     lvlm = tiny_lvlm(query_token)
@@ -297,13 +325,13 @@ def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
     ]
 
 
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 @pytest.mark.parametrize("conv_mode", ["referseg", "chat"])
 def test_without_lone_spaces_all_ways_agree(image: Any, query_token: str, conv_mode: str) -> None:
     """One by one, in a padded batch, and with the image encoded once; and eager attention on the ids by hand."""
     lvlm = lone_space_lvlm(query_token, conv_mode, drop_lone_spaces=True)
     alone = [lvlm.attend(image, expression).attention for expression in LONE]
-    batch_of = lvlm.attend_apart([image] * len(LONE), LONE)
+    batch_of = apart(lvlm, [image] * len(LONE), LONE)(None)
     shared = lvlm.encode_image(image)
     assert shared.shares == (query_token != "answer_first")
     for one, other, third in zip(alone, batch_of, shared.attend(LONE), strict=True):

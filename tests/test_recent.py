@@ -103,9 +103,9 @@ def test_no_memory_at_all(asked: LVLM, image: Image.Image) -> None:
         asked.ask(image, [""])
 
 
-def test_many_threads(asked: LVLM, encoded: Image.Image) -> None:
+def test_many_threads(asked: LVLM, image: Image.Image) -> None:
     """Few bytes, so that images come and go while others are asked."""
-    few = turned_images(encoded, 3)
+    few = turned_images(image, 3)
     asked.ask(few[0], ["the dog"])
     asked.recent.max_bytes = int(1.5 * asked.recent.num_bytes)
     expected = [asked.attend(image, "the dog").attention for image in few]

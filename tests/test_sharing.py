@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import family_models_tiled  # noqa: F401 -- more of tiny's families
 import numpy as np
@@ -20,11 +20,13 @@ from PIL import Image
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm import sharing
 from localization_heads.lvlm.capture import decoder_layers
-from localization_heads.lvlm.families import NOT_SHARED
+from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prefix import why_not_shared
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.lvlm.prompts import locate_expression
+from localization_heads.lvlm.sharing import apart
+from localization_heads.options.groups import QueryToken
 
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car", "the dog"]
@@ -46,7 +48,7 @@ def test_every_family_is_as_if_asked_apart(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["qwen2_vl", "internvl", "idefics3", "gemma3", "mllama", "qwen3_5", "gemma4"]
 )
-@pytest.mark.parametrize("query_token", QUERY_TOKENS)
+@pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_every_query_token(name: str, query_token: str) -> None:
     """Expressions of several lengths that begin with the same words; the answer's first token is asked apart."""
     lvlm, image = copy.copy(tiny(name)), coordinate_image(110, 150)
@@ -130,10 +132,10 @@ def test_early_exit_runs_no_later_layer(monkeypatch: pytest.MonkeyPatch) -> None
     assert (len(later), head) == (2, [])
 
 
-def test_a_batch_shares_its_images(lvlm: LVLM, encoded: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_shares_its_images(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same object several times is encoded once; order and results are those of single pairs."""
-    other, third = encoded.rotate(180), encoded.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    images = [encoded, other, encoded, third, encoded, other]
+    other, third = image.rotate(180), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    images = [image, other, image, third, image, other]
     asked = ["the dog", "a red car", "the cat on the left", "the dog", "a house", "it"]
     encoded = count(monkeypatch, sharing.EncodedImage, "_computed")
     found = lvlm.attend_batch(images, asked)
@@ -168,8 +170,7 @@ def test_several_threads_ask_one_image(lvlm: LVLM, image: Image.Image) -> None:
 
 def test_an_image_after_the_text_is_not_shared() -> None:
     lvlm = copy.copy(tiny("llava"))
-    lvlm._prompts = {}
-    lvlm._render = lambda text: f"{text}. {lvlm.image_text} here"  # type: ignore[method-assign]
+    lvlm._located = lambda text, *_: locate_expression(f"{{}}. {lvlm.image_text} here".format, text)
     encoded = lvlm.encode_image(coordinate_image(110, 150))
     assert not encoded.shares
     (maps,) = encoded.attend(["the dog"])
@@ -195,9 +196,10 @@ def test_the_documentation_names_who_cannot_share() -> None:
     text = (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
     section = text.partition("## One image, many expressions\n")[2].partition("\n## ")[0]
     listed = dict(re.findall(r"^- `(\w+)`: (.+)$", section, re.MULTILINE))
-    assert listed == NOT_SHARED
-    apart = {tiny(name).model.config.model_type for name in APART}
-    assert apart == NOT_SHARED.keys()
+    not_shared = {name: family.not_shared for name, family in FAMILIES.items() if family.not_shared}
+    assert listed == not_shared
+    unshared = {tiny(name).model.config.model_type for name in APART}
+    assert unshared == not_shared.keys()
 
 
 def test_wrong_questions(lvlm: LVLM, image: Image.Image) -> None:
@@ -251,7 +253,7 @@ def test_an_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.Monkey
     for maps in (
         lvlm.attend(image, "the dog"),
         lvlm.attend_batch([image, image], words)[0],
-        lvlm.attend_apart([image, image], words)[0],
+        apart(lvlm, [image, image], words)(None)[0],
         lvlm.encode_image(image).attend(words)[0],
     ):
         np.testing.assert_allclose(maps.attention, small.attention, **SAME)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,13 @@ def save_llava(folder: str | Path) -> Path:
     llava_model().save_pretrained(folder)
     llava_processor().save_pretrained(folder)
     return Path(folder)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the settings in a JSON file of a checkpoint."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def save_overflowing(folder: Path) -> Path:

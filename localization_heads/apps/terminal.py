@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from localization_heads.api import ground
 from localization_heads.apps.tables import grounding_text
@@ -17,7 +17,7 @@ from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.grounder import check_heads
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers import Conversation
-from localization_heads.lvlm.prompts import CONV_MODES
+from localization_heads.options.groups import ConvMode
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
 from localization_heads.store.paths import entry_path, from_home
@@ -132,10 +132,11 @@ class Session:
         say(f"box {grounding_text(found)}")
         say(f"wrote {path}")
 
-    def _conv_mode(self) -> str:
+    def _conv_mode(self) -> ConvMode:
         """The prompt that the heads were found with; the paper's where that is not known."""
         found = (self.run.heads_found_with or {}).get("conv_mode")
-        return found if found in CONV_MODES else "referseg"
+        modes: tuple[ConvMode, ...] = get_args(ConvMode)
+        return next((mode for mode in modes if mode == found), "referseg")
 
     def _heads(self) -> tuple[Head, ...] | None:
         heads = self.run.named_heads

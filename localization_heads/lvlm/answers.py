@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,11 +13,6 @@ from PIL import Image
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.prompts import clean_expression
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from localization_heads.lvlm.model import LVLM
 
 
 @dataclass
@@ -78,6 +73,9 @@ def stream(
     streamer = TextIteratorStreamer(lvlm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped, problems = threading.Event(), list[Exception]()
 
+    def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
+
     def generate() -> None:
         try:
             with torch.inference_mode():
@@ -87,7 +85,7 @@ def stream(
                     do_sample=False,
                     num_beams=1,
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([lambda ids, *_, **__: _flags(ids, stopped)]),
+                    stopping_criteria=StoppingCriteriaList([stop]),
                 )
         except Exception as error:
             problems.append(error)
@@ -102,10 +100,6 @@ def stream(
         thread.join()
     if problems:
         raise WorkError(f"the model could not answer: {problems[0]}") from problems[0]
-
-
-def _flags(ids: torch.Tensor, stopped: threading.Event) -> torch.Tensor:
-    return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
 
 
 def _inputs(lvlm: LVLM, image: Image.Image | None, prompt: str) -> dict[str, Any]:

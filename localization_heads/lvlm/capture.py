@@ -49,13 +49,6 @@ def query_row(
     return torch.einsum("bhnk,bn->bhk", rows, wanted.weights.to(rows))
 
 
-def attention_row(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, **extras: Any
-) -> Tensor:
-    """Softmax row of the **last** query position, fp32 (B, H, K). Arguments as for `attention_rows`."""
-    return attention_rows(module, query, key, mask, **extras)[:, :, 0]
-
-
 def attention_rows(
     module: nn.Module,
     query: Tensor,

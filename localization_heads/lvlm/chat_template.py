@@ -1,6 +1,6 @@
-"""Chat templates are programs in a checkpoint: they are rendered in a process of its own, which can be ended.
+"""Chat templates are programs in a checkpoint: they are rendered in a separate process, which can be killed.
 
-Jinja's sandbox keeps a template from files and from Python, but does not bound its time and memory: three nested
+Jinja's sandbox keeps a template away from files and from Python, but does not bound its time and memory: three nested
 ranges loop for ever, `9 ** (9 ** 9)` never returns from C, one filter builds a text of gigabytes. Counting steps
 inside the interpreter cannot bound a single operation, so the operating system does: a child process with limits on
 seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and then
@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from localization_heads.errors import WorkError
+from localization_heads.errors import WorkError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +207,7 @@ def _rendered(render: Any, request: Mapping[str, Any]) -> dict[str, str]:
     except MemoryError:
         return {"error": f"it needs more than {MAX_MEMORY >> 20} MB of memory"}
     except Exception as error:  # a program of other people: it fails in its own ways
-        lines = str(error)[:2000].strip().splitlines() or [type(error).__name__]
-        return {"error": lines[0][:300]}
+        return {"error": first_line(error)}
     if len(text) > MAX_LENGTH:
         return {"error": f"it makes a prompt of more than {MAX_LENGTH:,} characters"}
     return {"text": text}

@@ -1,102 +1,21 @@
-"""Checks of a checkpoint's files and packages before its weights are read.
+"""Checks of a checkpoint's files before its weights are read.
 
-Broken files, sizes in the configuration that the weights cannot have, and packages that are missing or do not fit are
-refused with one line that says what to do. A checkpoint's configuration is untrusted input.
+Broken files, and sizes in the configuration that the weights cannot have, are refused with one line that says what to
+do. A checkpoint's configuration is untrusted input.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError, WorkError, first_line
 from localization_heads.lvlm.spec import CONVERTED
-
-_LINES = (
-    # words in the error of transformers, what needs a package, how to get it; the first that fits
-    (("awq",), "its weights are quantized with AWQ", "pip install gptqmodel"),
-    (("gptq",), "its weights are quantized with GPTQ", "pip install gptqmodel optimum"),
-    (
-        ("bitsandbytes",),
-        "its weights are quantized with bitsandbytes",
-        "pip install 'localization-heads[quantization]'",
-    ),
-    (
-        ("flashattention", "flash_attn", "flash-attn"),
-        "it is to run with FlashAttention",
-        "pip install flash-attn --no-build-isolation, or write model.attn_implementation=sdpa",
-    ),
-    (("num2words",), "its processor reads numbers as words", "pip install num2words"),
-)
-
-
-def missing_package(error: Exception) -> str | None:
-    """One line about the package that an error of transformers is about, and how to get it; None for other errors."""
-    text = str(error).lower()
-    if "torchvision" in text:
-        return f"its processor needs torchvision; {torchvision_advice()}"
-    if not isinstance(error, ImportError):
-        return None
-    for words, need, way in _LINES:
-        if any(word in text for word in words):
-            return f"{need}, which needs a package that is missing or too old: {way}"
-    return None
-
-
-def check_torchvision() -> None:
-    """Check that an installed torchvision can be imported, because transformers uses it unasked.
-
-    Raises:
-        WorkError: names both versions, and the torchvision that fits.
-    """
-    found = _version("torchvision")
-    if found is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:  # operators that torch lacks, symbols that a library lacks, names that moved
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise WorkError(
-            f"torchvision {found} does not fit torch {_version('torch')} ({reason}); {torchvision_advice()}, "
-            "or go without: pip uninstall torchvision"
-        ) from error
-
-
-def torchvision_advice() -> str:
-    """How to install the torchvision that fits the installed torch, without replacing that torch."""
-    torch = _version("torch") or ""
-    if (fitting := fitting_torchvision(torch)) is None:
-        return f"install the torchvision that belongs to torch {torch}, with pip's option --no-deps"
-    build = torch.partition("+")[2]
-    where = f" (from the index that torch came from: build {build})" if build else ""
-    return f"pip install --no-deps torchvision=={fitting}{where}"
-
-
-def fitting_torchvision(torch: str) -> str | None:
-    """The release of torchvision that was built for a release of torch; None if the rule is not known to hold.
-
-    >>> fitting_torchvision("2.6.0"), fitting_torchvision("2.9.1+cu128"), fitting_torchvision("1.13.1")
-    ('0.21.0', '0.24.1', None)
-    """
-    parts = torch.partition("+")[0].split(".")
-    if len(parts) != 3 or parts[0] != "2" or not all(part.isdecimal() for part in parts):
-        return None
-    return f"0.{int(parts[1]) + 15}.{parts[2]}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
 
 FACTS = "localization_heads.json"
 """A file beside a checkpoint with facts about it for this tool."""
@@ -242,16 +161,6 @@ def check_counts(config: Mapping[str, Any], shown: str) -> None:
             raise UsageError(f"{shown}: config.json asks for {name}={count:,}: no model has that many")
 
 
-def checkpoint_folder(source: str) -> Path | None:
-    """Where the files are: a local folder, or the hub cache's folder of an id; None if the cache lacks it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(source).is_dir():
-        return Path(source)
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
-
-
 def weights_in(folder: Path | None) -> Weights | None:
     """The weights of a folder; None where there are none."""
     if folder is None:
@@ -363,15 +272,3 @@ def system_sentence(folder: Path) -> str | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {first_line(error)}; mend or delete it") from None
     return system
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error)[:2000].strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-def loading_reason(error: Exception) -> str:
-    """Why a checkpoint cannot be loaded, in one line, from an error of transformers."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "the sizes in config.json are not those of its weights"
-    return first_line(error)

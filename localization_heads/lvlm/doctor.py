@@ -18,10 +18,11 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.capture import Query, decoder_layers
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.loaded import prompt_keys
 from localization_heads.lvlm.model import LVLM
 
 SMALL = 1_000_000_000
-"""Weights up to which the captured attention is compared with eager attention unasked."""
+"""Largest number of parameters for which capture is compared with eager attention by default."""
 TOLERANCE = {torch.float32: 1e-4}
 ROUGH = 0.05  # what rounding does to a row in 16 bits or less
 
@@ -95,7 +96,6 @@ def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None 
 def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     model, config = lvlm.model, lvlm.model.config
     family = "verified" if config.model_type in FAMILIES else "NOT verified: one grid over the whole image"
-    weights = sum(p.numel() for p in model.parameters())
     decoder = type(decoder_layers(model)[0]).__name__
     heads = config.get_text_config()
     seen = "all" if len(lvlm.attention_modules) == lvlm.num_layers else ranges(sorted(lvlm.attention_modules))
@@ -103,7 +103,7 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     yield "model", lvlm.name
     yield "family", f"{config.model_type} ({family})"
     yield "class", f"{type(model).__name__}; its decoder's layers are {decoder}"
-    yield "weights", f"{weights:,} in {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    yield "weights", f"{lvlm.num_parameters:,} in {str(model.dtype).removeprefix('torch.')} on {model.device}"
     yield (
         "layers",
         f"{lvlm.num_layers} (0 to {lvlm.num_layers - 1}); with heads that see the image: {seen}{across}",
@@ -174,8 +174,7 @@ def _unplaced(lvlm: LVLM, ids: Sequence[int], views: Sequence[View]) -> int:
 
 
 def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None) -> Check:
-    weights = sum(p.numel() for p in lvlm.model.parameters())
-    unwanted = wanted is False or (wanted is None and weights > SMALL)
+    unwanted = wanted is False or (wanted is None and lvlm.num_parameters > SMALL)
     try:
         return _capture_only(lvlm, inputs, query) if unwanted else compare(lvlm, inputs, query)
     except (WorkError, UsageError, RuntimeError, ValueError) as error:
@@ -183,7 +182,7 @@ def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None
 
 
 def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
-    """Whether every layer was seen; a layer that computes its attention in a way of its own stays zero."""
+    """Whether every layer was seen; one that bypasses the attention interface of transformers stays zero."""
     rows = lvlm.query_rows(inputs, query, None)[0]  # (layer, head, key)
     silent = [layer for layer in sorted(lvlm.attention_modules) if not rows[layer].any()]
     if silent:
@@ -203,37 +202,24 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     Each layer's eager attention gets the very inputs that the layer had when its row was captured. So rounding
     differences of earlier layers do not add up, and one limit holds at every depth.
     """
-    with _remembered(lvlm) as given:
+    given: Inputs = {}
+
+    def remember(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
+        given[layer, call] = dict(_hidden(arguments.arguments))
+
+    with _before_attention(lvlm, remember):
         captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
     truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
-    gaps = {
-        layer: (captured[:, layer] - _fit(row, length)).abs().max().item() for layer, row in truth.items()
-    }
+    if not lvlm.looks_across:
+        truth = {layer: prompt_keys(row, length, query) for layer, row in truth.items()}
+    gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in truth.items()}
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
     wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is wrong
     note = f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}"
     if wrong:
         note += f"; exceeded in layers {ranges(wrong)}"
     return Check(max(gaps.values()), not wrong, note)
-
-
-def _fit(row: Tensor, length: int) -> Tensor:
-    """Keys `[B, H, K]` of a decoding step, brought to the prompt's: the answer's left out, forgotten ones zero."""
-    extra = max(0, length + 1 - row.shape[-1]) if row.shape[-1] != length else 0
-    return nn.functional.pad(row, (extra, 0))[..., :length]
-
-
-@contextmanager
-def _remembered(lvlm: LVLM) -> Iterator[Inputs]:
-    """What every attention module of the decoder is given while the model runs."""
-    given: Inputs = {}
-
-    def keep(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
-        given[layer, call] = dict(_hidden(arguments.arguments))
-
-    with _before_attention(lvlm, keep):
-        yield given
 
 
 def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query, given: Inputs) -> dict[int, Tensor]:
@@ -321,7 +307,7 @@ def eager(model: Any) -> Iterator[None]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Numbers in rising order, runs drawn together.
+    """Rising numbers as text, consecutive ones as a range.
 
     >>> ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'

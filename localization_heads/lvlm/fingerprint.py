@@ -1,4 +1,4 @@
-"""A model is identified by its content, so that results made with other weights are never taken for its own.
+"""A model is identified by its content, so that results of other weights are never taken for its results.
 
 The fingerprint is computed from the loaded model, not from files: a hub checkpoint, a folder, one file or many shards
 give the same fingerprint if the numbers are the same, and so does a copied or touched file; an update on the hub does
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 WHOLE = 256 << 20
 """Bytes of weights up to which every one is read (0.2 s)."""
 RUNS, RUN = 64, 64
-"""Of larger models, the values of a tensor that are read: so many runs of so many, evenly spread over it.
+"""Of each tensor of a larger model, `RUNS` runs of `RUN` values are read, evenly spread over it.
 
-Training, merging and quantizing change nearly every value of the tensors that they touch, and every tensor is looked
-at: 4,096 values of each find that out in well under a second, where reading a 7B model takes ten. A single value
-that was changed by hand somewhere in gigabytes is not found.
+Training, merging and quantizing change nearly every value of the tensors that they touch, so 4,096 values of every
+tensor show it, in well under a second where reading a 7B model takes ten. A single value that was changed by hand
+somewhere in gigabytes goes unnoticed.
 """
 _OF_ITS_PLACE = {"name_or_path", "transformers_version"}
 

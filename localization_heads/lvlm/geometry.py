@@ -8,7 +8,7 @@ one of those steps exactly, in floats, so that the edges of cells come out in pi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import Box
 from localization_heads.cells import overlaps
 from localization_heads.errors import UsageError
+from localization_heads.options.groups import ViewChoice
 
 MAX_PREPARED_PIXELS = 400_000_000
 """Largest image, in pixels, that padding or resizing may make on the way: 1.2 GB."""
@@ -45,11 +46,6 @@ class View:
     index: NDArray[np.intp]
     x_edges: Edges
     y_edges: Edges
-
-    def __post_init__(self) -> None:
-        h, w = self.index.shape
-        if self.x_edges.shape != (w + 1,) or self.y_edges.shape != (h + 1,):
-            raise ValueError(f"a grid of {h} x {w} cells needs {h + 1} and {w + 1} edges")
 
     @property
     def box(self) -> Box:
@@ -172,6 +168,11 @@ def even_view(name: str, index: NDArray[np.intp], box: Box) -> View:
     return View(name, index, np.linspace(box[0], box[2], w + 1), np.linspace(box[1], box[3], h + 1))
 
 
+def whole_view(image: ProcessedImage, index: NDArray[np.intp], box: Box | None = None) -> View:
+    """The image in one piece, in equal cells over `box`: by default, over the image itself."""
+    return even_view("whole", index, box or whole_box(image.image_size))
+
+
 def tile_edges(tiles: int, cells: int, covered: float = 1.0) -> Edges:
     """Borders `[tiles * cells + 1]` of the cells of tiles in a row, in tiles.
 
@@ -208,12 +209,12 @@ def canvas_box(image_size: Size, resized: Size, canvas: Size, offset: Size = (0,
     return -x * pixel_w, -y * pixel_h, (canvas[0] - x) * pixel_w, (canvas[1] - y) * pixel_h
 
 
-def fitted_size(image_size: Size, limit: Size) -> Size:
-    """The largest size of the image's aspect within a limit, rounded down (Llama 4, Llama 3.2 Vision)."""
+def fitted_size(image_size: Size, limit: Size, rounded: Callable[[float], int] = math.floor) -> Size:
+    """The largest size of the image's aspect within a limit; the side that does not reach it is `rounded`."""
     (W, H), (w, h) = image_size, limit
     if w / W < h / H:
-        return w, max(1, min(math.floor(H * (w / W)), h))
-    return max(1, min(math.floor(W * (h / H)), w)), h
+        return w, max(1, min(rounded(H * (w / W)), h))
+    return max(1, min(rounded(W * (h / H)), w)), h
 
 
 def upscaling_limit(image_size: Size, tile: int, canvas: Size) -> Size:
@@ -262,13 +263,18 @@ def _crop_axis(start: float, end: float, resized: int, crop: int) -> tuple[float
 
 def patches_of(vision_config: Any) -> tuple[int, float]:
     """Patches along a side of the vision tower's square input, and the share of that side that they cover."""
-    side, patch = _first(vision_config.image_size), _first(vision_config.patch_size)
+    side, patch = first_of(vision_config.image_size), first_of(vision_config.patch_size)
     return side // patch, side // patch * patch / side
 
 
-def seen_box(config: Any, index: NDArray[np.intp], box: Box) -> Box:
-    """`box` less the strip at its right and bottom that a patch size leaves over which does not divide it."""
-    vision = config.vision_config
+def seen_view(image: ProcessedImage, index: NDArray[np.intp], box: Box | None = None) -> View:
+    """The image in one piece, less the strip at the right and bottom of `box` that no whole patch covers."""
+    return whole_view(
+        image, index, _seen_box(image.config.vision_config, index, box or whole_box(image.image_size))
+    )
+
+
+def _seen_box(vision: Any, index: NDArray[np.intp], box: Box) -> Box:
     if not hasattr(vision, "image_size") or not hasattr(vision, "patch_size"):
         return box
     patches, covered = patches_of(vision)
@@ -277,16 +283,13 @@ def seen_box(config: Any, index: NDArray[np.intp], box: Box) -> Box:
     return box[0], box[1], box[0] + covered * (box[2] - box[0]), box[1] + covered * (box[3] - box[1])
 
 
-def _first(value: Any) -> int:
-    """Configs write a square's side as a number or as `[h, w]`."""
-    return int(value[0] if isinstance(value, list | tuple) else value)
-
-
-VIEWS = ("combined", "whole", "tiles")
+def first_of(value: Any) -> Any:
+    """Configurations write a square's side as a number or as `[h, w]`."""
+    return value[0] if isinstance(value, list | tuple) and value else value
 
 
 def read_maps(
-    row: NDArray[np.float32], views: Sequence[View], image_size: Size, choice: str = "combined"
+    row: NDArray[np.float32], views: Sequence[View], image_size: Size, choice: ViewChoice = "combined"
 ) -> tuple[NDArray[np.float32], Box]:
     """Maps `[..., h, w]` of equal cells, and the region that they cover in pixels of the original image.
 
@@ -308,14 +311,8 @@ def read_maps(
     return maps.astype(np.float32), box
 
 
-def choose(views: Sequence[View], choice: str) -> Sequence[View]:
-    """The views of that name. An image too small for tiles has only the whole, which then stands for both.
-
-    Raises:
-        UsageError: no view has such a name.
-    """
-    if choice not in VIEWS:
-        raise UsageError(f"view={choice}: choose one of {', '.join(VIEWS)}")
+def choose(views: Sequence[View], choice: ViewChoice) -> Sequence[View]:
+    """The views of that name. An image too small for tiles has only the whole, which then stands for both."""
     named = [view for view in views if view.name == choice]
     return named if choice != "combined" and named else views
 

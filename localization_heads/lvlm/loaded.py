@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Self
 
 import torch
@@ -22,14 +20,12 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith, asked, difference
 from localization_heads.lvlm.capture import Query, attention_modules, capture, decoder_layers, looks_across
 from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
-from localization_heads.lvlm.families import ADDS_IMAGE_ITSELF, views_of
+from localization_heads.lvlm.failures import memory_errors, misfit_errors, processor_errors
+from localization_heads.lvlm.families import family_of, views_of
 from localization_heads.lvlm.fingerprint import fingerprint
 from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape, image_token_id, read_maps
-from localization_heads.lvlm.memory import memory_errors
 from localization_heads.lvlm.prefix import why_not_shared
-from localization_heads.lvlm.processors import misfit_errors, processor_errors
 from localization_heads.lvlm.prompts import (
-    STAND_IN,
     Prompt,
     clean_expression,
     expression_prompt,
@@ -39,12 +35,12 @@ from localization_heads.lvlm.prompts import (
     template_renderer,
 )
 from localization_heads.lvlm.query_tokens import lone_space_id, query_of, without_token
-from localization_heads.options.groups import ModelSpec
+from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 
 log = logging.getLogger(__name__)
 
 PROMPTS = 10_000
-"""Of so many expressions the prompt is remembered: of those that are checked, made ready and asked at a time."""
+"""Expressions whose prompts are cached: more than are checked, prepared and run at a time."""
 
 
 class LoadedModel:
@@ -61,9 +57,9 @@ class LoadedModel:
         spec: ModelSpec,
         *,
         system: str,
-        conv_mode: str,
-        query_token: str = "last",
-        view: str = "combined",
+        conv_mode: ConvMode,
+        query_token: QueryToken = "last",
+        view: ViewChoice = "combined",
         drop_lone_spaces: bool = False,
     ) -> None:
         self.model = model
@@ -76,15 +72,16 @@ class LoadedModel:
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
-        self._stand_ins: dict[tuple[str, str], str] = {}
-        self._prompts: dict[tuple[str, str, str], Prompt] = {}
+        # Both are shared by the copies that `prompted` makes. Every expression renders the stand-in's prompt as well.
+        self._located = lru_cache(PROMPTS)(self._locate)
+        self._rendered = lru_cache(16)(self._render)
         self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
 
-    def prompted(self, conv_mode: str) -> Self:
+    def prompted(self, conv_mode: ConvMode) -> Self:
         """The same loaded model with another prompt."""
         twin = copy(self)
         twin.conv_mode = conv_mode
-        twin.__dict__.pop("image_comes_first", None)  # known for the other prompt
+        twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
         return twin
 
     def __repr__(self) -> str:
@@ -172,7 +169,7 @@ class LoadedModel:
     @cached_property
     def image_text(self) -> str:
         """The placeholder of an image in a prompt: its token, with the marks that the family puts around it."""
-        if self.model.config.model_type in ADDS_IMAGE_ITSELF:
+        if family_of(self.model.config).adds_image_itself:
             return ""
         return image_placeholder(self.processor, self.image_token)
 
@@ -188,26 +185,16 @@ class LoadedModel:
 
     def located_prompt(self, expression: str) -> Prompt:
         """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
-        key = expression, self.conv_mode, self.system
-        if (found := self._prompts.get(key)) is None:
-            text = clean_expression(expression, self.control_tokens)
-            found = self._prompts[key] = locate_expression(self._render, text)
-            if len(self._prompts) > PROMPTS:
-                with suppress(KeyError, RuntimeError):  # another thread was quicker
-                    del self._prompts[next(iter(self._prompts))]
-        return found
+        return self._located(expression, self.conv_mode, self.system)
 
-    def _render(self, text: str) -> str:
-        """The stand-in's prompt, which every expression asks for, is kept: a template may take a process to render."""
-        key = self.conv_mode, self.system
-        if text == STAND_IN and key in self._stand_ins:
-            return self._stand_ins[key]
-        prompt = expression_prompt(
-            text, self.conv_mode, image_text=self.image_text, system=self.system, chat=self.chat_prompt
+    def _locate(self, expression: str, conv_mode: ConvMode, system: str) -> Prompt:
+        text = clean_expression(expression, self.control_tokens)
+        return locate_expression(lambda words: self._rendered(words, conv_mode, system), text)
+
+    def _render(self, text: str, conv_mode: ConvMode, system: str) -> str:
+        return expression_prompt(
+            text, conv_mode, image_text=self.image_text, system=system, chat=self.chat_prompt
         )
-        if text == STAND_IN:
-            self._stand_ins[key] = prompt
-        return prompt
 
     def chat_prompt(self, text: str) -> str:
         """One user turn with an image in the model's own template, up to where its answer begins."""
@@ -298,12 +285,6 @@ class LoadedModel:
     def _family_not_shared(self) -> str | None:
         return why_not_shared(self.model.config)
 
-    def attend_apart(
-        self, images: Sequence[Image.Image], expressions: Sequence[str], *, last_layer: int | None = None
-    ) -> list[AttentionMaps]:
-        """`attend_batch` that shares nothing: every pair is a prompt of its own, all in one forward pass."""
-        return apart(self, images, expressions).run(self, last_layer)
-
     def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
         if not self.model.config.is_encoder_decoder:
@@ -320,10 +301,9 @@ class LoadedModel:
 
     def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
         """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
-        deepest = (
-            max(self.attention_modules) if query.step == 0 else None
-        )  # what comes after it is not needed
-        stop = deepest if last_layer is None else last_layer
+        stop = last_layer
+        if stop is None and query.step == 0:
+            stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
         with (
             memory_errors(),
             misfit_errors(self.name),
@@ -334,7 +314,7 @@ class LoadedModel:
         length = inputs["input_ids"].shape[1]
         rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.looks_across:
-            rows = {layer: _prompt_keys(row, length, query) for layer, row in rows.items()}
+            rows = {layer: prompt_keys(row, length, query) for layer, row in rows.items()}
         if not rows:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
@@ -377,16 +357,12 @@ class LoadedModel:
             model=self.name,
         )
 
-    def views(self, image: Image.Image) -> list[View]:
-        """Where the image's tokens lie, in every rendering of it that the model gets."""
-        return self.views_in(self.encode([image], [self.prompt("it")]), 0, image)
-
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
 
 
-def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
+def prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
     """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of its call.
 
     A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
@@ -397,41 +373,3 @@ def _prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
     return torch.nn.functional.pad(row, (max(0, num_tokens + query.step - row.shape[-1]), 0))[
         ..., :num_tokens
     ]
-
-
-@dataclass(frozen=True, eq=False)
-class Apart:
-    """Pairs of image and expression whose prompts run in one batch, padded to one length, sharing nothing.
-
-    Args:
-        images: as the model sees them.
-        sizes: of the images themselves.
-    """
-
-    images: Sequence[Image.Image]
-    sizes: Sequence[tuple[int, int]]
-    expressions: Sequence[str]
-    prompts: Sequence[Prompt]
-    inputs: Mapping[str, Any]
-    query: Query
-
-    @memory_errors()
-    def run(self, lvlm: LoadedModel, last_layer: int | None) -> list[AttentionMaps]:
-        inputs = lvlm.on_device(self.inputs)
-        rows = lvlm.query_rows(inputs, self.query, last_layer)
-        samples = enumerate(zip(rows, self.images, self.sizes, self.expressions, self.prompts, strict=True))
-        return [
-            lvlm.maps(row, lvlm.views_in(self.inputs, n, image), image, expression, prompt.text).of_size(size)
-            for n, (row, image, size, expression, prompt) in samples
-        ]
-
-
-def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Apart:
-    """Prompts and pixels, and which tokens' attention is read."""
-    prompts = [lvlm.located_prompt(expression) for expression in expressions]
-    different = {id(image): image for image in images}
-    seen = {key: lvlm.seen(image) for key, image in different.items()}
-    shown = [seen[id(image)] for image in images]
-    inputs = lvlm.processed(shown, [prompt.text for prompt in prompts])
-    sizes = [image.size for image in images]
-    return Apart(shown, sizes, expressions, prompts, inputs, lvlm.query(prompts, inputs))

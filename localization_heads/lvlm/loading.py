@@ -6,41 +6,39 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from localization_heads.data.network import NetworkSettingError, open_client
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError
 from localization_heads.lvlm import checkpoint
 from localization_heads.lvlm.chat_template import PROCESS, template_of
-from localization_heads.lvlm.checkpoint import first_line
-from localization_heads.lvlm.families import check_family
-from localization_heads.lvlm.geometry import VIEWS
+from localization_heads.lvlm.families import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
-from localization_heads.lvlm.prompts import CONV_MODES, LLAVA_SYSTEM, template_renderer
-from localization_heads.lvlm.query_tokens import QUERY_TOKENS
+from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
+from localization_heads.lvlm.sources import (
+    check_torchvision,
+    checkpoint_folder,
+    only_here,
+    reading_errors,
+    source_of,
+)
 from localization_heads.lvlm.spec import (
     EMBEDDED,
     converted,
-    family_facts,
     find_spec,
     known_specs,
     looks_like,
     with_family,
 )
-from localization_heads.options.groups import ModelSpec
+from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 from localization_heads.options.kinds import OptionError
-from localization_heads.store.paths import local_path
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
 def load_model(
@@ -50,9 +48,9 @@ def load_model(
     device: str | int | None = "auto",
     device_map: str | None = None,
     quantization: str | None = None,
-    conv_mode: str | None = None,
-    query_token: str = "last",
-    view: str = "combined",
+    conv_mode: ConvMode | None = None,
+    query_token: QueryToken = "last",
+    view: ViewChoice = "combined",
     drop_lone_spaces: bool = False,
     like: str | None = None,
 ) -> LVLM:
@@ -82,12 +80,14 @@ def load_model(
         WorkError: the weights cannot be downloaded or read.
     """
     spec = find_spec(name, like) if isinstance(name, str) else name
-    for option, value, choices in (
-        ("conv_mode", conv_mode or spec.conv_mode or "referseg", CONV_MODES),
-        ("query_token", query_token, QUERY_TOKENS),
-        ("view", view, VIEWS),
-    ):
-        _check_choice(option, value, choices)
+    choices = (
+        ("conv_mode", conv_mode, ConvMode),
+        ("query_token", query_token, QueryToken),
+        ("view", view, ViewChoice),
+    )
+    for option, value, kind in choices:
+        if value is not None and value not in get_args(kind):
+            raise UsageError(f"{option}={value}: choose one of {', '.join(get_args(kind))}")
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     try:
         spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
@@ -96,16 +96,15 @@ def load_model(
     spec = replace(spec, name=converted(spec.name))
     source = _source(spec)
     target = None if spec.device_map else pick_device(device)
-    checkpoint.check_torchvision()
+    check_torchvision()
     config = _checked_config(source, spec)
     spec, asked = with_family(spec, family_facts(config)), spec
     processor, model = _load_processor(source, spec, config), _load_weights(source, spec)
     if target is not None and not spec.quantization:
         model.to(target)
     if asked.conv_mode is None and spec.conv_mode == "chat" and template_renderer(processor) is None:
-        spec = replace(
-            spec, conv_mode=None
-        )  # the family has a template, but this checkpoint does not bring it
+        # The family has a chat template, but this checkpoint does not bring it.
+        spec = replace(spec, conv_mode=None)
     lvlm = LVLM(
         model.eval(),
         processor,
@@ -139,11 +138,6 @@ def _notes(lvlm: LVLM) -> Iterator[str]:
             f"model={stem} model.name={lvlm.name} takes what is known about that one, heads included (from Python: "
             f'load_model("{lvlm.name}", like="{stem}"))'
         )
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{option}={value}: choose one of {', '.join(choices)}")
 
 
 def _check_order(lvlm: LVLM) -> None:
@@ -188,20 +182,7 @@ def _source(spec: ModelSpec) -> str:
     """What `from_pretrained` is given: the embedded folder, a local folder, or a hub id."""
     if spec.name == EMBEDDED:
         return str(files("localization_heads") / "lvlm" / "embedded")
-    folder = local_path(spec.name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"model.name={spec.name}: the folder holds no config.json, so it is no saved model"
-            )
-        checkpoint.check_files(folder, f"model.name={spec.name}")
-        return str(folder)
-    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
-        raise UsageError(
-            f"model.name={spec.name}: no such folder, and no Hugging Face id (owner/name) either; "
-            "model=tiny is the embedded model"
-        )
-    return spec.name
+    return source_of(spec.name, f"model.name={spec.name}", "model=tiny is the embedded model")
 
 
 def _checked_config(source: str, spec: ModelSpec) -> Any:
@@ -209,30 +190,22 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     shown = f"model.name={spec.name}"
-    written = _from_pretrained(_WrittenConfig, source, spec)
+    written = _read(checkpoint.written_config, source, spec)
     checkpoint.check_original(written, shown)
     checkpoint.check_counts(written, shown)
-    config = _from_pretrained(AutoConfig, source, spec)
+    config = _read(AutoConfig.from_pretrained, source, spec)
     try:
         check_family(config)
     except UsageError as error:
         raise UsageError(f"{shown}: {error}") from None
-    checkpoint.check_size(
-        config.to_dict(), checkpoint.weights_in(checkpoint.checkpoint_folder(source)), shown
-    )
+    checkpoint.check_size(config.to_dict(), checkpoint.weights_in(checkpoint_folder(source)), shown)
     return config
-
-
-class _WrittenConfig:
-    """Reads `config.json` as `_from_pretrained` reads everything."""
-
-    from_pretrained = staticmethod(checkpoint.written_config)
 
 
 def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_no_torchvision_warning)
-    processor = _from_pretrained(processor_kind(str(config.model_type)), source, spec)
+    processor = _read(processor_kind(str(config.model_type)).from_pretrained, source, spec)
     complete(processor, config)
     check_image_sizes(processor.image_processor, f"model.name={spec.name}")
     if spec.pad_to_square is not None:
@@ -262,7 +235,7 @@ def _padding_processor(image_processor: Any, pad: bool) -> Any:
 def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
-    options: dict[str, Any] = {"dtype": DTYPES[spec.dtype]}
+    options: dict[str, Any] = {"dtype": spec.dtype}
     if spec.device_map:
         options["device_map"] = spec.device_map
     if spec.attn_implementation:
@@ -271,8 +244,8 @@ def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
         options["quantization_config"] = _quantization(spec.quantization)
         options.setdefault("device_map", "auto")
     model: nn.Module
-    model, info = _from_pretrained(
-        AutoModelForImageTextToText, source, spec, output_loading_info=True, **options
+    model, info = _read(
+        AutoModelForImageTextToText.from_pretrained, source, spec, output_loading_info=True, **options
     )
     if missing := sorted(info["missing_keys"]):
         log.warning(
@@ -288,67 +261,18 @@ def _quantization(bits: str) -> Any:
     from transformers import BitsAndBytesConfig
     from transformers.utils.import_utils import is_bitsandbytes_available
 
-    if bits not in ("4bit", "8bit"):
-        raise UsageError(f"model.quantization={bits}: choose 4bit, 8bit or null")
     if not is_bitsandbytes_available():
         raise UsageError("model.quantization needs an extra: pip install 'localization-heads[quantization]'")
     return BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
 
 
-def _from_pretrained(kind: Any, source: str, spec: ModelSpec, **options: Any) -> Any:
-    """`kind.from_pretrained`, whose many ways to fail become one line that says what to do."""
-    local = Path(source).is_dir()
-    _progress_bars(enabled=not local)  # a download shows its bars; reading a local file needs none
-    only_here = local or not hub_answers()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            return kind.from_pretrained(
-                source, local_files_only=only_here, trust_remote_code=False, **options
-            )
-    except (OSError, ConnectionError, TimeoutError) as error:
-        raise WorkError(_why(error, spec, local)) from error
-    except Exception as error:  # broken weights and configs raise anything
-        reason = checkpoint.missing_package(error) or checkpoint.loading_reason(error)
-        raise WorkError(f"model.name={spec.name} cannot be loaded: {reason}") from error
-
-
-@cache
-def hub_trouble() -> str | None:
-    """Why the hub cannot be asked; None if it can.
-
-    Without this, every file is asked for many times before the error.
-    """
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE=1 is set"
-    try:
-        with open_client(timeout=10) as client:
-            client.head(constants.ENDPOINT)
-    except NetworkSettingError as error:
-        return str(error)
-    except httpx.ConnectError as error:
-        return f"no connection: {first_line(error)}"
-    except (httpx.HTTPError, httpx.InvalidURL):
-        pass  # slow or odd, but there: the hub's own client shall say more
-    return None
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be asked at all."""
-    return hub_trouble() is None
-
-
-def _why(error: Exception, spec: ModelSpec, local: bool) -> str:
-    if local:
-        return f"model.name={spec.name} cannot be read: {first_line(error)}"
-    return (
-        f"model.name={spec.name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({hub_trouble() or first_line(error)}). Without a network: model=tiny runs the embedded model, "
-        "model.name=/path/to/folder a model saved on this machine"
-    )
+def _read(from_pretrained: Callable[..., Any], source: str, spec: ModelSpec, **options: Any) -> Any:
+    """A checkpoint's part, by the function of transformers whose many ways to fail become one line each."""
+    offline = "model=tiny runs the embedded model, model.name=/path/to/folder a model saved on this machine"
+    _progress_bars(enabled=not Path(source).is_dir())  # a download shows its bars; reading a file needs none
+    with reading_errors(source, f"model.name={spec.name}", offline), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return from_pretrained(source, local_files_only=only_here(source), trust_remote_code=False, **options)
 
 
 def _system_sentence(source: str, spec: ModelSpec) -> str:
@@ -367,7 +291,7 @@ def _no_torchvision_warning(record: logging.LogRecord) -> bool:
 def _progress_bars(*, enabled: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
-    switch: Callable[[], None] = (
-        transformers_logging.enable_progress_bar if enabled else transformers_logging.disable_progress_bar
-    )
-    switch()
+    if enabled:
+        transformers_logging.enable_progress_bar()
+    else:
+        transformers_logging.disable_progress_bar()

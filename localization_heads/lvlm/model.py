@@ -12,67 +12,28 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm.loaded import Apart, LoadedModel, apart
-from localization_heads.lvlm.sharing import EncodedImage, Question
-
-if TYPE_CHECKING:
-    from localization_heads.lvlm.loaded import LoadedModel
-
-
-@dataclass(frozen=True, eq=False)
-class Shared:
-    """Several expressions about one image, which the model encodes once."""
-
-    image: EncodedImage
-    questions: Sequence[Question]
-
-    def run(self, _: LoadedModel, last_layer: int | None) -> list[AttentionMaps]:
-        return self.image.answer(self.questions, last_layer=last_layer)
+from localization_heads.lvlm.loaded import LoadedModel
+from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The parts of a batch, each with the positions of its results."""
+    """Pairs of image and expression, made ready for the model in parts, each with the positions of its results."""
 
-    parts: Sequence[tuple[Sequence[int], Apart | Shared]]
+    parts: Sequence[tuple[Sequence[int], Answer]]
 
-    def run(self, lvlm: LoadedModel, last_layer: int | None) -> list[AttentionMaps]:
+    def run(self, last_layer: int | None) -> list[AttentionMaps]:
         """The maps of all pairs, in the order in which they were given."""
         found: dict[int, AttentionMaps] = {}
-        for places, part in self.parts:
-            found |= zip(places, part.run(lvlm, last_layer), strict=True)
+        for places, answer in self.parts:
+            found |= zip(places, answer(last_layer), strict=True)
         return [found[place] for place in sorted(found)]
-
-
-def make_batch(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
-    """Group the pairs: an image that occurs several times, as the same object, is encoded only once."""
-    parts: list[tuple[Sequence[int], Apart | Shared]] = []
-    alone = []
-    for places in _by_image(images):
-        if len(places) == 1 or lvlm.why_not_shared:
-            alone += places
-            continue
-        image = EncodedImage(lvlm, images[places[0]])
-        parts.append((places, Shared(image, [image.question(expressions[place]) for place in places])))
-    if alone:
-        part = apart(lvlm, [images[place] for place in alone], [expressions[place] for place in alone])
-        parts.append((alone, part))
-    return Batch(parts)
-
-
-def _by_image(images: Sequence[Image.Image]) -> list[list[int]]:
-    places: dict[int, list[int]] = {}
-    for place, image in enumerate(images):
-        places.setdefault(id(image), []).append(place)
-    return list(places.values())
-
-
-GIBIBYTE = 2**30
 
 
 class RecentImages:
@@ -83,7 +44,7 @@ class RecentImages:
             answered, but not kept; 0 keeps none.
     """
 
-    def __init__(self, max_bytes: int = GIBIBYTE) -> None:
+    def __init__(self, max_bytes: int = 1 << 30) -> None:
         self.max_bytes = max_bytes
         self._images: OrderedDict[tuple[object, ...], EncodedImage] = OrderedDict()
         self._lock = threading.Lock()
@@ -165,11 +126,26 @@ class LVLM(LoadedModel):
         Args:
             ready: what `make_ready` made of the same pairs.
         """
-        return (ready or self.make_ready(images, expressions)).run(self, last_layer)
+        return (ready or self.make_ready(images, expressions)).run(last_layer)
 
     def make_ready(self, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
-        return make_batch(self, images, expressions)
+        by_image: dict[int, list[int]] = {}
+        for place, image in enumerate(images):
+            by_image.setdefault(id(image), []).append(place)
+        parts: list[tuple[Sequence[int], Answer]] = []
+        alone: list[int] = []
+        for places in by_image.values():
+            if len(places) == 1 or self.why_not_shared:
+                alone += places
+                continue
+            encoded = EncodedImage(self, images[places[0]])
+            questions = [encoded.question(expressions[place]) for place in places]
+            parts.append((places, partial(encoded.answer, questions)))
+        if alone:
+            pairs = [images[place] for place in alone], [expressions[place] for place in alone]
+            parts.append((alone, apart(self, *pairs)))
+        return Batch(parts)
 
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.

@@ -116,16 +116,6 @@ def read_box(text: str, form: BoxFormat, image_size: Size, resized: Size | None 
     return (xs[0], ys[0], xs[1], ys[1]) if xs[0] < xs[1] and ys[0] < ys[1] else None
 
 
-def format_of(name: str | None, model: str) -> BoxFormat:
-    """The format of that name. UsageError if the model has none."""
-    if name is None:
-        raise UsageError(
-            f"native=true: {model} is not known to write boxes; if it does, say how with model.native_box= one of "
-            f"{', '.join(FORMATS)}"
-        )
-    return FORMATS[name]
-
-
 def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFormat | None:
     """How the model is to be asked for its own boxes; None if it is not.
 
@@ -138,8 +128,13 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
     known = lvlm.spec.native_box
     if wanted is False or (wanted is None and not (by_default and known)):
         return None
-    form = format_of(known, lvlm.name)
-    box_prompt(lvlm, form, "it")  # a checkpoint without a chat template is heard of before the work
+    if known is None:
+        raise UsageError(
+            f"native=true: {lvlm.name} is not known to write boxes; if it does, say how with model.native_box= one of "
+            f"{', '.join(FORMATS)}"
+        )
+    form = FORMATS[known]
+    box_prompt(lvlm, form, "it")  # raises now, not at the first image, if there is no chat template
     return form
 
 

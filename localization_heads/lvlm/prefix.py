@@ -25,7 +25,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from localization_heads.lvlm.families import NOT_SHARED
+from localization_heads.lvlm.families import family_of
 
 SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """Outputs of processors `[B, T, ...]` that have an entry for each token."""
@@ -34,10 +34,9 @@ SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 def why_not_shared(config: Any) -> str | None:
     """Why the images of such a model cannot be encoded once for all expressions; None if they can.
 
-    Asked of the configuration alone: a family's attention (`families.NOT_SHARED`), and options that any decoder can
-    have.
+    Asked of the configuration alone: a family's attention (`Family.not_shared`), and options that any decoder can have.
     """
-    if reason := NOT_SHARED.get(config.model_type):
+    if reason := family_of(config).not_shared:
         return reason
     if config.is_encoder_decoder:
         return "its encoder reads image and expression together"
@@ -169,13 +168,3 @@ def spatial_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     names = signature(index).parameters
     positions: Tensor = index(**{name: value for name, value in inputs.items() if name in names})[0]
     return positions
-
-
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two prompts have in common at their start.
-
-    >>> shared_length([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    pairs = zip(one, other, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

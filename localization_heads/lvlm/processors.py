@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -13,10 +11,8 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
 )
 from transformers.utils.import_utils import is_torchvision_available
 
-from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.checkpoint import first_line
-from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, image_token_id
-from localization_heads.lvlm.memory import is_memory_error
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, first_of, image_token_id
 
 MAX_SIDE = 16_384
 """Pixels of an image's side that a processor may ask for."""
@@ -102,7 +98,7 @@ def check_image_sizes(image_processor: Any, shown: str) -> None:
 def _configured(config: Any) -> dict[str, Any]:
     """Attributes of processors by name, as the configuration of the model has them."""
     vision = getattr(config, "vision_config", None)
-    side, patch = (_first(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
+    side, patch = (first_of(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
     values = {
         "patch_size": patch,
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
@@ -121,35 +117,3 @@ def _padding(tokenizer: Any, config: Any) -> str:
         if isinstance(index, int) and 0 <= index < size and index != image_token_id(config):
             return str(tokenizer.convert_ids_to_tokens(index))
     return str(tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0))
-
-
-def _first(value: Any) -> Any:
-    """Configurations write a square's side as a number or as `[h, w]`."""
-    return value[0] if isinstance(value, list | tuple) and value else value
-
-
-@contextmanager
-def processor_errors(what: str) -> Iterator[None]:
-    """Raises UsageError, which begins with `what`, for whatever a processor says no with; memory errors pass."""
-    try:
-        yield
-    except (UsageError, WorkError):
-        raise
-    except (
-        Exception
-    ) as error:  # limits of the aspect, tokens of other media, settings that do not fit: anything
-        if is_memory_error(error):
-            raise
-        raise UsageError(f"{what}: {first_line(error)}") from error
-
-
-@contextmanager
-def misfit_errors(name: str) -> Iterator[None]:
-    """Raises UsageError where the model finds that pixels, tokens and its own sizes do not belong together."""
-    try:
-        yield
-    except (ValueError, IndexError) as error:
-        raise UsageError(
-            f"{name} cannot read what its processor makes of the image and its text ({first_line(error)}): "
-            "they do not fit each other, or the image is too long and thin"
-        ) from error

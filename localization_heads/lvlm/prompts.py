@@ -5,14 +5,13 @@ Prompts are pure functions from text to text; the query positions are found in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
-
-CONV_MODES = ("referseg", "chat", "plain")
+from localization_heads.options.groups import ConvMode
 
 LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -85,6 +84,8 @@ def close_sentence(expression: str) -> str:
 def referseg_prompt(expression: str, image_text: str, system: str = LLAVA_SYSTEM) -> str:
     """The paper's prompt: system sentence, newline, image, newline, expression; no roles, nothing after it.
 
+    Without a system sentence, it is the prompt of the mode `plain`.
+
     >>> referseg_prompt("the dog", "<image>", "Be helpful.")
     'Be helpful.\\n<image>\\nthe dog.'
     """
@@ -92,13 +93,8 @@ def referseg_prompt(expression: str, image_text: str, system: str = LLAVA_SYSTEM
     return f"{head}{image_text}\n{close_sentence(expression)}"
 
 
-def plain_prompt(expression: str, image_text: str) -> str:
-    """Only the image and the expression."""
-    return f"{image_text}\n{close_sentence(expression)}"
-
-
 def expression_prompt(
-    expression: str, mode: str, *, image_text: str, system: str, chat: Callable[[str], str]
+    expression: str, mode: ConvMode, *, image_text: str, system: str, chat: Callable[[str], str]
 ) -> str:
     """The prompt whose last token is the query token.
 
@@ -107,13 +103,9 @@ def expression_prompt(
         image_text: the placeholder of the image in this model's prompts.
         chat: applies the model's chat template to one user turn with an image.
     """
-    if mode == "referseg":
-        return referseg_prompt(expression, image_text, system)
-    if mode == "plain":
-        return plain_prompt(expression, image_text)
     if mode == "chat":
         return chat(close_sentence(expression))
-    raise UsageError(f"conv_mode={mode}: choose one of {', '.join(CONV_MODES)}")
+    return referseg_prompt(expression, image_text, system if mode == "referseg" else "")
 
 
 Render = Callable[[list[dict[str, str]]], str]
@@ -125,7 +117,7 @@ _MARKS = ("vision_start_token", "vision_end_token")  # Qwen's; other processors 
 
 
 def image_placeholder(processor: Any, image_token: str) -> str:
-    """The text that a prompt needs where an image goes, without surrounding blanks.
+    """The text that a prompt needs where an image goes, without surrounding whitespace.
 
     Args:
         image_token: what the processor looks for in a prompt and replaces by an image's tokens.
@@ -172,14 +164,18 @@ def _difference(with_image: str, without: str) -> str | None:
     '<image>'
     """
     (head, _, tail), (bare_head, _, bare_tail) = with_image.partition(_AFTER), without.partition(_AFTER)
-    before = head[_shared_start(head, bare_head) :].strip()
-    shared = _shared_start(tail[::-1], bare_tail[::-1])
+    before = head[shared_start(head, bare_head) :].strip()
+    shared = shared_start(tail[::-1], bare_tail[::-1])
     return before or tail[: len(tail) - shared].strip() or None
 
 
-def _shared_start(a: str, b: str) -> int:
-    """How many characters two texts have in common at their start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+def shared_start(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items (characters, tokens) two sequences have in common at their start.
+
+    >>> shared_start([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def image_comes_first(render: Render, placeholder: str) -> bool:

@@ -1,7 +1,7 @@
-"""Whose attention is read: the four values of `query_token`, and where an expression lies among the tokens.
+"""Which tokens are query tokens: the four values of `query_token`, and where an expression lies among the tokens.
 
-The paper reads the last prompt token (its full stop). Later models answer in the voice of a chat template, whose
-last tokens are the same for every expression; there one of the others may see more.
+The paper takes the last token of the prompt, the full stop of the expression. A chat template ends with tokens that
+are the same for every expression; there, a token of the expression or of the answer may attend to the object better.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import Query
 from localization_heads.lvlm.prefix import SEQUENCES
 from localization_heads.lvlm.prompts import Prompt
+from localization_heads.options.groups import QueryToken
 
-QUERY_TOKENS = ("last", "expression_end", "expression_mean", "answer_first")
 _LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding
 
 
 def query_of(
-    kind: str,
+    kind: QueryToken,
     prompts: Sequence[Prompt],
     inputs: Mapping[str, Any],
     tokenizer: Any,
@@ -38,7 +38,7 @@ def query_of(
         dropped_token: an id that was deleted from them.
 
     Raises:
-        UsageError: the expression's tokens cannot be told from the others.
+        UsageError: the expression's tokens cannot be found among the others.
     """
     if kind == "last":
         return _last(inputs.get("attention_mask"))
@@ -170,7 +170,7 @@ def without_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int)
     """A processor's output without a token: `[B, T, ...]`, padded anew on that side, to `[B, T - n, ...]`.
 
     Args:
-        token: the id that goes.
+        token: the id that is removed.
         side: `left` or `right`, where shorter prompts are padded.
         pad: the id that fills them up.
 
@@ -184,7 +184,7 @@ def without_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int)
     if mask is not None:
         kept = kept & mask.bool()
     length = int(kept.sum(1).max())
-    # What goes joins the padding: a stable sort moves it to that side, and keeps the order of the rest.
+    # Removed tokens join the padding: a stable sort moves them to that side and keeps the order of the rest.
     order = torch.argsort(kept.int(), dim=1, stable=True, descending=side == "right")
     order = order[:, -length:] if side == "left" else order[:, :length]
     kept = kept.gather(1, order)

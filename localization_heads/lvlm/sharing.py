@@ -3,13 +3,13 @@
 The image comes before the expression in the prompt, and attention is causal. So everything that the model computes
 for the tokens up to the image's last, and for the few of the template after it, is the same for every expression: it
 is computed once, and each expression costs a few tokens more. Families in which this does not hold
-(`families.NOT_SHARED`) answer the same questions one prompt at a time.
+(`Family.not_shared`) answer the same questions one prompt at a time.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,19 +20,16 @@ from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.lvlm.capture import Query, capture
-from localization_heads.lvlm.families import views_of
-from localization_heads.lvlm.geometry import ProcessedImage, View
-from localization_heads.lvlm.memory import memory_errors
+from localization_heads.lvlm.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.geometry import View
 from localization_heads.lvlm.prefix import (
     Prefix,
     first_tokens,
     last_tokens,
     recording_cache,
-    shared_length,
     spatial_positions,
 )
-from localization_heads.lvlm.processors import misfit_errors
-from localization_heads.lvlm.prompts import Prompt
+from localization_heads.lvlm.prompts import Prompt, shared_start
 from localization_heads.lvlm.query_tokens import continued
 
 if TYPE_CHECKING:
@@ -40,6 +37,32 @@ if TYPE_CHECKING:
 
 STAND_INS = ("it", "the dog", "2")
 """Expressions that begin differently: the prefix that their prompts have in common comes before any expression."""
+
+
+Answer = Callable[[int | None], list[AttentionMaps]]
+"""The model's share of the work on some pairs: from the last layer that is needed (None for all) to their maps."""
+
+
+def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Answer:
+    """Pairs whose prompts run in one batch, padded to one length, sharing nothing. The host's share is done here."""
+    prompts = [lvlm.located_prompt(expression) for expression in expressions]
+    different = {id(image): image for image in images}
+    seen = {key: lvlm.seen(image) for key, image in different.items()}
+    pairs = [(seen[id(image)], image.size) for image in images]
+    inputs = lvlm.processed([image for image, _ in pairs], [prompt.text for prompt in prompts])
+    query = lvlm.query(prompts, inputs)
+
+    @memory_errors()
+    def answer(last_layer: int | None) -> list[AttentionMaps]:
+        rows = lvlm.query_rows(lvlm.on_device(inputs), query, last_layer)
+        return [
+            lvlm.maps(row, lvlm.views_in(inputs, n, image), image, expression, prompt.text).of_size(size)
+            for n, (row, (image, size), expression, prompt) in enumerate(
+                zip(rows, pairs, expressions, prompts, strict=True)
+            )
+        ]
+
+    return answer
 
 
 class Question(NamedTuple):
@@ -74,9 +97,7 @@ class EncodedImage:
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
         self._prefix: Prefix | None = None
-        self._first = self._read(
-            self.lvlm.located_prompt(STAND_INS[0])
-        )  # raises what is wrong with the image
+        self._first = self._read(lvlm.located_prompt(STAND_INS[0]))  # raises if the image cannot be used
         self.shares = lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
         """Whether the expressions share the image's encoding; if not, each prompt is run by itself."""
 
@@ -95,7 +116,7 @@ class EncodedImage:
             last_layer: stop after this layer; the maps of later layers stay zero. If the image was encoded to
                 a lower layer before, it is encoded again.
         """
-        return self.answer([self.question(expression) for expression in expressions], last_layer=last_layer)
+        return self.answer([self.question(expression) for expression in expressions], last_layer)
 
     def question(self, expression: str) -> Question:
         """The host's share of `attend`, which may run ahead in another thread."""
@@ -104,7 +125,7 @@ class EncodedImage:
         return Question(expression, prompt, inputs, self.lvlm.query([prompt], inputs))
 
     @memory_errors()
-    def answer(self, questions: Sequence[Question], *, last_layer: int | None = None) -> list[AttentionMaps]:
+    def answer(self, questions: Sequence[Question], last_layer: int | None = None) -> list[AttentionMaps]:
         """The model's share of `attend`."""
         if not questions:
             return []
@@ -116,7 +137,7 @@ class EncodedImage:
             or (start < len(prefix.ids) and not prefix.can_be_cut)
         ):
             asked = [question.expression for question in questions]
-            found = self.lvlm.attend_apart([self.image] * len(asked), asked, last_layer=last_layer)
+            found = apart(self.lvlm, [self.image] * len(asked), asked)(last_layer)
         else:
             rows = self._rows(questions, prefix, start, last_layer)
             found = [
@@ -152,10 +173,10 @@ class EncodedImage:
 
     def _common(self, prefix: Prefix, question: Question) -> int:
         """How many of the prefix's tokens a question can go on from; its query tokens are never among them."""
-        return min(shared_length(prefix.ids, question.ids), question.first_query)
+        return min(shared_start(prefix.ids, question.ids), question.first_query)
 
     def _read(self, prompt: Prompt) -> dict[str, Any]:
-        """The processor's output; the image itself goes through it only once."""
+        """The processor's output; the image itself is processed only once."""
         return dict(self.lvlm.processed([self.image], [prompt.text], self._processor))
 
     @cached_property
@@ -163,19 +184,17 @@ class EncodedImage:
         """How many tokens all prompts have in common."""
         first = self._first["input_ids"][0].tolist()
         others = (self._read(self.lvlm.located_prompt(words)) for words in STAND_INS[1:])
-        return min(shared_length(first, other["input_ids"][0].tolist()) for other in others)
+        return min(shared_start(first, other["input_ids"][0].tolist()) for other in others)
 
     @cached_property
     def _last_image_token(self) -> int:
-        tokens = ProcessedImage(
-            self.lvlm.model.config, self.lvlm.processor, self._first, 0, self.image.size
-        ).tokens
-        return int(tokens[-1]) if tokens.size else len(self._first["input_ids"][0])
+        ids = self._first["input_ids"][0]
+        places = (ids == self.lvlm.image_token_id).nonzero()
+        return int(places[-1]) if len(places) else len(ids)
 
     @cached_property
     def _views(self) -> list[View]:
-        encoded = ProcessedImage(self.lvlm.model.config, self.lvlm.processor, self._first, 0, self.image.size)
-        return views_of(encoded)
+        return self.lvlm.views_in(self._first, 0, self.image)
 
     def _computed(self, depth: int) -> Prefix:
         lvlm, length = self.lvlm, self._shared_tokens

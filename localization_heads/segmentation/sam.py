@@ -6,7 +6,6 @@ import hashlib
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,20 +14,10 @@ from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding
-from localization_heads.lvlm.checkpoint import (
-    check_counts,
-    check_files,
-    check_size,
-    checkpoint_folder,
-    first_line,
-    loading_reason,
-    weights_in,
-    written_config,
-)
-from localization_heads.lvlm.loading import hub_answers, hub_trouble
+from localization_heads.lvlm.checkpoint import check_counts, check_size, weights_in, written_config
+from localization_heads.lvlm.sources import checkpoint_folder, only_here, reading_errors, source_of
 from localization_heads.options.groups import SegmenterOptions, SegmenterPrompt
 from localization_heads.segmentation.segmenter import Frame, interior_points, map_logits
-from localization_heads.store.paths import local_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,23 +77,18 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
     """
     import transformers
 
-    source = _source(name)
-    settings: dict[str, Any] = {"local_files_only": _only_here(source), "trust_remote_code": False}
-    try:
-        check_counts(written_config(source, **settings), f"segmenter.name={name}")
+    shown = f"segmenter.name={name}"
+    source = source_of(name, shown, "segmenter=grabcut needs no weights")
+    settings: dict[str, Any] = {"local_files_only": only_here(source), "trust_remote_code": False}
+    with reading_errors(source, shown, "segmenter=grabcut, or segmenter.name=/path/to/folder"):
+        check_counts(written_config(source, **settings), shown)
         config = transformers.AutoConfig.from_pretrained(source, **settings)
         found = config.model_type
         if found not in family.model_types:
-            raise UsageError(f"segmenter.name={name}: it is a {found}, not a {family.kind}{_meant(found)}")
-        check_size(config.to_dict(), weights_in(checkpoint_folder(source)), f"segmenter.name={name}")
+            raise UsageError(f"{shown}: it is a {found}, not a {family.kind}{_meant(found)}")
+        check_size(config.to_dict(), weights_in(checkpoint_folder(source)), shown)
         kind = getattr(transformers, family.model_class)
         model, info = kind.from_pretrained(source, output_loading_info=True, dtype="float32", **settings)
-    except UsageError:
-        raise
-    except (OSError, ConnectionError, TimeoutError) as error:
-        raise WorkError(_why(name, error)) from error
-    except Exception as error:  # broken weights and configs raise anything
-        raise WorkError(f"segmenter.name={name} cannot be loaded: {loading_reason(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise WorkError(
             f"segmenter.name={name}: its checkpoint lacks {len(missing)} tensors, such as {missing[0]}"
@@ -112,42 +96,10 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
     return model, *_colours(family, source, settings)
 
 
-def _source(name: str) -> str:
-    """A local folder, or a hub id."""
-    folder = local_path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"segmenter.name={name}: the folder holds no config.json, so it is no saved model"
-            )
-        check_files(folder, f"segmenter.name={name}")
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(
-            f"segmenter.name={name}: no such folder, and no Hugging Face id (owner/name) either; "
-            "segmenter=grabcut needs no weights"
-        )
-    return name
-
-
-def _only_here(source: str) -> bool:
-    return Path(source).is_dir() or not hub_answers()
-
-
 def _meant(found: str) -> str:
     """The choice that takes such a model."""
     fitting = [kind for kind, family in FAMILIES.items() if found in family.model_types]
     return f"; write segmenter={fitting[0]}" if fitting else ""
-
-
-def _why(name: str, error: Exception) -> str:
-    if local_path(name).is_dir():
-        return f"segmenter.name={name} cannot be read: {first_line(error)}"
-    return (
-        f"segmenter.name={name} is neither a folder here nor to be had from the Hugging Face hub "
-        f"({hub_trouble() or first_line(error)}). Without a network: segmenter=grabcut, "
-        "or segmenter.name=/path/to/folder"
-    )
 
 
 def _colours(family: Family, source: str, settings: dict[str, Any]) -> tuple[Colours, Colours]:

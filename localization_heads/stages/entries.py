@@ -288,7 +288,7 @@ def _finite(entries: Entries, attended: Sequence[Attended]) -> list[Attended]:
 def _in_halves(
     run: Run, entries: Entries, opened: Sequence[tuple[Sample, Image.Image]], last_layer: int | None
 ) -> list[Attended]:
-    from localization_heads.lvlm.memory import free_memory
+    from localization_heads.lvlm.failures import free_memory
 
     entries.fitting = (len(opened) + 1) // 2
     log.warning("out of memory: going on with %d entries at a time", entries.fitting)

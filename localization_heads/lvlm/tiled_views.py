@@ -1,4 +1,4 @@
-"""Model families that cut an image into tiles and usually show the model the whole of it as well. See `families.py`."""
+"""Families that cut an image into tiles and usually show the model the whole of it as well: its two `View`s."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from localization_heads.lvlm.geometry import (
     grid,
     mosaic,
     patches_of,
-    seen_box,
+    seen_view,
     square,
     tile_edges,
     upscaling_limit,
     whole_box,
+    whole_view,
 )
 
 
@@ -44,24 +45,16 @@ def anyres(image: ProcessedImage) -> list[View]:
     canvas_h, canvas_w = select_best_resolution((H, W), config.image_grid_pinpoints)
     tile = image.config.vision_config.image_size
     x_edges, y_edges = tile_edges(canvas_w // tile, n, covered), tile_edges(canvas_h // tile, n, covered)
-    resized = letterboxed_size((W, H), (canvas_w, canvas_h))
+    resized = fitted_size((W, H), (canvas_w, canvas_h), math.ceil)
     offset = (canvas_w - resized[0]) // 2, (canvas_h - resized[1]) // 2
     x0, y0, x1, y1 = canvas_box((W, H), resized, (tile, tile), offset)  # of the first tile
     x_edges, y_edges = unpadded(x_edges * (x1 - x0) + x0, y_edges * (y1 - y0) + y0, (W, H))
     rows, columns = _shrunk(config, len(y_edges) - 1, len(x_edges) - 1, n)
     index = grid(rest, rows, columns + 1)[:, :-1]
     return [
-        even_view("whole", base, seen_box(config, base, whole_box((W, H)))),
+        seen_view(image, base),
         View("tiles", index, _resampled(x_edges, columns), _resampled(y_edges, rows)),
     ]
-
-
-def letterboxed_size(image_size: Size, canvas: Size) -> Size:
-    """The largest size of the image's aspect on a canvas, rounded up (LLaVA-NeXT)."""
-    (W, H), (w, h) = image_size, canvas
-    if w / W < h / H:
-        return w, min(math.ceil(H * (w / W)), h)
-    return min(math.ceil(W * (h / H)), w), h
 
 
 def unpadded(
@@ -91,10 +84,10 @@ def tiled(
     image: ProcessedImage, rows: int, columns: int, cells: int, *, box: Box | None = None, first: bool = False
 ) -> list[View]:
     """Tiles of `cells x cells` tokens over `box`, and a thumbnail of the whole image before or after them."""
-    whole, box = whole_box(image.image_size), box or whole_box(image.image_size)
+    box = box or whole_box(image.image_size)
     tokens, each, tiles = image.tokens, cells * cells, rows * columns
     if tiles == 1 and tokens.size == each:
-        return [even_view("whole", square(tokens), box)]
+        return [whole_view(image, square(tokens), box)]
     if tokens.size == tiles * each:  # the thumbnail is switched off
         return [even_view("tiles", mosaic(tokens, rows, columns), box)]
     thumbnail, rest = (tokens[:each], tokens[each:]) if first else (tokens[-each:], tokens[:-each])
@@ -104,7 +97,7 @@ def tiled(
             "the processor does not fit the model"
         )
     return [
-        even_view("whole", square(thumbnail), whole),
+        whole_view(image, square(thumbnail)),
         even_view("tiles", mosaic(rest, rows, columns), box),
     ]
 
@@ -162,15 +155,17 @@ def lfm2(image: ProcessedImage) -> list[View]:
     ip, (W, H) = image.image_processor, image.image_size
     names = ("downsample_factor", "min_image_tokens", "max_image_tokens", "encoder_patch_size")
     width, height = ip.smart_resize(height=H, width=W, **{name: getattr(ip, name) for name in names})
-    cell, whole = ip.encoder_patch_size * ip.downsample_factor, whole_box(image.image_size)
+    cell = ip.encoder_patch_size * ip.downsample_factor
     rows, columns = _numbered_tiles(image, r"<\|img_row_(\d+)_col_(\d+)\|>")
     tiles = rows * columns * (ip.tile_size // cell) ** 2 if rows * columns > 1 else 0
     views = []
     if image.tokens.size > tiles:
         index = grid(image.tokens[tiles:], height // cell, width // cell)
-        views.append(even_view("whole", index, whole))
+        views.append(whole_view(image, index))
     if tiles:
-        views.append(even_view("tiles", mosaic(image.tokens[:tiles], rows, columns), whole))
+        views.append(
+            even_view("tiles", mosaic(image.tokens[:tiles], rows, columns), whole_box(image.image_size))
+        )
     return views
 
 
@@ -187,3 +182,37 @@ def llama4(image: ProcessedImage) -> list[View]:
     )
     box = canvas_box(image.image_size, fitted_size(image.image_size, limit), canvas)
     return tiled(image, rows, columns, cells, box=box)
+
+
+def gemma3(image: ProcessedImage) -> list[View]:
+    """Gemma 3: the image squeezed into a square; with pan and scan, crops along its longer side as well."""
+    (W, H), each = image.image_size, image.config.mm_tokens_per_image
+    whole, rest = image.tokens[:each], image.tokens[each:]
+    views = [whole_view(image, square(whole))]
+    if rest.size:
+        crops, cells = rest.size // each, math.isqrt(each)
+        rows, columns = (1, crops) if W >= H else (crops, 1)
+        index = mosaic(rest, rows, columns)
+        views.append(View("tiles", index, _crop_edges(W, columns, cells), _crop_edges(H, rows, cells)))
+    return views
+
+
+def _crop_edges(length: int, crops: int, cells: int) -> NDArray[np.float64]:
+    """Crops are rounded up to whole pixels, so that the last one is narrower."""
+    size = math.ceil(length / crops)
+    borders = np.minimum(np.arange(crops + 1) * size, length)
+    return np.interp(np.arange(crops * cells + 1) / cells, np.arange(crops + 1), borders)
+
+
+def mllama(image: ProcessedImage) -> list[View]:
+    """Llama 3.2 Vision: the keys are those of cross-attention, tile after tile, a class token before each."""
+    vision, tile = image.config.vision_config, image.image_processor.size["height"]
+    rows, columns = vision.supported_aspect_ratios[image.row("aspect_ratio_ids")[0] - 1]
+    cells, covered = patches_of(vision)
+    keys = np.arange(rows * columns * (cells * cells + 1)).reshape(rows * columns, -1)[:, 1:]
+    canvas = columns * tile, rows * tile
+    limit = upscaling_limit(image.image_size, tile, canvas)
+    x0, y0, x1, y1 = canvas_box(image.image_size, fitted_size(image.image_size, limit), (tile, tile))
+    x_edges, y_edges = tile_edges(columns, cells, covered), tile_edges(rows, cells, covered)
+    index = mosaic(keys.reshape(-1), rows, columns)
+    return [View("whole", index, x_edges * (x1 - x0) + x0, y_edges * (y1 - y0) + y0)]
