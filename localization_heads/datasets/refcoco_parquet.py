@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localization_heads.datasets.parquet_pages import UnreadablePageError, unpacked_sizes
 from localization_heads.datasets.reference import (
     BadRecord,
     Entry,
@@ -72,7 +73,7 @@ def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path, metadata=metadata, read_dictionary=coded) as file:
             _check_bounds(path, file, columns)
             yield file
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnreadablePageError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"{path}: not a parquet file that can be read ({reason})") from error
 
@@ -116,11 +117,25 @@ def _check_bounds(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> N
         chunks = [chunk for chunk in chunks if _top(chunk.path_in_schema) in columns]
         if any(chunk.physical_type == "FIXED_LEN_BYTE_ARRAY" for chunk in chunks):
             raise UsageError(f"{path}: a column is of an unknown type")
+        if any(min(chunk.num_values, chunk.total_uncompressed_size) < 0 for chunk in chunks):
+            raise UsageError(f"{path}: row group {number} has sizes below 0")
         pixels = sum(chunk.num_values for chunk in chunks if chunk.physical_type == "BOOLEAN")
         values = sum(chunk.num_values for chunk in chunks if chunk.physical_type != "BOOLEAN")
         built = sum(chunk.total_uncompressed_size for chunk in chunks) + 16 * values
-        if built > _allowance(path) or pixels > MAX_GROUP_PIXELS:
+        if max(built, _claimed_by_pages(path, chunks)) > _allowance(path) or pixels > MAX_GROUP_PIXELS:
             raise UsageError(f"{path}: row group {number} holds far more than the file")
+
+
+def _claimed_by_pages(path: Path, chunks: Sequence[pq.ColumnChunkMetaData]) -> int:
+    """Bytes that the pages of some column chunks say they unpack to, which may be more than the footer says."""
+    claimed = 0
+    with path.open("rb") as file:
+        for chunk in chunks:
+            if not chunk.num_values:  # arrow reads no page of it
+                continue
+            start = min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
+            claimed += sum(unpacked_sizes(file, start, chunk.total_compressed_size))
+    return claimed
 
 
 def _unfolded(array: Any) -> int:
