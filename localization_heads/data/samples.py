@@ -23,7 +23,7 @@ from localization_heads.data.images import ImageSource, expanded, find_file
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store import files
-from localization_heads.store.json_files import parse_json
+from localization_heads.store.files import parse_json
 from localization_heads.store.paths import attention_stem, check_id, claimed_names
 
 MAX_LINE_BYTES = 1 << 20

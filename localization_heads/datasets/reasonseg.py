@@ -30,7 +30,7 @@ from localization_heads.datasets import refcoco_parquet
 from localization_heads.datasets.refcoco_parquet import ParquetSource
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, declared_size, expression
 from localization_heads.errors import BadEntry, BadLineError, UsageError
-from localization_heads.store.json_files import read_json
+from localization_heads.store.files import read_json
 from localization_heads.store.paths import check_id
 
 COLUMNS = frozenset(("image", "text", "mask", "img_height", "img_width"))

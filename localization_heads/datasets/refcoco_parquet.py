@@ -30,7 +30,7 @@ from localization_heads.datasets.reference import (
     sentence_ids,
 )
 from localization_heads.errors import BadEntry, BadLineError, UsageError
-from localization_heads.store.json_files import parse_json
+from localization_heads.store.files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,7 +17,7 @@ from localization_heads.attention import Box, misses_image
 from localization_heads.data.masks import MaskSource
 from localization_heads.data.samples import check_box
 from localization_heads.errors import BadEntry, BadLineError, UsageError
-from localization_heads.store.json_files import read_json
+from localization_heads.store.files import read_json
 from localization_heads.store.pickle_parts import Limits
 from localization_heads.store.safe_pickle import load_pickle
 

@@ -22,11 +22,10 @@ import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError, shown
-from localization_heads.store.files import write_bytes
-from localization_heads.store.json_files import parse_json
+from localization_heads.store.files import parse_json, write_bytes
 from localization_heads.store.paths import attention_stem, side_path
 from localization_heads.store.pickle_parts import PickleRefusedError
-from localization_heads.store.safe_pickle import MAX_FILE_BYTES, load_pickle, loads_pickle
+from localization_heads.store.safe_pickle import MAX_FILE_BYTES, check_file, load_pickle, loads_pickle
 
 VERSION = 1
 MAX_SIDE = 1_000_000
@@ -249,10 +248,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     """The content of a `.safetensors` file in the form of the pickle."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
+    check_file(path)
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -269,8 +265,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_gzip(path: Path) -> Any:
     """The plain value in a gzipped pickle, of which no more is unpacked than an honest one holds."""
     try:
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        check_file(path)
         times, more = _UNPACKED
         limit = min(times * path.stat().st_size + more, MAX_FILE_BYTES)
         with gzip.open(path) as file:

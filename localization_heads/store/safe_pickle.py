@@ -58,11 +58,16 @@ class _Storage(NamedTuple):
     numbers: np.ndarray
 
 
-class _Mark:
-    """The bottom of a list of arguments on the stack."""
+_MARK = object()
+"""The bottom of a list of arguments on the stack; in the memo, a number that was left out."""
 
 
-_MARK = _Mark()
+def check_file(path: Path) -> None:
+    """UsageError unless there is a file of at most `MAX_FILE_BYTES`."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
 
 
 def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
@@ -73,10 +78,7 @@ def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
+        check_file(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
@@ -277,12 +279,8 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
     "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
-    "PUT": lambda m, index: m.memoize(index),
-    "BINPUT": lambda m, index: m.memoize(index),
-    "LONG_BINPUT": lambda m, index: m.memoize(index),
-    "GET": lambda m, index: m.push_again(index),
-    "BINGET": lambda m, index: m.push_again(index),
-    "LONG_BINGET": lambda m, index: m.push_again(index),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.memoize),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.push_again),
     "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name(m.stack.pop(-2), m.stack.pop()),
     "REDUCE": lambda m, _: m.reduce(),
