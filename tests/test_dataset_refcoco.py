@@ -16,8 +16,8 @@ import pytest
 from pycocotools import mask as coco
 
 from localization_heads.data.masks import encode_source, read_mask
-from localization_heads.datasets import refcoco_parquet
-from localization_heads.datasets.parquet_pages import UnreadablePageError, unpacked_sizes
+from localization_heads.datasets import parquet
+from localization_heads.datasets.parquet import UnreadablePageError, unpacked_sizes
 from localization_heads.datasets.reference import BadRecord, Record
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import UsageError
@@ -153,13 +153,13 @@ def test_rows_are_found_in_any_row_group(tmp_path):
     ],
 )
 def test_a_files_name_tells_its_split(name, split):
-    assert refcoco_parquet.split_of(Path(name)) == split
+    assert parquet.split_of(Path(name)) == split
 
 
 def test_a_name_that_tells_no_split_is_refused():
     for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
         with pytest.raises(UsageError, match="does not tell its split"):
-            refcoco_parquet.split_of(Path(name))
+            parquet.split_of(Path(name))
 
 
 def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
@@ -359,7 +359,7 @@ def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
     source, index = opened(tmp_path, None)
     for name, limit in (("MAX_ROWS", 0), ("_allowance", lambda path: 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(refcoco_parquet, name, limit)
+            patch.setattr(parquet, name, limit)
             with pytest.raises(UsageError, match=r"\.parquet"):
                 all_records(source, index)
 
@@ -375,7 +375,7 @@ def test_parquet_with_sizes_below_zero_is_refused(tmp_path):
     head, rows, values, group = content.split(b"\x16\x78")
     path.write_bytes(head + b"\x16\x78" + rows + b"\x16\x77" + values + b"\x16\x78" + group)
     with pytest.raises(UsageError, match="row group 0 has sizes below 0"):
-        list(refcoco_parquet.read_columns(path, ["x"]))
+        list(parquet.read_columns(path, ["x"]))
 
 
 def bombs(folder):
@@ -405,7 +405,7 @@ READ_BOMBS = """
 import resource, sys
 from pathlib import Path
 import pyarrow.parquet
-from localization_heads.datasets import refcoco_parquet as parquet
+from localization_heads.datasets import parquet
 from localization_heads.errors import UsageError
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -443,7 +443,7 @@ def test_a_page_that_lies_about_its_size_is_refused(lie, message, tmp_path):
     """The footer is honest; the header of the page does not say 32 MB, in as many bytes."""
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": [bytes(1 << 25)]}), path, compression="zstd", use_dictionary=False)
-    assert len(list(refcoco_parquet.read_columns(path, ["x"]))) == 1
+    assert len(list(parquet.read_columns(path, ["x"]))) == 1
     content = bytearray(path.read_bytes())
     start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
     size = content[start + 3 : start + 7]  # after the field of the type, its value and the field of the size
@@ -452,7 +452,7 @@ def test_a_page_that_lies_about_its_size_is_refused(lie, message, tmp_path):
         content[start + place : start + place + len(told)] = told
     path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        list(refcoco_parquet.read_columns(path, ["x"]))
+        list(parquet.read_columns(path, ["x"]))
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -519,9 +519,9 @@ def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
     schema = pa.schema([("s", pa.list_(tokens)), ("t", pa.string())])
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=5000, **options)
-    assert list(refcoco_parquet.read_columns(path, ["s", "t"])) == rows
+    assert list(parquet.read_columns(path, ["s", "t"])) == rows
     wanted = [0, 17, 4999, 5000, 8999]
-    found = [(row, batch.to_pylist()) for row, batch in refcoco_parquet.read_rows(path, ["s", "t"], wanted)]
+    found = [(row, batch.to_pylist()) for row, batch in parquet.read_rows(path, ["s", "t"], wanted)]
     assert found == [(row, [rows[row]]) for row in wanted]
 
 

@@ -1,8 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as parquet (jxu124, lmms-lab), and how parquet files are read within bounds.
+"""Parquet files within bounds, and benchmarks that come as such files.
 
-pyarrow is imported only when a file is opened. Whatever a file claims about itself is checked before memory is taken.
-Texts and bytes stay dictionary-coded until their total size is known: a cell of a megabyte can stand in a thousand
-rows and be stored once.
+pyarrow is imported only when a file is opened. Whatever a file claims about itself, in its footer and in the headers of
+its pages, is checked before arrow reserves memory for it. Texts and bytes stay dictionary-coded until their total size
+is known: a cell of a megabyte can stand in a thousand rows and be stored once.
 """
 
 from __future__ import annotations
@@ -11,31 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from localization_heads.datasets.parquet_pages import UnreadablePageError, unpacked_sizes
-from localization_heads.datasets.reference import (
-    BadRecord,
-    Entry,
-    Index,
-    Record,
-    box_from_xywh,
-    box_from_xyxy,
-    coco_image,
-    coco_image_of,
-    coco_record,
-    expression,
-    find_coco_image,
-    is_number,
-    sentence_ids,
-)
-from localization_heads.errors import BadEntry, BadLineError, UsageError
-from localization_heads.store.files import parse_json
+from localization_heads.datasets.reference import Source
+from localization_heads.errors import BadLineError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
-
 
 MAX_ROWS = 10_000_000
 MAX_GROUP_PIXELS = 1 << 31
@@ -44,8 +27,17 @@ MAX_GROUP_PIXELS = 1 << 31
 VALUE = 50
 """Approximate bytes of a Python value: the object, and its place in a list or dict."""
 
-MAX_CELL = 64 << 20
-"""Bytes of JSON in one cell."""
+USUAL_HEADER = 1 << 10
+LONGEST_HEADER = 1 << 20
+"""Bytes of a header with its statistics."""
+SLACK = 100
+"""Bytes after a column chunk that arrow reads too, if the file says that an old parquet-mr wrote it (PARQUET-816)."""
+
+_UNPACKED, _PACKED = 2, 3
+"""Fields of a header: the size of the page unpacked, and as it is stored."""
+_DEEPEST = 8
+_LAST_FIELD = 0x7FFF
+
 
 BATCH = 16
 _SPLITS = {
@@ -198,6 +190,127 @@ def read_rows(
             first = end
 
 
+class UnreadablePageError(ValueError):
+    """There is no page header where one should be, or it is longer than `LONGEST_HEADER`."""
+
+
+def unpacked_sizes(file: BinaryIO, start: int, length: int) -> Iterator[int]:
+    """The bytes that each page of a column chunk claims to unpack to.
+
+    Args:
+        start: where the first page of the chunk begins.
+        length: bytes of the chunk. A page in the `SLACK` behind it counts if there is one.
+
+    Raises:
+        UnreadablePageError: no header can be read where a page of the chunk begins.
+    """
+    end = start + length
+    while start < end + SLACK:
+        try:
+            header, unpacked, packed = _read_header(file, start)
+        except UnreadablePageError:
+            if start < end:
+                raise
+            return
+        yield unpacked
+        start += header + packed
+
+
+def _read_header(file: BinaryIO, start: int) -> tuple[int, int, int]:
+    """Bytes of the header at `start`, of its page unpacked, and of its page as stored."""
+    for most in (USUAL_HEADER, LONGEST_HEADER):
+        file.seek(start)
+        header = _Header(file.read(most))
+        try:
+            numbers = header.numbers()
+        except IndexError:
+            continue
+        unpacked, packed = numbers.get(_UNPACKED, -1), numbers.get(_PACKED, -1)
+        if 0 <= unpacked < 1 << 31 and 0 <= packed < 1 << 31:
+            return header.place, unpacked, packed
+        break
+    raise UnreadablePageError("a page without a readable header")
+
+
+class _Header:
+    """A Thrift struct in compact protocol, of the kinds of fields that page headers have. IndexError if it is cut."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.place = 0
+
+    def numbers(self, depth: int = 0) -> dict[int, int]:
+        """The 32-bit numbers of the struct at `place`, by field; whatever else it holds is skipped."""
+        numbers: dict[int, int] = {}
+        field = 0
+        while kind := (byte := self._byte()) & 15:  # 0 ends the struct
+            field += byte >> 4
+            if not byte >> 4 or field > _LAST_FIELD or depth > _DEEPEST:
+                raise UnreadablePageError("a page header in an unknown form")
+            if kind == 5:
+                value = self._varint()
+                numbers[field] = (value >> 1) ^ -(value & 1)
+            elif kind in (4, 6):
+                self._varint()
+            elif kind == 8:
+                length = self._varint()
+                self.place += length
+            elif kind == 12:
+                self.numbers(depth + 1)
+            elif kind not in (1, 2):  # true and false have no bytes of their own
+                raise UnreadablePageError("a page header in an unknown form")
+        return numbers
+
+    def _byte(self) -> int:
+        self.place += 1
+        return self.content[self.place - 1]
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise UnreadablePageError("a page header in an unknown form")
+
+
+class ParquetSource(Source):
+    """Rows of several files, counted through in the order of the files' names."""
+
+    index_columns: tuple[str, ...]
+    record_columns: tuple[str, ...]
+    batch_size = BATCH
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__(sorted(files))
+
+    @classmethod
+    def columns(cls) -> set[str]:
+        """The columns by which such a file is recognised."""
+        return {*cls.index_columns, *cls.record_columns}
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The split and the index columns of every row."""
+        for file in self.files:
+            split = self.split(file)
+            for values in read_columns(file, self.index_columns):
+                yield split, values
+
+    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The record columns of these rows, each as a batch of one."""
+        first = 0
+        for file in self.files:
+            end = first + num_rows(file)
+            here = [row - first for row in rows if first <= row < end]
+            for row, batch in read_rows(file, self.record_columns, here, self.batch_size) if here else ():
+                yield first + row, batch
+            first = end
+
+    def split(self, file: Path) -> str:
+        return split_of(file)
+
+
 def split_of(path: Path) -> str:
     """The split from a file's name or from its folder's, as Hugging Face names them.
 
@@ -213,155 +326,9 @@ def split_of(path: Path) -> str:
     raise UsageError(f"{path}: its name does not tell its split; name it as in val-00000-of-00001.parquet")
 
 
-def json_cell(value: object, name: str) -> dict[str, Any]:
-    """The object in a column of JSON texts. BadLineError, naming the column, for anything else."""
-    if not isinstance(value, str) or len(value) > MAX_CELL:
-        raise BadLineError(f"{name} is not text")
-    try:
-        parsed = parse_json(value.encode("utf-8", "surrogatepass"))
-    except ValueError as error:
-        raise BadLineError(f"{name}: {error}") from error
-    if not isinstance(parsed, dict):
-        raise BadLineError(f"{name} is not a JSON object")
-    return parsed
-
-
 def image_cell(value: object) -> bytes:
     """The bytes in a column of images, which is `{"bytes", "path"}`. Raises BadLineError."""
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes) or not content:
         raise BadLineError("the image's bytes are not in the file")
     return content
-
-
-JXU_COLUMNS = frozenset(("ref_id", "image_id", "sentences", "raw_anns", "raw_image_info", "bbox"))
-LMMS_COLUMNS = frozenset(("image", "answer", "bbox", "segmentation", "file_name"))
-
-
-_LMMS_VAL = {"refcoco": "8,811 rows, UNC's has 3,811", "refcocog": "7,573 rows, UMD's has 2,573"}
-
-
-class ParquetSource:
-    """Rows of several files, counted through in the order of the files' names."""
-
-    kind: str
-    variant = ""
-    index_columns: tuple[str, ...]
-    record_columns: tuple[str, ...]
-    batch_size = BATCH
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = sorted(files)
-        self.notes: list[str] = []
-
-    def index(self) -> Index:
-        entries: list[Entry] = []
-        bad: list[BadEntry] = []
-        number = 0
-        for file in self.files:
-            split = self.split(file)
-            for values in read_columns(file, self.index_columns):
-                try:
-                    entries += self.entries(values, number, split)
-                except BadLineError as error:
-                    bad.append(BadEntry(number + 1, "", str(error)))
-                number += 1
-        return Index(entries, bad)
-
-    def records(self, rows: Sequence[int]) -> Iterator[Record | BadRecord]:
-        first = 0
-        for file in self.files:
-            end = first + num_rows(file)
-            here = [row - first for row in rows if first <= row < end]
-            read = read_rows(file, self.record_columns, here, self.batch_size) if here else ()
-            for row, batch in read:
-                try:
-                    yield self.record(first + row, batch)
-                except BadLineError as error:
-                    yield BadRecord(first + row, str(error))
-            first = end
-
-    def split(self, file: Path) -> str:
-        return split_of(file)
-
-    def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
-        raise NotImplementedError
-
-    def record(self, row: int, batch: Any) -> Record:
-        raise NotImplementedError
-
-
-class JxuParquet(ParquetSource):
-    """`jxu124/refcoco*`, with the folder of COCO's images."""
-
-    kind = "parquet of jxu124"
-    index_columns = ("ref_id", "image_id", "sentences")
-    record_columns = ("ref_id", "image_id", "raw_anns", "raw_image_info", "bbox")
-
-    def __init__(self, files: Sequence[Path], images: Path, dataset: str) -> None:
-        super().__init__(files)
-        self.images = images
-        self.has_testa = dataset != "refcocog"
-
-    def split(self, file: Path) -> str:
-        split = split_of(file)
-        return "testA" if split == "test" and self.has_testa else split
-
-    def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
-        sentences = values["sentences"]
-        if not is_number(values["ref_id"]) or not isinstance(sentences, list) or not sentences:
-            raise BadLineError("a reference needs a ref_id and sentences")
-        image = coco_image(values["image_id"])
-        return [Entry(id, split, image, text, row) for id, text in sentence_ids(values["ref_id"], sentences)]
-
-    def record(self, row: int, batch: Any) -> Record:
-        values = batch.to_pylist()[0]
-        annotation = json_cell(values["raw_anns"], "raw_anns")
-        image = json_cell(values["raw_image_info"], "raw_image_info")
-        file = find_coco_image(self.images, coco_image(values["image_id"]))
-        found = coco_record(row, file, image, annotation, {"ref_id": values["ref_id"]})
-        _check_same(box_from_xyxy(values["bbox"]), found.box)
-        return found
-
-
-def _check_same(column: Sequence[float], annotation: Sequence[float] | None) -> None:
-    """The two boxes of a row say the same if the column is xyxy, as it should be."""
-    if annotation is None or max(abs(a - b) for a, b in zip(column, annotation, strict=True)) > 1:
-        raise BadLineError("the columns bbox (xyxy) and raw_anns.bbox (xywh) are not the same box")
-
-
-class LmmsParquet(ParquetSource):
-    """`lmms-lab/RefCOCO*`, with the images inside."""
-
-    kind = "parquet of lmms-lab"
-    variant = "lmms"
-    index_columns = ("answer", "file_name")
-    record_columns = ("image", "bbox", "segmentation", "file_name")
-
-    def __init__(self, files: Sequence[Path], dataset: str) -> None:
-        super().__init__(files)
-        self.notes.append("lmms-lab's masks are one polygon each: objects in several parts are not whole")
-        if note := _LMMS_VAL.get(dataset):
-            self.notes.append(f"lmms-lab's val is not the val of papers ({note}): the numbers do not compare")
-
-    def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
-        answers = values["answer"]
-        if not isinstance(answers, list) or not answers:
-            raise BadLineError("answer must be the list of its expressions")
-        image = coco_image_of(values["file_name"])
-        if image is None:
-            raise BadLineError("file_name is none of COCO's")
-        return [
-            Entry(f"row{row}_sent{n}", split, image, expression(text), row) for n, text in enumerate(answers)
-        ]
-
-    def record(self, row: int, batch: Any) -> Record:
-        values = batch.to_pylist()[0]
-        polygon = values["segmentation"]
-        return Record(
-            row,
-            image_cell(values["image"]),
-            box=box_from_xywh(values["bbox"]),
-            mask=[polygon] if isinstance(polygon, list) and polygon else None,
-            more={"file_name": values["file_name"]},
-        )
