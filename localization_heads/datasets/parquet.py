@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from localization_heads.datasets.reference import Source
-from localization_heads.errors import BadLineError, UsageError
+from localization_heads.errors import BadLineError, UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -66,8 +66,7 @@ def opened(path: Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
             _check_bounds(path, file, columns)
             yield file
     except (pa.ArrowException, OSError, MemoryError, UnreadablePageError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(f"{path}: not a parquet file that can be read ({reason})") from error
+        raise UsageError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
 
 
 def column_names(path: Path) -> list[str]:

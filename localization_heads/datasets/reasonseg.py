@@ -24,8 +24,7 @@ from PIL import Image, ImageDraw
 
 from localization_heads.cells import tight_box
 from localization_heads.data.address import ImageError
-from localization_heads.data.images import MAX_PIXELS, image_size
-from localization_heads.data.masks import strips
+from localization_heads.data.images import MAX_PIXELS, image_size, strips
 from localization_heads.datasets.parquet import ParquetSource, image_cell, num_values, read_columns, split_of
 from localization_heads.datasets.reference import Entry, Index, Record, Source, declared_size, expression
 from localization_heads.errors import BadLineError, UsageError
@@ -173,8 +172,8 @@ def _paint(
     if len(points) > 2:
         draw.polygon(moved, fill=1, outline=1)
     draw.line([*moved, moved[0]], fill=1)
-    for rows, values in strips(canvas):
-        yield (slice(top + rows.start, top + rows.stop), slice(left, right)), values.view(bool)
+    for rows, strip in strips(canvas):
+        yield (slice(top + rows.start, top + rows.stop), slice(left, right)), np.asarray(strip).view(bool)
 
 
 class ReasonSegParquet(ParquetSource):
