@@ -25,6 +25,11 @@ def shown(value: object, limit: int = 40) -> str:
     return " ".join(text[: 2 * limit].encode("ascii", "backslashreplace").decode().split())
 
 
+def one_line(error: BaseException, limit: int = 100) -> str:
+    """What another library's error says, on one line and cut; its kind where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class UsageError(Exception):
     """The user asked for something that cannot be: a bad option, a missing file, a broken data set.
 

@@ -55,7 +55,7 @@ def commanded(front: Front, *options: str) -> tuple[dict[str, Any], list[dict[st
     metrics = json.loads((front.out / "metrics.json").read_text())
     (data_file,) = Path("outputs/scenes").rglob("*.jsonl")
     rows = pyarrow.parquet.read_table(front.out / "per_sample.parquet").to_pylist()
-    return metrics, rows, load_samples(data_file).samples
+    return metrics, rows, load_samples(data_file).entries
 
 
 def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:

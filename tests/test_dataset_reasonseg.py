@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from localization_heads.cells import tight_box
-from localization_heads.data import masks
+from localization_heads.data import images
 from localization_heads.datasets.reasonseg import paint_shapes
 from localization_heads.datasets.reference import BadRecord, Record
 from localization_heads.datasets.source import open_source
@@ -90,7 +90,7 @@ def test_painting_by_hand():
 def test_strips_and_parts_of_shapes_make_the_same_masks(monkeypatch):
     shapes = [shape(label, *points) for label, points in [*CASES["beyond the image"], ("ignore", SMALL)]]
     whole = paint_shapes(shapes, (64, 48))
-    monkeypatch.setattr(masks, "STRIP", 100)
+    monkeypatch.setattr(images, "STRIP", 100)
     np.testing.assert_array_equal(paint_shapes(shapes, (64, 48)), whole)
     assert whole[0].sum() == 64 * 21 - 11 * 11 and whole[1].sum() == 11 * 11
 

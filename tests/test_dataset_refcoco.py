@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 from pycocotools import mask as coco
 
 from localization_heads.data.masks import encode_source, read_mask
-from localization_heads.datasets import refcoco_parquet
+from localization_heads.datasets import parquet
+from localization_heads.datasets.parquet import UnreadablePageError, unpacked_sizes
 from localization_heads.datasets.reference import BadRecord, Record
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import UsageError
@@ -151,13 +153,13 @@ def test_rows_are_found_in_any_row_group(tmp_path):
     ],
 )
 def test_a_files_name_tells_its_split(name, split):
-    assert refcoco_parquet.split_of(Path(name)) == split
+    assert parquet.split_of(Path(name)) == split
 
 
 def test_a_name_that_tells_no_split_is_refused():
     for name in ("0000.parquet", "train-val.parquet", "val/train-test.parquet", "x/0000.parquet"):
         with pytest.raises(UsageError, match="does not tell its split"):
-            refcoco_parquet.split_of(Path(name))
+            parquet.split_of(Path(name))
 
 
 def test_jxus_test_is_testa_but_not_of_refcocog(tmp_path, images):
@@ -357,9 +359,23 @@ def test_parquet_over_the_bounds_is_refused(tmp_path, monkeypatch):
     source, index = opened(tmp_path, None)
     for name, limit in (("MAX_ROWS", 0), ("_allowance", lambda path: 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(refcoco_parquet, name, limit)
+            patch.setattr(parquet, name, limit)
             with pytest.raises(UsageError, match=r"\.parquet"):
                 all_records(source, index)
+
+
+def test_parquet_with_sizes_below_zero_is_refused(tmp_path):
+    """They would make up for the size of another column."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": range(60)}), path, use_dictionary=False, compression="none")
+    content = path.read_bytes()
+    assert (
+        content.count(b"\x16\x78") == 3
+    )  # 60 as a 64-bit number of the footer: rows, values, rows of the group
+    head, rows, values, group = content.split(b"\x16\x78")
+    path.write_bytes(head + b"\x16\x78" + rows + b"\x16\x77" + values + b"\x16\x78" + group)
+    with pytest.raises(UsageError, match="row group 0 has sizes below 0"):
+        list(parquet.read_columns(path, ["x"]))
 
 
 def bombs(folder):
@@ -389,7 +405,7 @@ READ_BOMBS = """
 import resource, sys
 from pathlib import Path
 import pyarrow.parquet
-from localization_heads.datasets import refcoco_parquet as parquet
+from localization_heads.datasets import parquet
 from localization_heads.errors import UsageError
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -415,6 +431,84 @@ def test_parquet_that_holds_far_more_than_the_file_is_refused(tmp_path):
     assert set(done.stdout.splitlines()) == first_rows
 
 
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ({3: b"\xfe\xff\xff\x7f"}, "far more than the file"),  # 134 MB
+        ({3: b"\xff\xff\xff\x7f"}, "without a readable header"),  # less than nothing
+        ({0: b"\x00"}, "without a readable header"),  # a header that ends where it begins
+    ],
+)
+def test_a_page_that_lies_about_its_size_is_refused(lie, message, tmp_path):
+    """The footer is honest; the header of the page does not say 32 MB, in as many bytes."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [bytes(1 << 25)]}), path, compression="zstd", use_dictionary=False)
+    assert len(list(parquet.read_columns(path, ["x"]))) == 1
+    content = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    size = content[start + 3 : start + 7]  # after the field of the type, its value and the field of the size
+    assert all(byte > 127 for byte in size[:3]) and size[3] < 128
+    for place, told in lie.items():
+        content[start + place : start + place + len(told)] = told
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        list(parquet.read_columns(path, ["x"]))
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_every_page_of_a_file_is_followed(version, compression, tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table(
+        {"x": [f"{n:09d}" for n in range(20_000)], "y": [[n % 7] * (n % 3) for n in range(20_000)]}
+    )
+    pq.write_table(table, path, compression=compression, data_page_version=version, data_page_size=5000)
+    group = pq.read_metadata(path).row_group(0)
+    for column in map(group.column, range(2)):
+        start, length = column.dictionary_page_offset, column.total_compressed_size
+        sizes = list(unpacked_sizes(io.BytesIO(path.read_bytes()[: start + length]), start, length))
+        assert len(sizes) > 3
+        assert sum(sizes) <= column.total_uncompressed_size < sum(sizes) + 200 * len(sizes)
+
+
+PAGE = bytes([0x15, 0, 0x15, 100, 0x15, 2, 0])
+"""The header of a page of type 0 that says 50 bytes unpacked and 1 as stored."""
+
+
+@pytest.mark.parametrize(
+    ("header", "sizes"),
+    [
+        (PAGE, [50, 50]),
+        (PAGE[:-1] + b"\x10", [50, 50]),  # any field of type 0 ends a struct
+        (PAGE[:-1] + b"\x2c\x15\x02\x18\x03abc\x11\x12\x16\x01\x00\x00", [50, 50]),  # a struct of all kinds
+        (PAGE[:-1], "cut"),
+        (b"", "cut"),
+        (PAGE[:-1] + b"\x28\xff\xff\xff\xff\x7f\x00", "a text that reaches beyond the file"),
+        (PAGE[:-1] + b"\x16" + b"\xff" * 20 + b"\x00", "a number without end"),
+        (PAGE[:-1] + b"\x1c" * 3000 + b"\x00" * 3001, "structs in structs"),
+        (PAGE[:-1] + b"\xf1" * 4369 + b"\x25\x7f\x00", "a field whose number overflows to 2"),
+        (PAGE[:-1] + b"\x05\x04\x7f\x00", "a field with a number of its own"),
+        (PAGE[:-1] + b"\x1b\x00\x00", "a map"),
+        (PAGE[:4] + bytes([0x15, 0x82, 0x80, 0x80, 0x80, 0x20, 0]), "stored bytes that overflow to 1"),
+        (PAGE[:4] + bytes([0x15, 1, 0]), "stored bytes that lead back"),
+        (PAGE[:4] + bytes([0]), "no stored bytes"),
+        (b"\x18\x80\x80\x80\x01" + bytes(1 << 22) + PAGE, "a header of two megabytes"),
+    ],
+    ids=lambda value: value[:12].hex() if isinstance(value, bytes) else str(value),
+)
+def test_page_headers(header, sizes):
+    """Two equal pages of one byte each; a header with two readings has none."""
+    file = io.BytesIO((header + b"x") * 2 if isinstance(sizes, list) else header)
+    length = len(file.getvalue()) or 1
+    if isinstance(sizes, list):
+        assert list(unpacked_sizes(file, 0, length)) == sizes
+        assert list(unpacked_sizes(file, 0, len(header) + 1)) == sizes  # the next is in the slack
+        assert list(unpacked_sizes(file, 0, 0)) == sizes
+    else:
+        with pytest.raises(UnreadablePageError):
+            list(unpacked_sizes(file, 0, length))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"dictionary_pagesize_limit": 2000}])
 def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
     rows = [
@@ -425,9 +519,9 @@ def test_texts_in_lists_come_back_however_they_are_coded(options, tmp_path):
     schema = pa.schema([("s", pa.list_(tokens)), ("t", pa.string())])
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=5000, **options)
-    assert list(refcoco_parquet.read_columns(path, ["s", "t"])) == rows
+    assert list(parquet.read_columns(path, ["s", "t"])) == rows
     wanted = [0, 17, 4999, 5000, 8999]
-    found = [(row, batch.to_pylist()) for row, batch in refcoco_parquet.read_rows(path, ["s", "t"], wanted)]
+    found = [(row, batch.to_pylist()) for row, batch in parquet.read_rows(path, ["s", "t"], wanted)]
     assert found == [(row, [rows[row]]) for row in wanted]
 
 

@@ -598,8 +598,8 @@ def test_the_folder_is_locked_during_the_work(
     original, refused = LVLM.attend_batch, []
 
     def meanwhile(self: LVLM, *arguments: Any, **options: Any) -> Any:
-        with pytest.raises(UsageError, match="another run is working") as caught:
-            RunLock(front.out).acquire()
+        with pytest.raises(UsageError, match="another run is working") as caught, RunLock(front.out):
+            pass
         refused.append(caught)
         return original(self, *arguments, **options)
 

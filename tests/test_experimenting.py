@@ -260,7 +260,7 @@ def test_wide_scenes_keep_the_object(front: Front) -> None:
 
     assert front.finder("stage=scenes", *SCENES, "scenes.height=80").status == 0
     (data,) = Path("outputs/scenes").glob("*/scenes.jsonl")
-    for sample in load_samples(data).samples:
+    for sample in load_samples(data).entries:
         with Image.open(sample.image) as image:  # type: ignore[arg-type]
             assert image.size == (128, 80)
         mask = decode_mask(sample, (128, 80))

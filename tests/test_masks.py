@@ -173,7 +173,7 @@ def test_a_png_of_another_size_is_refused_before_it_is_decoded(tmp_path):
 def test_a_png_is_looked_at_in_strips(tmp_path, monkeypatch):
     expected = np.random.default_rng(0).random((9, 5)) > 0.5
     Image.fromarray(expected).convert("RGB").save(tmp_path / "mask.png")
-    monkeypatch.setattr("localization_heads.data.masks.STRIP", 11)
+    monkeypatch.setattr("localization_heads.data.images.STRIP", 11)
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (5, 9)), expected)
 
 

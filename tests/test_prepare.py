@@ -69,7 +69,7 @@ def test_val_is_written_whole_and_evaluate_scores_it(front):
     ref = world()[9]
     np.testing.assert_array_equal(read_mask(first["mask"], ref.size), read_mask(ref.segmentation, ref.size))
     file = load_samples(OUT / "refcoco-val.jsonl")
-    assert not file.bad and [sample.picture for sample in file.samples] == ["coco:20"] * 2
+    assert not file.bad and [sample.picture for sample in file.entries] == ["coco:20"] * 2
     result = front.finder("stage=evaluate", f"data_file={OUT}/refcoco-val.jsonl", "visualize_batch=false")
     assert result.status == 0
     metrics = json.loads((front.out / "metrics.json").read_text())
@@ -193,7 +193,7 @@ def test_reasonseg_keeps_what_lisa_ignores(front):
     assert prepared(front, dataset="reasonseg", path="rs").status == 0
     (line,) = lines("reasonseg-val.jsonl")
     assert line["bbox"] == [2.0, 2.0, 41.0, 41.0] and line["is_sentence"] is True
-    (sample,) = load_samples(OUT / "reasonseg-val.jsonl").samples
+    (sample,) = load_samples(OUT / "reasonseg-val.jsonl").entries
     assert decode_ignored(sample, (64, 48)).sum() == 11 * 11
     assert read_mask(sample.mask, (64, 48)).sum() == 39 * 39 - 11 * 11
 

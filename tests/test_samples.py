@@ -56,10 +56,10 @@ def test_the_seeds_line_is_read(folder):
     )
     loaded = load_samples(path)
     assert loaded.bad == []
-    assert loaded.samples == [
+    assert loaded.entries == [
         Sample(image=Path("images/cat.png"), expression="What is in this image?", id="example_1", line=1)
     ]
-    assert loaded.samples[0].image_file == "images/cat.png"
+    assert loaded.entries[0].image_file == "images/cat.png"
 
 
 def test_paths_are_tried_in_the_working_directory_and_then_beside_the_file(folder):
@@ -69,7 +69,7 @@ def test_paths_are_tried_in_the_working_directory_and_then_beside_the_file(folde
         line(id="2", image_path="dog.png"),
         line(id="3", image_path=str(folder / "images/cat.png")),
     )
-    images = [sample.image for sample in load_samples(path).samples]
+    images = [sample.image for sample in load_samples(path).entries]
     assert images == [Path("images/cat.png"), folder / "sets/dog.png", folder / "images/cat.png"]
 
 
@@ -83,10 +83,10 @@ def test_truth_and_addresses_are_taken(folder):
     )
     loaded = load_samples(path)
     assert not loaded.bad
-    first, second, third = loaded.samples
+    first, second, third = loaded.entries
     assert first.image == Address("https://example.org/a.png")
     assert (first.bbox, first.mask) == ((0.0, 1.5, 2.0, 3.0), runs)
-    allowed = load_samples(path, allow_private_addresses=True).samples[0]
+    allowed = load_samples(path, allow_private_addresses=True).entries[0]
     assert allowed.image == Address("https://example.org/a.png", allow_private=True)
     assert second.mask == [[0.0, 0.0, 4.0, 0.0, 4.0, 3.0]]
     assert third.mask == folder / "sets/dog.png"
@@ -104,7 +104,7 @@ def test_truth_and_addresses_are_taken(folder):
 )
 def test_marks_line_ends_and_blank_lines_do_not_matter(content, folder):
     loaded = load_samples(write(folder, content))
-    assert len(loaded.samples) == 1
+    assert len(loaded.entries) == 1
     assert not loaded.bad
 
 
@@ -192,7 +192,7 @@ BAD_LINES = [
 @pytest.mark.parametrize(("bad", "said"), BAD_LINES)
 def test_a_bad_line_is_reported_by_its_number_and_the_rest_goes_on(bad, said, folder):
     loaded = load_samples(write(folder, line(id="first"), "", bad, line(id="last")))
-    assert [sample.id for sample in loaded.samples] == ["first", "last"]
+    assert [sample.id for sample in loaded.entries] == ["first", "last"]
     (entry,) = loaded.bad
     assert entry.line == 3
     assert re.search(said, entry.reason), entry.reason
@@ -206,7 +206,7 @@ def test_an_endless_line_is_passed_over(folder):
     loaded = load_samples(
         write(folder, long, line(id="2"), long, line(prompt="b" * (MAX_LINE_BYTES // 2), id="4"), long)
     )
-    assert [(sample.id, sample.line) for sample in loaded.samples] == [("2", 2), ("4", 4)]
+    assert [(sample.id, sample.line) for sample in loaded.entries] == [("2", 2), ("4", 4)]
     assert [(bad.line, bad.reason) for bad in loaded.bad] == [
         (n, "the line is longer than 1 MB") for n in (1, 3, 5)
     ]
@@ -231,7 +231,7 @@ def test_a_missing_data_file_is_named(name, said, folder):
 
 def test_ids_may_be_numbers_or_missing(folder):
     path = write(folder, line(id=7), line(id=...), line(id=None), line(id=1.5), line(id=-2))
-    assert [sample.id for sample in load_samples(path).samples] == ["7", "line_2", "line_3", "1.5", "-2"]
+    assert [sample.id for sample in load_samples(path).entries] == ["7", "line_2", "line_3", "1.5", "-2"]
 
 
 @pytest.mark.parametrize(
@@ -250,14 +250,14 @@ def test_ids_may_be_numbers_or_missing(folder):
 )
 def test_ids_that_share_a_file_are_refused(first, second, said, folder):
     loaded = load_samples(write(folder, line(id=first), line(id=second), line(id="c")))
-    assert [sample.line for sample in loaded.samples] == [1, 3]
+    assert [sample.line for sample in loaded.entries] == [1, 3]
     assert loaded.bad[0].line == 2
     assert said in loaded.bad[0].reason
 
 
 def test_a_bad_line_does_not_take_its_id(folder):
     loaded = load_samples(write(folder, line(prompt=""), line()))
-    assert [sample.line for sample in loaded.samples] == [2]
+    assert [sample.line for sample in loaded.entries] == [2]
 
 
 def test_a_home_folder_is_meant_by_its_mark(folder, monkeypatch):
@@ -265,7 +265,7 @@ def test_a_home_folder_is_meant_by_its_mark(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     Path("a.pkl").touch()
     names = {"image_path": "~/images/cat.png", "mask": "~/sets/dog.png", "ignore": "~/sets/dog.png"}
-    (sample,) = load_samples(write(folder, line(**names))).samples
+    (sample,) = load_samples(write(folder, line(**names))).entries
     assert sample.image == folder / "images/cat.png"
     assert sample.mask == sample.ignore == folder / "sets/dog.png"
     lines = [json.dumps({"id": name, "attention_file": f"~/{name}.pkl"}) for name in ("a", "gone")]
@@ -450,7 +450,7 @@ def test_any_objects_become_samples_or_reasons(entries):
         path = Path(name) / "data.jsonl"
         path.write_text("\n".join(json.dumps(entry) for entry in entries))
         loaded = load_samples(path)
-        assert len(loaded.samples) + len(loaded.bad) == len(entries)
+        assert len(loaded.entries) + len(loaded.bad) == len(entries)
         assert all(bad.reason.isprintable() for bad in loaded.bad)
         drawn = load_visualization_entries(path)
         assert len(drawn.entries) + len(drawn.bad) == len(entries)
@@ -467,7 +467,7 @@ def test_any_bytes_become_reasons_or_one_error(content):
         except UsageError as error:
             refused = str(error)
         else:
-            assert not loaded.samples
+            assert not loaded.entries
             assert {bad.line for bad in loaded.bad} <= set(range(1, content.count(b"\n") + 2))
             return
     assert re.search(r"is empty|is a JSON array|is JSON over several|is a Git LFS", refused)
@@ -480,9 +480,9 @@ def test_a_mask_is_decoded_and_its_size_compared(folder):
     loaded = load_samples(write(folder, line(mask={"size": [3, 4], "counts": [6, 6]})))
     expected = np.zeros((3, 4), bool)
     expected[:, 2:] = True
-    np.testing.assert_array_equal(decode_mask(loaded.samples[0], (4, 3)), expected)
+    np.testing.assert_array_equal(decode_mask(loaded.entries[0], (4, 3)), expected)
     with pytest.raises(UsageError, match=r"line 1 \(a\): the mask is 4 x 3 pixels, its image 5 x 3"):
-        decode_mask(loaded.samples[0], (5, 3))
+        decode_mask(loaded.entries[0], (5, 3))
     with pytest.raises(UsageError, match="has no mask"):
         decode_mask(Sample("x.png", "x"), (4, 3))
 

@@ -30,8 +30,7 @@ from localization_heads.store.attention_files import (
     save_analysis,
     save_attention,
 )
-from localization_heads.store.files import RunLock, atomic_write, write_csv, write_json
-from localization_heads.store.json_files import read_json
+from localization_heads.store.files import RunLock, atomic_write, read_json, write_csv, write_json
 from localization_heads.store.paths import analysis_path, attention_path, check_id, entry_path, side_path
 from localization_heads.store.results import Prediction, read_predictions, write_predictions
 
@@ -578,8 +577,8 @@ def test_a_second_run_is_refused_until_the_first_one_dies(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UsageError, match=rf"another run is working in {folder}"):
-        RunLock(folder).acquire()
+    with pytest.raises(UsageError, match=rf"another run is working in {folder}"), RunLock(folder):
+        pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
@@ -591,5 +590,5 @@ def test_a_second_run_is_refused_until_the_first_one_dies(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot write"):
-        RunLock(tmp_path / "file" / "sub").acquire()
+    with pytest.raises(UsageError, match="cannot write"), RunLock(tmp_path / "file" / "sub"):
+        pass

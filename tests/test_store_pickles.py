@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
 from localization_heads.store.attention_files import load_attention
-from localization_heads.store.pickle_budget import PickleRefusedError
+from localization_heads.store.pickle_parts import PickleRefusedError
 from localization_heads.store.safe_pickle import load_pickle, loads_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
@@ -320,6 +320,10 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "nothing": b"",
         "no end": pickle.dumps({"a": 1})[:-1],
         "text": b"hello, this is not a pickle",
+        "a number that was never given out": b"\x80\x04Nr\x05\x00\x00\x00j\x04\x00\x00\x00\x86.",
+        "a number below 0": b"Np-1\n.",
+        "a reference to a number below 0": b"Np0\ng-1\n\x86.",
+        "a number for a mark": b"\x80\x04(\x94N\x86.",
         "only a mark": b"\x80\x04(.",
         "an empty stack": b"\x80\x04R.",
     }
@@ -474,7 +478,8 @@ def test_the_tensors_made_by_hand_are_good_but_for_their_fault():
 def test_a_memo_number_takes_no_memory():
     """Python's own unpickler makes room for four billion entries here."""
     tracemalloc.start()
-    assert loads_pickle(b"\x80\x04Nr\xff\xff\xff\xff.") is None
+    with pytest.raises(PickleRefusedError, match="more bytes than the file"):
+        loads_pickle(b"\x80\x04Nr\xff\xff\xff\xff.")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 

@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from localization_heads.data.address import Address, ImageError, is_partial, shown_name, without_secrets
 from localization_heads.data.network import NetworkSettingError, open_transport
-from localization_heads.errors import WorkError
+from localization_heads.errors import WorkError, one_line
 
 if TYPE_CHECKING:
     import httpx
@@ -91,7 +91,7 @@ def _fetch(address: Address, max_bytes: int, deadline: float) -> bytes:
         raise DownloadError(address, "the server does not answer in time") from error
     except (httpx.TransportError, OSError) as error:
         raise DownloadError(
-            address, f"cannot be reached: {_reason(error)}; is this machine offline?"
+            address, f"cannot be reached: {one_line(error)}; is this machine offline?"
         ) from error
     except (httpx.InvalidURL, ValueError):  # whose messages quote what may be a password
         raise ImageError(
@@ -198,10 +198,6 @@ def _proxy(url: httpx.URL) -> str | None:
     if not proxy or proxy_bypass(url.host):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 def _content(answer: httpx.Response, name: Address, max_bytes: int, deadline: float) -> bytes:

@@ -24,8 +24,9 @@ from PIL import Image, UnidentifiedImageError, _imaging
 from localization_heads.data.address import Address, ImageError, is_address
 from localization_heads.data.download import MAX_BYTES, download
 from localization_heads.data.image_headers import orientation, scan_problem, tag_problem, upright_size
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, one_line
 from localization_heads.store import files
+from localization_heads.store.paths import local_path
 
 _lock = threading.Lock()
 _entries: list[tuple[object, int]] = []
@@ -81,7 +82,7 @@ ImageSource = Image.Image | str | Path | Address
 LARGEST_SEEN = 24_000_000
 """Pixels: no model uses more than 16,777,216, and processors take five times the memory of their input."""
 STRIP = 1_000_000
-"""Pixels that are converted to RGB at a time."""
+"""Pixels that are processed at a time."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -159,7 +160,7 @@ def find_file(source: str | Path, base: str | Path | None = None) -> Path:
 
     Raises ImageError if neither is a file.
     """
-    path = expanded(source)
+    path = local_path(source)
     places = [path] if base is None or path.is_absolute() else [path, Path(base) / path]
     for place in places:
         reason = _unreadable(place)
@@ -169,14 +170,6 @@ def find_file(source: str | Path, base: str | Path | None = None) -> Path:
             raise ImageError(place, reason)
     also = f" (nor in {base})" if len(places) > 1 else ""
     raise ImageError(source, "no such file" + also)
-
-
-def expanded(path: str | Path) -> Path:
-    """The path with `~` as the home folder; one of a user who is not there stays as it is."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def _unreadable(path: Path) -> str | None:
@@ -222,7 +215,7 @@ def _opened(name: str | Path | Address, file: BinaryIO, formats: Sequence[str]) 
     except MemoryError as error:
         raise ImageError(name, "not enough memory to decode it") from error
     except Exception as error:  # decoders raise anything on garbage
-        raise ImageError(name, f"broken or cut short ({_one_line(error)})") from error
+        raise ImageError(name, f"broken or cut short ({one_line(error)})") from error
 
 
 def _check_beginning(name: str | Path | Address, file: BinaryIO) -> None:
@@ -280,10 +273,6 @@ def _check_effort(name: str | Path | Address, file: BinaryIO, image: Image.Image
             raise ImageError(name, f"larger than the limit of {limit}")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__
-
-
 def _decoded(name: str | Path | Address, image: Image.Image) -> Image.Image:
     """The pixels of an opened image, upright and RGB."""
     try:
@@ -298,7 +287,7 @@ def _decoded(name: str | Path | Address, image: Image.Image) -> Image.Image:
     except (UsageError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on garbage
-        raise ImageError(name, f"broken or cut short ({_one_line(error)})") from error
+        raise ImageError(name, f"broken or cut short ({one_line(error)})") from error
 
 
 def _scan_problem(image: Image.Image) -> str | None:
@@ -307,16 +296,23 @@ def _scan_problem(image: Image.Image) -> str | None:
     return scan_problem(file) if file is not None and image.tile else None  # type: ignore[attr-defined]
 
 
+def strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """The rows of an image a few at a time: what is made of all at once may take many times its memory."""
+    width, height = image.size
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        yield slice(top, bottom), image.crop((0, top, width, bottom))
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Other modes are converted a strip at a time: what lies between may take many times the memory of RGB."""
+    """Other modes are converted a strip at a time."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     white = _white_of(image)
     found = Image.new("RGB", image.size)
-    rows = max(1, STRIP // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(image.height, top + rows)))
-        found.paste(_strip_to_rgb(strip, white), (0, top))
+    for rows, strip in strips(image):
+        found.paste(_strip_to_rgb(strip, white), (0, rows.start))
     return found
 
 
@@ -344,12 +340,7 @@ def _white_of(image: Image.Image) -> float:
         return 255.0
     if image.mode.startswith("I;16"):
         return 65535.0
-    rows = max(1, STRIP // image.width)
-    strips = (
-        np.asarray(image.crop((0, top, image.width, min(image.height, top + rows))))
-        for top in range(0, image.height, rows)
-    )
-    top = max(float(_finite(strip).max(initial=0.0)) for strip in strips)
+    top = max(float(_finite(np.asarray(strip)).max(initial=0.0)) for _, strip in strips(image))
     return next(
         (limit for limit in ((1.0,) if image.mode == "F" else ()) + (255.0, 65535.0) if top <= limit), top
     )

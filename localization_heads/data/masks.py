@@ -7,22 +7,18 @@ beyond its buffer. Everything is checked against the image's size before memory 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from localization_heads.data.images import MAX_PIXELS, open_raster
+from localization_heads.data.images import MAX_PIXELS, open_raster, strips
 from localization_heads.errors import UsageError
 
 MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
 """Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself."""
-
-STRIP = 1 << 20
-"""Pixels that are processed together."""
 
 MAX_POLYGONS = 10_000
 MAX_POLYGON_LENGTH = 1_000_000
@@ -54,15 +50,6 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
         return _fill_polygons(flat_polygons(source), width, height)
     _check_size(mask.shape[::-1], size)
     return mask
-
-
-def strips(image: Image.Image) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """The rows of an image a few at a time, as arrays: `np.asarray` of all at once makes two more copies."""
-    width, height = image.size
-    rows = max(1, STRIP // width)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        yield slice(top, bottom), np.asarray(image.crop((0, top, width, bottom)))
 
 
 def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
@@ -213,7 +200,8 @@ def _read_png(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
     with open_raster(path, formats=("PNG",)) as image:
         _check_size(image.size, size)
         mask = np.zeros(size[::-1], bool)
-        for rows, values in strips(image):
+        for rows, strip in strips(image):
+            values = np.asarray(strip)
             if image.mode in ("LA", "RGBA", "PA"):
                 values = values[..., :-1]
             mask[rows] = values.any(axis=2) if values.ndim == 3 else values != 0

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.errors import WorkError
+from localization_heads.errors import WorkError, one_line
 
 if TYPE_CHECKING:
     import httpx
@@ -72,8 +72,7 @@ def _culprit(error: Exception) -> str:
             fault = _file_fault(key, value)
         if fault:
             return f"the environment variable {name} cannot be used: {fault}"
-    reason = " ".join(str(error).split())[:100] or type(error).__name__
-    return f"the network settings of this machine cannot be used: {reason}"
+    return f"the network settings of this machine cannot be used: {one_line(error)}"
 
 
 def _proxy_fault(value: str) -> str | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,12 @@ from PIL import Image
 
 from localization_heads.attention import Box, misses_image
 from localization_heads.data.address import Address, ImageError, image_source, is_address, without_secrets
-from localization_heads.data.images import ImageSource, expanded, find_file
+from localization_heads.data.images import ImageSource, find_file
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store import files
-from localization_heads.store.json_files import parse_json
-from localization_heads.store.paths import attention_stem, check_id, claimed_names
+from localization_heads.store.files import parse_json
+from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
 
 MAX_LINE_BYTES = 1 << 20
 
@@ -142,15 +142,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class SampleFile:
-    """A data set: the samples in file order, and the bad lines."""
-
-    path: Path
-    samples: list[Sample]
-    bad: list[BadEntry]
-
-
-@dataclass(frozen=True)
 class VisualizationEntry:
     """A line of `visualize_attention.py mode=batch`: whose maps to draw, and which head's (None: the best ones).
 
@@ -166,43 +157,41 @@ class VisualizationEntry:
     line: int = 0
 
 
+Line = TypeVar("Line", Sample, VisualizationEntry)
+
+
 @dataclass(frozen=True)
-class VisualizationFile:
-    path: Path
-    entries: list[VisualizationEntry]
+class DataFile(Generic[Line]):
+    """A data file: its good lines in file order, and the bad ones."""
+
+    entries: list[Line]
     bad: list[BadEntry]
 
 
-def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False) -> SampleFile:
+def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False) -> DataFile[Sample]:
     """Read a data set. Bad lines are in `.bad`; UsageError if the file is missing, unreadable or empty.
 
     Args:
         allow_private_addresses: whether the addresses in it may lead to this machine or into a private network.
     """
-    path = Path(data_file)
     ids = _Ids()
-    samples: list[Sample] = []
-    bad: list[BadEntry] = []
-    for line, entry in read_objects(path):
-        id = ""
-        try:
-            if isinstance(entry, BadLineError):
-                raise entry
-            id = _id(entry, line)
-            sample = _sample(entry, id, line, path.parent, allow_private_addresses)
-            ids.claim(id, line)
-            samples.append(sample)
-        except (BadLineError, ImageError, MaskError) as error:
-            bad.append(BadEntry(line, id, str(error)))
-    if not samples and not bad:
-        raise UsageError(f"data_file={path} is empty: it needs a JSON object on each line")
-    return SampleFile(path, samples, bad)
+
+    def sample(entry: Mapping[str, Any], id: str, line: int, folder: Path) -> Sample:
+        made = _sample(entry, id, line, folder, allow_private_addresses)
+        ids.claim(id, line)
+        return made
+
+    return _load(Path(data_file), sample)
 
 
-def load_visualization_entries(data_file: str | Path) -> VisualizationFile:
+def load_visualization_entries(data_file: str | Path) -> DataFile[VisualizationEntry]:
     """Read the entries of a visualization batch, as `load_samples` reads samples. One id may come many times."""
-    path = Path(data_file)
-    entries: list[VisualizationEntry] = []
+    return _load(Path(data_file), _visualization_entry)
+
+
+def _load(path: Path, make: Callable[[Mapping[str, Any], str, int, Path], Line]) -> DataFile[Line]:
+    """The lines of a file as `make` reads them, from an object, its id, its line and the folder of the file."""
+    entries: list[Line] = []
     bad: list[BadEntry] = []
     for line, entry in read_objects(path):
         id = ""
@@ -210,12 +199,12 @@ def load_visualization_entries(data_file: str | Path) -> VisualizationFile:
             if isinstance(entry, BadLineError):
                 raise entry
             id = _id(entry, line)
-            entries.append(_visualization_entry(entry, id, line, path.parent))
-        except (BadLineError, ImageError) as error:
+            entries.append(make(entry, id, line, path.parent))
+        except (BadLineError, ImageError, MaskError) as error:
             bad.append(BadEntry(line, id, str(error)))
     if not entries and not bad:
         raise UsageError(f"data_file={path} is empty: it needs a JSON object on each line")
-    return VisualizationFile(path, entries, bad)
+    return DataFile(entries, bad)
 
 
 def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -226,20 +215,19 @@ def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
     """
     if sample.mask is None:
         raise UsageError(f"{where(sample)}: it has no mask")
-    try:
-        return read_mask(sample.mask, size)
-    except (MaskError, ImageError) as error:
-        raise MaskError(f"{where(sample)}: {error}") from error
+    return _decode(sample.mask, size, where(sample))
 
 
 def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
     """The pixels that are left out of scores, bool `(H, W)`, or None. UsageError, naming the line."""
-    if sample.ignore is None:
-        return None
+    return None if sample.ignore is None else _decode(sample.ignore, size, f"{where(sample)}: ignore")
+
+
+def _decode(mask: MaskSource, size: tuple[int, int], name: str) -> NDArray[np.bool_]:
     try:
-        return read_mask(sample.ignore, size)
+        return read_mask(mask, size)
     except (MaskError, ImageError) as error:
-        raise MaskError(f"{where(sample)}: ignore: {error}") from error
+        raise MaskError(f"{name}: {error}") from error
 
 
 def check_inside(sample: Sample, size: tuple[int, int]) -> None:
@@ -409,7 +397,7 @@ def _attention_file(value: str, folder: Path) -> Path:
     except ImageError as error:
         if not error.reason.startswith("no such file"):
             raise
-        return expanded(value)
+        return local_path(value)
 
 
 def _index(entry: Mapping[str, Any], name: str) -> int | None:

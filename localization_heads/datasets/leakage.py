@@ -17,7 +17,7 @@ from localization_heads.datasets.reference import coco_image_of
 from localization_heads.errors import UsageError
 from localization_heads.hub import load_heads
 from localization_heads.stages.run import Run
-from localization_heads.store.json_files import read_json
+from localization_heads.store.files import read_json
 
 KEY_DIGITS = 16
 

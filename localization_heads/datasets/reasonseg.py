@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +24,16 @@ from PIL import Image, ImageDraw
 
 from localization_heads.cells import tight_box
 from localization_heads.data.address import ImageError
-from localization_heads.data.images import MAX_PIXELS, image_size
-from localization_heads.data.masks import strips
-from localization_heads.datasets import refcoco_parquet
-from localization_heads.datasets.refcoco_parquet import ParquetSource
-from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, declared_size, expression
-from localization_heads.errors import BadEntry, BadLineError, UsageError
-from localization_heads.store.json_files import read_json
+from localization_heads.data.images import MAX_PIXELS, image_size, strips
+from localization_heads.datasets.parquet import ParquetSource, image_cell, num_values, read_columns, split_of
+from localization_heads.datasets.reference import Entry, Index, Record, Source, declared_size, expression
+from localization_heads.errors import BadLineError, UsageError
+from localization_heads.store.files import read_json
 from localization_heads.store.paths import check_id
 
-COLUMNS = frozenset(("image", "text", "mask", "img_height", "img_width"))
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 SPLITS = ("train", "val", "test")
 MAX_JSON_BYTES = 64 << 20
 MAX_SHAPES, MAX_POINTS = 10_000, 100_000
@@ -41,30 +41,23 @@ MAX_WORK = 1 << 29
 """Steps that painting the shapes of an image may take: ten that fill one of fifty megapixels."""
 
 
-class LisaFolders:
+class LisaFolders(Source):
     """`train`, `val` and `test` below a folder, or a folder of one of these names."""
 
     kind = "LISA's folders"
-    variant = ""
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.folders = dict(folders)
-        self.files = [
-            path for split in SPLITS if split in folders for path in sorted(folders[split].glob("*.json"))
-        ]
-        self.notes: list[str] = []
+        places = [folders[split] for split in SPLITS if split in folders]
+        super().__init__([path for place in places for path in sorted(place.glob("*.json"))])
 
-    def index(self) -> Index:
-        entries: list[Entry] = []
-        bad: list[BadEntry] = []
-        for row, file in enumerate(self.files):
-            try:
-                entries += self._entries(file, row)
-            except (BadLineError, UsageError) as error:
-                bad.append(BadEntry(row + 1, file.stem[:60], str(error)))
-        return Index(entries, bad)
+    def name(self, row: int) -> str:
+        return self.files[row].stem[:60]
 
-    def _entries(self, file: Path, row: int) -> list[Entry]:
+    def rows(self) -> list[Path]:
+        return self.files
+
+    def entries(self, row: int, file: Path) -> list[Entry]:
         split = next(split for split, folder in self.folders.items() if file.parent == folder)
         try:
             stem = check_id(file.stem)
@@ -80,15 +73,10 @@ class LisaFolders:
             for n, text in enumerate(asked)
         ]
 
-    def records(self, rows: Sequence[int]) -> Iterator[Record | BadRecord]:
-        for row in rows:
-            try:
-                yield self._record(row)
-            except (BadLineError, UsageError) as error:
-                yield BadRecord(row, str(error))
+    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, Path]]:
+        return ((row, self.files[row]) for row in rows)
 
-    def _record(self, row: int) -> Record:
-        file = self.files[row]
+    def record(self, row: int, file: Path) -> Record:
         annotation = _read(file)
         names = [file.with_suffix(suffix) for suffix in (".jpg", ".jpeg", ".png")]
         image = next((name for name in names if name.is_file()), names[0])
@@ -184,8 +172,8 @@ def _paint(
     if len(points) > 2:
         draw.polygon(moved, fill=1, outline=1)
     draw.line([*moved, moved[0]], fill=1)
-    for rows, values in strips(canvas):
-        yield (slice(top + rows.start, top + rows.stop), slice(left, right)), values.view(bool)
+    for rows, strip in strips(canvas):
+        yield (slice(top + rows.start, top + rows.stop), slice(left, right)), np.asarray(strip).view(bool)
 
 
 class ReasonSegParquet(ParquetSource):
@@ -206,9 +194,9 @@ class ReasonSegParquet(ParquetSource):
     def index(self) -> Index:
         """UsageError if the masks have far more values than the images have pixels; they are then not read."""
         for file in self.files:
-            rows = refcoco_parquet.read_columns(file, ("img_height", "img_width"))
+            rows = read_columns(file, ("img_height", "img_width"))
             pixels = sum(max(1, (row["img_height"] or 0) * (row["img_width"] or 0)) for row in rows)
-            if refcoco_parquet.num_values(file, "mask") > 2 * pixels:
+            if num_values(file, "mask") > 2 * pixels:
                 raise UsageError(f"{file}: its masks hold far more values than its images have pixels")
         return super().index()
 
@@ -217,22 +205,23 @@ class ReasonSegParquet(ParquetSource):
         for part in reversed(file.resolve().parts[:-1]):
             if match := re.search(r"ReasonSeg_(train|val|test)\b", part, re.IGNORECASE):
                 return match[1].lower()
-        return refcoco_parquet.split_of(file)
+        return split_of(file)
 
-    def entries(self, values: dict[str, Any], row: int, split: str) -> list[Entry]:
-        size = declared_size(values["img_height"], values["img_width"])
+    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry]:
+        split, cells = values
+        size = declared_size(cells["img_height"], cells["img_width"])
         if size[0] * size[1] > MAX_PIXELS:
             raise BadLineError(f"an image of {size[0]} x {size[1]} pixels is over the limit")
-        name = values["image_id"]
+        name = cells["image_id"]
         known = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100
         image = f"reasonseg:{name}" if known else f"reasonseg:{split}:{row}"
-        return [Entry(f"row{row}_sent0", split, image, expression(values["text"]), row)]
+        return [Entry(f"row{row}_sent0", split, image, expression(cells["text"]), row)]
 
-    def record(self, row: int, batch: Any) -> Record:
-        values = batch.select(["image", "img_height", "img_width"]).to_pylist()[0]
-        size = declared_size(values["img_height"], values["img_width"])
+    def record(self, row: int, batch: pa.RecordBatch) -> Record:
+        cells = batch.select(["image", "img_height", "img_width"]).to_pylist()[0]
+        size = declared_size(cells["img_height"], cells["img_width"])
         mask = _cell_mask(batch.column("mask"), size)
-        return Record(row, refcoco_parquet.image_cell(values["image"]), size, tight_box(mask), mask)
+        return Record(row, image_cell(cells["image"]), size, tight_box(mask), mask)
 
 
 def _cell_mask(column: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

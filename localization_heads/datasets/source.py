@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from localization_heads.datasets import refcoco_parquet
-from localization_heads.datasets.reasonseg import COLUMNS as REASONSEG_COLUMNS
+from localization_heads.datasets.parquet import column_names
 from localization_heads.datasets.reasonseg import SPLITS as REASONSEG_SPLITS
 from localization_heads.datasets.reasonseg import LisaFolders, ReasonSegParquet
-from localization_heads.datasets.refcoco_parquet import JXU_COLUMNS, LMMS_COLUMNS, JxuParquet, LmmsParquet
-from localization_heads.datasets.reference import Entry, ReferPickles, Source
+from localization_heads.datasets.refcoco import JxuParquet, LmmsParquet, ReferPickles
+from localization_heads.datasets.reference import Entry, Source
 from localization_heads.errors import UsageError, shown
 
 PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
@@ -91,17 +90,17 @@ def _chosen_folder(dataset: str, path: Path) -> Path:
 
 
 def _open_parquets(dataset: str, files: Sequence[Path], path: Path, images: Path | None) -> Source:
-    columns = [frozenset(refcoco_parquet.column_names(file)) for file in files]
-    common = frozenset.intersection(*columns)
-    if dataset == "reasonseg":
-        if common >= REASONSEG_COLUMNS:
-            return ReasonSegParquet(files)
-    elif common >= JXU_COLUMNS:
+    columns = [set(column_names(file)) for file in files]
+    common = set.intersection(*columns)
+    kinds = (ReasonSegParquet,) if dataset == "reasonseg" else (JxuParquet, LmmsParquet)
+    kind = next((kind for kind in kinds if common >= kind.columns()), None)
+    if kind is ReasonSegParquet:
+        return ReasonSegParquet(files)
+    if kind is JxuParquet:
         return JxuParquet(files, _coco_folder(images, files[0].parent), dataset)
-    elif common >= LMMS_COLUMNS:
+    if kind is LmmsParquet:
         return LmmsParquet(files, dataset)
-    known = [REASONSEG_COLUMNS] if dataset == "reasonseg" else [JXU_COLUMNS, LMMS_COLUMNS]
-    wanted = " or ".join(", ".join(sorted(names)) for names in known)
+    wanted = " or ".join(", ".join(sorted(kind.columns())) for kind in kinds)
     found = ", ".join(shown(name)[1:-1] for name in sorted(columns[0])[:20]) or "none"
     raise UsageError(f"dataset_path={path}: columns {found}; {dataset} as parquet has {wanted}")
 

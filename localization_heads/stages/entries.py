@@ -149,7 +149,7 @@ def select_entries(run: Run) -> Entries:
         scenes(run.options.scenes) if run.options.data_file == "scenes" else str(run.options.data_file)
     )
     file = load_samples(data_file, allow_private_addresses=run.options.allow_private_addresses)
-    return Entries(*choose_range(run.options, file.samples, file.bad))
+    return Entries(*choose_range(run.options, file.entries, file.bad))
 
 
 def with_truth(

@@ -36,8 +36,7 @@ from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics, open_store
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
-from localization_heads.store.files import RunLock, write_bytes, write_json
-from localization_heads.store.json_files import read_json
+from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
 from localization_heads.store.paths import attention_path
 
 log = logging.getLogger(__name__)

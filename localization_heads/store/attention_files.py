@@ -22,12 +22,10 @@ import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError, shown
-from localization_heads.store.arrays import plain_value
-from localization_heads.store.files import write_bytes
-from localization_heads.store.json_files import parse_json
+from localization_heads.store.files import parse_json, write_bytes
 from localization_heads.store.paths import attention_stem, side_path
-from localization_heads.store.pickle_budget import PickleRefusedError
-from localization_heads.store.safe_pickle import MAX_FILE_BYTES, load_pickle, loads_pickle
+from localization_heads.store.pickle_parts import PickleRefusedError
+from localization_heads.store.safe_pickle import MAX_FILE_BYTES, check_file, load_pickle, loads_pickle
 
 VERSION = 1
 MAX_SIDE = 1_000_000
@@ -250,10 +248,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     """The content of a `.safetensors` file in the form of the pickle."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
+    check_file(path)
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -270,8 +265,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_gzip(path: Path) -> Any:
     """The plain value in a gzipped pickle, of which no more is unpacked than an honest one holds."""
     try:
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+        check_file(path)
         times, more = _UNPACKED
         limit = min(times * path.stat().st_size + more, MAX_FILE_BYTES)
         with gzip.open(path) as file:
@@ -294,7 +288,18 @@ _READERS = {".safetensors": _read_safetensors, ".gz": _read_gzip}
 
 def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Write the list of dicts, one per head, as a pickle of plain types, in the order given."""
-    write_bytes(path, pickle.dumps(plain_value(list(heads)), protocol=4))
+    write_bytes(path, pickle.dumps(_plain(list(heads)), protocol=4))
+
+
+def _plain(value: Any) -> Any:
+    """`value` with numpy scalars made plain, so that a pickle of it needs no library to be read."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def load_analysis(path: str | Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and holding a folder for one run.
+"""Writing files whole or not at all, holding a folder for one run, and reading JSON that is not trusted.
 
 Every file that this tool writes goes through `atomic_write`; files that grow are in `journal.py`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -18,12 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError, WorkError, shown
 
 log = logging.getLogger(__name__)
 
@@ -183,47 +183,33 @@ LOCK_NAME = ".lh-run.lock"
 
 
 class RunLock:
-    """Holds a folder for this run: `with RunLock(folder): ...`, or `acquire` and `release`.
+    """Holds a folder for this run: `with RunLock(folder): ...`.
 
     A second run on the folder gets a UsageError at once instead of waiting. The operating system releases the lock
-    however the process ends, so a kill leaves nothing to clear. Taking it removes the temporary files of killed runs
-    from the folder and from `attention/` and `statistics/` in it.
+    however the process ends, so a kill leaves nothing to clear. Taking it creates the folder if necessary, and removes
+    the temporary files of killed runs from it and from `attention/` and `statistics/` in it.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._lock: BaseFileLock | None = None
+        self._lock = FileLock(str(self.folder / LOCK_NAME), timeout=0)
 
-    def acquire(self) -> RunLock:
-        """Take the folder, creating it if necessary. UsageError if another run holds it or it cannot be written."""
+    def __enter__(self) -> None:
         writable_folder(self.folder)
-        lock = FileLock(str(self.folder / LOCK_NAME), timeout=0)
         try:
-            lock.acquire()
+            self._lock.acquire()
         except Timeout as error:
             raise UsageError(
                 f"another run is working in {self.folder}: wait until it ends, or choose another output_dir"
             ) from error
         except (OSError, NotImplementedError) as error:
             raise UsageError(f"cannot lock {self.folder} ({error}): choose another output_dir") from error
-        self._lock = lock
         for name in ("", "attention", "statistics"):
             remove_leftovers(self.folder / name)
-        return self
 
-    def release(self) -> None:
-        if self._lock is not None:
-            with suppress(OSError):
-                self._lock.release()
-            self._lock = None
-
-    def __enter__(self) -> RunLock:
-        return self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+    def __exit__(self, *_error: object) -> None:
+        with suppress(OSError):
+            self._lock.release()
 
 
 _FIRST_LINE = b"version https://git-lfs.github.com/spec/"
@@ -238,3 +224,60 @@ def is_pointer(beginning: bytes) -> bool:
     (True, False)
     """
     return beginning.startswith(_FIRST_LINE)
+
+
+_COSTS = {b"[": 64, b"{": 64, b":": 32, b",": 8}
+"""Bytes that parsing makes of a character, at the least: `[],` is three of text and seventy in memory."""
+
+
+def read_json(path: Path, limit: int, encodings: Sequence[str] = ("utf-8",), **options: Any) -> Any:
+    """The value in a JSON file of at most `limit` bytes, in the first encoding that fits. UsageError, naming it."""
+    try:
+        if path.stat().st_size > limit:
+            raise UsageError(f"{path}: larger than the limit of {limit >> 20} MB")
+        return parse_json(path.read_bytes(), encodings, **options)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not a JSON file that can be read ({error})") from error
+
+
+def parse_json(content: bytes, encodings: Sequence[str] = ("utf-8",), **options: Any) -> Any:
+    """The value of a JSON text, in the first encoding that fits; `options` are those of `json.loads`.
+
+    Raises:
+        ValueError: in one short line, for invalid JSON, for NaN and numbers beyond a float's range, and for values
+            nested too deeply or needing far more memory than their text.
+    """
+    if sum(cost * content.count(char) for char, cost in _COSTS.items()) > 8 * len(content) + (64 << 20):
+        raise ValueError("not usable JSON: far more lists and objects than text")
+    try:
+        text = _decoded(content, encodings)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite, **options)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError("not usable JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not usable JSON: {str(error)[:80]}") from error
+
+
+def _decoded(content: bytes, encodings: Sequence[str]) -> str:
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise ValueError(f"not {encodings[0].upper()} text")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{shown(text)[1:-1]} is too large a number")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

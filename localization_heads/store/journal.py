@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.store.files import parse_json, read_json
 
 log = logging.getLogger(__name__)
 
@@ -64,31 +64,15 @@ def truncate(path: Path, size: int) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def sound_json(content: bytes | str) -> Any:
-    """The value of a JSON text; None if it is invalid, nested too deeply or holds a number that is not finite."""
-    try:
-        return json.loads(content, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits[:20]} is not finite")
-    return value
-
-
 def sound_json_file(path: Path) -> Any:
-    """`sound_json` of a file; None where it cannot be read or is larger than `LARGEST_JSON`."""
+    """The value in a JSON file; None where there is none that `read_json` takes."""
     try:
-        return sound_json(path.read_bytes()) if path.stat().st_size <= LARGEST_JSON else None
-    except OSError:
+        return read_json(path, LARGEST_JSON)
+    except UsageError:
         return None
 
 
 VERSION = 2
-LONGEST_LINE = LARGEST_JSON
 _CRC_DIGITS, _KEY_DIGITS = 8, 32
 
 
@@ -121,8 +105,13 @@ class ResultLog:
                 line = file.read(length)
         except OSError as error:
             raise WorkError(f"cannot read {self.path}: {error.strerror or error}") from error
-        result = sound_json(line[_CRC_DIGITS + _KEY_DIGITS + 2 :])
-        return result if self._key(line) == key and isinstance(result, dict) else None
+        if self._key(line) != key:
+            return None
+        try:
+            result = parse_json(line[_CRC_DIGITS + _KEY_DIGITS + 2 :])
+        except ValueError:
+            return None
+        return result if isinstance(result, dict) else None
 
     def append(self, results: Sequence[tuple[bytes, dict[str, Any]]]) -> None:
         """Add finished results; they are on the disk on return. The latest result of a key counts."""
@@ -156,7 +145,7 @@ class ResultLog:
             return
         damaged = 0
         with self.path.open("rb") as file:
-            while line := file.readline(LONGEST_LINE):
+            while line := file.readline(LARGEST_JSON):
                 if (key := self._key(line)) is not None:
                     self._places[key] = self._end, len(line)
                 elif line.endswith(b"\n"):

@@ -14,8 +14,7 @@ from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.record import read_scores
-from localization_heads.store.files import atomic_write, write_csv, write_json
-from localization_heads.store.json_files import parse_json, read_json
+from localization_heads.store.files import atomic_write, parse_json, read_json, write_csv, write_json
 
 _LARGEST = 32 << 20  # bytes; 100,000 heads take 20 MB
 

@@ -17,31 +17,32 @@ import pickletools
 import sys
 from collections.abc import Callable
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from localization_heads.errors import UsageError, shown
-from localization_heads.store.arrays import (
+from localization_heads.store.pickle_parts import (
     ArrayParts,
-    ArrayRefusedError,
+    Budget,
+    Limits,
+    PickleRefusedError,
     TypeParts,
     tensor_type,
     type_code,
 )
-from localization_heads.store.pickle_budget import (
-    ATTENTION,
-    ENTRY,
-    SLOT,
-    Budget,
-    Limits,
-    Memo,
-    PickleRefusedError,
-)
 
 MAX_FILE_BYTES = 4 << 30
 MAX_INTEGER_BITS = 1 << 15
+ATTENTION = Limits()
+"""For attention files and the files beside them."""
+
+_SLOT = 8
+"""Bytes of a reference: in a list, on the stack or in the memo."""
+_ENTRY = 300
+"""Bytes of one value's entry in a dict."""
 
 
 class _Name(NamedTuple):
@@ -57,11 +58,16 @@ class _Storage(NamedTuple):
     numbers: np.ndarray
 
 
-class _Mark:
-    """The bottom of a list of arguments on the stack."""
+_MARK = object()
+"""The bottom of a list of arguments on the stack; in the memo, a number that was left out."""
 
 
-_MARK = _Mark()
+def check_file(path: Path) -> None:
+    """UsageError unless there is a file of at most `MAX_FILE_BYTES`."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
 
 
 def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
@@ -72,10 +78,7 @@ def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise UsageError(f"{path}: no such file" if not path.exists() else f"{path}: not a file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
+        check_file(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
@@ -95,10 +98,7 @@ def loads_pickle(content: bytes, limits: Limits = ATTENTION) -> Any:
         )
     machine = _Machine(BytesIO(content), Budget(len(content), limits))
     value = machine.run()
-    try:
-        return _Plain(Budget(len(content), limits), machine.shared).of(value, limits.depth)
-    except ArrayRefusedError as error:
-        raise PickleRefusedError(f"refused: {error}") from error
+    return _Plain(Budget(len(content), limits), machine.shared).of(value, limits.depth)
 
 
 class _Machine:
@@ -109,7 +109,7 @@ class _Machine:
         self.budget = budget
         self.storages = storages  # whether persistent ids, which name tensor storages, may be used
         self.stack: list[Any] = []
-        self.memo = Memo()
+        self.memo: list[Any] = []  # a dict would take ten times the memory of writers that count
         self.shared: set[int] = set()  # ids of the containers that are referred to more than once
 
     def run(self) -> Any:
@@ -124,8 +124,6 @@ class _Machine:
             return value
         except PickleRefusedError:
             raise
-        except ArrayRefusedError as error:
-            raise PickleRefusedError(f"refused: {error}") from error
         except Exception as error:  # whatever garbage makes of a stack machine, it is garbage
             raise PickleRefusedError(
                 f"not a readable pickle, or cut short ({type(error).__name__})"
@@ -141,15 +139,17 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         """Put a new value on the stack."""
-        self.budget.charge(SLOT + sys.getsizeof(value))
+        self.budget.charge(_SLOT + sys.getsizeof(value))
         self.stack.append(value)
 
     def push_again(self, index: int) -> None:
         """Put a value of the memo on the stack."""
-        value = self.memo.get(index)
-        self.budget.charge(SLOT)
+        value = self.memo[index] if index >= 0 else _MARK
+        if value is _MARK:
+            raise PickleRefusedError("not a readable pickle: a number that was never given out")
+        self.budget.charge(_SLOT)
         if type(value) in (list, tuple, dict) and id(value) not in self.shared:
-            self.budget.charge(ENTRY)
+            self.budget.charge(_ENTRY)
             self.shared.add(id(value))
         self.stack.append(value)
 
@@ -172,7 +172,13 @@ class _Machine:
         self.push(values)
 
     def memoize(self, index: int) -> None:
-        self.budget.charge(self.memo.put(index, self.stack[-1]))
+        """Give the top of the stack a number. Writers count, from 0 or 1; what they leave out is charged too."""
+        missing = index + 1 - len(self.memo)
+        if index < 0 or self.stack[-1] is _MARK:
+            raise PickleRefusedError("not a readable pickle: a number for nothing")
+        self.budget.charge(_SLOT * max(0, missing))
+        self.memo.extend(repeat(_MARK, missing))
+        self.memo[index] = self.stack[-1]
 
     def extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -272,13 +278,9 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "APPENDS": lambda m, _: m.extend(m.since_mark()),
     "SETITEM": lambda m, _: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
-    "MEMOIZE": lambda m, _: m.memoize(m.memo.count),
-    "PUT": lambda m, index: m.memoize(index),
-    "BINPUT": lambda m, index: m.memoize(index),
-    "LONG_BINPUT": lambda m, index: m.memoize(index),
-    "GET": lambda m, index: m.push_again(index),
-    "BINGET": lambda m, index: m.push_again(index),
-    "LONG_BINGET": lambda m, index: m.push_again(index),
+    "MEMOIZE": lambda m, _: m.memoize(len(m.memo)),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.memoize),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.push_again),
     "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.name(m.stack.pop(-2), m.stack.pop()),
     "REDUCE": lambda m, _: m.reduce(),
@@ -406,9 +408,9 @@ class _Plain:
             raise PickleRefusedError(f"refused: far deeper than {self.budget.kind}")
         if type(value) is ArrayParts:
             array = value.array()
-            self.budget.charge(SLOT + sys.getsizeof(value) + array.nbytes)
+            self.budget.charge(_SLOT + sys.getsizeof(value) + array.nbytes)
             return array
-        self.budget.charge(SLOT + sys.getsizeof(value))
+        self.budget.charge(_SLOT + sys.getsizeof(value))
         if type(value) in (type(None), bool, int, float, str, bytes):
             return value
         if type(value) is bytearray:

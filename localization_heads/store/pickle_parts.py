@@ -1,10 +1,13 @@
-"""Arrays and tensors as a pickle describes them (bytes, type, shape, strides), checked before any array is made."""
+"""What a pickle may build, and how much of it: an account of instructions and bytes, and arrays under construction.
+
+An array or tensor is described by its bytes, type, shape and strides; they are checked before any array is made.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,8 +31,43 @@ _TORCH_TYPES = {
 }
 
 
-class ArrayRefusedError(ValueError):
-    """The parts do not form an array that an attention file could hold."""
+class PickleRefusedError(Exception):
+    """The pickle is broken or asks for something outside the allow-list."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits for a pickle: number of instructions, and nesting of its values.
+
+    Args:
+        kind: the kind of file expected, for messages.
+    """
+
+    instructions: int = 1_000_000  # an analysis of 10,000 heads takes 250,000
+    depth: int = 16
+    kind: str = "an attention file"
+
+
+class Budget:
+    """The account of a file of `size` bytes: the instructions and built bytes that are left."""
+
+    def __init__(self, size: int, limits: Limits) -> None:
+        self.bytes = 7 * size + (56 << 20)  # RefCOCO's refs, nearly all short texts, take 7 times their size
+        self.instructions = limits.instructions
+        self.kind = limits.kind
+
+    def charge(self, count: int) -> None:
+        """Charge `count` bytes before, or as, they are allocated."""
+        self.bytes -= count
+        if self.bytes < 0:
+            raise PickleRefusedError(
+                f"refused: it would build far more bytes than the file holds, which {self.kind} never does"
+            )
+
+    def step(self) -> None:
+        self.instructions -= 1
+        if self.instructions < 0:
+            raise PickleRefusedError(f"refused: far more instructions than {self.kind} needs")
 
 
 def tensor_type(module: object, name: object) -> str | None:
@@ -48,22 +86,22 @@ class TypeParts:
 
     def __init__(self, code: object) -> None:
         if type(code) is not str or not re.fullmatch(r"[<>|=]?(f[248]|[iu][1248]|b1)", code):
-            raise ArrayRefusedError(f"arrays of type {shown(code)} are not taken")
+            raise PickleRefusedError(f"refused: arrays of type {shown(code)} are not taken")
         self.code = code
 
     def set_state(self, state: object) -> None:
         """The tuple `(3, byte order, None, None, None, -1, -1, 0)` that numpy writes."""
         if type(state) is not tuple or len(state) < 5 or state[1] not in ("<", ">", "|", "="):
-            raise ArrayRefusedError("an unknown form of number type")
+            raise PickleRefusedError("refused: an unknown form of number type")
         if state[2:5] != (None, None, None):
-            raise ArrayRefusedError("arrays of records are not taken")
+            raise PickleRefusedError("refused: arrays of records are not taken")
         self.code = state[1] + self.code.lstrip("<>|=")
 
 
 def type_code(kind: object) -> str:
     """The code of a number type that a pickle made. A mere text, which could say bfloat16, is none."""
     if type(kind) is not TypeParts:
-        raise ArrayRefusedError("an array of an unknown type")
+        raise PickleRefusedError("refused: an array of an unknown type")
     return kind.code
 
 
@@ -82,7 +120,7 @@ class ArrayParts:
     def set_state(self, state: object) -> None:
         """The tuple `(version, shape, dtype, is_fortran, bytes)` that numpy writes."""
         if type(state) is not tuple or len(state) != 5:
-            raise ArrayRefusedError("an unknown form of array")
+            raise PickleRefusedError("refused: an unknown form of array")
         _, shape, kind, fortran, content = state
         self.fill(content, type_code(kind), shape, fortran=fortran is True)
 
@@ -90,14 +128,14 @@ class ArrayParts:
         """Take the content, as a view except for bfloat16, which is copied. The number of bytes must fit the shape."""
         shape = _sizes(shape)
         if not isinstance(content, bytes | bytearray):
-            raise ArrayRefusedError("an array without bytes")
+            raise PickleRefusedError("refused: an array without bytes")
         if code != _BFLOAT16:
             flat = np.frombuffer(content, dtype=np.dtype(TypeParts(code).code))
         else:
             # The upper half of a float32
             flat = (np.frombuffer(content, dtype="<u2").astype("<u4") << 16).view("<f4")
         if flat.size != math.prod(shape):
-            raise ArrayRefusedError("an array that holds fewer or more numbers than it says")
+            raise PickleRefusedError("refused: an array that holds fewer or more numbers than it says")
         self._array = flat.reshape(shape, order="F" if fortran else "C")
 
     @classmethod
@@ -105,12 +143,12 @@ class ArrayParts:
         """A tensor: element `i, j, ...` is `numbers[offset + i * stride[0] + j * stride[1] + ...]`."""
         shape, steps = _sizes(size), _whole_numbers(stride)
         if len(shape) != len(steps) or type(offset) is not int or offset < 0:
-            raise ArrayRefusedError("a tensor with an unknown layout")
+            raise PickleRefusedError("refused: a tensor with an unknown layout")
         last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
         if math.prod(shape) and last >= numbers.size:
-            raise ArrayRefusedError("a tensor that reaches beyond its numbers")
+            raise PickleRefusedError("refused: a tensor that reaches beyond its numbers")
         if math.prod(shape) > numbers.size:
-            raise ArrayRefusedError("a tensor that repeats its numbers")
+            raise PickleRefusedError("refused: a tensor that repeats its numbers")
         parts = cls()
         tail = numbers[offset:] if math.prod(shape) else numbers[:0]
         bytes_apart = [step * numbers.itemsize for step in steps]
@@ -119,7 +157,7 @@ class ArrayParts:
 
     def array(self) -> np.ndarray:
         if self._array is None:
-            raise ArrayRefusedError("an array without content")
+            raise PickleRefusedError("refused: an array without content")
         view = self._array.view()
         view.flags.writeable = False
         return view
@@ -129,26 +167,15 @@ def _sizes(value: object) -> tuple[int, ...]:
     """A tuple of sizes, checked so that their product asks for no absurd memory."""
     sizes = _whole_numbers(value)
     if math.prod(sizes) > MAX_ELEMENTS:
-        raise ArrayRefusedError("an array with too many numbers")
+        raise PickleRefusedError("refused: an array with too many numbers")
     return sizes
 
 
 def _whole_numbers(value: object) -> tuple[int, ...]:
     """A short tuple of numbers that cannot overflow."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
-        raise ArrayRefusedError("an array with an unknown shape")
+        raise PickleRefusedError("refused: an array with an unknown shape")
     for size in value:
         if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
-            raise ArrayRefusedError("an array with an unknown shape")
-    return value
-
-
-def plain_value(value: Any) -> Any:
-    """`value` with numpy scalars made plain, so that a pickle of it needs no library to be read."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {plain_value(key): plain_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_value(item) for item in value]
+            raise PickleRefusedError("refused: an array with an unknown shape")
     return value
