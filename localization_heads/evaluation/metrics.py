@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from localization_heads.attention import Box
 
@@ -34,11 +35,27 @@ def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float] | None:
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    from scipy.stats import rankdata, spearmanr
+    x, y = _ranks(x), _ranks(y)
+    rho = float(np.corrcoef(x, y)[0, 1])
+    return rho, _exact(x, y) if len(x) <= FEW else _students(rho, len(x))
 
-    found = spearmanr(x, y)
-    p = _exact(rankdata(x), rankdata(y)) if len(x) <= FEW else float(found.pvalue)
-    return float(found.statistic), p
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From 1; those of equal values are their mean. (All of `scipy.stats` takes 0.2 s to import.)
+
+    >>> _ranks(np.array([30.0, 10.0, 30.0])).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(count) - (count - 1) / 2)[place])
+
+
+def _students(rho: float, pairs: int) -> float:
+    """How often luck alone correlates as much, by Student's t."""
+    free = pairs - 2
+    against = max(0.0, (1 - rho) * (1 + rho))
+    t = np.inf if against == 0 else abs(rho) * np.sqrt(free / against)
+    return float(2 * special.stdtr(free, -t))
 
 
 def _exact(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

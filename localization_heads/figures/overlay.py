@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -22,6 +21,7 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.cells import visible_cells, visible_edges
+from localization_heads.figures.panels import Pixels, lay
 from localization_heads.figures.sheet import (
     BLUE,
     COLOUR_MAP,
@@ -69,16 +69,13 @@ def draw_image(axes: Axes, image: Image.Image | None, image_size: tuple[int, int
     W, H = image_size
     axes.set_facecolor("0.9")
     if image is not None:
-        axes.imshow(np.asarray(image), extent=(0, W, H, 0))
+        lay(axes, np.asarray(image), (0, 0, W, H))
     axes.set_xlim(0, W)
     axes.set_ylim(H, 0)
     axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
 
 
-def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool = False) -> AxesImage:
+def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool = False) -> Pixels:
     """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image.
 
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
@@ -90,7 +87,7 @@ def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool
     top = float(inside.max(initial=0.0)) or 1.0
     share = np.clip(values / top, 0, 1)
     alpha = None if opaque else opacity(share)
-    return draw_cells(axes, share, box, cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=alpha)
+    return draw_cells(axes, share, box, cmap=COLOUR_MAP, norm=Normalize(0, 1), alpha=alpha)
 
 
 def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -98,10 +95,9 @@ def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:
     return np.asarray(0.1 + 0.75 * share)
 
 
-def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box, **colours: Any) -> AxesImage:
+def draw_cells(axes: Axes, cells: NDArray[np.floating], box: Box, **colours: Any) -> Pixels:
     """Lay cells over the region `box` of the image: RGBA `[h, w, 4]` from 0 to 1, or `[h, w]` with their colours."""
-    x0, y0, x1, y1 = box
-    return axes.imshow(cells, extent=(x0, x1, y1, y0), interpolation="nearest", zorder=2, **colours)
+    return lay(axes, cells, box, zorder=2, **colours)
 
 
 def cells_inside(

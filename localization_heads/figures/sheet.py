@@ -26,6 +26,7 @@ from matplotlib import font_manager
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, FontProperties
 from matplotlib.lines import Line2D
@@ -33,6 +34,8 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
+from localization_heads.figures.panels import Panel, lay
+from localization_heads.figures.png import png
 from localization_heads.store.files import write_bytes
 from localization_heads.version import __version__
 
@@ -56,6 +59,7 @@ _STYLE = {
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.titley": 1.0,  # where matplotlib would find it has to be after measuring the ticks
     "axes.linewidth": 0.7,
     "lines.linewidth": 1.5,
     "figure.constrained_layout.h_pad": 0.03,
@@ -98,25 +102,53 @@ def save(figure: Figure, path: str | Path | None) -> Figure:
 
 
 def _png(figure: Figure) -> bytes:
-    """Packed quickly where that is small enough: half of a figure's time went into the last tenth of its bytes."""
-    content = _rendered(figure, "png", DPI, pil_kwargs={"compress_level": 1})
+    content = _packed(pixels := _pixels(figure, DPI), DPI)
     if len(content) > _MAX_BYTES:
-        content = _rendered(figure, "png", DPI)
+        content = _packed(pixels, DPI, well=True)
     if len(content) > _MAX_BYTES:
         # the size of a photograph goes with its pixels, and small ones compress a little worse
-        content = _rendered(figure, "png", int(DPI * math.sqrt(0.65 * _MAX_BYTES / len(content))))
+        dpi = int(DPI * math.sqrt(0.65 * _MAX_BYTES / len(content)))
+        content = _packed(_pixels(figure, dpi), dpi, well=True)
     return content
+
+
+def _packed(pixels: NDArray[np.uint8], dpi: int, *, well: bool = False) -> bytes:
+    """Quickly where that is small enough: half of a figure's time went into the last tenth of its bytes."""
+    said = {"Software": f"Matplotlib {matplotlib.__version__}"}
+    if made_of := _made_of.get():
+        said[_KEY] = made_of
+    return png(pixels, dpi, said, well=well)
+
+
+def _pixels(figure: Figure, dpi: int) -> NDArray[np.uint8]:
+    """The figure as RGB `[H, W, 3]`: it is opaque, so a fourth of its bytes would say nothing."""
+    canvas = FigureCanvasAgg(figure)
+    _rendered(figure, "rgba", dpi)
+    return np.ascontiguousarray(np.asarray(canvas.renderer.buffer_rgba())[..., :3])
 
 
 def _rendered(figure: Figure, kind: str, dpi: int = DPI, **options: Any) -> bytes:
     """The figure cut to what is drawn and a margin."""
     buffer = io.BytesIO()
-    if kind == "png" and (made_of := _made_of.get()):
-        options["metadata"] = {_KEY: made_of}
-    figure.savefig(
-        buffer, format=kind, dpi=dpi, bbox_inches=_extent(figure, dpi), pad_inches=_MARGIN, **options
-    )
+    with _laid_out(figure, dpi):
+        figure.savefig(buffer, format=kind, dpi=dpi, bbox_inches=_extent(figure, dpi), **options)
     return buffer.getvalue()
+
+
+@contextmanager
+def _laid_out(figure: Figure, dpi: int) -> Iterator[None]:
+    """Nothing left to lay out: matplotlib would draw the figure once more, unseen, to have it done."""
+    engine = figure.get_layout_engine()
+    if engine is None:
+        yield
+        return
+    with _at_resolution(figure, dpi):
+        engine.execute(figure)
+    figure.set_layout_engine(None)
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
 
 
 _KEY = "Inputs"
@@ -190,15 +222,18 @@ def _feed(digest: Any, value: object) -> None:
         digest.update(f"{value!r};".encode())
 
 
-def _extent(figure: Figure, dpi: int) -> Bbox | str:
-    """What `bbox_inches="tight"` finds out by drawing the figure twice, which only a layout engine needs."""
-    if figure.get_layout_engine() is not None:
-        return "tight"
+def _extent(figure: Figure, dpi: int) -> Bbox:
+    """What `bbox_inches="tight"` finds out by drawing the figure unseen."""
+    with _at_resolution(figure, dpi):
+        return Bbox(figure.get_tightbbox(RendererAgg(1, 1, dpi)).get_points()).padded(_MARGIN)
+
+
+@contextmanager
+def _at_resolution(figure: Figure, dpi: int) -> Iterator[None]:
     before = figure.dpi
+    figure.dpi = dpi
     try:
-        figure.dpi = dpi
-        extent = figure.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
-        return Bbox(extent.get_points()).padded(_MARGIN)
+        yield
     finally:
         figure.dpi = before
 
@@ -513,7 +548,7 @@ def new_sheet(
 def _axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at a place in inches from the bottom left corner."""
     W, H = figure.get_size_inches()
-    return figure.add_axes((left / W, bottom / H, width / W, height / H))
+    return figure.add_axes(Panel(figure, (left / W, bottom / H, width / W, height / H)))
 
 
 def _colour_bar(
@@ -526,9 +561,6 @@ def _colour_bar(
     width = min(2.0, sheet * 0.3)
     axes = _axes_at(figure, (sheet - width) / 2 - 0.1, bottom + 0.09, width, 0.08)
     shares = np.linspace(0, 1, 256)[None]
-    axes.imshow(shares, cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=opacity(shares), aspect="auto")
-    axes.spines[:].set_visible(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    lay(axes, shares, (0, 0, 1, 1), cmap=COLOUR_MAP, norm=Normalize(0, 1), alpha=opacity(shares))
     axes.text(-0.03, 0.45, "attention: 0", transform=axes.transAxes, ha="right", va="center")
     axes.text(1.03, 0.45, "each map's maximum", transform=axes.transAxes, ha="left", va="center")
