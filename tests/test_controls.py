@@ -146,12 +146,12 @@ class TestAllTogether:
     def test_each_goes_through_the_same_options(self) -> None:
         maps, truth, heads = random_maps(), Truth((10.0, 10.0, 40.0, 20.0)), [Head(2, 0), Head(3, 5)]
         options = GroundingOptions(kernel_size=3, sigma=0.7, upsample=2, component="all")
-        found = control_groundings(maps, heads, truth, options, exclude_layers=2, draws=3, seed=9)
-        drawn = random_heads(heads, 6, draws=3, seed=9)
+        found = control_groundings(maps, heads, truth, options, exclude_layers=2, seed=9)
+        drawn = random_heads(heads, 6, seed=9)
         assert [grounding.heads for grounding in found["random_heads"]] == drawn
         for grounding, other in zip(found["random_heads"], drawn, strict=True):
             assert grounding.box == ground_maps(maps, other, options).box
-        assert [len(answers) for answers in found.values()] == [3, 1, 1]
+        assert [len(answers) for answers in found.values()] == [DRAWS, 1, 1]
         assert found["all_heads"][0].box == ground_maps(mean_map(maps, 2), [Head(0, 0)], options).box
         assert found["oracle"][0].box == ground_maps(oracle_map(maps, truth), [Head(0, 0)], options).box
 
