@@ -119,11 +119,11 @@ def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
         for name in CONTROLS:
             values = [row[f"{name}_{column}"] for row in rows]
             assert metrics["controls"][name][metric] == pytest.approx(np.mean(values), abs=1e-6)
-    assert metrics["acc@0.25"] == np.mean([row["iou"] >= 0.25 for row in rows])
-    masked = [row for row in rows if row["union"] is not None]
-    assert metrics["ciou"] == pytest.approx(
-        sum(r["intersection"] for r in masked) / sum(r["union"] for r in masked), abs=1e-6
-    )
+    for threshold in (0.25, 0.5, 0.75):
+        assert metrics[f"acc@{threshold}"] == np.mean([row["iou"] >= threshold for row in rows])
+    shared, union = np.array([(r["intersection"], r["union"]) for r in rows if r["union"] is not None]).T
+    assert metrics["ciou"] == pytest.approx(shared.sum() / union.sum(), abs=1e-6)
+    assert metrics["giou"] == pytest.approx(np.mean(shared / union), abs=1e-6)
     assert (metrics["num_samples"], metrics["num_masks"], metrics["num_failed"]) == (5, 3, 0)
 
 
@@ -301,17 +301,20 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
         {**good, "id": "broken", "image_path": "broken.png"},
         {**good, "id": "outside", "bbox": [500, 500, 600, 600]},
         "{not json",
+        {**good, "id": "bare", "bbox": None},
     ]
     write_lines(Path("data.jsonl"), odd)
     result = quick.finder(*OPTIONS)
     assert result.status == 1
     rows = read_rows(quick)
-    assert [row["id"] for row in rows] == ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6"]
+    names = ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6", "bare"]
+    assert [row["id"] for row in rows] == names
+    assert "there is nothing to score against" in rows[-1]["error"]
     assert "7 x 7" in rows[2]["error"] and "outside the image" in rows[4]["error"]
     assert all(row["error"] and row["iou"] is None for row in rows[2:])
     assert all(row["error"] is None for row in rows[:2])
     metrics = read_metrics(quick)
-    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 4)
+    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 5)
     lines = (quick.out / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
 

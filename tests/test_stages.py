@@ -20,15 +20,12 @@ from PIL import Image, ImageFile
 from tiny_models import save_llava, save_overflowing
 
 import localization_heads as lh
-from localization_heads.api import ground
 from localization_heads.attention import AttentionMaps
 from localization_heads.data import download as downloading
 from localization_heads.data import images
 from localization_heads.data.address import Address
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.errors import NotFiniteError
-from localization_heads.evaluation.metrics import pointing_hit
-from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages.single import default_id
 from localization_heads.store.attention_files import load_attention
@@ -647,32 +644,6 @@ def test_a_second_run_in_the_same_folder_is_refused(front: Front) -> None:
 # -------------------------------------------------------------------------------------- evaluate and scenes
 
 
-def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.MonkeyPatch, lvlm: LVLM) -> None:
-    """The truth is the prediction itself, or a fifth of it: every number is known."""
-    stub_figures(monkeypatch)
-    write_data(front.folder, 2)
-    assert front.finder("stage=ground", "data_file=data.jsonl", "heads=[2-0]").status == 0
-    lines = read_lines(front.out / "predictions.jsonl")
-    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
-    entries[0] |= {"bbox": lines[0]["bbox"], "mask": lines[0]["mask"]}
-    x0, y0, x1, y1 = lines[1]["bbox"]
-    entries[1] |= {"bbox": [x0, y0, x0 + (x1 - x0) / 5, y1]}
-    entries.append({"id": "no_truth", "prompt": "the dog", "image_path": "cat.png"})
-    write_lines(Path("data.jsonl"), entries)
-    result = front.finder("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]")
-    assert result.status == 1
-    metrics = json.loads((front.out / "metrics.json").read_text())
-    assert {"acc@0.5", "acc@0.25", "acc@0.75", "mean_iou", "pointing", "ciou", "giou"} <= set(metrics)
-    assert metrics["acc@0.5"] == metrics["acc@0.75"] == metrics["acc@0.25"] == 0.5
-    assert metrics["mean_iou"] == pytest.approx(0.6)
-    points = [ground(lvlm, e["image_path"], e["prompt"], [Head(2, 0)]).point for e in entries[:2]]
-    hits = [pointing_hit(point, tuple(e["bbox"])) for point, e in zip(points, entries, strict=False)]
-    assert metrics["pointing"] == np.mean(hits)
-    assert metrics["ciou"] == metrics["giou"] == 1.0
-    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
-    assert "there is nothing to score against" in result.out
-
-
 def test_evaluate_with_masks_alone_and_broken_ones(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask gives its tight box; one of another size fails its entry and not the run."""
     stub_figures(monkeypatch)
@@ -698,13 +669,6 @@ def test_evaluate_with_masks_alone_and_broken_ones(front: Front, monkeypatch: py
     assert "7 x 7" in errors["alone"]
     assert "7 x 7" in errors["boxed"]
     assert "empty" in errors["empty"]
-
-
-def test_evaluate_needs_truth(front: Front) -> None:
-    write_data(front.folder, 1)
-    result = front.finder("stage=evaluate", "data_file=data.jsonl")
-    assert result.status == 2
-    assert "bbox or mask" in one_line(result.err)
 
 
 def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

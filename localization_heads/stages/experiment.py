@@ -38,7 +38,6 @@ from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, write_bytes, write_json
 from localization_heads.store.json_files import read_json
-from localization_heads.store.paths import attention_path
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +228,7 @@ def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
 
 
 def _maps_and_truth(run: Run, sample: Sample) -> tuple[AttentionMaps, Truth]:
-    maps = load_attention(attention_path(run.attention_folder, sample.id, run.options.attention_format))
+    maps = load_attention(run.attention_file(sample.id))
     return maps, truth_of(sample, maps.image_size)
 
 

@@ -37,7 +37,7 @@ from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import analyse_file, draw_sample, image_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
-from localization_heads.store.paths import analysis_path, attention_path, local_path
+from localization_heads.store.paths import analysis_path, local_path
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
 
@@ -95,6 +95,11 @@ def collect_statistics(
     """
     fresh: dict[str, HeadStatistics] = {}
 
+    def is_done(sample: Sample) -> bool:
+        if (key := entries.key(sample)) not in store:
+            return False
+        return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
+
     def keep(collected: Sequence[_Collected]) -> None:
         """Files first, statistics last: whatever the store holds is complete."""
         for sample, statistics, maps in collected:
@@ -109,18 +114,11 @@ def collect_statistics(
         entries,
         samples,
         "collect",
-        is_done=lambda sample: _is_done(run, entries, sample, store, keep_maps),
+        is_done=is_done,
         work=partial(_analysed, keep_maps=keep_maps),
         keep=keep,
     )
     return fresh
-
-
-def _is_done(run: Run, entries: Entries, sample: Sample, store: StatisticsStore, keep_maps: bool) -> bool:
-    key = entries.key(sample)
-    if key not in store:
-        return False
-    return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
 
 
 def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
@@ -128,7 +126,7 @@ def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
 
     Another prompt or model under the same id gives other sums; another batch around it gives the same but for rounding.
     """
-    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+    path = run.attention_file(sample.id)
     try:
         maps = load_attention(path)
     except UsageError:
@@ -168,7 +166,7 @@ def keep_statistics(
 
 
 def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
-    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+    path = run.attention_file(sample.id)
     save_attention(maps.named(id=sample.id, image_file=sample.image_file), path)
     save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
@@ -237,14 +235,14 @@ def _note_failures(entries: Entries, store: StatisticsStore) -> None:
 
 def _choose_record(run: Run) -> Recorded:
     """The store of these options; of several, which differ in their weights, the one used last."""
-    asked = asked_settings(run)
+    wanted = asked_settings(run)
     records = recorded(run.folder / "statistics")
-    fitting = [record for record in records if record.settings.get("asked") == asked]
+    fitting = [record for record in records if record.settings.get("asked") == wanted]
     if len(fitting) > 1:
         log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
     if fitting:
         return fitting[0]
-    there = [_difference(record.settings.get("asked"), asked) for record in records]
+    there = [_difference(record.settings.get("asked"), wanted) for record in records]
     held = f"only with {'; or with '.join(sorted(set(there)))}" if there else "none yet"
     raise UsageError(
         f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
@@ -252,10 +250,10 @@ def _choose_record(run: Run) -> Recorded:
     )
 
 
-def _difference(made: Any, asked: dict[str, Any]) -> str:
+def _difference(made: Any, wanted: dict[str, Any]) -> str:
     """`conv_mode=chat, view=tiles`: a store's options where they differ from those of this run."""
     made = made if isinstance(made, dict) else {}
-    pairs = ((name, made.get(name)) for name, value in asked.items() if made.get(name) != value)
+    pairs = ((name, made.get(name)) for name, value in wanted.items() if made.get(name) != value)
     return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
 
 
@@ -365,7 +363,7 @@ def _ground_all(
     outcomes = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
         with entries.put_aside(sample):
-            path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+            path = run.attention_file(sample.id)
             maps, statistics = load_attention(path), fresh.get(sample.id)
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics

@@ -27,6 +27,7 @@ from localization_heads.options.programs import (
     ModelUse,
 )
 from localization_heads.segmentation.segmenter import Segmenter
+from localization_heads.store.paths import attention_path
 from localization_heads.store.results import is_ranking, load_ranking
 
 if TYPE_CHECKING:
@@ -187,6 +188,10 @@ class Run(ModelRun[FinderOptions]):
         if figure and show:
             figures.show(figure)
         return path
+
+    def attention_file(self, id: str) -> Path:
+        """Where the attention of the entry of that id is kept."""
+        return attention_path(self.attention_folder, id, self.options.attention_format)
 
     @property
     def num_drawn(self) -> int | None:

@@ -32,7 +32,6 @@ from localization_heads.store.files import writable_folder
 from localization_heads.store.paths import (
     ATTENTION_FORMATS,
     analysis_path,
-    attention_path,
     entry_path,
     side_path,
 )
@@ -79,7 +78,7 @@ def collect(run: Run) -> Collected:
     run.options.require("image_file", "query")
     source, query = run.image(run.options.image_file), str(run.options.query)
     id = image_id(run, source, query)
-    path = attention_path(run.attention_folder, id, run.options.attention_format)
+    path = run.attention_file(id)
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
     maps = run.lvlm.attend(image, query).named(id=id, image_file=str(source))
