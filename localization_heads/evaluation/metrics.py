@@ -1,11 +1,10 @@
-"""Metrics as pure functions: box IoU, cIoU, gIoU, pointing game, bootstrap intervals, rank correlation.
+"""Box IoU, overlap of masks, pointing game, bootstrap intervals and rank correlation, as pure functions.
 
 Boxes are xyxy floats in pixels, half-open; masks are bool `[H, W]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -69,7 +68,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
 
 
 def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, int]:
-    """Intersection and union of two masks in pixels, the input of `ciou` and `giou`.
+    """Intersection and union of two masks in pixels, from which cIoU and gIoU are made.
 
     Raises:
         ValueError: for masks of different shapes.
@@ -83,37 +82,6 @@ def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, in
     return int((prediction & truth).sum()), int((prediction | truth).sum())
 
 
-def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
-    """`sum I_i / sum U_i` over the samples: cumulative IoU, which favours large objects.
-
-    Args:
-        overlaps: `mask_overlap` of each sample; without a prediction, `(0, area of the true mask)`.
-
-    Returns:
-        0 to 1; 1 if all masks are empty, predicted and true; NaN without samples.
-
-    >>> ciou([(1, 2), (9, 10)])
-    0.8333333333333334
-    """
-    shared, union = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2).sum(axis=0)
-    if len(overlaps) == 0:
-        return float("nan")
-    return float(shared / union) if union > 0 else 1.0
-
-
-def giou(overlaps: Sequence[tuple[int, int]]) -> float:
-    """`mean(I_i / U_i)` over the samples, in which all objects weigh the same (ReasonSeg's gIoU).
-
-    A sample counts 1 if prediction and truth are both empty, 0 if only one of them is. NaN without samples.
-
-    >>> giou([(1, 2), (9, 10)])
-    0.7
-    """
-    pairs = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2)
-    shared, union = pairs.T
-    return _mean(np.where(union > 0, divided(shared, union), 1.0))
-
-
 def pointing_hit(point: tuple[float, float], truth: Box) -> bool:
     """Pointing game: whether the point (x, y), such as `Grounding.point`, lies in the true box.
 
@@ -123,15 +91,6 @@ def pointing_hit(point: tuple[float, float], truth: Box) -> bool:
     x, y = point
     x0, y0, x1, y1 = truth
     return bool(x0 <= x < x1 and y0 <= y < y1)
-
-
-def accuracy_at(ious: ArrayLike, threshold: float = 0.5) -> float:
-    """Share of samples with `IoU >= threshold` (Acc@0.5 of REC); NaN without samples.
-
-    >>> accuracy_at([0.5, 0.49, 0.9, 0.0])
-    0.5
-    """
-    return _mean(np.asarray(ious, dtype=np.float64) >= threshold)
 
 
 def bootstrap_ratios(
@@ -215,8 +174,3 @@ def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
 
 def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(axis=-1))
-
-
-def _mean(values: ArrayLike) -> float:
-    array = np.asarray(values, dtype=np.float64)
-    return float(array.mean()) if array.size else float("nan")

@@ -35,7 +35,11 @@ METRICS = (
     "ciou",
     "giou",
 )
-"""In the order of `metrics.json`; the last two only where there are true masks."""
+"""In the order of `metrics.json`; the last two only where there are true masks.
+
+`ciou`, cumulative IoU, is `sum I / sum U` over the masks, which favours large objects; `giou` is `mean(I / U)`, in
+which all objects weigh the same (ReasonSeg).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +179,7 @@ def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def _empty_agree(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sets the cIoU in ratios `[..., metric]` to 1 where all masks are empty, predicted and true (as `ciou` does)."""
+    """Sets the cIoU in ratios `[..., metric]` to 1 where all masks are empty, predicted and true."""
     ciou, giou = METRICS.index("ciou"), METRICS.index("giou")
     values[..., ciou] = np.where(
         np.isnan(values[..., ciou]) & ~np.isnan(values[..., giou]), 1.0, values[..., ciou]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from localization_heads.data.images import image_size, load_image
+from localization_heads.data.masks import MaskSource
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
@@ -147,25 +146,23 @@ class EntryScorer:
         """All that the scores depend on besides the boxes."""
         digest = hashlib.sha256()
         for sample in samples:
-            digest.update(json.dumps([sample.id, sample.bbox, _mask_identity(sample)]).encode())
+            truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
+            digest.update(json.dumps(truth).encode())
         asked = None if self.native is None else [self.native.prompt, self.native.pattern]
         heads = [list(head) for head in self.alone.heads]
         options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, asked, heads]
         return {"truth": digest.hexdigest(), "evaluation": options}
 
 
-def _mask_identity(sample: Sample) -> Any:
-    """JSON values that change with the true mask: of a PNG, its size and time of change."""
-    mask = sample.mask
-    if isinstance(mask, Path):
-        try:
-            status = mask.stat()
-        except OSError:  # gone since the data file was read: its entry will fail
-            return str(mask)
-        return [str(mask), status.st_size, status.st_mtime_ns]
-    if isinstance(mask, np.ndarray):
-        return hashlib.sha256(mask.tobytes()).hexdigest()
-    return dict(mask) if isinstance(mask, Mapping) else mask
+def _identity(mask: MaskSource | None) -> Any:
+    """JSON values that change with a mask of a data file: of a PNG, its size and time of change."""
+    if not isinstance(mask, Path):
+        return mask
+    try:
+        status = mask.stat()
+    except OSError:  # gone since the data file was read: its entry will fail
+        return str(mask)
+    return [str(mask), status.st_size, status.st_mtime_ns]
 
 
 _THUMBNAIL = 3.0  # inches
