@@ -1,4 +1,4 @@
-"""The model's way through a data set, in one place: `find`, `batch`, `ground` and `evaluate` all go it.
+"""The loop over a data set that `find`, `batch`, `ground`, `evaluate` and `experiment` share.
 
 While the model works on one chunk, a thread opens and prepares the next ones, and another keeps the results of the
 last ones.
