@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from localization_heads import load_model
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.evaluation.metrics import accuracy_at, box_iou, ciou, giou, mask_overlap
+from localization_heads.evaluation.metrics import box_iou, mask_overlap
 from localization_heads.grounder import make_segmenter
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
@@ -73,9 +73,9 @@ def look(count: int) -> tuple[list[Seen], tuple[Head, ...]]:
 
 
 def box_row(seen: Sequence[Seen], heads: Sequence[Head], options: Mapping[str, Any]) -> list[str]:
-    ious = [float(box_iou(ground(one, heads, options).box, one.box)) for one in seen]
+    ious = np.array([float(box_iou(ground(one, heads, options).box, one.box)) for one in seen])
     named = ", ".join(f"`{name}={value}`" for name, value in options.items()) or "the paper's"
-    return [named, *(f"{value:.3f}" for value in (accuracy_at(ious), accuracy_at(ious, 0.75), np.mean(ious)))]
+    return [named, *(f"{value:.3f}" for value in ((ious >= 0.5).mean(), (ious >= 0.75).mean(), ious.mean()))]
 
 
 def mask_row(seen: Sequence[Seen], heads: Sequence[Head], kind: str, binarise: str) -> list[str]:
@@ -87,7 +87,9 @@ def mask_row(seen: Sequence[Seen], heads: Sequence[Head], kind: str, binarise: s
         overlaps.append(mask_overlap(refined.mask, one.mask))
         of_map.append(float(box_iou(grounding.box, one.box)))
         of_mask.append(float(box_iou(refined.box, one.box)))
-    numbers = (giou(overlaps), ciou(overlaps), accuracy_at(of_map), accuracy_at(of_mask))
+    shared, union = np.array(overlaps).T
+    accuracies = (np.mean(np.array(ious) >= 0.5) for ious in (of_map, of_mask))
+    numbers = (np.mean(shared / union), shared.sum() / union.sum(), *accuracies)
     return [f"`segmenter={kind}`", f"`{binarise}`", *(f"{number:.3f}" for number in numbers)]
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
 import torch
+from front import Calls, Front, fronts
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
@@ -37,3 +41,26 @@ def image() -> Image.Image:
     """A wide image of smooth noise: every patch differs from the next."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 16, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((160, 90), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    """The commands in an empty folder."""
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    seen = Calls()
+    original = LVLM.attend_batch
+
+    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
+        if len(seen) == seen.fail_at:
+            raise KeyboardInterrupt
+        seen.append(list(expressions))
+        return original(self, images, expressions, **options)
+
+    monkeypatch.setattr(LVLM, "attend_batch", spy)
+    return seen

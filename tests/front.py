@@ -61,6 +61,20 @@ class Front:
         return Result(status, *self._capture.readouterr())
 
 
+class Calls(list[list[str]]):
+    """The expressions of every forward pass; Ctrl-C before the one numbered `fail_at`."""
+
+    fail_at: int | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(chunk) for chunk in self]
+
+    def restart(self, fail_at: int | None = None) -> None:
+        self.clear()
+        self.fail_at = fail_at
+
+
 def fronts(folder: Path, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> Iterator[Front]:
     """A `Front`; afterwards the package's log goes where other tests expect it."""
     package = logging.getLogger("localization_heads")

@@ -16,6 +16,7 @@ from localization_heads.evaluation.controls import (
     DRAWS,
     centre_box,
     control_groundings,
+    layer_matched,
     mean_map,
     oracle_map,
     random_heads,
@@ -34,14 +35,31 @@ def random_maps(seed: int = 0, shape: tuple[int, int, int, int] = (4, 6, 5, 7)) 
 
 
 class TestRandomHeads:
-    @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), min_size=1, max_size=4, unique=True))
-    def test_same_layers_other_heads_none_twice(self, chosen: list[tuple[int, int]]) -> None:
-        heads = [Head(*head) for head in chosen]
-        for draw in random_heads(heads, 8):
-            assert [head.layer for head in draw] == [head.layer for head in heads]
-            assert len(set(draw)) == len(draw)
-            assert not set(draw) & set(heads)
-            assert all(0 <= head.head < 8 for head in draw)
+    @given(st.integers(1, 4), st.integers(1, 6), st.data())
+    def test_layers_and_numbers_are_kept(self, layers: int, width: int, data: st.DataObject) -> None:
+        """And given heads are drawn only where a layer has too few others, in both ways to draw."""
+        every = [Head(layer, head) for layer in range(layers) for head in range(width)]
+        heads = data.draw(st.lists(st.sampled_from(every), unique=True, min_size=1))
+        seed = data.draw(st.integers(0, 99))
+        alone = layer_matched(heads, (layers, width), np.random.default_rng(seed))
+        for drawn in (alone, *random_heads(heads, width, seed=seed)):
+            assert [head.layer for head in drawn] == [head.layer for head in heads]
+            assert set(drawn) <= set(every)
+            assert len(set(drawn)) == len(heads)
+            for layer in range(layers):
+                given_here = {head for head in heads if head.layer == layer}
+                others = width - len(given_here)
+                assert len(given_here & set(drawn)) == max(0, len(given_here) - others)
+
+    def test_by_hand(self) -> None:
+        """Where only one head of a layer is left there is nothing to draw."""
+        drawn = layer_matched([Head(1, 0), Head(0, 1), Head(1, 2)], (2, 3), np.random.default_rng(0))
+        assert [head.layer for head in drawn] == [1, 0, 1]
+        assert drawn[1] in {Head(0, 0), Head(0, 2)}
+        # Layer 1 has one head besides the given two; the second one has to be one of them.
+        assert Head(1, 1) in {drawn[0], drawn[2]}
+        assert {drawn[0], drawn[2]} - {Head(1, 1)} <= {Head(1, 0), Head(1, 2)}
+        assert random_heads([Head(2, 0)], 1) == [(Head(2, 0),)] * DRAWS
 
     def test_every_other_head_is_as_likely(self) -> None:
         drawn = random_heads([Head(2, 0), Head(2, 3)], 8, draws=6000)
@@ -57,12 +75,10 @@ class TestRandomHeads:
         assert random_heads(heads, 8, seed=1) != random_heads(heads, 8, seed=2)
         assert len(random_heads(heads, 8)) == DRAWS
 
-    def test_a_layer_without_enough_others(self) -> None:
-        """The chosen ones come into play, and still none twice: never an error, never a control that is worse."""
-        assert random_heads([Head(2, 0)], 1) == [(Head(2, 0),)] * DRAWS
-        for draw in random_heads([Head(2, 0), Head(2, 1)], 3):
-            assert Head(2, 2) in draw
-            assert len(set(draw)) == 2
+    @pytest.mark.parametrize("heads", [[Head(2, 0)], [Head(0, 3)], [Head(0, 0), Head(0, 0)], [Head(-1, 0)]])
+    def test_impossible_heads_are_refused(self, heads: list[Head]) -> None:
+        with pytest.raises(ValueError, match="head"):
+            layer_matched(heads, (2, 3), np.random.default_rng(0))
 
 
 class TestMeanOfHeads:
@@ -146,12 +162,12 @@ class TestAllTogether:
     def test_each_goes_through_the_same_options(self) -> None:
         maps, truth, heads = random_maps(), Truth((10.0, 10.0, 40.0, 20.0)), [Head(2, 0), Head(3, 5)]
         options = GroundingOptions(kernel_size=3, sigma=0.7, upsample=2, component="all")
-        found = control_groundings(maps, heads, truth, options, exclude_layers=2, draws=3, seed=9)
-        drawn = random_heads(heads, 6, draws=3, seed=9)
+        found = control_groundings(maps, heads, truth, options, exclude_layers=2, seed=9)
+        drawn = random_heads(heads, 6, seed=9)
         assert [grounding.heads for grounding in found["random_heads"]] == drawn
         for grounding, other in zip(found["random_heads"], drawn, strict=True):
             assert grounding.box == ground_maps(maps, other, options).box
-        assert [len(answers) for answers in found.values()] == [3, 1, 1]
+        assert [len(answers) for answers in found.values()] == [DRAWS, 1, 1]
         assert found["all_heads"][0].box == ground_maps(mean_map(maps, 2), [Head(0, 0)], options).box
         assert found["oracle"][0].box == ground_maps(oracle_map(maps, truth), [Head(0, 0)], options).box
 

@@ -8,13 +8,22 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_data, write_lines
+from front import (
+    EXPRESSIONS,
+    Calls,
+    Front,
+    draw_image,
+    fronts,
+    one_line,
+    stub_figures,
+    write_data,
+    write_lines,
+)
 from PIL import Image
 
 import localization_heads as lh
@@ -34,38 +43,11 @@ DATA = "data_file=data.jsonl"
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
     """Five entries in `data.jsonl`, and no figures."""
-    write_data(tmp_path)
+    write_data(front.folder)
     stub_figures(monkeypatch)
-    yield from fronts(tmp_path, monkeypatch, capsys)
-
-
-class Calls(list[list[str]]):
-    """The expressions of every forward pass; Ctrl-C before the one that is to fail."""
-
-    fail_at: int | None = None
-
-    @property
-    def sizes(self) -> list[int]:
-        return [len(chunk) for chunk in self]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    seen = Calls()
-    original = LVLM.attend_batch
-
-    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
-        if len(seen) == seen.fail_at:
-            raise KeyboardInterrupt
-        seen.append(list(expressions))
-        return original(self, images, expressions, **options)
-
-    monkeypatch.setattr(LVLM, "attend_batch", spy)
-    return seen
+    return front
 
 
 def heads_of(folder: Path | str) -> bytes:
@@ -371,8 +353,7 @@ def test_interrupted_and_resumed(front: Front, calls: Calls, stage: str, fail_at
     options = (f"stage={stage}", DATA, "batch_size=2")
     assert front.finder(*options, "output_dir=whole").status == 0
     assert calls.sizes == [2, 2, 1]
-    calls.clear()
-    calls.fail_at = fail_at
+    calls.restart(fail_at)
     result = front.finder(*options)
     assert result.status == 130
     assert "what was finished is kept" in one_line(result.err)
@@ -380,8 +361,7 @@ def test_interrupted_and_resumed(front: Front, calls: Calls, stage: str, fail_at
     if stage == "batch":
         assert len([name for name in done if name.endswith("_analysis.pkl")]) == 2 * fail_at
     assert "heads.json" not in done
-    calls.clear()
-    calls.fail_at = None
+    calls.restart()
     assert front.finder(*options).status == 0
     assert calls.sizes == [2, 2, 1][fail_at:]
     assert heads_of(front.out) == heads_of("whole/tiny")

@@ -61,7 +61,7 @@ def test_embedded_model(
 
 
 def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localization_heads.stages.doctor.EXAMPLE", "examples/images/none.jpg")
+    monkeypatch.setattr("localization_heads.stages.single.EXAMPLE", "examples/images/none.jpg")
     with pytest.raises(UsageError, match="image_file="):
         STAGES["doctor"](run_of(tmp_path))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_lines
+from front import EXPRESSIONS, Calls, Front, draw_image, one_line, stub_figures, write_lines
 from PIL import Image
 
 import localization_heads as lh
@@ -29,13 +28,6 @@ from localization_heads.store.results import Prediction
 
 CONTROLS = ["random_heads", "all_heads", "centre_box", "oracle"]
 OPTIONS = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "visualize_batch=false")
-
-
-@pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    yield from fronts(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -127,11 +119,11 @@ def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
         for name in CONTROLS:
             values = [row[f"{name}_{column}"] for row in rows]
             assert metrics["controls"][name][metric] == pytest.approx(np.mean(values), abs=1e-6)
-    assert metrics["acc@0.25"] == np.mean([row["iou"] >= 0.25 for row in rows])
-    masked = [row for row in rows if row["union"] is not None]
-    assert metrics["ciou"] == pytest.approx(
-        sum(r["intersection"] for r in masked) / sum(r["union"] for r in masked), abs=1e-6
-    )
+    for threshold in (0.25, 0.5, 0.75):
+        assert metrics[f"acc@{threshold}"] == np.mean([row["iou"] >= threshold for row in rows])
+    shared, union = np.array([(r["intersection"], r["union"]) for r in rows if r["union"] is not None]).T
+    assert metrics["ciou"] == pytest.approx(shared.sum() / union.sum(), abs=1e-6)
+    assert metrics["giou"] == pytest.approx(np.mean(shared / union), abs=1e-6)
     assert (metrics["num_samples"], metrics["num_masks"], metrics["num_failed"]) == (5, 3, 0)
 
 
@@ -207,49 +199,29 @@ def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.Mon
 # -------------------------------------------------------------------------------------------------- files
 
 
-def interrupt(quick: Front, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]) -> list[int]:
-    """Run evaluate with a Ctrl-C before the third batch; the sizes of the batches before it."""
-    seen: list[int] = []
-    original = LVLM.attend_batch
-
-    def interrupted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(len(images))
-        return original(self, images, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LVLM, "attend_batch", interrupted)
-        assert quick.finder(*options).status == 130
-    return seen
-
-
-def test_a_killed_run_ends_with_the_same_bytes(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_ends_with_the_same_bytes(quick: Front, calls: Calls) -> None:
     write_truths()
     options = (*OPTIONS, "batch_size=2")
     assert quick.finder(*options, "output_dir=whole").status == 0
-    seen = interrupt(quick, monkeypatch, options)
+    calls.restart(fail_at=2)
+    assert quick.finder(*options).status == 130
     assert not (quick.out / "metrics.json").exists()
-    done, original = sum(seen), LVLM.attend_batch
-    seen.clear()
-
-    def counted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
-        seen.append(len(images))
-        return original(self, images, *arguments, **named)
-
-    monkeypatch.setattr(LVLM, "attend_batch", counted)
+    done = sum(calls.sizes)
+    calls.restart()
     assert quick.finder(*options, "worst=0").status == 0
-    assert sum(seen) == 5 - done  # the last chunk alone
+    assert sum(calls.sizes) == 5 - done  # the last chunk alone
     for name in ("metrics.json", "per_sample.parquet", "predictions.jsonl"):
         assert (quick.out / name).read_bytes() == Path("whole/tiny", name).read_bytes(), name
     assert not list(quick.out.glob(".evaluate-*"))
 
 
-def test_another_truth_is_scored_anew(quick: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_truth_is_scored_anew(quick: Front, calls: Calls) -> None:
     """A killed run whose truth is edited meanwhile must not mix old scores with new ones."""
     entries = write_truths()
     options = (*OPTIONS, "batch_size=2", "worst=0")
-    interrupt(quick, monkeypatch, options)
+    calls.restart(fail_at=2)
+    assert quick.finder(*options).status == 130
+    calls.restart()
     entries[0]["bbox"] = [0, 0, 64, 48]
     write_lines(Path("data.jsonl"), entries)
     assert quick.finder(*options).status == 0
@@ -285,7 +257,7 @@ def test_worst_first_and_only_those_below_a_half() -> None:
         """A prediction of IoU `width / 10`."""
         prediction = Prediction(id=id, bbox=(0.0, 0.0, width, 1.0), heads=(Head(2, 0),))
         sample = lh.Sample("cat.png", "the cat", id=id, bbox=(0.0, 0.0, 10.0, 1.0))
-        return Outcome(sample, prediction, (0, 0), {"scores": {"heads": [[width / 10, False, energy, None]]}})
+        return Outcome(sample, prediction, {"scores": {"heads": [[width / 10, False, energy, None]]}})
 
     outcomes = [
         made("half", 5, 0.0), made("fair", 4, 0.9), made("zero", 0, 0.3), made("zero_far", 0, 0.1),
@@ -329,17 +301,20 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
         {**good, "id": "broken", "image_path": "broken.png"},
         {**good, "id": "outside", "bbox": [500, 500, 600, 600]},
         "{not json",
+        {**good, "id": "bare", "bbox": None},
     ]
     write_lines(Path("data.jsonl"), odd)
     result = quick.finder(*OPTIONS)
     assert result.status == 1
     rows = read_rows(quick)
-    assert [row["id"] for row in rows] == ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6"]
+    names = ["entry_0", "entry_1", "other_mask", "broken", "outside", "line_6", "bare"]
+    assert [row["id"] for row in rows] == names
+    assert "there is nothing to score against" in rows[-1]["error"]
     assert "7 x 7" in rows[2]["error"] and "outside the image" in rows[4]["error"]
     assert all(row["error"] and row["iou"] is None for row in rows[2:])
     assert all(row["error"] is None for row in rows[:2])
     metrics = read_metrics(quick)
-    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 4)
+    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 5)
     lines = (quick.out / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
 

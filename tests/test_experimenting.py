@@ -6,17 +6,15 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, draw_image, fronts, one_line, stub_figures, write_data, write_lines
+from front import Calls, Front, draw_image, one_line, stub_figures, write_data, write_lines
 from PIL import Image
 
 from localization_heads.experiments.catalogue import EXPERIMENTS
-from localization_heads.lvlm.model import LVLM
 from localization_heads.store.attention_files import load_attention
 
 ROOT = Path(__file__).parents[1]
@@ -24,35 +22,14 @@ SCENES = ("data=scenes", "scenes.count=12", "scenes.size=128")
 EXPERIMENT = ("stage=experiment", *SCENES)
 
 
-@pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    yield from fronts(tmp_path, monkeypatch, capsys)
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many expressions went into each pass of the model."""
-    sizes: list[int] = []
-    original = LVLM.attend_batch
-
-    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
-        sizes.append(len(expressions))
-        return original(self, images, expressions, **options)
-
-    monkeypatch.setattr(LVLM, "attend_batch", spy)
-    return sizes
-
-
 def numbers(front: Front, name: str) -> Any:
     return json.loads((front.out / "experiments" / f"{name}.json").read_text())
 
 
-def test_all_experiments_in_one_pass(front: Front, passes: list[int]) -> None:
+def test_all_experiments_in_one_pass(front: Front, calls: Calls) -> None:
     result = front.finder(*EXPERIMENT, "experiment=all")
     assert result.status == 0, result.err
-    assert sum(passes) == 12
+    assert sum(calls.sizes) == 12
     for name in EXPERIMENTS:
         assert numbers(front, name)["samples"] == 12
         text = (front.out / "experiments" / f"{name}.md").read_text()
@@ -63,7 +40,7 @@ def test_all_experiments_in_one_pass(front: Front, passes: list[int]) -> None:
             assert np.asarray(image.convert("L")).std() > 5, name
     # Another experiment, other values to sweep over, other heads: the model is not run again.
     again = front.finder(*EXPERIMENT, "experiment=tab4", "experiment.ks=[2]", "heads=[3-1]")
-    assert again.status == 0 and sum(passes) == 12
+    assert again.status == 0 and sum(calls.sizes) == 12
     assert [point["k"] for point in numbers(front, "tab4")["numbers"]["points"]] == [2]
     assert numbers(front, "tab4")["heads"] == [[3, 1]]
 
@@ -136,25 +113,17 @@ def test_greedy_scores_the_entries_that_evaluate_keeps(front: Front, monkeypatch
     assert "| both, greedy (6 of 12) |" in text and "in which no head passes, as stage=evaluate does" in text
 
 
-def test_a_killed_run_goes_on(front: Front, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on(front: Front, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same numbers, and without the samples that were done."""
     stub_figures(monkeypatch)
     whole = [*EXPERIMENT, "experiment=fig6b", "batch_size=4"]
     assert front.finder(*whole).status == 0
     expected = numbers(front, "fig6b")
-    original = LVLM.attend_batch
-
-    def killed(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
-        if len(passes) == 5:
-            raise KeyboardInterrupt
-        return original(self, images, expressions, **options)
-
-    monkeypatch.setattr(LVLM, "attend_batch", killed)
+    calls.restart(fail_at=2)
     assert front.finder(*whole, "output_dir=elsewhere").status == 130
-    monkeypatch.setattr(LVLM, "attend_batch", original)
-    before = sum(passes)
+    calls.restart()
     assert front.finder(*whole, "output_dir=elsewhere").status == 0
-    assert sum(passes) - before == 4
+    assert calls.sizes == [4]
     assert json.loads(Path("elsewhere/tiny/experiments/fig6b.json").read_text()) == expected
 
 

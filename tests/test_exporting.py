@@ -2,19 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from front import Front, fronts, one_line, stub_figures, write_data
+from front import one_line, stub_figures, write_data
 
 
-@pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+@pytest.fixture(autouse=True)
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_figures(monkeypatch)
-    yield from fronts(tmp_path, monkeypatch, capsys)
 
 
 def test_export_after_a_batch(front):

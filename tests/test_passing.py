@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_data, write_lines
+from front import EXPRESSIONS, Calls, Front, draw_image, one_line, stub_figures, write_data, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,15 +22,8 @@ from PIL import Image
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedImage
-from localization_heads.stages.flow import AHEAD, WAITING, chunks, in_line
-
-
-@pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    yield from fronts(tmp_path, monkeypatch, capsys)
-
+from localization_heads.stages.chunks import chunks
+from localization_heads.stages.flow import AHEAD, WAITING, in_line
 
 # ------------------------------------------------------------------------------------------------ how it is cut
 
@@ -67,7 +59,7 @@ def test_images_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.Mon
     samples = [Sample(str(tmp_path / f"{n}.png"), "x" * (9 - n), line=n) for n in range(len(sides))]
     cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
     assert cut == [[4, 0], [6, 2], [7, 3], [5, 1]]
-    monkeypatch.setattr("localization_heads.stages.flow.WINDOW", 2)
+    monkeypatch.setattr("localization_heads.stages.chunks.WINDOW", 2)
     cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
     assert cut == [[0, 2], [3, 1], [4, 6], [7, 5]]
     assert [[s.line for s in chunk] for chunk in chunks(samples, 1)] == [[n] for n in range(8)]
@@ -307,24 +299,19 @@ def test_entries_of_one_image_share_it(
 
 
 @pytest.mark.parametrize("stage", ["find", "batch", "ground"])
-def test_shared_images_resume(front: Front, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_shared_images_resume(
+    front: Front, calls: Calls, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     """Interrupted in the second chunk: the first is kept, and the end is the same to the byte."""
     stub_figures(monkeypatch)
     data = write_shared(front.folder)
     options = (f"stage={stage}", data, "heads=[2-0]", "batch_size=4")
     assert front.finder(*options, "output_dir=whole").status == 1
-    original, calls = LVLM.attend_batch, list[int]()
-
-    def interrupted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
-        calls.append(len(images))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(self, images, *arguments, **named)
-
-    monkeypatch.setattr(LVLM, "attend_batch", interrupted)
+    calls.restart(fail_at=1)
     assert front.finder(*options).status == 130
+    calls.fail_at = None
     assert front.finder(*options).status == 1
-    assert calls == [3, 3, 3]
+    assert calls.sizes == [3, 3]
     name = "heads.json" if stage == "find" else "predictions.jsonl"
     assert (front.out / name).read_bytes() == (Path("whole/tiny") / name).read_bytes()
 

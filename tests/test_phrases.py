@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, draw_image, fronts, one_line, write_lines
+from front import Front, draw_image, one_line, write_lines
 from PIL import Image
 
 from localization_heads import figures
@@ -96,11 +95,9 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    draw_image(tmp_path / "cat.png")
-    yield from fronts(tmp_path, monkeypatch, capsys)
+def front(front: Front) -> Front:
+    draw_image(front.folder / "cat.png")
+    return front
 
 
 def predictions(path: Path) -> list[dict[str, Any]]:

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, fronts, one_line, stub_figures, write_data, write_lines
+from front import Front, one_line, stub_figures, write_data, write_lines
 
 from localization_heads.lvlm import loading
 from localization_heads.store.statistics import StatisticsStore, _digest, recorded
@@ -22,12 +21,10 @@ FILES = ("heads.json", "heads.csv")
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    write_data(tmp_path)
+def front(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
+    write_data(front.folder)
     stub_figures(monkeypatch)
-    yield from fronts(tmp_path, monkeypatch, capsys)
+    return front
 
 
 def forbid(patch: pytest.MonkeyPatch) -> None:

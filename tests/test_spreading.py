@@ -13,7 +13,7 @@ from typing import Any
 import killing
 import numpy as np
 import pytest
-from front import EXPRESSIONS, Front, draw_image, fronts, one_line, stub_figures, write_lines
+from front import EXPRESSIONS, Front, draw_image, one_line, stub_figures, write_lines
 from tiny_models import save_overflowing
 
 from localization_heads.data.samples import Sample
@@ -56,13 +56,11 @@ def ray() -> Iterator[Any]:
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
     """Twelve entries of six images, one of them broken and one line no entry at all; figures are stubs."""
     stub_figures(monkeypatch)
-    write_entries(tmp_path)
-    yield from fronts(tmp_path, monkeypatch, capsys)
+    write_entries(front.folder)
+    return front
 
 
 def write_entries(folder: Path) -> None:

@@ -7,37 +7,25 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from front import (
-    Front,
-    cached_load_model,
-    draw_image,
-    fronts,
-    one_line,
-    stub_figures,
-    write_data,
-    write_lines,
-)
+from front import Calls, Front, cached_load_model, draw_image, one_line, stub_figures, write_data, write_lines
 from matplotlib.figure import Figure
 from PIL import Image, ImageFile
 from tiny_models import save_llava, save_overflowing
 
 import localization_heads as lh
-from localization_heads.api import ground
 from localization_heads.attention import AttentionMaps
 from localization_heads.data import download as downloading
 from localization_heads.data import images
 from localization_heads.data.address import Address
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.errors import NotFiniteError
-from localization_heads.evaluation.metrics import pointing_hit
-from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages.single import default_id
 from localization_heads.store.attention_files import load_attention
@@ -52,25 +40,9 @@ ANALYSIS_KEYS = [
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    draw_image(tmp_path / "cat.png")
-    yield from fronts(tmp_path, monkeypatch, capsys)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The expressions of every forward pass."""
-    seen: list[list[str]] = []
-    original = LVLM.attend_batch
-
-    def spy(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
-        seen.append(list(expressions))
-        return original(self, images, expressions, **options)
-
-    monkeypatch.setattr(LVLM, "attend_batch", spy)
-    return seen
+def front(front: Front) -> Front:
+    draw_image(front.folder / "cat.png")
+    return front
 
 
 def load_pickle(path: Path) -> Any:
@@ -482,28 +454,23 @@ def test_ground_one_image(front: Front) -> None:
     assert found.heatmap.shape == found.mask.shape == (48, 64)
 
 
-def test_one_image_leaves_the_data_sets_files(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_leaves_the_data_sets_files(
+    front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
     """Its predictions, and what an interrupted run has finished, are not those of the image."""
     stub_figures(monkeypatch)
     write_data(front.folder, 4)
     data, heads = ("stage=ground", "data_file=data.jsonl", "batch_size=2"), "heads=[2-0]"
     assert front.finder(*data, heads).status == 0
     before = (front.out / "predictions.jsonl").read_bytes()
-    original, seen = LVLM.attend_batch, []
-
-    def interrupted(self: LVLM, images: Any, expressions: Any, **options: Any) -> Any:
-        seen.append(list(expressions))
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return original(self, images, expressions, **options)
-
-    monkeypatch.setattr(LVLM, "attend_batch", interrupted)
+    calls.restart(fail_at=1)
     assert front.finder(*data, heads).status == 130
+    calls.fail_at = None
     image = ("stage=ground", "image_file=cat.png", "query=the dog", "batch_size=2")
     assert front.finder(*image, heads).status == 0
     assert (front.out / "predictions.jsonl").read_bytes() == before
     assert front.finder(*data, heads).status == 0
-    assert [len(expressions) for expressions in seen] == [2, 2, 1, 2]
+    assert calls.sizes == [2, 1, 2]
 
 
 def test_fixed_heads_need_no_statistics(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,29 +596,21 @@ def test_ground_reports_bad_entries_and_goes_on(front: Front, monkeypatch: pytes
     assert all(line["bbox"] is None and line["mask"] is None for line in lines if line["error"])
 
 
-def test_ground_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]) -> None:
+def test_ground_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     """After an interruption the finished chunks are not done again, and the file is the same byte for byte."""
     stub_figures(monkeypatch)
     write_data(front.folder, 5)
     options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2")
     assert front.finder(*options, "output_dir=whole").status == 0
     assert len(calls) == 3
-    spy = LVLM.attend_batch
-
-    def interrupted(self: LVLM, *arguments: Any, **named: Any) -> Any:
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return spy(self, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LVLM, "attend_batch", interrupted)
-        result = front.finder(*options)
+    calls.restart(fail_at=2)
+    result = front.finder(*options)
     assert result.status == 130
     assert "interrupted" in one_line(result.err)
     assert not (front.out / "predictions.jsonl").exists()
-    calls.clear()
+    calls.restart()
     assert front.finder(*options).status == 0
-    assert [len(chunk) for chunk in calls] == [1]
+    assert calls.sizes == [1]
     whole = Path("whole/tiny/predictions.jsonl").read_bytes()
     assert (front.out / "predictions.jsonl").read_bytes() == whole
     calls.clear()
@@ -660,23 +619,15 @@ def test_ground_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: li
 
 
 def test_an_interrupted_ground_with_other_options_starts_anew(
-    front: Front, monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]
+    front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls
 ) -> None:
     """Another padding is another box: nothing of the interrupted run is taken."""
     stub_figures(monkeypatch)
     write_data(front.folder, 4)
     options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "batch_size=2")
-    spy = LVLM.attend_batch
-
-    def interrupted(self: LVLM, *arguments: Any, **named: Any) -> Any:
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        return spy(self, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LVLM, "attend_batch", interrupted)
-        assert front.finder(*options).status == 130
-    calls.clear()
+    calls.restart(fail_at=1)
+    assert front.finder(*options).status == 130
+    calls.restart()
     assert front.finder(*options, "model.pad_to_square=false").status == 0
     assert len(calls) == 2
 
@@ -691,32 +642,6 @@ def test_a_second_run_in_the_same_folder_is_refused(front: Front) -> None:
 
 
 # -------------------------------------------------------------------------------------- evaluate and scenes
-
-
-def test_evaluate_scores_boxes_and_masks(front: Front, monkeypatch: pytest.MonkeyPatch, lvlm: LVLM) -> None:
-    """The truth is the prediction itself, or a fifth of it: every number is known."""
-    stub_figures(monkeypatch)
-    write_data(front.folder, 2)
-    assert front.finder("stage=ground", "data_file=data.jsonl", "heads=[2-0]").status == 0
-    lines = read_lines(front.out / "predictions.jsonl")
-    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
-    entries[0] |= {"bbox": lines[0]["bbox"], "mask": lines[0]["mask"]}
-    x0, y0, x1, y1 = lines[1]["bbox"]
-    entries[1] |= {"bbox": [x0, y0, x0 + (x1 - x0) / 5, y1]}
-    entries.append({"id": "no_truth", "prompt": "the dog", "image_path": "cat.png"})
-    write_lines(Path("data.jsonl"), entries)
-    result = front.finder("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]")
-    assert result.status == 1
-    metrics = json.loads((front.out / "metrics.json").read_text())
-    assert {"acc@0.5", "acc@0.25", "acc@0.75", "mean_iou", "pointing", "ciou", "giou"} <= set(metrics)
-    assert metrics["acc@0.5"] == metrics["acc@0.75"] == metrics["acc@0.25"] == 0.5
-    assert metrics["mean_iou"] == pytest.approx(0.6)
-    points = [ground(lvlm, e["image_path"], e["prompt"], [Head(2, 0)]).point for e in entries[:2]]
-    hits = [pointing_hit(point, tuple(e["bbox"])) for point, e in zip(points, entries, strict=False)]
-    assert metrics["pointing"] == np.mean(hits)
-    assert metrics["ciou"] == metrics["giou"] == 1.0
-    assert (metrics["num_samples"], metrics["num_failed"]) == (2, 1)
-    assert "there is nothing to score against" in result.out
 
 
 def test_evaluate_with_masks_alone_and_broken_ones(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,13 +669,6 @@ def test_evaluate_with_masks_alone_and_broken_ones(front: Front, monkeypatch: py
     assert "7 x 7" in errors["alone"]
     assert "7 x 7" in errors["boxed"]
     assert "empty" in errors["empty"]
-
-
-def test_evaluate_needs_truth(front: Front) -> None:
-    write_data(front.folder, 1)
-    result = front.finder("stage=evaluate", "data_file=data.jsonl")
-    assert result.status == 2
-    assert "bbox or mask" in one_line(result.err)
 
 
 def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def printed(table: object, width: int = 120) -> str:
 
 def outcome(expression: str, id: str = "a") -> Outcome:
     prediction = Prediction(id=id, bbox=(0.0, 0.0, 20.0, 30.0), score=0.5)
-    return Outcome(Sample("cat.png", expression, id=id), prediction, (1.0, 1.0))
+    return Outcome(Sample("cat.png", expression, id=id), prediction)
 
 
 @given(st.text(), st.one_of(st.none(), st.integers(1, 100)))

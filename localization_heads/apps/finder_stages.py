@@ -12,9 +12,9 @@ from rich.table import Table
 from localization_heads.apps import tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
-from localization_heads.experiments.paper import Finding
 from localization_heads.scenes import write
-from localization_heads.stages import doctor, evaluate, experiment, export, find, ground, single
+from localization_heads.stages import evaluate, experiment, export, find, ground, single
+from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run
 
 log = logging.getLogger(__name__)
@@ -25,16 +25,6 @@ def _pipeline(run: Run) -> int:
     _show_collected(collected)
     _show_analysed(run, analysed)
     return _show_visualised(visualised)
-
-
-def _ground(run: Run) -> int:
-    result = ground.ground(run)
-    return _show(tables.predictions_table(result.outcomes), result.paths, result.failures)
-
-
-def _evaluate(run: Run) -> int:
-    result = evaluate.evaluate(run)
-    return _show(tables.metrics_table(result.metrics), result.paths, result.failures)
 
 
 def _scenes(run: Run) -> int:
@@ -51,7 +41,7 @@ def _prepare(run: Run) -> int:
 
 
 def _doctor(run: Run) -> int:
-    result = doctor.doctor(run)
+    result = single.doctor(run)
     tables.show(tables.examination_table(result.examination))
     tables.show(tables.marked_prompt(result.examination), soft_wrap=True)
     tables.written(result.paths)
@@ -59,10 +49,8 @@ def _doctor(run: Run) -> int:
 
 
 def _experiment(run: Run) -> int:
-    if run.options.experiment.names == ("ladder",):
-        return _show_findings(*experiment.climb(run))
-    result = experiment.experiment(run)
-    return _show_findings(result.findings, result.failures, result.paths)
+    is_ladder = run.options.experiment.names == ("ladder",)
+    return _show_result(run, experiment.climb(run) if is_ladder else experiment.experiment(run))
 
 
 def _export(run: Run) -> int:
@@ -75,11 +63,11 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "analyze": lambda run: _show_analysed(run, single.analyze(run)),
     "visualize": lambda run: _show_visualised(single.visualize(run)),
     "pipeline": _pipeline,
-    "find": lambda run: _show_discovered(run, find.find(run)),
-    "rank": lambda run: _show_discovered(run, find.rank(run)),
-    "batch": lambda run: _show_discovered(run, find.batch(run)),
-    "ground": _ground,
-    "evaluate": _evaluate,
+    "find": lambda run: _show_result(run, find.find(run)),
+    "rank": lambda run: _show_result(run, find.rank(run)),
+    "batch": lambda run: _show_result(run, find.batch(run)),
+    "ground": lambda run: _show_result(run, ground.ground(run)),
+    "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),
     "scenes": _scenes,
     "doctor": _doctor,
     "experiment": _experiment,
@@ -124,19 +112,18 @@ def _show_visualised(visualised: single.Visualised) -> int:
     return 0
 
 
-def _show_discovered(run: Run, result: find.Discovered) -> int:
-    tables.show(tables.ranking_table(result.ranking, run.options.k))
-    if result.grounded:
-        tables.show(tables.predictions_table(result.grounded))
-    tables.written(result.paths)
-    return tables.show_failures(result.failures)
-
-
-def _show_findings(findings: Sequence[Finding], failures: Sequence[BadEntry], paths: Sequence[Path]) -> int:
-    for finding in findings:
+def _show_result(run: Run, result: Result) -> int:
+    """Everything that the stage has found; of an evaluation the metrics in place of the boxes."""
+    if result.ranking:
+        tables.show(tables.ranking_table(result.ranking, run.options.k))
+    if result.metrics:
+        tables.show(tables.metrics_table(result.metrics))
+    elif result.outcomes:
+        tables.show(tables.predictions_table(result.outcomes))
+    for finding in result.findings:
         tables.show(f"\n{finding.title}", style="bold", markup=False, highlight=False)
         for table in finding.tables:
             tables.show(tables.finding_table(table))
         tables.show(finding.reading, markup=False, highlight=False)
-    tables.written(paths)
-    return tables.show_failures(failures)
+    tables.written(result.paths)
+    return tables.show_failures(result.failures)

@@ -1,6 +1,6 @@
 """The controls that boxes are compared with: random heads of the same layers, all heads, a centre box, an oracle.
 
-The oracle is the true mask on the model's own grid, in place of a head's map: the ceiling of the read-out.
+The oracle grounds with the true mask on the model's own grid in place of the attention map: the read-out's ceiling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def layer_matched(
 ) -> tuple[Head, ...]:
     """As many distinct random heads as given, each from the same layer as the head that it replaces.
 
-    None of them is a given head, unless a layer has too few others: the rest then comes from the given ones.
+    A given head is drawn only where its layer has too few others.
 
     Args:
         shape: `(layers, heads a layer)` of the model.
@@ -51,18 +51,19 @@ def layer_matched(
 
 
 def _of_layer(taken: set[int], count: int, num_heads: int, rng: np.random.Generator) -> list[int]:
-    """`count` heads of one layer, the others first."""
+    """`count` heads of one layer, drawn from `taken` only when there is no other left."""
     others = [int(head) for head in rng.permutation([head for head in range(num_heads) if head not in taken])]
     spare = [int(head) for head in rng.permutation(sorted(taken))]
     return (others + spare)[:count]
 
 
 DRAWS = 5
-"""How often random heads are drawn."""
+"""Random sets of heads for each expression."""
 CENTRE = 0.5
 """Sides of the centre box, as shares of the image's."""
 
 _ONLY = [Head(0, 0)]
+"""The head of maps that have a single one."""
 
 
 def control_groundings(
@@ -72,11 +73,10 @@ def control_groundings(
     options: GroundingOptions,
     *,
     exclude_layers: int,
-    draws: int = DRAWS,
     seed: int = 42,
 ) -> dict[str, list[Grounding]]:
     """The groundings of each control that has a map, with the same `options`; `random_heads` has one per draw."""
-    drawn = random_heads(heads, maps.num_heads, draws=draws, seed=seed)
+    drawn = random_heads(heads, maps.num_heads, seed=seed)
     return {
         "random_heads": [ground_maps(maps, other, options) for other in drawn],
         "all_heads": [ground_maps(mean_map(maps, exclude_layers), _ONLY, options)],
@@ -87,10 +87,9 @@ def control_groundings(
 def random_heads(
     chosen: Sequence[Head], num_heads: int, *, draws: int = DRAWS, seed: int = 42
 ) -> list[tuple[Head, ...]]:
-    """Layer-matched random heads: for each selected head, another of its layer, drawn uniformly, none twice in a draw.
+    """`draws` sets of `layer_matched` heads; the same seed and heads give the same sets.
 
-    The same seed and heads give the same draws. Where a layer has too few others, selected heads may be drawn too: the
-    control then comes closer to what it is compared with, never further away.
+    Where a layer has too few others, the control comes closer to what it is compared with, never further away.
     """
     rng = np.random.default_rng(seed)
     shape = max(head.layer for head in chosen) + 1, num_heads
@@ -99,22 +98,18 @@ def random_heads(
 
 def mean_map(maps: AttentionMaps, exclude_layers: int) -> AttentionMaps:
     """The mean map over all heads of the layers from `exclude_layers` on, as a single head `L0H0`."""
-    mean = maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64)
-    return _as_one_head(maps, mean)
+    return _as_one_head(maps, maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64))
 
 
 def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
-    """The true mask, or the true box where there is no mask, on the model's own grid, as a single head `L0H0`.
-
-    The value of a cell is the share of its area that the mask or box covers.
-    """
+    """The share of each cell that the true mask (or box, without a mask) covers, as a single head `L0H0`."""
     if truth.mask is None:
         return _as_one_head(maps, box_shares(truth.box, maps.image_box, maps.grid))
     return _as_one_head(maps, mask_shares(truth.mask, maps.image_box, maps.grid))
 
 
 def centre_box(image_size: tuple[int, int]) -> Box:
-    """The box in the middle of a `(W, H)` image with half its sides, a quarter of its area.
+    """The box in the middle of a `(W, H)` image, with half its sides.
 
     >>> centre_box((640, 480))
     (160.0, 120.0, 480.0, 360.0)

@@ -1,24 +1,18 @@
-"""How well each head does alone, where there is truth: two measures, of its map and of its box.
+"""How well each head localises alone: `map_ious` by its map, `box_ious` by the box of its map.
 
-The paper's Fig. 6b takes `map_ious`: it needs no reading of a box out of the map. `box_ious` ground with one head at a
-time, by the run's own options, as the report shows them: what a user of that head would get.
+The paper's Fig. 6b takes `map_ious`, which depend on no read-out. `box_ious`, which the report shows, ground with one
+head at a time by the run's own options.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import (
-    box_shares,
-    grid_edges,
-    mask_shares,
-    visible_cells,
-    visible_edges,
-)
+from localization_heads.cells import box_shares, grid_edges, mask_shares, visible_cells, visible_edges
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import ground_maps
@@ -30,9 +24,8 @@ from localization_heads.options.groups import GroundingOptions
 def map_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
     """IoU of every head's own map, binarised at its mean and laid over the image, with the object (Fig. 6b).
 
-    Exact: a cell's share of the object and of the image are areas, not samples. Without a mask the object
-    is its box. Cells outside the image (padding) have no area; parts of the object outside the grid
-    (cropping) count as missed.
+    Exact: intersections are areas, not counts of pixels. Without a mask the object is its box. Cells outside the image
+    (padding) have no area; parts of the object outside the grid (cropping) count as missed.
 
     Returns:
         float32 `[layer, head]`; 0 for a map with no positive cell.
@@ -40,9 +33,9 @@ def map_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
     x_edges, y_edges = visible_edges(maps.image_box, maps.image_size, maps.grid)
     areas = np.outer(np.diff(y_edges), np.diff(x_edges))
     object_areas, object_area = _object(truth, maps)
-    active = binarise(maps.attention).reshape(maps.num_layers, maps.num_heads, -1).astype(np.float64)
-    shared = active @ object_areas.ravel()
-    union = active @ areas.ravel() + object_area - shared
+    positive = binarise(maps.attention).reshape(maps.num_layers, maps.num_heads, -1).astype(np.float64)
+    shared = positive @ object_areas.ravel()
+    union = positive @ areas.ravel() + object_area - shared
     return np.asarray(np.where(union > 0, shared / np.where(union > 0, union, 1), 0), dtype=np.float32)
 
 
@@ -77,46 +70,19 @@ def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
 def box_ious(
     maps: AttentionMaps, heads: Sequence[Head], truth: Box, options: GroundingOptions
 ) -> list[float | None]:
-    """IoU of the true box and the box of each head's map; None where the map is empty (its layer was not run)."""
+    """IoU of the true box and the box of each head's own map; None for an empty map, whose layer was not run."""
     return [
         float(box_iou(ground_maps(maps, [head], options).box, truth)) if maps.attention[head].any() else None
         for head in heads
     ]
 
 
-class HeadIoU:
-    """Mean of `box_ious` over samples: the true box and the box that one head's map makes by itself.
-
-    Args:
-        heads: which heads are measured.
-        shape: `(layers, heads)` of the model.
-        max_samples: later samples are not counted: a mean settles early, and grounding takes time.
-    """
-
-    def __init__(
-        self, heads: Iterable[Head], shape: tuple[int, int], options: GroundingOptions, max_samples: int = 200
-    ) -> None:
-        self._heads = tuple(heads)
-        self._options = options
-        self._max_samples = max_samples
-        self._total = np.zeros(shape)
-        self._count = np.zeros(shape)
-        self.num_samples = 0
-
-    def add(self, maps: AttentionMaps, truth: Box) -> None:
-        """Measure and count one sample."""
-        if self.num_samples < self._max_samples:
-            self.count(box_ious(maps, self._heads, truth, self._options))
-
-    def count(self, ious: Sequence[float | None]) -> None:
-        """Count one sample, whose `box_ious` were found before; a head without one is passed over."""
-        self.num_samples += 1
-        for head, iou in zip(self._heads, ious, strict=True):
-            if iou is not None:
-                self._total[head] += iou
-                self._count[head] += 1
-
-    @property
-    def means(self) -> NDArray[np.float64]:
-        """`[layer, head]`, NaN where nothing was measured."""
-        return np.where(self._count > 0, self._total / np.maximum(self._count, 1), np.nan)
+def mean_ious(
+    heads: Sequence[Head], shape: tuple[int, int], samples: Sequence[Sequence[float | None]]
+) -> NDArray[np.float64]:
+    """The mean of `box_ious` over samples: float64 `[layer, head]` of the given shape, NaN where none is known."""
+    means = np.full(shape, np.nan)
+    for head, ious in zip(heads, zip(*samples, strict=True), strict=True):
+        if known := [iou for iou in ious if iou is not None]:
+            means[head] = np.mean(known)
+    return means

@@ -1,6 +1,6 @@
-"""Score one grounded expression against the truth, next to the controls, and put many together for `metrics.json`.
+"""Scores one grounded expression against the truth, beside the controls, and sums up many for `metrics.json`.
 
-Used by the command `stage=evaluate` and by the function `localization_heads.evaluate`.
+`stage=evaluate` and `localization_heads.evaluate` share it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ NO_TRUTH = "has neither bbox nor mask: there is nothing to score against"
 
 Bootstrap = Literal["expression", "image"]
 Scores = dict[str, list[Score]]
-"""The scores of each method on one expression, by the method's name: one or several."""
+"""The scores of each method on one expression, by the method's name; random heads have several."""
 
 HEADS = "heads"
-"""The method that the controls are compared with."""
 CONTROLS = ("random_heads", "all_heads", "centre_box", "oracle")
 """In the order of `metrics.json`."""
 
@@ -39,7 +38,7 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
         image_size: `(W, H)` of its image in pixels.
 
     Raises:
-        UsageError: naming the sample, which has neither, or whose box or mask does not fit the image.
+        UsageError: naming the sample, if it has neither, or its box or mask does not fit the image.
 
     >>> truth_of(Sample("cat.jpg", "the cat", bbox=(1, 2, 3, 4)), (8, 8))
     Truth(box=(1.0, 2.0, 3.0, 4.0), mask=None, ignored=None)
@@ -56,13 +55,13 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores the heads and the controls, and puts the scores together.
+    """Scores the heads and the controls, and sums the scores up.
 
     Args:
-        criteria: of the heads; the control of all heads leaves out the first `exclude_layers` layers.
-        grounding: the read-out of the controls, the same as of the heads.
+        criteria: those of the heads; the control of all heads leaves out the first `exclude_layers` layers.
+        grounding: the read-out, of the heads and of the controls.
         controls: whether the controls are scored at all.
-        bootstrap: the unit that is resampled for the intervals: expressions, or images with all their expressions.
+        bootstrap: what the intervals resample: expressions, or images with all their expressions.
         seed: of the random heads and of the bootstrap.
 
     Raises:
@@ -86,10 +85,10 @@ class Judge:
         truth: Truth,
         refine: Callable[[Grounding], Grounding] = lambda answer: answer,
     ) -> Scores:
-        """The scores of the heads' grounding, and of the controls, whose masks the segmenter (`refine`) makes as well.
+        """The scores of the heads' grounding, and of the controls, whose masks `refine` (the segmenter) makes too.
 
         Args:
-            maps: of all layers, if there are controls.
+            maps: of every layer, if there are controls.
         """
         scores = {HEADS: [score_grounding(grounding, truth)]}
         if not self.controls:
@@ -103,7 +102,7 @@ class Judge:
             seed=self.seed,
         )
         controls = {
-            # A copy, with which the mask goes that is made of it: a byte a pixel.
+            # A copy, which frees the mask (a byte a pixel, cached in it) once it is scored.
             name: [score_grounding(refine(replace(answer)), truth) for answer in answers]
             for name, answers in grounded.items()
         }
@@ -113,11 +112,11 @@ class Judge:
     def metrics(
         self, scored: Sequence[Mapping[str, Sequence[Score]]], images: Sequence[str], num_failed: int = 0
     ) -> dict[str, Any]:
-        """The numbers of `metrics.json`: metrics of heads and controls with their intervals, and counts.
+        """The numbers of `metrics.json`: the metrics of heads and controls with their intervals, and counts.
 
         Args:
-            scored: the scores of each expression; all have the same methods.
-            images: a name of each expression's image.
+            scored: the scores of each expression, all by the same methods.
+            images: the identity of each expression's image.
         """
         methods = {name: [scores[name] for scores in scored] for name in scored[0]}
         groups = images if self.bootstrap == "image" else None
@@ -132,7 +131,7 @@ class Judge:
         }
 
     def choices(self, heads: Sequence[Head] | None, k: int) -> dict[str, Any]:
-        """The choices made here that the numbers depend on, by name, as JSON values.
+        """The choices that the numbers depend on, by name, as JSON values.
 
         Args:
             heads: the fixed heads; None or empty if each sample selects its own `k`.

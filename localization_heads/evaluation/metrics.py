@@ -1,11 +1,10 @@
-"""Metrics as pure functions: IoU of boxes and masks, cIoU, gIoU, pointing game, bootstrap intervals, rank correlation.
+"""Box IoU, overlap of masks, pointing game, bootstrap intervals and rank correlation, as pure functions.
 
 Boxes are xyxy floats in pixels, half-open; masks are bool `[H, W]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -16,17 +15,13 @@ from scipy import special
 from localization_heads.attention import Box
 
 FEWEST = 3
-"""A rank correlation of fewer pairs is meaningless."""
+"""Pairs that a rank correlation needs at least."""
 FEW = 8
-"""Up to this many pairs p is exact, over all permutations; Student's t, used for more, is too small for few."""
+"""Up to this many pairs p is exact, over all permutations; beyond, Student's t approximates it well."""
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float] | None:
-    """Spearman's rho and its two-sided p; None for fewer than three pairs or where either side is constant.
-
-    Args:
-        a: `[n]`, the first value of each pair.
-        b: `[n]`, the second.
+    """Spearman's rho of pairs (`a [n]`, `b [n]`) and its two-sided p; None for n < 3 or where either side is constant.
 
     >>> rho, p = spearman([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
     >>> round(rho, 6), round(p, 6)  # all six orders of three values have |rho| >= 0.5
@@ -59,22 +54,24 @@ def _students(rho: float, pairs: int) -> float:
 
 
 def _exact(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """The share of the orders of `y` that go with `x`, or against it, at least as much as the one at hand."""
+    """The share of the permutations of `y` with at least the observed |rho|."""
     orders = np.array(list(permutations(y - y.mean())))
-    agreement = np.abs(orders @ (x - x.mean()))  # rho up to a factor; the first order is the one at hand
+    agreement = np.abs(
+        orders @ (x - x.mean())
+    )  # |rho| up to a factor; the first permutation is the observed one
     return float((agreement >= agreement[0] - 1e-9).mean())
 
 
 THRESHOLDS = (0.5, 0.25, 0.75)
 """IoUs at which accuracy is reported; the first is REC's Acc@0.5."""
 NUM_RESAMPLES = 1000
-"""Of the bootstrap."""
+"""Bootstrap resamples behind every interval."""
 
 
 def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     """`|a ∩ b| / |a ∪ b|` of boxes `[..., 4]`, broadcast against each other: float64 `[...]`.
 
-    A box whose right or bottom edge does not lie beyond the other one is empty; two empty boxes have IoU 0.
+    A box with x1 <= x0 or y1 <= y0 is empty; two empty boxes have IoU 0.
 
     >>> float(box_iou((0, 0, 2, 2), (1, 0, 3, 2)))
     0.3333333333333333
@@ -88,7 +85,7 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
 
 
 def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, int]:
-    """Intersection and union of two masks in pixels, the input of `ciou` and `giou`.
+    """Intersection and union of two masks in pixels, from which cIoU and gIoU are made.
 
     Raises:
         ValueError: for masks of different shapes.
@@ -102,71 +99,15 @@ def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, in
     return int((prediction & truth).sum()), int((prediction | truth).sum())
 
 
-def mask_iou(prediction: NDArray[Any], truth: NDArray[Any]) -> float:
-    """`|a ∩ b| / |a ∪ b|` of two masks `[H, W]`; two empty masks agree: 1.
-
-    >>> mask_iou(np.array([[1, 1, 0]]), np.array([[0, 1, 1]]))
-    0.3333333333333333
-    """
-    return giou([mask_overlap(prediction, truth)])
-
-
-def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
-    """`sum I_i / sum U_i` over the samples: cumulative IoU, which favours large objects.
-
-    Args:
-        overlaps: `mask_overlap` of each sample; without a prediction, `(0, area of the true mask)`.
-
-    Returns:
-        0 to 1; 1 if all masks are empty, predicted and true; NaN without samples.
-
-    >>> ciou([(1, 2), (9, 10)])
-    0.8333333333333334
-    """
-    shared, union = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2).sum(axis=0)
-    if len(overlaps) == 0:
-        return float("nan")
-    return float(shared / union) if union > 0 else 1.0
-
-
-def giou(overlaps: Sequence[tuple[int, int]]) -> float:
-    """`mean(I_i / U_i)` over the samples: all objects weigh the same (ReasonSeg's gIoU).
-
-    A sample counts 1 if prediction and truth are both empty, 0 if only one of them is. NaN without samples.
-
-    >>> giou([(1, 2), (9, 10)])
-    0.7
-    """
-    pairs = np.asarray(overlaps, dtype=np.float64).reshape(-1, 2)
-    shared, union = pairs.T
-    return _mean(np.where(union > 0, divided(shared, union), 1.0))
-
-
-def pointing_hit(point: tuple[float, float], truth: Box | NDArray[np.bool_]) -> bool:
-    """Pointing game: whether a point lies on the object.
-
-    Args:
-        point: (x, y) in pixels, such as `Grounding.point`, the centre of the strongest cell.
-        truth: a box, or a mask `[H, W]`.
+def pointing_hit(point: tuple[float, float], truth: Box) -> bool:
+    """Pointing game: whether the point (x, y), such as `Grounding.point`, lies in the true box.
 
     >>> pointing_hit((3.0, 1.0), (2, 0, 4, 2)), pointing_hit((4.0, 1.0), (2, 0, 4, 2))
     (True, False)
     """
     x, y = point
-    if isinstance(truth, np.ndarray) and truth.ndim == 2:
-        height, width = truth.shape
-        return 0 <= x < width and 0 <= y < height and bool(truth[int(y), int(x)])
     x0, y0, x1, y1 = truth
     return bool(x0 <= x < x1 and y0 <= y < y1)
-
-
-def accuracy_at(ious: ArrayLike, threshold: float = 0.5) -> float:
-    """Share of samples with `IoU >= threshold` (Acc@0.5 of REC); NaN without samples.
-
-    >>> accuracy_at([0.5, 0.49, 0.9, 0.0])
-    0.5
-    """
-    return _mean(np.asarray(ious, dtype=np.float64) >= threshold)
 
 
 def bootstrap_ratios(
@@ -180,13 +121,12 @@ def bootstrap_ratios(
     """`sum n_i / sum d_i` over samples drawn with replacement: float64 `[num_resamples, column]`.
 
     All columns share the same resamples, so the difference of two columns is paired. With denominators 1 the ratio is a
-    mean, with unions it is cIoU. NaN where a resample has denominator 0.
+    mean, with unions it is cIoU. NaN where the denominators of a resample sum to 0.
 
     Args:
         numerators: `[sample, column]`.
         denominators: `[sample, column]`.
-        groups: `[sample]`, the group of each (such as an expression's image): whole groups are resampled. None
-            resamples single samples.
+        groups: `[sample]`, such as each expression's image: whole groups are resampled. None resamples samples.
     """
     sums = np.stack([np.asarray(part, dtype=np.float64) for part in (numerators, denominators)], -1)
     if groups is not None:
@@ -198,7 +138,7 @@ def bootstrap_ratios(
     if count == 0:
         return np.full((num_resamples, columns), np.nan)
     rng = np.random.default_rng(seed)
-    step = max(1, (1 << 20) // count)  # resamples at a time: a million draws
+    step = max(1, (1 << 20) // count)  # a million draws at a time
     drawn = [
         _counts(rng, min(step, num_resamples - done), count) @ sums.reshape(count, -1)
         for done in range(0, num_resamples, step)
@@ -213,39 +153,33 @@ def divided(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np
 
 
 def _counts(rng: np.random.Generator, rows: int, count: int) -> NDArray[np.float64]:
-    """How often each of `count` samples comes up in `count` draws: `[rows, count]`."""
+    """How often each of `count` samples occurs in each of `rows` resamples of that size: `[rows, count]`."""
     drawn = rng.integers(count, size=(rows, count)) + np.arange(rows)[:, None] * count
     return np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
 
 
-def percentile_interval(resampled: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """The middle `confidence` of the resampled values that are defined; `(NaN, NaN)` if none is.
+def percentile_interval(resampled: ArrayLike) -> tuple[float, float]:
+    """The 95 % percentile interval of the resampled values that are not NaN; `(NaN, NaN)` if all are.
 
-    >>> percentile_interval([1.0, 2.0, 3.0], confidence=0.5)
-    (1.5, 2.5)
+    >>> percentile_interval(range(1001))
+    (25.0, 975.0)
     """
     values = np.asarray(resampled, dtype=np.float64)
     values = values[~np.isnan(values)]
     if values.size == 0:
         return float("nan"), float("nan")
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 
-def bootstrap_interval(
-    values: ArrayLike, *, confidence: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 42
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`; `(NaN, NaN)` without values.
-
-    The same seed and values give the same interval.
+def bootstrap_interval(values: ArrayLike, seed: int = 42) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean of `values`; `(NaN, NaN)` without values.
 
     >>> bootstrap_interval([1.0, 1.0, 1.0])
     (1.0, 1.0)
     """
     column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
-    means = bootstrap_ratios(column, np.ones_like(column), num_resamples=num_resamples, seed=seed)
-    return percentile_interval(means, confidence)
+    return percentile_interval(bootstrap_ratios(column, np.ones_like(column), seed=seed))
 
 
 def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
@@ -257,8 +191,3 @@ def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
 
 def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(axis=-1))
-
-
-def _mean(values: ArrayLike) -> float:
-    array = np.asarray(values, dtype=np.float64)
-    return float(array.mean()) if array.size else float("nan")

@@ -1,7 +1,7 @@
-"""Scores of each method on each expression, and their means over a data set, with intervals.
+"""The scores of each method on each expression, and their metrics over a data set, with intervals.
 
 A method is the localization heads or one of the controls. It may answer an expression several times (random heads are
-drawn repeatedly); its answers to one expression are averaged before anything else.
+drawn repeatedly); its answers to one expression are averaged first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ METRICS = (
     "ciou",
     "giou",
 )
-"""In the order of `metrics.json`; the last two only where there are true masks."""
+"""In the order of `metrics.json`; the last two only where there are true masks.
+
+`ciou`, cumulative IoU, is `sum I / sum U` over the masks, which favours large objects; `giou` is `mean(I / U)`, in
+which all objects weigh the same (ReasonSeg).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class Truth:
     """The ground truth: the object's box in pixels and, if known, its mask, bool `[H, W]`.
 
     Args:
-        ignored: pixels, bool `[H, W]`, in neither intersection nor union of the masks, as LISA scores ReasonSeg.
+        ignored: bool `[H, W]`, pixels that count in neither intersection nor union, as LISA scores ReasonSeg.
     """
 
     box: Box
@@ -51,7 +55,7 @@ class Truth:
     ignored: NDArray[np.bool_] | None = None
 
     def overlap(self, predicted: NDArray[np.bool_] | None) -> tuple[int, int] | None:
-        """Pixels in the intersection and the union of both masks; None without a true mask. A mask of None is empty."""
+        """`mask_overlap` with the true mask, None without one. A prediction of None is an empty mask."""
         if self.mask is None:
             return None
         counted = np.ones_like(self.mask) if self.ignored is None else ~self.ignored
@@ -63,10 +67,10 @@ class Score(NamedTuple):
     """The scores of one answer.
 
     Attributes:
-        iou: of the boxes.
-        pointing: whether the point lies in the true box.
+        iou: box IoU.
+        pointing: whether the strongest cell's centre lies in the true box.
         energy: share of the map's mass on the image that lies in the true box.
-        overlap: pixels in intersection and union of the masks; None without a true mask.
+        overlap: `Truth.overlap` of the masks.
     """
 
     iou: float
@@ -76,7 +80,7 @@ class Score(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> Score:
-        """What JSON makes of a score: a list."""
+        """From a list, which is what JSON makes of a score."""
         iou, pointing, energy, overlap = data
         return cls(iou, pointing, energy, None if overlap is None else (overlap[0], overlap[1]))
 
@@ -86,15 +90,17 @@ Answers = Sequence[Sequence[Score]]
 
 
 def score_grounding(grounding: Grounding, truth: Truth) -> Score:
-    """Score a grounding: its box, its map and its mask."""
+    """The scores of a grounding's box, combined map and mask."""
     energy = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, truth.box)
     iou = float(box_iou(grounding.box, truth.box))
-    overlap = truth.overlap(grounding.mask) if truth.mask is not None else None
+    overlap = (
+        None if truth.mask is None else truth.overlap(grounding.mask)
+    )  # the mask is made when it is read
     return Score(iou, pointing_hit(grounding.point, truth.box), energy, overlap)
 
 
 def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Score:
-    """Score a box without a map: it points at its centre, its mass is uniform, its mask is filled. None is a miss.
+    """The scores of a box without a map: it points at its centre, with uniform mass and a filled mask. None is a miss.
 
     >>> score_box((0, 0, 2, 2), Truth((1, 0, 3, 2)), image_size=(4, 4))
     Score(iou=0.3333333333333333, pointing=True, energy=0.5, overlap=None)
@@ -114,17 +120,16 @@ def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Sco
 def summarize(
     methods: Mapping[str, Answers], *, groups: Sequence[str] | None = None, seed: int = 42
 ) -> dict[str, dict[str, Any]]:
-    """Every metric of every method, with its 95 % bootstrap interval: plain values, six decimals, null if undefined.
+    """Every metric of every method, with its 95 % bootstrap interval, to six decimals; undefined ones are left out.
 
     Args:
-        methods: answers by name, all to the same expressions in the same order. The others are controls of the first;
-            each also gets `difference`, how far the first is ahead of it: `[value, low, high]`, where the interval is
-            that of the paired difference.
-        groups: the group of each expression (its image): the bootstrap resamples whole groups. None resamples
-            expressions.
+        methods: answers by name, all to the same expressions in the same order. The first is compared with the
+            others: each of those also gets `difference`, how far the first is ahead, as `[value, low, high]` with the
+            interval of the paired difference.
+        groups: `bootstrap_ratios`'s, such as each expression's image.
 
     Returns:
-        By method: `<metric>` and `<metric>_interval`, of METRICS.
+        By method, `<metric>` and `<metric>_interval` of METRICS.
 
     >>> scores = [[Score(0.6, True, 0.5)], [Score(0.2, False, 0.1)]]
     >>> summary = summarize({"heads": scores})["heads"]
@@ -152,15 +157,14 @@ def summarize(
 def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Numerators and denominators `[expression, metric]`: each of METRICS is a ratio of their sums.
 
-    An expression without a true mask has denominator 0 in the metrics of masks. An empty prediction of an empty truth
-    agrees: 1 of 1.
+    An expression without a true mask has denominator 0 in cIoU and gIoU. Two empty masks agree: 1 of 1.
     """
     counts = np.array([len(scores) for scores in answers])
     row = np.repeat(np.arange(len(answers)), counts)
     flat = [score for scores in answers for score in scores]
 
     def mean(values: NDArray[Any]) -> NDArray[np.float64]:
-        """Of each expression's answers."""
+        """Over the answers to each expression."""
         return np.asarray(np.bincount(row, weights=values, minlength=len(answers)) / counts)
 
     iou, hit, energy = np.array([score[:3] for score in flat], dtype=np.float64).reshape(-1, 3).T
@@ -175,7 +179,7 @@ def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float
 
 
 def _empty_agree(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ratios `[..., metric]`, where cIoU of masks that are all empty, predicted and true, is 1 (as `ciou` has it)."""
+    """Sets the cIoU in ratios `[..., metric]` to 1 where all masks are empty, predicted and true."""
     ciou, giou = METRICS.index("ciou"), METRICS.index("giou")
     values[..., ciou] = np.where(
         np.isnan(values[..., ciou]) & ~np.isnan(values[..., giou]), 1.0, values[..., ciou]

@@ -1,7 +1,6 @@
-"""What the paper reports, and the form of our results beside it: tables, `Finding`, and the ladder from code to paper.
+"""The paper's numbers, the form of our results beside them (`Finding`), and the ladder from the code to the paper.
 
-A `Finding` is what every experiment returns: a table and a sentence for people, numbers for programs. The paper's own
-numbers are kept here with their sources; a cell is empty where our copy of the paper has none.
+Where our copy of the paper has no number, neither has this file.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells; the first column is for names, the others for numbers."""
+    """Cells of text; the first column holds names, the others numbers."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -28,7 +27,7 @@ class Table:
             raise ValueError(f"every row of {self.title or 'the table'} must have {len(self.columns)} cells")
 
     def markdown(self) -> str:
-        """A GitHub table; what Markdown would read as its own is escaped."""
+        """A GitHub table, its cells escaped."""
         lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         text = "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
         return f"**{_escaped(self.title)}**\n\n{text}\n" if self.title else f"{text}\n"
@@ -36,11 +35,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """Args:
-    name: as in `experiment=`.
-    title: its name in the paper.
-    reading: what the numbers show, in sentences generated from them.
-    numbers: plain values, for `<name>.json` and for the figure.
+    """What an experiment finds: tables and sentences for people, numbers for programs.
+
+    Args:
+        name: as in `experiment=`.
+        title: its name in the paper.
+        reading: sentences made from the numbers.
+        numbers: plain values, for `<name>.json` and for the figure.
     """
 
     name: str
@@ -67,7 +68,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def printed(value: float | None) -> str:
-    """A number of the paper, already in percent."""
+    """A number of the paper, which is in percent already."""
     return MISSING if value is None else f"{value:.1f}"
 
 
@@ -83,7 +84,7 @@ def than(ours: float, other: float) -> str:
 
 
 def two_digits(value: float) -> str:
-    """With no minus before a zero.
+    """Two decimals, without a minus before a zero.
 
     >>> two_digits(-0.001), two_digits(0.614)
     ('0.00', '0.61')
@@ -216,7 +217,7 @@ class Climbed:
 
 
 def ladder_finding(model: str, rungs: Sequence[Climbed]) -> Finding:
-    """The table of the rungs, in order, with the gain of each over the one before."""
+    """The table of the rungs in order, each with its gain over the one before."""
     rows, before = [], None
     for rung in rungs:
         accuracy = rung.metrics.get("acc@0.5")
@@ -253,7 +254,7 @@ def _reading(rungs: Sequence[Climbed]) -> str:
 
 
 def _counts(rungs: Sequence[Climbed]) -> str:
-    """A warning where rungs could ground different numbers of expressions."""
+    """A warning where rungs grounded different numbers of expressions."""
     if len({rung.metrics.get("num_samples") for rung in rungs}) < 2:
         return ""
     return (

@@ -8,20 +8,16 @@ from typing import Any
 import numpy as np
 
 from localization_heads.experiments import paper
-from localization_heads.experiments.paper import Finding, Table, percent
+from localization_heads.experiments.paper import MISSING, Finding, Table, percent
 from localization_heads.experiments.study import Study, first, names
-from localization_heads.experiments.validation import Heads, Recipe, Scores
+from localization_heads.experiments.validation import Recipe, Scored
 from localization_heads.heads.ranking import NONE_KEPT, HeadRanking
 
 ELBOWS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-"""Fig. 13 sweeps tau over these multiples of the elbow, unless told otherwise."""
+"""The multiples of the elbow that Fig. 13 sweeps tau over by default."""
 
 
-def no_recipes(study: Study) -> dict[Hashable, Recipe]:
-    return {}
-
-
-def attention_sums(study: Study, scores: Mapping[Any, Scores]) -> Finding:
+def attention_sums(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """Fig. 3: the average attention sums in ascending order, and tau."""
     ranking = study.ranking
     known = paper.MODELS.get(study.model)
@@ -31,7 +27,7 @@ def attention_sums(study: Study, scores: Mapping[Any, Scores]) -> Finding:
     cells = (tau, str(len(ranking.kept)), str(len(considered)), f"{sums.min():.3f} to {sums.max():.3f}")
     rows = [(f"ours, {study.model}", *cells)]
     if known and known.tau is not None:
-        rows.append((f"paper, {known.name}", f"{known.tau:.2f}", "-", "-", "-"))
+        rows.append((f"paper, {known.name}", f"{known.tau:.2f}", MISSING, MISSING, MISSING))
     share = len(ranking.kept) / len(considered)
     kept = f"criterion 1 keeps {len(ranking.kept)} of {len(considered)} heads ({percent(share, 0)} %)"
     reading = (
@@ -44,27 +40,25 @@ def attention_sums(study: Study, scores: Mapping[Any, Scores]) -> Finding:
     return Finding("fig3", "Fig. 3: attention sums and their elbow", (table,), reading, numbers)
 
 
-def selection_frequency(study: Study, scores: Mapping[Any, Scores]) -> Finding:
+def selection_frequency(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """Fig. 6a: the heads that are selected most often."""
     known = paper.MODELS.get(study.model)
-    published = known.heads if known else ()
-    rows = [
-        (
+    published = {name: str(rank) for rank, name in enumerate(known.heads, start=1)} if known else {}
+    columns: tuple[str, ...] = ("rank", "head", "selection frequency (%)", "attention sum", "spatial entropy")
+    if known:
+        columns = (*columns, "paper's rank")
+    rows = []
+    for rank, head in enumerate(study.ranking.kept[:10], start=1):
+        row = (
             str(rank),
             str(head.address),
             f"{percent(head.selection_frequency)} ± {percent(head.selection_frequency_std)}",
             f"{head.attention_sum:.3f}",
-            "-" if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}",
-            *(
-                [str(published.index(str(head.address)) + 1) if str(head.address) in published else "-"]
-                if known
-                else []
-            ),
+            MISSING if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}",
+            published.get(str(head.address), MISSING),
         )
-        for rank, head in enumerate(study.ranking.kept[:10], start=1)
-    ]
-    columns = ("rank", "head", "selection frequency (%)", "attention sum", "spatial entropy")
-    table = Table((*columns, *(["paper's rank"] if known else [])), tuple(rows))
+        rows.append(row[: len(columns)])
+    table = Table(columns, tuple(rows))
     top = study.found()
     shares = [head.selection_frequency for head in study.ranking.kept[: len(top)]]
     ever = sum(head.selection_frequency > 0 for head in study.ranking.kept)
@@ -75,11 +69,11 @@ def selection_frequency(study: Study, scores: Mapping[Any, Scores]) -> Finding:
         if top
         else f"{NONE_KEPT.capitalize()}: none is selected."
     )
-    if known and known.heads:
-        both = [str(head) for head in top if str(head) in published]
+    if known and published:
+        shared = sum(str(head) in published for head in top)
         reading += (
             f" The paper names {' '.join(published)} for {known.name}; "
-            f"{len(both)} of them are in our first {len(top)}."
+            f"{shared} of them are in our first {len(top)}."
         )
     numbers = {"top": [list(head) for head in top], "frequency": shares, "ever_selected": ever}
     return Finding("fig6a", "Fig. 6a: selection frequency", (table,), reading, numbers)
@@ -87,18 +81,18 @@ def selection_frequency(study: Study, scores: Mapping[Any, Scores]) -> Finding:
 
 def tau_rankings(study: Study) -> dict[float, HeadRanking]:
     """Fig. 13: the ranking at each threshold, in ascending order."""
-    taus: Sequence[float] = study.options.taus or ()
+    taus: Sequence[float] = study.options.sweeps.taus or ()
     if not taus:
-        elbow = (
-            study.ranking.tau if study.ranking.tau is not None else float(np.median(study.sums.mean(axis=0)))
-        )
+        elbow = study.ranking.tau
+        if elbow is None:
+            elbow = float(np.median(study.sums.mean(axis=0)))
         taus = [factor * elbow for factor in ELBOWS]
     return {tau: study.ranked(tau=tau) for tau in sorted(set(map(float, taus)))}
 
 
 def n_rankings(study: Study) -> dict[float, HeadRanking]:
-    """Fig. 14: the ranking for each N, the number of heads selected per sample."""
-    return {n: study.ranked(top_n=n) for n in sorted(set(study.options.top_ns))}
+    """Fig. 14: the ranking at each N."""
+    return {n: study.ranked(top_n=n) for n in sorted(set(study.options.sweeps.top_ns))}
 
 
 def tau_recipes(study: Study) -> dict[Hashable, Recipe]:
@@ -109,70 +103,55 @@ def n_recipes(study: Study) -> dict[Hashable, Recipe]:
     return _sweep_recipes(study, n_rankings(study))
 
 
-def tau_sweep(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """Fig. 13: how the threshold of criterion 1 changes the heads found."""
-    return _sweep(study, tau_rankings(study), scores, "fig13", "Fig. 13: the threshold tau", "tau")
-
-
-def n_sweep(study: Study, scores: Mapping[Any, Scores]) -> Finding:
-    """Fig. 14: how N changes the heads found."""
-    return _sweep(
-        study, n_rankings(study), scores, "fig14", "Fig. 14: N, the heads marked in each sample", "N"
-    )
-
-
 def _sweep_recipes(study: Study, rankings: Mapping[float, HeadRanking]) -> dict[Hashable, Recipe]:
     tops = [first(ranking, study.options.k) for ranking in rankings.values()]
     return {top: Recipe(top, study.options.grounding) for top in tops if top}
 
 
+def tau_sweep(study: Study, scores: Mapping[Any, Scored]) -> Finding:
+    """Fig. 13: how the threshold of criterion 1 changes the heads found."""
+    values = {f"{tau:.3f}": (tau, ranking) for tau, ranking in tau_rankings(study).items()}
+    return _sweep(study, values, study.ranking.tau, scores, "fig13", "Fig. 13: the threshold tau", "tau")
+
+
+def n_sweep(study: Study, scores: Mapping[Any, Scored]) -> Finding:
+    """Fig. 14: how N changes the heads found."""
+    values = {str(n): (n, ranking) for n, ranking in n_rankings(study).items()}
+    default, title = float(study.options.top_n), "Fig. 14: N, the heads marked in each sample"
+    return _sweep(study, values, default, scores, "fig14", title, "N")
+
+
 def _sweep(
     study: Study,
-    rankings: Mapping[float, HeadRanking],
-    scores: Mapping[Any, Scores],
+    values: Mapping[str, tuple[float, HeadRanking]],
+    default_value: float | None,
+    scores: Mapping[Any, Scored],
     name: str,
     title: str,
     symbol: str,
 ) -> Finding:
     default = study.found()
     rows, points = [], []
-    for value, ranking in rankings.items():
-        top: Heads = first(ranking, study.options.k)
-        found = scores.get(top)
-        kept = sum(head in default for head in top)
-        written = f"{value:.3f}" if symbol == "tau" else str(int(value))
-        rows.append(
-            (
-                written,
-                str(len(ranking.kept)),
-                names(top),
-                f"{kept} of {len(default)}",
-                percent(found.accuracy if found else None),
-                percent(found.ciou if found else None),
-            )
-        )
+    for written, (value, ranking) in values.items():
+        top = first(ranking, study.options.k)
+        found = scores[top].metrics if top else {}
+        shared = sum(head in default for head in top)
+        scored = (percent(found.get(metric)) for metric in ("acc@0.5", "ciou"))
+        rows.append((written, str(len(ranking.kept)), names(top), f"{shared} of {len(default)}", *scored))
         points.append(
             {
                 "value": value,
                 "kept": len(ranking.kept),
                 "top": [list(head) for head in top],
-                "shared": kept,
-                "acc@0.5": found.accuracy if found else None,
+                "shared": shared,
+                "acc@0.5": found.get("acc@0.5"),
             }
         )
-    columns = (
-        symbol,
-        "heads kept",
-        f"first {study.options.k}",
-        "as with the default",
-        "REC Acc@0.5",
-        "RES cIoU",
-    )
-    default_value = study.ranking.tau if symbol == "tau" else float(study.options.top_n)
+    heads = f"first {study.options.k}"
+    columns = (symbol, "heads kept", heads, "as with the default", "REC Acc@0.5", "RES cIoU")
     numbers = {"points": points, "default": default_value, "default_top": [list(head) for head in default]}
-    return Finding(
-        name, title, (Table(columns, tuple(rows)),), _sweep_reading(points, len(default), symbol), numbers
-    )
+    reading = _sweep_reading(points, len(default), symbol)
+    return Finding(name, title, (Table(columns, tuple(rows)),), reading, numbers)
 
 
 def _sweep_reading(points: Sequence[Mapping[str, Any]], k: int, symbol: str) -> str:

@@ -1,7 +1,4 @@
-"""`Study`: the statistics of one model on one data set, from which every experiment starts.
-
-Also the IoU and the pointing game of each head's own map (Sec. 4.4, Fig. 6b).
-"""
+"""`Study`: the statistics of one model on one data set, from which every experiment starts."""
 
 from __future__ import annotations
 
@@ -16,29 +13,23 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import NONE_KEPT, WAY_OUT, HeadRanking, greedy_heads, rank_heads
+from localization_heads.options.experiments import ExperimentOptions
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """The ranges of the sweeps, and the values held fixed meanwhile.
+    """The recipe that is held fixed while an experiment varies one part of it, and the values it takes.
 
     Args:
-        k: number of localization heads; this and the next six fields are held fixed while another is swept.
-        top_n: heads selected in each sample.
+        k: number of localization heads.
+        top_n: heads marked in each sample (N).
         num_trials: random draws of the ranking.
         num_samples: samples in each of them.
         seed: of the draws and of the random heads.
         criteria: what heads must pass.
         grounding: the read-out, from maps to boxes.
-        ks: head counts of Tab. 4.
-        sigmas: sigmas of Tab. 8, swept at the kernel size of `grounding`.
-        kernels: kernel sizes of Tab. 8, swept at the sigma of `grounding`.
-        taus: thresholds of Fig. 13; if empty, multiples of the elbow.
-        top_ns: numbers of heads selected in each sample, of Fig. 14.
-        min_frequency: heads selected less often are left out of Fig. 6b.
-        random_sets: how many random sets of heads the found ones are compared with.
-        benchmark: the split that the entries come from, such as `refcoco-val`; empty for other data.
+        sweeps: the values of each experiment.
     """
 
     k: int = 3
@@ -48,14 +39,7 @@ class StudyOptions:
     seed: int = 42
     criteria: CriteriaOptions = field(default_factory=CriteriaOptions)
     grounding: GroundingOptions = field(default_factory=GroundingOptions)
-    ks: tuple[int, ...] = (1, 2, 3, 4, 5)
-    sigmas: tuple[float, ...] = (0.0, 0.5, 0.8, 1.0, 1.4, 1.8)
-    kernels: tuple[int, ...] = (1, 3, 5, 7, 9)
-    taus: tuple[float, ...] | None = None
-    top_ns: tuple[int, ...] = tuple(range(1, 15))
-    min_frequency: float = 0.01
-    random_sets: int = 20
-    benchmark: str | None = None
+    sweeps: ExperimentOptions = field(default_factory=ExperimentOptions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +47,15 @@ class Study:
     """One model on one set of entries. Arrays are `[sample, layer, head]`.
 
     Args:
-        model: its name for people.
-        data: the data set's name for people.
+        model: the model's name.
+        data: the data set's name, for a table's heading.
         sums: attention sums (`head_statistics`).
         entropies: spatial entropies.
         bottom_row: bottom-row flags.
         ious: `map_ious` of every sample, or None without true boxes and masks.
         hits: `head_hits` of every sample, or None.
         num_masks: how many samples have a true mask; the IoU of the others is with their box.
-        given_heads: localization heads named by the user; if empty, those found here are used.
+        given_heads: localization heads named by the user; without any, those found here are used.
         segmenter: the name of the segmenter that makes the masks of Tab. 1 to 3.
     """
 
@@ -97,7 +81,7 @@ class Study:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        """The heads by selection frequency, as `stage=find` ranks them."""
+        """As `stage=find` ranks the heads."""
         return self.ranked()
 
     @property
@@ -106,22 +90,19 @@ class Study:
         return self.given_heads or self.found()
 
     def needed_heads(self) -> tuple[Head, ...]:
-        """`heads`, for experiments that need some. UsageError if no head passes criterion 1 on average."""
+        """`heads`, for an experiment that grounds with them. UsageError if no head passes criterion 1 on average."""
         if not self.heads:
             raise UsageError(f"{NONE_KEPT}, so there is none to ground with: {WAY_OUT}")
         return self.heads
 
     def ranked(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
-        """The ranking with another tau or another N, without running the model again."""
+        """The ranking, with another tau or another N if given."""
         options = self.options
-        criteria = options.criteria
-        if tau is not None:
-            criteria = replace(criteria, tau=tau, elbow="value")
         return rank_heads(
             self.sums,
             self.entropies,
             bottom_row=self.bottom_row,
-            options=criteria,
+            options=self._criteria(tau),
             top_n=options.top_n if top_n is None else top_n,
             num_trials=options.num_trials,
             num_samples=options.num_samples,
@@ -129,33 +110,39 @@ class Study:
             model=self.model,
         )
 
+    def _criteria(self, tau: float | None) -> CriteriaOptions:
+        criteria = self.options.criteria
+        return criteria if tau is None else replace(criteria, tau=tau, elbow="value")
+
     def found(self, k: int | None = None) -> tuple[Head, ...]:
         """The first `k` heads by both criteria; fewer if fewer are kept."""
-        return first(self.ranking, self.options.k if k is None else k)
+        return first(self.ranking, k or self.options.k)
 
-    def greedy(self, k: int | None = None, *, tau: float | None = None) -> tuple[tuple[Head, ...], ...]:
-        """The heads that each sample selects by itself (the paper's "greedy"), one tuple per sample.
+    def greedy(self, *, tau: float | None = None) -> tuple[tuple[Head, ...], ...]:
+        """The `k` heads that each sample selects by itself (the paper's "greedy"), one tuple per sample.
 
-        A sample in which no head passes has none, and is left out of the scores, as with `heads=greedy`.
+        The tuple of a sample in which no head passes is empty; `heads=greedy` leaves such a sample out.
         """
-        options = self.options
-        criteria = options.criteria if tau is None else replace(options.criteria, tau=tau, elbow="value")
         no_count = np.zeros(self.shape, dtype=np.int64)
-        picked = []
-        for sums, entropies, bottom in zip(self.sums, self.entropies, self.bottom_row, strict=True):
-            statistics = HeadStatistics(sums, entropies, entropies, no_count, bottom)
-            heads = greedy_heads(statistics, criteria, options.k if k is None else k)
-            picked.append(tuple(heads))
-        return tuple(picked)
+        return tuple(
+            tuple(
+                greedy_heads(
+                    HeadStatistics(sums, entropies, entropies, no_count, bottom),
+                    self._criteria(tau),
+                    self.options.k,
+                )
+            )
+            for sums, entropies, bottom in zip(self.sums, self.entropies, self.bottom_row, strict=True)
+        )
 
 
 def first(ranking: HeadRanking, k: int) -> tuple[Head, ...]:
-    """The first `k` heads that criterion 1 keeps; fewer if there are fewer."""
+    """The first `k` heads that criterion 1 keeps; fewer if fewer are kept."""
     return tuple(head.address for head in ranking.kept[:k])
 
 
 def highest(sums: NDArray[np.floating], k: int, exclude_layers: int) -> tuple[Head, ...]:
-    """The `k` heads `[layer, head]` of the highest values; of equal ones the lower layer, then the lower head."""
+    """The `k` heads of the highest values in `sums [layer, head]`; ties go to the lower layer, then the lower head."""
     allowed = np.array(sums, dtype=np.float64)
     allowed[:exclude_layers] = -np.inf
     order = np.argsort(-allowed, axis=None, kind="stable")[:k]

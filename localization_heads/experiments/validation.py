@@ -1,9 +1,10 @@
-"""Score recipes (heads and read-out) in one pass over the maps on disk; Fig. 6b; the test against random heads."""
+"""Scores of recipes (heads and read-out) in one pass over the maps; Fig. 6b; the comparison with random heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.evaluation.controls import layer_matched
-from localization_heads.evaluation.metrics import (
-    accuracy_at,
-    bootstrap_interval,
-    box_iou,
-    ciou,
-    giou,
-    pointing_hit,
-    spearman,
-)
-from localization_heads.evaluation.scores import Truth, rounded
+from localization_heads.evaluation.metrics import bootstrap_interval, spearman
+from localization_heads.evaluation.scores import Score, Truth, score_grounding, summarize
 from localization_heads.experiments import paper
 from localization_heads.experiments.paper import Finding, Table, percent, probability, two_digits
 from localization_heads.experiments.study import Study, names
@@ -31,7 +24,7 @@ from localization_heads.options.groups import GroundingOptions
 
 Heads = tuple[Head, ...]
 Refine = Callable[[int, Grounding], Grounding]
-"""Refines the grounding of the sample with that index by a segmenter."""
+"""The grounding of the sample with that index, with the segmenter's mask."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Recipe:
     """The heads whose maps are summed, and the read-out of the sum.
 
     Args:
-        heads: the same for every sample or, as a tuple of tuples, one tuple per sample. Samples without heads are
+        heads: the same for every sample or, as a tuple of tuples, one tuple per sample. A sample without heads is
             not scored.
         segmented: whether the segmenter, if any, makes the mask. Sweeps go without: it would take most of their time
             and blur the comparison.
@@ -50,121 +43,62 @@ class Recipe:
     segmented: bool = False
 
     def of(self, sample: int) -> Heads:
+        """The heads of the sample with that index."""
         own = bool(self.heads) and not isinstance(self.heads[0], Head)
         return self.heads[sample] if own else self.heads  # type: ignore[return-value]
 
 
+METRICS = ("acc@0.5", "acc@0.5_interval", "mean_iou", "pointing", "ciou", "giou")
+
+
 @dataclass(frozen=True, eq=False)
-class Scores:
-    """The scores of one recipe on every sample for which it has heads; arrays are `[sample]`.
+class Scored:
+    """The scores of one recipe on the samples for which it has heads, in the order of the study."""
 
-    Args:
-        iou: IoU of the box with the true one (REC).
-        hit: pointing game of the combined map.
-        overlap: `[sample with a mask, 2]`: pixels in the intersection and the union of the masks (RES).
-    """
-
-    iou: NDArray[np.float64]
-    hit: NDArray[np.bool_]
-    overlap: NDArray[np.int64]
+    scores: Sequence[Score]
 
     def __len__(self) -> int:
-        """The number of samples scored."""
-        return len(self.iou)
+        return len(self.scores)
 
-    @property
-    def accuracy(self) -> float:
-        """REC: Acc@0.5; NaN without samples, like all means here."""
-        return accuracy_at(self.iou)
-
-    @property
-    def mean_iou(self) -> float:
-        return float(np.mean(self.iou)) if len(self) else np.nan
-
-    @property
-    def pointing(self) -> float:
-        return float(np.mean(self.hit)) if len(self) else np.nan
-
-    @property
-    def ciou(self) -> float:
-        """RES: cumulative IoU of the masks; NaN without masks."""
-        return ciou(self._pairs)
-
-    @property
-    def giou(self) -> float:
-        return giou(self._pairs)
-
-    @property
-    def _pairs(self) -> list[tuple[int, int]]:
-        return [(int(shared), int(union)) for shared, union in self.overlap]
-
-    def summary(self) -> dict[str, Any]:
-        """Plain numbers for a file; None where undefined."""
-        interval = bootstrap_interval(self.iou >= 0.5)
-        values = {
-            "acc@0.5": self.accuracy,
-            "mean_iou": self.mean_iou,
-            "pointing": self.pointing,
-            "ciou": self.ciou,
-            "giou": self.giou,
-        }
-        plain: dict[str, Any] = {name: rounded(value) for name, value in values.items()}
-        return plain | {"acc@0.5_interval": [rounded(bound) for bound in interval]}
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """METRICS as `metrics.json` has them; None where undefined: without samples, or without true masks."""
+        found: Mapping[str, Any] = {"acc@0.5_interval": [None, None]}
+        if self.scores:
+            found = summarize({"recipe": [[score] for score in self.scores]})["recipe"]
+        return {name: found.get(name) for name in METRICS}
 
 
 def score(
     recipes: Mapping[Any, Recipe],
     samples: Iterable[tuple[AttentionMaps, Truth]],
     refine: Refine | None = None,
-) -> dict[Any, Scores]:
+) -> dict[Any, Scored]:
     """The scores of every recipe. The maps of each sample are read once, and equal recipes are computed once.
 
     Args:
         samples: the maps and the truth of each sample, in the order of the study.
         refine: the segmenter, for the recipes that ask for it.
     """
-    different = list(dict.fromkeys(recipes.values()))
-    rows = [
-        [_score_one(recipe, number, *sample, refine) for recipe in different]
-        for number, sample in enumerate(samples)
-    ]
-    gathered = {recipe: _gather([row[i] for row in rows]) for i, recipe in enumerate(different)}
-    return {name: gathered[recipe] for name, recipe in recipes.items()}
+    found: dict[Recipe, list[Score]] = {recipe: [] for recipe in recipes.values()}
+    for number, (maps, truth) in enumerate(samples):
+        for recipe, scores in found.items():
+            if heads := recipe.of(number):
+                grounding = ground_maps(maps, heads, recipe.options)
+                if refine and recipe.segmented:
+                    grounding = refine(number, grounding)
+                scores.append(score_grounding(grounding, truth))
+    scored = {recipe: Scored(scores) for recipe, scores in found.items()}
+    return {name: scored[recipe] for name, recipe in recipes.items()}
 
 
-_One = tuple[float, bool, tuple[int, int] | None]
-
-
-def _score_one(
-    recipe: Recipe, number: int, maps: AttentionMaps, truth: Truth, refine: Refine | None
-) -> _One | None:
-    """None where the recipe has no heads for the sample."""
-    if not (heads := recipe.of(number)):
-        return None
-    grounding = ground_maps(maps, heads, recipe.options)
-    if refine and recipe.segmented:
-        grounding = refine(number, grounding)
-    overlap = None if truth.mask is None else truth.overlap(grounding.mask)
-    return float(box_iou(grounding.box, truth.box)), pointing_hit(grounding.point, truth.box), overlap
-
-
-def _gather(every: Sequence[_One | None]) -> Scores:
-    rows = [row for row in every if row is not None]
-    overlaps = [overlap for _, _, overlap in rows if overlap is not None]
-    return Scores(
-        iou=np.array([iou for iou, _, _ in rows], dtype=np.float64),
-        hit=np.array([hit for _, hit, _ in rows], dtype=bool),
-        overlap=np.array(overlaps, dtype=np.int64).reshape(-1, 2),
-    )
-
-
-def frequency_and_iou(study: Study, scores: Mapping[Any, Scores]) -> Finding:
+def frequency_and_iou(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """Fig. 6b: selection frequency against the IoU of the head's own map, averaged over the samples."""
     assert study.ious is not None
     assert study.hits is not None
     iou, hit = study.ious.mean(axis=0, dtype=np.float64), study.hits.mean(axis=0, dtype=np.float64)
-    options, ranking = study.options, study.ranking
-    often = [head for head in ranking.kept if head.selection_frequency >= options.min_frequency]
+    ranking, least = study.ranking, study.options.sweeps.min_frequency
+    often = [head for head in ranking.kept if head.selection_frequency >= least]
     everyone = [head for head in ranking.heads if head.layer >= ranking.exclude_layers]
     rows = [
         (
@@ -197,7 +131,7 @@ def frequency_and_iou(study: Study, scores: Mapping[Any, Scores]) -> Finding:
     ]
     numbers = {
         "points": points,
-        "min_frequency": options.min_frequency,
+        "min_frequency": least,
         "top": [list(head) for head in study.found()],
         **{name: found and {"rho": found[0], "p": found[1]} for name, found in results.items()},
         "num_selected": len(often),
@@ -218,7 +152,7 @@ def _correlation_table(
     everyone: Sequence[RankedHead],
     results: Mapping[str, tuple[float, float] | None],
 ) -> Table:
-    share = f"{study.options.min_frequency:.0%}"
+    share = f"{study.options.sweeps.min_frequency:.0%}"
     rows = [
         (what, str(len(heads)), *(_rho_cells(results[name])))
         for what, name, heads in (
@@ -261,9 +195,9 @@ def _reading(
 
 
 def random_sets(study: Study) -> list[tuple[Head, ...]]:
-    """Sets of heads from the layers of the localization heads, the same in every run."""
-    rng = np.random.default_rng(study.options.seed)
-    return [layer_matched(study.needed_heads(), study.shape, rng) for _ in range(study.options.random_sets)]
+    """Random heads from the layers of the localization heads, the same sets in every run."""
+    rng, count = np.random.default_rng(study.options.seed), study.options.sweeps.random_sets
+    return [layer_matched(study.needed_heads(), study.shape, rng) for _ in range(count)]
 
 
 def random_recipes(study: Study) -> dict[Hashable, Recipe]:
@@ -274,18 +208,20 @@ def random_recipes(study: Study) -> dict[Hashable, Recipe]:
     }
 
 
-def against_random(study: Study, scores: Mapping[Any, Scores]) -> Finding:
+MEASURES: dict[str, Callable[[Score], float]] = {
+    "REC Acc@0.5": lambda score: score.iou >= 0.5,
+    "mean box IoU": lambda score: score.iou,
+    "pointing": lambda score: score.pointing,
+}
+
+
+def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """The heads found against random heads of the same layers, paired by sample."""
-    found = scores["found"]
-    random = [scores["random", number] for number in range(study.options.random_sets)]
-    measures: dict[str, tuple[NDArray[Any], list[NDArray[Any]]]] = {
-        "REC Acc@0.5": (found.iou >= 0.5, [one.iou >= 0.5 for one in random]),
-        "mean box IoU": (found.iou, [one.iou for one in random]),
-        "pointing": (found.hit, [one.hit for one in random]),
-    }
+    random = [scores["random", number].scores for number in range(study.options.sweeps.random_sets)]
     rows, numbers = [], {}
-    for name, (ours, theirs) in measures.items():
-        result = contrast(ours, theirs)
+    for name, measure in MEASURES.items():
+        ours = [measure(score) for score in scores["found"].scores]
+        result = contrast(ours, [[measure(score) for score in theirs] for theirs in random])
         low, high = result["interval"]
         rows.append(
             (

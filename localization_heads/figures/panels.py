@@ -1,4 +1,4 @@
-"""Axes of a picture and what is laid over it, without all that makes matplotlib's own slow to draw."""
+"""Axes of an image and what is laid over it, without all that makes matplotlib's own slow to draw."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 _COARSE = 3
-"""From this many pixels of the figure for one of the picture on, pixels are drawn as squares, as matplotlib does."""
+"""From this many pixels of the figure for one of the image on, pixels are drawn as squares, as matplotlib does."""
 
 
 class _XAxis(XAxis):
@@ -57,7 +57,7 @@ class Panel(Axes):
 class Pixels(AxesImage):
     """An image put on the very pixels of the figure, at once: matplotlib's way of doing it takes six times as long.
 
-    It lies upright, its first row on top. A map's cells are squares; a picture, RGB `[H, W, 3]`, is smoothed.
+    It lies upright, its first row on top. A map's cells are squares; an image, RGB `[H, W, 3]`, is smoothed.
     """
 
     def make_image(
@@ -100,10 +100,10 @@ def _is_coarse(box: NDArray[np.float64], size: tuple[int, int]) -> bool:
     return bool(size[0] >= _COARSE * (x1 - x0) and size[1] >= _COARSE * (y1 - y0))
 
 
-def _smooth(picture: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Resampled with the window that matplotlib takes for pictures, and opaque."""
+def _smooth(image: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resampled with the window that matplotlib takes for images, and opaque."""
     x0, y0, x1, y1 = box.tolist()
-    resized = Image.fromarray(picture).resize(size, Image.Resampling.HAMMING, box=(x0, y0, x1, y1))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.HAMMING, box=(x0, y0, x1, y1))
     return np.asarray(resized.convert("RGBA"))
 
 

@@ -14,9 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS_OF_8_BITS = 8, 2, 0, 0, 0  # bits, RGB, the only packing, the only set of filters, not interlaced
-_UP = (
-    2  # the filter that keeps each byte's difference from the one above: good for pictures and for flat areas
-)
+_UP = 2  # the filter that keeps each byte's difference from the one above: good for images and for flat areas
 
 
 def png(pixels: NDArray[np.uint8], dpi: int, text: Mapping[str, str], *, well: bool = False) -> bytes:

@@ -1,16 +1,15 @@
-"""`experiment`: the figures and tables of the paper from one pass over the data; and the ladder, a rung a run.
+"""`experiment`: the figures and tables of the paper from one pass over the data; and the ladder, one run per rung.
 
 `experiment=ladder` is a Hydra multirun over the rungs of `options/experiments.py`, from the published code's box to the
-paper's. Each is `evaluate` under the options that the rung sets, and adds its row to the table of those climbed so far
-(docs/reproducing-the-paper.md).
+paper's. Each is `evaluate` under the rung's options, and adds its row to the table (docs/reproducing-the-paper.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +20,60 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
-from localization_heads.errors import BadEntry, NothingDoneError, UsageError
+from localization_heads.errors import NothingDoneError, UsageError
 from localization_heads.evaluation.head_iou import head_hits, map_ious
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.evaluation.scores import Truth
 from localization_heads.experiments.catalogue import EXPERIMENTS
 from localization_heads.experiments.paper import Climbed, Finding, ladder_finding
 from localization_heads.experiments.study import Study, StudyOptions
-from localization_heads.experiments.validation import Refine, score
+from localization_heads.experiments.validation import Refine, Scored, score
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import SAMS, SegmenterOptions
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics, open_store
+from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
-from localization_heads.store.paths import attention_path
 
 log = logging.getLogger(__name__)
 
 BARE: dict[str, Any] = {"visualize_batch": False, "controls": False, "report": False, "worst": 0}
-"""A rung is the heads' numbers and nothing beside them."""
+"""Of a rung only the numbers of the heads are wanted."""
 
 
-def climb(run: Run) -> tuple[list[Finding], list[BadEntry], list[Path]]:
+def climb(run: Run) -> Result:
     """Evaluate this rung -> `ladder/<rung>/metrics.json`; the table of all rungs on the same entries so far."""
     rung = run.options.rung
     if not rung.step:
         raise UsageError(
             "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
         )
+    selected = select_entries(run)
     if (
         run.options.heads == "auto"
-    ):  # the rung's own run names the heads, and then nothing tells what they were found on
-        check_unseen(run, select_entries(run).samples)
-    own = rung_run(run)
+    ):  # for the rung's own run, which names the heads, cannot tell what they saw
+        check_unseen(run, selected.samples)
+    own = _rung_run(run)
     if rung.segmenter == "points" and run.options.segmenter.kind not in SAMS:
         log.warning("rung=points is left out: segmenter=%s cannot be told points", run.options.segmenter.kind)
-        return [], [], []
+        return Result([], [])
+    # Rungs of other data, or of another range of it, are no part of this ladder.
+    keys = b"".join(sorted(selected.key(sample) for sample in selected.samples))
+    entries = hashlib.sha256(keys).hexdigest()[:16]
     evaluated = evaluate(own)
-    entries = _entries_digest(run)
     climbed = Climbed(rung.step, rung.name, rung.about, evaluated.metrics)
     write_json(own.folder / "rung.json", {"entries": entries, **climbed.to_json()})
     finding = ladder_finding(run.spec.name, _rungs(own.folder.parent, entries))
     paths = [run.folder / "experiments" / f"ladder{suffix}" for suffix in (".json", ".md")]
     write_json(paths[0], {"experiment": "ladder", "model": run.spec.name, "numbers": finding.numbers})
     write_bytes(paths[1], finding.markdown().encode())
-    return [finding], evaluated.failures, [own.folder / "metrics.json", *paths]
+    return Result([own.folder / "metrics.json", *paths], evaluated.failures, findings=[finding])
 
 
-def rung_run(run: Run) -> Run:
+def _rung_run(run: Run) -> Run:
     """The same run with a folder of its own, and with heads that do not depend on that folder.
 
     Raises:
@@ -100,14 +102,8 @@ def rung_run(run: Run) -> Run:
     return Run(options, run.model_choice, run.overrides)
 
 
-def _entries_digest(run: Run) -> str:
-    """Stands for the entries: rungs of other data, or of another range, are no part of this ladder."""
-    entries = select_entries(run)
-    keys = b"".join(sorted(entries.key(sample) for sample in entries.samples))
-    return hashlib.sha256(keys).hexdigest()[:16]
-
-
 def _rungs(folder: Path, entries: str) -> list[Climbed]:
+    """The rungs climbed so far on the entries of that digest."""
     found = []
     for path in folder.glob("*/rung.json"):
         try:
@@ -115,20 +111,11 @@ def _rungs(folder: Path, entries: str) -> list[Climbed]:
             if data["entries"] == entries:
                 found.append(Climbed.from_json(data))
         except (UsageError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # an older or a broken file: that rung is not shown until it is climbed again
+            continue  # the file of an older version, or a broken one: climbing that rung again replaces it
     return sorted(found, key=lambda rung: (rung.step, rung.name))
 
 
-@dataclass(frozen=True)
-class Experimented:
-    """What `experiment` ends with."""
-
-    findings: list[Finding]
-    failures: list[BadEntry]
-    paths: list[Path]
-
-
-def experiment(run: Run) -> Experimented:
+def experiment(run: Run) -> Result:
     """The experiments that `experiment=` names, from one pass of the model -> `experiments/<name>.*`."""
     chosen = _chosen(run)
     entries = select_entries(run)
@@ -154,18 +141,15 @@ def experiment(run: Run) -> Experimented:
             bottom_row=np.asarray(rows.bottom_row_focus),
             given_heads=given,
             segmenter=run.options.segmenter.kind,
-            options=study_options(run),
+            options=_study_options(run),
             **measures,
         )
         findings = _find(run, entries, study, chosen)
         paths = [path for finding in findings for path in _write(run, study, finding)]
-        return Experimented(findings, entries.in_order(), paths)
+        return Result(paths, entries.in_order(), findings=findings)
 
 
-def study_options(run: Run) -> StudyOptions:
-    """The options of the run that the experiments know."""
-    own = {field.name for field in fields(StudyOptions)}
-    swept = {name: value for name, value in asdict(run.options.experiment).items() if name in own}
+def _study_options(run: Run) -> StudyOptions:
     chosen = run.options
     return StudyOptions(
         k=chosen.k,
@@ -175,7 +159,7 @@ def study_options(run: Run) -> StudyOptions:
         seed=chosen.random_seed,
         criteria=chosen.criteria,
         grounding=chosen.grounding,
-        **swept,
+        sweeps=chosen.experiment,
     )
 
 
@@ -189,7 +173,7 @@ def _chosen(run: Run) -> list[str]:
 
 
 def _given_heads(run: Run) -> tuple[Head, ...] | None:
-    """The heads that were named; None for `auto`, which here means those found on the entries themselves."""
+    """The heads that were named; None for `auto`, which here stands for those found on the entries themselves."""
     if run.options.heads == "auto":
         return None
     if run.options.heads == "greedy":
@@ -208,31 +192,27 @@ def _data_name(run: Run) -> str:
 
 
 def _measure(run: Run, entries: Entries) -> dict[str, Any]:
-    """How well every head alone finds every object; entries whose truth cannot be read are put aside."""
+    """How well every head localises every object alone; entries whose truth cannot be read are put aside."""
     ious, hits, num_masks = [], [], 0
     for sample in tqdm(entries.good, desc="measure", unit="expression", disable=None):
-        try:
-            maps = load_attention(
-                attention_path(run.attention_folder, sample.id, run.options.attention_format)
-            )
-            truth = truth_of(sample, maps.image_size)
-        except UsageError as error:
-            entries.fail(sample, error)
-            continue
-        ious.append(map_ious(maps, truth))
-        hits.append(head_hits(maps, truth))
-        num_masks += truth.mask is not None
+        with entries.put_aside(sample):
+            maps, truth = _maps_and_truth(run, sample)
+            ious.append(map_ious(maps, truth))
+            hits.append(head_hits(maps, truth))
+            num_masks += truth.mask is not None
     return {"ious": np.stack(ious), "hits": np.stack(hits), "num_masks": num_masks} if ious else {}
 
 
 def _find(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> list[Finding]:
-    """Every recipe of every experiment is scored in one pass over the maps."""
+    """The findings of the experiments, whose recipes are all scored in one pass over the maps."""
     wanted = {
         (name, key): recipe for name in chosen for key, recipe in EXPERIMENTS[name].recipes(study).items()
     }
-    scores: Mapping[Any, Any] = {}
+    scores: Mapping[Any, Scored] = {}
     if wanted:
-        scores = score(wanted, _maps_and_truths(run, entries), _refiner(run, entries.good))
+        samples = entries.good
+        bar = tqdm(samples, desc="score", unit="expression", disable=None)
+        scores = score(wanted, (_maps_and_truth(run, sample) for sample in bar), _refiner(run, samples))
     return [
         EXPERIMENTS[name].find(study, {key: found for (of, key), found in scores.items() if of == name})
         for name in chosen
@@ -240,16 +220,15 @@ def _find(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> li
 
 
 def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
-    """The segmenter's turn, with the sample's image."""
+    """The segmenter, given the sample's image."""
     if run.segmenter is None:
         return None
     return lambda number, grounding: run.grounder(None).refine(grounding, load_image(samples[number].image))
 
 
-def _maps_and_truths(run: Run, entries: Entries) -> Iterator[tuple[AttentionMaps, Truth]]:
-    for sample in tqdm(entries.good, desc="score", unit="expression", disable=None):
-        maps = load_attention(attention_path(run.attention_folder, sample.id, run.options.attention_format))
-        yield maps, truth_of(sample, maps.image_size)
+def _maps_and_truth(run: Run, sample: Sample) -> tuple[AttentionMaps, Truth]:
+    maps = load_attention(run.attention_file(sample.id))
+    return maps, truth_of(sample, maps.image_size)
 
 
 def _write(run: Run, study: Study, finding: Finding) -> list[Path]:

@@ -1,10 +1,10 @@
-"""Running the model over a data set once: statistics into the store, and for a batch every map onto the disk."""
+"""`find`, `rank` and `batch`: the model goes over a data set once, and its heads are ranked from their statistics."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,8 @@ from tqdm import tqdm
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
-from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
-from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import (
     NONE_KEPT,
     WAY_OUT,
@@ -27,29 +26,30 @@ from localization_heads.heads.ranking import (
     random_draws,
     rank_heads,
 )
-from localization_heads.heads.record import found_with
+from localization_heads.heads.record import asked, found_with
 from localization_heads.options.kinds import as_measured
-from localization_heads.stages.entries import Attended, Entries, select_entries
+from localization_heads.stages.chunks import Attended
+from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
-from localization_heads.stages.outcome import Outcome, outcome_of, save_predictions
+from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.report import Reporter, look
-from localization_heads.stages.run import Run, asked_of, check_criteria
-from localization_heads.stages.single import analyse_file, draw, image_or_none
+from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.single import analyse_file, draw_sample, image_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
-from localization_heads.store.paths import analysis_path, attention_path, local_path
+from localization_heads.store.paths import analysis_path, local_path
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
 
 log = logging.getLogger(__name__)
 
-KEPT_STATISTICS = 64 << 20
-"""Bytes of statistics that go from collecting to grounding in memory: of 3,000 samples of a model of 1,024 heads."""
+KEPT_HEADS = 3_000_000
+"""Heads of samples whose statistics go from collecting to grounding in memory: 64 MB."""
 ROUNDING = 2e-5
-"""How far the sums of one sample may lie apart when it went through a model in float32 in another batch (1.5e-6 seen).
+"""How far the sums of one sample may lie apart when a model in float32 saw it in another batch (1.5e-6 seen).
 
-The same weights in bfloat16 are further away (4e-4 or more seen), so one's maps are not taken for the other's. Maps of
-bfloat16 from another batch are too, and are made again: time lost, but never a wrong file.
+The same weights in bfloat16 differ by more (4e-4 or more seen), so their maps are not mistaken for these. Maps of
+bfloat16 from another batch differ as much, and are made again: time lost, but never a wrong file.
 """
 
 
@@ -64,9 +64,9 @@ def open_store(run: Run) -> StatisticsStore:
 
 
 def asked_settings(run: Run) -> dict[str, Any]:
-    """The options that the statistics depend on, as far as they are known without the model: `stage=rank` has none.
+    """The options that the statistics depend on, as far as they are known without the model (for `stage=rank`).
 
-    The entropy's weight is not among them: the store holds both.
+    `criteria.entropy` is not among them: the store holds both entropies.
     """
     spec = run.spec
     return {
@@ -90,48 +90,43 @@ def collect_statistics(
     """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet.
 
     Returns:
-        by id, the statistics of the first `KEPT_STATISTICS` bytes of samples whose maps were kept by this run: they
-        need not be analysed again.
+        The statistics, by id, of the first samples (of `KEPT_HEADS` heads) whose maps were kept by this run: they need
+        not be analysed again.
     """
     fresh: dict[str, HeadStatistics] = {}
 
+    def is_done(sample: Sample) -> bool:
+        if (key := entries.key(sample)) not in store:
+            return False
+        return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
+
     def keep(collected: Sequence[_Collected]) -> None:
-        _keep(run, entries, collected, store)
-        for one in collected if keep_maps else ():
-            if len(fresh) * _num_bytes(one.statistics) < KEPT_STATISTICS:
-                fresh[one.sample.id] = one.statistics
+        """Files first, statistics last: whatever the store holds is complete."""
+        for sample, statistics, maps in collected:
+            if maps is not None:
+                _save_entry(run, sample, maps, statistics)
+                if len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
+                    fresh[sample.id] = statistics
+        keep_statistics(entries, [(sample, statistics) for sample, statistics, _ in collected], store)
 
     go_through(
         run,
         entries,
         samples,
         "collect",
-        is_done=lambda sample: _is_done(run, entries, sample, store, keep_maps),
+        is_done=is_done,
         work=partial(_analysed, keep_maps=keep_maps),
         keep=keep,
     )
     return fresh
 
 
-def _num_bytes(statistics: HeadStatistics) -> int:
-    return sum(
-        getattr(statistics, field.name).nbytes for field in fields(statistics) if field.name != "weight"
-    )
-
-
-def _is_done(run: Run, entries: Entries, sample: Sample, store: StatisticsStore, keep_maps: bool) -> bool:
-    key = entries.key(sample)
-    if key not in store:
-        return False
-    return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
-
-
 def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
-    """Whether the attention file is the very one that the statistics were made from.
+    """Whether the attention file is the one that the statistics were made from.
 
-    Another prompt or model under the same id leaves other sums; another batch around it the same but for rounding.
+    Another prompt or model under the same id gives other sums; another batch around it gives the same but for rounding.
     """
-    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+    path = run.attention_file(sample.id)
     try:
         maps = load_attention(path)
     except UsageError:
@@ -149,22 +144,11 @@ class _Collected(NamedTuple):
 
 
 def _analysed(run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool) -> list[_Collected]:
+    criteria = run.options.criteria
     return [
-        _Collected(
-            one.sample,
-            head_statistics(one.maps.attention, run.options.criteria),
-            one.maps if keep_maps else None,
-        )
-        for one in attended
+        _Collected(sample, head_statistics(maps.attention, criteria), maps if keep_maps else None)
+        for sample, _, maps in attended
     ]
-
-
-def _keep(run: Run, entries: Entries, collected: Sequence[_Collected], store: StatisticsStore) -> None:
-    """Files first, statistics last: what the store holds is complete."""
-    for one in collected:
-        if one.maps is not None:
-            _save_entry(run, one.sample, one.maps, one.statistics)
-    keep_statistics(entries, [(one.sample, one.statistics) for one in collected], store)
 
 
 def keep_statistics(
@@ -182,38 +166,28 @@ def keep_statistics(
 
 
 def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
-    path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+    path = run.attention_file(sample.id)
     save_attention(maps.named(id=sample.id, image_file=sample.image_file), path)
     save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
 
-@dataclass(frozen=True)
-class Discovered:
-    """What `find` and `batch` end with. `grounded` is empty after `find`."""
-
-    ranking: HeadRanking
-    grounded: list[Outcome]
-    failures: list[BadEntry]
-    paths: list[Path]
-
-
-def find(run: Run) -> Discovered:
-    """Rank the heads over a data set; only each head's sum and entropy are kept."""
+def find(run: Run) -> Result:
+    """Rank the heads over a data set, of which only each head's statistics are kept."""
     entries = select_entries(run)
     with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         draws = draws_of(run, entries)
-        used = [s for s, drawn in zip(entries.samples, np.any(draws, axis=0).tolist(), strict=True) if drawn]
+        used = [entries.samples[place] for place in np.flatnonzero(draws.any(axis=0))]
         store = open_store(run)
         collect_statistics(run, entries, used, store, keep_maps=False)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
         paths = [*_save(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
-        return Discovered(ranking, [], entries.in_order(), paths)
+        return Result(paths, entries.in_order(), ranking=ranking)
 
 
-def rank(run: Run) -> Discovered:
-    """What `find` ends with, from the statistics on disk and without the model; only the ranking's options count."""
+def rank(run: Run) -> Result:
+    """The ranking of `find` from the statistics on disk, without the model."""
     entries = select_entries(run)
     record = _choose_record(run)
     check_criteria(run.options.criteria, record.num_layers)
@@ -222,10 +196,10 @@ def rank(run: Run) -> Discovered:
         store = record.open()
         _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
         ranking = _rank(run, entries, draws, store)
-        return Discovered(ranking, [], entries.in_order(), _save(run, ranking))
+        return Result(_save(run, ranking), entries.in_order(), ranking=ranking)
 
 
-def batch(run: Run) -> Discovered:
+def batch(run: Run) -> Result:
     """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
     entries = select_entries(run)
     with RunLock(run.folder):
@@ -240,35 +214,35 @@ def batch(run: Run) -> Discovered:
         ranking = _rank(run, entries, draws, store)
         paths = _save(run, ranking)
         report = Reporter(run, ranking)
-        grounded = _ground_all(run, entries, ranking, report, fresh)
-        paths.append(save_predictions(run, grounded, entries.in_order()))
-        paths += report.write(entries, grounded, store=store)
-        return Discovered(ranking, grounded, entries.in_order(), paths)
+        outcomes = _ground_all(run, entries, ranking, report, fresh)
+        paths.append(save_predictions(run, outcomes, entries.in_order()))
+        paths += report.write(entries, outcomes, store=store)
+        return Result(paths, entries.in_order(), outcomes, ranking)
 
 
 def draws_of(run: Run, entries: Entries) -> np.ndarray:
-    """How often each trial of the run holds each entry (`random_draws`)."""
+    """`random_draws` of the entries: `[trial, entry]`."""
     options = run.options
     return random_draws(len(entries.samples), options.num_trials, options.num_samples, options.random_seed)
 
 
 def _note_failures(entries: Entries, store: StatisticsStore) -> None:
-    """So that `rank`, which opens no image, reports what this run reports."""
+    """Lets `rank`, which opens no image, report the failures of this run."""
     reasons = {failure.line: failure.reason for failure in entries.failures}
     failed = (sample for sample in entries.samples if sample.line in reasons)
     store.note_failures({entries.key(sample): reasons[sample.line] for sample in failed})
 
 
 def _choose_record(run: Run) -> Recorded:
-    """The store that these options would make. Of several (the weights have changed), the one used last."""
-    asked = asked_settings(run)
+    """The store of these options; of several, which differ in their weights, the one used last."""
+    wanted = asked_settings(run)
     records = recorded(run.folder / "statistics")
-    fitting = [record for record in records if record.settings.get("asked") == asked]
+    fitting = [record for record in records if record.settings.get("asked") == wanted]
     if len(fitting) > 1:
         log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
     if fitting:
         return fitting[0]
-    there = [_difference(record.settings.get("asked"), asked) for record in records]
+    there = [_difference(record.settings.get("asked"), wanted) for record in records]
     held = f"only with {'; or with '.join(sorted(set(there)))}" if there else "none yet"
     raise UsageError(
         f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
@@ -276,10 +250,10 @@ def _choose_record(run: Run) -> Recorded:
     )
 
 
-def _difference(made: Any, asked: dict[str, Any]) -> str:
-    """`conv_mode=chat, view=tiles`: where a store's options differ from those of this run."""
+def _difference(made: Any, wanted: dict[str, Any]) -> str:
+    """`conv_mode=chat, view=tiles`: a store's options where they differ from those of this run."""
     made = made if isinstance(made, dict) else {}
-    pairs = ((name, made.get(name)) for name, value in asked.items() if made.get(name) != value)
+    pairs = ((name, made.get(name)) for name, value in wanted.items() if made.get(name) != value)
     return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
 
 
@@ -299,15 +273,17 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 
 
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
-    """The ranking, with the images that it was made on."""
+    """The ranking, with the images and the conditions that it was made under."""
     ranking = rank_entries(run, entries, draws, store)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
-    shown = image_keys(entries.samples[place] for place in _usable(entries, draws))
+    images = image_keys(entries.samples[place] for place in _usable(entries, draws))
+    conv_mode, system, query_token, _ = store.settings["question"]
+    conditions = asked(conv_mode, system, query_token, store.settings["weights"][1])
     return replace(
         ranking,
-        pictures=tuple(sorted({key for key in shown if key})),
-        found_with=found_with(asked_of(store.settings), run.options.criteria),
+        pictures=tuple(sorted({key for key in images if key})),
+        found_with=found_with(conditions, run.options.criteria),
     )
 
 
@@ -347,27 +323,26 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
     from localization_heads import figures
 
     paths = [*save_ranking(ranking, run.folder)]
-    top = [head.address for head in ranking.kept[: run.options.k]]
     shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
     sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     for head in ranking.heads:
         sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
         kept[head.address] = head.kept
-    targets = [run.folder / f"{name}.png" for name in ("attention_sums", "selection_frequency", "head_grid")]
-    once = partial(figures.plot_once, always=run.options.show_plot)
-    marked: dict[str, Any] = {"top": top, "exclude_layers": ranking.exclude_layers}
-    drawn = [
-        once(figures.plot_selection_frequency, ranking, path=targets[1], emphasised=run.options.k),
-        once(figures.plot_head_grid, 100 * frequency, path=targets[2], **marked),
-    ]
+    marked: dict[str, Any] = {
+        "top": [head.address for head in ranking.kept[: run.options.k]],
+        "exclude_layers": ranking.exclude_layers,
+    }
+    frequencies, grid = run.folder / "selection_frequency.png", run.folder / "head_grid.png"
     if ranking.tau is not None:
-        drawn.append(
-            once(figures.plot_attention_sums, sums, ranking.tau, path=targets[0], kept=kept, **marked)
+        elbow = run.folder / "attention_sums.png"
+        paths.append(
+            run.draw(figures.plot_attention_sums, sums, ranking.tau, path=elbow, kept=kept, **marked)
         )
-    if run.options.show_plot:
-        for figure in filter(None, drawn):
-            figures.show(figure)
-    return paths + [target for target in targets if target.is_file()]
+    paths.append(
+        run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
+    )
+    paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
+    return paths
 
 
 def _ground_all(
@@ -380,30 +355,27 @@ def _ground_all(
     """Boxes for every entry, from the maps on disk, with the heads just found or those that were named.
 
     Args:
-        fresh: what `collect` has analysed.
+        fresh: of `collect_statistics`.
     """
     best = [head.address for head in ranking.kept[: run.options.k]]
-    heads: Sequence[Head] | None = best if run.options.heads == "auto" else run.named_heads
-    grounder = run.grounder(heads)
-    limit = run.options.visualize_limit if run.options.visualize_batch else 0
-    grounded = []
+    grounder = run.grounder(best if run.options.heads == "auto" else run.named_heads)
+    alone = report.alone(entries)
+    outcomes = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
-        try:
-            path = attention_path(run.attention_folder, sample.id, run.options.attention_format)
+        with entries.put_aside(sample):
+            path = run.attention_file(sample.id)
             maps, statistics = load_attention(path), fresh.get(sample.id)
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
-            if limit is None or number < limit:
-                drawn = draw(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
+            if run.num_drawn is None or number < run.num_drawn:
+                drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
                 grounding = drawn.grounding
             else:
                 image = opened() if grounder.segmenter else None
                 grounding = grounder.ground(maps, image, statistics)
-            outcome = outcome_of(sample, grounding)
-            report.add(outcome, look(report.room, outcome, maps, grounding, opened))
-            report.measure(sample, maps)
-            grounded.append(outcome)
-        except UsageError as error:
-            entries.fail(sample, error)
-    return grounded
+            outcome = Outcome.of(sample, grounding)
+            measured = alone.measure(sample, maps, run.options.grounding)
+            card = look(report.room, outcome, maps, grounding, opened)
+            outcomes.append(replace(outcome, measured=measured, card=card))
+    return outcomes

@@ -1,36 +1,31 @@
-"""The model's way through a data set, in one place: `find`, `batch`, `ground` and `evaluate` all go it.
+"""The loop over a data set that `find`, `batch`, `ground`, `evaluate` and `experiment` share.
 
-Entries of one image go together, so that it is encoded once. They are cut into the same chunks in every run, and
-a chunk goes through the model as a whole or not at all: a run that was killed goes on with the same batches, and the
-same numbers, to the last bit. While the model works on one chunk, a thread opens and prepares the next ones, and
-another keeps what came of the last ones.
+While the model works on one chunk, a thread opens and prepares the next ones, and another keeps the results of the
+last ones.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from localization_heads.data.samples import Sample
-from localization_heads.stages.entries import (
-    CHUNK_PIXELS,
+from localization_heads.stages.chunks import (
     Attended,
     Chunk,
-    Entries,
-    OpenedImages,
     ReadyChunk,
     Work,
+    chunks,
     compute,
-    image_key,
     make_chunk_ready,
 )
+from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
 AHEAD = 2
@@ -39,8 +34,6 @@ WAITING = 128 << 20
 """Bytes of images and maps that may wait to be kept; a chunk of more is kept before the next is computed."""
 AUTO = 16
 """`batch_size=auto`: entries in a chunk. One that does not fit goes through the model in parts."""
-WINDOW = 32
-"""Chunks among which entries of about the same length are put together."""
 
 Given = TypeVar("Given")
 Ready = TypeVar("Ready")
@@ -76,7 +69,7 @@ def go_through(
         name: of the progress bar.
         is_done: whether a sample's results are there from an earlier run; not called in this thread.
         work: what is made of the missing maps of a chunk, in another thread or another process.
-        keep: gets the results of `work`, one chunk after the other in their order; in this process.
+        keep: gets the results of `work`, chunk after chunk in their order; in this process.
         last_layer: the layers above it are not run.
         work_runs_model: `work` is called in this thread: some models generate with a state of their own, which a
             forward pass at the same time would overwrite.
@@ -87,8 +80,7 @@ def go_through(
         return Chunk(part, frozenset(sample.id for sample in part if not is_done(sample)))
 
     def compute_one(prepared: ReadyChunk) -> _Computed:
-        fresh = compute(run, entries, prepared, last_layer)
-        return _Computed(len(prepared.chunk.samples), fresh)
+        return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer))
 
     def finish(computed: _Computed) -> None:
         if computed.fresh and (results := work(run, entries, computed.fresh)):
@@ -96,7 +88,6 @@ def go_through(
         bar.update(computed.num_samples)
 
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    behind = not (work_runs_model or run.options.show_plot)  # windows open in the main thread only
     parts = chunks(samples, size, entries.images)
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:
@@ -107,7 +98,7 @@ def go_through(
             lambda part: make_chunk_ready(run, entries, chunk_of(part)),
             compute_one,
             finish,
-            behind=behind,
+            behind=not (work_runs_model or run.options.show_plot),  # windows open in the main thread only
             weigh=_Computed.num_bytes,
         )
 
@@ -121,7 +112,7 @@ def _over_workers(
     last_layer: int | None,
     bar: tqdm,
 ) -> None:
-    """The same with `engine=ray`: what is done already is not sent out."""
+    """The same with `engine=ray`, to which only chunks with missing samples are sent."""
     from localization_heads.stages.workers import run_on_workers
 
     todo = []
@@ -181,41 +172,3 @@ def in_line(
                 waiting.cancel()
             for last, _ in going:
                 last.result()
-
-
-def chunks(samples: Sequence[Sample], size: int, known: OpenedImages | None = None) -> Iterator[list[Sample]]:
-    """Samples in chunks of at most `size`, cut in the same way in every run.
-
-    Those of one image are together, wherever they stand in the file (more than `size` are several chunks). A chunk
-    is filled up with images of about the same size and expressions of about the same length, so that little is
-    padded. Its images have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
-    memory for large images, which cost more to decode than a larger batch would save.
-    """
-    known = known or OpenedImages(0)
-    chunk: list[Sample] = []
-    pixels = 0
-    for part in _parts(samples, size, known):
-        more = known.pixels(part[0])
-        if chunk and (len(chunk) + len(part) > size or pixels + more > CHUNK_PIXELS):
-            yield chunk
-            chunk, pixels = [], 0
-        chunk, pixels = [*chunk, *part], pixels + more
-    if chunk:
-        yield chunk
-
-
-def _parts(samples: Sequence[Sample], size: int, known: OpenedImages) -> Iterator[list[Sample]]:
-    """The samples of each image, in parts of at most `size`; sorted by length within windows."""
-    images: dict[str | int, list[Sample]] = {}
-    for sample in samples:
-        images.setdefault(image_key(sample), []).append(sample)
-    parts = (group[start : start + size] for group in images.values() for start in range(0, len(group), size))
-    if size == 1:
-        yield from parts
-    while window := list(islice(parts, WINDOW * size)):
-        yield from sorted(window, key=partial(_length, known))
-
-
-def _length(known: OpenedImages, part: Sequence[Sample]) -> tuple[int, int]:
-    """Pixels of the image, then letters of the longest expression: about as many tokens."""
-    return known.pixels(part[0]), max(len(sample.expression) for sample in part)

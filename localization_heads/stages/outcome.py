@@ -1,19 +1,22 @@
-"""What came of one grounded entry, and the `predictions.jsonl` of a run."""
+"""The results of stages: `Outcome` of one grounded entry, `Result` of a data set, and their files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
+from localization_heads.evaluation.judging import HEADS, Scores
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.evaluation.scores import Score
+from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
-from localization_heads.grounding.shapes import Point
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.report.content import Card
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
 from localization_heads.store.results import Prediction, write_parquet, write_predictions
@@ -24,14 +27,20 @@ class Outcome:
     """An entry with its prediction; small enough to keep a hundred thousand of them.
 
     Args:
-        point: centre (x, y) of the strongest cell, in pixels: the pointing game's answer.
-        measured: what `evaluate` adds, as JSON values.
+        measured: what else was found out while its maps were there (`evaluate` adds scores), as JSON values.
+        card: its card in the report, if that may show it.
     """
 
     sample: Sample
     prediction: Prediction
-    point: Point
-    measured: Mapping[str, Any] | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    card: Card | None = None
+
+    @classmethod
+    def of(cls, sample: Sample, grounding: Grounding) -> Outcome:
+        """The mask of the prediction is the segmenter's; without one, the pseudo-mask."""
+        mask = encode_mask(grounding.mask)
+        return cls(sample, Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads))
 
     @property
     def iou(self) -> float | None:
@@ -40,36 +49,52 @@ class Outcome:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
 
+    @property
+    def scores(self) -> Scores:
+        """The scores of every method that `evaluate` has measured."""
+        return {
+            name: [Score.from_json(score) for score in scores]
+            for name, scores in self.measured["scores"].items()
+        }
+
     def to_json(self) -> dict[str, Any]:
-        known = {} if self.measured is None else {"measured": self.measured}
-        return {"prediction": self.prediction.to_json(), "point": list(self.point), **known}
+        card = None if self.card is None else self.card.to_json()
+        return {"prediction": self.prediction.to_json(), "measured": self.measured, "card": card}
 
     @classmethod
-    def from_json(cls, sample: Sample, data: Mapping[str, Any]) -> Outcome:
-        x, y = data["point"]
-        prediction = Prediction.from_json(data["prediction"])
-        return cls(sample, prediction, (float(x), float(y)), data.get("measured"))
+    def from_json(cls, sample: Sample, data: Mapping[str, Any]) -> Outcome | None:
+        """The inverse of `to_json`; None for anything else, such as the log of another version."""
+        try:
+            card = None if data["card"] is None else Card.from_json(data["card"])
+            return cls(sample, Prediction.from_json(data["prediction"]), {**data["measured"]}, card)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            return None
 
 
-def outcome_of(sample: Sample, grounding: Grounding) -> Outcome:
-    """The mask of a prediction is the segmenter's; without one, the filled hull of the chosen component."""
-    prediction = Prediction(
-        id=sample.id,
-        bbox=grounding.box,
-        score=grounding.score,
-        mask=encode_mask(grounding.mask),
-        heads=grounding.heads,
-    )
-    return Outcome(sample, prediction, grounding.point)
+@dataclass(frozen=True)
+class Result:
+    """What a stage over a data set ends with: the files written, the entries that failed, and what is shown.
+
+    Args:
+        outcomes: of the entries that were grounded, in file order.
+        metrics: the content of `metrics.json`.
+    """
+
+    paths: list[Path]
+    failures: list[BadEntry]
+    outcomes: list[Outcome] = field(default_factory=list)
+    ranking: HeadRanking | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    findings: Sequence[Finding] = ()
 
 
 def save_predictions(
     run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry], *, alone: str | None = None
 ) -> Path:
-    """Every entry has its line: those that worked in file order, then those that failed, with the reason.
+    """Every entry has its line: the grounded ones in file order, then those that failed, with the reason.
 
     Args:
-        alone: id of the one entry that is no data set: its lines must not replace a data set's predictions.jsonl.
+        alone: id of the one image that was grounded: its lines must not replace a data set's `predictions.jsonl`.
     """
     path = run.folder / "predictions.jsonl"
     if alone is not None:
@@ -100,7 +125,7 @@ COLUMNS = {
 
 
 def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry]) -> Path:
-    """Rows in file order, then those that failed, with the reason and nothing else."""
+    """`per_sample.parquet`: rows in file order, then those of the failed entries, with their id and the reason."""
     path = run.folder / "per_sample.parquet"
     rows = [_row(outcome) for outcome in outcomes]
     controls = {name: "number" for name in rows[0] if name not in COLUMNS}
@@ -110,28 +135,27 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
-    measured = outcome.measured or {}
-    scores = {name: [Score.from_json(s) for s in found] for name, found in measured["scores"].items()}
-    heads, *_ = scores.pop("heads")
+    sample, prediction, scores = outcome.sample, outcome.prediction, outcome.scores
+    (heads,) = scores.pop(HEADS)
     shared, union = heads.overlap or (None, None)
-    native = measured.get("native", {})
+    native = outcome.measured.get("native", {})
     row = {
-        "id": outcome.sample.id,
-        "image": outcome.sample.image_file,
-        "expression": outcome.sample.expression,
-        "true_box": list(outcome.sample.bbox or ()),
-        "predicted_box": list(outcome.prediction.bbox or ()),
+        "id": sample.id,
+        "image": sample.image_file,
+        "expression": sample.expression,
+        "true_box": list(sample.bbox or ()),
+        "predicted_box": list(prediction.bbox or ()),
         "iou": heads.iou,
         "pointing": float(heads.pointing),
         "energy": heads.energy,
         "intersection": shared,
         "union": union,
-        "score": outcome.prediction.score,
-        "heads": [str(head) for head in outcome.prediction.heads],
+        "score": prediction.score,
+        "heads": [str(head) for head in prediction.heads],
         "native_box": native.get("box"),
         "native_answer": native.get("answer"),
     }
     for name, answers in scores.items():  # random heads answer several times: the mean
-        for field in ("iou", "pointing", "energy"):
-            row[f"{name}_{field}"] = sum(float(getattr(a, field)) for a in answers) / len(answers)
+        for metric in ("iou", "pointing", "energy"):
+            row[f"{name}_{metric}"] = sum(float(getattr(a, metric)) for a in answers) / len(answers)
     return row

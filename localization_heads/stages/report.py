@@ -1,4 +1,4 @@
-"""`report.html` at the end of `batch`, `find` and `evaluate`: what is kept for it meanwhile, and its writing."""
+"""`report.html` at the end of `batch`, `find` and `evaluate`: what is kept for it on the way, and its writing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import Sample, decode_mask
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.evaluation.head_iou import HeadIoU
+from localization_heads.evaluation.head_iou import box_ious, mean_ious
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.options.compose import flat
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import (
     LEAST_FREQUENCY,
     Card,
@@ -55,9 +56,6 @@ FEWER_SAMPLES = 50
 ROWS = 256
 """Samples whose statistics are in memory at a time."""
 
-HEAD_IOU = "head_iou"
-"""The name, in what `evaluate` measures of an entry, of the IoU of every head of `Reporter.alone`."""
-
 FROM_FILE = (
     "The ranking of heads.json, which lists the kept heads only: it was not made anew on these samples."
 )
@@ -69,61 +67,52 @@ class Alone(NamedTuple):
     heads: Sequence[Head] = ()
     samples: Container[str] = ()
 
+    def measure(self, sample: Sample, maps: AttentionMaps, options: GroundingOptions) -> dict[str, Any]:
+        """The IoU of every head, for `Outcome.measured`; nothing for the other samples."""
+        if sample.bbox is None or sample.id not in self.samples:
+            return {}
+        return {"head_iou": box_ious(maps, self.heads, sample.bbox, options)}
+
 
 class Reporter:
-    """Gathers what the report shows of grounded samples, a few kilobytes of each, and writes it at the end.
+    """Chooses what of a run is kept for its report, a few kilobytes a sample, and writes the page at the end.
 
     Args:
         ranking: the heads that the run has found; without, those of the model's heads.json if it is there.
-
-    Where neither is there, `write` takes a ranking that was made of the run's own samples.
     """
 
     def __init__(self, run: Run, ranking: HeadRanking | None = None) -> None:
         self._run = run
-        self._wanted = bool(run.options.report)
+        self._wanted = run.options.report
         self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
         self._origin = "" if ranking else FROM_FILE
         self.room = Gallery(run.options.report_samples if self._wanted else 0)
         """Which of the samples that are worked on may be shown in the end: `look` makes cards of those."""
-        self._iou = HeadIoU(self._measured, _shape(run), run.options.grounding, MEASURED_SAMPLES)
-        self._cards: dict[str, Card] = {}
+        self._measured = self._heads_measured() if self._wanted else []
 
     @property
     def lacks_ranking(self) -> bool:
         """Whether the report would show a ranking of the run's own samples, had it one."""
         return self._wanted and self._ranking is None
 
-    @property
-    def _measured(self) -> list[Head]:
-        """The heads whose IoU is measured: all of them where nobody knows yet which are the best."""
-        if not self._wanted:
-            return []
+    def _heads_measured(self) -> list[Head]:
+        """Without a ranking all heads: nobody knows yet which are the best."""
         if self._ranking is not None:
             return _best(self._ranking)
         # Without the controls not every layer is run, and nothing will be ranked.
         return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run.options.controls else []
 
     def alone(self, entries: Entries) -> Alone:
-        """What `evaluate` measures of single heads while the maps are there, in every run the same."""
+        """The heads to measure alone, and the samples with a true box on which that is done; the same in every run."""
         heads = self._measured
         number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES
-        return Alone(heads, {sample.id for sample in entries.samples[:number]}) if heads else Alone()
+        boxed = [sample.id for sample in entries.samples if sample.bbox is not None]
+        return Alone(heads, set(boxed[:number])) if heads else Alone()
 
     @property
     def settings(self) -> list[Any]:
-        """What decides whether a sample gets a card."""
+        """All that decides whether a sample gets a card."""
         return [self._wanted, self._run.options.report_samples, MAPS_SHOWN]
-
-    def add(self, outcome: Outcome, card: Card | None) -> None:
-        """A sample that was grounded, now or by an earlier run, with what `look` made of it."""
-        if card is not None:
-            self._cards[outcome.sample.id] = card
-
-    def measure(self, sample: Sample, maps: AttentionMaps) -> None:
-        """The IoU of single heads in this sample, if its true box is known."""
-        if self._wanted and sample.bbox is not None:
-            self._iou.add(maps, sample.bbox)
 
     def write(
         self,
@@ -138,72 +127,62 @@ class Reporter:
 
         Args:
             store: the statistics of the samples that the ranking is of.
-            own: a ranking of the very samples of this run, which did not choose the heads of their boxes. It is
-                shown if no other is known.
+            own: a ranking of this run's samples, which did not choose the heads of their boxes. It is shown if no
+                other is known.
         """
         if not self._wanted:
             return []
-        if self._ranking is None and own is not None:
-            self._ranking, self._origin = own, _own_origin(self._unknown, _used(outcomes))
-        for outcome in outcomes:
-            if ious := (outcome.measured or {}).get(HEAD_IOU):
-                self._iou.count(ious)
         from localization_heads.report.page import render
 
-        path = self._run.folder / "report.html"
-        report = self._report(entries, outcomes, store, metrics or {})
-        write_bytes(path, render(report).encode(errors="replace"))
-        return [path]
-
-    def _report(
-        self,
-        entries: Entries,
-        outcomes: Sequence[Outcome],
-        store: StatisticsStore | None,
-        metrics: Mapping[str, Any],
-    ) -> Report:
-        run = self._run
-        by_id = {outcome.sample.id: outcome for outcome in outcomes}
+        run, by_id = self._run, {outcome.sample.id: outcome for outcome in outcomes}
         lines = {sample.line for sample in entries.samples} | {bad.line for bad in entries.failures}
-        return Report(
+        ious = [one for outcome in outcomes if (one := outcome.measured.get("head_iou"))]
+        report = Report(
             stage=run.options.stage,
             model=run.lvlm.name,
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             facts=list(_facts(run)),
             options=list(flat(run.options)),
             num_entries=len(lines),
-            heads=self._heads(entries, outcomes, store),
+            heads=self._heads(entries, outcomes, store, ious, own),
             no_heads=f"No ranking: {self._unknown}. stage=find or stage=batch writes one.",
-            no_scatter=self._why_no_scatter(outcomes),
-            metrics=metrics,
+            no_scatter="" if ious else self._why_no_scatter(outcomes),
+            metrics=metrics or {},
             cards=[_completed(card, by_id[card.id]) for card in self._shown(outcomes)],
             no_cards=self._why_no_cards(),
             num_grounded=len(outcomes),
             ious=[outcome.iou for outcome in outcomes if outcome.iou is not None],
             failures=entries.in_order(),
         )
+        path = run.folder / "report.html"
+        write_bytes(path, render(report).encode(errors="replace"))
+        return [path]
 
     def _heads(
-        self, entries: Entries, outcomes: Sequence[Outcome], store: StatisticsStore | None
+        self,
+        entries: Entries,
+        outcomes: Sequence[Outcome],
+        store: StatisticsStore | None,
+        ious: Sequence[Sequence[float | None]],
+        own: HeadRanking | None,
     ) -> HeadFacts | None:
-        if self._ranking is None:
+        used, ranking, origin = _used(outcomes), self._ranking, self._origin
+        if ranking is None and own is not None:
+            ranking, origin = own, _own_origin(self._unknown, used)
+        if ranking is None:
             return None
         shape = _shape(self._run)
         return HeadFacts(
-            ranking=self._ranking,
+            ranking=ranking,
             shape=shape,
-            used=_used(outcomes)
-            if outcomes
-            else [h.address for h in self._ranking.kept[: self._run.options.k]],
+            used=used if outcomes else [head.address for head in ranking.kept[: self._run.options.k]],
             bottom_row=None if store is None else _bottom_row(entries, store),
-            iou=self._iou.means if self._iou.num_samples else None,
-            iou_samples=self._iou.num_samples,
-            origin=self._origin,
+            iou=mean_ious(self._measured, shape, ious) if ious else None,
+            iou_samples=len(ious),
+            origin=origin,
         )
 
     def _why_no_scatter(self, outcomes: Sequence[Outcome]) -> str:
-        if self._iou.num_samples:
-            return ""
         if self._run.options.stage == "find":
             return "No IoU of single heads: find keeps no maps. stage=batch measures it where the data have true boxes."
         if all(outcome.sample.bbox is None for outcome in outcomes):
@@ -219,17 +198,13 @@ class Reporter:
         """The cards of the gallery, whichever run made them."""
         gallery = Gallery(self._run.options.report_samples)
         for outcome in outcomes:
-            if card := self._cards.get(outcome.sample.id):
-                gallery.offer(outcome.sample.line, _badness(outcome), partial(_itself, card))
+            if card := outcome.card:
+                gallery.offer(outcome.sample.line, _badness(outcome), partial(replace, card))
         return gallery.cards
 
 
-def _itself(card: Card) -> Card:
-    return card
-
-
 def _badness(outcome: Outcome) -> float:
-    """The worst have the lowest IoU or, where there is no truth, the lowest score."""
+    """Higher for a lower IoU or, where there is no truth, for a lower score."""
     return -((outcome.prediction.score if outcome.iou is None else outcome.iou) or 0.0)
 
 
@@ -240,12 +215,12 @@ def look(
     grounding: Grounding,
     open_image: Callable[[], Image.Image | None],
 ) -> Card | None:
-    """What can be seen of a sample while its maps are at hand, if there is room for it.
+    """The card of a sample, made while its maps are at hand, if there is room for it.
 
     Boxes, masks and scores are added when the report is written.
 
     Args:
-        image: opens it; None where that is not possible any more.
+        open_image: None where the image cannot be opened any more.
     """
     region = maps.image_box, maps.image_size
 
@@ -315,7 +290,7 @@ def _own_origin(unknown: str, used: Sequence[Head]) -> str:
 
 
 def _best(ranking: HeadRanking) -> list[Head]:
-    """Every head of a small model; of a large one those that take part in the scatter, the best first."""
+    """Every head of a small model; of a large one those of the scatter, the best first."""
     heads = ranking.heads
     if len(heads) > MEASURED_HEADS:
         heads = tuple(h for h in heads if h.selection_frequency >= LEAST_FREQUENCY)[:MEASURED_HEADS]
@@ -327,7 +302,7 @@ def _shape(run: Run) -> tuple[int, int]:
 
 
 def _used(outcomes: Sequence[Outcome]) -> list[Head]:
-    """The heads of all boxes; none where every sample has picked its own."""
+    """The heads that made every box; none where the samples have picked their own."""
     heads = {tuple(outcome.prediction.heads) for outcome in outcomes}
     return [Head(*head) for head in heads.pop()] if len(heads) == 1 else []
 
@@ -343,7 +318,7 @@ def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64]
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    """What was run, on what and with what."""
+    """What was run, on which data, with which versions."""
     lvlm = run.lvlm
     layers, heads = _shape(run)
     yield "model", lvlm.name

@@ -1,21 +1,21 @@
-"""`Run`: what the options of one run mean. Built once; the stages take it from there."""
+"""`Run`: the options of one run, with the objects that they stand for, each made once."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from localization_heads.data.address import Address, image_source
 from localization_heads.errors import UsageError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, make_segmenter
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import FoundWith, asked
+from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
@@ -27,28 +27,32 @@ from localization_heads.options.programs import (
     ModelUse,
 )
 from localization_heads.segmentation.segmenter import Segmenter
+from localization_heads.store.paths import attention_path
 from localization_heads.store.results import is_ranking, load_ranking
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from localization_heads.lvlm.model import LVLM
 
 log = logging.getLogger(__name__)
 
 SMALL_MODEL = 50_000_000  # parameters
 
+Chosen = TypeVar("Chosen", bound=ModelUse)
+
 
 @dataclass(frozen=True)
-class ModelRun:
-    """The options of one run, with the objects they stand for: what every program but the viewer works with.
+class ModelRun(Generic[Chosen]):
+    """A run of any program but the viewer.
 
     Args:
-        options: checked when they were made.
         model_choice: which file of `config/model/` was chosen.
-        overrides: what the user wrote on the command line, or None if that is not known.
-        before_model: told before the model is loaded, which takes seconds.
+        overrides: the user's command line, None if that is not known.
+        before_model: called before the model is loaded, which takes seconds.
     """
 
-    options: ModelUse
+    options: Chosen
     model_choice: str = "tiny"
     overrides: Sequence[str] | None = None
     before_model: Callable[[Any], None] | None = None
@@ -64,11 +68,9 @@ class ModelRun:
 
     def image(self, name: object) -> Address | str:
         """The image of that name, a path or an address, to be loaded."""
-        return image_source(str(name), allow_private=self._allows_private)
-
-    @property
-    def _allows_private(self) -> bool:
-        return isinstance(self.options, ImageAddresses) and self.options.allow_private_addresses
+        options = self.options
+        private = isinstance(options, ImageAddresses) and options.allow_private_addresses
+        return image_source(str(name), allow_private=private)
 
     @property
     def attention_folder(self) -> Path:
@@ -76,27 +78,25 @@ class ModelRun:
 
     @cached_property
     def segmenter(self) -> Segmenter | None:
-        """What makes the masks, loaded on first use; None leaves the pseudo-masks of the maps."""
-
+        """Loaded on first use; None leaves the pseudo-masks of the maps."""
         chosen = self.options.segmenter
         if chosen.kind in SAMS and chosen.device is None:
             chosen = replace(chosen, device=self.options.device)
         return make_segmenter(chosen)
 
     def grounder(self, heads: Sequence[Head] | None) -> Grounder:
-        """What makes the boxes of this run, with those heads or, without, each sample's own `k`."""
-        return Grounder(
-            tuple(heads or ()), self.options.criteria, self.options.grounding, self.segmenter, self.options.k
-        )
+        """The run's way from maps to boxes, with these heads or, without any, each sample's own `k`."""
+        options = self.options
+        return Grounder(tuple(heads or ()), options.criteria, options.grounding, self.segmenter, options.k)
 
     @property
     def is_spread(self) -> bool:
-        """Whether workers run the model over the data set (`engine=ray`), and not this process."""
+        """Whether workers run the model over the data set (`engine=ray`) instead of this process."""
         return False
 
     @cached_property
     def lvlm(self) -> LVLM:
-        """The model, loaded on first use. Where workers run it, it is only asked for its shape: GPUs are theirs."""
+        """The model, loaded on first use; on the CPU where workers run it, for the GPUs are theirs."""
         if self.before_model:
             self.before_model(self)
         import torch
@@ -121,13 +121,13 @@ class ModelRun:
     @property
     def model_settings(self) -> dict[str, Any]:
         """All that the maps of a sample depend on besides the sample, as JSON values."""
-        weights = [self.lvlm.name, self.lvlm.fingerprint, self.spec.dtype, self.spec.quantization]
+        lvlm = self.lvlm
         return {
-            "weights": weights,
-            "kernel": self.lvlm.spec.attn_implementation,
-            "pad_to_square": self.lvlm.spec.pad_to_square,
+            "weights": [lvlm.name, lvlm.fingerprint, self.spec.dtype, self.spec.quantization],
+            "kernel": lvlm.spec.attn_implementation,
+            "pad_to_square": lvlm.spec.pad_to_square,
             "drop_lone_spaces": self.options.drop_lone_spaces,
-            "question": [self.lvlm.conv_mode, self.lvlm.system, self.lvlm.query_token, self.lvlm.view],
+            "question": [lvlm.conv_mode, lvlm.system, lvlm.query_token, lvlm.view],
         }
 
     @cached_property
@@ -149,66 +149,67 @@ class ModelRun:
 
     @property
     def heads_found_with(self) -> FoundWith | None:
-        """How the heads of `heads=` were found, as far as that is known."""
+        """How the heads of `heads=` were found, None where that is not known."""
         if self.heads_source is not None:
             return load_heads(self.heads_source).found_with
         return heads_found_with(self.spec) if self.options.heads == "auto" else None
 
     def note_heads(self) -> None:
-        """A note if the heads were found with other weights, another prompt or query token."""
+        """Notes it if the heads were found with other weights, another prompt or another query token."""
         self.lvlm.note_other_conditions(
             f"heads={self.heads_source or self.options.heads}", self.heads_found_with
         )
 
     def check_named_heads(self) -> None:
-        """Before the work: UsageError if the model lacks one of the heads, a note if they were found in another way."""
+        """UsageError if the model lacks one of the heads; a note if they were found under other conditions."""
         check_heads(self.named_heads or (), self.lvlm.num_layers, self.lvlm.num_heads)
         self.note_heads()
 
 
 @dataclass(frozen=True)
-class Run(ModelRun):
+class Run(ModelRun[FinderOptions]):
     """A run of the finder."""
-
-    options: FinderOptions
 
     @property
     def top_n(self) -> int:
-        """Heads marked in each sample: what was asked for, or what suits the model."""
+        """Heads marked in each sample: the option, or what suits the model."""
         return self.options.top_n or self.spec.top_n
 
     @property
     def is_spread(self) -> bool:
         return self.options.engine.kind == "ray"
 
+    def draw(self, plot: Callable[..., Figure], *inputs: object, path: Path, **named: object) -> Path:
+        """Draw a figure, unless the file at `path` shows the same inputs; with `show_plot`, open it -> `path`."""
+        from localization_heads import figures
 
-@dataclass(frozen=True)
-class ChatRun(ModelRun):
-    """A conversation."""
+        show = self.options.show_plot
+        figure = figures.plot_once(plot, *inputs, path=path, always=show, **named)
+        if figure and show:
+            figures.show(figure)
+        return path
 
-    options: ChatOptions
+    def attention_file(self, id: str) -> Path:
+        """Where the attention of the entry of that id is kept."""
+        return attention_path(self.attention_folder, id, self.options.attention_format)
+
+    @property
+    def num_drawn(self) -> int | None:
+        """At most this many entries of a data set are drawn; None draws all."""
+        return self.options.visualize_limit if self.options.visualize_batch else 0
 
 
-@dataclass(frozen=True)
-class DemoRun(ModelRun):
-    """The demo's page."""
-
-    options: DemoOptions
+ChatRun = ModelRun[ChatOptions]
+DemoRun = ModelRun[DemoOptions]
 
 
 def small_model_threads(num_parameters: int) -> int | None:
-    """One thread for a model that is too small to share out, None (torch's choice) for the others.
+    """One thread for a small model, None (torch's choice) for the others.
 
     The threads of a small layer spend their time waiting for each other; on a busy machine that made the embedded
     model twenty times slower. `OMP_NUM_THREADS` is respected.
     """
     return 1 if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ else None
-
-
-def asked_of(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """`LVLM.asked` of the model that maps are of, from the `model_settings` of their run."""
-    conv_mode, system, query_token, _ = settings["question"]
-    return asked(conv_mode, system, query_token, settings["weights"][1])
 
 
 def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:

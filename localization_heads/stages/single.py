@@ -1,4 +1,4 @@
-"""One image, one expression: `collect`, `analyze`, `visualize` and the three in turn, `pipeline`."""
+"""One image, one expression: `collect`, `analyze`, `visualize`, the three in turn (`pipeline`), and `doctor`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,26 @@ from localization_heads.store.attention_files import (
     save_attention,
 )
 from localization_heads.store.files import writable_folder
-from localization_heads.store.paths import ATTENTION_FORMATS, analysis_path, attention_path, side_path
+from localization_heads.store.paths import (
+    ATTENTION_FORMATS,
+    analysis_path,
+    entry_path,
+    side_path,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from localization_heads.lvlm.doctor import Examination
 
 log = logging.getLogger(__name__)
 
 OUTPUTS = Path("outputs/localization_heads")
-"""Where the finder writes unless `output_dir` says otherwise; a folder a model."""
+"""The default of the finder's `output_dir`, with a folder for each model."""
+
+EXAMPLE = "examples/images/cat.jpg"
+EXPRESSION = "the cat"
+"""What `doctor` shows a model if nothing is named."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,12 @@ class Visualised:
 def collect(run: Run) -> Collected:
     """The attention of every head for one image and one expression -> `attention/<id>.pkl`."""
     run.options.require("image_file", "query")
-    source = run.image(run.options.image_file)
-    id = run.options.save_id or default_id(str(source), str(run.options.query))
-    path = attention_path(run.attention_folder, str(id), run.options.attention_format)
+    source, query = run.image(run.options.image_file), str(run.options.query)
+    id = image_id(run, source, query)
+    path = run.attention_file(id)
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, str(run.options.query)).named(id=str(id), image_file=str(source))
+    maps = run.lvlm.attend(image, query).named(id=id, image_file=str(source))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
@@ -85,7 +95,7 @@ def analyze(run: Run) -> Analysed:
 
 
 def analyse_file(run: Run, maps: AttentionMaps, path: Path, *, replace: bool = True) -> Analysed:
-    """Analyse the maps; without `replace`, an analysis that is on the disk already stays as it is."""
+    """Analyse the maps; without `replace`, an analysis that is already on the disk stays as it is."""
     check_criteria(run.options.criteria, maps.num_layers)
     statistics = head_statistics(maps.attention, run.options.criteria)
     rows = analysis_rows(statistics, run.options.criteria)
@@ -107,10 +117,10 @@ def visualize(run: Run) -> Visualised:
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
-    # The file may be of another model than model= names: heads=auto takes those of its own.
+    # The file may be of another model than model= names: heads=auto takes the heads of that one.
     heads = choose_heads(run.options.heads, run.options.k, analysed.maps.model, path.parent.parent)
     image = image_of(analysed.maps, run.options.allow_private_addresses)
-    return draw(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
+    return draw_sample(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
@@ -119,12 +129,12 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.check_named_heads()
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
-    grounder = run.grounder(run.named_heads)
-    drawn = draw(run, grounder, collected.maps, analysed.statistics, collected.path, collected.image)
+    maps, path, image = collected.maps, collected.path, collected.image
+    drawn = draw_sample(run, run.grounder(run.named_heads), maps, analysed.statistics, path, image)
     return collected, analysed, drawn
 
 
-def draw(
+def draw_sample(
     run: Run,
     grounder: Grounder,
     maps: AttentionMaps,
@@ -139,39 +149,26 @@ def draw(
 
     check_heads(grounder.heads, maps.num_layers, maps.num_heads)
     grounding = grounder.ground(maps, image, statistics)
-    shown = top_heads(grounding.heads, statistics, run.options.criteria, run.options.top_k)
-    targets = [side_path(path, "_visualization.png"), side_path(path, "_grounding.png")]
-    once = partial(figures.plot_once, always=run.options.show_plot, truth=truth)
-    drawn = [
-        once(
-            figures.plot_top_maps,
-            image,
-            maps,
-            shown,
-            path=targets[0],
-            grounding=grounding,
-            statistics=statistics,
-        ),
-        once(figures.plot_grounding, image, grounding, path=targets[1], expression=maps.query),
-    ]
-    if run.options.show_plot:
-        for figure in filter(None, drawn):
-            figures.show(figure)
-    return Visualised(grounding, targets)
+    top = top_heads(grounding.heads, statistics, run.options.criteria, run.options.top_k)
+    maps_path, box_path = side_path(path, "_visualization.png"), side_path(path, "_grounding.png")
+    known: dict[str, Any] = {"grounding": grounding, "statistics": statistics, "truth": truth}
+    run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **known)
+    run.draw(figures.plot_grounding, image, grounding, path=box_path, truth=truth, expression=maps.query)
+    return Visualised(grounding, [maps_path, box_path])
 
 
 def top_heads(
     chosen: Sequence[Head], statistics: HeadStatistics, criteria: CriteriaOptions, top_k: int
 ) -> list[Head]:
-    """The first `top_k` of the heads that make the box, filled up with the sample's own best."""
+    """The first `top_k` of the heads that make the box, then the sample's own best."""
     spare = greedy_heads(statistics, criteria, top_k + len(chosen))
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
 
 
 def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
-    """The image that the maps are of, or None, with a note, if it is not there any more.
+    """The image that the maps are of, or None, with a note, if it cannot be loaded any more.
 
-    The file may be a stranger's: it does not choose machines of a private network to be asked.
+    An attention file may be a stranger's, so the address in it may not lead into a private network.
     """
     if not maps.image_file:
         return None
@@ -180,7 +177,7 @@ def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image 
 
 
 def image_or_none(load: Callable[[], Image.Image]) -> Image.Image | None:
-    """The image, or None, with a note, if it is not there any more."""
+    """The image, or None, with a note, if it cannot be loaded any more."""
     try:
         return load()
     except (UsageError, WorkError) as error:
@@ -189,10 +186,10 @@ def image_or_none(load: Callable[[], Image.Image]) -> Image.Image | None:
 
 
 def find_attention_file(name: str) -> Path:
-    """The file of that name; or, if another model's folder holds it, that one.
+    """The file of that name, or else the one of another model's folder.
 
-    `outputs/.../llava/attention/x.pkl` is what the tool's first document names, whatever model was run.
-    Raises UsageError if there is none, or several.
+    So `outputs/.../llava/attention/x.pkl`, a path of the published code, works whatever model was run. UsageError if
+    there is none, or there are several.
     """
     path = Path(name)
     if path.is_file():
@@ -210,7 +207,7 @@ def find_attention_file(name: str) -> Path:
 
 
 def attention_file_of(id: str) -> Path:
-    """The attention file of that id, whatever model it is of. UsageError if there is none, or several."""
+    """The attention file of that id, of any model. UsageError if there is none, or there are several."""
     endings = ATTENTION_FORMATS.values()
     found = [path for ending in endings for path in OUTPUTS.glob(f"*/attention/{escape(id)}{ending}")]
     if len(found) == 1:
@@ -224,10 +221,15 @@ def _choose(paths: Sequence[Path]) -> str:
     return f"name one of {', '.join(map(str, paths[:5]))}"
 
 
+def image_id(run: Run, image: object, query: str) -> str:
+    """What the files of one image and query are named after: `save_id`, or else their `default_id`."""
+    return str(run.options.save_id or default_id(str(image), query))
+
+
 def default_id(image_file: str, query: str) -> str:
     """`cat_the-dog-on-the-left` from the image's name and the words of the query."""
-    stem = Path(str(image_file).split("?")[0]).stem
-    words = "-".join(re.findall(r"\w+", f"{query}".lower()))
+    stem = Path(image_file.split("?")[0]).stem
+    words = "-".join(re.findall(r"\w+", query.lower()))
     name = re.sub(r"[^\w.-]+", "-", f"{stem}_{words}").strip("-._")
     return name.encode()[:100].decode(errors="ignore") or "sample"
 
@@ -240,3 +242,30 @@ def _answer(run: Run, image: Image.Image) -> str | None:
 
     pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run.options.query)), run.options.max_new_tokens)
     return "".join(pieces).strip()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What `doctor` found, and the figure of the image tokens' cells (none where their places are not known)."""
+
+    examination: Examination
+    paths: list[Path]
+
+
+def doctor(run: Run) -> Examined:
+    """Show how the model reads `image_file` and `query`, or an example -> `<id>_doctor.png`."""
+    if not run.options.image_file and not Path(EXAMPLE).is_file():
+        raise UsageError("image_file= is missing: stage=doctor shows how the model reads an image")
+    source, expression = run.image(run.options.image_file or EXAMPLE), str(run.options.query or EXPRESSION)
+    image = load_image(source)
+    path = entry_path(run.attention_folder, image_id(run, source, expression), "_doctor.png")
+    writable_folder(run.attention_folder)
+    run.note_heads()  # before the examination, for a model that cannot be loaded is an error of its own
+    from localization_heads import figures
+    from localization_heads.lvlm.doctor import examine
+
+    found = examine(run.lvlm, image, expression, run.options.doctor.check)
+    if not found.views:
+        return Examined(found, [])
+    title = f"{run.lvlm.name}: the cells of its image tokens"
+    return Examined(found, [run.draw(figures.plot_cells, image, found.views, path=path, title=title)])

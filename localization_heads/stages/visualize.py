@@ -1,12 +1,9 @@
-"""Figures from attention files alone: no model, no options of a run."""
+"""The viewer's figures: from attention files alone, without a model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
@@ -16,7 +13,6 @@ from localization_heads.grounder import Grounder, check_heads, known_heads
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.programs import VisualizeOptions
 from localization_heads.stages.entries import choose_range
 from localization_heads.stages.run import check_criteria
@@ -24,32 +20,18 @@ from localization_heads.stages.single import attention_file_of, find_attention_f
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.paths import side_path
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An attention file with what both criteria say of it."""
-
-    path: Path
-    maps: AttentionMaps
-    statistics: HeadStatistics
-
-
 class _Claims:
-    """The figures of a batch so far: an id stands for one attention file, and a figure for one entry."""
+    """The figures of a batch so far: an id belongs to one attention file, and a figure to one entry."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[Path, int]] = {}
         self._figures: dict[str, int] = {}
 
     def claim(self, entry: VisualizationEntry, path: Path, figure: Path) -> None:
-        """UsageError if `figure`, or another of its id, is that of an earlier entry."""
+        """UsageError if the figure, or another of its id, is that of an earlier entry."""
         stem = str(figure.with_name(entry.id)).casefold()
         other, line = self._files.setdefault(stem, (path, entry.line))
         if other != path:
@@ -72,29 +54,15 @@ def show_file(options: VisualizeOptions, name: str, layer: int | None, head: int
 
 
 def _nearest_head(path: Path, layer: int, head: int) -> tuple[int, int]:
-    """A head that the file has, where the one named is of the other model whose file was asked for.
+    """The nearest head that the file has, where it is another model's than the file that was asked for.
 
-    The tool's first document names L20H5 of LLaVA-1.5-7B; taken together with its file, by another model's.
+    The published code's document names L20H5 of LLaVA-1.5-7B, which smaller models lack.
     """
     maps = load_attention(path)
     nearest = Head(min(layer, maps.num_layers - 1), min(head, maps.num_heads - 1))
     if nearest != Head(layer, head):
         log.warning("the model of %s has no %s: showing %s", path, Head(layer, head), nearest)
     return nearest
-
-
-def _show(
-    options: VisualizeOptions, path: Path, stem: Path, layer: int | None, head: int | None
-) -> list[Path]:
-    if (layer is None) != (head is None):
-        raise UsageError("layer= and head= go together: name both, or neither for the top heads")
-    opened = _open(path, options.criteria)
-    if layer is not None and head is not None:
-        shown, grounding = [Head(layer, head)], None
-        check_heads(shown, opened.maps.num_layers, opened.maps.num_heads, f"layer={layer} head={head}")
-    else:
-        shown, grounding = _top(options, opened)
-    return _draw(options, opened, stem, shown, grounding)
 
 
 def show_entries(options: VisualizeOptions) -> tuple[list[Path], list[BadEntry]]:
@@ -118,7 +86,7 @@ def show_entries(options: VisualizeOptions) -> tuple[list[Path], list[BadEntry]]
 
 
 def _figure_stem(options: VisualizeOptions, path: Path) -> Path:
-    """What the names of the figures begin with: beside their attention file, or in `output_dir`."""
+    """The beginning of the figures' names: beside their attention file, or in `output_dir`."""
     beside = side_path(path, "")
     return Path(options.output_dir) / beside.name if options.output_dir else beside
 
@@ -129,56 +97,44 @@ def _figure(stem: Path, layer: int | None, head: int | None) -> Path:
     return stem.with_name(f"{stem.name}_visualization{named}.png")
 
 
-def _open(path: Path, criteria: CriteriaOptions) -> Opened:
-    maps = load_attention(path)
-    check_criteria(criteria, maps.num_layers)
-    return Opened(path, maps, head_statistics(maps.attention, criteria))
-
-
-def _top(options: VisualizeOptions, opened: Opened) -> tuple[list[Head], Grounding]:
-    """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
-    criteria, maps = options.criteria, opened.maps
-    chosen = known_heads(maps.model, opened.path.parent.parent, options.k)
-    grounder = Grounder(chosen or (), criteria, options.grounding, k=options.k)
-    check_heads(grounder.heads, maps.num_layers, maps.num_heads)
-    grounding = grounder.ground(maps, None, opened.statistics)
-    return top_heads(grounding.heads, opened.statistics, criteria, options.top_k), grounding
-
-
-def _draw(
-    options: VisualizeOptions,
-    opened: Opened,
-    stem: Path,
-    shown: Sequence[Head],
-    grounding: Grounding | None,
+def _show(
+    options: VisualizeOptions, path: Path, stem: Path, layer: int | None, head: int | None
 ) -> list[Path]:
-    """A named head comes without a box, and its figure bears its name."""
+    """The figures of one file -> their paths, none with `save_fig=false`. A named head is shown without a box."""
     from localization_heads import figures
 
-    image = image_of(opened.maps, options.allow_private_addresses)
-    statistics, save = opened.statistics, options.save_fig
-    paths = [_figure(stem, *(shown[0] if grounding is None else (None, None)))]
-    target = paths[0] if save else None
-    drawn = [
-        figures.plot_top_maps(image, opened.maps, shown, target, grounding=grounding, statistics=statistics)
-    ]
-    for head in shown if options.show_components else ():
-        paths.append(stem.with_name(f"{stem.name}_components_{head}.png"))
-        target = paths[-1] if save else None
-        drawn.append(_draw_components(opened, image, head, options.criteria, target))
+    if (layer is None) != (head is None):
+        raise UsageError("layer= and head= go together: name both, or neither for the top heads")
+    maps = load_attention(path)
+    check_criteria(options.criteria, maps.num_layers)
+    statistics = head_statistics(maps.attention, options.criteria)
+    if layer is not None and head is not None:
+        shown, grounding = [Head(layer, head)], None
+        check_heads(shown, maps.num_layers, maps.num_heads, f"layer={layer} head={head}")
+    else:
+        shown, grounding = _top(options, path, maps, statistics)
+    image = image_of(maps, options.allow_private_addresses)
+    paths = [_figure(stem, layer, head)]
+    target = paths[0] if options.save_fig else None
+    drawn = [figures.plot_top_maps(image, maps, shown, target, grounding=grounding, statistics=statistics)]
+    for one in shown if options.show_components else ():
+        paths.append(stem.with_name(f"{stem.name}_components_{one}.png"))
+        target = paths[-1] if options.save_fig else None
+        labels = label_components(binarise(maps.attention[one], options.criteria))
+        entropy = float(statistics.spatial_entropy[one])
+        drawn.append(figures.plot_components(image, maps, one, labels, entropy, target))
     if options.show_plot:
         for figure in drawn:
             figures.show(figure)
-    return paths if save else []
+    return paths if options.save_fig else []
 
 
-def _draw_components(
-    opened: Opened, image: Image.Image | None, head: Head, criteria: CriteriaOptions, path: Path | None
-) -> Figure:
-    from localization_heads import figures
-
-    cells = binarise(opened.maps.attention[head], criteria)
-    labels = label_components(cells)
-    return figures.plot_components(
-        image, opened.maps, head, labels, float(opened.statistics.spatial_entropy[head]), path
-    )
+def _top(
+    options: VisualizeOptions, path: Path, maps: AttentionMaps, statistics: HeadStatistics
+) -> tuple[list[Head], Grounding]:
+    """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
+    chosen = known_heads(maps.model, path.parent.parent, options.k)
+    grounder = Grounder(chosen or (), options.criteria, options.grounding, k=options.k)
+    check_heads(grounder.heads, maps.num_layers, maps.num_heads)
+    grounding = grounder.ground(maps, None, statistics)
+    return top_heads(grounding.heads, statistics, options.criteria, options.top_k), grounding

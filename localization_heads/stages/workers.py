@@ -1,7 +1,7 @@
 """`engine=ray`: the chunks of a data set over the workers of Ray Data.
 
-Ray Data does the scheduling: it starts an actor a GPU or a few cores, each with a model of its own, starts a dead one
-again and does its chunks anew, and hands on the results in order. Here is only what a worker gets and what comes back.
+Ray Data does the scheduling: it starts one actor per GPU or per few cores, each with a model of its own, restarts a
+dead one and repeats its chunks, and returns the results in order. This module says what a worker gets and returns.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.options.groups import EngineOptions
 from localization_heads.options.programs import FinderOptions
-from localization_heads.stages.entries import Chunk, Entries, Work, compute, make_chunk_ready
+from localization_heads.stages.chunks import Chunk, Work, compute, make_chunk_ready
+from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
 BLOCKS = 1000
-"""Pieces that Ray Data is given to schedule, at most: each costs it about 10 ms. More chunks share them evenly."""
+"""Blocks that Ray Data schedules at most: each costs it about 10 ms. More chunks share them evenly."""
 RETRIES = 3
-"""Times that a piece is worked on again after its worker died."""
+"""How often a block is repeated after its worker died."""
 MIB = 2**20
 
 
 class Spread(NamedTuple):
-    """How many workers, and what Ray keeps for each."""
+    """How many workers, and the resources that Ray reserves for each."""
 
     workers: int
     cpus: float
@@ -40,7 +41,7 @@ class Spread(NamedTuple):
 
 
 class WorkerRecipe(NamedTuple):
-    """What a worker is made of."""
+    """What a worker is made from."""
 
     options: FinderOptions
     model_choice: str
@@ -51,7 +52,7 @@ class WorkerRecipe(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What comes back of a chunk; `error` ends the run: its class and its words."""
+    """What a worker returns for a chunk; `error`, its class and its message, ends the run."""
 
     results: Sequence[Any]
     failures: Sequence[BadEntry]
@@ -59,7 +60,7 @@ class Done(NamedTuple):
 
 
 class Worker:
-    """An actor: loads the model for its first chunk, and makes of every chunk what the work is to make of it."""
+    """An actor: loads the model for its first chunk, and applies the work to the maps of every chunk."""
 
     def __init__(self, recipe: bytes) -> None:
         self._recipe: WorkerRecipe = pickle.loads(recipe)
@@ -69,10 +70,8 @@ class Worker:
     def __call__(self, row: Mapping[str, Any]) -> dict[str, bytes]:
         try:
             done = self._work_on(pickle.loads(row["chunk"]))
-        except UsageError as error:
-            done = Done([], [], (UsageError, str(error)))
-        except WorkError as error:
-            done = Done([], [], (WorkError, str(error)))
+        except (UsageError, WorkError) as error:
+            done = Done([], [], (UsageError if isinstance(error, UsageError) else WorkError, str(error)))
         return {"done": _without_samples(done)}
 
     def _work_on(self, chunk: Chunk) -> Done:
@@ -83,9 +82,8 @@ class Worker:
                 f"engine=ray: every machine needs the folder {self._recipe.folder} ({error})"
             ) from None
         entries = Entries(list(chunk.samples), fitting=self._fitting)
-        fresh = compute(
-            self._run, entries, make_chunk_ready(self._run, entries, chunk), self._recipe.last_layer
-        )
+        ready = make_chunk_ready(self._run, entries, chunk)
+        fresh = compute(self._run, entries, ready, self._recipe.last_layer)
         results = self._recipe.work(self._run, entries, fresh) if fresh else []
         self._fitting = entries.fitting
         return Done(results, entries.failures)
@@ -98,22 +96,21 @@ def run_on_workers(
 
     Raises:
         UsageError: more workers than this machine has room for.
-        WorkError: a worker cannot work, or died more than `RETRIES` times on one piece.
+        WorkError: a worker cannot work, or died more than `RETRIES` times on one block.
     """
     if not chunks:
         return
     with _ray(run.options.engine) as ray:
         spread = _spread(run, ray.cluster_resources())
-        recipe = WorkerRecipe(
-            worker_options(run, spread), run.model_choice, run.overrides, str(Path.cwd()), work, last_layer
-        )
+        options, folder = worker_options(run, spread), str(Path.cwd())
+        recipe = WorkerRecipe(options, run.model_choice, run.overrides, folder, work, last_layer)
         samples = {sample.id: sample for chunk in chunks for sample in chunk.samples}
         with _silent(ray), closing(_rows(ray, chunks, spread, recipe)) as rows:
             for row in rows:
                 done = _with_samples(row["done"], samples)
                 if done.error:
-                    kind, words = done.error
-                    raise kind(words)
+                    kind, message = done.error
+                    raise kind(message)
                 yield done
 
 
@@ -126,7 +123,7 @@ def _rows(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
-    with warnings.catch_warnings():  # Ray Data names no other way yet to bound the retries
+    with warnings.catch_warnings():  # Ray Data has no other way yet to bound the retries
         warnings.simplefilter("ignore", DeprecationWarning)
         mapped = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(
             Worker,
@@ -142,15 +139,15 @@ def _rows(
     except ray.exceptions.RayActorError as error:
         raise WorkError(
             f"engine=ray: a worker died {RETRIES + 1} times on the same entries, or could not start "
-            f"({_first_line(error)}); engine=local shows with which one"
+            f"({_summary(error)}); engine=local shows with which one"
         ) from error
     except ray.exceptions.RayError as error:
-        raise WorkError(f"engine=ray: {_first_line(error)}") from error
+        raise WorkError(f"engine=ray: {_summary(error)}") from error
 
 
 @contextmanager
 def _ray(engine: EngineOptions) -> Iterator[Any]:
-    """Ray, started here or joined; left as it was found. It reports to nobody and listens to this machine only."""
+    """Ray, started here or joined, and left as it was found; without usage reports, on the local interface only."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -164,22 +161,20 @@ def _ray(engine: EngineOptions) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    where: dict[str, Any] = {"address": engine.address}
     if engine.address is None:
-        quiet |= {
+        where = {
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": engine.object_store * MIB,
             "_node_ip_address": "127.0.0.1",
         }
-    else:
-        quiet["address"] = engine.address
     try:
         with _no_standard_error():
-            ray.init(**quiet)
+            ray.init(log_to_driver=False, configure_logging=False, **where)
     except Exception as error:
         shown = "null" if engine.address is None else engine.address
-        raise WorkError(f"engine.address={shown}: Ray does not start: {_first_line(error)}") from error
+        raise WorkError(f"engine.address={shown}: Ray does not start: {_summary(error)}") from error
     try:
         yield ray
     finally:
@@ -189,7 +184,7 @@ def _ray(engine: EngineOptions) -> Iterator[Any]:
 
 @contextmanager
 def _no_standard_error() -> Iterator[None]:
-    """Ray's core tells there that its log level was set, before it heeds it. What goes wrong is raised."""
+    """Ray's core reports its log level there before it obeys it. Errors are raised, so nothing is lost."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -202,7 +197,7 @@ def _no_standard_error() -> Iterator[None]:
 
 @contextmanager
 def _silent(ray: Any) -> Iterator[None]:
-    """Ray tells of every dead worker on the command's own output; what comes of it, the command says itself.
+    """Keeps Ray from printing about every dead worker; the command reports the outcome itself.
 
     The switch is that of Ray's debugger: there is no public one.
     """
@@ -216,10 +211,10 @@ def _silent(ray: Any) -> Iterator[None]:
 
 
 def _spread(run: Run, resources: Mapping[str, float]) -> Spread:
-    """As many workers as there are GPUs or, without any, as the cores suffice for.
+    """As many workers as there are GPUs for or, without any, cores.
 
     Raises:
-        UsageError: Ray runs on this machine only, and there is no room for so many.
+        UsageError: Ray runs on this machine only, and has no room for `engine.num_workers`.
     """
     engine = run.options.engine
     cpus, gpus = engine.cpus_per_worker, engine.gpus_per_worker
@@ -238,7 +233,7 @@ def _spread(run: Run, resources: Mapping[str, float]) -> Spread:
 
 
 def worker_options(run: Run, spread: Spread) -> FinderOptions:
-    """The options that a worker's run has: those of the command, and as many threads as the command's model."""
+    """The options of a worker's run: the command's, with the threads that suit the model and the worker's cores."""
     import torch
 
     run.lvlm  # noqa: B018  sets the threads of a small model
@@ -247,7 +242,7 @@ def worker_options(run: Run, spread: Spread) -> FinderOptions:
 
 
 class _Pickler(pickle.Pickler):
-    """Of samples only the id: the command has them."""
+    """Pickles only the id of a sample: the command has the rest."""
 
     def persistent_id(self, value: Any) -> str | None:
         return value.id if isinstance(value, Sample) else None
@@ -273,7 +268,7 @@ def _with_samples(data: bytes, samples: Mapping[str, Sample]) -> Done:
     return done
 
 
-def _first_line(error: BaseException) -> str:
-    """The last line of a remote traceback says what happened; the others where."""
+def _summary(error: BaseException) -> str:
+    """The last line of a remote traceback, which says what happened; the others say where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,206 @@
+"""A data set in chunks, and a chunk's way through the model.
+
+Entries of one image go together, so that it is encoded once. They are cut into the same chunks in every run, and a
+chunk goes through the model as a whole or not at all, for a smaller batch would round differently: a run that was
+killed goes on with the same batches, and the same numbers, to the last bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.address import is_address
+from localization_heads.data.samples import Sample, check_inside
+from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
+from localization_heads.stages.entries import CHUNK_PIXELS, OPENED_AHEAD, Entries, OpenedImages, image_key
+from localization_heads.stages.run import Run
+
+if TYPE_CHECKING:
+    from localization_heads.lvlm.model import Batch
+
+log = logging.getLogger(__name__)
+
+WINDOW = 32
+"""Chunks among which entries of about the same length are put together."""
+
+
+class Chunk(NamedTuple):
+    """Samples that go through the model together, and the ids of those whose results are missing."""
+
+    samples: Sequence[Sample]
+    missing: frozenset[str]
+
+
+Opened = Sequence[tuple[Sample, Image.Image]]
+
+
+class ReadyChunk(NamedTuple):
+    """A chunk with its images opened and the host's share of the model's work done.
+
+    Args:
+        opened: None where that is left to `compute`.
+        ready: None where `attend` has to do it.
+    """
+
+    chunk: Chunk
+    opened: Opened | None
+    ready: Batch | None = None
+
+
+class Attended(NamedTuple):
+    """A sample with its opened image and the maps of every head."""
+
+    sample: Sample
+    image: Image.Image
+    maps: AttentionMaps
+
+
+Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]
+"""What is made of the maps of a chunk where the model is. Pickled to be sent there, so it holds no run and no model."""
+
+
+def chunks(samples: Sequence[Sample], size: int, known: OpenedImages | None = None) -> Iterator[list[Sample]]:
+    """Samples in chunks of at most `size`, cut in the same way in every run.
+
+    Those of one image are together, wherever they stand in the file (more than `size` are several chunks). A chunk
+    is filled up with images of about the same size and expressions of about the same length, so that little is
+    padded. Its images have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
+    memory for large images, which cost more to decode than a larger batch would save.
+    """
+    known = known or OpenedImages(0)
+    chunk: list[Sample] = []
+    pixels = 0
+    for part in _parts(samples, size, known):
+        more = known.pixels(part[0])
+        if chunk and (len(chunk) + len(part) > size or pixels + more > CHUNK_PIXELS):
+            yield chunk
+            chunk, pixels = [], 0
+        chunk, pixels = [*chunk, *part], pixels + more
+    if chunk:
+        yield chunk
+
+
+def _parts(samples: Sequence[Sample], size: int, known: OpenedImages) -> Iterator[list[Sample]]:
+    """The samples of each image, in parts of at most `size`; sorted by length within windows."""
+
+    def length(part: list[Sample]) -> tuple[int, int]:
+        """Pixels of the image, then letters of the longest expression: about as many tokens."""
+        return known.pixels(part[0]), max(len(sample.expression) for sample in part)
+
+    images: dict[str | int, list[Sample]] = {}
+    for sample in samples:
+        images.setdefault(image_key(sample), []).append(sample)
+    parts = (group[start : start + size] for group in images.values() for start in range(0, len(group), size))
+    if size == 1:
+        yield from parts
+    while window := list(islice(parts, WINDOW * size)):
+        yield from sorted(window, key=length)
+
+
+def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = True) -> ReadyChunk:
+    """Open the chunk's images and do what the host can do before the model.
+
+    Args:
+        ahead: the model still works on another chunk, so an image of more than `OPENED_AHEAD` pixels has to wait.
+    """
+    if not chunk.missing:
+        return ReadyChunk(chunk, [])
+    first = chunk.samples[0]
+    if ahead and not is_address(first.image) and entries.images.pixels(first) > OPENED_AHEAD:
+        return ReadyChunk(chunk, None)
+    opened = _open(run, entries, chunk.samples)
+    if not any(sample.id in chunk.missing for sample, _ in opened):
+        return ReadyChunk(chunk, [])
+    try:
+        expressions = [sample.expression for sample, _ in opened]
+        return ReadyChunk(chunk, opened, run.lvlm.make_ready([image for _, image in opened], expressions))
+    except Exception:  # `attend` finds out whose fault it is
+        return ReadyChunk(chunk, opened)
+
+
+def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
+    """The samples with their images, one object an image; those whose image or expression is unusable fail."""
+    opened: list[tuple[Sample, Image.Image]] = []
+    images: dict[str | int, Image.Image] = {}
+    for sample in samples:
+        with entries.put_aside(sample, WorkError):
+            run.lvlm.prompt(sample.expression)
+            if (key := image_key(sample)) not in images:
+                images[key] = entries.images.load(sample, again=entries.images_again)
+            check_inside(sample, images[key].size)
+            opened.append((sample, images[key]))
+    return opened
+
+
+def compute(run: Run, entries: Entries, prepared: ReadyChunk, last_layer: int | None) -> list[Attended]:
+    """The maps of the chunk's missing samples."""
+    chunk = prepared.chunk
+    if prepared.opened is None:
+        prepared = make_chunk_ready(run, entries, chunk, ahead=False)
+    attended = attend(run, entries, prepared.opened or [], last_layer, prepared.ready)
+    return [one for one in attended if one.sample.id in chunk.missing]
+
+
+def attend(
+    run: Run, entries: Entries, opened: Opened, last_layer: int | None, ready: Batch | None = None
+) -> list[Attended]:
+    """The maps of opened samples. If the model cannot take them together, one by one, so that only the culprit fails.
+
+    With `batch_size=auto`, what does not fit into the memory is halved until it does, and later chunks are cut to
+    what fitted.
+
+    Raises:
+        WorkError: out of memory, with a `batch_size` that was given or with a single entry.
+    """
+
+    def in_parts(size: int) -> list[Attended]:
+        parts = (opened[start : start + size] for start in range(0, len(opened), size))
+        return [found for part in parts for found in attend(run, entries, part, last_layer)]
+
+    if not opened:
+        return []
+    if entries.fitting and len(opened) > entries.fitting:
+        return in_parts(entries.fitting)
+    samples, images = zip(*opened, strict=True)
+    expressions = [sample.expression for sample in samples]
+    try:
+        maps = run.lvlm.attend_batch(images, expressions, last_layer=last_layer, ready=ready)
+        return _finite(entries, [Attended(*found) for found in zip(samples, images, maps, strict=True)])
+    except OutOfMemoryError:
+        if run.options.batch_size != "auto" or len(opened) == 1:
+            raise  # every chunk would fail
+    except WorkError:
+        raise
+    except Exception as error:
+        if len(opened) > 1:
+            return in_parts(1)
+        known = isinstance(error, UsageError)
+        entries.fail(
+            samples[0], error if known else f"the model cannot take it: {type(error).__name__}: {error}"
+        )
+        return []
+    # Outside the handlers, where no traceback holds on to the batch that failed.
+    from localization_heads.lvlm.failures import free_memory
+
+    entries.fitting = (len(opened) + 1) // 2
+    log.warning("out of memory: going on with %d entries at a time", entries.fitting)
+    free_memory()
+    return in_parts(entries.fitting)
+
+
+def _finite(entries: Entries, attended: Sequence[Attended]) -> list[Attended]:
+    """The entries whose attention is finite; each of the others fails alone."""
+    finite = []
+    for one in attended:
+        try:
+            one.maps.check_finite()
+            finite.append(one)
+        except NotFiniteError as error:
+            entries.fail(one.sample, error)
+    return finite
