@@ -13,7 +13,8 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import NONE_KEPT, WAY_OUT, HeadRanking, greedy_heads, rank_heads
-from localization_heads.options.groups import CriteriaOptions, ExperimentOptions, GroundingOptions
+from localization_heads.options.experiments import ExperimentOptions
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 
 @dataclass(frozen=True)
