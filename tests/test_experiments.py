@@ -26,7 +26,8 @@ from localization_heads.experiments.validation import Recipe, Scored, contrast, 
 from localization_heads.grounding.ground import ground_maps, visible_edges
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.options.groups import CriteriaOptions, ExperimentOptions, GroundingOptions
+from localization_heads.options.experiments import ExperimentOptions
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 LAYERS, HEADS, GRID, SIZE, SAMPLES = 4, 5, 6, 24, 14
 SHAPE = (LAYERS, HEADS)
