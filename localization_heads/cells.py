@@ -137,6 +137,33 @@ def mass_inside(
     return min(1.0, inside / total) if total > 0 else 0.0
 
 
+def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """`|a ∩ b| / |a ∪ b|` of boxes `[..., 4]`, broadcast against each other: float64 `[...]`.
+
+    A box whose right or bottom edge does not lie beyond the other one is empty; two empty boxes have IoU 0.
+
+    >>> float(box_iou((0, 0, 2, 2), (1, 0, 3, 2)))
+    0.3333333333333333
+    """
+    a, b = _as_boxes(a), _as_boxes(b)
+    low = np.maximum(a[..., :2], b[..., :2])
+    high = np.minimum(a[..., 2:], b[..., 2:])
+    shared = np.clip(high - low, 0, None).prod(axis=-1)
+    union = _area(a) + _area(b) - shared
+    return np.asarray(shared / np.where(union > 0, union, 1.0))
+
+
+def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(boxes, dtype=np.float64)
+    if array.ndim == 0 or array.shape[-1] != 4:
+        raise ValueError(f"boxes must be [..., 4] as x0, y0, x1, y1, not {array.shape}")
+    return array
+
+
+def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(axis=-1))
+
+
 def interval_shares(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
     """The share of each interval between rising `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
 

@@ -93,7 +93,7 @@ class TestThreshold:
     @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
     def test_a_flat_map_has_no_active_cell(self, method, value):
         noise = 1e-9 * np.random.default_rng(0).random((7, 9))
-        assert threshold(value + noise * value, method) == np.inf
+        assert threshold(value + noise * value, GroundingOptions(binarise=method)) == np.inf
         found = grounded(np.full((7, 9), value), binarise=method)
         assert (found.score, found.box, found.threshold) == (0.0, (0, 0, 90, 70), np.inf)
         assert not found.cells.any()
@@ -102,7 +102,7 @@ class TestThreshold:
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_refuses_what_is_no_number(self, method, bad):
         with pytest.raises(ValueError, match="NaN"):
-            threshold(np.array([[1.0, bad]]), method)
+            threshold(np.array([[1.0, bad]]), GroundingOptions(binarise=method))
 
     def test_the_padding_counts_for_the_mean_alone(self):
         grid = np.array([[40.0, 40, 40], [1, 3, 9]])  # the first row is padding

@@ -79,7 +79,8 @@ class TestSummary:
         summary = summarize({"heads": answers})["heads"]
         values = {name: value for name, value in summary.items() if not name.endswith("_interval")}
         assert values == {
-            "acc@0.5": 0.5, "acc@0.25": 0.75, "acc@0.75": 0.25, "mean_iou": 0.4, "pointing": 0.5,
+            "acc@0.5": 0.5, "acc@0.25": 0.75, "acc@0.75": 0.25, "acc@0.9": 0.0, "macc": 0.2,
+            "mean_iou": 0.4, "pointing": 0.5,
             "energy": 0.4, "ciou": 0.666667, "giou": 0.625,
         }  # fmt: skip
         assert summary["acc@0.5_interval"] == [0.0, 1.0]
@@ -164,6 +165,8 @@ class TestSummary:
             "acc@0.25": mean(lambda s: s.iou >= 0.25),
             "acc@0.5": mean(lambda s: s.iou >= 0.5),
             "acc@0.75": mean(lambda s: s.iou >= 0.75),
+            "acc@0.9": mean(lambda s: s.iou >= 0.9),
+            "macc": mean(lambda s: sum(100 * s.iou >= at for at in range(50, 100, 5)) / 10),
             "mean_iou": mean(lambda s: s.iou),
             "pointing": mean(lambda s: s.pointing),
             "energy": mean(lambda s: s.energy),

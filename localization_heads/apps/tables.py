@@ -46,6 +46,8 @@ HEADINGS = {
     "acc@0.25": "Acc\n@0.25",
     "acc@0.5": "Acc\n@0.5",
     "acc@0.75": "Acc\n@0.75",
+    "acc@0.9": "Acc\n@0.9",
+    "macc": "mAcc",
     "mean_iou": "mean\nIoU",
     "pointing": "point-\ning",
     "energy": "energy\nin box",

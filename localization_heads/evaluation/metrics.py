@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from localization_heads.attention import Box
+from localization_heads.cells import box_iou as box_iou
 
 FEWEST = 3
 """Pairs that a rank correlation needs at least."""
@@ -62,26 +63,12 @@ def _exact(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float((agreement >= agreement[0] - 1e-9).mean())
 
 
-THRESHOLDS = (0.5, 0.25, 0.75)
+THRESHOLDS = (0.5, 0.25, 0.75, 0.9)
 """IoUs at which accuracy is reported; the first is REC's Acc@0.5."""
+MEAN_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+"""IoUs whose accuracies are averaged in mAcc: 0.5, 0.55, ..., 0.95, as COCO averages precisions."""
 NUM_RESAMPLES = 1000
 """Bootstrap resamples behind every interval."""
-
-
-def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    """`|a ∩ b| / |a ∪ b|` of boxes `[..., 4]`, broadcast against each other: float64 `[...]`.
-
-    A box with x1 <= x0 or y1 <= y0 is empty; two empty boxes have IoU 0.
-
-    >>> float(box_iou((0, 0, 2, 2), (1, 0, 3, 2)))
-    0.3333333333333333
-    """
-    a, b = _as_boxes(a), _as_boxes(b)
-    low = np.maximum(a[..., :2], b[..., :2])
-    high = np.minimum(a[..., 2:], b[..., 2:])
-    shared = np.clip(high - low, 0, None).prod(axis=-1)
-    union = _area(a) + _area(b) - shared
-    return np.asarray(shared / np.where(union > 0, union, 1.0))
 
 
 def mask_overlap(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[int, int]:
@@ -180,14 +167,3 @@ def bootstrap_interval(values: ArrayLike, seed: int = 42) -> tuple[float, float]
     """
     column = np.asarray(values, dtype=np.float64).reshape(-1, 1)
     return percentile_interval(bootstrap_ratios(column, np.ones_like(column), seed=seed))
-
-
-def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(boxes, dtype=np.float64)
-    if array.ndim == 0 or array.shape[-1] != 4:
-        raise ValueError(f"boxes must be [..., 4] as x0, y0, x1, y1, not {array.shape}")
-    return array
-
-
-def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(axis=-1))

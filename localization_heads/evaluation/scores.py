@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import Box
 from localization_heads.cells import mass_inside
 from localization_heads.evaluation.metrics import (
+    MEAN_THRESHOLDS,
     THRESHOLDS,
     bootstrap_ratios,
     box_iou,
@@ -29,6 +30,7 @@ from localization_heads.grounding.shapes import fill_polygon
 
 METRICS = (
     *(f"acc@{threshold}" for threshold in THRESHOLDS),
+    "macc",
     "mean_iou",
     "pointing",
     "energy",
@@ -172,7 +174,9 @@ def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float
     pairs = [score.overlap or (0, 0) for score in flat]
     shared, union = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     agreement = np.where(union > 0, divided(shared, union), 1.0) * masked
-    boxes = [*(mean(iou >= threshold) for threshold in THRESHOLDS), mean(iou), mean(hit), mean(energy)]
+    accurate = [mean(iou >= threshold) for threshold in THRESHOLDS]
+    averaged = mean(np.mean([iou >= threshold for threshold in MEAN_THRESHOLDS], axis=0))
+    boxes = [*accurate, averaged, mean(iou), mean(hit), mean(energy)]
     tops = [*boxes, mean(shared), mean(agreement)]
     bottoms = [*(np.ones_like(column) for column in boxes), mean(union), mean(masked)]
     return np.stack(tops, 1), np.stack(bottoms, 1)

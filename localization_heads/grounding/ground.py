@@ -28,14 +28,27 @@ from localization_heads.cells import (
     visible_edges,
 )
 from localization_heads.errors import NotFiniteError
-from localization_heads.grounding.shapes import Point, convex_hull, corners, fill_polygon, largest_hull
+from localization_heads.grounding.shapes import (
+    Point,
+    containing_peak,
+    convex_hull,
+    corners,
+    crossings,
+    fill_polygon,
+    heaviest,
+    largest_hull,
+)
 from localization_heads.heads.head import Head
-from localization_heads.options.groups import Binarise, Border, GroundingOptions
+from localization_heads.options.groups import Border, Component, GroundingOptions
 
 FLAT = 1e-6
 """A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""
 ROUNDING = 1e-12
 """How much of the mass a sum of cells may miss by rounding."""
+NEIGHBOURS = 5
+"""Side, in cells, of the neighbourhood that a peak is compared with."""
+PEAK = 6
+"""Cells of a neighbourhood that may belong to a peak: the value after them limits it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +65,7 @@ class Grounding:
         image_box: the region of the image, in pixels, that the grid covers.
         image_size: `(W, H)`.
         threshold: value of `combined` above which a cell is active; infinite if no cell stands out.
+        point_map: the map whose strongest cell is `point`, where it is another one than `combined`.
         refined: the segmenter's mask, bool `[H, W]`, where one has been at work.
         mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
     """
@@ -66,6 +80,7 @@ class Grounding:
     threshold: float = math.inf
     refined: NDArray[np.bool_] | None = field(default=None, repr=False)
     mask_from: str = "map"
+    point_map: NDArray[np.float64] | None = field(default=None, repr=False)
 
     @cached_property
     def polygon(self) -> NDArray[np.float64]:
@@ -99,7 +114,8 @@ class Grounding:
     def point(self) -> Point:
         """Centre (x, y), in pixels, of the strongest cell on the image: the pointing game's answer."""
         x_edges, y_edges = visible_edges(self.image_box, self.image_size, self.combined.shape)
-        on_image = np.where(visible_cells(x_edges, y_edges), self.combined, -np.inf)
+        strength = self.combined if self.point_map is None else self.point_map
+        on_image = np.where(visible_cells(x_edges, y_edges), strength, -np.inf)
         row, column = np.unravel_index(np.argmax(on_image), on_image.shape)
         return (
             float(x_edges[column] + x_edges[column + 1]) / 2,
@@ -125,17 +141,23 @@ def ground_maps(
     whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
     if options.ignore_padding:
         attention = replace(attention, image_box=whole)
-    maps = upsample(_maps_of(attention, heads), options.upsample, options.interpolation)
+    maps = upsample(_maps_of(attention, heads), options.upsample, options.interpolation)  # (k, h, w)
+    if options.peak_limit is not None:
+        maps = without_peaks(maps.sum(axis=0, dtype=np.float64), options.peak_limit)[None]
     combined = combine(maps, options.kernel_size, options.sigma, options.border)
     x_edges, y_edges = visible_edges(attention.image_box, attention.image_size, combined.shape)
     visible = visible_cells(x_edges, y_edges)
-    level = threshold(
-        combined, options.binarise, options.top_mass, visible, means=options.means, margin=options.margin
-    )
-    cells = (combined > level) & visible
-    if options.component == "largest_hull":
-        cells = largest_hull(cells, combined)
+    level = threshold(combined, options, visible)
+    cells = _component((combined > level) & visible, combined, options.component)
+    read = combined
+    if options.trim:
+        read = maps.sum(axis=0, dtype=np.float64)
+        trimmed = cells & (read > level)
+        cells = trimmed if trimmed.any() else cells
     box = tight_box(cells, x_edges, y_edges)
+    if box and options.edges == "interpolated":
+        box = _between_cells(crossings(read, level, cells, visible), attention, combined.shape)
+    sigma = options.point_sigma
     return Grounding(
         box=box or whole,
         score=mass_inside(combined, attention.image_box, attention.image_size, box) if box else 0.0,
@@ -145,7 +167,50 @@ def ground_maps(
         image_box=attention.image_box,
         image_size=attention.image_size,
         threshold=level,
+        point_map=None if sigma is None else combine(maps, sigma=sigma, border=options.border),
     )
+
+
+def _component(
+    cells: NDArray[np.bool_], combined: NDArray[np.float64], choice: Component
+) -> NDArray[np.bool_]:
+    """Of the positive cells `[h, w]`, those that make the box."""
+    if choice == "all":
+        return cells
+    choose = {"largest_hull": largest_hull, "largest_mass": heaviest, "containing_peak": containing_peak}
+    return choose[choice](cells, combined)
+
+
+def _between_cells(sides: Box, attention: AttentionMaps, grid: tuple[int, ...]) -> Box:
+    """A box in cells of the grid, in pixels, cut at the image's edge."""
+    (x0, y0, x1, y1), (W, H) = attention.image_box, attention.image_size
+    across, down = (x1 - x0) / grid[1], (y1 - y0) / grid[0]
+    return (
+        max(x0 + sides[0] * across, 0.0),
+        max(y0 + sides[1] * down, 0.0),
+        min(x0 + sides[2] * across, float(W)),
+        min(y0 + sides[3] * down, float(H)),
+    )
+
+
+def without_peaks(combined: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
+    """A map `[h, w]`, each cell capped at `limit` times the seventh highest of the 5 x 5 cells around and in it.
+
+    An attention sink of up to six cells towers over its surroundings and is cut; an object covers more cells than
+    that, and stays as it is. Beyond the border the map is mirrored without the edge cell.
+    """
+    pad = NEIGHBOURS // 2
+    around = np.lib.stride_tricks.sliding_window_view(_mirrored(combined, pad), (NEIGHBOURS, NEIGHBOURS))
+    ranked = np.partition(around.reshape(*combined.shape, -1), -1 - PEAK, axis=-1)
+    return np.minimum(combined, limit * ranked[..., -1 - PEAK])
+
+
+def _mirrored(values: NDArray[np.float64], pad: int) -> NDArray[np.float64]:
+    """`[h + 2 pad, w + 2 pad]`; a side of one cell repeats it."""
+    for axis in (0, 1):
+        width = [(pad, pad) if axis == i else (0, 0) for i in (0, 1)]
+        values = np.pad(values, width, mode="reflect" if values.shape[axis] > 1 else "edge")
+    return values
 
 
 def gaussian_kernel(kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.float64]:
@@ -197,19 +262,15 @@ def combine(
 
 def threshold(
     combined: NDArray[np.floating[Any]],
-    method: Binarise = "mean",
-    share: float = 0.5,
+    options: GroundingOptions,
     visible: NDArray[np.bool_] | None = None,
-    means: float = 1.0,
-    margin: float = 0.0,
 ) -> float:
     """The value above which a cell of a map `[h, w]` is active; infinite if none is, as of a flat map.
 
+    With `binarise="mean"` it is `means * mean + margin`, or with `large` at most `large * sum m^2 / sum m`.
+
     Args:
-        share: of the mass that `top_mass` keeps.
         visible: the cells that show some of the image, bool `[h, w]`; all by default.
-        means: of `mean`, whose threshold is `means * mean + margin`.
-        margin: the same.
 
     Raises:
         NotFiniteError: NaN or infinite values.
@@ -219,11 +280,16 @@ def threshold(
     mean = float(combined.mean())
     if combined.size == 0 or not combined.max() - mean > FLAT * abs(mean):
         return float("inf")  # smoothing leaves rounding on a constant map
-    if method == "mean":
-        level = means * mean + margin
-        return level if level < combined.max() else float("inf")
     values = combined[visible] if visible is not None else combined.ravel()
-    return otsu(values) if method == "otsu" else top_mass(values, share)
+    if options.binarise == "otsu":
+        return otsu(values)
+    if options.binarise == "top_mass":
+        return top_mass(values, options.top_mass)
+    counted = values if options.mean_of == "image" and values.size else combined
+    level = options.means * float(counted.mean()) + options.margin
+    if options.large is not None and (total := float(counted.sum())) > 0:
+        level = min(level, options.large * float(np.square(counted).sum()) / total)
+    return level if level < combined.max() else float("inf")
 
 
 def otsu(values: NDArray[np.floating[Any]]) -> float:

@@ -1,4 +1,4 @@
-"""Convex hulls of cells (App. B.2): which component has the largest, its outline, and its filled pixels."""
+"""Shapes of cells: which component makes the box, its convex hull (App. B.2), its edges between the cells."""
 
 from __future__ import annotations
 
@@ -42,6 +42,70 @@ def largest_hull(
         if area > best_area or (area == best_area and heavier):
             best, best_area, best_mass = label, area, weight
     return np.asarray((labels == best) & cells)
+
+
+def heaviest(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """The 8-connected component that holds the most `mass`; of equal ones that whose first cell comes first.
+
+    Args:
+        cells, mass: `[h, w]`; no mass is below 0.
+
+    >>> heaviest(np.array([[True, False, True]]), np.array([[2.0, 9.0, 3.0]])).tolist()
+    [[False, False, True]]
+    """
+    labels = label_components(cells)
+    held = np.bincount(labels.ravel(), weights=np.where(cells, mass, 0.0).ravel())
+    held[0] = 0.0
+    # As in `largest_hull`, rounding must not overrule the order of the cells.
+    return np.asarray((labels == np.argmax(held >= held.max() * (1 - 1e-9))) & cells)
+
+
+def containing_peak(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """The 8-connected component of `cells` `[h, w]` that its cell of most `mass` lies in; of equal cells the first."""
+    if not cells.any():
+        return cells
+    labels = label_components(cells)
+    return np.asarray(labels == labels.flat[np.argmax(np.where(cells, mass, -np.inf))])
+
+
+def crossings(
+    values: NDArray[np.floating[Any]], level: float, cells: NDArray[np.bool_], visible: NDArray[np.bool_]
+) -> tuple[float, float, float, float]:
+    """Where a map, linear between the centres of its cells, falls to `level` around some of them: x0, y0, x1, y1.
+
+    Each row has a left and a right crossing, each column an upper and a lower one, next to its outermost cells; the
+    outermost of them all are taken. A side stays on the border of its cell where the next one is outside the grid or
+    the image, or above the level itself.
+
+    Args:
+        values: `[h, w]`, above `level` in `cells`.
+        cells: bool `[h, w]`, not empty.
+        visible: the cells that show some of the image, bool `[h, w]`.
+
+    Returns:
+        In cells from the top left corner of the grid.
+
+    >>> row = np.array([[0.0, 1.0, 4.0, 2.0]])
+    >>> crossings(row, 1.5, row > 1.5, row >= 0)
+    (1.6666666666666665, 0.0, 4.0, 1.0)
+    """
+    values = np.where(visible, values, np.inf)
+    h, w = values.shape
+    return (
+        _first_crossing(values, level, cells),
+        _first_crossing(values.T, level, cells.T),
+        w - _first_crossing(values[:, ::-1], level, cells[:, ::-1]),
+        h - _first_crossing(values.T[:, ::-1], level, cells.T[:, ::-1]),
+    )
+
+
+def _first_crossing(values: NDArray[np.floating[Any]], level: float, cells: NDArray[np.bool_]) -> float:
+    rows = np.flatnonzero(cells.any(axis=1))
+    first = cells[rows].argmax(axis=1)
+    inside, outside = values[rows, first], values[rows, np.maximum(first - 1, 0)]
+    falls = (first > 0) & (outside <= level)
+    drop = np.where(falls, inside - outside, 1.0)
+    return float(np.where(falls, first + 0.5 - (inside - level) / drop, first).min())
 
 
 def hull_area(cells: NDArray[np.bool_]) -> float:

@@ -38,11 +38,13 @@ ElbowHeads = Literal["considered", "all"]
 Ties = Literal["sum", "order"]
 Fallback = Literal["none", "order", "sum"]
 Threshold = Annotated[float, Field(ge=0)] | Literal["mean"]
-Component = Literal["largest_hull", "all"]
+Component = Literal["largest_hull", "largest_mass", "containing_peak", "all"]
+Edges = Literal["cells", "interpolated"]
+MeanOf = Literal["grid", "image"]
 Binarise = Literal["mean", "otsu", "top_mass"]
 Interpolation = Literal["nearest", "bilinear"]
 Border = Literal["mirror", "repeat"]
-BoxFrom = Literal["map", "mask"]
+BoxFrom = Literal["map", "mask", "refined"]
 SegmenterKind = Literal["none", "grabcut", "sam", "sam2", "sam3"]
 SAMS = ("sam", "sam2", "sam3")
 SegmenterPrompt = Literal["box", "points", "map"]
@@ -146,8 +148,8 @@ class GroundingOptions(Options):
     )
     component: Component = option(
         "largest_hull",
-        "Positive cells that make the box: those of the component with the largest convex hull (paper), or all "
-        "(published code).",
+        "Positive cells that make the box: those of the component with the largest convex hull (paper), with the most "
+        "attention (largest_mass), with the strongest cell (containing_peak), or all (published code).",
     )
     interpolation: Interpolation = option(
         "nearest",
@@ -161,7 +163,9 @@ class GroundingOptions(Options):
     )
     top_mass: Share = option(0.7, "For binarise=top_mass: the share of the attention.")
     box_from: BoxFrom = option(
-        "map", "Take the box from the map (paper), or the tight box of the segmenter's mask (mask)."
+        "map",
+        "Take the box from the map (paper); or from the segmenter's mask: its tight box (mask), or that of a mask "
+        "started two cells wider, where it agrees with the map's box (refined).",
     )
     ignore_padding: bool = option(
         False,
@@ -177,6 +181,35 @@ class GroundingOptions(Options):
         "mirror",
         "How a map continues beyond its edge when it is smoothed: mirror does not repeat the edge cell (c b | a b c, "
         "as in OpenCV), repeat does (b a | a b c, as in scipy and so in the published code).",
+    )
+    edges: Edges = option(
+        "cells",
+        "Sides of the box: the borders of its cells (paper), or where the map, linear between the cells' centres, "
+        "crosses the threshold (interpolated).",
+    )
+    mean_of: MeanOf = option(
+        "grid",
+        "For binarise=mean: the mean over all cells (grid, paper), or over those that show the image and no "
+        "padding (image).",
+    )
+    peak_limit: Annotated[float, Field(ge=1)] | None = option(
+        None,
+        "Cap each cell of the sum at this multiple of the seventh highest value among its 5 x 5 neighbours, so that a "
+        "sink of a few cells cannot take the box; null caps nothing (paper).",
+    )
+    large: Share | None = option(
+        None,
+        "For binarise=mean: lower the threshold to this share of the mean that each cell enters with its own "
+        "attention as weight, where that is lower, so that a large object stays whole; null does not (paper).",
+    )
+    point_sigma: Annotated[float, Field(ge=0)] | None = option(
+        None,
+        "Standard deviation in cells of the smoothing before the strongest cell is taken as the point; null takes the "
+        "map of the box (paper).",
+    )
+    trim: bool = option(
+        False,
+        "Of the component, only the cells whose attention before smoothing exceeds the threshold make the box.",
     )
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from localization_heads.cells import mass_inside, spread, tight_box, visible_cells, visible_edges
+from localization_heads.attention import Box
+from localization_heads.cells import box_iou, mass_inside, spread, tight_box, visible_cells, visible_edges
 from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.shapes import Point
 from localization_heads.options.groups import BoxFrom, SegmenterOptions
@@ -143,6 +144,12 @@ class Segmenter(Protocol):
         ...
 
 
+WIDER = 2
+"""Cells by which `box_from="refined"` widens the map's box on each side before the segmenter starts."""
+AGREE = 0.6
+"""IoU with the map's box from which on `box_from="refined"` keeps the box of the mask."""
+
+
 def refine(
     grounding: Grounding,
     image: Image.Image | None,
@@ -152,26 +159,39 @@ def refine(
 ) -> Grounding:
     """The grounding with the segmenter's mask in place of the pseudo-mask.
 
-    With `box_from="mask"` the box becomes the mask's tight box, and the score the map's mass inside that. Nothing
-    changes without a segmenter or an image, where no cell stands out (there is nothing to prompt with), or where
-    the segmenter finds nothing; the last is said in the log.
+    With `box_from="mask"` the box becomes the mask's tight box, and the score the map's mass inside that. With
+    `"refined"` the segmenter starts from a box `WIDER` cells wider, so that a map's box that is too tight does not
+    bound it; mask and box are kept where the box overlaps the map's by `AGREE` or more, and are the map's otherwise.
+    Nothing changes without a segmenter or an image, where no cell stands out (there is nothing to prompt with), or
+    where the segmenter finds nothing; the last is said in the log.
     """
     if segmenter is None or image is None or not grounding.cells.any():
         return grounding
     if image.size != grounding.image_size:
         log.warning("the image is no longer the one that the maps are of: the mask is that of the map")
         return grounding
-    mask = segmenter.segment(image, grounding)
+    start = replace(grounding, box=_wider(grounding)) if box_from == "refined" else grounding
+    mask = segmenter.segment(image, start)
     box = tight_box(mask)
     if box is None:
         log.warning(
             "segmenter=%s finds nothing in the box %s: the mask is that of the map",
             segmenter.name,
-            [round(x) for x in grounding.box],
+            [round(x) for x in start.box],
         )
+        return grounding
+    if box_from == "refined" and box_iou(box, grounding.box) < AGREE:
         return grounding
     refined = replace(grounding, refined=mask, mask_from=segmenter.name)
     if box_from == "map":
         return refined
     score = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, box)
     return replace(refined, box=box, score=score)
+
+
+def _wider(grounding: Grounding) -> Box:
+    """The box with `WIDER` cells more on each side, cut at the image's edge."""
+    (left, top, right, bottom), (h, w) = grounding.image_box, grounding.cells.shape
+    across, down = WIDER * (right - left) / w, WIDER * (bottom - top) / h
+    (x0, y0, x1, y1), (W, H) = grounding.box, grounding.image_size
+    return max(x0 - across, 0.0), max(y0 - down, 0.0), min(x1 + across, float(W)), min(y1 + down, float(H))

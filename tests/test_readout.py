@@ -1,0 +1,247 @@
+"""The read-outs beyond the paper's: peaks cut, thresholds, components, edges between cells, the refined box."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.grounding.ground import ground_maps, threshold, without_peaks
+from localization_heads.grounding.shapes import containing_peak, crossings, heaviest
+from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
+from localization_heads.segmentation.segmenter import refine
+
+
+def grounded(grid, image_box=None, image_size=None, **options):
+    """One head's map; a cell is 10 pixels wide unless told otherwise."""
+    grid = np.asarray(grid, dtype=np.float32)
+    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
+    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
+    return ground_maps(maps, [Head(0, 0)], GroundingOptions(**{"sigma": 0.0, **options}))
+
+
+def obj(shape, rows, columns, value=1.0):
+    grid = np.zeros(shape)
+    grid[rows, columns] = value
+    return grid
+
+
+class TestPeaks:
+    def test_a_lone_cell_is_capped_and_an_object_is_not(self):
+        sink = np.full((7, 7), 1.0)
+        sink[3, 3] = 50.0
+        assert without_peaks(sink, 10.0)[3, 3] == 10.0 and without_peaks(sink, 60.0)[3, 3] == 50.0
+        thing = obj((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
+        assert np.array_equal(without_peaks(thing, 1.0), thing)
+
+    @settings(deadline=None)
+    @given(hnp.arrays(np.float64, st.tuples(st.integers(3, 7), st.integers(3, 7)), elements=st.floats(0, 9)))
+    def test_agrees_with_a_plain_loop(self, grid):
+        padded = np.pad(grid, 2, mode="reflect")
+        for row, column in np.ndindex(grid.shape):
+            seventh = sorted(padded[row : row + 5, column : column + 5].ravel(), reverse=True)[6]
+            assert without_peaks(grid, 2.0)[row, column] == min(grid[row, column], 2.0 * seventh)
+
+    def test_a_grid_of_one_row(self):
+        assert without_peaks(np.array([[1.0, 1, 40, 1, 1, 1]]), 2.0).shape == (1, 6)
+
+
+class TestThresholds:
+    def test_mean_of_the_image_leaves_the_padding_out(self):
+        grid = np.array([[40.0, 40, 40], [1, 3, 9]])
+        shown = np.array([[False] * 3, [True] * 3])
+        assert threshold(grid, GroundingOptions(), shown) == pytest.approx(133 / 6)
+        assert threshold(grid, GroundingOptions(mean_of="image"), shown) == pytest.approx(13 / 3)
+
+    def test_large_lowers_the_threshold_where_most_is_object(self):
+        grid = np.array([[4.0, 4.0], [4.0, 0.0]])  # mean 3, sum of squares over sum: 48 / 12 = 4
+        assert threshold(grid, GroundingOptions(means=1.3)) == pytest.approx(3.9)
+        assert threshold(grid, GroundingOptions(means=1.3, large=0.7)) == pytest.approx(2.8)
+        assert threshold(grid, GroundingOptions(means=1.0, large=1.0)) == pytest.approx(3.0)
+
+
+MASS = np.array([[9.0, 0, 4, 4, 4], [0, 0, 0, 0, 0], [5, 5, 0, 0, 1]])
+
+
+class TestComponents:
+    @pytest.mark.parametrize(
+        ("component", "cells"),
+        [
+            ("largest_mass", {(0, 2), (0, 3), (0, 4)}),
+            ("containing_peak", {(0, 0)}),
+            ("largest_hull", {(0, 2), (0, 3), (0, 4)}),
+            ("all", {(0, 0), (0, 2), (0, 3), (0, 4), (2, 0), (2, 1)}),
+        ],
+    )
+    def test_by_hand(self, component, cells):
+        found = grounded(MASS, component=component)  # the mean is 32 / 15
+        assert {tuple(cell) for cell in np.argwhere(found.cells).tolist()} == cells
+
+    def test_of_equal_masses_the_first(self):
+        mass = np.array([[0.1, 0.2, 0, 0.3], [0, 0, 0, 0]])  # 0.1 + 0.2 > 0.3 by rounding
+        assert heaviest(mass > 0, mass[:, ::-1].copy()[:, ::-1])[0, 0]
+        assert heaviest(mass[:, ::-1] > 0, mass[:, ::-1])[0, 0]
+
+    def test_of_equal_peaks_the_first(self):
+        mass = np.array([[3.0, 0, 3.0]])
+        assert containing_peak(mass > 0, mass).tolist() == [[True, False, False]]
+
+    def test_no_cell(self):
+        for choose in (heaviest, containing_peak):
+            assert not choose(np.zeros((2, 2), bool), np.ones((2, 2))).any()
+
+
+class TestEdges:
+    def test_by_hand(self):
+        # Level: the mean, 2. Left: between centres 5 (0) and 15 (6), 2 is crossed at 5 + 10 / 3; right: 25 to 35 (2).
+        found = grounded([[0, 6, 2, 0]], edges="interpolated")
+        assert found.box == pytest.approx((5 + 10 / 3, 0, 25, 10))
+        assert grounded([[0, 6, 2, 0]]).box == (10, 0, 20, 10)
+
+    def test_a_side_at_the_grid_or_the_padding_stays(self):
+        grid = [[9, 9, 9], [6, 0, 0], [0, 0, 0]]  # the first row is padding
+        seen = {"image_box": (0, -10, 30, 20), "image_size": (30, 20), "mean_of": "image"}
+        found = grounded(grid, **seen, edges="interpolated")
+        assert found.box == pytest.approx((0, 0, 5 + 10 * 5 / 6, 5 + 10 * 5 / 6))
+
+    @settings(deadline=None, max_examples=60)
+    @given(hnp.arrays(np.float64, (4, 5), elements=st.integers(0, 9)), st.integers(1, 8))
+    def test_agrees_with_walking_along_every_row_and_column(self, values, level):
+        cells = values > level
+        if not cells.any():
+            return
+        found = crossings(values, level, cells, np.ones_like(cells))
+        assert found == pytest.approx(walked(values, level, cells))
+
+
+def walked(values, level, cells):
+    """Each side by going outwards from every cell of the region until the line between two centres meets the level."""
+
+    def out(row, column, step):
+        dy, dx = step
+        y, x = row + dy, column + dx
+        if not (0 <= y < values.shape[0] and 0 <= x < values.shape[1]):
+            return 0.5
+        there, here = values[y, x], values[row, column]
+        return (here - level) / (here - there) if there <= level else 0.5
+
+    places = np.argwhere(cells).tolist()
+    outermost = {
+        step: [
+            (row, column)
+            for row, column in places
+            if not any((row + n * step[0], column + n * step[1]) in map(tuple, places) for n in range(1, 6))
+        ]
+        for step in ((0, -1), (-1, 0), (0, 1), (1, 0))
+    }
+    return (
+        min(c + 0.5 - out(r, c, (0, -1)) for r, c in outermost[0, -1]),
+        min(r + 0.5 - out(r, c, (-1, 0)) for r, c in outermost[-1, 0]),
+        max(c + 0.5 + out(r, c, (0, 1)) for r, c in outermost[0, 1]),
+        max(r + 0.5 + out(r, c, (1, 0)) for r, c in outermost[1, 0]),
+    )
+
+
+SHARP = {
+    "sigma": 0.5,
+    "kernel_size": 5,
+    "peak_limit": 10.0,
+    "means": 1.5,
+    "mean_of": "image",
+    "large": 0.7,
+    "component": "largest_mass",
+    "trim": True,
+    "point_sigma": 1.0,
+}
+
+
+class TestSharp:
+    def test_a_sink_with_half_of_the_mass_does_not_take_the_box(self):
+        grid = 0.01 + obj((24, 24), slice(10, 15), slice(4, 8), 1.0)
+        grid[22, 22] = grid.sum()
+        assert grounded(grid, **SHARP).box == (40, 100, 80, 150)
+        assert grounded(grid, means=1.5, component="largest_mass").box == (220, 220, 230, 230)
+
+    def test_a_large_object_stays_whole(self):
+        grid = obj((24, 24), slice(2, 22), slice(2, 22), 1.0)
+        assert grounded(grid, **SHARP).box == (20, 20, 220, 220)
+        without = {**SHARP, "large": None}
+        assert not grounded(grid, **without).cells.any()  # 1.5 means are more than the map's maximum
+
+    def test_only_cells_above_the_threshold_before_smoothing(self):
+        grid = obj((9, 9), slice(3, 6), slice(3, 6), 1.0)
+        assert grounded(grid, sigma=1.0).box == (20, 20, 70, 70)
+        assert grounded(grid, sigma=1.0, trim=True).box == (30, 30, 60, 60)
+
+    def test_the_point_is_that_of_a_smoother_map(self):
+        grid = obj((9, 9), slice(5, 8), slice(5, 8), 1.0)
+        grid[1, 1] = 1.2
+        assert grounded(grid).point == (15, 15)
+        assert grounded(grid, point_sigma=1.0).point == grounded(grid, sigma=1.0).point == (65, 65)
+
+
+class Painted:
+    """A segmenter that says what it was started from and answers with a box."""
+
+    name = "painted"
+
+    def __init__(self, box):
+        self.box, self.started = box, None
+
+    def segment(self, image, grounding):
+        self.started = grounding.box
+        mask = np.zeros(image.size[::-1], bool)
+        x0, y0, x1, y1 = self.box
+        mask[y0:y1, x0:x1] = True
+        return mask
+
+
+class TestRefined:
+    image = Image.new("RGB", (90, 90))
+
+    @pytest.mark.parametrize(
+        ("mask", "box"),
+        [
+            ((28, 28, 64, 64), (28, 28, 64, 64)),  # IoU 900 / 1296
+            ((28, 28, 68, 68), (30, 30, 60, 60)),  # 900 / 1600: the map's
+        ],
+    )
+    def test_the_mask_s_box_where_it_agrees(self, mask, box):
+        found = grounded(obj((9, 9), slice(3, 6), slice(3, 6)))
+        segmenter = Painted(mask)
+        refined = refine(found, self.image, segmenter, box_from="refined")
+        assert segmenter.started == (10, 10, 80, 80)
+        assert refined.box == box
+        kept = box == mask
+        assert refined.mask_from == ("painted" if kept else "map")
+        rows, columns = np.nonzero(refined.mask)
+        assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
+
+    def test_the_start_stays_inside_the_image(self):
+        found = grounded(obj((9, 9), slice(0, 2), slice(8, 9)))
+        segmenter = Painted((80, 0, 90, 20))
+        refine(found, self.image, segmenter, box_from="refined")
+        assert segmenter.started == (60, 0, 90, 40)
+
+
+def test_every_combination_gives_a_box_inside_the_image():
+    rng = np.random.default_rng(0)
+    for edges, component, trim, large, limit in itertools.product(
+        ("cells", "interpolated"),
+        ("largest_mass", "containing_peak", "largest_hull", "all"),
+        (False, True),
+        (None, 0.7),
+        (None, 3.0),
+    ):
+        grid = rng.random((6, 8)) ** 4
+        options = dict(edges=edges, component=component, trim=trim, large=large, peak_limit=limit, sigma=0.5)
+        found = grounded(grid, image_box=(0, -10, 80, 50), image_size=(80, 45), **options)
+        x0, y0, x1, y1 = found.box
+        assert 0 <= x0 < x1 <= 80 and 0 <= y0 < y1 <= 45 and 0 < found.score <= 1
