@@ -241,7 +241,7 @@ def test_every_combination_gives_a_box_inside_the_image():
         (None, 3.0),
     ):
         grid = rng.random((6, 8)) ** 4
-        options = dict(edges=edges, component=component, trim=trim, large=large, peak_limit=limit, sigma=0.5)
+        options = {"edges": edges, "component": component, "trim": trim, "large": large, "peak_limit": limit}
         found = grounded(grid, image_box=(0, -10, 80, 50), image_size=(80, 45), **options)
         x0, y0, x1, y1 = found.box
         assert 0 <= x0 < x1 <= 80 and 0 <= y0 < y1 <= 45 and 0 < found.score <= 1
