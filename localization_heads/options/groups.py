@@ -50,6 +50,7 @@ SAMS = ("sam", "sam2", "sam3")
 SegmenterPrompt = Literal["box", "points", "map"]
 RAY = ("ray",)
 ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
+Targets = Literal["one", "all"]
 SceneSplit = Literal["test", "validation", "train"]
 Dataset = Literal["refcoco", "refcoco+", "refcocog", "reasonseg"]
 Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
@@ -311,6 +312,21 @@ class ScenesOptions(Options):
     size: int = option(256, "Side of an image in pixels.", ge=32, le=2048)
     height: Annotated[int, Field(ge=16, le=2048)] | None = option(
         None, "Crop each image to this many rows around the object, to get landscape images; null keeps all."
+    )
+    smallest: float = option(
+        0.26,
+        "Longer side of the smallest objects in sides of the image; all others scale with it.",
+        ge=0.05,
+        le=0.4,
+    )
+    absent: float = option(
+        0.0,
+        "Share of the expressions that refer to nothing in their scene: by name, colour, place or relation.",
+        ge=0,
+        le=1,
+    )
+    targets: Targets = option(
+        "one", "Expressions that refer to one object (one), or to all of several, such as the dogs (all)."
     )
     folder: PathText = option("outputs/scenes", "Where they are written.")
 

@@ -31,6 +31,11 @@ class Expression:
     answer: str
     object_index: int
 
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The objects that it refers to: this one."""
+        return (self.object_index,)
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -117,18 +122,18 @@ def _phrases(index: int, things: Sequence[Thing]) -> Iterator[tuple[str, Phrase]
             yield "relation", Phrase(name, ("relation", word, other))
 
 
-def _noun_text(phrase: Phrase, thing: Thing, rng: Random) -> str:
+def _noun_text(phrase: Phrase, kind: str, rng: Random) -> str:
     attribute, value = phrase.noun
     if attribute == "any":
         return rng.choice(("thing", "object"))
     if attribute == "feature":
-        return f"{rng.choice((thing.kind, 'object', 'thing'))} {rng.choice(('which has', 'with'))} {value}"
+        return f"{rng.choice((kind, 'object', 'thing'))} {rng.choice(('which has', 'with'))} {value}"
     return value
 
 
-def _text(phrase: Phrase, thing: Thing, rng: Random) -> str:
-    """One of the ways to say a phrase."""
-    noun = _noun_text(phrase, thing, rng)
+def say(phrase: Phrase, rng: Random, kind: str = "thing") -> str:
+    """One of the ways to say a phrase, of an object of that kind."""
+    noun = _noun_text(phrase, kind, rng)
     match phrase.modifier:
         case ("place", word):
             said = f"{noun} {'at' if word in ('top', 'bottom') else 'on'} the {word}"
@@ -156,7 +161,7 @@ def refer(things: Sequence[Thing], rng: Random) -> tuple[Expression, ...]:
     for index, thing in enumerate(things):
         for kind, phrase in _phrases(index, things):
             if meant_by(phrase, things) == [index]:
-                text = _text(phrase, thing, rng)
+                text = say(phrase, rng, thing.kind)
                 expressions.append(Expression(kind, text, describe(thing, phrase), index))
     return tuple(expressions)
 

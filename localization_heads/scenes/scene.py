@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -49,11 +50,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, its objects, and every phrase that refers to exactly one of them."""
+    """An image, its objects, every phrase that refers to exactly one of them, and what other phrases can be made of."""
 
     image: np.ndarray  # uint8 (H, W, 3)
     objects: tuple[SceneObject, ...]
     expressions: tuple[Expression, ...]
+    things: tuple[Thing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def render_scene(
     bars: tuple[float, float] = (0.0, 0.0),
     augment: bool = False,
     repeats: float = 0.4,
+    smallest: float = SMALL[0],
 ) -> Scene:
     """The scene of a seed, drawn at `size` x `size` pixels.
 
@@ -94,6 +97,7 @@ def render_scene(
     padding colour (for training: as if the image were not square).
     `augment` varies the art style further (outlines, turns, contrast, colour cast, grain; for training).
     `repeats` is the share of scenes in which a name comes twice, or three times.
+    `smallest` is the longer side of the smallest objects, in sides of the image; all others scale with it.
 
     >>> scene = render_scene(3, size=64)
     >>> scene.image.shape, len(scene.objects) >= 2
@@ -102,12 +106,13 @@ def render_scene(
     rng = Random(seed)
     style = style or rng.choice(STYLES)
     count = num_objects or rng.choices(list(COUNTS), list(COUNTS.values()))[0]
-    placements = _lay_out(rng, style, count, span, bars, repeats)
-    expressions = refer([placement.thing() for placement in placements], rng)
+    placements = _lay_out(rng, style, count, span * SMALL[0] / smallest, bars, repeats)
+    things = tuple(placement.thing() for placement in placements)
+    expressions = refer(things, rng)
     image, masks = _draw(rng, placements, size, augment)
     _paint_bars(image, bars)
     objects = tuple(_scene_object(p, mask) for p, mask in zip(placements, masks, strict=True))
-    return Scene(image, objects, expressions)
+    return Scene(image, objects, expressions, things)
 
 
 def scene_samples(
@@ -117,20 +122,31 @@ def scene_samples(
     size: int = 128,
     seeds: range = TEST_SEEDS,
     bars: tuple[float, float] = (0.0, 0.0),
+    smallest: float = SMALL[0],
 ) -> Iterator[tuple[Scene, Expression]]:
     """A fixed set of scenes with one expression each; `seed` selects the set, `seeds` is the split.
 
-    `bars` as for `render_scene`.
+    `bars` and `smallest` as for `render_scene`.
     """
+    with_expressions = (
+        one for one in scenes_of(seed, style, size, seeds, bars, smallest) if one[0].expressions
+    )
+    for scene, scene_seed in islice(with_expressions, num_samples):
+        yield scene, pick(scene.expressions, Random(scene_seed + 1))
+
+
+def scenes_of(
+    seed: int,
+    style: str | None,
+    size: int,
+    seeds: range,
+    bars: tuple[float, float] = (0.0, 0.0),
+    smallest: float = SMALL[0],
+) -> Iterator[tuple[Scene, int]]:
+    """The scenes of a set, each with its own seed; as `scene_samples`."""
     start = seeds.start + seed * 2**20
-    produced = 0
     for scene_seed in range(start, start + 2**20):
-        if produced == num_samples:
-            return
-        scene = render_scene(scene_seed, size=size, style=style, bars=bars)
-        if scene.expressions:
-            produced += 1
-            yield scene, pick(scene.expressions, Random(scene_seed + 1))
+        yield render_scene(scene_seed, size=size, style=style, bars=bars, smallest=smallest), scene_seed
 
 
 def _lay_out(

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from localization_heads.attention import Box
+from localization_heads.cells import tight_box
 from localization_heads.data.masks import encode_mask
 from localization_heads.options.groups import ScenesOptions
+from localization_heads.scenes.expressions import pick
 from localization_heads.scenes.scene import (
+    SMALL,
     TEST_SEEDS,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
     Expression,
     Scene,
-    scene_samples,
+    scenes_of,
 )
+from localization_heads.scenes.targets import ManyTargets, absent, plural
 from localization_heads.store.files import RunLock, write_bytes
 
 SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEEDS}
@@ -46,13 +53,21 @@ def scenes_folder(options: ScenesOptions) -> Path:
         options.seed,
         options.count,
         options.size if options.height is None else f"{options.size}x{options.height}",
+        *([f"smallest{options.smallest:g}"] if options.smallest != SMALL[0] else []),
+        *([f"absent{options.absent:g}"] if options.absent else []),
+        *(["targets"] if options.targets == "all" else []),
     )
     return Path(options.folder) / "-".join(map(str, parts))
 
 
 def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
-    samples = scene_samples(options.count, options.seed, options.style, options.size, SPLITS[options.split])
-    progress = tqdm(samples, total=options.count, desc="scenes", unit="scene", disable=None)
+    progress = tqdm(
+        islice(_samples(options), options.count),
+        total=options.count,
+        desc="scenes",
+        unit="scene",
+        disable=None,
+    )
     entries = [
         write_scene(folder, number, scene, expression, options.height)
         for number, (scene, expression) in enumerate(progress)
@@ -60,30 +75,56 @@ def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
     write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
+def _samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | ManyTargets]]:
+    """Scenes with one expression each; without `absent` and `targets` those of `scene_samples`."""
+    seeds = SPLITS[options.split]
+    for scene, seed in scenes_of(options.seed, options.style, options.size, seeds, smallest=options.smallest):
+        if Random(seed + 2).random() < options.absent:
+            yield scene, absent(scene.things, Random(seed + 3))
+        elif options.targets == "all" and (found := plural(scene.things, Random(seed + 4))):
+            yield scene, found
+        elif options.targets == "one" and scene.expressions:
+            yield scene, pick(scene.expressions, Random(seed + 1))
+
+
 def write_scene(
-    folder: Path, number: int, scene: Scene, expression: Expression, height: int | None = None
+    folder: Path, number: int, scene: Scene, expression: Expression | ManyTargets, height: int | None = None
 ) -> dict[str, Any]:
-    """Write a scene's image; returns the line of the data file, with true box and mask.
+    """Write a scene's image; returns the line of the data file, with the true box and mask, or boxes, or none.
 
     Args:
         height: rows to keep, the object's among them; None keeps the whole image.
     """
     id = f"scene_{number:05d}"
-    target = scene.objects[expression.object_index]
-    rows = kept_rows(target.box, scene.image.shape[0], height, seed=number)
+    targets = [scene.objects[index] for index in expression.targets]
+    around = united([target.box for target in targets]) or (0.0, 0.0, 1.0, 1.0)
+    rows = kept_rows(around, scene.image.shape[0], height, seed=number)
     image = BytesIO()
     Image.fromarray(scene.image[rows]).save(image, "PNG")
     write_bytes(folder / f"{id}.png", image.getvalue())
-    x0, y0, x1, y1 = target.box
+    entry: dict[str, Any] = {"id": id, "prompt": expression.text, "image_path": f"{id}.png"}
+    if not targets:
+        return {**entry, "bbox": None, "absent": True, "kind": expression.kind}
+    if isinstance(expression, ManyTargets):
+        masks = [target.mask[rows] for target in targets]
+        boxes = [list(box) for mask in masks if (box := tight_box(mask))]  # the crop may have lost one
+        return {**entry, "boxes": boxes, "mask": encode_mask(np.any(masks, axis=0)), "kind": expression.kind}
+    x0, y0, x1, y1 = targets[0].box
     return {
-        "id": id,
-        "prompt": expression.text,
-        "image_path": f"{id}.png",
+        **entry,
         "bbox": [x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start],
-        "mask": encode_mask(target.mask[rows]),
+        "mask": encode_mask(targets[0].mask[rows]),
         "kind": expression.kind,
         "answer": expression.answer,
     }
+
+
+def united(boxes: Sequence[Box]) -> Box | None:
+    """The smallest box that holds all of them."""
+    if not boxes:
+        return None
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return min(x0), min(y0), max(x1), max(y1)
 
 
 def kept_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
