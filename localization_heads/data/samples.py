@@ -108,8 +108,10 @@ class Sample:
         ignore: the same for pixels that are left out when masks are scored (ReasonSeg has them).
         picture: a name of the image that its other copies share (such as coco:581857), "" if it has none.
         line: its line number in the data file, from 1; 0 if it comes from elsewhere.
+        boxes: the true boxes of an expression that refers to several objects, as `bbox`.
+        absent: the expression refers to nothing in the image; then there is neither box nor mask.
 
-    Raises UsageError for an invalid box.
+    Raises UsageError for an invalid box, and for a box or a mask of what is absent.
     """
 
     image: ImageSource
@@ -120,15 +122,30 @@ class Sample:
     line: int = 0
     ignore: MaskSource | None = field(default=None, repr=False)
     picture: str = ""
+    boxes: tuple[Box, ...] = ()
+    absent: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.image, str):
             object.__setattr__(self, "image", image_source(self.image))
-        if self.bbox is not None:
-            try:
+        try:
+            if self.bbox is not None:
                 object.__setattr__(self, "bbox", check_box(self.bbox))
-            except BadLineError as error:
-                raise UsageError(f"{where(self)}: {error}") from error
+            object.__setattr__(self, "boxes", tuple(check_box(box) for box in self.boxes))
+            if self.absent and self.has_truth:
+                raise BadLineError("it is absent, and has a true box or mask: it can only be one of them")
+        except BadLineError as error:
+            raise UsageError(f"{where(self)}: {error}") from error
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether it says where the object is, or the objects are."""
+        return self.bbox is not None or self.mask is not None or bool(self.boxes)
+
+    @property
+    def true_boxes(self) -> tuple[Box, ...]:
+        """All true boxes that are given as boxes: `boxes`, or `bbox` alone."""
+        return self.boxes or (() if self.bbox is None else (self.bbox,))
 
     @property
     def image_file(self) -> str:
@@ -232,7 +249,7 @@ def _decode(mask: MaskSource, size: tuple[int, int], name: str) -> NDArray[np.bo
 
 def check_inside(sample: Sample, size: tuple[int, int]) -> None:
     """Raises UsageError if the true box lies outside the image of `(W, H)`: they cannot belong together."""
-    if sample.bbox is not None and misses_image(sample.bbox, size):
+    if any(misses_image(box, size) for box in sample.true_boxes):
         raise UsageError(
             f"{where(sample)}: the true box lies outside the image, which is {size[0]} x {size[1]} pixels"
         )
@@ -283,6 +300,12 @@ def _id(entry: Mapping[str, Any], line: int) -> str:
 
 
 def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_private: bool) -> Sample:
+    absent = entry.get("absent", False)
+    if not isinstance(absent, bool):
+        raise BadLineError("'absent' must be true or false")
+    truths = [name for name in ("bbox", "boxes", "mask") if entry.get(name) is not None]
+    if absent and truths:
+        raise BadLineError(f"'absent' is true, and yet there is '{truths[0]}': remove one of them")
     return Sample(
         image=_image(_text(entry, "image_path", ("image", "image_file")), folder, allow_private),
         expression=_text(entry, "prompt", ("query", "expression")),
@@ -292,7 +315,24 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
         line=line,
         ignore=_mask(entry["ignore"], folder) if entry.get("ignore") is not None else None,
         picture=_text(entry, "picture") if entry.get("picture") is not None else "",
+        boxes=_boxes(entry["boxes"]) if entry.get("boxes") is not None else (),
+        absent=absent,
     )
+
+
+def _boxes(value: object) -> tuple[Box, ...]:
+    """The true boxes of one line. BadLineError for anything but a list of boxes."""
+    if not isinstance(value, list) or not value:
+        raise BadLineError(
+            "'boxes' must be a list of boxes [[x0, y0, x1, y1], ...]; without any, write absent: true"
+        )
+    boxes = []
+    for number, box in enumerate(value, start=1):
+        try:
+            boxes.append(check_box(box))
+        except BadLineError as error:
+            raise BadLineError(f"'boxes', number {number}: {error}") from error
+    return tuple(boxes)
 
 
 def _text(entry: Mapping[str, Any], name: str, likely: tuple[str, ...] = ()) -> str:

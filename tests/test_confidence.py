@@ -1,0 +1,81 @@
+"""AUROC, risk-coverage and calibration error by hand, and against the obvious second way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localization_heads.evaluation.confidence import (
+    aurc,
+    auroc,
+    calibration_error,
+    reliability,
+    risk_coverage,
+    with_interval,
+)
+
+answers = st.lists(
+    st.tuples(st.integers(0, 10).map(lambda n: n / 10), st.booleans()), min_size=1, max_size=12
+)
+
+
+@given(answers)
+def test_auroc_agrees_with_all_pairs(found):
+    values, right = zip(*found, strict=True)
+    pairs = [
+        (values[i] > values[j]) + 0.5 * (values[i] == values[j])
+        for i, j in itertools.product(range(len(found)), repeat=2)
+        if right[i] and not right[j]
+    ]
+    assert auroc(values, right) == pytest.approx(np.mean(pairs) if pairs else math.nan, nan_ok=True)
+
+
+@given(answers)
+def test_risk_is_the_mean_over_all_orders_of_equal_confidences(found):
+    """Equal confidences in random order: by simulation of the expectation, group by group."""
+    values, right = zip(*found, strict=True)
+    order = sorted(range(len(found)), key=lambda i: -values[i])
+    expected, wrong_so_far = [], 0.0
+    for i in order:
+        group = [j for j in order if values[j] == values[i]]
+        wrong_so_far += sum(not right[j] for j in group) / len(group)
+        expected.append(wrong_so_far / (len(expected) + 1))
+    coverage, risk = risk_coverage(values, right)
+    assert risk == pytest.approx(expected) and coverage[-1] == 1
+    assert aurc(values, right) == pytest.approx(np.mean(expected))
+
+
+def test_calibration_by_hand():
+    confidence = [0.95, 0.85, 0.85, 0.15, 1.0, 0.0]
+    right = [True, True, False, False, True, True]
+    assert reliability(confidence, right) == [(0.0, 1.0, 1), (0.15, 0.0, 1), (0.85, 0.5, 2), (0.975, 1.0, 2)]
+    assert calibration_error(confidence, right) == pytest.approx((1 + 0.15 + 2 * 0.35 + 2 * 0.025) / 6)
+
+
+def test_perfect_and_useless():
+    assert auroc([3, 2, 1, 0], [True, True, False, False]) == 1.0
+    assert auroc([1, 1, 1], [True, False, True]) == 0.5
+    assert (
+        math.isnan(auroc([1, 2], [True, True]))
+        and math.isnan(aurc([], []))
+        and math.isnan(calibration_error([], []))
+    )
+
+
+def test_intervals_resample_whole_images():
+    confidence, right = [0.9, 0.8, 0.2, 0.1] * 10, [True, False, True, False] * 10
+    value, (low, high) = with_interval(auroc, confidence, right)
+    assert low < value == 0.75 < high
+    assert with_interval(auroc, confidence, right, groups=["a", "a", "b", "b"] * 10)[1][0] <= 0.75
+    one, interval = with_interval(auroc, confidence, right, groups=["a"] * 40)
+    assert one == 0.75 and all(map(math.isnan, interval))
+
+
+def test_lists_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="one length"):
+        auroc([0.5], [True, False])
