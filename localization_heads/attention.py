@@ -48,6 +48,9 @@ class AttentionMaps:
         image_box: the region of the original image that the grid covers, in pixels. Its cells are equal in
             size. It reaches beyond the image where the processor padded and stays inside where it cropped.
         image_size: `(W, H)` of the original image in pixels.
+        answer: the same of the answer's tokens, their mean, where those were read as well
+            (`query_token=last_and_answer`); as `attention`.
+        others: maps of other expressions of the same image, which a read-out may contrast these with.
 
     >>> maps = AttentionMaps(np.zeros((32, 32, 24, 24), np.float32), (0, 0, 640, 640), (640, 480))
     >>> maps.num_layers, maps.num_heads, maps.grid
@@ -62,10 +65,14 @@ class AttentionMaps:
     prompt: str = ""
     model: str = ""
     id: str = ""
+    answer: NDArray[np.float32] | None = None
+    others: tuple[AttentionMaps, ...] = ()
 
     def __post_init__(self) -> None:
         if self.attention.ndim != 4:
             raise ValueError(f"attention must be [layer, head, grid_h, grid_w], not {self.attention.shape}")
+        if self.answer is not None and self.answer.shape != self.attention.shape:
+            raise ValueError(f"answer must be of the shape of attention, not {self.answer.shape}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,8 +95,11 @@ class AttentionMaps:
 
     def check_finite(self) -> None:
         """NotFiniteError if a weight is NaN or infinite, as where half precision overflows."""
-        if not np.isfinite(self.attention).all():
+        answer = self.attention if self.answer is None else self.answer
+        if not (np.isfinite(self.attention).all() and np.isfinite(answer).all()):
             raise NotFiniteError
+        for other in self.others:
+            other.check_finite()
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
         """The same maps with the entry's name and image written on them."""

@@ -245,3 +245,51 @@ def test_every_combination_gives_a_box_inside_the_image():
         found = grounded(grid, image_box=(0, -10, 80, 50), image_size=(80, 45), **options)
         x0, y0, x1, y1 = found.box
         assert 0 <= x0 < x1 <= 80 and 0 <= y0 < y1 <= 45 and 0 < found.score <= 1
+
+
+class TestAggregation:
+    """Maps of several heads, of the answer's tokens and of other expressions, put together."""
+
+    size = (30, 10)
+
+    def maps(self, *rows, **more):
+        """One layer; each row is a head's map of 1 x 3 cells."""
+        stack = np.array(rows, dtype=np.float32)[None, :, None]
+        return AttentionMaps(stack, (0, 0, *self.size), self.size, **more)
+
+    def combined(self, maps, **options):
+        heads = [Head(0, head) for head in range(maps.num_heads)]
+        return ground_maps(maps, heads, GroundingOptions(sigma=0.0, **options)).combined[0]
+
+    def test_consensus_by_hand(self):
+        """The first two overlap by 1, the third with each of them by sqrt(.5)."""
+        maps = self.maps([2, 0, 0], [4, 0, 0], [1, 1, 0])
+        first, last = (1 + 0.5**0.5) ** 4, (2 * 0.5**0.5) ** 4
+        total = 2 * first + last
+        expected = [(2 * first + 4 * first + last) / total, last / total, 0]
+        assert self.combined(maps, combine="consensus") == pytest.approx(expected)
+
+    def test_maps_that_agree_nowhere_count_the_same(self):
+        assert self.combined(self.maps([1, 0, 0], [0, 0, 1]), combine="consensus").tolist() == [0.5, 0, 0.5]
+        assert self.combined(self.maps([1, 0, 3]), combine="consensus").tolist() == [1, 0, 3]
+
+    def test_geometric_mean_with_the_answer(self):
+        maps = self.maps([1, 3, 0], answer=np.array([2, 2, 4], np.float32)[None, None, None])
+        assert self.combined(maps) == pytest.approx(np.sqrt([0.25 * 0.25, 0.75 * 0.25, 0]))
+
+    def test_contrast_by_hand(self):
+        maps = self.maps([4, 4, 2], others=(self.maps([0, 1, 0]), self.maps([0, 1, 3])))  # mean (0, 5/8, 3/8)
+        assert self.combined(maps).tolist() == [4, 4, 2]
+        found = self.combined(maps, contrast="siblings")
+        assert found == pytest.approx([4, 4 - 10 * 0.5 * 5 / 8, 2 - 10 * 0.5 * 3 / 8])
+        assert self.combined(maps, contrast="background", contrast_weight=1.0)[1] == 0
+
+    def test_an_answer_of_another_grid_is_refused(self):
+        with pytest.raises(ValueError, match="shape of attention"):
+            self.maps([1, 2, 3], answer=np.zeros((1, 1, 2, 3), np.float32))
+
+    def test_what_is_not_finite_is_found_in_all_of_them(self):
+        bad = self.maps([1, np.nan, 3])
+        for maps in (bad, self.maps([1, 2, 3], others=(bad,)), self.maps([1, 2, 3], answer=bad.attention)):
+            with pytest.raises(ValueError, match="NaN"):
+                maps.check_finite()

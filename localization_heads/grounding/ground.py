@@ -47,6 +47,8 @@ ROUNDING = 1e-12
 """How much of the mass a sum of cells may miss by rounding."""
 NEIGHBOURS = 5
 """Side, in cells, of the neighbourhood that a peak is compared with."""
+CONSENSUS_POWER = 4
+"""Of a head's agreement with the others: a head beside them weighs little (docs/grounding.md)."""
 PEAK = 6
 """Cells of a neighbourhood that may belong to a peak: the value after them limits it."""
 
@@ -141,9 +143,7 @@ def ground_maps(
     whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
     if options.ignore_padding:
         attention = replace(attention, image_box=whole)
-    maps = upsample(_maps_of(attention, heads), options.upsample, options.interpolation)  # (k, h, w)
-    if options.peak_limit is not None:
-        maps = without_peaks(maps.sum(axis=0, dtype=np.float64), options.peak_limit)[None]
+    maps = _read(attention, heads, options)  # (k, h, w)
     combined = combine(maps, options.kernel_size, options.sigma, options.border)
     x_edges, y_edges = visible_edges(attention.image_box, attention.image_size, combined.shape)
     visible = visible_cells(x_edges, y_edges)
@@ -169,6 +169,72 @@ def ground_maps(
         threshold=level,
         point_map=None if sigma is None else combine(maps, sigma=sigma, border=options.border),
     )
+
+
+def _read(
+    attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions
+) -> NDArray[np.floating[Any]]:
+    """The maps that are smoothed and added, `[k, h, w]`: those of the heads, or of what was made of them, one."""
+    maps = _maps_of(attention.attention, heads)
+    plain = options.combine == "sum" and attention.answer is None and options.peak_limit is None
+    if plain and (options.contrast == "none" or not attention.others):
+        return upsample(maps, options.upsample, options.interpolation)
+    one = added(attention, heads, options)
+    if options.contrast != "none" and attention.others:
+        others = [added(other, heads, options) for other in attention.others]
+        one = contrasted(one, others, options.contrast_weight)
+    if options.peak_limit is not None:
+        one = without_peaks(one, options.peak_limit)
+    return upsample(one[None], options.upsample, options.interpolation)
+
+
+def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions) -> NDArray[np.float64]:
+    """The sum of the heads' maps, weighted by `options.combine`, before smoothing: float64 `[h, w]`.
+
+    Where the answer's tokens were read as well, the geometric mean of their sum and that of the query token, each
+    scaled to a sum of 1: a cell counts if both look at it.
+    """
+    both = [attention.attention] if attention.answer is None else [attention.attention, attention.answer]
+    sums = []
+    for read in both:
+        maps = _maps_of(read, heads).astype(np.float64)
+        weights = consensus(maps) if options.combine == "consensus" else np.ones(len(maps))
+        sums.append(np.einsum("k,khw->hw", weights, maps))
+    return sums[0] if len(sums) == 1 else np.sqrt(_scaled(sums[0]) * _scaled(sums[1]))
+
+
+def consensus(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """The weight of each of the maps `[k, h, w]`, adding up to 1: its mean overlap with the others, to the fourth.
+
+    Overlap is the Bhattacharyya coefficient `sum sqrt(p q)` of two maps scaled to a sum of 1: 1 of equal maps, 0 of
+    maps without a common cell. A single map has weight 1; maps that overlap nowhere have equal weights.
+
+    >>> consensus(np.array([[[1.0, 0]], [[1.0, 0]], [[0, 1.0]]])).tolist()
+    [0.5, 0.5, 0.0]
+    """
+    roots = np.sqrt(np.stack([_scaled(one) for one in maps]).reshape(len(maps), -1))
+    overlap = roots @ roots.T
+    np.fill_diagonal(overlap, 0.0)
+    weights = overlap.sum(axis=1) ** CONSENSUS_POWER
+    return weights / weights.sum() if weights.sum() > 0 else np.full(len(maps), 1 / len(maps))
+
+
+def contrasted(
+    combined: NDArray[np.float64], others: Sequence[NDArray[np.float64]], weight: float
+) -> NDArray[np.float64]:
+    """`max(P - weight * mean(B), 0)` of a map and of others, all scaled to a sum of 1, in the scale of the map.
+
+    >>> contrasted(np.array([[3.0, 1.0]]), [np.array([[0.0, 5.0]])], 0.5).tolist()
+    [[3.0, 0.0]]
+    """
+    background = np.mean([_scaled(other) for other in others], axis=0)
+    return np.asarray(np.clip(combined - weight * combined.sum() * background, 0, None))
+
+
+def _scaled(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """A map `[h, w]` with a sum of 1; one without any attention as it is."""
+    total = float(values.sum())
+    return np.asarray(values / total if total > 0 else values, dtype=np.float64)
 
 
 def _component(
@@ -329,13 +395,12 @@ def top_mass(values: NDArray[np.floating[Any]], share: float = 0.5) -> float:
     return float(np.nextafter(ordered[last], -np.inf))
 
 
-def _maps_of(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float32]:
-    """The maps `[k, h, w]` of the heads."""
+def _maps_of(attention: NDArray[np.float32], heads: Sequence[Head]) -> NDArray[np.float32]:
+    """The maps `[k, h, w]` of the heads, of `[layer, head, h, w]`."""
     if not heads:
         raise ValueError("grounding needs at least one head")
+    num_layers, num_heads = attention.shape[:2]
     for layer, head in heads:
-        if not (0 <= layer < attention.num_layers and 0 <= head < attention.num_heads):
-            raise ValueError(
-                f"no head {Head(layer, head)} among {attention.num_layers} layers of {attention.num_heads}"
-            )
-    return np.stack([attention.attention[layer, head] for layer, head in heads])
+        if not (0 <= layer < num_layers and 0 <= head < num_heads):
+            raise ValueError(f"no head {Head(layer, head)} among {num_layers} layers of {num_heads}")
+    return np.stack([attention[layer, head] for layer, head in heads])

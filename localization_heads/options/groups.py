@@ -40,6 +40,8 @@ Fallback = Literal["none", "order", "sum"]
 Threshold = Annotated[float, Field(ge=0)] | Literal["mean"]
 Component = Literal["largest_hull", "largest_mass", "containing_peak", "all"]
 Edges = Literal["cells", "interpolated"]
+Combine = Literal["sum", "consensus"]
+Contrast = Literal["none", "background", "siblings"]
 MeanOf = Literal["grid", "image"]
 Binarise = Literal["mean", "otsu", "top_mass"]
 Interpolation = Literal["nearest", "bilinear"]
@@ -202,6 +204,19 @@ class GroundingOptions(Options):
         None,
         "For binarise=mean: lower the threshold to this share of the mean that each cell enters with its own "
         "attention as weight, where that is lower, so that a large object stays whole; null does not (paper).",
+    )
+    combine: Combine = option(
+        "sum",
+        "How the maps of the heads are added: as they are (sum, paper), or each weighted by how far it agrees with "
+        "the others, to the fourth power (consensus), which makes more heads than three worth while.",
+    )
+    contrast: Contrast = option(
+        "none",
+        "What is subtracted from the sum: nothing (paper), the map of a query that names nothing (background), or the "
+        "mean map of the image's other expressions (siblings).",
+    )
+    contrast_weight: float = option(
+        0.5, "For contrast: how much of it is subtracted, both scaled to a sum of 1.", ge=0, le=10
     )
     point_sigma: Annotated[float, Field(ge=0)] | None = option(
         None,

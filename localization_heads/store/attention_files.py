@@ -108,11 +108,12 @@ def _from_content(content: dict[Any, Any]) -> AttentionMaps:
         raise _MalformedError(
             f"'grid' does not fit the maps, which are {attention.shape[2]} x {attention.shape[3]}"
         )
+    texts: dict[str, Any] = {name: _text(content, name) for name in _TEXTS}
     return AttentionMaps(
         attention=np.array(attention, dtype=np.float32, order="C"),
         image_box=_box(content),
         image_size=_size(_numbers(content, "image_size", 2)),
-        **{name: _text(content, name) for name in _TEXTS},
+        **texts,
     )
 
 
