@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.grounding.ground import ground_maps, threshold, without_peaks
+from localization_heads.grounding.ground import ground_instances, ground_maps, threshold, without_peaks
 from localization_heads.grounding.shapes import containing_peak, crossings, heaviest
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
@@ -147,6 +147,28 @@ def walked(values, level, cells):
         max(c + 0.5 + out(r, c, (0, 1)) for r, c in outermost[0, 1]),
         max(r + 0.5 + out(r, c, (1, 0)) for r, c in outermost[1, 0]),
     )
+
+
+class TestInstances:
+    def test_by_hand(self):
+        maps = AttentionMaps(MASS[None, None].astype(np.float32), (0, 0, 50, 30), (50, 30))
+        found = ground_instances(maps, [Head(0, 0)], GroundingOptions(sigma=0.0, component="largest_mass"))
+        assert [one.box for one in found] == [(20, 0, 50, 10), (0, 20, 20, 30), (0, 0, 10, 10)]  # 12, 10, 9
+        assert [one.score for one in found] == pytest.approx([12 / 32, 10 / 32, 9 / 32])
+        assert len(ground_instances(maps, [Head(0, 0)], GroundingOptions(sigma=0.0), least=0.8)) == 2
+
+    def test_the_first_is_that_of_the_single_box(self):
+        rng = np.random.default_rng(1)
+        for _ in range(20):
+            maps = AttentionMaps((rng.random((1, 2, 9, 9)) ** 6).astype(np.float32), (0, 0, 90, 90), (90, 90))
+            heads, options = [Head(0, 0), Head(0, 1)], GroundingOptions(component="largest_mass")
+            one, first = ground_maps(maps, heads, options), ground_instances(maps, heads, options)[0]
+            assert (one.box, one.score) == (first.box, first.score)
+
+    def test_nothing_stands_out(self):
+        maps = AttentionMaps(np.ones((1, 1, 3, 3), np.float32), (0, 0, 30, 30), (30, 30))
+        (found,) = ground_instances(maps, [Head(0, 0)])
+        assert found.box == (0, 0, 30, 30) and found.score == 0
 
 
 SHARP = {

@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import (
+    label_components,
     mass_inside,
     resample,
     tight_box,
@@ -47,6 +48,8 @@ ROUNDING = 1e-12
 """How much of the mass a sum of cells may miss by rounding."""
 NEIGHBOURS = 5
 """Side, in cells, of the neighbourhood that a peak is compared with."""
+LEAST_MASS = 0.25
+"""Share of the strongest component's attention from which on another one counts as an instance (docs/grounding.md)."""
 CONSENSUS_POWER = 4
 """Of a head's agreement with the others: a head beside them weighs little (docs/grounding.md)."""
 PEAK = 6
@@ -139,36 +142,93 @@ def ground_maps(
     >>> ground_maps(attention, [Head(3, 1)], GroundingOptions(sigma=0)).box
     (32.0, 16.0, 64.0, 48.0)
     """
-    options = options or GroundingOptions()
-    whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
+    field = _field(attention, heads, options or GroundingOptions())
+    return field.grounding(_component(field.positive, field.combined, field.options.component))
+
+
+def ground_instances(
+    attention: AttentionMaps,
+    heads: Sequence[Head],
+    options: GroundingOptions | None = None,
+    least: float = LEAST_MASS,
+) -> list[Grounding]:
+    """One grounding for each 8-connected component of positive cells, that of most attention first.
+
+    Args:
+        least: components with less than this share of the first one's attention are left out.
+
+    Returns:
+        At least one: where no cell stands out, the grounding that `ground_maps` gives.
+    """
+    field = _field(attention, heads, options or GroundingOptions())
+    labels = label_components(field.positive)
+    masses = np.bincount(labels.ravel(), weights=(field.combined * field.positive).ravel())[1:]
+    if not masses.size:
+        return [field.grounding(field.positive)]
+    order = np.argsort(-masses, kind="stable")
+    return [field.grounding(labels == 1 + i) for i in order if masses[i] >= least * masses.max()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Field:
+    """The combined map of an expression, and which of its cells are positive.
+
+    Args:
+        attention: whose `image_box` is the one that is read.
+        maps: `[k, h, w]`, before smoothing.
+        combined, positive: `[h, w]`.
+        level: the threshold.
+    """
+
+    attention: AttentionMaps
+    heads: tuple[Head, ...]
+    options: GroundingOptions
+    maps: NDArray[np.floating[Any]]
+    combined: NDArray[np.float64]
+    positive: NDArray[np.bool_]
+    level: float
+
+    def grounding(self, cells: NDArray[np.bool_]) -> Grounding:
+        """The box of some of the positive cells; the whole image for none."""
+        image_box, (W, H) = self.attention.image_box, self.attention.image_size
+        edges = visible_edges(image_box, (W, H), self.combined.shape)
+        read = self.combined
+        if self.options.trim:
+            read = self.maps.sum(axis=0, dtype=np.float64)
+            trimmed = cells & (read > self.level)
+            cells = trimmed if trimmed.any() else cells
+        box = tight_box(cells, *edges)
+        if box and self.options.edges == "interpolated":
+            sides = crossings(read, self.level, cells, visible_cells(*edges))
+            box = _between_cells(sides, self.attention, cells.shape)
+        return Grounding(
+            box=box or (0.0, 0.0, float(W), float(H)),
+            score=mass_inside(self.combined, image_box, (W, H), box) if box else 0.0,
+            combined=self.combined,
+            cells=cells,
+            heads=self.heads,
+            image_box=image_box,
+            image_size=(W, H),
+            threshold=self.level,
+            point_map=self.point_map,
+        )
+
+    @cached_property
+    def point_map(self) -> NDArray[np.float64] | None:
+        sigma = self.options.point_sigma
+        return None if sigma is None else combine(self.maps, sigma=sigma, border=self.options.border)
+
+
+def _field(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions) -> _Field:
     if options.ignore_padding:
+        whole = (0.0, 0.0, float(attention.image_size[0]), float(attention.image_size[1]))
         attention = replace(attention, image_box=whole)
-    maps = _read(attention, heads, options)  # (k, h, w)
+    maps = _read(attention, heads, options)
     combined = combine(maps, options.kernel_size, options.sigma, options.border)
-    x_edges, y_edges = visible_edges(attention.image_box, attention.image_size, combined.shape)
-    visible = visible_cells(x_edges, y_edges)
+    visible = visible_cells(*visible_edges(attention.image_box, attention.image_size, combined.shape))
     level = threshold(combined, options, visible)
-    cells = _component((combined > level) & visible, combined, options.component)
-    read = combined
-    if options.trim:
-        read = maps.sum(axis=0, dtype=np.float64)
-        trimmed = cells & (read > level)
-        cells = trimmed if trimmed.any() else cells
-    box = tight_box(cells, x_edges, y_edges)
-    if box and options.edges == "interpolated":
-        box = _between_cells(crossings(read, level, cells, visible), attention, combined.shape)
-    sigma = options.point_sigma
-    return Grounding(
-        box=box or whole,
-        score=mass_inside(combined, attention.image_box, attention.image_size, box) if box else 0.0,
-        combined=combined,
-        cells=cells,
-        heads=tuple(Head(*head) for head in heads),
-        image_box=attention.image_box,
-        image_size=attention.image_size,
-        threshold=level,
-        point_map=None if sigma is None else combine(maps, sigma=sigma, border=options.border),
-    )
+    named = tuple(Head(*head) for head in heads)
+    return _Field(attention, named, options, maps, combined, (combined > level) & visible, level)
 
 
 def _read(
