@@ -1,4 +1,4 @@
-"""Scores of several boxes an expression, as gRefCOCO defines them (Liu, Ding, Jiang, CVPR 2023): F1, Pr@(F1=1), N-acc."""
+"""Scores of several boxes an expression, as gRefCOCO defines them (Liu et al., CVPR 2023): F1, Pr@(F1=1), N-acc."""
 
 from __future__ import annotations
 

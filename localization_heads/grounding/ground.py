@@ -71,6 +71,10 @@ class Grounding:
         image_size: `(W, H)`.
         threshold: value of `combined` above which a cell is active; infinite if no cell stands out.
         point_map: the map whose strongest cell is `point`, where it is another one than `combined`.
+        own_boxes: the box of each of the heads alone, None for one that points at nothing; empty if not asked for.
+        confidence: the probability that the box is right (IoU of at least 0.5) if it is `calibrated`, else a raw
+            signal between 0 and 1; None if not asked for.
+        presence: the probability that the expression refers to something in the image; None if that is not known.
         refined: the segmenter's mask, bool `[H, W]`, where one has been at work.
         mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
     """
@@ -86,6 +90,10 @@ class Grounding:
     refined: NDArray[np.bool_] | None = field(default=None, repr=False)
     mask_from: str = "map"
     point_map: NDArray[np.float64] | None = field(default=None, repr=False)
+    own_boxes: tuple[Box | None, ...] = field(default=(), repr=False)
+    confidence: float | None = None
+    presence: float | None = None
+    calibrated: bool = False
 
     @cached_property
     def polygon(self) -> NDArray[np.float64]:
@@ -260,7 +268,7 @@ def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOpt
         maps = _maps_of(read, heads).astype(np.float64)
         weights = consensus(maps) if options.combine == "consensus" else np.ones(len(maps))
         sums.append(np.einsum("k,khw->hw", weights, maps))
-    return sums[0] if len(sums) == 1 else np.sqrt(_scaled(sums[0]) * _scaled(sums[1]))
+    return sums[0] if len(sums) == 1 else np.sqrt(scaled(sums[0]) * scaled(sums[1]))
 
 
 def consensus(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -272,7 +280,7 @@ def consensus(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     >>> consensus(np.array([[[1.0, 0]], [[1.0, 0]], [[0, 1.0]]])).tolist()
     [0.5, 0.5, 0.0]
     """
-    roots = np.sqrt(np.stack([_scaled(one) for one in maps]).reshape(len(maps), -1))
+    roots = np.sqrt(np.stack([scaled(one) for one in maps]).reshape(len(maps), -1))
     overlap = roots @ roots.T
     np.fill_diagonal(overlap, 0.0)
     weights = overlap.sum(axis=1) ** CONSENSUS_POWER
@@ -287,11 +295,11 @@ def contrasted(
     >>> contrasted(np.array([[3.0, 1.0]]), [np.array([[0.0, 5.0]])], 0.5).tolist()
     [[3.0, 0.0]]
     """
-    background = np.mean([_scaled(other) for other in others], axis=0)
+    background = np.mean([scaled(other) for other in others], axis=0)
     return np.asarray(np.clip(combined - weight * combined.sum() * background, 0, None))
 
 
-def _scaled(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def scaled(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """A map `[h, w]` with a sum of 1; one without any attention as it is."""
     total = float(values.sum())
     return np.asarray(values / total if total > 0 else values, dtype=np.float64)

@@ -1,0 +1,149 @@
+"""Signals by hand, the logistic function, and calibration.json: what is refused and why."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.errors import UsageError
+from localization_heads.grounding.confidence import (
+    Calibration,
+    Logistic,
+    agreement,
+    entropy,
+    judged,
+    own_boxes,
+    signals,
+)
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
+
+PLAIN = GroundingOptions(sigma=0.0)
+HEADS = [Head(0, 0), Head(0, 1)]
+
+
+def maps(*rows, **more):
+    stack = np.array(rows, dtype=np.float32)[None, :, None]
+    return AttentionMaps(stack, (0, 0, 40, 10), (40, 10), **more)
+
+
+def test_signals_by_hand():
+    seen = maps([4, 0, 0, 0], [2, 2, 0, 0])
+    found = ground_maps(seen, HEADS, PLAIN)  # (6, 2, 0, 0), mean 2: the first cell
+    assert found.box == (0, 0, 10, 10)
+    assert own_boxes(seen, found, PLAIN) == ((0, 0, 10, 10), (0, 0, 20, 10))
+    given_ = signals(seen, found, PLAIN)
+    assert given_ == pytest.approx(
+        {
+            "mass": 0.75,
+            "density": math.log(3),
+            "entropy": -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4),
+            "peak": math.log(3),
+            "agreement": 0.75,
+            "overlap": math.sqrt(0.5),
+        }
+    )
+
+
+def test_signals_of_answers_and_others_by_hand():
+    seen = maps([1, 0, 0, 0], [1, 0, 0, 0], answer=np.array([[[[1, 1, 0, 0]], [[1, 1, 0, 0]]]], np.float32))
+    found = signals(seen, ground_maps(seen, HEADS, PLAIN), PLAIN)
+    assert found["answer"] == pytest.approx(math.sqrt(0.5))
+    seen = maps(
+        [1, 0, 0, 0],
+        [1, 0, 0, 0],
+        others=(maps([0, 0, 1, 0], [0, 0, 1, 0]), maps([1, 0, 0, 1], [1, 0, 0, 1])),
+    )
+    found = signals(seen, ground_maps(seen, HEADS, PLAIN), PLAIN, map_box=(0, 0, 20, 10))
+    assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2)
+    assert found["divergence"] == pytest.approx(1 - (0 + math.sqrt(0.5)) / 2)
+    assert found["mask"] == 0.5
+
+
+def test_a_head_that_points_at_nothing_agrees_with_nothing():
+    seen = maps([4, 0, 0, 0], [1, 1, 1, 1])
+    found = ground_maps(seen, HEADS, PLAIN)
+    assert own_boxes(seen, found, PLAIN)[1] is None
+    assert agreement(found.box, own_boxes(seen, found, PLAIN)) == 0.5
+
+
+def test_a_map_without_attention_has_signals():
+    seen = maps([0, 0, 0, 0], [0, 0, 0, 0])
+    found = signals(seen, ground_maps(seen, HEADS, PLAIN), PLAIN)
+    assert found["mass"] == 0 and found["entropy"] == 1 and all(map(math.isfinite, found.values()))
+    assert entropy(np.array([3.0])) == 1.0
+
+
+RECIPE = {"model": "embedded", "heads": [[0, 0]], "grounding": {"sigma": 0.5}}
+CALIBRATION = Calibration(
+    RECIPE, Logistic(-1.0, {"mass": 2.0}), Logistic(0.0, {"mass": 1.0}), 40, {"auroc": 0.9}
+)
+
+
+def test_probabilities_by_hand():
+    seen = maps([4, 0, 0, 0], [2, 2, 0, 0])
+    found = ground_maps(seen, HEADS, PLAIN)
+    raw = judged(found, {"agreement": 0.4, "mass": 0.75}, None)
+    assert (raw.confidence, raw.presence, raw.calibrated) == (0.4, None, False)
+    sure = judged(found, {"mass": 0.75}, CALIBRATION)
+    assert sure.confidence == pytest.approx(1 / (1 + math.exp(-0.5))) and sure.calibrated
+    assert sure.presence == pytest.approx(1 / (1 + math.exp(-0.75)))
+    assert judged(found, {"mass": 1.0}, replace(CALIBRATION, present=None)).presence is None
+    assert Logistic(1e9, {}).probability({}) == 1.0 and Logistic(-1e9, {}).probability({}) < 1e-200
+
+
+def test_a_calibration_is_kept_and_read():
+    assert Calibration.from_json(json.loads(json.dumps(CALIBRATION.to_json()))) == CALIBRATION
+
+
+def test_another_recipe_is_refused_by_name():
+    CALIBRATION.check(dict(RECIPE))
+    with pytest.raises(
+        UsageError, match=r"c\.json was fitted with grounding \{'sigma': 0.5\}, heads \[\[0, 0\]\]: run"
+    ):
+        CALIBRATION.check({**RECIPE, "heads": [[1, 1]], "grounding": {"sigma": 1.0}}, "c.json")
+    with pytest.raises(UsageError, match="query_token None"):
+        CALIBRATION.check({**RECIPE, "query_token": "last"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version 2 is unknown"),
+        ({"version": True}, "version"),
+        ({"right": None}, "wrong kind"),
+        ({"right": {"intercept": 0, "weights": {"mass": "x"}}}, "wrong kind"),
+        ({"right": {"intercept": math.inf, "weights": {}}}, "wrong kind"),
+        ({"recipe": 3}, "wrong kind"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(change, said):
+    with pytest.raises(UsageError, match=said):
+        Calibration.from_json({**CALIBRATION.to_json(), **change})
+
+
+@pytest.mark.parametrize("key", list(CALIBRATION.to_json()))
+def test_a_missing_key_is_named(key):
+    data = CALIBRATION.to_json()
+    del data[key]
+    with pytest.raises(UsageError, match=f"'{key}' is missing"):
+        Calibration.from_json(data)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    )
+)
+def test_any_json_is_refused_in_one_way(value):
+    with pytest.raises(UsageError):
+        Calibration.from_json(value)
