@@ -124,11 +124,15 @@ class Grounding:
         return resample(self.combined, self.image_box, self.image_size)
 
     @property
+    def smoothest(self) -> NDArray[np.float64]:
+        """The map `[h, w]` that the point is taken from, and that a segmenter's colours start from."""
+        return self.combined if self.point_map is None else self.point_map
+
+    @property
     def point(self) -> Point:
         """Centre (x, y), in pixels, of the strongest cell on the image: the pointing game's answer."""
         x_edges, y_edges = visible_edges(self.image_box, self.image_size, self.combined.shape)
-        strength = self.combined if self.point_map is None else self.point_map
-        on_image = np.where(visible_cells(x_edges, y_edges), strength, -np.inf)
+        on_image = np.where(visible_cells(x_edges, y_edges), self.smoothest, -np.inf)
         row, column = np.unravel_index(np.argmax(on_image), on_image.shape)
         return (
             float(x_edges[column] + x_edges[column + 1]) / 2,
@@ -331,20 +335,13 @@ def without_peaks(combined: NDArray[np.float64], limit: float) -> NDArray[np.flo
     """A map `[h, w]`, each cell capped at `limit` times the seventh highest of the 5 x 5 cells around and in it.
 
     An attention sink of up to six cells towers over its surroundings and is cut; an object covers more cells than
-    that, and stays as it is. Beyond the border the map is mirrored without the edge cell.
+    that, and stays as it is. At the border fewer cells count; where they are fewer than seven, nothing is cut.
     """
     pad = NEIGHBOURS // 2
-    around = np.lib.stride_tricks.sliding_window_view(_mirrored(combined, pad), (NEIGHBOURS, NEIGHBOURS))
-    ranked = np.partition(around.reshape(*combined.shape, -1), -1 - PEAK, axis=-1)
-    return np.minimum(combined, limit * ranked[..., -1 - PEAK])
-
-
-def _mirrored(values: NDArray[np.float64], pad: int) -> NDArray[np.float64]:
-    """`[h + 2 pad, w + 2 pad]`; a side of one cell repeats it."""
-    for axis in (0, 1):
-        width = [(pad, pad) if axis == i else (0, 0) for i in (0, 1)]
-        values = np.pad(values, width, mode="reflect" if values.shape[axis] > 1 else "edge")
-    return values
+    around = np.pad(combined, pad, constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(around, (NEIGHBOURS, NEIGHBOURS))
+    ranked = np.partition(windows.reshape(*combined.shape, -1), -1 - PEAK, axis=-1)[..., -1 - PEAK]
+    return np.minimum(combined, np.where(np.isfinite(ranked), limit * np.clip(ranked, 0, None), np.inf))
 
 
 def gaussian_kernel(kernel_size: int = 7, sigma: float = 1.0) -> NDArray[np.float64]:

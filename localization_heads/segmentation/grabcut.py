@@ -64,7 +64,7 @@ class GrabCut:
         )
         image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large image
         pixels = np.asarray(image.resize(size, box=region, reducing_gap=2.0))
-        heat = spread(grounding.combined, _seen_from(grounding.image_box, region, size), size)
+        heat = spread(grounding.smoothest, _seen_from(grounding.image_box, region, size), size)
         found = cut(pixels, heat, _seen_from(grounding.box, region, size), self.iterations)
         return _placed(found, region, grounding.image_size)
 
