@@ -26,6 +26,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.record import found_with
 from localization_heads.lvlm.spec import heads_found_with
+from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import GRABCUT, Segmenter
 
@@ -255,7 +256,7 @@ def _grounder(
     except UsageError as error:
         raise ValueError(str(error)) from None
     made = make_segmenter(segmenter) if isinstance(segmenter, SegmenterOptions) else segmenter
-    return Grounder(chosen, criteria, options or GroundingOptions(), made, K)
+    return Grounder(chosen, criteria, options or newcomers_grounding(), made, K)
 
 
 def _named(segmenter: Segmenter | SegmenterOptions | None) -> dict[str, Any]:

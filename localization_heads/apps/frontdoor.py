@@ -165,7 +165,7 @@ def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arg
         import hydra
         from hydra.core.hydra_config import HydraConfig
 
-        from localization_heads.options.compose import checked, register
+        from localization_heads.options.compose import checked, implied, register
     except ModuleNotFoundError:
         raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
     register(config_name)
@@ -174,6 +174,7 @@ def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arg
     words = [quote_free_text(word, sweeps, config_name) for word in words]
     own_choices = not any(word.startswith(("-cd", "--config-d", "hydra.searchpath=")) for word in arguments)
     _check_grammar(words, config_name, sweeps, own_choices)
+    words += implied(config_name, words)
     statuses: list[int] = []
     problems: list[BaseException] = []
     here = _process()

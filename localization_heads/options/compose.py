@@ -7,7 +7,8 @@ of `experiments` change some of them under a name.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from localization_heads.heads.head import Head
 from localization_heads.options.experiments import TABLES
+from localization_heads.options.groups import NEWCOMER, GroundingOptions
 from localization_heads.options.kinds import Options, extra, group_of, shown
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions, VisualizeOptions
 
@@ -181,6 +183,46 @@ def flat(chosen: Options, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}", written(value)
 
 
+@cache
+def newcomers_grounding() -> GroundingOptions:
+    """The read-out where none is asked for, of the preset `NEWCOMER`."""
+    return GroundingOptions(**preset("grounding", NEWCOMER))
+
+
+def implied(program: str, words: Sequence[str]) -> list[str]:
+    """What the words of a command line imply: `grounding=paper` for what is the paper's, where none is named.
+
+    >>> implied("finder", ["criteria=published"]), implied("finder", ["criteria=published", "grounding=sharp"])
+    (['grounding=paper'], [])
+    """
+    named = dict(word.lstrip("+").partition("=")[::2] for word in words)
+    if "grounding" in named or "grounding" not in choices(program):
+        return []
+    of_paper = named.get("criteria", "").startswith("published") or named.get("stage") == "experiment"
+    # The ladder's rungs name their own.
+    experiment = named.get("experiment", "none") not in ("none", "ladder")
+    return ["grounding=paper"] if (of_paper and named.get("experiment") != "ladder") or experiment else []
+
+
+def preset_name(group: str, chosen: Options) -> str:
+    """The preset that a group's options are, or the nearest one and what differs from it.
+
+    >>> preset_name("grounding", GroundingOptions(sigma=0.5))
+    'paper with sigma=0.5'
+    """
+    values = {name: plain(getattr(chosen, name)) for name in type(chosen).__pydantic_fields__}
+    base = plain(type(chosen)())
+    other = {
+        choice: {
+            name: value for name, value in values.items() if {**base, **preset(group, choice)}[name] != value
+        }
+        for choice in choices_of(group)
+    }
+    nearest = min(other, key=lambda choice: len(other[choice]))
+    changed = ", ".join(f"{name}={written(getattr(chosen, name))}" for name in other[nearest])
+    return f"{nearest} with {changed}" if changed else nearest
+
+
 def composed(program: str, *overrides: str) -> Any:
     """The options of a program as its command line with these overrides has them: an object of its class.
 
@@ -191,7 +233,7 @@ def composed(program: str, *overrides: str) -> Any:
 
     register(program)
     with initialize_config_module("localization_heads.config", version_base="1.3"):
-        return checked(program, compose(program, list(overrides)))
+        return checked(program, compose(program, [*overrides, *implied(program, overrides)]))
 
 
 def checked(program: str, cfg: Any) -> Any:

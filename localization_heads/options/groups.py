@@ -136,6 +136,12 @@ class CriteriaOptions(Options):
         return self
 
 
+NEWCOMER = "sharp"
+"""The preset of `grounding=` that anybody gets who asks for a box without naming one, on the command line, in the demo
+and in Python. Of the presets that cost one prefill it measured best on every set (docs/grounding.md). What is to be
+compared with the paper (`experiment=`, `criteria=published*`) takes `paper` (`options.compose.implied`)."""
+
+
 @options
 class GroundingOptions(Options):
     """How maps become a box (Sec. 5, App. B.2)."""

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from localization_heads.errors import UsageError
 from localization_heads.options.experiments import ExperimentOptions, RungOptions
 from localization_heads.options.groups import (
+    NEWCOMER,
     ConvMode,
     CriteriaOptions,
     Dataset,
@@ -104,8 +105,10 @@ class ModelUse(Options):
     )
     grounding: GroundingOptions = option(
         GroundingOptions(),
-        "How maps become a box: paper, or published (the box of August 2025, around all cells above the mean).",
-        choice="paper",
+        "How maps become a box: sharp (what measured best at the cost of one prefill), paper, or published (the box of "
+        "August 2025, around all cells above the mean). Experiments and criteria=published* take paper unless told "
+        "otherwise.",
+        choice=NEWCOMER,
     )
     segmenter: SegmenterOptions = option(
         SegmenterOptions(),
@@ -375,7 +378,7 @@ class VisualizeOptions(EntryChoice):
         choice="paper",
     )
     grounding: GroundingOptions = option(
-        GroundingOptions(), "How maps become a box: paper or published.", choice="paper"
+        GroundingOptions(), "How maps become a box: sharp, paper or published.", choice=NEWCOMER
     )
 
     @model_validator(mode="after")
