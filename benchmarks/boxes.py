@@ -131,8 +131,11 @@ def main(count: int) -> None:
     rows = compared(count, lambda seen, options: ious(seen, heads, options), lvlm)
     say = Console(soft_wrap=True).print
     names = " ".join(map(str, heads))
-    say(f"{count} test scenes a set, {SIZE} pixels wide, heads {names}. Each cell: Acc@0.5, Acc@0.75, mean IoU, and how\n"
-        "many points Acc@0.5 is ahead of the paper's, with its paired 95 % interval.\n", markup=False, highlight=False)  # fmt: skip
+    about = (
+        f"{count} test scenes a set, {SIZE} pixels wide, heads {names}. Each cell: Acc@0.5, Acc@0.75, mean IoU, and "
+        "how many points Acc@0.5 is ahead of the paper's, with its paired 95 % interval.\n"
+    )
+    say(about, markup=False, highlight=False)
     say(markdown(["read-out", *SETS], rows), markup=False, highlight=False)
 
 
