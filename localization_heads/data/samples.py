@@ -178,14 +178,19 @@ Line = TypeVar("Line", Sample, VisualizationEntry)
 
 
 @dataclass(frozen=True)
-class DataFile(Generic[Line]):
+class SampleFile(Generic[Line]):
     """A data file: its good lines in file order, and the bad ones."""
 
     entries: list[Line]
     bad: list[BadEntry]
 
+    @property
+    def samples(self) -> list[Line]:
+        """The entries of a data set, under their own name."""
+        return self.entries
 
-def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False) -> DataFile[Sample]:
+
+def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False) -> SampleFile[Sample]:
     """Read a data set. Bad lines are in `.bad`; UsageError if the file is missing, unreadable or empty.
 
     Args:
@@ -201,12 +206,12 @@ def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False
     return _load(Path(data_file), sample)
 
 
-def load_visualization_entries(data_file: str | Path) -> DataFile[VisualizationEntry]:
+def load_visualization_entries(data_file: str | Path) -> SampleFile[VisualizationEntry]:
     """Read the entries of a visualization batch, as `load_samples` reads samples. One id may come many times."""
     return _load(Path(data_file), _visualization_entry)
 
 
-def _load(path: Path, make: Callable[[Mapping[str, Any], str, int, Path], Line]) -> DataFile[Line]:
+def _load(path: Path, make: Callable[[Mapping[str, Any], str, int, Path], Line]) -> SampleFile[Line]:
     """The lines of a file as `make` reads them, from an object, its id, its line and the folder of the file."""
     entries: list[Line] = []
     bad: list[BadEntry] = []
@@ -221,7 +226,7 @@ def _load(path: Path, make: Callable[[Mapping[str, Any], str, int, Path], Line])
             bad.append(BadEntry(line, id, str(error)))
     if not entries and not bad:
         raise UsageError(f"data_file={path} is empty: it needs a JSON object on each line")
-    return DataFile(entries, bad)
+    return SampleFile(entries, bad)
 
 
 def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:

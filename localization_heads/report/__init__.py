@@ -1,1 +1,6 @@
 """`report.html`: one self-contained page about one run, for people who were not there."""
+
+from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
+from localization_heads.report.page import render
+
+__all__ = ["Card", "Gallery", "HeadFacts", "Report", "outline", "render", "thumbnail", "tiny_map"]
