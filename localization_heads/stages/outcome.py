@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from localization_heads.attention import Box
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
@@ -19,7 +20,7 @@ from localization_heads.heads.ranking import HeadRanking
 from localization_heads.report.content import Card
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
-from localization_heads.store.results import Prediction, write_parquet, write_predictions
+from localization_heads.store.results import Instance, Prediction, write_parquet, write_predictions
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,22 @@ class Outcome:
     card: Card | None = None
 
     @classmethod
-    def of(cls, sample: Sample, grounding: Grounding) -> Outcome:
-        """The mask of the prediction is the segmenter's; without one, the pseudo-mask."""
-        mask = encode_mask(grounding.mask)
-        return cls(sample, Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads))
+    def of(cls, sample: Sample, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Outcome:
+        """The mask of the prediction is the segmenter's; without one, the pseudo-mask.
+
+        Args:
+            several: every object that the expression fits, `grounding` first (`instances=all`).
+        """
+        boxes = None if several is None else [_instance(one) for one in several]
+        mask = encode_mask(grounding.mask) if boxes is None else boxes[0].mask
+        predicted = Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads, boxes=boxes)
+        return cls(sample, predicted)
+
+    @property
+    def boxes(self) -> list[Box]:
+        """All predicted boxes, the best first."""
+        single = [] if self.prediction.bbox is None else [self.prediction.bbox]
+        return single if self.prediction.boxes is None else [one.bbox for one in self.prediction.boxes]
 
     @property
     def iou(self) -> float | None:
@@ -69,6 +82,10 @@ class Outcome:
             return cls(sample, Prediction.from_json(data["prediction"]), {**data["measured"]}, card)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
+
+
+def _instance(grounding: Grounding) -> Instance:
+    return Instance(grounding.box, grounding.score, encode_mask(grounding.mask), grounding.confidence)
 
 
 @dataclass(frozen=True)
