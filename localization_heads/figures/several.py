@@ -98,7 +98,7 @@ def plot_instances(
         expression: the title.
     """
     size = panel_size(grounding.image_size, area=_AREA)
-    scores = ", ".join(f"{n}: {found.score:.2f}" for n, found in enumerate(objects, start=1))
+    scores = ", ".join(f"{n}:\N{NO-BREAK SPACE}{found.score:.2f}" for n, found in enumerate(objects, start=1))
     label = f"{len(objects)} predicted box{'es' if len(objects) > 1 else ''}"
     legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label)]
     if truths:
@@ -111,9 +111,9 @@ def plot_instances(
         for found in objects:
             if found.mask is not None:
                 draw_outline(axes, _small(found.mask))
+        _draw_numbered(axes, [found.box for found in objects], size[0])
         for truth in truths:
             draw_box(axes, truth, "white", dashed=True)
-        _draw_numbered(axes, [found.box for found in objects], size[0])
         return save(figure, path)
 
 

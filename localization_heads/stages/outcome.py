@@ -11,6 +11,7 @@ from localization_heads.attention import Box
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
+from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.judging import HEADS, Scores
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.evaluation.scores import Score
@@ -57,17 +58,17 @@ class Outcome:
 
     @property
     def iou(self) -> float | None:
-        """IoU of the predicted and the true box, None where no truth is known."""
-        if self.sample.bbox is None or self.prediction.bbox is None:
+        """IoU of the predicted and the one true box, None where no such truth is known."""
+        if self.sample.bbox is None or len(self.sample.boxes) > 1 or self.prediction.bbox is None:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
 
     @property
     def scores(self) -> Scores:
-        """The scores of every method that `evaluate` has measured."""
+        """The scores of every method that `evaluate` has measured; none of an entry without one true box."""
         return {
             name: [Score.from_json(score) for score in scores]
-            for name, scores in self.measured["scores"].items()
+            for name, scores in self.measured.get("scores", {}).items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -127,6 +128,7 @@ COLUMNS = {
     "expression": "text",
     "true_box": "numbers",
     "predicted_box": "numbers",
+    "f1": "number",
     "iou": "number",
     "pointing": "number",
     "energy": "number",
@@ -145,7 +147,7 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
     """`per_sample.parquet`: rows in file order, then those of the failed entries, with their id and the reason."""
     path = run.folder / "per_sample.parquet"
     rows = [_row(outcome) for outcome in outcomes]
-    controls = {name: "number" for name in rows[0] if name not in COLUMNS}
+    controls = {name: "number" for row in rows for name in row if name not in COLUMNS}
     rows += [{"id": bad.id or f"line_{bad.line}", "error": bad.reason} for bad in failures]
     write_parquet(path, {**COLUMNS, **controls}, rows)
     return path
@@ -153,8 +155,6 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     sample, prediction, scores = outcome.sample, outcome.prediction, outcome.scores
-    (heads,) = scores.pop(HEADS)
-    shared, union = heads.overlap or (None, None)
     native = outcome.measured.get("native", {})
     row = {
         "id": sample.id,
@@ -162,16 +162,16 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "expression": sample.expression,
         "true_box": list(sample.bbox or ()),
         "predicted_box": list(prediction.bbox or ()),
-        "iou": heads.iou,
-        "pointing": float(heads.pointing),
-        "energy": heads.energy,
-        "intersection": shared,
-        "union": union,
+        "f1": f1(outcome.boxes, sample.true_boxes),
         "score": prediction.score,
         "heads": [str(head) for head in prediction.heads],
         "native_box": native.get("box"),
         "native_answer": native.get("answer"),
     }
+    for answer in scores.pop(HEADS, ()):
+        shared, union = answer.overlap or (None, None)
+        row |= {"iou": answer.iou, "pointing": float(answer.pointing), "energy": answer.energy}
+        row |= {"intersection": shared, "union": union}
     for name, answers in scores.items():  # random heads answer several times: the mean
         for metric in ("iou", "pointing", "energy"):
             row[f"{name}_{metric}"] = sum(float(getattr(a, metric)) for a in answers) / len(answers)
