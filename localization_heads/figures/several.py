@@ -98,14 +98,16 @@ def plot_instances(
         expression: the title.
     """
     size = panel_size(grounding.image_size, area=_AREA)
-    scores = ", ".join(f"{n}:\N{NO-BREAK SPACE}{found.score:.2f}" for n, found in enumerate(objects, start=1))
+    scores = ", ".join(f"{n}={found.score:.2f}" for n, found in enumerate(objects, start=1))
     label = f"{len(objects)} predicted box{'es' if len(objects) > 1 else ''}"
     legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label)]
     if truths:
         legend.append(Line2D([], [], color="white", linewidth=BOX_WIDTH, linestyle="--", label="true box"))
         legend[-1].set_path_effects([withStroke(linewidth=2.9, foreground="black")])
     with paper_style():
-        figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend, note=f"scores {scores}")
+        figure, (axes,) = new_sheet(
+            size, 1, expression, titled=False, legend=legend, note=f"scores: {scores}"
+        )
         draw_image(axes, shrink_to_panel(image, max(size)), grounding.image_size)
         draw_map(axes, _drawn_heat(grounding), (0, 0, *grounding.image_size), opaque=image is None)
         for found in objects:
@@ -168,6 +170,7 @@ def label_places(
 
 
 _MOST = 40  # places tried along a side
+_RINGS = 3  # of places around a box
 
 
 def _places(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:
@@ -176,10 +179,12 @@ def _places(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:
     columns, rows = (min(int(length // step), _MOST) for length, step in ((x1 - x0, w), (y1 - y0, h)))
     for row in range(rows):
         yield from ((x0 + column * w, y0 + row * h) for column in range(columns))
-    for y in (y0 - h, y1):
-        yield from ((x0 + column * w, y) for column in range(columns + 1))
-    for x in (x1, x0 - w):
-        yield from ((x, y0 + row * h) for row in range(rows + 1))
+    for ring in range(1, _RINGS + 1):
+        left, top, right, bottom = x0 - ring * w, y0 - ring * h, x1 + (ring - 1) * w, y1 + (ring - 1) * h
+        for y in (top, bottom):
+            yield from ((x0 + column * w, y) for column in range(1 - ring, columns + ring))
+        for x in (right, left):
+            yield from ((x, y0 + row * h) for row in range(1 - ring, rows + ring))
 
 
 def _is_free(

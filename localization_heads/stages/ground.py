@@ -97,7 +97,7 @@ def _part(sample: Sample, number: int, phrase: str, ids: set[str]) -> Sample:
         raise UsageError(
             f"its phrase {number} would be called {id}, as another entry is; phrases.by=whole splits nothing"
         )
-    return replace(sample, id=id, expression=phrase, bbox=None, mask=None)
+    return replace(sample, id=id, expression=phrase, bbox=None, mask=None, boxes=(), absent=False)
 
 
 def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[Outcome]) -> list[Path]:

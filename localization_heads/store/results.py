@@ -91,9 +91,9 @@ class Instance:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Instance:
         """The inverse of `to_json`; raises as `Prediction.from_json` does."""
-        confidence = data.get("confidence")
+        box, confidence = _box(data["bbox"]), data.get("confidence")
         return cls(
-            bbox=_box(data["bbox"]),
+            bbox=box,
             score=_number(data["score"]),
             mask=_mask(data.get("mask")),
             confidence=None if confidence is None else _number(confidence),
