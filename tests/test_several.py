@@ -137,8 +137,9 @@ def test_predictions_read_what_they_wrote() -> None:
         [{"bbox": None, "score": 1}],
         [{"bbox": [0, 0, 1], "score": 1}],
         [{"bbox": [0, 0, 1, 1]}],
-    ]
-    + [[{"bbox": [0, 0, 1, 1], "score": "1"}], [{"bbox": [0, 0, 1, 1], "score": 1, "mask": 3}]],
+        [{"bbox": [0, 0, 1, 1], "score": "1"}],
+        [{"bbox": [0, 0, 1, 1], "score": 1, "mask": 3}],
+    ],
 )
 def test_broken_boxes_are_no_prediction(boxes: Any) -> None:
     line = {**Prediction("a").to_json(), "boxes": boxes}

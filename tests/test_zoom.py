@@ -148,7 +148,7 @@ def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: 
     assert list(calls) == expected
     assert 2 in map(len, closer) and 1 in map(len, closer)
     lines = predictions(front.out / "predictions.jsonl")
-    for line, (_, first, twice) in zip(lines, found.values(), strict=True):
+    for line, (_, _, twice) in zip(lines, found.values(), strict=True):
         assert line["bbox"] == pytest.approx(twice.box, abs=1e-3)
         assert (read_mask(line["mask"], (64, 48)) == twice.mask).mean() > 0.99
     assert any(first.box != twice.box for _, first, twice in found.values())
