@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
-from localization_heads.evaluation.instances import suppressed
 from localization_heads.grounding.ground import Grounding, ground_instances, ground_maps
+from localization_heads.grounding.instances import suppressed
 from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated

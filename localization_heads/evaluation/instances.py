@@ -92,16 +92,3 @@ def instance_metrics(
 
 def _rounded(resampled: NDArray[np.float64]) -> list[float | None]:
     return [rounded(bound) for bound in percentile_interval(resampled)]
-
-
-def suppressed(boxes: Sequence[Box], overlap: float = RIGHT) -> list[int]:
-    """Places of the boxes, best first, that no better one overlaps with an IoU above `overlap`: no duplicates.
-
-    >>> suppressed([(0, 0, 4, 4), (0, 0, 4, 3), (4, 0, 8, 4)])
-    [0, 2]
-    """
-    kept: list[int] = []
-    for place, box in enumerate(boxes):
-        if all(float(box_iou(box, boxes[other])) <= overlap for other in kept):
-            kept.append(place)
-    return kept
