@@ -277,7 +277,7 @@ def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) 
         grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
     named: dict[str, Any] = {"truth": sample.bbox, "expression": sample.expression}
-    if outcome.prediction.boxes is not None:
+    if outcome.prediction.boxes:
         objects = [_found(sample.expression, one, image.size) for one in outcome.prediction.boxes]
         named = {"truths": sample.true_boxes, "expression": sample.expression}
         return run.draw(figures.plot_instances, image, grounding, objects, path=path, **named)
