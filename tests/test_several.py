@@ -105,7 +105,8 @@ def test_predictions_hold_all_boxes(front: Front, monkeypatch: pytest.MonkeyPatc
     options = ("stage=ground", "data_file=data.jsonl", "batch_size=2", ONE)
     assert front.finder(*options).status == 0
     assert all("boxes" not in line for line in lines_of(front))
-    assert front.finder(*options, "instances=all").status == 0
+    result = front.finder(*options, "instances=all")
+    assert result.status == 0, result.err
     lines, whole = lines_of(front), (front.out / "predictions.jsonl").read_bytes()
     assert any(len(line["boxes"]) > 1 for line in lines)
     for line in lines:
@@ -114,6 +115,7 @@ def test_predictions_hold_all_boxes(front: Front, monkeypatch: pytest.MonkeyPatc
         assert (line["bbox"], line["score"], line["mask"]) == (best["bbox"], best["score"], best["mask"])
         scores = [one["score"] for one in line["boxes"]]
         assert scores == sorted(scores, reverse=True)
+        assert all(f"{one['score']:.2f}" in result.out for one in line["boxes"])  # each has its row
     calls.restart(fail_at=1)
     assert front.finder(*options, "instances=all").status == 130
     calls.restart()

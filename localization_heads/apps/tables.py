@@ -181,6 +181,8 @@ def predictions_table(outcomes: Sequence[Outcome]) -> Table:
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
         box, score = box_text(prediction.bbox or (0, 0, 0, 0)), f"{prediction.score or 0:.2f}"
         table.add_row(_cell(sample.id), _cell(sample.expression), box, score, iou)
+        for other in (prediction.boxes or ())[1:]:
+            table.add_row("", "", box_text(other.bbox), f"{other.score:.2f}")
     return table
 
 

@@ -133,6 +133,8 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         **scorer.judge.choices(run.named_heads, options.k),
         "segmenter": as_read(options.segmenter),
         "native": scorer.native and scorer.native.prompt,
+        "instances": options.instances,
+        "zoom": options.zoom,
     }
 
 
