@@ -31,7 +31,7 @@ from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.segmenter import refine
 
 HEADS = [lh.Head(2, 0), lh.Head(3, 1)]
-OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2")
+OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "grounding=paper")
 
 
 def grounded(grid: Any, image_box: Any = None, size: tuple[int, int] | None = None) -> Grounding:
@@ -112,13 +112,14 @@ def test_the_score_is_that_of_the_final_box() -> None:
 def test_from_python(lvlm: LVLM) -> None:
     """The box of a crop that is asked about by hand; the mask starts from the final box."""
     image = Image.fromarray(render_scene(TEST_SEEDS.start, size=96).image)
-    once = lh.ground(lvlm, image, "panda", segmenter=None)
+    options = GroundingOptions()
+    once = lh.ground(lvlm, image, "panda", options=options, segmenter=None)
     crop = crop_around(once)
     assert crop is not None
-    second = lh.ground(lvlm, image.crop(crop), "panda", segmenter=None)
+    second = lh.ground(lvlm, image.crop(crop), "panda", options=options, segmenter=None)
     expected = looked_again(once, mapped_back(second.box, crop))
     assert expected.box != once.box
-    twice = lh.ground(lvlm, image, "panda", zoom=True)
+    twice = lh.ground(lvlm, image, "panda", options=options, zoom=True)
     assert twice.box == pytest.approx(expected.box)
     assert twice.score == pytest.approx(expected.score, abs=1e-6)
     assert (twice.mask == refine(expected, image, GrabCut()).mask).all()
@@ -135,14 +136,15 @@ def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: 
     lvlm = lh.load_model(device="cpu")
     found = {}
     for number, expression in enumerate(EXPRESSIONS):
-        first = lh.ground(lvlm, f"image_{number}.png", expression, HEADS, segmenter=None)
-        twice = lh.ground(lvlm, f"image_{number}.png", expression, HEADS, zoom=True)
+        asked = (lvlm, f"image_{number}.png", expression, HEADS)
+        first = lh.ground(*asked, options=GroundingOptions(), segmenter=None)
+        twice = lh.ground(*asked, options=GroundingOptions(), zoom=True)
         found[expression] = crop_around(first) is not None, first, twice
     calls.clear()
     assert front.finder(*OPTIONS).status == 0
     chunks = [list(chunk) for chunk in calls]
     closer = [[one for one in chunk if found[one][0]] for chunk in chunks]
-    expected = [asked for pair in zip(chunks, closer, strict=True) for asked in pair if asked]
+    expected = [part for pair in zip(chunks, closer, strict=True) for part in pair if part]
     calls.clear()
     assert front.finder(*OPTIONS, "zoom=true").status == 0
     assert list(calls) == expected
