@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from localization_heads.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from localization_heads.api import evaluate, find_heads, ground
+    from localization_heads.api import evaluate, find_heads, ground, ground_all
     from localization_heads.attention import AttentionMaps
     from localization_heads.data.address import Address
     from localization_heads.data.samples import Sample
@@ -39,6 +39,7 @@ _HOMES = {
     "evaluate": "api",
     "find_heads": "api",
     "ground": "api",
+    "ground_all": "api",
     "load_heads": "hub",
     "load_model": "lvlm.loading",
     "pipeline": "interop.pipeline",
@@ -55,6 +56,7 @@ __all__ = [
     "evaluate",
     "find_heads",
     "ground",
+    "ground_all",
     "load_heads",
     "load_model",
     "pipeline",

@@ -20,7 +20,8 @@ from localization_heads.errors import NoHeadError, NotFiniteError, UsageError
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounder import Grounder, check_heads, make_segmenter
-from localization_heads.grounding.ground import Grounding
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, rank_heads
@@ -104,6 +105,7 @@ def ground(
     *,
     options: GroundingOptions | None = None,
     segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
+    zoom: bool = False,
 ) -> Grounding:
     """The box, mask and heat map of an expression in an image (Sec. 5).
 
@@ -116,6 +118,7 @@ def ground(
             are none, the three that this very image and expression pick (the paper's "greedy" ablation).
         segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask. A SAM is loaded once,
             by `make_segmenter`, and handed in here.
+        zoom: ask again about a crop around the box, and average both boxes where they agree (`grounding.zoom`).
 
     Raises:
         ValueError: a head that the model does not have, or no head at all in `heads`.
@@ -125,7 +128,46 @@ def ground(
     opened = load_image(image)
     grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
     (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer)
-    return grounder.ground(maps, opened)
+    second = _second_look(lvlm, grounder, maps, opened, expression) if zoom else None
+    return grounder.ground(maps, opened, second=second)
+
+
+def _second_look(
+    lvlm: LVLM, grounder: Grounder, maps: AttentionMaps, image: Image.Image, expression: str
+) -> Box | None:
+    """The box that the same heads find in a crop around the first one, in pixels of the image; None if none is asked.
+
+    Args:
+        maps: of the whole image.
+    """
+    first = ground_maps(maps, grounder.heads_of(maps), grounder.options)
+    if (crop := crop_around(first)) is None:
+        return None
+    last_layer = max(head.layer for head in first.heads)
+    closer = lvlm.attend(image.crop(crop), expression, last_layer=last_layer)
+    found = ground_maps(closer, first.heads, grounder.options)
+    return mapped_back(found.box, crop) if found.cells.any() else None
+
+
+def ground_all(
+    lvlm: LVLM,
+    image: ImageSource,
+    expression: str,
+    heads: Sequence[Head] | HeadRanking | None = None,
+    *,
+    options: GroundingOptions | None = None,
+    segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
+) -> list[Grounding]:
+    """Every object that an expression such as "the dogs" fits, that of the highest score first; at least one.
+
+    Each is a component of the map's positive cells that holds at least `LEAST_MASS` of the strongest one's attention,
+    with a box, a mask and a score of its own (the share of the whole map in its box); of two that overlap by more than
+    half only the better one is there. Arguments and errors as of `ground`.
+    """
+    opened = load_image(image)
+    grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
+    (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer)
+    return grounder.ground_all(maps, opened)
 
 
 class Scored(NamedTuple):

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.attention import AttentionMaps
+from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.ground import Grounding, ground_instances, ground_maps
+from localization_heads.grounding.instances import suppressed
+from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ranking import own_heads
@@ -61,15 +63,33 @@ class Grounder:
         return own_heads(statistics, self.criteria, self.k)
 
     def ground(
-        self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
+        self,
+        maps: AttentionMaps,
+        image: Image.Image | None,
+        statistics: HeadStatistics | None = None,
+        second: Box | None = None,
     ) -> Grounding:
         """The box, mask and heat map of one sample. NoHeadError as of `heads_of`.
 
         Args:
             image: what the maps are of; without it the mask is that of the maps.
             statistics: of the maps, where they are known already.
+            second: the box of a second look, in pixels of the image (`grounding.zoom`).
         """
-        return self.refine(ground_maps(maps, self.heads_of(maps, statistics), self.options), image)
+        first = ground_maps(maps, self.heads_of(maps, statistics), self.options)
+        return self.refine(looked_again(first, second), image)
+
+    def ground_all(
+        self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
+    ) -> list[Grounding]:
+        """A grounding for each object that the expression fits, that of the highest score first; at least one.
+
+        Each component of the map, its mask made by the segmenter, and scored by the map's mass in its box. Of two that
+        overlap by more than half (`suppressed`) only the better one is kept. Arguments and errors as of `ground`.
+        """
+        components = ground_instances(maps, self.heads_of(maps, statistics), self.options)
+        found = sorted((self.refine(one, image) for one in components), key=lambda one: -one.score)
+        return [found[place] for place in suppressed([one.box for one in found])]
 
     def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
         """The grounding with the segmenter's mask, and with that mask's box if `box_from` asks for it."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from localization_heads.cells import box_iou
-from localization_heads.evaluation.instances import f1, num_matched, suppressed
+from localization_heads.evaluation.instances import f1, num_matched
+from localization_heads.grounding.instances import suppressed
 
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
 

@@ -96,7 +96,7 @@ def test_truth_and_addresses_are_taken(folder):
 def test_no_target_and_several_are_taken(folder):
     absent, several = load_samples(
         write(folder, line(id="1", bbox=None, absent=True), line(id="2", boxes=[[0, 0, 1, 1], [1, 1, 2, 3]]))
-    ).samples
+    ).entries
     assert absent.absent and not absent.has_truth and absent.true_boxes == ()
     assert several.has_truth and several.true_boxes == ((0, 0, 1, 1), (1, 1, 2, 3))
     with pytest.raises(UsageError, match="only be one of them"):

@@ -30,6 +30,7 @@ from localization_heads.segmentation.segmenter import (
     GRABCUT,
     LOGIT,
     Frame,
+    background_points,
     interior_points,
     map_logits,
     refine,
@@ -261,6 +262,32 @@ class TestSam:
         assert prompts["input_labels"].tolist() == [[[1, 1]]]
         side = 4 * sam.model.prompt_encoder.image_embedding_size[0]
         assert prompts["input_masks"].shape == (1, 1, side, side)
+
+    def test_signed_points_are_labelled(self, sam):
+        """An L: its box has cells that are not the object's, and the lowest of them are background."""
+        cells = np.zeros((8, 8))
+        cells[1:6, 1:3] = cells[4:6, 1:6] = 1.0
+        cells[1:4, 3:6] = 0.1
+        cells[2, 4], cells[1, 5] = 0.0, 0.05
+        found = grounded(cells, (0, 0, 160, 80), (160, 80))
+        assert found.box == (20.0, 10.0, 120.0, 60.0)
+        assert background_points(found, 2) == [(90.0, 25.0), (110.0, 15.0)]
+        frame = sam.frame((160, 80))
+        down = SIDE / 80 if sam.family.squashes else SIDE / 160
+        prompts = told(sam, "points", num_points=2, points="signed").prompts(found, frame)
+        places = [*interior_points(found, 2), (90.0, 25.0), (110.0, 15.0)]
+        expected = np.array([[x * SIDE / 160, y * down] for x, y in places])
+        assert prompts["input_points"][0, 0].numpy() == pytest.approx(expected)
+        assert prompts["input_labels"].tolist() == [[[1, 1, 0, 0]]]
+        image = Image.effect_noise((160, 80), 80).convert("RGB")
+        masks = [told(sam, "points", points=kind).segment(image, found) for kind in ("positive", "signed")]
+        assert (masks[0] != masks[1]).any()  # the labels are heard
+
+    def test_a_full_box_has_no_background(self, sam):
+        found = grounded(square(8, 2, 5))
+        assert background_points(found, 3) == []
+        prompts = told(sam, "points", points="signed").prompts(found, sam.frame(found.image_size))
+        assert prompts["input_labels"].tolist() == [[[1, 1, 1]]]
 
     def test_three_masks_the_best_is_taken(self, sam):
         image = Image.effect_noise((80, 80), 80).convert("RGB")

@@ -53,12 +53,15 @@ HEADINGS = {
     "energy": "energy\nin box",
     "ciou": "cIoU\n(mask)",
     "giou": "gIoU\n(mask)",
+    "f1@0.5": "F1\n@0.5",
+    "pr@f1=1": "Pr\n@F1=1",
 }
 NAMES = {
     "random_heads": "random heads",
     "all_heads": "all heads",
     "centre_box": "centre box",
     "native": "model's box",
+    "single_box": "best box alone",
 }
 
 
@@ -90,15 +93,17 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     table.add_column("")
     for name in shown:
         table.add_column(HEADINGS[name], justify="right")
-    methods = {"heads": metrics, **metrics.get("controls", {})}
+    single = {"single_box": metrics["single_box"]} if "single_box" in metrics else {}
+    methods = {"heads": metrics, **single, **metrics.get("controls", {})}
     for number, (name, row) in enumerate(methods.items()):
-        cells = [_score_cell(row[metric], row[f"{metric}_interval"]) for metric in shown]
+        cells = [_score_cell(row.get(metric), row.get(f"{metric}_interval", ())) for metric in shown]
         table.add_row(NAMES.get(name, name), *cells, style="" if number else "bold")
     return table
 
 
 def _title(metrics: Mapping[str, Any]) -> str:
-    parts = [f"{metrics['num_samples']} expressions"]
+    parts = [f"{metrics.get('num_answers', metrics['num_samples'])} expressions"]
+    parts += [f"{metrics['num_samples']} with one true box"] if "num_answers" in metrics else []
     parts += [f"{metrics['num_masks']} with a mask"] if "num_masks" in metrics else []
     parts += [f"{metrics['num_failed']} failed"] if metrics["num_failed"] else []
     return f"Scores of {', '.join(parts)}"
@@ -176,6 +181,8 @@ def predictions_table(outcomes: Sequence[Outcome]) -> Table:
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
         box, score = box_text(prediction.bbox or (0, 0, 0, 0)), f"{prediction.score or 0:.2f}"
         table.add_row(_cell(sample.id), _cell(sample.expression), box, score, iou)
+        for other in (prediction.boxes or ())[1:]:
+            table.add_row("", "", box_text(other.bbox), f"{other.score:.2f}")
     return table
 
 

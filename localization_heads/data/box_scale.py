@@ -78,7 +78,7 @@ def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
 
 def true_boxes(samples: Sequence[Sample]) -> list[TrueBox]:
     """The boxes of the samples that have one, with the sizes of at most `LOOKED_AT` images."""
-    boxed = [(sample, sample.bbox) for sample in samples if sample.bbox is not None]
+    boxed = [(sample, box) for sample in samples for box in sample.true_boxes]
     looked_at = set(np.linspace(0, len(boxed) - 1, LOOKED_AT).round()) if len(boxed) > LOOKED_AT else None
     return [
         TrueBox(where(sample), box, _size(sample) if looked_at is None or number in looked_at else None)

@@ -118,6 +118,8 @@ class Judge:
             scored: the scores of each expression, all by the same methods.
             images: the identity of each expression's image.
         """
+        if not scored:
+            return {"num_samples": 0, "num_failed": num_failed, "controls": {}}
         methods = {name: [scores[name] for scores in scored] for name in scored[0]}
         groups = images if self.bootstrap == "image" else None
         summary = summarize(methods, groups=groups, seed=self.seed)

@@ -11,8 +11,9 @@ from localization_heads.figures.charts import (
     plot_head_grid,
     plot_selection_frequency,
 )
-from localization_heads.figures.overlay import Found, plot_boxes, plot_cells, plot_several
+from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
+from localization_heads.figures.several import Found, plot_instances, plot_several
 from localization_heads.figures.sheet import plot_once, show, svg
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "plot_frequency_iou",
     "plot_grounding",
     "plot_head_grid",
+    "plot_instances",
     "plot_once",
     "plot_selection_frequency",
     "plot_several",

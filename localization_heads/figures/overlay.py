@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -23,15 +23,11 @@ from localization_heads.attention import Box
 from localization_heads.cells import visible_cells, visible_edges
 from localization_heads.figures.panels import Pixels, lay
 from localization_heads.figures.sheet import (
-    BLUE,
     COLOUR_MAP,
     DPI,
-    GREEN,
     ORANGE,
-    PURPLE,
     SKY,
     VERMILLION,
-    YELLOW,
     as_typed,
     new_sheet,
     panel_size,
@@ -108,12 +104,8 @@ def cells_inside(
     return np.ix_(*(np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0)))
 
 
-def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False, label: str = "") -> None:
-    """Draw a box, in the units of the axes, cut at their edge, with a rim that lifts it from any background.
-
-    Args:
-        label: written inside its top left corner, above every box.
-    """
+def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None:
+    """Draw a box, in the units of the axes, cut at their edge, with a rim that lifts it from any background."""
     left, right = sorted(axes.get_xlim())
     low, high = sorted(axes.get_ylim())
     x0, x1 = np.clip(box[0::2], left, right)
@@ -131,20 +123,6 @@ def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False, label: 
         zorder=5,
     )
     axes.add_patch(patch)
-    if label:
-        axes.annotate(
-            label,
-            (x0, y0),
-            xytext=(4, -4),
-            textcoords="offset points",
-            ha="left",
-            va="top",
-            fontsize=10,
-            fontweight="bold",
-            color=colour,
-            path_effects=[withStroke(linewidth=2.5, foreground="black")],
-            zorder=7,
-        )
 
 
 def draw_outline(axes: Axes, mask: NDArray[np.bool_]) -> None:
@@ -278,50 +256,3 @@ def _legend() -> list[Line2D]:
         Line2D([], [], color=SKY, label="last token", **square),  # type: ignore[arg-type]
         Line2D([], [], color=VERMILLION, linewidth=1.4, label="what the view covers"),
     ]
-
-
-COLOURS = (VERMILLION, SKY, YELLOW, GREEN, PURPLE, ORANGE, BLUE)
-"""Okabe and Ito's, in an order that keeps the first few far apart; the numbers tell those apart that come again."""
-_TINT = 0.35  # opacity of a mask
-
-
-@dataclass(frozen=True)
-class Found:
-    """One object: what was asked, its box in pixels, its score, and its mask, bool `[H, W]`, if there is one."""
-
-    phrase: str
-    box: Box
-    score: float
-    mask: NDArray[np.bool_] | None = field(default=None, repr=False)
-
-
-def plot_several(image: Image.Image, objects: Sequence[Found], path: str | Path | None = None) -> Figure:
-    """The image with every object's box and mask, numbered; the title says which number is what.
-
-    Args:
-        objects: at least one.
-    """
-    size = panel_size(image.size, area=14)
-    title = " | ".join(f"{n}: {found.phrase} ({found.score:.2f})" for n, found in enumerate(objects, start=1))
-    with paper_style():
-        figure, (axes,) = new_sheet(size, 1, title, titled=False)
-        draw_image(axes, shrink_to_panel(image, max(size)), image.size)
-        for number, found in enumerate(objects, start=1):
-            colour = COLOURS[(number - 1) % len(COLOURS)]
-            if found.mask is not None:
-                _draw_mask(axes, found.mask, colour)
-            draw_box(axes, found.box, colour, label=str(number))
-        return save(figure, path)
-
-
-def _draw_mask(axes: Axes, mask: NDArray[np.bool_], colour: str) -> None:
-    """Tint and outline, at no more pixels than can be seen."""
-    H, W = mask.shape
-    step = max(1, int(np.ceil(max(H, W) / LONGEST)))
-    small = mask[step // 2 :: step, step // 2 :: step]
-    small = small if small.size else mask
-    tint = np.zeros((*small.shape, 4))
-    tint[..., :3] = to_rgb(colour)
-    tint[..., 3] = _TINT * small
-    draw_cells(axes, tint, (0, 0, W, H))
-    draw_outline(axes, small)

@@ -48,7 +48,7 @@ ROUNDING = 1e-12
 """How much of the mass a sum of cells may miss by rounding."""
 NEIGHBOURS = 5
 """Side, in cells, of the neighbourhood that a peak is compared with."""
-LEAST_MASS = 0.25
+LEAST_MASS = 0.15
 """Share of the strongest component's attention from which on another one counts as an instance (docs/grounding.md)."""
 CONSENSUS_POWER = 4
 """Of a head's agreement with the others: a head beside them weighs little (docs/grounding.md)."""

@@ -50,6 +50,8 @@ BoxFrom = Literal["map", "mask", "refined"]
 SegmenterKind = Literal["none", "grabcut", "sam", "sam2", "sam3"]
 SAMS = ("sam", "sam2", "sam3")
 SegmenterPrompt = Literal["box", "points", "map"]
+Points = Literal["positive", "signed"]
+Instances = Literal["one", "all"]
 RAY = ("ray",)
 ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
 Targets = Literal["one", "all"]
@@ -251,6 +253,12 @@ class SegmenterOptions(Options):
         kinds=SAMS,
     )
     num_points: int = option(3, "Number of points, at most.", kinds=SAMS, ge=1, le=100)
+    points: Points = option(
+        "positive",
+        "For prompt=[points]: points on the object alone (positive), or as many on the background again, where the "
+        "map is lowest inside the box (signed).",
+        kinds=SAMS,
+    )
     multimask: bool = option(
         False, "Predict three masks and take the one that the SAM scores highest.", kinds=SAMS
     )

@@ -22,6 +22,7 @@ from localization_heads.options.groups import (
     DoctorOptions,
     EngineOptions,
     GroundingOptions,
+    Instances,
     ModelSpec,
     PhrasesOptions,
     QueryToken,
@@ -49,6 +50,8 @@ SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment")
 """Those that run the model over a data set."""
 ONE_IMAGE = ("collect", "pipeline", "ground", "doctor")
 """Those that take one image and one query."""
+BOXES = ("ground", "evaluate")
+"""Those that make boxes while the model is there."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -205,6 +208,18 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
         section="output",
         stages=ONE_IMAGE,
     )
+    instances: Instances = option(
+        "one",
+        'Boxes of an expression: the best one, or every object that it fits (all), as in "the dogs"; for ground and '
+        "evaluate.",
+        stages=BOXES,
+    )
+    zoom: bool = option(
+        False,
+        "Ask again about a crop around each box, and average both boxes where they agree: finer boxes of small objects "
+        "for one more pass of the model; for ground and evaluate.",
+        stages=BOXES,
+    )
     attention_format: Literal["pkl", "safetensors"] = option("pkl", "Attention files as pkl or safetensors.")
     visualize_batch: bool = option(True, "Draw the maps and the box of the entries of a batch.")
     visualize_limit: Count | None = option(
@@ -311,10 +326,12 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
     def _together(self) -> Self:
         for name, field in type(self).__pydantic_fields__.items():
             stages = extra(field).get("stages")
-            if stages and getattr(self, name) is not None and self.stage not in stages:
+            if stages and getattr(self, name) != field.default and self.stage not in stages:
                 raise UsageError(
                     f"{name}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
                 )
+        if self.zoom and self.instances == "all":
+            raise UsageError("zoom=true looks again at one box; leave out zoom= or instances=all")
         if self.scenes.height is not None and self.scenes.height > self.scenes.size:
             raise UsageError(
                 f"scenes.height={self.scenes.height}: the images have only scenes.size={self.scenes.size} rows"

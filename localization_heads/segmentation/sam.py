@@ -16,8 +16,8 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.checkpoint import check_counts, check_size, weights_in, written_config
 from localization_heads.lvlm.sources import checkpoint_folder, only_here, reading_errors, source_of
-from localization_heads.options.groups import SegmenterOptions, SegmenterPrompt
-from localization_heads.segmentation.segmenter import Frame, interior_points, map_logits
+from localization_heads.options.groups import Points, SegmenterOptions, SegmenterPrompt
+from localization_heads.segmentation.segmenter import Frame, background_points, interior_points, map_logits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,6 +125,8 @@ def _three(values: Any, default: Colours) -> Colours:
     return (red, green, blue) if min(red, green, blue) > 0 else default
 
 
+FOREGROUND, BACKGROUND = 1, 0
+"""Labels of points, as all SAMs were trained with."""
 ENCODED_IMAGES = 4
 """Images whose embeddings are kept: 4 MB each for SAM, about 17 MB for SAM 2."""
 
@@ -144,6 +146,7 @@ def load_sam(options: SegmenterOptions) -> Sam:
         prompt=options.prompt,
         num_points=options.num_points,
         multimask=options.multimask,
+        points=options.points,
     )
 
 
@@ -154,7 +157,7 @@ class Sam:
     Args:
         model: a `SamModel`, `Sam2Model` or `Sam3TrackerModel`.
         mean, std: of the colours, 0 to 1, red, green and blue.
-        prompt, num_points, multimask: as in `SegmenterOptions`.
+        prompt, num_points, multimask, points: as in `SegmenterOptions`.
     """
 
     model: Any
@@ -164,6 +167,7 @@ class Sam:
     prompt: tuple[SegmenterPrompt, ...] = ("box",)
     num_points: int = 3
     multimask: bool = False
+    points: Points = "positive"
     _encoded: OrderedDict[bytes, Any] = field(default_factory=OrderedDict, repr=False)
 
     @property
@@ -203,9 +207,12 @@ class Sam:
             told["input_boxes"] = np.array(grounding.box) * (across, down, across, down)
             told["input_boxes"] = told["input_boxes"][None, None]  # (image, object, 4)
         if "points" in self.prompt:
-            points = np.array(interior_points(grounding, self.num_points)) * (across, down)
+            inner = interior_points(grounding, self.num_points)
+            outer = background_points(grounding, self.num_points) if self.points == "signed" else []
+            points = np.array(inner + outer) * (across, down)
             told["input_points"] = points[None, None]  # (image, object, point, 2)
-            told["input_labels"] = np.ones((1, 1, len(points)), dtype=np.int32)  # all are foreground
+            labels = np.array([FOREGROUND] * len(inner) + [BACKGROUND] * len(outer), dtype=np.int32)
+            told["input_labels"] = labels[None, None]
         if "map" in self.prompt:
             side = 4 * self.model.prompt_encoder.image_embedding_size[0]
             told["input_masks"] = map_logits(grounding, frame, side)[None, None]

@@ -89,6 +89,24 @@ def interior_points(grounding: Grounding, count: int) -> list[Point]:
     return [(float(x), float(y)) for x, y in places[chosen]]
 
 
+def background_points(grounding: Grounding, count: int) -> list[Point]:
+    """At most `count` points (x, y), in pixels, inside the box but where the map is lowest: not on the object.
+
+    Centres of what the cells show of the image, the lowest first, of equal ones row by row. Cells that the box encloses
+    as the object's are never taken; none where no other cell has its centre in the box, or no cell stands out.
+    """
+    cells = grounding.cells
+    if not cells.any():
+        return []
+    edges = visible_edges(grounding.image_box, grounding.image_size, cells.shape)
+    x, y = (_middles(one) for one in edges)
+    x0, y0, x1, y1 = grounding.box
+    inside = np.logical_and.outer((y0 <= y) & (y < y1), (x0 <= x) & (x < x1)) & visible_cells(*edges)
+    rows, columns = np.nonzero(inside & ~cells)
+    lowest = np.argsort(grounding.combined[rows, columns], kind="stable")[:count]
+    return [(float(x[columns[i]]), float(y[rows[i]])) for i in lowest]
+
+
 def map_logits(grounding: Grounding, frame: Frame, side: int) -> NDArray[np.float32]:
     """The combined map as a mask prompt: logits `[side, side]` over the whole square of the frame.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
-from localization_heads.attention import AttentionMaps
+from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, check_inside
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
@@ -54,15 +54,30 @@ class ReadyChunk(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A sample with its opened image and the maps of every head."""
+    """A sample with its opened image and the maps of every head.
+
+    Attributes:
+        second: the box that a second look at the image found, in its pixels (`zoom=true`).
+    """
 
     sample: Sample
     image: Image.Image
     maps: AttentionMaps
+    second: Box | None = None
 
 
 Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]
 """What is made of the maps of a chunk where the model is. Pickled to be sent there, so it holds no run and no model."""
+LookAgain = Callable[[Run, Entries, Sequence[Attended]], list[Attended]]
+"""Asks the model about a chunk a second time. Pickled as well."""
+
+
+class Task(NamedTuple):
+    """What a worker does with each chunk: `compute` down to `last_layer`, then `work`."""
+
+    work: Work
+    last_layer: int | None = None
+    look_again: LookAgain | None = None
 
 
 def chunks(samples: Sequence[Sample], size: int, known: OpenedImages | None = None) -> Iterator[list[Sample]]:
@@ -138,12 +153,20 @@ def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
     return opened
 
 
-def compute(run: Run, entries: Entries, prepared: ReadyChunk, last_layer: int | None) -> list[Attended]:
-    """The maps of the chunk's missing samples."""
+def compute(
+    run: Run,
+    entries: Entries,
+    prepared: ReadyChunk,
+    last_layer: int | None,
+    look_again: LookAgain | None = None,
+) -> list[Attended]:
+    """The maps of the chunk's missing samples, after a second look at the whole chunk if one is wanted."""
     chunk = prepared.chunk
     if prepared.opened is None:
         prepared = make_chunk_ready(run, entries, chunk, ahead=False)
     attended = attend(run, entries, prepared.opened or [], last_layer, prepared.ready)
+    if look_again and attended:
+        attended = look_again(run, entries, attended)
     return [one for one in attended if one.sample.id in chunk.missing]
 
 

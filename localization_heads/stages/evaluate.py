@@ -16,6 +16,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.controls import CENTRE, DRAWS
+from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.evaluation.judging import HEADS, Judge, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
 from localization_heads.evaluation.scores import score_box
@@ -46,7 +47,7 @@ def evaluate(run: Run) -> Result:
     the boxes of all its single heads 0.3 s for each of the first fifty.
     """
     options = run.options
-    entries = with_truth(select_entries(run), "stage=evaluate", _with_box)
+    entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
     check_unseen(run, entries.samples)
     with RunLock(run.folder):
         report = Reporter(run)
@@ -72,8 +73,10 @@ def evaluate(run: Run) -> Result:
             every_layer=options.controls,
             measure_runs_model=native is not None,
         )
-        images = [outcome.sample.image_key for outcome in outcomes]
-        numbers = judge.metrics([outcome.scores for outcome in outcomes], images, len(entries.failures))
+        scored = [(scores, outcome) for outcome in outcomes if (scores := outcome.scores)]
+        images = [outcome.sample.image_key for _, outcome in scored]
+        numbers = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
+        numbers |= _of_several(run, outcomes)
         metrics = {**numbers, "choices": _choices(run, scorer)}
         paths = [
             save_predictions(run, outcomes, entries.in_order()),
@@ -88,11 +91,27 @@ def evaluate(run: Run) -> Result:
         return Result([*drawn, *paths], entries.in_order(), outcomes, metrics=metrics)
 
 
-def _with_box(sample: Sample) -> Sample:
-    """Without a box, the tight box of the mask is the true one."""
-    if sample.bbox is not None:
+def with_box(sample: Sample) -> Sample:
+    """Without a box, the tight box of the mask is the true one; several boxes, or none of what is absent, stay so."""
+    if sample.absent or len(sample.boxes) > 1 or sample.bbox is not None:
         return sample
+    if sample.boxes:
+        return replace(sample, bbox=sample.boxes[0])
     return replace(sample, bbox=truth_of(sample, image_size(sample.image)).box)
+
+
+def _of_several(run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """F1 and Pr@(F1=1) over all entries; nothing where each has one true box and one answer, as in Acc@0.5."""
+    plural = run.options.instances == "all"
+    if not plural and not any(one.sample.absent or len(one.sample.boxes) > 1 for one in outcomes):
+        return {}
+    answers = {"boxes": [one.boxes for one in outcomes]}
+    if plural:
+        answers["single_box"] = [one.boxes[:1] for one in outcomes]
+    truths = [one.sample.true_boxes for one in outcomes]
+    groups = [one.sample.image_key for one in outcomes] if run.options.bootstrap == "image" else None
+    found = instance_metrics(answers, truths, groups=groups, seed=run.options.random_seed)
+    return {**found.pop("boxes"), "num_answers": len(outcomes), **found}
 
 
 def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
@@ -114,6 +133,8 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         **scorer.judge.choices(run.named_heads, options.k),
         "segmenter": as_read(options.segmenter),
         "native": scorer.native and scorer.native.prompt,
+        "instances": options.instances,
+        "zoom": options.zoom,
     }
 
 
@@ -132,6 +153,8 @@ class EntryScorer:
 
     def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
         """The scores of every method by name, the heads' first, and the model's own box."""
+        if one.sample.absent or len(one.sample.boxes) > 1:
+            return {}
         truth = truth_of(one.sample, one.image.size)
         refine = partial(run.grounder(None).refine, image=one.image)
         scores = self.judge.scores(one.maps, grounding, truth, refine)
@@ -147,6 +170,7 @@ class EntryScorer:
         digest = hashlib.sha256()
         for sample in samples:
             truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
+            truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
             digest.update(json.dumps(truth).encode())
         asked = None if self.native is None else [self.native.prompt, self.native.pattern]
         heads = [list(head) for head in self.alone.heads]
@@ -170,7 +194,8 @@ _THUMBNAIL = 3.0  # inches
 
 def worst_outcomes(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
     """The `count` boxes of lowest IoU below 0.5; of equal ones those with less energy, then in file order."""
-    failed = [outcome for outcome in outcomes if (outcome.iou or 0.0) < THRESHOLDS[0]]
+    scored = (outcome for outcome in outcomes if outcome.measured.get("scores"))
+    failed = [outcome for outcome in scored if (outcome.iou or 0.0) < THRESHOLDS[0]]
     return sorted(failed, key=lambda outcome: (outcome.iou or 0.0, outcome.scores[HEADS][0].energy))[:count]
 
 

@@ -146,8 +146,8 @@ class _Collected(NamedTuple):
 def _analysed(run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool) -> list[_Collected]:
     criteria = run.options.criteria
     return [
-        _Collected(sample, head_statistics(maps.attention, criteria), maps if keep_maps else None)
-        for sample, _, maps in attended
+        _Collected(one.sample, head_statistics(one.maps.attention, criteria), one.maps if keep_maps else None)
+        for one in attended
     ]
 
 

@@ -19,7 +19,9 @@ from localization_heads.data.samples import Sample
 from localization_heads.stages.chunks import (
     Attended,
     Chunk,
+    LookAgain,
     ReadyChunk,
+    Task,
     Work,
     chunks,
     compute,
@@ -62,6 +64,7 @@ def go_through(
     keep: Callable[[Sequence[Any]], None],
     last_layer: int | None = None,
     work_runs_model: bool = False,
+    look_again: LookAgain | None = None,
 ) -> None:
     """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
 
@@ -73,6 +76,7 @@ def go_through(
         last_layer: the layers above it are not run.
         work_runs_model: `work` is called in this thread: some models generate with a state of their own, which a
             forward pass at the same time would overwrite.
+        look_again: asks the model a second time about each chunk, before `work`.
     """
     run.lvlm  # noqa: B018  loaded here, not in a thread
 
@@ -80,7 +84,7 @@ def go_through(
         return Chunk(part, frozenset(sample.id for sample in part if not is_done(sample)))
 
     def compute_one(prepared: ReadyChunk) -> _Computed:
-        return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer))
+        return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer, look_again))
 
     def finish(computed: _Computed) -> None:
         if computed.fresh and (results := work(run, entries, computed.fresh)):
@@ -91,7 +95,7 @@ def go_through(
     parts = chunks(samples, size, entries.images)
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:
-            _over_workers(run, entries, map(chunk_of, parts), work, keep, last_layer, bar)
+            _over_workers(run, entries, map(chunk_of, parts), Task(work, last_layer, look_again), keep, bar)
             return
         in_line(
             parts,
@@ -107,9 +111,8 @@ def _over_workers(
     run: Run,
     entries: Entries,
     every: Iterable[Chunk],
-    work: Work,
+    task: Task,
     keep: Callable[[Sequence[Any]], None],
-    last_layer: int | None,
     bar: tqdm,
 ) -> None:
     """The same with `engine=ray`, to which only chunks with missing samples are sent."""
@@ -121,7 +124,7 @@ def _over_workers(
             todo.append(chunk)
         else:
             bar.update(len(chunk.samples))
-    with closing(run_on_workers(run, todo, work, last_layer)) as done:
+    with closing(run_on_workers(run, todo, task)) as done:
         for chunk, one in zip(todo, done, strict=True):
             entries.failures += one.failures
             if one.results:

@@ -26,13 +26,17 @@ from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.report import look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import image_id
+from localization_heads.stages.zoom import second_look
 from localization_heads.store.files import RunLock
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.paths import check_id, entry_path
+from localization_heads.store.results import Instance, Prediction
 from localization_heads.store.statistics import StatisticsStore
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from localization_heads.figures import Found
 
 
 Measure = Callable[[Run, Attended, Grounding], dict[str, Any]]
@@ -93,7 +97,7 @@ def _part(sample: Sample, number: int, phrase: str, ids: set[str]) -> Sample:
         raise UsageError(
             f"its phrase {number} would be called {id}, as another entry is; phrases.by=whole splits nothing"
         )
-    return replace(sample, id=id, expression=phrase, bbox=None, mask=None)
+    return replace(sample, id=id, expression=phrase, bbox=None, mask=None, boxes=(), absent=False)
 
 
 def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[Outcome]) -> list[Path]:
@@ -107,19 +111,18 @@ def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[O
         if not found:
             continue
         image = load_image(parts[0].image)
-        objects = [
-            figures.Found(
-                expression,
-                prediction.bbox,
-                prediction.score or 0.0,
-                None if prediction.mask is None else read_mask(prediction.mask, image.size),
-            )
-            for expression, prediction in found
-            if prediction.bbox is not None
-        ]
+        objects = [_found(expression, one, image.size) for expression, one in found if one.bbox is not None]
         path = entry_path(run.attention_folder, id, "_grounding.png")
         paths.append(run.draw(figures.plot_several, image, objects, path=path))
     return paths
+
+
+def _found(phrase: str, one: Prediction | Instance, image_size: tuple[int, int]) -> Found:
+    from localization_heads.figures import Found
+
+    assert one.bbox is not None
+    mask = None if one.mask is None else read_mask(one.mask, image_size)
+    return Found(phrase, one.bbox, one.score or 0.0, mask)
 
 
 class _Grounded(NamedTuple):
@@ -196,6 +199,7 @@ def ground_all(
         keep=keep,
         last_layer=last_layer,
         work_runs_model=measure_runs_model,
+        look_again=second_look(run, run.named_heads),
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.in_order())
@@ -224,8 +228,12 @@ def _ground_each(
 
     def ground_one(one: Attended) -> _Grounded:
         statistics = head_statistics(one.maps.attention, run.options.criteria) if analyse else None
-        grounding = grounder.ground(one.maps, one.image, statistics)
-        outcome = Outcome.of(one.sample, grounding)
+        if every := run.options.instances == "all":
+            found = grounder.ground_all(one.maps, one.image, statistics)
+        else:
+            found = [grounder.ground(one.maps, one.image, statistics, one.second)]
+        grounding = found[0]
+        outcome = Outcome.of(one.sample, grounding, found if every else None)
         measured = measure(run, one, grounding) if measure else {}
         card = look(room, outcome, one.maps, grounding, lambda: one.image)
         # Without the mask, a byte a pixel, which the outcome has as run lengths.
@@ -247,6 +255,7 @@ def settings(run: Run) -> dict[str, Any]:
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [options.k, options.batch_size, asdict(options.criteria), asdict(options.grounding)],
         "segmenter": as_read(options.segmenter),
+        "boxes": [options.instances, options.zoom],
     }
 
 
@@ -268,4 +277,8 @@ def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) 
         grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
     named: dict[str, Any] = {"truth": sample.bbox, "expression": sample.expression}
+    if outcome.prediction.boxes:
+        objects = [_found(sample.expression, one, image.size) for one in outcome.prediction.boxes]
+        named = {"truths": sample.true_boxes, "expression": sample.expression}
+        return run.draw(figures.plot_instances, image, grounding, objects, path=path, **named)
     return run.draw(figures.plot_grounding, image, grounding, path=path, **named)

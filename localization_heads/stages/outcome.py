@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from localization_heads.attention import Box
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
+from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.judging import HEADS, Scores
 from localization_heads.evaluation.metrics import box_iou
 from localization_heads.evaluation.scores import Score
@@ -19,7 +21,7 @@ from localization_heads.heads.ranking import HeadRanking
 from localization_heads.report.content import Card
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
-from localization_heads.store.results import Prediction, write_parquet, write_predictions
+from localization_heads.store.results import Instance, Prediction, write_parquet, write_predictions
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,36 @@ class Outcome:
     card: Card | None = None
 
     @classmethod
-    def of(cls, sample: Sample, grounding: Grounding) -> Outcome:
-        """The mask of the prediction is the segmenter's; without one, the pseudo-mask."""
-        mask = encode_mask(grounding.mask)
-        return cls(sample, Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads))
+    def of(cls, sample: Sample, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Outcome:
+        """The mask of the prediction is the segmenter's; without one, the pseudo-mask.
+
+        Args:
+            several: every object that the expression fits, `grounding` first (`instances=all`).
+        """
+        boxes = None if several is None else [_instance(one) for one in several]
+        mask = encode_mask(grounding.mask) if boxes is None else boxes[0].mask
+        predicted = Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads, boxes=boxes)
+        return cls(sample, predicted)
+
+    @property
+    def boxes(self) -> list[Box]:
+        """All predicted boxes, the best first."""
+        single = [] if self.prediction.bbox is None else [self.prediction.bbox]
+        return single if self.prediction.boxes is None else [one.bbox for one in self.prediction.boxes]
 
     @property
     def iou(self) -> float | None:
-        """IoU of the predicted and the true box, None where no truth is known."""
-        if self.sample.bbox is None or self.prediction.bbox is None:
+        """IoU of the predicted and the one true box, None where no such truth is known."""
+        if self.sample.bbox is None or len(self.sample.boxes) > 1 or self.prediction.bbox is None:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
 
     @property
     def scores(self) -> Scores:
-        """The scores of every method that `evaluate` has measured."""
+        """The scores of every method that `evaluate` has measured; none of an entry without one true box."""
         return {
             name: [Score.from_json(score) for score in scores]
-            for name, scores in self.measured["scores"].items()
+            for name, scores in self.measured.get("scores", {}).items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +83,10 @@ class Outcome:
             return cls(sample, Prediction.from_json(data["prediction"]), {**data["measured"]}, card)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
+
+
+def _instance(grounding: Grounding) -> Instance:
+    return Instance(grounding.box, grounding.score, encode_mask(grounding.mask), grounding.confidence)
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,7 @@ COLUMNS = {
     "expression": "text",
     "true_box": "numbers",
     "predicted_box": "numbers",
+    "f1": "number",
     "iou": "number",
     "pointing": "number",
     "energy": "number",
@@ -128,7 +147,7 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
     """`per_sample.parquet`: rows in file order, then those of the failed entries, with their id and the reason."""
     path = run.folder / "per_sample.parquet"
     rows = [_row(outcome) for outcome in outcomes]
-    controls = {name: "number" for name in rows[0] if name not in COLUMNS}
+    controls = {name: "number" for row in rows for name in row if name not in COLUMNS}
     rows += [{"id": bad.id or f"line_{bad.line}", "error": bad.reason} for bad in failures]
     write_parquet(path, {**COLUMNS, **controls}, rows)
     return path
@@ -136,8 +155,6 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     sample, prediction, scores = outcome.sample, outcome.prediction, outcome.scores
-    (heads,) = scores.pop(HEADS)
-    shared, union = heads.overlap or (None, None)
     native = outcome.measured.get("native", {})
     row = {
         "id": sample.id,
@@ -145,16 +162,16 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "expression": sample.expression,
         "true_box": list(sample.bbox or ()),
         "predicted_box": list(prediction.bbox or ()),
-        "iou": heads.iou,
-        "pointing": float(heads.pointing),
-        "energy": heads.energy,
-        "intersection": shared,
-        "union": union,
+        "f1": f1(outcome.boxes, sample.true_boxes),
         "score": prediction.score,
         "heads": [str(head) for head in prediction.heads],
         "native_box": native.get("box"),
         "native_answer": native.get("answer"),
     }
+    for answer in scores.pop(HEADS, ()):
+        shared, union = answer.overlap or (None, None)
+        row |= {"iou": answer.iou, "pointing": float(answer.pointing), "energy": answer.energy}
+        row |= {"intersection": shared, "union": union}
     for name, answers in scores.items():  # random heads answer several times: the mean
         for metric in ("iou", "pointing", "energy"):
             row[f"{name}_{metric}"] = sum(float(getattr(a, metric)) for a in answers) / len(answers)

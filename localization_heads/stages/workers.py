@@ -21,7 +21,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.options.groups import EngineOptions
 from localization_heads.options.programs import FinderOptions
-from localization_heads.stages.chunks import Chunk, Work, compute, make_chunk_ready
+from localization_heads.stages.chunks import Chunk, Task, compute, make_chunk_ready
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
@@ -47,8 +47,7 @@ class WorkerRecipe(NamedTuple):
     model_choice: str
     overrides: Sequence[str] | None
     folder: str
-    work: Work
-    last_layer: int | None
+    task: Task
 
 
 class Done(NamedTuple):
@@ -83,16 +82,15 @@ class Worker:
             ) from None
         entries = Entries(list(chunk.samples), fitting=self._fitting)
         ready = make_chunk_ready(self._run, entries, chunk)
-        fresh = compute(self._run, entries, ready, self._recipe.last_layer)
-        results = self._recipe.work(self._run, entries, fresh) if fresh else []
+        work, last_layer, look_again = self._recipe.task
+        fresh = compute(self._run, entries, ready, last_layer, look_again)
+        results = work(self._run, entries, fresh) if fresh else []
         self._fitting = entries.fitting
         return Done(results, entries.failures)
 
 
-def run_on_workers(
-    run: Run, chunks: Sequence[Chunk], work: Work, last_layer: int | None
-) -> Generator[Done, None, None]:
-    """The results of `work` on each chunk, and the entries that failed in it, in the order of the chunks.
+def run_on_workers(run: Run, chunks: Sequence[Chunk], task: Task) -> Generator[Done, None, None]:
+    """The results of the task on each chunk, and the entries that failed in it, in the order of the chunks.
 
     Raises:
         UsageError: more workers than this machine has room for.
@@ -103,7 +101,7 @@ def run_on_workers(
     with _ray(run.options.engine) as ray:
         spread = _spread(run, ray.cluster_resources())
         options, folder = worker_options(run, spread), str(Path.cwd())
-        recipe = WorkerRecipe(options, run.model_choice, run.overrides, folder, work, last_layer)
+        recipe = WorkerRecipe(options, run.model_choice, run.overrides, folder, task)
         samples = {sample.id: sample for chunk in chunks for sample in chunk.samples}
         with _silent(ray), closing(_rows(ray, chunks, spread, recipe)) as rows:
             for row in rows:

@@ -68,6 +68,39 @@ MAX_LINE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
+class Instance:
+    """One of several objects that an expression fits: its box, score and mask as in `Prediction`.
+
+    Args:
+        confidence: the probability that the box is right, or None.
+    """
+
+    bbox: Box
+    score: float
+    mask: Mapping[str, Any] | None = None
+    confidence: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bbox": [float(x) for x in self.bbox],
+            "score": float(self.score),
+            "confidence": None if self.confidence is None else float(self.confidence),
+            "mask": self.mask,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Instance:
+        """The inverse of `to_json`; raises as `Prediction.from_json` does."""
+        box, confidence = _box(data["bbox"]), data.get("confidence")
+        return cls(
+            bbox=box,
+            score=_number(data["score"]),
+            mask=_mask(data.get("mask")),
+            confidence=None if confidence is None else _number(confidence),
+        )
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One line of `predictions.jsonl`.
 
@@ -75,6 +108,7 @@ class Prediction:
         bbox: xyxy in pixels of the image, or None where there is none.
         mask: COCO RLE with its counts as text (see `encode_mask`), or None.
         error: why the entry failed, or None.
+        boxes: every object that the expression fits, the best first (`instances=all`); None if only one was asked for.
     """
 
     id: str
@@ -83,8 +117,10 @@ class Prediction:
     mask: Mapping[str, Any] | None = None
     heads: Sequence[Head] = ()
     error: str | None = None
+    boxes: Sequence[Instance] | None = None
 
     def to_json(self) -> dict[str, Any]:
+        several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
         return {
             "id": self.id,
             "bbox": None if self.bbox is None else [float(x) for x in self.bbox],
@@ -92,6 +128,7 @@ class Prediction:
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
+            **several,
         }
 
     @classmethod
@@ -100,24 +137,33 @@ class Prediction:
 
         The form of the mask is checked here, its content when it is decoded.
         """
-        box, score, mask, error = line["bbox"], line.get("score"), line.get("mask"), line.get("error")
-        if box is not None:
-            x0, y0, x1, y1 = (_number(x) for x in box)
-            box = (x0, y0, x1, y1)
-        if mask is not None and not (isinstance(mask, dict) and isinstance(mask.get("counts"), str)):
-            raise ValueError("'mask' must be run lengths with their counts as text")
-        if mask is not None:
-            run_size(mask)
+        box, score, error, boxes = line["bbox"], line.get("score"), line.get("error"), line.get("boxes")
         if not isinstance(line["id"], str) or not isinstance(error, str | None):
             raise ValueError("'id' and 'error' must be text")
         return cls(
             id=line["id"],
-            bbox=box,
+            bbox=None if box is None else _box(box),
             score=None if score is None else _number(score),
-            mask=mask,
+            mask=_mask(line.get("mask")),
             heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
             error=error,
+            boxes=None if boxes is None else [Instance.from_json(one) for one in boxes],
         )
+
+
+def _box(value: Any) -> Box:
+    x0, y0, x1, y1 = (_number(x) for x in value)
+    return x0, y0, x1, y1
+
+
+def _mask(value: Any) -> Mapping[str, Any] | None:
+    """Run lengths whose form is sound, or None."""
+    if value is None:
+        return None
+    if not (isinstance(value, dict) and isinstance(value.get("counts"), str)):
+        raise ValueError("'mask' must be run lengths with their counts as text")
+    run_size(value)
+    return value
 
 
 def _number(value: object) -> float:

@@ -1,0 +1,246 @@
+"""Every object that an expression fits: from Python, in predictions.jsonl, in the figure, and scored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from front import Calls, Front, stub_figures, write_data, write_lines
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads import figures
+from localization_heads.attention import AttentionMaps
+from localization_heads.cells import mass_inside
+from localization_heads.evaluation.instances import instance_metrics
+from localization_heads.figures.several import label_places
+from localization_heads.grounder import Grounder
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
+from localization_heads.store.results import Instance, Prediction
+
+ONE = "grounding.component=largest_mass"
+
+
+class Pixels:
+    """A segmenter whose mask is what it is given."""
+
+    name = "pixels"
+
+    def __init__(self, *masks: np.ndarray) -> None:
+        self._masks = list(masks)
+
+    def segment(self, image: Any, grounding: Any) -> np.ndarray:
+        return self._masks.pop(0)
+
+
+def mask_of(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+    mask = np.zeros((80, 80), dtype=bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def three() -> AttentionMaps:
+    """Components of mass 8, 4 and 3 at the left, in the middle and at the right, and one of 1, of 16."""
+    grid = np.zeros((8, 8), dtype=np.float32)
+    grid[1:3, 0:2], grid[1:3, 3], grid[5:8, 6], grid[7, 0] = 2.0, 2.0, 1.0, 1.0
+    return AttentionMaps(grid[None, None], (0, 0, 80, 80), (80, 80))
+
+
+def grounder(segmenter: Any = None, **options: Any) -> Grounder:
+    return Grounder(
+        (lh.Head(0, 0),), CriteriaOptions(), GroundingOptions(sigma=0.0, **options), segmenter=segmenter
+    )
+
+
+def test_components_by_hand() -> None:
+    found = grounder().ground_all(three(), None)
+    assert [one.box for one in found] == [(0, 10, 20, 30), (30, 10, 40, 30), (60, 50, 70, 80)]
+    assert [one.score for one in found] == [8 / 16, 4 / 16, 3 / 16]
+    assert found[0].box == grounder(component="largest_mass").ground(three(), None).box
+    assert [int(one.mask.sum()) for one in found] == [400, 200, 300]
+
+
+def test_the_segmenters_boxes_are_scored_and_duplicates_left_out() -> None:
+    """The second mask reaches over the first object, so that it becomes the best; the third is the second once more."""
+    image = Image.new("RGB", (80, 80))
+    masks = mask_of(0, 10, 10, 30), mask_of(0, 10, 40, 30), mask_of(0, 10, 38, 30)
+    found = grounder(Pixels(*masks), box_from="mask").ground_all(three(), image)
+    assert [one.box for one in found] == [(0, 10, 40, 30), (0, 10, 10, 30)]
+    assert [one.score for one in found] == [12 / 16, 4 / 16]
+    assert [one.mask_from for one in found] == ["pixels", "pixels"]
+    assert (found[0].mask == masks[1]).all()
+    assert all(
+        one.score == mass_inside(one.combined, one.image_box, one.image_size, one.box) for one in found
+    )
+
+
+def test_where_nothing_stands_out_it_is_the_whole_image() -> None:
+    flat = AttentionMaps(np.ones((1, 1, 8, 8), np.float32), (0, 0, 80, 80), (80, 80))
+    (only,) = grounder().ground_all(flat, None)
+    assert (only.box, only.score) == ((0, 0, 80, 80), 0.0)
+
+
+def test_from_python(lvlm: Any) -> None:
+    image = Image.open("examples/images/octopus_14.png").convert("RGB")
+    options = GroundingOptions(component="largest_mass")
+    found = lh.ground_all(lvlm, image, "the animals", options=options)
+    assert sorted(found, key=lambda one: -one.score) == found
+    single = lh.ground(lvlm, image, "the animals", options=options)
+    assert single.box in [one.box for one in found]
+    assert found[0].mask.shape == image.size[::-1]
+
+
+def lines_of(front: Front) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_predictions_hold_all_boxes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    """The best box stands where it did; a killed run ends with the same bytes."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 5)
+    options = ("stage=ground", "data_file=data.jsonl", "batch_size=2", ONE)
+    assert front.finder(*options).status == 0
+    assert all("boxes" not in line for line in lines_of(front))
+    result = front.finder(*options, "instances=all")
+    assert result.status == 0, result.err
+    lines, whole = lines_of(front), (front.out / "predictions.jsonl").read_bytes()
+    assert any(len(line["boxes"]) > 1 for line in lines)
+    for line in lines:
+        assert all(list(one) == ["bbox", "score", "confidence", "mask"] for one in line["boxes"])
+        best = line["boxes"][0]
+        assert (line["bbox"], line["score"], line["mask"]) == (best["bbox"], best["score"], best["mask"])
+        scores = [one["score"] for one in line["boxes"]]
+        assert scores == sorted(scores, reverse=True)
+        assert all(f"{one['score']:.2f}" in result.out for one in line["boxes"])  # each has its row
+    calls.restart(fail_at=1)
+    assert front.finder(*options, "instances=all").status == 130
+    calls.restart()
+    assert front.finder(*options, "instances=all").status == 0
+    assert (calls.sizes, (front.out / "predictions.jsonl").read_bytes()) == ([2, 1], whole)
+
+
+def test_predictions_read_what_they_wrote() -> None:
+    boxes = [Instance((0.0, 1.0, 2.0, 3.0), 0.5, None, 0.25), Instance((0.0, 0.0, 1.0, 1.0), 0.25)]
+    one = Prediction("a", (0.0, 1.0, 2.0, 3.0), 0.5, boxes=boxes)
+    assert Prediction.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert Prediction.from_json({**one.to_json(), "boxes": []}).boxes == []
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        3,
+        ["x"],
+        [{}],
+        [{"bbox": None, "score": 1}],
+        [{"bbox": [0, 0, 1], "score": 1}],
+        [{"bbox": [0, 0, 1, 1]}],
+        [{"bbox": [0, 0, 1, 1], "score": "1"}],
+        [{"bbox": [0, 0, 1, 1], "score": 1, "mask": 3}],
+    ],
+)
+def test_broken_boxes_are_no_prediction(boxes: Any) -> None:
+    line = {**Prediction("a").to_json(), "boxes": boxes}
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Prediction.from_json(line)
+
+
+A, B = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0)
+
+
+def test_metrics_by_hand() -> None:
+    """Two objects, one and none: all boxes find 2 of 2, 1 with one too many, none; the best alone misses one."""
+    answers = {"boxes": [[A, B], [A, B], [A]], "single_box": [[A], [A], [A]]}
+    found = instance_metrics(answers, [[A, B], [A], []])
+    assert found["boxes"]["f1@0.5"] == pytest.approx((1 + 2 / 3 + 0) / 3, abs=1e-6)
+    assert found["boxes"]["pr@f1=1"] == pytest.approx(1 / 3, abs=1e-6)
+    assert found["single_box"]["f1@0.5"] == pytest.approx((2 / 3 + 1 + 0) / 3, abs=1e-6)
+    assert found["single_box"]["difference"]["f1@0.5"][0] == 0.0
+    low, high = found["boxes"]["f1@0.5_interval"]
+    assert 0 <= low < 0.55 < high <= 1
+
+
+def test_evaluate_scores_several_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries with several boxes, and those that refer to nothing, count in F1 and not in Acc@0.5."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 4)
+    entries = [json.loads(line) for line in (front.folder / "data.jsonl").read_text().splitlines()]
+    truths = [
+        {"bbox": [5, 5, 30, 30]},
+        {"boxes": [[5, 5, 30, 30]]},
+        {"boxes": [[0, 0, 9, 9], [30, 9, 60, 40]]},
+    ]
+    truths.append({"bbox": None, "absent": True})
+    write_lines(
+        front.folder / "data.jsonl", [entry | truth for entry, truth in zip(entries, truths, strict=True)]
+    )
+    options = ("stage=evaluate", "data_file=data.jsonl", "controls=false", "report=false")
+    result = front.finder(*options, "instances=all")
+    assert result.status == 0, result.err
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    assert (metrics["num_samples"], metrics["num_answers"], metrics["num_failed"]) == (2, 4, 0)
+    assert {"f1@0.5", "pr@f1=1", "difference"} <= set(metrics["single_box"])
+    assert len(metrics["f1@0.5_interval"]) == 2
+    assert front.finder(*options).status == 0
+    single = json.loads((front.out / "metrics.json").read_text())
+    assert "single_box" not in single
+    assert single["f1@0.5"] <= 0.75  # what is absent has a box, which is wrong
+    boxes = [line["bbox"] for line in lines_of(front)]
+    expected = instance_metrics(
+        {"one": [[box] for box in boxes]},
+        [[(5, 5, 30, 30)], [(5, 5, 30, 30)], [(0, 0, 9, 9), (30, 9, 60, 40)], []],
+    )["one"]
+    assert single["f1@0.5"] == expected["f1@0.5"]
+
+
+def test_one_true_box_each_is_acc(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_figures(monkeypatch)
+    write_data(front.folder, 2, bbox=[5, 5, 30, 30])
+    options = ("stage=evaluate", "data_file=data.jsonl", "controls=false", "report=false")
+    assert front.finder(*options).status == 0
+    assert "f1@0.5" not in json.loads((front.out / "metrics.json").read_text())
+
+
+def test_only_several_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has a single true box: F1 alone is left, in the table and the report too."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 2, boxes=[[0, 0, 9, 9], [30, 9, 60, 40]])
+    result = front.finder("stage=evaluate", "data_file=data.jsonl")
+    assert result.status == 0, result.err
+    assert "F1" in result.out and "Acc" not in result.out
+    assert (front.out / "report.html").is_file()
+
+
+numbers = st.floats(0, 100, allow_nan=False)
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=9))
+def test_no_label_lies_on_another(corners: list[Any]) -> None:
+    """Small labels and room for all."""
+    boxes = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in corners]
+    places = label_places(boxes, [(4.0, 5.0)] * len(boxes), (200, 200))
+    for n, (x, y) in enumerate(places):
+        assert 0 <= x <= 196 and 0 <= y <= 195
+        others = [(u, v) for m, (u, v) in enumerate(places) if m != n]
+        assert all(abs(x - u) >= 4 - 1e-9 or abs(y - v) >= 5 - 1e-9 for u, v in others)
+
+
+def test_the_figure_numbers_all_boxes(tmp_path: Any) -> None:
+    found = grounder().ground_all(three(), None)
+    objects = [figures.Found("the dogs", one.box, one.score, one.mask) for one in found]
+    image = Image.new("RGB", (80, 80), "grey")
+    drawn = figures.plot_instances(
+        image, found[0], objects, tmp_path / "all.png", truths=[A, B], expression="the dogs"
+    )
+    assert [text.get_text() for text in drawn.axes[0].texts] == ["1", "2", "3"]
+    assert Image.open(tmp_path / "all.png").size[0] > 300
+
+
+def test_same_corner_other_place() -> None:
+    """Three boxes from one corner: side by side; a box smaller than its label: beside it."""
+    boxes = [(0, 0, 50, 50), (0, 0, 40, 40), (0, 0, 30, 30), (60, 60, 61, 61)]
+    assert label_places(boxes, [(10, 12)] * 4, (100, 100)) == [(0, 0), (10, 0), (20, 0), (60, 48)]

@@ -1,0 +1,210 @@
+"""The second look: its geometry by hand, and `zoom=true` in Python, over a data file, after a kill and on workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from front import EXPRESSIONS, Calls, Front, one_line, stub_figures, write_data
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.masks import read_mask
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.zoom import (
+    averaged,
+    crop_around,
+    looked_again,
+    mapped_back,
+    square_around,
+)
+from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import GroundingOptions
+from localization_heads.scenes.scene import TEST_SEEDS, render_scene
+from localization_heads.segmentation.grabcut import GrabCut
+from localization_heads.segmentation.segmenter import refine
+
+HEADS = [lh.Head(2, 0), lh.Head(3, 1)]
+OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "grounding=paper")
+
+
+def grounded(grid: Any, image_box: Any = None, size: tuple[int, int] | None = None) -> Grounding:
+    """One head's map without smoothing; a cell is 10 pixels wide unless told otherwise."""
+    grid = np.asarray(grid, dtype=np.float32)
+    size = size or (grid.shape[1] * 10, grid.shape[0] * 10)
+    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
+    return ground_maps(maps, [lh.Head(0, 0)], GroundingOptions(sigma=0.0))
+
+
+def spot(side: int, rows: slice, columns: slice) -> np.ndarray:
+    grid = np.zeros((side, side))
+    grid[rows, columns] = 1.0
+    return grid
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "least", "crop"),
+    [
+        ((40, 40, 60, 60), (100, 100), 0, (30, 30, 70, 70)),  # half a box on each side
+        ((40, 45, 60, 55), (100, 100), 0, (30, 30, 70, 70)),  # square, whatever the box
+        ((40, 40, 50, 50), (100, 100), 60, (15, 15, 75, 75)),  # no smaller than that
+        ((0, 40, 20, 60), (100, 100), 0, (0, 30, 40, 70)),  # moved inside
+        ((85, 90, 99, 99), (100, 100), 0, (72, 72, 100, 100)),
+        ((0, 0, 70, 20), (100, 40), 0, (0, 0, 100, 40)),  # no square fits
+        ((10, 5, 40, 20), (100, 40), 0, (0, 0, 60, 40)),
+        ((3, 0, 4, 1), (8, 1), 0, (2, 0, 4, 1)),  # one row of pixels
+    ],
+)
+def test_crop_by_hand(box: Any, size: Any, least: float, crop: Any) -> None:
+    assert square_around(box, size, least) == crop
+
+
+@given(
+    *(st.integers(1, 300) for _ in range(2)),
+    *(st.floats(0, 1, allow_nan=False) for _ in range(4)),
+    st.floats(0, 500),
+)
+def test_crops_hold_the_box_and_lie_in_the_image(
+    W: int, H: int, left: float, right: float, top: float, bottom: float, least: float
+) -> None:
+    box = (min(left, right) * W, min(top, bottom) * H, max(left, right) * W, max(top, bottom) * H)
+    x0, y0, x1, y1 = square_around(box, (W, H), least)
+    assert 0 <= x0 < x1 <= W and 0 <= y0 < y1 <= H
+    assert x0 <= box[0] + 1 and y0 <= box[1] + 1 and box[2] - 1 <= x1 and box[3] - 1 <= y1
+    side = max(x1 - x0, y1 - y0)
+    assert x1 - x0 == min(side, W) and y1 - y0 == min(side, H)  # square where it fits
+
+
+def test_the_smallest_crop_is_counted_in_cells() -> None:
+    """Of a grid with padding, too: cells of 10 x 20 pixels, and six of the longer side."""
+    one = spot(16, slice(7, 8), slice(7, 8))
+    assert crop_around(grounded(one)) == (45, 45, 105, 105)
+    assert crop_around(grounded(one, (0, 0, 160, 320), (160, 320))) == (15, 90, 135, 210)
+
+
+def test_no_crop_where_nothing_would_be_gained() -> None:
+    assert crop_around(grounded(np.ones((8, 8)))) is None  # flat: nothing stands out
+    assert crop_around(grounded(spot(8, slice(1, 7), slice(1, 7)))) is None  # the crop is the image
+
+
+def test_back_and_averaged_by_hand() -> None:
+    assert mapped_back((1.5, 0, 10, 8), (30, 20, 70, 60)) == (31.5, 20, 40, 28)
+    assert averaged((0, 0, 10, 10), (0, 0, 10, 20)) == (0, 0, 10, 15)  # IoU exactly 0.5
+    assert averaged((0, 0, 10, 10), (0, 0, 10, 20.1)) == (0, 0, 10, 10)
+    assert averaged((0, 0, 10, 10), None) == (0, 0, 10, 10)
+
+
+def test_the_score_is_that_of_the_final_box() -> None:
+    first = grounded(spot(8, slice(2, 4), slice(2, 6)))
+    assert (first.box, first.score) == ((20, 20, 60, 40), 1.0)
+    again = looked_again(first, (20, 20, 50, 40))
+    assert again.box == (20, 20, 55, 40)
+    assert again.score == pytest.approx(7 / 8)
+    assert looked_again(first, (70, 70, 80, 80)) is first
+
+
+def test_from_python(lvlm: LVLM) -> None:
+    """The box of a crop that is asked about by hand; the mask starts from the final box."""
+    image = Image.fromarray(render_scene(TEST_SEEDS.start, size=96).image)
+    options = GroundingOptions()
+    once = lh.ground(lvlm, image, "panda", options=options, segmenter=None)
+    crop = crop_around(once)
+    assert crop is not None
+    second = lh.ground(lvlm, image.crop(crop), "panda", options=options, segmenter=None)
+    expected = looked_again(once, mapped_back(second.box, crop))
+    assert expected.box != once.box
+    twice = lh.ground(lvlm, image, "panda", options=options, zoom=True)
+    assert twice.box == pytest.approx(expected.box)
+    assert twice.score == pytest.approx(expected.score, abs=1e-6)
+    assert (twice.mask == refine(expected, image, GrabCut()).mask).all()
+
+
+def predictions(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    """Each chunk is asked a second time, in one batch, where there is a crop; the boxes are those from Python."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 5)
+    lvlm = lh.load_model(device="cpu")
+    found = {}
+    for number, expression in enumerate(EXPRESSIONS):
+        asked = (lvlm, f"image_{number}.png", expression, HEADS)
+        first = lh.ground(*asked, options=GroundingOptions(), segmenter=None)
+        twice = lh.ground(*asked, options=GroundingOptions(), zoom=True)
+        found[expression] = crop_around(first) is not None, first, twice
+    calls.clear()
+    assert front.finder(*OPTIONS).status == 0
+    chunks = [list(chunk) for chunk in calls]
+    closer = [[one for one in chunk if found[one][0]] for chunk in chunks]
+    expected = [part for pair in zip(chunks, closer, strict=True) for part in pair if part]
+    calls.clear()
+    assert front.finder(*OPTIONS, "zoom=true").status == 0
+    assert list(calls) == expected
+    assert 2 in map(len, closer) and 1 in map(len, closer)
+    lines = predictions(front.out / "predictions.jsonl")
+    for line, (_, _, twice) in zip(lines, found.values(), strict=True):
+        assert line["bbox"] == pytest.approx(twice.box, abs=1e-3)
+        assert (read_mask(line["mask"], (64, 48)) == twice.mask).mean() > 0.99
+    assert any(first.box != twice.box for _, first, twice in found.values())
+
+
+def test_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+    """Killed between the first and the second look: the same file byte for byte, without the finished chunks."""
+    stub_figures(monkeypatch)
+    write_data(front.folder, 5)
+    assert front.finder(*OPTIONS, "zoom=true", "output_dir=whole").status == 0
+    whole, asked = Path("whole/tiny/predictions.jsonl").read_bytes(), len(calls)
+    calls.restart(fail_at=3)
+    assert front.finder(*OPTIONS, "zoom=true").status == 130
+    calls.restart()
+    assert front.finder(*OPTIONS, "zoom=true").status == 0
+    assert len(calls) == asked - 2  # the first chunk's two looks
+    assert (front.out / "predictions.jsonl").read_bytes() == whole
+
+
+def test_what_one_look_has_finished_is_not_taken(
+    front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    stub_figures(monkeypatch)
+    write_data(front.folder, 4)
+    calls.restart(fail_at=1)
+    assert front.finder(*OPTIONS).status == 130
+    calls.restart()
+    assert front.finder(*OPTIONS, "zoom=true").status == 0
+    assert {one for chunk in calls for one in chunk} == set(EXPRESSIONS[:4])
+
+
+def test_greedy_heads_look_with_those_of_the_first(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_figures(monkeypatch)
+    write_data(front.folder, 2)
+    options = ("stage=ground", "data_file=data.jsonl", "heads=greedy")
+    assert front.finder(*options).status == 0
+    once = predictions(front.out / "predictions.jsonl")
+    assert front.finder(*options, "zoom=true").status == 0
+    twice = predictions(front.out / "predictions.jsonl")
+    assert [line["heads"] for line in once] == [line["heads"] for line in twice]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("stage=pipeline", "zoom=true"),
+            "zoom=: stage=pipeline does not read it; write stage=ground or evaluate",
+        ),
+        (("stage=find", "instances=all"), "instances=: stage=find does not read it"),
+        (("stage=ground", "zoom=true", "instances=all"), "leave out zoom= or instances=all"),
+    ],
+)
+def test_what_does_not_go_together(front: Front, options: tuple[str, ...], said: str) -> None:
+    result = front.finder(*options, "data_file=data.jsonl")
+    assert result.status == 2
+    assert said in one_line(result.err)
