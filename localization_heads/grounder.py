@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.attention import AttentionMaps
+from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
+from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
@@ -18,12 +19,19 @@ from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine
+from localization_heads.store.files import read_json
 from localization_heads.store.results import load_head_list, load_ranking
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
+
+CALIBRATION = "calibration.json"
+"""Name of the file in the model's folder."""
+NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
+"""Of the signal `mask` where the box of the mask was turned down: it agrees with nothing."""
+_LARGEST = 1 << 20  # bytes of a calibration.json
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Grounder:
         options: the read-out.
         segmenter: what makes the mask; None leaves the pseudo-mask of the maps.
         k: how many heads a sample picks.
+        calibration: what makes a probability of the confidence; None leaves the raw signal.
+        abstain: the least presence (or confidence) of what is there; None takes everything for present.
     """
 
     heads: tuple[Head, ...]
@@ -43,6 +53,8 @@ class Grounder:
     options: GroundingOptions
     segmenter: Segmenter | None = None
     k: int = 3
+    calibration: Calibration | None = None
+    abstain: float | None = None
 
     @property
     def last_layer(self) -> int | None:
@@ -63,17 +75,90 @@ class Grounder:
     def ground(
         self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
     ) -> Grounding:
-        """The box, mask and heat map of one sample. NoHeadError as of `heads_of`.
+        """The box, mask, heat map and confidence of one sample. NoHeadError as of `heads_of`.
 
         Args:
             image: what the maps are of; without it the mask is that of the maps.
             statistics: of the maps, where they are known already.
         """
-        return self.refine(ground_maps(maps, self.heads_of(maps, statistics), self.options), image)
+        found = ground_maps(maps, self.heads_of(maps, statistics), self.options)
+        return self.judge(maps, self.refine(found, image), found.box)
+
+    def judge(self, maps: AttentionMaps, grounding: Grounding, map_box: Box) -> Grounding:
+        """The grounding with the own boxes of its heads, signals, confidence and presence; `absent` if it abstains.
+
+        Args:
+            map_box: the box before the segmenter was at work.
+        """
+        grounding = replace(grounding, own_boxes=own_boxes(maps, grounding, self.options))
+        kept = None
+        if self.options.box_from != "map":
+            kept = NO_BOX if grounding.refined is None else map_box
+        found = signals(maps, grounding, self.options, kept)
+        return abstained(judged(grounding, found, self.calibration), self.abstain)
+
+    def recipe(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the signals of a grounding depend on besides image and expression, as JSON values by name.
+
+        Args:
+            asked: the model and how it is asked, by name (`LVLM.choices` and `LVLM.asked`).
+        """
+        masked = self.segmenter if self.options.box_from != "map" else None
+        own = {"k": self.k, **_named("criteria", self.criteria)}
+        return {
+            **asked,
+            "heads": [list(head) for head in self.heads] or "each image's own",
+            **({} if self.heads else own),
+            **_named("grounding", self.options),
+            "segmenter": masked and masked.name,
+        }
 
     def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
         """The grounding with the segmenter's mask, and with that mask's box if `box_from` asks for it."""
         return refine(grounding, image, self.segmenter, box_from=self.options.box_from)
+
+
+def _named(group: str, options: CriteriaOptions | GroundingOptions) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in asdict(options).items()}
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a `calibration.json`. UsageError, naming the file, for anything else."""
+    try:
+        return Calibration.from_json(read_json(Path(path), _LARGEST))
+    except UsageError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise UsageError(f"calibration={path}: {said}") from error
+
+
+def choose_calibration(
+    wanted: str, folder: Path, recipe: Mapping[str, Any], note: Callable[[str], None]
+) -> Calibration | None:
+    """What `calibration=` asks for; None where there is none.
+
+    Args:
+        wanted: `auto`, `none` or the path of a calibration.json.
+        folder: of the model's results; `auto` takes the calibration.json in it if it fits.
+        recipe: `Grounder.recipe` of this run.
+        note: is told why the one in the folder is not used.
+
+    Raises:
+        UsageError: a named one cannot be read, or does not fit.
+    """
+    if wanted == "none":
+        return None
+    path = folder / CALIBRATION if wanted == "auto" else Path(wanted)
+    if wanted == "auto" and not path.is_file():
+        return None
+    try:
+        found = load_calibration(path)
+        found.check(recipe, path)
+    except UsageError as error:
+        if wanted != "auto":
+            raise
+        note(f"the confidence is not calibrated: {error}")
+        return None
+    return found
 
 
 def choose_heads(

@@ -168,14 +168,19 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
 
 
 def predictions_table(outcomes: Sequence[Outcome]) -> Table:
-    """Box and score of every entry, and the IoU with the true box where there is one."""
-    names = ("id", "expression", "box (x0 y0 x1 y1)", "score", "IoU")
+    """Box, score and confidence of every entry, and the IoU with the true box where there is one."""
+    calibrated = any(outcome.prediction.calibrated for outcome in outcomes)
+    sure = "confidence" if calibrated else "confidence\n(uncalibrated)"
+    names = ("id", "expression", "box (x0 y0 x1 y1)", "score", sure, "IoU")
     table = _table("Predicted boxes", *names, texts=names[:2], caption=_summary(outcomes))
     for outcome in outcomes[:ROWS]:
         sample, prediction = outcome.sample, outcome.prediction
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
-        box, score = box_text(prediction.bbox or (0, 0, 0, 0)), f"{prediction.score or 0:.2f}"
-        table.add_row(_cell(sample.id), _cell(sample.expression), box, score, iou)
+        box, score = "nothing there", "-"
+        if prediction.bbox is not None:
+            box, score = box_text(prediction.bbox), f"{prediction.score or 0:.2f}"
+        sure = "-" if prediction.confidence is None else f"{prediction.confidence:.2f}"
+        table.add_row(_cell(sample.id), _cell(sample.expression), box, score, sure, iou)
     return table
 
 
@@ -285,8 +290,24 @@ def box_text(box: Box) -> str:
 
 
 def grounding_text(found: Grounding) -> str:
-    """The box, its score and the heads that made it, on one line."""
-    return f"{box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}"
+    """The box, its score, its confidence and the heads that made it, on one line."""
+    heads = f"heads {' '.join(map(str, found.heads))}"
+    if found.absent:
+        return f"nothing there   {sureness(found)}   {heads}"
+    return "   ".join([box_text(found.box), f"score {found.score:.2f}", sureness(found), heads])
+
+
+def sureness(found: Grounding) -> str:
+    """`confidence 0.93, present 0.98`; a raw signal is called uncalibrated.
+
+    >>> from types import SimpleNamespace
+    >>> sureness(SimpleNamespace(confidence=0.5, calibrated=False, presence=None))
+    'confidence 0.50 (uncalibrated)'
+    """
+    parts = ["confidence -" if found.confidence is None else f"confidence {found.confidence:.2f}"]
+    if found.confidence is not None and not found.calibrated:
+        parts[0] += " (uncalibrated)"
+    return ", ".join([*parts, *([] if found.presence is None else [f"present {found.presence:.2f}"])])
 
 
 def show(content: object, **options: Any) -> None:

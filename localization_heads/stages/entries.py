@@ -152,9 +152,16 @@ def select_entries(run: Run) -> Entries:
 
 
 def with_truth(
-    entries: Entries, what: str, completed: Callable[[Sample], Sample] = lambda sample: sample
+    entries: Entries,
+    what: str,
+    completed: Callable[[Sample], Sample] = lambda sample: sample,
+    *,
+    or_absent: bool = False,
 ) -> Entries:
     """Only the entries with a true box or mask, `completed`; the others fail. `what` needs at least one.
+
+    Args:
+        or_absent: what is absent, or has several true boxes, is known as well.
 
     Raises:
         UsageError: none is left, and some have no truth; or the boxes are not in pixels.
@@ -164,7 +171,8 @@ def with_truth(
     samples = []
     for sample in entries.samples:
         with entries.put_aside(sample, WorkError):
-            if sample.bbox is None and sample.mask is None:
+            known = sample.bbox is not None or sample.mask is not None
+            if not known and not (or_absent and (sample.absent or sample.boxes)):
                 raise UsageError(NO_TRUTH)
             samples.append(completed(sample))
     if not samples:

@@ -15,6 +15,7 @@ from localization_heads.data.masks import MaskSource
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
+from localization_heads.evaluation.claims import Claim, is_right
 from localization_heads.evaluation.controls import CENTRE, DRAWS
 from localization_heads.evaluation.judging import HEADS, Judge, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
@@ -46,7 +47,7 @@ def evaluate(run: Run) -> Result:
     the boxes of all its single heads 0.3 s for each of the first fifty.
     """
     options = run.options
-    entries = with_truth(select_entries(run), "stage=evaluate", _with_box)
+    entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
     check_unseen(run, entries.samples)
     with RunLock(run.folder):
         report = Reporter(run)
@@ -72,8 +73,10 @@ def evaluate(run: Run) -> Result:
             every_layer=options.controls,
             measure_runs_model=native is not None,
         )
-        images = [outcome.sample.image_key for outcome in outcomes]
-        numbers = judge.metrics([outcome.scores for outcome in outcomes], images, len(entries.failures))
+        scored = [(scores, outcome) for outcome in outcomes if (scores := outcome.scores)]
+        images = [outcome.sample.image_key for _, outcome in scored]
+        numbers = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
+        numbers |= judge.trust([_claim(outcome) for outcome in outcomes])
         metrics = {**numbers, "choices": _choices(run, scorer)}
         paths = [
             save_predictions(run, outcomes, entries.in_order()),
@@ -88,11 +91,27 @@ def evaluate(run: Run) -> Result:
         return Result([*drawn, *paths], entries.in_order(), outcomes, metrics=metrics)
 
 
-def _with_box(sample: Sample) -> Sample:
-    """Without a box, the tight box of the mask is the true one."""
-    if sample.bbox is not None:
+def with_box(sample: Sample) -> Sample:
+    """Without a box, the tight box of the mask is the true one; several boxes, or none of what is absent, stay so."""
+    if sample.absent or len(sample.boxes) > 1 or sample.bbox is not None:
         return sample
+    if sample.boxes:
+        return replace(sample, bbox=sample.boxes[0])
     return replace(sample, bbox=truth_of(sample, image_size(sample.image)).box)
+
+
+def _claim(outcome: Outcome) -> Claim:
+    sample, said = outcome.sample, outcome.prediction
+    return Claim(
+        confidence=said.confidence,
+        presence=said.presence,
+        calibrated=said.calibrated,
+        absent=said.absent,
+        right=bool(outcome.measured["right"]),
+        present=not sample.absent,
+        image=sample.image_key,
+        expression=sample.expression,
+    )
 
 
 def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
@@ -131,11 +150,16 @@ class EntryScorer:
     alone: Alone = field(default_factory=Alone)
 
     def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
-        """The scores of every method by name, the heads' first, and the model's own box."""
+        """Whether the box is right; where there is one true box, every method's scores, and the model's own box."""
+        measured: dict[str, Any] = {"right": is_right(one.sample, grounding.box)}
+        if one.sample.absent or len(one.sample.boxes) > 1:
+            return measured
         truth = truth_of(one.sample, one.image.size)
         refine = partial(run.grounder(None).refine, image=one.image)
         scores = self.judge.scores(one.maps, grounding, truth, refine)
-        measured: dict[str, Any] = {"scores": scores}
+        if grounding.absent:  # no answer
+            scores[HEADS] = [score_box(None, truth, one.image.size)]
+        measured["scores"] = scores
         if self.native:
             box, answer = ask_for_box(run.lvlm, self.native, one.image, one.sample.expression)
             scores["native"] = [score_box(box, truth, one.image.size)]
@@ -144,14 +168,20 @@ class EntryScorer:
 
     def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that the scores depend on besides the boxes."""
-        digest = hashlib.sha256()
-        for sample in samples:
-            truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
-            digest.update(json.dumps(truth).encode())
         asked = None if self.native is None else [self.native.prompt, self.native.pattern]
         heads = [list(head) for head in self.alone.heads]
         options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, asked, heads]
-        return {"truth": digest.hexdigest(), "evaluation": options}
+        return {"truth": truths(samples), "evaluation": options}
+
+
+def truths(samples: Sequence[Sample]) -> str:
+    """Hexadecimal digits that change with any truth of the samples."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
+        truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
+        digest.update(json.dumps(truth).encode())
+    return digest.hexdigest()
 
 
 def _identity(mask: MaskSource | None) -> Any:
@@ -170,7 +200,8 @@ _THUMBNAIL = 3.0  # inches
 
 def worst_outcomes(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
     """The `count` boxes of lowest IoU below 0.5; of equal ones those with less energy, then in file order."""
-    failed = [outcome for outcome in outcomes if (outcome.iou or 0.0) < THRESHOLDS[0]]
+    scored = (outcome for outcome in outcomes if outcome.measured.get("scores"))
+    failed = [outcome for outcome in scored if (outcome.iou or 0.0) < THRESHOLDS[0]]
     return sorted(failed, key=lambda outcome: (outcome.iou or 0.0, outcome.scores[HEADS][0].energy))[:count]
 
 

@@ -38,23 +38,34 @@ class Outcome:
 
     @classmethod
     def of(cls, sample: Sample, grounding: Grounding) -> Outcome:
-        """The mask of the prediction is the segmenter's; without one, the pseudo-mask."""
-        mask = encode_mask(grounding.mask)
-        return cls(sample, Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads))
+        """The mask of the prediction is the segmenter's; without one, the pseudo-mask. What is absent has neither."""
+        prediction = Prediction(
+            sample.id,
+            bbox=None if grounding.absent else grounding.box,
+            score=None if grounding.absent else grounding.score,
+            mask=None if grounding.absent else encode_mask(grounding.mask),
+            heads=grounding.heads,
+            agreement=grounding.agreement,
+            confidence=grounding.confidence,
+            calibrated=grounding.calibrated,
+            presence=grounding.presence,
+            absent=grounding.absent,
+        )
+        return cls(sample, prediction)
 
     @property
     def iou(self) -> float | None:
-        """IoU of the predicted and the true box, None where no truth is known."""
-        if self.sample.bbox is None or self.prediction.bbox is None:
+        """IoU of the predicted and the one true box, None where there is no such truth or no box."""
+        if self.sample.bbox is None or len(self.sample.boxes) > 1 or self.prediction.bbox is None:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
 
     @property
     def scores(self) -> Scores:
-        """The scores of every method that `evaluate` has measured."""
+        """The scores of every method that `evaluate` has measured; none of an entry without one true box."""
         return {
             name: [Score.from_json(score) for score in scores]
-            for name, scores in self.measured["scores"].items()
+            for name, scores in self.measured.get("scores", {}).items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +128,11 @@ COLUMNS = {
     "union": "whole",
     "score": "number",
     "heads": "texts",
+    "agreement": "number",
+    "confidence": "number",
+    "present": "number",
+    "right": "number",
+    "truly_present": "number",
     "native_box": "numbers",
     "native_answer": "text",
     "error": "text",
@@ -128,7 +144,7 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
     """`per_sample.parquet`: rows in file order, then those of the failed entries, with their id and the reason."""
     path = run.folder / "per_sample.parquet"
     rows = [_row(outcome) for outcome in outcomes]
-    controls = {name: "number" for name in rows[0] if name not in COLUMNS}
+    controls = {name: "number" for row in rows for name in row if name not in COLUMNS}
     rows += [{"id": bad.id or f"line_{bad.line}", "error": bad.reason} for bad in failures]
     write_parquet(path, {**COLUMNS, **controls}, rows)
     return path
@@ -136,8 +152,6 @@ def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[Ba
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     sample, prediction, scores = outcome.sample, outcome.prediction, outcome.scores
-    (heads,) = scores.pop(HEADS)
-    shared, union = heads.overlap or (None, None)
     native = outcome.measured.get("native", {})
     row = {
         "id": sample.id,
@@ -145,16 +159,20 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "expression": sample.expression,
         "true_box": list(sample.bbox or ()),
         "predicted_box": list(prediction.bbox or ()),
-        "iou": heads.iou,
-        "pointing": float(heads.pointing),
-        "energy": heads.energy,
-        "intersection": shared,
-        "union": union,
         "score": prediction.score,
         "heads": [str(head) for head in prediction.heads],
+        "agreement": prediction.agreement,
+        "confidence": prediction.confidence,
+        "present": prediction.presence,
+        "right": None if (right := outcome.measured.get("right")) is None else float(right),
+        "truly_present": float(not sample.absent),
         "native_box": native.get("box"),
         "native_answer": native.get("answer"),
     }
+    for answer in scores.pop(HEADS, ()):
+        shared, union = answer.overlap or (None, None)
+        row |= {"iou": answer.iou, "pointing": float(answer.pointing), "energy": answer.energy}
+        row |= {"intersection": shared, "union": union}
     for name, answers in scores.items():  # random heads answer several times: the mean
         for metric in ("iou", "pointing", "energy"):
             row[f"{name}_{metric}"] = sum(float(getattr(a, metric)) for a in answers) / len(answers)

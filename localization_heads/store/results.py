@@ -75,6 +75,10 @@ class Prediction:
         bbox: xyxy in pixels of the image, or None where there is none.
         mask: COCO RLE with its counts as text (see `encode_mask`), or None.
         error: why the entry failed, or None.
+        agreement: mean IoU of the box with the heads' own boxes, or None where it was not asked for.
+        confidence: the probability that the box is right if it is `calibrated`, else a raw signal; or None.
+        presence: the probability that the expression refers to something in the image (`present`), or None.
+        absent: there is nothing there, by `abstain`; then there is no box.
     """
 
     id: str
@@ -83,6 +87,11 @@ class Prediction:
     mask: Mapping[str, Any] | None = None
     heads: Sequence[Head] = ()
     error: str | None = None
+    agreement: float | None = None
+    confidence: float | None = None
+    calibrated: bool = False
+    presence: float | None = None
+    absent: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,6 +101,11 @@ class Prediction:
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
+            "agreement": _rounded(self.agreement),
+            "confidence": _rounded(self.confidence),
+            "calibrated": self.calibrated,
+            "present": _rounded(self.presence),
+            "absent": self.absent,
         }
 
     @classmethod
@@ -108,16 +122,33 @@ class Prediction:
             raise ValueError("'mask' must be run lengths with their counts as text")
         if mask is not None:
             run_size(mask)
+        calibrated, absent = line.get("calibrated", False), line.get("absent", False)
+        if not isinstance(calibrated, bool) or not isinstance(absent, bool):
+            raise ValueError("'calibrated' and 'absent' must be true or false")
         if not isinstance(line["id"], str) or not isinstance(error, str | None):
             raise ValueError("'id' and 'error' must be text")
         return cls(
             id=line["id"],
             bbox=box,
-            score=None if score is None else _number(score),
+            score=_number_or_none(score),
             mask=mask,
             heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
             error=error,
+            agreement=_number_or_none(line.get("agreement")),
+            confidence=_number_or_none(line.get("confidence")),
+            calibrated=calibrated,
+            presence=_number_or_none(line.get("present")),
+            absent=absent,
         )
+
+
+def _rounded(value: float | None) -> float | None:
+    """To six decimals."""
+    return None if value is None else round(float(value), 6)
+
+
+def _number_or_none(value: object) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _number(value: object) -> float:
