@@ -107,7 +107,7 @@ class Grounder:
         own = {"k": self.k, **_named("criteria", self.criteria)}
         return {
             **asked,
-            "heads": [list(head) for head in self.heads] or "each image's own",
+            "heads": [list(head) for head in sorted(self.heads)] or "each image's own",
             **({} if self.heads else own),
             **_named("grounding", self.options),
             "segmenter": masked and masked.name,

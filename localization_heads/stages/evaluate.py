@@ -46,6 +46,8 @@ def evaluate(run: Run) -> Result:
     keeps them, so a `find` over the same entries is free; they take 0.03 s a sample for a model of 1,024 heads, and
     the boxes of all its single heads 0.3 s for each of the first fifty.
     """
+    from localization_heads import figures
+
     options = run.options
     entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
     check_unseen(run, entries.samples)
@@ -85,6 +87,8 @@ def evaluate(run: Run) -> Result:
             run.folder / "metrics.json",
         ]
         write_json(paths[-1], metrics)
+        if trust := metrics.get("confidence"):
+            paths.append(run.draw(figures.plot_confidence, trust, path=run.folder / "confidence.png"))
         own = None if store is None else _own_ranking(run, entries, store)
         paths += report.write(entries, outcomes, metrics=metrics, store=store, own=own)
         log.finish()
