@@ -42,6 +42,8 @@ SHORT = 14
 """Cells of at most this many characters are never folded."""
 HEADING = 16
 """Width at which the headings above such cells are folded."""
+WIDE = 8
+"""Metrics whose intervals fit on one line each in 80 columns."""
 HEADINGS = {
     "acc@0.25": "Acc\n@0.25",
     "acc@0.5": "Acc\n@0.5",
@@ -92,7 +94,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         table.add_column(HEADINGS[name], justify="right")
     methods = {"heads": metrics, **metrics.get("controls", {})}
     for number, (name, row) in enumerate(methods.items()):
-        cells = [_score_cell(row[metric], row[f"{metric}_interval"]) for metric in shown]
+        narrow = len(shown) > WIDE
+        cells = [_score_cell(row[metric], row[f"{metric}_interval"], narrow) for metric in shown]
         table.add_row(NAMES.get(name, name), *cells, style="" if number else "bold")
     return table
 
@@ -118,12 +121,12 @@ def _ahead(metrics: Mapping[str, Any]) -> str | None:
     return f"95 % intervals; heads ahead of random heads: {', '.join(parts)}"
 
 
-def _score_cell(value: float | None, interval: Sequence[float | None]) -> str:
-    """The value, and its interval below."""
+def _score_cell(value: float | None, interval: Sequence[float | None], narrow: bool) -> str:
+    """The value, and its interval below, on two lines where columns are `narrow`."""
     if value is None:
         return "-"
     low, high = (_short(bound) for bound in interval)
-    return f"{value:.3f}\n{low}-{high}"
+    return f"{value:.3f}\n{low}-\n{high}" if narrow else f"{value:.3f}\n{low}-{high}"
 
 
 def _short(bound: float | None) -> str:

@@ -97,14 +97,14 @@ class Prediction:
         return {
             "id": self.id,
             "bbox": None if self.bbox is None else [float(x) for x in self.bbox],
-            "score": None if self.score is None else float(self.score),
+            "score": _float_or_none(self.score),
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
-            "agreement": _rounded(self.agreement),
-            "confidence": _rounded(self.confidence),
+            "agreement": _float_or_none(self.agreement),
+            "confidence": _float_or_none(self.confidence),
             "calibrated": self.calibrated,
-            "present": _rounded(self.presence),
+            "present": _float_or_none(self.presence),
             "absent": self.absent,
         }
 
@@ -142,9 +142,8 @@ class Prediction:
         )
 
 
-def _rounded(value: float | None) -> float | None:
-    """To six decimals."""
-    return None if value is None else round(float(value), 6)
+def _float_or_none(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _number_or_none(value: object) -> float | None:
