@@ -137,7 +137,6 @@ def test_only_absent_entries(calibrated: Front):
 
 
 def test_python_gives_the_same(calibrated: Front):
-    from localization_heads.options.groups import GroundingOptions
 
     path, options = (
         calibrated.out / "calibration.json",

@@ -149,6 +149,8 @@ def _left_out(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: 
     from sklearn.model_selection import StratifiedGroupKFold
 
     kinds = labelled.right.astype(int) + labelled.present  # wrong ones and absent ones in every part
+    if np.unique(kinds, return_counts=True)[1].min() < FOLDS:
+        kinds = labelled.right.astype(int)
     parts = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     found: list[Calibration | None] = [None] * len(kinds)
     for fitted, left in parts.split(kinds, kinds, list(labelled.images)):
