@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,11 @@ from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.images import ImageSource, load_image
 from localization_heads.data.samples import Sample, where
 from localization_heads.errors import NoHeadError, NotFiniteError, UsageError
+from localization_heads.evaluation.claims import Claim, claim_of
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
-from localization_heads.grounder import Grounder, check_heads, make_segmenter
+from localization_heads.grounder import Grounder, check_heads, load_calibration, make_segmenter
+from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.criteria import head_statistics
@@ -106,6 +109,8 @@ def ground(
     options: GroundingOptions | None = None,
     segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
     zoom: bool = False,
+    calibration: Calibration | str | Path | None = None,
+    abstain: float | None = None,
 ) -> Grounding:
     """The box, mask and heat map of an expression in an image (Sec. 5).
 
@@ -119,14 +124,22 @@ def ground(
         segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask. A SAM is loaded once,
             by `make_segmenter`, and handed in here.
         zoom: ask again about a crop around the box, and average both boxes where they agree (`grounding.zoom`).
+        calibration: what makes the confidence a probability: a `calibration.json` of stage=calibrate; None leaves the
+            raw signal.
+        abstain: the least probability of presence (of a calibration without it, the least confidence) of what is
+            there: below it, the result is `absent`. None takes everything for present.
 
     Raises:
-        ValueError: a head that the model does not have, or no head at all in `heads`.
-        UsageError: an image or an expression that cannot be used, or one that no head passes the criteria for.
+        ValueError: a head that the model does not have, no head at all in `heads`, or `abstain` without a calibration.
+        UsageError: an image or an expression that cannot be used, or one that no head passes the criteria for; a
+            calibration of other heads or another recipe.
         NotFiniteError: NaN or infinite attention.
     """
+    if abstain is not None and calibration is None:
+        raise ValueError(f"abstain={abstain:g} needs a calibration: stage=calibrate writes one")
     opened = load_image(image)
-    grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
+    grounder = _calibrated(_grounder(lvlm, heads, CriteriaOptions(), options, segmenter), lvlm, calibration)
+    grounder = replace(grounder, abstain=abstain)
     (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer)
     second = _second_look(lvlm, grounder, maps, opened, expression) if zoom else None
     return grounder.ground(maps, opened, second=second)
@@ -210,8 +223,11 @@ def evaluate(
     native: bool | None = None,
     bootstrap: Bootstrap = "expression",
     seed: int = 42,
+    calibration: Calibration | str | Path | None = None,
 ) -> Evaluation:
     """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
+
+    Samples that are `absent`, or have several true boxes, take part in what is said of the confidence alone.
 
     A sample is left out, with a warning, and counted among `num_failed` if its attention is not finite, or if it has to
     pick its own heads and none passes the criteria.
@@ -227,6 +243,7 @@ def evaluate(
         native: ask the model for a box of its own; None asks one that is known to write boxes, beside the controls.
         bootstrap: what the 95 % intervals draw: expressions, or images with all their expressions.
         seed: of the random heads and of the bootstrap.
+        calibration: as in `ground`.
 
     Raises:
         ValueError: there is no sample, or a head that the model does not have.
@@ -237,9 +254,11 @@ def evaluate(
     from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 
     grounder = _grounder(lvlm, heads, criteria or CriteriaOptions(), options, segmenter)
+    grounder = _calibrated(grounder, lvlm, calibration)
     judge = Judge(grounder.criteria, grounder.options, controls, bootstrap, seed)
     form = wanted_format(lvlm, native, by_default=controls)
     scored: list[Scored] = []
+    claims: list[Claim] = []
     images: list[str] = []
     boxes: list[TrueBox] = []
     unusable: list[NotFiniteError] = []
@@ -248,7 +267,8 @@ def evaluate(
         check_scale(true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
     for sample, opened, number, maps in _attended(lvlm, samples, unusable, last_layer):
-        truth = truth_of(sample, opened.size)
+        one_box = not sample.absent and len(sample.boxes) < 2
+        truth = truth_of(_with_one(sample), opened.size) if one_box else None
         if sample.bbox is not None and not listed:
             boxes.append(TrueBox(where(sample), sample.bbox, opened.size))
         try:
@@ -257,13 +277,17 @@ def evaluate(
             log.warning("%s is left out: %s", sample.id, error)
             num_headless += 1
             continue
+        known = replace(sample, bbox=truth.box) if truth else sample
+        claims.append(claim_of(known, grounding, sample.image_key or f"image {number}"))
+        if truth is None:
+            continue
         scores = judge.scores(maps, grounding, truth, partial(grounder.refine, image=opened))
         if form:
             box, _ = ask_for_box(lvlm, form, opened, sample.expression)
             scores["native"] = [score_box(box, truth, opened.size)]
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
         images.append(sample.image_key or f"image {number}")
-    if not scored:
+    if not claims:
         none = ValueError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none
     check_scale(boxes, "samples")
@@ -274,7 +298,22 @@ def evaluate(
         "native": form and form.prompt,
     }
     metrics = judge.metrics([one.scores for one in scored], images, len(unusable) + num_headless)
-    return Evaluation({**metrics, "choices": choices}, scored)
+    return Evaluation({**metrics, **judge.trust(claims), "choices": choices}, scored)
+
+
+def _with_one(sample: Sample) -> Sample:
+    """A list of one true box is that box."""
+    return replace(sample, bbox=sample.boxes[0]) if sample.boxes and sample.bbox is None else sample
+
+
+def _calibrated(grounder: Grounder, lvlm: LVLM, calibration: Calibration | str | Path | None) -> Grounder:
+    """The grounder with the calibration. UsageError if it cannot be read or does not fit."""
+    if calibration is None:
+        return grounder
+    found = calibration if isinstance(calibration, Calibration) else load_calibration(calibration)
+    named = "the calibration" if isinstance(calibration, Calibration) else calibration
+    found.check(grounder.recipe({**lvlm.choices, **lvlm.asked}), named)
+    return replace(grounder, calibration=found)
 
 
 def _grounder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -151,6 +152,15 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     shared = np.clip(high - low, 0, None).prod(axis=-1)
     union = _area(a) + _area(b) - shared
     return np.asarray(shared / np.where(union > 0, union, 1.0))
+
+
+def agreement(box: Box, boxes: Sequence[Box | None]) -> float:
+    """Mean IoU of a box with those of the single heads, 0 for a head without one.
+
+    >>> agreement((0, 0, 2, 2), [(0, 0, 2, 2), (0, 0, 2, 1), None])
+    0.5
+    """
+    return float(np.mean([0.0 if other is None else float(box_iou(box, other)) for other in boxes]))
 
 
 def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
+from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
 from localization_heads.grounding.ground import Grounding, ground_instances, ground_maps
 from localization_heads.grounding.instances import suppressed
 from localization_heads.grounding.zoom import looked_again
@@ -20,12 +21,19 @@ from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine
+from localization_heads.store.files import read_json
 from localization_heads.store.results import load_head_list, load_ranking
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
+
+CALIBRATION = "calibration.json"
+"""Name of the file in the model's folder."""
+NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
+"""Of the signal `mask` where the box of the mask was turned down: it agrees with nothing."""
+_LARGEST = 1 << 20  # bytes of a calibration.json
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Grounder:
         options: the read-out.
         segmenter: what makes the mask; None leaves the pseudo-mask of the maps.
         k: how many heads a sample picks.
+        calibration: what makes a probability of the confidence; None leaves the raw signal.
+        abstain: the least presence (or confidence) of what is there; None takes everything for present.
     """
 
     heads: tuple[Head, ...]
@@ -45,6 +55,8 @@ class Grounder:
     options: GroundingOptions
     segmenter: Segmenter | None = None
     k: int = 3
+    calibration: Calibration | None = None
+    abstain: float | None = None
 
     @property
     def last_layer(self) -> int | None:
@@ -69,15 +81,15 @@ class Grounder:
         statistics: HeadStatistics | None = None,
         second: Box | None = None,
     ) -> Grounding:
-        """The box, mask and heat map of one sample. NoHeadError as of `heads_of`.
+        """The box, mask, heat map and confidence of one sample. NoHeadError as of `heads_of`.
 
         Args:
             image: what the maps are of; without it the mask is that of the maps.
             statistics: of the maps, where they are known already.
             second: the box of a second look, in pixels of the image (`grounding.zoom`).
         """
-        first = ground_maps(maps, self.heads_of(maps, statistics), self.options)
-        return self.refine(looked_again(first, second), image)
+        found = looked_again(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
+        return self.judge(maps, self.refine(found, image), found.box)
 
     def ground_all(
         self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
@@ -88,12 +100,85 @@ class Grounder:
         overlap by more than half (`suppressed`) only the better one is kept. Arguments and errors as of `ground`.
         """
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options)
-        found = sorted((self.refine(one, image) for one in components), key=lambda one: -one.score)
+        found = [self.judge(maps, self.refine(one, image), one.box) for one in components]
+        found.sort(key=lambda one: -one.score)
         return [found[place] for place in suppressed([one.box for one in found])]
+
+    def judge(self, maps: AttentionMaps, grounding: Grounding, map_box: Box) -> Grounding:
+        """The grounding with the own boxes of its heads, signals, confidence and presence; `absent` if it abstains.
+
+        Args:
+            map_box: the box before the segmenter was at work.
+        """
+        grounding = replace(grounding, own_boxes=own_boxes(maps, grounding, self.options))
+        kept = None
+        if self.options.box_from != "map":
+            kept = NO_BOX if grounding.refined is None else map_box
+        found = signals(maps, grounding, self.options, kept)
+        return abstained(judged(grounding, found, self.calibration), self.abstain)
+
+    def recipe(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the signals of a grounding depend on besides image and expression, as JSON values by name.
+
+        Args:
+            asked: the model and how it is asked, by name (`LVLM.choices` and `LVLM.asked`).
+        """
+        masked = self.segmenter if self.options.box_from != "map" else None
+        own = {"k": self.k, **_named("criteria", self.criteria)}
+        return {
+            **asked,
+            "heads": [list(head) for head in sorted(self.heads)] or "each image's own",
+            **({} if self.heads else own),
+            **_named("grounding", self.options),
+            "segmenter": masked and masked.name,
+        }
 
     def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
         """The grounding with the segmenter's mask, and with that mask's box if `box_from` asks for it."""
         return refine(grounding, image, self.segmenter, box_from=self.options.box_from)
+
+
+def _named(group: str, options: CriteriaOptions | GroundingOptions) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in asdict(options).items()}
+
+
+def load_calibration(path: str | Path) -> Calibration:
+    """Read a `calibration.json`. UsageError, naming the file, for anything else."""
+    try:
+        return Calibration.from_json(read_json(Path(path), _LARGEST))
+    except UsageError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise UsageError(f"calibration={path}: {said}") from error
+
+
+def choose_calibration(
+    wanted: str, folder: Path, recipe: Mapping[str, Any], note: Callable[[str], None]
+) -> Calibration | None:
+    """What `calibration=` asks for; None where there is none.
+
+    Args:
+        wanted: `auto`, `none` or the path of a calibration.json.
+        folder: of the model's results; `auto` takes the calibration.json in it if it fits.
+        recipe: `Grounder.recipe` of this run.
+        note: is told why the one in the folder is not used.
+
+    Raises:
+        UsageError: a named one cannot be read, or does not fit.
+    """
+    if wanted == "none":
+        return None
+    path = folder / CALIBRATION if wanted == "auto" else Path(wanted)
+    if wanted == "auto" and not path.is_file():
+        return None
+    try:
+        found = load_calibration(path)
+        found.check(recipe, path)
+    except UsageError as error:
+        if wanted != "auto":
+            raise
+        note(f"the confidence is not calibrated: {error}")
+        return None
+    return found
 
 
 def choose_heads(

@@ -64,6 +64,8 @@ def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None
     for name, value in expected.items():
         if isinstance(value, dict):
             assert_same_numbers(found[name], value)
+        elif isinstance(value, list) and value and isinstance(value[0], list):
+            assert np.array(found[name]) == pytest.approx(np.array(value), abs=2e-5), name
         else:
             assert found[name] == pytest.approx(value, abs=2e-5), name
 

@@ -443,7 +443,9 @@ def test_ground_one_image(front: Front) -> None:
     assert result.status == 0, result.err
     assert files(front.out) == {"attention/a_prediction.jsonl", "attention/a_grounding.png"}
     (line,) = read_lines(front.out / "attention/a_prediction.jsonl")
-    assert list(line) == ["id", "bbox", "score", "mask", "heads", "error"]
+    assert list(line)[:6] == ["id", "bbox", "score", "mask", "heads", "error"]
+    assert list(line)[6:] == ["agreement", "confidence", "calibrated", "present", "absent"]
+    assert line["confidence"] == line["agreement"] and not line["calibrated"] and line["present"] is None
     assert (line["id"], line["heads"], line["error"]) == ("a", [[2, 0], [2, 1]], None)
     lvlm = lh.load_model(device="cpu")
     found = lh.ground(lvlm, "cat.png", "the dog", heads=[lh.Head(2, 0), lh.Head(2, 1)])

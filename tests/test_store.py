@@ -334,12 +334,22 @@ def test_predictions_come_back(tmp_path):
     predictions = [
         Prediction("a", (0.0, 1.0, 2.5, 3.0), 0.5, mask, (Head(1, 2), Head(3, 4))),
         Prediction("ü", error="broken or cut short"),
+        Prediction(
+            "b",
+            heads=(Head(1, 2),),
+            agreement=0.25,
+            confidence=0.5,
+            calibrated=True,
+            presence=0.125,
+            absent=True,
+        ),
     ]
     write_predictions(tmp_path / "p.jsonl", predictions)
     assert list(read_predictions(tmp_path / "p.jsonl")) == predictions
     first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
     assert first == {
         "id": "a", "bbox": [0.0, 1.0, 2.5, 3.0], "score": 0.5, "mask": mask, "heads": [[1, 2], [3, 4]], "error": None,
+        "agreement": None, "confidence": None, "calibrated": False, "present": None, "absent": False,
     }  # fmt: skip
 
 

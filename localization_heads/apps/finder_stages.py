@@ -9,11 +9,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from localization_heads.apps import tables
+from localization_heads.apps import confidence, tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.scenes import write
-from localization_heads.stages import evaluate, experiment, export, find, ground, single
+from localization_heads.stages import calibrate, evaluate, experiment, export, find, ground, single
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run
 
@@ -53,6 +53,11 @@ def _experiment(run: Run) -> int:
     return _show_result(run, experiment.climb(run) if is_ladder else experiment.experiment(run))
 
 
+def _calibrate(run: Run) -> int:
+    result, calibration = calibrate.calibrate(run)
+    return _show(confidence.calibration_table(calibration), result.paths, result.failures)
+
+
 def _export(run: Run) -> int:
     tables.written(export.export(run))
     return 0
@@ -73,6 +78,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "experiment": _experiment,
     "export": _export,
     "prepare": _prepare,
+    "calibrate": _calibrate,
 }
 
 
@@ -118,6 +124,8 @@ def _show_result(run: Run, result: Result) -> int:
         tables.show(tables.ranking_table(result.ranking, run.options.k))
     if result.metrics:
         tables.show(tables.metrics_table(result.metrics))
+        if trust := result.metrics.get("confidence"):
+            tables.show(confidence.confidence_table(trust))
     elif result.outcomes:
         tables.show(tables.predictions_table(result.outcomes))
     for finding in result.findings:

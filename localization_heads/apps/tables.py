@@ -42,6 +42,8 @@ SHORT = 14
 """Cells of at most this many characters are never folded."""
 HEADING = 16
 """Width at which the headings above such cells are folded."""
+WIDE = 8
+"""Metrics whose intervals fit on one line each in 80 columns."""
 HEADINGS = {
     "acc@0.25": "Acc\n@0.25",
     "acc@0.5": "Acc\n@0.5",
@@ -96,7 +98,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     single = {"single_box": metrics["single_box"]} if "single_box" in metrics else {}
     methods = {"heads": metrics, **single, **metrics.get("controls", {})}
     for number, (name, row) in enumerate(methods.items()):
-        cells = [_score_cell(row.get(metric), row.get(f"{metric}_interval", ())) for metric in shown]
+        narrow = len(shown) > WIDE
+        cells = [_score_cell(row.get(metric), row.get(f"{metric}_interval", ()), narrow) for metric in shown]
         table.add_row(NAMES.get(name, name), *cells, style="" if number else "bold")
     return table
 
@@ -123,12 +126,12 @@ def _ahead(metrics: Mapping[str, Any]) -> str | None:
     return f"95 % intervals; heads ahead of random heads: {', '.join(parts)}"
 
 
-def _score_cell(value: float | None, interval: Sequence[float | None]) -> str:
-    """The value, and its interval below."""
+def _score_cell(value: float | None, interval: Sequence[float | None], narrow: bool) -> str:
+    """The value, and its interval below, on two lines where columns are `narrow`."""
     if value is None:
         return "-"
     low, high = (_short(bound) for bound in interval)
-    return f"{value:.3f}\n{low}-{high}"
+    return f"{value:.3f}\n{low}-\n{high}" if narrow else f"{value:.3f}\n{low}-{high}"
 
 
 def _short(bound: float | None) -> str:
@@ -173,14 +176,19 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
 
 
 def predictions_table(outcomes: Sequence[Outcome]) -> Table:
-    """Box and score of every entry, and the IoU with the true box where there is one."""
-    names = ("id", "expression", "box (x0 y0 x1 y1)", "score", "IoU")
+    """Box, score and confidence of every entry, and the IoU with the true box where there is one."""
+    calibrated = any(outcome.prediction.calibrated for outcome in outcomes)
+    sure = "confidence" if calibrated else "confidence\n(uncalibrated)"
+    names = ("id", "expression", "box (x0 y0 x1 y1)", "score", sure, "IoU")
     table = _table("Predicted boxes", *names, texts=names[:2], caption=_summary(outcomes))
     for outcome in outcomes[:ROWS]:
         sample, prediction = outcome.sample, outcome.prediction
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
-        box, score = box_text(prediction.bbox or (0, 0, 0, 0)), f"{prediction.score or 0:.2f}"
-        table.add_row(_cell(sample.id), _cell(sample.expression), box, score, iou)
+        box, score = "nothing there", "-"
+        if prediction.bbox is not None:
+            box, score = box_text(prediction.bbox), f"{prediction.score or 0:.2f}"
+        sure = "-" if prediction.confidence is None else f"{prediction.confidence:.2f}"
+        table.add_row(_cell(sample.id), _cell(sample.expression), box, score, sure, iou)
         for other in (prediction.boxes or ())[1:]:
             table.add_row("", "", box_text(other.bbox), f"{other.score:.2f}")
     return table
@@ -292,8 +300,24 @@ def box_text(box: Box) -> str:
 
 
 def grounding_text(found: Grounding) -> str:
-    """The box, its score and the heads that made it, on one line."""
-    return f"{box_text(found.box)}   score {found.score:.2f}   heads {' '.join(map(str, found.heads))}"
+    """The box, its score, its confidence and the heads that made it, on one line."""
+    heads = f"heads {' '.join(map(str, found.heads))}"
+    if found.absent:
+        return f"nothing there   {sureness(found)}   {heads}"
+    return "   ".join([box_text(found.box), f"score {found.score:.2f}", sureness(found), heads])
+
+
+def sureness(found: Grounding) -> str:
+    """`confidence 0.93, present 0.98`; a raw signal is called uncalibrated.
+
+    >>> from types import SimpleNamespace
+    >>> sureness(SimpleNamespace(confidence=0.5, calibrated=False, presence=None))
+    'confidence 0.50 (uncalibrated)'
+    """
+    parts = ["confidence -" if found.confidence is None else f"confidence {found.confidence:.2f}"]
+    if found.confidence is not None and not found.calibrated:
+        parts[0] += " (uncalibrated)"
+    return ", ".join([*parts, *([] if found.presence is None else [f"present {found.presence:.2f}"])])
 
 
 def show(content: object, **options: Any) -> None:

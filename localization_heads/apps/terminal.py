@@ -125,8 +125,17 @@ class Session:
         if not expression:
             raise UsageError("write /ground EXPRESSION, such as /ground the dog")
         lvlm = self.run.lvlm.prompted(self._conv_mode())
-        options, segmenter = self.run.options.grounding, self.run.segmenter
-        found = ground(lvlm, image, expression, self._heads(), options=options, segmenter=segmenter)
+        options, segmenter, heads = self.run.options.grounding, self.run.segmenter, self._heads()
+        found = ground(
+            lvlm,
+            image,
+            expression,
+            heads,
+            options=options,
+            segmenter=segmenter,
+            calibration=self.run.calibration_of(heads, lvlm),
+            abstain=self.run.options.abstain,
+        )
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
         say(f"box {grounding_text(found)}")

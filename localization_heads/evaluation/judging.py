@@ -13,6 +13,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
 from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
 from localization_heads.errors import UsageError
+from localization_heads.evaluation.claims import ALSO_BESIDE, Claim, confidence_metrics
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
 from localization_heads.evaluation.metrics import NUM_RESAMPLES
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding, summarize
@@ -131,6 +132,13 @@ class Judge:
             "num_failed": num_failed,
             "controls": summary,
         }
+
+    def trust(self, claims: Sequence[Claim]) -> dict[str, Any]:
+        """The block `confidence` of `metrics.json`, and those of its numbers that stand beside the metrics, too."""
+        block = confidence_metrics(claims, by_image=self.bootstrap == "image", seed=self.seed)
+        names = [name for name in ALSO_BESIDE if name in block]
+        beside = {key: block[key] for name in names for key in (name, f"{name}_interval")}
+        return {**beside, "confidence": block} if block else {}
 
     def choices(self, heads: Sequence[Head] | None, k: int) -> dict[str, Any]:
         """The choices that the numbers depend on, by name, as JSON values.

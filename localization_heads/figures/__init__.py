@@ -15,6 +15,7 @@ from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
 from localization_heads.figures.several import Found, plot_instances, plot_several
 from localization_heads.figures.sheet import plot_once, show, svg
+from localization_heads.figures.trust import plot_confidence
 
 __all__ = [
     "Found",
@@ -22,6 +23,7 @@ __all__ = [
     "plot_boxes",
     "plot_cells",
     "plot_components",
+    "plot_confidence",
     "plot_experiment",
     "plot_frequency_iou",
     "plot_grounding",

@@ -111,7 +111,11 @@ def _map_title(attention: AttentionMaps, head: Head, statistics: HeadStatistics 
 def _box_entries(grounding: Grounding | None, truth: Box | None) -> list[Line2D]:
     """What the legend says of the boxes that are drawn."""
     entries = []
-    if grounding is not None:
+    if grounding is not None and grounding.absent:
+        sure = grounding.confidence if grounding.presence is None else grounding.presence
+        label = f"nothing there (probability that it is: {sure or 0:.2f})"
+        entries.append(Line2D([], [], linestyle="none", label=label))
+    elif grounding is not None:
         found = bool(grounding.cells.any())
         label = f"predicted box, score {grounding.score:.2f}" if found else "no cell stands out: whole image"
         entries.append(Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label))
@@ -122,7 +126,7 @@ def _box_entries(grounding: Grounding | None, truth: Box | None) -> list[Line2D]
 
 def _draw_boxes(axes: Axes, grounding: Grounding | None, truth: Box | None) -> None:
     """Draw the predicted box, solid, and the true one, dashed, on top."""
-    if grounding is not None:
+    if grounding is not None and not grounding.absent:
         draw_box(axes, grounding.box, VERMILLION)
     if truth is not None:
         draw_box(axes, truth, SKY, dashed=True)
@@ -149,12 +153,14 @@ def plot_grounding(
     heat, mask = _at_drawn_size(grounding)
     legend = _box_entries(grounding, truth)
     label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
-    legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
+    if not grounding.absent:
+        legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
     with paper_style():
         figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend)
         draw_image(axes, shown, grounding.image_size)
         draw_map(axes, heat, (0, 0, *grounding.image_size), opaque=image is None)
-        draw_outline(axes, mask)
+        if not grounding.absent:
+            draw_outline(axes, mask)
         _draw_boxes(axes, grounding, truth)
         return save(figure, path)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import box_iou, mass_inside, visible_cells, visible_edges
+from localization_heads.cells import agreement, box_iou, mass_inside, visible_cells, visible_edges
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, added, ground_maps, scaled
 from localization_heads.options.groups import GroundingOptions
@@ -34,15 +34,6 @@ def own_boxes(
     """The box of each head's map alone, by the same read-out; None where its map points at nothing."""
     alone = (ground_maps(attention, [head], options) for head in grounding.heads)
     return tuple(found.box if found.cells.any() else None for found in alone)
-
-
-def agreement(box: Box, boxes: Sequence[Box | None]) -> float:
-    """Mean IoU of a box with those of the single heads, 0 for a head without one.
-
-    >>> agreement((0, 0, 2, 2), [(0, 0, 2, 2), (0, 0, 2, 1), None])
-    0.5
-    """
-    return float(np.mean([0.0 if other is None else float(box_iou(box, other)) for other in boxes]))
 
 
 def signals(
@@ -119,8 +110,11 @@ class Logistic:
 
     def probability(self, found: Mapping[str, float]) -> float:
         """Of signals, which must have all that there are weights for."""
-        total = self.intercept + sum(weight * found[name] for name, weight in self.weights.items())
-        return 1 / (1 + math.exp(-min(max(total, -500), 500)))
+        return 1 / (1 + math.exp(-min(max(self.total(found), -500), 500)))
+
+    def total(self, found: Mapping[str, float]) -> float:
+        """`intercept + sum_i weight_i * signal_i`."""
+        return self.intercept + sum(weight * found[name] for name, weight in self.weights.items())
 
 
 @dataclass(frozen=True)
@@ -149,6 +143,15 @@ class Calibration:
             raise UsageError(
                 f"{source} was fitted with {named}: run stage=calibrate again with the options of this run"
             )
+
+    def fits(self, recipe: Mapping[str, Any]) -> bool:
+        """Whether it is for this recipe."""
+        return dict(self.recipe) == dict(recipe)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the signals that it needs."""
+        return {*self.right.weights, *(self.present.weights if self.present else ())}
 
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION, **asdict(self)}
@@ -187,10 +190,28 @@ def _brief(value: object) -> str:
 
 
 def judged(grounding: Grounding, found: Mapping[str, float], calibration: Calibration | None) -> Grounding:
-    """The grounding with its confidence and, where the calibration knows it, its presence."""
+    """The grounding with its signals, its confidence and, where the calibration knows it, its presence.
+
+    Without a calibration the confidence is the raw signal. It is None where a signal that the calibration weighs could
+    not be had, as `gain` where the image has no other expression.
+    """
+    grounding = replace(grounding, signals=found)
     if calibration is None:
         return replace(grounding, confidence=found[RAW])
+    if not calibration.names <= found.keys():
+        return grounding
     presence = None if calibration.present is None else calibration.present.probability(found)
     return replace(
         grounding, confidence=calibration.right.probability(found), presence=presence, calibrated=True
     )
+
+
+def abstained(grounding: Grounding, least: float | None) -> Grounding:
+    """The grounding, `absent` where its presence (where that is not known, its confidence) is below `least`.
+
+    Only a probability can decide that: without a calibration nothing is absent.
+    """
+    sure = grounding.confidence if grounding.presence is None else grounding.presence
+    if least is None or sure is None or not grounding.calibrated:
+        return grounding
+    return replace(grounding, absent=sure < least)

@@ -9,7 +9,7 @@ exact; the result is in pixels of the original image, with padding and cropping 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import (
+    agreement,
     label_components,
     mass_inside,
     resample,
@@ -72,9 +73,11 @@ class Grounding:
         threshold: value of `combined` above which a cell is active; infinite if no cell stands out.
         point_map: the map whose strongest cell is `point`, where it is another one than `combined`.
         own_boxes: the box of each of the heads alone, None for one that points at nothing; empty if not asked for.
+        signals: what speaks for the box, by name (`confidence.signals`); empty if not asked for.
         confidence: the probability that the box is right (IoU of at least 0.5) if it is `calibrated`, else a raw
             signal between 0 and 1; None if not asked for.
         presence: the probability that the expression refers to something in the image; None if that is not known.
+        absent: there is nothing there, as `abstain` decides: the box is the one that was turned down.
         refined: the segmenter's mask, bool `[H, W]`, where one has been at work.
         mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
     """
@@ -94,6 +97,13 @@ class Grounding:
     confidence: float | None = None
     presence: float | None = None
     calibrated: bool = False
+    absent: bool = False
+    signals: Mapping[str, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def agreement(self) -> float | None:
+        """Mean IoU of the box with the own boxes of the heads, 0 for a head without one; None if not asked for."""
+        return agreement(self.box, self.own_boxes) if self.own_boxes else None
 
     @cached_property
     def polygon(self) -> NDArray[np.float64]:

@@ -44,9 +44,9 @@ from localization_heads.options.kinds import (
 
 Stage = Literal[
     "batch", "find", "rank", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes", "doctor",
-    "experiment", "export", "prepare",
+    "experiment", "export", "prepare", "calibrate",
 ]  # fmt: skip
-SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment")
+SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate")
 """Those that run the model over a data set."""
 ONE_IMAGE = ("collect", "pipeline", "ground", "doctor")
 """Those that take one image and one query."""
@@ -118,6 +118,18 @@ class ModelUse(Options):
         "What makes the mask: grabcut (offline), none (the map's own pseudo-mask), sam, sam2, sam3, or author_hint.",
         choice="grabcut",
     )
+    calibration: PathText = option(
+        "auto",
+        "What makes the confidence the probability that the box is right: auto (calibration.json of the model's "
+        "folder, if it was fitted with these heads and this recipe), none (the raw signal: agreement of the heads), "
+        "or the path of one; stage=calibrate writes it.",
+    )
+    abstain: Annotated[float, Field(ge=0, le=1)] | None = option(
+        None,
+        "Answer that nothing is there where the probability of presence (without absent entries in the calibration, "
+        "the confidence) is below this; null always gives a box.",
+        stages=("ground", "batch", "evaluate", "pipeline"),
+    )
     output_dir: FolderPath = option(
         "outputs/localization_heads",
         "Everything is written below this folder, in one folder per model.",
@@ -179,7 +191,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
     stage: Stage = option(
         "batch",
         "What to do: batch, find, rank, pipeline, ground, evaluate, collect, analyze, visualize, scenes, doctor, "
-        "export, prepare or experiment. rank repeats the last step of find (or batch) from the statistics that it "
+        "export, prepare, calibrate or experiment. calibrate fits calibration.json on entries with truth. "
+        "rank repeats the last step of find (or batch) from the statistics that it "
         "left, without the model: for another top_n or k, or other criteria, except those that need the maps again.",
     )
     image_file: PathText | None = option(
@@ -300,6 +313,12 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
         "expression",
         "What the bootstrap of the 95 % intervals draws: expression (as the field does), or image (with all its "
         "expressions).",
+    )
+    calibrate_from: PathText | None = option(
+        None,
+        "A calibration.json whose weights are kept: only slope and intercept are fitted, for which 50 labels of a new "
+        "domain do; null fits all weights.",
+        stages=("calibrate",),
     )
     worst: int = option(16, "Number of worst boxes drawn into failures/.", ge=0, le=200)
     phrases: PhrasesOptions = option(PhrasesOptions(), "Several objects in one query (stage=ground).")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -24,6 +25,7 @@ def render(report: Report) -> str:
     """
     style, script = _asset("report.css"), _asset("report.js")
     figures = {} if report.heads is None else _figures(report.heads)
+    figures["trust"] = _trust(report.metrics.get("confidence"))
     policy, template = _policy(style, script), environment().get_template("report.html")
     return template.render(report=report, policy=policy, style=style, script=script, **figures)
 
@@ -76,6 +78,16 @@ GRIDS = {
     "iou": ("Mean IoU (%)", 100),
 }
 """The statistics that are drawn layer by layer: what is written at the scale, and the factor of its unit."""
+
+
+def _trust(trust: Mapping[str, Any] | None) -> str:
+    """Reliability diagram and risk-coverage curve, SVG; "" where there is no confidence."""
+    from localization_heads import figures
+
+    if not trust:
+        return ""
+    label = "Share of right boxes by confidence, and share of wrong boxes by coverage"
+    return figures.svg(figures.plot_confidence(trust), "trust", label)
 
 
 def _figures(facts: HeadFacts) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def _flattened(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for name, value in group.items():
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{prefix}{name}.")
-        else:
+        elif not (isinstance(value, list) and value and isinstance(value[0], list)):  # curves are drawn
             yield f"{prefix}{name}", value
 
 

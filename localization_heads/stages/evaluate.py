@@ -15,6 +15,7 @@ from localization_heads.data.masks import MaskSource
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
+from localization_heads.evaluation.claims import Claim, is_right
 from localization_heads.evaluation.controls import CENTRE, DRAWS
 from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.evaluation.judging import HEADS, Judge, truth_of
@@ -46,6 +47,8 @@ def evaluate(run: Run) -> Result:
     keeps them, so a `find` over the same entries is free; they take 0.03 s a sample for a model of 1,024 heads, and
     the boxes of all its single heads 0.3 s for each of the first fifty.
     """
+    from localization_heads import figures
+
     options = run.options
     entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
     check_unseen(run, entries.samples)
@@ -77,6 +80,7 @@ def evaluate(run: Run) -> Result:
         images = [outcome.sample.image_key for _, outcome in scored]
         numbers = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
         numbers |= _of_several(run, outcomes)
+        numbers |= judge.trust([_claim(outcome) for outcome in outcomes])
         metrics = {**numbers, "choices": _choices(run, scorer)}
         paths = [
             save_predictions(run, outcomes, entries.in_order()),
@@ -85,6 +89,8 @@ def evaluate(run: Run) -> Result:
             run.folder / "metrics.json",
         ]
         write_json(paths[-1], metrics)
+        if trust := metrics.get("confidence"):
+            paths.append(run.draw(figures.plot_confidence, trust, path=run.folder / "confidence.png"))
         own = None if store is None else _own_ranking(run, entries, store)
         paths += report.write(entries, outcomes, metrics=metrics, store=store, own=own)
         log.finish()
@@ -114,6 +120,20 @@ def _of_several(run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {**found.pop("boxes"), "num_answers": len(outcomes), **found}
 
 
+def _claim(outcome: Outcome) -> Claim:
+    sample, said = outcome.sample, outcome.prediction
+    return Claim(
+        confidence=said.confidence,
+        presence=said.presence,
+        calibrated=said.calibrated,
+        absent=said.absent,
+        right=bool(outcome.measured["right"]),
+        present=not sample.absent,
+        image=sample.image_key,
+        expression=sample.expression,
+    )
+
+
 def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
     """The ranking that `find` would make of these samples; None if none of those drawn could be used."""
     try:
@@ -132,6 +152,8 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "range": [options.start_index, options.end_index],
         **scorer.judge.choices(run.named_heads, options.k),
         "segmenter": as_read(options.segmenter),
+        "calibration": options.calibration,
+        "abstain": options.abstain,
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,
         "zoom": options.zoom,
@@ -152,13 +174,16 @@ class EntryScorer:
     alone: Alone = field(default_factory=Alone)
 
     def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
-        """The scores of every method by name, the heads' first, and the model's own box."""
+        """Whether the box is right; where there is one true box, every method's scores, and the model's own box."""
+        measured: dict[str, Any] = {"right": is_right(one.sample, grounding.box)}
         if one.sample.absent or len(one.sample.boxes) > 1:
-            return {}
+            return measured
         truth = truth_of(one.sample, one.image.size)
         refine = partial(run.grounder(None).refine, image=one.image)
         scores = self.judge.scores(one.maps, grounding, truth, refine)
-        measured: dict[str, Any] = {"scores": scores}
+        if grounding.absent:  # no answer
+            scores[HEADS] = [score_box(None, truth, one.image.size)]
+        measured["scores"] = scores
         if self.native:
             box, answer = ask_for_box(run.lvlm, self.native, one.image, one.sample.expression)
             scores["native"] = [score_box(box, truth, one.image.size)]
@@ -175,7 +200,17 @@ class EntryScorer:
         asked = None if self.native is None else [self.native.prompt, self.native.pattern]
         heads = [list(head) for head in self.alone.heads]
         options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, asked, heads]
-        return {"truth": digest.hexdigest(), "evaluation": options}
+        return {"truth": truths(samples), "evaluation": options}
+
+
+def truths(samples: Sequence[Sample]) -> str:
+    """Hexadecimal digits that change with any truth of the samples."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
+        truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
+        digest.update(json.dumps(truth).encode())
+    return digest.hexdigest()
 
 
 def _identity(mask: MaskSource | None) -> Any:

@@ -358,7 +358,8 @@ def _ground_all(
         fresh: of `collect_statistics`.
     """
     best = [head.address for head in ranking.kept[: run.options.k]]
-    grounder = run.grounder(best if run.options.heads == "auto" else run.named_heads)
+    heads = best if run.options.heads == "auto" else run.named_heads
+    grounder = run.grounder(heads, run.calibration_of(heads))
     alone = report.alone(entries)
     outcomes = []
     for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):

@@ -13,6 +13,7 @@ from localization_heads.data.masks import read_mask
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError
+from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
@@ -191,6 +192,7 @@ def ground_all(
         work=partial(
             _ground_each,
             heads=run.named_heads,
+            calibration=run.calibration_of(run.named_heads),
             measure=measure,
             drawn=set(order[: run.num_drawn]),
             room=room or Gallery(0),
@@ -212,6 +214,7 @@ def _ground_each(
     attended: Sequence[Attended],
     *,
     heads: Sequence[Head] | None,
+    calibration: Calibration | None,
     measure: Measure | None,
     drawn: Container[str],
     room: Gallery,
@@ -224,7 +227,7 @@ def _ground_each(
         room: which entries get a card. Each worker keeps its own, and the report chooses among them all.
         analyse: hand on the statistics of all heads, some 0.03 s of work for a model of 1,024 heads.
     """
-    grounder = run.grounder(heads)
+    grounder = run.grounder(heads, calibration)
 
     def ground_one(one: Attended) -> _Grounded:
         statistics = head_statistics(one.maps.attention, run.options.criteria) if analyse else None
@@ -248,9 +251,11 @@ def _ground_each(
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """All that a box depends on besides its sample."""
+    """All that a box and its confidence depend on besides its sample."""
     options = run.options
+    calibration = run.calibration_of(run.named_heads)
     return {
+        "confidence": [calibration and calibration.to_json(), options.abstain],
         "model": run.model_settings,
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [options.k, options.batch_size, asdict(options.criteria), asdict(options.grounding)],

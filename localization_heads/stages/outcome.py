@@ -40,15 +40,28 @@ class Outcome:
 
     @classmethod
     def of(cls, sample: Sample, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Outcome:
-        """The mask of the prediction is the segmenter's; without one, the pseudo-mask.
+        """The mask of the prediction is the segmenter's; without one, the pseudo-mask. What is absent has neither.
 
         Args:
             several: every object that the expression fits, `grounding` first (`instances=all`).
         """
-        boxes = None if several is None else [_instance(one) for one in several]
-        mask = encode_mask(grounding.mask) if boxes is None else boxes[0].mask
-        predicted = Prediction(sample.id, grounding.box, grounding.score, mask, grounding.heads, boxes=boxes)
-        return cls(sample, predicted)
+        there = not grounding.absent
+        boxes = None if several is None else [_instance(one) for one in several if there]
+        mask = encode_mask(grounding.mask) if not boxes else boxes[0].mask
+        prediction = Prediction(
+            sample.id,
+            bbox=grounding.box if there else None,
+            score=grounding.score if there else None,
+            mask=mask if there else None,
+            heads=grounding.heads,
+            boxes=boxes,
+            agreement=grounding.agreement,
+            confidence=grounding.confidence,
+            calibrated=grounding.calibrated,
+            presence=grounding.presence,
+            absent=grounding.absent,
+        )
+        return cls(sample, prediction)
 
     @property
     def boxes(self) -> list[Box]:
@@ -58,7 +71,7 @@ class Outcome:
 
     @property
     def iou(self) -> float | None:
-        """IoU of the predicted and the one true box, None where no such truth is known."""
+        """IoU of the predicted and the one true box, None where there is no such truth or no box."""
         if self.sample.bbox is None or len(self.sample.boxes) > 1 or self.prediction.bbox is None:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
@@ -136,6 +149,11 @@ COLUMNS = {
     "union": "whole",
     "score": "number",
     "heads": "texts",
+    "agreement": "number",
+    "confidence": "number",
+    "present": "number",
+    "right": "number",
+    "truly_present": "number",
     "native_box": "numbers",
     "native_answer": "text",
     "error": "text",
@@ -165,6 +183,11 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "f1": f1(outcome.boxes, sample.true_boxes),
         "score": prediction.score,
         "heads": [str(head) for head in prediction.heads],
+        "agreement": prediction.agreement,
+        "confidence": prediction.confidence,
+        "present": prediction.presence,
+        "right": None if (right := outcome.measured.get("right")) is None else float(right),
+        "truly_present": float(not sample.absent),
         "native_box": native.get("box"),
         "native_answer": native.get("answer"),
     }

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from localization_heads.data.address import Address, image_source
 from localization_heads.errors import UsageError
-from localization_heads.grounder import Grounder, check_heads, choose_heads, make_segmenter
+from localization_heads.grounder import (
+    Grounder,
+    check_heads,
+    choose_calibration,
+    choose_heads,
+    make_segmenter,
+)
+from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
@@ -84,10 +91,49 @@ class ModelRun(Generic[Chosen]):
             chosen = replace(chosen, device=self.options.device)
         return make_segmenter(chosen)
 
-    def grounder(self, heads: Sequence[Head] | None) -> Grounder:
-        """The run's way from maps to boxes, with these heads or, without any, each sample's own `k`."""
+    def grounder(self, heads: Sequence[Head] | None, calibration: Calibration | None = None) -> Grounder:
+        """The run's way from maps to boxes, with these heads or, without any, each sample's own `k`.
+
+        Args:
+            calibration: that of `calibration_of`; without one nothing is absent.
+        """
         options = self.options
-        return Grounder(tuple(heads or ()), options.criteria, options.grounding, self.segmenter, options.k)
+        return Grounder(
+            tuple(heads or ()),
+            options.criteria,
+            options.grounding,
+            self.segmenter,
+            options.k,
+            calibration,
+            options.abstain,
+        )
+
+    def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
+        """All that the signals of a grounding depend on, by name."""
+        lvlm, options = lvlm or self.lvlm, self.options
+        from_map = options.grounding.box_from == "map"  # then no segmenter need be loaded for this
+        masked = None if from_map else self.segmenter
+        grounder = Grounder(tuple(heads or ()), options.criteria, options.grounding, masked, options.k)
+        return grounder.recipe({**lvlm.choices, **lvlm.asked})
+
+    def calibration_of(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> Calibration | None:
+        """What `calibration=` asks for with these heads; None where there is none.
+
+        Args:
+            lvlm: the model under another prompt than that of the run.
+
+        Raises:
+            UsageError: a named one does not fit, or there is none and `abstain` needs one.
+        """
+        options = self.options
+        note = (lvlm or self.lvlm).note
+        found = choose_calibration(options.calibration, self.folder, self.recipe(heads, lvlm), note)
+        if found is None and options.abstain is not None:
+            raise UsageError(
+                f"abstain={options.abstain:g} needs a calibration of these heads and this recipe: run "
+                "stage=calibrate with the same options on entries with truth first"
+            )
+        return found
 
     @property
     def is_spread(self) -> bool:

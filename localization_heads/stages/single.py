@@ -127,10 +127,12 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
     run.options.require("image_file", "query")
     run.check_named_heads()
+    calibration = run.calibration_of(run.named_heads)  # one that does not fit is wrong use, before the work
     collected = collect(run)
     analysed = analyse_file(run, collected.maps, collected.path)
     maps, path, image = collected.maps, collected.path, collected.image
-    drawn = draw_sample(run, run.grounder(run.named_heads), maps, analysed.statistics, path, image)
+    grounder = run.grounder(run.named_heads, calibration)
+    drawn = draw_sample(run, grounder, maps, analysed.statistics, path, image)
     return collected, analysed, drawn
 
 

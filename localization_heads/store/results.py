@@ -109,6 +109,10 @@ class Prediction:
         mask: COCO RLE with its counts as text (see `encode_mask`), or None.
         error: why the entry failed, or None.
         boxes: every object that the expression fits, the best first (`instances=all`); None if only one was asked for.
+        agreement: mean IoU of the box with the heads' own boxes, or None where it was not asked for.
+        confidence: the probability that the box is right if it is `calibrated`, else a raw signal; or None.
+        presence: the probability that the expression refers to something in the image (`present`), or None.
+        absent: there is nothing there, by `abstain`; then there is no box.
     """
 
     id: str
@@ -118,17 +122,27 @@ class Prediction:
     heads: Sequence[Head] = ()
     error: str | None = None
     boxes: Sequence[Instance] | None = None
+    agreement: float | None = None
+    confidence: float | None = None
+    calibrated: bool = False
+    presence: float | None = None
+    absent: bool = False
 
     def to_json(self) -> dict[str, Any]:
         several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
         return {
             "id": self.id,
             "bbox": None if self.bbox is None else [float(x) for x in self.bbox],
-            "score": None if self.score is None else float(self.score),
+            "score": _float_or_none(self.score),
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
             **several,
+            "agreement": _float_or_none(self.agreement),
+            "confidence": _float_or_none(self.confidence),
+            "calibrated": self.calibrated,
+            "present": _float_or_none(self.presence),
+            "absent": self.absent,
         }
 
     @classmethod
@@ -138,16 +152,24 @@ class Prediction:
         The form of the mask is checked here, its content when it is decoded.
         """
         box, score, error, boxes = line["bbox"], line.get("score"), line.get("error"), line.get("boxes")
+        calibrated, absent = line.get("calibrated", False), line.get("absent", False)
+        if not isinstance(calibrated, bool) or not isinstance(absent, bool):
+            raise ValueError("'calibrated' and 'absent' must be true or false")
         if not isinstance(line["id"], str) or not isinstance(error, str | None):
             raise ValueError("'id' and 'error' must be text")
         return cls(
             id=line["id"],
             bbox=None if box is None else _box(box),
-            score=None if score is None else _number(score),
+            score=_number_or_none(score),
             mask=_mask(line.get("mask")),
             heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
             error=error,
             boxes=None if boxes is None else [Instance.from_json(one) for one in boxes],
+            agreement=_number_or_none(line.get("agreement")),
+            confidence=_number_or_none(line.get("confidence")),
+            calibrated=calibrated,
+            presence=_number_or_none(line.get("present")),
+            absent=absent,
         )
 
 
@@ -164,6 +186,14 @@ def _mask(value: Any) -> Mapping[str, Any] | None:
         raise ValueError("'mask' must be run lengths with their counts as text")
     run_size(value)
     return value
+
+
+def _float_or_none(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _number_or_none(value: object) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _number(value: object) -> float:

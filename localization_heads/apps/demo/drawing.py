@@ -106,7 +106,12 @@ def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
     if refined is not None:
         refined = np.asarray(Image.fromarray(refined).resize(size, Image.Resampling.NEAREST))
     return replace(
-        found, box=scaled(found.box), image_box=scaled(found.image_box), image_size=size, refined=refined
+        found,
+        box=scaled(found.box),
+        image_box=scaled(found.image_box),
+        image_size=size,
+        refined=refined,
+        own_boxes=tuple(None if box is None else scaled(box) for box in found.own_boxes),
     )
 
 

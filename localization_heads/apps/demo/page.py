@@ -22,6 +22,7 @@ from localization_heads.apps.demo.session import (
     example_images,
     number,
     parse_heads,
+    sure,
     toggled,
     unknown_words,
 )
@@ -109,11 +110,11 @@ class Page:
             self.boxes_b = _image("**Box and mask**, set B", "boxes_b")
             self.heat_b = _image("**Map**, set B", "heat_b")
         self.table = gr.Dataframe(
-            headers=["expression", "set", "box", "score"],
+            headers=["expression", "set", "box", "score", "confidence"],
             interactive=False,
             label="Boxes",
             wrap=True,
-            column_widths=["36%", "14%", "30%", "20%"],  # all four fit on a phone
+            column_widths=["30%", "11%", "26%", "14%", "19%"],  # all five fit on a phone
             elem_id="table",
         )
         with gr.Row():
@@ -276,7 +277,13 @@ class Page:
                 }
             folder = visitor.new_folder()
             rows = [
-                [expression, name, " ".join(f"{edge:.0f}" for edge in answer.box), f"{answer.score:.2f}"]
+                [
+                    expression,
+                    name,
+                    " ".join(f"{edge:.0f}" for edge in answer.box),
+                    f"{answer.score:.2f}",
+                    sure(answer),
+                ]
                 for name, answers in found.items()
                 for expression, answer in zip(asked.expressions, answers, strict=True)
             ]

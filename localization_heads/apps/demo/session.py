@@ -7,10 +7,10 @@ The model runs in `ask` alone, one piece of work at a time. Everything that a sl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,12 +23,13 @@ from localization_heads.data.address import ImageError
 from localization_heads.data.images import load_image, open_raster
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import UsageError, shown
-from localization_heads.grounder import check_heads
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounder import Grounder, check_heads
+from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import greedy_heads
-from localization_heads.options.groups import GroundingOptions
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.run import DemoRun
 
@@ -94,6 +95,8 @@ class Asked:
         maps: one for each expression. They know the size of the image that was sent, in whose pixels answers are.
         ranked: every head that could be chosen, the likeliest first: what the slider k counts down.
         sums: mean attention sum over the expressions, `[layer, head]`.
+        asked: the model and how it was asked, by name, on which a calibration depends.
+        calibration: of the heads and the read-out that the page begins with; other ones give a raw confidence.
     """
 
     image: Image.Image
@@ -101,6 +104,8 @@ class Asked:
     maps: tuple[AttentionMaps, ...]
     ranked: tuple[Head, ...]
     sums: NDArray[np.floating]
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,7 +123,10 @@ class Asked:
         if not heads:
             raise UsageError("switch at least one head on")
         check_heads(heads, *self.shape)
-        return [ground_maps(maps, list(heads), options) for maps in self.maps]
+        grounder = Grounder(tuple(heads), CriteriaOptions(), options)
+        if self.calibration and self.calibration.fits(grounder.recipe(self.asked)):
+            grounder = replace(grounder, calibration=self.calibration)
+        return [grounder.ground(maps, None) for maps in self.maps]
 
 
 def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
@@ -144,7 +152,8 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
     if not ranked:
         raise UsageError("no head looks at this image: none passes criterion 1")
     sums = np.mean([s.attention_sum for s in statistics], axis=0)
-    return Asked(opened, expressions, maps, ranked, sums)
+    asked = {**run.lvlm.choices, **run.lvlm.asked}
+    return Asked(opened, expressions, maps, ranked, sums, asked, run.calibration_of(run.named_heads))
 
 
 def num_pixels(image: Image.Image | Path) -> int:
@@ -247,9 +256,24 @@ def as_json(asked: Asked, groundings: Sequence[Grounding]) -> list[dict[str, Any
             "score": round(float(found.score), 4),
             "mask": encode_mask(found.mask),
             "heads": [[head.layer, head.head] for head in found.heads],
+            "agreement": _rounded(found.agreement),
+            "confidence": _rounded(found.confidence),
+            "calibrated": found.calibrated,
+            "present": _rounded(found.presence),
         }
         for expression, found in zip(asked.expressions, groundings, strict=True)
     ]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def sure(found: Grounding) -> str:
+    """The confidence in a cell of the table."""
+    if found.confidence is None:
+        return "-"
+    return f"{found.confidence:.2f}{'' if found.calibrated else ' (raw)'}"
 
 
 def example_images(count: int = 6, size: int = 384) -> list[tuple[Image.Image, str]]:

@@ -1,0 +1,81 @@
+"""`calibrate`: what makes a probability of the confidence, fitted on entries whose truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from localization_heads.evaluation.calibrating import FEWEST, Labelled, calibrate_again, enough
+from localization_heads.evaluation.calibrating import calibrate as fit
+from localization_heads.evaluation.claims import is_right
+from localization_heads.grounder import CALIBRATION, load_calibration
+from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounding.ground import Grounding
+from localization_heads.options.groups import SegmenterOptions
+from localization_heads.options.programs import FinderOptions
+from localization_heads.stages.chunks import Attended
+from localization_heads.stages.entries import select_entries, with_truth
+from localization_heads.stages.evaluate import truths, with_box
+from localization_heads.stages.ground import ground_all, settings
+from localization_heads.stages.outcome import Outcome, Result
+from localization_heads.stages.run import Run
+from localization_heads.store.files import RunLock, write_json
+from localization_heads.store.journal import ResultLog
+
+
+class Calibrated(NamedTuple):
+    result: Result
+    calibration: Calibration
+
+
+def calibrate(run: Run) -> Calibrated:
+    """Ground every entry that has a true box or mask, or is absent, and fit on their signals -> `calibration.json`.
+
+    Raises:
+        UsageError: too few of the boxes are right, or wrong; or `calibrate_from` is of another recipe.
+    """
+    run = replace(run, options=_as_fitted(run.options))
+    recipe = run.recipe(run.named_heads)
+    known = None
+    if run.options.calibrate_from:
+        known = load_calibration(run.options.calibrate_from)
+        known.check(recipe, run.options.calibrate_from)
+    entries = with_truth(select_entries(run), "stage=calibrate", with_box, or_absent=True)
+    with RunLock(run.folder):
+        log = ResultLog(run.folder, "calibrate", {**settings(run), "truth": truths(entries.samples)})
+        outcomes, _ = ground_all(run, entries, log, _measure)
+        labelled = _labelled(outcomes)
+        seed = run.options.random_seed
+        found = calibrate_again(labelled, known, seed=seed) if known else fit(labelled, recipe, seed=seed)
+        if found.present is None and not labelled.present.all() and not enough(labelled.present, FEWEST):
+            run.lvlm.note(
+                f"the probability of presence needs at least {FEWEST} absent entries and {FEWEST} others; there are "
+                f"{int((~labelled.present).sum())} and {int(labelled.present.sum())}: it is left out"
+            )
+        path = run.folder / CALIBRATION
+        write_json(path, found.to_json())
+        log.finish()
+        return Calibrated(Result([path], entries.in_order(), outcomes), found)
+
+
+def _as_fitted(options: FinderOptions) -> FinderOptions:
+    """The options without what no signal depends on: figures, and masks that make no box."""
+    from_map = options.grounding.box_from == "map"
+    segmenter = SegmenterOptions(kind="none") if from_map else options.segmenter
+    return replace(options, calibration="none", visualize_batch=False, segmenter=segmenter)
+
+
+def _measure(run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
+    return {"signals": dict(grounding.signals), "right": is_right(one.sample, grounding.box)}
+
+
+def _labelled(outcomes: Sequence[Outcome]) -> Labelled:
+    return Labelled(
+        [outcome.measured["signals"] for outcome in outcomes],
+        np.array([outcome.measured["right"] for outcome in outcomes], dtype=bool),
+        np.array([not outcome.sample.absent for outcome in outcomes], dtype=bool),
+        [outcome.sample.image_key for outcome in outcomes],
+    )
