@@ -269,7 +269,7 @@ def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOpt
     both = [attention.attention] if attention.answer is None else [attention.attention, attention.answer]
     sums = []
     for read in both:
-        maps = _maps_of(read, heads).astype(np.float64)
+        maps = _maps_of(read, attention.places(heads)).astype(np.float64)
         weights = consensus(maps) if options.combine == "consensus" else np.ones(len(maps))
         sums.append(np.einsum("k,khw->hw", weights, maps))
     return sums[0] if len(sums) == 1 else np.sqrt(scaled(sums[0]) * scaled(sums[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property, lru_cache
 from typing import Any, Self
@@ -18,7 +18,16 @@ from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith, asked, difference
-from localization_heads.lvlm.capture import Query, attention_modules, capture, decoder_layers, looks_across
+from localization_heads.lvlm.answering import Hearing, Said, Sides, end_tokens, generate, go_on
+from localization_heads.lvlm.capture import (
+    Query,
+    Recorder,
+    attention_modules,
+    capture,
+    decoder_layers,
+    looks_across,
+    prompt_keys,
+)
 from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
 from localization_heads.lvlm.failures import memory_errors, misfit_errors, processor_errors
 from localization_heads.lvlm.families import family_of, views_of
@@ -61,6 +70,8 @@ class LoadedModel:
         query_token: QueryToken = "last",
         view: ViewChoice = "combined",
         drop_lone_spaces: bool = False,
+        answer_tokens: int = 8,
+        paraphrases: Sequence[str] | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -69,6 +80,8 @@ class LoadedModel:
         self.conv_mode = conv_mode
         self.query_token = query_token
         self.view = view
+        self.answer_tokens = answer_tokens
+        self.paraphrases = None if paraphrases is None else tuple(paraphrases)
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
@@ -114,12 +127,26 @@ class LoadedModel:
         asked = ("conv_mode", "query_token", "view")
         values = {name: getattr(self.spec, name) for name in loaded}
         dropped = {"drop_lone_spaces": self.dropped_token is not None}
-        return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}, **dropped}
+        named = {name: getattr(self, name) for name in asked}
+        return {"model": self.name, **values, **named, **dropped, **self.wording}
+
+    @property
+    def reads_answer(self) -> bool:
+        """Whether the model answers, and the attention of all its answer's tokens is read."""
+        return self.query_token in ("answer_mean", "last_and_answer")
+
+    @property
+    def wording(self) -> dict[str, Any]:
+        """What else the maps depend on, as JSON values: nothing unless the model answers or paraphrases are asked."""
+        tokens = {"answer_tokens": self.answer_tokens} if self.reads_answer else {}
+        return tokens | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
 
     @property
     def asked(self) -> dict[str, str | None]:
         """The weights and how they are prompted, for `found_with` in `heads.json`."""
-        return asked(self.conv_mode, self.system, self.query_token, self.fingerprint)
+        return asked(
+            self.conv_mode, self.system, self.query_token, self.fingerprint, paraphrases=self.paraphrases
+        )
 
     def note(self, text: str) -> None:
         """Log what a user should know, once, and keep it in `notes`."""
@@ -287,6 +314,8 @@ class LoadedModel:
 
     def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
+        if self.reads_answer:
+            return self._last(prompts, inputs)._replace(answers=self.answer_tokens)
         if not self.model.config.is_encoder_decoder:
             with self._tokenizing:
                 return query_of(
@@ -299,8 +328,23 @@ class LoadedModel:
             )
         return Query(step=int(self.query_token == "answer_first"))
 
-    def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
-        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
+    def _last(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
+        if self.model.config.is_encoder_decoder:
+            return Query()
+        return query_of("last", prompts, inputs, self.processor.tokenizer)
+
+    def hearing(self, sides: Sides | None = None) -> Hearing:
+        """What hears a batch of answers (`query_rows`)."""
+        return Hearing(end_tokens(self.model), sides)
+
+    def query_rows(
+        self, inputs: dict[str, Any], query: Query, last_layer: int | None, hearing: Hearing | None = None
+    ) -> list[Tensor]:
+        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero.
+
+        Args:
+            hearing: hears the answers, and gets the mean rows of their tokens, where `query` has the model answer.
+        """
         stop = last_layer
         if stop is None and query.step == 0:
             stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
@@ -308,29 +352,60 @@ class LoadedModel:
             memory_errors(),
             misfit_errors(self.name),
             torch.inference_mode(),
-            capture(self.attention_modules, stop, query) as recorder,
+            capture(self.attention_modules, stop, query, self._num_tokens(inputs, query)) as recorder,
         ):
-            self.run(inputs, query)
+            self.run(inputs, query, self._told(hearing, query, recorder))
         length = inputs["input_ids"].shape[1]
         rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.looks_across:
-            rows = {layer: prompt_keys(row, length, query) for layer, row in rows.items()}
+            rows = {layer: prompt_keys(row, length, query.step) for layer, row in rows.items()}
         if not rows:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
-        batch, heads, tokens = next(iter(rows.values())).shape  # each (B, H, T)
+        if hearing is not None and query.answers is not None:
+            hearing.rows = self._mean_rows(recorder)
+        return list(self._stacked(rows))
+
+    def _stacked(self, rows: dict[int, Tensor]) -> Tensor:
+        """(B, layer, H, T) of rows (B, H, T) by layer, which are used up: they are never twice in memory."""
+        batch, heads, tokens = next(iter(rows.values())).shape
         full = torch.zeros(batch, self.num_layers, heads, tokens)
         for layer in list(rows):
-            full[:, layer] = rows.pop(layer)  # never twice in memory
-        return list(full)
+            full[:, layer] = rows.pop(layer)
+        return full
 
-    def run(self, inputs: dict[str, Any], query: Query) -> None:
-        """One prefill without LM head and cache; or, for the first token of the answer, greedy generation of two.
+    def _num_tokens(self, inputs: Mapping[str, Any], query: Query) -> int | None:
+        return None if self.looks_across else query.past + int(inputs["input_ids"].shape[1])
 
-        Two, because a token's attention is computed when it is read, in the step that predicts the next.
+    def _told(self, hearing: Hearing | None, query: Query, recorder: Recorder) -> Hearing | None:
+        """The hearing that tells the recorder who still answers; one of its own where nobody listens."""
+        if query.answers is None:
+            return None
+        told = hearing or self.hearing()
+        told.recorder = recorder
+        return told
+
+    def _mean_rows(self, recorder: Recorder) -> list[Tensor | None]:
+        """Per sample, the mean row of its answer's tokens, `[layer, head, key]`; None of one that answers nothing."""
+        if not (answers := recorder.answers):
+            return []
+        counts = next(iter(answers.values()))[1].tolist()
+        full = self._stacked({layer: mean.cpu() for layer, (mean, _) in answers.items()})
+        return [row if count else None for row, count in zip(full, counts, strict=True)]
+
+    def run(self, inputs: dict[str, Any], query: Query, hearing: Hearing | None = None) -> None:
+        """One prefill without LM head and cache; or, for tokens of the answer, greedy generation of one more.
+
+        One more, because a token's attention is computed when it is read, in the step that predicts the next.
         """
-        if query.step == 0:
+        if query.answers is not None:
+            heard, num_tokens = hearing or self.hearing(), query.answers + 1
+            if "past_key_values" in inputs:
+                go_on(self.model, inputs, num_tokens, heard)
+            else:
+                generate(self.model, inputs, num_tokens, heard, self.processor.tokenizer.pad_token_id)
+        elif query.step == 0:
             self.model.base_model(**{"use_cache": False, **inputs})
         else:
             self.model.generate(
@@ -343,10 +418,26 @@ class LoadedModel:
                 use_cache=True,
             )
 
+    def heard(self, hearing: Hearing, query: Query, num: int) -> Iterator[tuple[Tensor | None, Said | None]]:
+        """What each of so many samples answers, and the mean row of its tokens."""
+        if query.answers is None:
+            return iter([(None, None)] * num)
+        said = hearing.said(self.processor.tokenizer, query.answers)
+        return zip(hearing.rows or [None] * num, said, strict=True)
+
     def maps(
-        self, row: Tensor, views: Sequence[View], image: Image.Image, expression: str, prompt: str
+        self,
+        row: Tensor,
+        views: Sequence[View],
+        image: Image.Image,
+        expression: str,
+        prompt: str,
+        answer: Tensor | None = None,
+        said: Said | None = None,
     ) -> AttentionMaps:
-        """`row`: [layer, head, key] of one sample."""
+        """`row`: [layer, head, key] of one sample; `answer`: the same, the mean over the answer's tokens."""
+        if self.query_token == "answer_mean" and answer is not None:
+            row, answer = answer, None
         maps, box = read_maps(row.numpy(), views, image.size, self.view)
         return AttentionMaps(
             attention=maps,
@@ -355,6 +446,9 @@ class LoadedModel:
             query=expression,
             prompt=prompt,
             model=self.name,
+            answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
+            answer_text="" if said is None else said.text,
+            answer_logprob=None if said is None else said.logprob,
         )
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
@@ -362,14 +456,3 @@ class LoadedModel:
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
 
 
-def prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
-    """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of its call.
-
-    A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
-    keys: the attention of those that fell out is zero.
-    """
-    if query.step == 0:
-        return row
-    return torch.nn.functional.pad(row, (max(0, num_tokens + query.step - row.shape[-1]), 0))[
-        ..., :num_tokens
-    ]

@@ -151,7 +151,7 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _one_or_several(value: Any) -> Any:
+def one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
@@ -185,7 +185,7 @@ Odd = Annotated[int, Field(ge=1, le=63), AfterValidator(_odd), Wants("give an od
 Several = BeforeValidator(_as_tuple)
 """Of a tuple: a list is one as well."""
 Item = TypeVar("Item")
-OneOrSeveral = Annotated[tuple[Item, ...], BeforeValidator(_one_or_several), Reads("paths")]
+OneOrSeveral = Annotated[tuple[Item, ...], BeforeValidator(one_or_several), Reads("paths")]
 HeadChoice = Annotated[
     Any,
     AfterValidator(_head_choice),

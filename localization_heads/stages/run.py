@@ -112,6 +112,8 @@ class ModelRun(Generic[Chosen]):
             query_token=self.options.query_token,
             view=self.options.view,
             drop_lone_spaces=self.options.drop_lone_spaces,
+            answer_tokens=self.options.answer_tokens,
+            paraphrases=self.options.paraphrases,
         )
         if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)
@@ -128,6 +130,7 @@ class ModelRun(Generic[Chosen]):
             "pad_to_square": lvlm.spec.pad_to_square,
             "drop_lone_spaces": self.options.drop_lone_spaces,
             "question": [lvlm.conv_mode, lvlm.system, lvlm.query_token, lvlm.view],
+            **lvlm.wording,
         }
 
     @cached_property
