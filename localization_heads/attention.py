@@ -98,6 +98,12 @@ class AttentionMaps:
     def num_heads(self) -> int:
         return int(self.attention.shape[1])
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the maps take, those of other expressions included."""
+        answer = 0 if self.answer is None else self.answer.nbytes
+        return self.attention.nbytes + answer + sum(other.num_bytes for other in self.others)
+
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
         """The same maps of the same image in another resolution, `(W, H)`."""
         return replace(

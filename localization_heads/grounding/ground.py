@@ -460,7 +460,7 @@ def top_mass(values: NDArray[np.floating[Any]], share: float = 0.5) -> float:
     return float(np.nextafter(ordered[last], -np.inf))
 
 
-def _maps_of(attention: NDArray[np.float32], heads: Sequence[Head]) -> NDArray[np.float32]:
+def _maps_of(attention: NDArray[np.float32], heads: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
     """The maps `[k, h, w]` of the heads, of `[layer, head, h, w]`."""
     if not heads:
         raise ValueError("grounding needs at least one head")

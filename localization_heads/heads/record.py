@@ -65,7 +65,11 @@ def difference(found: FoundWith, asked: FoundWith) -> str | None:
     >>> difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
     'found with conv_mode=chat (here: plain)'
     """
-    others = [name for name in ("conv_mode", "query_token", "paraphrases", "weights") if _differs(name, found, asked)]
+    others = [
+        name
+        for name in ("conv_mode", "query_token", "paraphrases", "weights")
+        if _differs(name, found, asked)
+    ]
     parts = [f"{name}={_short(found[name])} (here: {_short(asked[name])})" for name in others]
     if "conv_mode" not in others and _differs("system", found, asked):
         parts.append("another system sentence")

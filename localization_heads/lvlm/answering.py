@@ -95,7 +95,9 @@ def end_tokens(model: Any) -> tuple[int, ...]:
     return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
-def generate(model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing, pad: int | None) -> None:
+def generate(
+    model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing, pad: int | None
+) -> None:
     """Greedy generation of up to so many tokens, after prompts padded on the left."""
     model.generate(
         **inputs,

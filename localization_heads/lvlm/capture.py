@@ -187,7 +187,9 @@ class Recorder:
         self.query = query
         self.num_tokens = num_tokens
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
-        self.live: Tensor | None = None  # (B,) which samples have not ended their answer, kept by who generates
+        self.live: Tensor | None = (
+            None  # (B,) which samples have not ended their answer, kept by who generates
+        )
         self._sums: dict[int, Tensor] = {}  # layer -> (B, H, T) fp32, over the answer's tokens
         self._counts: dict[int, Tensor] = {}  # layer -> (B,), how many those were
         self._calls: Counter[int] = Counter()

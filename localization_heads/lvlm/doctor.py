@@ -147,7 +147,11 @@ def _positions(query: Query, length: int) -> list[int]:
 
 def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
     """The prompt as it was tokenized: image tokens counted, query tokens marked."""
-    marked = set() if query.step or lvlm.query_token == "answer_mean" or lvlm.model.config.is_encoder_decoder else set(_positions(query, len(ids)))
+    marked = (
+        set()
+        if query.step or lvlm.query_token == "answer_mean" or lvlm.model.config.is_encoder_decoder
+        else set(_positions(query, len(ids)))
+    )
     coder = lvlm.processor.tokenizer
 
     def kind(position: int) -> str:

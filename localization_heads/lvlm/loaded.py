@@ -454,5 +454,3 @@ class LoadedModel:
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
-
-

@@ -60,7 +60,9 @@ def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequenc
         rows = lvlm.query_rows(lvlm.on_device(inputs), query, last_layer, hearing)
         heard = lvlm.heard(hearing, query, len(rows))
         return [
-            lvlm.maps(row, lvlm.views_in(inputs, n, image), image, expression, prompt.text, *answer).of_size(size)
+            lvlm.maps(row, lvlm.views_in(inputs, n, image), image, expression, prompt.text, *answer).of_size(
+                size
+            )
             for n, (row, (image, size), expression, prompt, answer) in enumerate(
                 zip(rows, pairs, expressions, prompts, heard, strict=True)
             )
@@ -212,7 +214,9 @@ class EncodedImage:
         rows = lvlm.query_rows(inputs, query, last_layer, hearing)
         heard = lvlm.heard(hearing, query, len(rows))
         return [
-            lvlm.maps(row, self._views, self.image, one.expression, one.prompt.text, *answer).of_size(self._size)
+            lvlm.maps(row, self._views, self.image, one.expression, one.prompt.text, *answer).of_size(
+                self._size
+            )
             for row, one, answer in zip(rows, questions, heard, strict=True)
         ]
 

@@ -30,7 +30,6 @@ from localization_heads.options.kinds import (
 from localization_heads.store.paths import from_home, model_folder
 
 
-
 def _template(text: str) -> str:
     """Of a paraphrase. ValueError unless it has one place for the expression."""
     if text.count("{}") != 1:

@@ -17,6 +17,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
+from localization_heads.grounder import Grounder
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.ranking import (
     NONE_KEPT,
@@ -288,9 +289,7 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
     conv_mode, system, query_token, _ = store.settings["question"]
     paraphrases = store.settings.get("paraphrases")
-    conditions = asked(
-        conv_mode, system, query_token, store.settings["weights"][1], paraphrases=paraphrases
-    )
+    conditions = asked(conv_mode, system, query_token, store.settings["weights"][1], paraphrases=paraphrases)
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in images if key})),
@@ -356,6 +355,20 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
     return paths
 
 
+def _completed(
+    run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
+) -> AttentionMaps:
+    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now."""
+    asked = run.lvlm.attend(
+        entries.images.load(sample, again=True),
+        sample.expression,
+        last_layer=grounder.last_layer,
+        beside=run.beside(None),  # the report reads other heads as well
+        siblings=entries.siblings(sample),
+    )
+    return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)
+
+
 def _ground_all(
     run: Run,
     entries: Entries,
@@ -379,6 +392,8 @@ def _ground_all(
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
+            if run.asks_more:
+                maps = _completed(run, entries, grounder, sample, maps)
             if run.num_drawn is None or number < run.num_drawn:
                 drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
                 grounding = drawn.grounding

@@ -17,6 +17,7 @@ from localization_heads.grounder import Grounder, check_heads, choose_heads, mak
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
+from localization_heads.lvlm.beside import Beside
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
 from localization_heads.options.programs import (
@@ -88,6 +89,17 @@ class ModelRun(Generic[Chosen]):
         """The run's way from maps to boxes, with these heads or, without any, each sample's own `k`."""
         options = self.options
         return Grounder(tuple(heads or ()), options.criteria, options.grounding, self.segmenter, options.k)
+
+    def beside(self, heads: Sequence[Head] | None, *, every_head: bool = False) -> Beside:
+        """What is asked beside each expression that these heads ground; of no other, unless `every_head`."""
+        kept = None if every_head or not heads else tuple((head.layer, head.head) for head in heads)
+        return Beside(self.options.grounding.contrast, self.options.signals, kept)
+
+    @property
+    def asks_more(self) -> bool:
+        """Whether a box needs more than the maps that an attention file holds."""
+        options = self.options
+        return bool(self.beside(None)) or options.query_token == "last_and_answer"
 
     @property
     def is_spread(self) -> bool:

@@ -81,7 +81,8 @@ def collect(run: Run) -> Collected:
     path = run.attention_file(id)
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, query).named(id=id, image_file=str(source))
+    beside = run.beside(None)
+    maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
@@ -117,6 +118,8 @@ def visualize(run: Run) -> Visualised:
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
+    if run.options.grounding.contrast != "none":
+        log.warning("grounding.contrast: the file has no maps of other expressions, and is read without")
     # The file may be of another model than model= names: heads=auto takes the heads of that one.
     heads = choose_heads(run.options.heads, run.options.k, analysed.maps.model, path.parent.parent)
     image = image_of(analysed.maps, run.options.allow_private_addresses)
