@@ -23,19 +23,10 @@ from localization_heads.options.kinds import (
     Text,
     Wants,
     Word,
-    one_or_several,
     option,
     options,
 )
 from localization_heads.store.paths import from_home, model_folder
-
-
-def _template(text: str) -> str:
-    """Of a paraphrase. ValueError unless it has one place for the expression."""
-    if text.count("{}") != 1:
-        raise ValueError
-    return text
-
 
 ConvMode = Literal["referseg", "chat", "plain"]
 QueryToken = Literal[
@@ -68,14 +59,6 @@ ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
 Targets = Literal["one", "all"]
 SceneSplit = Literal["test", "validation", "train"]
 Dataset = Literal["refcoco", "refcoco+", "refcocog", "reasonseg"]
-Paraphrases = Annotated[
-    tuple[Annotated[Text, AfterValidator(_template)], ...],
-    BeforeValidator(one_or_several),
-    Reads("paths"),
-    Field(min_length=1, max_length=8),
-    Wants('write one to eight templates, each with one {}, such as ["the {}","a {}"], or null'),
-]
-"""Templates that an expression is put into."""
 Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
 """Checked against the machine by `lvlm.loading.pick_device`."""
 

@@ -17,7 +17,6 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
-from localization_heads.grounder import Grounder
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.ranking import (
     NONE_KEPT,
@@ -36,7 +35,7 @@ from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
-from localization_heads.stages.single import analyse_file, draw_sample, image_or_none
+from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
 from localization_heads.store.paths import analysis_path, local_path
@@ -355,20 +354,6 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
     return paths
 
 
-def _completed(
-    run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
-) -> AttentionMaps:
-    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now."""
-    asked = run.lvlm.attend(
-        entries.images.load(sample, again=True),
-        sample.expression,
-        last_layer=grounder.last_layer,
-        beside=run.beside(None),  # the report reads other heads as well
-        siblings=entries.siblings(sample),
-    )
-    return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)
-
-
 def _ground_all(
     run: Run,
     entries: Entries,
@@ -393,7 +378,7 @@ def _ground_all(
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
             if run.asks_more:
-                maps = _completed(run, entries, grounder, sample, maps)
+                maps = completed(run, entries, grounder, sample, maps)
             if run.num_drawn is None or number < run.num_drawn:
                 drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
                 grounding = drawn.grounding

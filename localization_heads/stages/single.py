@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
+from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads
 from localization_heads.grounding.ground import Grounding
@@ -21,6 +22,7 @@ from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import (
     load_analysis,
@@ -135,6 +137,20 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     maps, path, image = collected.maps, collected.path, collected.image
     drawn = draw_sample(run, run.grounder(run.named_heads), maps, analysed.statistics, path, image)
     return collected, analysed, drawn
+
+
+def completed(
+    run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
+) -> AttentionMaps:
+    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now."""
+    asked = run.lvlm.attend(
+        entries.images.load(sample, again=True),
+        sample.expression,
+        last_layer=grounder.last_layer,
+        beside=run.beside(None),  # the report reads other heads as well
+        siblings=entries.siblings(sample),
+    )
+    return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)
 
 
 def draw_sample(
