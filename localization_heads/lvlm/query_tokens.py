@@ -84,7 +84,9 @@ def continued(queries: Sequence[tuple[Query, int]], past: int) -> Query:
     positions = torch.tensor([row + row[-1:] * (n - len(row)) for row in places])
     weights = torch.tensor([row + [0.0] * (n - len(row)) for row in shares])
     answers = queries[0][0].answers
-    return Query(positions - past, weights if n > 1 else None, past=past, answers=answers)
+    if answers is not None:  # of prompts of one length, by their last token
+        return Query(past=past, answers=answers)
+    return Query(positions - past, weights if n > 1 else None, past=past)
 
 
 def expression_tokens(
