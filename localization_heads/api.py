@@ -29,6 +29,7 @@ from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.record import found_with
+from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside
 from localization_heads.lvlm.spec import heads_found_with
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
@@ -140,7 +141,7 @@ def ground(
     opened = load_image(image)
     grounder = _calibrated(_grounder(lvlm, heads, CriteriaOptions(), options, segmenter), lvlm, calibration)
     grounder = replace(grounder, abstain=abstain)
-    (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer)
+    (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer, beside=grounder.beside())
     second = _second_look(lvlm, grounder, maps, opened, expression) if zoom else None
     return grounder.ground(maps, opened, second=second)
 
@@ -179,7 +180,7 @@ def ground_all(
     """
     opened = load_image(image)
     grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
-    (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer)
+    (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer, beside=grounder.beside())
     return grounder.ground_all(maps, opened)
 
 
@@ -266,7 +267,8 @@ def evaluate(
     if listed := isinstance(samples, Sequence):
         check_scale(true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
-    for sample, opened, number, maps in _attended(lvlm, samples, unusable, last_layer):
+    beside = grounder.beside(every_head=controls)
+    for sample, opened, number, maps in _attended(lvlm, samples, unusable, last_layer, beside):
         one_box = not sample.absent and len(sample.boxes) < 2
         truth = truth_of(_with_one(sample), opened.size) if one_box else None
         if sample.bbox is not None and not listed:
@@ -357,7 +359,11 @@ class _Attended(NamedTuple):
 
 
 def _attended(
-    lvlm: LVLM, samples: Iterable[Sample], unusable: list[NotFiniteError], last_layer: int | None = None
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    unusable: list[NotFiniteError],
+    last_layer: int | None = None,
+    beside: Beside = NOTHING,
 ) -> Iterator[_Attended]:
     """The maps of each sample, in order. Samples that follow each other share an image that is the same.
 
@@ -369,9 +375,17 @@ def _attended(
     for number, (_, group) in enumerate(images):
         first = next(group)
         image, group = load_image(first.image), chain([first], group)
+        siblings: tuple[str, ...] = ()  # the first of the image's expressions so far, and those read now
         while part := list(islice(group, AT_ONCE)):
             expressions = [sample.expression for sample in part]
-            maps = lvlm.attend_batch([image] * len(part), expressions, last_layer=last_layer)
+            siblings = (*siblings[: MOST_OTHERS + 1], *expressions)
+            maps = lvlm.attend_batch(
+                [image] * len(part),
+                expressions,
+                last_layer=last_layer,
+                beside=beside,
+                siblings=[siblings] * len(part),
+            )
             for sample, found in zip(part, maps, strict=True):
                 try:
                     found.check_finite()

@@ -6,6 +6,7 @@ the figures and the store consume it. It holds numpy arrays and plain values onl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,6 +52,12 @@ class AttentionMaps:
         answer: the same of the answer's tokens, their mean, where those were read as well
             (`query_token=last_and_answer`); as `attention`.
         others: maps of other expressions of the same image, which a read-out may contrast these with.
+        answer_text: what the model answers, where it was heard.
+        answer_logprob: log-probability, in nats, of the first token that the model generates after the prompt; None
+            where that was not asked for.
+        presence_logit: log-odds of yes against no, in nats, where the model was asked whether the image shows this.
+        heads: the heads that `attention` and `answer` have maps of, where only theirs were kept: their axes
+            `[layer, head]` are then 1 and the heads in this order. None where all are there.
 
     >>> maps = AttentionMaps(np.zeros((32, 32, 24, 24), np.float32), (0, 0, 640, 640), (640, 480))
     >>> maps.num_layers, maps.num_heads, maps.grid
@@ -67,6 +74,10 @@ class AttentionMaps:
     id: str = ""
     answer: NDArray[np.float32] | None = None
     others: tuple[AttentionMaps, ...] = ()
+    answer_text: str = ""
+    answer_logprob: float | None = None
+    presence_logit: float | None = None
+    heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.attention.ndim != 4:
@@ -87,6 +98,12 @@ class AttentionMaps:
     def num_heads(self) -> int:
         return int(self.attention.shape[1])
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the maps take, those of other expressions included."""
+        answer = 0 if self.answer is None else self.answer.nbytes
+        return self.attention.nbytes + answer + sum(other.num_bytes for other in self.others)
+
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
         """The same maps of the same image in another resolution, `(W, H)`."""
         return replace(
@@ -100,6 +117,29 @@ class AttentionMaps:
             raise NotFiniteError
         for other in self.others:
             other.check_finite()
+
+    def only(self, heads: Sequence[tuple[int, int]] | None) -> AttentionMaps:
+        """The same with the maps of these heads alone, which then take no more memory than that; None keeps all."""
+        if heads is None or self.heads is not None:
+            return self
+        layers, numbers = zip(*heads, strict=True)
+
+        def picked(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+            return maps[list(layers), list(numbers)][None]
+
+        answer = None if self.answer is None else picked(self.answer)
+        chosen = tuple((int(layer), int(number)) for layer, number in heads)
+        return replace(self, attention=picked(self.attention), answer=answer, heads=chosen)
+
+    def places(self, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Where the maps of these heads are in `attention`, `[layer, head]`. ValueError for one that was not kept."""
+        if self.heads is None:
+            return [(int(layer), int(number)) for layer, number in heads]
+        kept = {head: place for place, head in enumerate(self.heads)}
+        try:
+            return [(0, kept[int(layer), int(number)]) for layer, number in heads]
+        except KeyError as error:
+            raise ValueError(f"the maps of head {error} were not kept") from None
 
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
         """The same maps with the entry's name and image written on them."""

@@ -18,6 +18,7 @@ from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ranking import own_heads
 from localization_heads.hub import is_repository, load_heads
+from localization_heads.lvlm.beside import Beside
 from localization_heads.lvlm.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine
@@ -62,6 +63,16 @@ class Grounder:
     def last_layer(self) -> int | None:
         """The deepest layer that is looked at; None for all."""
         return max((layer for layer, _ in self.heads), default=None)
+
+    def beside(self, *, signals: bool = False, every_head: bool = False) -> Beside:
+        """What has to be asked beside an expression for its box.
+
+        Args:
+            signals: how sure the model is, as well.
+            every_head: other heads than these will be read too.
+        """
+        kept = None if every_head or not self.heads else tuple((head.layer, head.head) for head in self.heads)
+        return Beside(self.options.contrast, signals, kept)
 
     def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
         """The heads that ground one sample. NoHeadError where it has to pick its own and none passes.

@@ -70,8 +70,15 @@ def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
     found = examine(tiny_lvlm(query_token), image, "the dog")
     marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")
-    expected = {"last": ".", "expression_end": "dog", "expression_mean": "the dog"}
-    assert marked == expected.get(query_token, "(first token of the answer)")
+    expected = {
+        "last": ".",
+        "expression_end": "dog",
+        "expression_mean": "the dog",
+        "answer_first": "(first token of the answer)",
+        "answer_mean": "(tokens of the answer)",
+        "last_and_answer": ".(tokens of the answer)",
+    }
+    assert marked == expected[query_token]
     assert [piece.text for piece in found.pieces if piece.kind == "image"] == ["<image> x 36"]
     assert found.is_well
     assert found.check.difference is not None

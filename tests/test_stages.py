@@ -803,7 +803,7 @@ def test_maps_that_are_not_finite(value: float) -> None:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often images are opened and decoded, samples analysed, expressions cleaned, prompts and figures made."""
-    from localization_heads.lvlm import loaded
+    from localization_heads.lvlm import prompted
     from localization_heads.stages import find, single
 
     counts: Counter[str] = Counter()
@@ -821,8 +821,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(ImageFile.ImageFile, "load", "decoded", lambda image: bool(image.tile))
     count(find, "head_statistics", "analysed")
     count(single, "head_statistics", "analysed")
-    count(loaded, "clean_expression", "cleaned", lambda text, *_: text.startswith("the "))
-    count(loaded, "expression_prompt", "rendered", lambda text, *_: text.startswith("the "))
+    count(prompted, "clean_expression", "cleaned", lambda text, *_: text.startswith("the "))
+    count(prompted, "expression_prompt", "rendered", lambda text, *_: text.startswith("the "))
     count(Figure, "savefig", "drawn")
     return counts
 

@@ -119,4 +119,4 @@ def centre_box(image_size: tuple[int, int]) -> Box:
 
 
 def _as_one_head(maps: AttentionMaps, values: NDArray[np.float64]) -> AttentionMaps:
-    return replace(maps, attention=values[None, None].astype(np.float32))
+    return replace(maps, attention=values[None, None].astype(np.float32), answer=None, others=())

@@ -279,7 +279,7 @@ def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOpt
     both = [attention.attention] if attention.answer is None else [attention.attention, attention.answer]
     sums = []
     for read in both:
-        maps = _maps_of(read, heads).astype(np.float64)
+        maps = _maps_of(read, attention.places(heads)).astype(np.float64)
         weights = consensus(maps) if options.combine == "consensus" else np.ones(len(maps))
         sums.append(np.einsum("k,khw->hw", weights, maps))
     return sums[0] if len(sums) == 1 else np.sqrt(scaled(sums[0]) * scaled(sums[1]))
@@ -470,7 +470,7 @@ def top_mass(values: NDArray[np.floating[Any]], share: float = 0.5) -> float:
     return float(np.nextafter(ordered[last], -np.inf))
 
 
-def _maps_of(attention: NDArray[np.float32], heads: Sequence[Head]) -> NDArray[np.float32]:
+def _maps_of(attention: NDArray[np.float32], heads: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
     """The maps `[k, h, w]` of the heads, of `[layer, head, h, w]`."""
     if not heads:
         raise ValueError("grounding needs at least one head")

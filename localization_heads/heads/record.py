@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from statistics import fmean
@@ -17,15 +17,21 @@ from localization_heads.options.groups import CriteriaOptions
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
 
-KEYS = ("conv_mode", "system", "query_token", "weights", "criteria", "heads_by", "library")
+KEYS = ("conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "library")
 
 
-def asked(conv_mode: str, system: str, query_token: str, weights: str) -> dict[str, str | None]:
-    """How a model is asked. The system sentence is a part of the paper's prompt only."""
+def asked(
+    conv_mode: str, system: str, query_token: str, weights: str, paraphrases: Sequence[str] | None = None
+) -> dict[str, str | None]:
+    """How a model is asked. The system sentence is a part of the paper's prompt only.
+
+    Heads are found in the maps of the last prompt token whether the answer's tokens are read beside it or not.
+    """
     return {
         "conv_mode": conv_mode,
         "system": system if conv_mode == "referseg" else None,
-        "query_token": query_token,
+        "query_token": "last" if query_token == "last_and_answer" else query_token,
+        "paraphrases": "; ".join(paraphrases) if paraphrases else None,
         "weights": weights,
     }
 
@@ -59,7 +65,11 @@ def difference(found: FoundWith, asked: FoundWith) -> str | None:
     >>> difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
     'found with conv_mode=chat (here: plain)'
     """
-    others = [name for name in ("conv_mode", "query_token", "weights") if _differs(name, found, asked)]
+    others = [
+        name
+        for name in ("conv_mode", "query_token", "paraphrases", "weights")
+        if _differs(name, found, asked)
+    ]
     parts = [f"{name}={_short(found[name])} (here: {_short(asked[name])})" for name in others]
     if "conv_mode" not in others and _differs("system", found, asked):
         parts.append("another system sentence")

@@ -31,12 +31,15 @@ class Query(NamedTuple):
         weights: (B, n), the weight of each position's row; those of a sample sum to one. None where n is 1.
         step: which call of each layer is recorded: 0 the prefill, 1 the first decoding step.
         past: number of tokens read before, whose keys come first; positions count from there.
+        answers: None generates nothing. A number has the model answer: the rows of as many tokens of its answer, at
+            most, are averaged while they are read, and it is heard what the model says. 0 only hears its first word.
     """
 
     positions: Tensor | None = None
     weights: Tensor | None = None
     step: int = 0
     past: int = 0
+    answers: int | None = None
 
 
 def query_row(
@@ -168,36 +171,90 @@ class Recorder:
             runs all.
         query: the query positions of each sample; by default the last one, at prefill. None records nothing: the
             forward pass only ends early.
+        num_tokens: of the prompt, to which the rows of the answer's tokens are cut; None leaves their keys as they
+            are (cross-attention).
     """
 
     def __init__(
-        self, modules: dict[int, nn.Module], stop_after: int | None = None, query: Query | None = LAST
+        self,
+        modules: dict[int, nn.Module],
+        stop_after: int | None = None,
+        query: Query | None = LAST,
+        num_tokens: int | None = None,
     ) -> None:
         self.layer_of = {id(module): layer for layer, module in modules.items()}
         self.stop_after = stop_after
         self.query = query
+        self.num_tokens = num_tokens
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
+        self.live: Tensor | None = (
+            None  # (B,) which samples have not ended their answer, kept by who generates
+        )
+        self._sums: dict[int, Tensor] = {}  # layer -> (B, H, T) fp32, over the answer's tokens
+        self._counts: dict[int, Tensor] = {}  # layer -> (B,), how many those were
         self._calls: Counter[int] = Counter()
+
+    @property
+    def answers(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, the mean row of the answer's tokens (B, H, T), and how many there were (B,): 0 makes zeros."""
+        counts = self._counts
+        return {
+            layer: (sums / counts[layer].clamp(min=1)[:, None, None], counts[layer])
+            for layer, sums in self._sums.items()
+        }
 
     def see(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]
     ) -> None:
-        """Record the row of one layer, in the one call that is wanted (the others are decoding steps)."""
+        """Record the row of one layer, in the calls that are wanted (all but the first are decoding steps)."""
         layer = self.layer_of.get(id(module))
         if layer is None:
             return
         call, self._calls[layer] = self._calls[layer], self._calls[layer] + 1
-        if self.query is not None:
-            if call != self.query.step:
-                return
-            self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
-        if layer == self.stop_after:
+        if self.query is None:
+            if layer == self.stop_after:
+                raise StopForward
+            return
+        last = self.query.answers or self.query.step
+        if self.stop_after is None or layer <= self.stop_after:
+            if call == self.query.step:
+                self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
+            elif self.query.answers and call <= last:
+                self._add(layer, call, query_row(module, query, key, mask, LAST, **extras))
+        if layer == self.stop_after and call == last and self.query.answers != 0:
             raise StopForward
+
+    def _add(self, layer: int, call: int, row: Tensor) -> None:
+        """Of a token of the answer, where the sample has not ended it."""
+        if self.num_tokens is not None:
+            row = prompt_keys(row, self.num_tokens, call)
+        live = torch.ones(len(row), dtype=torch.bool) if self.live is None else self.live
+        live = live.to(row.device)
+        row = torch.where(live[:, None, None], row, 0.0)
+        if layer in self._sums:
+            self._sums[layer] += row
+            self._counts[layer] += live
+        else:
+            self._sums[layer], self._counts[layer] = row, live.long()
+
+
+def prompt_keys(row: Tensor, num_tokens: int, step: int) -> Tensor:
+    """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of the step-th call.
+
+    A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
+    keys: the attention of those that fell out is zero.
+    """
+    if step == 0:
+        return row
+    return nn.functional.pad(row, (max(0, num_tokens + step - row.shape[-1]), 0))[..., :num_tokens]
 
 
 @contextmanager
 def capture(
-    modules: dict[int, nn.Module], stop_after: int | None = None, query: Query | None = LAST
+    modules: dict[int, nn.Module],
+    stop_after: int | None = None,
+    query: Query | None = LAST,
+    num_tokens: int | None = None,
 ) -> Iterator[Recorder]:
     """Record the attention of each sample's query positions in every given module during the `with` block.
 
@@ -206,7 +263,7 @@ def capture(
     >>> recorder.rows[14].shape                                    # doctest: +SKIP
     torch.Size([1, 32, 640])
     """
-    recorder = Recorder(modules, stop_after, query)
+    recorder = Recorder(modules, stop_after, query, num_tokens)
     _install()
     token = _recorder.set(recorder)
     try:

@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.capture import Query, decoder_layers
+from localization_heads.lvlm.capture import Query, decoder_layers, prompt_keys
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
-from localization_heads.lvlm.loaded import prompt_keys
 from localization_heads.lvlm.model import LVLM
 
 SMALL = 1_000_000_000
@@ -132,6 +131,9 @@ def _in_words(lvlm: LVLM, query: Query, length: int) -> str:
     kind = f"query_token={lvlm.query_token}"
     if query.step:
         return f"{kind}: the first token of the answer, which follows the prompt"
+    if query.answers:
+        also = "" if lvlm.query_token == "answer_mean" else f"token {length - 1} of 0-{length - 1}, and "
+        return f"{kind}: {also}up to {query.answers} tokens of the answer, which follows the prompt"
     if lvlm.model.config.is_encoder_decoder:
         return f"{kind}: the decoder's first token; the prompt is read by the encoder"
     places = _positions(query, length)
@@ -145,7 +147,11 @@ def _positions(query: Query, length: int) -> list[int]:
 
 def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
     """The prompt as it was tokenized: image tokens counted, query tokens marked."""
-    marked = set() if query.step or lvlm.model.config.is_encoder_decoder else set(_positions(query, len(ids)))
+    marked = (
+        set()
+        if query.step or lvlm.query_token == "answer_mean" or lvlm.model.config.is_encoder_decoder
+        else set(_positions(query, len(ids)))
+    )
     coder = lvlm.processor.tokenizer
 
     def kind(position: int) -> str:
@@ -159,6 +165,8 @@ def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
             yield Piece(coder.decode(run, clean_up_tokenization_spaces=False), name)
     if query.step:
         yield Piece("(first token of the answer)", "query")
+    elif query.answers:
+        yield Piece("(tokens of the answer)", "query")
 
 
 def _views(lvlm: LVLM, inputs: dict[str, Any], image: Image.Image) -> tuple[list[View], str | None]:
@@ -174,6 +182,8 @@ def _unplaced(lvlm: LVLM, ids: Sequence[int], views: Sequence[View]) -> int:
 
 
 def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None) -> Check:
+    if query.answers:  # the first of the answer's tokens stands for them all
+        query = Query(step=1)
     unwanted = wanted is False or (wanted is None and lvlm.num_parameters > SMALL)
     try:
         return _capture_only(lvlm, inputs, query) if unwanted else compare(lvlm, inputs, query)
@@ -212,7 +222,7 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
     if not lvlm.looks_across:
-        truth = {layer: prompt_keys(row, length, query) for layer, row in truth.items()}
+        truth = {layer: prompt_keys(row, length, query.step) for layer, row in truth.items()}
     gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in truth.items()}
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
     wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is wrong

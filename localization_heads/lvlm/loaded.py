@@ -2,275 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Mapping, Sequence
-from copy import copy
-from functools import cached_property, lru_cache
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.heads.head import Head
-from localization_heads.heads.record import FoundWith, asked, difference
-from localization_heads.lvlm.capture import Query, attention_modules, capture, decoder_layers, looks_across
-from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
-from localization_heads.lvlm.failures import memory_errors, misfit_errors, processor_errors
-from localization_heads.lvlm.families import family_of, views_of
-from localization_heads.lvlm.fingerprint import fingerprint
-from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape, image_token_id, read_maps
+from localization_heads.lvlm.answering import Hearing, Said, Sides, end_tokens, generate, go_on
+from localization_heads.lvlm.capture import (
+    Query,
+    Recorder,
+    capture,
+    prompt_keys,
+)
+from localization_heads.lvlm.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.families import views_of
+from localization_heads.lvlm.geometry import ProcessedImage, View, read_maps
 from localization_heads.lvlm.prefix import why_not_shared
+from localization_heads.lvlm.prompted import PromptedModel
 from localization_heads.lvlm.prompts import (
     Prompt,
-    clean_expression,
-    expression_prompt,
-    image_comes_first,
-    image_placeholder,
-    locate_expression,
-    template_renderer,
 )
-from localization_heads.lvlm.query_tokens import lone_space_id, query_of, without_token
-from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
-
-log = logging.getLogger(__name__)
-
-PROMPTS = 10_000
-"""Expressions whose prompts are cached: more than are checked, prepared and run at a time."""
+from localization_heads.lvlm.query_tokens import query_of
 
 
-class LoadedModel:
-    """A vision-language model of transformers, its processor, and what is known about it.
-
-    Made by `load_model`, which collects its remarks in `notes`. The model itself is never changed: `lvlm.model` is
-    plain transformers.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        spec: ModelSpec,
-        *,
-        system: str,
-        conv_mode: ConvMode,
-        query_token: QueryToken = "last",
-        view: ViewChoice = "combined",
-        drop_lone_spaces: bool = False,
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.spec = spec
-        self.system = system
-        self.conv_mode = conv_mode
-        self.query_token = query_token
-        self.view = view
-        self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
-        self.notes: list[str] = []
-        self.attention_modules: dict[int, nn.Module] = attention_modules(model)
-        # Both are shared by the copies that `prompted` makes. Every expression renders the stand-in's prompt as well.
-        self._located = lru_cache(PROMPTS)(self._locate)
-        self._rendered = lru_cache(16)(self._render)
-        self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
-
-    def prompted(self, conv_mode: ConvMode) -> Self:
-        """The same loaded model with another prompt."""
-        twin = copy(self)
-        twin.conv_mode = conv_mode
-        twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
-        return twin
-
-    def __repr__(self) -> str:
-        return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the language model, those without attention heads included."""
-        return len(decoder_layers(self.model))
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads in a layer of the language model."""
-        text = self.model.config.get_text_config()
-        return int(getattr(text, "decoder_attention_heads", None) or text.num_attention_heads)
-
-    @property
-    def looks_across(self) -> bool:
-        """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
-        return looks_across(self.model)
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """The model and how it is prompted, by name, as JSON values for `metrics.json`."""
-        loaded = ("dtype", "quantization", "pad_to_square")
-        asked = ("conv_mode", "query_token", "view")
-        values = {name: getattr(self.spec, name) for name in loaded}
-        dropped = {"drop_lone_spaces": self.dropped_token is not None}
-        return {"model": self.name, **values, **{name: getattr(self, name) for name in asked}, **dropped}
-
-    @property
-    def asked(self) -> dict[str, str | None]:
-        """The weights and how they are prompted, for `found_with` in `heads.json`."""
-        return asked(self.conv_mode, self.system, self.query_token, self.fingerprint)
-
-    def note(self, text: str) -> None:
-        """Log what a user should know, once, and keep it in `notes`."""
-        if text not in self.notes:
-            self.notes.append(text)
-            log.warning("%s", text)
-
-    def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
-        """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
-        if found and (how := difference(found, self.asked)):
-            self.note(
-                f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
-            )
-
-    @property
-    def known_heads(self) -> tuple[Head, ...]:
-        """Published localization heads of this checkpoint, best first; empty if nobody published any."""
-        return self.spec.heads
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Changes when the weights do, independent of where they are stored (`lvlm.fingerprint`)."""
-        return fingerprint(self.model, self.processor)
-
-    @property
-    def image_token_id(self) -> int:
-        return image_token_id(self.model.config)
-
-    @property
-    def image_token(self) -> str:
-        """The text in a prompt that the processor replaces by an image's tokens."""
-        tokenizer = self.processor.tokenizer
-        own = getattr(self.processor, "image_token", None)
-        return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
-
-    @cached_property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Tokens that no expression may contain: special tokens, and those that the processor replaces."""
-        media = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
-        own = [token for token in media if isinstance(token, str) and token]
-        return (*self.processor.tokenizer.all_special_tokens, *own)
-
-    @cached_property
-    def image_text(self) -> str:
-        """The placeholder of an image in a prompt: its token, with the marks that the family puts around it."""
-        if family_of(self.model.config).adds_image_itself:
-            return ""
-        return image_placeholder(self.processor, self.image_token)
-
-    @cached_property
-    def image_comes_first(self) -> bool:
-        """Whether the image comes before the expression, whose tokens cannot attend to it otherwise."""
-        render = template_renderer(self.processor)
-        return self.conv_mode != "chat" or render is None or image_comes_first(render, self.image_text)
-
-    def prompt(self, expression: str) -> str:
-        """The text around an expression; its last token is the paper's query token (Sec. 4.1)."""
-        return self.located_prompt(expression).text
-
-    def located_prompt(self, expression: str) -> Prompt:
-        """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
-        return self._located(expression, self.conv_mode, self.system)
-
-    def _locate(self, expression: str, conv_mode: ConvMode, system: str) -> Prompt:
-        text = clean_expression(expression, self.control_tokens)
-        return locate_expression(lambda words: self._rendered(words, conv_mode, system), text)
-
-    def _render(self, text: str, conv_mode: ConvMode, system: str) -> str:
-        return expression_prompt(
-            text, conv_mode, image_text=self.image_text, system=system, chat=self.chat_prompt
-        )
-
-    def chat_prompt(self, text: str) -> str:
-        """One user turn with an image in the model's own template, up to where its answer begins."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        return self.apply_chat_template([{"role": "user", "content": content}])
-
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
-        if template_of(self.processor) is None:
-            raise UsageError(
-                f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
-            )
-        try:
-            return render_chat(self.processor, messages)
-        except TemplateError as error:
-            raise UsageError(
-                f"conv_mode=chat: the chat template of {self.name} refuses an image with a text ({error}); "
-                "use conv_mode=referseg or plain"
-            ) from error
-
-    def seen(self, image: Image.Image) -> Image.Image:
-        """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
-        check_shape(self.model.config, self.processor.image_processor, image.size)
-        return as_seen(image)
-
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
-        """Processor output on the model's device and in its precision, padded to one length.
-
-        On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
-        """
-        return self.on_device(self.processed(images, prompts))
-
-    def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Tensors on the model's device, pixels in its precision."""
-        device, dtype = self.model.device, self.model.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in inputs.items()
-        }
-
-    def processed(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], processor: Any = None
-    ) -> Mapping[str, Any]:
-        """Processor output as it comes, of the model's processor or of another."""
-        for image in images:
-            check_shape(self.model.config, self.processor.image_processor, image.size)
-        bos = self.processor.tokenizer.bos_token
-        twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
-        options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
-        side = "right" if self.model.config.is_encoder_decoder else "left"
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
-        what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"
-        with self._tokenizing, memory_errors(), processor_errors(what):
-            inputs: Mapping[str, Any] = (processor or self.processor)(
-                images=[[image] for image in images],
-                text=list(prompts),
-                return_tensors="pt",
-                padding=True,
-                padding_side=side,
-                **options,
-            )
-        if self.dropped_token is not None:
-            pad = self.processor.tokenizer.pad_token_id or 0
-            inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
-        self._check_length(inputs["input_ids"].shape[1])
-        return inputs
-
-    def _check_length(self, num_tokens: int) -> None:
-        """Raises UsageError if a prompt is longer than the model's positions: it would answer nonsense."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(limit, int) and num_tokens > limit:
-            raise UsageError(
-                f"the prompt has {num_tokens} tokens with the image, and {self.name} reads {limit} at most"
-            )
+class LoadedModel(PromptedModel):
+    """A model that can be asked: from prompts to rows of attention, and to what it answers."""
 
     @property
     def why_not_shared(self) -> str | None:
@@ -287,6 +48,8 @@ class LoadedModel:
 
     def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
+        if self.reads_answer:
+            return self._last(prompts, inputs)._replace(answers=self.answer_tokens)
         if not self.model.config.is_encoder_decoder:
             with self._tokenizing:
                 return query_of(
@@ -299,8 +62,23 @@ class LoadedModel:
             )
         return Query(step=int(self.query_token == "answer_first"))
 
-    def query_rows(self, inputs: dict[str, Any], query: Query, last_layer: int | None) -> list[Tensor]:
-        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero."""
+    def _last(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
+        if self.model.config.is_encoder_decoder:
+            return Query()
+        return query_of("last", prompts, inputs, self.processor.tokenizer)
+
+    def hearing(self, sides: Sides | None = None) -> Hearing:
+        """What hears a batch of answers (`query_rows`)."""
+        return Hearing(end_tokens(self.model), sides)
+
+    def query_rows(
+        self, inputs: dict[str, Any], query: Query, last_layer: int | None, hearing: Hearing | None = None
+    ) -> list[Tensor]:
+        """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero.
+
+        Args:
+            hearing: hears the answers, and gets the mean rows of their tokens, where `query` has the model answer.
+        """
         stop = last_layer
         if stop is None and query.step == 0:
             stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
@@ -308,29 +86,60 @@ class LoadedModel:
             memory_errors(),
             misfit_errors(self.name),
             torch.inference_mode(),
-            capture(self.attention_modules, stop, query) as recorder,
+            capture(self.attention_modules, stop, query, self._num_tokens(inputs, query)) as recorder,
         ):
-            self.run(inputs, query)
+            self.run(inputs, query, self._told(hearing, query, recorder))
         length = inputs["input_ids"].shape[1]
         rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.looks_across:
-            rows = {layer: prompt_keys(row, length, query) for layer, row in rows.items()}
+            rows = {layer: prompt_keys(row, length, query.step) for layer, row in rows.items()}
         if not rows:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
             )
-        batch, heads, tokens = next(iter(rows.values())).shape  # each (B, H, T)
+        if hearing is not None and query.answers is not None:
+            hearing.rows = self._mean_rows(recorder)
+        return list(self._stacked(rows))
+
+    def _stacked(self, rows: dict[int, Tensor]) -> Tensor:
+        """(B, layer, H, T) of rows (B, H, T) by layer, which are used up: they are never twice in memory."""
+        batch, heads, tokens = next(iter(rows.values())).shape
         full = torch.zeros(batch, self.num_layers, heads, tokens)
         for layer in list(rows):
-            full[:, layer] = rows.pop(layer)  # never twice in memory
-        return list(full)
+            full[:, layer] = rows.pop(layer)
+        return full
 
-    def run(self, inputs: dict[str, Any], query: Query) -> None:
-        """One prefill without LM head and cache; or, for the first token of the answer, greedy generation of two.
+    def _num_tokens(self, inputs: Mapping[str, Any], query: Query) -> int | None:
+        return None if self.looks_across else query.past + int(inputs["input_ids"].shape[1])
 
-        Two, because a token's attention is computed when it is read, in the step that predicts the next.
+    def _told(self, hearing: Hearing | None, query: Query, recorder: Recorder) -> Hearing | None:
+        """The hearing that tells the recorder who still answers; one of its own where nobody listens."""
+        if query.answers is None:
+            return None
+        told = hearing or self.hearing()
+        told.recorder = recorder
+        return told
+
+    def _mean_rows(self, recorder: Recorder) -> list[Tensor | None]:
+        """Per sample, the mean row of its answer's tokens, `[layer, head, key]`; None of one that answers nothing."""
+        if not (answers := recorder.answers):
+            return []
+        counts = next(iter(answers.values()))[1].tolist()
+        full = self._stacked({layer: mean.cpu() for layer, (mean, _) in answers.items()})
+        return [row if count else None for row, count in zip(full, counts, strict=True)]
+
+    def run(self, inputs: dict[str, Any], query: Query, hearing: Hearing | None = None) -> None:
+        """One prefill without LM head and cache; or, for tokens of the answer, greedy generation of one more.
+
+        One more, because a token's attention is computed when it is read, in the step that predicts the next.
         """
-        if query.step == 0:
+        if query.answers is not None:
+            heard, num_tokens = hearing or self.hearing(), query.answers + 1
+            if "past_key_values" in inputs:
+                go_on(self.model, inputs, num_tokens, heard)
+            else:
+                generate(self.model, inputs, num_tokens, heard, self.processor.tokenizer.pad_token_id)
+        elif query.step == 0:
             self.model.base_model(**{"use_cache": False, **inputs})
         else:
             self.model.generate(
@@ -343,10 +152,26 @@ class LoadedModel:
                 use_cache=True,
             )
 
+    def heard(self, hearing: Hearing, query: Query, num: int) -> Iterator[tuple[Tensor | None, Said | None]]:
+        """What each of so many samples answers, and the mean row of its tokens."""
+        if query.answers is None:
+            return iter([(None, None)] * num)
+        said = hearing.said(self.processor.tokenizer, query.answers)
+        return zip(hearing.rows or [None] * num, said, strict=True)
+
     def maps(
-        self, row: Tensor, views: Sequence[View], image: Image.Image, expression: str, prompt: str
+        self,
+        row: Tensor,
+        views: Sequence[View],
+        image: Image.Image,
+        expression: str,
+        prompt: str,
+        answer: Tensor | None = None,
+        said: Said | None = None,
     ) -> AttentionMaps:
-        """`row`: [layer, head, key] of one sample."""
+        """`row`: [layer, head, key] of one sample; `answer`: the same, the mean over the answer's tokens."""
+        if self.query_token == "answer_mean" and answer is not None:
+            row, answer = answer, None
         maps, box = read_maps(row.numpy(), views, image.size, self.view)
         return AttentionMaps(
             attention=maps,
@@ -355,21 +180,11 @@ class LoadedModel:
             query=expression,
             prompt=prompt,
             model=self.name,
+            answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
+            answer_text="" if said is None else said.text,
+            answer_logprob=None if said is None else said.logprob,
         )
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
-
-
-def prompt_keys(row: Tensor, num_tokens: int, query: Query) -> Tensor:
-    """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of its call.
-
-    A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
-    keys: the attention of those that fell out is zero.
-    """
-    if query.step == 0:
-        return row
-    return torch.nn.functional.pad(row, (max(0, num_tokens + query.step - row.shape[-1]), 0))[
-        ..., :num_tokens
-    ]

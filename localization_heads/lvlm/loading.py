@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.lvlm import checkpoint
 from localization_heads.lvlm.chat_template import PROCESS, template_of
 from localization_heads.lvlm.families import check_family, family_facts
@@ -52,6 +52,8 @@ def load_model(
     query_token: QueryToken = "last",
     view: ViewChoice = "combined",
     drop_lone_spaces: bool = False,
+    answer_tokens: int = 8,
+    paraphrases: Sequence[str] | None = None,
     like: str | None = None,
 ) -> LVLM:
     """Load a vision-language model whose attention can be captured.
@@ -64,12 +66,14 @@ def load_model(
         quantization: None, `8bit` or `4bit` (needs the extra `quantization`).
         conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`; None for what the model's config
             recommends, or what its family needs, and if nothing is known, `referseg`.
-        query_token: the token whose attention is captured: `last` (the paper's), `expression_end`, `expression_mean`
-            or `answer_first`.
+        query_token: the token whose attention is captured: `last` (the paper's), `expression_end`, `expression_mean`,
+            `answer_first`, `answer_mean`, or `last_and_answer`, which captures two.
         view: for a model that gets an image as a whole and again as tiles: `combined` (both in one map), `whole` or
             `tiles`. Where an image has only one view, it is used.
         drop_lone_spaces: delete SentencePiece's lone spaces from the prompt's tokens, as the paper's published code
             does; nothing changes for tokenizers without one.
+        answer_tokens: for `answer_mean` and `last_and_answer`, how many tokens of the answer are read at most.
+        paraphrases: templates such as `"a {}"`, of whose maps the mean is taken; None asks with the expression alone.
         like: the file in `config/model/` of a checkpoint that this one is a copy or a relative of: everything known
             about that one is applied, heads included (`load_model("/data/my-llava", like="llava")`).
 
@@ -88,6 +92,7 @@ def load_model(
     for option, value, kind in choices:
         if value is not None and value not in get_args(kind):
             raise UsageError(f"{option}={value}: choose one of {', '.join(get_args(kind))}")
+    check_wording(answer_tokens, paraphrases)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     try:
         spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
@@ -114,11 +119,28 @@ def load_model(
         query_token=query_token,
         view=view,
         drop_lone_spaces=drop_lone_spaces,
+        answer_tokens=answer_tokens,
+        paraphrases=paraphrases,
     )
     _check_order(lvlm)
     for note in _notes(lvlm):
         lvlm.note(note)
     return lvlm
+
+
+def check_wording(answer_tokens: int, paraphrases: Sequence[str] | None) -> None:
+    """UsageError for an answer of no tokens, no template, or one that has no single place for the expression."""
+    if isinstance(answer_tokens, bool) or not isinstance(answer_tokens, int) or answer_tokens < 1:
+        raise UsageError(f"answer_tokens={shown(answer_tokens)}: a whole number of at least 1")
+    if paraphrases is None:
+        return
+    given = [paraphrases] if isinstance(paraphrases, str) else list(paraphrases)
+    wrong = [one for one in given if not isinstance(one, str) or one.count("{}") != 1]
+    if wrong or not given or isinstance(paraphrases, str):
+        raise UsageError(
+            f"paraphrases={shown(wrong[0] if wrong else paraphrases)}: write templates, each with one {{}}, such as "
+            '["the {}", "a {}"], or None'
+        )
 
 
 def _notes(lvlm: LVLM) -> Iterator[str]:

@@ -18,6 +18,8 @@ from typing import Any
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.lvlm.asking import ask_beside
+from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.loaded import LoadedModel
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 
@@ -89,6 +91,14 @@ def content(image: Image.Image) -> bytes:
     return digest.digest()
 
 
+def _by_image(images: Sequence[Image.Image]) -> list[list[int]]:
+    """The places of each image, which is told by its identity, in the order in which they come."""
+    places: dict[int, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(id(image), []).append(place)
+    return list(places.values())
+
+
 class LVLM(LoadedModel):
     """A vision-language model that returns the attention maps of its heads. Made by `load_model`."""
 
@@ -96,17 +106,29 @@ class LVLM(LoadedModel):
         super().__init__(*arguments, **options)
         self.recent = RecentImages()
 
-    def attend(self, image: Image.Image, expression: str, *, last_layer: int | None = None) -> AttentionMaps:
+    def attend(
+        self,
+        image: Image.Image,
+        expression: str,
+        *,
+        last_layer: int | None = None,
+        beside: Beside = NOTHING,
+        siblings: Sequence[str] = (),
+    ) -> AttentionMaps:
         """The attention map of every head: from the query token, by default the prompt's last, to the image (Sec. 4.1).
 
         Args:
             image: RGB image of any size.
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
+            beside: what else is asked about the image: other expressions, and how sure the model is.
+            siblings: the other expressions of the image; without any, the model lists what it sees.
 
         Raises:
             NotFiniteError: NaN or infinite attention, as where half precision overflows.
         """
-        (maps,) = self.attend_batch([image], [expression], last_layer=last_layer)
+        (maps,) = self.attend_batch(
+            [image], [expression], last_layer=last_layer, beside=beside, siblings=[siblings]
+        )
         maps.check_finite()
         return maps
 
@@ -117,6 +139,8 @@ class LVLM(LoadedModel):
         *,
         last_layer: int | None = None,
         ready: Batch | None = None,
+        beside: Beside = NOTHING,
+        siblings: Sequence[Sequence[str]] | None = None,
     ) -> list[AttentionMaps]:
         """`attend` for several pairs, in their order. The maps are not checked for finite values; the caller does that.
 
@@ -124,18 +148,29 @@ class LVLM(LoadedModel):
         go through the model in one forward pass.
 
         Args:
-            ready: what `make_ready` made of the same pairs.
+            ready: what `make_ready` made of the same pairs, where `asks_plainly`.
+            beside: as of `attend`. All that is asked about one image goes on from its encoding, image by image.
+            siblings: for each pair, the other expressions of its image.
         """
-        return (ready or self.make_ready(images, expressions)).run(last_layer)
+        if self.asks_plainly(beside):
+            return (ready or self.make_ready(images, expressions)).run(last_layer)
+        given = siblings or [()] * len(images)
+        found: dict[int, AttentionMaps] = {}
+        for places in _by_image(images):
+            encoded = EncodedImage(self, images[places[0]])
+            texts, others = [expressions[place] for place in places], [given[place] for place in places]
+            found |= zip(places, ask_beside(encoded, texts, others, beside, last_layer), strict=True)
+        return [found[place] for place in sorted(found)]
+
+    def asks_plainly(self, beside: Beside = NOTHING) -> bool:
+        """Whether each pair is one question, so that `make_ready` can do the host's share of it ahead."""
+        return not beside and not self.paraphrases
 
     def make_ready(self, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
-        by_image: dict[int, list[int]] = {}
-        for place, image in enumerate(images):
-            by_image.setdefault(id(image), []).append(place)
         parts: list[tuple[Sequence[int], Answer]] = []
         alone: list[int] = []
-        for places in by_image.values():
+        for places in _by_image(images):
             if len(places) == 1 or self.why_not_shared:
                 alone += places
                 continue
@@ -159,17 +194,23 @@ class LVLM(LoadedModel):
         return encoded
 
     def ask(
-        self, image: Image.Image, expressions: Sequence[str], *, last_layer: int | None = None
+        self,
+        image: Image.Image,
+        expressions: Sequence[str],
+        *,
+        last_layer: int | None = None,
+        beside: Beside = NOTHING,
     ) -> list[AttentionMaps]:
         """`encode_image(image).attend(expressions)`, for conversations: the most recent images stay encoded.
 
-        They are recognised by their pixels and dropped once `recent.max_bytes` are used. NotFiniteError as for
-        `attend`.
+        They are recognised by their pixels and dropped once `recent.max_bytes` are used. Siblings of each expression
+        are the others. NotFiniteError as for `attend`.
         """
-        key = (content(image), self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
+        asked = (self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
+        key = (content(image), *asked, self.answer_tokens, self.paraphrases)
         try:
             encoded = self.recent.get(key, lambda: EncodedImage(self, image))
-            found = encoded.attend(expressions, last_layer=last_layer)
+            found = ask_beside(encoded, expressions, [expressions] * len(expressions), beside, last_layer)
             for maps in found:
                 maps.check_finite()
             return found

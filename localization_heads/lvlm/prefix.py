@@ -77,10 +77,14 @@ class Prefix:
     def num_bytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for layer in self.layers for tensor in _tensors(layer))
 
-    def cache(self, batch_size: int, length: int) -> Cache:
-        """For prompts that continue the first `length` tokens of the prefix."""
-        kept = length if self.can_be_cut else None
-        return Cache(layers=[_continued(layer, batch_size, kept) for layer in self.layers])
+    def cache(self, batch_size: int, length: int, *, grows: bool = False) -> Cache:
+        """For prompts that continue the first `length` tokens of the prefix.
+
+        Args:
+            grows: later tokens are kept as well, as generation needs it.
+        """
+        kept, kind = length if self.can_be_cut else None, GrowingLayer if grows else SharedLayer
+        return Cache(layers=[_continued(layer, batch_size, kept, kind) for layer in self.layers])
 
 
 class SharedLayer(DynamicLayer):
@@ -96,6 +100,15 @@ class SharedLayer(DynamicLayer):
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values of the prefix, for a batch, and those of all later tokens. The prefix itself stays as it is."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
 
 
@@ -108,14 +121,16 @@ def recording_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def _continued(layer: Any, batch_size: int, length: int | None) -> Any:
+def _continued(
+    layer: Any, batch_size: int, length: int | None, kind: type[SharedLayer] | type[GrowingLayer]
+) -> Any:
     """The layer for a batch. Those above the deepest one that was run are empty, and will not be run either."""
     if isinstance(layer, LinearAttentionLayer):
         return _state_copy(layer, batch_size)
     if isinstance(layer, DummyLayer) or not layer.is_initialized:
         return type(layer)()
     keys, values = (t[:, :, :length].expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
-    return SharedLayer(keys, values)
+    return kind(keys, values)
 
 
 def _state_copy(layer: LinearAttentionLayer, batch_size: int) -> LinearAttentionLayer:

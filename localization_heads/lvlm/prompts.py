@@ -43,7 +43,7 @@ def locate_expression(render: Callable[[str], str], expression: str) -> Prompt:
     >>> locate_expression("user: {}. assistant:".format, "a")
     Prompt(text='user: a. assistant:', start=6, end=7)
     """
-    text, words = render(expression), expression.rstrip(_CLOSING + " ") or expression
+    text, words = render(expression), bare_sentence(expression)
     start = render(STAND_IN).find(STAND_IN)
     if start < 0 or not text.startswith(words, start):
         start = text.rfind(words)  # the template changes with what is said
@@ -70,6 +70,15 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
                 f"the expression holds '{token}', which this model reads as a control token: leave it out"
             )
     return text
+
+
+def bare_sentence(expression: str) -> str:
+    """The expression without the marks that end a sentence, unless it is nothing else.
+
+    >>> bare_sentence("the dog."), bare_sentence("?")
+    ('the dog', '?')
+    """
+    return expression.rstrip(_CLOSING + " ") or expression
 
 
 def close_sentence(expression: str) -> str:

@@ -1,4 +1,4 @@
-"""Which tokens are query tokens: the four values of `query_token`, and where an expression lies among the tokens.
+"""Which tokens are query tokens: the values of `query_token`, and where an expression lies among the tokens.
 
 The paper takes the last token of the prompt, the full stop of the expression. A chat template ends with tokens that
 are the same for every expression; there, a token of the expression or of the answer may attend to the object better.
@@ -33,7 +33,7 @@ def query_of(
     Args:
         kind: `last` (the paper's: the last prompt token), `expression_end` (the last token of the expression,
             without its full stop), `expression_mean` (all its tokens, averaged) or `answer_first` (the first
-            token that the model answers).
+            token that the model answers). Those that read the whole answer are `last`, with `Query.answers`.
         inputs: what the processor made of the prompts, padded on either side.
         dropped_token: an id that was deleted from them.
 
@@ -83,6 +83,9 @@ def continued(queries: Sequence[tuple[Query, int]], past: int) -> Query:
     n = max(len(row) for row in places)
     positions = torch.tensor([row + row[-1:] * (n - len(row)) for row in places])
     weights = torch.tensor([row + [0.0] * (n - len(row)) for row in shares])
+    answers = queries[0][0].answers
+    if answers is not None:  # of prompts of one length, by their last token
+        return Query(past=past, answers=answers)
     return Query(positions - past, weights if n > 1 else None, past=past)
 
 

@@ -12,16 +12,18 @@ import threading
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.lvlm.answering import Said, Sides
 from localization_heads.lvlm.capture import Query, capture
 from localization_heads.lvlm.failures import memory_errors, misfit_errors
 from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.paraphrases import merged, wordings
 from localization_heads.lvlm.prefix import (
     Prefix,
     first_tokens,
@@ -54,11 +56,15 @@ def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequenc
 
     @memory_errors()
     def answer(last_layer: int | None) -> list[AttentionMaps]:
-        rows = lvlm.query_rows(lvlm.on_device(inputs), query, last_layer)
+        hearing = lvlm.hearing()
+        rows = lvlm.query_rows(lvlm.on_device(inputs), query, last_layer, hearing)
+        heard = lvlm.heard(hearing, query, len(rows))
         return [
-            lvlm.maps(row, lvlm.views_in(inputs, n, image), image, expression, prompt.text).of_size(size)
-            for n, (row, (image, size), expression, prompt) in enumerate(
-                zip(rows, pairs, expressions, prompts, strict=True)
+            lvlm.maps(row, lvlm.views_in(inputs, n, image), image, expression, prompt.text, *answer).of_size(
+                size
+            )
+            for n, (row, (image, size), expression, prompt, answer) in enumerate(
+                zip(rows, pairs, expressions, prompts, heard, strict=True)
             )
         ]
 
@@ -116,6 +122,20 @@ class EncodedImage:
             last_layer: stop after this layer; the maps of later layers stay zero. If the image was encoded to
                 a lower layer before, it is encoded again.
         """
+        if not self.lvlm.paraphrases:
+            return self.attend_plainly(expressions, last_layer=last_layer)
+        return [
+            merged(
+                self.attend_plainly(wordings(expression, self.lvlm.paraphrases), last_layer=last_layer),
+                expression,
+            )
+            for expression in expressions
+        ]
+
+    def attend_plainly(
+        self, expressions: Sequence[str], *, last_layer: int | None = None
+    ) -> list[AttentionMaps]:
+        """`attend` with the expressions as they are, whatever paraphrases the model is asked with."""
         return self.answer([self.question(expression) for expression in expressions], last_layer)
 
     def question(self, expression: str) -> Question:
@@ -129,22 +149,49 @@ class EncodedImage:
         """The model's share of `attend`."""
         if not questions:
             return []
-        prefix = self.encode(last_layer)
-        start = min(self._common(prefix, question) for question in questions) if prefix else -1
-        if (
-            prefix is None
-            or start <= self._last_image_token
-            or (start < len(prefix.ids) and not prefix.can_be_cut)
-        ):
+        answers = questions[0].query.answers is not None
+        start, prefix = self._start(questions, last_layer, answers=answers)
+        if prefix is None:
             asked = [question.expression for question in questions]
             found = apart(self.lvlm, [self.image] * len(asked), asked)(last_layer)
-        else:
-            rows = self._rows(questions, prefix, start, last_layer)
-            found = [
-                self.lvlm.maps(row, self._views, self.image, question.expression, question.prompt.text)
-                for row, question in zip(rows, questions, strict=True)
-            ]
-        return [maps.of_size(self._size) for maps in found]
+            return [maps.of_size(self._size) for maps in found]
+        return _in_groups(
+            questions, lambda group: self._maps(group, prefix, start, last_layer), by_length=answers
+        )
+
+    @memory_errors()
+    def say(self, texts: Sequence[str], num_tokens: int = 0, sides: Sides | None = None) -> list[Said]:
+        """What the model says to each text in its prompt, of `num_tokens` tokens at most: 0 only weighs the first.
+
+        Args:
+            sides: tokens that the first is weighed between.
+        """
+        questions = [self.question(text) for text in texts]
+        start, prefix = self._start(questions, None, answers=True)
+
+        def said(group: Sequence[Question]) -> list[Said]:
+            lvlm, hearing = self.lvlm, self.lvlm.hearing(sides)
+            if prefix is None:
+                given = lvlm.encode([self.image] * len(group), [question.prompt.text for question in group])
+            else:
+                given = self._continuing(group, prefix, start, answers=True)
+            with misfit_errors(lvlm.name), torch.inference_mode():
+                lvlm.run(given, Query(answers=num_tokens), hearing)
+            return hearing.said(lvlm.processor.tokenizer, num_tokens)
+
+        return _in_groups(questions, said, by_length=prefix is not None)
+
+    def _start(
+        self, questions: Sequence[Question], last_layer: int | None, *, answers: bool
+    ) -> tuple[int, Prefix | None]:
+        """How many of the prefix's tokens the questions go on from, and the prefix; None if they share nothing."""
+        prefix = self.encode(None if answers else last_layer)
+        if prefix is None or not questions or (answers and not prefix.can_be_cut):
+            return -1, None
+        start = min(self._common(prefix, question) for question in questions)
+        if start <= self._last_image_token or (start < len(prefix.ids) and not prefix.can_be_cut):
+            return -1, None
+        return start, prefix
 
     @memory_errors()
     def encode(self, last_layer: int | None = None) -> Prefix | None:
@@ -157,19 +204,34 @@ class EncodedImage:
                 self._prefix = self._computed(depth)
             return self._prefix
 
-    def _rows(
+    def _maps(
         self, questions: Sequence[Question], prefix: Prefix, start: int, last_layer: int | None
-    ) -> list[Tensor]:
-        """Per question `[layer, head, key]`, the keys of the prefix first."""
+    ) -> list[AttentionMaps]:
+        """The maps of questions that go on from the prefix."""
+        lvlm, hearing = self.lvlm, self.lvlm.hearing()
+        query = continued([(one.query, len(one.ids)) for one in questions], start)
+        inputs = self._continuing(questions, prefix, start, answers=query.answers is not None)
+        rows = lvlm.query_rows(inputs, query, last_layer, hearing)
+        heard = lvlm.heard(hearing, query, len(rows))
+        return [
+            lvlm.maps(row, self._views, self.image, one.expression, one.prompt.text, *answer).of_size(
+                self._size
+            )
+            for row, one, answer in zip(rows, questions, heard, strict=True)
+        ]
+
+    def _continuing(
+        self, questions: Sequence[Question], prefix: Prefix, start: int, *, answers: bool
+    ) -> dict[str, Any]:
+        """The model's inputs for what follows the prefix. With `answers`, all are of one length."""
         lvlm = self.lvlm
         inputs = last_tokens([question.inputs for question in questions], start)
         longest = max((question.inputs for question in questions), key=lambda one: one["input_ids"].shape[1])
         if (positions := spatial_positions(lvlm.model, longest)) is not None:
             inputs["position_ids"] = positions[..., start:].expand(-1, len(questions), -1)
         inputs = {name: value.to(lvlm.model.device) for name, value in inputs.items()}
-        query = continued([(one.query, len(one.ids)) for one in questions], start)
-        cache = prefix.cache(len(questions), start)
-        return lvlm.query_rows({**inputs, "past_key_values": cache, "use_cache": True}, query, last_layer)
+        cache = prefix.cache(len(questions), start, grows=answers)
+        return {**inputs, "past_key_values": cache, "use_cache": True}
 
     def _common(self, prefix: Prefix, question: Question) -> int:
         """How many of the prefix's tokens a question can go on from; its query tokens are never among them."""
@@ -208,6 +270,27 @@ class EncodedImage:
         recurrent = any(cache.is_linear)
         ids = self._first["input_ids"][0, :length].tolist()
         return Prefix(ids, list(cache.layers), depth, can_be_cut=not recurrent and not lvlm.looks_across)
+
+
+Made = TypeVar("Made")
+
+
+def _in_groups(
+    questions: Sequence[Question], work: Callable[[Sequence[Question]], list[Made]], *, by_length: bool
+) -> list[Made]:
+    """What `work` makes of the questions, in their order: of all together, or of those of one length.
+
+    Without padding, the tokens of an answer follow the prompt's in every sample.
+    """
+    if not by_length:
+        return work(questions)
+    found: dict[int, Made] = {}
+    lengths: dict[int, list[int]] = {}
+    for place, question in enumerate(questions):
+        lengths.setdefault(len(question.ids), []).append(place)
+    for places in lengths.values():
+        found |= zip(places, work([questions[place] for place in places]), strict=True)
+    return [found[place] for place in sorted(found)]
 
 
 class _Once:

@@ -29,7 +29,9 @@ from localization_heads.options.kinds import (
 from localization_heads.store.paths import from_home, model_folder
 
 ConvMode = Literal["referseg", "chat", "plain"]
-QueryToken = Literal["last", "expression_end", "expression_mean", "answer_first"]
+QueryToken = Literal[
+    "last", "expression_end", "expression_mean", "answer_first", "answer_mean", "last_and_answer"
+]
 ViewChoice = Literal["combined", "whole", "tiles"]
 NativeBox = Literal["llava", "qwen2", "qwen2_5", "qwen3", "internvl", "glm", "florence2", "paligemma"]
 Weight = Literal["area", "mass"]

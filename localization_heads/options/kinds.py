@@ -155,6 +155,13 @@ def _one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
+def _template(text: str) -> str:
+    """Of a paraphrase. ValueError unless it has one place for the expression."""
+    if text.count("{}") != 1:
+        raise ValueError
+    return text
+
+
 def _folder_name(value: str) -> str:
     check_id(value)
     return value
@@ -186,6 +193,14 @@ Several = BeforeValidator(_as_tuple)
 """Of a tuple: a list is one as well."""
 Item = TypeVar("Item")
 OneOrSeveral = Annotated[tuple[Item, ...], BeforeValidator(_one_or_several), Reads("paths")]
+Paraphrases = Annotated[
+    tuple[Annotated[Text, AfterValidator(_template)], ...],
+    BeforeValidator(_one_or_several),
+    Reads("paths"),
+    Field(min_length=1, max_length=8),
+    Wants("write one to eight templates, each with one {}, such as [the {},a {}], or null"),
+]
+"""Templates that an expression is put into."""
 HeadChoice = Annotated[
     Any,
     AfterValidator(_head_choice),

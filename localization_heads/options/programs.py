@@ -35,6 +35,7 @@ from localization_heads.options.kinds import (
     HeadChoice,
     OneOrSeveral,
     Options,
+    Paraphrases,
     PathText,
     Text,
     extra,
@@ -79,8 +80,26 @@ class ModelUse(Options):
     query_token: QueryToken = option(
         "last",
         "Query token whose attention is read: last (the prompt's last token, the paper's), expression_end (the "
-        "expression's last token), expression_mean (the mean over its tokens) or answer_first (the first token "
-        "of the model's answer; slower).",
+        "expression's last token), expression_mean (the mean over its tokens), answer_first (the first token of the "
+        "model's answer; slower), answer_mean (the mean over its tokens) or last_and_answer (the last prompt token "
+        "and the mean over the answer's tokens, of which the read-out takes the geometric mean).",
+    )
+    answer_tokens: int = option(
+        8,
+        "For query_token=answer_mean and last_and_answer: tokens of the answer that are read, at most; the one that "
+        "ends it does not count.",
+        ge=1,
+        le=256,
+    )
+    paraphrases: Paraphrases | None = option(
+        None,
+        'Ask in several wordings and take the mean of their maps: templates such as ["the {}","a {}"], at most '
+        "eight; an article of the expression itself is not doubled. null asks with the expression alone (paper).",
+    )
+    signals: bool = option(
+        False,
+        "Also ask how sure the model is: the log-probability of the first token of its answer, and the log-odds of yes "
+        'against no to "is there ...?".',
     )
     view: ViewChoice = option(
         "combined",

@@ -8,7 +8,7 @@ killed goes on with the same batches, and the same numbers, to the last bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, check_inside
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
+from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.stages.entries import CHUNK_PIXELS, OPENED_AHEAD, Entries, OpenedImages, image_key
 from localization_heads.stages.run import Run
 
@@ -31,11 +32,21 @@ WINDOW = 32
 
 
 class Chunk(NamedTuple):
-    """Samples that go through the model together, and the ids of those whose results are missing."""
+    """Samples that go through the model together, and the ids of those whose results are missing.
+
+    Args:
+        beside: what is asked beside their expressions.
+        siblings: for each id, the other expressions of the sample's image in the data.
+    """
 
     samples: Sequence[Sample]
     missing: frozenset[str]
+    beside: Beside = NOTHING
+    siblings: Mapping[str, Sequence[str]] = {}
 
+
+PLAIN = Chunk((), frozenset())
+"""What says that nothing is asked beside the expressions."""
 
 Opened = Sequence[tuple[Sample, Image.Image]]
 
@@ -132,6 +143,8 @@ def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = 
     opened = _open(run, entries, chunk.samples)
     if not any(sample.id in chunk.missing for sample, _ in opened):
         return ReadyChunk(chunk, [])
+    if not run.lvlm.asks_plainly(chunk.beside):
+        return ReadyChunk(chunk, opened)
     try:
         expressions = [sample.expression for sample, _ in opened]
         return ReadyChunk(chunk, opened, run.lvlm.make_ready([image for _, image in opened], expressions))
@@ -164,19 +177,27 @@ def compute(
     chunk = prepared.chunk
     if prepared.opened is None:
         prepared = make_chunk_ready(run, entries, chunk, ahead=False)
-    attended = attend(run, entries, prepared.opened or [], last_layer, prepared.ready)
+    attended = attend(run, entries, prepared.opened or [], last_layer, prepared.ready, chunk)
     if look_again and attended:
         attended = look_again(run, entries, attended)
     return [one for one in attended if one.sample.id in chunk.missing]
 
 
 def attend(
-    run: Run, entries: Entries, opened: Opened, last_layer: int | None, ready: Batch | None = None
+    run: Run,
+    entries: Entries,
+    opened: Opened,
+    last_layer: int | None,
+    ready: Batch | None = None,
+    chunk: Chunk = PLAIN,
 ) -> list[Attended]:
     """The maps of opened samples. If the model cannot take them together, one by one, so that only the culprit fails.
 
     With `batch_size=auto`, what does not fit into the memory is halved until it does, and later chunks are cut to
     what fitted.
+
+    Args:
+        chunk: says what is asked beside the samples.
 
     Raises:
         WorkError: out of memory, with a `batch_size` that was given or with a single entry.
@@ -184,7 +205,7 @@ def attend(
 
     def in_parts(size: int) -> list[Attended]:
         parts = (opened[start : start + size] for start in range(0, len(opened), size))
-        return [found for part in parts for found in attend(run, entries, part, last_layer)]
+        return [found for part in parts for found in attend(run, entries, part, last_layer, chunk=chunk)]
 
     if not opened:
         return []
@@ -193,7 +214,14 @@ def attend(
     samples, images = zip(*opened, strict=True)
     expressions = [sample.expression for sample in samples]
     try:
-        maps = run.lvlm.attend_batch(images, expressions, last_layer=last_layer, ready=ready)
+        maps = run.lvlm.attend_batch(
+            images,
+            expressions,
+            last_layer=last_layer,
+            ready=ready,
+            beside=chunk.beside,
+            siblings=[chunk.siblings.get(sample.id, ()) for sample in samples],
+        )
         return _finite(entries, [Attended(*found) for found in zip(samples, images, maps, strict=True)])
     except OutOfMemoryError:
         if run.options.batch_size != "auto" or len(opened) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,8 @@ from localization_heads.data.images import load_image, open_image
 from localization_heads.data.samples import Sample, VisualizationEntry, load_samples
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
+from localization_heads.lvlm.beside import other_expressions
+from localization_heads.options.groups import Contrast
 from localization_heads.options.programs import EntryChoice
 from localization_heads.scenes.write import scenes
 from localization_heads.stages.run import Run
@@ -106,6 +110,7 @@ class Entries:
     images_again: bool = False
     images: OpenedImages = field(default_factory=lambda: OpenedImages(KEPT_PIXELS), repr=False)
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
+    _by_image: dict[str | int, list[str]] = field(default_factory=dict, repr=False)
 
     def key(self, sample: Sample) -> bytes:
         """16 bytes that change with the sample's expression, image or id.
@@ -115,6 +120,23 @@ class Entries:
         if sample.id not in self._keys:
             self._keys[sample.id] = sample_key(sample.expression, sample.image_key, sample.id)
         return self._keys[sample.id]
+
+    def siblings(self, sample: Sample) -> tuple[str, ...]:
+        """The first other expressions of the sample's image, in file order, of all samples chosen."""
+        if not self._by_image:
+            by_image: dict[str | int, list[str]] = {}
+            for one in self.samples:
+                by_image.setdefault(image_key(one), []).append(one.expression)
+            self._by_image = by_image  # at once: several threads ask
+        return other_expressions(sample.expression, self._by_image.get(image_key(sample), ()))
+
+    def result_key(self, sample: Sample, contrast: Contrast) -> bytes:
+        """16 bytes that also change with the siblings, where the sample's result depends on them."""
+        key = self.key(sample)
+        if contrast != "siblings":
+            return key
+        named = json.dumps(self.siblings(sample)).encode()
+        return hashlib.blake2b(key + named, digest_size=len(key)).digest()
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on."""

@@ -85,7 +85,7 @@ def evaluate(run: Run) -> Result:
         paths = [
             save_predictions(run, outcomes, entries.in_order()),
             save_per_sample(run, outcomes, entries.in_order()),
-            *save_failed_boxes(run, outcomes),
+            *save_failed_boxes(run, outcomes, entries),
             run.folder / "metrics.json",
         ]
         write_json(paths[-1], metrics)
@@ -234,7 +234,7 @@ def worst_outcomes(outcomes: Sequence[Outcome], count: int) -> list[Outcome]:
     return sorted(failed, key=lambda outcome: (outcome.iou or 0.0, outcome.scores[HEADS][0].energy))[:count]
 
 
-def save_failed_boxes(run: Run, outcomes: Sequence[Outcome]) -> list[Path]:
+def save_failed_boxes(run: Run, outcomes: Sequence[Outcome], entries: Entries) -> list[Path]:
     """Draw the worst boxes, one by one and on one sheet, into `failures/`, which is replaced -> the sheet, if any."""
     from localization_heads import figures
     from localization_heads.figures.overlay import BoxPanel, shrink_to_panel
@@ -247,7 +247,8 @@ def save_failed_boxes(run: Run, outcomes: Sequence[Outcome]) -> list[Path]:
                 image = load_image(outcome.sample.image)
             except (UsageError, WorkError):  # gone meanwhile
                 continue
-            sample, grounding, iou = outcome.sample, _grounding(run, outcome, image), outcome.iou or 0.0
+            sample, iou = outcome.sample, outcome.iou or 0.0
+            grounding = _grounding(run, outcome, image, entries.siblings(sample))
             path = new / f"{number:03d}_{sample.id}.png"
             title = f"{sample.expression} (IoU {iou:.2f})"
             figures.plot_grounding(image, grounding, path, truth=sample.bbox, expression=title)
@@ -260,10 +261,13 @@ def save_failed_boxes(run: Run, outcomes: Sequence[Outcome]) -> list[Path]:
     return [folder / "worst.png"] if panels else []
 
 
-def _grounding(run: Run, outcome: Outcome, image: Image.Image) -> Grounding:
+def _grounding(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequence[str]) -> Grounding:
     """The outcome with its map, for which it goes through the model once more, and the box as it was scored."""
     scored = outcome.prediction
     last_layer = max(layer for layer, _ in scored.heads)
-    maps = run.lvlm.attend(image, outcome.sample.expression, last_layer=last_layer)
+    beside = replace(run.beside(scored.heads), signals=False)
+    maps = run.lvlm.attend(
+        image, outcome.sample.expression, last_layer=last_layer, beside=beside, siblings=siblings
+    )
     grounding = ground_maps(maps, scored.heads, run.options.grounding)
     return replace(grounding, box=scored.bbox or grounding.box, score=scored.score or 0.0)

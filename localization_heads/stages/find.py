@@ -28,13 +28,14 @@ from localization_heads.heads.ranking import (
 )
 from localization_heads.heads.record import asked, found_with
 from localization_heads.options.kinds import as_measured
+from localization_heads.options.programs import FinderOptions
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
-from localization_heads.stages.single import analyse_file, draw_sample, image_or_none
+from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
 from localization_heads.store.paths import analysis_path, local_path
@@ -80,8 +81,15 @@ def asked_settings(run: Run) -> dict[str, Any]:
         "drop_lone_spaces": run.options.drop_lone_spaces,
         "query_token": run.options.query_token,
         "view": run.options.view,
+        **_wording(run.options),
         **{f"criteria.{name}": value for name, value in as_measured(run.options.criteria).items()},
     }
+
+
+def _wording(options: FinderOptions) -> dict[str, Any]:
+    """As `LVLM.wording`; of `last_and_answer`, the statistics are those of the last prompt token."""
+    tokens = {"answer_tokens": options.answer_tokens} if options.query_token == "answer_mean" else {}
+    return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
 
 
 def collect_statistics(
@@ -279,7 +287,8 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
     conv_mode, system, query_token, _ = store.settings["question"]
-    conditions = asked(conv_mode, system, query_token, store.settings["weights"][1])
+    paraphrases = store.settings.get("paraphrases")
+    conditions = asked(conv_mode, system, query_token, store.settings["weights"][1], paraphrases=paraphrases)
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in images if key})),
@@ -369,6 +378,8 @@ def _ground_all(
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
+            if run.asks_more:
+                maps = completed(run, entries, grounder, sample, maps)
             if run.num_drawn is None or number < run.num_drawn:
                 drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
                 grounding = drawn.grounding

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from localization_heads.data.samples import Sample
+from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.stages.chunks import (
     Attended,
     Chunk,
@@ -50,7 +51,7 @@ class _Computed(NamedTuple):
         """Of the maps and the images."""
         images = {id(one.image): one.image for one in self.fresh}
         pixels = sum(image.width * image.height for image in images.values())
-        return 4 * pixels + sum(one.maps.attention.nbytes for one in self.fresh)
+        return 4 * pixels + sum(one.maps.num_bytes for one in self.fresh)
 
 
 def go_through(
@@ -65,6 +66,7 @@ def go_through(
     last_layer: int | None = None,
     work_runs_model: bool = False,
     look_again: LookAgain | None = None,
+    beside: Beside = NOTHING,
 ) -> None:
     """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
 
@@ -77,11 +79,14 @@ def go_through(
         work_runs_model: `work` is called in this thread: some models generate with a state of their own, which a
             forward pass at the same time would overwrite.
         look_again: asks the model a second time about each chunk, before `work`.
+        beside: what is asked beside each expression; siblings are those of `entries`.
     """
     run.lvlm  # noqa: B018  loaded here, not in a thread
 
     def chunk_of(part: Sequence[Sample]) -> Chunk:
-        return Chunk(part, frozenset(sample.id for sample in part if not is_done(sample)))
+        missing = frozenset(sample.id for sample in part if not is_done(sample))
+        siblings = {sample.id: entries.siblings(sample) for sample in part if beside.contrast == "siblings"}
+        return Chunk(part, missing, beside, siblings)
 
     def compute_one(prepared: ReadyChunk) -> _Computed:
         return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer, look_again))

@@ -157,11 +157,12 @@ def ground_all(
     outcomes: dict[str, Outcome] = {}
     drawn: dict[str, Path] = {}
     order = [sample.id for sample in entries.samples]
+    contrast = run.options.grounding.contrast
 
     def is_done(sample: Sample) -> bool:
-        logged = log.get(key := entries.key(sample))
+        logged = log.get(entries.result_key(sample, contrast))
         found = None if logged is None else Outcome.from_json(sample, logged)
-        if found is None or (store is not None and key not in store):
+        if found is None or (store is not None and entries.key(sample) not in store):
             return False
         outcomes[sample.id] = found
         return True
@@ -177,7 +178,9 @@ def ground_all(
         analysed = [(one.outcome.sample, one.statistics) for one in kept if one.statistics is not None]
         if store is not None and analysed:
             keep_statistics(entries, analysed, store)
-        log.append([(entries.key(one.outcome.sample), one.outcome.to_json()) for one in kept])
+        log.append(
+            [(entries.result_key(one.outcome.sample, contrast), one.outcome.to_json()) for one in kept]
+        )
         outcomes.update({one.outcome.sample.id: one.outcome for one in kept})
 
     last_layer = _last_layer(run, every_layer)
@@ -202,6 +205,7 @@ def ground_all(
         last_layer=last_layer,
         work_runs_model=measure_runs_model,
         look_again=second_look(run, run.named_heads),
+        beside=run.beside(run.named_heads, every_head=every_layer or measure is not None),
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.in_order())
@@ -261,6 +265,7 @@ def settings(run: Run) -> dict[str, Any]:
         "options": [options.k, options.batch_size, asdict(options.criteria), asdict(options.grounding)],
         "segmenter": as_read(options.segmenter),
         "boxes": [options.instances, options.zoom],
+        **({"signals": True} if options.signals else {}),
     }
 
 

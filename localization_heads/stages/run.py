@@ -24,6 +24,7 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
+from localization_heads.lvlm.beside import Beside
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
 from localization_heads.options.programs import (
@@ -135,6 +136,17 @@ class ModelRun(Generic[Chosen]):
             )
         return found
 
+    def beside(self, heads: Sequence[Head] | None, *, every_head: bool = False) -> Beside:
+        """What is asked beside each expression that these heads ground; of no other, unless `every_head`."""
+        kept = None if every_head or not heads else tuple((head.layer, head.head) for head in heads)
+        return Beside(self.options.grounding.contrast, self.options.signals, kept)
+
+    @property
+    def asks_more(self) -> bool:
+        """Whether a box needs more than the maps that an attention file holds."""
+        options = self.options
+        return bool(self.beside(None)) or options.query_token == "last_and_answer"
+
     @property
     def is_spread(self) -> bool:
         """Whether workers run the model over the data set (`engine=ray`) instead of this process."""
@@ -158,6 +170,8 @@ class ModelRun(Generic[Chosen]):
             query_token=self.options.query_token,
             view=self.options.view,
             drop_lone_spaces=self.options.drop_lone_spaces,
+            answer_tokens=self.options.answer_tokens,
+            paraphrases=self.options.paraphrases,
         )
         if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)
@@ -174,6 +188,7 @@ class ModelRun(Generic[Chosen]):
             "pad_to_square": lvlm.spec.pad_to_square,
             "drop_lone_spaces": self.options.drop_lone_spaces,
             "question": [lvlm.conv_mode, lvlm.system, lvlm.query_token, lvlm.view],
+            **lvlm.wording,
         }
 
     @cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
+from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads
 from localization_heads.grounding.ground import Grounding
@@ -21,6 +22,7 @@ from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import (
     load_analysis,
@@ -81,7 +83,8 @@ def collect(run: Run) -> Collected:
     path = run.attention_file(id)
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
-    maps = run.lvlm.attend(image, query).named(id=id, image_file=str(source))
+    beside = run.beside(None)
+    maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
@@ -117,6 +120,8 @@ def visualize(run: Run) -> Visualised:
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
+    if run.options.grounding.contrast != "none":
+        log.warning("grounding.contrast: the file has no maps of other expressions, and is read without")
     # The file may be of another model than model= names: heads=auto takes the heads of that one.
     heads = choose_heads(run.options.heads, run.options.k, analysed.maps.model, path.parent.parent)
     image = image_of(analysed.maps, run.options.allow_private_addresses)
@@ -134,6 +139,20 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     grounder = run.grounder(run.named_heads, calibration)
     drawn = draw_sample(run, grounder, maps, analysed.statistics, path, image)
     return collected, analysed, drawn
+
+
+def completed(
+    run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
+) -> AttentionMaps:
+    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now."""
+    asked = run.lvlm.attend(
+        entries.images.load(sample, again=True),
+        sample.expression,
+        last_layer=grounder.last_layer,
+        beside=run.beside(None),  # the report reads other heads as well
+        siblings=entries.siblings(sample),
+    )
+    return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)
 
 
 def draw_sample(

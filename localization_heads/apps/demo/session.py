@@ -116,7 +116,7 @@ class Asked:
     @property
     def num_bytes(self) -> int:
         """Size of the image and the maps in memory."""
-        return 3 * self.image.width * self.image.height + sum(maps.attention.nbytes for maps in self.maps)
+        return 3 * self.image.width * self.image.height + sum(maps.num_bytes for maps in self.maps)
 
     def answers(self, heads: Sequence[Head], options: GroundingOptions) -> list[Grounding]:
         """A box, a mask and a map for each expression. UsageError if no head is on, or one that is not there."""
@@ -142,7 +142,11 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
     expressions = split_expressions(text)
     with MODEL.room(3 * num_pixels(image)):
         opened = MODEL.take(read_image, image)
-        maps = tuple(MODEL.take(run.lvlm.attend, opened, expression) for expression in expressions)
+        beside = run.beside(None)
+        maps = tuple(
+            MODEL.take(run.lvlm.attend, opened, expression, beside=beside, siblings=expressions)
+            for expression in expressions
+        )
         opened.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)
     statistics = [head_statistics(m.attention, run.options.criteria) for m in maps]
     run.check_named_heads()

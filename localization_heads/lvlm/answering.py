@@ -1,0 +1,145 @@
+"""What a model says when it is asked: its answer is generated greedily, and what is said is heard on the way.
+
+Which tokens a sample's answer has, and how sure the model was of the first, is read from the scores that it gives the
+next token. Nothing of that changes what is generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from localization_heads.lvlm.capture import Recorder
+
+
+class Said(NamedTuple):
+    """What a model says to one prompt.
+
+    Args:
+        text: its answer, without the token that ends it.
+        logprob: log-probability of the first token that it generates, in nats; 0 is certain.
+        odds: log-odds of one set of first tokens against another, in nats; None where none was asked for.
+    """
+
+    text: str
+    logprob: float
+    odds: float | None = None
+
+
+class Sides(NamedTuple):
+    """Ids of tokens, those that speak for something and those against it."""
+
+    pro: Sequence[int]
+    con: Sequence[int]
+
+
+class Hearing(LogitsProcessor):
+    """Hears the answers of a batch while they are generated, and tells the recorder which have not ended yet.
+
+    Args:
+        ends: ids of the tokens that end an answer.
+        sides: what the first token is weighed between.
+    """
+
+    def __init__(self, ends: Sequence[int], sides: Sides | None = None) -> None:
+        self.ends = torch.tensor(list(ends), dtype=torch.long)
+        self.sides = sides
+        self.recorder: Recorder | None = None
+        self.live: Tensor | None = None  # (B,)
+        self.logprob: Tensor | None = None  # (B,) of the first token
+        self.odds: Tensor | None = None  # (B,)
+        self.rows: list[Tensor | None] = []  # a sample's mean row of its answer [layer, head, key], or none
+        self._tokens: list[Tensor] = []
+
+    def __call__(self, _: Any, scores: Tensor) -> Tensor:
+        """Take note of the scores (B, V) of the next token, and hand them on as they are."""
+        chosen = scores.argmax(-1)
+        if self.live is None:
+            logs = torch.log_softmax(scores.float(), -1)
+            self.logprob = logs.gather(1, chosen[:, None])[:, 0]
+            if self.sides is not None:
+                pro, con = (logs[:, list(ids)].logsumexp(-1) for ids in self.sides)
+                self.odds = pro - con
+            self.live = torch.ones_like(chosen, dtype=torch.bool)
+        self.live = self.live & ~torch.isin(chosen, self.ends.to(chosen.device))
+        self._tokens.append(torch.where(self.live, chosen, -1))
+        if self.recorder is not None:
+            self.recorder.live = self.live
+        return scores
+
+    def said(self, tokenizer: Any, most: int | None = None) -> list[Said]:
+        """What each sample said, of `most` tokens at most."""
+        assert self.logprob is not None
+        tokens = torch.stack(self._tokens, 1).tolist()
+        odds = [None] * len(tokens) if self.odds is None else self.odds.tolist()
+        return [
+            Said(_text(tokenizer, [token for token in row if token >= 0][:most]), logprob, odd)
+            for row, logprob, odd in zip(tokens, self.logprob.tolist(), odds, strict=True)
+        ]
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) if ids else ""
+
+
+def end_tokens(model: Any) -> tuple[int, ...]:
+    """The ids at which the model's own generation ends."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+
+def generate(
+    model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing, pad: int | None
+) -> None:
+    """Greedy generation of up to so many tokens, after prompts padded on the left."""
+    model.generate(
+        **inputs,
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        use_cache=True,
+        logits_processor=LogitsProcessorList([hearing]),
+    )
+
+
+def go_on(model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing) -> None:
+    """The same after a prefix that is in the cache already (`past_key_values`), of prompts of one length."""
+    given = dict(inputs)
+    positions = given.get("position_ids")
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    for number in range(num_tokens):
+        scores = model(**given, **only_last).logits[:, -1].to(torch.float32, copy=True)
+        chosen = hearing(None, scores).argmax(-1)
+        if number + 1 == num_tokens or hearing.live is None or not hearing.live.any():
+            return
+        given = {
+            "input_ids": chosen[:, None],
+            "past_key_values": given["past_key_values"],
+            "use_cache": True,
+        }
+        if positions is not None:
+            positions = positions[..., -1:] + 1
+            given["position_ids"] = positions
+
+
+def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
+    """Ids of single tokens that spell a word: with a small or a capital letter, with or without a space before it.
+
+    Empty where the tokenizer has no token of its own for any of them.
+    """
+    unknown = tokenizer.unk_token_id
+    ids: dict[int, None] = {}
+    for text in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
+        found = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(found) == 1 and found[0] != unknown:
+            ids[int(found[0])] = None
+    return tuple(ids)

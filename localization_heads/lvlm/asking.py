@@ -1,0 +1,160 @@
+"""What is asked about an image beside the expression: what else it shows, and how sure the model is.
+
+Other expressions of the image are contrasted with this one (`grounding.contrast`); the model's own answers tell whether
+the thing is there at all. All of it goes on from the image's encoding, where the family allows it, and uses the same
+prompt as the expression itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.answering import Said, Sides, spellings
+from localization_heads.lvlm.beside import MOST_OTHERS, Beside, other_expressions
+from localization_heads.lvlm.paraphrases import ARTICLES
+from localization_heads.lvlm.prompts import bare_sentence
+from localization_heads.lvlm.sharing import EncodedImage, Question
+
+BACKGROUND = "thing"
+"""What `contrast=background` asks about: a word that names nothing in particular. A question about the whole image
+("what is in this image?") measured worse on the embedded model, as its map is that of the most striking object."""
+LISTING = "what is in this image?"
+LISTING_TOKENS = 24
+PRESENCE = "is there {}?"
+"""The wording that measured best on the embedded model."""
+LONGEST_NAME = 3  # words
+AT_ONCE = 8
+"""Questions about one image that go through the model together, beside its expressions."""
+
+
+def ask_beside(
+    image: EncodedImage,
+    expressions: Sequence[str],
+    siblings: Sequence[Sequence[str]] | None,
+    beside: Beside,
+    last_layer: int | None,
+) -> list[AttentionMaps]:
+    """The maps of expressions of one image, with what is asked beside them.
+
+    Args:
+        siblings: for each expression the others of its image, of which the first `MOST_OTHERS` are taken; where there
+            are none, the model lists what it sees.
+    """
+    given = siblings or [()] * len(expressions)
+    if beside.signals or (beside.contrast == "siblings" and not all(given)):
+        image.encode()  # the model will speak, which takes all layers: not encoded twice
+    found = image.attend(expressions, last_layer=last_layer)
+    if beside.signals:
+        found = _with_signals(image, found)
+    if beside.contrast == "none":
+        return found
+    background = beside.contrast == "background"
+    wanted = [(BACKGROUND,)] * len(found) if background else _siblings(image, found, given)
+    others = _others(image, wanted, beside, last_layer)
+    return [
+        replace(maps, others=tuple(others[text] for text in texts if text in others))
+        for maps, texts in zip(found, wanted, strict=True)
+    ]
+
+
+def _others(
+    image: EncodedImage, wanted: Sequence[Sequence[str]], beside: Beside, last_layer: int | None
+) -> Mapping[str, AttentionMaps]:
+    """The maps of each text, asked as it stands, a few at a time."""
+    texts = list(dict.fromkeys(text for texts in wanted for text in texts))
+    questions = _askable(image, texts)
+    found: dict[str, AttentionMaps] = {}
+    for start in range(0, len(questions), AT_ONCE):
+        maps = image.answer(questions[start : start + AT_ONCE], last_layer)
+        found |= {one.query: one.only(beside.heads) for one in maps}
+    return found
+
+
+def _askable(image: EncodedImage, texts: Sequence[str]) -> list[Question]:
+    """The texts that can be asked: an entry that is wrong fails for itself, and not those that it is asked beside."""
+    questions = []
+    for text in texts:
+        with suppress(UsageError):
+            questions.append(image.question(text))
+    return questions
+
+
+def _with_signals(image: EncodedImage, found: Sequence[AttentionMaps]) -> list[AttentionMaps]:
+    unheard = [maps.query for maps in found if maps.answer_logprob is None]
+    heard = dict(zip(unheard, _said(image, unheard, 0), strict=True))
+    found = [
+        replace(maps, answer_logprob=heard[maps.query].logprob) if maps.answer_logprob is None else maps
+        for maps in found
+    ]
+    if (sides := presence_sides(image.lvlm.processor.tokenizer)) is None:
+        return found
+    wanted = [PRESENCE.replace("{}", bare_sentence(maps.query)) for maps in found]
+    texts = [question.expression for question in _askable(image, wanted)]
+    odds = {text: one.odds for text, one in zip(texts, _said(image, texts, 0, sides), strict=True)}
+    return [replace(maps, presence_logit=odds.get(text)) for maps, text in zip(found, wanted, strict=True)]
+
+
+def presence_sides(tokenizer: Any) -> Sides | None:
+    """The tokens for yes and for no; None where the tokenizer has no single one for either."""
+    yes, no = spellings(tokenizer, "yes"), spellings(tokenizer, "no")
+    return Sides(yes, no) if yes and no else None
+
+
+def _said(
+    image: EncodedImage, texts: Sequence[str], num_tokens: int, sides: Sides | None = None
+) -> list[Said]:
+    """What the model says to each text, asked a few at a time."""
+    parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
+    return [one for part in parts for one in image.say(part, num_tokens, sides)]
+
+
+def _siblings(
+    image: EncodedImage, found: Sequence[AttentionMaps], siblings: Sequence[Sequence[str]]
+) -> list[tuple[str, ...]]:
+    """The other expressions of each, given or listed by the model."""
+    wanted = [other_expressions(maps.query, others) for maps, others in zip(found, siblings, strict=True)]
+    alone = [maps for maps, others in zip(found, wanted, strict=True) if not others]
+    unheard = [maps.query for maps in alone if not maps.answer_text]
+    said = _said(image, unheard, image.lvlm.answer_tokens)
+    answers = {maps.query: maps.answer_text for maps in alone}
+    answers |= {text: one.text for text, one in zip(unheard, said, strict=True)}
+    listed = image.say([LISTING], LISTING_TOKENS)[0].text if alone else ""
+    return [
+        others or listed_expressions(listed, f"{maps.query} {answers[maps.query]}")
+        for maps, others in zip(found, wanted, strict=True)
+    ]
+
+
+def listed_expressions(answer: str, own: str) -> tuple[str, ...]:
+    """Expressions of what a model lists, without those whose last word occurs in `own`, at most `MOST_OTHERS`.
+
+    A part of the answer, between commas, full stops and the word "and", names what follows its last article; longer
+    ones than `LONGEST_NAME` words are no names.
+
+    >>> listed_expressions("The image shows an owl, two frogs and a red car.", "the frog on the left")
+    ('the owl', 'the red car')
+    """
+    known = {_singular(word) for word in re.findall(r"\w+", own.lower())}
+    names: dict[str, None] = {}
+    for part in re.split(r"[,;.:\n]|\band\b", answer.lower()):
+        words = re.findall(r"[\w'-]+", part)
+        last = max((place for place, word in enumerate(words) if word in ARTICLES), default=-1)
+        name = words[last + 1 :]
+        if 0 < len(name) <= LONGEST_NAME and _singular(name[-1]) not in known:
+            names[f"the {' '.join(name)}"] = None
+    return tuple(names)[:MOST_OTHERS]
+
+
+def _singular(word: str) -> str:
+    """Near enough to compare two words.
+
+    >>> _singular("dogs"), _singular("glass")
+    ('dog', 'glass')
+    """
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word

@@ -1,0 +1,51 @@
+"""`Beside`: what a model is asked beside an expression. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from localization_heads.options.groups import Contrast
+
+MOST_OTHERS = 8
+"""Other expressions of an image that one is contrasted with."""
+_CLOSING = ".!?。！？ "  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is asked beside the expressions. By default, nothing.
+
+    Args:
+        contrast: which other expressions' maps go into `AttentionMaps.others`: none, one that names nothing
+            (background), or those of the same image (siblings).
+        signals: fill `answer_logprob` and `presence_logit`.
+        heads: keep the other expressions' maps of these heads alone, as many as the read-out adds; None keeps all.
+    """
+
+    contrast: Contrast = "none"
+    signals: bool = False
+    heads: tuple[tuple[int, int], ...] | None = None
+
+    def __bool__(self) -> bool:
+        return self.contrast != "none" or self.signals
+
+
+NOTHING = Beside()
+
+
+def other_expressions(expression: str, others: Iterable[str]) -> tuple[str, ...]:
+    """The first `MOST_OTHERS` expressions that differ from this one by more than marks and capitals, each once.
+
+    >>> other_expressions("the dog", ["the cat", "The dog.", "the cat", "a tree"])
+    ('the cat', 'a tree')
+    """
+    found: dict[str, str] = {}
+    for other in others:
+        found.setdefault(_plain(other), other)
+    found.pop(_plain(expression), None)
+    return tuple(found.values())[:MOST_OTHERS]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(_CLOSING)

@@ -1,0 +1,292 @@
+"""`PromptedModel`: a model with its processor, what is known about it, and its prompts as inputs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import cached_property, lru_cache
+from typing import Any, Self
+
+from PIL import Image
+from torch import Tensor, nn
+
+from localization_heads.data.images import as_seen
+from localization_heads.errors import UsageError
+from localization_heads.heads.head import Head
+from localization_heads.heads.record import FoundWith, asked, difference
+from localization_heads.lvlm.capture import (
+    attention_modules,
+    decoder_layers,
+    looks_across,
+)
+from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
+from localization_heads.lvlm.failures import memory_errors, processor_errors
+from localization_heads.lvlm.families import family_of
+from localization_heads.lvlm.fingerprint import fingerprint
+from localization_heads.lvlm.geometry import check_shape, image_token_id
+from localization_heads.lvlm.prompts import (
+    Prompt,
+    clean_expression,
+    expression_prompt,
+    image_comes_first,
+    image_placeholder,
+    locate_expression,
+    template_renderer,
+)
+from localization_heads.lvlm.query_tokens import lone_space_id, without_token
+from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
+
+log = logging.getLogger(__name__)
+
+PROMPTS = 10_000
+"""Expressions whose prompts are cached: more than are checked, prepared and run at a time."""
+
+
+class PromptedModel:
+    """A vision-language model of transformers, its processor, and what is known about it.
+
+    Made by `load_model`, which collects its remarks in `notes`. The model itself is never changed: `lvlm.model` is
+    plain transformers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        spec: ModelSpec,
+        *,
+        system: str,
+        conv_mode: ConvMode,
+        query_token: QueryToken = "last",
+        view: ViewChoice = "combined",
+        drop_lone_spaces: bool = False,
+        answer_tokens: int = 8,
+        paraphrases: Sequence[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.spec = spec
+        self.system = system
+        self.conv_mode = conv_mode
+        self.query_token = query_token
+        self.view = view
+        self.answer_tokens = answer_tokens
+        self.paraphrases = None if paraphrases is None else tuple(paraphrases)
+        self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
+        self.notes: list[str] = []
+        self.attention_modules: dict[int, nn.Module] = attention_modules(model)
+        # Both are shared by the copies that `prompted` makes. Every expression renders the stand-in's prompt as well.
+        self._located = lru_cache(PROMPTS)(self._locate)
+        self._rendered = lru_cache(16)(self._render)
+        self._tokenizing = threading.Lock()  # tokenizers keep settings of the last call: one thread at a time
+
+    def prompted(self, conv_mode: ConvMode) -> Self:
+        """The same loaded model with another prompt."""
+        twin = copy(self)
+        twin.conv_mode = conv_mode
+        twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
+        return twin
+
+    def __repr__(self) -> str:
+        return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the language model, those without attention heads included."""
+        return len(decoder_layers(self.model))
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads in a layer of the language model."""
+        text = self.model.config.get_text_config()
+        return int(getattr(text, "decoder_attention_heads", None) or text.num_attention_heads)
+
+    @property
+    def looks_across(self) -> bool:
+        """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
+        return looks_across(self.model)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """The model and how it is prompted, by name, as JSON values for `metrics.json`."""
+        loaded = ("dtype", "quantization", "pad_to_square")
+        asked = ("conv_mode", "query_token", "view")
+        values = {name: getattr(self.spec, name) for name in loaded}
+        dropped = {"drop_lone_spaces": self.dropped_token is not None}
+        named = {name: getattr(self, name) for name in asked}
+        return {"model": self.name, **values, **named, **dropped, **self.wording}
+
+    @property
+    def reads_answer(self) -> bool:
+        """Whether the model answers, and the attention of all its answer's tokens is read."""
+        return self.query_token in ("answer_mean", "last_and_answer")
+
+    @property
+    def wording(self) -> dict[str, Any]:
+        """What else the maps depend on, as JSON values: nothing unless the model answers or paraphrases are asked."""
+        tokens = {"answer_tokens": self.answer_tokens} if self.reads_answer else {}
+        return tokens | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
+
+    @property
+    def asked(self) -> dict[str, str | None]:
+        """The weights and how they are prompted, for `found_with` in `heads.json`."""
+        return asked(
+            self.conv_mode, self.system, self.query_token, self.fingerprint, paraphrases=self.paraphrases
+        )
+
+    def note(self, text: str) -> None:
+        """Log what a user should know, once, and keep it in `notes`."""
+        if text not in self.notes:
+            self.notes.append(text)
+            log.warning("%s", text)
+
+    def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
+        """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
+        if found and (how := difference(found, self.asked)):
+            self.note(
+                f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
+            )
+
+    @property
+    def known_heads(self) -> tuple[Head, ...]:
+        """Published localization heads of this checkpoint, best first; empty if nobody published any."""
+        return self.spec.heads
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the weights do, independent of where they are stored (`lvlm.fingerprint`)."""
+        return fingerprint(self.model, self.processor)
+
+    @property
+    def image_token_id(self) -> int:
+        return image_token_id(self.model.config)
+
+    @property
+    def image_token(self) -> str:
+        """The text in a prompt that the processor replaces by an image's tokens."""
+        tokenizer = self.processor.tokenizer
+        own = getattr(self.processor, "image_token", None)
+        return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Tokens that no expression may contain: special tokens, and those that the processor replaces."""
+        media = (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+        own = [token for token in media if isinstance(token, str) and token]
+        return (*self.processor.tokenizer.all_special_tokens, *own)
+
+    @cached_property
+    def image_text(self) -> str:
+        """The placeholder of an image in a prompt: its token, with the marks that the family puts around it."""
+        if family_of(self.model.config).adds_image_itself:
+            return ""
+        return image_placeholder(self.processor, self.image_token)
+
+    @cached_property
+    def image_comes_first(self) -> bool:
+        """Whether the image comes before the expression, whose tokens cannot attend to it otherwise."""
+        render = template_renderer(self.processor)
+        return self.conv_mode != "chat" or render is None or image_comes_first(render, self.image_text)
+
+    def prompt(self, expression: str) -> str:
+        """The text around an expression; its last token is the paper's query token (Sec. 4.1)."""
+        return self.located_prompt(expression).text
+
+    def located_prompt(self, expression: str) -> Prompt:
+        """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
+        return self._located(expression, self.conv_mode, self.system)
+
+    def _locate(self, expression: str, conv_mode: ConvMode, system: str) -> Prompt:
+        text = clean_expression(expression, self.control_tokens)
+        return locate_expression(lambda words: self._rendered(words, conv_mode, system), text)
+
+    def _render(self, text: str, conv_mode: ConvMode, system: str) -> str:
+        return expression_prompt(
+            text, conv_mode, image_text=self.image_text, system=system, chat=self.chat_prompt
+        )
+
+    def chat_prompt(self, text: str) -> str:
+        """One user turn with an image in the model's own template, up to where its answer begins."""
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return self.apply_chat_template([{"role": "user", "content": content}])
+
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+        """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
+        if template_of(self.processor) is None:
+            raise UsageError(
+                f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
+            )
+        try:
+            return render_chat(self.processor, messages)
+        except TemplateError as error:
+            raise UsageError(
+                f"conv_mode=chat: the chat template of {self.name} refuses an image with a text ({error}); "
+                "use conv_mode=referseg or plain"
+            ) from error
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
+        check_shape(self.model.config, self.processor.image_processor, image.size)
+        return as_seen(image)
+
+    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
+        """Processor output on the model's device and in its precision, padded to one length.
+
+        On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
+        """
+        return self.on_device(self.processed(images, prompts))
+
+    def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors on the model's device, pixels in its precision."""
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+
+    def processed(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], processor: Any = None
+    ) -> Mapping[str, Any]:
+        """Processor output as it comes, of the model's processor or of another."""
+        for image in images:
+            check_shape(self.model.config, self.processor.image_processor, image.size)
+        bos = self.processor.tokenizer.bos_token
+        twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
+        options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
+        side = "right" if self.model.config.is_encoder_decoder else "left"
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
+        what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"
+        with self._tokenizing, memory_errors(), processor_errors(what):
+            inputs: Mapping[str, Any] = (processor or self.processor)(
+                images=[[image] for image in images],
+                text=list(prompts),
+                return_tensors="pt",
+                padding=True,
+                padding_side=side,
+                **options,
+            )
+        if self.dropped_token is not None:
+            pad = self.processor.tokenizer.pad_token_id or 0
+            inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
+        self._check_length(inputs["input_ids"].shape[1])
+        return inputs
+
+    def _check_length(self, num_tokens: int) -> None:
+        """Raises UsageError if a prompt is longer than the model's positions: it would answer nonsense."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(limit, int) and num_tokens > limit:
+            raise UsageError(
+                f"the prompt has {num_tokens} tokens with the image, and {self.name} reads {limit} at most"
+            )

@@ -1,0 +1,389 @@
+"""What is asked beside an expression: paraphrases, contrast, and how sure the model is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import family_models_tiled  # noqa: F401 -- more of tiny's families
+import numpy as np
+import pytest
+import torch
+from family_models import tiny
+from footprints import coordinate_image
+from PIL import Image
+from test_model_configs import composed
+
+from localization_heads.apps.frontdoor import quote_free_text
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError
+from localization_heads.grounding.ground import added, ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.heads.record import difference
+from localization_heads.lvlm.answering import spellings
+from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, presence_sides
+from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, other_expressions
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.paraphrases import mean_of_shapes, worded, wordings
+from localization_heads.options.groups import GroundingOptions
+from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
+from localization_heads.stages.entries import Entries
+from localization_heads.stages.find import batch
+from localization_heads.stages.ground import ground
+from localization_heads.stages.run import Run
+
+SAME = {"rtol": 0, "atol": 1e-6}
+HEADS = ((4, 4), (5, 6), (5, 3))
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> LVLM:
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[tuple[Image.Image, str]]:
+    pairs = scene_samples(6, size=192, seeds=VALIDATION_SEEDS)
+    return [(Image.fromarray(scene.image), expression.text) for scene, expression in pairs]
+
+
+def asking(lvlm: LVLM, **options: Any) -> LVLM:
+    twin = copy.copy(lvlm)
+    for name, value in options.items():
+        setattr(twin, name, value)
+    return twin
+
+
+# ------------------------------------------------------------------------------------------------- paraphrases
+
+
+def test_wordings() -> None:
+    assert wordings("the dog", None) == ["the dog"]
+    assert wordings("The dog", ["the {}", "a {}", "{}"]) == ["the dog", "a dog", "The dog"]
+    assert worded("the left dog.", "please find {}") == "please find the left dog."
+    assert worded("a {} of {0}", "{}") == "a {} of {0}"  # what people write is never a template
+    assert worded("theatre", "the {}") == "the theatre"
+
+
+def test_mean_of_shapes_by_hand() -> None:
+    """Shapes [.5 .5] and [1 0] have the mean [.75 .25]; sums 1 and .2 the mean .6."""
+    found = mean_of_shapes([np.array([[0.5, 0.5]], np.float32), np.array([[0.2, 0.0]], np.float32)])
+    np.testing.assert_allclose(found, [[0.45, 0.15]], **SAME)
+    nothing = mean_of_shapes([np.zeros((1, 2), np.float32), np.array([[0.5, 0.5]], np.float32)])
+    np.testing.assert_allclose(nothing, [[0.125, 0.125]], **SAME)
+
+
+def test_paraphrases_are_the_mean_of_single_questions(
+    lvlm: LVLM, scenes: list[tuple[Image.Image, str]]
+) -> None:
+    """In a batch, one by one, and with the image encoded before; a second loop over heads adds them up."""
+    both = asking(lvlm, paraphrases=("the {}", "a {}"), query_token="last_and_answer")
+    plain = asking(lvlm, query_token="last_and_answer")
+    image = scenes[0][0]
+    texts = ["frog", "the owl"]
+    together = both.attend_batch([image] * 2, texts)
+    for text, found in zip(texts, together, strict=True):
+        parts = [
+            plain.attend(image, wording) for wording in (f"the {text[-4:].strip()}", f"a {text[-4:].strip()}")
+        ]
+        assert found.query == text
+        assert found.answer_text == parts[0].answer_text
+        for layer, head in HEADS:
+            one, other = (part.attention[layer, head].astype(float) for part in parts)
+            expected = (one / one.sum() + other / other.sum()) / 2 * (one.sum() + other.sum()) / 2
+            np.testing.assert_allclose(found.attention[layer, head], expected, **SAME)
+            one, other = (part.answer[layer, head].astype(float) for part in parts)
+            expected = (one / one.sum() + other / other.sum()) / 2 * (one.sum() + other.sum()) / 2
+            np.testing.assert_allclose(found.answer[layer, head], expected, **SAME)
+        np.testing.assert_allclose(
+            both.encode_image(image).attend([text])[0].attention, found.attention, **SAME
+        )
+        np.testing.assert_allclose(both.ask(image, [text])[0].attention, found.attention, **SAME)
+
+
+@pytest.mark.parametrize("templates", [["the dog"], [], "the {}", ["{} and {}"], [3], ["a {}", "cat"]])
+def test_wrong_paraphrases(templates: Any) -> None:
+    with pytest.raises(UsageError, match="paraphrases="):
+        load_model("tiny", paraphrases=templates)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("[the dog]", "the dog"),
+        ("[]", r"\(\)|\[\]"),
+        ("[a {},cat]", "cat"),
+        ("[" + ",".join(["a {}"] * 9) + "]", "a {}"),
+    ],
+)
+def test_wrong_paraphrases_on_the_command_line(given: str, named: str) -> None:
+    with pytest.raises(UsageError, match=f"paraphrases=.*({named}).*one {{}}"):
+        composed(quote_free_text(f"paraphrases={given}"))
+
+
+def test_paraphrases_on_the_command_line() -> None:
+    """Also where Hydra's grammar would read the braces otherwise."""
+    assert composed(quote_free_text("paraphrases=[the {},a {}]")).paraphrases == ("the {}", "a {}")
+    assert composed(quote_free_text("paraphrases=please find {}")).paraphrases == ("please find {}",)
+    assert composed().paraphrases is None
+
+
+# ---------------------------------------------------------------------------------------------------- contrast
+
+
+def test_listed_expressions() -> None:
+    assert listed_expressions("owl, frog, frog", "the owl plain big owl") == ("the frog",)
+    assert listed_expressions("There are two dogs and a cat.", "the dog") == ("the cat",)
+    assert listed_expressions("", "the dog") == ()
+    assert listed_expressions("The image is one of many things that nobody can name", "x") == ()
+    many = ", ".join(f"thing{n}" for n in range(50))
+    assert len(listed_expressions(many, "dog")) == MOST_OTHERS
+
+
+def test_other_expressions_are_bounded_and_differ() -> None:
+    assert other_expressions("The dog", ["the dog.", "a cat", "A cat"]) == ("a cat",)
+    assert other_expressions("it", (str(n) for n in range(99))) == tuple("01234567")
+
+
+def test_background_is_one_query_more(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+    image, text = scenes[1]
+    found = lvlm.attend(image, text, beside=Beside("background"))
+    np.testing.assert_allclose(found.attention, lvlm.attend(image, text).attention, **SAME)
+    (other,) = found.others
+    assert other.query == BACKGROUND
+    np.testing.assert_allclose(other.attention, lvlm.attend(image, BACKGROUND).attention, **SAME)
+
+
+def test_siblings_are_those_of_the_data(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+    """Paraphrases are not applied to them; what cannot be asked is passed over, and does not fail the others."""
+    image, text = scenes[0]
+    twice = asking(lvlm, paraphrases=("{}", "a {}"))
+    given = ["the owl", text, "bad </s> words", " ", "cat " * 5000, "the owl"]
+    found = twice.attend(image, text, beside=Beside("siblings", heads=HEADS), siblings=given)
+    (other,) = found.others
+    assert (other.query, other.heads) == ("the owl", HEADS)
+    assert other.attention.shape[:2] == (1, len(HEADS))
+    whole = lvlm.attend(image, "the owl")
+    for place, head in enumerate(HEADS):
+        np.testing.assert_allclose(other.attention[0, place], whole.attention[head], **SAME)
+
+
+def test_alone_the_model_lists_what_it_sees(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+    for image, text in scenes:
+        found = lvlm.attend(image, text, beside=Beside("siblings"))
+        (listed,) = lvlm.encode_image(image).say([LISTING], 24)
+        answer = lvlm.encode_image(image).say([text], 8)[0].text
+        own = set(f"{text} {answer}".split())
+        names = [name for name in dict.fromkeys(listed.text.replace(",", " ").split()) if name not in own]
+        assert [other.query for other in found.others] == [f"the {name}" for name in names]
+
+
+def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+    """A box from the heads that were kept is that of all maps; another head was not kept, and is an error."""
+    image, text = scenes[2]
+    options = GroundingOptions(contrast="siblings", combine="consensus")
+    few, all_of_them = (
+        lvlm.attend(image, text, beside=Beside("siblings", heads=kept)) for kept in (HEADS, None)
+    )
+    assert few.others
+    heads = [Head(*head) for head in HEADS]
+    one, other = (ground_maps(maps, heads, options) for maps in (few, all_of_them))
+    assert one.box == other.box
+    np.testing.assert_array_equal(one.combined, other.combined)
+    plain = ground_maps(replace(few, others=()), heads, options)
+    assert abs(plain.combined - one.combined).max() > 1e-5
+    with pytest.raises(ValueError, match="not kept"):
+        added(few.others[0], [Head(3, 0)], options)
+    assert few.num_bytes < all_of_them.num_bytes
+
+
+# ----------------------------------------------------------------------------------------------------- signals
+
+
+def test_signals(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+    """Both against a forward pass of the whole prompt; in any batch alike."""
+    image, text = scenes[2]
+    (found, absent) = lvlm.attend_batch([image] * 2, [text, "the bicycle"], beside=Beside(signals=True))
+    seen, coder = lvlm.seen(image), lvlm.processor.tokenizer
+    with torch.inference_mode():
+        logits = lvlm.model(**lvlm.encode([seen], [lvlm.prompt(text)])).logits[0, -1]
+        asked = lvlm.model(**lvlm.encode([seen], [lvlm.prompt(f"is there {text}?")])).logits[0, -1]
+    yes, no = coder("yes no", add_special_tokens=False)["input_ids"]
+    assert found.answer_logprob == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
+    assert found.presence_logit == pytest.approx(float(asked[yes] - asked[no]), abs=1e-4)
+    assert absent.presence_logit is not None
+    assert absent.presence_logit < 0 < found.presence_logit
+    alone = lvlm.attend(image, text, beside=Beside(signals=True))
+    assert alone.presence_logit == pytest.approx(found.presence_logit, abs=1e-4)
+
+
+def test_no_presence_without_words_for_it() -> None:
+    """A tokenizer that has no token for yes."""
+    other, image = tiny("llava"), coordinate_image(190, 110)
+    assert presence_sides(other.processor.tokenizer) is None
+    found = other.attend(image, "the dog", beside=Beside(signals=True))
+    assert found.presence_logit is None
+    assert found.answer_logprob is not None
+
+
+def test_spellings() -> None:
+    class Coder:
+        unk_token_id = 0
+        ids: ClassVar = {
+            "yes": [5],
+            "Yes": [6],
+            " yes": [7],
+            " Yes": [6],
+            "no": [0],
+            "No": [1, 2],
+            " no": [0],
+            " No": [0],
+        }
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": self.ids[text]}
+
+    assert spellings(Coder(), "yes") == (5, 6, 7)
+    assert spellings(Coder(), "no") == ()
+
+
+@pytest.mark.parametrize("name", ["florence2", "paligemma", "mllama", "qwen3_5", "gemma3"])
+def test_families_that_share_and_that_do_not(name: str) -> None:
+    lvlm, image = tiny(name), coordinate_image(190, 110)
+    beside = Beside("background", signals=True)
+    together = lvlm.attend_batch([image] * 2, ["the red car", "the dog"], beside=beside)
+    for found in together:
+        plain = lvlm.attend(image, found.query)
+        np.testing.assert_allclose(found.attention, plain.attention, rtol=0, atol=1e-5)
+        (other,) = found.others
+        np.testing.assert_allclose(
+            other.attention, lvlm.attend(image, BACKGROUND).attention, rtol=0, atol=1e-5
+        )
+        alone = lvlm.attend(image, found.query, beside=beside)
+        assert alone.answer_logprob == pytest.approx(found.answer_logprob, abs=1e-4)
+
+
+def test_nothing_beside_is_plain_asking(
+    lvlm: LVLM, scenes: list[tuple[Image.Image, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, in as many forward passes, and without one of generation."""
+    images, texts = zip(*scenes, strict=True)
+    before = lvlm.make_ready(images, texts).run(None)
+    monkeypatch.setattr("localization_heads.lvlm.model.ask_beside", refuse)
+    monkeypatch.setattr(type(lvlm.model), "generate", refuse)
+    for one, other in zip(before, lvlm.attend_batch(images, texts, beside=NOTHING), strict=True):
+        np.testing.assert_array_equal(one.attention, other.attention)
+        assert (other.others, other.answer, other.answer_logprob, other.presence_logit) == (
+            (),
+            None,
+            None,
+            None,
+        )
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("this must not be called")
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+
+def data_file(folder: Path, scenes: list[tuple[Image.Image, str]]) -> Path:
+    lines = []
+    for number, (image, text) in enumerate(scenes[:3]):
+        image.save(folder / f"s{number}.png")
+        for part, expression in enumerate((text, "the owl", "the frog")[: 3 - number]):
+            lines.append({"id": f"e{number}{part}", "prompt": expression, "image_path": f"s{number}.png"})
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+MORE = (
+    "grounding.contrast=siblings",
+    "query_token=last_and_answer",
+    "paraphrases=[the {},a {}]",
+    "signals=true",
+)
+
+
+@pytest.fixture
+def run_of(tmp_path: Path, scenes: list[tuple[Image.Image, str]]) -> Callable[..., Run]:
+    data = data_file(tmp_path, scenes)
+
+    def made(*options: str, out: str = "out") -> Run:
+        fixed = ("device=cpu", "visualize_batch=false", "segmenter=none", "report=false", "batch_size=2")
+        heads = "heads=[4-4,5-6,5-3]"
+        given = [*fixed, heads, f"data_file={data}", f"output_dir={tmp_path / out}", *options]
+        return Run(composed(*map(quote_free_text, given)))
+
+    return made
+
+
+def test_a_killed_run_goes_on_to_the_same_boxes(
+    run_of: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_of(*MORE, out="whole")
+    ground(whole)
+    killed = run_of(*MORE, out="killed")
+    calls = []
+    attend = LVLM.attend_batch
+
+    def die(self: LVLM, *arguments: Any, **named: Any) -> list[AttentionMaps]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return attend(self, *arguments, **named)
+
+    monkeypatch.setattr(LVLM, "attend_batch", die)
+    with pytest.raises(KeyboardInterrupt):
+        ground(killed)
+    monkeypatch.setattr(LVLM, "attend_batch", attend)
+    again = run_of(*MORE, out="killed")
+    ground(again)
+    same = [(run.folder / "predictions.jsonl").read_text() for run in (whole, again)]
+    assert same[0] == same[1]
+    plain = run_of(out="plain")
+    ground(plain)
+    assert (plain.folder / "predictions.jsonl").read_text() != same[0]
+
+
+def test_a_batch_grounds_with_all_that_was_asked(run_of: Callable[..., Run]) -> None:
+    """Its attention files hold the maps of the expression alone: the rest is asked when the heads are known."""
+    options = ("grounding.contrast=siblings", "query_token=last_and_answer")
+    boxes = []
+    for stage, out in ((ground, "one"), (batch, "two")):
+        run = run_of(*options, "num_samples=6", out=out)
+        stage(run)
+        lines = map(json.loads, (run.folder / "predictions.jsonl").read_text().splitlines())
+        boxes.append([line["bbox"] for line in lines])
+    np.testing.assert_allclose(boxes[0], boxes[1], atol=1e-3)
+
+
+def test_results_depend_on_siblings_alone_where_they_are_asked() -> None:
+    one, two = Sample("a.png", "the dog", id="1"), Sample("a.png", "the cat", id="2")
+    few, more = Entries([one]), Entries([one, two])
+    assert few.result_key(one, "none") == more.result_key(one, "none") == few.key(one)
+    assert few.result_key(one, "siblings") != more.result_key(one, "siblings")
+    assert more.siblings(one) == ("the cat",)
+    assert len(more.result_key(one, "siblings")) == len(few.key(one))
+
+
+def test_what_is_asked_is_in_the_settings(run_of: Callable[..., Run]) -> None:
+    plain, more = run_of(), run_of("answer_tokens=3", *MORE)
+    assert "paraphrases" not in plain.model_settings
+    assert "answer_tokens" not in plain.model_settings
+    assert more.model_settings["paraphrases"] == ["the {}", "a {}"]
+    assert more.model_settings["answer_tokens"] == 3
+    assert more.lvlm.asked["query_token"] == "last"  # heads are found in the same maps
+    assert more.lvlm.asked["paraphrases"] == "the {}; a {}"
+    found = {"paraphrases": "the {}", "query_token": "answer_mean"}
+    assert difference(found, more.lvlm.asked) == (
+        "found with query_token=answer_mean (here: last), paraphrases=the {} (here: the {}; a {})"
+    )
