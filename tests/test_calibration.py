@@ -65,7 +65,10 @@ def test_signals_of_answers_and_others_by_hand():
     found = signals(seen, ground_maps(seen, HEADS, PLAIN), PLAIN, map_box=(0, 0, 20, 10))
     assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2)
     assert found["divergence"] == pytest.approx(1 - (0 + math.sqrt(0.5)) / 2)
-    assert found["mask"] == 0.5
+    assert found["mask"] == 0.5 and "question" not in found
+    asked = replace(seen, presence_logit=-2.5, answer_logprob=-0.25)
+    found = signals(asked, ground_maps(asked, HEADS, PLAIN), PLAIN)
+    assert (found["question"], found["first_token"]) == (-2.5, -0.25)
 
 
 def test_a_head_that_points_at_nothing_agrees_with_nothing():

@@ -52,7 +52,16 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     assert criteria["published_august"] == august
     of_all_cells = GroundingOptions(kernel_size=9, component="all", ignore_padding=True, border="repeat")
     assert grounding["published"] == of_all_cells
-    assert set(grounding) == {"paper", "published"}  # no other box was ever published
+    assert set(grounding) == {"paper", "published", "sharp"}  # no other box was ever published
+    assert composed("finder").grounding == grounding["sharp"]  # what newcomers get
+    for words in (
+        ["criteria=published"],
+        ["criteria=published_august"],
+        ["experiment=tab1"],
+        ["stage=experiment"],
+    ):
+        assert composed("finder", *words).grounding == grounding["paper"]
+    assert composed("finder", "criteria=published", "grounding=sharp").grounding == grounding["sharp"]
     dropping = {rung: composed("finder", f"rung={rung}").drop_lone_spaces for rung in choices_of("rung")}
     assert {rung for rung, drops in dropping.items() if drops} == {"published", "padding", "hull"}
 

@@ -51,6 +51,8 @@ def signals(
     - `gain`: `mass` minus the mean mass of other expressions in the box, and `divergence`: 1 minus their mean overlap
       with the map, where there are any.
     - `mask`: IoU of the box with the map's own, where the segmenter's mask made it.
+    - `question`: log-odds of yes against no, where the model was asked whether the image shows this, and `first_token`:
+      log-probability of the first token that it answers (`signals=true`).
     """
     box, (W, H) = grounding.box, grounding.image_size
     shown_cells = grounding.combined[
@@ -78,6 +80,8 @@ def signals(
         found["divergence"] = 1 - float(np.mean([_mean_overlap([own, other]) for other in others]))
     if map_box is not None:
         found["mask"] = float(box_iou(box, map_box))
+    asked = {"question": attention.presence_logit, "first_token": attention.answer_logprob}
+    found |= {name: value for name, value in asked.items() if value is not None}
     return found
 
 
