@@ -50,7 +50,7 @@ def test_spaces_of_other_scripts_stay_spaces() -> None:
 @pytest.mark.parametrize(
     "show",
     [
-        lambda text: tables.predictions_table([outcome(text, text)]),
+        lambda text: tables.predictions_table([outcome(text, text)], "sharp"),
         lambda text: tables.failures_table([BadEntry(1, text, text)]),
     ],
 )

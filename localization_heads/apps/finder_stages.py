@@ -12,6 +12,7 @@ from rich.table import Table
 from localization_heads.apps import confidence, tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
+from localization_heads.options.compose import preset_name
 from localization_heads.scenes import write
 from localization_heads.stages import calibrate, evaluate, experiment, export, find, ground, single
 from localization_heads.stages.outcome import Result
@@ -24,7 +25,7 @@ def _pipeline(run: Run) -> int:
     collected, analysed, visualised = single.pipeline(run)
     _show_collected(collected)
     _show_analysed(run, analysed)
-    return _show_visualised(visualised)
+    return _show_visualised(run, visualised)
 
 
 def _scenes(run: Run) -> int:
@@ -66,7 +67,7 @@ def _export(run: Run) -> int:
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": lambda run: _show_collected(single.collect(run)),
     "analyze": lambda run: _show_analysed(run, single.analyze(run)),
-    "visualize": lambda run: _show_visualised(single.visualize(run)),
+    "visualize": lambda run: _show_visualised(run, single.visualize(run)),
     "pipeline": _pipeline,
     "find": lambda run: _show_result(run, find.find(run)),
     "rank": lambda run: _show_result(run, find.rank(run)),
@@ -112,8 +113,9 @@ def _show_analysed(run: Run, analysed: single.Analysed) -> int:
     return _show(tables.analysis_table(analysed.rows, run.options.top_k), [analysed.path])
 
 
-def _show_visualised(visualised: single.Visualised) -> int:
-    tables.show(f"box: {tables.grounding_text(visualised.grounding)}", highlight=False)
+def _show_visualised(run: Run, visualised: single.Visualised) -> int:
+    read_out = preset_name("grounding", run.options.grounding)
+    tables.show(f"box: {tables.grounding_text(visualised.grounding, read_out)}", highlight=False)
     tables.written(visualised.paths)
     return 0
 
@@ -127,7 +129,9 @@ def _show_result(run: Run, result: Result) -> int:
         if trust := result.metrics.get("confidence"):
             tables.show(confidence.confidence_table(trust))
     elif result.outcomes:
-        tables.show(tables.predictions_table(result.outcomes))
+        tables.show(
+            tables.predictions_table(result.outcomes, preset_name("grounding", run.options.grounding))
+        )
     for finding in result.findings:
         tables.show(f"\n{finding.title}", style="bold", markup=False, highlight=False)
         for table in finding.tables:

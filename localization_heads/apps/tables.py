@@ -109,6 +109,8 @@ def _title(metrics: Mapping[str, Any]) -> str:
     parts += [f"{metrics['num_samples']} with one true box"] if "num_answers" in metrics else []
     parts += [f"{metrics['num_masks']} with a mask"] if "num_masks" in metrics else []
     parts += [f"{metrics['num_failed']} failed"] if metrics["num_failed"] else []
+    read_out = metrics.get("choices", {}).get("read_out")
+    parts += [f"grounding={read_out}"] if read_out else []
     return f"Scores of {', '.join(parts)}"
 
 
@@ -175,12 +177,18 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
     return table
 
 
-def predictions_table(outcomes: Sequence[Outcome]) -> Table:
-    """Box, score and confidence of every entry, and the IoU with the true box where there is one."""
+def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:
+    """Box, score and confidence of every entry, and the IoU with the true box where there is one.
+
+    Args:
+        read_out: the preset that made the boxes (`options.compose.preset_name`).
+    """
     calibrated = any(outcome.prediction.calibrated for outcome in outcomes)
-    sure = "confidence" if calibrated else "confidence\n(uncalibrated)"
+    sure = "confi-\ndence" if calibrated else "confi-\ndence*"
     names = ("id", "expression", "box (x0 y0 x1 y1)", "score", sure, "IoU")
-    table = _table("Predicted boxes", *names, texts=names[:2], caption=_summary(outcomes))
+    title = f"Predicted boxes, grounding={read_out}"
+    caption = "; ".join([*_summary(outcomes), *([] if calibrated else ["* uncalibrated"])])
+    table = _table(title, *names, texts=names[:2], caption=caption or None)
     for outcome in outcomes[:ROWS]:
         sample, prediction = outcome.sample, outcome.prediction
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
@@ -299,9 +307,9 @@ def box_text(box: Box) -> str:
     return " ".join(f"{value:.{digits}f}" for value in box)
 
 
-def grounding_text(found: Grounding) -> str:
-    """The box, its score, its confidence and the heads that made it, on one line."""
-    heads = f"heads {' '.join(map(str, found.heads))}"
+def grounding_text(found: Grounding, read_out: str) -> str:
+    """The box, its score, its confidence, the heads and the read-out that made it, on one line."""
+    heads = f"heads {' '.join(map(str, found.heads))}   grounding={read_out}"
     if found.absent:
         return f"nothing there   {sureness(found)}   {heads}"
     return "   ".join([box_text(found.box), f"score {found.score:.2f}", sureness(found), heads])
@@ -343,9 +351,9 @@ def _cell(text: str, limit: int = 80) -> str:
     return escape(printable(text, limit))
 
 
-def _summary(outcomes: Sequence[Outcome]) -> str | None:
+def _summary(outcomes: Sequence[Outcome]) -> list[str]:
     """The number of rows left out, and the mean IoU over the entries with a true box."""
     ious = [outcome.iou for outcome in outcomes if outcome.iou is not None]
     parts = [f"and {len(outcomes) - ROWS} more in predictions.jsonl"] if len(outcomes) > ROWS else []
     parts += [f"mean IoU {sum(ious) / len(ious):.2f} over {len(ious)} with a true box"] if ious else []
-    return "; ".join(parts) or None
+    return parts

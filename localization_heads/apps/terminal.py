@@ -17,6 +17,7 @@ from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.grounder import check_heads
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers import Conversation
+from localization_heads.options.compose import preset_name
 from localization_heads.options.groups import ConvMode
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
@@ -138,7 +139,7 @@ class Session:
         )
         path = self._overlay_path(expression)
         figures.plot_grounding(image, found, path, expression=expression)
-        say(f"box {grounding_text(found)}")
+        say(f"box {grounding_text(found, preset_name('grounding', self.run.options.grounding))}")
         say(f"wrote {path}")
 
     def _conv_mode(self) -> ConvMode:
