@@ -198,7 +198,7 @@ Paraphrases = Annotated[
     BeforeValidator(_one_or_several),
     Reads("paths"),
     Field(min_length=1, max_length=8),
-    Wants("write one to eight templates, each with one {}, such as [the {},a {}], or null"),
+    Wants("write one to eight templates, each with one {}, such as [the {},a {}]"),
 ]
 """Templates that an expression is put into."""
 HeadChoice = Annotated[
