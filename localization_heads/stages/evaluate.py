@@ -152,8 +152,6 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "range": [options.start_index, options.end_index],
         **scorer.judge.choices(run.named_heads, options.k),
         "segmenter": as_read(options.segmenter),
-        "calibration": options.calibration,
-        "abstain": options.abstain,
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,
         "zoom": options.zoom,
