@@ -154,8 +154,6 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         **scorer.judge.choices(run.named_heads, options.k),
         "read_out": preset_name("grounding", options.grounding),
         "segmenter": as_read(options.segmenter),
-        "calibration": options.calibration,
-        "abstain": options.abstain,
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,
         "zoom": options.zoom,
