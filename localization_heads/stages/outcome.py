@@ -46,7 +46,7 @@ class Outcome:
             several: every object that the expression fits, `grounding` first (`instances=all`).
         """
         there = not grounding.absent
-        boxes = None if several is None else [_instance(one) for one in several if there]
+        boxes = None if several is None else [_instance(one) for one in several if there and not one.absent]
         mask = encode_mask(grounding.mask) if not boxes else boxes[0].mask
         prediction = Prediction(
             sample.id,
