@@ -95,7 +95,7 @@ def test_truth_and_addresses_are_taken(folder):
 
 def test_no_target_and_several_are_taken(folder):
     absent, several = load_samples(
-        write(folder, line(id="1", bbox=None, absent=True), line(id="2", boxes=[[0, 0, 1, 1], [1, 1, 2, 3]]))
+        write(folder, line(id="1", bbox=None, absent=True), line(id="2", bboxes=[[0, 0, 1, 1], [1, 1, 2, 3]]))
     ).entries
     assert absent.absent and not absent.has_truth and absent.true_boxes == ()
     assert several.has_truth and several.true_boxes == ((0, 0, 1, 1), (1, 1, 2, 3))
@@ -184,8 +184,8 @@ BAD_LINES = [
     (line(absent=1), "'absent' must be true or false"),
     (line(absent=True, bbox=[0, 0, 1, 1]), "'absent' is true, and yet there is 'bbox'"),
     (line(absent=True, mask=[[0, 0, 4, 0, 4, 3]]), "'absent' is true, and yet there is 'mask'"),
-    (line(boxes=[]), "'boxes' must be a list of boxes"),
-    (line(boxes=[[0, 0, 1, 1], [3, 0, 3, 4]]), "'boxes', number 2: 'bbox' is empty"),
+    (line(bboxes=[]), "'bboxes' must be a list of boxes"),
+    (line(bboxes=[[0, 0, 1, 1], [3, 0, 3, 4]]), "'bboxes', number 2: 'bbox' is empty"),
     (line(mask=5), "the mask must be"),
     (line(mask=[]), "the mask must be"),
     (line(mask={}), "'size'"),

@@ -171,8 +171,8 @@ def test_evaluate_scores_several_boxes(front: Front, monkeypatch: pytest.MonkeyP
     entries = [json.loads(line) for line in (front.folder / "data.jsonl").read_text().splitlines()]
     truths = [
         {"bbox": [5, 5, 30, 30]},
-        {"boxes": [[5, 5, 30, 30]]},
-        {"boxes": [[0, 0, 9, 9], [30, 9, 60, 40]]},
+        {"bboxes": [[5, 5, 30, 30]]},
+        {"bboxes": [[0, 0, 9, 9], [30, 9, 60, 40]]},
     ]
     truths.append({"bbox": None, "absent": True})
     write_lines(
@@ -208,7 +208,7 @@ def test_one_true_box_each_is_acc(front: Front, monkeypatch: pytest.MonkeyPatch)
 def test_only_several_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has a single true box: F1 alone is left, in the table and the report too."""
     stub_figures(monkeypatch)
-    write_data(front.folder, 2, boxes=[[0, 0, 9, 9], [30, 9, 60, 40]])
+    write_data(front.folder, 2, bboxes=[[0, 0, 9, 9], [30, 9, 60, 40]])
     result = front.finder("stage=evaluate", "data_file=data.jsonl")
     assert result.status == 0, result.err
     assert "F1" in result.out and "Acc" not in result.out

@@ -308,7 +308,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
     absent = entry.get("absent", False)
     if not isinstance(absent, bool):
         raise BadLineError("'absent' must be true or false")
-    truths = [name for name in ("bbox", "boxes", "mask") if entry.get(name) is not None]
+    truths = [name for name in ("bbox", "bboxes", "mask") if entry.get(name) is not None]
     if absent and truths:
         raise BadLineError(f"'absent' is true, and yet there is '{truths[0]}': remove one of them")
     return Sample(
@@ -320,7 +320,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
         line=line,
         ignore=_mask(entry["ignore"], folder) if entry.get("ignore") is not None else None,
         picture=_text(entry, "picture") if entry.get("picture") is not None else "",
-        boxes=_boxes(entry["boxes"]) if entry.get("boxes") is not None else (),
+        boxes=_boxes(entry["bboxes"]) if entry.get("bboxes") is not None else (),
         absent=absent,
     )
 
@@ -329,14 +329,14 @@ def _boxes(value: object) -> tuple[Box, ...]:
     """The true boxes of one line. BadLineError for anything but a list of boxes."""
     if not isinstance(value, list) or not value:
         raise BadLineError(
-            "'boxes' must be a list of boxes [[x0, y0, x1, y1], ...]; without any, write absent: true"
+            "'bboxes' must be a list of boxes [[x0, y0, x1, y1], ...]; without any, write absent: true"
         )
     boxes = []
     for number, box in enumerate(value, start=1):
         try:
             boxes.append(check_box(box))
         except BadLineError as error:
-            raise BadLineError(f"'boxes', number {number}: {error}") from error
+            raise BadLineError(f"'bboxes', number {number}: {error}") from error
     return tuple(boxes)
 
 

@@ -108,7 +108,7 @@ def write_scene(
     if isinstance(expression, ManyTargets):
         masks = [target.mask[rows] for target in targets]
         boxes = [list(box) for mask in masks if (box := tight_box(mask))]  # the crop may have lost one
-        return {**entry, "boxes": boxes, "mask": encode_mask(np.any(masks, axis=0)), "kind": expression.kind}
+        return {**entry, "bboxes": boxes, "mask": encode_mask(np.any(masks, axis=0)), "kind": expression.kind}
     x0, y0, x1, y1 = targets[0].box
     return {
         **entry,
