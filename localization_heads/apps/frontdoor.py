@@ -142,7 +142,7 @@ def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "fin
     kind = reads(field) if (field := option_names(config_name).get(name)) else "value"
     if not equals or kind == "value" or value in ("", "null"):
         return argument
-    if kind == "paths":
+    if kind in ("texts", "paths"):
         if sweeps or value == "[]":
             return argument
         if value[0] == "[" and value[-1] == "]":

@@ -122,11 +122,11 @@ class Wants:
 class Reads:
     """How the command line reads an option whose value Hydra's grammar must not read.
 
-    A `text` is taken as it was typed, a `path` as well, with `~` for the home folder; `paths` are a list `[A,B]` of
-    them, or one. What has no such mark is read by Hydra's grammar.
+    A `text` is taken as it was typed, a `path` as well, with `~` for the home folder; `texts` and `paths` are a list
+    `[A,B]` of them, or one. What has no such mark is read by Hydra's grammar.
     """
 
-    kind: Literal["text", "path", "paths"]
+    kind: Literal["text", "texts", "path", "paths"]
 
 
 def _as_text(value: Any) -> Any:
@@ -196,7 +196,7 @@ OneOrSeveral = Annotated[tuple[Item, ...], BeforeValidator(_one_or_several), Rea
 Paraphrases = Annotated[
     tuple[Annotated[Text, AfterValidator(_template)], ...],
     BeforeValidator(_one_or_several),
-    Reads("paths"),
+    Reads("texts"),
     Field(min_length=1, max_length=8),
     Wants("write one to eight templates, each with one {}, such as [the {},a {}]"),
 ]
