@@ -22,7 +22,13 @@ SCENES = (
     "report=false",
     "worst=0",
 )
-SHARP = ("grounding.sigma=0.35", "grounding.means=1.5", "grounding.component=largest_mass", "segmenter=none")
+SHARP = (
+    "grounding=paper",
+    "grounding.sigma=0.35",
+    "grounding.means=1.5",
+    "grounding.component=largest_mass",
+    "segmenter=none",
+)
 FIT = ("stage=calibrate", "scenes.split=validation", "scenes.count=80", *SCENES, *SHARP)
 TEST = ("stage=evaluate", "scenes.count=24", "controls=false", "visualize_batch=false", *SCENES, *SHARP)
 
