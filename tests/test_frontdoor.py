@@ -406,7 +406,7 @@ def test_a_real_process(tmp_path: Path) -> None:
 
 def test_help_shows_the_defaults_of_the_groups() -> None:
     text = help_text("finder", "x")
-    for line in ("model.name: embedded", "criteria.entropy: area", "grounding.sigma: 1.0", "data: examples"):
+    for line in ("model.name: embedded", "criteria.entropy: area", "grounding.sigma: 0.5", "data: examples"):
         assert f"\n{line}\n" in text
 
 
