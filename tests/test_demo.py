@@ -231,8 +231,8 @@ def test_room_for_images_that_are_asked_about():
 def test_answers_are_those_of_ground(run, asked):
     import localization_heads as lh
 
-    same = lh.ground(run.lvlm, asked.image, asked.expressions[0])
-    (found, _) = asked.answers(run.lvlm.known_heads, GroundingOptions())
+    same = lh.ground(run.lvlm, asked.image, asked.expressions[0], segmenter=None)
+    (found, _) = asked.answers(run.lvlm.known_heads, run.options.grounding)
     assert found.box == same.box
     assert list(asked.ranked[:3]) == list(run.lvlm.known_heads[:3])
 
@@ -567,7 +567,7 @@ def test_masks_are_those_of_the_command_line(demo_page):
         assert entry["bbox"] == pytest.approx(found.box, abs=0.01)
     large = Image.open(path).resize((4096, 2048))
     asked = ask(demo_page.run, large, expression)
-    refined = demo_page._refined(asked, asked.answers(heads, GroundingOptions())[0])
+    refined = demo_page._refined(asked, asked.answers(heads, demo_page.run.options.grounding)[0])
     assert refined.mask.shape == (2048, 4096) and refined.mask_from == "grabcut"
 
 

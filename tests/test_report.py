@@ -33,6 +33,7 @@ from localization_heads.grounding.ground import fill_polygon, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import RankedHead
 from localization_heads.lvlm.model import LVLM
+from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report import page as page_module
 from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
@@ -485,12 +486,13 @@ def test_batch_ends_with_a_report_of_its_own_numbers(front: Front) -> None:
     positive = np.array([m.attention > m.attention.mean((2, 3), keepdims=True) for m in files])
     bottom = positive[:, :, :, -1].all(-1).mean(0)
     used = [Head(*head) for head in drawn["used"]]
+    read_out = newcomers_grounding()
     assert used == [Head(h["layer"], h["head"]) for h in heads["heads"][:2]]
     predictions = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
     for row in drawn["rows"]:
         head = Head(row["layer"], row["head"])
         assert row["bottom"] == pytest.approx(bottom[head], abs=1e-5)
-        own = [float(box_iou(ground_maps(m, [head]).box, (8, 8, 40, 40))) for m in files]
+        own = [float(box_iou(ground_maps(m, [head], read_out).box, (8, 8, 40, 40))) for m in files]
         assert row["iou"] == pytest.approx(np.mean(own), abs=1e-5)
     cards = page.of("article", class_="card")
     assert len(cards) == len(page.data["cards"]) == 5
