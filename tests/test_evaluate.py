@@ -80,7 +80,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
     """Each row and each mean, computed once more from the maps of one expression at a time."""
     entries = write_truths()
-    result = quick.finder(*OPTIONS, "batch_size=1", "segmenter=none")
+    result = quick.finder(*OPTIONS, "batch_size=1", "segmenter=none", "grounding=paper")
     assert result.status == 0, result.err
     rows, metrics = read_rows(quick), read_metrics(quick)
     assert [row["id"] for row in rows] == [entry["id"] for entry in entries]
@@ -138,7 +138,7 @@ def iou(a: Any, b: Any) -> float:
 
 def test_the_screen_and_the_choices(quick: Front) -> None:
     write_truths()
-    result = quick.finder(*OPTIONS, "grounding.sigma=0.8", "bootstrap=image")
+    result = quick.finder(*OPTIONS, "grounding=paper", "grounding.sigma=0.8", "bootstrap=image")
     assert result.status == 0, result.err
     for text in ("heads", "random heads", "all heads", "centre box", "oracle", "ahead of random heads"):
         assert text in result.out
@@ -152,7 +152,7 @@ def test_the_screen_and_the_choices(quick: Front) -> None:
     assert "images" in choices["bootstrap"]
     assert (choices["model"], choices["data_file"], choices["native"]) == ("embedded", "data.jsonl", None)
     by_image = metrics["mean_iou_interval"]
-    assert quick.finder(*OPTIONS, "grounding.sigma=0.8").status == 0
+    assert quick.finder(*OPTIONS, "grounding=paper", "grounding.sigma=0.8").status == 0
     assert read_metrics(quick)["mean_iou_interval"] != by_image
 
 

@@ -579,7 +579,7 @@ def test_the_images_that_heads_were_found_on_are_kept():
     ranking = HeadRanking.from_json({**GOOD, "pictures": ["coco:7", "file:0a"]})
     assert ranking.pictures == ("coco:7", "file:0a")
     assert HeadRanking.from_json(ranking.to_json()) == ranking
-    assert HeadRanking.from_json({k: v for k, v in GOOD.items() if k != "images"}).pictures == ()
+    assert HeadRanking.from_json({k: v for k, v in GOOD.items() if k != "pictures"}).pictures == ()
 
 
 FOUND = {

@@ -100,7 +100,7 @@ class BatchMaker:
         return Batch(None, None, None, *self._tensors(rows))
 
     def _image_batch(self, canvas: Canvas, stage: Stage, rng: Random) -> Batch:
-        scenes = [self._scene(canvas, stage, rng) for _ in range(canvas.pictures)]
+        scenes = [self._scene(canvas, stage, rng) for _ in range(canvas.images)]
         rows = [self._row(scene, canvas.text_tokens, stage, rng) for scene in scenes]
         cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
         words = torch.from_numpy(np.stack([caption_words(scene) for scene in scenes]))
