@@ -298,6 +298,8 @@ def evaluate(
         **judge.choices(grounder.heads, K),
         "segmenter": _named(segmenter),
         "native": form and form.prompt,
+        "instances": "one",
+        "zoom": False,
     }
     metrics = judge.metrics([one.scores for one in scored], images, len(unusable) + num_headless)
     return Evaluation({**metrics, **judge.trust(claims), "choices": choices}, scored)

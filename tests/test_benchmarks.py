@@ -20,7 +20,7 @@ from benchmarks import floor, machine
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
 from benchmarks.memory import peak_bytes
-from benchmarks.models import EXPRESSIONS, QUICK, eager, image, random_llava
+from benchmarks.models import EXPRESSIONS, QUICK, eager, random_llava, sample_image
 from benchmarks.result import BEGIN, END, cells, put_into, timed_row
 from benchmarks.setting import Setting
 from benchmarks.sharing import check, token_counts
@@ -94,7 +94,7 @@ def test_llava_7b_is_as_large_as_it_is() -> None:
 
 def test_the_formulas_agree_with_torchs_counter(small: Any) -> None:
     """Eager attention in one real forward pass: whole maps, every layer of the tower, every layer of the LM."""
-    inputs = small.encode([image()], [small.prompt("the red car")])
+    inputs = small.encode([sample_image()], [small.prompt("the red car")])
     tokens = inputs["input_ids"].shape[1]
     small.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -158,7 +158,7 @@ def test_repeated_layers_cost_time_and_no_memory(small: Any) -> None:
     assert deep.num_parameters == small.num_parameters
     assert (deep.num_layers, len(deep.attention_modules)) == (6, 6)
     assert [module.layer_idx for module in deep.attention_modules.values()] == list(range(6))
-    found, first = (lvlm.attend(image(), EXPRESSIONS[0]).attention for lvlm in (deep, small))
+    found, first = (lvlm.attend(sample_image(), EXPRESSIONS[0]).attention for lvlm in (deep, small))
     np.testing.assert_allclose(found[:2], first, atol=1e-6)
     assert np.abs(found[2] - found[0]).max() > 1e-9
 
@@ -167,7 +167,7 @@ def test_both_ways_of_each_comparison_agree(small: Any) -> None:
     """Eager hands out the rows that the capture finds; the published way holds them too; sharing changes nothing."""
     from benchmarks import capture, published
 
-    inputs = small.encode([image()], [small.prompt(EXPRESSIONS[0])])
+    inputs = small.encode([sample_image()], [small.prompt(EXPRESSIONS[0])])
     (rows,) = capture.ours(small, inputs)
     np.testing.assert_allclose(published.output_attentions(small, inputs)[:, 0], rows, atol=1e-6)
     steps = published.published(small, inputs)
@@ -176,12 +176,12 @@ def test_both_ways_of_each_comparison_agree(small: Any) -> None:
     with eager(small):
         pass
     assert small.model.model.language_model.config._attn_implementation == "sdpa"
-    prefix, ends = token_counts(small, image())
+    prefix, ends = token_counts(small, sample_image())
     assert prefix > QUICK.image_tokens
     assert len(set(ends)) > 1
     assert min(ends) >= 3
-    shared = small.encode_image(image()).attend(EXPRESSIONS)
-    apart = [small.attend(image(), expression) for expression in EXPRESSIONS]
+    shared = small.encode_image(sample_image()).attend(EXPRESSIONS)
+    apart = [small.attend(sample_image(), expression) for expression in EXPRESSIONS]
     check(shared, apart, tolerance=1e-5)
     with pytest.raises(AssertionError):
         check(shared, apart[::-1], tolerance=1e-5)

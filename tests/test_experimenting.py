@@ -56,7 +56,9 @@ def test_the_numbers_are_those_of_the_other_stages(front: Front) -> None:
     names = ",".join(f"{layer}-{head}" for layer, head in top)
     for heads, key in ((f"heads=[{names}]", "both, fixed"), ("heads=greedy", "both, greedy")):
         assert (
-            front.finder("stage=evaluate", *SCENES, heads, "visualize_batch=false", "segmenter=none").status
+            front.finder(
+                "stage=evaluate", *SCENES, heads, "grounding=paper", "visualize_batch=false", "segmenter=none"
+            ).status
             == 0
         )
         metrics = json.loads((front.out / "metrics.json").read_text())
@@ -102,7 +104,13 @@ def test_greedy_scores_the_entries_that_evaluate_keeps(front: Front, monkeypatch
     assert front.finder(*EXPERIMENT, "experiment=tab5", tau).status == 0
     found = numbers(front, "tab5")["numbers"]["both, greedy"]
     result = front.finder(
-        "stage=evaluate", *SCENES, tau, "heads=greedy", "visualize_batch=false", "segmenter=none"
+        "stage=evaluate",
+        *SCENES,
+        tau,
+        "heads=greedy",
+        "grounding=paper",
+        "visualize_batch=false",
+        "segmenter=none",
     )
     assert result.status == 1 and "no head passes the criteria in this sample" in result.out
     metrics = json.loads((front.out / "metrics.json").read_text())

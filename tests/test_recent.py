@@ -14,6 +14,7 @@ from localization_heads.apps.terminal import start
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.model import LVLM, RecentImages
 from localization_heads.lvlm.sharing import EncodedImage
+from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.programs import ChatOptions
 from localization_heads.stages.run import ChatRun
 
@@ -117,11 +118,14 @@ def test_many_threads(asked: LVLM, image: Image.Image) -> None:
 
 
 def test_ground_reads_an_image_once(asked: LVLM, image: Image.Image, encoded: list[tuple[int, int]]) -> None:
-    found = [lh.ground(asked, image, text, [lh.Head(3, 0)]) for text in ("the dog", "a red car")]
+    read_out = GroundingOptions()
+    found = [
+        lh.ground(asked, image, text, [lh.Head(3, 0)], options=read_out) for text in ("the dog", "a red car")
+    ]
     assert len(encoded) == 1
     for grounding, text in zip(found, ("the dog", "a red car"), strict=True):
         maps = asked.attend(image, text)
-        expected = lh.grounding.ground.ground_maps(maps, [lh.Head(3, 0)])
+        expected = lh.grounding.ground.ground_maps(maps, [lh.Head(3, 0)], read_out)
         np.testing.assert_allclose(grounding.box, expected.box, atol=1e-3)
 
 

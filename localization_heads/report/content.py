@@ -129,7 +129,8 @@ class Card:
     Args:
         image_size: `(W, H)` of the image; boxes, outlines and `image_box` are in its pixels.
         image: `data:` address of the thumbnail, "" where the image cannot be opened.
-        mask, truth_mask: outlines as SVG paths, "" for none.
+        mask: outline as an SVG path, "" for none.
+        truth_mask: the same of the true mask.
         heads: whose maps were added; `maps` holds the first of theirs, in this order.
         combined: the sum of the smoothed maps of all heads; None where the maps are not at hand.
         image_box: the region that the maps cover.

@@ -24,7 +24,6 @@ from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
-from localization_heads.options.compose import preset_name
 from localization_heads.options.kinds import as_read
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
@@ -152,7 +151,6 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "scenes": asdict(options.scenes) if options.data_file == "scenes" else None,
         "range": [options.start_index, options.end_index],
         **scorer.judge.choices(run.named_heads, options.k),
-        "read_out": preset_name("grounding", options.grounding),
         "segmenter": as_read(options.segmenter),
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,
