@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -125,6 +125,7 @@ class StandIn:
     num_layers = num_heads = 32
     num_parameters = 0
     spec = ModelSpec(name)
+    wording: ClassVar[dict[str, Any]] = {}
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
