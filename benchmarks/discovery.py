@@ -133,6 +133,9 @@ class StandIn:
     def prompt(self, expression: str) -> str:
         return expression
 
+    def asks_plainly(self, _: object) -> bool:
+        return True
+
     def attend_batch(self, images: Sequence[Image.Image], expressions: Sequence[str], **_: Any) -> list[Any]:
         maps = (self.random.random((32, 32, 3, 3), dtype=np.float32) for _ in images)
         return [AttentionMaps(one, image_box=(0, 0, 3, 3), image_size=(3, 3)) for one in maps]
