@@ -22,7 +22,8 @@ from localization_heads.apps.frontdoor import quote_free_text
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
-from localization_heads.grounding.ground import added, ground_maps
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.grounding.maps import added
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import difference
 from localization_heads.lvlm.answering import spellings

@@ -13,7 +13,8 @@ from scipy.spatial import ConvexHull
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import resample
-from localization_heads.grounding.ground import combine, gaussian_kernel, ground_maps, smooth
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.grounding.maps import combine, gaussian_kernel, smooth
 from localization_heads.grounding.shapes import convex_hull, fill_polygon, hull_area, largest_hull
 from localization_heads.heads.head import Head
 from localization_heads.options.compose import preset

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.grounding.ground import ground_instances, ground_maps, threshold, without_peaks
+from localization_heads.grounding.ground import ground_instances, ground_maps, threshold
+from localization_heads.grounding.maps import without_peaks
 from localization_heads.grounding.shapes import containing_peak, crossings, heaviest
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions

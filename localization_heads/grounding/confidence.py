@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import agreement, box_iou, mass_inside, visible_cells, visible_edges
 from localization_heads.errors import UsageError, shown
-from localization_heads.grounding.ground import Grounding, added, ground_maps, scaled
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.maps import added, scaled
 from localization_heads.options.groups import GroundingOptions
 
 VERSION = 1
