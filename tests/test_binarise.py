@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -38,7 +38,6 @@ class TestOtsu:
     def test_of_equal_splits_the_lowest(self):
         assert otsu(np.array([0.0, 1, 2])) == 0.0  # 1*2*(1.5)^2 = 2*1*(1.5)^2
 
-    @settings(deadline=None)
     @given(hnp.arrays(np.float64, st.integers(2, 30), elements=st.floats(0, 1, width=16)))
     def test_no_split_is_better(self, values):
         if values.min() == values.max():
@@ -70,7 +69,6 @@ class TestTopMass:
         values[:7] += 1e-3
         assert (values > top_mass(values, values[:7].sum() / values.sum())).sum() == 7
 
-    @settings(deadline=None)
     @given(
         hnp.arrays(np.int64, st.integers(1, 8), elements=st.integers(0, 20), unique=True), st.integers(1, 10)
     )
@@ -162,7 +160,6 @@ class TestScore:
         assert found.box == (10, 0, 15, 10)  # 5 alone is above the mean, 3
         assert found.score == pytest.approx(2.5 / (1 + 2.5))
 
-    @settings(deadline=None)
     @given(
         hnp.arrays(np.float32, (4, 5), elements=st.integers(0, 9).map(float)),
         st.tuples(st.integers(-9, 0), st.integers(-9, 0), st.integers(12, 30), st.integers(12, 24)),

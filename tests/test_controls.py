@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localization_heads.attention import AttentionMaps
@@ -108,7 +108,6 @@ class TestOracle:
         # half of the grid is padding above the image
         assert mask_shares(mask, (0, -4, 4, 4), (2, 1)).ravel().tolist() == [0, 7 / 16]
 
-    @settings(deadline=None)
     @given(
         st.integers(0, 2**32 - 1),
         st.tuples(st.integers(1, 4), st.integers(1, 5)),

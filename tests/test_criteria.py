@@ -134,7 +134,6 @@ class TestElbow:
         assert elbow_index([0, 1, 1, 4, 4, 5]) == 2
         assert elbow_index([3, 3, 3]) == 0
 
-    @settings(deadline=None)
     @given(st.lists(st.integers(0, 1000), min_size=3, max_size=40, unique=True))
     def test_agrees_with_the_perpendicular_distance(self, values):
         ordered = sorted(values)
@@ -247,7 +246,6 @@ class TestBinarise:
         with pytest.raises(ValueError, match=r"^means=0\.5: give a number"):
             binarise(grid, CriteriaOptions(means=0.5))
 
-    @settings(deadline=None)
     @given(
         st.floats(1e-30, 1e30),
         st.sampled_from([np.float16, np.float32, np.float64]),
@@ -371,7 +369,7 @@ class TestSpatialEntropy:
         assert (spatial_entropy(maps) == spatial_entropy(maps * np.float32(0.25))).all()
         assert (spatial_entropy(maps) == spatial_entropy(maps.transpose(0, 2, 1))).all()
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @example(np.array([[0] * 4] * 2 + [[7, 8, 7, 8], [8, 8, 7, 7], [8] * 4], np.float32) / 8, "area", 0.3)
     @given(grids, st.sampled_from(["area", "mass"]), st.sampled_from([None, 0.0, 0.1, 0.3]))
     def test_agrees_with_flood_fill(self, grid, weight, threshold):

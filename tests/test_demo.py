@@ -37,9 +37,9 @@ from localization_heads.apps.demo.session import (
     unknown_words,
 )
 from localization_heads.apps.demo.visitors import Visitors
+from localization_heads.cells import box_iou
 from localization_heads.data.masks import read_mask
 from localization_heads.errors import UsageError
-from localization_heads.evaluation.metrics import box_iou
 from localization_heads.figures.sheet import VERMILLION
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loading

@@ -119,7 +119,7 @@ sys.exit(len({"torch", "numpy", "hydra", "PIL"} & set(sys.modules)))
 TYPED = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TYPED, name=st.sampled_from(kinds("text", "path")))
 @example(text="the dog, on the left", name="query")
 @example(text="a=b, c={d: [e]}", name="query")
@@ -162,7 +162,7 @@ def test_what_is_no_free_text_is_left_alone(argument: str) -> None:
 ITEM = TYPED.filter(lambda text: "," not in text and text == text.strip() and text[0] not in "'\"")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(items=st.lists(ITEM, min_size=1, max_size=3), name=st.sampled_from(["exclude", "heads"]))
 @example(items=["a b=c.jsonl", "it's.jsonl", "${x}#[1].jsonl", "e]"], name="exclude")
 def test_each_text_of_a_list_arrives_as_it_was_typed(items: list[str], name: str) -> None:

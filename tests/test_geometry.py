@@ -76,7 +76,7 @@ def test_crop_by_hand() -> None:
     assert grid_of(LLAVA, crop, 36, (192, 96)).box == (48, 0, 144, 96)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 3000), st.integers(1, 3000))
 def test_padding_is_square_and_holds_the_image(width: int, height: int) -> None:
     x0, y0, x1, y1 = grid_of(LLAVA, llava_processor(mode="pad").image_processor, 36, (width, height)).box
@@ -190,7 +190,7 @@ def test_what_lies_outside_the_image_is_left_out() -> None:
     np.testing.assert_allclose(maps.sum(), 0.5 + 0.3, rtol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=2, max_size=3),
     st.integers(5, 50),

@@ -179,7 +179,6 @@ class TestHull:
     def test_area_by_hand(self, mask, area):
         assert hull_area(mask) == area
 
-    @settings(deadline=None)
     @given(masks)
     def test_area_agrees_with_a_library(self, mask):
         assume(mask.any())
@@ -233,7 +232,6 @@ class TestHull:
         mass = np.array([[1.0, 1, 0], [0, 0, 0], [0, 0, 99]])
         assert np.argwhere(largest_hull(mask, mass)).tolist() == [[0, 0], [0, 1]]
 
-    @settings(deadline=None)
     @given(masks)
     def test_agrees_with_all_components_one_by_one(self, mask):
         found = largest_hull(mask)
@@ -426,7 +424,7 @@ class TestBox:
 
 
 class TestImages:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(masks, st.integers(5, 90), st.integers(5, 90), st.booleans(), st.integers(-40, 10))
     def test_the_mask_fills_the_box(self, mask, width, height, smoothed, x0):
         box = (float(x0), -3.0, x0 + 80.0, 85.5)
@@ -485,7 +483,6 @@ class TestImages:
         assert heat.max() == 1.0
         assert heat[50, 50] < heat[50, 150]
 
-    @settings(deadline=None)
     @given(hnp.arrays(np.float64, (3, 4), elements=st.integers(0, 9).map(float)), st.integers(-9, 9))
     def test_heatmap_agrees_with_each_pixel_on_its_own(self, grid, shift):
         box = (shift - 2.5, -4.0, shift + 15.0, 11.0)

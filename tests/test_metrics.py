@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from localization_heads.cells import mass_inside
+from localization_heads.cells import box_iou, mass_inside
 from localization_heads.evaluation.metrics import (
     NUM_RESAMPLES,
     bootstrap_interval,
     bootstrap_ratios,
-    box_iou,
     mask_overlap,
     percentile_interval,
     pointing_hit,

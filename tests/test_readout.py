@@ -42,7 +42,6 @@ class TestPeaks:
         thing = obj((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
         assert np.array_equal(without_peaks(thing, 1.0), thing)
 
-    @settings(deadline=None)
     @given(hnp.arrays(np.float64, st.tuples(st.integers(3, 7), st.integers(3, 7)), elements=st.floats(0, 9)))
     def test_agrees_with_a_plain_loop(self, grid):
         for row, column in np.ndindex(grid.shape):
@@ -113,7 +112,7 @@ class TestEdges:
         found = grounded(grid, **seen, edges="interpolated")
         assert found.box == pytest.approx((0, 0, 5 + 10 * 5 / 6, 5 + 10 * 5 / 6))
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(hnp.arrays(np.float64, (4, 5), elements=st.integers(0, 9)), st.integers(1, 8))
     def test_agrees_with_walking_along_every_row_and_column(self, values, level):
         cells = values > level

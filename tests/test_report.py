@@ -24,11 +24,12 @@ from scipy.stats import spearmanr
 
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import box_iou
 from localization_heads.data.images import load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.head_iou import box_ious, mean_ious
-from localization_heads.evaluation.metrics import box_iou, spearman
+from localization_heads.evaluation.metrics import spearman
 from localization_heads.grounding.ground import fill_polygon, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import RankedHead

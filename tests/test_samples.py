@@ -458,7 +458,7 @@ json_values = st.recursive(
 fields = ["id", "prompt", "image_path", "bbox", "mask", "layer", "head", "attention_file"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.dictionaries(st.sampled_from(fields), json_values, max_size=6), min_size=1, max_size=4))
 def test_any_objects_become_samples_or_reasons(entries):
     with tempfile.TemporaryDirectory() as name:
@@ -471,7 +471,7 @@ def test_any_objects_become_samples_or_reasons(entries):
         assert len(drawn.entries) + len(drawn.bad) == len(entries)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_any_bytes_become_reasons_or_one_error(content):
     with tempfile.TemporaryDirectory() as name:

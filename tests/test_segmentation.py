@@ -84,7 +84,7 @@ class TestInteriorPoints:
     def test_a_flat_map_has_none(self):
         assert interior_points(grounded(np.ones((3, 3))), 3) == []
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(
         hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=8)), st.integers(1, 6)
     )

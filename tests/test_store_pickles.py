@@ -438,7 +438,7 @@ def _unfolded(value) -> int:
     return sys.getsizeof(value) + sum(map(_unfolded, items))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(
@@ -505,7 +505,7 @@ def test_every_cut_of_a_good_file_is_refused():
             loads_pickle(content[:end])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damage_is_refused_or_read_but_never_anything_else(data):
     content = bytearray(pickle.dumps({"a": np.arange(3.0), "t": torch.zeros(2), "l": [1, "x"]}, protocol=4))
@@ -515,7 +515,7 @@ def test_damage_is_refused_or_read_but_never_anything_else(data):
         loads_pickle(bytes(content))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_noise_is_refused_or_read_but_never_anything_else(content):
     with contextlib.suppress(PickleRefusedError):

@@ -17,8 +17,9 @@ from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import box_iou
 from localization_heads.evaluation.head_iou import map_ious
-from localization_heads.evaluation.metrics import bootstrap_interval, box_iou, pointing_hit, spearman
+from localization_heads.evaluation.metrics import bootstrap_interval, pointing_hit, spearman
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import attention_sum, spatial_entropy

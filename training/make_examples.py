@@ -20,7 +20,7 @@ from PIL import Image
 from skimage import data as photographs
 
 import localization_heads as lh
-from localization_heads.evaluation.metrics import box_iou
+from localization_heads.cells import box_iou
 from localization_heads.heads.head import Head
 from localization_heads.scenes.scene import VALIDATION_SEEDS, Expression, Scene, render_scene
 

@@ -12,8 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import box_shares, grid_edges, mask_shares, visible_cells, visible_edges
-from localization_heads.evaluation.metrics import box_iou
+from localization_heads.cells import (
+    box_iou,
+    box_shares,
+    grid_edges,
+    mask_shares,
+    visible_cells,
+    visible_edges,
+)
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import binarise

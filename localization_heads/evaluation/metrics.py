@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from localization_heads.attention import Box
-from localization_heads.cells import box_iou as box_iou
 
 FEWEST = 3
 """Pairs that a rank correlation needs at least."""

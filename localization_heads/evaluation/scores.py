@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import Box
-from localization_heads.cells import mass_inside
+from localization_heads.cells import box_iou, mass_inside
 from localization_heads.evaluation.metrics import (
     MEAN_THRESHOLDS,
     THRESHOLDS,
     bootstrap_ratios,
-    box_iou,
     divided,
     mask_overlap,
     percentile_interval,

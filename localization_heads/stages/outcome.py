@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.attention import Box
+from localization_heads.cells import box_iou
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.judging import HEADS, Scores
-from localization_heads.evaluation.metrics import box_iou
 from localization_heads.evaluation.scores import Score
 from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
