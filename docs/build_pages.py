@@ -4,7 +4,7 @@ Runs, in a folder of its own, what a reader would run, and replaces what the pag
 
 - a `bash` block whose commands begin with `$`: what each of them prints (one with a comment is shown, not run);
 - what stands between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
-- the images in `docs/images` that come out of these commands (`IMAGES`).
+- the images in `docs/images` that come out of these commands (`DRAWN`).
 
 No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments, `docs/screens.py`
 the images of the report and the demo.
@@ -28,7 +28,7 @@ MARKED = re.compile(r"(<!-- output of: (.+?) -->\n)(.*?)(^<!-- end of output -->
 FENCE = "```"
 
 TINY = Path("outputs") / "localization_heads" / "tiny"
-IMAGES = {
+DRAWN = {
     "visualization.png": TINY / "attention" / "one_visualization.png",
     "components.png": TINY / "attention" / "one_components_L4H4.png",
     "several.png": TINY / "attention" / "two_grounding.png",
@@ -44,7 +44,7 @@ def main() -> None:
         work = _workplace(Path(folder))
         for name in names:
             _rewrite(ROOT / name, work)
-        for image, source in IMAGES.items():
+        for image, source in DRAWN.items():
             if (work / source).is_file():
                 shutil.copyfile(work / source, IMAGES / image)
                 print(f"wrote docs/images/{image}")  # noqa: T201
