@@ -20,7 +20,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import agreement, box_iou, mass_inside, visible_cells, visible_edges
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.grounding.maps import added, scaled
+from localization_heads.grounding.maps import added, map_overlaps
 from localization_heads.options.groups import GroundingOptions
 
 VERSION = 1
@@ -101,8 +101,7 @@ def entropy(values: NDArray[np.floating[Any]]) -> float:
 
 def _mean_overlap(maps: Sequence[NDArray[np.floating[Any]]]) -> float:
     """Mean Bhattacharyya coefficient over all pairs of maps; 1 for a single one."""
-    roots = np.sqrt(np.stack([scaled(one).ravel() for one in maps]))
-    pairs = (roots @ roots.T)[np.triu_indices(len(maps), 1)]
+    pairs = map_overlaps(maps)[np.triu_indices(len(maps), 1)]
     return float(pairs.mean()) if pairs.size else 1.0
 
 

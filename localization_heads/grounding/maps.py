@@ -40,17 +40,26 @@ def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOpt
 def consensus(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """The weight of each of the maps `[k, h, w]`, adding up to 1: its mean overlap with the others, to the fourth.
 
-    Overlap is the Bhattacharyya coefficient `sum sqrt(p q)` of two maps scaled to a sum of 1: 1 of equal maps, 0 of
-    maps without a common cell. A single map has weight 1; maps that overlap nowhere have equal weights.
+    A single map has weight 1; maps that overlap nowhere have equal weights.
 
     >>> consensus(np.array([[[1.0, 0]], [[1.0, 0]], [[0, 1.0]]])).tolist()
     [0.5, 0.5, 0.0]
     """
-    roots = np.sqrt(np.stack([scaled(one) for one in maps]).reshape(len(maps), -1))
-    overlap = roots @ roots.T
+    overlap = map_overlaps(maps)
     np.fill_diagonal(overlap, 0.0)
     weights = overlap.sum(axis=1) ** CONSENSUS_POWER
     return weights / weights.sum() if weights.sum() > 0 else np.full(len(maps), 1 / len(maps))
+
+
+def map_overlaps(
+    maps: Sequence[NDArray[np.floating[Any]]] | NDArray[np.floating[Any]],
+) -> NDArray[np.float64]:
+    """The Bhattacharyya coefficient `sum sqrt(p q)` of each two of k maps `[h, w]` scaled to a sum of 1: `[k, k]`.
+
+    1 of equal maps, 0 of maps without a common cell.
+    """
+    roots = np.sqrt(np.stack([scaled(one).ravel() for one in maps]))
+    return np.asarray(roots @ roots.T)
 
 
 def contrasted(
