@@ -40,7 +40,7 @@ from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.cells import box_iou
 from localization_heads.data.masks import read_mask
 from localization_heads.errors import UsageError
-from localization_heads.figures.sheet import VERMILLION
+from localization_heads.figures.style import VERMILLION
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loading
 from localization_heads.options.compose import composed

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from localization_heads.apps.finder_stages import STAGES
 from localization_heads.errors import UsageError
 from localization_heads.figures import plot_cells
-from localization_heads.figures.sheet import ORANGE, SKY
+from localization_heads.figures.style import ORANGE, SKY
 from localization_heads.lvlm import capture, doctor
 from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view

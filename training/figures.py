@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import box_iou
-from localization_heads.figures.sheet import SKY, VERMILLION
+from localization_heads.figures.style import SKY, VERMILLION
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.spec import find_spec

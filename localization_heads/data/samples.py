@@ -7,11 +7,10 @@ bounded, whatever the file holds.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,82 +18,12 @@ from PIL import Image
 
 from localization_heads.attention import Box, misses_image
 from localization_heads.data.address import Address, ImageError, image_source, is_address, without_secrets
+from localization_heads.data.boxes import check_box
 from localization_heads.data.images import ImageSource, find_file
+from localization_heads.data.lines import read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
-from localization_heads.store import files
-from localization_heads.store.files import parse_json
 from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
-
-MAX_LINE_BYTES = 1 << 20
-
-EXAMPLES_HINT = (
-    "; the examples come with the repository: run this in its folder, or name your own with data_file="
-)
-
-
-def read_objects(
-    path: Path, option: str = "data_file"
-) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
-    """Yield `(line number, object)` of every line that is not blank, or a BadLineError in its place.
-
-    Raises UsageError when the file cannot be read, or is plainly of another kind: one JSON value over many lines,
-    a JSON array, a Git LFS pointer. A line over 1 MB is skipped without being held in memory.
-    """
-    try:
-        if path.is_dir():
-            raise UsageError(f"{option}={path} is a folder: name a .jsonl file in it")
-        if not path.is_file():
-            hint = EXAMPLES_HINT if path.parts[:1] == ("examples",) else ""
-            raise UsageError(f"{option}={path}: no such file{hint}")
-        with path.open("rb") as file:
-            number = 0
-            _check_beginning(f"{option}={path}", path, file)
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(MAX_LINE_BYTES)
-                    yield number, BadLineError(f"the line is longer than {MAX_LINE_BYTES >> 20} MB")
-                    continue
-                line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-                if line:
-                    yield number, _parse(line)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{option}={path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _check_beginning(named: str, path: Path, file: BinaryIO) -> None:
-    """UsageError for a file that is no JSON lines from its first character on. The file is left at its beginning."""
-    beginning = file.read(4096)
-    file.seek(0)
-    if files.is_pointer(beginning):
-        raise UsageError(f"{named} {files.IS_POINTER}")
-    beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A line like [1, 2] may be one bad line among good ones; an array of objects, or a bracket alone, is not.
-    array = re.match(rb"\[\s*(\{|\n|\Z)", beginning)
-    if array or re.match(rb"\{\s*\n\s*[\"}]", beginning):
-        target = path.with_name(f"{path.stem}-lines.jsonl")
-        what, query = ("a JSON array", ".[]") if array else ("JSON over several lines", ".")
-        raise UsageError(
-            f"{named} is {what}, not JSON lines (one object on each line): "
-            f"`jq -c '{query}' {path} > {target}` makes them"
-        )
-
-
-def _parse(line: bytes) -> dict[str, Any] | BadLineError:
-    try:
-        value = parse_json(line)
-    except ValueError as error:
-        return BadLineError(str(error))
-    if not isinstance(value, dict):
-        return BadLineError(
-            'not a JSON object: write {"id": ..., "prompt": ..., "image_path": ...} on each line'
-        )
-    return value
-
-
-MAX_COORDINATE = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -364,50 +293,6 @@ def _file(value: str, folder: Path) -> Path:
     if "\0" in value:
         raise BadLineError("a path cannot hold a NUL character")
     return find_file(value, folder)
-
-
-def check_box(value: object) -> Box:
-    """Four finite numbers `[x0, y0, x1, y1]` with x1 > x0 and y1 > y0, also an array or a tensor. Raises BadLineError.
-
-    >>> check_box([0, 0, 10, 5.5]), check_box(np.array([1, 2, 3, 4]))
-    ((0.0, 0.0, 10.0, 5.5), (1.0, 2.0, 3.0, 4.0))
-    """
-    numbers = _plain(value)
-    if not isinstance(numbers, list | tuple):
-        raise BadLineError("'bbox' must be four numbers [x0, y0, x1, y1]")
-    if len(numbers) != 4:
-        raise BadLineError(f"'bbox' has length {len(numbers)}: it must be four numbers [x0, y0, x1, y1]")
-    for number in map(_plain, numbers):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise BadLineError(f"'bbox' must hold four numbers of pixels, not {_brief(number)}")
-        # A comparison that is false for NaN
-        if not abs(number) <= MAX_COORDINATE:
-            raise BadLineError(f"'bbox' must hold four numbers of pixels: {_brief(number)} is none")
-    x0, y0, x1, y1 = (float(number) for number in numbers)
-    for name, start, end in (("x", x0, x1), ("y", y0, y1)):
-        if end <= start:
-            what = "is empty" if end == start else "is turned around"
-            raise BadLineError(
-                f"'bbox' {what}: {name}1 = {end:g} is not above {name}0 = {start:g}; it must be [x0, y0, x1, y1]"
-                " (of [x, y, width, height], write [x, y, x + width, y + height])"
-            )
-    return x0, y0, x1, y1
-
-
-def _plain(value: Any) -> Any:
-    """An array, a tensor or a number of theirs as what it holds; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _brief(value: object) -> str:
-    """Any value in a message. Its text is cut where it is long, and a number of many digits is not written out."""
-    if isinstance(value, int) and abs(value) > MAX_COORDINATE:
-        return "a number so large"
-    return (
-        repr(value)
-        if isinstance(value, str | float | int | None) and len(str(value)) < 40
-        else type(value).__name__
-    )
 
 
 def _mask(value: object, folder: Path) -> MaskSource:

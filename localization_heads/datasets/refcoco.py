@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from localization_heads.data.boxes import check_box
 from localization_heads.data.masks import MaskSource
-from localization_heads.data.samples import check_box
 from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
 from localization_heads.datasets.reference import (
     Entry,

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from localization_heads.attention import Box, misses_image
+from localization_heads.data.boxes import check_box
 from localization_heads.data.masks import MaskSource
-from localization_heads.data.samples import check_box
 from localization_heads.errors import BadEntry, BadLineError, UsageError
 
 MAX_TEXT = 2000

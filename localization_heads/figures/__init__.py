@@ -6,15 +6,16 @@ given a path, and returns it; `show` opens it in a window. No pyplot state is to
 
 from localization_heads.figures.charts import (
     plot_attention_sums,
-    plot_experiment,
-    plot_frequency_iou,
     plot_head_grid,
     plot_selection_frequency,
 )
+from localization_heads.figures.experiments import plot_experiment, plot_frequency_iou
+from localization_heads.figures.once import plot_once
 from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
 from localization_heads.figures.several import Found, plot_instances, plot_several
-from localization_heads.figures.sheet import plot_once, show, svg
+from localization_heads.figures.sheet import show
+from localization_heads.figures.svg import svg
 from localization_heads.figures.trust import plot_confidence
 
 __all__ = [

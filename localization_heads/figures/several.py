@@ -28,19 +28,8 @@ from localization_heads.figures.overlay import (
     draw_outline,
     shrink_to_panel,
 )
-from localization_heads.figures.sheet import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    YELLOW,
-    new_sheet,
-    panel_size,
-    paper_style,
-    save,
-)
+from localization_heads.figures.sheet import new_sheet, panel_size, save
+from localization_heads.figures.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, paper_style
 from localization_heads.grounding.ground import Grounding
 
 COLOURS = (VERMILLION, SKY, YELLOW, GREEN, PURPLE, ORANGE, BLUE)

@@ -10,7 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from localization_heads.figures.sheet import BLUE, GREY, VERMILLION, new_figure, paper_style, save, tell
+from localization_heads.figures.sheet import new_figure, save
+from localization_heads.figures.style import BLUE, GREY, VERMILLION, paper_style
+from localization_heads.figures.svg import tell
 
 _LARGEST, _SMALLEST = 70.0, 10.0  # points squared: the marks of the fullest bin and of an all but empty one
 

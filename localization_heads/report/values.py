@@ -147,7 +147,7 @@ def _spread(ranking: HeadRanking) -> str:
 
 def correlation(facts: HeadFacts) -> str:
     """Spearman's correlation with the number of heads and the p-value."""
-    from localization_heads.figures.charts import chance
+    from localization_heads.figures.experiments import chance
 
     heads = counted(len(facts.scatter), "head")
     if facts.correlation is None:

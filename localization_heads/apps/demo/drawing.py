@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from localization_heads.attention import Box
 from localization_heads.figures.overlay import opacity
-from localization_heads.figures.sheet import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
+from localization_heads.figures.style import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 
