@@ -17,12 +17,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import localization_heads as lh
 from localization_heads.apps import frontdoor
 from localization_heads.apps.frontdoor import Given, help_text, quote_free_text, run
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.options.compose import choices, composed, option_names
 from localization_heads.options.kinds import extra, reads
 from localization_heads.options.programs import FinderOptions
+from localization_heads.store.paths import local_path
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -77,7 +79,7 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
     assert run(lambda _: 1, name, f"python {SCRIPTS[name]}", ["--help"]) == 0
     text, err = capsys.readouterr()
     assert not err
-    assert text.startswith(f"usage: python {SCRIPTS[name]} [-q | -v] [NAME=VALUE ...]")
+    assert text.startswith(f"usage: python {SCRIPTS[name]} [-q | -v] [--version] [NAME=VALUE ...]")
     for option in [*option_names(name), *choices(name)]:
         assert f"\n{option}: " in text, option
     assert "hydra" not in text
@@ -94,6 +96,39 @@ except SystemExit as end:
 heavy = {"torch", "transformers", "hydra", "omegaconf", "numpy", "matplotlib", "PIL"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["visualize_attention.py"], "python visualize_attention.py"),
+        (["-m", "localization_heads"], "python -m localization_heads"),
+        (["-c", "import sys; sys.argv[0] = '/usr/bin/locheads'; {0}"], "locheads"),
+    ],
+)
+def test_help_names_the_command_that_was_typed(typed: list[str], said: str) -> None:
+    """The console scripts of an installation call the same functions under their own names."""
+    typed = [word.format("from localization_heads.apps.commands import finder; finder()") for word in typed]
+    if typed[0].endswith(".py"):
+        typed[0] = str(ROOT / typed[0])
+    assert process(*typed, "--help").stdout.startswith(f"usage: {said} [-q | -v]")
+
+
+def test_version(front: Front) -> None:
+    assert front.finder("--version") == (0, f"localization-heads {lh.__version__}\n", "")
+
+
+def test_the_examples_are_found_outside_the_repository(front: Front) -> None:
+    """The package brings them; a folder `examples` of the user's own comes first."""
+    status, out, _ = front.finder(
+        "stage=ground", "image_file=examples/images/cat.jpg", "query=x", "save_id=one"
+    )
+    assert status == 0
+    assert "one" in out
+    Path("examples").mkdir()
+    Path("examples/mine.jsonl").write_text("{}")
+    assert local_path("examples/mine.jsonl") == Path("examples/mine.jsonl")
+    assert "no entry could be used" in front.finder("data_file=examples/mine.jsonl").err
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values())
@@ -279,6 +314,7 @@ def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -
         (["stage=batch", "data_file=null"], "data_file= is missing"),
         (["stage=ground", "image_file=no.png", "query=x"], "no.png: no such file"),
         (["stage=ground", "image_file=a=${x}, 'b'.png", "query={${y"], "a=${x}, 'b'.png: no such file"),
+        (["stage=ground", "image_file=no/*.png", "query=x"], "no/*.png: no image file there"),
         (["stage=ground", "query=x"], "image_file= is missing"),
         (["stage=ground", "image_file=no.png"], "query= is missing"),
     ],

@@ -24,7 +24,7 @@ from localization_heads.data import download as downloading
 from localization_heads.data import images
 from localization_heads.data.address import Address, is_partial, without_secrets
 from localization_heads.data.download import DownloadError, download, is_public
-from localization_heads.data.images import ImageError, image_size, load_image, quiet_decoders
+from localization_heads.data.images import ImageError, image_files, image_size, load_image, quiet_decoders
 from localization_heads.errors import UsageError, WorkError
 
 
@@ -816,3 +816,30 @@ def test_a_model_is_given_no_more_than_it_sees() -> None:
         ((64000, 999), (32000, 500)),
     ):
         assert images.as_seen(Image.new("1", size).convert("L")).size == seen
+
+
+# ------------------------------------------------------------------------------------ folders and patterns
+
+
+def test_a_folder_and_a_pattern_mean_their_images(tmp_path):
+    """By name. A folder passes over what is no image by its ending; what a pattern means is taken at its word."""
+    (tmp_path / "inner.png").mkdir()
+    for name in ("b.PNG", "a.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in image_files(str(tmp_path))] == ["a.jpg", "b.PNG"]
+    assert [path.name for path in image_files(str(tmp_path / "*"))] == ["a.jpg", "b.PNG", "notes.txt"]
+    assert image_files(str(tmp_path / "a.jpg")) is None
+    odd = tmp_path / "what [1].png"
+    odd.write_bytes(b"")
+    assert image_files(str(odd)) is None, "a file of that very name is that file"
+    assert image_files("no.png") is None
+
+
+def test_a_folder_without_images_and_one_of_too_many(tmp_path, monkeypatch):
+    with pytest.raises(ImageError, match="no image file there"):
+        image_files(str(tmp_path))
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    monkeypatch.setattr(images, "MAX_FILES", 2)
+    with pytest.raises(ImageError, match="more than 2 files; write a data file"):
+        image_files(str(tmp_path))

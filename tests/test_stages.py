@@ -435,6 +435,25 @@ def test_tiny_images_get_a_box_inside_them(front: Front, size: tuple[int, int]) 
 # ---------------------------------------------------------------------------------------------------- ground
 
 
+def test_ground_every_image_of_a_folder(front: Front) -> None:
+    """Each is an entry: a broken one is named and the others are done; two of one name have ids of their own."""
+    Path("pics").mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        draw_image(Path("pics") / name, 0, (64, 48))
+    Path("pics/broken.png").write_bytes(b"no image")
+    options = ("stage=ground", "query=the dog", "heads=[2-0]", "segmenter=none", "visualize_batch=false")
+    result = front.finder(*options, "image_file=pics")
+    assert result.status == 1
+    assert "broken.png" in result.out
+    ids = [line["id"] for line in read_lines(front.out / "predictions.jsonl") if line["bbox"]]
+    assert ids == ["a_the-dog_1", "a_the-dog_2", "b_the-dog"]
+    assert front.finder(*options, "image_file=pics/a.*").status == 0
+    assert len(read_lines(front.out / "predictions.jsonl")) == 2
+    assert (
+        "save_id= names the files of one image" in front.finder(*options, "image_file=pics", "save_id=x").err
+    )
+
+
 def test_ground_one_image(front: Front) -> None:
     """A box, a mask, an overlay; the same as from Python."""
     result = front.finder(

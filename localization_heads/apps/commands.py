@@ -1,4 +1,4 @@
-"""The commands: `localization_heads_finder.py` (and `locheads`), `visualize_attention.py` and `cli_llava.py`.
+"""The commands: `localization_heads_finder.py` (`locheads`), `visualize_attention.py` and `cli_llava.py`.
 
 What takes time to import waits until the options are read: help and errors are there at once.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING
 
-from localization_heads.apps.frontdoor import Given, run
+from localization_heads.apps.frontdoor import Given, called_as, run
 from localization_heads.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _RARELY = (50_000, 20, 100)
 
 def finder() -> int:
     """One stage. The exit status: 0 all went well, 1 some entry or work failed, 2 wrong use."""
-    return run(_finder, "finder", "python localization_heads_finder.py")
+    return run(_finder, "finder", called_as())
 
 
 def _finder(given: Given) -> int:
@@ -43,7 +43,7 @@ def _announce(run: Run) -> None:
 
 def visualize() -> int:
     """Figures of attention files on disk. The exit status: 0 all went well, 1 some entry failed, 2 wrong use."""
-    return run(_visualize, "visualize", "python visualize_attention.py")
+    return run(_visualize, "visualize", called_as())
 
 
 def _visualize(given: Given) -> int:
@@ -63,7 +63,7 @@ def _visualize(given: Given) -> int:
 
 def chat() -> int:
     """One answer, or a conversation. The exit status: 0 all went well, 1 the model failed, 2 wrong use."""
-    return run(_chat, "chat", "python cli_llava.py")
+    return run(_chat, "chat", called_as())
 
 
 def _chat(given: Given) -> int:

@@ -20,6 +20,7 @@ from functools import partialmethod
 from typing import Any, NamedTuple
 
 from localization_heads.errors import UsageError, WorkError, printable
+from localization_heads.version import __version__
 
 QUIET, VERBOSE = {"-q", "--quiet"}, {"-v", "--verbose"}
 HELP = """\
@@ -100,6 +101,9 @@ def run(
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(help_text(config_name, program))
         return 0
+    if "--version" in arguments:
+        sys.stdout.write(f"localization-heads {__version__}\n")
+        return 0
     debug = "debug=true" in [a.lower() for a in arguments] or os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         with verbosity(arguments) as options:
@@ -116,13 +120,22 @@ def run(
         return _fail(f"{type(error).__name__}: {_one_line(error)} (debug=true shows where)", 1, debug)
 
 
+def called_as() -> str:
+    """The command as it was typed: `python x.py`, `python -m package` or the name of a console script."""
+    name = os.path.basename(sys.argv[0])  # noqa: PTH119  (Path("") has a name of its own)
+    if name == "__main__.py":
+        spec = sys.modules["__main__"].__spec__
+        return f"python -m {spec.parent}" if spec else f"python {name}"
+    return f"python {name}" if name.endswith(".py") else name
+
+
 def help_text(config_name: str, program: str) -> str:
     """How the program is called, and every option of it."""
     try:
         from localization_heads.options.compose import help_text as options_text
     except ModuleNotFoundError:
         return f"{sys.executable} {NOT_SET_UP}\n"
-    return f"usage: {program} [-q | -v] [NAME=VALUE ...]\n\n{HELP.strip()}\n\n{options_text(config_name)}"
+    return f"usage: {program} [-q | -v] [--version] [NAME=VALUE ...]\n\n{HELP.strip()}\n\n{options_text(config_name)}"
 
 
 def quote_free_text(argument: str, sweeps: bool = False, config_name: str = "finder") -> str:

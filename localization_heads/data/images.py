@@ -7,6 +7,7 @@ an `ImageError`, whose message is one line.
 from __future__ import annotations
 
 import ctypes
+import glob
 import math
 import stat
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from io import SEEK_END, BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +78,9 @@ MAX_SLOW_PIXELS = 4_000_000
 """Of images that are decoded in Python."""
 MAX_SLOW_BYTES = 64 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+MAX_FILES = 100_000
+"""Of a folder that is named in place of an image."""
 
 ImageSource = Image.Image | str | Path | Address
 """What an image is named by: itself, a path, or an http(s) address."""
@@ -170,6 +175,28 @@ def find_file(source: str | Path, base: str | Path | None = None) -> Path:
             raise ImageError(place, reason)
     also = f" (nor in {base})" if len(places) > 1 else ""
     raise ImageError(source, "no such file" + also)
+
+
+def image_files(pattern: str) -> list[Path] | None:
+    """The image files that a folder holds or a pattern such as `pics/*.jpg` means, by name; None for one file's name.
+
+    What is no image by its ending is passed over in a folder; a pattern means what it says.
+
+    Raises ImageError where there is none, or more than `MAX_FILES`.
+    """
+    path = local_path(pattern)
+    if path.is_dir():
+        found = (file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+    elif not path.exists() and glob.has_magic(str(path)):
+        found = (Path(file) for file in glob.iglob(str(path), recursive=True))  # noqa: PTH207  (absolute ones too)
+    else:
+        return None
+    files = sorted(islice((file for file in found if file.is_file()), MAX_FILES + 1))
+    if not files:
+        raise ImageError(pattern, "no image file there")
+    if len(files) > MAX_FILES:
+        raise ImageError(pattern, f"more than {MAX_FILES:,} files; write a data file")
+    return files
 
 
 def _unreadable(path: Path) -> str | None:

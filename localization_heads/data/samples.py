@@ -132,12 +132,12 @@ def load_samples(data_file: str | Path, *, allow_private_addresses: bool = False
         ids.claim(id, line)
         return made
 
-    return _load(Path(data_file), sample)
+    return _load(local_path(data_file), sample)
 
 
 def load_visualization_entries(data_file: str | Path) -> SampleFile[VisualizationEntry]:
     """Read the entries of a visualization batch, as `load_samples` reads samples. One id may come many times."""
-    return _load(Path(data_file), _visualization_entry)
+    return _load(local_path(data_file), _visualization_entry)
 
 
 def _load(path: Path, make: Callable[[Mapping[str, Any], str, int, Path], Line]) -> SampleFile[Line]:

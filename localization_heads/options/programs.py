@@ -216,7 +216,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
     )
     image_file: PathText | None = option(
         None,
-        "An image (path or http address); for collect, pipeline, ground and doctor.",
+        "An image (path or http address); for collect, pipeline, ground and doctor. ground also takes a folder or a "
+        "pattern such as 'pics/*.jpg': every image in it.",
         section="input",
         stages=ONE_IMAGE,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from localization_heads.data.images import load_image
+from localization_heads.data.images import image_files, load_image
 from localization_heads.data.masks import read_mask
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import Sample
@@ -26,7 +27,7 @@ from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.report import look
 from localization_heads.stages.run import Run, check_criteria
-from localization_heads.stages.single import image_id
+from localization_heads.stages.single import default_id, image_id
 from localization_heads.stages.zoom import second_look
 from localization_heads.store.files import RunLock
 from localization_heads.store.journal import ResultLog
@@ -49,8 +50,9 @@ Like all `Work` it is sent to where the model is, and given that place's `Run`.
 
 def ground(run: Run) -> Result:
     """Boxes and masks for one image, or for every entry of `data_file` if no image is named."""
-    alone = bool(run.options.image_file or run.options.query)
-    asked = _one_entry(run) if alone else select_entries(run)
+    named = bool(run.options.image_file or run.options.query)
+    asked = _named_images(run) if named else select_entries(run)
+    alone = named and not asked.samples[0].line
     entries, groups = in_phrases(run, asked)
     with RunLock(run.folder):
         log = ResultLog(run.folder, "ground_one" if alone else "ground", settings(run))
@@ -62,9 +64,22 @@ def ground(run: Run) -> Result:
         return Result([*drawn, path], entries.in_order(), outcomes)
 
 
-def _one_entry(run: Run) -> Entries:
+def _named_images(run: Run) -> Entries:
+    """The image, or those of a folder or a pattern, each an entry with its place as its line."""
     run.options.require("image_file", "query")
-    image, query = run.image(run.options.image_file), str(run.options.query)
+    query = str(run.options.query)
+    files = image_files(str(run.options.image_file))
+    if files is None:
+        return _one_entry(run, query)
+    if run.options.save_id:
+        raise UsageError("save_id= names the files of one image; leave it out for a folder")
+    named = [Sample(file, query, id=default_id(file.name, query), line=n) for n, file in enumerate(files, 1)]
+    ids = Counter(sample.id for sample in named)
+    return Entries([replace(one, id=f"{one.id}_{one.line}") if ids[one.id] > 1 else one for one in named])
+
+
+def _one_entry(run: Run, query: str) -> Entries:
+    image = run.image(run.options.image_file)
     id = image_id(run, image, query)
     entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_image(image)  # a wrong image is wrong use here, not a failed entry

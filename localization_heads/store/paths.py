@@ -108,6 +108,15 @@ def model_folder(name: str) -> str:
     return safe or "model"
 
 
+PACKAGE = Path(__file__).parents[1]
+
+
 def local_path(name: str | Path) -> Path:
-    """The path that a name would be, with `~` for a home folder."""
-    return Path(from_home(str(name)))
+    """The path that a name would be, with `~` for a home folder.
+
+    Where there is no folder `examples`, as outside the repository, its files are those that the package brings.
+    """
+    path = Path(from_home(str(name)))
+    if path.parts[:1] == ("examples",) and not path.exists() and (PACKAGE / path).exists():
+        return PACKAGE / path
+    return path

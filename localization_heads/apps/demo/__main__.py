@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from localization_heads.apps.frontdoor import Given, run
+from localization_heads.apps.frontdoor import Given, called_as, run
 
 
 def main() -> int:
     """The exit status: 0 the page was closed, 1 the model failed, 2 wrong use."""
-    return run(_main, "demo", "python -m localization_heads.apps.demo")
+    return run(_main, "demo", called_as())
 
 
 def _main(given: Given) -> int:
