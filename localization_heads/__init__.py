@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from localization_heads.packages import check_versions
 from localization_heads.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'localization_heads' has no attribute '{name}'")
+    check_versions()
     return getattr(import_module(f"localization_heads.{_HOMES[name]}"), name)
 
 

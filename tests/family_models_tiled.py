@@ -100,9 +100,6 @@ def idefics3() -> tuple[Any, Any]:
 
 @family
 def smolvlm() -> tuple[Any, Any]:
-    from transformers.models.smolvlm import processing_smolvlm
-
-    processing_smolvlm.num2words = processing_smolvlm.num2words or str  # spells numbers of video frames
     t = tokenizer(
         [f"<row_{row}_col_{column}>" for row, column in ROWS_AND_COLUMNS],
         fake_image_token="<fake_token_around_image>",
@@ -111,7 +108,7 @@ def smolvlm() -> tuple[Any, Any]:
         end_of_utterance_token="<end_of_utterance>",
     )
     ip = hf.SmolVLMImageProcessor(size={"longest_edge": 1536}, max_image_size={"longest_edge": 512})
-    processor = images_only(hf.SmolVLMProcessor)(ip, t, None, image_seq_len=64)
+    processor = images_only(hf.SmolVLMProcessor)(ip, t, image_seq_len=64)
     config = hf.SmolVLMConfig(
         text_config=text("llama"),
         vision_config=tower(None, 512, 16),
@@ -214,7 +211,7 @@ def gemma4() -> tuple[Any, Any]:
         **SOUND,
     )
     sound = hf.Gemma4AudioFeatureExtractor()
-    processor = images_only(hf.Gemma4Processor)(sound, hf.Gemma4ImageProcessor(), t, None)
+    processor = images_only(hf.Gemma4Processor)(sound, hf.Gemma4ImageProcessor(), t)
     vision = tower(None, None, 16, num_key_value_heads=2, head_dim=16, pooling_kernel_size=3)
     del vision["image_size"]
     config = hf.Gemma4Config(
@@ -307,7 +304,7 @@ def kimi_k25() -> tuple[Any, Any]:
         ["<|vs|>", "<|ve|>"], image_token="<|media_pad|>", video_token="<|kimi_k25_video_placeholder|>"
     )
     mla = {
-        "q_lora_rank": None,
+        "q_lora_rank": 16,
         "kv_lora_rank": 16,
         "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 16,

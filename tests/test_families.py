@@ -19,7 +19,6 @@ from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import capture
 from localization_heads.lvlm.families import FAMILIES, REFUSED, check_family, views_of
 from localization_heads.lvlm.geometry import ProcessedImage, View
-from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
 CHECKS = json.loads(Path(__file__).with_name("family_checks.json").read_text(encoding="utf-8"))
@@ -126,16 +125,6 @@ def test_every_image_token_has_one_cell(name: str) -> None:
         if not lvlm.looks_across:
             assert set(cells) <= set(image.tokens)
     assert names == set(CHECKS["families"][name]["views"])
-
-
-def test_video_families_load_without_torchvision(tmp_path: Path) -> None:
-    """A saved Qwen2-VL: transformers alone would not load its processor, for its video half needs torchvision."""
-    lvlm = tiny("qwen2_vl")
-    lvlm.processor.save_pretrained(tmp_path)
-    lvlm.model.save_pretrained(tmp_path)
-    loaded, image = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_image(150, 110)
-    expected = lvlm.attend(image, "the dog").attention
-    np.testing.assert_allclose(loaded.attend(image, "the dog").attention, expected, **EAGER)
 
 
 def test_the_table_of_checks_is_whole() -> None:

@@ -65,6 +65,7 @@ def test_flash_attention(folder: Path) -> None:
     ("error", "said"),
     [
         (ImportError("SmolVLM requires the num2words library"), "pip install num2words"),
+        (ImportError("TimmWrapperModel requires the timm library"), "pip install --no-deps timm"),
         (ImportError("X requires the Torchvision library"), "pip install --no-deps torchvision==0."),
         (ValueError("needs torchvision"), "pip install --no-deps torchvision==0."),
         (ImportError("no sentencepiece"), None),

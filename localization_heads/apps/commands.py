@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from localization_heads.apps.frontdoor import Given, called_as, run
 from localization_heads.errors import UsageError, printable
+from localization_heads.packages import check_versions
 
 if TYPE_CHECKING:
     from localization_heads.stages.run import Run
@@ -25,6 +26,7 @@ def finder() -> int:
 
 def _finder(given: Given) -> int:
     gc.set_threshold(*_RARELY)
+    check_versions()
     from localization_heads.apps.finder_stages import run_stage
     from localization_heads.stages.run import Run
 
@@ -67,6 +69,7 @@ def chat() -> int:
 
 
 def _chat(given: Given) -> int:
+    check_versions()
     from localization_heads.apps.terminal import converse, print_answer, start
     from localization_heads.stages.run import ChatRun
 

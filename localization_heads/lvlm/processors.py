@@ -1,7 +1,14 @@
-"""Processors without their video half, which would need torchvision; and values that a checkpoint's processor lacks."""
+"""Processors without their video half, which is never used; and values that a checkpoint's processor lacks.
+
+The video half would need torchvision, and settings that not every checkpoint has.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -9,7 +16,6 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
     PROCESSOR_MAPPING_NAMES,
     processor_class_from_name,
 )
-from transformers.utils.import_utils import is_torchvision_available
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, first_of, image_token_id
@@ -28,6 +34,18 @@ class _WithoutVideo(ProcessorMixin):
         super().__init__(*args, **options)  # type: ignore[no-untyped-call]
 
 
+class _ImagesOnly(type):
+    """Makes such processors without what their classes insist on. `__init__` stays: transformers reads its names."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+        position = list(parameters).index("video_processor") if "video_processor" in parameters else 0
+        if position > len(args):  # counted with self
+            options.setdefault("video_processor", None)  # SmolVLM and Gemma 4 have no default
+        with _spelling_numbers(cls.__mro__[1]):
+            return super().__call__(*args, **options)
+
+
 def images_only(kind: Any) -> Any:
     """A processor class without its video part, which it then neither loads nor needs.
 
@@ -36,16 +54,29 @@ def images_only(kind: Any) -> Any:
     """
     attributes = [name for name in kind.get_attributes() if "video" not in name]
     members = {"get_attributes": classmethod(lambda _: attributes)}
-    return type(kind.__name__, (kind, _WithoutVideo), members)
+    return _ImagesOnly(kind.__name__, (kind, _WithoutVideo), members)
+
+
+@contextmanager
+def _spelling_numbers(kind: Any) -> Iterator[None]:
+    """SmolVLM's processor cannot be made without num2words, with which it spells the times of a video's frames."""
+    module = sys.modules[kind.__module__]
+    missing = getattr(module, "num2words", str) is None
+    if missing:
+        module.num2words = str  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if missing:
+            module.num2words = None  # type: ignore[attr-defined]
 
 
 def processor_kind(model_type: str) -> Any:
-    """The class that loads a family's processor: `AutoProcessor`; without torchvision, one without its video part.
+    """The class that loads a family's processor: `AutoProcessor`, or one without its video part.
 
-    Families that need torchvision for images as well are left to `AutoProcessor`, whose error says so.
+    Videos need torchvision, and settings that a checkpoint may lack; images need neither. Families that need
+    torchvision for images as well are left to `AutoProcessor`, whose error says so.
     """
-    if is_torchvision_available():
-        return AutoProcessor
     kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
     try:
         has_video = kind is not None and any("video" in name for name in kind.get_attributes())

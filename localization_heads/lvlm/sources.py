@@ -123,6 +123,11 @@ _LINES = (
         "pip install flash-attn --no-build-isolation, or write model.attn_implementation=sdpa",
     ),
     (("num2words",), "its processor reads numbers as words", "pip install num2words"),
+    (
+        ("timm",),
+        "its vision tower is timm's",
+        "pip install --no-deps timm, and the torchvision that it imports",
+    ),
 )
 
 

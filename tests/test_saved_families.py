@@ -1,0 +1,31 @@
+"""Every family as a folder that somebody saved: it loads, with torchvision or without, and `doctor` finds it well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from family_models import BUILDERS, tiny
+from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from footprints import coordinate_image
+
+from localization_heads.lvlm.doctor import examine
+from localization_heads.lvlm.loading import load_model
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_saved_family_loads_and_is_well(name: str, tmp_path: Path) -> None:
+    """Of a processor with a video half, transformers alone would load neither that half nor the rest."""
+    lvlm = tiny(name)
+    lvlm.processor.save_pretrained(tmp_path)
+    lvlm.model.save_pretrained(tmp_path)
+    loaded, image = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_image(64, 48)
+    found = examine(loaded, image, "the red car")
+    assert found.is_well, (found.problem, found.check)
+    if name == "llava":  # loaded, it pads, as its family does
+        return
+    loaded.processor.tokenizer = lvlm.processor.tokenizer  # some families split words in their own way
+    expected, actual = lvlm.attend(image, "the dog"), loaded.attend(image, "the dog")
+    assert actual.image_box == expected.image_box
+    np.testing.assert_allclose(actual.attention, expected.attention, rtol=0, atol=1e-5)
