@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from localization_heads.heads.ranking import HeadRanking
     from localization_heads.hub import load_heads, push_heads
     from localization_heads.interop.pipeline import pipeline
+    from localization_heads.lvlm.intervene import switch_off
     from localization_heads.lvlm.loading import load_model
+    from localization_heads.lvlm.steering import steer
 
 
 # The public names and where they live. They are imported on first use, so that `import localization_heads`
@@ -45,6 +47,8 @@ _HOMES = {
     "load_model": "lvlm.loading",
     "pipeline": "interop.pipeline",
     "push_heads": "hub",
+    "steer": "lvlm.steering",
+    "switch_off": "lvlm.intervene",
 }
 
 __all__ = [
@@ -62,6 +66,8 @@ __all__ = [
     "load_model",
     "pipeline",
     "push_heads",
+    "steer",
+    "switch_off",
 ]
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -149,6 +149,10 @@ def _visible_keys(logits: Tensor, last: Tensor, padding: Tensor | None, *, windo
 AttentionFunction = Callable[..., Any]
 LAST = Query()
 
+MaskChange = Callable[[nn.Module, Tensor, Tensor, Any, Mapping[str, Any]], Any]
+"""A new attention mask from a module, its `query`, `key` and mask, and the other arguments of its attention."""
+_masks: dict[nn.Module, list[MaskChange]] = {}
+
 _recorder: ContextVar[Recorder | None] = ContextVar("attention_recorder", default=None)
 _lock = threading.Lock()
 _open_captures = 0
@@ -275,6 +279,24 @@ def capture(
         _uninstall()
 
 
+@contextmanager
+def changed_masks(changes: Mapping[nn.Module, MaskChange]) -> Iterator[None]:
+    """Give the attention of each module another mask during the `with` block; what is captured is with that mask."""
+    _install()
+    with ExitStack() as stack:
+        stack.callback(_uninstall)
+        for module, change in changes.items():
+            _masks.setdefault(module, []).append(change)
+            stack.callback(_forget, module, change)
+        yield
+
+
+def _forget(module: nn.Module, change: MaskChange) -> None:
+    _masks[module].remove(change)
+    if not _masks[module]:
+        del _masks[module]
+
+
 def attention_modules(model: Any) -> dict[int, nn.Module]:
     """The attention module of every LM layer whose heads can attend to the image, by layer index.
 
@@ -325,6 +347,8 @@ def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
         **kw: Any,
     ) -> Any:
         original = registered or _eager_function(module)
+        for change in _masks.get(module, ()):
+            attention_mask = change(module, query, key, attention_mask, kw)
         recorder = _recorder.get()
         if recorder is not None:
             recorder.see(module, query, key, attention_mask, kw)

@@ -38,6 +38,8 @@ class LoadedModel(PromptedModel):
         """Why an image cannot be encoded once for all its expressions; None if it can."""
         if self.query_token == "answer_first":
             return "the first token of the answer is generated anew for each prompt"
+        if alone := next((change.alone for change in self.changes if change.alone), None):
+            return alone
         if not self.image_comes_first:
             return "its template puts the image after the expression"
         return self._family_not_shared

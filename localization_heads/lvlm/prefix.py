@@ -84,7 +84,9 @@ class Prefix:
             grows: later tokens are kept as well, as generation needs it.
         """
         kept, kind = length if self.can_be_cut else None, GrowingLayer if grows else SharedLayer
-        return Cache(layers=[_continued(layer, batch_size, kept, kind) for layer in self.layers])
+        cache = Cache(layers=[_continued(layer, batch_size, kept, kind) for layer in self.layers])
+        cache.first_ids = self.ids[:length]  # type: ignore[attr-defined]  # tells a steered model where the image is
+        return cache
 
 
 class SharedLayer(DynamicLayer):

@@ -21,6 +21,7 @@ from localization_heads.lvlm.capture import (
     decoder_layers,
     looks_across,
 )
+from localization_heads.lvlm.changes import Change
 from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
 from localization_heads.lvlm.failures import memory_errors, processor_errors
 from localization_heads.lvlm.families import family_of
@@ -48,7 +49,7 @@ class PromptedModel:
     """A vision-language model of transformers, its processor, and what is known about it.
 
     Made by `load_model`, which collects its remarks in `notes`. The model itself is never changed: `lvlm.model` is
-    plain transformers.
+    plain transformers. Only `switch_off` and `steer` put hooks on it, which are gone when their block ends.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class PromptedModel:
         self.paraphrases = None if paraphrases is None else tuple(paraphrases)
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
+        self.changes: list[Change] = []  # in force; shared by the copies that `prompted` makes
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         # Both are shared by the copies that `prompted` makes. Every expression renders the stand-in's prompt as well.
         self._located = lru_cache(PROMPTS)(self._locate)
@@ -152,6 +154,11 @@ class PromptedModel:
             self.note(
                 f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
             )
+
+    @property
+    def changed(self) -> tuple[Change, ...]:
+        """The changes that are in force; none while the model is as it was loaded."""
+        return tuple(self.changes)
 
     @property
     def known_heads(self) -> tuple[Head, ...]:
@@ -237,7 +244,10 @@ class PromptedModel:
     def seen(self, image: Image.Image) -> Image.Image:
         """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
         check_shape(self.model.config, self.processor.image_processor, image.size)
-        return as_seen(image)
+        found = as_seen(image)
+        if found is not image:
+            found.seen_from = image.size  # type: ignore[attr-defined]  # boxes are in pixels of that
+        return found
 
     def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, padded to one length.
@@ -281,6 +291,8 @@ class PromptedModel:
             pad = self.processor.tokenizer.pad_token_id or 0
             inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
         self._check_length(inputs["input_ids"].shape[1])
+        for change in self.changes:
+            change.see(self, images, inputs)
         return inputs
 
     def _check_length(self, num_tokens: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from localization_heads.attention import AttentionMaps
 from localization_heads.lvlm.answering import Said, Sides
 from localization_heads.lvlm.capture import Query, capture
+from localization_heads.lvlm.changes import Change
 from localization_heads.lvlm.failures import memory_errors, misfit_errors
 from localization_heads.lvlm.geometry import View
 from localization_heads.lvlm.paraphrases import merged, wordings
@@ -103,9 +104,13 @@ class EncodedImage:
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
         self._prefix: Prefix | None = None
+        self._changed: tuple[Change, ...] = ()  # in force when it was computed
         self._first = self._read(lvlm.located_prompt(STAND_INS[0]))  # raises if the image cannot be used
-        self.shares = lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
+
+    @property
+    def shares(self) -> bool:
         """Whether the expressions share the image's encoding; if not, each prompt is run by itself."""
+        return self.lvlm.why_not_shared is None and self._shared_tokens > self._last_image_token
 
     @property
     def num_bytes(self) -> int:
@@ -200,8 +205,9 @@ class EncodedImage:
             return None
         depth = max(self.lvlm.attention_modules) if last_layer is None else last_layer
         with self._lock:
-            if self._prefix is None or self._prefix.depth < depth:
-                self._prefix = self._computed(depth)
+            changed = self.lvlm.changed
+            if self._prefix is None or self._prefix.depth < depth or self._changed != changed:
+                self._prefix, self._changed = self._computed(depth), changed
             return self._prefix
 
     def _maps(

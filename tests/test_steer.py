@@ -1,0 +1,218 @@
+"""Heads steered towards a region: sdpa against eager, and against the softmax written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from family_models import tiny
+from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from PIL import Image
+from transformers import AttentionInterface
+
+import localization_heads as lh
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.capture import capture
+from localization_heads.lvlm.families import views_of
+from localization_heads.lvlm.geometry import ProcessedImage
+from localization_heads.lvlm.intervene import output_projection
+from localization_heads.lvlm.model import LVLM
+
+FAMILIES = ["llava", "llava_siglip", "llava_next", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "deepseek_vl"]
+FAMILIES += ["paligemma2", "internvl", "gemma3", "mllama", "florence2", "llama4", "kimi_k25"]
+FAMILIES += ["lfm2_vl", "gemma4", "gemma3n"]
+CLOSE = {"rtol": 0, "atol": 1e-5}
+REGION = (10.0, 10.0, 60.0, 50.0)
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (110, 150, 3), dtype=np.uint8))
+
+
+@contextmanager
+def kernel(lvlm: LVLM, name: str) -> Iterator[None]:
+    before = lvlm.model.config.get_text_config()._attn_implementation
+    lvlm.model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        lvlm.model.set_attn_implementation(before)
+
+
+def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """By layer, the captured rows (B, H, K), and what the heads write (tokens, H x D), of two prompts in a batch."""
+    prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
+    inputs = lvlm.encode([PICTURE, PICTURE], prompts)
+    decoder = {"decoder_input_ids": torch.tensor([[2], [2]])} if lvlm.model.config.is_encoder_decoder else {}
+    written: dict[int, torch.Tensor] = {}
+
+    def watch(layer: int) -> Any:
+        return lambda _, given: written.update({layer: given[0].clone()})
+
+    hooks = [
+        output_projection(lvlm, layer).register_forward_pre_hook(watch(layer))
+        for layer in lvlm.attention_modules
+    ]
+    with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
+        lvlm.model(**inputs, **decoder, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    if not lvlm.model.config.is_encoder_decoder:  # what padding reads is nobody's business
+        real = inputs["attention_mask"].bool()
+        written = {layer: values[real] for layer, values in written.items()}
+    return recorder.rows, written
+
+
+def region_mass(lvlm: LVLM, rows: torch.Tensor, sample: int) -> torch.Tensor:
+    """(H,) the attention of a row (B, H, K) on the cells that overlap the region, cell by cell."""
+    prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
+    inputs = lvlm.encode([PICTURE, PICTURE], prompts)
+    total = torch.zeros(rows.shape[1])
+    for view in views_of(ProcessedImage(lvlm.model.config, lvlm.processor, inputs, sample, PICTURE.size)):
+        for (row, column), key in np.ndenumerate(view.index):
+            across = view.x_edges[column] < REGION[2] and view.x_edges[column + 1] > REGION[0]
+            down = view.y_edges[row] < REGION[3] and view.y_edges[row + 1] > REGION[1]
+            if across and down:
+                total += rows[sample, :, int(key)]
+    return total
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    """The last layer's chosen head gets `exp(strength)` times the odds on the region, and no other head moves.
+
+    With sdpa and with eager attention alike. Heads are those that write their slice of the projection's input.
+    """
+    lvlm, strength = tiny(name), 1.5
+    layer = max(lvlm.attention_modules)  # the first may have a sliding window
+    head = lvlm.num_heads - 1
+    plain, plain_written = rows_and_written(lvlm)
+    with lh.steer(lvlm, [(layer, head)], REGION, strength):
+        steered, written = rows_and_written(lvlm)
+    for sample in (0, 1):
+        before, after = region_mass(lvlm, plain[layer], sample), region_mass(lvlm, steered[layer], sample)
+        odds = np.exp(strength) * before[head]
+        torch.testing.assert_close(after[head], odds / (odds + 1 - before[head]), **CLOSE)
+        assert after[head] > before[head] + 1e-4
+    others = [other for other in range(lvlm.num_heads) if other != head]
+    torch.testing.assert_close(steered[layer][:, others], plain[layer][:, others], **CLOSE)
+    size = written[layer].shape[-1] // lvlm.num_heads
+    changed = (
+        (written[layer] - plain_written[layer])
+        .abs()
+        .flatten(0, -2)
+        .amax(0)
+        .reshape(lvlm.num_heads, size)
+        .amax(1)
+    )
+    assert changed[head] > 1e-6
+    assert changed[others].max() < 1e-5
+    if name != "paligemma2":  # soft-capped: eager only
+        with kernel(lvlm, "eager"), lh.steer(lvlm, [(layer, head)], REGION, strength):
+            eager, _ = rows_and_written(lvlm)
+        for one in eager:
+            torch.testing.assert_close(eager[one], steered[one], **CLOSE)
+
+
+def test_captured_rows_equal_eager(lvlm: LVLM, image: Image.Image) -> None:
+    """Of a steered model, too: `output_attentions` of eager attention says the same, at every key."""
+    copy = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system=lvlm.system, conv_mode=lvlm.conv_mode)
+    with lh.steer(copy, [(4, 4), (4, 5), (2, 1)], REGION, 3.0):
+        inputs = copy.encode([image], [copy.prompt("the dog")])
+        with torch.inference_mode(), capture(copy.attention_modules) as recorder:
+            copy.model(**inputs)
+        with kernel(copy, "eager"), torch.inference_mode():
+            attentions = copy.model(**inputs, output_attentions=True).attentions
+    for layer, rows in recorder.rows.items():
+        torch.testing.assert_close(rows, attentions[layer][:, :, -1], **CLOSE)
+
+
+def test_all_ways_to_ask_agree(lvlm: LVLM, image: Image.Image) -> None:
+    """Encoded before the block, in it, in a batch with another length, alone; and after it as before."""
+    encoded, expressions = lvlm.encode_image(image), ["the dog", "the small red car on the left"]
+
+    def ways() -> list[np.ndarray]:
+        return [
+            *(maps.attention for maps in encoded.attend(expressions)[:1]),
+            lvlm.ask(image, expressions)[0].attention,
+            lvlm.attend_batch([image, image.copy()], expressions)[0].attention,
+            lvlm.attend(image, "the dog").attention,
+        ]
+
+    plain = ways()[-1]
+    with lh.steer(lvlm, [(3, 2), (4, 4)], REGION, 4.0):
+        *others, steered = ways()
+    for one in others:
+        np.testing.assert_allclose(one, steered, **CLOSE)
+    assert np.abs(steered - plain).max() > 1e-3
+    for one in ways():
+        np.testing.assert_allclose(one, plain, **CLOSE)
+
+
+def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Image) -> None:
+    """Each generated token comes from the logits that the whole text so far, read anew, gives."""
+    heads = [(layer, head) for layer in (3, 4, 5) for head in range(0, 8, 2)]
+    with lh.steer(lvlm, heads, REGION, 4.0), torch.inference_mode():
+        inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+        made = lvlm.model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True
+        )
+        ids = made.sequences[:, :-1]
+        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = lvlm.model(**whole, use_cache=False).logits[0]
+    for step, scores in enumerate(made.scores):
+        torch.testing.assert_close(
+            scores[0], logits[inputs["input_ids"].shape[1] - 1 + step], rtol=0, atol=1e-4
+        )
+
+
+def test_strength_zero_changes_nothing(lvlm: LVLM, image: Image.Image) -> None:
+    plain, registry = lvlm.attend(image, "the dog").attention, dict(AttentionInterface._global_mapping)
+    for heads, strength in [([(4, 4)], 0), ([], 5.0)]:
+        with lh.steer(lvlm, heads, REGION, strength):
+            assert not lvlm.changes
+            assert np.array_equal(lvlm.attend(image, "the dog").attention, plain)
+    with pytest.raises(ZeroDivisionError), lh.steer(lvlm, [(4, 4)], REGION, 1.0):
+        _ = 1 / 0
+    assert not lvlm.changes
+    assert dict(AttentionInterface._global_mapping) == registry
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ((200, 0, 300, 50), "lies outside the image, which is 160 x 90"),
+        ((10, 10, 5, 20), "with x1 > x0"),
+        ((0, 0, float("nan"), 4), "with x1 > x0"),
+        ((1, 2, 3), "four numbers"),
+        ("here", "four numbers"),
+    ],
+)
+def test_bad_regions(lvlm: LVLM, image: Image.Image, region: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught, lh.steer(lvlm, [(4, 4)], region, 1.0):
+        lvlm.attend(image, "the dog")
+    assert "\n" not in str(caught.value)
+    assert not lvlm.changes
+
+
+def test_other_misuse(lvlm: LVLM, image: Image.Image) -> None:
+    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    with pytest.raises(UsageError, match="there is no L6H0"), lh.steer(lvlm, [(6, 0)], REGION, 1.0):
+        pass
+    with pytest.raises(UsageError, match="finite number"), lh.steer(lvlm, [(4, 0)], REGION, float("inf")):
+        pass
+    with pytest.raises(UsageError, match="before the block"), lh.steer(lvlm, [(4, 0)], REGION, 1.0):
+        lvlm.model(**inputs)
+    with lh.steer(lvlm, [(4, 0)], REGION, 1.0):
+        lvlm.attend(image, "the dog")
+        with pytest.raises(UsageError, match="open a block for each"):
+            lvlm.attend(image.resize((90, 160)), "the dog")
+    cropped = tiny("llava")  # CLIP's processor keeps the middle square
+    with pytest.raises(UsageError, match="does not see"), lh.steer(cropped, [(0, 0)], (0, 0, 20, 90), 1.0):
+        cropped.attend(image, "the dog")
+    unknown = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system="", conv_mode="plain")
+    unknown.model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(UsageError, match=r"takes no bias .*=sdpa or eager"):
+        lh.steer(unknown, [(0, 0)], REGION, 1.0).__enter__()
