@@ -296,7 +296,7 @@ def test_columns_are_explained_where_they_are_shown() -> None:
 
 def test_the_pages_viridis_is_matplotlibs() -> None:
     """The seventeen colours of the script, against matplotlib."""
-    script = (Path(lh.__file__).parent / "report/assets/report.js").read_text()
+    script = (Path(lh.__file__).parent / "report/assets/common.js").read_text()
     inside = re.findall(r"VIRIDIS = \[(.*?)\];", script, re.DOTALL)[0]
     anchors = np.array(re.findall(r"\d+", inside), dtype=float).reshape(-1, 3)
     expected = matplotlib.colormaps["viridis"](np.linspace(0, 1, 17))[:, :3] * 255

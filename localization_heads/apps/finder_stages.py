@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from localization_heads.apps import confidence, tables
+from localization_heads.apps import confidence, tables, traces
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.options.compose import preset_name
 from localization_heads.scenes import write
-from localization_heads.stages import calibrate, evaluate, experiment, export, find, ground, single
+from localization_heads.stages import calibrate, evaluate, experiment, export, find, ground, single, trace
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run
 
@@ -59,6 +59,11 @@ def _calibrate(run: Run) -> int:
     return _show(confidence.calibration_table(calibration), result.paths, result.failures)
 
 
+def _trace(run: Run) -> int:
+    traced = trace.trace(run)
+    return _show(traces.trace_table(traced.trace), traced.paths)
+
+
 def _export(run: Run) -> int:
     tables.written(export.export(run))
     return 0
@@ -80,6 +85,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "export": _export,
     "prepare": _prepare,
     "calibrate": _calibrate,
+    "trace": _trace,
 }
 
 

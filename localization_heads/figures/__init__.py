@@ -16,6 +16,7 @@ from localization_heads.figures.sample import plot_components, plot_grounding, p
 from localization_heads.figures.several import Found, plot_instances, plot_several
 from localization_heads.figures.sheet import show
 from localization_heads.figures.svg import svg
+from localization_heads.figures.trace import plot_trace
 from localization_heads.figures.trust import plot_confidence
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "plot_selection_frequency",
     "plot_several",
     "plot_top_maps",
+    "plot_trace",
     "show",
     "svg",
 ]

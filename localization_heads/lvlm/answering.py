@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from localization_heads.lvlm.capture import Recorder
 
@@ -75,12 +75,17 @@ class Hearing(LogitsProcessor):
     def said(self, tokenizer: Any, most: int | None = None) -> list[Said]:
         """What each sample said, of `most` tokens at most."""
         assert self.logprob is not None
-        tokens = torch.stack(self._tokens, 1).tolist()
+        tokens = self.tokens(most)
         odds = [None] * len(tokens) if self.odds is None else self.odds.tolist()
         return [
-            Said(_text(tokenizer, [token for token in row if token >= 0][:most]), logprob, odd)
+            Said(_text(tokenizer, row), logprob, odd)
             for row, logprob, odd in zip(tokens, self.logprob.tolist(), odds, strict=True)
         ]
+
+    def tokens(self, most: int | None = None) -> list[list[int]]:
+        """Ids of the tokens of each sample's answer, `most` at most, without the one that ends it."""
+        rows = torch.stack(self._tokens, 1).tolist() if self._tokens else []
+        return [[token for token in row if token >= 0][:most] for row in rows]
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -99,7 +104,10 @@ def generate(
     model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing, pad: int | None
 ) -> None:
     """Greedy generation of up to so many tokens, after prompts padded on the left."""
-    model.generate(
+    # Janus' own `generate` chooses between text and images, and drops the processors of logits.
+    kind = GenerationMixin if model.config.model_type == "janus" else type(model)
+    kind.generate(
+        model,
         **inputs,
         max_new_tokens=num_tokens,
         do_sample=False,

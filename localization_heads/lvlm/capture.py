@@ -267,11 +267,17 @@ def capture(
     >>> recorder.rows[14].shape                                    # doctest: +SKIP
     torch.Size([1, 32, 640])
     """
-    recorder = Recorder(modules, stop_after, query, num_tokens)
+    with recording(recorder := Recorder(modules, stop_after, query, num_tokens)):
+        yield recorder
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """The recorder sees every attention that is computed during the `with` block."""
     _install()
     token = _recorder.set(recorder)
     try:
-        yield recorder
+        yield
     except StopForward:
         pass
     finally:

@@ -18,10 +18,21 @@ from typing import Any
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import own_heads
 from localization_heads.lvlm.asking import ask_beside
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.loaded import LoadedModel
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
+from localization_heads.lvlm.trace import Trace
+from localization_heads.lvlm.tracing import traced
+from localization_heads.options.compose import newcomers_grounding
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
+from localization_heads.options.tracing import TRACE_TOKENS, TraceOptions
+
+OWN_HEADS = 3
+"""Heads that an image and a query pick where none are known (the paper's k)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +192,48 @@ class LVLM(LoadedModel):
             pairs = [images[place] for place in alone], [expressions[place] for place in alone]
             parts.append((alone, apart(self, *pairs)))
         return Batch(parts)
+
+    def trace(
+        self,
+        image: Image.Image,
+        query: str,
+        heads: Sequence[Head] | None = None,
+        *,
+        max_new_tokens: int = TRACE_TOKENS,
+        trace: TraceOptions | None = None,
+        options: GroundingOptions | None = None,
+    ) -> Trace:
+        """Where heads look while the model writes each word of its answer to a query, greedily.
+
+        Args:
+            image: RGB image of any size.
+            heads: whose maps are kept; None takes the known heads, and if there are none, the three that this image
+                and query pick.
+            max_new_tokens: length of the longest answer, in tokens.
+            trace: which step belongs to a word, and what is kept of it.
+            options: how maps become boxes; by default as in `ground`. Maps of other expressions are not asked for.
+
+        Raises:
+            UsageError: a query that cannot be used, or a head that the model does not have.
+            NotFiniteError: NaN or infinite attention.
+        """
+        chosen = tuple(Head(*head) for head in heads or self.known_heads or self.own_heads(image, query))
+        return traced(
+            self,
+            image,
+            query,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            options=trace or TraceOptions(),
+            grounding=options or newcomers_grounding(),
+        )
+
+    def own_heads(
+        self, image: Image.Image, query: str, criteria: CriteriaOptions | None = None, k: int = OWN_HEADS
+    ) -> list[Head]:
+        """The heads that this very image and query pick. NoHeadError where none passes the criteria."""
+        criteria = criteria or CriteriaOptions()
+        return own_heads(head_statistics(self.attend(image, query).attention, criteria), criteria, k)
 
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.

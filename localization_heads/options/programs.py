@@ -42,14 +42,15 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
+from localization_heads.options.tracing import TraceOptions
 
 Stage = Literal[
     "batch", "find", "rank", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes", "doctor",
-    "experiment", "export", "prepare", "calibrate",
+    "experiment", "export", "prepare", "calibrate", "trace",
 ]  # fmt: skip
 SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate")
 """Those that run the model over a data set."""
-ONE_IMAGE = ("collect", "pipeline", "ground", "doctor")
+ONE_IMAGE = ("collect", "pipeline", "ground", "doctor", "trace")
 """Those that take one image and one query."""
 BOXES = ("ground", "evaluate")
 """Those that make boxes while the model is there."""
@@ -210,14 +211,15 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
     stage: Stage = option(
         "batch",
         "What to do: batch, find, rank, pipeline, ground, evaluate, collect, analyze, visualize, scenes, doctor, "
-        "export, prepare, calibrate or experiment. calibrate fits calibration.json on entries with truth. "
+        "export, prepare, calibrate, trace or experiment. trace shows where heads look as each word of an answer is "
+        "written. calibrate fits calibration.json on entries with truth. "
         "rank repeats the last step of find (or batch) from the statistics that it "
         "left, without the model: for another top_n or k, or other criteria, except those that need the maps again.",
     )
     image_file: PathText | None = option(
         None,
-        "An image (path or http address); for collect, pipeline, ground and doctor. ground also takes a folder or a "
-        "pattern such as 'pics/*.jpg': every image in it.",
+        "An image (path or http address); for collect, pipeline, ground, trace and doctor. ground also takes a folder "
+        "or a pattern such as 'pics/*.jpg': every image in it.",
         section="input",
         stages=ONE_IMAGE,
     )
@@ -237,7 +239,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
     )
     save_id: Text | None = option(
         None,
-        "Name of the files of collect, pipeline and ground; null derives one from the image's name and the query.",
+        "Name of the files of stages with one image; null derives one from the image's name and the query.",
         section="output",
         stages=ONE_IMAGE,
     )
@@ -308,7 +310,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
         "smaller batches: 24 megapixels at most.",
     )
     max_new_tokens: Count = option(
-        0, "Tokens of the model's own answer to print in collect and pipeline; 0 asks for none."
+        0,
+        "Tokens of the model's answer, at most, that collect and pipeline print (0: none) and trace shows (0: 64).",
     )
     top_n: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
@@ -342,6 +345,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
     )
     worst: int = option(16, "Number of worst boxes drawn into failures/.", ge=0, le=200)
     phrases: PhrasesOptions = option(PhrasesOptions(), "Several objects in one query (stage=ground).")
+    trace: TraceOptions = option(TraceOptions(), "Maps of the answer (stage=trace).")
     doctor: DoctorOptions = option(DoctorOptions(), "A new model: stage=doctor shows how it is read.")
     experiment: ExperimentOptions = option(
         ExperimentOptions(),

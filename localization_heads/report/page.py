@@ -23,10 +23,10 @@ def render(report: Report) -> str:
 
     Its content security policy allows this very style, this very script and images in `data:` addresses.
     """
-    style, script = _asset("report.css"), _asset("report.js")
+    style, script = asset("report.css"), asset("common.js") + asset("report.js")
     figures = {} if report.heads is None else _figures(report.heads)
     figures["trust"] = _trust(report.metrics.get("confidence"))
-    policy, template = _policy(style, script), environment().get_template("report.html")
+    policy, template = policy_of(style, script), environment().get_template("report.html")
     return template.render(report=report, policy=policy, style=style, script=script, **figures)
 
 
@@ -51,7 +51,8 @@ def _clean(value: Any) -> Any:
     return values.clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
-def _policy(style: str, script: str) -> str:
+def policy_of(style: str, script: str) -> str:
+    """The content security policy of a page with this very style and script."""
     return (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -63,7 +64,8 @@ def _hash(text: str) -> str:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file of `assets/`."""
     return (files("localization_heads.report") / "assets" / name).read_text(encoding="utf-8")
 
 

@@ -1,0 +1,143 @@
+"""The page of a trace: the words of an answer, and what the heads looked at when each of them was written.
+
+Self-contained as `report.html`, with the same style and the same care for texts of strangers. Maps are a byte a cell,
+the image is a JPEG of bounded size, and of many heads the first have maps of their own.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from localization_heads.attention import Box
+from localization_heads.grounding.ground import Grounding
+from localization_heads.lvlm.trace import Trace
+from localization_heads.report.content import TinyMap, tiny_map
+from localization_heads.report.page import asset, environment, policy_of
+
+MAX_BYTES = 300_000
+"""The image is no larger, before base64."""
+ATTEMPTS = ((960, 85), (960, 70), (720, 70), (512, 60), (320, 50))
+"""Longest side in pixels and quality, tried in turn until the image is small enough."""
+MAX_HEADS = 8
+"""Heads with a map of their own; the masses of all are there."""
+MAX_MAPS = 2000
+"""Of single heads in a page; of a longer answer there are the combined maps alone."""
+MAX_CELLS = 4096
+"""Of the grid of all heads."""
+
+
+class Part(NamedTuple):
+    """What is shown of a word, or of the whole answer.
+
+    Attributes:
+        box: None where no cell stands out.
+        masses: of each head, its attention on the image.
+        grid: the masses of all heads, `[layer, head]`, where they were kept.
+    """
+
+    text: str
+    box: Box | None
+    score: float
+    masses: list[float]
+    maps: list[TinyMap]
+    grid: NDArray[np.float32] | None
+
+
+def render_trace(trace: Trace, image: Image.Image | None) -> str:
+    """The whole page. Nothing in its texts can become markup or script.
+
+    Args:
+        image: what the trace is of; None shows the maps on grey.
+    """
+    style, script = asset("report.css") + asset("trace.css"), asset("common.js") + asset("trace.js")
+    parts = list(_parts(trace))
+    return (
+        environment()
+        .get_template("trace.html")
+        .render(
+            trace=trace,
+            parts=parts,
+            heads=[str(head) for head in trace.heads],
+            picture="" if image is None else embedded(image),
+            data=_data(trace, parts),
+            policy=policy_of(style, script),
+            style=style,
+            script=script,
+        )
+    )
+
+
+def embedded(image: Image.Image) -> str:
+    """The image as a JPEG of at most about `MAX_BYTES` in a `data:` address."""
+    content, opened = b"", image.convert("RGB")
+    for side, quality in ATTEMPTS:
+        shrink = min(1.0, side / max(opened.size))
+        size = max(1, round(opened.width * shrink)), max(1, round(opened.height * shrink))
+        buffer = BytesIO()
+        opened.resize(size, Image.Resampling.BICUBIC, reducing_gap=2).save(buffer, "jpeg", quality=quality)
+        content = buffer.getvalue()
+        if len(content) <= MAX_BYTES:
+            break
+    return f"data:image/jpeg;base64,{b64encode(content).decode()}"
+
+
+def _parts(trace: Trace) -> Iterator[Part]:
+    """The whole answer, where there is one, then each word."""
+    if trace.token_ids:
+        yield _part(trace, "", 0, len(trace.token_ids), trace.ground())
+    for word, grounding in zip(trace.words, trace.groundings, strict=True):
+        yield _part(trace, word.text, word.start, word.stop, grounding)
+
+
+def _part(trace: Trace, text: str, start: int, stop: int, grounding: Grounding) -> Part:
+    maps = [grounding.combined]
+    own = trace.maps[start:stop, :MAX_HEADS]
+    if trace.maps.shape[1] == len(trace.heads) > 1 and own.shape[1] * len(trace.words) <= MAX_MAPS:
+        maps += list(own.mean(axis=0))
+    every = trace.every_of_tokens
+    return Part(
+        text,
+        grounding.box if grounding.cells.any() else None,
+        grounding.score,
+        [float(mass) for mass in trace.masses_of(start, stop)],
+        [tiny_map(one, trace.image_box, trace.image_size) for one in maps],
+        None if every is None else every[start:stop].mean(axis=0).sum(axis=(2, 3)),
+    )
+
+
+def _data(trace: Trace, parts: list[Part]) -> dict[str, Any]:
+    """What the page's script reads."""
+    return {
+        "region": [round(edge, 2) for edge in trace.image_box],
+        "size": list(trace.image_size),
+        "parts": [
+            {
+                "box": None if part.box is None else [round(edge, 1) for edge in part.box],
+                "score": round(part.score, 3),
+                "masses": [round(mass, 4) for mass in part.masses],
+                "maps": [one.__dict__ for one in part.maps],
+                "grid": None if part.grid is None or part.grid.size > MAX_CELLS else _grid(part.grid),
+            }
+            for part in parts
+        ],
+    }
+
+
+def _grid(masses: NDArray[np.float32]) -> dict[str, Any]:
+    """Masses `[layer, head]` as bytes, 255 the largest."""
+    top = float(masses.max()) or 1.0
+    cells = np.rint(255 * np.clip(masses / top, 0, 1)).astype(np.uint8)
+    layers, heads = masses.shape
+    return {
+        "rows": layers,
+        "columns": heads,
+        "cells": b64encode(cells.tobytes()).decode(),
+        "top": round(top, 3),
+    }

@@ -1,0 +1,268 @@
+"""The page and the figure of a trace, and the stage that writes them: content, hostile texts, size, a browser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chromium import CHROMIUM, Browser, browser
+from front import Front, draw_image, one_line
+from PIL import Image
+from report_samples import HOSTILE
+from test_figures import assert_all_text_fits, texts
+from test_report import Page
+
+from localization_heads import figures
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.answer_words import Spelled
+from localization_heads.lvlm.trace import Trace
+from localization_heads.options.groups import GroundingOptions
+from localization_heads.report.trace import MAX_BYTES, embedded, render_trace
+from localization_heads.report.values import plain
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+SIZE = 80, 60
+SHARP = GroundingOptions(sigma=0)
+
+
+def made_trace(words: list[str], *, k: int = 2, grid: int = 6, **changed: Any) -> Trace:
+    """A token a word, which look at one cell each, from left to right and row by row."""
+    ends = list(itertools.accumulate(len(word) + 1 for word in words))
+    places = tuple((end - len(word) - 1, end - 1) for word, end in zip(words, ends, strict=True))
+    rows = np.full((len(words) + 1, k, grid, grid), 1e-4, np.float32)
+    for n in range(len(words)):
+        rows[n, :, n // grid % grid, n % grid] = np.linspace(0.3, 0.6, k)
+    known: dict[str, Any] = {
+        "query": "what is it?",
+        "spelled": Spelled(" ".join(words), places),
+        "token_ids": tuple(range(len(words))),
+        "heads": tuple(Head(3, n) for n in range(k)),
+        "rows": rows,
+        "masses": rows.sum(axis=(2, 3)),
+        "image_box": (0.0, 0.0, 80.0, 60.0),
+        "image_size": SIZE,
+        "options": SHARP,
+        "model": "made",
+        "image_file": "cat.png",
+    }
+    return Trace(**{**known, **changed})
+
+
+def noise(size: tuple[int, int] = SIZE) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def test_the_page_holds_what_the_trace_says() -> None:
+    trace = made_trace(["a", "dog"])
+    page = Page(render_trace(trace, noise()))
+    radios = page.of("button", role="radio")
+    assert len(radios) == 3
+    for said in (
+        "what is it?",
+        "the whole answer",
+        "a",
+        "dog",
+        "L3H0",
+        "L3H1",
+        "0 0 13 10",
+        "13 0 27 10",
+        "0.303",
+    ):
+        assert said in page.texts, said
+    whole, first, second = json.loads(page.scripts[0])["parts"]
+    assert first["box"] == [0, 0, 13.3, 10]
+    assert second["masses"] == [0.3035, 0.6035]
+    assert len(first["maps"]) == 3  # the combined one, and each head's
+    for part, cells in ((first, [0]), (second, [1]), (whole, [0, 1])):
+        found = np.frombuffer(b64decode(part["maps"][0]["cells"]), np.uint8)
+        assert (found == 255).nonzero()[0].tolist() == cells
+        assert found.shape == (36,)
+
+
+def test_a_page_without_image_words_or_single_heads() -> None:
+    silent = made_trace([])
+    assert "The model answers nothing." in Page(render_trace(silent, noise())).texts
+    trace = made_trace(["yes"])
+    mean = replace(trace, rows=trace.rows.mean(axis=1, keepdims=True))
+    page = Page(render_trace(mean, None))
+    assert page.of("button", class_="head") == []
+    assert page.of("rect", class_="no-image")
+    assert "L3H1" in page.texts
+    every = np.zeros((2, 5, 4, 6, 6), np.float32)
+    every[0, 3, 2, 0, 0], every[0, 1, 0] = 0.5, 0.005
+    grid = json.loads(Page(render_trace(replace(trace, every=every), None)).scripts[0])["parts"][1]["grid"]
+    found = np.frombuffer(b64decode(grid["cells"]), np.uint8).reshape(5, 4)
+    assert (grid["rows"], grid["columns"], grid["top"]) == (5, 4, 0.5)
+    assert (found[3, 2], found[1, 0], found.astype(int).sum()) == (255, 92, 347)  # .005 of 36 cells, of .5
+
+
+@pytest.mark.parametrize("where", ["query", "answer", "image_file", "model"])
+def test_hostile_text_stays_text(where: str) -> None:
+    def page(text: str) -> Page:
+        spelled = Spelled(text, ((0, len(text)),))
+        changed: dict[str, Any] = {"spelled": spelled} if where == "answer" else {where: text}
+        return Page(render_trace(made_trace(["yes"], **changed), noise()))
+
+    hostile, harmless = page("".join(HOSTILE.split())), page("harmless")
+    assert [(tag, set(given)) for tag, given in hostile.elements] == [
+        (tag, set(given)) for tag, given in harmless.elements
+    ]
+    assert len(hostile.scripts) == 2
+    said = " ".join(hostile.texts)
+    assert plain("".join(HOSTILE.split()), 60)[:50] in said
+    for _, attributes in hostile.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("href", "src"):
+                assert (value or "").startswith("data:image/jpeg")
+    policy = hostile.of("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"] or ""
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe" not in policy
+
+
+def test_pages_stay_small() -> None:
+    """Of the longest answer, of many heads with fine maps, and of a large image of noise."""
+    words = [f"w{n}" for n in range(1024)]
+    text = render_trace(made_trace(words, k=9, grid=33), noise())
+    assert len(text) < 5_000_000
+    few = render_trace(made_trace(words[:100], k=12, grid=40), None)
+    assert len(json.loads(Page(few).scripts[0])["parts"][1]["maps"]) == 9
+    assert len(b64decode(embedded(noise((3000, 2000))).partition(",")[2])) <= MAX_BYTES
+
+
+ODD = ["abcdefgh" * 30, "左边的猫", "$\\frac{1}{", "<b>"]
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(SIZE, []), ((40, 400), ["yes"]), ((400, 40), ODD), (SIZE, ODD * 8)]
+)
+def test_the_figure_is_never_clipped(size: tuple[int, int], words: list[str]) -> None:
+    trace = made_trace(words, image_size=size, image_box=(0.0, 0.0, *map(float, size)))
+    figure = figures.plot_trace(noise(size), trace)
+    assert_all_text_fits(figure)
+    assert len([axes for axes in figure.axes if axes.get_title()]) == min(len(words), 24)
+    assert any("8 more words" in text for text in texts(figure)) is (len(words) == 32)
+
+
+def test_the_figure_draws_each_words_box() -> None:
+    figure = figures.plot_trace(noise(), made_trace(["a", "dog"]))
+    boxes = [tuple(np.round(p.get_bbox().extents, 1)) for axes in figure.axes[:2] for p in axes.patches[:1]]
+    assert boxes == [(0, 0, 13.3, 10), (13.3, 0, 26.7, 10)]
+    assert "what is it? → a dog" in texts(figure)
+
+
+# --------------------------------------------------------------------------------------------------- the stage
+
+
+def test_the_stage_writes_page_and_figure(front: Front) -> None:
+    draw_image(front.folder / "cat.png")
+    result = front.finder(
+        "stage=trace", "image_file=cat.png", "query=what is it?", "max_new_tokens=6", "trace.keep=all"
+    )
+    assert result.status == 0, result.err
+    stem = front.out / "attention" / "cat_what-is-it_trace"
+    for suffix in (".html", ".png"):
+        assert f"wrote {stem}{suffix}" in result.out
+    page = Page(stem.with_suffix(".html").read_text(encoding="utf-8"))
+    data = json.loads(page.scripts[0])
+    assert data["size"] == [64, 48]
+    assert [data["parts"][0]["grid"][name] for name in ("rows", "columns")] == [6, 8]
+    words = [text for text in page.texts if text in result.out]
+    assert "cat.png" in page.texts
+    assert words
+    assert Image.open(stem.with_suffix(".png")).width > 100
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["query=what?"], "image_file= is missing: stage=trace needs image_file and query"),
+        (["image_file=cat.png", "query=what?", "max_new_tokens=5000"], "max_new_tokens=5000"),
+        (["image_file=cat.png", "query=what?", "heads=[9-9]"], "heads: there is no L9H9"),
+        (
+            ["image_file=cat.png", "query=what?", "trace.keep=some"],
+            "trace.keep=some: choose one of heads, mean, all",
+        ),
+        (
+            ["image_file=cat.png", "query=what?", "engine=ray"],
+            "engine=ray: stage=trace has no data set to spread",
+        ),
+    ],
+)
+def test_wrong_use_is_one_line(front: Front, options: list[str], said: str) -> None:
+    draw_image(front.folder / "cat.png")
+    result = front.finder("stage=trace", *options)
+    assert result.status == 2
+    assert said in one_line(result.err)
+
+
+# -------------------------------------------------------------------------------------------------- a browser
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as page:
+        yield page
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(360, True), (1280, False)])
+def test_words_are_chosen_with_the_keyboard(
+    chromium: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    """Nothing sticks out sideways, nothing is fetched, what is hostile does not run, and every word can be reached."""
+    hostile = "".join(HOSTILE.split())
+    path = tmp_path / "trace.html"
+    path.write_bytes(render_trace(made_trace([hostile, "dog", "end"], query=HOSTILE), noise()).encode())
+    chromium.open(path, width=width, dark=dark)
+    assert chromium.complaints == []
+    assert chromium.requests == [path.resolve().as_uri()]
+    assert chromium.run("typeof boom") == "undefined"
+    assert chromium.run("document.documentElement.scrollWidth") <= width
+
+    def state() -> list[Any]:
+        return chromium.run(
+            "[document.querySelectorAll('#words [aria-checked=true]').length,"
+            " [...words].indexOf(document.activeElement),"
+            " document.querySelector('#words [aria-checked=true]').tabIndex,"
+            " document.querySelector('#shapes rect.line')?.getAttribute('x'),"
+            " document.querySelector('#heads .figure').textContent]"
+        )
+
+    chromium.run("document.querySelector('#words [tabindex=\"0\"]').focus()")
+    assert state() == [1, 1, 0, "0", "0.303"]
+    for key, place, x in (
+        ("ArrowRight", 2, "13.3"),
+        ("End", 3, "26.7"),
+        ("ArrowDown", 3, "26.7"),
+        ("ArrowLeft", 2, "13.3"),
+    ):
+        chromium.key(key)
+        assert state() == [1, place, 0, x, "0.303"], key
+    said = chromium.run("document.getElementById('said').textContent")
+    assert said.startswith("“dog”: map of all heads together; box 13 0 27 10")
+    combined = chromium.run("document.querySelector('#map image').getAttribute('href')")
+    chromium.run("document.querySelectorAll('button.head')[2].click()")
+    assert chromium.run("document.querySelector('#map image').getAttribute('href')").startswith(
+        "data:image/png"
+    )
+    assert chromium.run("document.getElementById('said').textContent") == "“dog”: map of L3H1"
+    assert combined.startswith("data:image/png")
+    assert chromium.run("document.querySelectorAll('#shapes rect').length") == 0
+
+
+@needs_chromium
+def test_without_scripts_the_words_are_there(chromium: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "trace.html"
+    path.write_bytes(render_trace(made_trace(["a", "dog"]), noise()).encode())
+    chromium.open(path, script=False)
+    shown = chromium.run("document.body.innerText")
+    assert "Scripts are off" in shown
+    assert "13 0 27 10" in shown

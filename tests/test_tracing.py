@@ -1,0 +1,304 @@
+"""Maps of the answer: every step's rows equal those of eager attention, and words are the answer's own."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import family_models_tiled  # noqa: F401 -- more of tiny's families
+import numpy as np
+import pytest
+import torch
+from family_models import tiny
+from footprints import coordinate_image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_answer_tokens import layers_of, longer, on_image
+from test_query_token import tiny_lvlm
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from localization_heads.errors import UsageError
+from localization_heads.heads.head import Head
+from localization_heads.lvlm import tracing
+from localization_heads.lvlm.answer_words import Spelled, Word, span_tokens, spelled, words_of
+from localization_heads.lvlm.doctor import eager
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.trace import Trace
+from localization_heads.options.groups import GroundingOptions
+from localization_heads.options.tracing import TraceOptions
+
+SAME = {"rtol": 0, "atol": 1e-5}
+FAMILIES = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "mllama", "paligemma", "florence2", "janus"]
+ALL = TraceOptions(keep="all")
+
+
+@pytest.fixture
+def endless() -> Iterator[Any]:
+    """Makes a model answer until it is stopped; afterwards it ends its answers as before."""
+    changed: list[tuple[Any, Any]] = []
+
+    def never_end(model: Any) -> None:
+        changed.append((model.generation_config, model.generation_config.eos_token_id))
+        model.generation_config.eos_token_id = None
+
+    yield never_end
+    for config, tokens in changed:
+        config.eos_token_id = tokens
+
+
+def steps_without_cache(
+    lvlm: LVLM, image: Image.Image, query: str, num: int
+) -> tuple[list[Tensor], list[int]]:
+    """The obvious way: the prompt, longer by a token each time, through eager attention, and no cache."""
+    inputs = dict(lvlm.encode([image], [lvlm.prompt(query)]))
+    inputs.pop("labels", None)
+    decodes, T = lvlm.model.config.is_encoder_decoder, inputs["input_ids"].shape[1]
+    decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
+    rows, tokens = [], []
+    with eager(lvlm.model), torch.inference_mode():
+        for _ in range(num + 1):
+            given = {**inputs, "decoder_input_ids": torch.tensor([decoded])} if decodes else inputs
+            with layers_of(lvlm) as seen:
+                logits = lvlm.model(**given, use_cache=False).logits[0, -1]
+            found = torch.stack([seen[layer] for layer in sorted(seen)])
+            rows.append(found if lvlm.looks_across else found[..., :T])
+            tokens.append(int(logits.argmax()))
+            decoded.append(tokens[-1])
+            inputs = inputs if decodes else longer(inputs, tokens[-1])
+            if lvlm.name.startswith("paligemma"):
+                inputs["token_type_ids"][:, -1] = (
+                    1  # what is written sees what was read, and not the other way
+                )
+    return rows, tokens[:num]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_step_equals_eager_without_a_cache(name: str, endless: Any) -> None:
+    lvlm, image = copy.copy(tiny(name)), coordinate_image(190, 110)
+    endless(lvlm.model)
+    last = max(lvlm.attention_modules)
+    heads = [Head(last, 1), Head(min(lvlm.attention_modules), 0)]
+    found = lvlm.trace(image, "the red car", heads, max_new_tokens=4, trace=ALL)
+    seen = lvlm.seen(image)
+    rows, tokens = steps_without_cache(lvlm, seen, "the red car", 4)
+    assert found.token_ids == tuple(tokens)
+    assert found.every is not None
+    for step, row in zip(found.every, rows, strict=True):
+        np.testing.assert_allclose(step, on_image(lvlm, seen, "the red car", row), **SAME)
+    for place, head in enumerate(heads):
+        np.testing.assert_array_equal(found.rows[:, place], found.every[:, head.layer, head.head])
+
+
+def test_equals_the_attentions_that_generate_returns(image: Image.Image) -> None:
+    """`output_attentions=True` of transformers' own generation, one entry a step."""
+    lvlm = tiny_lvlm("last")
+    lvlm.model.generation_config.eos_token_id = None
+    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    with eager(lvlm.model), torch.inference_mode():
+        out = lvlm.model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, output_attentions=True, return_dict_in_generate=True
+        )
+    T = inputs["input_ids"].shape[1]
+    assert len(out.attentions) == 6
+    found = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6, trace=ALL)
+    assert list(found.token_ids) == out.sequences[0, T:].tolist()
+    assert found.every is not None
+    for step, layers in zip(found.every, out.attentions, strict=False):
+        row = torch.stack([layer[0, :, -1, :T] for layer in layers])
+        np.testing.assert_allclose(step, on_image(lvlm, image, "the dog", row), **SAME)
+    reads = replace(found, step="reads")
+    assert len(found.maps) == len(reads.maps) == 6
+    np.testing.assert_array_equal(
+        reads.maps[:-1], found.maps[1:]
+    )  # the step that reads a word writes the next
+    first = lvlm.attend(image, "the dog").attention[1, 0]
+    np.testing.assert_allclose(found.maps[0, 0], first, **SAME)
+    lvlm.query_token = "answer_first"
+    np.testing.assert_allclose(reads.maps[0, 0], lvlm.attend(image, "the dog").attention[1, 0], **SAME)
+
+
+def test_an_answer_ends_where_the_model_ends_it(image: Image.Image) -> None:
+    """The token that ends it is none of its own; an answer of nothing has the prompt's row alone."""
+    lvlm = tiny_lvlm("last")
+    lvlm.model.generation_config.eos_token_id = None
+    free = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
+    ends = free.token_ids[0]
+    stop = next((n for n, token in enumerate(free.token_ids) if token != ends), None)
+    assert stop == 1, "the model says two things, so that its answer can end in the middle"
+    lvlm.model.generation_config.eos_token_id = [free.token_ids[stop]]
+    short = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
+    assert short.token_ids == free.token_ids[:stop]
+    np.testing.assert_allclose(short.rows, free.rows[: stop + 1], **SAME)
+    lvlm.model.generation_config.eos_token_id = [ends]
+    silent = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6)
+    assert (silent.token_ids, silent.words, silent.boxes, silent.word_masses.shape) == ((), (), (), (0, 1))
+    assert len(silent.rows) == 1
+    with pytest.raises(ValueError, match="0 tokens"):
+        silent.ground()
+
+
+def test_memory_grows_with_the_answer_alone(image: Image.Image) -> None:
+    """Of a step, the rows of the chosen heads are kept, or their mean; other layers are not captured."""
+    lvlm = tiny_lvlm("last")
+    lvlm.model.generation_config.eos_token_id = None
+    heads = [Head(1, 2), Head(1, 0)]
+    recorded: list[tracing.StepRecorder] = []
+    made = tracing.StepRecorder.__init__
+
+    def spy(self: tracing.StepRecorder, *arguments: Any) -> None:
+        made(self, *arguments)
+        recorded.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing.StepRecorder, "__init__", spy)
+        found = lvlm.trace(image, "the dog", heads, max_new_tokens=5)
+        mean = lvlm.trace(image, "the dog", heads, max_new_tokens=5, trace=TraceOptions(keep="mean"))
+    h, w = found.rows.shape[2:]
+    assert (found.every, found.rows.shape, mean.rows.shape) == (None, (6, 2, h, w), (6, 1, h, w))
+    assert [set(step) for step in recorded[0].steps] == [{1}] * 6
+    assert all(step[1].shape == (2, h, w) for step in recorded[0].steps)
+    np.testing.assert_allclose(mean.rows[:, 0], found.rows.mean(axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(mean.masses, found.masses)
+    np.testing.assert_allclose(found.masses, found.rows.sum(axis=(2, 3)), rtol=1e-6)
+    assert mean.boxes == found.boxes
+
+
+def a_trace(**changed: Any) -> Trace:
+    """`left, right` in three tokens, whose heads look to the left and to the right."""
+    rows = np.full((4, 2, 4, 4), 0.001, np.float32)
+    rows[0, :, 1:3, 0], rows[1, :, 3, 3], rows[2, 0, 1:3, 3], rows[3] = 0.2, 0.2, 0.4, 0.05
+    known: dict[str, Any] = {
+        "query": "what?",
+        "spelled": Spelled("left, right", ((0, 4), (4, 5), (5, 11))),
+        "token_ids": (5, 6, 7),
+        "heads": (Head(3, 1), Head(2, 0)),
+        "rows": rows,
+        "masses": rows.sum(axis=(2, 3)),
+        "image_box": (0.0, 0.0, 40.0, 40.0),
+        "image_size": (40, 40),
+        "options": GroundingOptions(sigma=0),
+    }
+    return Trace(**{**known, **changed})
+
+
+def test_words_have_maps_boxes_and_masses() -> None:
+    """By hand: cells of ten pixels; the comma's map, in a corner, is not the word's."""
+    found = a_trace()
+    assert [word.text for word in found.words] == ["left,", "right"]
+    assert found.boxes == ((0, 10, 10, 30), (30, 10, 40, 30))
+    np.testing.assert_allclose(found.word_masses, [[0.414, 0.414], [0.814, 0.016]], atol=1e-6)
+    assert found.groundings[0].heads == found.heads
+    assert found.ground_span("RIGHT").box == found.boxes[1]
+    assert found.tokens == ("left", ",", " right")
+    flat = replace(found, step="reads")
+    assert flat.boxes[1] is None  # no cell stands out
+    with pytest.raises(UsageError, match="answer_span='cat': the answer is 'left, right'"):
+        found.ground_span("cat")
+
+
+def test_a_word_of_several_tokens_has_the_mean_of_their_maps() -> None:
+    found = a_trace(spelled=Spelled("penguins", ((0, 3), (3, 6), (6, 8))))
+    (word,) = found.words
+    assert word == Word("penguins", 0, 3)
+    expected = ground_of(found.rows[:3].mean(axis=0, dtype=np.float64))
+    np.testing.assert_allclose(found.groundings[0].combined, expected, rtol=1e-6)
+
+
+def ground_of(maps: np.ndarray) -> np.ndarray:
+    return maps.sum(axis=0)
+
+
+TEXTS = st.text(alphabet="ab ,.-1é猫犬🐙", max_size=12)
+
+
+@given(TEXTS)
+def test_bytes_are_joined_to_characters_and_words(text: str) -> None:
+    """A tokenizer of single bytes: no word is lost, and each is spelled by its own tokens."""
+    tokenizer = of_bytes()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(text.encode())
+    found = spelled(tokenizer.decode, ids)
+    assert found.text == text
+    for (start, stop), byte in zip(found.places, _bytes_of(text), strict=True):
+        assert (start, stop) == byte
+    words = words_of(found)
+    assert "".join(word.text for word in words) == re.sub(r"\s", "", text)
+    for word in words:
+        own = tokenizer.decode(ids[word.start : word.stop])
+        assert own in word.text
+        assert own == word.text or not any(map(str.isalnum, word.text.replace(own, "", 1)))
+
+
+def _bytes_of(text: str) -> list[tuple[int, int]]:
+    """Each byte's character."""
+    return [(n, n + 1) for n, letter in enumerate(text) for _ in letter.encode()]
+
+
+def of_bytes() -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False)
+
+
+def test_tokens_that_write_nothing_belong_to_no_word() -> None:
+    pieces = ["the", " d", "<eos>", "og"]
+    found = spelled(lambda ids: "".join(pieces[i] for i in ids), [0, 1, 2, 3, 2], silent=[2])
+    assert found == Spelled("the dog", ((0, 3), (3, 5), (5, 5), (5, 7), (7, 7)))
+    assert words_of(found) == (Word("the", 0, 1), Word("dog", 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("span", "tokens"),
+    [("dog", range(3, 4)), ("THE  DOG", range(2, 4)), ("do", range(0, 1)), ("hot", range(0, 1))],
+)
+def test_a_span_is_found_as_words_first(span: str, tokens: range) -> None:
+    """`dog` stands in `hotdog`, which comes earlier."""
+    answer = Spelled("hotdog and the dog.", ((0, 6), (6, 10), (10, 14), (14, 18), (18, 19)))
+    assert span_tokens(answer, span) == tokens
+
+
+@pytest.mark.parametrize("span", ["cat", "dog and", ""])
+def test_a_span_that_is_not_there_shows_the_answer(span: str) -> None:
+    with pytest.raises(UsageError, match="the answer is 'the dog', which does not hold it"):
+        span_tokens(Spelled("the dog", ((0, 3), (3, 7))), span)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 2000}, "max_new_tokens=2000"),
+        ({"heads": [Head(9, 0)]}, "L9H0"),
+        ({"heads": [Head(0, 99)]}, "L0H99"),
+        ({"trace": TraceOptions(keep="mean"), "options": GroundingOptions(combine="consensus")}, "keep=mean"),
+    ],
+)
+def test_wrong_use_is_named(image: Image.Image, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        tiny_lvlm("last").trace(image, "the dog", **{"heads": [Head(1, 0)], **options})
+
+
+def test_maps_of_all_heads_are_bounded(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "MOST_BYTES", 1 << 10)
+    with pytest.raises(UsageError, match="keep=all"):
+        tiny_lvlm("last").trace(image, "the dog", [Head(1, 0)], trace=ALL)
+
+
+def test_the_embedded_model_points_at_what_it_names(lvlm: LVLM) -> None:
+    """It lists what it sees, and each word's box lies where its map does."""
+    image = Image.open("examples/images/duck_9.png").convert("RGB")
+    found = lvlm.trace(image, "what is in this image?")
+    assert found.heads == lvlm.known_heads
+    assert [word.text for word in found.words][:1] == ["duck,"]
+    assert found.boxes[0] is not None
+    x0, y0, x1, y1 = found.boxes[0]
+    assert x0 < 80 < x1  # the duck is on the left
+    assert y0 < 96 < y1
