@@ -833,6 +833,7 @@ def test_a_folder_and_a_pattern_mean_their_images(tmp_path):
     odd.write_bytes(b"")
     assert image_files(str(odd)) is None, "a file of that very name is that file"
     assert image_files("no.png") is None
+    assert image_files("https://example.org/cat.png?size=2") is None
 
 
 def test_a_folder_without_images_and_one_of_too_many(tmp_path, monkeypatch):

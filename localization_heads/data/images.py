@@ -152,12 +152,15 @@ def open_image(source: str | Path, most_pixels: int) -> tuple[tuple[int, int], I
         return size, None
 
 
-def check_image(name: str, content: bytes) -> tuple[str, tuple[int, int]]:
-    """Decode an image in memory: its format (one of FORMATS) and its `(W, H)`. Raises ImageError, naming `name`."""
+def decode_image(name: str, content: bytes) -> tuple[str, Image.Image]:
+    """The image in the bytes of a file as `load_image` gives it, and its format (one of FORMATS).
+
+    Raises ImageError, naming `name`.
+    """
     if len(content) > MAX_BYTES:
         raise ImageError(name, f"larger than the limit of {MAX_BYTES >> 20} MB")
     with _opened(name, BytesIO(content), FORMATS) as image:
-        return str(image.format), _decoded(name, image).size
+        return str(image.format), _decoded(name, image)
 
 
 def find_file(source: str | Path, base: str | Path | None = None) -> Path:
@@ -178,13 +181,16 @@ def find_file(source: str | Path, base: str | Path | None = None) -> Path:
 
 
 def image_files(pattern: str) -> list[Path] | None:
-    """The image files that a folder holds or a pattern such as `pics/*.jpg` means, by name; None for one file's name.
+    """The image files that a folder holds or a pattern such as `pics/*.jpg` means, by name; None for one file's name
+    and for an address.
 
     What is no image by its ending is passed over in a folder; a pattern means what it says.
 
     Raises ImageError where there is none, or more than `MAX_FILES`.
     """
     path = local_path(pattern)
+    if is_address(pattern):
+        return None
     if path.is_dir():
         found = (file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
     elif not path.exists() and glob.has_magic(str(path)):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box, misses_image
-from localization_heads.data.address import Address, ImageError, image_source, is_address, without_secrets
+from localization_heads.data.address import Address, ImageError, is_address, without_secrets
+from localization_heads.data.any_image import as_source
 from localization_heads.data.boxes import check_box
 from localization_heads.data.images import ImageSource, find_file
 from localization_heads.data.lines import read_objects
@@ -31,7 +32,8 @@ class Sample:
     """An image, an expression that refers to something in it, and the true box or mask where known.
 
     Args:
-        image: an image, the path of one, or an http(s) address, which becomes an `Address`.
+        image: an image as `data.any_image` takes it: a path, an http(s) address (which becomes an `Address`), a PIL
+            image, an array, a tensor, bytes, an open file.
         bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
         ignore: the same for pixels that are left out when masks are scored (ReasonSeg has them).
@@ -55,8 +57,7 @@ class Sample:
     absent: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.image, str):
-            object.__setattr__(self, "image", image_source(self.image))
+        object.__setattr__(self, "image", as_source(self.image))
         try:
             if self.bbox is not None:
                 object.__setattr__(self, "bbox", check_box(self.bbox))

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from localization_heads.data.box_scale import TrueBox, check_scale
-from localization_heads.data.images import check_image, image_size
+from localization_heads.data.images import decode_image, image_size
 from localization_heads.data.masks import encode_source
 from localization_heads.datasets.leakage import prepared_images, prepared_sets
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_box_inside
@@ -228,11 +228,11 @@ def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> 
 
 def _save_image(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[int, int]]:
     """Write an image under a name made of its content, once; returns the name, from the data file's folder."""
-    format, size = check_image(f"the image of row {entry.row + 1}", content)
+    format, image = decode_image(f"the image of row {entry.row + 1}", content)
     name = hashlib.sha256(content).hexdigest()[:32] + EXTENSIONS.get(format, f".{format.lower()}")
     if not (folder / "images" / name).is_file():
         write_bytes(folder / "images" / name, content)
-    return f"images/{name}", size
+    return f"images/{name}", image.size
 
 
 def _describe(run: Run, source: Source, written: Counts, left_out: int, failed: int) -> dict[str, Any]:

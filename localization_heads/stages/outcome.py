@@ -9,7 +9,6 @@ from typing import Any
 
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou
-from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.instances import f1
@@ -18,10 +17,11 @@ from localization_heads.evaluation.scores import Score
 from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.ranking import HeadRanking
+from localization_heads.interop.predictions import prediction_of
 from localization_heads.report.content import Card
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
-from localization_heads.store.results import Instance, Prediction, write_parquet, write_predictions
+from localization_heads.store.results import Prediction, write_parquet, write_predictions
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,8 @@ class Outcome:
 
     @classmethod
     def of(cls, sample: Sample, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Outcome:
-        """The mask of the prediction is the segmenter's; without one, the pseudo-mask. What is absent has neither.
-
-        Args:
-            several: every object that the expression fits, `grounding` first (`instances=all`).
-        """
-        there = not grounding.absent
-        boxes = None if several is None else [_instance(one) for one in several if there and not one.absent]
-        mask = encode_mask(grounding.mask) if not boxes else boxes[0].mask
-        prediction = Prediction(
-            sample.id,
-            bbox=grounding.box if there else None,
-            score=grounding.score if there else None,
-            mask=mask if there else None,
-            heads=grounding.heads,
-            boxes=boxes,
-            agreement=grounding.agreement,
-            confidence=grounding.confidence,
-            calibrated=grounding.calibrated,
-            presence=grounding.presence,
-            absent=grounding.absent,
-        )
-        return cls(sample, prediction)
+        """The outcome of a grounding, or of several (`interop.predictions`), before anything else is measured."""
+        return cls(sample, prediction_of(sample.id, grounding, several))
 
     @property
     def boxes(self) -> list[Box]:
@@ -96,10 +76,6 @@ class Outcome:
             return cls(sample, Prediction.from_json(data["prediction"]), {**data["measured"]}, card)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             return None
-
-
-def _instance(grounding: Grounding) -> Instance:
-    return Instance(grounding.box, grounding.score, encode_mask(grounding.mask), grounding.confidence)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Images as code holds them: arrays, tensors, bytes, open files, `data:` and `file:` addresses."""
+
+from __future__ import annotations
+
+import binascii
+import os
+from base64 import b64decode
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from localization_heads.data.address import Address, ImageError, image_source
+from localization_heads.data.download import MAX_BYTES
+from localization_heads.data.images import ImageSource, decode_image
+from localization_heads.errors import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    AnyImage = ImageSource | os.PathLike[str] | bytes | BinaryIO | NDArray[np.uint8] | Tensor
+
+KINDS = (
+    "a path, an address, a PIL image, an array [H, W, 3] of uint8, a tensor [3, H, W], bytes or an open file"
+)
+
+
+def as_source(image: AnyImage) -> ImageSource:
+    """An image that `load_image` reads: paths, addresses and PIL images as they are, anything else decoded.
+
+    Args:
+        image: also an array `[H, W]` or `[H, W, 1 | 3 | 4]` of uint8; a tensor `[1 | 3 | 4, H, W]` of uint8, or floats
+            from 0 to 1; the bytes of an image file, or such a file opened in binary mode (at most 32 MB); the text
+            of a `file:` or `data:` address.
+
+    Raises:
+        ImageError: anything else.
+
+    >>> as_source(np.zeros((2, 3, 3), dtype=np.uint8)).size
+    (3, 2)
+    """
+    value: Any = image
+    if isinstance(value, Image.Image | Path | Address):
+        return value
+    if isinstance(value, str):
+        return _of_text(value)
+    if isinstance(value, os.PathLike):
+        return Path(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return decode_image("the bytes", bytes(value))[1]
+    if isinstance(value, np.ndarray):
+        return _of_array(value)
+    if hasattr(value, "is_floating_point"):
+        return _of_array(_channels_last(value))
+    if hasattr(value, "read"):
+        return _of_file(value)
+    raise ImageError("image", f"{shown(type(value).__name__)} is none: give {KINDS}")
+
+
+def _of_text(text: str) -> ImageSource:
+    scheme = text[:5].lower()
+    if scheme == "data:":
+        return decode_image("the data: address", _data(text))[1]
+    if scheme != "file:":
+        return image_source(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise ImageError(text, f"not a file: address ({error})") from None
+    if parts.netloc not in ("", "localhost"):
+        raise ImageError(text, "a file: address of another machine: write file:///path")
+    return Path(url2pathname(parts.path))
+
+
+def _data(text: str) -> bytes:
+    """The bytes in a `data:` address (RFC 2397)."""
+    head, comma, rest = text.partition(",")
+    if not comma:
+        raise ImageError("the data: address", "it has no comma before its data")
+    if len(rest) > 2 * MAX_BYTES:
+        raise ImageError("the data: address", f"larger than the limit of {MAX_BYTES >> 20} MB")
+    content = unquote_to_bytes(rest)
+    if not head.lower().endswith(";base64"):
+        return content
+    try:
+        return b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise ImageError("the data: address", f"not base64 ({error})") from None
+
+
+def _of_file(file: Any) -> Image.Image:
+    name = str(getattr(file, "name", "the file"))
+    content = file.read(MAX_BYTES + 1)
+    if isinstance(content, str):
+        raise ImageError(name, "opened as text: open it in binary mode, open(path, 'rb')")
+    return decode_image(name, content)[1]
+
+
+def _channels_last(tensor: Any) -> NDArray[Any]:
+    """A tensor `[C, H, W]`, or `[H, W]`, as an array `[H, W, C]`; floats from 0 to 1 become bytes."""
+    values: NDArray[Any] = (
+        tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+    )
+    if values.ndim == 3 and values.shape[0] not in (1, 3, 4):
+        raise ImageError("the tensor", f"of shape {list(values.shape)}: an image is [3, H, W]")
+    if values.ndim == 3:
+        values = values.transpose(1, 2, 0)
+    if values.dtype.kind != "f":
+        return values
+    if not (values.size and values.min() >= 0 and values.max() <= 1):
+        raise ImageError("the tensor", "floats must lie between 0 and 1 (before a model's normalisation)")
+    return np.round(255 * values).astype(np.uint8)
+
+
+def _of_array(values: NDArray[Any]) -> Image.Image:
+    if values.ndim == 4:
+        raise ImageError("the array", f"of shape {list(values.shape)}: give a list of images, one array each")
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise ImageError("the array", f"of shape {list(values.shape)}: an image is [H, W, 3]")
+    if values.ndim == 3 and values.shape[2] not in (1, 3, 4):
+        hint = "; its channels come first: array.transpose(1, 2, 0)" if values.shape[0] in (1, 3, 4) else ""
+        raise ImageError("the array", f"of shape {list(values.shape)}: an image is [H, W, 3]{hint}")
+    if values.dtype != np.uint8:
+        raise ImageError(
+            "the array",
+            f"of {values.dtype}: an image has uint8 from 0 to 255 (convert with .astype('uint8'))",
+        )
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2:] == (1,) else values))

@@ -1,0 +1,118 @@
+"""`Located`: a grounding together with its image and expression, which shows, saves and exports itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError
+from localization_heads.grounding.ground import Grounding
+from localization_heads.store.files import write_json
+from localization_heads.store.paths import from_home
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+
+
+@dataclass(frozen=True, eq=False)
+class Located(Grounding):
+    """What `ground` returns. In a notebook it shows itself: the heat map, the mask and the box over the image.
+
+    Args:
+        image: RGB, as it was asked about.
+        expression: what was asked for.
+        name: of the image: its file, or its address without secrets; "" for one in memory.
+    """
+
+    image: Image.Image = field(default_factory=lambda: Image.new("RGB", (1, 1)), repr=False)
+    expression: str = ""
+    name: str = ""
+
+    @classmethod
+    def of(cls, grounding: Grounding, image: Image.Image, expression: str, name: str = "") -> Located:
+        known = {one.name: getattr(grounding, one.name) for one in fields(Grounding)}
+        return cls(**known, image=image, expression=expression, name=name)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """The figure of the box, the mask and the heat map over the image; written as well if a path is given."""
+        from localization_heads.figures import plot_grounding
+
+        return plot_grounding(self.image, self, path, expression=self.expression)
+
+    def show(self) -> None:
+        """Open the figure in a window, and wait until it is closed; without a display, say so in the log."""
+        from localization_heads.figures import show
+
+        show(self.plot())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figure (.png, .jpg, .pdf, .svg) or the numbers (.json, as `to_dict`), in one step; gives the path.
+
+        Raises:
+            UsageError: another ending, or a place that cannot be written.
+        """
+        path = Path(from_home(str(path)))
+        ending = path.suffix.lower()
+        if ending not in (*FIGURES, ".json"):
+            raise UsageError(f"{path}: it must end in one of {', '.join((*FIGURES, '.json'))}")
+        try:
+            if ending == ".json":
+                write_json(path, self.to_dict())
+            else:
+                self.plot(path)
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror or error}") from error
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a line of `predictions.jsonl` (box in pixels, mask as COCO run lengths), with the expression."""
+        from localization_heads.interop.predictions import prediction_of
+
+        line = prediction_of(self.expression, self).to_json()
+        del line["id"], line["error"]
+        return {
+            "expression": self.expression,
+            "image": self.name,
+            "image_size": list(self.image_size),
+            **line,
+        }
+
+    def to_supervision(self) -> Any:
+        """`supervision.Detections` of one detection. UsageError if supervision is not installed."""
+        from localization_heads.interop.detections import to_supervision
+
+        return to_supervision([self], [self.expression])
+
+    def to_coco(self) -> dict[str, Any]:
+        """A COCO data set of this image and this annotation; `to_coco` of several results makes one of them all."""
+        return to_coco([self])
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.plot().savefig(content, format="png", dpi=110)
+        return content.getvalue()
+
+    def _repr_json_(self) -> dict[str, Any]:
+        return dict(json.loads(json.dumps(self.to_dict())))
+
+
+def to_coco(results: Sequence[Located]) -> dict[str, Any]:
+    """Results as one COCO data set (`interop.coco`); those of one image share its entry."""
+    from localization_heads.interop.coco import to_coco as exported
+    from localization_heads.interop.predictions import prediction_of
+
+    samples = {
+        f"{number}": Sample(one.name or one.image, one.expression, id=f"{number}")
+        for number, one in enumerate(results)
+    }
+    predictions = [prediction_of(id, one) for id, one in zip(samples, results, strict=True)]
+    return exported(predictions, samples)
