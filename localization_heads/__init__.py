@@ -16,10 +16,11 @@ from localization_heads.packages import check_versions
 from localization_heads.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from localization_heads.api import evaluate, find_heads, ground, ground_all
+    from localization_heads.api import evaluate, ground, ground_all
     from localization_heads.attention import AttentionMaps
     from localization_heads.data.address import Address
     from localization_heads.data.samples import Sample
+    from localization_heads.finding import find_heads
     from localization_heads.grounding.ground import Grounding
     from localization_heads.heads.head import Head
     from localization_heads.heads.ranking import HeadRanking
@@ -40,7 +41,7 @@ _HOMES = {
     "HeadRanking": "heads.ranking",
     "Sample": "data.samples",
     "evaluate": "api",
-    "find_heads": "api",
+    "find_heads": "finding",
     "ground": "api",
     "ground_all": "api",
     "load_heads": "hub",

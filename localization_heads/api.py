@@ -1,17 +1,16 @@
-"""The tool from Python: `find_heads`, `ground` and `evaluate`, what the commands do without files and options."""
+"""The tool from Python: `ground` and `evaluate`, what the commands do without files and options.
+
+`find_heads` is in `finding`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
@@ -21,15 +20,13 @@ from localization_heads.errors import NoHeadError, NotFiniteError, UsageError
 from localization_heads.evaluation.claims import Claim, claim_of
 from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
 from localization_heads.evaluation.scores import score_box
+from localization_heads.finding import attended
 from localization_heads.grounder import Grounder, check_heads, load_calibration, make_segmenter
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.zoom import crop_around, mapped_back
-from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, rank_heads
-from localization_heads.heads.record import found_with
-from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside
+from localization_heads.heads.ranking import HeadRanking
 from localization_heads.lvlm.spec import heads_found_with
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
@@ -44,61 +41,6 @@ log = logging.getLogger(__name__)
 
 K = 3
 """Heads that a sample picks for itself (the paper's k)."""
-AT_ONCE = 16
-"""Expressions of one image whose maps are in memory together."""
-
-
-def find_heads(
-    lvlm: LVLM,
-    samples: Iterable[Sample],
-    *,
-    criteria: CriteriaOptions | None = None,
-    top_n: int | None = None,
-    num_trials: int = 5,
-    num_samples: int = 1000,
-    seed: int = 42,
-) -> HeadRanking:
-    """Rank a model's heads by selection frequency (Sec. 4), without labels.
-
-    A sample whose attention is not finite (half precision overflows on some) is left out, with a warning.
-
-    Args:
-        samples: images with expressions, read as they are needed; only a few kilobytes of each are kept. An image
-            whose samples follow each other is encoded once for them all.
-        top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
-            has few heads.
-        num_trials: random draws to average over.
-        num_samples: samples in each of them.
-
-    Raises:
-        ValueError: there is no sample.
-        UsageError: an image or an expression that cannot be used.
-        NotFiniteError: no sample's attention is finite.
-    """
-    criteria = criteria or CriteriaOptions()
-    unusable: list[NotFiniteError] = []
-    found = [_row(one.maps, criteria) for one in _attended(lvlm, samples, unusable)]
-    if not found:
-        raise unusable[0] if unusable else ValueError("find_heads needs at least one sample")
-    sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
-    ranking = rank_heads(
-        sums,
-        entropies,
-        bottom_row=bottom_row,
-        options=criteria,
-        top_n=top_n or lvlm.spec.top_n,
-        num_trials=num_trials,
-        num_samples=num_samples,
-        seed=seed,
-        model=lvlm.name,
-    )
-    return replace(ranking, found_with=found_with(lvlm.asked, criteria))
-
-
-def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Attention sums, spatial entropies and bottom-row flags of one sample, each `[layer, head]`."""
-    statistics = head_statistics(maps.attention, criteria)
-    return statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
 
 
 def ground(
@@ -268,7 +210,7 @@ def evaluate(
         check_scale(true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
     beside = grounder.beside(every_head=controls)
-    for sample, opened, number, maps in _attended(lvlm, samples, unusable, last_layer, beside):
+    for sample, opened, number, maps in attended(lvlm, samples, unusable, last_layer, beside):
         one_box = not sample.absent and len(sample.boxes) < 2
         truth = truth_of(_with_one(sample), opened.size) if one_box else None
         if sample.bbox is not None and not listed:
@@ -349,50 +291,3 @@ def _named(segmenter: Segmenter | SegmenterOptions | None) -> dict[str, Any]:
     if isinstance(segmenter, SegmenterOptions):
         return asdict(segmenter)
     return {"kind": "none" if segmenter is None else segmenter.name}
-
-
-class _Attended(NamedTuple):
-    """A sample with its image, the image's place among those that follow each other, and every head's maps."""
-
-    sample: Sample
-    image: Image.Image
-    number: int
-    maps: AttentionMaps
-
-
-def _attended(
-    lvlm: LVLM,
-    samples: Iterable[Sample],
-    unusable: list[NotFiniteError],
-    last_layer: int | None = None,
-    beside: Beside = NOTHING,
-) -> Iterator[_Attended]:
-    """The maps of each sample, in order. Samples that follow each other share an image that is the same.
-
-    Args:
-        unusable: gets the errors of those whose attention is not finite, which are passed over.
-    """
-    # Images in memory are compared by their pixels, files by their paths.
-    images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
-    for number, (_, group) in enumerate(images):
-        first = next(group)
-        image, group = load_image(first.image), chain([first], group)
-        siblings: tuple[str, ...] = ()  # the first of the image's expressions so far, and those read now
-        while part := list(islice(group, AT_ONCE)):
-            expressions = [sample.expression for sample in part]
-            siblings = (*siblings[: MOST_OTHERS + 1], *expressions)
-            maps = lvlm.attend_batch(
-                [image] * len(part),
-                expressions,
-                last_layer=last_layer,
-                beside=beside,
-                siblings=[siblings] * len(part),
-            )
-            for sample, found in zip(part, maps, strict=True):
-                try:
-                    found.check_finite()
-                except NotFiniteError as error:
-                    log.warning("%r is left out: %s", sample.id or sample.expression, error)
-                    unusable.append(error)
-                    continue
-                yield _Attended(sample, image, number, found)

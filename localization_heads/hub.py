@@ -87,7 +87,7 @@ def card(ranking: HeadRanking, repository: str) -> str:
             "---",
             f"# Localization heads of {ranking.model}",
             "",
-            f"Found by selection frequency over {ranking.num_trials} x {ranking.num_samples} samples, without labels.",
+            _how(ranking),
             "",
             "```python",
             "import localization_heads as lh",
@@ -100,6 +100,12 @@ def card(ranking: HeadRanking, repository: str) -> str:
             "",
         ]
     )
+
+
+def _how(ranking: HeadRanking) -> str:
+    if by := (ranking.found_with or {}).get("heads_by"):
+        return f"Found by labels ({by}) on {ranking.num_samples} samples."
+    return f"Found by selection frequency over {ranking.num_trials} x {ranking.num_samples} samples, without labels."
 
 
 def _fetched(repository: str, revision: str | None) -> Path:

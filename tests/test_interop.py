@@ -20,7 +20,7 @@ from localization_heads.grounder import chosen_heads
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
-from localization_heads.heads.record import read_scores, scores_of
+from localization_heads.heads.score_lists import read_scores, scores_of
 from localization_heads.interop import detections
 from localization_heads.interop.coco import to_coco
 from localization_heads.interop.pipeline import answer_of

@@ -10,11 +10,22 @@ from pathlib import Path
 from rich.table import Table
 
 from localization_heads.apps import confidence, tables, traces
+from localization_heads.apps.labels import label_tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.options.compose import preset_name
 from localization_heads.scenes import write
-from localization_heads.stages import calibrate, evaluate, experiment, export, find, ground, single, trace
+from localization_heads.stages import (
+    calibrate,
+    evaluate,
+    experiment,
+    export,
+    find,
+    ground,
+    labels,
+    single,
+    trace,
+)
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run
 
@@ -64,6 +75,16 @@ def _trace(run: Run) -> int:
     return _show(traces.trace_table(traced.trace), traced.paths)
 
 
+def _find(run: Run) -> int:
+    if run.options.heads_by == "criteria":
+        return _show_result(run, find.find(run))
+    found = labels.find_by_labels(run)
+    for table in label_tables(found):
+        tables.show(table)
+    tables.written(found.result.paths)
+    return tables.show_failures(found.result.failures)
+
+
 def _export(run: Run) -> int:
     tables.written(export.export(run))
     return 0
@@ -74,7 +95,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "analyze": lambda run: _show_analysed(run, single.analyze(run)),
     "visualize": lambda run: _show_visualised(run, single.visualize(run)),
     "pipeline": _pipeline,
-    "find": lambda run: _show_result(run, find.find(run)),
+    "find": _find,
     "rank": lambda run: _show_result(run, find.rank(run)),
     "batch": lambda run: _show_result(run, find.batch(run)),
     "ground": lambda run: _show_result(run, ground.ground(run)),

@@ -24,6 +24,7 @@ from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import binarise
 from localization_heads.heads.head import Head
+from localization_heads.heads.labels import mass_in_truth
 from localization_heads.options.groups import GroundingOptions
 
 
@@ -71,6 +72,15 @@ def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
     x, y = (x_edges[:-1] + x_edges[1:])[column] / 2, (y_edges[:-1] + y_edges[1:])[row] / 2
     x0, y0, x1, y1 = truth.box
     return np.asarray((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1))
+
+
+def label_scores(maps: AttentionMaps, truth: Truth) -> dict[str, NDArray[np.float32]]:
+    """What ranks heads by labels, by the names of `heads_by=`: each float32 `[layer, head]`, the higher the better."""
+    return {
+        "mass": mass_in_truth(maps, truth.box, truth.mask),
+        "iou": map_ious(maps, truth),
+        "pointing": head_hits(maps, truth).astype(np.float32),
+    }
 
 
 def box_ious(

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError, shown
@@ -17,7 +16,10 @@ from localization_heads.options.groups import CriteriaOptions
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
 
-KEYS = ("conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "library")
+KEYS = (
+    "conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "num_labels", "shrink",
+    "library",
+)  # fmt: skip
 
 
 def asked(
@@ -36,12 +38,17 @@ def asked(
     }
 
 
-def found_with(asked: FoundWith, options: CriteriaOptions) -> FoundWith:
-    """What `heads.json` says of the model, of how it was asked (`LVLM.asked`), and of the recipe."""
+def found_with(asked: FoundWith, options: CriteriaOptions, labels: FoundWith | None = None) -> FoundWith:
+    """What `heads.json` says of the model, of how it was asked (`LVLM.asked`), and of the recipe.
+
+    Args:
+        labels: `heads_by` and what else is known of a ranking by labels, which then take the place of the criteria.
+    """
     from localization_heads.version import __version__
 
     library = f"localization-heads {__version__}"
-    known = {**asked, "criteria": preset_of(options), "library": library}
+    recipe = {"criteria": preset_of(options)} if labels is None else labels
+    known = {**asked, **recipe, "library": library}
     return {name: value for name, value in known.items() if value is not None}
 
 
@@ -88,6 +95,7 @@ def _short(value: str | None) -> str:
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
 """The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
 
+_BY_LABELS = ("score", "score_std")
 Spread = Literal["draws", "bootstrap"]
 """Where a standard deviation comes from: random draws of a pool, or resamples of a pool too small to draw from."""
 
@@ -102,7 +110,8 @@ class RankedHead:
             bootstrap resamples: `HeadRanking.spread` says which.
         attention_sum: mean attention sum.
         spatial_entropy: mean over the samples where it is finite, in nats; none if there is no such sample.
-        kept: whether criterion 1 keeps it.
+        kept: whether criterion 1 keeps it; of a ranking by labels, whether its layer is not left out.
+        score: mean score by labels (`heads.labels`), and `score_std` its deviation over draws; None without labels.
     """
 
     layer: int
@@ -112,6 +121,8 @@ class RankedHead:
     attention_sum: float
     spatial_entropy: float | None
     kept: bool = True
+    score: float | None = None
+    score_std: float | None = None
 
     @property
     def address(self) -> Head:
@@ -260,6 +271,7 @@ def _head_to_json(head: RankedHead) -> dict[str, Any]:
         "selection_frequency_std": _rounded(head.selection_frequency_std),
         "attention_sum": _rounded(head.attention_sum),
         "spatial_entropy": None if head.spatial_entropy is None else _rounded(head.spatial_entropy),
+        **{name: _rounded(value) for name in _BY_LABELS if (value := getattr(head, name)) is not None},
     }
 
 
@@ -272,6 +284,8 @@ def _head_from_json(entry: object, number: int) -> RankedHead:
         selection_frequency_std=fields.required_number("selection_frequency_std", 0.0),
         attention_sum=fields.required_number("attention_sum"),
         spatial_entropy=fields.number("spatial_entropy", 0.0),
+        score=fields.number("score") if "score" in fields.values else None,
+        score_std=fields.number("score_std", 0.0) if "score_std" in fields.values else None,
     )
 
 
@@ -351,74 +365,3 @@ class _Fields:
 
     def _wrong(self, name: str, wanted: str) -> UsageError:
         return UsageError(f"{self.where}: '{name}' must be {wanted}, not {shown(self.values[name])}")
-
-
-HeadScore = tuple[Head, float]
-
-FORM = 'write [[layer, head, score], ...] or {"layer-head": score, ...}'
-
-
-def scores_of(ranking: HeadRanking) -> list[list[int | float]]:
-    """`[[layer, head, selection frequency], ...]` of the heads kept, best first."""
-    return [[head.layer, head.head, round(head.selection_frequency, 6)] for head in ranking.kept]
-
-
-def read_scores(data: Any) -> list[HeadScore]:
-    """Heads with their scores, highest first; equal scores keep their order.
-
-    Raises:
-        UsageError: saying what is wrong, for anything that is not such a list or mapping.
-
-    >>> read_scores([[3, 1, 0.2], [2, 0, 0.9]])
-    [(Head(layer=2, head=0), 0.9), (Head(layer=3, head=1), 0.2)]
-    >>> read_scores({"3-1": [0.1, 0.3], "2-0": 0.9})
-    [(Head(layer=2, head=0), 0.9), (Head(layer=3, head=1), 0.2)]
-    >>> read_scores({"head_frequency": [{"layer": 14, "head": 24, "count": 571, "frequency": 0.571}], "top_k": 5})
-    [(Head(layer=14, head=24), 0.571)]
-    """
-    if isinstance(data, Mapping) and "head_frequency" in data:
-        data = data["head_frequency"]
-    rows = _rows_of_mapping(data) if isinstance(data, Mapping) else _rows_of_list(data)
-    heads = [head for head, _ in rows]
-    if not heads:
-        raise UsageError(f"it names no head; {FORM}")
-    if twice := repeated(heads):
-        raise UsageError(f"{twice} is listed twice")
-    return sorted(rows, key=lambda row: -row[1])
-
-
-def _rows_of_list(data: Any) -> list[HeadScore]:
-    if not isinstance(data, list):
-        raise UsageError(f"a {type(data).__name__} is no list of heads; {FORM}")
-    return [_row(entry, number) for number, entry in enumerate(data)]
-
-
-def _row(entry: Any, number: int) -> HeadScore:
-    if isinstance(entry, Mapping):
-        entry = [entry.get("layer"), entry.get("head"), entry.get("score", entry.get("frequency"))]
-    if not (isinstance(entry, list) and len(entry) == 3 and _is_index(entry[0]) and _is_index(entry[1])):
-        raise UsageError(f"entry {number} is {shown(entry)}; {FORM}")
-    return Head(entry[0], entry[1]), _score(entry[2], f"entry {number}")
-
-
-def _rows_of_mapping(data: Mapping[str, Any]) -> list[HeadScore]:
-    rows = []
-    for name, value in data.items():
-        try:
-            head = Head.parse(str(name))
-        except ValueError as error:
-            raise UsageError(f"{error}; {FORM}") from None
-        scores = value if isinstance(value, list) and value else [value]
-        rows.append((head, fmean(_score(score, shown(name)) for score in scores)))
-    return rows
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _score(value: Any, where: str) -> float:
-    """A finite number. Also refuses integers too large for a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise UsageError(f"{where}: the score must be a finite number, not {shown(value)}")
-    return float(value)

@@ -179,3 +179,28 @@ def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
     patch = lvlm.processor.image_processor.patch_size
     return columns * patch, rows * patch
+
+
+BOX_TOKENS = "box_tokens"
+NATIVE_BOX = "native_box"
+"""What stands for query token and prompt of such heads in `heads.json`."""
+
+
+def box_conditions(asked: Mapping[str, str | None]) -> dict[str, str | None]:
+    """How a model is asked for its own box, for `found_with`, where it is otherwise `asked` like this."""
+    return {**asked, "conv_mode": NATIVE_BOX, "query_token": BOX_TOKENS, "system": None, "paraphrases": None}
+
+
+def needed_format(lvlm: LVLM) -> BoxFormat:
+    """How the model writes boxes.
+
+    Raises:
+        UsageError: it is not known to write any, or brings no chat template for it.
+    """
+    if (known := lvlm.spec.native_box) is None:
+        raise UsageError(
+            f"heads_by=vrh: {lvlm.name} is not known to write boxes itself; rank by mass, iou or pointing, or say how "
+            f"it writes them with model.native_box= one of {', '.join(FORMATS)}"
+        )
+    box_prompt(lvlm, FORMATS[known], "it")
+    return FORMATS[known]

@@ -42,6 +42,7 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
+from localization_heads.options.labels import LabelOptions
 from localization_heads.options.tracing import TraceOptions
 
 Stage = Literal[
@@ -198,7 +199,7 @@ class ImageAddresses(Options):
 
 
 @options
-class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
+class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
     """localization_heads_finder.py (also installed as `locheads`)."""
 
     EXTRA_GROUPS: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -373,6 +374,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses):
                 raise UsageError(
                     f"{name}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
                 )
+        self.check_labels()
         if self.zoom and self.instances == "all":
             raise UsageError("zoom=true looks again at one box; leave out zoom= or instances=all")
         if self.scenes.height is not None and self.scenes.height > self.scenes.size:

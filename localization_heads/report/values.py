@@ -120,8 +120,12 @@ def method(facts: HeadFacts) -> str:
     tau = (
         "" if ranking.tau is None else f" if its attention sum on the image reaches τ = {number(ranking.tau)}"
     )
+    by = (ranking.found_with or {}).get("heads_by")
     sentences = [
         plain(facts.origin, 1000),
+        f"The order is that of labels (heads_by={plain(by, 20)}), not that of the selection frequency."
+        if by
+        else "",
         f"Criterion 1 keeps a head{where}{tau}{average if tau else ''}.",
         f"Criterion 2 marks, in every sample, the {ranking.top_n} kept heads whose maps are the most compact "
         "(lowest spatial entropy); the selection frequency is the share of samples that mark a head.",

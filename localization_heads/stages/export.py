@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from localization_heads.errors import UsageError
-from localization_heads.heads.record import scores_of
+from localization_heads.heads.score_lists import scores_of
 from localization_heads.interop.coco import to_coco
 from localization_heads.stages.entries import select_entries
 from localization_heads.stages.ground import in_phrases

@@ -13,7 +13,7 @@ from localization_heads.data.masks import run_size
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
-from localization_heads.heads.record import read_scores
+from localization_heads.heads.score_lists import read_scores
 from localization_heads.store.files import atomic_write, parse_json, read_json, write_csv, write_json
 
 _LARGEST = 32 << 20  # bytes; 100,000 heads take 20 MB
@@ -43,7 +43,7 @@ def is_ranking(path: str | Path) -> bool:
 
 
 def load_head_list(path: str | Path) -> list[Head]:
-    """Heads, best first, from a `heads.json` or from another tool's scores (`heads.record.read_scores`).
+    """Heads, best first, from a `heads.json` or from another tool's scores (`heads.score_lists.read_scores`).
 
     Raises:
         UsageError: naming the file, for anything else.

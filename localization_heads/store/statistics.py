@@ -184,21 +184,31 @@ class StatisticsStore:
 
     Args:
         settings: everything that the numbers depend on (model, prompt, criteria), as JSON values.
+        columns: the fields of a record, and their types as numpy writes them; those of both criteria unless others
+            are given, which are then read by `views`.
     """
 
     def __init__(
-        self, folder: str | Path, *, settings: Mapping[str, Any], num_layers: int, num_heads: int
+        self,
+        folder: str | Path,
+        *,
+        settings: Mapping[str, Any],
+        num_layers: int,
+        num_heads: int,
+        columns: Mapping[str, str] = COLUMNS,
     ) -> None:
         self.settings = dict(settings)
         self.num_layers = num_layers
         self.num_heads = num_heads
-        self._dtype = _record_type(num_layers, num_heads)
+        self.columns = dict(columns)
+        self._dtype = _record_type(num_layers, num_heads, self.columns)
         header = {
             "version": VERSION,
             "layers": int(num_layers),
             "heads": int(num_heads),
             "record_bytes": self._dtype.itemsize,
             "settings": self.settings,
+            **({} if self.columns == COLUMNS else {"columns": self.columns}),
         }
         digest = _digest(header)
         self._seed = zlib.crc32(digest)  # a record of other settings does not pass as one of these
@@ -221,20 +231,13 @@ class StatisticsStore:
         """The keys of all sound records, in the order of writing."""
         return list(self._positions)
 
-    def append(
-        self,
-        keys: Sequence[bytes],
-        attention_sum: NDArray[Any],
-        area_entropy: NDArray[Any],
-        mass_entropy: NDArray[Any],
-        bottom_row_focus: NDArray[Any],
-    ) -> None:
-        """Add a chunk: keys `[sample]` and four arrays `[sample, layer, head]`, in one write, on disk on return.
+    def append(self, keys: Sequence[bytes], *arrays: NDArray[Any]) -> None:
+        """Add a chunk: keys `[sample]` and an array `[sample, layer, head]` a column, in one write, on disk on return.
 
         Keys that are already stored are skipped. Raises ValueError for wrong shapes or NaN, WorkError where
         the disk fails; the store is then as it was.
         """
-        records = self._records(keys, attention_sum, area_entropy, mass_entropy, bottom_row_focus)
+        records = self._records(keys, *arrays)
         if not len(records):
             return
         journal.append(self.path, records.tobytes(), self._count * self._dtype.itemsize)
@@ -244,8 +247,12 @@ class StatisticsStore:
 
     def rows(self, keys: Sequence[bytes]) -> StatisticsRows:
         """The statistics of `keys`, in that order; a key may come more than once. KeyError if one is missing."""
+        return StatisticsRows(**self.views(keys))
+
+    def views(self, keys: Sequence[bytes]) -> dict[str, RowView]:
+        """Each column of `keys`, in that order, by its name. KeyError if one is missing."""
         order = np.array([self._positions[key] for key in keys], dtype=np.int64)
-        return StatisticsRows(*(RowView(self.path, self._dtype, column, order) for column in COLUMNS))
+        return {column: RowView(self.path, self._dtype, column, order) for column in self.columns}
 
     def note_failures(self, reasons: Mapping[bytes, str]) -> None:
         """Record why samples have no statistics, in addition to earlier notes; samples that have some are skipped."""
@@ -267,7 +274,7 @@ class StatisticsStore:
 
     def _records(self, keys: Sequence[bytes], *arrays: NDArray[Any]) -> NDArray[Any]:
         shape = (len(keys), self.num_layers, self.num_heads)
-        for name, array in zip(COLUMNS, arrays, strict=True):
+        for name, array in zip(self.columns, arrays, strict=True):
             if np.shape(array) != shape:
                 raise ValueError(f"{name} must be {shape}, not {np.shape(array)}")
             if np.isnan(array).any():
@@ -280,7 +287,7 @@ class StatisticsStore:
                 fresh.setdefault(bytes(key), i)
         records = np.zeros(len(fresh), self._dtype)
         chosen = list(fresh.values())
-        for name, array in zip(COLUMNS, arrays, strict=True):
+        for name, array in zip(self.columns, arrays, strict=True):
             records[name] = np.asarray(array)[chosen]
         for row, key in enumerate(fresh):
             records["key"][row] = np.frombuffer(key, np.uint8)
@@ -313,19 +320,19 @@ class StatisticsStore:
             journal.truncate(self.path, self._count * size)
 
 
-def _record_type(num_layers: int, num_heads: int) -> np.dtype[Any]:
+def _record_type(num_layers: int, num_heads: int, columns: Mapping[str, str]) -> np.dtype[Any]:
     heads = num_layers * num_heads
     if heads < 1:
         raise ValueError("a model has at least one layer and one head")
-    sizes = [heads * np.dtype(kind).itemsize for kind in COLUMNS.values()]
+    sizes = [heads * np.dtype(kind).itemsize for kind in columns.values()]
     starts = [KEY_BYTES, *(KEY_BYTES + np.cumsum(sizes)).tolist()]
     crc = -(-starts[-1] // 4) * 4  # so that the floats of every record are aligned
     return np.dtype(
         {
-            "names": ["key", *COLUMNS, "crc"],
+            "names": ["key", *columns, "crc"],
             "formats": [
                 ("u1", KEY_BYTES),
-                *((kind, (num_layers, num_heads)) for kind in COLUMNS.values()),
+                *((kind, (num_layers, num_heads)) for kind in columns.values()),
                 "<u4",
             ],
             "offsets": [0, *starts[:-1], crc],

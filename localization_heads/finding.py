@@ -1,0 +1,175 @@
+"""`find_heads`: a model's heads ranked from Python, without labels or by them, without files and options."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, groupby, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.images import load_image
+from localization_heads.data.samples import Sample
+from localization_heads.errors import NotFiniteError
+from localization_heads.evaluation.head_iou import label_scores
+from localization_heads.evaluation.judging import truth_of
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.labels import LabelRecipe, mass_on_patches, rank_by_labels
+from localization_heads.heads.ranking import HeadRanking, rank_heads
+from localization_heads.heads.record import found_with
+from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside
+from localization_heads.lvlm.native_box import box_conditions, needed_format
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.options.labels import HeadsBy, Shrink
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from localization_heads.lvlm.model import LVLM
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 16
+"""Expressions of one image whose maps are in memory together."""
+
+
+def find_heads(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    *,
+    criteria: CriteriaOptions | None = None,
+    top_n: int | None = None,
+    num_trials: int = 5,
+    num_samples: int = 1000,
+    seed: int = 42,
+    by: HeadsBy = "criteria",
+    num_labels: int | None = None,
+    shrink: Shrink = "none",
+    shrink_n0: float = 10.0,
+) -> HeadRanking:
+    """Rank a model's heads by selection frequency (Sec. 4), without labels; or by labels, where samples have them.
+
+    A sample whose attention is not finite (half precision overflows on some) is left out, with a warning.
+
+    Args:
+        samples: images with expressions, read as they are needed; only a few kilobytes of each are kept. An image
+            whose samples follow each other is encoded once for them all.
+        top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
+            has few heads.
+        num_trials: random draws to average over.
+        num_samples: samples in each of them.
+        by: `criteria`; or what scores each head on each sample, all of which must have a box or a mask: `mass`, `iou`
+            and `pointing` of its own map, or `vrh`, the attention of the box that the model writes (`heads.labels`).
+        num_labels: samples drawn for a ranking by labels, by `seed`; None takes all. Other draws show its spread.
+        shrink, shrink_n0: how far few labels are drawn towards the label-free ranking (`heads.labels.shrunk`).
+
+    Raises:
+        ValueError: there is no sample, or fewer than `num_labels`.
+        UsageError: an image or an expression that cannot be used, or a sample without truth that needs one; `vrh` of
+            a model that writes no boxes.
+        NotFiniteError: no sample's attention is finite.
+    """
+    criteria = criteria or CriteriaOptions()
+    unusable: list[NotFiniteError] = []
+    scorer = _scorer(lvlm, by)
+    found = []
+    scores: list[NDArray[np.float32]] = []
+    for one in attended(lvlm, samples, unusable):
+        found.append(_row(one.maps, criteria))
+        if scorer:
+            scores.append(scorer(one))
+    if not found:
+        raise unusable[0] if unusable else ValueError("find_heads needs at least one sample")
+    sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
+    ranking = rank_heads(
+        sums,
+        entropies,
+        bottom_row=bottom_row,
+        options=criteria,
+        top_n=top_n or lvlm.spec.top_n,
+        num_trials=num_trials,
+        num_samples=num_samples,
+        seed=seed,
+        model=lvlm.name,
+    )
+    if scorer is None:
+        return replace(ranking, found_with=found_with(lvlm.asked, criteria))
+    recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
+    labelled = rank_by_labels(np.stack(scores), ranking, recipe)
+    asked = box_conditions(lvlm.asked) if by == "vrh" else lvlm.asked
+    return replace(labelled, found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)))
+
+
+def _scorer(lvlm: LVLM, by: HeadsBy) -> Callable[[Attended], NDArray[np.float32]] | None:
+    """What scores every head in a labelled sample; None without labels."""
+    if by == "criteria":
+        return None
+    if by != "vrh":
+        return lambda one: label_scores(one.maps, truth_of(one.sample, one.image.size))[by]
+    from localization_heads.lvlm.box_tokens import attend_box_tokens
+
+    form = needed_format(lvlm)
+
+    def of_box(one: Attended) -> NDArray[np.float32]:
+        truth = truth_of(one.sample, one.image.size)
+        maps = attend_box_tokens(lvlm, form, one.image, one.sample.expression)
+        return mass_on_patches(maps, truth.box)
+
+    return of_box
+
+
+def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Attention sums, spatial entropies and bottom-row flags of one sample, each `[layer, head]`."""
+    statistics = head_statistics(maps.attention, criteria)
+    return statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
+
+
+class Attended(NamedTuple):
+    """A sample with its image, the image's place among those that follow each other, and every head's maps."""
+
+    sample: Sample
+    image: Image.Image
+    number: int
+    maps: AttentionMaps
+
+
+def attended(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    unusable: list[NotFiniteError],
+    last_layer: int | None = None,
+    beside: Beside = NOTHING,
+) -> Iterator[Attended]:
+    """The maps of each sample, in order. Samples that follow each other share an image that is the same.
+
+    Args:
+        unusable: gets the errors of those whose attention is not finite, which are passed over.
+    """
+    # Images in memory are compared by their pixels, files by their paths.
+    images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
+    for number, (_, group) in enumerate(images):
+        first = next(group)
+        image, group = load_image(first.image), chain([first], group)
+        siblings: tuple[str, ...] = ()  # the first of the image's expressions so far, and those read now
+        while part := list(islice(group, AT_ONCE)):
+            expressions = [sample.expression for sample in part]
+            siblings = (*siblings[: MOST_OTHERS + 1], *expressions)
+            maps = lvlm.attend_batch(
+                [image] * len(part),
+                expressions,
+                last_layer=last_layer,
+                beside=beside,
+                siblings=[siblings] * len(part),
+            )
+            for sample, found in zip(part, maps, strict=True):
+                try:
+                    found.check_finite()
+                except NotFiniteError as error:
+                    log.warning("%r is left out: %s", sample.id or sample.expression, error)
+                    unusable.append(error)
+                    continue
+                yield Attended(sample, image, number, found)

@@ -1,0 +1,273 @@
+"""`find heads_by=mass|iou|pointing|vrh`: heads ranked by how well they look at true objects; how many labels it takes.
+
+The label-free statistics of `find` are kept on the way, so that both rankings can be compared and mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.data.samples import Sample
+from localization_heads.datasets.leakage import image_keys
+from localization_heads.errors import NothingDoneError, UsageError
+from localization_heads.evaluation.head_iou import label_scores
+from localization_heads.evaluation.judging import truth_of
+from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.labels import (
+    Curve,
+    LabelRecipe,
+    mass_on_patches,
+    quality_curve,
+    rank_by_labels,
+)
+from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
+from localization_heads.heads.record import found_with
+from localization_heads.lvlm.native_box import BoxFormat, box_conditions, needed_format
+from localization_heads.stages.chunks import Attended
+from localization_heads.stages.entries import Entries, select_entries, with_truth
+from localization_heads.stages.evaluate import truths, with_box
+from localization_heads.stages.find import keep_statistics, open_store
+from localization_heads.stages.flow import go_through
+from localization_heads.stages.outcome import Result
+from localization_heads.stages.report import Reporter
+from localization_heads.stages.run import Run, check_criteria
+from localization_heads.store.files import RunLock, write_json
+from localization_heads.store.results import save_ranking
+from localization_heads.store.statistics import StatisticsStore
+
+OF_THE_MAP = {"mass": "<f4", "iou": "<f4", "pointing": "<f4"}
+OF_THE_BOX = {"vrh": "<f4"}
+"""The columns of the stores of scores: those that the query token's map gives, and that of the generated box."""
+
+
+class Labelled(NamedTuple):
+    """The result, the curve, and the same curve without shrinkage where there is some."""
+
+    result: Result
+    curve: Curve
+    plain: Curve | None
+    recipe: LabelRecipe
+    free: HeadRanking
+
+
+@dataclass(frozen=True)
+class _Scored:
+    sample: Sample
+    statistics: HeadStatistics
+    scores: Mapping[str, NDArray[np.float32]]
+
+
+def find_by_labels(run: Run) -> Labelled:
+    """Rank the heads by labels -> heads.json, heads.csv, labels.json and figures."""
+    by = run.options.heads_by
+    what = f"heads_by={by} (heads_by=criteria needs no truth)"
+    entries = _pool(run, with_truth(select_entries(run), what, with_box))
+    wanted = run.options.num_labels
+    if wanted is not None and wanted > len(entries.samples):
+        raise UsageError(_too_few(wanted, len(entries.samples), run))
+    with RunLock(run.folder):
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        form = needed_format(run.lvlm) if by == "vrh" else None
+        store, scores = open_store(run), _open_scores(run, form)
+        _collect(run, entries, store, scores, form)
+        samples = entries.good
+        if not samples:
+            raise NothingDoneError("no entry could be used", entries.in_order())
+        if wanted is not None and wanted > len(samples):
+            raise UsageError(_too_few(wanted, len(samples), run))
+        found = _ranked(run, entries, samples, store, scores)
+        paths = [*_save(run, found), *Reporter(run, found.result.ranking).write(entries, store=store)]
+        return found._replace(result=replace(found.result, paths=paths, failures=entries.in_order()))
+
+
+def _too_few(wanted: int, there: int, run: Run) -> str:
+    few = f"num_samples={run.options.num_samples} allows" if there == run.options.num_samples else "there are"
+    return (
+        f"num_labels={wanted}: {few} only {there} entries with a true box or mask that can be used; write "
+        f"num_labels={there} or fewer, or null for all"
+    )
+
+
+def _pool(run: Run, entries: Entries) -> Entries:
+    """At most `num_samples` entries, drawn by `random_seed`, in file order."""
+    draw = random_draws(len(entries.samples), 1, run.options.num_samples, run.options.random_seed)[0]
+    return Entries([entries.samples[place] for place in np.flatnonzero(draw)], entries.failures)
+
+
+def _open_scores(run: Run, form: BoxFormat | None) -> StatisticsStore:
+    """The scores of this model by these labels; those of a sample have its truth in their key."""
+    asked = None if form is None else [form.prompt, form.pattern, form.max_new_tokens]
+    return StatisticsStore(
+        run.folder / "labels",
+        settings={**run.model_settings, "native_box": asked},
+        num_layers=run.lvlm.num_layers,
+        num_heads=run.lvlm.num_heads,
+        columns=OF_THE_MAP if form is None else OF_THE_BOX,
+    )
+
+
+def _key(entries: Entries, sample: Sample) -> bytes:
+    """16 bytes that change with the sample and its truth."""
+    return hashlib.blake2b(entries.key(sample) + truths([sample]).encode(), digest_size=16).digest()
+
+
+def _collect(
+    run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore, form: BoxFormat | None
+) -> None:
+    """Run the model over the entries whose statistics or scores are not there yet."""
+
+    def keep(found: Sequence[_Scored]) -> None:
+        keep_statistics(entries, [(one.sample, one.statistics) for one in found], store)
+        keys = [_key(entries, one.sample) for one in found]
+        scores.append(keys, *(np.stack([one.scores[name] for one in found]) for name in scores.columns))
+
+    go_through(
+        run,
+        entries,
+        entries.samples,
+        "find",
+        is_done=lambda sample: entries.key(sample) in store and _key(entries, sample) in scores,
+        work=partial(_score, form=form),
+        keep=keep,
+        work_runs_model=form is not None,
+    )
+
+
+def _score(
+    run: Run, entries: Entries, attended: Sequence[Attended], *, form: BoxFormat | None
+) -> list[_Scored]:
+    found = []
+    for one in attended:
+        with entries.put_aside(one.sample):
+            truth = truth_of(one.sample, one.image.size)
+            if form is None:
+                scores = label_scores(one.maps, truth)
+            else:
+                from localization_heads.lvlm.box_tokens import attend_box_tokens
+
+                maps = attend_box_tokens(run.lvlm, form, one.image, one.sample.expression)
+                maps.check_finite()
+                scores = {"vrh": mass_on_patches(maps, truth.box)}
+            statistics = head_statistics(one.maps.attention, run.options.criteria)
+            found.append(_Scored(one.sample, statistics, scores))
+    return found
+
+
+def _ranked(
+    run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, scores: StatisticsStore
+) -> Labelled:
+    options = run.options
+    recipe = recipe_of(run)
+    rows = store.rows([entries.key(sample) for sample in samples])
+    free = rank_heads(
+        rows.attention_sum,
+        rows.spatial_entropy(options.criteria.entropy),
+        bottom_row=rows.bottom_row_focus,
+        options=options.criteria,
+        top_n=run.top_n,
+        num_trials=options.num_trials,
+        num_samples=options.num_samples,
+        seed=options.random_seed,
+        model=store.settings["weights"][0],
+    )
+    columns = scores.views([_key(entries, sample) for sample in samples])
+    by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
+    draw = recipe.drawn(len(samples))[0]
+    # What is mixed in was found on all of them, without their labels.
+    used = [sample for sample, held in zip(samples, draw, strict=True) if held or recipe.shrink != "none"]
+    ranking = replace(
+        rank_by_labels(by, free, recipe),
+        pictures=tuple(sorted({key for key in image_keys(used) if key})),
+        found_with=_found_with(run, recipe, int(draw.sum())),
+    )
+    pictures = [key or sample.id for key, sample in zip(image_keys(samples), samples, strict=True)]
+    curve = quality_curve(by, quality, free, recipe, pictures)
+    bare = replace(recipe, shrink="none")
+    plain = None if recipe == bare else quality_curve(by, quality, free, bare, pictures)
+    return Labelled(Result([], [], ranking=ranking), curve, plain, recipe, free)
+
+
+def recipe_of(run: Run) -> LabelRecipe:
+    options = run.options
+    return LabelRecipe(
+        by=options.heads_by,
+        num_labels=options.num_labels,
+        num_trials=options.num_trials,
+        seed=options.random_seed,
+        shrink=options.shrink,
+        n0=options.shrink_n0,
+        k=options.k,
+    )
+
+
+def _found_with(run: Run, recipe: LabelRecipe, num_labels: int) -> Mapping[str, str | None]:
+    """Of the generated box, prompt and query token are its own."""
+    asked = run.lvlm.asked
+    if recipe.by == "vrh":
+        asked = box_conditions(asked)
+    return found_with(asked, run.options.criteria, recipe.named(num_labels))
+
+
+QUALITY = {
+    "mass": "mean attention mass in the truth of each of the first {k} heads, on entries not drawn",
+    "vrh": "mean attention of the generated box's tokens on the patches of the true box, of each of the first {k} "
+    "heads, on entries not drawn",
+}
+
+
+def curve_json(curve: Curve) -> dict[str, Any]:
+    """Plain values, to six decimals."""
+    return {
+        "counts": curve.counts,
+        "mean": [round(float(np.mean(one)), 6) for one in curve.quality],
+        "std": [round(float(np.std(one)), 6) for one in curve.quality],
+        "draws": [[round(value, 6) for value in one] for one in curve.quality],
+        "same_heads": [round(value, 6) for value in curve.stable],
+    }
+
+
+def _save(run: Run, found: Labelled) -> list[Path]:
+    """heads.json, heads.csv, labels.json and the figures."""
+    from localization_heads import figures
+
+    ranking, recipe, curve = found.result.ranking, found.recipe, found.curve
+    assert ranking is not None
+    k, measure = recipe.k, "vrh" if recipe.by == "vrh" else "mass"
+    written = {
+        "version": 1,
+        "model": ranking.model,
+        "heads_by": recipe.by,
+        "num_labels": ranking.num_samples,
+        "num_entries": found.free.num_samples,
+        "num_trials": recipe.num_trials,
+        "shrink": recipe.shrink,
+        "n0": None if recipe.shrink == "none" else recipe.n0,
+        "heads": [list(head) for head in ranking.top(k)],
+        "label_free_heads": [list(head.address) for head in found.free.kept[:k]],
+        "quality": QUALITY[measure].format(k=k),
+        "curve": curve_json(curve),
+        "curve_without_shrinkage": None if found.plain is None else curve_json(found.plain),
+        "label_free": round(curve.free, 6),
+        "all_heads": round(curve.every, 6),
+        "all_labels": round(curve.best, 6),
+    }
+    paths = [*save_ranking(ranking, run.folder), run.folder / "labels.json"]
+    write_json(paths[-1], written)
+    score = np.zeros((run.lvlm.num_layers, run.lvlm.num_heads))
+    for head in ranking.kept:
+        score[head.address] = head.score or 0.0
+    grid, drawn = run.folder / "head_grid.png", run.folder / "labels.png"
+    named: dict[str, Any] = {"top": ranking.top(k), "exclude_layers": ranking.exclude_layers}
+    paths.append(
+        run.draw(figures.plot_head_grid, score, path=grid, label=f"Score by labels ({recipe.by})", **named)
+    )
+    paths.append(run.draw(figures.plot_label_curve, written, path=drawn))
+    return paths

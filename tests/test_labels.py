@@ -1,0 +1,397 @@
+"""Heads from labels: scores, mean, ranking, shrinkage and curve by hand and a second time in plain loops; the stage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from family_models import tiny
+from front import Calls, Front
+from numpy.typing import NDArray
+from PIL import Image
+from test_answer_tokens import layers_of, longer
+from test_query_token import tiny_lvlm
+
+import localization_heads as lh
+from localization_heads.attention import AttentionMaps
+from localization_heads.errors import UsageError
+from localization_heads.evaluation.head_iou import label_scores
+from localization_heads.evaluation.scores import Truth
+from localization_heads.heads.head import Head
+from localization_heads.heads.labels import (
+    LabelRecipe,
+    best_first,
+    mass_in_truth,
+    mass_on_patches,
+    mean_scores,
+    quality_curve,
+    rank_by_labels,
+    shrunk,
+)
+from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.lvlm import box_tokens
+from localization_heads.lvlm.box_tokens import attend_box_tokens, number_tokens
+from localization_heads.lvlm.doctor import eager
+from localization_heads.lvlm.geometry import read_maps
+from localization_heads.lvlm.native_box import FORMATS, BoxFormat, box_prompt
+from localization_heads.options.groups import CriteriaOptions
+
+SIZE = (60, 40)
+
+
+def some_maps(seed: int = 0, image_box: Any = (-10.0, 0.0, 70.0, 40.0)) -> AttentionMaps:
+    """Three layers of two heads over 4 x 8 cells of 10 pixels; the outer columns are padding."""
+    attention = np.random.default_rng(seed).random((3, 2, 4, 8)).astype(np.float32)
+    return AttentionMaps(attention / 32, image_box, SIZE)
+
+
+def ranking(frequencies: dict[tuple[int, int], float], exclude: int = 1) -> HeadRanking:
+    """A label-free ranking by these frequencies."""
+    heads = [RankedHead(*head, frequency, 0.0, 0.5, None) for head, frequency in frequencies.items()]
+    heads.sort(key=lambda head: -head.selection_frequency)
+    return HeadRanking(tuple(heads), 0.1, 3, 9, 5, CriteriaOptions(exclude_layers=exclude), "m")
+
+
+FREE = ranking({(0, 0): 0.9, (0, 1): 0.9, (1, 0): 0.8, (1, 1): 0.4, (2, 0): 0.2, (2, 1): 0.0})
+
+
+def pixel_by_pixel(maps: AttentionMaps, inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Each cell's attention spread evenly over its pixels, and those inside added up."""
+    x0, y0, x1, y1 = maps.image_box
+    h, w = maps.grid
+    found = np.zeros(maps.attention.shape[:2])
+    across, down = (x1 - x0) / w, (y1 - y0) / h
+    for y, x in np.argwhere(inside):
+        row, column = int((y + 0.5 - y0) // down), int((x + 0.5 - x0) // across)
+        found += maps.attention[:, :, row, column] / (across * down)
+    return found
+
+
+@pytest.mark.parametrize("box", [(3, 7, 24, 31), (-20, -5, 11, 90), (59, 39, 60, 40), (0, 0, 60, 40)])
+def test_mass_is_that_of_the_pixels(box: tuple[int, int, int, int]) -> None:
+    maps = some_maps()
+    inside = np.zeros((SIZE[1], SIZE[0]), bool)
+    inside[max(box[1], 0) : box[3], max(box[0], 0) : box[2]] = True
+    expected = pixel_by_pixel(maps, inside)
+    assert mass_in_truth(maps, box) == pytest.approx(expected, rel=1e-5)
+    ragged = inside & (np.indices(inside.shape).sum(axis=0) % 3 > 0)
+    assert mass_in_truth(maps, box, ragged) == pytest.approx(pixel_by_pixel(maps, ragged), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("box", [(3, 7, 24, 31), (-20, -5, 11, 90), (10, 10, 20, 20), (59.5, 39.5, 60, 40)])
+def test_mass_on_patches_takes_each_patch_whole(box: tuple[float, ...]) -> None:
+    """Cells of 10 pixels whose corner is (10 j - 10, 10 i): touched if the overlap has an area."""
+    maps = some_maps()
+    expected = np.zeros((3, 2))
+    for i in range(4):
+        for j in range(8):
+            wide = min(box[2], 60, 10 * j) - max(box[0], 0, 10 * j - 10)
+            high = min(box[3], 40, 10 * i + 10) - max(box[1], 0, 10 * i)
+            if wide > 0 and high > 0:
+                expected += maps.attention[:, :, i, j]
+    assert mass_on_patches(maps, box) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_scores_by_hand() -> None:
+    """One row of four cells of one pixel; the object is the middle two."""
+    attention = np.zeros((1, 3, 1, 4), np.float32)
+    attention[0, :, 0] = [[0.0, 0.5, 0.25, 0.0], [0.5, 0.0, 0.25, 0.0], [0.1, 0.1, 0.1, 0.1]]
+    maps = AttentionMaps(attention, (0, 0, 4, 1), (4, 1))
+    scores = label_scores(maps, Truth((1, 0, 3, 1)))
+    assert scores["mass"][0] == pytest.approx([0.75, 0.25, 0.2])
+    assert scores["pointing"].tolist() == [
+        [1.0, 0.0, 0.0]
+    ]  # of the even map, the first cell is the strongest
+    # Above their means (.19, .19; the even map nowhere): cells 1, 2; cells 0, 2; none.
+    assert scores["iou"][0] == pytest.approx([1.0, 1 / 3, 0.0])
+    masked = label_scores(maps, Truth((1, 0, 3, 1), np.array([[False, True, False, False]])))
+    assert masked["mass"][0] == pytest.approx([0.5, 0.0, 0.1]) and masked["iou"][0, 0] == pytest.approx(0.5)
+
+
+def test_means_in_chunks_are_plain_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localization_heads.heads.labels.CHUNK_VALUES", 12)  # two samples
+    rng = np.random.default_rng(1)
+    scores, weights = rng.random((7, 3, 2)).astype(np.float32), rng.integers(1, 4, (4, 7))
+    for row, found in zip(weights, mean_scores(scores, weights), strict=True):
+        drawn = [sample for sample, times in zip(scores, row, strict=True) for _ in range(times)]
+        assert found == pytest.approx(np.mean(drawn, axis=0), rel=1e-5)
+
+
+def test_equal_scores_keep_the_label_free_order_and_first_layers_are_out() -> None:
+    scores = np.array([[9.0, 9.0], [0.5, 0.5], [0.7, 0.5]])
+    assert best_first(scores, FREE) == [(2, 0), (1, 0), (1, 1), (2, 1)]
+
+
+def test_shrinkage_by_hand() -> None:
+    """n = 5, n0 = 15: a quarter of the labels, three quarters of the label-free ranking."""
+    scores = np.array([[9.0, 9.0], [0.0, 0.2], [0.1, 0.4]])
+    assert shrunk(scores, FREE, 5, "none", 15) is scores
+    places = shrunk(scores, FREE, 5, "ranks", 15)
+    # by label: 2-1, 1-1, 2-0, 1-0; label-free: 1-0, 1-1, 2-0, 2-1; places 1, 2/3, 1/3, 0
+    assert places == pytest.approx(np.array([[0, 0], [0.75, 2 / 3], [1 / 3, 0.25]]))
+    blended = shrunk(scores, FREE, 5, "scores", 15)
+    # the highest frequency is that of a layer that is left out: .9
+    frequencies = np.array([[0.8, 0.4], [0.2, 0.0]]) / 0.9
+    assert blended[1:] == pytest.approx(0.25 * scores[1:] / 9 + 0.75 * frequencies)
+
+
+def test_many_labels_outweigh_the_label_free_ranking() -> None:
+    scores = np.array([[0.0, 0.0], [0.0, 0.2], [0.1, 0.4]])
+    few, many = (best_first(shrunk(scores, FREE, n, "ranks", 10), FREE)[0] for n in (1, 1000))
+    assert (few, many) == ((1, 0), (2, 1))
+
+
+def sampled(num: int = 40) -> NDArray[np.float64]:
+    """Scores in which 2-1 is best on average, with noise."""
+    noise = np.random.default_rng(3).normal(0, 0.1, (num, 3, 2))
+    return np.array([[9, 9], [0.1, 0.2], [0.3, 0.5]]) + noise
+
+
+def test_ranking_of_the_first_draw_and_its_spread() -> None:
+    scores = sampled()
+    recipe = LabelRecipe("mass", num_labels=5, num_trials=4, seed=7)
+    found = rank_by_labels(scores, FREE, recipe)
+    rng = np.random.default_rng(7)
+    means = [scores[np.sort(rng.choice(40, 5, replace=False))].mean(axis=0) for _ in range(4)]
+    assert [head.address for head in found.kept] == best_first(means[0], FREE)
+    for head in found.kept:
+        assert head.score == pytest.approx(means[0][head.address])
+        assert head.score_std == pytest.approx(np.std([mean[head.address] for mean in means]))
+    assert (found.num_samples, found.spread, found.num_trials) == (5, "draws", 4)
+    assert [head.address for head in found.heads if not head.kept] == [(0, 0), (0, 1)]
+
+
+def test_all_labels_resample_for_the_spread() -> None:
+    scores = sampled()
+    found = rank_by_labels(scores, FREE, LabelRecipe("mass", num_trials=3))
+    assert found.top(1) == [(2, 1)] and found.spread == "bootstrap" and found.num_samples == 40
+    assert found.kept[0].score == pytest.approx(scores[:, 2, 1].mean())
+    assert all((head.score_std or 0) > 0 for head in found.kept)
+
+
+def test_ranking_survives_json() -> None:
+    found = rank_by_labels(sampled(), FREE, LabelRecipe("mass"))
+    again = HeadRanking.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.kept[0].score == pytest.approx(found.kept[0].score, abs=1e-6)
+    assert HeadRanking.from_json(FREE.to_json()).kept[0].score is None
+
+
+@pytest.mark.parametrize(("pool", "wanted"), [(0, None), (4, 5)])
+def test_too_few_labels(pool: int, wanted: int | None) -> None:
+    with pytest.raises(ValueError, match=r"labelled sample|num_labels=5: only 4"):
+        rank_by_labels(np.zeros((pool, 3, 2)), FREE, LabelRecipe("mass", num_labels=wanted))
+
+
+def test_curve_judges_on_pictures_not_drawn() -> None:
+    scores, quality = sampled(), sampled()[::-1].copy()
+    pictures = [f"picture {i // 2}" for i in range(40)]
+    recipe = LabelRecipe("mass", num_trials=3, seed=5, k=2)
+    curve = quality_curve(scores, quality, FREE, recipe, pictures)
+    assert curve.counts == [1, 2, 5, 10, 20]
+    for count, found in zip(curve.counts, curve.quality, strict=True):
+        rng = np.random.default_rng(5 + count)
+        expected = []
+        for _ in range(3):
+            drawn = rng.choice(40, count, replace=False)
+            seen = {pictures[i] for i in drawn}
+            left = [i for i in range(40) if pictures[i] not in seen]
+            first = best_first(scores[np.sort(drawn)].mean(axis=0), FREE)[:2]
+            expected.append(np.mean([quality[left, layer, head].mean() for layer, head in first]))
+        assert found == pytest.approx(expected)
+    means = quality.mean(axis=0)
+    assert curve.free == pytest.approx(means[1].mean())  # 1-0 and 1-1
+    assert curve.every == pytest.approx(means[1:].mean())
+    assert curve.best == pytest.approx(means[2].mean())
+    assert all(0 <= share <= 1 for share in curve.stable)
+
+
+# --------------------------------------------------------------------------------------------- the generated box
+
+WORDS = BoxFormat("{expression}", chat=False, max_new_tokens=8)
+PLACES = [1, 2, 5]
+"""Of the tokens that random models are taken to spell a box with: they write none."""
+
+
+class Letters:
+    """Decodes token by token."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+def test_tokens_that_spell_numbers() -> None:
+    pieces = ["{", '"bbox', '_2d": [', "1", "00", ", 2", "50", ",", " 5", "00, ", "1000", "]}", "<end>"]
+    assert number_tokens(Letters(*pieces), range(13), FORMATS["qwen3"]) == [3, 4, 5, 6, 8, 9, 10]
+    assert number_tokens(Letters(*pieces), range(9), FORMATS["qwen3"]) == []
+    bins = ["the dog", *(f"<loc_{n}>" for n in (1, 20, 300, 999)), "</s>"]
+    assert number_tokens(Letters(*bins), range(6), FORMATS["florence2"]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "glm4v", "florence2"])
+def test_rows_of_the_box_are_those_of_eager_attention(
+    family: str, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole prompt and answer at once, without a cache: the rows of the box's tokens, averaged."""
+    lvlm = tiny(family)
+    monkeypatch.setattr(lvlm.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(box_tokens, "number_tokens", lambda *_: PLACES)
+    found = attend_box_tokens(lvlm, WORDS, image, "the red car")
+    inputs = dict(lvlm.encode([lvlm.seen(image)], [box_prompt(lvlm, WORDS, "the red car")]))
+    inputs.pop("labels", None)
+    decodes = lvlm.model.config.is_encoder_decoder
+    T = inputs["input_ids"].shape[1]
+    decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
+    tokens: list[int] = []
+    rows = []
+    with eager(lvlm.model), torch.inference_mode():
+        for _ in range(WORDS.max_new_tokens + 1):
+            given = {**inputs, "decoder_input_ids": torch.tensor([decoded])} if decodes else inputs
+            with layers_of(lvlm) as seen:
+                token = int(lvlm.model(**given, use_cache=False).logits[0, -1].argmax())
+            stacked = torch.stack([seen[layer] for layer in sorted(seen)])
+            rows.append(stacked if lvlm.looks_across else stacked[..., :T])
+            tokens.append(token)
+            if decodes:
+                decoded.append(token)
+            else:
+                inputs = longer(inputs, token)
+    mean = torch.stack([rows[place + 1] for place in PLACES]).mean(0).numpy()
+    layers = sorted(lvlm.attention_modules)
+    first = dict(lvlm.encode([lvlm.seen(image)], [box_prompt(lvlm, WORDS, "the red car")]))
+    expected, _ = read_maps(mean, lvlm.views_in(first, 0, image), image.size)
+    np.testing.assert_allclose(found.attention[layers], expected, rtol=0, atol=1e-5)
+
+
+def test_models_without_a_box_are_refused(lvlm: Any, image: Image.Image) -> None:
+    with pytest.raises(
+        UsageError, match=r"heads_by=vrh: .* is not known to write boxes itself; rank by mass"
+    ):
+        lh.find_heads(lvlm, [lh.Sample(image, "the car", bbox=(0, 0, 9, 9))], by="vrh")
+    with pytest.raises(UsageError, match="the model writes no box; it answers"):
+        attend_box_tokens(tiny_lvlm("last"), replace(WORDS, pattern="(never)()()()"), image, "the car")
+
+
+# ------------------------------------------------------------------------------------------------------ in Python
+
+
+def test_find_heads_by_labels_in_python(lvlm: Any, image: Image.Image) -> None:
+    boxes = [(0, 0, 60, 90), (80, 10, 160, 80), (30, 30, 90, 60), (5, 5, 50, 50)]
+    samples = [lh.Sample(image, f"the {word}", bbox=box) for word, box in zip("abcd", boxes, strict=True)]
+    found = lh.find_heads(lvlm, samples, by="mass", num_labels=3, top_n=3)
+    scores = [mass_in_truth(lvlm.attend(image, s.expression), s.bbox) for s in samples]
+    drawn = np.sort(np.random.default_rng(42).choice(4, 3, replace=False))
+    expected = np.mean([scores[i] for i in drawn], axis=0)
+    for head in found.kept:
+        assert head.score == pytest.approx(expected[head.address], abs=1e-6)
+    assert found.kept[0].address == max(
+        (Head(*place) for place in np.ndindex(expected.shape) if place[0] > 1), key=lambda h: expected[h]
+    )
+    assert all(one.score >= other.score for one, other in pairwise(found.kept))  # type: ignore[operator]
+    assert found.found_with is not None
+    assert (found.found_with["heads_by"], found.found_with["num_labels"]) == ("mass", "3")
+    assert "criteria" not in found.found_with and found.found_with["weights"] == lvlm.fingerprint
+    with pytest.raises(UsageError, match="neither bbox nor mask"):
+        lh.find_heads(lvlm, [lh.Sample(image, "the car")], by="iou")
+
+
+# ------------------------------------------------------------------------------------------------------ the stage
+
+SCENES = ("stage=find", "data=scenes", "scenes.count=8", "scenes.size=96", "report=false", "num_trials=2")
+
+
+def test_the_stage_resumes_and_writes(front: Front, calls: Calls) -> None:
+    first = front.finder(*SCENES, "heads_by=mass", "num_labels=4", "shrink=ranks")
+    assert first.status == 0 and "by mass, 4 labels" in first.out and "without shrinkage" in first.out
+    folder = Path("outputs/localization_heads/tiny")
+    heads, labels = (json.loads((folder / f"{name}.json").read_text()) for name in ("heads", "labels"))
+    assert (heads["found_with"]["heads_by"], heads["found_with"]["num_labels"]) == ("mass", "4")
+    assert heads["found_with"]["shrink"] == "ranks, n0=10" and heads["heads"][0]["score"] > 0
+    assert labels["heads"] == [[head["layer"], head["head"]] for head in heads["heads"][:3]]
+    assert labels["curve"]["counts"] == [1, 2] and labels["num_entries"] == 8
+    assert (folder / "labels.png").stat().st_size > 1000
+    seen = len(calls)
+    iou = front.finder(*SCENES, "heads_by=iou")  # other labels of the same maps: nothing is asked again
+    assert iou.status == 0 and len(calls) == seen
+    assert json.loads((folder / "heads.json").read_text())["found_with"]["heads_by"] == "iou"
+
+
+def test_a_killed_stage_goes_on(front: Front, calls: Calls) -> None:
+    whole = front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=whole")
+    asked = len(calls)
+    calls.fail_at = asked + 2
+    front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=parts")
+    calls.fail_at = None
+    assert (
+        front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=parts").status
+        == whole.status
+        == 0
+    )
+    assert len(calls) == 2 * asked
+    files = [
+        Path(f"{folder}/tiny/{name}")
+        for folder in ("whole", "parts")
+        for name in ("labels.json", "heads.csv")
+    ]
+    assert files[0].read_bytes() == files[2].read_bytes() and files[1].read_bytes() == files[3].read_bytes()
+
+
+def test_wrong_use_is_one_line(front: Front, image: Image.Image) -> None:
+    image.save("one.png")
+    line = {"id": "one", "prompt": "the car", "image_path": "one.png"}
+    Path("data.jsonl").write_text(json.dumps(line) + "\n")
+    found = front.finder("stage=find", "data_file=data.jsonl", "heads_by=mass")
+    assert found.status == 2
+    assert "heads_by=mass (heads_by=criteria needs no truth) needs entries with bbox or mask" in found.err
+    many = front.finder(*SCENES, "heads_by=mass", "num_labels=9")
+    assert many.status == 2 and "num_labels=9: there are only 8 entries with a true box or mask" in many.err
+    for words, said in (
+        (("heads_by=criteria", "num_labels=3"), "num_labels=: heads_by=criteria takes no labels"),
+        (("heads_by=vrh",), "is not known to write boxes itself; rank by mass, iou or pointing"),
+        (("heads_by=size",), "heads_by=size"),
+        (("stage=ground", "heads_by=mass"), "heads_by=: stage=ground does not read it; write stage=find"),
+    ):
+        refused = front.finder(*SCENES, *words)
+        assert refused.status == 2 and said in refused.err, refused.err
+
+
+def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model writes no box; where it is taken to write one, its tokens' maps are what counts."""
+    words = (*SCENES, "heads_by=vrh", "model.native_box=paligemma")
+    silent = front.finder(*words)
+    assert silent.status == 1 and "the model writes no box; it answers" in silent.out + silent.err
+
+    def pretended(lvlm: Any, _: BoxFormat, image: Image.Image, expression: str) -> AttentionMaps:
+        return lvlm.attend(image, expression)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(box_tokens, "attend_box_tokens", pretended)
+    assert front.finder(*words).status == 0
+    heads = json.loads((front.out / "heads.json").read_text())
+    found = heads["found_with"]
+    assert (found["heads_by"], found["conv_mode"], found["query_token"]) == (
+        "vrh",
+        "native_box",
+        "box_tokens",
+    )
+    assert json.loads((front.out / "labels.json").read_text())["quality"].startswith(
+        "mean attention of the generated"
+    )
+    noted = front.finder(*SCENES[1:], "stage=ground", f"heads={front.out}/heads.json", "segmenter=none")
+    assert (
+        "found with conv_mode=native_box (here: referseg), query_token=box_tokens (here: last)" in noted.err
+    )
+
+
+def test_heads_are_not_judged_on_their_labels(front: Front) -> None:
+    front.finder(*SCENES, "heads_by=mass")
+    heads = "heads=outputs/localization_heads/tiny/heads.json"
+    refused = front.finder(*SCENES, "stage=evaluate", heads, "controls=false")
+    assert refused.status == 2 and "show images that" in refused.err and "allow_leakage=true" in refused.err
