@@ -24,7 +24,7 @@ WORDS = "the red car dog left in this image here is original and are some crops 
 VOCABULARY = 400
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {}
-NEEDS_TORCHVISION = {"cohere2_vision", "kimi_k25", "lfm2_vl", "llama4", "mistral3", "pixtral"}
+NEEDS_TORCHVISION = {"cohere2_vision", "kimi_k25", "lfm2_vl", "llama4", "lighton_ocr", "mistral3", "pixtral"}
 """Families whose processors transformers has for torchvision only."""
 
 
@@ -268,14 +268,13 @@ def qwen3_5() -> tuple[Any, Any]:
     return qwen_like("Qwen3_5", hf.Qwen3VLProcessor, 16, language_model, **QWEN3_TOWER)
 
 
-@family
-def glm4v() -> tuple[Any, Any]:
+def glm_like(prefix: str, processor: Any, images: Any, **language_model: Any) -> tuple[Any, Any]:
     marks = ["begin_of_image", "end_of_image", "begin_of_video", "end_of_video"]
     t = tokenizer([f"<|{mark}|>" for mark in marks], image_token="<|image|>", video_token="<|video|>")
-    ip = hf.Glm4vImageProcessor(size={"shortest_edge": 12544, "longest_edge": 400 * 28 * 28})
+    ip = images(size={"shortest_edge": 12544, "longest_edge": 400 * 28 * 28})
     rope = mrope(1, 1, 2, partial_rotary_factor=0.5)
-    config = hf.Glm4vConfig(
-        text_config=text(head_dim=16, rope_parameters=rope),
+    config = getattr(hf, f"{prefix}Config")(
+        text_config=text(head_dim=16, rope_parameters=rope, **language_model),
         vision_config={
             "depth": 1,
             "hidden_size": 16,
@@ -290,7 +289,12 @@ def glm4v() -> tuple[Any, Any]:
         **ids(t, image_start_token_id="<|begin_of_image|>", image_end_token_id="<|end_of_image|>"),
         **ids(t, video_start_token_id="<|begin_of_video|>", video_end_token_id="<|end_of_video|>"),
     )
-    return images_only(hf.Glm4vProcessor)(ip, t), hf.Glm4vForConditionalGeneration(config)
+    return images_only(processor)(ip, t), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
+
+
+@family
+def glm4v() -> tuple[Any, Any]:
+    return glm_like("Glm4v", hf.Glm4vProcessor, hf.Glm4vImageProcessor)
 
 
 @family

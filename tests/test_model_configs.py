@@ -70,6 +70,16 @@ MODEL_TYPES = {
     "qwen3_5": "qwen3_5",
     "smolvlm": "smolvlm",
     "smolvlm-256m": "idefics3",
+    "qwen3-vl-30b": "qwen3_vl_moe",
+    "qwen3_5-35b": "qwen3_5_moe",
+    "glm4_5v": "glm4v_moe",
+    "glm4_6v": "glm46v",
+    "video-llama3": "video_llama_3",
+    "exaone4_5": "exaone4_5",
+    "ernie4_5-vl": "ernie4_5_vl_moe",
+    "paddleocr-vl": "paddleocr_vl",
+    "lighton-ocr": "lighton_ocr",
+    "llava-next-video": "llava_next_video",
     "tiny": "llava",
     "vip-llava": "vipllava",
 }
@@ -158,7 +168,7 @@ def test_facts_of_families_with_several_parts(
 
 
 def test_facts_of_mixtures_of_experts_and_of_strangers() -> None:
-    assert family_facts(SimpleNamespace(model_type="qwen3_vl_moe")) == FAMILIES["qwen3_vl"].facts
+    assert family_facts(SimpleNamespace(model_type="glm4v_moe")) == FAMILIES["glm4v"].facts
     assert family_facts(SimpleNamespace(model_type="novel")) == {}
 
 

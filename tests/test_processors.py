@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import BUILDERS, tiny
-from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from family_models_siblings import glm46v  # noqa: F401 -- registers all families
 from footprints import views_seen
 from PIL import Image
 from tiny_models import edit, llava_model, llava_processor, save_llava

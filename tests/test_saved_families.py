@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from family_models import BUILDERS, tiny
-from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
+from family_models_siblings import glm46v  # noqa: F401 -- registers all families
 from footprints import coordinate_image
 
 from localization_heads.lvlm.doctor import examine

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
-import family_models_tiled  # noqa: F401 -- more of tiny's families
+import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
 import torch

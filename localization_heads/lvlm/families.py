@@ -126,15 +126,44 @@ FAMILIES = {
 FAMILIES |= {
     "cohere2_vision": FAMILIES["aya_vision"],
     "deepseek_vl_hybrid": FAMILIES["deepseek_vl"],
+    "ernie4_5_vl_moe": Family(qwen),
+    "exaone4_5": Family(qwen),
+    "glm46v": FAMILIES["glm4v"],
+    "glm4v_moe": FAMILIES["glm4v"],
+    "lighton_ocr": FAMILIES["mistral3"],
+    "llava_next_video": FAMILIES["llava_next"],
+    "paddleocr_vl": Family(qwen),
     "qwen3_5": FAMILIES["qwen3_vl"],
+    "qwen3_5_moe": FAMILIES["qwen3_vl"],
+    "qwen3_vl_moe": FAMILIES["qwen3_vl"],
     "smolvlm": FAMILIES["idefics3"],
+    "video_llama_3": Family(qwen),
 }
 
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
+_NO_LAYERS = "its language model is not built of layers whose attention can be captured"
 REFUSED = dict.fromkeys(
-    ("aria", "blip-2", "idefics", "idefics2", "instructblip", "kosmos-2", "kosmos-2.5"), _NO_GRID
+    (
+        "aria",
+        "blip-2",
+        "idefics",
+        "idefics2",
+        "instructblip",
+        "instructblipvideo",
+        "kosmos-2",
+        "kosmos-2.5",
+    ),
+    _NO_GRID,
 )
-"""Model types without a grid of image tokens, and why."""
+"""Model types whose heads cannot be read, and why."""
+
+REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-encoder-decoder"), _NO_LAYERS)
+REFUSED |= {
+    "evolla": "it reads proteins, and no images",
+    "mistral4": "it reads text, and no images",
+    "mistral_large4": "each token attends to chosen keys only, by a scale that changes with padding",
+    "shieldgemma2": "its processor asks about its own policies, whatever the prompt says",
+}
 
 
 def family_of(config: Any) -> Family:
@@ -143,11 +172,8 @@ def family_of(config: Any) -> Family:
 
 
 def family_facts(config: Any) -> Facts:
-    """The options that follow from a checkpoint's configuration; empty for a family that is not in the table.
-
-    Mixtures of experts (`qwen3_vl_moe`) are prompted as their family is.
-    """
-    facts = (FAMILIES.get(config.model_type.removesuffix("_moe")) or family_of(config)).facts
+    """The options that follow from a checkpoint's configuration; empty for a family that is not in the table."""
+    facts = family_of(config).facts
     return facts(config) if callable(facts) else facts
 
 

@@ -84,10 +84,16 @@ def kimi(image: ProcessedImage) -> list[View]:
 
 
 def pixtral(image: ProcessedImage) -> list[View]:
-    """Pixtral, Mistral 3: the image at nearly its own size; the tokens that break lines have other ids."""
+    """Pixtral, Mistral 3: the image at nearly its own size; the tokens that break lines have other ids.
+
+    Where patches are merged and the sides are no multiples of that (LightOnOCR), the rest belongs to no token.
+    """
     height, width = image.row("image_sizes")  # after resizing, in pixels
     cell = image.config.vision_config.patch_size * getattr(image.config, "spatial_merge_size", 1)
-    return [whole_view(image, grid(image.tokens, height // cell, width // cell))]
+    rows, columns = height // cell, width // cell
+    W, H = image.image_size
+    box = (0.0, 0.0, W * columns * cell / width, H * rows * cell / height)
+    return [whole_view(image, grid(image.tokens, rows, columns), box)]
 
 
 def gemma4(image: ProcessedImage) -> list[View]:

@@ -31,16 +31,19 @@ class _WithoutVideo(ProcessorMixin):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options.pop("video_processor", None)
-        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        parts = [part for part in args if part is not None]
+        super().__init__(*parts, **options)  # type: ignore[no-untyped-call]
 
 
 class _ImagesOnly(type):
     """Makes such processors without what their classes insist on. `__init__` stays: transformers reads its names."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-        position = list(parameters).index("video_processor") if "video_processor" in parameters else 0
-        if position > len(args):  # counted with self
+        names = list(inspect.signature(cls.__init__).parameters)[1:]  # type: ignore[misc]
+        position = names.index("video_processor") if "video_processor" in names else len(args)
+        if position < len(args):  # the other parts come in order, and some classes name it before them
+            args = (*args[:position], None, *args[position:])
+        elif "video_processor" in names:
             options.setdefault("video_processor", None)  # SmolVLM and Gemma 4 have no default
         with _spelling_numbers(cls.__mro__[1]):
             return super().__call__(*args, **options)
@@ -50,7 +53,7 @@ def images_only(kind: Any) -> Any:
     """A processor class without its video part, which it then neither loads nor needs.
 
     Args:
-        kind: a subclass of `ProcessorMixin` that takes its video processor last or by name.
+        kind: a subclass of `ProcessorMixin`. The one that is made takes its other parts, in their order.
     """
     attributes = [name for name in kind.get_attributes() if "video" not in name]
     members = {"get_attributes": classmethod(lambda _: attributes)}
