@@ -151,7 +151,7 @@ def test_patches_that_make_no_whole_cell_are_outside_the_view() -> None:
         spatial_merge_size=2,
         vision_config=SimpleNamespace(patch_size=14),
     )
-    inputs = {"input_ids": np.array([[1, *[7] * 15, 2]]), "image_sizes": [[98, 140]]}
+    inputs = {"input_ids": np.array([[1, *[7] * 15, 2]]), "image_sizes": np.array([[98, 140]])}
     (view,) = views_of(ProcessedImage(config, None, inputs, 0, (280, 196)))
     assert view.index.shape == (3, 5)
     assert view.box == (0, 0, 280, 168)
