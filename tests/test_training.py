@@ -13,15 +13,16 @@ from localization_heads.options.groups import CriteriaOptions
 from localization_heads.scenes import artwork
 from localization_heads.scenes.scene import NAMES, render_scene
 from training import card
-from training.ablation import shrink, spread_cells, start_from
+from training.ablation import shrink, spread_cells
 from training.batches import BatchMaker
 from training.evaluate import comparison_samples, correlation
+from training.export import export
 from training.language import IDS, NUMBERS, _where_turn, build_tokenizer, encode, question_turn, scene_turns
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
 from training.recipe import SPRITES, Canvas, ModelRecipe, Recipe, Stage
 from training.talk import KINDS, list_scores
-from training.trainer import LOOK_EPS, Trainer, load_run
+from training.trainer import LOOK_EPS, Trainer, load_run, start_from
 
 SMALL = ModelRecipe(
     image_size=64, width=64, vision_layers=1, vision_mlp=128, text_layers=3, text_heads=4, head_dim=16, text_mlp=128
@@ -337,14 +338,16 @@ def test_the_styles_to_learn_from_draw_every_name():
             assert artwork.sprite_pixels(str(SPRITES / style), name, 40, 40, angle=12).shape == (40, 40, 4)
 
 
-def test_an_arm_of_the_ablation_starts_from_a_runs_weights(tmp_path):
+def test_a_run_starts_from_the_weights_of_another_or_of_a_model(tmp_path):
     recipe = replace(RECIPE, steps=1)
     trained = Trainer(recipe, tmp_path / "run").follow().model
-    start_from(tmp_path / "run", recipe, tmp_path / "arm")
-    arm = Trainer(recipe, tmp_path / "arm")
-    assert arm.step == 0
-    for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    export(trained, recipe.model, tmp_path / "model")
+    for weights in ("run", "model"):  # of a checkpoint, or as they are shipped
+        start_from(tmp_path / weights, recipe, tmp_path / f"from {weights}")
+        arm = Trainer(recipe, tmp_path / f"from {weights}")
+        assert arm.step == 0
+        for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def ranked(frequencies):

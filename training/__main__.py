@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from training.recipe import Recipe
+from training.trainer import start_from
 from training.workers import run
 
 
@@ -19,11 +20,14 @@ def main() -> None:
     for name in ("steps", "workers", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
     parser.add_argument("--answer-places", action="store_true", help="ablation: places in the answers")
+    parser.add_argument("--weights", type=Path, help="start from those of another run or of a model's folder")
     options = vars(parser.parse_args())
-    folder = options.pop("folder")
+    folder, weights = options.pop("folder"), options.pop("weights")
     recipe = replace(Recipe(), **options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    if weights is not None:
+        start_from(weights, recipe, folder)
     run(recipe, folder)
 
 

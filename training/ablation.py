@@ -10,7 +10,7 @@ comes out is measured on scenes of 16 x 16 cells.
 import argparse
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from training.evaluate import (
 )
 from training.measure import measure
 from training.recipe import Recipe, Stage
-from training.trainer import CHECKPOINT, Trainer
+from training.trainer import Trainer, start_from
 from training.workers import run
 
 CELLS = 16  # a side
@@ -58,18 +58,6 @@ def _share(canvas) -> float:
     if canvas.scene_cells != CELLS or not canvas.text_tokens:
         return 0.0
     return {10: 0.04, 12: 0.15, 16: 0.75}[canvas.cells]
-
-
-def start_from(checkpoint: Path, recipe: Recipe, folder: Path) -> None:
-    """Write a run's folder whose first checkpoint has the weights of another run, at step 0."""
-    if (folder / CHECKPOINT).exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-    trainer = Trainer(recipe, folder)
-    weights = torch.load(checkpoint / CHECKPOINT, weights_only=True)["model"]
-    trainer.model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    trainer.save()
 
 
 def spread_cells(grid: int, side: int) -> torch.Tensor:

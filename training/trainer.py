@@ -4,10 +4,11 @@ A step's batch and dropout depend on (seed, step, worker) alone, so that a run r
 follows the trajectory it would have had.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,25 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
         log.info("resumed at step %d", self.step)
+
+
+def start_from(weights: Path, recipe: Recipe, folder: Path) -> None:
+    """Write a run's folder whose first checkpoint has known weights, at step 0; one that has a checkpoint stays.
+
+    Args:
+        weights: the folder of another run, or of a model as `training.export` writes it.
+    """
+    if (folder / CHECKPOINT).exists():
+        return
+    if (weights / CHECKPOINT).exists():
+        known = torch.load(weights / CHECKPOINT, weights_only=True)["model"]
+    else:
+        known = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
+    trainer = Trainer(recipe, folder)
+    trainer.model.load_state_dict({name: weight.float() for name, weight in known.items()})
+    trainer.save()
 
 
 def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
