@@ -233,10 +233,17 @@ def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
 
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
+    if isinstance(value, str) and (value.endswith(".json") or is_repository(value)):
+        return _best_of(value, every_head(value), k)
+    return every_head(value)
+
+
+def every_head(value: Any) -> tuple[Head, ...]:
+    """All heads of a list such as `[14-24, 14-13]`, of one such name, or of a heads.json or repository, best first."""
     if isinstance(value, str) and value.endswith(".json"):
-        return _best_of(value, load_head_list(value), k)
+        return tuple(load_head_list(value))
     if isinstance(value, str) and is_repository(value):
-        return _best_of(value, [head.address for head in load_heads(value).kept], k)
+        return tuple(head.address for head in load_heads(value).kept)
     names = value if isinstance(value, (list, tuple)) else [value]
     try:
         heads = tuple(Head.parse(str(name)) for name in names)

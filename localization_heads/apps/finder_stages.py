@@ -16,6 +16,7 @@ from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.options.compose import preset_name
 from localization_heads.scenes import write
 from localization_heads.stages import (
+    ablate,
     calibrate,
     evaluate,
     experiment,
@@ -107,6 +108,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "prepare": _prepare,
     "calibrate": _calibrate,
     "trace": _trace,
+    "ablate": lambda run: _show_result(run, ablate.ablate(run)),
 }
 
 

@@ -96,9 +96,18 @@ def random_heads(
     return [layer_matched(chosen, shape, rng) for _ in range(draws)]
 
 
-def mean_map(maps: AttentionMaps, exclude_layers: int) -> AttentionMaps:
-    """The mean map over all heads of the layers from `exclude_layers` on, as a single head `L0H0`."""
-    return _as_one_head(maps, maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64))
+def mean_map(maps: AttentionMaps, exclude_layers: int, without: Sequence[Head] = ()) -> AttentionMaps:
+    """The mean map over all heads of the layers from `exclude_layers` on, as a single head `L0H0`.
+
+    Args:
+        without: heads that are left out; not all of them.
+    """
+    if not without:
+        return _as_one_head(maps, maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64))
+    kept = np.ones(maps.attention.shape[:2], dtype=bool)
+    kept[:exclude_layers] = False
+    kept[tuple(zip(*without, strict=True))] = False
+    return _as_one_head(maps, maps.attention[kept].mean(axis=0, dtype=np.float64))
 
 
 def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:

@@ -4,6 +4,7 @@ Every `plot_*` function takes data, draws one `matplotlib.figure.Figure`, writes
 given a path, and returns it; `show` opens it in a window. No pyplot state is touched on the way.
 """
 
+from localization_heads.figures.ablation import plot_ablation
 from localization_heads.figures.charts import (
     plot_attention_sums,
     plot_head_grid,
@@ -22,6 +23,7 @@ from localization_heads.figures.trust import plot_confidence
 
 __all__ = [
     "Found",
+    "plot_ablation",
     "plot_attention_sums",
     "plot_boxes",
     "plot_cells",

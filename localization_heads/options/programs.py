@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from localization_heads.errors import UsageError
+from localization_heads.options.ablation import AblateOptions
 from localization_heads.options.experiments import ExperimentOptions, RungOptions
 from localization_heads.options.groups import (
     NEWCOMER,
@@ -47,9 +48,9 @@ from localization_heads.options.tracing import TraceOptions
 
 Stage = Literal[
     "batch", "find", "rank", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes", "doctor",
-    "experiment", "export", "prepare", "calibrate", "trace",
+    "experiment", "export", "prepare", "calibrate", "trace", "ablate",
 ]  # fmt: skip
-SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate")
+SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate", "ablate")
 """Those that run the model over a data set."""
 ONE_IMAGE = ("collect", "pipeline", "ground", "doctor", "trace")
 """Those that take one image and one query."""
@@ -212,8 +213,9 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
     stage: Stage = option(
         "batch",
         "What to do: batch, find, rank, pipeline, ground, evaluate, collect, analyze, visualize, scenes, doctor, "
-        "export, prepare, calibrate, trace or experiment. trace shows where heads look as each word of an answer is "
-        "written. calibrate fits calibration.json on entries with truth. "
+        "export, prepare, calibrate, trace, ablate or experiment. trace shows where heads look as each word of an "
+        "answer is written. calibrate fits calibration.json on entries with truth. "
+        "ablate switches heads off and measures what is lost. "
         "rank repeats the last step of find (or batch) from the statistics that it "
         "left, without the model: for another top_n or k, or other criteria, except those that need the maps again.",
     )
@@ -354,6 +356,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
         "fig13, fig14, all of them, or the ladder (docs/reproducing-the-paper.md).",
         choice="none",
     )
+    ablate: AblateOptions = option(AblateOptions(), "Heads switched off, or steered (stage=ablate).")
     rung: RungOptions = option(
         RungOptions(),
         "One rung of the ladder, as a preset for any stage: published, padding, hull, fixed, masks, mask_box "

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from localization_heads.scenes.artwork import NAMES, PALETTE, VOCABULARY
+from localization_heads.scenes.artwork import NAMES, PALETTE
 
 SIZES = ("small", "big")
-NO_IMAGE = "no image"
-"""The kind of the question that can be answered from the name alone: what is asked of a model as a control."""
 
 
 class Question(NamedTuple):
     """A question about an image with its known answer.
 
     Args:
-        kind: `description` (the expression by itself), `colour`, `size`, `name`, or `no image`.
+        kind: `description` (the expression by itself), `colour`, `size` or `name`.
     """
 
     kind: str
@@ -37,7 +35,6 @@ def questions(expression: str, answer: str) -> tuple[Question, ...]:
     description | the dog on the left | red small dog
     colour | what colour is the dog on the left ? | red
     size | how big is the dog on the left ? | small
-    no image | what kind of thing is the dog ? | animal
     """
     found = [Question("description", expression, answer)]
     words = answer.split()
@@ -54,20 +51,4 @@ def questions(expression: str, answer: str) -> tuple[Question, ...]:
         found.append(Question("size", f"how big is {phrase} ?", size))
     if name not in said:
         found.append(Question("name", f"what is {phrase} ?", name))
-    found.append(Question(NO_IMAGE, f"what kind of thing is the {name} ?", VOCABULARY[name][0]))
     return tuple(found)
-
-
-def is_right(said: str, answer: str) -> bool:
-    """Whether a model said what is expected: its words, one after the other; capitals and marks do not count.
-
-    >>> is_right("The dog is red.", "red"), is_right("reddish", "red"), is_right("small red dog", "red small dog")
-    (True, False, False)
-    """
-    heard, wanted = _words(said), _words(answer)
-    last = len(heard) - len(wanted)
-    return bool(wanted) and any(heard[start : start + len(wanted)] == wanted for start in range(last + 1))
-
-
-def _words(text: str) -> list[str]:
-    return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()

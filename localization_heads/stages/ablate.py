@@ -1,0 +1,307 @@
+"""`ablate`: what is lost when heads are switched off, and what the answer follows when they are steered.
+
+Every expression is asked again and again: with the first heads of a list changed, with as many random heads of the
+same layers, and with those of the highest attention sum. The list is that of `heads=`, best first, and after it all
+others in the order in which the label-free criteria rank them on these entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.answers import Region, expected_answers, says
+from localization_heads.data.samples import Sample
+from localization_heads.errors import NothingDoneError, UsageError
+from localization_heads.evaluation.controls import mean_map
+from localization_heads.evaluation.judging import truth_of
+from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding
+from localization_heads.experiments.ablation import BEFORE, Condition, Values, conditions, finding
+from localization_heads.grounder import check_heads, every_head, known_heads
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
+from localization_heads.options.kinds import as_read
+from localization_heads.scenes.pairs import pairs
+from localization_heads.scenes.questions import Question, questions
+from localization_heads.scenes.write import scenes
+from localization_heads.stages.chunks import Attended
+from localization_heads.stages.entries import Entries, select_entries
+from localization_heads.stages.find import collect_statistics, draws_of, open_store, rank_entries
+from localization_heads.stages.flow import go_through
+from localization_heads.stages.outcome import Result
+from localization_heads.stages.run import Run, check_criteria
+from localization_heads.store.files import RunLock, write_json
+from localization_heads.store.journal import ResultLog
+
+MANY = 10_000
+RIGHT = 0.5
+"""IoU from which a box is right."""
+ANSWERS = "answers: "
+"""Of a measure: the answers to one kind of question."""
+
+
+def ablate(run: Run) -> Result:
+    """Measure every entry under every condition -> `ablation.json` and `ablation.png`.
+
+    Raises:
+        UsageError: nothing can be measured on these entries, or the model lacks a head of the list.
+    """
+    from localization_heads import figures
+
+    run, data_file = _with_data(run)
+    entries = select_entries(run)
+    with RunLock(run.folder):
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        asked = _asked(run, entries, data_file)
+        every = _conditions(run, _ranking(run, entries))
+        work = Ablation(every, asked)
+        log = ResultLog(run.folder, "ablate", _settings(run, work))
+        values = _go_through(run, entries, work, log)
+        kinds = sorted({name for one in values for name in one[every[0].name] if name.startswith(ANSWERS)})
+        what = f"steered by {run.options.ablate.strength:g}" if run.options.ablate.steer else "switched off"
+        named = {name: f"answers right, {name.removeprefix(ANSWERS)}" for name in kinds}
+        found = finding(every, values, named, what, run.options.random_seed)
+        paths = [run.folder / f"ablation{suffix}" for suffix in (".json", ".png")]
+        write_json(paths[0], {**found.numbers, "choices": _choices(run)})
+        run.draw(figures.plot_ablation, found.numbers, what, path=paths[1])
+        log.finish()
+        return Result(paths, entries.in_order(), findings=[found])
+
+
+def _with_data(run: Run) -> tuple[Run, str]:
+    """The run with its data file, which of scenes is written now."""
+    run.options.require("data_file")
+    if run.options.data_file != "scenes":
+        return run, str(run.options.data_file)
+    write = pairs if run.options.ablate.steer else scenes
+    data_file = str(write(run.options.scenes))
+    return replace(run, options=replace(run.options, data_file=data_file)), data_file
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured.
+
+    Args:
+        questions: by entry's id, those whose answer is known.
+        regions: by entry's id, where its heads are steered to.
+        native: how the model writes boxes; None does not ask for any.
+        maps: whether the other heads' maps are scored, where there is a true box or mask.
+    """
+
+    questions: Mapping[str, tuple[Question, ...]]
+    regions: Mapping[str, tuple[Region, ...]]
+    native: BoxFormat | None
+    maps: bool
+
+
+def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
+    """What can be measured of what is wanted; entries of which nothing can are put aside."""
+    wanted = run.options.ablate.measure
+    expected = expected_answers(data_file)
+    by_line = {sample.line: sample for sample in entries.samples}
+    for bad in expected.bad:
+        if bad.line in by_line:
+            entries.fail(by_line[bad.line], bad.reason)
+    if run.options.ablate.steer:
+        regions = {one.id: expected.regions[one.line] for one in entries.good if one.line in expected.regions}
+        asked = Asked({}, regions, None, maps=False)
+        need = (
+            'regions, such as "regions": [{"bbox": [x0, y0, x1, y1], "answer": "dog"}, ...] (or data=scenes)'
+        )
+    else:
+        native = (
+            wanted_format(run.lvlm, run.options.native, by_default=True)
+            if wanted in ("boxes", "all")
+            else None
+        )
+        if wanted == "boxes" and native is None:
+            native = wanted_format(run.lvlm, True, by_default=True)
+        known = {one.id: expected.answers[one.line] for one in entries.good if one.line in expected.answers}
+        told = {one.id: questions(one.expression, known[one.id]) for one in entries.good if one.id in known}
+        asked = Asked(
+            told if wanted in ("answers", "all") else {}, {}, native, maps=wanted in ("maps", "all")
+        )
+        need = 'a known answer ("answer": "red"), bbox or mask'
+    for sample in entries.good:
+        boxes = sample.has_truth and (asked.maps or asked.native is not None)
+        if not (sample.id in asked.questions or sample.id in asked.regions or boxes):
+            entries.fail(sample, f"nothing can be measured: it has no {need}")
+    if not entries.good:
+        raise UsageError(f"stage=ablate needs entries with {need}; the first: {entries.in_order()[0]}")
+    return asked
+
+
+def _ranking(run: Run, entries: Entries) -> HeadRanking:
+    """The label-free ranking of these entries, whose statistics are kept as `find` keeps them."""
+    store = open_store(run)
+    collect_statistics(run, entries, entries.good, store, keep_maps=False)
+    return rank_entries(run, entries, draws_of(run, entries), store)
+
+
+def _conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
+    lvlm, options = run.lvlm, run.options
+    first, there = options.criteria.exclude_layers, lvlm.attention_modules
+    ranked = [head for head in ranking.heads if head.layer >= first and head.layer in there]
+    named = _named(run)
+    check_heads(named, lvlm.num_layers, lvlm.num_heads)
+    listed = tuple(dict.fromkeys([*named, *(head.address for head in ranked)]))
+    by_sum = sorted(ranked, key=lambda head: (-head.attention_sum, head.layer, head.head))
+    return conditions(
+        listed[: max(options.ablate.counts)],
+        [head.address for head in by_sum],
+        options.ablate.counts,
+        draws=options.ablate.draws,
+        num_heads=lvlm.num_heads,
+        seed=options.random_seed,
+    )
+
+
+def _named(run: Run) -> tuple[Head, ...]:
+    """The heads of `heads=`, all of them, best first; none where `auto` knows none."""
+    wanted = run.options.heads
+    if wanted == "greedy":
+        raise UsageError("heads=greedy: stage=ablate changes fixed heads; write heads=auto or name them")
+    if wanted == "auto":
+        return known_heads(run.spec.name, run.folder, MANY) or ()
+    return every_head(wanted)
+
+
+def _go_through(run: Run, entries: Entries, work: Ablation, log: ResultLog) -> list[Values]:
+    """The values of every entry, in file order; of those that a killed run has measured, from its log."""
+    found: dict[str, Values] = {}
+
+    def is_done(sample: Sample) -> bool:
+        if (logged := log.get(entries.key(sample))) is None:
+            return False
+        found[sample.id] = logged
+        return True
+
+    def keep(measured: Sequence[tuple[Sample, Values]]) -> None:
+        log.append([(entries.key(sample), {**values}) for sample, values in measured])
+        found.update({sample.id: values for sample, values in measured})
+
+    go_through(
+        run, entries, entries.good, "ablate", is_done=is_done, work=work, keep=keep, work_runs_model=True
+    )
+    if not found:
+        raise NothingDoneError("no entry could be measured", entries.in_order())
+    return [found[sample.id] for sample in entries.samples if sample.id in found]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Measures the entries of a chunk under every condition."""
+
+    conditions: tuple[Condition, ...]
+    asked: Asked
+
+    def __call__(
+        self, run: Run, entries: Entries, attended: Sequence[Attended]
+    ) -> list[tuple[Sample, Values]]:
+        measured = []
+        for one in attended:
+            with entries.put_aside(one.sample):
+                measured.append((one.sample, self._measured(run, one)))
+        return measured
+
+    def _measured(self, run: Run, one: Attended) -> Values:
+        if regions := self.asked.regions.get(one.sample.id):
+            return {
+                condition.name: self._steered(run, one, condition, regions) for condition in self.conditions
+            }
+        truth = truth_of(one.sample, one.image.size) if one.sample.bbox or one.sample.mask else None
+        return {condition.name: self._without(run, one, condition, truth) for condition in self.conditions}
+
+    def _without(
+        self, run: Run, one: Attended, condition: Condition, truth: Truth | None
+    ) -> dict[str, float]:
+        """The measures of one entry without the heads of a condition."""
+        from localization_heads.lvlm.intervene import switch_off
+
+        lvlm, sample, found = run.lvlm, one.sample, dict[str, float]()
+        with switch_off(lvlm, condition.heads, run.options.ablate.how):
+            encoded = lvlm.encode_image(one.image)
+            if told := self.asked.questions.get(sample.id):
+                said = encoded.say([question.text for question in told], run.options.ablate.answer_tokens)
+                right = [
+                    says(heard.text, question.answer) for heard, question in zip(said, told, strict=True)
+                ]
+                found["answers"] = float(np.mean(right))
+                if len(told) > 1:
+                    kinds = zip(told, right, strict=True)
+                    found |= {f"{ANSWERS}{question.kind}": float(ok) for question, ok in kinds}
+            if self.asked.native and truth:
+                box, _ = ask_for_box(lvlm, self.asked.native, one.image, sample.expression)
+                found["boxes"] = float(score_box(box, truth, one.image.size).iou >= RIGHT)
+            if self.asked.maps and truth:
+                (now,) = encoded.attend([sample.expression])
+        if self.asked.maps and truth:
+            for name, maps in (("", now), (BEFORE, one.maps)):
+                score = _of_others(run, maps, condition.heads, truth)
+                found[f"maps{name}"], found[f"pointing{name}"] = (
+                    float(score.iou >= RIGHT),
+                    float(score.pointing),
+                )
+        return found
+
+    def _steered(
+        self, run: Run, one: Attended, condition: Condition, regions: Sequence[Region]
+    ) -> dict[str, float]:
+        """The share of the regions whose object is named, alone, when the heads are steered there."""
+        follows, leaves = [], []
+        for region in regions:
+            with _steer(run, condition.heads, region):
+                encoded = run.lvlm.encode_image(one.image)
+                said = encoded.say([one.sample.expression], run.options.ablate.answer_tokens)[0].text
+            there = says(said, region.answer)
+            elsewhere = any(says(said, other.answer) for other in regions if other.answer != region.answer)
+            follows.append(there and not elsewhere)
+            leaves.append(elsewhere and not there)
+        return {"follows": float(np.mean(follows)), "leaves": float(np.mean(leaves))}
+
+
+def _steer(run: Run, heads: Sequence[Head], region: Region) -> AbstractContextManager[None]:
+    from localization_heads.lvlm.steering import steer
+
+    return steer(run.lvlm, heads, region.box, run.options.ablate.strength)
+
+
+def _of_others(run: Run, maps: AttentionMaps, without: Sequence[Head], truth: Truth) -> Score:
+    """The score of the mean map of all heads but those."""
+    others = mean_map(maps, run.options.criteria.exclude_layers, without)
+    return score_grounding(ground_maps(others, [Head(0, 0)], run.options.grounding), truth)
+
+
+def _settings(run: Run, work: Ablation) -> dict[str, Any]:
+    """All that the values of an entry depend on besides it."""
+    options, asked = run.options, work.asked
+    return {
+        "model": run.model_settings,
+        "options": [as_read(options.ablate), options.batch_size, asdict(options.grounding)],
+        "exclude_layers": options.criteria.exclude_layers,
+        "conditions": {one.name: [list(head) for head in one.heads] for one in work.conditions},
+        "questions": {id: [list(question) for question in told] for id, told in asked.questions.items()},
+        "regions": {id: [asdict(region) for region in there] for id, there in asked.regions.items()},
+        "native": asked.native and asked.native.prompt,
+        "maps": asked.maps,
+    }
+
+
+def _choices(run: Run) -> dict[str, Any]:
+    """Whatever the numbers depend on, by name."""
+    options = run.options
+    return {
+        **run.lvlm.choices,
+        "data_file": str(options.data_file),
+        "range": [options.start_index, options.end_index],
+        "heads": str(options.heads),
+        **{f"ablate.{name}": value for name, value in as_read(options.ablate).items()},
+    }

@@ -1,0 +1,217 @@
+"""Which heads are switched off at a time, what comes of it, and `stage=ablate` as a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from front import Front, one_line, write_lines
+from PIL import Image
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.answers import Region, expected_answers
+from localization_heads.evaluation.controls import mean_map
+from localization_heads.experiments.ablation import conditions, curves, finding
+from localization_heads.heads.head import Head
+from localization_heads.options.groups import ScenesOptions
+from localization_heads.scenes.pairs import two_objects
+from localization_heads.scenes.questions import questions
+from localization_heads.stages import ablate
+
+LISTED = [Head(2, 0), Head(3, 1), Head(2, 3), Head(3, 0)]
+BY_SUM = [Head(3, 3), Head(2, 0), Head(3, 1), Head(2, 1)]
+
+
+def test_conditions() -> None:
+    every = conditions(LISTED, BY_SUM, [0, 1, 3, 9], draws=3, num_heads=6, seed=0)
+    assert every[0].name == "heads-0-0" and every[0].heads == ()
+    assert [one.number for one in every] == [0, *[1] * 5, *[3] * 5, *[4] * 5]
+    by_name = {one.name: one.heads for one in every}
+    assert by_name["heads-3-0"] == tuple(LISTED[:3])
+    assert by_name["attention_sum-4-0"] == tuple(BY_SUM)
+    for draw in range(3):
+        random = by_name[f"random-3-{draw}"]
+        assert [head.layer for head in random] == [2, 3, 2]
+        assert not {*random} & {*LISTED} and len({*random}) == 3
+        assert by_name[f"random-1-{draw}"] == random[:1]
+    assert len({by_name[f"random-4-{draw}"] for draw in range(3)}) > 1
+    assert every == conditions(LISTED, BY_SUM, [9, 3, 1], draws=3, num_heads=6, seed=0)
+
+
+def test_random_heads_of_a_layer_with_too_few_others() -> None:
+    """The least of the listed ones are taken, the best last."""
+    listed = [Head(0, 2), Head(0, 0)]
+    every = {one.name: one.heads for one in conditions(listed, listed, [2], draws=1, num_heads=3)}
+    assert every["random-2-0"] == (Head(0, 1), Head(0, 0))
+
+
+EVERY = conditions([Head(1, 0)], [Head(1, 1)], [1], draws=2, num_heads=4)
+
+
+def values(
+    before: float, heads: float, random: tuple[float, float], by_sum: float
+) -> dict[str, dict[str, float]]:
+    found = [("heads-0-0", before), ("heads-1-0", heads), ("attention_sum-1-0", by_sum)]
+    found += [(f"random-1-{draw}", value) for draw, value in enumerate(random)]
+    return {name: {"answers": value} for name, value in found}
+
+
+def test_curves_by_hand() -> None:
+    three = [values(1, 0, (1, 0), 1), values(1, 0.5, (1, 1), 0), values(0, 0, (0, 1), 0)]
+    found = curves(EVERY, three, "answers")
+    assert found["counts"] == [0, 1] and found["num"] == 3
+    assert found["curves"] == {
+        "heads": [0.666667, 0.166667], "random": [0.666667, 0.666667], "attention_sum": [0.666667, 0.333333]
+    }  # fmt: skip
+    assert found["falls"] == {"heads": [0, 0.5], "random": [0, 0], "attention_sum": [0, 0.333333]}
+    assert found["intervals"]["heads"][0] == [0, 1] and found["fall_intervals"]["heads"][1] == [0, 1]
+
+
+def test_intervals_are_of_paired_differences() -> None:
+    """A second implementation, in loops: every expression loses a half, so no resample says anything else."""
+    rng = np.random.default_rng(1)
+    many = [values(v, v - 0.5, (v, v), v) for v in rng.choice([0.5, 1.0], 40)]
+    found = curves(EVERY, many, "answers", seed=7)
+    assert found["fall_intervals"]["heads"][1] == [0.5, 0.5]
+    before = np.array([one["heads-0-0"]["answers"] for one in many])
+    drawn = np.random.default_rng(7).integers(40, size=(1000, 40))
+    means = sorted(np.mean([before[place] for place in row]) for row in drawn)
+    np.testing.assert_allclose(found["intervals"]["heads"][0], np.quantile(means, [0.025, 0.975]), atol=1e-6)
+
+
+def test_maps_are_compared_with_the_same_heads_maps_before() -> None:
+    one: Any = {name: {"maps": 0.0, "maps_before": 0.0} for name in values(0, 0, (0, 0), 0)}
+    one["heads-0-0"] = {"maps": 1.0, "maps_before": 1.0}
+    one["random-1-0"] = {"maps": 0.0, "maps_before": 1.0}
+    found = curves(EVERY, [one], "maps")
+    assert found["curves"]["heads"] == [1, 0] and found["falls"]["heads"] == [
+        0,
+        0,
+    ]  # the others are worse anyway
+    assert found["falls"]["random"] == [0, 0.5]
+
+
+def test_finding_says_what_it_found() -> None:
+    found = finding(EVERY, [values(1, 0, (1, 1), 1)] * 4, {}, "switched off")
+    assert found.numbers["heads"] == [[1, 0]] and found.numbers["measure"] == "answers right"
+    assert found.numbers["curves"]["heads"] == [1, 0] and found.numbers["counts"] == [0, 1]
+    assert (
+        "those of the list -100.0 [-100.0, -100.0]; random ones of the same layers 0.0 [0.0, 0.0]"
+        in found.reading
+    )
+    (table,) = found.tables
+    assert table.rows == (("0", "100.0 [100, 100]", "", ""), ("1", "0.0 [0, 0]", *["100.0 [100, 100]"] * 2))
+
+
+def test_mean_map_without_some_heads() -> None:
+    maps = AttentionMaps(np.arange(12, dtype=np.float32).reshape(3, 2, 1, 2), (0, 0, 2, 1), (2, 1))
+    assert mean_map(maps, 1, [Head(1, 0), Head(0, 0)]).attention.ravel().tolist() == [
+        8,
+        9,
+    ]  # of L1H1, L2H0, L2H1
+    assert mean_map(maps, 1).attention.ravel().tolist() == [7, 8]
+
+
+def test_questions_and_pairs() -> None:
+    asked = {one.kind: one for one in questions("left animal", "plain big dog")}
+    assert asked["name"].text == "what is the left animal ?" and asked["name"].answer == "dog"
+    assert asked["colour"].answer == "plain" and asked["size"].answer == "big"
+    assert [one.kind for one in questions("the dog", "a dog that runs")] == ["description"]
+    scene = next(two_objects(ScenesOptions(size=64)))
+    assert len({thing.name for thing in scene.objects}) == len(scene.objects) == 2
+
+
+def test_answers_of_a_data_file(tmp_path: Path) -> None:
+    region = {"bbox": [0, 0, 4, 4], "answer": "dog"}
+    lines: list[Any] = [
+        {"id": "a", "answer": "red"},
+        {"id": "b", "regions": [region, {**region, "answer": "cat"}]},
+        {"id": "c", "answer": 3},
+        {"id": "d", "regions": [region]},
+        {"id": "e", "regions": [region, {"bbox": [1, 2], "answer": "cat"}]},
+        {"id": "f", "regions": [region] * 17},
+        {"id": "g", "answer": "x" * 401},
+        {"id": "h"},
+        "not json",
+    ]
+    found = expected_answers(write_lines(tmp_path / "data.jsonl", lines))
+    assert found.answers == {1: "red"}
+    assert found.regions == {2: (Region((0, 0, 4, 4), "dog"), Region((0, 0, 4, 4), "cat"))}
+    assert [bad.line for bad in found.bad] == [3, 4, 5, 6, 7]
+    assert "number 2: 'bbox' has length 2" in found.bad[2].reason
+
+
+SCENES = ("data=scenes", "scenes.size=96", "scenes.count=4", "batch_size=2")
+FEW = ("stage=ablate", "heads=[4-4,5-6]", "ablate.counts=[2]", "ablate.draws=1", "ablate.answer_tokens=4")
+
+
+def test_stage_resumes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = front.finder(*FEW, *SCENES)
+    assert result.status == 0, result.err
+    assert "answers right (%), 4 expressions" in result.out and "By question, with 2 heads" in result.out
+    whole = json.loads((front.out / "ablation.json").read_text())
+    assert (
+        whole["heads"] == [[4, 4], [5, 6]]
+        and whole["counts"] == [0, 2]
+        and whole["measure"] == "answers right"
+    )
+    assert set(whole["curves"]) == set(whole["intervals"]) == {"heads", "random", "attention_sum"}
+    assert "Acc@0.5 of the other heads' maps" in whole["measures"]
+    assert Image.open(front.out / "ablation.png").size[0] > 300
+    original, done = ablate.Ablation.__call__, []
+
+    def dies(self: Any, run: Any, entries: Any, attended: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.extend(attended)
+        return original(self, run, entries, attended)
+
+    monkeypatch.setattr(ablate.Ablation, "__call__", dies)
+    (front.out / "ablation.json").unlink()
+    assert front.finder(*FEW, *SCENES).status != 0
+    assert len(done) == 2 and not (front.out / "ablation.json").exists()
+    again: list[Any] = []
+
+    def counts(self: Any, run: Any, entries: Any, attended: Any) -> Any:
+        again.extend(attended)
+        return original(self, run, entries, attended)
+
+    monkeypatch.setattr(ablate.Ablation, "__call__", counts)
+    assert front.finder(*FEW, *SCENES).status == 0
+    assert len(again) == 2 and json.loads((front.out / "ablation.json").read_text()) == whole
+
+
+def test_steering_as_a_command(front: Front) -> None:
+    result = front.finder(*FEW, *SCENES, "scenes.count=2", "ablate.steer=true", "ablate.strength=8")
+    assert result.status == 0, result.err
+    found = json.loads((front.out / "ablation.json").read_text())
+    assert found["measure"] == "answers that name what is in the region"
+    assert found["choices"]["ablate.strength"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("heads=[4-9]",), "there is no L4H9"),
+        (("heads=greedy",), "changes fixed heads"),
+        (("ablate.measure=boxes",), "not known to write boxes"),
+        (("ablate.counts=[]",), "ablate.counts"),
+        (("ablate.how=half",), "choose one of zero, mean"),
+        (("ablate.strength=nan",), "ablate.strength"),
+    ],
+)
+def test_bad_options(front: Front, options: tuple[str, ...], message: str) -> None:
+    result = front.finder("stage=ablate", *SCENES, "scenes.count=1", *options)
+    assert result.status == 2
+    assert message in one_line(result.err)
+
+
+def test_entries_that_say_nothing(front: Front) -> None:
+    Image.new("RGB", (64, 48)).save("a.png")
+    write_lines(Path("data.jsonl"), [{"id": "a", "prompt": "the dog", "image_path": "a.png"}])
+    for option in ("ablate.steer=false", "ablate.steer=true"):
+        result = front.finder("stage=ablate", "data_file=data.jsonl", option)
+        assert result.status == 2 and "stage=ablate needs entries with" in one_line(result.err)
