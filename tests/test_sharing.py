@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from family_models import BUILDERS, tiny
 from footprints import coordinate_image
 from PIL import Image
+from tiny_models import llava_model, llava_processor
 
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm import sharing
@@ -23,13 +25,14 @@ from localization_heads.lvlm.capture import decoder_layers
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prefix import why_not_shared
+from localization_heads.lvlm.prefix import longest_shared, why_not_shared
 from localization_heads.lvlm.prompts import locate_expression
 from localization_heads.lvlm.sharing import apart
-from localization_heads.options.groups import QueryToken
+from localization_heads.options.groups import ModelSpec, QueryToken
 
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car", "the dog"]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 APART = {"florence2", "paligemma", "paligemma2"}
 
 
@@ -182,13 +185,48 @@ def test_why_an_image_is_not_shared() -> None:
     assert "encoder" in (tiny("florence2").why_not_shared or "")
     assert tiny("llava").why_not_shared is None
     config = copy.deepcopy(tiny("llava").model.config)
-    config.text_config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert "length" in (why_not_shared(config) or "")
-    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "short_factor": [1.0, 0.5]}
-    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.25]}
-    assert "length" in (why_not_shared(config) or "")
-    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.5]}
+    config.text_config.rope_parameters = DYNAMIC
     assert why_not_shared(config) is None
+
+
+def test_the_longest_prompt_that_shares() -> None:
+    """Up to the trained length, `dynamic` frequencies are those of no scaling, and `longrope` has its short factors."""
+    config = copy.deepcopy(tiny("llava").model.config)
+    assert longest_shared(config) == math.inf
+    config.text_config.max_position_embeddings = 100
+    config.text_config.rope_parameters = DYNAMIC
+    assert longest_shared(config) == 99
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "short_factor": [1.0, 0.5]}
+    longrope["original_max_position_embeddings"] = 40
+    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.25]}
+    assert longest_shared(config) == 39
+    config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.5]}
+    assert longest_shared(config) == math.inf
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("dynamic", 1024), ("longrope", 30), ("longrope", 60)])
+def test_rotary_scaling_shares_below_the_trained_length(
+    kind: str, trained: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if asked apart, by InternVL 3's scaling or another; prompts of 41 to 44 tokens run alone where 30 are left."""
+    factors = {
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": trained,
+    }
+    rope = DYNAMIC if kind == "dynamic" else {**DYNAMIC, "rope_type": kind, **factors}
+    model, processor = llava_model(rope_parameters=dict(rope)), llava_processor()
+    lvlm = LVLM(model, processor, ModelSpec("scaled"), system="", conv_mode="plain")
+    image, words = coordinate_image(110, 150), ["the dog", "the red car", "dog left in this image"]
+    alone = [lvlm.attend(image, expression) for expression in words]
+    asked: list[object] = []
+    monkeypatch.setattr(sharing, "apart", lambda *given: asked.append(given) or apart(*given))
+    encoded = lvlm.encode_image(image)
+    assert encoded.shares
+    for expression, one in zip(words, alone, strict=True):
+        (maps,) = encoded.attend([expression])
+        np.testing.assert_allclose(maps.attention, one.attention, **SAME)
+    assert len(asked) == (3 if trained == 30 else 0)
 
 
 def test_the_documentation_names_who_cannot_share() -> None:

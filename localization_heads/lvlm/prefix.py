@@ -8,6 +8,7 @@ computation of its attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -41,12 +42,25 @@ def why_not_shared(config: Any) -> str | None:
     if config.is_encoder_decoder:
         return "its encoder reads image and expression together"
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    if any(_depends_on_length(part) for part in (rope, *rope.values()) if isinstance(part, Mapping)):
-        return "its rotary positions depend on the length of the whole prompt"
     if any(type(layer) not in _LAYERS for layer in DynamicCache(config=text).layers):
         return "its cache has layers of an unknown kind"
     return None
+
+
+def longest_shared(config: Any) -> float:
+    """Tokens that a prompt may have at most if its prefix is to be that of any other prompt; infinite for most models.
+
+    `dynamic` rotary frequencies are as if there were none up to the length that the model was trained for, and depend
+    on the length of the whole prompt beyond it (InternVL 3). `longrope` has other ones beyond its original length.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    parts = [
+        part for part in (rope, *rope.values()) if isinstance(part, Mapping) and _depends_on_length(part)
+    ]
+    trained = getattr(text, "max_position_embeddings", None) or 0
+    limits = [min(trained, part.get("original_max_position_embeddings") or trained) for part in parts]
+    return min(limits) - 1 if limits else math.inf
 
 
 def _depends_on_length(rope: Mapping[str, Any]) -> bool:

@@ -29,6 +29,7 @@ from localization_heads.lvlm.prefix import (
     Prefix,
     first_tokens,
     last_tokens,
+    longest_shared,
     recording_cache,
     spatial_positions,
 )
@@ -172,7 +173,7 @@ class EncodedImage:
             sides: tokens that the first is weighed between.
         """
         questions = [self.question(text) for text in texts]
-        start, prefix = self._start(questions, None, answers=True)
+        start, prefix = self._start(questions, None, answers=True, more=num_tokens)
 
         def said(group: Sequence[Question]) -> list[Said]:
             lvlm, hearing = self.lvlm, self.lvlm.hearing(sides)
@@ -187,11 +188,18 @@ class EncodedImage:
         return _in_groups(questions, said, by_length=prefix is not None)
 
     def _start(
-        self, questions: Sequence[Question], last_layer: int | None, *, answers: bool
+        self, questions: Sequence[Question], last_layer: int | None, *, answers: bool, more: int = 0
     ) -> tuple[int, Prefix | None]:
-        """How many of the prefix's tokens the questions go on from, and the prefix; None if they share nothing."""
+        """How many of the prefix's tokens the questions go on from, and the prefix; None if they share nothing.
+
+        Args:
+            more: tokens of an answer that follows, beside those that are captured.
+        """
+        longest = max((len(one.ids) + (one.query.answers or more) for one in questions), default=0)
+        if not questions or longest > longest_shared(self.lvlm.model.config):
+            return -1, None
         prefix = self.encode(None if answers else last_layer)
-        if prefix is None or not questions or (answers and not prefix.can_be_cut):
+        if prefix is None or (answers and not prefix.can_be_cut):
             return -1, None
         start = min(self._common(prefix, question) for question in questions)
         if start <= self._last_image_token or (start < len(prefix.ids) and not prefix.can_be_cut):
