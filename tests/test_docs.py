@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import CHROMIUM, browser
 from documents import blocks, commands
 from front import Front, cached_load_model, fronts
 
@@ -71,3 +72,31 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "api.html").is_file()
+    if CHROMIUM:
+        check_from_disk(tmp_path / "grounding.html")
+
+
+SEARCH = """
+new Promise((done) => {
+  const field = document.querySelector("[data-md-component=search-query]");
+  const found = document.querySelector("[data-md-component=search-result]");
+  field.focus();
+  field.value = "calibration";
+  for (const kind of ["keyup", "input"]) field.dispatchEvent(new Event(kind, {bubbles: true}));
+  const look = () => found.innerText.includes("matching document") ? done(found.innerText) : setTimeout(look, 50);
+  look();
+})
+"""
+
+
+def check_from_disk(page: Path) -> None:
+    """Without a server and a network: the search finds, and a copy button copies commands without their output."""
+    with browser() as site:
+        site.open(page)
+        assert "How sure a box is" in site.run(SEARCH)
+        copied = site.run(
+            "[...document.querySelectorAll('[data-clipboard-text]')].map(b => b.dataset.clipboardText)"
+        )
+        assert copied
+        assert all(text.startswith("python ") and "┃" not in text for text in copied)
+        assert not [address for address in site.requests if address.startswith("http")]

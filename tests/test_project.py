@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from localization_heads.options.compose import choices, option_names
 from localization_heads.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +66,18 @@ def test_the_container_can_be_read() -> None:
         if line.startswith("COPY"):
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), line
+
+
+def test_the_script_that_reproduces_the_paper() -> None:
+    """It needs weights; here, that it can be read, says how it is used, and names options that exist."""
+    script = ROOT / "examples" / "reproduce_llava.sh"
+    assert subprocess.run(["bash", script], capture_output=True, text=True, check=False).returncode == 2
+    calls = re.sub(r"\\\n", " ", script.read_text())
+    named = {
+        name
+        for line in calls.splitlines()
+        if "locheads" in line or line.startswith("prepare=")
+        for name in re.findall(r"\b([a-z_.]+)=", line.replace("prepare=(", ""))
+    }
+    assert named <= {*option_names("finder"), *choices("finder")}
+    assert {"data_file", "num_trials", "dataset_path"} <= named

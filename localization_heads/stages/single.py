@@ -275,8 +275,6 @@ class Examined:
 
 def doctor(run: Run) -> Examined:
     """Show how the model reads `image_file` and `query`, or an example -> `<id>_doctor.png`."""
-    if not run.options.image_file and not Path(EXAMPLE).is_file():
-        raise UsageError("image_file= is missing: stage=doctor shows how the model reads an image")
     source, expression = run.image(run.options.image_file or EXAMPLE), str(run.options.query or EXPRESSION)
     image = load_image(source)
     path = entry_path(run.attention_folder, image_id(run, source, expression), "_doctor.png")
