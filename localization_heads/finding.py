@@ -65,7 +65,8 @@ def find_heads(
         by: `criteria`; or what scores each head on each sample, all of which must have a box or a mask: `mass`, `iou`
             and `pointing` of its own map, or `vrh`, the attention of the box that the model writes (`heads.labels`).
         num_labels: samples drawn for a ranking by labels, by `seed`; None takes all. Other draws show its spread.
-        shrink, shrink_n0: how far few labels are drawn towards the label-free ranking (`heads.labels.shrunk`).
+        shrink: whether few labels are drawn towards the label-free ranking (`heads.labels.shrunk`).
+        shrink_n0: with how many labels both count alike.
 
     Raises:
         ValueError: there is no sample, or fewer than `num_labels`.

@@ -165,7 +165,8 @@ class LabelRecipe:
         by: what scores a head in a sample.
         num_labels: entries drawn for the ranking; None takes all.
         num_trials: draws (or, of all entries, bootstrap resamples) that its spread comes from.
-        shrink, n0: as of `shrunk`.
+        shrink: as of `shrunk`.
+        n0: as of `shrunk`.
         k: heads that a ranking is judged by.
     """
 
