@@ -105,6 +105,32 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
+def melting_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the merges of Llama 3's and Qwen's kind that meet here: `".` is one token, `).` is two."""
+    words = ["EXIT", " dog", " left", " sign", " the", "the", ' "', '".']
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelled = [word.replace(" ", "Ġ") for word in words]
+    merges, vocabulary = [], {token: id for id, token in enumerate([*SPECIAL, *alphabet])}
+    for word in spelled:
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<start>", "<end>"],
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+@cache
 def tiny_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=KINDS[kind](),

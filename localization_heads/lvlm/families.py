@@ -54,12 +54,14 @@ class Family:
         facts: options that a checkpoint of this family needs, or a function of its configuration that gives them.
         not_shared: why an image cannot be encoded once for all expressions; None if it can.
         adds_image_itself: whether the processor puts the image before the text, so that prompts name none.
+        writes_bos: whether the processor writes the token that begins a text where a prompt has none.
     """
 
     views: Callable[[ProcessedImage], list[View]]
     facts: Facts | Callable[[Any], Facts] = field(default_factory=lambda: {"conv_mode": "chat"})
     not_shared: str | None = None
     adds_image_itself: bool = False
+    writes_bos: bool = False
 
 
 def _chat(native_box: str) -> Facts:
@@ -109,7 +111,7 @@ FAMILIES = {
     "llava_next": Family(anyres, _vicuna_facts),
     "llava_onevision": Family(anyres),
     "mistral3": Family(pixtral),
-    "mllama": Family(mllama),
+    "mllama": Family(mllama, writes_bos=True),
     "ovis2": Family(ovis2),
     "paligemma": Family(
         whole_square,

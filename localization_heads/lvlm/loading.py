@@ -18,7 +18,7 @@ from localization_heads.lvlm import checkpoint
 from localization_heads.lvlm.chat_template import PROCESS, template_of
 from localization_heads.lvlm.families import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.processors import check_image_sizes, complete, processor_kind
+from localization_heads.lvlm.processors import bos_trouble, check_image_sizes, complete, processor_kind
 from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
 from localization_heads.lvlm.sources import (
     check_torchvision,
@@ -123,7 +123,7 @@ def load_model(
         paraphrases=paraphrases,
     )
     _check_order(lvlm)
-    for note in _notes(lvlm):
+    for note in _notes(lvlm, checkpoint_folder(source)):
         lvlm.note(note)
     return lvlm
 
@@ -143,8 +143,11 @@ def check_wording(answer_tokens: int, paraphrases: Sequence[str] | None) -> None
         )
 
 
-def _notes(lvlm: LVLM) -> Iterator[str]:
+def _notes(lvlm: LVLM, folder: Path | None) -> Iterator[str]:
     """What a user may not know about this checkpoint: that it looks like a known one, or is not the one named."""
+    tokenizer = lvlm.processor.tokenizer
+    if not lvlm.writes_bos(lvlm.prompt("it")) and (trouble := bos_trouble(tokenizer, folder)):
+        yield f"{lvlm.name}: {trouble}"
     strangers = [
         head for head in lvlm.known_heads if head.layer >= lvlm.num_layers or head.head >= lvlm.num_heads
     ]
@@ -227,7 +230,8 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
 def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
     for handler in logging.getLogger("transformers").handlers:
         handler.addFilter(_no_torchvision_warning)
-    processor = _read(processor_kind(str(config.model_type)).from_pretrained, source, spec)
+    options = {"fix_mistral_regex": True} if spec.fix_mistral_regex else {}
+    processor = _read(processor_kind(str(config.model_type)).from_pretrained, source, spec, **options)
     complete(processor, config)
     check_image_sizes(processor.image_processor, f"model.name={spec.name}")
     if spec.pad_to_square is not None:

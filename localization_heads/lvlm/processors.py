@@ -6,9 +6,11 @@ The video half would need torchvision, and settings that not every checkpoint ha
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
@@ -20,6 +22,8 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, first_of, image_token_id
 
+MAX_SETTINGS = 16 << 20
+"""Bytes of a tokenizer's settings."""
 MAX_SIDE = 16_384
 """Pixels of an image's side that a processor may ask for."""
 _CLASS_TOKEN = ("clip_vision_model", "vit", "dinov2", "deit")
@@ -127,6 +131,33 @@ def check_image_sizes(image_processor: Any, shown: str) -> None:
             raise UsageError(
                 f"{shown}: its image processor is set to {setting}={value:.3g}, more than {limit:,} pixels"
             )
+
+
+def bos_trouble(tokenizer: Any, folder: Path | None) -> str | None:
+    """What a checkpoint says about the token that begins a text, where its tokenizer does otherwise; else None.
+
+    The setting `add_bos_token` of `tokenizer_config.json` is not read by every class of tokenizers: what
+    `tokenizer.json` says holds.
+
+    Args:
+        folder: of the checkpoint; None where its files are not known.
+    """
+    path = folder and folder / "tokenizer_config.json"
+    if not path or not path.is_file() or path.stat().st_size > MAX_SETTINGS or tokenizer.bos_token_id is None:
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None  # transformers has read the tokenizer all the same
+    asked = settings.get("add_bos_token") if isinstance(settings, dict) else None
+    added = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+    if not isinstance(asked, bool) or asked == added:
+        return None
+    does = "begins every prompt with" if added else "leaves out"
+    return (
+        f"tokenizer_config.json says add_bos_token={str(asked).lower()}, and the tokenizer {does} "
+        f"{tokenizer.bos_token}, as tokenizer.json has it: prompts may differ from those of its training"
+    )
 
 
 def _configured(config: Any) -> dict[str, Any]:

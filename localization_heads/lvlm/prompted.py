@@ -133,7 +133,8 @@ class PromptedModel:
     def wording(self) -> dict[str, Any]:
         """What else the maps depend on, as JSON values: nothing unless the model answers or paraphrases are asked."""
         tokens = {"answer_tokens": self.answer_tokens} if self.reads_answer else {}
-        return tokens | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
+        mended = {"fix_mistral_regex": True} if self.spec.fix_mistral_regex else {}
+        return tokens | mended | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
 
     @property
     def asked(self) -> dict[str, str | None]:
@@ -266,15 +267,19 @@ class PromptedModel:
             for name, value in inputs.items()
         }
 
+    def writes_bos(self, prompt: str) -> bool:
+        """Whether a prompt has the token that begins a text, or its processor writes it: the tokenizer adds none."""
+        bos = self.processor.tokenizer.bos_token
+        return bool(bos) and (prompt.startswith(bos) or family_of(self.model.config).writes_bos)
+
     def processed(
         self, images: Sequence[Image.Image], prompts: Sequence[str], processor: Any = None
     ) -> Mapping[str, Any]:
         """Processor output as it comes, of the model's processor or of another."""
         for image in images:
             check_shape(self.model.config, self.processor.image_processor, image.size)
-        bos = self.processor.tokenizer.bos_token
-        twice = bool(bos) and all(prompt.startswith(bos) for prompt in prompts)  # chat templates write it out
-        options: dict[str, Any] = {"add_special_tokens": False} if twice else {}
+        written = all(map(self.writes_bos, prompts))
+        options: dict[str, Any] = {"add_special_tokens": False} if written else {}
         side = "right" if self.model.config.is_encoder_decoder else "left"
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
         what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"

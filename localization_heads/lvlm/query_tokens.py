@@ -95,7 +95,9 @@ def expression_tokens(
     """Indices into `ids` of the tokens that spell the expression, its closing full stop left out.
 
     The processor puts hundreds of image tokens into the text, so the prompt's own tokens are looked up in `ids`
-    from the end. A token that reaches over the edge of the expression (the space before it) counts as part of it.
+    from the end. A token that reaches over the edge of the expression (the space before it) counts as part of it, but
+    for a last one that holds nothing of it but marks: where a closing quote and the full stop are one token, the
+    expression ends before it. So `expression_end` is never the stop that the paper's query token is.
     """
     span = _by_offsets(tokenizer, prompt, ids, dropped_token) or _by_decoding(tokenizer, prompt, ids)
     if span is None:
@@ -122,6 +124,8 @@ def _by_offsets(
     ]
     if not inside:
         return None
+    if len(inside) > 1 and _only_marks(prompt, *kept[inside[-1]][1]):
+        inside.pop()
     first, count = inside[0], inside[-1] - inside[0] + 1
     own = [token for token, _ in kept]
     expected = len(ids) - (len(own) - first)  # but for padding on the right, and what the processor adds
@@ -130,6 +134,11 @@ def _by_offsets(
         if (at := _find(wanted, ids, near=expected)) is not None:
             return range(at, at + count)
     return None
+
+
+def _only_marks(prompt: Prompt, start: int, end: int) -> bool:
+    """Whether a token, by its place in the prompt, leaves the expression and has neither letters nor digits of it."""
+    return end > prompt.end and not any(char.isalnum() for char in prompt.text[start : prompt.end])
 
 
 def _find(wanted: Sequence[int], ids: Sequence[int], near: int) -> int | None:
@@ -153,7 +162,24 @@ def _by_decoding(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range | 
     backwards = range(T - 1, max(-1, T - 1 - _LONGEST), -1)
     first = next((first for first in backwards if rest in spelled(first, T)), T)
     end = next((end for end in range(first + 1, T + 1) if expression in spelled(first, end)), None)
-    return None if end is None else range(first, end)
+    if end is None:
+        return None
+    over = not spelled(first, end).endswith(expression)
+    held = spelled(first, end - 1)  # all of the expression but marks, which melt with what follows
+    if over and end - first > 1 and len(words := _without_marks(expression)) > 0 and words in held:
+        end -= 1
+    return range(first, end)
+
+
+def _without_marks(text: str) -> str:
+    """A text up to its last letter or digit.
+
+    >>> _without_marks('the "dog"')
+    'the "dog'
+    """
+    while text and not text[-1].isalnum():
+        text = text[:-1]
+    return text
 
 
 def _squeezed(text: str) -> str:

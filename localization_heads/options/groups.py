@@ -299,6 +299,9 @@ class ModelSpec(Options):
         "Pad images to a square instead of cropping them; null for what the family needs (LLaVA-1.5 and its "
         "like: true), else what the processor says.",
     )
+    fix_mistral_regex: bool = option(
+        False, "Load the tokenizer with transformers' own mend for Mistral's splitting of words."
+    )
     conv_mode: ConvMode | None = option(
         None,
         "Prompt recommended for this model, used while conv_mode=null; null is what the family needs, and for "

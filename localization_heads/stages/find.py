@@ -81,6 +81,7 @@ def asked_settings(run: Run) -> dict[str, Any]:
         "drop_lone_spaces": run.options.drop_lone_spaces,
         "query_token": run.options.query_token,
         "view": run.options.view,
+        **({"model.fix_mistral_regex": True} if spec.fix_mistral_regex else {}),
         **_wording(run.options),
         **{f"criteria.{name}": value for name, value in as_measured(run.options.criteria).items()},
     }
