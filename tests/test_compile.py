@@ -7,19 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_query_token import tiny_lvlm
+from test_query_token import SPANLESS, tiny_lvlm
 from transformers.utils import is_bitsandbytes_available
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.loading import load_model
 from localization_heads.lvlm.spec import find_spec
-from localization_heads.options.groups import QueryToken
 
 EXPRESSIONS = ["the dog", "the left red dog , this car", "car.", "this image"]
 
@@ -63,7 +62,7 @@ def test_compiled_language_model(image: Any) -> None:
         assert torch.equal(lvlm.model(**inputs).logits, logits)
 
 
-@pytest.mark.parametrize("query_token", get_args(QueryToken))
+@pytest.mark.parametrize("query_token", SPANLESS)
 def test_batch_of_different_images(images: list[Image.Image], query_token: str) -> None:
     """One padded batch says what single calls say."""
     lvlm = tiny_lvlm(query_token)
@@ -142,7 +141,7 @@ def test_few_bits(image: Any, bits: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-@pytest.mark.parametrize("query_token", get_args(QueryToken))
+@pytest.mark.parametrize("query_token", SPANLESS)
 def test_gpu_equals_cpu(image: Any, query_token: str) -> None:
     on_cpu = load_model(device="cpu", query_token=query_token).attend(image, "the dog").attention
     on_gpu = load_model(device="cuda", query_token=query_token).attend(image, "the dog").attention

@@ -68,7 +68,9 @@ def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
-    found = examine(tiny_lvlm(query_token), image, "the dog")
+    lvlm = tiny_lvlm(query_token)
+    lvlm.answer_span = "any"
+    found = examine(lvlm, image, "the dog")
     marked = "".join(piece.text for piece in found.pieces if piece.kind == "query")
     expected = {
         "last": ".",
@@ -76,6 +78,7 @@ def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
         "expression_mean": "the dog",
         "answer_first": "(first token of the answer)",
         "answer_mean": "(tokens of the answer)",
+        "answer_span": "(tokens of the answer)",
         "last_and_answer": ".(tokens of the answer)",
     }
     assert marked == expected[query_token]

@@ -35,8 +35,11 @@ from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-ONE_CALL = [kind for kind in get_args(QueryToken) if kind not in ("answer_mean", "last_and_answer")]
-"""Those whose rows come from one call of the model; tests/test_answer_tokens.py has the others."""
+MORE_CALLS = ("answer_mean", "answer_span", "last_and_answer")
+ONE_CALL = [kind for kind in get_args(QueryToken) if kind not in MORE_CALLS]
+"""Those whose rows come from one call of the model; tests/test_answer_*.py have the others."""
+SPANLESS = [kind for kind in get_args(QueryToken) if kind != "answer_span"]
+"""Those that no answer can lack."""
 CHAT = (
     "{% for m in messages %}this {% for c in m['content'] %}"
     "{% if c['type']=='image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -220,14 +223,14 @@ def words_of(ids: list[int], expression: str) -> list[int]:
 
 
 def test_readings_differ(image: Any) -> None:
-    kinds = [kind for kind in get_args(QueryToken) if kind != "last_and_answer"]  # it reads two
+    kinds = [kind for kind in SPANLESS if kind != "last_and_answer"]  # it reads two
     maps = {kind: tiny_lvlm(kind).attend(image, "the left red dog").attention for kind in kinds}
     for one in kinds:
         for other in kinds:
             assert (one == other) == bool((abs(maps[one] - maps[other]) < 1e-4).all())
 
 
-@pytest.mark.parametrize("query_token", get_args(QueryToken))
+@pytest.mark.parametrize("query_token", SPANLESS)
 def test_early_exit(image: Any, query_token: str) -> None:
     before = dict(AttentionInterface._global_mapping)
     lvlm = tiny_lvlm(query_token)
@@ -326,7 +329,7 @@ def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
     ]
 
 
-@pytest.mark.parametrize("query_token", get_args(QueryToken))
+@pytest.mark.parametrize("query_token", SPANLESS)
 @pytest.mark.parametrize("conv_mode", ["referseg", "chat"])
 def test_without_lone_spaces_all_ways_agree(image: Any, query_token: str, conv_mode: str) -> None:
     """One by one, in a padded batch, and with the image encoded once; and eager attention on the ids by hand."""

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from localization_heads.errors import UsageError, shown
 
@@ -81,6 +82,13 @@ def spelled(
     return Spelled(text, tuple(_places(ids, ends, silent)))
 
 
+def silent_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of tokens that begin, end, part and fill texts. Other special tokens may be the answer itself (a box)."""
+    kinds = ("bos", "eos", "pad", "cls", "sep", "mask")
+    ids = (getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds)
+    return tuple(token for token in ids if token is not None)
+
+
 def _agreed(beginning: str, text: str) -> int:
     """How many characters of `text` a beginning of it has, without a character that is not finished."""
     beginning = beginning.rstrip(_UNFINISHED)
@@ -132,6 +140,17 @@ def _cuts(answer: Spelled, start: int, stop: int) -> Iterator[int]:
 def _is_spaceless(character: str) -> bool:
     wide = unicodedata.east_asian_width(character) in "WF"
     return wide and unicodedata.category(character) == "Lo" and not "\uac00" <= character <= "\ud7a3"
+
+
+def group_tokens(answer: Spelled, pattern: str) -> list[int]:
+    """The tokens that spell any group of the first match of a regular expression; none where nothing matches.
+
+    >>> group_tokens(Spelled("x 1, 2", ((0, 2), (2, 3), (3, 5), (5, 6))), r"(\\d), (\\d)")
+    [1, 3]
+    """
+    match = re.search(pattern, answer.text)
+    groups = range(1, match.re.groups + 1) if match else ()
+    return sorted({token for group in groups if match for token in answer.tokens_of(*match.span(group))})
 
 
 def span_tokens(answer: Spelled, span: str) -> range:

@@ -44,11 +44,12 @@ class Hearing(LogitsProcessor):
     Args:
         ends: ids of the tokens that end an answer.
         sides: what the first token is weighed between.
+        wanted: bool (B, n), the tokens whose rows the recorder averages; None for all.
     """
 
-    def __init__(self, ends: Sequence[int], sides: Sides | None = None) -> None:
+    def __init__(self, ends: Sequence[int], sides: Sides | None = None, wanted: Tensor | None = None) -> None:
         self.ends = torch.tensor(list(ends), dtype=torch.long)
-        self.sides = sides
+        self.sides, self.wanted = sides, wanted
         self.recorder: Recorder | None = None
         self.live: Tensor | None = None  # (B,)
         self.logprob: Tensor | None = None  # (B,) of the first token

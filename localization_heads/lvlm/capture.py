@@ -194,6 +194,9 @@ class Recorder:
         self.live: Tensor | None = (
             None  # (B,) which samples have not ended their answer, kept by who generates
         )
+        self.wanted: Tensor | None = (
+            None  # bool (B, n), which tokens of the answer count; all where it is None
+        )
         self._sums: dict[int, Tensor] = {}  # layer -> (B, H, T) fp32, over the answer's tokens
         self._counts: dict[int, Tensor] = {}  # layer -> (B,), how many those were
         self._calls: Counter[int] = Counter()
@@ -233,6 +236,8 @@ class Recorder:
         if self.num_tokens is not None:
             row = prompt_keys(row, self.num_tokens, call)
         live = torch.ones(len(row), dtype=torch.bool) if self.live is None else self.live
+        if self.wanted is not None:
+            live = live & self.wanted[:, call - 1].to(live.device)
         live = live.to(row.device)
         row = torch.where(live[:, None, None], row, 0.0)
         if layer in self._sums:

@@ -132,7 +132,7 @@ def _in_words(lvlm: LVLM, query: Query, length: int) -> str:
     if query.step:
         return f"{kind}: the first token of the answer, which follows the prompt"
     if query.answers:
-        also = "" if lvlm.query_token == "answer_mean" else f"token {length - 1} of 0-{length - 1}, and "
+        also = "" if lvlm.reads_answer_alone else f"token {length - 1} of 0-{length - 1}, and "
         return f"{kind}: {also}up to {query.answers} tokens of the answer, which follows the prompt"
     if lvlm.model.config.is_encoder_decoder:
         return f"{kind}: the decoder's first token; the prompt is read by the encoder"
@@ -149,7 +149,7 @@ def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
     """The prompt as it was tokenized: image tokens counted, query tokens marked."""
     marked = (
         set()
-        if query.step or lvlm.query_token == "answer_mean" or lvlm.model.config.is_encoder_decoder
+        if query.step or lvlm.reads_answer_alone or lvlm.model.config.is_encoder_decoder
         else set(_positions(query, len(ids)))
     )
     coder = lvlm.processor.tokenizer

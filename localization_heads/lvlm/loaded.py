@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.errors import UsageError, WorkError
+from localization_heads.errors import UsageError, WorkError, shown
+from localization_heads.lvlm.answer_words import Spelled, group_tokens, silent_tokens, span_tokens, spelled
 from localization_heads.lvlm.answering import Hearing, Said, Sides, end_tokens, generate, go_on
 from localization_heads.lvlm.capture import (
     Query,
@@ -24,10 +25,16 @@ from localization_heads.lvlm.families import views_of
 from localization_heads.lvlm.geometry import ProcessedImage, View, read_maps
 from localization_heads.lvlm.prefix import why_not_shared
 from localization_heads.lvlm.prompted import PromptedModel
-from localization_heads.lvlm.prompts import (
-    Prompt,
-)
+from localization_heads.lvlm.prompts import Prompt, bare_sentence
 from localization_heads.lvlm.query_tokens import query_of
+
+
+class Answered(NamedTuple):
+    """The row of a sample's query token `[layer, head, key]`, the mean row of its answer's, and what it says."""
+
+    row: Tensor
+    answer: Tensor | None
+    said: Said | None
 
 
 class LoadedModel(PromptedModel):
@@ -51,7 +58,7 @@ class LoadedModel(PromptedModel):
     def query(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         """The query positions; an encoder-decoder's are its decoder's, which starts with a token of its own."""
         if self.reads_answer:
-            return self._last(prompts, inputs)._replace(answers=self.answer_tokens)
+            return self._last(prompts, inputs)._replace(answers=self.most_tokens)
         if not self.model.config.is_encoder_decoder:
             with self._tokenizing:
                 return query_of(
@@ -69,9 +76,62 @@ class LoadedModel(PromptedModel):
             return Query()
         return query_of("last", prompts, inputs, self.processor.tokenizer)
 
-    def hearing(self, sides: Sides | None = None) -> Hearing:
+    def hearing(self, sides: Sides | None = None, wanted: Tensor | None = None) -> Hearing:
         """What hears a batch of answers (`query_rows`)."""
-        return Hearing(end_tokens(self.model), sides)
+        return Hearing(end_tokens(self.model), sides, wanted)
+
+    def answered(
+        self,
+        given: Callable[[], dict[str, Any]],
+        query: Query,
+        expressions: Sequence[str],
+        last_layer: int | None,
+    ) -> Iterator[Answered]:
+        """What `query_rows` and `heard` give of each sample; of `answer_span`, the mean row of the span's tokens.
+
+        Which tokens spell a span is known only when the answer is there, so it is generated a second time: memory
+        holds one row a head, however long it is.
+
+        Args:
+            given: makes the model's inputs, anew for each time.
+            expressions: of the samples.
+        """
+        hearing = self.hearing()
+        if self.query_token != "answer_span":
+            rows = self.query_rows(given(), query, last_layer, hearing)
+            heard = self.heard(hearing, query, len(rows))
+            return (Answered(row, *one) for row, one in zip(rows, heard, strict=True))
+        with memory_errors(), misfit_errors(self.name), torch.inference_mode():
+            self.run(given(), query, hearing)
+        tokens = hearing.tokens(query.answers)
+        wanted = self._wanted(tokens, expressions)
+        again = self.hearing(wanted=wanted)
+        rows = self.query_rows(given(), query._replace(answers=wanted.shape[1]), last_layer, again)
+        if again.tokens(wanted.shape[1]) != [row[: wanted.shape[1]] for row in tokens]:
+            raise WorkError(f"{self.name} does not answer the same twice: use query_token=answer_mean")
+        said = hearing.said(self.processor.tokenizer, query.answers)
+        return (Answered(*one) for one in zip(rows, again.rows, said, strict=True))
+
+    def _wanted(self, tokens: Sequence[Sequence[int]], expressions: Sequence[str]) -> Tensor:
+        """Bool (B, n): which tokens of each sample's answer spell the span, up to the last of any sample."""
+        places = [
+            self.span_places(
+                spelled(self.processor.tokenizer.decode, ids, silent_tokens(self.processor.tokenizer)), text
+            )
+            for ids, text in zip(tokens, expressions, strict=True)
+        ]
+        wanted = torch.zeros(len(places), 1 + max(map(max, places)), dtype=torch.bool)
+        for row, one in zip(wanted, places, strict=True):
+            row[one] = True
+        return wanted
+
+    def span_places(self, answer: Spelled, expression: str) -> Sequence[int]:
+        """The tokens that `answer_span` means. UsageError, with the answer, where it holds no such span."""
+        if self.box_form is None:
+            return span_tokens(answer, str(self.answer_span).replace("{}", bare_sentence(expression)))
+        if places := group_tokens(answer, self.box_form.pattern):
+            return places
+        raise UsageError(f"answer_span=box: the answer is {shown(answer.text, 200)}, which holds no box")
 
     def query_rows(
         self, inputs: dict[str, Any], query: Query, last_layer: int | None, hearing: Hearing | None = None
@@ -120,6 +180,7 @@ class LoadedModel(PromptedModel):
             return None
         told = hearing or self.hearing()
         told.recorder = recorder
+        recorder.wanted = told.wanted
         return told
 
     def _mean_rows(self, recorder: Recorder) -> list[Tensor | None]:
@@ -172,7 +233,7 @@ class LoadedModel(PromptedModel):
         said: Said | None = None,
     ) -> AttentionMaps:
         """`row`: [layer, head, key] of one sample; `answer`: the same, the mean over the answer's tokens."""
-        if self.query_token == "answer_mean" and answer is not None:
+        if self.reads_answer_alone and answer is not None:
             row, answer = answer, None
         maps, box = read_maps(row.numpy(), views, image.size, self.view)
         return AttentionMaps(

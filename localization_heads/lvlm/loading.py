@@ -15,10 +15,12 @@ from torch import nn
 
 from localization_heads.errors import UsageError, shown
 from localization_heads.lvlm import checkpoint
+from localization_heads.lvlm.box_formats import FORMATS
 from localization_heads.lvlm.chat_template import PROCESS, template_of
 from localization_heads.lvlm.families import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import bos_trouble, check_image_sizes, complete, processor_kind
+from localization_heads.lvlm.prompted import BOX
 from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
 from localization_heads.lvlm.sources import (
     check_torchvision,
@@ -37,6 +39,7 @@ from localization_heads.lvlm.spec import (
 )
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 from localization_heads.options.kinds import OptionError
+from localization_heads.options.tracing import check_span
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ def load_model(
     view: ViewChoice = "combined",
     drop_lone_spaces: bool = False,
     answer_tokens: int = 8,
+    answer_span: str | None = None,
     paraphrases: Sequence[str] | None = None,
     like: str | None = None,
 ) -> LVLM:
@@ -67,12 +71,15 @@ def load_model(
         conv_mode: the prompt: `referseg` (the paper's), `chat` or `plain`; None for what the model's config
             recommends, or what its family needs, and if nothing is known, `referseg`.
         query_token: the token whose attention is captured: `last` (the paper's), `expression_end`, `expression_mean`,
-            `answer_first`, `answer_mean`, or `last_and_answer`, which captures two.
+            `answer_first`, `answer_mean`, `answer_span`, or `last_and_answer`, which captures two.
         view: for a model that gets an image as a whole and again as tiles: `combined` (both in one map), `whole` or
             `tiles`. Where an image has only one view, it is used.
         drop_lone_spaces: delete SentencePiece's lone spaces from the prompt's tokens, as the paper's published code
             does; nothing changes for tokenizers without one.
-        answer_tokens: for `answer_mean` and `last_and_answer`, how many tokens of the answer are read at most.
+        answer_tokens: for `answer_mean`, `answer_span` and `last_and_answer`, how many tokens of the answer are read at
+            most.
+        answer_span: for `answer_span`, a text of the answer, in which `{}` stands for the expression; or `box`, the
+            numbers of the box that the model is asked to write.
         paraphrases: templates such as `"a {}"`, of whose maps the mean is taken; None asks with the expression alone.
         like: the file in `config/model/` of a checkpoint that this one is a copy or a relative of: everything known
             about that one is applied, heads included (`load_model("/data/my-llava", like="llava")`).
@@ -93,6 +100,7 @@ def load_model(
         if value is not None and value not in get_args(kind):
             raise UsageError(f"{option}={value}: choose one of {', '.join(get_args(kind))}")
     check_wording(answer_tokens, paraphrases)
+    check_span(query_token, answer_span)
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     try:
         spec = replace(spec, **{key: value for key, value in given.items() if value is not None})
@@ -121,7 +129,10 @@ def load_model(
         drop_lone_spaces=drop_lone_spaces,
         answer_tokens=answer_tokens,
         paraphrases=paraphrases,
+        answer_span=answer_span,
     )
+    if answer_span == BOX:
+        check_box_span(lvlm)
     _check_order(lvlm)
     for note in _notes(lvlm, checkpoint_folder(source)):
         lvlm.note(note)
@@ -141,6 +152,16 @@ def check_wording(answer_tokens: int, paraphrases: Sequence[str] | None) -> None
             f"paraphrases={shown(wrong[0] if wrong else paraphrases)}: write templates, each with one {{}}, such as "
             '["the {}", "a {}"], or None'
         )
+
+
+def check_box_span(lvlm: LVLM) -> None:
+    """UsageError if the model is not known to write boxes, or brings no chat template for it."""
+    if lvlm.box_form is None:
+        raise UsageError(
+            f"answer_span=box: {lvlm.name} is not known to write boxes; if it does, say how with model.native_box= "
+            f"one of {', '.join(FORMATS)}"
+        )
+    lvlm.prompt("it")
 
 
 def _notes(lvlm: LVLM, folder: Path | None) -> Iterator[str]:

@@ -260,7 +260,7 @@ class LVLM(LoadedModel):
         are the others. NotFiniteError as for `attend`.
         """
         asked = (self.conv_mode, self.system, self.query_token, self.view, self.dropped_token)
-        key = (content(image), *asked, self.answer_tokens, self.paraphrases)
+        key = (content(image), *asked, self.answer_tokens, self.answer_span, self.paraphrases)
         try:
             encoded = self.recent.get(key, lambda: EncodedImage(self, image))
             found = ask_beside(encoded, expressions, [expressions] * len(expressions), beside, last_layer)

@@ -16,6 +16,7 @@ from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith, asked, difference
+from localization_heads.lvlm.box_formats import FORMATS, BoxFormat
 from localization_heads.lvlm.capture import (
     attention_modules,
     decoder_layers,
@@ -41,6 +42,10 @@ from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, V
 
 log = logging.getLogger(__name__)
 
+BOX = "box"
+"""The `answer_span` of the numbers of the model's own box."""
+BOX_TOKENS = 128
+"""Enough of an answer to write one, where `answer_tokens` are fewer."""
 PROMPTS = 10_000
 """Expressions whose prompts are cached: more than are checked, prepared and run at a time."""
 
@@ -65,6 +70,7 @@ class PromptedModel:
         drop_lone_spaces: bool = False,
         answer_tokens: int = 8,
         paraphrases: Sequence[str] | None = None,
+        answer_span: str | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -73,7 +79,7 @@ class PromptedModel:
         self.conv_mode = conv_mode
         self.query_token = query_token
         self.view = view
-        self.answer_tokens = answer_tokens
+        self.answer_tokens, self.answer_span = answer_tokens, answer_span
         self.paraphrases = None if paraphrases is None else tuple(paraphrases)
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
@@ -127,12 +133,29 @@ class PromptedModel:
     @property
     def reads_answer(self) -> bool:
         """Whether the model answers, and the attention of all its answer's tokens is read."""
-        return self.query_token in ("answer_mean", "last_and_answer")
+        return self.query_token in ("answer_mean", "answer_span", "last_and_answer")
+
+    @property
+    def reads_answer_alone(self) -> bool:
+        """Whether the answer's attention stands in place of the prompt's."""
+        return self.query_token in ("answer_mean", "answer_span")
+
+    @property
+    def box_form(self) -> BoxFormat | None:
+        """How the model is asked for the box whose numbers are the span; None for another one, or none."""
+        name = self.spec.native_box if self.query_token == "answer_span" and self.answer_span == BOX else None
+        return FORMATS[name] if name else None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the answer that are read, at most: of a box, enough to write one."""
+        return max(self.answer_tokens, BOX_TOKENS if self.box_form else 0)
 
     @property
     def wording(self) -> dict[str, Any]:
         """What else the maps depend on, as JSON values: nothing unless the model answers or paraphrases are asked."""
-        tokens = {"answer_tokens": self.answer_tokens} if self.reads_answer else {}
+        tokens: dict[str, Any] = {"answer_tokens": self.answer_tokens} if self.reads_answer else {}
+        tokens |= {"answer_span": self.answer_span} if self.query_token == "answer_span" else {}
         mended = {"fix_mistral_regex": True} if self.spec.fix_mistral_regex else {}
         return tokens | mended | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
 
@@ -212,11 +235,19 @@ class PromptedModel:
 
     def located_prompt(self, expression: str) -> Prompt:
         """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
-        return self._located(expression, self.conv_mode, self.system)
+        return self._located(expression, self.conv_mode, self.system, self.box_form)
 
-    def _locate(self, expression: str, conv_mode: ConvMode, system: str) -> Prompt:
+    def _locate(
+        self, expression: str, conv_mode: ConvMode, system: str, form: BoxFormat | None = None
+    ) -> Prompt:
         text = clean_expression(expression, self.control_tokens)
+        if form is not None:
+            return locate_expression(lambda words: self._asked_for_box(form, words), text)
         return locate_expression(lambda words: self._rendered(words, conv_mode, system), text)
+
+    def _asked_for_box(self, form: BoxFormat, text: str) -> str:
+        """The prompt of `native_box.box_prompt`."""
+        return self.chat_prompt(form.question(text)) if form.chat else self.image_text + form.question(text)
 
     def _render(self, text: str, conv_mode: ConvMode, system: str) -> str:
         return expression_prompt(

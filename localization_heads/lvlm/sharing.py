@@ -58,15 +58,13 @@ def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequenc
 
     @memory_errors()
     def answer(last_layer: int | None) -> list[AttentionMaps]:
-        hearing = lvlm.hearing()
-        rows = lvlm.query_rows(lvlm.on_device(inputs), query, last_layer, hearing)
-        heard = lvlm.heard(hearing, query, len(rows))
+        found = lvlm.answered(lambda: lvlm.on_device(inputs), query, expressions, last_layer)
         return [
-            lvlm.maps(row, lvlm.views_in(inputs, n, image), image, expression, prompt.text, *answer).of_size(
-                size
-            )
-            for n, (row, (image, size), expression, prompt, answer) in enumerate(
-                zip(rows, pairs, expressions, prompts, heard, strict=True)
+            lvlm.maps(
+                one.row, lvlm.views_in(inputs, n, image), image, expression, prompt.text, one.answer, one.said
+            ).of_size(size)
+            for n, ((image, size), expression, prompt, one) in enumerate(
+                zip(pairs, expressions, prompts, found, strict=True)
             )
         ]
 
@@ -222,16 +220,17 @@ class EncodedImage:
         self, questions: Sequence[Question], prefix: Prefix, start: int, last_layer: int | None
     ) -> list[AttentionMaps]:
         """The maps of questions that go on from the prefix."""
-        lvlm, hearing = self.lvlm, self.lvlm.hearing()
         query = continued([(one.query, len(one.ids)) for one in questions], start)
-        inputs = self._continuing(questions, prefix, start, answers=query.answers is not None)
-        rows = lvlm.query_rows(inputs, query, last_layer, hearing)
-        heard = lvlm.heard(hearing, query, len(rows))
+
+        def given() -> dict[str, Any]:
+            return self._continuing(questions, prefix, start, answers=query.answers is not None)
+
+        found = self.lvlm.answered(given, query, [one.expression for one in questions], last_layer)
         return [
-            lvlm.maps(row, self._views, self.image, one.expression, one.prompt.text, *answer).of_size(
-                self._size
-            )
-            for row, one, answer in zip(rows, questions, heard, strict=True)
+            self.lvlm.maps(
+                rows.row, self._views, self.image, one.expression, one.prompt.text, rows.answer, rows.said
+            ).of_size(self._size)
+            for one, rows in zip(questions, found, strict=True)
         ]
 
     def _continuing(

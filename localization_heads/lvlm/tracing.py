@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from localization_heads.attention import Box, rescaled
 from localization_heads.errors import NotFiniteError, UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answer_words import spelled
+from localization_heads.lvlm.answer_words import silent_tokens, spelled
 from localization_heads.lvlm.capture import (
     LAST,
     Query,
@@ -74,7 +74,7 @@ class StepRecorder(Recorder):
         num_tokens: int | None,
     ) -> None:
         super().__init__(modules, max(modules), LAST, num_tokens)
-        self.wanted, self.image, self.last = wanted, image, last
+        self.heads, self.image, self.last = wanted, image, last
         self.box: Box | None = None
         self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
 
@@ -90,7 +90,7 @@ class StepRecorder(Recorder):
             row = prompt_keys(row, self.num_tokens, call)
         if call == len(self.steps):
             self.steps.append({})
-        self.steps[call][layer], self.box = self.image.maps(row[0, self.wanted[layer]])
+        self.steps[call][layer], self.box = self.image.maps(row[0, self.heads[layer]])
         if layer == self.stop_after and call == self.last:
             raise StopForward
 
@@ -146,7 +146,7 @@ def traced(
     tokenizer = lvlm.processor.tokenizer
     return Trace(
         query=query,
-        spelled=spelled(tokenizer.decode, ids, _silent(tokenizer)),
+        spelled=spelled(tokenizer.decode, ids, silent_tokens(tokenizer)),
         token_ids=tuple(ids),
         heads=tuple(heads),
         rows=kept.mean(axis=1, keepdims=True) if options.keep == "mean" else kept,
@@ -217,10 +217,3 @@ def _every(lvlm: LoadedModel, steps: Sequence[dict[int, NDArray[np.float32]]]) -
         for layer in list(step):
             place[layer] = step.pop(layer)  # never twice in memory
     return full
-
-
-def _silent(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of tokens that begin, end, part and fill texts. Other special tokens may be the answer itself (a box)."""
-    kinds = ("bos", "eos", "pad", "cls", "sep", "mask")
-    ids = (getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds)
-    return tuple(token for token in ids if token is not None)

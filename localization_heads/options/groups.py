@@ -30,7 +30,13 @@ from localization_heads.store.paths import from_home, model_folder
 
 ConvMode = Literal["referseg", "chat", "plain"]
 QueryToken = Literal[
-    "last", "expression_end", "expression_mean", "answer_first", "answer_mean", "last_and_answer"
+    "last",
+    "expression_end",
+    "expression_mean",
+    "answer_first",
+    "answer_mean",
+    "answer_span",
+    "last_and_answer",
 ]
 ViewChoice = Literal["combined", "whole", "tiles"]
 NativeBox = Literal["llava", "qwen2", "qwen2_5", "qwen3", "internvl", "glm", "florence2", "paligemma"]

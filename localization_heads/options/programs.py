@@ -44,7 +44,7 @@ from localization_heads.options.kinds import (
     options,
 )
 from localization_heads.options.labels import LabelOptions
-from localization_heads.options.tracing import TraceOptions
+from localization_heads.options.tracing import TraceOptions, check_span
 
 Stage = Literal[
     "batch", "find", "rank", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes", "doctor",
@@ -84,15 +84,20 @@ class ModelUse(Options):
         "last",
         "Query token whose attention is read: last (the prompt's last token, the paper's), expression_end (the "
         "expression's last token), expression_mean (the mean over its tokens), answer_first (the first token of the "
-        "model's answer; slower), answer_mean (the mean over its tokens) or last_and_answer (the last prompt token "
-        "and the mean over the answer's tokens, of which the read-out takes the geometric mean).",
+        "model's answer; slower), answer_mean (the mean over its tokens), answer_span (over those of answer_span=) or "
+        "last_and_answer (last and answer_mean, of which the read-out takes the geometric mean).",
     )
     answer_tokens: int = option(
         8,
-        "For query_token=answer_mean and last_and_answer: tokens of the answer that are read, at most; the one that "
-        "ends it does not count.",
+        "For query_token=answer_mean, answer_span and last_and_answer: tokens of the answer that are read, at most; "
+        "the one that ends it does not count.",
         ge=1,
         le=256,
+    )
+    answer_span: Text | None = option(
+        None,
+        "For query_token=answer_span: a text of the answer, in which {} stands for the expression, or box: the numbers "
+        "of the box that the model is then asked to write.",
     )
     paraphrases: Paraphrases | None = option(
         None,
@@ -164,6 +169,7 @@ class ModelUse(Options):
     def _box_of_a_mask(self) -> Self:
         if self.grounding.box_from == "mask" and self.segmenter.kind == "none":
             raise UsageError("grounding.box_from=mask needs a segmenter, such as segmenter=grabcut")
+        check_span(self.query_token, self.answer_span)
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from localization_heads.errors import UsageError, shown
 from localization_heads.options.kinds import Options, option, options
 
 Keep = Literal["heads", "mean", "all"]
@@ -28,3 +29,12 @@ class TraceOptions(Options):
         "What is kept of each token of the answer: the map of each chosen head (heads), their mean alone (mean), or "
         "the maps of all heads as well, which may take gigabytes (all).",
     )
+
+
+def check_span(query_token: str, answer_span: str | None) -> None:
+    """UsageError for a span without the query token that reads it, or the other way round."""
+    if (query_token == "answer_span") != bool(answer_span and answer_span.strip()):
+        raise UsageError(
+            f"query_token={query_token} answer_span={shown(answer_span)}: query_token=answer_span needs "
+            "answer_span=, a text of the answer or box, and nothing else reads it"
+        )

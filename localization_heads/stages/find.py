@@ -89,7 +89,9 @@ def asked_settings(run: Run) -> dict[str, Any]:
 
 def _wording(options: FinderOptions) -> dict[str, Any]:
     """As `LVLM.wording`; of `last_and_answer`, the statistics are those of the last prompt token."""
-    tokens = {"answer_tokens": options.answer_tokens} if options.query_token == "answer_mean" else {}
+    alone = options.query_token in ("answer_mean", "answer_span")
+    tokens: dict[str, Any] = {"answer_tokens": options.answer_tokens} if alone else {}
+    tokens |= {"answer_span": options.answer_span} if options.answer_span else {}
     return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
 
 

@@ -172,6 +172,7 @@ class ModelRun(Generic[Chosen]):
             drop_lone_spaces=self.options.drop_lone_spaces,
             answer_tokens=self.options.answer_tokens,
             paraphrases=self.options.paraphrases,
+            answer_span=self.options.answer_span,
         )
         if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)

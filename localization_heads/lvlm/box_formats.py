@@ -1,0 +1,102 @@
+"""How families ask for a box, and how they write one: a pattern and a unit each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from localization_heads.attention import Box
+from localization_heads.lvlm.geometry import Size, padded_box, whole_box
+
+_NUMBER = r"\s*(-?\d{1,7}(?:\.\d{0,17})?)\s*"
+_LIST = r"\[" + ",".join([_NUMBER] * 4) + r"\]"
+_PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"
+_REGION = "Please provide the bounding box coordinate of the region this sentence describes: "
+_JSON = 'Locate {expression} in the image. Answer with one JSON object: {{"bbox_2d": [x1, y1, x2, y2]}}'
+
+
+@dataclass(frozen=True)
+class BoxFormat:
+    """How a family is asked for a box, and how it writes one.
+
+    Args:
+        prompt: the question; `{expression}` stands in it.
+        pattern: regular expression with a group for each of the four numbers; its first match counts.
+        steps: numbers from one side of the image to the other; None for pixels of the image as it was resized.
+        offset: added to each number: bins stand for their middle.
+        rows_first: y0 x0 y1 x1 instead of x0 y0 x1 y1.
+        padded: the numbers count over the padded square, not over the image.
+        chat: asked in the model's chat template, not bare.
+        max_new_tokens: length of the longest answer.
+    """
+
+    prompt: str
+    pattern: str = _LIST
+    steps: float | None = 1000
+    offset: float = 0.0
+    rows_first: bool = False
+    padded: bool = False
+    chat: bool = True
+    max_new_tokens: int = 128
+
+    def question(self, expression: str) -> str:
+        return self.prompt.format(expression=expression)
+
+
+FORMATS: dict[str, BoxFormat] = {
+    # numbers from 0 to 1 over the padded square
+    "llava": BoxFormat(_REGION + "{expression}", steps=1, padded=True),
+    # <|box_start|>(x1,y1),(x2,y2)<|box_end|>
+    "qwen2": BoxFormat("Output the bounding box of {expression} in the image.", _PAIRS),
+    # JSON with pixels of the resized image
+    "qwen2_5": BoxFormat(_JSON, steps=None),
+    # JSON with thousandths
+    "qwen3": BoxFormat(_JSON, max_new_tokens=1024),
+    # <ref>...</ref><box>[[x1, y1, x2, y2]]</box>
+    "internvl": BoxFormat(_REGION + "<ref>{expression}</ref>"),
+    # after its thoughts: <|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>
+    "glm": BoxFormat(
+        "Give the bounding box of {expression} in the image as [[x1,y1,x2,y2]].",
+        r"<\|begin_of_box\|>\D{0,40}?" + _LIST,
+        max_new_tokens=1024,
+    ),
+    # <loc_12><loc_34><loc_560><loc_780>: a thousand bins a side
+    "florence2": BoxFormat(
+        "<CAPTION_TO_PHRASE_GROUNDING>{expression}", r"<loc_(\d{1,3})>" * 4, offset=0.5, chat=False
+    ),
+    # <loc0012><loc0034><loc0560><loc0780>: rows first
+    "paligemma": BoxFormat(
+        "detect {expression}", r"<loc(\d{4})>" * 4, steps=1024, rows_first=True, chat=False
+    ),
+}
+"""By the name that `model.native_box` gives."""
+
+
+def read_box(text: str, form: BoxFormat, image_size: Size, resized: Size | None = None) -> Box | None:
+    """The first box in an answer, in pixels of the original image and cut at its edge.
+
+    Args:
+        image_size: `(W, H)` of the original image.
+        resized: `(W, H)` of what the model saw, for a format in pixels.
+
+    Returns:
+        None if there is no box in the answer, or none that covers any of the image.
+
+    >>> read_box('```json [{"bbox_2d": [10, 20, 500, 1000]}]', FORMATS["qwen3"], (640, 480))
+    (6.4, 9.6, 320.0, 480.0)
+    """
+    match = re.search(form.pattern, text)
+    if match is None:
+        return None
+    numbers = [float(number) + form.offset for number in match.groups()]
+    if form.rows_first:
+        numbers = [numbers[i] for i in (1, 0, 3, 2)]
+    wide, high = (form.steps, form.steps) if form.steps else (resized or image_size)
+    left, top, right, bottom = padded_box(image_size) if form.padded else whole_box(image_size)
+    xs = [
+        min(max(left + number / wide * (right - left), 0.0), float(image_size[0])) for number in numbers[0::2]
+    ]
+    ys = [
+        min(max(top + number / high * (bottom - top), 0.0), float(image_size[1])) for number in numbers[1::2]
+    ]
+    return (xs[0], ys[0], xs[1], ys[1]) if xs[0] < xs[1] and ys[0] < ys[1] else None
