@@ -270,6 +270,18 @@ def test_no_array_of_the_size_of_a_huge_image_is_made():
     assert {"heatmap", "mask"}.isdisjoint(vars(grounding))
 
 
+def test_a_head_that_does_not_attend_is_drawn_faint():
+    """Its map has a maximum as every map has, and its colours would claim as much."""
+    attention = np.full((1, 2, 6, 6), 0.02, dtype=np.float32)
+    attention[0, 1] = 0.0001
+    maps = AttentionMaps(attention, image_size=(60, 60), image_box=(0, 0, 60, 60))
+    figure = figures.plot_top_maps(Image.new("RGB", (60, 60)), maps, [Head(0, 0), Head(0, 1)])
+    _, looks, hardly, _ = figure.axes  # the image first, the colour bar last
+    assert to_rgb(hardly.title.get_color()) != to_rgb(looks.title.get_color()) == (0, 0, 0)
+    seen = [colour_at(figure, axes, 25, 25).sum() for axes in (looks, hardly)]
+    assert seen[1] < 0.4 * seen[0]
+
+
 def test_titles_name_both_criteria():
     maps = maps_of((60, 60))
     maps.attention[3, 2] = 1 / 36  # constant: no component, infinite entropy
@@ -582,6 +594,13 @@ def test_heads_of_layers_that_are_left_out_have_no_bar():
     ranking = HeadRanking(heads=heads, tau=0.24, top_n=10, num_samples=9, num_trials=1)
     (axes,) = figures.plot_selection_frequency(ranking).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["L2H0"]
+
+
+def test_no_deviation_leads_beyond_0_and_100_percent():
+    heads = tuple(RankedHead(2, n, share, 0.08, 0.5, 0.3) for n, share in enumerate((0.98, 0.03)))
+    figure = figures.plot_selection_frequency(HeadRanking(heads, 0.1, 10, 20, 5))
+    ends = [segment[:, 1] for segment in figure.axes[0].collections[0].get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([[90, 100], [0, 11]]))
 
 
 @pytest.mark.parametrize("pool", [18, 19])

@@ -165,6 +165,9 @@ def plot_selection_frequency(
     heads = [head for head in ranking.heads if head.layer >= ranking.exclude_layers][:top]
     frequency = 100 * np.array([head.selection_frequency for head in heads])
     deviation = 100 * np.array([head.selection_frequency_std for head in heads])
+    reach = np.array(
+        [np.minimum(deviation, frequency), np.minimum(deviation, 100 - frequency)]
+    )  # it is a share
     with paper_style():
         figure = new_figure(max(COLUMN, 0.9 + 0.17 * len(heads)), 2.4)
         axes = figure.add_subplot()
@@ -173,7 +176,7 @@ def plot_selection_frequency(
         axes.bar(place, frequency, width=0.75, color=colours, zorder=2)
         if ranking.num_trials > 1:
             axes.errorbar(
-                place, frequency, deviation, fmt="none", ecolor="0.15", elinewidth=0.9, capsize=2, zorder=3
+                place, frequency, reach, fmt="none", ecolor="0.15", elinewidth=0.9, capsize=2, zorder=3
             )
         axes.set_xticks(place, [str(Head(h.layer, h.head)) for h in heads], rotation=60, ha="right")
         axes.tick_params(axis="x", length=0, pad=1)
@@ -182,7 +185,7 @@ def plot_selection_frequency(
         for label in axes.get_xticklabels()[:emphasised]:
             label.set_fontweight("bold")
         axes.set_xlim(-0.6, max(len(heads), 1) - 0.4)
-        axes.set_ylim(0, max(float((frequency + deviation).max(initial=0)) * 1.05, 1.0))
+        axes.set_ylim(0, max(float((frequency + reach[1]).max(initial=0)) * 1.05, 1.0))
         axes.set_ylabel("Selection frequency (%)")
         axes.grid(axis="y", color="0.9", linewidth=0.6, zorder=0)
         axes.set_title(_trials(ranking), loc="right", color="0.35")

@@ -61,19 +61,30 @@ def draw_image(axes: Axes, image: Image.Image | None, image_size: tuple[int, int
     axes.set_aspect("equal")
 
 
-def draw_map(axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool = False) -> Pixels:
+def draw_map(
+    axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool = False, faint: bool = False
+) -> Pixels:
     """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image.
 
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
     What is low stays see-through (`opacity`), so that the image keeps its colours where nobody looks.
+
+    Args:
+        faint: the map is of next to nothing, and must not look like the others.
     """
     values = np.nan_to_num(np.asarray(values, dtype=float), posinf=0)
     image_size = int(axes.get_xlim()[1]), int(axes.get_ylim()[0])
     inside = values[cells_inside(values.shape, box, image_size)]
     top = float(inside.max(initial=0.0)) or 1.0
     share = np.clip(values / top, 0, 1)
-    alpha = None if opaque else opacity(share)
+    alpha = np.ones_like(share) if opaque else opacity(share)
+    if faint:
+        alpha = FAINT * alpha
     return draw_cells(axes, share, box, cmap=COLOUR_MAP, norm=Normalize(0, 1), alpha=alpha)
+
+
+FAINT = 0.25
+"""Of the opacity of other maps: that of a map without attention."""
 
 
 def opacity(share: NDArray[np.floating]) -> NDArray[np.float64]:

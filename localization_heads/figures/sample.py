@@ -32,13 +32,27 @@ from localization_heads.figures.overlay import (
     shrink_to_panel,
 )
 from localization_heads.figures.sheet import new_sheet, panel_size, save
-from localization_heads.figures.style import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, YELLOW, paper_style
+from localization_heads.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    paper_style,
+)
 from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.shapes import fill_polygon
 from localization_heads.heads.head import Head
 
 if TYPE_CHECKING:
     from localization_heads.heads.criteria import HeadStatistics
+
+
+HARDLY = 0.005
+"""An attention sum below this is printed as 0.00."""
 
 
 def plot_top_maps(
@@ -55,7 +69,8 @@ def plot_top_maps(
     """The image, the maps of `heads` laid over it, and their combined map with the predicted box.
 
     All maps share one colour scale, which the bar below states: from 0 to the map's own maximum inside the
-    image. What cells in the padding see is not shown.
+    image. What cells in the padding see is not shown. A head whose attention sum is 0.00 is drawn faint: its colours
+    would say as much as those of one that attends.
 
     Args:
         image: `None` draws the maps alone.
@@ -78,8 +93,11 @@ def plot_top_maps(
         if image is not None:
             next(rest).set_title("image")
         for head, axes in zip(heads, rest, strict=False):
-            draw_map(axes, attention.attention[head], attention.image_box, opaque=image is None)
-            axes.set_title(_map_title(attention, head, statistics))
+            looks = attention.attention[head].sum() >= HARDLY
+            draw_map(
+                axes, attention.attention[head], attention.image_box, opaque=image is None, faint=not looks
+            )
+            axes.set_title(_map_title(attention, head, statistics), color="black" if looks else GREY)
         if grounding is not None:
             draw_map(sheet[-1], grounding.combined, attention.image_box, opaque=image is None)
             sheet[-1].set_title(f"combined: {len(grounding.heads)} heads")
