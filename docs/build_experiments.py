@@ -44,8 +44,11 @@ QUESTIONS = {
         "is not in the paper; it shows whether the correlation depends on which heads are included."
     ),
     "random": (
-        "Would any three heads of the same layers have done as well? Not in the paper. The difference is "
-        "paired, expression by expression, and its interval is a bootstrap over expressions."
+        "Would any three heads of the same layers have done as well, or all heads without any choice? Not in the "
+        "paper. The difference is paired, expression by expression, and its interval is a bootstrap over "
+        "expressions. That all heads do nearly as well here is no argument against choosing: most of the embedded "
+        "model's 48 heads hardly attend to the image, so they add little to the sum, which is then that of the few "
+        "that do. Large models have many heads that attend to the image and rest elsewhere."
     ),
     "tab1": "How well do the boxes fit?",
     "tab2": (

@@ -14,7 +14,7 @@ import pytest
 from front import Calls, Front, draw_image, one_line, stub_figures, write_data, write_lines
 from PIL import Image
 
-from localization_heads.experiments.catalogue import EXPERIMENTS
+from localization_heads.options.experiments import EXPERIMENTS
 from localization_heads.store.attention_files import load_attention
 
 ROOT = Path(__file__).parents[1]

@@ -333,7 +333,7 @@ def test_the_contrast_says_what_its_numbers_say(study: Study, better: int | None
     right, wrong = Score(1.0, True, 0.5), Score(0.0, False, 0.5)
     good, bad, mixed = Scored([right] * 50), Scored([wrong] * 50), Scored([wrong, right] * 25)
     found, other = {0: (good, bad), 1: (bad, good), None: (mixed, mixed)}[better]
-    scores = {"found": found} | {("random", i): other for i in range(20)}
+    scores = {"found": found, "all": mixed} | {("random", i): other for i in range(20)}
     assert said in EXPERIMENTS["random"].find(study, scores).reading
 
 
@@ -429,6 +429,24 @@ def test_tab5_by_plain_loops(study: Study) -> None:
         assert numbers[", ".join(name)]["acc@0.5"] == pytest.approx(accuracy, abs=1e-6)
         assert numbers[", ".join(name)]["ciou"] == pytest.approx(ciou, abs=1e-6)
     assert len({str(chosen) for chosen in expected.values()}) > 3
+    every = slow_score(fixed(everyone(study)), GroundingOptions())
+    assert numbers["all heads"]["acc@0.5"] == pytest.approx(every[0], abs=1e-6)
+    assert numbers["all heads"]["ciou"] == pytest.approx(every[1], abs=1e-6)
+
+
+def everyone(study: Study) -> list[Head]:
+    """The control: every head of the layers that are not left out."""
+    first = study.options.criteria.exclude_layers
+    return [Head(layer, head) for layer in range(LAYERS) for head in range(HEADS) if layer >= first]
+
+
+def test_all_heads_are_a_control_wherever_heads_are_compared(study: Study) -> None:
+    accuracy, ciou, _ = slow_score(fixed(everyone(study)), GroundingOptions())
+    counts, random = find("tab4", study), find("random", study)
+    assert counts.numbers["all"]["acc@0.5"] == pytest.approx(accuracy, abs=1e-6)
+    assert counts.tables[0].columns[-1] == "all heads" and counts.tables[0].rows[1][-1] == percent(ciou)
+    assert random.numbers["REC Acc@0.5"]["all"] == pytest.approx(accuracy, abs=1e-6)
+    assert random.tables[0].rows[0][-1] == percent(accuracy) and "without any choice" in random.reading
 
 
 def test_tab8_changes_one_thing_at_a_time(study: Study) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from localization_heads.experiments import selection, tables, validation
+from localization_heads.experiments import causal, selection, tables, validation
 from localization_heads.experiments.paper import Finding
 from localization_heads.experiments.study import Study
 from localization_heads.experiments.validation import Recipe, Scored
@@ -40,4 +40,5 @@ EXPERIMENTS: dict[str, Experiment] = {
     "tab8": Experiment(tables.smoothing, tables.smoothing_recipes),
     "fig13": Experiment(selection.tau_sweep, selection.tau_recipes),
     "fig14": Experiment(selection.n_sweep, selection.n_recipes),
+    "causal": Experiment(causal.causal, causal.recipes),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -54,6 +54,9 @@ class Study:
         bottom_row: bottom-row flags.
         ious: `map_ious` of every sample, or None without true boxes and masks.
         hits: `head_hits` of every sample, or None.
+        masses: `mass_in_truth` of every sample, or None.
+        answers: of `experiment=causal`, by set of heads that are switched off, the share of right answers to each entry
+            of the second half.
         num_masks: how many samples have a true mask; the IoU of the others is with their box.
         given_heads: localization heads named by the user; without any, those found here are used.
         segmenter: the name of the segmenter that makes the masks of Tab. 1 to 3.
@@ -67,6 +70,8 @@ class Study:
     ious: NDArray[np.float32] | None = None
     hits: NDArray[np.bool_] | None = None
     num_masks: int = 0
+    masses: NDArray[np.float32] | None = None
+    answers: Mapping[tuple[str, int], NDArray[np.float64]] | None = None
     given_heads: tuple[Head, ...] | None = None
     segmenter: str = "none"
     options: StudyOptions = field(default_factory=StudyOptions)
@@ -88,6 +93,13 @@ class Study:
     def heads(self) -> tuple[Head, ...]:
         """The localization heads, best first: those named, else the first `k` found here; none if none is kept."""
         return self.given_heads or self.found()
+
+    @property
+    def everyone(self) -> tuple[Head, ...]:
+        """All heads of the layers that are not left out: the control that chooses none."""
+        layers, heads = self.shape
+        exclude = self.options.criteria.exclude_layers
+        return tuple(Head(layer, head) for layer in range(exclude, layers) for head in range(heads))
 
     def needed_heads(self) -> tuple[Head, ...]:
         """`heads`, for an experiment that grounds with them. UsageError if no head passes criterion 1 on average."""

@@ -14,6 +14,8 @@ from localization_heads.experiments.study import Study, first, highest, names
 from localization_heads.experiments.validation import Heads, Recipe, Scored
 from localization_heads.heads.ranking import NONE_KEPT
 
+ALL = "all heads"
+"""The control: the maps of all heads of the layers that are not left out, added as they are."""
 WHICH, WAYS = ("criterion 1", "criterion 2", "both"), ("fixed", "greedy")
 
 
@@ -97,19 +99,20 @@ def head_counts(study: Study) -> list[int]:
 
 
 def head_count_recipes(study: Study) -> dict[Hashable, Recipe]:
-    return {k: Recipe(study.found(k), study.options.grounding) for k in head_counts(study)}
+    found: dict[Hashable, Recipe] = {ALL: Recipe(study.everyone, study.options.grounding)}
+    return found | {k: Recipe(study.found(k), study.options.grounding) for k in head_counts(study)}
 
 
 def head_count(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """Tab. 4: the number of heads whose maps are summed."""
     ks = head_counts(study)
     rows = (
-        ("ours, REC Acc@0.5", *(percent(scores[k].metrics["acc@0.5"]) for k in ks)),
-        ("ours, RES cIoU", *(percent(scores[k].metrics["ciou"]) for k in ks)),
-        ("paper, RES (mean of ten models)", *(printed(paper.HEAD_COUNT_RES.get(k)) for k in ks)),
+        ("ours, REC Acc@0.5", *(percent(scores[k].metrics["acc@0.5"]) for k in (*ks, ALL))),
+        ("ours, RES cIoU", *(percent(scores[k].metrics["ciou"]) for k in (*ks, ALL))),
+        ("paper, RES (mean of ten models)", *(printed(paper.HEAD_COUNT_RES.get(k)) for k in ks), MISSING),
     )
-    numbers = {"points": [{"k": k, **scores[k].metrics} for k in ks]}
-    table = Table(("number of heads k", *map(str, ks)), rows)
+    numbers = {"points": [{"k": k, **scores[k].metrics} for k in ks], "all": scores[ALL].metrics}
+    table = Table(("number of heads k", *map(str, ks), ALL), rows)
     title = "Tab. 4: the number of heads"
     return Finding("tab4", title, (table,), _head_count_reading(study, scores, ks), numbers)
 
@@ -122,7 +125,8 @@ def _head_count_reading(study: Study, scores: Mapping[Any, Scored], ks: list[int
     comparison = "" if 3 not in ks or best == 3 else f", with k = 3 it is {percent(accuracy[3])}"
     return (
         f"Acc@0.5 is highest with k = {best} ({percent(accuracy[best])}){comparison}; the paper's masks are "
-        f"best with k = 3. The heads, best first: {names(study.found(max(ks)))}."
+        f"best with k = 3. The heads, best first: {names(study.found(max(ks)))}. All heads added, without any choice, "
+        f"reach {percent(scores[ALL].metrics['acc@0.5'])}."
     )
 
 
@@ -143,7 +147,8 @@ def criteria_recipes(study: Study) -> dict[Hashable, Recipe]:
         ("criterion 2", "greedy"): study.greedy(tau=0.0),
         ("both", "greedy"): study.greedy(),
     }
-    return {name: Recipe(heads, options.grounding) for name, heads in chosen.items()}
+    found = {name: Recipe(heads, options.grounding) for name, heads in chosen.items()}
+    return found | {ALL: Recipe(study.everyone, options.grounding)}
 
 
 def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
@@ -166,6 +171,9 @@ def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
                     printed(res),
                 )
             )
+    every = scores[ALL].metrics
+    shown = f"all {len(study.everyone):,}", percent(every["acc@0.5"]), percent(every["ciou"])
+    rows.append(("no choice", *shown, MISSING, MISSING))
     columns = ("criteria, heads", "the heads", "ours REC", "ours RES", "paper REC", "paper RES")
     table = Table(columns, tuple(rows), "The paper's columns: LLaVA-1.5-13B on RefCOCO val")
     numbers = {
@@ -173,6 +181,7 @@ def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
         for which in WHICH
         for way in WAYS
     }
+    numbers[ALL] = {"samples": len(scores[ALL]), **every}
     reading = _criteria_reading(study, scores)
     return Finding("tab5", "Tab. 5: the criteria, and fixed or greedy heads", (table,), reading, numbers)
 
@@ -189,7 +198,8 @@ def _criteria_reading(study: Study, scores: Mapping[Any, Scored]) -> str:
         )
     reading += (
         f"; heads that each expression picks by itself reach {percent(greedy)}. The paper finds both criteria far "
-        "above either, and fixed heads above greedy ones."
+        "above either, and fixed heads above greedy ones. The maps of all heads, added without any choice, reach "
+        f"{percent(scores[ALL].metrics['acc@0.5'])}."
     )
     if len(scores["both", "greedy"]) < len(study):
         reading += (

@@ -201,7 +201,9 @@ def random_sets(study: Study) -> list[tuple[Head, ...]]:
 
 
 def random_recipes(study: Study) -> dict[Hashable, Recipe]:
-    found = {"found": Recipe(study.needed_heads(), study.options.grounding)}
+    options = study.options.grounding
+    found: dict[Hashable, Recipe] = {"found": Recipe(study.needed_heads(), options)}
+    found["all"] = Recipe(study.everyone, options)
     return found | {
         ("random", number): Recipe(heads, study.options.grounding)
         for number, heads in enumerate(random_sets(study))
@@ -220,8 +222,10 @@ def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     random = [scores["random", number].scores for number in range(study.options.sweeps.random_sets)]
     rows, numbers = [], {}
     for name, measure in MEASURES.items():
+        every = float(np.mean([measure(score) for score in scores["all"].scores]))
         ours = [measure(score) for score in scores["found"].scores]
         result = contrast(ours, [[measure(score) for score in theirs] for theirs in random])
+        result["all"] = every
         low, high = result["interval"]
         rows.append(
             (
@@ -230,10 +234,11 @@ def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
                 percent(result["random"]),
                 f"{percent(result['difference'])} [{percent(low)}, {percent(high)}]",
                 f"{result['beaten']} of {len(random)}",
+                percent(every),
             )
         )
         numbers[name] = result
-    columns = ("measure (%)", "heads found", "random heads", "difference [95 %]", "sets beaten")
+    columns = ("measure (%)", "heads found", "random heads", "difference [95 %]", "sets beaten", "all heads")
     table = Table(
         columns, tuple(rows), f"{names(study.heads)} against {len(random)} random sets of the same layers"
     )
@@ -271,5 +276,6 @@ def _random_reading(result: Mapping[str, Any], num_sets: int) -> str:
         f"The heads found reach an Acc@0.5 of {percent(result['found'])}, random heads of the same layers "
         f"{percent(result['random'])} on average over {num_sets} sets. The difference of "
         f"{percent(result['difference'])} points [{percent(low)}, {percent(high)}] is {verdict}; "
-        f"{result['beaten']} of the {num_sets} sets do worse."
+        f"{result['beaten']} of the {num_sets} sets do worse. All heads, without any choice, reach "
+        f"{percent(result['all'])}."
     )

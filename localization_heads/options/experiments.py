@@ -12,7 +12,8 @@ from pydantic import Field
 from localization_heads.options.kinds import FolderName, Odd, Options, Several, Text, option, options
 
 Experiment = Literal[
-    "fig3", "fig6a", "fig6b", "random", "tab1", "tab2", "tab3", "tab4", "tab5", "tab8", "fig13", "fig14", "ladder",
+    "fig3", "fig6a", "fig6b", "random", "tab1", "tab2", "tab3", "tab4", "tab5", "tab8", "fig13", "fig14", "causal",
+    "ladder",
 ]  # fmt: skip
 Benchmark = Literal[
     "refcoco-val", "refcoco-testA", "refcoco-testB", "refcoco+-val", "refcoco+-testA", "refcoco+-testB",
@@ -67,8 +68,9 @@ class RungOptions(Options):
     )
 
 
-EXPERIMENTS = tuple(name for name in get_args(Experiment) if name != "ladder")
-"""The figures and tables of the paper. The ladder, a sweep over rungs, is a command of its own."""
+EXPERIMENTS = tuple(name for name in get_args(Experiment) if name not in ("causal", "ladder"))
+"""The figures and tables of the paper. The ladder, a sweep over rungs, is a command of its own; `causal` asks the model
+again for each set of heads, and needs entries with a known answer."""
 
 
 def _rung(
@@ -124,6 +126,7 @@ TABLES: dict[str, dict[str, dict[str, Any]]] = {
         "none": {"names": []},
         **{name: {"names": [name]} for name in EXPERIMENTS},
         "all": {"names": list(EXPERIMENTS)},
+        "causal": {"names": ["causal"]},
         "ladder": _LADDER,
     },
     "rung": {"none": {}, **RUNGS},

@@ -359,7 +359,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
     experiment: ExperimentOptions = option(
         ExperimentOptions(),
         "Experiments of the paper, for stage=experiment: fig3, fig6a, fig6b, random, tab1 to tab5, tab8, "
-        "fig13, fig14, all of them, or the ladder (docs/reproducing-the-paper.md).",
+        "fig13, fig14, all of them, or the ladder (docs/reproducing-the-paper.md); causal: are the heads found "
+        "those that the answers need (docs/causal.md)?",
         choice="none",
     )
     ablate: AblateOptions = option(AblateOptions(), "Heads switched off, or steered (stage=ablate).")

@@ -17,7 +17,7 @@ import numpy as np
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.answers import Region, expected_answers, says
 from localization_heads.data.samples import Sample
-from localization_heads.errors import NothingDoneError, UsageError
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.controls import mean_map
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding
@@ -83,6 +83,31 @@ def _with_data(run: Run) -> tuple[Run, str]:
     write = pairs if run.options.ablate.steer else scenes
     data_file = str(write(run.options.scenes))
     return replace(run, options=replace(run.options, data_file=data_file)), data_file
+
+
+def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> list[Values]:
+    """The right answers to every entry under every condition, for `experiment=causal`.
+
+    Raises:
+        UsageError: an entry has no known answer.
+        WorkError: one could not be asked.
+    """
+    data_file = str(run.options.data_file)
+    expected = expected_answers(scenes(run.options.scenes) if data_file == "scenes" else data_file)
+    unknown = next((sample for sample in entries.samples if sample.line not in expected.answers), None)
+    if unknown is not None:
+        raise UsageError(
+            f'experiment=causal: line {unknown.line} ({unknown.id}) has no "answer"; write one into each entry, or use '
+            "data=scenes"
+        )
+    told = {one.id: questions(one.expression, expected.answers[one.line]) for one in entries.samples}
+    work = Ablation(tuple(every), Asked(told, {}, None, maps=False))
+    log = ResultLog(run.folder, "causal", _settings(run, work))
+    values = _go_through(run, entries, work, log)
+    if len(values) < len(entries.samples):
+        raise WorkError(f"experiment=causal: not every entry could be asked: {entries.in_order()[0]}")
+    log.finish()
+    return values
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from localization_heads.attention import AttentionMaps
@@ -25,11 +26,14 @@ from localization_heads.evaluation.head_iou import head_hits, map_ious
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.evaluation.scores import Truth
 from localization_heads.experiments.catalogue import EXPERIMENTS
+from localization_heads.experiments.causal import split, switched_off
 from localization_heads.experiments.paper import Climbed, Finding, ladder_finding
 from localization_heads.experiments.study import Study, StudyOptions
 from localization_heads.experiments.validation import Refine, Scored, score
 from localization_heads.heads.head import Head
+from localization_heads.heads.labels import mass_in_truth
 from localization_heads.options.groups import SAMS, SegmenterOptions
+from localization_heads.stages.ablate import answers_without
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics, open_store
@@ -144,6 +148,8 @@ def experiment(run: Run) -> Result:
             options=_study_options(run),
             **measures,
         )
+        if "causal" in chosen:
+            study = replace(study, answers=_answers(run, entries, study))
         findings = _find(run, entries, study, chosen)
         paths = [path for finding in findings for path in _write(run, study, finding)]
         return Result(paths, entries.in_order(), findings=findings)
@@ -193,14 +199,25 @@ def _data_name(run: Run) -> str:
 
 def _measure(run: Run, entries: Entries) -> dict[str, Any]:
     """How well every head localises every object alone; entries whose truth cannot be read are put aside."""
-    ious, hits, num_masks = [], [], 0
+    ious, hits, masses, num_masks = [], [], [], 0
     for sample in tqdm(entries.good, desc="measure", unit="expression", disable=None):
         with entries.put_aside(sample):
             maps, truth = _maps_and_truth(run, sample)
             ious.append(map_ious(maps, truth))
             hits.append(head_hits(maps, truth))
+            masses.append(mass_in_truth(maps, truth.box, truth.mask))
             num_masks += truth.mask is not None
-    return {"ious": np.stack(ious), "hits": np.stack(hits), "num_masks": num_masks} if ious else {}
+    if not ious:
+        return {}
+    stacked = {"ious": np.stack(ious), "hits": np.stack(hits), "masses": np.stack(masses)}
+    return {**stacked, "num_masks": num_masks}
+
+
+def _answers(run: Run, entries: Entries, study: Study) -> dict[tuple[str, int], NDArray[np.float64]]:
+    """By set of heads, the share of right answers to the entries of the second half while they are switched off."""
+    every = switched_off(study)
+    values = answers_without(run, Entries(entries.good[split(study) :]), every)
+    return {(one.kind, one.draw): np.array([value[one.name]["answers"] for value in values]) for one in every}
 
 
 def _find(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> list[Finding]:
