@@ -55,7 +55,10 @@ class AttentionMaps:
         answer_text: what the model answers, where it was heard.
         answer_logprob: log-probability, in nats, of the first token that the model generates after the prompt; None
             where that was not asked for.
+        expression_logprob: log-probability, in nats, of the expression's own tokens in the prompt after its first, and
+            of the mark that closes it; None where that was not asked for.
         presence_logit: log-odds of yes against no, in nats, where the model was asked whether the image shows this.
+        statement_logit: the same where it was asked whether the expression holds, as in "is the dog on the left?".
         heads: the heads that `attention` and `answer` have maps of, where only theirs were kept: their axes
             `[layer, head]` are then 1 and the heads in this order. None where all are there.
 
@@ -76,7 +79,9 @@ class AttentionMaps:
     others: tuple[AttentionMaps, ...] = ()
     answer_text: str = ""
     answer_logprob: float | None = None
+    expression_logprob: float | None = None
     presence_logit: float | None = None
+    statement_logit: float | None = None
     heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:

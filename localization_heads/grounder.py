@@ -18,7 +18,7 @@ from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ranking import own_heads
 from localization_heads.hub import is_repository, load_heads
-from localization_heads.lvlm.beside import Beside
+from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 
 CALIBRATION = "calibration.json"
 """Name of the file in the model's folder."""
-NO_BOX: Box = (0.0, 0.0, 0.0, 0.0)
-"""Of the signal `mask` where the box of the mask was turned down: it agrees with nothing."""
 _LARGEST = 1 << 20  # bytes of a calibration.json
 
 
@@ -64,15 +62,14 @@ class Grounder:
         """The deepest layer that is looked at; None for all."""
         return max((layer for layer, _ in self.heads), default=None)
 
-    def beside(self, *, signals: bool = False, every_head: bool = False) -> Beside:
-        """What has to be asked beside an expression for its box.
+    def beside(self, *, every_head: bool = False) -> Beside:
+        """What has to be asked beside an expression for its box, and for the confidence that it is calibrated for.
 
         Args:
-            signals: how sure the model is, as well.
             every_head: other heads than these will be read too.
         """
-        kept = None if every_head or not self.heads else tuple((head.layer, head.head) for head in self.heads)
-        return Beside(self.options.contrast, signals, kept)
+        asks = self.calibration is not None and self.calibration.asks
+        return beside(self.options.contrast, self.heads, signals=asks, every_head=every_head)
 
     def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
         """The heads that ground one sample. NoHeadError where it has to pick its own and none passes.
@@ -122,17 +119,20 @@ class Grounder:
             map_box: the box before the segmenter was at work.
         """
         grounding = replace(grounding, own_boxes=own_boxes(maps, grounding, self.options))
-        kept = None
-        if self.options.box_from != "map":
-            kept = NO_BOX if grounding.refined is None else map_box
-        found = signals(maps, grounding, self.options, kept)
+        if self.options.box_from != "map" and self.segmenter and grounding.mask_overlap is None:
+            grounding = replace(grounding, mask_overlap=0.0)  # there was nothing to start a mask from
+        found = signals(maps, grounding, self.options, map_box)
         return abstained(judged(grounding, found, self.calibration), self.abstain)
 
-    def recipe(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def recipe(
+        self, asked: Mapping[str, Any], *, signals: bool = False, zoom: bool = False
+    ) -> dict[str, Any]:
         """All that the signals of a grounding depend on besides image and expression, as JSON values by name.
 
         Args:
             asked: the model and how it is asked, by name (`LVLM.choices` and `LVLM.asked`).
+            signals: the model is asked how sure it is.
+            zoom: there is a second look at each box.
         """
         masked = self.segmenter if self.options.box_from != "map" else None
         own = {"k": self.k, **_named("criteria", self.criteria)}
@@ -142,6 +142,8 @@ class Grounder:
             **({} if self.heads else own),
             **_named("grounding", self.options),
             "segmenter": masked and masked.name,
+            "signals": signals,
+            "zoom": zoom,
         }
 
     def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
@@ -153,13 +155,17 @@ def _named(group: str, options: CriteriaOptions | GroundingOptions) -> dict[str,
     return {f"{group}.{name}": value for name, value in asdict(options).items()}
 
 
-def load_calibration(path: str | Path) -> Calibration:
-    """Read a `calibration.json`. UsageError, naming the file, for anything else."""
+def load_calibration(path: str | Path, option: str = "calibration") -> Calibration:
+    """Read a `calibration.json`. UsageError, naming the option and the file, for anything else."""
+    if not Path(path).is_file():
+        raise UsageError(
+            f"{option}={path}: there is no such file; stage=calibrate writes a calibration.json into the model's folder"
+        )
     try:
         return Calibration.from_json(read_json(Path(path), _LARGEST))
     except UsageError as error:
         said = str(error).removeprefix(f"{path}: ")
-        raise UsageError(f"calibration={path}: {said}") from error
+        raise UsageError(f"{option}={path}: {said}") from error
 
 
 def choose_calibration(

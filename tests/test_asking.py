@@ -222,6 +222,17 @@ def test_signals(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
     assert absent.presence_logit < 0 < found.presence_logit
     alone = lvlm.attend(image, text, beside=Beside(signals=True))
     assert alone.presence_logit == pytest.approx(found.presence_logit, abs=1e-4)
+    with torch.inference_mode():
+        inputs = lvlm.encode([seen], [lvlm.prompt(text)])
+        logs = torch.log_softmax(lvlm.model(**inputs).logits[0], -1)
+        held = lvlm.model(**lvlm.encode([seen], [lvlm.prompt(f"is {text}?")])).logits[0, -1]
+    ids, words = inputs["input_ids"][0], coder(f"{text}.", add_special_tokens=False)["input_ids"]
+    assert ids[-len(words) :].tolist() == words and len(words) > 2
+    own = sum(float(logs[-1 - n, ids[-n]]) for n in range(1, len(words)))  # all but the first word
+    assert found.expression_logprob == pytest.approx(own, abs=1e-3)
+    assert alone.expression_logprob == pytest.approx(own, abs=1e-3)
+    assert found.statement_logit == pytest.approx(float(held[yes] - held[no]), abs=1e-4)
+    assert found.others and {other.query for other in found.others}.isdisjoint({text})
 
 
 def test_no_presence_without_words_for_it() -> None:

@@ -95,8 +95,11 @@ def test_what_does_not_fit_is_said_or_refused(calibrated: Front):
         result = front.finder(*TEST, "abstain=0.5", *arguments)
         assert result.status == 2 and "run stage=calibrate" in result.err
     result = front.finder(*TEST, "calibration=nowhere.json")
-    assert result.status == 2 and "calibration=nowhere.json: No such file" in result.err
-    Path("broken.json").write_text('{"version": 1}')
+    assert (
+        result.status == 2
+        and "calibration=nowhere.json: there is no such file; stage=calibrate" in result.err
+    )
+    Path("broken.json").write_text('{"version": 2}')
     result = front.finder(*TEST, "calibration=broken.json")
     assert result.status == 2 and "calibration=broken.json: it is no calibration" in result.err
 
@@ -108,12 +111,27 @@ def test_a_new_domain_from_few_labels(calibrated: Front):
     result = front.finder(*few, "scenes.style=openmoji", f"calibrate_from={first}")
     assert result.status == 0, result.err
     old, new = json.loads(first.read_text()), json.loads((front.out / "calibration.json").read_text())
-    ratios = [
-        new["right"]["weights"][name] / old["right"]["weights"][name] for name in old["right"]["weights"]
-    ]
-    assert new["num_labels"] == 50 and max(ratios) == pytest.approx(min(ratios)) and ratios[0] != 1
+    assert new["num_labels"] == 50 and new["recipe"] == old["recipe"]
+    assert new["right"]["weights"].keys() == old["right"]["weights"].keys() == {"gain", "agreement"}
+    assert new["right"] != old["right"] and new["present"] != old["present"]
     result = front.finder(*few, "grounding.sigma=0.5", f"calibrate_from={first}")
     assert result.status == 2 and "first.json was fitted with grounding.sigma 0.35" in result.err
+    result = front.finder(*few, "zoom=true", f"calibrate_from={first}")
+    assert result.status == 2 and "first.json was fitted with zoom False" in result.err
+    result = front.finder(*few, "calibrate_from=nowhere.json")
+    assert result.status == 2 and "calibrate_from=nowhere.json: there is no such file" in result.err
+
+
+def test_a_calibration_has_the_model_asked_what_it_weighs(calibrated: Front):
+    path = calibrated.out / "calibration.json"
+    data = json.loads(path.read_text())
+    data["recipe"]["signals"] = True
+    data["present"] = {"intercept": 0.5, "weights": {"question": 1.0, "statement": 0.1, "expression": 0.1}}
+    path.write_text(json.dumps(data))
+    result = calibrated.finder(*TEST, "scenes.count=2")
+    assert result.status == 0 and "not calibrated" not in result.err
+    assert all(one.calibrated and 0 < one.confidence < one.presence < 1 for one in predictions(calibrated))
+    assert len({one.presence for one in predictions(calibrated)}) == 2
 
 
 def test_too_few_labels_and_no_truth(front: Front):

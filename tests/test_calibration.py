@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError
 from localization_heads.grounding.confidence import (
+    ASKED,
     Calibration,
     Logistic,
     agreement,
@@ -49,6 +50,9 @@ def test_signals_by_hand():
             "peak": math.log(3),
             "agreement": 0.75,
             "overlap": math.sqrt(0.5),
+            "gain": 0.75,
+            "attention L0H0": math.log(4),
+            "attention L0H1": math.log(4),
         }
     )
 
@@ -62,13 +66,19 @@ def test_signals_of_answers_and_others_by_hand():
         [1, 0, 0, 0],
         others=(maps([0, 0, 1, 0], [0, 0, 1, 0]), maps([1, 0, 0, 1], [1, 0, 0, 1])),
     )
-    found = signals(seen, ground_maps(seen, HEADS, PLAIN), PLAIN, map_box=(0, 0, 20, 10))
+    box = ground_maps(seen, HEADS, PLAIN)
+    found = signals(seen, replace(box, mask_overlap=0.5), PLAIN)
     assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2)
     assert found["divergence"] == pytest.approx(1 - (0 + math.sqrt(0.5)) / 2)
     assert found["mask"] == 0.5 and "question" not in found
-    asked = replace(seen, presence_logit=-2.5, answer_logprob=-0.25)
-    found = signals(asked, ground_maps(asked, HEADS, PLAIN), PLAIN)
-    assert (found["question"], found["first_token"]) == (-2.5, -0.25)
+    asked = replace(
+        seen, presence_logit=-2.5, statement_logit=1.5, answer_logprob=-0.25, expression_logprob=-3.0
+    )
+    found = signals(asked, box, PLAIN)
+    assert [found[name] for name in ASKED] == [-2.5, 1.5, -0.25, -3.0] and "mask" not in found
+    mask_box = replace(box, box=(20, 0, 40, 10))  # not the map's own, in which the gain is measured
+    found = signals(seen, mask_box, PLAIN, map_box=(0, 0, 20, 10))
+    assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2) and found["mass"] == 0
 
 
 def test_a_head_that_points_at_nothing_agrees_with_nothing():
@@ -97,9 +107,12 @@ def test_probabilities_by_hand():
     raw = judged(found, {"agreement": 0.4, "mass": 0.75}, None)
     assert (raw.confidence, raw.presence, raw.calibrated) == (0.4, None, False)
     sure = judged(found, {"mass": 0.75}, CALIBRATION)
-    assert sure.confidence == pytest.approx(1 / (1 + math.exp(-0.5))) and sure.calibrated
-    assert sure.presence == pytest.approx(1 / (1 + math.exp(-0.75)))
-    assert judged(found, {"mass": 1.0}, replace(CALIBRATION, present=None)).presence is None
+    there, right = 1 / (1 + math.exp(-0.75)), 1 / (1 + math.exp(-0.5))
+    assert sure.presence == pytest.approx(there) and sure.calibrated
+    assert sure.confidence == pytest.approx(there * right)
+    alone = judged(found, {"mass": 0.75}, replace(CALIBRATION, present=None))
+    assert alone.presence is None and alone.confidence == pytest.approx(right)
+    assert judged(found, {"entropy": 0.5}, CALIBRATION).confidence is None
     assert Logistic(1e9, {}).probability({}) == 1.0 and Logistic(-1e9, {}).probability({}) < 1e-200
 
 
@@ -115,12 +128,20 @@ def test_another_recipe_is_refused_by_name():
         CALIBRATION.check({**RECIPE, "heads": [[1, 1]], "grounding": {"sigma": 1.0}}, "c.json")
     with pytest.raises(UsageError, match="query_token None"):
         CALIBRATION.check({**RECIPE, "query_token": "last"})
+    assert CALIBRATION.differs({**RECIPE, "zoom": True, "heads": []}) == ["heads", "zoom"]
+
+
+def test_the_model_is_asked_where_a_calibration_needs_it():
+    asking, not_asking = ({**RECIPE, "signals": asks} for asks in (True, False))
+    assert not replace(CALIBRATION, recipe=asking).differs(not_asking)
+    assert replace(CALIBRATION, recipe=not_asking).differs(asking) == ["signals"]
+    assert replace(CALIBRATION, recipe=asking).asks and not replace(CALIBRATION, recipe=not_asking).asks
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "version 2 is unknown"),
+        ({"version": 1}, "of version 1, and this release reads 2: run stage=calibrate again"),
         ({"version": True}, "version"),
         ({"right": None}, "wrong kind"),
         ({"right": {"intercept": 0, "weights": {"mass": "x"}}}, "wrong kind"),

@@ -532,8 +532,11 @@ class TestRefine:
         assert refine(found, None, full) is found
         assert refine(flat, self.image, full) is flat
         assert not caplog.records
-        assert refine(found, self.image, Fixed(np.zeros((90, 90), dtype=bool)), box_from="mask") is found
+        nothing = Fixed(np.zeros((90, 90), dtype=bool))
+        assert refine(found, self.image, nothing) is found
         assert "finds nothing" in caplog.text
+        missed = refine(found, self.image, nothing, box_from="mask")
+        assert (missed.box, missed.refined, missed.mask_overlap) == (found.box, None, 0.0)
         assert refine(found, Image.new("RGB", (80, 90)), full) is found
 
     @given(hnp.arrays(bool, (5, 7)))

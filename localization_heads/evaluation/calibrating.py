@@ -12,17 +12,31 @@ from numpy.typing import NDArray
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.confidence import aurc, auroc, calibration_error, with_interval
 from localization_heads.evaluation.scores import rounded
-from localization_heads.grounding.confidence import Calibration, Logistic
+from localization_heads.grounding.confidence import ASKED, Calibration, Logistic
 
 FEWEST = 20
 """Entries of either kind that a fit needs."""
 FEWEST_AGAIN = 10
-"""Entries of either kind that slope and intercept alone need."""
+"""Entries of either kind that a fit again needs."""
+FEWEST_MOVED = 3
+"""Entries of either kind without which a fit again leaves a factor as it is."""
 FOLDS = 5
 STRENGTH = 1.0
 """Inverse of the L2 penalty on the weights of standardised signals (scikit-learn's C)."""
-PLATT_STRENGTH = 100.0
-"""The same on the slope of a fit again: all but none."""
+SLOPE_PENALTY = 1.0
+"""L2 penalty on how far a fit again takes the slope from 1."""
+MOVE_PENALTY = 10.0
+"""The same on how far it then takes the weight of each standardised signal from where it was."""
+PRESENCE = (*ASKED, "gain", "answer", "attention ")
+"""Signals of presence, those of one name or of a name that begins like this; where the model was asked."""
+PRESENCE_BY_MAPS = (
+    "mass", "density", "entropy", "peak", "overlap", "agreement", "mask", "answer", "gain", "divergence", "attention ",
+)  # fmt: skip
+"""The same where it was not."""
+RIGHT = ("gain", "mask")
+"""Signals of a right box, where a segmenter's mask may make it; they measured best on validation scenes."""
+RIGHT_BY_MAPS = ("gain", "agreement")
+"""The same where none does."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +68,44 @@ class Labelled:
 
 
 def calibrate(labelled: Labelled, recipe: Mapping[str, Any], *, seed: int = 42) -> Calibration:
-    """The logistic regressions of `right` over all entries and, with enough absent ones, of `present`.
+    """Two logistic regressions: of `present` over all entries, if enough are absent, and of `right` over the others.
 
     The signals are standardised, which is folded into the weights, and the weights held small (L2).
 
     Raises:
-        UsageError: fewer than `FEWEST` entries are right, or wrong.
+        UsageError: fewer than `FEWEST` entries are right, or wrong; absent ones are wrong, where they are fitted.
     """
-    check_enough(labelled.right, FEWEST, "a calibration")
+    both = enough(labelled.present, FEWEST)
+    check_enough(labelled.right if both else labelled.right[labelled.present], FEWEST, "a calibration")
+    names = labelled.names
+    of_presence = chosen(
+        PRESENCE if "question" in names or "first_token" in names else PRESENCE_BY_MAPS, names
+    )
+    of_right = chosen(RIGHT if "mask" in names else RIGHT_BY_MAPS, names)
 
     def fit(part: Labelled) -> Calibration:
-        right = _logistic(part.signals, labelled.names, part.right)
-        both = enough(labelled.present, FEWEST)
-        present = _logistic(part.signals, labelled.names, part.present) if both else None
+        there = part.at(np.flatnonzero(part.present))
+        right = _logistic(there.signals, of_right, there.right)
+        present = _logistic(part.signals, of_presence, part.present) if both else None
         return Calibration(recipe, right, present, len(part.right))
 
     return replace(fit(labelled), measured=measure(labelled, fit, seed))
 
 
-def calibrate_again(labelled: Labelled, known: Calibration, *, seed: int = 42) -> Calibration:
-    """The calibration of a new domain: the weights of `known`, slope and intercept fitted anew (Platt 1999).
+def chosen(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Of the names, those that are wanted, or begin with a wanted one that ends with a space.
 
-    Where few entries are absent, the probability of presence stays as it is.
+    >>> chosen(["gain", "attention "], ["gain", "gains", "attention L4H6"])
+    ['gain', 'attention L4H6']
+    """
+    groups = tuple(name for name in wanted if name.endswith(" "))
+    return [name for name in names if name in wanted or (groups and name.startswith(groups))]
+
+
+def calibrate_again(labelled: Labelled, known: Calibration, *, seed: int = 42) -> Calibration:
+    """The calibration of a new domain: slope and intercept fitted anew (Platt 1999), then the weights moved a little.
+
+    A factor of which there are hardly any labels of either kind stays as it is.
 
     Raises:
         UsageError: fewer than `FEWEST_AGAIN` entries are right, or wrong; or a signal is missing.
@@ -85,15 +115,10 @@ def calibrate_again(labelled: Labelled, known: Calibration, *, seed: int = 42) -
         raise UsageError(f"calibrate_from: these entries have no signal {missing[0]}, which it needs")
 
     def fit(part: Labelled) -> Calibration:
-        present = known.present
-        if present is not None and enough(labelled.present, FEWEST_AGAIN):
-            present = _platt(part.signals, present, part.present)
-        return replace(
-            known,
-            right=_platt(part.signals, known.right, part.right),
-            present=present,
-            num_labels=len(part.right),
-        )
+        there = part.at(np.flatnonzero(part.present))
+        present = known.present and _moved(part.signals, known.present, part.present)
+        right = _moved(there.signals, known.right, there.right)
+        return replace(known, right=right, present=present, num_labels=len(part.right))
 
     return replace(fit(labelled), measured=measure(labelled, fit, seed))
 
@@ -115,8 +140,9 @@ def check_enough(right: NDArray[np.bool_], least: int, what: str) -> None:
 def measure(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: int = 42) -> dict[str, Any]:
     """How well fits do on the part of the entries that they were not made of (5-fold, no image in two parts).
 
-    `auroc_right` is over the entries that are present, all others over all; 95 % intervals beside them. Of fewer images
-    than parts there are only the counts.
+    `auroc_right` is that of the probability that the box is right if there is something, over the entries that are
+    present; all others are over all. 95 % intervals stand beside them. Of fewer images than parts there are only the
+    counts.
     """
     right, present = labelled.right, labelled.present
     counts = {
@@ -127,18 +153,16 @@ def measure(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: in
     if len(set(labelled.images)) < FOLDS:
         return counts
     found = _left_out(labelled, fit, seed)
-    confidence = np.array(
-        [one.right.probability(row) for one, row in zip(found, labelled.signals, strict=True)]
-    )
-    numbers = _with_intervals("auroc_right", auroc, confidence[present], right[present], seed)
+    pairs = list(zip(found, labelled.signals, strict=True))
+    confidence = np.array([one.confidence(row) for one, row in pairs])
+    of_right = np.array([one.right.probability(row) for one, row in pairs])
+    numbers = _with_intervals("auroc_right", auroc, of_right[present], right[present], seed)
     numbers |= _with_intervals("auroc_useful", auroc, confidence, right, seed)
     numbers |= _with_intervals("aurc", aurc, confidence, right, seed)
     numbers |= _with_intervals("ece", calibration_error, confidence, right, seed)
-    models = [one.present for one in found]
-    if not present.all() and None not in models:
-        there = np.array(
-            [m.probability(row) for m, row in zip(models, labelled.signals, strict=True) if m is not None]
-        )
+    said = [one.presence(row) for one, row in pairs]
+    if not present.all() and None not in said:
+        there = np.array(said, dtype=np.float64)
         numbers |= _with_intervals("auroc_present", auroc, there, present, seed)
         numbers |= _with_intervals("ece_present", calibration_error, there, present, seed)
     return counts | numbers
@@ -180,15 +204,47 @@ def _logistic(
     return Logistic(float(intercept - weights @ mean), kept)
 
 
-def _platt(rows: Sequence[Mapping[str, float]], known: Logistic, truth: NDArray[np.bool_]) -> Logistic:
-    """`slope * (old sum) + intercept`: the old order, other probabilities."""
+def _moved(rows: Sequence[Mapping[str, float]], known: Logistic, truth: NDArray[np.bool_]) -> Logistic:
+    """`slope * (old sum) + intercept`, and then weights near those, which bring in what differs in the new domain.
+
+    First the slope with `SLOPE_PENALTY / 2 (slope - 1)^2`, which holds it at 1 unless the labels say otherwise; then
+    the weights of signals standardised over these rows, each with `MOVE_PENALTY / 2 (new - old)^2`.
+    """
+    if not enough(truth, FEWEST_MOVED):
+        return known
+    names = list(known.weights)
+    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64).reshape(len(rows), -1)
     sums = np.array([known.total(row) for row in rows])
-    (slope,), intercept = _fit(sums[:, None], truth, PLATT_STRENGTH)
-    slope = max(float(slope), 0.0)  # never the reverse order
-    return Logistic(
-        float(intercept) + slope * known.intercept,
-        {name: slope * weight for name, weight in known.weights.items()},
-    )
+    (change,), intercept = _penalised(sums[:, None], sums, truth, SLOPE_PENALTY)
+    slope = max(1 + change, 0.0)  # never the reverse order
+    if slope == 0:
+        return Logistic(_base_rate(truth), dict.fromkeys(names, 0.0))
+    mean, spread = table.mean(axis=0), table.std(axis=0)
+    spread[spread < 1e-9] = np.inf
+    moves, more = _penalised((table - mean) / spread, slope * sums + intercept, truth, MOVE_PENALTY)
+    moves = moves / spread
+    weights = {
+        name: slope * known.weights[name] + float(move) for name, move in zip(names, moves, strict=True)
+    }
+    return Logistic(slope * known.intercept + intercept + more - float(moves @ mean), weights)
+
+
+def _penalised(
+    table: NDArray[np.float64], offset: NDArray[np.float64], truth: NDArray[np.bool_], penalty: float
+) -> tuple[NDArray[np.float64], float]:
+    """Slopes `w` and intercept `b` of `offset + table w + b`, with `penalty / 2 |w|^2` on the log-likelihood."""
+    from scipy.optimize import minimize
+
+    sign = np.where(truth, 1.0, -1.0)
+
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        margin = sign * (offset + table @ values[1:] + values[0])
+        pull = -sign / (1 + np.exp(np.clip(margin, -500, 500)))
+        gradient = np.concatenate([[pull.sum()], table.T @ pull + penalty * values[1:]])
+        return float(np.logaddexp(0, -margin).sum() + penalty / 2 * (values[1:] ** 2).sum()), gradient
+
+    found = minimize(loss, np.zeros(1 + table.shape[1]), jac=True, method="L-BFGS-B").x
+    return found[1:], float(found[0])
 
 
 def _fit(table: NDArray[np.float64], truth: NDArray[np.bool_], strength: float) -> tuple[NDArray[Any], float]:
@@ -196,7 +252,12 @@ def _fit(table: NDArray[np.float64], truth: NDArray[np.bool_], strength: float) 
     from sklearn.linear_model import LogisticRegression
 
     if not table.shape[1] or truth.all() or not truth.any():
-        share = float(np.clip(truth.mean(), 1e-6, 1 - 1e-6))
-        return np.zeros(0), float(np.log(share / (1 - share)))
+        return np.zeros(table.shape[1]), _base_rate(truth)
     model = LogisticRegression(C=strength, max_iter=1000).fit(table, truth)
     return model.coef_[0], float(model.intercept_[0])
+
+
+def _base_rate(truth: NDArray[np.bool_]) -> float:
+    """The log-odds of the share of true ones."""
+    share = float(np.clip(truth.mean(), 1e-6, 1 - 1e-6))
+    return float(np.log(share / (1 - share)))

@@ -1,7 +1,8 @@
 """What the confidences of many answers are worth: the block `confidence` of `metrics.json`.
 
-Three events are told apart: the box is right among expressions that refer to something (`auroc_right`), the expression
-refers to something (`auroc_present`), and both (`auroc_useful`). What is absent has no right box.
+Three events are told apart: the box is right among expressions that refer to something (`auroc_right`, of the
+probability that it is right if there is something), the expression refers to something (`auroc_present`), and both
+(`auroc_useful`). What is absent has no right box.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ class Claim(NamedTuple):
     image: str
     expression: str
 
+    @property
+    def if_present(self) -> float | None:
+        """The probability that the box is right if there is something; times presence it is the confidence."""
+        if self.confidence is None or not self.presence:
+            return self.confidence
+        return self.confidence / self.presence
+
 
 def is_right(sample: Sample, box: Box) -> bool:
     """Whether a box has an IoU of at least `RIGHT` with a true one; never for what is absent.
@@ -98,7 +106,7 @@ def confidence_metrics(claims: Sequence[Claim], *, by_image: bool = False, seed:
     present = np.array([claim.present for claim in known])
     images = np.array([claim.image for claim in known])
     numbers = _Numbers(images if by_image else None, seed)
-    numbers.add("auroc_right", auroc, confidence, right, among=present)
+    numbers.add("auroc_right", auroc, [claim.if_present for claim in known], right, among=present)
     if not present.all():
         said = [claim.presence if claim.presence is not None else claim.confidence for claim in known]
         numbers.add("auroc_present", auroc, said, present)

@@ -1,9 +1,9 @@
 """How sure a box is: signals that a grounding gives away, and the calibration that makes probabilities of them.
 
-Two events are told apart: the expression refers to something in the image (`presence`), and the box is right, with an
-IoU of at least 0.5 (`confidence`); an expression that refers to nothing has no right box. Each is a logistic
-regression on the signals, fitted on labelled entries by `stage=calibrate`. Without one, the confidence is the raw
-signal that measured best, and is called uncalibrated (docs/grounding.md).
+Two events are told apart: the expression refers to something in the image (`presence`), and if it does, the box is
+right, with an IoU of at least 0.5. What speaks for the one says little of the other, so each is a logistic regression
+of its own, fitted on labelled entries by `stage=calibrate`; the `confidence` that the box is right is their product.
+Without a calibration it is the raw signal that measured best, and is called uncalibrated (docs/grounding.md).
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import agreement, box_iou, mass_inside, visible_cells, visible_edges
+from localization_heads.cells import agreement, mass_inside, visible_cells, visible_edges
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.maps import added, map_overlaps
 from localization_heads.options.groups import GroundingOptions
 
-VERSION = 1
+VERSION = 2
 RAW = "agreement"
 """The signal that is the confidence where there is no calibration."""
 TINY = 1e-6
+ASKED = ("question", "statement", "first_token", "expression")
+"""Signals that the model has to be asked for (`signals=true`)."""
 
 
 def own_boxes(
@@ -49,11 +51,16 @@ def signals(
     - `agreement`: mean IoU of the box with the single heads' own.
     - `overlap`: mean overlap (Bhattacharyya) of the heads' maps with each other.
     - `answer`: overlap of the query token's map with that of the answer's tokens, where these were read.
-    - `gain`: `mass` minus the mean mass of other expressions in the box, and `divergence`: 1 minus their mean overlap
-      with the map, where there are any.
-    - `mask`: IoU of the box with the map's own, where the segmenter's mask made it.
-    - `question`: log-odds of yes against no, where the model was asked whether the image shows this, and `first_token`:
-      log-probability of the first token that it answers (`signals=true`).
+    - `gain`: mass of the map, before any contrast, in the map's own box, minus the mean mass of other expressions'
+      maps in it, where there are any; and then `divergence`: 1 minus their mean overlap with the map.
+    - `mask`: IoU of the segmenter's mask with the map's own box, where the box may be that of the mask.
+    - `attention L4H6`, for each head: log of its attention sum, the share of its attention that goes to the image.
+    - With `signals=true`, `question` and `statement`: log-odds of yes against no to whether the thing is there, and to
+      whether the expression holds; `first_token`: log-probability of the first token that the model answers;
+      `expression`: that of the expression's own words after its first (`AttentionMaps.expression_logprob`).
+
+    Args:
+        map_box: the box before the segmenter was at work; that of the grounding by default.
     """
     box, (W, H) = grounding.box, grounding.image_size
     shown_cells = grounding.combined[
@@ -73,17 +80,22 @@ def signals(
         sums = [added(replace(attention, attention=read, answer=None), grounding.heads, options)
                 for read in (attention.attention, attention.answer)]  # fmt: skip
         found["answer"] = _mean_overlap(sums)
-    if attention.others:
-        own = added(attention, grounding.heads, options)
-        others = [added(other, grounding.heads, options) for other in attention.others]
-        inside = [mass_inside(one, grounding.image_box, (W, H), box) for one in (own, *others)]
-        found["gain"] = inside[0] - float(np.mean(inside[1:]))
+    own, *others = (added(one, grounding.heads, options) for one in (attention, *attention.others))
+    inside = [mass_inside(one, grounding.image_box, (W, H), map_box or box) for one in (own, *others)]
+    found["gain"] = inside[0] - (float(np.mean(inside[1:])) if others else 0.0)
+    if others:
         found["divergence"] = 1 - float(np.mean([_mean_overlap([own, other]) for other in others]))
-    if map_box is not None:
-        found["mask"] = float(box_iou(box, map_box))
-    asked = {"question": attention.presence_logit, "first_token": attention.answer_logprob}
-    found |= {name: value for name, value in asked.items() if value is not None}
-    return found
+    for head in grounding.heads:
+        total = float(attention.attention[head].sum(dtype=np.float64))
+        found[f"attention {head}"] = math.log(max(total, TINY))
+    said = (
+        attention.presence_logit,
+        attention.statement_logit,
+        attention.answer_logprob,
+        attention.expression_logprob,
+    )
+    more = {"mask": grounding.mask_overlap, **dict(zip(ASKED, said, strict=True))}
+    return found | {name: value for name, value in more.items() if value is not None}
 
 
 def entropy(values: NDArray[np.floating[Any]]) -> float:
@@ -127,8 +139,8 @@ class Calibration:
 
     Args:
         recipe: all that the signals depend on, as JSON values by name; another recipe's signals mean other things.
-        right: the probability that the box is right.
-        present: that the expression refers to something in the image; None where no entry was absent.
+        right: the probability that the box is right if the expression refers to something in the image.
+        present: that it does; None where no entry was absent.
         measured: how well it does on entries that it was not fitted on, by name.
     """
 
@@ -140,17 +152,34 @@ class Calibration:
 
     def check(self, recipe: Mapping[str, Any], source: object = "calibration.json") -> None:
         """UsageError, naming them, if any part of the recipe is another one."""
-        names = sorted({*self.recipe, *recipe})
-        other = [name for name in names if self.recipe.get(name) != recipe.get(name)]
-        if other:
+        if other := self.differs(recipe):
             named = ", ".join(f"{name} {_brief(self.recipe.get(name))}" for name in other)
             raise UsageError(
                 f"{source} was fitted with {named}: run stage=calibrate again with the options of this run"
             )
 
-    def fits(self, recipe: Mapping[str, Any]) -> bool:
-        """Whether it is for this recipe."""
-        return dict(self.recipe) == dict(recipe)
+    def differs(self, recipe: Mapping[str, Any]) -> list[str]:
+        """The parts in which it is for another recipe, by name; empty if it is for this one.
+
+        A run that does not ask the model how sure it is does so where this needs it: that is no difference.
+        """
+        recipe = {**recipe, "signals": self.asks or recipe.get("signals")}
+        names = sorted({*self.recipe, *recipe})
+        return [name for name in names if self.recipe.get(name) != recipe.get(name)]
+
+    def presence(self, found: Mapping[str, float]) -> float | None:
+        """The probability that the expression refers to something; None where no entry was absent."""
+        return None if self.present is None else self.present.probability(found)
+
+    def confidence(self, found: Mapping[str, float]) -> float:
+        """The probability that the box is right: that there is something, times that the box is right if so."""
+        there = self.presence(found)
+        return self.right.probability(found) * (1.0 if there is None else there)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the model has to be asked how sure it is (`signals=true`)."""
+        return self.recipe.get("signals") is True
 
     @property
     def names(self) -> set[str]:
@@ -165,7 +194,10 @@ class Calibration:
         """The inverse of `to_json`. UsageError for anything else."""
         try:
             if data["version"] != VERSION or isinstance(data["version"], bool):
-                raise UsageError(f"version {shown(data['version'])} is unknown: this tool reads {VERSION}")
+                raise UsageError(
+                    f"it is of version {shown(data['version'])}, and this release reads {VERSION}: run stage=calibrate "
+                    "again"
+                )
             present = data["present"]
             return cls(
                 dict(data["recipe"]),
@@ -197,17 +229,15 @@ def judged(grounding: Grounding, found: Mapping[str, float], calibration: Calibr
     """The grounding with its signals, its confidence and, where the calibration knows it, its presence.
 
     Without a calibration the confidence is the raw signal. It is None where a signal that the calibration weighs could
-    not be had, as `gain` where the image has no other expression.
+    not be had, as where the maps are those of a file and the model was not asked how sure it is.
     """
     grounding = replace(grounding, signals=found)
     if calibration is None:
         return replace(grounding, confidence=found[RAW])
     if not calibration.names <= found.keys():
         return grounding
-    presence = None if calibration.present is None else calibration.present.probability(found)
-    return replace(
-        grounding, confidence=calibration.right.probability(found), presence=presence, calibrated=True
-    )
+    presence, confidence = calibration.presence(found), calibration.confidence(found)
+    return replace(grounding, confidence=confidence, presence=presence, calibrated=True)
 
 
 def abstained(grounding: Grounding, least: float | None) -> Grounding:

@@ -73,6 +73,8 @@ class Grounding:
         presence: the probability that the expression refers to something in the image; None if that is not known.
         absent: there is nothing there, as `abstain` decides: the box is the one that was turned down.
         refined: the segmenter's mask, bool `[H, W]`, where one has been at work.
+        mask_overlap: IoU of the segmenter's mask, by its tight box, with the map's box, where the box may be taken from
+            the mask; 0 if it found nothing, None if none was asked.
         mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
     """
 
@@ -85,6 +87,7 @@ class Grounding:
     image_size: tuple[int, int]
     threshold: float = math.inf
     refined: NDArray[np.bool_] | None = field(default=None, repr=False)
+    mask_overlap: float | None = None
     mask_from: str = "map"
     point_map: NDArray[np.float64] | None = field(default=None, repr=False)
     own_boxes: tuple[Box | None, ...] = field(default=(), repr=False)

@@ -31,6 +31,19 @@ class Said(NamedTuple):
     odds: float | None = None
 
 
+class Weighed(NamedTuple):
+    """How likely a model holds a prompt, in nats.
+
+    Args:
+        expression: log-probability of the expression's tokens after its first, and of the one after them (its full
+            stop); None where its tokens cannot be told from the others.
+        first_token: that of the likeliest token after the prompt.
+    """
+
+    expression: float | None
+    first_token: float
+
+
 class Sides(NamedTuple):
     """Ids of tokens, those that speak for something and those against it."""
 
@@ -89,6 +102,26 @@ class Hearing(LogitsProcessor):
         return [[token for token in row if token >= 0][:most] for row in rows]
 
 
+def weighed(logits: Tensor, ids: Sequence[int], span: range | None) -> Weighed:
+    """Of one prompt.
+
+    Args:
+        logits: (n, V) after each of the prompt's last n tokens; from the expression's first on, at least.
+        ids: all tokens of the prompt.
+        span: the places in `ids` of the expression's tokens.
+
+    >>> even = torch.zeros(3, 4)
+    >>> [round(x, 2) for x in weighed(even, [9, 1, 2, 3], range(1, 3))]
+    [-2.77, -1.39]
+    """
+    logs = torch.log_softmax(logits.float(), -1)
+    if span is None:
+        return Weighed(None, float(logs[-1].max()))
+    places = range(span.start + 1, min(span.stop + 1, len(ids)))
+    own = [logs[place - 1 - len(ids), ids[place]] for place in places]
+    return Weighed(float(sum(own)), float(logs[-1].max()))
+
+
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) if ids else ""
 
@@ -124,7 +157,7 @@ def go_on(model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Heari
     """The same after a prefix that is in the cache already (`past_key_values`), of prompts of one length."""
     given = dict(inputs)
     positions = given.get("position_ids")
-    only_last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    only_last = keeping(model, 1)
     for number in range(num_tokens):
         scores = model(**given, **only_last).logits[:, -1].to(torch.float32, copy=True)
         chosen = hearing(None, scores).argmax(-1)
@@ -138,6 +171,11 @@ def go_on(model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Heari
         if positions is not None:
             positions = positions[..., -1:] + 1
             given["position_ids"] = positions
+
+
+def keeping(model: Any, num_tokens: int) -> dict[str, int]:
+    """The argument that has a model give the scores after its last tokens alone, where it takes one."""
+    return {"logits_to_keep": num_tokens} if "logits_to_keep" in signature(model.forward).parameters else {}
 
 
 def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ prompt as the expression itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -26,8 +26,9 @@ BACKGROUND = "thing"
 ("what is in this image?") measured worse on the embedded model, as its map is that of the most striking object."""
 LISTING = "what is in this image?"
 LISTING_TOKENS = 24
-PRESENCE = "is there {}?"
-"""The wording that measured best on the embedded model."""
+PRESENCE, STATEMENT = "is there {}?", "is {}?"
+"""Questions about an expression that measured best on the embedded model: whether the thing is there, and whether the
+expression holds, which tells false colours, places and relations ("is the dog on the left?")."""
 LONGEST_NAME = 3  # words
 AT_ONCE = 8
 """Questions about one image that go through the model together, beside its expressions."""
@@ -52,10 +53,15 @@ def ask_beside(
     found = image.attend(expressions, last_layer=last_layer)
     if beside.signals:
         found = _with_signals(image, found)
-    if beside.contrast == "none":
+    wanted: Sequence[tuple[str, ...]]
+    if beside.contrast == "background":
+        wanted = [(BACKGROUND,)] * len(found)
+    elif beside.contrast == "siblings":
+        wanted = _siblings(image, found, given)
+    elif beside.signals:
+        wanted = _siblings(image, found, [()] * len(found))
+    else:
         return found
-    background = beside.contrast == "background"
-    wanted = [(BACKGROUND,)] * len(found) if background else _siblings(image, found, given)
     others = _others(image, wanted, beside, last_layer)
     return [
         replace(maps, others=tuple(others[text] for text in texts if text in others))
@@ -86,18 +92,33 @@ def _askable(image: EncodedImage, texts: Sequence[str]) -> list[Question]:
 
 
 def _with_signals(image: EncodedImage, found: Sequence[AttentionMaps]) -> list[AttentionMaps]:
-    unheard = [maps.query for maps in found if maps.answer_logprob is None]
-    heard = dict(zip(unheard, _said(image, unheard, 0), strict=True))
+    texts = [maps.query for maps in found]
+    weighed = [one for part in _parts(texts) for one in image.weigh(part)]
     found = [
-        replace(maps, answer_logprob=heard[maps.query].logprob) if maps.answer_logprob is None else maps
-        for maps in found
+        replace(
+            maps,
+            answer_logprob=one.first_token if maps.answer_logprob is None else maps.answer_logprob,
+            expression_logprob=one.expression,
+        )
+        for maps, one in zip(found, weighed, strict=True)
     ]
     if (sides := presence_sides(image.lvlm.processor.tokenizer)) is None:
         return found
-    wanted = [PRESENCE.replace("{}", bare_sentence(maps.query)) for maps in found]
-    texts = [question.expression for question in _askable(image, wanted)]
-    odds = {text: one.odds for text, one in zip(texts, _said(image, texts, 0, sides), strict=True)}
-    return [replace(maps, presence_logit=odds.get(text)) for maps, text in zip(found, wanted, strict=True)]
+    there, holds = ([_question(asked, text) for text in texts] for asked in (PRESENCE, STATEMENT))
+    askable = [question.expression for question in _askable(image, [*there, *holds])]
+    odds = {text: one.odds for text, one in zip(askable, _said(image, askable, 0, sides), strict=True)}
+    return [
+        replace(maps, presence_logit=odds.get(first), statement_logit=odds.get(second))
+        for maps, first, second in zip(found, there, holds, strict=True)
+    ]
+
+
+def _question(template: str, expression: str) -> str:
+    """
+    >>> _question("is there {}?", "the dog.")
+    'is there the dog?'
+    """
+    return template.replace("{}", bare_sentence(expression))
 
 
 def presence_sides(tokenizer: Any) -> Sides | None:
@@ -110,8 +131,11 @@ def _said(
     image: EncodedImage, texts: Sequence[str], num_tokens: int, sides: Sides | None = None
 ) -> list[Said]:
     """What the model says to each text, asked a few at a time."""
-    parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
-    return [one for part in parts for one in image.say(part, num_tokens, sides)]
+    return [one for part in _parts(texts) for one in image.say(part, num_tokens, sides)]
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
 
 
 def _siblings(

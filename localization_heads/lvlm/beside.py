@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from localization_heads.options.groups import Contrast
@@ -19,7 +19,8 @@ class Beside:
     Args:
         contrast: which other expressions' maps go into `AttentionMaps.others`: none, one that names nothing
             (background), or those of the same image (siblings).
-        signals: fill `answer_logprob` and `presence_logit`.
+        signals: fill `answer_logprob`, `expression_logprob`, `presence_logit` and `statement_logit`; and where
+            nothing is contrasted, `others` with what the model lists.
         heads: keep the other expressions' maps of these heads alone, as many as the read-out adds; None keeps all.
     """
 
@@ -32,6 +33,18 @@ class Beside:
 
 
 NOTHING = Beside()
+
+
+def beside(
+    contrast: Contrast, heads: Iterable[Sequence[int]] | None, *, signals: bool, every_head: bool = False
+) -> Beside:
+    """What is asked beside expressions that these heads ground, each image's own if there are none.
+
+    Args:
+        every_head: other heads than these will be read too, and the other expressions' maps of all of them are kept.
+    """
+    kept = None if every_head or not heads else tuple((layer, head) for layer, head in heads)
+    return Beside(contrast, signals, kept)
 
 
 def other_expressions(expression: str, others: Iterable[str]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from localization_heads.lvlm.geometry import ProcessedImage, View, read_maps
 from localization_heads.lvlm.prefix import why_not_shared
 from localization_heads.lvlm.prompted import PromptedModel
 from localization_heads.lvlm.prompts import Prompt, bare_sentence
-from localization_heads.lvlm.query_tokens import query_of
+from localization_heads.lvlm.query_tokens import expression_tokens, query_of
 
 
 class Answered(NamedTuple):
@@ -70,6 +70,14 @@ class LoadedModel(PromptedModel):
                 "is not captured; use query_token=last (the decoder's first token) or answer_first"
             )
         return Query(step=int(self.query_token == "answer_first"))
+
+    def expression_span(self, prompt: Prompt, ids: Sequence[int]) -> range | None:
+        """The places of an expression's tokens among those of its prompt; None where they cannot be told."""
+        try:
+            with self._tokenizing:
+                return expression_tokens(self.processor.tokenizer, prompt, ids, self.dropped_token)
+        except UsageError:
+            return None
 
     def _last(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         if self.model.config.is_encoder_decoder:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm.answering import Said, Sides
+from localization_heads.lvlm.answering import Said, Sides, Weighed, keeping, weighed
 from localization_heads.lvlm.capture import Query, capture
 from localization_heads.lvlm.changes import Change
 from localization_heads.lvlm.failures import memory_errors, misfit_errors
@@ -184,6 +184,31 @@ class EncodedImage:
             return hearing.said(lvlm.processor.tokenizer, num_tokens)
 
         return _in_groups(questions, said, by_length=prefix is not None)
+
+    @memory_errors()
+    def weigh(self, texts: Sequence[str]) -> list[Weighed]:
+        """How likely the model holds each text in its prompt and what it would say to it, in one forward pass.
+
+        The former is known where the prompts share a prefix: elsewhere a token may see those after it.
+        """
+        questions = [self.question(text) for text in texts]
+        start, prefix = self._start(questions, None, answers=True)
+
+        def weigh_each(group: Sequence[Question]) -> list[Weighed]:
+            lvlm, length = self.lvlm, len(group[0].ids)
+            spans: list[range | None] = [None] * len(group)
+            if prefix is None:
+                given = lvlm.encode([self.image] * len(group), [question.prompt.text for question in group])
+                given.pop("labels", None)  # PaliGemma's processor writes some
+            else:
+                spans = [lvlm.expression_span(one.prompt, one.ids) for one in group]
+                given = self._continuing(group, prefix, start, answers=True)
+            kept = max(length - span.start if span else 1 for span in spans)
+            with misfit_errors(lvlm.name), torch.inference_mode():
+                logits = lvlm.model(**given, **keeping(lvlm.model, kept)).logits
+            return [weighed(*one) for one in zip(logits, [one.ids for one in group], spans, strict=True)]
+
+        return _in_groups(questions, weigh_each, by_length=True)
 
     def _start(
         self, questions: Sequence[Question], last_layer: int | None, *, answers: bool, more: int = 0

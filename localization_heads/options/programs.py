@@ -56,6 +56,7 @@ ONE_IMAGE = ("collect", "pipeline", "ground", "doctor", "trace")
 """Those that take one image and one query."""
 BOXES = ("ground", "evaluate")
 """Those that make boxes while the model is there."""
+LOOKS_AGAIN = (*BOXES, "calibrate")
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -106,8 +107,9 @@ class ModelUse(Options):
     )
     signals: bool = option(
         False,
-        "Also ask how sure the model is: the log-probability of the first token of its answer, and the log-odds of yes "
-        'against no to "is there ...?".',
+        "Also ask how sure the model is: the log-odds of yes against no to whether such a thing is there, the "
+        "log-probabilities of the expression and of the answer's first token, and the maps of what the model lists. A "
+        "calibration that needs them has them asked.",
     )
     view: ViewChoice = option(
         "combined",
@@ -261,8 +263,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
     zoom: bool = option(
         False,
         "Ask again about a crop around each box, and average both boxes where they agree: finer boxes of small objects "
-        "for one more pass of the model; for ground and evaluate.",
-        stages=BOXES,
+        "for one more pass of the model; for ground, evaluate and calibrate.",
+        stages=LOOKS_AGAIN,
     )
     attention_format: Literal["pkl", "safetensors"] = option("pkl", "Attention files as pkl or safetensors.")
     visualize_batch: bool = option(True, "Draw the maps and the box of the entries of a batch.")
@@ -348,8 +350,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
     )
     calibrate_from: PathText | None = option(
         None,
-        "A calibration.json whose weights are kept: only slope and intercept are fitted, for which 50 labels of a new "
-        "domain do; null fits all weights.",
+        "A calibration.json to start from: slope and intercept are fitted anew and the weights moved a little, for "
+        "which 50 labels of a new domain do; null fits everything.",
         stages=("calibrate",),
     )
     worst: int = option(16, "Number of worst boxes drawn into failures/.", ge=0, le=200)

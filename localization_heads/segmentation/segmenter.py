@@ -197,12 +197,13 @@ def refine(
             segmenter.name,
             [round(x) for x in start.box],
         )
-        return grounding
-    if box_from == "refined" and box_iou(box, grounding.box) < AGREE:
-        return grounding
-    refined = replace(grounding, refined=mask, mask_from=segmenter.name)
+        return grounding if box_from == "map" else replace(grounding, mask_overlap=0.0)
     if box_from == "map":
-        return refined
+        return replace(grounding, refined=mask, mask_from=segmenter.name)
+    overlap = float(box_iou(box, grounding.box))
+    if box_from == "refined" and overlap < AGREE:
+        return replace(grounding, mask_overlap=overlap)
+    refined = replace(grounding, refined=mask, mask_from=segmenter.name, mask_overlap=overlap)
     score = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, box)
     return replace(refined, box=box, score=score)
 

@@ -37,12 +37,12 @@ def calibrate(run: Run) -> Calibrated:
     Raises:
         UsageError: too few of the boxes are right, or wrong; or `calibrate_from` is of another recipe.
     """
-    run = replace(run, options=_as_fitted(run.options))
+    source = run.options.calibrate_from
+    known = load_calibration(source, "calibrate_from") if source else None
+    run = replace(run, options=_as_fitted(run.options, signals=known is not None and known.asks))
     recipe = run.recipe(run.named_heads)
-    known = None
-    if run.options.calibrate_from:
-        known = load_calibration(run.options.calibrate_from)
-        known.check(recipe, run.options.calibrate_from)
+    if known is not None:
+        known.check(recipe, source)
     entries = with_truth(select_entries(run), "stage=calibrate", with_box, or_absent=True)
     with RunLock(run.folder):
         log = ResultLog(run.folder, "calibrate", {**settings(run), "truth": truths(entries.samples)})
@@ -55,17 +55,29 @@ def calibrate(run: Run) -> Calibrated:
                 f"the probability of presence needs at least {FEWEST} absent entries and {FEWEST} others; there are "
                 f"{int((~labelled.present).sum())} and {int(labelled.present.sum())}: it is left out"
             )
+        wrong = int((labelled.present & ~labelled.right).sum())
+        if wrong < FEWEST and known is None:
+            run.lvlm.note(
+                f"only {wrong} boxes of what is there are wrong: {FEWEST} or more would tell right ones from wrong "
+                "ones better"
+            )
         path = run.folder / CALIBRATION
         write_json(path, found.to_json())
         log.finish()
         return Calibrated(Result([path], entries.in_order(), outcomes), found)
 
 
-def _as_fitted(options: FinderOptions) -> FinderOptions:
+def _as_fitted(options: FinderOptions, *, signals: bool) -> FinderOptions:
     """The options without what no signal depends on: figures, and masks that make no box."""
     from_map = options.grounding.box_from == "map"
     segmenter = SegmenterOptions(kind="none") if from_map else options.segmenter
-    return replace(options, calibration="none", visualize_batch=False, segmenter=segmenter)
+    return replace(
+        options,
+        calibration="none",
+        visualize_batch=False,
+        segmenter=segmenter,
+        signals=options.signals or signals,
+    )
 
 
 def _measure(run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def ground_all(
     drawn: dict[str, Path] = {}
     order = [sample.id for sample in entries.samples]
     contrast = run.options.grounding.contrast
+    calibration = run.calibration_of(run.named_heads)
 
     def is_done(sample: Sample) -> bool:
         logged = log.get(entries.result_key(sample, contrast))
@@ -210,7 +211,7 @@ def ground_all(
         work=partial(
             _ground_each,
             heads=run.named_heads,
-            calibration=run.calibration_of(run.named_heads),
+            calibration=calibration,
             measure=measure,
             drawn=set(order[: run.num_drawn]),
             room=room or Gallery(0),
@@ -220,7 +221,7 @@ def ground_all(
         last_layer=last_layer,
         work_runs_model=measure_runs_model,
         look_again=second_look(run, run.named_heads),
-        beside=run.beside(run.named_heads, every_head=every_layer or measure is not None),
+        beside=run.beside(run.named_heads, calibration, every_head=every_layer or measure is not None),
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.in_order())

@@ -24,7 +24,7 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
-from localization_heads.lvlm.beside import Beside
+from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
 from localization_heads.options.programs import (
@@ -112,10 +112,11 @@ class ModelRun(Generic[Chosen]):
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
         """All that the signals of a grounding depend on, by name."""
         lvlm, options = lvlm or self.lvlm, self.options
+        zoom = isinstance(options, FinderOptions) and options.zoom
         from_map = options.grounding.box_from == "map"  # then no segmenter need be loaded for this
         masked = None if from_map else self.segmenter
         grounder = Grounder(tuple(heads or ()), options.criteria, options.grounding, masked, options.k)
-        return grounder.recipe({**lvlm.choices, **lvlm.asked})
+        return grounder.recipe({**lvlm.choices, **lvlm.asked}, signals=options.signals, zoom=zoom)
 
     def calibration_of(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> Calibration | None:
         """What `calibration=` asks for with these heads; None where there is none.
@@ -136,16 +137,24 @@ class ModelRun(Generic[Chosen]):
             )
         return found
 
-    def beside(self, heads: Sequence[Head] | None, *, every_head: bool = False) -> Beside:
-        """What is asked beside each expression that these heads ground; of no other, unless `every_head`."""
-        kept = None if every_head or not heads else tuple((head.layer, head.head) for head in heads)
-        return Beside(self.options.grounding.contrast, self.options.signals, kept)
+    def beside(
+        self,
+        heads: Sequence[Head] | None,
+        calibration: Calibration | None = None,
+        *,
+        every_head: bool = False,
+    ) -> Beside:
+        """What is asked beside each expression that these heads ground; of no other, unless `every_head`.
 
-    @property
-    def asks_more(self) -> bool:
-        """Whether a box needs more than the maps that an attention file holds."""
-        options = self.options
-        return bool(self.beside(None)) or options.query_token == "last_and_answer"
+        Args:
+            calibration: where it weighs what the model says of itself, that is asked as well.
+        """
+        signals = self.options.signals or (calibration is not None and calibration.asks)
+        return beside(self.options.grounding.contrast, heads, signals=signals, every_head=every_head)
+
+    def asks_more(self, calibration: Calibration | None) -> bool:
+        """Whether a box and its confidence need more than the maps that an attention file holds."""
+        return bool(self.beside(None, calibration)) or self.options.query_token == "last_and_answer"
 
     @property
     def is_spread(self) -> bool:

@@ -17,6 +17,7 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads
+from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
@@ -75,15 +76,19 @@ class Visualised:
     paths: list[Path]
 
 
-def collect(run: Run) -> Collected:
-    """The attention of every head for one image and one expression -> `attention/<id>.pkl`."""
+def collect(run: Run, calibration: Calibration | None = None) -> Collected:
+    """The attention of every head for one image and one expression -> `attention/<id>.pkl`.
+
+    Args:
+        calibration: what the model is asked for beside the expression.
+    """
     run.options.require("image_file", "query")
     source, query = run.image(run.options.image_file), str(run.options.query)
     id = image_id(run, source, query)
     path = run.attention_file(id)
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
-    beside = run.beside(None)
+    beside = run.beside(None, calibration)
     maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
     save_attention(maps, path)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
@@ -133,7 +138,7 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.options.require("image_file", "query")
     run.check_named_heads()
     calibration = run.calibration_of(run.named_heads)  # one that does not fit is wrong use, before the work
-    collected = collect(run)
+    collected = collect(run, calibration)
     analysed = analyse_file(run, collected.maps, collected.path)
     maps, path, image = collected.maps, collected.path, collected.image
     grounder = run.grounder(run.named_heads, calibration)
@@ -149,7 +154,7 @@ def completed(
         entries.images.load(sample, again=True),
         sample.expression,
         last_layer=grounder.last_layer,
-        beside=run.beside(None),  # the report reads other heads as well
+        beside=run.beside(None, grounder.calibration),  # the report reads other heads as well
         siblings=entries.siblings(sample),
     )
     return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)

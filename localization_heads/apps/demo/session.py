@@ -124,7 +124,7 @@ class Asked:
             raise UsageError("switch at least one head on")
         check_heads(heads, *self.shape)
         grounder = Grounder(tuple(heads), CriteriaOptions(), options)
-        if self.calibration and self.calibration.fits(grounder.recipe(self.asked)):
+        if self.calibration and not self.calibration.differs(grounder.recipe(self.asked)):
             grounder = replace(grounder, calibration=self.calibration)
         return [grounder.ground(maps, None) for maps in self.maps]
 
@@ -142,7 +142,8 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
     expressions = split_expressions(text)
     with MODEL.room(3 * num_pixels(image)):
         opened = MODEL.take(read_image, image)
-        beside = run.beside(None)
+        calibration = run.calibration_of(run.named_heads)
+        beside = run.beside(None, calibration)
         maps = tuple(
             MODEL.take(run.lvlm.attend, opened, expression, beside=beside, siblings=expressions)
             for expression in expressions
@@ -157,7 +158,7 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
         raise UsageError("no head looks at this image: none passes criterion 1")
     sums = np.mean([s.attention_sum for s in statistics], axis=0)
     asked = {**run.lvlm.choices, **run.lvlm.asked}
-    return Asked(opened, expressions, maps, ranked, sums, asked, run.calibration_of(run.named_heads))
+    return Asked(opened, expressions, maps, ranked, sums, asked, calibration)
 
 
 def num_pixels(image: Image.Image | Path) -> int:
