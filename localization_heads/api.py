@@ -28,6 +28,7 @@ from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.lvlm.spec import heads_found_with
+from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import GRABCUT, Segmenter
@@ -78,11 +79,10 @@ def ground(
             calibration of other heads or another recipe.
         NotFiniteError: NaN or infinite attention.
     """
-    if abstain is not None and calibration is None:
-        raise ValueError(f"abstain={abstain:g} needs a calibration: stage=calibrate writes one")
     opened = load_image(image)
-    grounder = _calibrated(_grounder(lvlm, heads, CriteriaOptions(), options, segmenter), lvlm, calibration)
-    grounder = replace(grounder, abstain=abstain)
+    grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
+    grounder = _calibrated(grounder, lvlm, calibration, abstain, zoom=zoom)
+    note_unknown_words(lvlm, [expression])
     (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer, beside=grounder.beside())
     second = _second_look(lvlm, grounder, maps, opened, expression) if zoom else None
     return grounder.ground(maps, opened, second=second)
@@ -113,15 +113,20 @@ def ground_all(
     *,
     options: GroundingOptions | None = None,
     segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
+    calibration: Calibration | str | Path | None = None,
+    abstain: float | None = None,
 ) -> list[Grounding]:
     """Every object that an expression such as "the dogs" fits, that of the highest score first; at least one.
 
     Each is a component of the map's positive cells that holds at least `LEAST_MASS` of the strongest one's attention,
     with a box, a mask and a score of its own (the share of the whole map in its box); of two that overlap by more than
-    half only the better one is there. Arguments and errors as of `ground`.
+    half only the better one is there. Each is `absent` by itself. Arguments and errors as of `ground`.
     """
     opened = load_image(image)
-    grounder = _grounder(lvlm, heads, CriteriaOptions(), options, segmenter)
+    grounder = _calibrated(
+        _grounder(lvlm, heads, CriteriaOptions(), options, segmenter), lvlm, calibration, abstain
+    )
+    note_unknown_words(lvlm, [expression])
     (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer, beside=grounder.beside())
     return grounder.ground_all(maps, opened)
 
@@ -231,6 +236,7 @@ def evaluate(
             scores["native"] = [score_box(box, truth, opened.size)]
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
         images.append(sample.image_key or f"image {number}")
+    note_unknown_words(lvlm, [claim.expression for claim in claims])
     if not claims:
         none = ValueError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none
@@ -252,14 +258,28 @@ def _with_one(sample: Sample) -> Sample:
     return replace(sample, bbox=sample.boxes[0]) if sample.boxes and sample.bbox is None else sample
 
 
-def _calibrated(grounder: Grounder, lvlm: LVLM, calibration: Calibration | str | Path | None) -> Grounder:
-    """The grounder with the calibration. UsageError if it cannot be read or does not fit."""
+def _calibrated(
+    grounder: Grounder,
+    lvlm: LVLM,
+    calibration: Calibration | str | Path | None,
+    abstain: float | None = None,
+    *,
+    zoom: bool = False,
+) -> Grounder:
+    """The grounder with the calibration, and the presence from which on it takes a thing for present.
+
+    Raises:
+        ValueError: `abstain` without a calibration.
+        UsageError: the calibration cannot be read or does not fit.
+    """
     if calibration is None:
+        if abstain is not None:
+            raise ValueError(f"abstain={abstain:g} needs a calibration: stage=calibrate writes one")
         return grounder
     found = calibration if isinstance(calibration, Calibration) else load_calibration(calibration)
     named = "the calibration" if isinstance(calibration, Calibration) else calibration
-    found.check(grounder.recipe({**lvlm.choices, **lvlm.asked}), named)
-    return replace(grounder, calibration=found)
+    found.check(grounder.recipe({**lvlm.choices, **lvlm.asked}, zoom=zoom), named)
+    return replace(grounder, calibration=found, abstain=abstain)
 
 
 def _grounder(

@@ -24,7 +24,7 @@ from localization_heads.heads.score_lists import read_scores, scores_of
 from localization_heads.interop import detections
 from localization_heads.interop.coco import to_coco
 from localization_heads.interop.pipeline import answer_of
-from localization_heads.store.results import Prediction, load_head_list, save_ranking
+from localization_heads.store.results import Instance, Prediction, load_head_list, save_ranking
 
 
 @pytest.fixture
@@ -190,6 +190,20 @@ def test_coco_boxes_masks_and_shared_images(image):
     assert (first["area"], second["area"]) == (100.0, 8.0)
     assert (first["image_id"], second["image_id"]) == (1, 1)
     assert (second["expression"], second["sample_id"], second["score"]) == ("the b", "b", 0.25)
+
+
+def test_coco_has_all_boxes_of_an_expression(image):
+    boxes = [Instance((0.0, 0.0, 4.0, 2.0), 0.5), Instance((10.0, 0.0, 12.0, 2.0), 0.25)]
+    predictions = [
+        Prediction("a", (0.0, 0.0, 4.0, 2.0), 0.5, boxes=boxes),
+        Prediction("b", (0.0, 0.0, 1.0, 1.0), 0.1),
+    ]
+    found = to_coco(predictions, {id: Sample(image, f"the {id}s", id=id) for id in "ab"})["annotations"]
+    assert [(one["id"], one["sample_id"], one["bbox"], one["score"]) for one in found] == [
+        (1, "a", [0.0, 0.0, 4.0, 2.0], 0.5),
+        (2, "a", [10.0, 0.0, 2.0, 2.0], 0.25),
+        (3, "b", [0.0, 0.0, 1.0, 1.0], 0.1),
+    ]
 
 
 def test_pycocotools_reads_what_is_exported(image, tmp_path):

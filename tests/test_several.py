@@ -19,6 +19,7 @@ from localization_heads.cells import mass_inside
 from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.figures.several import label_places
 from localization_heads.grounder import Grounder
+from localization_heads.grounding.confidence import Calibration, Logistic
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.store.results import Instance, Prediction
 
@@ -92,6 +93,13 @@ def test_from_python(lvlm: Any) -> None:
     single = lh.ground(lvlm, image, "the animals", options=options)
     assert single.box in [one.box for one in found]
     assert found[0].mask.shape == image.size[::-1]
+    recipe = Grounder(lvlm.known_heads, CriteriaOptions(), options).recipe({**lvlm.choices, **lvlm.asked})
+    calibration = Calibration(recipe, Logistic(-1.0, {"mass": 4.0}))
+    sure = lh.ground_all(lvlm, image, "the animals", options=options, calibration=calibration, abstain=0.6)
+    assert [one.box for one in sure] == [one.box for one in found] and all(one.calibrated for one in sure)
+    assert [one.absent for one in sure] == [1 / (1 + np.exp(1 - 4 * one.score)) < 0.6 for one in sure]
+    with pytest.raises(ValueError, match=r"abstain=0\.6 needs a calibration"):
+        lh.ground_all(lvlm, image, "the animals", options=options, abstain=0.6)
 
 
 def lines_of(front: Front) -> list[dict[str, Any]]:

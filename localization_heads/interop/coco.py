@@ -8,16 +8,17 @@ from typing import Any
 from localization_heads.data.images import image_size
 from localization_heads.data.samples import Sample
 from localization_heads.errors import shown
-from localization_heads.store.results import Prediction
+from localization_heads.store.results import Instance, Prediction
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 
 
 def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """`{"info", "images", "annotations", "categories"}`: one annotation per expression that has a box.
+    """`{"info", "images", "annotations", "categories"}`: one annotation per expression that has a box, or per box.
 
     Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Besides COCO's own keys, an annotation
-    has `score`, `expression` and the sample's `sample_id`. Expressions about one image share its image entry.
+    has `score`, `expression` and the sample's `sample_id`. Expressions about one image share its image entry. Where all
+    objects were asked for (`instances=all`), each of its boxes is an annotation.
 
     Args:
         predictions: as `read_predictions` gives them; those that failed are left out.
@@ -36,7 +37,8 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
         image = images.setdefault(
             sample.image_key or prediction.id, _image(len(images) + 1, sample, prediction)
         )
-        annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction))
+        for one in [prediction] if prediction.boxes is None else prediction.boxes:
+            annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction.id, one))
     return {
         "info": {"description": "localization-heads predictions"},
         "images": list(images.values()),
@@ -54,33 +56,35 @@ def _image(number: int, sample: Sample, prediction: Prediction) -> dict[str, Any
     return {"id": number, "file_name": name, "width": width, "height": height}
 
 
-def _annotation(number: int, image_id: int, sample: Sample, prediction: Prediction) -> dict[str, Any]:
-    assert prediction.bbox is not None
-    x0, y0, x1, y1 = prediction.bbox
+def _annotation(
+    number: int, image_id: int, sample: Sample, id: str, found: Prediction | Instance
+) -> dict[str, Any]:
+    assert found.bbox is not None
+    x0, y0, x1, y1 = found.bbox
     return {
         "id": number,
         "image_id": image_id,
         "category_id": CATEGORY["id"],
         "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": _area(prediction),
-        "segmentation": prediction.mask if prediction.mask is not None else [],
+        "area": _area(id, found),
+        "segmentation": found.mask if found.mask is not None else [],
         "iscrowd": 0,
-        "score": prediction.score,
+        "score": found.score,
         "expression": sample.expression,
-        "sample_id": prediction.id,
+        "sample_id": id,
     }
 
 
-def _area(prediction: Prediction) -> float:
+def _area(id: str, found: Prediction | Instance) -> float:
     """Pixels of the mask, or of the box where there is none."""
-    if prediction.mask is None:
-        assert prediction.bbox is not None
-        x0, y0, x1, y1 = prediction.bbox
+    if found.mask is None:
+        assert found.bbox is not None
+        x0, y0, x1, y1 = found.bbox
         return (x1 - x0) * (y1 - y0)
     from localization_heads.data.masks import MaskError, read_mask
 
-    height, width = prediction.mask["size"]
+    height, width = found.mask["size"]
     try:
-        return float(read_mask(prediction.mask, (width, height)).sum())
+        return float(read_mask(found.mask, (width, height)).sum())
     except MaskError as error:
-        raise MaskError(f"the prediction of {shown(prediction.id)}: {error}") from error
+        raise MaskError(f"the prediction of {shown(id)}: {error}") from error

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.stages.chunks import (
     Attended,
     Chunk,
@@ -81,7 +82,7 @@ def go_through(
         look_again: asks the model a second time about each chunk, before `work`.
         beside: what is asked beside each expression; siblings are those of `entries`.
     """
-    run.lvlm  # noqa: B018  loaded here, not in a thread
+    note_unknown_words(run.lvlm, [sample.expression for sample in samples])  # loaded here, not in a thread
 
     def chunk_of(part: Sequence[Sample]) -> Chunk:
         missing = frozenset(sample.id for sample in part if not is_done(sample))

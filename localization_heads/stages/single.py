@@ -22,6 +22,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
+from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run, check_criteria
@@ -88,6 +89,7 @@ def collect(run: Run, calibration: Calibration | None = None) -> Collected:
     path = run.attention_file(id)
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
+    note_unknown_words(run.lvlm, [query])
     beside = run.beside(None, calibration)
     maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
     save_attention(maps, path)

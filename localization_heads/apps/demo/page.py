@@ -20,16 +20,17 @@ from localization_heads.apps.demo.session import (
     as_json,
     ask,
     example_images,
+    mean_title,
     number,
     parse_heads,
     sure,
     toggled,
-    unknown_words,
 )
 from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.errors import UsageError, WorkError, shown
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
+from localization_heads.lvlm.vocabulary import unknown_words
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.stages.run import DemoRun
 
@@ -37,7 +38,7 @@ ABOUT = """# Localization heads
 **{model}**, {layers} layers x {heads} heads. A few of them look at what you name: those framed in the grid.
 Choose an image, type an expression, press Ground (or Shift+Enter). The model runs once for a question; sliders and
 clicks only redo the sum and the box."""
-THRESHOLDS = {"mean": "mean (paper)", "otsu": "Otsu", "top_mass": "share of the attention"}
+THRESHOLDS = {"mean": "mean", "otsu": "Otsu", "top_mass": "share of the attention"}
 
 
 def shown_to_people(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +142,7 @@ class Page:
             elem_id="sigma",
         )
         self.binarise = gr.Radio(
-            [(title, name) for name, title in THRESHOLDS.items()],
+            [(title, name) for name, title in {**THRESHOLDS, "mean": mean_title(grounding)}.items()],
             value=grounding.binarise,
             label="Threshold: cells above",
             elem_id="binarise",

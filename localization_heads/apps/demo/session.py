@@ -40,7 +40,6 @@ MAX_EXPRESSION = 300  # characters
 MAX_HEAD_NAME = 20
 MAX_HEADS_TEXT = 20_000
 MAX_MEGAPIXELS = 32
-PUNCTUATION = ".,:!?\"'()"
 KEPT = 2048  # pixels of the longest side of an image that is kept
 
 P = ParamSpec("P")
@@ -203,21 +202,6 @@ def split_expressions(text: object) -> tuple[str, ...]:
     return tuple(bounded("an expression", expression, MAX_EXPRESSION) for expression in expressions)
 
 
-def unknown_words(tokenizer: Any, expressions: Sequence[str]) -> list[str]:
-    """Words that the model's tokenizer has no token for, each once: what they name cannot be found.
-
-    Args:
-        tokenizer: of a Hugging Face model. One that spells every word (SentencePiece, byte pairs) knows them all.
-    """
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return []
-    words = dict.fromkeys(word.strip(PUNCTUATION) for text in expressions for word in text.split())
-    return [
-        word for word in words if word and unknown in tokenizer(word, add_special_tokens=False)["input_ids"]
-    ]
-
-
 def bounded(name: str, text: object, limit: int) -> str:
     """The text of a field. UsageError if it is none, or longer than `limit` characters."""
     if not isinstance(text, str):
@@ -287,3 +271,14 @@ def example_images(count: int = 6, size: int = 384) -> list[tuple[Image.Image, s
         (Image.fromarray(scene.image), expression.text)
         for scene, expression in scene_samples(count, size=size, seeds=VALIDATION_SEEDS)
     ]
+
+
+def mean_title(options: GroundingOptions) -> str:
+    """What `binarise=mean` is called with these options.
+
+    >>> mean_title(GroundingOptions()), mean_title(GroundingOptions(means=1.5))
+    ('mean (paper)', '1.5 means')
+    """
+    if options.means == 1:
+        return "mean" if options.margin else "mean (paper)"
+    return f"{options.means:g} means"

@@ -1,0 +1,46 @@
+"""Words that a model does not know: what they name cannot be found, and is named in a note."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from localization_heads.lvlm.prompted import PromptedModel
+
+PUNCTUATION = ".,:;!?\"'()"
+MOST_NAMED = 8
+"""Unknown words that a note names."""
+
+
+def unknown_words(tokenizer: Any, expressions: Sequence[str]) -> list[str]:
+    """Words that the model's tokenizer has no token for, each once: what they name cannot be found.
+
+    Args:
+        tokenizer: of a Hugging Face model. One that spells every word (SentencePiece, byte pairs) knows them all.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    words = dict.fromkeys(word for text in expressions for word in words_of(text))
+    return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
+
+
+def words_of(expression: str) -> list[str]:
+    """
+    >>> words_of("the dog, (a brown one)?")
+    ['the', 'dog', 'a', 'brown', 'one']
+    """
+    return [word for part in expression.split() if (word := part.strip(PUNCTUATION))]
+
+
+def note_unknown_words(lvlm: PromptedModel, expressions: Sequence[str]) -> None:
+    """One note that names the words of all these expressions that the model does not know, and how many have any."""
+    tokenizer = lvlm.processor.tokenizer
+    if not (unknown := unknown_words(tokenizer, expressions)):
+        return
+    named = ", ".join(unknown[:MOST_NAMED])
+    more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+    with_one = sum(not set(unknown).isdisjoint(words_of(text)) for text in expressions)
+    share = f", in {with_one} of {len(expressions)} expressions" if len(expressions) > 1 else ""
+    lvlm.note(f"{named}{more}: not among the {len(tokenizer)} words of the {lvlm.name} model{share}")
