@@ -56,7 +56,7 @@ ONE_IMAGE = ("collect", "pipeline", "ground", "doctor", "trace")
 """Those that take one image and one query."""
 BOXES = ("ground", "evaluate")
 """Those that make boxes while the model is there."""
-LOOKS_AGAIN = (*BOXES, "calibrate")
+
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -264,7 +264,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
         False,
         "Ask again about a crop around each box, and average both boxes where they agree: finer boxes of small objects "
         "for one more pass of the model; for ground, evaluate and calibrate.",
-        stages=LOOKS_AGAIN,
+        stages=(*BOXES, "calibrate"),
     )
     attention_format: Literal["pkl", "safetensors"] = option("pkl", "Attention files as pkl or safetensors.")
     visualize_batch: bool = option(True, "Draw the maps and the box of the entries of a batch.")
