@@ -134,6 +134,26 @@ def test_dtype(folder: Path, dtype: str) -> None:
     assert load_model(str(folder), device="cpu", dtype=dtype).model.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_large_weights_are_read_in_sight(
+    folder: Path,
+    limit: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bar, and what a conversion costs; of small ones nothing is said."""
+    monkeypatch.setattr(loading, "LARGE", limit)
+    load_model(str(folder), dtype="bfloat16", device="cpu")
+    err = capsys.readouterr().err
+    assert ("Loading weights" in err) == (limit == 0)
+    assert "torchvision" not in err
+    assert ("saved as float32, and converted ones take twice" in caplog.text) == (limit == 0)
+    caplog.clear()
+    load_model(str(folder), dtype="float32", device="cpu")
+    assert "converted" not in caplog.text
+
+
 def test_the_embedded_model_is_the_default(lvlm: LVLM) -> None:
     assert lvlm.name == "embedded"
     assert not lvlm.model.training
@@ -207,13 +227,19 @@ def test_of_large_models_every_tensor_is_looked_at(monkeypatch: pytest.MonkeyPat
         assert fingerprint._bytes(changed, whole=False) != first
 
 
-def test_weights_that_lie_elsewhere_are_read_too(lvlm: LVLM) -> None:
+def test_weights_that_lie_elsewhere_are_read_and_run(lvlm: LVLM, image: Image.Image) -> None:
     """`device_map` may leave them in main memory or on the disk."""
     away = load_model(device="cpu")
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(away.model, execution_device="cpu")
     assert any(parameter.is_meta for parameter in away.model.parameters())
     assert away.fingerprint == lvlm.fingerprint
+    # They come to the device where they run when their turn is, and the capture sees the same rows
+    assert away.device == torch.device("cpu")
+    maps, expected = away.attend(image, "the dog"), lvlm.attend(image, "the dog")
+    np.testing.assert_array_equal(maps.attention, expected.attention)
+    (shared,) = away.encode_image(image).attend(["the dog"])
+    np.testing.assert_allclose(shared.attention, expected.attention, rtol=0, atol=1e-5)
 
 
 def test_an_update_of_the_hub_makes_new_statistics(

@@ -105,7 +105,7 @@ def stream(
 def _inputs(lvlm: LVLM, image: Image.Image | None, prompt: str) -> dict[str, Any]:
     if image is not None:
         return lvlm.encode([image], [prompt])
-    return dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.model.device))
+    return dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.device))
 
 
 def _turn(role: str, text: str, *, with_image: bool = False) -> dict[str, Any]:

@@ -161,12 +161,20 @@ def check_counts(config: Mapping[str, Any], shown: str) -> None:
             raise UsageError(f"{shown}: config.json asks for {name}={count:,}: no model has that many")
 
 
+def num_bytes(folder: Path | None) -> int:
+    """Bytes of the weights in a folder; 0 where it is not known."""
+    return sum(file.stat().st_size for file in _weight_files(folder))
+
+
+def _weight_files(folder: Path | None) -> list[Path]:
+    inside = folder.iterdir() if folder else ()
+    return [path for path in inside if path.suffix in (".safetensors", ".bin") and path.is_file()]
+
+
 def weights_in(folder: Path | None) -> Weights | None:
     """The weights of a folder; None where there are none."""
-    if folder is None:
-        return None
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") and path.is_file()]
-    return Weights(sum(file.stat().st_size for file in files), _largest_number(files)) if files else None
+    files = _weight_files(folder)
+    return Weights(num_bytes(folder), _largest_number(files)) if files else None
 
 
 def _largest_number(files: Sequence[Path]) -> int | None:

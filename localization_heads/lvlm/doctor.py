@@ -102,7 +102,7 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     yield "model", lvlm.name
     yield "family", f"{config.model_type} ({family})"
     yield "class", f"{type(model).__name__}; its decoder's layers are {decoder}"
-    yield "weights", f"{lvlm.num_parameters:,} in {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    yield "weights", f"{lvlm.num_parameters:,} in {str(model.dtype).removeprefix('torch.')} on {lvlm.device}"
     yield (
         "layers",
         f"{lvlm.num_layers} (0 to {lvlm.num_layers - 1}); with heads that see the image: {seen}{across}",

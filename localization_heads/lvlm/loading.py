@@ -43,6 +43,9 @@ from localization_heads.options.tracing import check_span
 
 log = logging.getLogger(__name__)
 
+LARGE = 1 << 30
+"""Bytes of weights that are read in sight of the user."""
+
 
 def load_model(
     name: str | ModelSpec = "tiny",
@@ -112,7 +115,7 @@ def load_model(
     check_torchvision()
     config = _checked_config(source, spec)
     spec, asked = with_family(spec, family_facts(config)), spec
-    processor, model = _load_processor(source, spec, config), _load_weights(source, spec)
+    processor, model = _load_processor(source, spec, config), _load_weights(source, spec, config)
     if target is not None and not spec.quantization:
         model.to(target)
     if asked.conv_mode is None and spec.conv_mode == "chat" and template_renderer(processor) is None:
@@ -279,9 +282,19 @@ def _padding_processor(image_processor: Any, pad: bool) -> Any:
     return kind(**{**settings, "do_pad": pad})
 
 
-def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
+def _load_weights(source: str, spec: ModelSpec, config: Any) -> nn.Module:
     from transformers import AutoModelForImageTextToText
 
+    is_large = checkpoint.num_bytes(checkpoint_folder(source)) > LARGE
+    saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if is_large and spec.dtype not in ("auto", saved):
+        log.warning(
+            "model.dtype=%s: the weights of %s are saved as %s, and converted ones take twice their memory while they "
+            "are loaded; model.dtype=auto takes them as they are",
+            spec.dtype,
+            spec.name,
+            saved,
+        )
     options: dict[str, Any] = {"dtype": spec.dtype}
     if spec.device_map:
         options["device_map"] = spec.device_map
@@ -292,7 +305,12 @@ def _load_weights(source: str, spec: ModelSpec) -> nn.Module:
         options.setdefault("device_map", "auto")
     model: nn.Module
     model, info = _read(
-        AutoModelForImageTextToText.from_pretrained, source, spec, output_loading_info=True, **options
+        AutoModelForImageTextToText.from_pretrained,
+        source,
+        spec,
+        bar=is_large,
+        output_loading_info=True,
+        **options,
     )
     if missing := sorted(info["missing_keys"]):
         log.warning(
@@ -313,10 +331,16 @@ def _quantization(bits: str) -> Any:
     return BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
 
 
-def _read(from_pretrained: Callable[..., Any], source: str, spec: ModelSpec, **options: Any) -> Any:
-    """A checkpoint's part, by the function of transformers whose many ways to fail become one line each."""
+def _read(
+    from_pretrained: Callable[..., Any], source: str, spec: ModelSpec, *, bar: bool = False, **options: Any
+) -> Any:
+    """A checkpoint's part, by the function of transformers whose many ways to fail become one line each.
+
+    Args:
+        bar: show how far it is, also where the files are here and most are read at once.
+    """
     offline = "model=tiny runs the embedded model, model.name=/path/to/folder a model saved on this machine"
-    _progress_bars(enabled=not Path(source).is_dir())  # a download shows its bars; reading a file needs none
+    _progress_bars(enabled=bar or not Path(source).is_dir())  # a download shows its own
     with reading_errors(source, f"model.name={spec.name}", offline), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return from_pretrained(source, local_files_only=only_here(source), trust_remote_code=False, **options)

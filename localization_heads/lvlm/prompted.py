@@ -9,6 +9,7 @@ from copy import copy
 from functools import cached_property, lru_cache
 from typing import Any, Self
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -288,9 +289,16 @@ class PromptedModel:
         """
         return self.on_device(self.processed(images, prompts))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs: of weights that a `device_map` keeps elsewhere, where they come to run."""
+        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        where = getattr(hook, "execution_device", None)
+        return torch.device(self.model.device if where is None else where)
+
     def on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors on the model's device, pixels in its precision."""
-        device, dtype = self.model.device, self.model.dtype
+        device, dtype = self.device, self.model.dtype
         return {
             name: value.to(device, dtype if value.is_floating_point() else None)
             if isinstance(value, Tensor)

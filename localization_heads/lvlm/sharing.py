@@ -267,7 +267,7 @@ class EncodedImage:
         longest = max((question.inputs for question in questions), key=lambda one: one["input_ids"].shape[1])
         if (positions := spatial_positions(lvlm.model, longest)) is not None:
             inputs["position_ids"] = positions[..., start:].expand(-1, len(questions), -1)
-        inputs = {name: value.to(lvlm.model.device) for name, value in inputs.items()}
+        inputs = {name: value.to(lvlm.device) for name, value in inputs.items()}
         cache = prefix.cache(len(questions), start, grows=answers)
         return {**inputs, "past_key_values": cache, "use_cache": True}
 

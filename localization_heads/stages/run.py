@@ -185,7 +185,7 @@ class ModelRun(Generic[Chosen]):
         )
         if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
             torch.set_num_threads(threads)
-        log.info("%s loaded on %s in %.1f s", lvlm, lvlm.model.device, time.monotonic() - started)
+        log.info("%s loaded on %s in %.1f s", lvlm, lvlm.device, time.monotonic() - started)
         return lvlm
 
     @property
