@@ -102,7 +102,7 @@ def stand_in_run(data: Path, count: int) -> Any:
 def fill_store(run: Any, count: int) -> None:
     """What a run that was killed has left of the first `count` samples."""
     from localization_heads.stages.entries import select_entries
-    from localization_heads.stages.find import open_store
+    from localization_heads.stages.records import open_store
 
     entries, store, random = select_entries(run), open_store(run), np.random.default_rng(1)
     for start in range(0, count, 1000):

@@ -19,9 +19,12 @@ from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.labels import LabelRecipe, mass_on_patches, rank_by_labels
-from localization_heads.heads.ranking import HeadRanking, rank_heads
+from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import found_with
+from localization_heads.heads.robust import with_movement
+from localization_heads.heads.sensitivity import Moved, mean_movement
 from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside
+from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted, movement_in, probing
 from localization_heads.lvlm.native_box import box_conditions, needed_format
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.labels import HeadsBy, Shrink
@@ -58,6 +61,8 @@ def find_heads(
     Args:
         samples: images with expressions, read as they are needed; only a few kilobytes of each are kept. An image
             whose samples follow each other is encoded once for them all.
+        criteria: how heads are told from the others; None for the paper's two criteria. With
+            `CriteriaOptions(sensitivity="siblings")` those that follow the expression come first (`heads.sensitivity`).
         top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
             has few heads.
         num_trials: random draws to average over.
@@ -79,8 +84,11 @@ def find_heads(
     scorer = _scorer(lvlm, by)
     found = []
     scores: list[NDArray[np.float32]] = []
-    for one in attended(lvlm, samples, unusable):
+    movement: list[Moved] = []
+    for one in attended(lvlm, samples, unusable, beside=probing(criteria)):
         found.append(_row(one.maps, criteria))
+        if is_wanted(criteria):
+            movement.append(_moved(lvlm, one, mirrored=one.number < criteria.mirrored))
         if scorer:
             scores.append(scorer(one))
     if not found:
@@ -97,6 +105,9 @@ def find_heads(
         seed=seed,
         model=lvlm.name,
     )
+    if movement:
+        drawn = random_draws(len(found), num_trials, num_samples, seed).sum(axis=0).tolist()
+        ranking = with_movement(ranking, mean_movement(movement, drawn, (lvlm.num_layers, lvlm.num_heads)))
     if scorer is None:
         return replace(ranking, found_with=found_with(lvlm.asked, criteria))
     recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
@@ -121,6 +132,12 @@ def _scorer(lvlm: LVLM, by: HeadsBy) -> Callable[[Attended], NDArray[np.float32]
         return mass_on_patches(maps, truth.box)
 
     return of_box
+
+
+def _moved(lvlm: LVLM, one: Attended, *, mirrored: bool) -> Moved:
+    """The third criterion of every head in a sample."""
+    found = ask_mirrored(lvlm, one.image, one.sample.expression, one.maps) if mirrored else None
+    return movement_in(one.maps, found)
 
 
 def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:

@@ -21,6 +21,7 @@ from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
+from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine
 from localization_heads.store.files import read_json
 from localization_heads.store.results import load_head_list, load_ranking
@@ -152,7 +153,9 @@ class Grounder:
 
 
 def _named(group: str, options: CriteriaOptions | GroundingOptions) -> dict[str, Any]:
-    return {f"{group}.{name}": value for name, value in asdict(options).items()}
+    """The third criterion is left out: no sample that picks its own heads reads it."""
+    third = SensitivityOptions.__pydantic_fields__
+    return {f"{group}.{name}": value for name, value in asdict(options).items() if name not in third}
 
 
 def load_calibration(path: str | Path, option: str = "calibration") -> Calibration:

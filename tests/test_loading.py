@@ -26,7 +26,7 @@ from localization_heads.lvlm.loading import load_model, pick_device
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.spec import find_spec, known_specs
 from localization_heads.options.groups import ModelSpec
-from localization_heads.stages.find import open_store
+from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run
 
 

@@ -24,6 +24,7 @@ from localization_heads.stages import (
     find,
     ground,
     labels,
+    rank_files,
     single,
     trace,
 )
@@ -97,7 +98,9 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "visualize": lambda run: _show_visualised(run, single.visualize(run)),
     "pipeline": _pipeline,
     "find": _find,
-    "rank": lambda run: _show_result(run, find.rank(run)),
+    "rank": lambda run: _show_result(
+        run, (rank_files.rank_files if run.options.attention_files else find.rank)(run)
+    ),
     "batch": lambda run: _show_result(run, find.batch(run)),
     "ground": lambda run: _show_result(run, ground.ground(run)),
     "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),

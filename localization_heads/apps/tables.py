@@ -25,6 +25,7 @@ from localization_heads.datasets.source import OFFICIAL
 from localization_heads.errors import BadEntry, printable
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import resting
 from localization_heads.stages.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 ROWS = 30
 """Longest table that is printed whole; the files hold everything."""
+MOST_RESTING = 8
+"""Resting heads that a caption names."""
 TOP_REASONS = 10
 """Different reasons that are listed of a run with many failures."""
 REASON = 300
@@ -164,17 +167,36 @@ def analysis_table(rows: Sequence[Mapping[str, Any]], top_k: int) -> Table:
 def ranking_table(ranking: HeadRanking, k: int) -> Table:
     """The best heads over a data set; the first `k` are the localization heads."""
     tau = "none" if ranking.tau is None else f"{ranking.tau:.3f}"
+    caption = f"tau {tau}: {len(ranking.kept)} of {len(ranking.heads)} heads kept by criterion 1"
+    columns = ["rank", "head", "selection frequency", "attention sum", "spatial entropy"]
+    rest = resting(ranking)
+    if ranking.is_moved:
+        columns = [
+            "rank",
+            "head",
+            "selection\nfrequency",
+            "attention\nsum",
+            "spatial\nentropy",
+            "sensi-\ntivity",
+        ]
+        columns += ["consis-\ntency"] if _is_mirrored(ranking) else []
+        caption += f"; resting: {' '.join(str(head.address) for head in rest[:MOST_RESTING]) or 'none'}"
+        caption += f" and {len(rest) - MOST_RESTING} more" if len(rest) > MOST_RESTING else ""
     table = _table(
-        f"Heads of {_cell(ranking.model)} over {ranking.num_samples} samples",
-        *("rank", "head", "selection frequency", "attention sum", "spatial entropy"),
-        caption=f"tau {tau}: {len(ranking.kept)} of {len(ranking.heads)} heads kept by criterion 1",
+        f"Heads of {_cell(ranking.model)} over {ranking.num_samples} samples", *columns, caption=caption
     )
     for rank, head in enumerate(ranking.kept[: max(10, k)], start=1):
         entropy = "-" if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}"
         frequency = f"{head.selection_frequency:.3f} ± {head.selection_frequency_std:.3f}"
-        cells = str(rank), str(head.address), frequency, f"{head.attention_sum:.3f}", entropy
-        table.add_row(*cells, style="bold" if rank <= k else "")
+        cells = [str(rank), str(head.address), frequency, f"{head.attention_sum:.3f}", entropy]
+        moved = [head.sensitivity, head.consistency][: len(columns) - len(cells)]
+        cells += ["-" if value is None else f"{value:.3f}" for value in moved]
+        table.add_row(*cells, style="bold" if rank <= k else "dim" if head in rest else "")
     return table
+
+
+def _is_mirrored(ranking: HeadRanking) -> bool:
+    return any(head.consistency is not None for head in ranking.kept)
 
 
 def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:

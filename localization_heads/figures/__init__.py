@@ -12,6 +12,7 @@ from localization_heads.figures.charts import (
 )
 from localization_heads.figures.experiments import plot_experiment, plot_frequency_iou
 from localization_heads.figures.labels import plot_label_curve
+from localization_heads.figures.movement import plot_sensitivity
 from localization_heads.figures.once import plot_once
 from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
@@ -37,6 +38,7 @@ __all__ = [
     "plot_label_curve",
     "plot_once",
     "plot_selection_frequency",
+    "plot_sensitivity",
     "plot_several",
     "plot_top_maps",
     "plot_trace",

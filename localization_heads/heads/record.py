@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError, shown
+from localization_heads.heads.fields import Fields
 from localization_heads.heads.head import Head, repeated
+from localization_heads.heads.sensitivity import RESTING, movement_of
 from localization_heads.options.compose import choices_of, preset
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.options.sensitivity import SensitivityOptions
 
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
@@ -94,6 +97,8 @@ def _short(value: str | None) -> str:
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
 """The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
+_THIRD = tuple(option.name for option in fields(SensitivityOptions))
+"""Those of them that it keeps only where the third criterion was asked for."""
 
 _BY_LABELS = ("score", "score_std")
 Spread = Literal["draws", "bootstrap"]
@@ -112,6 +117,8 @@ class RankedHead:
         spatial_entropy: mean over the samples where it is finite, in nats; none if there is no such sample.
         kept: whether criterion 1 keeps it; of a ranking by labels, whether its layer is not left out.
         score: mean score by labels (`heads.labels`), and `score_std` its deviation over draws; None without labels.
+        sensitivity: how far its map moves with the expression, 0 to 1, and `consistency`: the overlap with that of
+            the mirrored image (`heads.sensitivity`); None where that was not measured.
     """
 
     layer: int
@@ -123,10 +130,17 @@ class RankedHead:
     kept: bool = True
     score: float | None = None
     score_std: float | None = None
+    sensitivity: float | None = None
+    consistency: float | None = None
 
     @property
     def address(self) -> Head:
         return Head(self.layer, self.head)
+
+    @property
+    def movement(self) -> float | None:
+        """What the third criterion ranks by; None where it was not measured."""
+        return movement_of(self.sensitivity, self.consistency)
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,11 @@ class HeadRanking:
         """The heads that pass criterion 1, best first."""
         return tuple(head for head in self.heads if head.kept)
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether the third criterion was measured."""
+        return any(head.sensitivity is not None for head in self.heads)
+
     def top(self, k: int = 3) -> list[Head]:
         """The `k` localization heads (Sec. 4.3; the paper takes three).
 
@@ -184,7 +203,7 @@ class HeadRanking:
         return [head.address for head in self.kept[:k]]
 
     def csv_rows(self) -> Iterator[tuple[object, ...]]:
-        """A row a head, ranked from 1, in the order of `CSV_HEADER`; a missing entropy is empty."""
+        """A row a head, ranked from 1, in the order of `csv_header`; what is not known is empty."""
         for rank, head in enumerate(self.heads, start=1):
             entropy = "" if head.spatial_entropy is None else _rounded(head.spatial_entropy)
             frequency = _rounded(head.selection_frequency), _rounded(head.selection_frequency_std)
@@ -196,7 +215,12 @@ class HeadRanking:
                 _rounded(head.attention_sum),
                 entropy,
                 int(head.kept),
+                *(_moved_cells(head) if self.is_moved else ()),
             )
+
+    @property
+    def csv_header(self) -> tuple[str, ...]:
+        return (*self.CSV_HEADER, "sensitivity", "consistency") if self.is_moved else self.CSV_HEADER
 
     def to_json(self) -> dict[str, Any]:
         """The content of `heads.json`: plain values, numbers rounded to six decimals, kept heads only."""
@@ -209,9 +233,10 @@ class HeadRanking:
             "tau": None if self.tau is None else _rounded(self.tau),
             "top_n": self.top_n,
             "exclude_layers": self.options.exclude_layers,
-            "criteria": {name: getattr(self.options, name) for name in _CRITERIA},
+            "criteria": _options_to_json(self.options),
             **({} if self.found_with is None else {"found_with": dict(self.found_with)}),
             "heads": [_head_to_json(head) for head in self.kept],
+            **({"resting": [list(head.address) for head in resting(self)]} if self.is_moved else {}),
             "pictures": list(self.pictures),
         }
 
@@ -222,7 +247,7 @@ class HeadRanking:
         Raises:
             UsageError: naming what is wrong, for anything that is not such a ranking.
         """
-        fields = _Fields(data, "heads.json")
+        fields = Fields(data, "heads.json")
         if fields.integer("version", 1) != 1:
             raise UsageError(f"heads.json: version must be 1, not {shown(fields.values['version'])}")
         heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
@@ -242,16 +267,16 @@ class HeadRanking:
         )
 
 
-def _found_with_from_json(fields: _Fields) -> FoundWith | None:
+def _found_with_from_json(fields: Fields) -> FoundWith | None:
     """None in files of earlier versions and hand-made ones; what nobody here knows is passed over."""
     given = fields.values.get("found_with")
     if given is None:
         return None
-    inner = _Fields(given, "heads.json: found_with")
+    inner = Fields(given, "heads.json: found_with")
     return {name: inner.text(name) for name in KEYS if inner.values.get(name) is not None}
 
 
-def _images_from_json(fields: _Fields) -> tuple[str, ...]:
+def _images_from_json(fields: Fields) -> tuple[str, ...]:
     """None in files of earlier versions and hand-made ones."""
     names = fields.sequence("pictures") if "pictures" in fields.values else []
     if not all(isinstance(name, str) for name in names):
@@ -263,7 +288,34 @@ def _rounded(value: float) -> float:
     return round(float(value), 6)
 
 
+def _moved_cells(head: RankedHead) -> tuple[float | str, ...]:
+    known = (head.sensitivity, head.consistency)
+    return tuple("" if value is None else _rounded(value) for value in known)
+
+
+def resting(ranking: HeadRanking) -> tuple[RankedHead, ...]:
+    """The heads that both of the paper's criteria may take for localization heads, and that do not follow the
+    expression: kept, of at least the average attention sum of those kept, and of less than `RESTING` of the movement
+    of the one that moves most. None where that was not measured.
+    """
+    known = [(head, head.movement) for head in ranking.kept]
+    most = max((movement for _, movement in known if movement is not None), default=0.0)
+    average = fmean(head.attention_sum for head, _ in known) if known else 0.0
+    return tuple(
+        head
+        for head, movement in known
+        if movement is not None and movement < RESTING * most and head.attention_sum >= average
+    )
+
+
+def _options_to_json(options: CriteriaOptions) -> dict[str, Any]:
+    third = options.sensitivity != "none"
+    values = {name: getattr(options, name) for name in _CRITERIA if third or name not in _THIRD}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
 def _head_to_json(head: RankedHead) -> dict[str, Any]:
+    moved = {"sensitivity": head.sensitivity, "consistency": head.consistency}
     return {
         "layer": head.layer,
         "head": head.head,
@@ -272,11 +324,12 @@ def _head_to_json(head: RankedHead) -> dict[str, Any]:
         "attention_sum": _rounded(head.attention_sum),
         "spatial_entropy": None if head.spatial_entropy is None else _rounded(head.spatial_entropy),
         **{name: _rounded(value) for name in _BY_LABELS if (value := getattr(head, name)) is not None},
+        **{name: _rounded(value) for name, value in moved.items() if value is not None},
     }
 
 
 def _head_from_json(entry: object, number: int) -> RankedHead:
-    fields = _Fields(entry, f"heads.json: heads[{number}]")
+    fields = Fields(entry, f"heads.json: heads[{number}]")
     return RankedHead(
         layer=fields.integer("layer"),
         head=fields.integer("head"),
@@ -286,10 +339,12 @@ def _head_from_json(entry: object, number: int) -> RankedHead:
         spatial_entropy=fields.number("spatial_entropy", 0.0),
         score=fields.number("score") if "score" in fields.values else None,
         score_std=fields.number("score_std", 0.0) if "score_std" in fields.values else None,
+        sensitivity=fields.number_if_given("sensitivity", 0.0, 1.0),
+        consistency=fields.number_if_given("consistency", 0.0, 1.0),
     )
 
 
-def _spread_from_json(fields: _Fields) -> Spread:
+def _spread_from_json(fields: Fields) -> Spread:
     """What the deviations are over; older files do not say, and draws are what the paper has."""
     given = fields.values.get("spread", "draws")
     for known in get_args(Spread):
@@ -298,7 +353,7 @@ def _spread_from_json(fields: _Fields) -> Spread:
     raise UsageError(f"heads.json: spread must be {' or '.join(get_args(Spread))}, not {shown(given)}")
 
 
-def _options_from_json(fields: _Fields) -> CriteriaOptions:
+def _options_from_json(fields: Fields) -> CriteriaOptions:
     """The recipe's reading; a file without `criteria` is taken as the paper's."""
     given = fields.values.get("criteria", {})
     if not isinstance(given, dict) or not set(given) <= set(_CRITERIA):
@@ -313,55 +368,9 @@ def _options_from_json(fields: _Fields) -> CriteriaOptions:
 
 
 def _is_plain(value: object) -> bool:
-    """A short text, a number or none: what an option of the criteria can be."""
+    """A short text, a number, none or a few texts: what an option of the criteria can be."""
+    if isinstance(value, list):
+        return len(value) <= 8 and all(isinstance(item, str) and len(item) <= 40 for item in value)
     if isinstance(value, str):
         return len(value) <= 40
     return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
-
-
-class _Fields:
-    """Typed access to a JSON object of unknown origin: anything unexpected is a `UsageError`."""
-
-    def __init__(self, data: object, where: str) -> None:
-        if not isinstance(data, dict):
-            raise UsageError(f"{where} must be an object with named fields, not {type(data).__name__}")
-        self.values: dict[str, Any] = data
-        self.where = where
-
-    def get(self, name: str) -> object:
-        if name not in self.values:
-            raise UsageError(f"{self.where}: '{name}' is missing")
-        return self.values[name]
-
-    def integer(self, name: str, least: int = 0) -> int:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._wrong(name, f"a whole number of at least {least}")
-        return value
-
-    def number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
-        """A finite number within the limits, or none."""
-        return None if self.get(name) is None else self.required_number(name, least, most)
-
-    def required_number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(name, "a number")
-        if not (abs(value) < 1e300 and least <= value <= most):  # also refuses NaN and integers too large
-            raise self._wrong(name, "finite" if most == math.inf else f"between {least:g} and {most:g}")
-        return float(value)
-
-    def sequence(self, name: str) -> list[object]:
-        value = self.get(name)
-        if not isinstance(value, list):
-            raise self._wrong(name, "a list")
-        return value
-
-    def text(self, name: str) -> str:
-        value = self.get(name)
-        if not isinstance(value, str):
-            raise self._wrong(name, "a text")
-        return value
-
-    def _wrong(self, name: str, wanted: str) -> UsageError:
-        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {shown(self.values[name])}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError
+from localization_heads.heads.sensitivity import probes
 from localization_heads.lvlm.answering import Said, Sides, spellings
 from localization_heads.lvlm.beside import MOST_OTHERS, Beside, other_expressions
 from localization_heads.lvlm.paraphrases import ARTICLES
@@ -48,7 +49,7 @@ def ask_beside(
             are none, the model lists what it sees.
     """
     given = siblings or [()] * len(expressions)
-    if beside.signals or (beside.contrast == "siblings" and not all(given)):
+    if beside.signals or (beside.contrast == "siblings" and not beside.words and not all(given)):
         image.encode()  # the model will speak, which takes all layers: not encoded twice
     found = image.attend(expressions, last_layer=last_layer)
     if beside.signals:
@@ -56,6 +57,8 @@ def ask_beside(
     wanted: Sequence[tuple[str, ...]]
     if beside.contrast == "background":
         wanted = [(BACKGROUND,)] * len(found)
+    elif beside.contrast == "siblings" and beside.words:
+        wanted = _probes(found, given, beside.words)
     elif beside.contrast == "siblings":
         wanted = _siblings(image, found, given)
     elif beside.signals:
@@ -66,6 +69,16 @@ def ask_beside(
     return [
         replace(maps, others=tuple(others[text] for text in texts if text in others))
         for maps, texts in zip(found, wanted, strict=True)
+    ]
+
+
+def _probes(
+    found: Sequence[AttentionMaps], given: Sequence[Sequence[str]], words: Sequence[str]
+) -> list[tuple[str, ...]]:
+    """What the third criterion compares each expression with."""
+    return [
+        probes(maps.query, other_expressions(maps.query, others), words)
+        for maps, others in zip(found, given, strict=True)
     ]
 
 

@@ -22,11 +22,14 @@ class Beside:
         signals: fill `answer_logprob`, `expression_logprob`, `presence_logit` and `statement_logit`; and where
             nothing is contrasted, `others` with what the model lists.
         heads: keep the other expressions' maps of these heads alone, as many as the read-out adds; None keeps all.
+        words: with `siblings`, for the third criterion: of the image's expressions two are asked, filled up with these
+            words (`heads.sensitivity.probes`); without words, all siblings, or what the model lists.
     """
 
     contrast: Contrast = "none"
     signals: bool = False
     heads: tuple[tuple[int, int], ...] | None = None
+    words: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.contrast != "none" or self.signals

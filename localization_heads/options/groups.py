@@ -26,6 +26,7 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
+from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.store.paths import from_home, model_folder
 
 ConvMode = Literal["referseg", "chat", "plain"]
@@ -77,7 +78,7 @@ def _heads(value: Any) -> Any:
 
 
 @options
-class CriteriaOptions(Options):
+class CriteriaOptions(SensitivityOptions):
     """How localization heads are told from the others (Sec. 4, App. A and B)."""
 
     entropy: Weight = option(

@@ -44,6 +44,7 @@ from localization_heads.options.kinds import (
     options,
 )
 from localization_heads.options.labels import LabelOptions
+from localization_heads.options.ranked_files import RankedFiles
 from localization_heads.options.tracing import TraceOptions, check_span
 
 Stage = Literal[
@@ -130,8 +131,8 @@ class ModelUse(Options):
     k: int = option(3, "Number of heads that are summed into one map (the paper's k).", ge=1, le=10_000)
     criteria: CriteriaOptions = option(
         CriteriaOptions(),
-        "How heads are found: paper, published or published_august (the readings of the code of June and "
-        "August 2025).",
+        "How heads are found: paper, robust (its two criteria and a third: heads that rest whatever is asked come "
+        "last), published or published_august (the code of June and August 2025).",
         section="method",
         choice="paper",
     )
@@ -208,7 +209,7 @@ class ImageAddresses(Options):
 
 
 @options
-class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
+class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions, RankedFiles):
     """localization_heads_finder.py (also installed as `locheads`)."""
 
     EXTRA_GROUPS: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -224,8 +225,8 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions):
         "export, prepare, calibrate, trace, ablate or experiment. trace shows where heads look as each word of an "
         "answer is written. calibrate fits calibration.json on entries with truth. "
         "ablate switches heads off and measures what is lost. "
-        "rank repeats the last step of find (or batch) from the statistics that it "
-        "left, without the model: for another top_n or k, or other criteria, except those that need the maps again.",
+        "rank repeats the last step of find (or batch) without the model, from the statistics that it left or from "
+        "attention_files: for another top_n or k, or other criteria, except those that need the maps again.",
     )
     image_file: PathText | None = option(
         None,

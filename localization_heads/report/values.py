@@ -13,6 +13,7 @@ from localization_heads.attention import Box
 from localization_heads.evaluation.metrics import FEWEST
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.heads.record import resting
 from localization_heads.report.content import Card, HeadFacts, Report
 
 MAX_ROWS = 100
@@ -131,6 +132,7 @@ def method(facts: HeadFacts) -> str:
         "(lowest spatial entropy); the selection frequency is the share of samples that mark a head.",
         f"Averages over {counted(ranking.num_samples, 'sample')}.",
         _spread(ranking),
+        _third(ranking),
         "" if facts.bottom_row is None else BOTTOM_ROW,
     ]
     return " ".join(filter(None, sentences))
@@ -140,6 +142,22 @@ BOTTOM_ROW = (
     "Bottom row: the share of samples in which all cells of a map's lowest row are above its mean, "
     "a sign of a sink rather than of an object."
 )
+
+
+def _third(ranking: HeadRanking) -> str:
+    """What the third criterion found; nothing where it was not measured."""
+    if not ranking.is_moved:
+        return ""
+    rest = " ".join(str(head.address) for head in resting(ranking)[:FIRST_ROWS])
+    return " ".join(
+        [
+            "Sensitivity: 1 minus the overlap of a head's map with those of other expressions of the same image.",
+            "The heads kept are ranked by it." if ranking.options.sensitivity != "none" else "",
+            f"Resting (much attention, maps that hardly follow the expression): {rest}."
+            if rest
+            else "No head rests.",
+        ]
+    )
 
 
 def _spread(ranking: HeadRanking) -> str:
@@ -175,10 +193,14 @@ class Cell(NamedTuple):
 
 def ranking_columns(facts: HeadFacts) -> dict[str, str]:
     """The columns of the ranking: their keys, and what stands above them."""
-    known = {"bottom": facts.bottom_row is not None, "iou": facts.iou is not None}
+    known = {
+        "sensitivity": facts.ranking.is_moved,
+        "bottom": facts.bottom_row is not None,
+        "iou": facts.iou is not None,
+    }
     names = {
         "rank": "#", "head": "head", "frequency": "selection frequency", "sum": "attention sum",
-        "entropy": "spatial entropy", "bottom": "bottom row", "iou": "IoU",
+        "entropy": "spatial entropy", "sensitivity": "sensitivity", "bottom": "bottom row", "iou": "IoU",
     }  # fmt: skip
     return {key: name for key, name in names.items() if known.get(key, True)}
 
@@ -193,6 +215,9 @@ def ranking_cells(facts: HeadFacts, rank: int, head: RankedHead) -> list[Cell]:
         Cell(number(head.attention_sum), head.attention_sum),
         Cell(number(head.spatial_entropy), head.spatial_entropy),
     ]
+    if facts.ranking.is_moved:
+        rests = " (rests)" if head in resting(facts.ranking) else ""
+        cells.append(Cell(number(head.sensitivity) + rests, head.sensitivity))
     if facts.bottom_row is not None:
         share = float(facts.bottom_row[head.address])
         cells.append(Cell(f"{100 * share:.0f} %", share))

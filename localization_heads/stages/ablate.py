@@ -33,9 +33,10 @@ from localization_heads.scenes.questions import Question, questions
 from localization_heads.scenes.write import scenes
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
-from localization_heads.stages.find import collect_statistics, draws_of, open_store, rank_entries
+from localization_heads.stages.find import collect_statistics, draws_of, rank_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Result
+from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.journal import ResultLog

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
@@ -69,12 +71,14 @@ class Attended(NamedTuple):
 
     Attributes:
         second: the box that a second look at the image found, in its pixels (`zoom=true`).
+        mirrored: the maps of the mirrored image, as the model gave them (`criteria=robust`).
     """
 
     sample: Sample
     image: Image.Image
     maps: AttentionMaps
     second: Box | None = None
+    mirrored: NDArray[np.float32] | None = None
 
 
 Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -102,12 +102,14 @@ class Entries:
     Args:
         fitting: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
         images_again: the images are loaded in a second pass as well.
+        moving: their statistics hold the third criterion, which depends on the siblings.
     """
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
     fitting: int | None = None
     images_again: bool = False
+    moving: bool = False
     images: OpenedImages = field(default_factory=lambda: OpenedImages(KEPT_PIXELS), repr=False)
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
     _by_image: dict[str | int, list[str]] = field(default_factory=dict, repr=False)
@@ -137,6 +139,18 @@ class Entries:
             return key
         named = json.dumps(self.siblings(sample)).encode()
         return hashlib.blake2b(key + named, digest_size=len(key)).digest()
+
+    def record_key(self, sample: Sample, *, mirrored: bool = False) -> bytes:
+        """16 bytes for the sample's statistics; `mirrored` where the mirrored image was asked as well."""
+        if not self.moving:
+            return self.key(sample)
+        key = self.result_key(sample, "siblings")
+        return hashlib.blake2b(key + b"mirrored", digest_size=len(key)).digest() if mirrored else key
+
+    def stored_key(self, sample: Sample, store: Container[bytes]) -> bytes:
+        """The key under which a store has the sample's statistics, or would have them."""
+        mirrored = self.record_key(sample, mirrored=True)
+        return mirrored if mirrored in store else self.record_key(sample)
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on."""

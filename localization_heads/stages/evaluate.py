@@ -27,9 +27,10 @@ from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_fo
 from localization_heads.options.kinds import as_read
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
-from localization_heads.stages.find import draws_of, open_store, rank_entries
+from localization_heads.stages.find import draws_of, rank_entries
 from localization_heads.stages.ground import ground_all, settings
 from localization_heads.stages.outcome import Outcome, Result, save_per_sample, save_predictions
+from localization_heads.stages.records import open_store
 from localization_heads.stages.report import Alone, Reporter
 from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, replace_folder, write_json

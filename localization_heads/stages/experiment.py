@@ -36,8 +36,9 @@ from localization_heads.options.groups import SAMS, SegmenterOptions
 from localization_heads.stages.ablate import answers_without
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
-from localization_heads.stages.find import collect_statistics, open_store
+from localization_heads.stages.find import collect_statistics
 from localization_heads.stages.outcome import Result
+from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json

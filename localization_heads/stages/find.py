@@ -27,20 +27,23 @@ from localization_heads.heads.ranking import (
     rank_heads,
 )
 from localization_heads.heads.record import asked, found_with
-from localization_heads.options.kinds import as_measured
-from localization_heads.options.programs import FinderOptions
+from localization_heads.heads.sensitivity import Moved
+from localization_heads.lvlm.beside import NOTHING
+from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
+from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
+from localization_heads.stages.records import choose_record, keep_statistics, open_store
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
 from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
 from localization_heads.store.files import RunLock
-from localization_heads.store.paths import analysis_path, local_path
+from localization_heads.store.paths import analysis_path
 from localization_heads.store.results import save_ranking
-from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
+from localization_heads.store.statistics import StatisticsStore
 
 log = logging.getLogger(__name__)
 
@@ -54,47 +57,6 @@ bfloat16 from another batch differ as much, and are made again: time lost, but n
 """
 
 
-def open_store(run: Run) -> StatisticsStore:
-    """The statistics of this model under these options; other options keep theirs in another file."""
-    return StatisticsStore(
-        run.folder / "statistics",
-        settings={"asked": asked_settings(run), **run.model_settings},
-        num_layers=run.lvlm.num_layers,
-        num_heads=run.lvlm.num_heads,
-    )
-
-
-def asked_settings(run: Run) -> dict[str, Any]:
-    """The options that the statistics depend on, as far as they are known without the model (for `stage=rank`).
-
-    `criteria.entropy` is not among them: the store holds both entropies.
-    """
-    spec = run.spec
-    return {
-        "model.name": str(path.resolve()) if (path := local_path(spec.name)).is_dir() else spec.name,
-        "model.dtype": spec.dtype,
-        "model.quantization": spec.quantization,
-        "model.attn_implementation": spec.attn_implementation,
-        "model.pad_to_square": spec.pad_to_square,
-        "model.system": spec.system,
-        "conv_mode": run.options.conv_mode or spec.conv_mode,
-        "drop_lone_spaces": run.options.drop_lone_spaces,
-        "query_token": run.options.query_token,
-        "view": run.options.view,
-        **({"model.fix_mistral_regex": True} if spec.fix_mistral_regex else {}),
-        **_wording(run.options),
-        **{f"criteria.{name}": value for name, value in as_measured(run.options.criteria).items()},
-    }
-
-
-def _wording(options: FinderOptions) -> dict[str, Any]:
-    """As `LVLM.wording`; of `last_and_answer`, the statistics are those of the last prompt token."""
-    alone = options.query_token in ("answer_mean", "answer_span")
-    tokens: dict[str, Any] = {"answer_tokens": options.answer_tokens} if alone else {}
-    tokens |= {"answer_span": options.answer_span} if options.answer_span else {}
-    return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
-
-
 def collect_statistics(
     run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
 ) -> dict[str, HeadStatistics]:
@@ -105,20 +67,30 @@ def collect_statistics(
         not be analysed again.
     """
     fresh: dict[str, HeadStatistics] = {}
+    criteria = run.options.criteria
+    mirrored = moving.to_be_mirrored(samples, criteria) if entries.moving else frozenset()
 
     def is_done(sample: Sample) -> bool:
-        if (key := entries.key(sample)) not in store:
+        key = entries.stored_key(sample, store)
+        if sample.id in mirrored:
+            key = entries.record_key(sample, mirrored=True)
+        if key not in store:
             return False
         return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
 
     def keep(collected: Sequence[_Collected]) -> None:
         """Files first, statistics last: whatever the store holds is complete."""
-        for sample, statistics, maps in collected:
+        for sample, statistics, maps, _ in collected:
             if maps is not None:
                 _save_entry(run, sample, maps, statistics)
                 if len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
                     fresh[sample.id] = statistics
-        keep_statistics(entries, [(sample, statistics) for sample, statistics, _ in collected], store)
+        found = [(one.sample, one.statistics) for one in collected]
+        if not entries.moving:
+            keep_statistics(entries, found, store)
+            return
+        keys = [entries.record_key(one.sample, mirrored=one.sample.id in mirrored) for one in collected]
+        keep_statistics(entries, found, store, keys, [one.moved for one in collected if one.moved])
 
     go_through(
         run,
@@ -126,8 +98,10 @@ def collect_statistics(
         samples,
         "collect",
         is_done=is_done,
-        work=partial(_analysed, keep_maps=keep_maps),
+        work=partial(_analysed, keep_maps=keep_maps, moved=entries.moving),
         keep=keep,
+        look_again=moving.looking_again(mirrored),
+        beside=probing(criteria) if entries.moving else NOTHING,
     )
     return fresh
 
@@ -147,33 +121,26 @@ def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
 
 
 class _Collected(NamedTuple):
-    """A sample's statistics, and its maps where they are kept."""
+    """A sample's statistics, its maps where they are kept, and its third criterion where that is wanted."""
 
     sample: Sample
     statistics: HeadStatistics
     maps: AttentionMaps | None
+    moved: Moved | None = None
 
 
-def _analysed(run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool) -> list[_Collected]:
-    criteria = run.options.criteria
+def _analysed(
+    run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool, moved: bool
+) -> list[_Collected]:
     return [
-        _Collected(one.sample, head_statistics(one.maps.attention, criteria), one.maps if keep_maps else None)
+        _Collected(
+            one.sample,
+            head_statistics(one.maps.attention, run.options.criteria),
+            replace(one.maps, others=()) if keep_maps else None,
+            movement_in(one.maps, one.mirrored) if moved else None,
+        )
         for one in attended
     ]
-
-
-def keep_statistics(
-    entries: Entries, found: Sequence[tuple[Sample, HeadStatistics]], store: StatisticsStore
-) -> None:
-    """Add the statistics of a chunk, one sample or more; those of a sample that is there already stay."""
-    samples, statistics = zip(*found, strict=True)
-    store.append(
-        [entries.key(sample) for sample in samples],
-        np.stack([found.attention_sum for found in statistics]),
-        np.stack([found.area_entropy for found in statistics]),
-        np.stack([found.mass_entropy for found in statistics]),
-        np.stack([found.bottom_row_focus for found in statistics]),
-    )
 
 
 def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
@@ -189,25 +156,26 @@ def find(run: Run) -> Result:
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         draws = draws_of(run, entries)
         used = [entries.samples[place] for place in np.flatnonzero(draws.any(axis=0))]
-        store = open_store(run)
+        store = _own_store(run, entries)
         collect_statistics(run, entries, used, store, keep_maps=False)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
-        paths = [*_save(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
+        paths = [*save_heads(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
         return Result(paths, entries.in_order(), ranking=ranking)
 
 
 def rank(run: Run) -> Result:
     """The ranking of `find` from the statistics on disk, without the model."""
     entries = select_entries(run)
-    record = _choose_record(run)
+    record = choose_record(run)
+    entries.moving = record.moved
     check_criteria(run.options.criteria, record.num_layers)
     with RunLock(run.folder):
         draws = draws_of(run, entries)
         store = record.open()
         _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
         ranking = _rank(run, entries, draws, store)
-        return Result(_save(run, ranking), entries.in_order(), ranking=ranking)
+        return Result(save_heads(run, ranking), entries.in_order(), ranking=ranking)
 
 
 def batch(run: Run) -> Result:
@@ -218,17 +186,23 @@ def batch(run: Run) -> Result:
         if run.options.heads != "auto":  # before the work, not after it
             run.check_named_heads()
         draws = draws_of(run, entries)
-        store = open_store(run)
+        store = _own_store(run, entries)
         entries.images_again = True
         fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
-        paths = _save(run, ranking)
+        paths = save_heads(run, ranking)
         report = Reporter(run, ranking)
         outcomes = _ground_all(run, entries, ranking, report, fresh)
         paths.append(save_predictions(run, outcomes, entries.in_order()))
         paths += report.write(entries, outcomes, store=store)
         return Result(paths, entries.in_order(), outcomes, ranking)
+
+
+def _own_store(run: Run, entries: Entries) -> StatisticsStore:
+    """The store of `find` and `batch`, which hold the third criterion if it is wanted."""
+    entries.moving = is_wanted(run.options.criteria)
+    return open_store(run, moved=entries.moving)
 
 
 def draws_of(run: Run, entries: Entries) -> np.ndarray:
@@ -241,41 +215,18 @@ def _note_failures(entries: Entries, store: StatisticsStore) -> None:
     """Lets `rank`, which opens no image, report the failures of this run."""
     reasons = {failure.line: failure.reason for failure in entries.failures}
     failed = (sample for sample in entries.samples if sample.line in reasons)
-    store.note_failures({entries.key(sample): reasons[sample.line] for sample in failed})
-
-
-def _choose_record(run: Run) -> Recorded:
-    """The store of these options; of several, which differ in their weights, the one used last."""
-    wanted = asked_settings(run)
-    records = recorded(run.folder / "statistics")
-    fitting = [record for record in records if record.settings.get("asked") == wanted]
-    if len(fitting) > 1:
-        log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
-    if fitting:
-        return fitting[0]
-    there = [_difference(record.settings.get("asked"), wanted) for record in records]
-    held = f"only with {'; or with '.join(sorted(set(there)))}" if there else "none yet"
-    raise UsageError(
-        f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
-        "run stage=find with them first"
-    )
-
-
-def _difference(made: Any, wanted: dict[str, Any]) -> str:
-    """`conv_mode=chat, view=tiles`: a store's options where they differ from those of this run."""
-    made = made if isinstance(made, dict) else {}
-    pairs = ((name, made.get(name)) for name, value in wanted.items() if made.get(name) != value)
-    return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
+    store.note_failures({entries.record_key(sample): reasons[sample.line] for sample in failed})
 
 
 def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:
     """Put aside the drawn samples that are known to fail. WorkError if others have no statistics."""
-    missing = [sample for sample in (entries.samples[i] for i in drawn) if entries.key(sample) not in store]
+    wanted = (entries.samples[place] for place in drawn)
+    missing = [sample for sample in wanted if entries.stored_key(sample, store) not in store]
     known = store.failures() if missing else {}
     for sample in missing:
-        if (reason := known.get(entries.key(sample))) is not None:
+        if (reason := known.get(entries.record_key(sample))) is not None:
             entries.fail(sample, reason)
-    unseen = [sample for sample in missing if entries.key(sample) not in known]
+    unseen = [sample for sample in missing if entries.record_key(sample) not in known]
     if unseen:
         raise WorkError(
             f"{len(unseen)} of the {len(drawn)} entries drawn have no statistics on disk (the first: line "
@@ -286,6 +237,7 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
     """The ranking, with the images and the conditions that it was made under."""
     ranking = rank_entries(run, entries, draws, store)
+    moving.warn(ranking, run.options.k)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
@@ -315,8 +267,8 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
     places = _usable(entries, draws)
     if not len(places):
         raise NothingDoneError("no entry could be used", entries.in_order())
-    rows = store.rows([entries.key(entries.samples[place]) for place in places])
-    return rank_heads(
+    rows = store.rows([entries.stored_key(entries.samples[place], store) for place in places])
+    ranking = rank_heads(
         rows.attention_sum,
         rows.spatial_entropy(run.options.criteria.entropy),
         bottom_row=rows.bottom_row_focus,
@@ -328,9 +280,10 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
         seed=run.options.random_seed,
         model=store.settings["weights"][0],
     )
+    return moving.ranked(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
 
 
-def _save(run: Run, ranking: HeadRanking) -> list[Path]:
+def save_heads(run: Run, ranking: HeadRanking) -> list[Path]:
     """heads.json, heads.csv and the figures of both criteria."""
     from localization_heads import figures
 
@@ -354,6 +307,9 @@ def _save(run: Run, ranking: HeadRanking) -> list[Path]:
         run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
     )
     paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
+    if ranking.is_moved:
+        sensitivity = run.folder / "sensitivity.png"
+        paths.append(run.draw(figures.plot_sensitivity, ranking, path=sensitivity, emphasised=run.options.k))
     return paths
 
 

@@ -22,9 +22,9 @@ from localization_heads.options.kinds import as_read
 from localization_heads.report.content import Gallery
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
-from localization_heads.stages.find import keep_statistics
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
+from localization_heads.stages.records import keep_statistics
 from localization_heads.stages.report import look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import default_id, image_id

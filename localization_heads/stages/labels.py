@@ -34,9 +34,9 @@ from localization_heads.lvlm.native_box import BoxFormat, box_conditions, needed
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
-from localization_heads.stages.find import keep_statistics, open_store
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Result
+from localization_heads.stages.records import keep_statistics, open_store
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.files import RunLock, write_json

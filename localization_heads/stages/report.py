@@ -309,7 +309,7 @@ def _used(outcomes: Sequence[Outcome]) -> list[Head]:
 
 def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64] | None:
     """Share of the samples whose map has a whole positive bottom row, `[layer, head]`."""
-    keys = [key for sample in entries.good if (key := entries.key(sample)) in store]
+    keys = [key for sample in entries.good if (key := entries.stored_key(sample, store)) in store]
     if not keys:
         return None
     flags = store.rows(keys).bottom_row_focus

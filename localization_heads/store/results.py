@@ -22,7 +22,7 @@ _LARGEST = 32 << 20  # bytes; 100,000 heads take 20 MB
 def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
     """Write `heads.json` (the heads kept) and `heads.csv` (all of them) into `folder`."""
     json_path, csv_path = folder / "heads.json", folder / "heads.csv"
-    write_csv(csv_path, HeadRanking.CSV_HEADER, ranking.csv_rows())
+    write_csv(csv_path, ranking.csv_header, ranking.csv_rows())
     write_json(json_path, ranking.to_json())
     return json_path, csv_path
 

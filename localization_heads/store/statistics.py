@@ -3,7 +3,8 @@
 They are records of one size in an append-only file, written chunk by chunk and read one by one, so a hundred thousand
 samples need no memory, and a kill in the middle of a write costs at most the last chunk. A record is
 
-    key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] | pad | CRC32 u4
+    key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] |
+    with the third criterion sensitivity, consistency f4 [L, H] | pad | CRC32 u4
 
 and a JSON file of the same name beside it says which settings the numbers were made with. Both names carry a digest
 of these settings, so statistics of another model, prompt or threshold never mix. The records hold everything that the
@@ -18,7 +19,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import WorkError
+from localization_heads.heads.sensitivity import Moved
 from localization_heads.options.groups import Weight
 from localization_heads.store import journal
 from localization_heads.store.files import write_json
@@ -36,6 +38,8 @@ VERSION = 3
 KEY_BYTES = 16
 COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
 """The fields of a record, for every head, in the order of the file."""
+MOVED = {"sensitivity": "<f4", "consistency": "<f4"}
+"""Those that follow in a store of the third criterion; NaN where they were not measured."""
 _SCAN_BYTES = 16 << 20
 _LARGEST_MODEL = 1 << 20  # heads
 
@@ -70,9 +74,17 @@ class StatisticsRows:
     area_entropy: RowView
     mass_entropy: RowView
     bottom_row_focus: RowView
+    sensitivity: RowView | None = None
+    consistency: RowView | None = None
 
     def __len__(self) -> int:
         return len(self.attention_sum)
+
+    def moved(self) -> Iterator[Moved] | None:
+        """The third criterion of each sample, read one by one; None in a store without it."""
+        if self.sensitivity is None or self.consistency is None:
+            return None
+        return (Moved(*one) for one in zip(self.sensitivity, self.consistency, strict=True))
 
     def spatial_entropy(self, weight: Weight) -> RowView:
         """The entropy with components weighted by `area` or `mass`."""
@@ -135,6 +147,7 @@ class Recorded:
     Args:
         settings: the settings that the numbers were made with.
         used: when a run last opened the store, in seconds since 1970.
+        columns: the fields of its records.
     """
 
     folder: Path
@@ -142,10 +155,20 @@ class Recorded:
     num_layers: int
     num_heads: int
     used: float
+    columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
+
+    @property
+    def moved(self) -> bool:
+        """Whether it holds the third criterion."""
+        return dict(self.columns) == {**COLUMNS, **MOVED}
 
     def open(self) -> StatisticsStore:
         return StatisticsStore(
-            self.folder, settings=self.settings, num_layers=self.num_layers, num_heads=self.num_heads
+            self.folder,
+            settings=self.settings,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            columns=self.columns,
         )
 
 
@@ -164,7 +187,9 @@ def recorded(folder: str | Path) -> list[Recorded]:
             and 0 < heads <= _LARGEST_MODEL // layers
         )
         if header.get("version") == VERSION and sizes and isinstance(settings, dict):
-            found.append(Recorded(Path(folder), settings, layers, heads, path.stat().st_mtime))  # type: ignore[arg-type]
+            columns, used = header.get("columns", COLUMNS), path.stat().st_mtime
+            if isinstance(columns, dict):
+                found.append(Recorded(Path(folder), settings, layers, heads, used, columns))  # type: ignore[arg-type]
     return sorted(found, key=lambda one: -one.used)
 
 
@@ -277,7 +302,7 @@ class StatisticsStore:
         for name, array in zip(self.columns, arrays, strict=True):
             if np.shape(array) != shape:
                 raise ValueError(f"{name} must be {shape}, not {np.shape(array)}")
-            if np.isnan(array).any():
+            if name not in MOVED and np.isnan(array).any():
                 raise ValueError(f"{name} holds NaN")
         fresh: dict[bytes, int] = {}
         for i, key in enumerate(keys):

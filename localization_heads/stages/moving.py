@@ -1,0 +1,69 @@
+"""The third criterion on the way through a data set: what is asked beside each expression, and what comes of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.data.samples import Sample
+from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.robust import disagreement, with_movement
+from localization_heads.heads.sensitivity import mean_movement
+from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.stages.chunks import Attended, LookAgain
+from localization_heads.stages.entries import Entries, image_key
+from localization_heads.stages.run import Run
+from localization_heads.store.statistics import StatisticsRows
+
+log = logging.getLogger(__name__)
+
+
+def to_be_mirrored(samples: Sequence[Sample], criteria: CriteriaOptions) -> frozenset[str]:
+    """The ids of the samples of the first `criteria.mirrored` images."""
+    if not is_wanted(criteria):
+        return frozenset()
+    images: dict[str | int, None] = dict.fromkeys(image_key(sample) for sample in samples)
+    first = set(list(images)[: criteria.mirrored])
+    return frozenset(sample.id for sample in samples if image_key(sample) in first)
+
+
+def looking_again(ids: Collection[str]) -> LookAgain | None:
+    """Asks about the mirrored images of these samples; None if there are none."""
+    return partial(_with_mirrored, ids=frozenset(ids)) if ids else None
+
+
+def _with_mirrored(
+    run: Run, _: Entries, attended: Sequence[Attended], *, ids: frozenset[str]
+) -> list[Attended]:
+    def mirrored(one: Attended) -> NDArray[np.float32] | None:
+        wanted = one.sample.id in ids
+        return ask_mirrored(run.lvlm, one.image, one.sample.expression, one.maps) if wanted else None
+
+    return [one._replace(mirrored=mirrored(one)) for one in attended]
+
+
+def ranked(
+    ranking: HeadRanking, rows: StatisticsRows, draws: NDArray[np.int64], shape: tuple[int, int]
+) -> HeadRanking:
+    """The ranking with the third criterion over the samples of `rows`, each counted as often as it was drawn.
+
+    Args:
+        draws: `[trial, sample]`, as `rank_heads` has them.
+    """
+    samples = rows.moved()
+    if samples is None:
+        return ranking
+    return with_movement(ranking, mean_movement(samples, draws.sum(axis=0).tolist(), shape))
+
+
+def warn(ranking: HeadRanking, k: int) -> None:
+    """A warning where the third criterion and the paper's two put different heads first."""
+    if is_wanted(ranking.options) and not ranking.is_moved:
+        log.warning("criteria=robust: no image could be asked about anything else; the order is the paper's")
+    if (said := disagreement(ranking, k)) is not None:
+        log.warning("%s", said)

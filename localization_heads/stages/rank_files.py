@@ -1,0 +1,271 @@
+"""`stage=rank attention_files=`: heads ranked over attention files on disk, of this tool or of the published code.
+
+One file is in memory at a time. The statistics go into a temporary file; files of one image whose queries differ are
+read a second time for the third criterion. Neither the model nor torch is needed.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.samples import Sample
+from localization_heads.datasets.leakage import image_keys
+from localization_heads.errors import BadEntry, NothingDoneError, UsageError, printable
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws, rank_heads
+from localization_heads.heads.record import found_with
+from localization_heads.heads.robust import with_movement
+from localization_heads.heads.sensitivity import Means, Movement, OneImage
+from localization_heads.lvlm.beside import other_expressions
+from localization_heads.lvlm.mirrored import is_wanted
+from localization_heads.lvlm.spec import EMBEDDED, find_spec
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.stages import moving
+from localization_heads.stages.find import save_heads
+from localization_heads.stages.outcome import Result
+from localization_heads.stages.run import Run, check_criteria
+from localization_heads.store.attention_files import load_attention
+from localization_heads.store.files import RunLock, writable_folder
+from localization_heads.store.paths import SIDE_SUFFIXES, attention_stem, local_path
+from localization_heads.store.statistics import StatisticsStore
+
+log = logging.getLogger(__name__)
+
+ENDINGS = (".pkl", ".pkl.gz", ".safetensors")
+MOST_FILES = 1_000_000
+
+
+class _Read(NamedTuple):
+    """What is remembered of a file: its place in the list, and what its maps are of."""
+
+    place: int
+    path: Path
+    image: tuple[object, ...]
+    query: str
+
+
+@dataclass
+class _Pile:
+    """The files read so far, and the one that the others have to agree with."""
+
+    shape: tuple[int, int] | None = None
+    first: Path | None = None
+    model: str = ""
+    named_by: Path | None = None
+    read: list[_Read] = field(default_factory=list)
+    failures: list[BadEntry] = field(default_factory=list)
+
+    def agree(self, path: Path, maps: AttentionMaps) -> None:
+        """UsageError where the file is of another model, or its heads are others."""
+        shape = maps.num_layers, maps.num_heads
+        if self.shape is None:
+            self.shape, self.first = shape, path
+        if shape != self.shape:
+            raise UsageError(
+                f"attention_files: {path} has {shape[0]} layers of {shape[1]} heads, and {self.first} has "
+                f"{self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
+            )
+        if maps.model and not self.model:
+            self.model, self.named_by = maps.model, path
+        if maps.model and maps.model != self.model:
+            raise UsageError(
+                f"attention_files: {path} is of {printable(maps.model, 80)}, and {self.named_by} of "
+                f"{printable(self.model, 80)}: rank the files of one model at a time"
+            )
+
+
+def rank_files(run: Run) -> Result:
+    """The ranking over the files that `attention_files` names -> heads.json, heads.csv and their figures.
+
+    Raises:
+        UsageError: no file there, files of different models, or a third criterion without two files of one image.
+        NothingDoneError: none of the files can be read.
+    """
+    files = attention_files(str(run.options.attention_files))
+    criteria = run.options.criteria
+    with tempfile.TemporaryDirectory(prefix="localization-heads-") as folder:
+        pile = _Pile()
+        store = _collect(files, pile, criteria, Path(folder))
+        if store is None or pile.shape is None:
+            raise NothingDoneError("no attention file could be used", pile.failures)
+        run = _of_model(run, pile)
+        check_criteria(criteria, pile.shape[0])
+        draws = random_draws(
+            len(files), run.options.num_trials, run.options.num_samples, run.options.random_seed
+        )
+        drawn = draws.sum(axis=0)
+        pile.read = [one for one in pile.read if drawn[one.place]]
+        if not pile.read:
+            raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
+        places = [one.place for one in pile.read]
+        rows = store.rows([_key(place) for place in places])
+        ranking = rank_heads(
+            rows.attention_sum,
+            rows.spatial_entropy(criteria.entropy),
+            bottom_row=rows.bottom_row_focus,
+            draws=draws[:, places],
+            options=criteria,
+            top_n=run.top_n,
+            num_trials=run.options.num_trials,
+            num_samples=run.options.num_samples,
+            seed=run.options.random_seed,
+            model=run.spec.name,
+        )
+        ranking = with_movement(ranking, _movement(pile, drawn, criteria))
+    writable_folder(run.folder)
+    with RunLock(run.folder):
+        ranking = _described(ranking, pile)
+        moving.warn(ranking, run.options.k)
+        if not ranking.kept:
+            log.warning("%s: heads.json lists none to ground with", NONE_KEPT)
+        return Result(save_heads(run, ranking), pile.failures, ranking=ranking)
+
+
+def attention_files(named: str) -> list[Path]:
+    """The attention files of a folder, or of its folder `attention`, or those that a pattern means; by name.
+
+    What lies beside an attention file (analysis, metadata) is passed over. UsageError where there is none.
+    """
+    path = local_path(named)
+    places = [path, path / "attention"] if path.is_dir() else []
+    found = [file for place in places[:2] if place.is_dir() for file in place.iterdir()]
+    if not places:
+        pattern = str(path)
+        matches = islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)  # noqa: PTH207  (absolute ones too)
+        found = [Path(match) for match in matches]
+    files = sorted({file for file in found if _is_attention(file)})
+    if not files:
+        raise UsageError(
+            f"attention_files={named}: no attention file there; give a folder of .pkl, .pkl.gz or .safetensors "
+            "files, or a pattern such as runs/*.pkl"
+        )
+    if len(files) > MOST_FILES:
+        raise UsageError(f"attention_files={named}: more than {MOST_FILES:,} files; rank a part of them")
+    return files
+
+
+def _is_attention(file: Path) -> bool:
+    return (
+        file.name.endswith(ENDINGS)
+        and not file.name.startswith(".")
+        and not attention_stem(file).endswith(SIDE_SUFFIXES)
+        and file.is_file()
+    )
+
+
+def _collect(
+    files: Sequence[Path], pile: _Pile, criteria: CriteriaOptions, folder: Path
+) -> StatisticsStore | None:
+    """The statistics of every file that can be read; the others are put aside. None if none can."""
+    store: StatisticsStore | None = None
+    for place, path in enumerate(tqdm(files, desc="rank", unit="file", disable=None)):
+        try:
+            maps = load_attention(path)
+        except UsageError as error:
+            pile.failures.append(BadEntry(0, path.name, " ".join(str(error).split())))
+            continue
+        pile.agree(path, maps)
+        if store is None:
+            layers, heads = maps.num_layers, maps.num_heads
+            store = StatisticsStore(folder, settings={}, num_layers=layers, num_heads=heads)
+        found = head_statistics(maps.attention, criteria)
+        store.append(
+            [_key(place)],
+            found.attention_sum[None],
+            found.area_entropy[None],
+            found.mass_entropy[None],
+            found.bottom_row_focus[None],
+        )
+        image = (maps.image_file, maps.image_size, maps.grid) if maps.image_file else (place,)
+        pile.read.append(_Read(place, path, image, maps.query))
+    return store
+
+
+def _key(place: int) -> bytes:
+    return place.to_bytes(16, "big")
+
+
+def _of_model(run: Run, pile: _Pile) -> Run:
+    """The run under the name of the model that the files are of, whose folder its heads.json goes into."""
+    named = run.overrides is None or any(
+        word.startswith(("model=", "model.name=", "model.label=")) for word in run.overrides
+    )
+    if not pile.model:
+        if not named:
+            raise UsageError(
+                "attention_files: these files do not say which model they are of; name it, as in model=llava"
+            )
+        return run
+    if pile.model == run.spec.name:
+        return run
+    if named and run.spec.name != EMBEDDED:
+        raise UsageError(
+            f"attention_files: these files are of {printable(pile.model, 80)} ({pile.named_by}), and not of "
+            f"{run.spec.name}: leave out model="
+        )
+    return Run(replace(run.options, model=find_spec(pile.model)), run.model_choice, None, run.before_model)
+
+
+def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions) -> Movement:
+    """The mean sensitivity over the images that several files are of; each counts for all its files.
+
+    Raises:
+        UsageError: the ranking is to go by it, and no image has two files with different queries.
+    """
+    assert pile.shape is not None
+    means, nothing = Means(pile.shape), np.full(pile.shape, np.nan)
+    images = dict(_of_several_queries(pile.read))
+    if not images and is_wanted(criteria):
+        raise UsageError(
+            "criteria.sensitivity=siblings: no two of these files are of one image with different queries, so no "
+            "head can be seen to move; write criteria=paper"
+        )
+    for files in tqdm(images.values(), desc="compare", unit="image", disable=None):
+        image = OneImage()
+        for one in files:
+            image.add(load_attention(one.path).attention)
+        if (sensitivity := image.sensitivity) is not None:
+            means.add(sensitivity, float(sum(drawn[one.place] for one in files)))
+    return Movement(means.mean, nothing)
+
+
+def _of_several_queries(read: Sequence[_Read]) -> Iterator[tuple[tuple[object, ...], list[_Read]]]:
+    """The images of two files or more with different queries, and a file for each query."""
+    images: dict[tuple[object, ...], list[_Read]] = {}
+    for one in read:
+        if one.query.strip():
+            images.setdefault(one.image, []).append(one)
+    for image, files in images.items():
+        kept: list[_Read] = []
+        for one in files:
+            if all(other_expressions(one.query, [other.query]) for other in kept):
+                kept.append(one)
+        if len(kept) > 1:
+            yield image, kept
+
+
+def _described(ranking: HeadRanking, pile: _Pile) -> HeadRanking:
+    """With the images, as far as they are known here, and the recipe; how the model was asked nobody has noted."""
+    names: Mapping[str, None] = dict.fromkeys(
+        str(one.image[0]) for one in pile.read if isinstance(one.image[0], str)
+    )
+    samples = []
+    for name in names:
+        try:
+            samples.append(Sample(name, ""))
+        except UsageError:
+            log.debug("%s is no image that can be named", name)
+    keys = {key for key in image_keys(samples) if key}
+    return replace(ranking, pictures=tuple(sorted(keys)), found_with=found_with({}, ranking.options))

@@ -1,0 +1,130 @@
+"""Which statistics on disk belong to a run: the store that `find` and `batch` fill, `rank` reads and others add to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from localization_heads.data.samples import Sample
+from localization_heads.errors import UsageError
+from localization_heads.heads.criteria import HeadStatistics
+from localization_heads.heads.sensitivity import Moved
+from localization_heads.lvlm.mirrored import is_wanted
+from localization_heads.options.kinds import as_measured
+from localization_heads.options.programs import FinderOptions
+from localization_heads.options.sensitivity import SensitivityOptions
+from localization_heads.stages.entries import Entries
+from localization_heads.stages.run import Run
+from localization_heads.store.paths import local_path
+from localization_heads.store.statistics import COLUMNS, MOVED, Recorded, StatisticsStore, recorded
+
+log = logging.getLogger(__name__)
+
+
+def open_store(run: Run, *, moved: bool = False) -> StatisticsStore:
+    """The statistics of this model under these options; other options keep theirs in another file.
+
+    Args:
+        moved: with the third criterion.
+    """
+    return StatisticsStore(
+        run.folder / "statistics",
+        settings={"asked": asked_settings(run, moved=moved), **run.model_settings},
+        num_layers=run.lvlm.num_layers,
+        num_heads=run.lvlm.num_heads,
+        columns={**COLUMNS, **MOVED} if moved else COLUMNS,
+    )
+
+
+def asked_settings(run: Run, *, moved: bool = False) -> dict[str, Any]:
+    """The options that the statistics depend on, as far as they are known without the model (for `stage=rank`).
+
+    `criteria.entropy` is not among them: the store holds both entropies. Nor is `criteria.mirrored`: each sample's key
+    says whether its mirrored image was asked.
+    """
+    criteria = run.options.criteria
+    third = {"sensitivity": criteria.sensitivity, "siblings": list(criteria.siblings)} if moved else {}
+    spec = run.spec
+    return {
+        "model.name": str(path.resolve()) if (path := local_path(spec.name)).is_dir() else spec.name,
+        "model.dtype": spec.dtype,
+        "model.quantization": spec.quantization,
+        "model.attn_implementation": spec.attn_implementation,
+        "model.pad_to_square": spec.pad_to_square,
+        "model.system": spec.system,
+        "conv_mode": run.options.conv_mode or spec.conv_mode,
+        "drop_lone_spaces": run.options.drop_lone_spaces,
+        "query_token": run.options.query_token,
+        "view": run.options.view,
+        **({"model.fix_mistral_regex": True} if spec.fix_mistral_regex else {}),
+        **_wording(run.options),
+        **{f"criteria.{name}": value for name, value in as_measured(criteria).items()},
+        **{f"criteria.{name}": value for name, value in third.items()},
+    }
+
+
+def _wording(options: FinderOptions) -> dict[str, Any]:
+    """As `LVLM.wording`; of `last_and_answer`, the statistics are those of the last prompt token."""
+    alone = options.query_token in ("answer_mean", "answer_span")
+    tokens: dict[str, Any] = {"answer_tokens": options.answer_tokens} if alone else {}
+    tokens |= {"answer_span": options.answer_span} if options.answer_span else {}
+    return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
+
+
+def keep_statistics(
+    entries: Entries,
+    found: Sequence[tuple[Sample, HeadStatistics]],
+    store: StatisticsStore,
+    keys: Sequence[bytes] | None = None,
+    moved: Sequence[Moved] = (),
+) -> None:
+    """Add the statistics of a chunk, one sample or more; those of a sample that is there already stay.
+
+    Args:
+        keys: of the samples, and `moved`: their third criterion, in a store that holds it.
+    """
+    samples, statistics = zip(*found, strict=True)
+    store.append(
+        keys or [entries.key(sample) for sample in samples],
+        np.stack([found.attention_sum for found in statistics]),
+        np.stack([found.area_entropy for found in statistics]),
+        np.stack([found.mass_entropy for found in statistics]),
+        np.stack([found.bottom_row_focus for found in statistics]),
+        *(np.stack(column) for column in zip(*moved, strict=True)),
+    )
+
+
+def choose_record(run: Run) -> Recorded:
+    """The store of these options; of several, which differ in their weights, the one used last."""
+    moved = is_wanted(run.options.criteria)
+    wanted = asked_settings(run, moved=moved)
+    records = recorded(run.folder / "statistics")
+    fitting = [record for record in records if record.settings.get("asked") == wanted]
+    if not fitting and not moved:  # a store of the third criterion holds the paper's two as well
+        fitting = [record for record in records if record.moved and _paper_part(record) == wanted]
+    if len(fitting) > 1:
+        log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
+    if fitting:
+        return fitting[0]
+    there = [_difference(record.settings.get("asked"), wanted) for record in records]
+    held = f"only with {'; or with '.join(sorted(set(there)))}" if there else "none yet"
+    raise UsageError(
+        f"stage=rank: no statistics of these options in {run.folder / 'statistics'} ({held}): "
+        "run stage=find with them first"
+    )
+
+
+def _paper_part(record: Recorded) -> dict[str, Any]:
+    asked = record.settings.get("asked")
+    third = {f"criteria.{name}" for name in SensitivityOptions.__pydantic_fields__}
+    return {name: value for name, value in (asked or {}).items() if name not in third}
+
+
+def _difference(made: Any, wanted: dict[str, Any]) -> str:
+    """`conv_mode=chat, view=tiles`: a store's options where they differ from those of this run."""
+    made = made if isinstance(made, dict) else {}
+    pairs = ((name, made.get(name)) for name, value in wanted.items() if made.get(name) != value)
+    return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)

@@ -1,0 +1,384 @@
+"""The third criterion: heads that rest are told from heads that localize, in pure functions and in every stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from front import Front, stub_figures, write_data
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+import localization_heads as lh
+from localization_heads.attention import AttentionMaps
+from localization_heads.data.samples import load_samples
+from localization_heads.errors import UsageError
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
+from localization_heads.heads.record import resting
+from localization_heads.heads.robust import disagreement, papers_first, robust_first, with_movement
+from localization_heads.heads.sensitivity import (
+    Moved,
+    Movement,
+    OneImage,
+    mean_movement,
+    moved,
+    overlap,
+    probes,
+    swapped,
+)
+from localization_heads.lvlm.mirrored import covers_mirrored
+from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
+from localization_heads.store.statistics import COLUMNS, MOVED, StatisticsStore
+
+ROBUST = CriteriaOptions(sensitivity="siblings")
+WORDS = ROBUST.siblings
+
+
+# --------------------------------------------------------------------------------------------- pure functions
+
+
+def test_overlap_by_hand() -> None:
+    """[.5 .5] and [1 0] overlap by sqrt(.5); [.25 .75] and [.75 .25] by 2 sqrt(.1875)."""
+    half, left = np.array([[0.2, 0.2]]), np.array([[0.9, 0.0]])
+    assert float(overlap(half, left)) == pytest.approx(np.sqrt(0.5))
+    assert float(overlap(np.array([[1.0, 3.0]]), np.array([[0.3, 0.1]]))) == pytest.approx(
+        2 * np.sqrt(0.1875)
+    )
+    assert float(overlap(left, np.array([[0.0, 0.1]]))) == 0
+    assert float(overlap(half, half * 0.01)) == pytest.approx(1)
+    assert float(overlap(half, np.zeros((1, 2)))) == 1  # nowhere: it cannot have moved
+    with pytest.raises(ValueError, match="different grids"):
+        overlap(half, half.T)
+
+
+def obvious_overlap(one: NDArray[Any], other: NDArray[Any]) -> float:
+    total = 0.0
+    for p, q in zip(one.ravel().tolist(), other.ravel().tolist(), strict=True):
+        total += (p / float(one.sum()) * q / float(other.sum())) ** 0.5
+    return total
+
+
+def test_movement_in_one_sample_against_loops() -> None:
+    rng = np.random.default_rng(0)
+    maps, mirrored, *others = rng.random((5, 2, 3, 4, 5)).astype(np.float32)
+    found = moved(maps, [*others, rng.random((2, 3, 5, 4))], mirrored)  # the last is of another grid
+    for place in np.ndindex(2, 3):
+        mean = np.mean([obvious_overlap(maps[place], other[place]) for other in others])
+        assert found.sensitivity[place] == pytest.approx(1 - mean, abs=1e-6)
+        back = obvious_overlap(maps[place], mirrored[place][:, ::-1])
+        assert found.consistency[place] == pytest.approx(back, abs=1e-6)
+    nothing = moved(maps, [])
+    assert np.isnan(nothing.sensitivity).all()
+    assert np.isnan(nothing.consistency).all()
+
+
+def test_one_image_is_the_mean_over_all_pairs() -> None:
+    stacks = np.random.default_rng(1).random((4, 2, 3, 4, 5))
+    stacks[1, 0, 0] = 0  # one head looks nowhere in one of them
+    image = OneImage()
+    assert image.sensitivity is None
+    for stack in stacks:
+        image.add(stack)
+    pairs = [overlap(stacks[i], stacks[j]) for i in range(4) for j in range(i)]
+    assert image.sensitivity is not None
+    np.testing.assert_allclose(image.sensitivity, 1 - np.mean(pairs, axis=0), atol=1e-12)
+    with pytest.raises(ValueError, match="one grid"):
+        image.add(stacks[0, :, :, :2])
+
+
+def test_means_count_each_draw_and_pass_over_what_was_not_measured() -> None:
+    """.2 drawn once and .8 drawn three times: .65. A head that no sample knows has no mean."""
+    nan = np.nan
+    samples = [
+        Moved(np.array([[0.2, nan]], np.float32), np.array([[nan, nan]], np.float32)),
+        Moved(np.array([[0.8, nan]], np.float32), np.array([[0.5, nan]], np.float32)),
+        Moved(np.array([[0.9, 0.9]], np.float32), np.array([[0.9, 0.9]], np.float32)),
+    ]
+    found = mean_movement(samples, [1, 3, 0], (1, 2))
+    np.testing.assert_allclose(found.sensitivity, [[0.65, nan]], atol=1e-6)
+    np.testing.assert_allclose(found.consistency, [[0.5, nan]], atol=1e-6)
+
+
+def test_what_is_asked() -> None:
+    assert swapped("the LEFT dog, leftmost of two, at the right-hand side") == (
+        "the RIGHT dog, rightmost of two, at the left-hand side"
+    )
+    assert swapped("the rightful bright copyright") == "the rightful bright copyright"
+    assert probes("the dog", [], WORDS) == ("animal", "thing", "vehicle")
+    assert probes("an animal", ["a tree"], WORDS) == ("a tree", "thing", "vehicle")
+    assert probes("a dog", list("abcdef"), WORDS) == ("f", "d", "animal")
+    assert probes("the thing", [], ["thing"]) == ("thing",)  # better than nothing
+
+
+# --------------------------------------------------------------------------------------------- the ranking
+
+
+def head(number: int, frequency: float, total: float, kept: bool = True) -> RankedHead:
+    return RankedHead(0, number, frequency, 0.0, total, 0.5, kept)
+
+
+def ranking_of(*heads: RankedHead, options: CriteriaOptions = ROBUST) -> HeadRanking:
+    return HeadRanking(heads, 0.1, 3, 10, 5, options)
+
+
+def test_order_by_hand() -> None:
+    """Movements .9 - .5 = .4, .6 (no mirrored image), unknown, and .95 of a head that is not kept."""
+    ranking = ranking_of(head(0, 0.9, 0.8), head(1, 0.5, 0.4), head(2, 0.4, 0.3), head(3, 0.0, 0.9, False))
+    nan = np.nan
+    movement = Movement(np.array([[0.5, 0.6, nan, 0.95]]), np.array([[0.9, nan, 0.9, 1.0]]))
+    found = with_movement(ranking, movement)
+    assert [one.head for one in found.heads] == [1, 0, 2, 3]
+    assert [one.movement for one in found.heads] == pytest.approx([0.6, 0.4, None, 0.95])
+    paper = with_movement(replace(ranking, options=CriteriaOptions()), movement)
+    assert [one.head for one in paper.heads] == [0, 1, 2, 3]  # measured, but not asked for
+    assert papers_first(found, 1) == robust_first(paper, 2)[1:] == [lh.Head(0, 0)]
+    said = disagreement(paper, 1)
+    assert said is not None
+    assert "L0H0" in said
+    assert "L0H1" in said
+    assert disagreement(paper, 2) is None
+    assert disagreement(ranking, 1) is None  # not measured
+
+
+def test_heads_that_rest_by_hand() -> None:
+    """Of sums .8 .2 .6 .1 (mean .425) and movements .6 .1 .2 .05 only the third rests: .2 < .3 and .6 > .425."""
+    ranking = ranking_of(*(head(n, 0.5, total) for n, total in enumerate([0.8, 0.2, 0.6, 0.1])))
+    sensitivity = np.array([[0.6, 0.1, 0.2, 0.05]])
+    found = with_movement(ranking, Movement(sensitivity, np.full((1, 4), np.nan)))
+    assert [one.head for one in resting(found)] == [2]
+    assert resting(ranking) == ()
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["resting"] == [[0, 2]]
+    assert data["heads"][0]["sensitivity"] == 0.6
+    assert data["criteria"]["siblings"] == list(WORDS)
+    read = HeadRanking.from_json(data)
+    assert read.to_json() == found.to_json()
+    assert read.options == ROBUST
+    assert all(len(row) == len(found.csv_header) for row in found.csv_rows())
+    plain = ranking_of(head(0, 0.5, 0.5), options=CriteriaOptions())
+    assert not {"resting", "sensitivity"} & {*plain.to_json(), *plain.to_json()["heads"][0]}
+    assert "sensitivity" not in plain.to_json()["criteria"]
+    data["heads"][0]["sensitivity"] = 2
+    with pytest.raises(UsageError, match="sensitivity"):
+        HeadRanking.from_json(data)
+
+
+# --------------------------------------------------------------------------------------------- planted heads
+
+
+@dataclass
+class Seen:
+    """A real sample: the maps of the expression, of three words, and of the mirrored image as it was given."""
+
+    own: NDArray[np.float32]
+    others: list[NDArray[np.float32]]
+    mirrored: NDArray[np.float32]
+
+    @property
+    def all(self) -> list[NDArray[np.float32]]:
+        return [self.own, *self.others, self.mirrored]
+
+
+@pytest.fixture(scope="module")
+def seen(lvlm: LVLM) -> list[Seen]:
+    found = []
+    for scene, expression in scene_samples(10, size=256, seeds=VALIDATION_SEEDS):
+        image = Image.fromarray(scene.image)
+        own, *others = lvlm.encode_image(image).attend([expression.text, *WORDS])
+        mirrored = lvlm.attend(ImageOps.mirror(image), swapped(expression.text))
+        assert covers_mirrored(own, mirrored)
+        found.append(Seen(own.attention, [other.attention for other in others], mirrored.attention))
+    return found
+
+
+KINDS = ("place", "salience", "content", "wander")
+
+
+def planted(seen: Sequence[Seen], kind: str, seed: int) -> tuple[list[Seen], set[tuple[int, int]]]:
+    """Real stacks in which three to six heads are replaced by heads of one kind that do not localize."""
+    rng = np.random.default_rng(seed)
+    layers, heads, rows, columns = seen[0].own.shape
+    true = {(4, 4), (5, 3), (5, 6)}
+    free = [place for place in np.ndindex(layers, heads) if place[0] >= 2 and place not in true]
+    places = [free[n] for n in rng.choice(len(free), 3 + seed % 4, replace=False)]
+    fixed = {place: tuple(rng.integers(1, [rows, columns])) for place in places}
+    found = []
+    for one in seen:
+        looked = np.mean([one.own, *one.others], axis=(0, 1, 2))
+        content = np.mean([maps[2, 1] for maps in (one.own, *one.others)], axis=0)
+        stacks = [maps.copy() for maps in one.all]
+        for place in places:
+            for number, maps in enumerate(stacks):
+                spot = {
+                    "place": fixed[place],
+                    "salience": np.unravel_index(looked[1:, 1:].argmax(), (rows - 1, columns - 1)),
+                    "content": np.unravel_index(content[1:, 1:].argmax(), (rows - 1, columns - 1)),
+                    "wander": rng.integers(1, [rows, columns]),
+                }[kind]
+                y, x = (int(value) for value in spot)
+                cells = np.full((rows, columns), 1e-6)
+                cells[y, x - 1 : x + 1] = 0.35
+                mirror = (
+                    number == len(stacks) - 1 and kind != "place"
+                )  # what it rests on is mirrored with the image
+                maps[place] = cells[:, ::-1] if mirror else cells
+        found.append(Seen(stacks[0], stacks[1:-1], stacks[-1]))
+    return found, set(places)
+
+
+def ranked(seen: Sequence[Seen], *, mirrored: bool = True) -> HeadRanking:
+    statistics = [head_statistics(one.own) for one in seen]
+    sums = np.stack([one.attention_sum for one in statistics])
+    ranking = rank_heads(sums, np.stack([one.spatial_entropy for one in statistics]), options=ROBUST, top_n=3)
+    movement = [moved(one.own, one.others, one.mirrored if mirrored else None) for one in seen]
+    return with_movement(ranking, mean_movement(movement, [1] * len(seen), seen[0].own.shape[:2]))
+
+
+def test_without_planted_heads_the_three_known_ones_come_first(seen: list[Seen]) -> None:
+    ranking = ranked(seen)
+    assert set(ranking.top(3)) == set(papers_first(ranking, 3)) == {(4, 4), (5, 3), (5, 6)}
+    assert resting(ranking) == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planted_heads_fool_the_paper_and_not_the_third_criterion(seen: list[Seen], kind: str) -> None:
+    """Every time; and those that rest are named."""
+    for seed in range(6):
+        stacks, places = planted(seen, kind, seed)
+        ranking = ranked(stacks)
+        assert len(places & set(papers_first(ranking, 3))) >= 2, seed
+        assert set(ranking.top(3)) == {(4, 4), (5, 3), (5, 6)}, seed
+        assert places <= {one.address for one in resting(ranking)}, seed
+        assert disagreement(ranking, 3) is not None
+
+
+def test_a_wandering_peak_needs_the_mirrored_image(seen: list[Seen]) -> None:
+    """Why `criteria.mirrored` is not 0 by default."""
+    stacks, places = planted(seen, "wander", 0)
+    assert places & set(ranked(stacks, mirrored=False).top(3))
+
+
+# --------------------------------------------------------------------------------------------- on disk
+
+
+def test_the_store_holds_it_and_stores_without_it_stay_as_they_were(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((5, 2, 3, 4)).astype(np.float32)
+    values[4, 0] = np.nan  # not measured
+    keys = [bytes([n]) * 16 for n in range(2)]
+
+    def opened() -> StatisticsStore:
+        return StatisticsStore(tmp_path, settings={}, num_layers=3, num_heads=4, columns={**COLUMNS, **MOVED})
+
+    opened().append(keys, *values[:3], values[0] > 0.5, *values[3:])
+    rows = opened().rows(keys[::-1])
+    found = rows.moved()
+    assert found is not None
+    for one, (sensitivity, consistency) in zip(found, values[3:, ::-1].swapaxes(0, 1), strict=True):
+        np.testing.assert_array_equal(one.sensitivity, sensitivity)
+        np.testing.assert_array_equal(one.consistency, consistency)
+    plain = StatisticsStore(tmp_path, settings={}, num_layers=3, num_heads=4)
+    assert len(plain) == 0
+    assert plain.rows([]).moved() is None
+    with pytest.raises(ValueError, match="NaN"):
+        opened().append(
+            [b"x" * 16], *np.full((3, 1, 3, 4), np.nan), np.ones((1, 3, 4)), *np.ones((2, 1, 3, 4))
+        )
+
+
+# --------------------------------------------------------------------------------------------- the stages
+
+DATA = ("data_file=data.jsonl", "criteria=robust", "report=false")
+
+
+@pytest.fixture
+def data(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
+    write_data(front.folder)
+    stub_figures(monkeypatch)
+    return front
+
+
+def heads_json(folder: Path | str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "heads.json").read_text())
+    return found
+
+
+def test_find_rank_batch_and_python_agree(data: Front, lvlm: LVLM) -> None:
+    """heads.json with the sensitivity of each head; the same from disk, in a batch and from Python."""
+    result = data.finder("stage=find", *DATA, "criteria.mirrored=2", "output_dir=found")
+    assert result.status == 0, result.err
+    assert "tivity" in result.out
+    found = heads_json("found/tiny")
+    assert found["found_with"].get("criteria") is None  # mirrored=2 is no preset
+    assert all({"sensitivity", "consistency"} <= head.keys() for head in found["heads"])
+    assert isinstance(found["resting"], list)
+    bytes_found = Path("found/tiny/heads.json").read_bytes()
+    assert data.finder("stage=rank", *DATA, "criteria.mirrored=2", "output_dir=found").status == 0
+    assert Path("found/tiny/heads.json").read_bytes() == bytes_found
+    assert data.finder("stage=batch", *DATA, "criteria.mirrored=2", "visualize_batch=false").status == 0
+    assert (data.out / "heads.json").read_bytes() == bytes_found
+    samples = [lh.Sample(one.image, one.expression) for one in load_samples("data.jsonl").entries]
+    ranking = lh.find_heads(lvlm, samples, criteria=replace(ROBUST, mirrored=2))
+    assert [head["sensitivity"] for head in found["heads"]] == pytest.approx(
+        [head.sensitivity for head in ranking.kept], abs=1e-5
+    )
+    assert [list(head.address) for head in ranking.kept] == [
+        [head["layer"], head["head"]] for head in found["heads"]
+    ]
+
+
+def test_the_paper_ranks_from_a_store_of_the_third_criterion_as_it_does_alone(data: Front) -> None:
+    assert data.finder("stage=find", "data_file=data.jsonl", "output_dir=paper").status == 0
+    assert data.finder("stage=find", *DATA).status == 0
+    assert data.finder("stage=rank", "data_file=data.jsonl").status == 0
+    paper, ranked = heads_json("paper/tiny"), heads_json(data.out)
+    assert ranked.pop("resting") is not None
+    for head in ranked["heads"]:
+        assert head.pop("sensitivity") >= 0
+        head.pop("consistency")
+    assert json.dumps(ranked) == json.dumps(paper)
+    wrong = data.finder("stage=rank", *DATA, "output_dir=paper")
+    assert wrong.status == 2
+    assert "criteria.sensitivity" in wrong.err or "no statistics" in wrong.err
+
+
+def test_a_killed_find_goes_on_with_equal_results(data: Front, calls: Any) -> None:
+    assert data.finder("stage=find", *DATA, "batch_size=2", "output_dir=whole").status == 0
+    calls.clear()
+    calls.fail_at = 2
+    assert data.finder("stage=find", *DATA, "batch_size=2").status != 0
+    calls.fail_at = None
+    assert data.finder("stage=find", *DATA, "batch_size=2").status == 0
+    assert (data.out / "heads.json").read_bytes() == Path("whole/tiny/heads.json").read_bytes()
+    before = len(calls)
+    assert data.finder("stage=find", *DATA, "batch_size=2").status == 0
+    assert len(calls) == before  # nothing is asked twice
+
+
+def test_mirrored_grids_that_do_not_cover_the_mirrored_region_are_not_compared() -> None:
+    """An image of 40 x 20, of which the grid covers x from 0 to 20: mirrored, that is x from 20 to 40."""
+    half = AttentionMaps(np.ones((1, 1, 2, 2), np.float32), (0, 0, 20, 20), (40, 20))
+    assert not covers_mirrored(half, half)
+    assert covers_mirrored(half, replace(half, image_box=(20, 0, 40, 20)))
+    assert covers_mirrored(half, replace(half, image_box=(21, 0, 41, 20)))  # an odd pixel
+    whole = replace(half, image_box=(0, -10, 40, 30))
+    assert covers_mirrored(whole, whole)
+
+
+def test_wrong_words_are_one_line(data: Front) -> None:
+    for option in (
+        "criteria.siblings=[]",
+        "criteria.siblings=[ ]",
+        "criteria.mirrored=-1",
+        "criteria.sensitivity=flip",
+    ):
+        result = data.finder("stage=find", *DATA, option)
+        assert result.status == 2, option
+        assert option.split("=")[0] in result.err
