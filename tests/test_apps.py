@@ -282,7 +282,8 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
     """Answers, commands and errors; every error is said and the conversation goes on to `/exit`."""
     lines = [
         "/ground the dog", "/image", "/image no.png", "/image cat.png", "What is it?", "/ground", "/ground </s>",
-        "/ground the dog, on the left", "/dance", "   ", "<image> and </s>", "/help", "/exit", "never said",
+        "/ground the dog, on the left", "/trace", "/trace what is it?", "/dance", "   ", "<image> and </s>", "/help",
+        "/exit", "never said",
     ]  # fmt: skip
     result = talk("\n".join(lines) + "\n")
     assert result.status == 0
@@ -297,6 +298,8 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
         "error: the expression holds '</s>'",
         "box ",
         "wrote outputs/localization_heads/tiny/attention/cat_the-dog-on-the-left_grounding.png",
+        "error: write /trace QUESTION",
+        "wrote outputs/localization_heads/tiny/attention/cat_what-is-it_trace.html",
         "/dance is no command; /help lists them",
         "error: the expression holds '</s>'",
         "Ctrl-C stops an answer",
@@ -597,7 +600,7 @@ def test_commands_and_files_are_completed(tmp_path: Path) -> None:
         return [c.text for c in terminal.completer().get_completions(Document(text), CompleteEvent())]
 
     assert completions("/gr") == ["/ground"]
-    assert completions("/") == ["/image", "/ground", "/help", "/exit"]
+    assert completions("/") == ["/image", "/ground", "/trace", "/help", "/exit"]
     (tmp_path / "image.png").touch()
     assert completions(f"/image {tmp_path}/ima") == ["ge.png"]
     assert completions("the dog") == []

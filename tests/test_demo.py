@@ -578,6 +578,34 @@ def test_clicks_and_images_sent_around_the_page(demo_page, tmp_path):
             demo_page.ask(visitor_a, {"path": path}, "the dog", 3)
 
 
+def test_an_answer_is_shown_word_by_word(demo_page, run):
+    """As `lvlm.trace` has it; what the browser sends around the page is refused."""
+    path, _ = demo_page.examples[0]
+    answer, figure, page = demo_page.tracing.trace(
+        visitor_a, {"path": path}, " what is in\nthis image? ", "L4H4 L5H6"
+    )
+    with Image.open(path) as image:
+        found = run.lvlm.trace(image.convert("RGB"), "what is in this image?", [(4, 4), (5, 6)])
+    assert answer == found.answer
+    assert Image.open(figure).width > 100
+    text = Path(page).read_text(encoding="utf-8")
+    assert all(f">{word.text}<" in text for word in found.words)
+    assert "L5H6" in text and "L5H3" not in text
+    for heads, said in (("", "switch at least one"), ("L9H9", "there is no L9H9"), ("x", "names no head")):
+        with pytest.raises(UsageError, match=said):
+            demo_page.tracing.trace(visitor_a, {"path": path}, "what?", heads)
+    for image, question, said in (
+        (None, "what?", "choose an image first"),
+        ({"path": "/etc/passwd"}, "what?", "choose it again"),
+        ({"path": path}, 3, "the question: a text, not 3"),
+        ({"path": path}, "x" * 301, "at most 300 characters"),
+        ({"path": path}, "  ", "the expression is empty"),
+        ({"path": path}, "</s>", "control token"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            demo_page.tracing.trace(visitor_a, image, question, "L4H4")
+
+
 def test_the_page_as_served(run, tmp_path, monkeypatch):
     """Behind a proxy that is not there; large bodies and addresses are refused; its folder is gone afterwards."""
     pytest.importorskip("gradio", reason="the extra demo is not installed")

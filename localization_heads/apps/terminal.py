@@ -6,12 +6,12 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from localization_heads.api import ground
-from localization_heads.apps.tables import grounding_text
+from localization_heads.apps.tables import box_text, grounding_text
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.grounder import check_heads
@@ -19,19 +19,22 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers import Conversation
 from localization_heads.options.compose import preset_name
 from localization_heads.options.groups import ConvMode
+from localization_heads.options.tracing import MOST_TOKENS
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
+from localization_heads.stages.trace import write_trace
 from localization_heads.store.paths import entry_path, from_home
 
 if TYPE_CHECKING:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.history import History
 
-COMMANDS = ("/image", "/ground", "/help", "/exit")
+COMMANDS = ("/image", "/ground", "/trace", "/help", "/exit")
 HELP = """\
 Type a question and press Enter. Ctrl-C stops an answer.
 /image PATH         look at another image (a path or an http address)
 /ground EXPRESSION  where is it? prints the box and saves the overlay
+/trace QUESTION     the answer, and a page with what the heads looked at for each of its words
 /help               this list
 /exit               leave (so does Ctrl-D)"""
 
@@ -87,6 +90,7 @@ class Session:
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.look_at,
             "/ground": self.ground,
+            "/trace": self.trace,
             "/help": lambda _: say(HELP),
         }
 
@@ -137,10 +141,33 @@ class Session:
             calibration=self.run.calibration_of(heads, lvlm),
             abstain=self.run.options.abstain,
         )
-        path = self._overlay_path(expression)
+        path = self._path(expression, "_grounding.png")
         figures.plot_grounding(image, found, path, expression=expression)
         say(f"box {grounding_text(found, preset_name('grounding', self.run.options.grounding))}")
         say(f"wrote {path}")
+
+    def trace(self, question: str) -> None:
+        """Print the answer with the box of each word, and save page and figure. The conversation does not go on."""
+        image = self.conversation.image
+        if image is None:
+            raise UsageError("there is no image yet: /image PATH")
+        if not question:
+            raise UsageError("write /trace QUESTION, such as /trace what is in this image?")
+        options = self.run.options
+        found = self.run.lvlm.trace(
+            image,
+            question,
+            self._heads(),
+            max_new_tokens=min(options.max_new_tokens, MOST_TOKENS),
+            options=options.grounding,
+        )
+        page = self._path(question, "_trace.html")
+        paths = write_trace(replace(found, image_file=self.image_name), image, page)
+        say(found.answer or "(nothing)")
+        for word, box in zip(found.words, found.boxes, strict=True):
+            say(f"  {word.text}: {'nothing stands out' if box is None else box_text(box)}")
+        for path in paths:
+            say(f"wrote {path}")
 
     def _conv_mode(self) -> ConvMode:
         """The prompt that the heads were found with; the paper's where that is not known."""
@@ -153,9 +180,10 @@ class Session:
         check_heads(heads or (), self.run.lvlm.num_layers, self.run.lvlm.num_heads)
         return heads
 
-    def _overlay_path(self, expression: str) -> Path:
-        id = default_id(self.image_name or "picture", expression)
-        return entry_path(self.run.attention_folder, id, "_grounding.png")
+    def _path(self, text: str, ending: str) -> Path:
+        """Of a file about the image and what was asked."""
+        id = default_id(self.image_name or "picture", text)
+        return entry_path(self.run.attention_folder, id, ending)
 
 
 def line_reader() -> Callable[[], str]:

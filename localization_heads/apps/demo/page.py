@@ -26,6 +26,7 @@ from localization_heads.apps.demo.session import (
     sure,
     toggled,
 )
+from localization_heads.apps.demo.tracing import Tracing
 from localization_heads.apps.demo.visitors import Visitors
 from localization_heads.errors import UsageError, WorkError, shown
 from localization_heads.grounding.ground import Grounding
@@ -82,6 +83,8 @@ class Page:
                 self._settings()
             with gr.Column(scale=7, min_width=320):
                 self._grid()
+        self.tracing = Tracing(self.run, self.visitors, self.upload_of)
+        self.tracing.layout()
 
     def _question(self) -> None:
         image, text = self.examples[0]
@@ -201,13 +204,8 @@ class Page:
         last: dict[str, Any] = {"trigger_mode": "always_last", **raw}
         picking = self.k.input(shown_to_people(self.best), self.k, self.heads, **last)
         picking.success(**redo)
-        for event in (
-            self.sigma.input,
-            self.binarise.input,
-            self.mask.input,
-            self.which.input,
-            self.heads.submit,
-        ):
+        inputs = (self.sigma.input, self.binarise.input, self.mask.input, self.which.input)
+        for event in (*inputs, self.heads.submit):
             event(**{**redo, **last})
         self.threshold.input(lambda: "top_mass", None, self.binarise, **last).then(**redo)
         self.compare.input(self.show_second, self.compare, [self.second, self.edits], **raw).then(**redo)
@@ -215,10 +213,11 @@ class Page:
             shown_to_people(self.switch), [self.heads, self.edits], self.heads, **raw
         )
         switching.success(**redo)
+        self.tracing.wire(self.image, self.heads, shown_to_people)
 
     def ask(self, request: gr.Request, image: object, text: object, k: object) -> tuple[Any, ...]:
         """Run the model; the first `k` heads are on, the next `k` are set B."""
-        count, upload = self._count(k), self._upload(image)
+        count, upload = self._count(k), self.upload_of(image)
         with self.visitors.turn(request.session_hash) as visitor:
             asked = visitor.asked = ask(self.run, upload, text)
             visitor.heads_b = list(asked.ranked[count : 2 * count]) or list(asked.ranked[:count])
@@ -326,7 +325,7 @@ class Page:
         small = resized(answer, asked.image.size)
         return resized(MODEL.take(self.run.grounder(None).refine, small, asked.image), answer.image_size)
 
-    def _upload(self, image: object) -> Path | None:
+    def upload_of(self, image: object) -> Path | None:
         """The file that gradio stored for the image that was sent, None if none was."""
         path = image.get("path") if isinstance(image, dict) else None
         if path is None:
