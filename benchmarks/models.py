@@ -57,9 +57,10 @@ def random_llava(
     """
     torch.manual_seed(0)
     own = min(shape.layers, distinct or shape.layers)
-    model = LlavaForConditionalGeneration._from_config(
-        _config(shape, own), attn_implementation="sdpa", dtype=dtype
-    )
+    with device:  # billions of random numbers are made where they are used
+        model = LlavaForConditionalGeneration._from_config(
+            _config(shape, own), attn_implementation="sdpa", dtype=dtype
+        )
     _repeat_layers(model.model.language_model, shape.layers)
     spec = ModelSpec(name=f"random LLaVA, {shape.layers} layers of {shape.hidden}")
     return LVLM(model.eval().to(device), _processor(shape), spec, system=LLAVA_SYSTEM, conv_mode="referseg")

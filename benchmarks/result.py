@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from subprocess import CalledProcessError
-from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.floor import Work
 from benchmarks.machine import Machine
 from benchmarks.timing import Timings
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BEGIN, END = "<!-- table of python -m benchmarks -->", "<!-- end of table -->"
 """Where a page has its table."""
@@ -104,6 +104,9 @@ def bytes_text(count: float) -> str:
 
 
 def table_of(rows: Sequence[Row], caption: str) -> Table:
+    from rich.markup import escape  # `benchmarks.gpu` does without
+    from rich.table import Table
+
     table = Table(caption=caption, caption_justify="left")
     for column in ("", "what", "here", "the other way", "ratio", "goal", "least work", "floor", "reached"):
         table.add_column(column, justify="left" if column in ("", "what", "least work") else "right")

@@ -16,9 +16,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import floor, machine
+from benchmarks import floor, gpu, machine
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
+from benchmarks.gpu import Fact, markdown_of
 from benchmarks.memory import peak_bytes
 from benchmarks.models import EXPRESSIONS, QUICK, eager, random_llava, sample_image
 from benchmarks.result import BEGIN, END, cells, put_into, timed_row
@@ -275,3 +276,46 @@ def test_the_machine_is_measured() -> None:
     quiet = found.probe_flops / found.flops
     assert found.floor(Work(found.flops, 0), quiet) == pytest.approx(1)
     assert found.floor(Work(0, found.bandwidth), 3 * quiet) == pytest.approx(3)
+
+
+# ------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def test_the_gpu_script_runs_at_toy_size_with_little(tmp_path: Path) -> None:
+    """Without Hydra, OmegaConf, rich and tqdm, which the machine may lack; and each part leaves its facts."""
+    code = (
+        "import sys\n"
+        "for name in ('hydra', 'omegaconf', 'rich', 'pycocotools', 'sklearn', 'jinja2'): sys.modules[name] = None\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from benchmarks import gpu\n"
+        f"sys.exit(gpu.main(['--toy', '--rounds', '1', '--json', {str(tmp_path / 'gpu.json')!r}]))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    parts = {fact["part"] for fact in written["facts"]}
+    assert parts == {"parity", "llava", "published", "early", "find", "batch", "qwen", "tests"}
+    checked = [fact for fact in written["facts"] if fact["part"] == "parity" and fact["value"] is not None]
+    assert len(checked) >= 4 and all(fact["met"] for fact in checked)
+    assert not any("failed" in fact["note"] for fact in written["facts"])
+    assert (written["device"] == "no GPU") == (not torch.cuda.is_available())
+    assert "toy" in written["sizes"]
+
+
+def test_a_goal_is_an_upper_or_a_lower_limit() -> None:
+    assert Fact("a", "b", 1.02, goal=1.02).met and not Fact("a", "b", 1.03, goal=1.02).met
+    assert (
+        Fact("a", "b", 20.0, goal=20, at_least=True).met
+        and not Fact("a", "b", 19, goal=20, at_least=True).met
+    )
+    assert Fact("a", "b", 1.0).met is None and Fact("a", "b", None, goal=1).met is None
+    assert "| a | b | 19 1/s | >= 20 MISSED |" in markdown_of(
+        [Fact("a", "b", 19, "1/s", 20, at_least=True)], {"device": "none"}
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_true_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert "--toy" in capsys.readouterr().err

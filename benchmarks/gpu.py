@@ -1,0 +1,350 @@
+"""What a GPU makes of it, at the true sizes of LLaVA-1.5-7B and Qwen3-VL-8B with random weights: at most ten minutes.
+
+    python -m benchmarks.gpu --json gpu.json --markdown gpu.md
+
+Nothing is fetched. It needs torch, transformers, numpy, scipy, Pillow, OpenCV and pydantic; not Hydra. Each part
+begins only if there is time left, and what was measured is written after each part. `--toy` runs everything at toy
+size, on a CPU as well, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from benchmarks.capture import ours, prefill
+from benchmarks.early_exit import HEADS_IN, ground, whole_prefill
+from benchmarks.floor import Shape
+from benchmarks.memory import peak_bytes
+from benchmarks.models import EXPRESSIONS, QUICK, random_llava, sample_image
+from benchmarks.published import published
+from benchmarks.qwen import CELL, TOY, QwenShape, random_qwen
+from benchmarks.timing import Timings, interleaved, synchronize
+from localization_heads.data.samples import Sample
+from localization_heads.finding import find_heads
+from localization_heads.lvlm.capture import Query
+from localization_heads.lvlm.doctor import compare
+from localization_heads.lvlm.failures import memory_errors
+from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import CriteriaOptions
+
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Largest difference of captured rows from eager ones."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the result. `goal` is at most (`<=`) or at least (`>=`) what `value` may be."""
+
+    part: str
+    what: str
+    value: float | None
+    unit: str = ""
+    goal: float | None = None
+    at_least: bool = False
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.goal is None or self.value is None:
+            return None
+        return self.value >= self.goal if self.at_least else self.value <= self.goal
+
+
+@dataclass
+class Bench:
+    """What the parts share: the device, the sizes, and the one model that is in memory."""
+
+    device: torch.device
+    toy: bool
+    rounds: int
+    facts: list[Fact] = field(default_factory=list)
+
+    @cached_property
+    def shape(self) -> Shape:
+        return QUICK if self.toy else Shape()
+
+    @cached_property
+    def image(self) -> Image.Image:
+        return sample_image()
+
+    @cached_property
+    def llava(self) -> LVLM:
+        return random_llava(self.shape, self.device, torch.bfloat16)
+
+    def time(self, **ways: Callable[[], Any]) -> Timings:
+        return interleaved(ways, self.rounds, at_most=20)
+
+    def ratio(self, timings: Timings, one: str, other: str) -> float:
+        return median(timings.ratios(one, other))
+
+
+def parity(bench: Bench) -> Iterator[Fact]:
+    """Captured against eager attention, on four layers, by precision and kernel."""
+    kernels = ["sdpa", "eager", *(["flash_attention_2"] if find_spec("flash_attn") else [])]
+    shape = QUICK if bench.toy else Shape(layers=4, hidden=1024, mlp=2752, heads=8)
+    for dtype in (torch.float32, torch.bfloat16):
+        lvlm = random_llava(shape, bench.device, dtype)
+        inputs = lvlm.encode([bench.image], [lvlm.prompt(EXPRESSIONS[0])])
+        for kernel in kernels:
+            if kernel.startswith("flash") and dtype == torch.float32:
+                continue
+            lvlm.model.model.language_model.set_attn_implementation(kernel)
+            found = compare(lvlm, inputs, Query()).difference
+            yield Fact(
+                "parity",
+                f"capture against eager, {kernel}, {_name(dtype)}",
+                found,
+                "of weight 1",
+                LIMIT[dtype],
+            )
+    if "flash_attention_2" not in kernels:
+        yield Fact("parity", "flash attention", None, note="flash-attn is not installed: not run")
+
+
+def prefill_cost(bench: Bench) -> Iterator[Fact]:
+    """Every head's row against the plain prefill, in time and memory."""
+    yield from _capture_cost("llava", bench, bench.llava, bench.image)
+
+
+def _capture_cost(part: str, bench: Bench, lvlm: LVLM, image: Image.Image) -> Iterator[Fact]:
+    inputs = lvlm.encode([image], [lvlm.prompt(EXPRESSIONS[0])])
+    tokens = inputs["input_ids"].shape[1]
+    timings = bench.time(capture=lambda: ours(lvlm, inputs), prefill=lambda: prefill(lvlm, inputs))
+    what = f"{tokens} tokens, {lvlm.name.partition(', ')[2]}"
+    yield Fact(
+        part, f"capture / plain sdpa prefill, {what}", bench.ratio(timings, "capture", "prefill"), "x", 1.02
+    )
+    yield Fact(part, "prefill", 1e3 * timings.median("prefill"), "ms")
+    here, there = (peak_bytes(lambda way=way: way(lvlm, inputs)) for way in (ours, prefill))
+    if here and there:
+        yield Fact(part, "the same: peak memory over the weights", here / there, "x")
+
+
+def published_way(bench: Bench) -> Iterator[Fact]:
+    """Seven expressions of one image: eager with all maps and ten tokens each, against ours apart and shared."""
+    lvlm, image = bench.llava, bench.image
+
+    def theirs() -> None:
+        for text in EXPRESSIONS[: 1 if bench.toy else 2]:
+            published(lvlm, lvlm.encode([image], [lvlm.prompt(text)]))
+
+    timings = bench.time(
+        published=theirs,
+        apart=lambda: [lvlm.attend(image, text) for text in EXPRESSIONS],
+        shared=lambda: lvlm.encode_image(image).attend(EXPRESSIONS),
+    )
+    scale = len(EXPRESSIONS) / (1 if bench.toy else 2)
+    for way, goal in (("apart", 10.0), ("shared", 20.0)):
+        value = scale * bench.ratio(timings, "published", way)
+        yield Fact("published", f"expressions a second, {way} / published", value, "x", goal, at_least=True)
+        yield Fact("published", f"expressions a second, {way}", len(EXPRESSIONS) / timings.median(way), "1/s")
+
+
+def early_exit(bench: Bench) -> Iterator[Fact]:
+    """Grounding with heads in layer 14, image to box, against the prefill that any answer begins with."""
+    lvlm, last = bench.llava, HEADS_IN * bench.shape.layers // Shape().layers
+    timings = bench.time(
+        early=lambda: ground(lvlm, bench.image, last, last_layer=last),
+        whole=lambda: whole_prefill(lvlm, bench.image),
+    )
+    yield Fact(
+        "early",
+        f"grounding that stops at layer {last} / prefill",
+        bench.ratio(timings, "early", "whole"),
+        "x",
+        0.5,
+    )
+
+
+def discovery(bench: Bench) -> Iterator[Fact]:
+    """`find_heads` end to end: expressions a second, and how much of the time the model is at work."""
+    lvlm = bench.llava
+    pictures = [_noise(seed) for seed in range(2 if bench.toy else 16)]
+    samples = [Sample(picture, text) for picture in pictures for text in EXPRESSIONS]
+    criteria = CriteriaOptions(exclude_layers=0 if bench.toy else 2)
+    find_heads(lvlm, samples[: len(EXPRESSIONS)], criteria=criteria)
+    start = perf_counter()
+    find_heads(lvlm, samples, criteria=criteria)
+    seconds = perf_counter() - start
+    busy = _model_seconds(lvlm, samples)
+    yield Fact("find", f"expressions a second, {len(EXPRESSIONS)} an image", len(samples) / seconds, "1/s")
+    yield Fact(
+        "find", "share of that time in which the model is at work", busy / seconds, "", 0.85, at_least=True
+    )
+
+
+def _model_seconds(lvlm: LVLM, samples: Sequence[Sample]) -> float:
+    """Seconds in the model alone, synchronized: encoding each image, then the rows of its expressions."""
+    images = {id(sample.image): sample.image for sample in samples}
+    spent = 0.0
+    for image in images.values():
+        encoded = lvlm.encode_image(image)
+        questions = [encoded.question(text) for text in EXPRESSIONS]
+        synchronize()
+        start = perf_counter()
+        encoded.encode()
+        encoded.answer(questions)
+        synchronize()
+        spent += perf_counter() - start
+    return spent
+
+
+def batches(bench: Bench) -> Iterator[Fact]:
+    """The largest batch of images that fits, doubling up to 256."""
+    lvlm, size, fits, rate = bench.llava, 1, 0, 0.0
+    most = 4 if bench.toy else 256
+    while size <= most:
+        pictures = [bench.image] * size
+        inputs = lvlm.encode(pictures, [lvlm.prompt(EXPRESSIONS[0])] * size)
+        try:
+            with memory_errors():
+                ours(lvlm, inputs)
+                start = perf_counter()
+                ours(lvlm, inputs)
+                synchronize()
+        except Exception as error:
+            if "memory" not in str(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        fits, rate = size, size / (perf_counter() - start)
+        size *= 2
+    yield Fact("batch", f"largest batch that fits, of {most} tried at most", fits, "images")
+    yield Fact("batch", "its captures a second, images anew each", rate, "1/s")
+
+
+def qwen(bench: Bench) -> Iterator[Fact]:
+    """The same for a Qwen3-VL-8B-shaped model at 1,024 image tokens."""
+    bench.__dict__.pop("llava", None)  # one model at a time
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    lvlm = random_qwen(TOY if bench.toy else QwenShape(), bench.device, torch.bfloat16)
+    side = (4 if bench.toy else 32) * CELL
+    image = _noise(0).resize((side, side))
+    yield from _capture_cost("qwen", bench, lvlm, image)
+    timings = bench.time(
+        apart=lambda: [lvlm.attend(image, text) for text in EXPRESSIONS],
+        shared=lambda: lvlm.encode_image(image).attend(EXPRESSIONS),
+    )
+    for way in ("apart", "shared"):
+        yield Fact("qwen", f"expressions a second, {way}", len(EXPRESSIONS) / timings.median(way), "1/s")
+
+
+def cuda_tests(bench: Bench) -> Iterator[Fact]:
+    """The tests that need a GPU."""
+    what = "tests/test_compile.py, where the tests for a GPU are"
+    missing = [name for name in ("pytest", "hypothesis", "hydra", "omegaconf") if find_spec(name) is None]
+    if bench.device.type != "cuda" or missing:
+        note = f"not run: no {missing[0]} here" if missing else "not run: no GPU"
+        yield Fact("tests", what, None, note=note)
+        return
+    tests = Path(__file__).parents[1] / "tests" / "test_compile.py"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tests.parents[1])
+    said = [line for line in done.stdout.splitlines() if "passed" in line or "failed" in line]
+    yield Fact("tests", what, float(done.returncode), "exit status", 0.0, note="; ".join(said[-3:]))
+
+
+PARTS = (parity, prefill_cost, published_way, early_exit, discovery, batches, qwen, cuda_tests)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options().parse_args(arguments)
+    if not torch.cuda.is_available() and not options.toy:
+        sys.stderr.write("error: there is no GPU here; --toy runs everything at toy size on the CPU\n")
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench, begin, failed = Bench(device, options.toy, options.rounds), perf_counter(), 0
+    for part in PARTS:
+        what = (part.__doc__ or "").splitlines()[0]
+        if perf_counter() - begin > 60 * options.minutes * 0.85:
+            bench.facts.append(Fact(part.__name__, what, None, note="no time was left"))
+            continue
+        sys.stderr.write(f"{perf_counter() - begin:5.0f} s  {what}\n")
+        try:
+            bench.facts.extend(part(bench))
+        except Exception as error:  # the others are worth having
+            failed += 1
+            note = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            bench.facts.append(Fact(part.__name__, what, None, note=note))
+        _write(options, bench)
+    sys.stdout.write(markdown_of(bench.facts, _machine(bench)) + "\n")
+    return 1 if failed else 0
+
+
+def _write(options: argparse.Namespace, bench: Bench) -> None:
+    machine = _machine(bench)
+    if options.json:
+        rows = [{**asdict(fact), "met": fact.met} for fact in bench.facts]
+        Path(options.json).write_text(
+            json.dumps({**machine, "facts": rows}, indent=1) + "\n", encoding="utf-8"
+        )
+    if options.markdown:
+        Path(options.markdown).write_text(markdown_of(bench.facts, machine) + "\n", encoding="utf-8")
+
+
+def _machine(bench: Bench) -> dict[str, str]:
+    on_gpu = bench.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "no GPU",
+        "memory": f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB" if on_gpu else "-",
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "sizes": "toy: nothing is measured" if bench.toy else "true",
+    }
+
+
+def markdown_of(facts: Sequence[Fact], machine: dict[str, str]) -> str:
+    lines = ["| part | what | measured | goal |", "| --- | --- | --- | --- |"]
+    for fact in facts:
+        value = fact.note or "-" if fact.value is None else f"{fact.value:.3g} {fact.unit}".rstrip()
+        sign, verdict = ">=" if fact.at_least else "<=", "met" if fact.met else "MISSED"
+        goal = "" if fact.goal is None else f"{sign} {fact.goal:g} {verdict if fact.met is not None else ''}"
+        lines.append(f"| {fact.part} | {fact.what} | {value} | {goal.strip()} |")
+    return "\n".join(lines) + "\n\n" + ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
+def _noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (480, 640, 3), dtype=np.uint8))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything there")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there")
+    parser.add_argument("--minutes", type=float, default=10, help="after 85 %% of them no part begins (10)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed, at most (5)")
+    parser.add_argument(
+        "--toy", action="store_true", help="toy sizes: see that everything runs, on a CPU too"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
