@@ -27,7 +27,6 @@ from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
-from localization_heads.lvlm.spec import heads_found_with
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
@@ -293,11 +292,14 @@ def _grounder(
     if isinstance(heads, HeadRanking):
         lvlm.note_other_conditions("these heads", heads.found_with)
         heads = heads.top(K)
-    elif heads is None:
-        lvlm.note_other_conditions("the known heads", heads_found_with(lvlm.spec))
     if heads is not None and not len(heads):
         raise ValueError("heads names no head; None takes those that are known, or each sample's own")
-    chosen = tuple(Head(*head) for head in (lvlm.known_heads if heads is None else heads))
+    if heads is None:
+        ready = lvlm.ready
+        if ready.advice:
+            lvlm.note(ready.advice)
+        heads = ready.heads[:K]
+    chosen = tuple(Head(*head) for head in heads)
     try:
         check_heads(chosen, lvlm.num_layers, lvlm.num_heads)
     except UsageError as error:

@@ -25,7 +25,7 @@ from localization_heads.heads.robust import with_movement
 from localization_heads.heads.sensitivity import Moved, mean_movement
 from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside
 from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted, movement_in, probing
-from localization_heads.lvlm.native_box import box_conditions, needed_format
+from localization_heads.lvlm.native_box import box_reader
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.labels import HeadsBy, Shrink
 
@@ -112,7 +112,7 @@ def find_heads(
         return replace(ranking, found_with=found_with(lvlm.asked, criteria))
     recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
     labelled = rank_by_labels(np.stack(scores), ranking, recipe)
-    asked = box_conditions(lvlm.asked) if by == "vrh" else lvlm.asked
+    asked = (box_reader(lvlm) if by == "vrh" else lvlm).asked
     return replace(labelled, found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)))
 
 
@@ -122,14 +122,11 @@ def _scorer(lvlm: LVLM, by: HeadsBy) -> Callable[[Attended], NDArray[np.float32]
         return None
     if by != "vrh":
         return lambda one: label_scores(one.maps, truth_of(one.sample, one.image.size))[by]
-    from localization_heads.lvlm.box_tokens import attend_box_tokens
-
-    form = needed_format(lvlm)
+    reader = box_reader(lvlm)
 
     def of_box(one: Attended) -> NDArray[np.float32]:
         truth = truth_of(one.sample, one.image.size)
-        maps = attend_box_tokens(lvlm, form, one.image, one.sample.expression)
-        return mass_on_patches(maps, truth.box)
+        return mass_on_patches(reader.attend(one.image, one.sample.expression), truth.box)
 
     return of_box
 

@@ -17,6 +17,7 @@ from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ranking import own_heads
+from localization_heads.heads.ready import ReadyHeads, ready_lists
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.spec import find_spec
@@ -202,7 +203,7 @@ def choose_calibration(
 
 
 def choose_heads(
-    wanted: Any, k: int, model: str, folder: Path, published: Sequence[Head] | None = None
+    wanted: Any, k: int, model: str, folder: Path, ready: ReadyHeads | None = None
 ) -> tuple[Head, ...] | None:
     """The heads that `heads=` asks for, best first, or None where each sample has to pick its own.
 
@@ -210,7 +211,7 @@ def choose_heads(
         wanted: `auto`, `greedy`, a list of names, a heads.json or a hub repository.
         model: whose heads they are.
         folder: of that model's results, with its heads.json.
-        published: of the model, where they are known already.
+        ready: what fits of the model's known heads.
 
     Raises:
         UsageError: a file or a name that cannot be used.
@@ -219,7 +220,9 @@ def choose_heads(
         return None
     if wanted != "auto":
         return chosen_heads(wanted, k)
-    known = tuple(published or ())[:k] or known_heads(model, folder, k)
+    known = ready.heads[:k] if ready and ready.heads else latest_heads(model, folder, k)
+    if ready and ready.advice:
+        log.warning("heads=auto: %s", ready.advice)
     if not known:
         log.warning("no heads are known for %s: each sample picks its own", model)
     elif len(known) < k:
@@ -234,6 +237,11 @@ def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
     """
     if model and (published := find_spec(model).heads):
         return published[:k]
+    return latest_heads(model, folder, k)
+
+
+def latest_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
+    """The best of the heads.json in a model's folder; None where there is none of this model."""
     latest = folder / "heads.json"
     if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
         return None
@@ -241,8 +249,8 @@ def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
 
 
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
-    """Heads from a list such as `[14-24, 14-13]`, from one such name, or from a heads.json."""
-    if isinstance(value, str) and (value.endswith(".json") or is_repository(value)):
+    """Heads from a list such as `[14-24, 14-13]`, from one such name, from a heads.json, or from a ready list."""
+    if isinstance(value, str) and (value.endswith(".json") or value in ready_lists() or is_repository(value)):
         return _best_of(value, every_head(value), k)
     return every_head(value)
 
@@ -251,6 +259,8 @@ def every_head(value: Any) -> tuple[Head, ...]:
     """All heads of a list such as `[14-24, 14-13]`, of one such name, or of a heads.json or repository, best first."""
     if isinstance(value, str) and value.endswith(".json"):
         return tuple(load_head_list(value))
+    if isinstance(value, str) and value in ready_lists():
+        return ready_lists()[value].heads
     if isinstance(value, str) and is_repository(value):
         return tuple(head.address for head in load_heads(value).kept)
     names = value if isinstance(value, (list, tuple)) else [value]
@@ -258,7 +268,8 @@ def every_head(value: Any) -> tuple[Head, ...]:
         heads = tuple(Head.parse(str(name)) for name in names)
     except ValueError as error:
         raise UsageError(
-            f"heads={value}: {error}; or write auto, greedy, the path of a heads.json, or a hub repository user/repo"
+            f"heads={value}: {error}; or write auto, greedy, the path of a heads.json, a hub repository user/repo, or "
+            f"a ready list ({', '.join(ready_lists())})"
         ) from error
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")

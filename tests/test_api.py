@@ -24,6 +24,7 @@ from localization_heads.data.samples import Sample, decode_mask, load_samples
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.head import Head
+from localization_heads.heads.ready import ReadyHeads
 from localization_heads.lvlm import model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedImage
@@ -36,7 +37,7 @@ OPTIONS = (
     *("stage=evaluate", "data=scenes", f"scenes.count={COUNT}", "scenes.size=96", "heads=[2-0,3-1]"),
     *("visualize_batch=false", "worst=0", "report=false"),
 )
-ELSEWHERE = ("data_file", "scenes", "range")
+ELSEWHERE = ("heads_from", "data_file", "scenes", "range")
 """Choices that only a command has."""
 
 
@@ -80,7 +81,9 @@ def test_evaluate_is_the_command(front: Front, lvlm: LVLM, bootstrap: Any) -> No
     assert json.loads(json.dumps(choices["criteria"])) == expected["criteria"]
     segmenter, told = choices.pop("segmenter"), expected.pop("segmenter")
     assert {name: segmenter[name] for name in told} == told
-    assert {name: value for name, value in expected.items() if name not in ELSEWHERE} == choices
+    assert {name: value for name, value in expected.items() if name not in ELSEWHERE} == json.loads(
+        json.dumps(choices)
+    )
     for one, sample, row in zip(evaluation.samples, samples, rows, strict=True):
         assert (one.id, one.expression) == (sample.id, sample.expression) == (row["id"], row["expression"])
         assert one.box == pytest.approx(row["predicted_box"])
@@ -104,7 +107,7 @@ def test_each_sample_may_pick_its_own_heads(
     front: Front, lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics, _, samples = commanded(front, "heads=greedy", "controls=false")
-    monkeypatch.setattr(LVLM, "known_heads", ())
+    monkeypatch.setattr(LVLM, "ready", ReadyHeads())
     found = lh.evaluate(lvlm, samples, controls=False).metrics
     assert found["mean_iou"] == pytest.approx(metrics["mean_iou"], abs=2e-5)
     assert (found["choices"]["heads"], found["choices"]["k"]) == (metrics["choices"]["heads"], 3)
@@ -114,7 +117,7 @@ def test_a_sample_in_which_no_head_passes_is_left_out(
     lvlm: LVLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As by `stage=evaluate heads=greedy`; and no heads are no reason to take others."""
-    monkeypatch.setattr(LVLM, "known_heads", ())
+    monkeypatch.setattr(LVLM, "ready", ReadyHeads())
     samples = several()
     sums = [lvlm.attend(s.image, s.expression).attention[2:].sum(axis=(2, 3)).max() for s in samples]
     low, middle, _ = sorted(map(float, sums))
@@ -313,7 +316,8 @@ def test_a_ranking_is_used_as_it_was_found(image: Image.Image) -> None:
     ]
     lh.ground(plain, image, "the dog", segmenter=None)
     assert len(plain.notes) == 2
-    assert plain.notes[1].startswith("the known heads: found with conv_mode=referseg (here: plain)")
+    assert plain.notes[1].startswith("no ready list of heads fits: own-tiny (this project, on 1,000 scenes")
+    assert "was found with conv_mode=referseg (here: plain); ask as it was found" in plain.notes[1]
     other = lh.load_model(device="cpu")
     with torch.no_grad():
         next(other.model.parameters()).view(-1)[0] += 1

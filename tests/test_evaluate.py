@@ -20,6 +20,7 @@ from localization_heads.evaluation.metrics import mask_overlap, pointing_hit
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
+from localization_heads.heads.ready import ReadyHeads
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.stages.evaluate import worst_outcomes
@@ -464,7 +465,7 @@ def test_no_head_passes_in_the_viewer_and_from_python(
     result = quick.visualize(f"attention_file={quick.out}/attention/x.pkl", "criteria.tau=2")
     assert result.status == 2
     assert "no head passes the criteria" in one_line(result.err)
-    monkeypatch.setattr(LVLM, "known_heads", ())
+    monkeypatch.setattr(LVLM, "ready", ReadyHeads())
     monkeypatch.setattr(api, "CriteriaOptions", lambda: CriteriaOptions(tau=2.0))
     with pytest.raises(lh.errors.UsageError, match="no head passes the criteria"):
         lh.ground(lvlm, "image_0.png", "the dog")

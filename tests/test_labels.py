@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from family_models import tiny
 from front import Calls, Front
 from numpy.typing import NDArray
 from PIL import Image
-from test_answer_tokens import layers_of, longer
-from test_query_token import tiny_lvlm
 
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps
@@ -35,12 +32,11 @@ from localization_heads.heads.labels import (
     shrunk,
 )
 from localization_heads.heads.ranking import HeadRanking, RankedHead
-from localization_heads.lvlm import box_tokens
-from localization_heads.lvlm.box_tokens import attend_box_tokens, number_tokens
-from localization_heads.lvlm.doctor import eager
-from localization_heads.lvlm.geometry import read_maps
-from localization_heads.lvlm.native_box import FORMATS, BoxFormat, box_prompt
+from localization_heads.lvlm import loaded
+from localization_heads.lvlm.box_formats import FORMATS
+from localization_heads.lvlm.native_box import box_prompt, box_reader
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.stages import labels as stage
 
 SIZE = (60, 40)
 
@@ -213,62 +209,25 @@ def test_curve_judges_on_pictures_not_drawn() -> None:
 
 # --------------------------------------------------------------------------------------------- the generated box
 
-WORDS = BoxFormat("{expression}", chat=False, max_new_tokens=8)
-PLACES = [1, 2, 5]
-"""Of the tokens that random models are taken to spell a box with: they write none."""
 
-
-class Letters:
-    """Decodes token by token."""
-
-    def __init__(self, *pieces: str) -> None:
-        self.pieces = pieces
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(self.pieces[i] for i in ids)
-
-
-def test_tokens_that_spell_numbers() -> None:
-    pieces = ["{", '"bbox', '_2d": [', "1", "00", ", 2", "50", ",", " 5", "00, ", "1000", "]}", "<end>"]
-    assert number_tokens(Letters(*pieces), range(13), FORMATS["qwen3"]) == [3, 4, 5, 6, 8, 9, 10]
-    assert number_tokens(Letters(*pieces), range(9), FORMATS["qwen3"]) == []
-    bins = ["the dog", *(f"<loc_{n}>" for n in (1, 20, 300, 999)), "</s>"]
-    assert number_tokens(Letters(*bins), range(6), FORMATS["florence2"]) == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "internvl", "glm4v", "florence2"])
-def test_rows_of_the_box_are_those_of_eager_attention(
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "glm4v"])
+def test_the_reader_asks_for_a_box_and_reads_its_numbers(
     family: str, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole prompt and answer at once, without a cache: the rows of the box's tokens, averaged."""
+    """Random models write none: their second and fourth token are taken for the numbers, whose maps are averaged."""
     lvlm = tiny(family)
+    monkeypatch.setattr(lvlm, "spec", replace(lvlm.spec, native_box="paligemma"))
     monkeypatch.setattr(lvlm.model.generation_config, "eos_token_id", None)
-    monkeypatch.setattr(box_tokens, "number_tokens", lambda *_: PLACES)
-    found = attend_box_tokens(lvlm, WORDS, image, "the red car")
-    inputs = dict(lvlm.encode([lvlm.seen(image)], [box_prompt(lvlm, WORDS, "the red car")]))
-    inputs.pop("labels", None)
-    decodes = lvlm.model.config.is_encoder_decoder
-    T = inputs["input_ids"].shape[1]
-    decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
-    tokens: list[int] = []
-    rows = []
-    with eager(lvlm.model), torch.inference_mode():
-        for _ in range(WORDS.max_new_tokens + 1):
-            given = {**inputs, "decoder_input_ids": torch.tensor([decoded])} if decodes else inputs
-            with layers_of(lvlm) as seen:
-                token = int(lvlm.model(**given, use_cache=False).logits[0, -1].argmax())
-            stacked = torch.stack([seen[layer] for layer in sorted(seen)])
-            rows.append(stacked if lvlm.looks_across else stacked[..., :T])
-            tokens.append(token)
-            if decodes:
-                decoded.append(token)
-            else:
-                inputs = longer(inputs, token)
-    mean = torch.stack([rows[place + 1] for place in PLACES]).mean(0).numpy()
-    layers = sorted(lvlm.attention_modules)
-    first = dict(lvlm.encode([lvlm.seen(image)], [box_prompt(lvlm, WORDS, "the red car")]))
-    expected, _ = read_maps(mean, lvlm.views_in(first, 0, image), image.size)
-    np.testing.assert_allclose(found.attention[layers], expected, rtol=0, atol=1e-5)
+    reader = box_reader(lvlm)
+    assert (lvlm.query_token, lvlm.answer_span) == ("last", None)
+    assert reader.prompt("the car") == box_prompt(lvlm, FORMATS["paligemma"], "the car")
+    assert (reader.asked["conv_mode"], reader.asked["query_token"]) == ("native_box", "answer_span")
+
+    def read(*places: int) -> NDArray[np.float32]:
+        monkeypatch.setattr(loaded, "group_tokens", lambda *_: list(places))
+        return reader.attend(image, "the car").attention
+
+    np.testing.assert_allclose(read(1, 3), (read(1) + read(3)) / 2, rtol=0, atol=1e-6)
 
 
 def test_models_without_a_box_are_refused(lvlm: Any, image: Image.Image) -> None:
@@ -276,8 +235,6 @@ def test_models_without_a_box_are_refused(lvlm: Any, image: Image.Image) -> None
         UsageError, match=r"heads_by=vrh: .* is not known to write boxes itself; rank by mass"
     ):
         lh.find_heads(lvlm, [lh.Sample(image, "the car", bbox=(0, 0, 9, 9))], by="vrh")
-    with pytest.raises(UsageError, match="the model writes no box; it answers"):
-        attend_box_tokens(tiny_lvlm("last"), replace(WORDS, pattern="(never)()()()"), image, "the car")
 
 
 # ------------------------------------------------------------------------------------------------------ in Python
@@ -367,26 +324,28 @@ def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.Monkey
     """The embedded model writes no box; where it is taken to write one, its tokens' maps are what counts."""
     words = (*SCENES, "heads_by=vrh", "model.native_box=paligemma")
     silent = front.finder(*words)
-    assert silent.status == 1 and "the model writes no box; it answers" in silent.out + silent.err
+    assert silent.status == 1 and "which holds no box" in silent.out + silent.err
 
-    def pretended(lvlm: Any, _: BoxFormat, image: Image.Image, expression: str) -> AttentionMaps:
-        return lvlm.attend(image, expression)  # type: ignore[no-any-return]
+    def pretending(lvlm: Any) -> Any:
+        reader = box_reader(lvlm)
+        reader.attend = lvlm.attend
+        return reader
 
-    monkeypatch.setattr(box_tokens, "attend_box_tokens", pretended)
+    monkeypatch.setattr(stage, "box_reader", pretending)
     assert front.finder(*words).status == 0
     heads = json.loads((front.out / "heads.json").read_text())
     found = heads["found_with"]
     assert (found["heads_by"], found["conv_mode"], found["query_token"]) == (
         "vrh",
         "native_box",
-        "box_tokens",
+        "answer_span",
     )
     assert json.loads((front.out / "labels.json").read_text())["quality"].startswith(
         "mean attention of the generated"
     )
     noted = front.finder(*SCENES[1:], "stage=ground", f"heads={front.out}/heads.json", "segmenter=none")
     assert (
-        "found with conv_mode=native_box (here: referseg), query_token=box_tokens (here: last)" in noted.err
+        "found with conv_mode=native_box (here: referseg), query_token=answer_span (here: last)" in noted.err
     )
 
 

@@ -44,6 +44,7 @@ MODEL_TYPES = {
     "idefics3": "idefics3",
     "internvl": "internvl",
     "internvl-1b": "internvl",
+    "internvl3_5": "internvl",
     "janus": "janus",
     "janus-1b": "janus",
     "kimi-k2_5": "kimi_k25",

@@ -311,8 +311,8 @@ def test_neither_experiments_nor_the_ladder_score_heads_where_they_were_found(di
         discovered.finder("stage=experiment", "experiment=fig3", data, named).status == 0
     )  # looks at no truth
     # A model without published heads: heads=auto takes its latest heads.json.
-    monkeypatch.setattr(stages_run, "find_spec", lambda name: replace(find_spec(name), heads=()))
-    monkeypatch.setattr(stages_run, "compose_spec", lambda *a: replace(compose_spec(*a), heads=()))
+    monkeypatch.setattr(stages_run, "find_spec", lambda name: replace(find_spec(name), heads=(), lists=()))
+    monkeypatch.setattr(stages_run, "compose_spec", lambda *a: replace(compose_spec(*a), heads=(), lists=()))
     for command in (("stage=experiment", "experiment=tab1", data, named), (*rung, named), rung):
         result = discovered.finder(*command)
         assert result.status == 2 and "4 of the 4 entries show images" in result.err, command

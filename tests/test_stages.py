@@ -563,7 +563,10 @@ def test_heads_found_in_another_way(front: Front, monkeypatch: pytest.MonkeyPatc
         ((*ground, "heads=found.json"), f"heads=found.json: {said}"),
         ((*ground, "heads=found.json", "conv_mode=plain"), ""),
         ((*ground, "heads=old.json"), ""),
-        ((*ground, "conv_mode=plain"), "heads=auto: found with conv_mode=referseg (here: plain)"),
+        (
+            (*ground, "conv_mode=plain"),
+            "was found with conv_mode=referseg (here: plain); ask as it was found",
+        ),
         (ground, ""),
     ):
         cached_load_model.cache_clear()  # a note is said once for a loaded model

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from localization_heads.apps import confidence, tables, traces
+from localization_heads.apps import confidence, ready, tables, traces
 from localization_heads.apps.labels import label_tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
+from localization_heads.heads.ranking import HeadRanking
 from localization_heads.options.compose import preset_name
 from localization_heads.scenes import write
 from localization_heads.stages import (
@@ -83,6 +84,8 @@ def _find(run: Run) -> int:
     found = labels.find_by_labels(run)
     for table in label_tables(found):
         tables.show(table)
+    if found.result.ranking:
+        _show_found_again(run, found.result.ranking)
     tables.written(found.result.paths)
     return tables.show_failures(found.result.failures)
 
@@ -152,10 +155,16 @@ def _show_visualised(run: Run, visualised: single.Visualised) -> int:
     return 0
 
 
+def _show_found_again(run: Run, ranking: HeadRanking) -> None:
+    for line in ready.found_again(run, ranking):
+        tables.show(line, markup=False, highlight=False)
+
+
 def _show_result(run: Run, result: Result) -> int:
     """Everything that the stage has found; of an evaluation the metrics in place of the boxes."""
     if result.ranking:
         tables.show(tables.ranking_table(result.ranking, run.options.k))
+        _show_found_again(run, result.ranking)
     if result.metrics:
         tables.show(tables.metrics_table(result.metrics))
         if trust := result.metrics.get("confidence"):
@@ -164,6 +173,8 @@ def _show_result(run: Run, result: Result) -> int:
         tables.show(
             tables.predictions_table(result.outcomes, preset_name("grounding", run.options.grounding))
         )
+    if result.outcomes and (line := ready.whose(run)):
+        tables.show(line, markup=False, highlight=False)
     for finding in result.findings:
         tables.show(f"\n{finding.title}", style="bold", markup=False, highlight=False)
         for table in finding.tables:

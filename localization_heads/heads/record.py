@@ -19,6 +19,9 @@ from localization_heads.options.sensitivity import SensitivityOptions
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
 
+NATIVE_BOX = "native_box"
+"""The `conv_mode` of heads that were found while the model wrote a box of its own: the prompt that asks it for one."""
+
 KEYS = (
     "conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "num_labels", "shrink",
     "library",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from localization_heads.attention import Box
 from localization_heads.lvlm.geometry import Size, padded_box, whole_box
 
+BOX = "box"
+"""The `answer_span` of the numbers of the model's own box."""
 _NUMBER = r"\s*(-?\d{1,7}(?:\.\d{0,17})?)\s*"
 _LIST = r"\[" + ",".join([_NUMBER] * 4) + r"\]"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.errors import UsageError, WorkError
+from localization_heads.heads.ready import ready_list
 from localization_heads.lvlm.capture import Query, decoder_layers, prompt_keys
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
@@ -114,6 +115,8 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     yield "attention", str(config.get_text_config()._attn_implementation or config._attn_implementation)
     yield "fingerprint", f"{lvlm.fingerprint} (of these weights, wherever they lie)"
     yield "known heads", " ".join(map(str, lvlm.known_heads)) or "none published"
+    for name in lvlm.spec.lists:
+        yield "ready list", str(ready_list(name))
     for note in lvlm.notes:
         yield "note", note
 

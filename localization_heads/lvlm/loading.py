@@ -15,12 +15,11 @@ from torch import nn
 
 from localization_heads.errors import UsageError, shown
 from localization_heads.lvlm import checkpoint
-from localization_heads.lvlm.box_formats import FORMATS
+from localization_heads.lvlm.box_formats import BOX, FORMATS
 from localization_heads.lvlm.chat_template import PROCESS, template_of
 from localization_heads.lvlm.families import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.processors import bos_trouble, check_image_sizes, complete, processor_kind
-from localization_heads.lvlm.prompted import BOX
 from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
 from localization_heads.lvlm.sources import (
     check_torchvision,

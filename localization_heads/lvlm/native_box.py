@@ -7,11 +7,12 @@ alone and writes none; Kosmos-2, which does, has no grid of image tokens and is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import Box, rescaled
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.box_formats import FORMATS, BoxFormat, read_box
+from localization_heads.lvlm.box_formats import BOX, FORMATS, BoxFormat, read_box
 from localization_heads.lvlm.geometry import Size
 from localization_heads.lvlm.prompts import clean_expression
 
@@ -88,18 +89,8 @@ def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:
     return columns * patch, rows * patch
 
 
-BOX_TOKENS = "box_tokens"
-NATIVE_BOX = "native_box"
-"""What stands for query token and prompt of such heads in `heads.json`."""
-
-
-def box_conditions(asked: Mapping[str, str | None]) -> dict[str, str | None]:
-    """How a model is asked for its own box, for `found_with`, where it is otherwise `asked` like this."""
-    return {**asked, "conv_mode": NATIVE_BOX, "query_token": BOX_TOKENS, "system": None, "paraphrases": None}
-
-
-def needed_format(lvlm: LVLM) -> BoxFormat:
-    """How the model writes boxes.
+def box_reader(lvlm: LVLM) -> LVLM:
+    """The same loaded model, whose maps are those of the tokens that spell its own box (answer_span=box).
 
     Raises:
         UsageError: it is not known to write any, or brings no chat template for it.
@@ -110,4 +101,7 @@ def needed_format(lvlm: LVLM) -> BoxFormat:
             f"it writes them with model.native_box= one of {', '.join(FORMATS)}"
         )
     box_prompt(lvlm, FORMATS[known], "it")
-    return FORMATS[known]
+    twin = copy(lvlm)
+    twin.query_token, twin.answer_span, twin.paraphrases = "answer_span", BOX, None
+    twin.answer_tokens = FORMATS[known].max_new_tokens
+    return twin

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import FoundWith, asked, difference
-from localization_heads.lvlm.box_formats import FORMATS, BoxFormat
+from localization_heads.heads.ready import ReadyHeads, choose_ready
+from localization_heads.heads.record import NATIVE_BOX, FoundWith, asked, difference
+from localization_heads.lvlm.box_formats import BOX, FORMATS, BoxFormat
 from localization_heads.lvlm.capture import (
     attention_modules,
     decoder_layers,
@@ -43,8 +44,6 @@ from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, V
 
 log = logging.getLogger(__name__)
 
-BOX = "box"
-"""The `answer_span` of the numbers of the model's own box."""
 BOX_TOKENS = 128
 """Enough of an answer to write one, where `answer_tokens` are fewer."""
 PROMPTS = 10_000
@@ -163,9 +162,8 @@ class PromptedModel:
     @property
     def asked(self) -> dict[str, str | None]:
         """The weights and how they are prompted, for `found_with` in `heads.json`."""
-        return asked(
-            self.conv_mode, self.system, self.query_token, self.fingerprint, paraphrases=self.paraphrases
-        )
+        mode = NATIVE_BOX if self.box_form else self.conv_mode
+        return asked(mode, self.system, self.query_token, self.fingerprint, paraphrases=self.paraphrases)
 
     def note(self, text: str) -> None:
         """Log what a user should know, once, and keep it in `notes`."""
@@ -189,6 +187,12 @@ class PromptedModel:
     def known_heads(self) -> tuple[Head, ...]:
         """Published localization heads of this checkpoint, best first; empty if nobody published any."""
         return self.spec.heads
+
+    @property
+    def ready(self) -> ReadyHeads:
+        """What fits of the known heads and the ready lists, as the model is asked."""
+        mode = NATIVE_BOX if self.box_form else self.conv_mode
+        return choose_ready(self.spec.heads, self.spec.lists, mode, self.query_token)
 
     @property
     def num_parameters(self) -> int:

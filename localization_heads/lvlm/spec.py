@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 from localization_heads.errors import UsageError
-from localization_heads.heads.record import FoundWith
 from localization_heads.options.compose import choices_of, preset
 from localization_heads.options.groups import ModelSpec
 from localization_heads.options.kinds import did_you_mean
@@ -55,14 +54,6 @@ CONVERTED = {
     "liuhaotian/llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
     "liuhaotian/llava-v1.6-34b": "llava-hf/llava-v1.6-34b-hf",
 }
-
-
-def heads_found_with(spec: ModelSpec) -> FoundWith | None:
-    """How the known heads were found, those of the files of `config/model/`: as these files say to ask."""
-    known = next(
-        (known for known in known_specs().values() if known.heads and known.heads == spec.heads), None
-    )
-    return None if known is None else {"conv_mode": known.conv_mode, "query_token": "last"}
 
 
 @cache

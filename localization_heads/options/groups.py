@@ -322,6 +322,9 @@ class ModelSpec(Options):
     ] = option(
         (), "Published localization heads (LAYER-HEAD, counted from 0), best first; used by heads=auto."
     )
+    lists: Annotated[tuple[Word, ...], Several] = option(
+        (), "Ready lists of its heads, best first (docs/find-heads.md); heads=auto takes the first that fits."
+    )
     top_n: int = option(
         10,
         "Heads marked in each sample (N) while top_n=null. The paper takes 10 for every model.",

@@ -123,9 +123,10 @@ class ModelUse(Options):
     )
     heads: HeadChoice = option(
         "auto",
-        "Heads to ground with: auto (the model's known heads, else its latest heads.json), greedy (each sample picks "
-        "its own), a heads.json (or another tool's scores), a hub repository user/repo, or a list like "
-        "[14-24,14-13,14-26]. A batch grounds with the heads that it has just found, unless others are named.",
+        "Heads to ground with: auto (the model's known heads, where they were found with this prompt and query token, "
+        "else its latest heads.json), greedy (each sample picks its own), a heads.json (or another tool's scores), a "
+        "hub repository user/repo, a ready list such as vrh-qwen3-vl, or a list like [14-24,14-13,14-26]. A batch "
+        "grounds with the heads that it has just found, unless others are named.",
         section="heads",
     )
     k: int = option(3, "Number of heads that are summed into one map (the paper's k).", ge=1, le=10_000)

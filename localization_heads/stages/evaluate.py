@@ -152,6 +152,7 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "scenes": asdict(options.scenes) if options.data_file == "scenes" else None,
         "range": [options.start_index, options.end_index],
         **scorer.judge.choices(run.named_heads, options.k),
+        "heads_from": run.heads_from,
         "segmenter": as_read(options.segmenter),
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,

@@ -26,9 +26,10 @@ from localization_heads.heads.ranking import (
     random_draws,
     rank_heads,
 )
-from localization_heads.heads.record import asked, found_with
+from localization_heads.heads.record import NATIVE_BOX, asked, found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.beside import NOTHING
+from localization_heads.lvlm.box_formats import BOX
 from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
 from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
@@ -243,6 +244,8 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
     conv_mode, system, query_token, _ = store.settings["question"]
     paraphrases = store.settings.get("paraphrases")
+    if store.settings.get("answer_span") == BOX:
+        conv_mode = NATIVE_BOX
     conditions = asked(conv_mode, system, query_token, store.settings["weights"][1], paraphrases=paraphrases)
     return replace(
         ranking,

@@ -30,7 +30,8 @@ from localization_heads.heads.labels import (
 )
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import found_with
-from localization_heads.lvlm.native_box import BoxFormat, box_conditions, needed_format
+from localization_heads.lvlm.box_formats import BoxFormat
+from localization_heads.lvlm.native_box import box_reader
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
@@ -75,7 +76,7 @@ def find_by_labels(run: Run) -> Labelled:
         raise UsageError(_too_few(wanted, len(entries.samples), run))
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
-        form = needed_format(run.lvlm) if by == "vrh" else None
+        form = box_reader(run.lvlm).box_form if by == "vrh" else None
         store, scores = open_store(run), _open_scores(run, form)
         _collect(run, entries, store, scores, form)
         samples = entries.good
@@ -151,10 +152,7 @@ def _score(
             if form is None:
                 scores = label_scores(one.maps, truth)
             else:
-                from localization_heads.lvlm.box_tokens import attend_box_tokens
-
-                maps = attend_box_tokens(run.lvlm, form, one.image, one.sample.expression)
-                maps.check_finite()
+                maps = box_reader(run.lvlm).attend(one.image, one.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
             statistics = head_statistics(one.maps.attention, run.options.criteria)
             found.append(_Scored(one.sample, statistics, scores))
@@ -171,7 +169,7 @@ def _ranked(
         rows.attention_sum,
         rows.spatial_entropy(options.criteria.entropy),
         bottom_row=rows.bottom_row_focus,
-        options=options.criteria,
+        options=replace(options.criteria, sensitivity="none"),  # the two criteria of the maps alone
         top_n=run.top_n,
         num_trials=options.num_trials,
         num_samples=options.num_samples,
@@ -210,9 +208,7 @@ def recipe_of(run: Run) -> LabelRecipe:
 
 def _found_with(run: Run, recipe: LabelRecipe, num_labels: int) -> Mapping[str, str | None]:
     """Of the generated box, prompt and query token are its own."""
-    asked = run.lvlm.asked
-    if recipe.by == "vrh":
-        asked = box_conditions(asked)
+    asked = (box_reader(run.lvlm) if recipe.by == "vrh" else run.lvlm).asked
     return found_with(asked, run.options.criteria, recipe.named(num_labels))
 
 

@@ -22,10 +22,12 @@ from localization_heads.grounder import (
 )
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import FoundWith
+from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
+from localization_heads.heads.record import NATIVE_BOX, FoundWith
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside
-from localization_heads.lvlm.spec import compose_spec, find_spec, heads_found_with
+from localization_heads.lvlm.box_formats import BOX
+from localization_heads.lvlm.spec import compose_spec, find_spec
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
 from localization_heads.options.programs import (
     ChatOptions,
@@ -204,7 +206,29 @@ class ModelRun(Generic[Chosen]):
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
         """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
-        return choose_heads(self.options.heads, self.options.k, self.spec.name, self.folder, self.spec.heads)
+        return choose_heads(self.options.heads, self.options.k, self.spec.name, self.folder, self.ready)
+
+    @cached_property
+    def ready(self) -> ReadyHeads:
+        """What `heads=auto` takes of the model's known heads, as far as that can be told before it is loaded."""
+        options, spec = self.options, self.spec
+        known = spec if spec.heads or spec.lists else find_spec(spec.name)
+        box = options.query_token == "answer_span" and options.answer_span == BOX
+        asked = NATIVE_BOX if box else options.conv_mode or spec.conv_mode
+        # A conversation asks /ground with the prompt of the heads.
+        follows = isinstance(options, ChatOptions)
+        return choose_ready(known.heads, known.lists, None if follows else asked, options.query_token)
+
+    @property
+    def heads_from(self) -> str | None:
+        """Whose heads `heads=` takes, where they are on a ready list."""
+        if self.options.heads == "auto":
+            return str(self.ready.of) if self.ready.of else None
+        return str(ready_lists()[self.options.heads]) if self._is_ready_list else None
+
+    @property
+    def _is_ready_list(self) -> bool:
+        return isinstance(self.options.heads, str) and self.options.heads in ready_lists()
 
     @cached_property
     def heads_source(self) -> Path | str | None:
@@ -214,8 +238,7 @@ class ModelRun(Generic[Chosen]):
             return Path(wanted) if is_ranking(wanted) else None
         if isinstance(wanted, str) and is_repository(wanted):
             return wanted
-        published = self.spec.heads or find_spec(self.spec.name).heads
-        own = wanted == "auto" and not published and latest.is_file()
+        own = wanted == "auto" and not self.ready.heads and latest.is_file()
         return latest if own and load_ranking(latest).model == self.spec.name else None
 
     @property
@@ -223,7 +246,9 @@ class ModelRun(Generic[Chosen]):
         """How the heads of `heads=` were found, None where that is not known."""
         if self.heads_source is not None:
             return load_heads(self.heads_source).found_with
-        return heads_found_with(self.spec) if self.options.heads == "auto" else None
+        if self._is_ready_list:
+            return ready_lists()[self.options.heads].found_with
+        return self.ready.of.found_with if self.options.heads == "auto" and self.ready.of else None
 
     def note_heads(self) -> None:
         """Notes it if the heads were found with other weights, another prompt or another query token."""

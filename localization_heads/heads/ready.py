@@ -1,0 +1,166 @@
+"""Ready lists: heads of known models that others have published, with their source, and how they were found.
+
+They are the files of `config/lists/`; `lists` in a file of `config/model/` names those of that model. A list is taken
+by itself (heads=auto) only with the prompt and the query token that it was found with; by its name, under any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from localization_heads.errors import UsageError
+from localization_heads.heads.head import Head
+from localization_heads.heads.record import NATIVE_BOX, FoundWith
+from localization_heads.options.compose import choices_of, preset
+from localization_heads.options.kinds import did_you_mean
+
+FOUND_AGAIN = 20
+"""Heads of a list, at most, that a new ranking is compared with."""
+GIVEN = "model.heads"
+"""What heads that the user gave to the model are called."""
+
+
+@dataclass(frozen=True)
+class ReadyList:
+    """A published list of heads, best first.
+
+    Args:
+        name: the file's.
+        source: whose it is, and where it was published.
+        model: the checkpoint, in the source's words.
+        conv_mode, query_token: prompt and query token that it was found with; with `native_box`, the span is that of
+            the box that the model writes itself (answer_span=box).
+        language_model: which models may share it.
+        counts: how often each head was selected, where that was published.
+    """
+
+    name: str
+    source: str
+    model: str
+    heads: tuple[Head, ...]
+    conv_mode: str
+    query_token: str
+    language_model: str = ""
+    counts: tuple[int, ...] = ()
+
+    @property
+    def found_with(self) -> FoundWith:
+        return {"conv_mode": self.conv_mode, "query_token": self.query_token}
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.source})"
+
+    def misfit(self, conv_mode: str | None, query_token: str) -> str | None:
+        """In words, what is not as when it was found; None if all is, as far as it is known.
+
+        Args:
+            conv_mode: None where it follows the heads.
+
+        >>> ready_list("paper-llava").misfit("chat", "last_and_answer")
+        'found with conv_mode=referseg (here: chat)'
+        """
+        token = "last" if query_token == "last_and_answer" else query_token
+        here = {"conv_mode": conv_mode, "query_token": token}
+        parts = [
+            f"{name}={was} (here: {here[name]})"
+            for name, was in self.found_with.items()
+            if here[name] is not None and here[name] != was
+        ]
+        if parts and self.conv_mode == NATIVE_BOX:
+            return f"found with query_token=answer_span answer_span=box (here: query_token={query_token})"
+        return f"found with {', '.join(parts)}" if parts else None
+
+
+@cache
+def ready_lists() -> dict[str, ReadyList]:
+    """Every list, by its name."""
+    return {name: _read(name) for name in choices_of("lists")}
+
+
+def _read(name: str) -> ReadyList:
+    values = preset("lists", name)
+    heads = tuple(Head.parse(head) for head in values.pop("heads"))
+    return ReadyList(name=name, heads=heads, counts=tuple(values.pop("counts", ())), **values)
+
+
+def ready_list(name: str) -> ReadyList:
+    """UsageError for a name that no list has."""
+    if name not in ready_lists():
+        hint = did_you_mean(name, ready_lists()).strip()
+        known = ", ".join(ready_lists())
+        raise UsageError(f"there is no ready list of heads named {name}; {hint or f'there are {known}'}")
+    return ready_lists()[name]
+
+
+class ReadyHeads(NamedTuple):
+    """What heads=auto takes of a model's known heads.
+
+    Attributes:
+        heads: none if no list fits.
+        of: the list that they are of; None for heads that the user gave to the model.
+        why_not: why the lists before it were not taken.
+    """
+
+    heads: tuple[Head, ...] = ()
+    of: ReadyList | None = None
+    why_not: tuple[str, ...] = ()
+
+    @property
+    def advice(self) -> str:
+        """One line: why no list was taken, and what to do; "" where one was, or there is none."""
+        if self.heads or not self.why_not:
+            return ""
+        first = self.why_not[0].partition(" ")[0]
+        return (
+            f"no ready list of heads fits: {'; '.join(self.why_not)}; ask as it was found, find heads with stage=find, "
+            f"or take it all the same with heads={first}"
+        )
+
+
+def choose_ready(
+    own: Sequence[Head], names: Sequence[str], conv_mode: str | None, query_token: str
+) -> ReadyHeads:
+    """The first of a model's lists that was found with this prompt and query token.
+
+    Args:
+        own: `ModelSpec.heads`. Heads that are no list's are the user's, and taken as they are.
+        names: `ModelSpec.lists`.
+        conv_mode: as of `ReadyList.misfit`.
+
+    Raises:
+        UsageError: a name that no list has.
+    """
+    lists = [ready_list(name) for name in names]
+    if own and all(one.heads != tuple(own) for one in lists):
+        return ReadyHeads(tuple(own))
+    why_not: list[str] = []
+    for one in lists:
+        misfit = one.misfit(conv_mode, query_token)
+        if misfit is None:
+            return ReadyHeads(one.heads, one, tuple(why_not))
+        why_not.append(f"{one} was {misfit}")
+    return ReadyHeads(why_not=tuple(why_not))
+
+
+class Overlap(NamedTuple):
+    """How many of a list's first heads a ranking has among as many first ones, and how many chance would have."""
+
+    found: int
+    of: int
+    chance: float
+
+
+def overlap(published: Sequence[Head], ranked: Sequence[Head], num_heads: int) -> Overlap:
+    """Compare the first `FOUND_AGAIN` heads of a list, or as many as both have, with the first ones of a ranking.
+
+    `chance` is what a random order of the model's `num_heads` heads would share on average: `n^2 / num_heads`.
+
+    >>> overlap([Head(1, 1), Head(1, 2)], [Head(1, 2), Head(0, 0), Head(1, 1)], 8)
+    Overlap(found=1, of=2, chance=0.5)
+    """
+    n = min(FOUND_AGAIN, len(published), len(ranked))
+    found = len(set(published[:n]) & set(ranked[:n]))
+    return Overlap(found, n, n * n / num_heads if num_heads else 0.0)
