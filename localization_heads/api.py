@@ -23,13 +23,14 @@ from localization_heads.evaluation.scores import score_box
 from localization_heads.finding import attended
 from localization_heads.grounder import Grounder, check_heads, load_calibration, make_segmenter
 from localization_heads.grounding.confidence import Calibration
-from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.ground import LEAST_OF_PLACES, Grounding, ground_maps
 from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
-from localization_heads.lvlm.vocabulary import note_unknown_words
+from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
+from localization_heads.options.instances import PLACES, InstancesBy
 from localization_heads.segmentation.segmenter import GRABCUT, Segmenter
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def ground_all(
     *,
     options: GroundingOptions | None = None,
     segmenter: Segmenter | SegmenterOptions | None = GRABCUT,
+    by: InstancesBy = "components",
     calibration: Calibration | str | Path | None = None,
     abstain: float | None = None,
 ) -> list[Grounding]:
@@ -119,12 +121,22 @@ def ground_all(
 
     Each is a component of the map's positive cells that holds at least `LEAST_MASS` of the strongest one's attention,
     with a box, a mask and a score of its own (the share of the whole map in its box); of two that overlap by more than
-    half only the better one is there. Each is `absent` by itself. Arguments and errors as of `ground`.
+    half only the better one is there. Each is `absent` by itself. A plural that the model does not know is asked in the
+    singular. Arguments and errors as of `ground`.
+
+    Args:
+        by: whether the map is that of the expression (`components`) or the mean of those of the expression on the left,
+            on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more.
     """
+    if by == "places":
+        lvlm = lvlm.worded(PLACES)
+    expression = in_singular(lvlm.processor.tokenizer, expression)
     opened = load_image(image)
     grounder = _calibrated(
         _grounder(lvlm, heads, CriteriaOptions(), options, segmenter), lvlm, calibration, abstain
     )
+    if by == "places":
+        grounder = replace(grounder, least_mass=LEAST_OF_PLACES)
     note_unknown_words(lvlm, [expression])
     (maps,) = lvlm.ask(opened, [expression], last_layer=grounder.last_layer, beside=grounder.beside())
     return grounder.ground_all(maps, opened)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
 from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
-from localization_heads.grounding.ground import Grounding, ground_instances, ground_maps
+from localization_heads.grounding.ground import LEAST_MASS, Grounding, ground_instances, ground_maps
 from localization_heads.grounding.instances import suppressed
 from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
@@ -49,6 +49,7 @@ class Grounder:
         k: how many heads a sample picks.
         calibration: what makes a probability of the confidence; None leaves the raw signal.
         abstain: the least presence (or confidence) of what is there; None takes everything for present.
+        least_mass: of all objects, the least attention of one, as a share of the strongest's.
     """
 
     heads: tuple[Head, ...]
@@ -58,6 +59,7 @@ class Grounder:
     k: int = 3
     calibration: Calibration | None = None
     abstain: float | None = None
+    least_mass: float = LEAST_MASS
 
     @property
     def last_layer(self) -> int | None:
@@ -109,7 +111,7 @@ class Grounder:
         Each component of the map, its mask made by the segmenter, and scored by the map's mass in its box. Of two that
         overlap by more than half (`suppressed`) only the better one is kept. Arguments and errors as of `ground`.
         """
-        components = ground_instances(maps, self.heads_of(maps, statistics), self.options)
+        components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
         found = [self.judge(maps, self.refine(one, image), one.box) for one in components]
         found.sort(key=lambda one: -one.score)
         return [found[place] for place in suppressed([one.box for one in found])]

@@ -20,6 +20,7 @@ from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.figures.several import label_places
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration, Logistic
+from localization_heads.grounding.ground import ground_instances
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.store.results import Instance, Prediction
 
@@ -90,7 +91,7 @@ def test_from_python(lvlm: Any) -> None:
     options = GroundingOptions(component="largest_mass")
     found = lh.ground_all(lvlm, image, "the animals", options=options)
     assert sorted(found, key=lambda one: -one.score) == found
-    single = lh.ground(lvlm, image, "the animals", options=options)
+    single = lh.ground(lvlm, image, "the animal", options=options)  # which the model knows
     assert single.box in [one.box for one in found]
     assert found[0].mask.shape == image.size[::-1]
     recipe = Grounder(lvlm.known_heads, CriteriaOptions(), options).recipe({**lvlm.choices, **lvlm.asked})
@@ -252,3 +253,46 @@ def test_same_corner_other_place() -> None:
     """Three boxes from one corner: side by side; a box smaller than its label: beside it."""
     boxes = [(0, 0, 50, 50), (0, 0, 40, 40), (0, 0, 30, 30), (60, 60, 61, 61)]
     assert label_places(boxes, [(10, 12)] * 4, (100, 100)) == [(0, 0), (10, 0), (20, 0), (60, 48)]
+
+
+def test_a_plural_is_asked_in_the_singular_and_by_places(lvlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model knows "octopus" alone; the mean of four maps, each in the shape of one, by hand."""
+    image = Image.open("examples/images/octopus_14.png").convert("RGB")
+    asked: list[str] = []
+    ask = type(lvlm).located_prompt
+    monkeypatch.setattr(
+        type(lvlm), "located_prompt", lambda self, text: asked.append(text) or ask(self, text)
+    )
+    options = GroundingOptions(component="largest_mass")
+    found = lh.ground_all(lvlm, image, "the octopuses", options=options, segmenter=None)
+    assert "the octopus" in asked and "the octopuses" not in asked
+    assert not any("octopuses" in note for note in lvlm.notes)
+    assert [one.box for one in found] == [
+        one.box for one in lh.ground_all(lvlm, image, "the octopus", options=options, segmenter=None)
+    ]
+    asked.clear()
+    spread = lh.ground_all(lvlm, image, "the octopuses", options=options, segmenter=None, by="places")
+    places = ["on the left", "on the right", "at the top", "at the bottom"]
+    assert {f"the octopus {place}" for place in places} <= set(asked) and "the octopus" not in asked
+    heads = lvlm.known_heads
+    maps = [lvlm.attend(image, f"the octopus {place}").attention for place in places]
+    total = np.zeros(maps[0].shape[-2:])
+    for head in heads:
+        total += np.mean([m[head] / m[head].sum() for m in maps], axis=0) * np.mean(
+            [m[head].sum() for m in maps]
+        )
+    alone = AttentionMaps(total[None, None].astype(np.float32), (0, 0, *image.size), image.size)
+    expected = ground_instances(alone, [lh.Head(0, 0)], options, least=0.3)
+    np.testing.assert_allclose([one.box for one in spread], [one.box for one in expected], atol=1e-3)
+
+
+def test_places_are_for_all_objects_alone(front: Front) -> None:
+    write_data(front.folder, 2)
+    asked = ("stage=ground", "data_file=data.jsonl", "instances_by=places")
+    result = front.finder(*asked)
+    assert result.status == 2 and "instances_by=places: write instances=all" in result.err
+    result = front.finder(*asked, "instances=all", "paraphrases=[a {}]")
+    assert result.status == 2 and "leave out paraphrases=" in result.err
+    result = front.finder(*asked, "instances=all", "segmenter=none")
+    assert result.status == 0, result.err
+    assert all(line["boxes"] for line in lines_of(front))

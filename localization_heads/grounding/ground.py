@@ -49,6 +49,8 @@ ROUNDING = 1e-12
 """How much of the mass a sum of cells may miss by rounding."""
 LEAST_MASS = 0.15
 """Share of the strongest component's attention from which on another one counts as an instance (docs/grounding.md)."""
+LEAST_OF_PLACES = 0.3
+"""The same in the mean map of several places, where all objects draw attention (docs/grounding.md)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,6 +97,12 @@ class PromptedModel:
         twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
         return twin
 
+    def worded(self, paraphrases: Sequence[str]) -> Self:
+        """The same loaded model asked in these wordings."""
+        twin = copy(self)
+        twin.paraphrases = tuple(paraphrases)
+        return twin
+
     def __repr__(self) -> str:
         return f"LVLM({self.name}, {self.num_layers} layers x {self.num_heads} heads)"
 

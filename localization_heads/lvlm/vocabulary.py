@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,36 @@ def words_of(expression: str) -> list[str]:
     ['the', 'dog', 'a', 'brown', 'one']
     """
     return [word for part in expression.split() if (word := part.strip(PUNCTUATION))]
+
+
+def in_singular(tokenizer: Any, expression: str) -> str:
+    """The expression, each word that the model does not know in the singular, if it knows that.
+
+    >>> known = {"the": 1, "dog": 2, "butterfly": 3}
+    >>> class Coder:
+    ...     unk_token_id = 0
+    ...     def __call__(self, word, add_special_tokens):
+    ...         return {"input_ids": [known.get(word, 0)]}
+    >>> in_singular(Coder(), "the dogs, butterflies"), in_singular(Coder(), "the cats")
+    ('the dog, butterfly', 'the cats')
+    """
+    for word in unknown_words(tokenizer, [expression]):
+        known = [one for one in singulars(word) if not unknown_words(tokenizer, [one])]
+        if known:
+            expression = re.sub(rf"\b{re.escape(word)}\b", known[0], expression)
+    return expression
+
+
+def singulars(word: str) -> list[str]:
+    """What a word may be the plural of, the likeliest first; none for one that is no plural.
+
+    >>> singulars("butterflies"), singulars("boxes"), singulars("glass")
+    (['butterfly', 'butterflie', 'butterfli'], ['boxe', 'box'], [])
+    """
+    endings = {"ies": "y", "ves": "f", "s": "", "es": "", "i": "us"}
+    if word.endswith("ss"):
+        return []
+    return [word.removesuffix(plural) + one for plural, one in endings.items() if word.endswith(plural)]
 
 
 def note_unknown_words(lvlm: PromptedModel, expressions: Sequence[str]) -> None:

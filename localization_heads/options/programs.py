@@ -23,7 +23,6 @@ from localization_heads.options.groups import (
     DoctorOptions,
     EngineOptions,
     GroundingOptions,
-    Instances,
     ModelSpec,
     PhrasesOptions,
     QueryToken,
@@ -31,6 +30,7 @@ from localization_heads.options.groups import (
     SegmenterOptions,
     ViewChoice,
 )
+from localization_heads.options.instances import InstanceOptions
 from localization_heads.options.kinds import (
     FolderPath,
     HeadChoice,
@@ -210,7 +210,7 @@ class ImageAddresses(Options):
 
 
 @options
-class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions, RankedFiles):
+class FinderOptions(ModelUse, EntryChoice, ImageAddresses, InstanceOptions, LabelOptions, RankedFiles):
     """localization_heads_finder.py (also installed as `locheads`)."""
 
     EXTRA_GROUPS: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -255,12 +255,6 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, LabelOptions, RankedF
         "Name of the files of stages with one image; null derives one from the image's name and the query.",
         section="output",
         stages=ONE_IMAGE,
-    )
-    instances: Instances = option(
-        "one",
-        'Boxes of an expression: the best one, or every object that it fits (all), as in "the dogs"; for ground and '
-        "evaluate.",
-        stages=BOXES,
     )
     zoom: bool = option(
         False,

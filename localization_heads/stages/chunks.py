@@ -150,7 +150,7 @@ def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = 
     if not run.lvlm.asks_plainly(chunk.beside):
         return ReadyChunk(chunk, opened)
     try:
-        expressions = [sample.expression for sample, _ in opened]
+        expressions = [run.asked_as(sample.expression) for sample, _ in opened]
         return ReadyChunk(chunk, opened, run.lvlm.make_ready([image for _, image in opened], expressions))
     except Exception:  # `attend` finds out whose fault it is
         return ReadyChunk(chunk, opened)
@@ -216,7 +216,7 @@ def attend(
     if entries.fitting and len(opened) > entries.fitting:
         return in_parts(entries.fitting)
     samples, images = zip(*opened, strict=True)
-    expressions = [sample.expression for sample in samples]
+    expressions = [run.asked_as(sample.expression) for sample in samples]
     try:
         maps = run.lvlm.attend_batch(
             images,

@@ -156,6 +156,7 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "segmenter": as_read(options.segmenter),
         "native": scorer.native and scorer.native.prompt,
         "instances": options.instances,
+        **({"instances_by": options.instances_by} if options.instances == "all" else {}),
         "zoom": options.zoom,
     }
 
@@ -267,7 +268,11 @@ def _grounding(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequenc
     last_layer = max(layer for layer, _ in scored.heads)
     beside = replace(run.beside(scored.heads), signals=False)
     maps = run.lvlm.attend(
-        image, outcome.sample.expression, last_layer=last_layer, beside=beside, siblings=siblings
+        image,
+        run.asked_as(outcome.sample.expression),
+        last_layer=last_layer,
+        beside=beside,
+        siblings=siblings,
     )
     grounding = ground_maps(maps, scored.heads, run.options.grounding)
     return replace(grounding, box=scored.bbox or grounding.box, score=scored.score or 0.0)

@@ -82,7 +82,9 @@ def go_through(
         look_again: asks the model a second time about each chunk, before `work`.
         beside: what is asked beside each expression; siblings are those of `entries`.
     """
-    note_unknown_words(run.lvlm, [sample.expression for sample in samples])  # loaded here, not in a thread
+    note_unknown_words(
+        run.lvlm, [run.asked_as(sample.expression) for sample in samples]
+    )  # loaded here, not in a thread
 
     def chunk_of(part: Sequence[Sample]) -> Chunk:
         missing = frozenset(sample.id for sample in part if not is_done(sample))

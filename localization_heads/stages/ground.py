@@ -280,7 +280,7 @@ def settings(run: Run) -> dict[str, Any]:
         "heads": [list(head) for head in run.named_heads or ()],
         "options": [options.k, options.batch_size, asdict(options.criteria), asdict(options.grounding)],
         "segmenter": as_read(options.segmenter),
-        "boxes": [options.instances, options.zoom],
+        "boxes": [options.instances, options.instances_by, options.zoom],
         **({"signals": True} if options.signals else {}),
     }
 

@@ -71,6 +71,7 @@ def _wording(options: FinderOptions) -> dict[str, Any]:
     alone = options.query_token in ("answer_mean", "answer_span")
     tokens: dict[str, Any] = {"answer_tokens": options.answer_tokens} if alone else {}
     tokens |= {"answer_span": options.answer_span} if options.answer_span else {}
+    tokens |= {"instances_by": options.instances_by} if options.instances == "all" else {}
     return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
 
 

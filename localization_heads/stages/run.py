@@ -21,6 +21,7 @@ from localization_heads.grounder import (
     make_segmenter,
 )
 from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounding.ground import LEAST_MASS, LEAST_OF_PLACES
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import NATIVE_BOX, FoundWith
@@ -28,7 +29,9 @@ from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.box_formats import BOX
 from localization_heads.lvlm.spec import compose_spec, find_spec
+from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
+from localization_heads.options.instances import PLACES
 from localization_heads.options.programs import (
     ChatOptions,
     DemoOptions,
@@ -109,6 +112,7 @@ class ModelRun(Generic[Chosen]):
             options.k,
             calibration,
             options.abstain,
+            LEAST_OF_PLACES if self.wordings is PLACES else LEAST_MASS,
         )
 
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
@@ -163,6 +167,11 @@ class ModelRun(Generic[Chosen]):
         """Whether workers run the model over the data set (`engine=ray`) instead of this process."""
         return False
 
+    @property
+    def wordings(self) -> Sequence[str] | None:
+        """Templates that each expression is asked in; None asks with it alone."""
+        return self.options.paraphrases
+
     @cached_property
     def lvlm(self) -> LVLM:
         """The model, loaded on first use; on the CPU where workers run it, for the GPUs are theirs."""
@@ -182,7 +191,7 @@ class ModelRun(Generic[Chosen]):
             view=self.options.view,
             drop_lone_spaces=self.options.drop_lone_spaces,
             answer_tokens=self.options.answer_tokens,
-            paraphrases=self.options.paraphrases,
+            paraphrases=self.wordings,
             answer_span=self.options.answer_span,
         )
         if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
@@ -265,6 +274,16 @@ class ModelRun(Generic[Chosen]):
 @dataclass(frozen=True)
 class Run(ModelRun[FinderOptions]):
     """A run of the finder."""
+
+    @property
+    def wordings(self) -> Sequence[str] | None:
+        return PLACES if self.options.instances_by == "places" else self.options.paraphrases
+
+    def asked_as(self, expression: str) -> str:
+        """What the model is asked: where all objects are wanted, in the singular if it knows no other word."""
+        if self.options.instances == "one":
+            return expression
+        return in_singular(self.lvlm.processor.tokenizer, expression)
 
     @property
     def top_n(self) -> int:
