@@ -183,29 +183,41 @@ def finding(
         "conditions": {one.name: [list(head) for head in one.heads] for one in every},
     }
     title = f"Heads {what}: {', '.join(map(str, longest))}"
-    tables = [_shown(named[name], found[name], what) for name in there if name in MEASURES]
+    tables = [_shown(named[name], found[name]) for name in there if name in MEASURES]
     if by_kind := {named[name]: found[name] for name in there if name not in MEASURES}:
         tables.append(_by_kind(by_kind, f"with {main['counts'][-1]} heads {what}"))
     return Finding("ablation", title, tuple(tables), _reading(main, named[there[0]], what), numbers)
 
 
-def _shown(name: str, found: Mapping[str, Any], what: str) -> Table:
+def _shown(name: str, found: Mapping[str, Any]) -> Table:
     """A row a count; of no head, what the model does as it is."""
-    columns = (f"heads {what}", *COLUMNS.values())
+    columns = ("heads", *COLUMNS.values())
+    of_maps = name in (MEASURES["maps"], MEASURES["pointing"])
+    cell, said = (_from_before, "; before") if of_maps else (_cell, "")
     rows = []
     for place, count in enumerate(found["counts"]):
-        cells = [_cell(found, kind, place) for kind in COLUMNS]
+        cells = [cell(found, kind, place) for kind in COLUMNS]
         rows.append((str(count), *(cells if count else (cells[0], "", ""))))
-    return Table(columns, tuple(rows), f"{name} (%), {found['num']} expressions")
+    return Table(columns, tuple(rows), f"{name} (%{said}), {found['num']} expressions")
+
+
+def _from_before(found: Mapping[str, Any], kind: str, place: int) -> str:
+    """A percentage, and what the same heads' maps give in the model as it is.
+
+    >>> _from_before({"curves": {"heads": [0.5]}, "falls": {"heads": [0.25]}}, "heads", 0)
+    '50.0; 75.0'
+    """
+    now, fall = found["curves"][kind][place], found["falls"][kind][place]
+    return f"{percent(now)}; {percent(now + fall)}"
 
 
 def _by_kind(found: Mapping[str, Mapping[str, Any]], changed: str) -> Table:
-    """A row a measure: as the model is, and at the largest count."""
-    columns = ("measure (%)", "expressions", "none", *COLUMNS.values())
-    rows = [
-        (name, str(one["num"]), _cell(one, "heads", 0), *(_cell(one, kind, -1) for kind in COLUMNS))
-        for name, one in found.items()
-    ]
+    """A row a kind of question: as the model is, and at the largest count."""
+    columns = ("answers right (%)", "of", "none", *COLUMNS.values())
+    rows = []
+    for name, one in found.items():
+        after = (percent(one["curves"][kind][-1]) for kind in COLUMNS)
+        rows.append((name.rpartition(", ")[2], str(one["num"]), percent(one["curves"]["heads"][0]), *after))
     return Table(columns, tuple(rows), f"By question, {changed}")
 
 

@@ -25,6 +25,7 @@ PANELS = 3
 
 def plot_ablation(numbers: Mapping[str, Any], what: str, path: str | Path | None = None) -> Figure:
     """A panel a measure, the main one first: means with 95 % intervals; dashed, the model as it is.
+    Dotted, of the other heads' maps: the same heads' maps in the model as it is.
 
     Args:
         numbers: of `ablation.json`.
@@ -49,6 +50,9 @@ def _panel(axes: Axes, name: str, found: Mapping[str, Any], what: str) -> None:
         x = places + 0.08 * (step - 1)  # intervals side by side
         axes.vlines(x, low, high, color=colour, linewidth=1)
         (line,) = axes.plot(x, means, color=colour, marker=marker, markersize=3.5, label=label)
+        before = means + 100 * np.array(found["falls"][kind], dtype=np.float64)
+        if np.ptp(before) > 0.05:  # of the other heads' maps, in the model as it is
+            axes.plot(x, before, color=colour, linewidth=0.9, linestyle=":")
         said = zip(found["counts"], means, low, high, strict=True)
         tell(line, [f"{label}, {n}: {mean:.1f} % [{a:.1f}, {b:.1f}]" for n, mean, a, b in said])
     axes.axhline(100 * found["curves"]["heads"][0], color="0.6", linewidth=0.8, linestyle="--", zorder=0)

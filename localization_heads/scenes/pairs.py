@@ -1,4 +1,4 @@
-"""Scenes of two objects with a question that does not say which is meant, for heads that are steered."""
+"""Scenes of two objects with an expression that does not say which is meant, for heads that are steered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from localization_heads.scenes.scene import Scene, render_scene
 from localization_heads.scenes.write import SPLITS, scenes_folder
 from localization_heads.store.files import RunLock, write_bytes
 
-QUESTION = "what is it ?"
+QUESTION = "the thing"
+"""An expression that fits both, which the embedded model answers by describing one of them."""
 
 
 def pairs(options: ScenesOptions) -> Path:
