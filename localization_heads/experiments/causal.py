@@ -19,13 +19,14 @@ from localization_heads.experiments.study import Study, highest, names
 from localization_heads.experiments.validation import Heads, Recipe, Scored
 
 RANKINGS = {
-    "criteria": "both criteria, no labels",
-    "labels": "attention in the truth (labels)",
+    "criteria": "criteria",
+    "labels": "labels",
     "attention_sum": "attention sum",
-    "random": "random, of the same layers",
+    "random": "random",
     "all": "all heads",
 }
-"""The rows of the table; `all` is a control: no choice at all."""
+"""The rows of the table: both criteria, without labels; the attention in the truth; the attention sum; random heads of
+the same layers; and no choice at all, as a control."""
 UNCHANGED = "none"
 
 
@@ -89,8 +90,8 @@ def causal(study: Study, scores: Mapping[Any, Scored]) -> Finding:
         "num": len(before),
         "num_chosen_on": half,
     }
-    rows, lost = [], {}
-    for name, label in RANKINGS.items():
+    lost = {}
+    for name in RANKINGS:
         draws = range(len(sets[name]))
         own = [scores[name, draw].scores[half:] for draw in draws]
         accuracy = np.mean([[score.iou >= 0.5 for score in one] for one in own], axis=0)
@@ -106,35 +107,45 @@ def causal(study: Study, scores: Mapping[Any, Scored]) -> Finding:
             "fall_interval": list(bootstrap_interval(before - without)),
         }
         lost[name] = before - without
-        rows.append(_row(label, sets[name], numbers[name]))
     more = lost["criteria"] - lost["random"]
     numbers["more_than_random"] = [float(more.mean()), *bootstrap_interval(more)]
-    columns = (
-        "heads by", "the heads", "Acc@0.5 [95 %]", "pointing", "answers right without them", "fall [95 %]"
-    )  # fmt: skip
-    table = Table(
-        columns,
-        tuple(rows),
-        f"Chosen on {half} entries, measured on {len(before)} others; in % and points",
+    others = f"on the {len(before)} other entries (%)"
+    tables = (
+        Table(
+            ("heads by", "the heads", "Acc@0.5 [95 %]", "pointing"),
+            tuple(_localising(name, sets[name], numbers[name]) for name in RANKINGS),
+            f"Chosen on {half} entries: localisation {others}",
+        ),
+        Table(
+            ("switched off", "answers right", "points lost [95 %]"),
+            tuple(_lost(name, numbers[name]) for name in RANKINGS),
+            f"The same heads switched off: right answers {others}",
+        ),
     )
-    return Finding("causal", "Do the criteria find what matters?", (table,), _reading(numbers), numbers)
+    return Finding("causal", "Do the criteria find what matters?", tables, _reading(numbers), numbers)
 
 
-def _row(label: str, sets: Sequence[Heads], found: Mapping[str, Any]) -> tuple[str, ...]:
-    shown = names(sets[0]) if len(sets) == 1 and len(sets[0]) <= 10 else f"{len(sets)} sets of {len(sets[0])}"
-    return (
-        label,
-        shown if len(sets) > 1 or len(sets[0]) <= 10 else str(len(sets[0])),
-        f"{percent(found['acc@0.5'])} {_bounds(found['acc@0.5_interval'])}",
-        percent(found["pointing"]),
-        percent(found["answers"]),
-        f"{percent(found['fall'])} {_bounds(found['fall_interval'])}",
+def _localising(name: str, sets: Sequence[Heads], found: Mapping[str, Any]) -> tuple[str, ...]:
+    few = len(sets[0]) <= 10
+    shown = (
+        f"{len(sets)} sets of {len(sets[0])}"
+        if len(sets) > 1
+        else names(sets[0])
+        if few
+        else str(len(sets[0]))
     )
+    accuracy = f"{percent(found['acc@0.5'])} {_bounds(found['acc@0.5_interval'])}"
+    return RANKINGS[name], shown, accuracy, percent(found["pointing"])
+
+
+def _lost(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    fall = f"{percent(found['fall'])} {_bounds(found['fall_interval'])}"
+    return RANKINGS[name], percent(found["answers"]), fall
 
 
 def _bounds(interval: Sequence[float]) -> str:
     low, high = interval
-    return f"[{percent(low)}, {percent(high)}]"
+    return f"[{percent(low, 0)}, {percent(high, 0)}]"
 
 
 def _reading(numbers: Mapping[str, Any]) -> str:

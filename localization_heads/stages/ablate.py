@@ -56,8 +56,8 @@ def ablate(run: Run) -> Result:
     """
     from localization_heads import figures
 
-    run, data_file = _with_data(run)
-    entries = select_entries(run)
+    data_file = _data_file(run)
+    entries = select_entries(replace(run, options=replace(run.options, data_file=data_file)))
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         asked = _asked(run, entries, data_file)
@@ -76,14 +76,12 @@ def ablate(run: Run) -> Result:
         return Result(paths, entries.in_order(), findings=[found])
 
 
-def _with_data(run: Run) -> tuple[Run, str]:
-    """The run with its data file, which of scenes is written now."""
+def _data_file(run: Run) -> str:
+    """Where the entries are; scenes are written now."""
     run.options.require("data_file")
     if run.options.data_file != "scenes":
-        return run, str(run.options.data_file)
-    write = pairs if run.options.ablate.steer else scenes
-    data_file = str(write(run.options.scenes))
-    return replace(run, options=replace(run.options, data_file=data_file)), data_file
+        return str(run.options.data_file)
+    return str((pairs if run.options.ablate.steer else scenes)(run.options.scenes))
 
 
 def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> list[Values]:
