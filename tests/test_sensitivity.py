@@ -18,6 +18,9 @@ import localization_heads as lh
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import load_samples
 from localization_heads.errors import UsageError
+from localization_heads.experiments.study import Study, StudyOptions
+from localization_heads.experiments.tables import ROBUST as ROBUST_ROW
+from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 from localization_heads.heads.record import resting
@@ -382,3 +385,30 @@ def test_wrong_words_are_one_line(data: Front) -> None:
         result = data.finder("stage=find", *DATA, option)
         assert result.status == 2, option
         assert option.split("=")[0] in result.err
+
+
+def test_doctor_says_which_heads_follow_on_its_image(data: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And warns where they are not the paper's, here because nothing is allowed to agree."""
+    asked = ("stage=doctor", "image_file=image_0.png", "query=the dog", "doctor.check=false")
+    assert "they follow" not in data.finder(*asked).out
+    monkeypatch.setattr(
+        "localization_heads.heads.robust.papers_first", lambda ranking, k: [ranking.kept[-1].address]
+    )
+    result = data.finder(*asked, "criteria=robust")
+    assert result.status == 0, result.err
+    assert "they follow" in result.out
+    assert "they rest" in result.out
+    assert "criteria=robust" in result.err
+
+
+def test_tab5_has_a_row_of_the_third_criterion_where_it_was_measured() -> None:
+    """Frequency puts head 2-0 first, movement 2-1; without movement the table is the paper's."""
+    sums = np.full((4, 3, 2), 0.5, np.float32)
+    entropies = np.broadcast_to(np.array([[1, 1], [1, 1], [0.1, 0.2]], np.float32), sums.shape)
+    options = StudyOptions(k=1, top_n=1, num_trials=1, criteria=ROBUST)
+    study = Study("model", "data", sums, entropies, np.zeros(sums.shape, bool), options=options)
+    assert ROBUST_ROW not in criteria_recipes(study)
+    movement = Movement(np.array([[0, 0], [0, 0], [0.1, 0.9]]), np.full((3, 2), np.nan))
+    recipes = criteria_recipes(replace(study, movement=movement))
+    assert recipes[ROBUST_ROW].of(0) == ((2, 1),)
+    assert recipes["both", "fixed"].of(0) == ((2, 0),) == criteria_recipes(study)["both", "fixed"].of(0)

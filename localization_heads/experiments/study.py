@@ -13,6 +13,8 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import NONE_KEPT, WAY_OUT, HeadRanking, greedy_heads, rank_heads
+from localization_heads.heads.robust import with_movement
+from localization_heads.heads.sensitivity import Movement
 from localization_heads.options.experiments import ExperimentOptions
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
@@ -60,6 +62,7 @@ class Study:
         num_masks: how many samples have a true mask; the IoU of the others is with their box.
         given_heads: localization heads named by the user; without any, those found here are used.
         segmenter: the name of the segmenter that makes the masks of Tab. 1 to 3.
+        movement: the third criterion over the samples, with `criteria=robust`; its ranking is then the study's.
     """
 
     model: str
@@ -75,6 +78,7 @@ class Study:
     given_heads: tuple[Head, ...] | None = None
     segmenter: str = "none"
     options: StudyOptions = field(default_factory=StudyOptions)
+    movement: Movement | None = None
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -110,7 +114,7 @@ class Study:
     def ranked(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
         """The ranking, with another tau or another N if given."""
         options = self.options
-        return rank_heads(
+        ranking = rank_heads(
             self.sums,
             self.entropies,
             bottom_row=self.bottom_row,
@@ -121,6 +125,7 @@ class Study:
             seed=options.seed,
             model=self.model,
         )
+        return ranking if self.movement is None else with_movement(ranking, self.movement)
 
     def _criteria(self, tau: float | None) -> CriteriaOptions:
         criteria = self.options.criteria

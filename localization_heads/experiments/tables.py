@@ -10,12 +10,15 @@ import numpy as np
 
 from localization_heads.experiments import paper
 from localization_heads.experiments.paper import MISSING, Finding, Table, percent, printed, than
-from localization_heads.experiments.study import Study, first, highest, names
+from localization_heads.experiments.study import Study, highest, names
 from localization_heads.experiments.validation import Heads, Recipe, Scored
 from localization_heads.heads.ranking import NONE_KEPT
+from localization_heads.heads.robust import papers_first
 
 ALL = "all heads"
 """The control: the maps of all heads of the layers that are not left out, added as they are."""
+ROBUST = "both and the third"
+"""The heads of `criteria=robust`: kept by criterion 1, ranked by how far their maps follow the expression."""
 WHICH, WAYS = ("criterion 1", "criterion 2", "both"), ("fixed", "greedy")
 
 
@@ -141,12 +144,14 @@ def criteria_recipes(study: Study) -> dict[Hashable, Recipe]:
     k, exclude = options.k, options.criteria.exclude_layers
     chosen: dict[Hashable, Heads | tuple[Heads, ...]] = {
         ("criterion 1", "fixed"): highest(study.sums.mean(axis=0, dtype=np.float64), k, exclude),
-        ("criterion 2", "fixed"): first(study.ranked(tau=0.0), k),
-        ("both", "fixed"): study.found(),
+        ("criterion 2", "fixed"): tuple(papers_first(study.ranked(tau=0.0), k)),
+        ("both", "fixed"): tuple(papers_first(study.ranking, k)),
         ("criterion 1", "greedy"): tuple(highest(sums, k, exclude) for sums in study.sums),
         ("criterion 2", "greedy"): study.greedy(tau=0.0),
         ("both", "greedy"): study.greedy(),
     }
+    if study.movement is not None:
+        chosen[ROBUST] = study.found()
     found = {name: Recipe(heads, options.grounding) for name, heads in chosen.items()}
     return found | {ALL: Recipe(study.everyone, options.grounding)}
 
@@ -171,6 +176,10 @@ def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
                     printed(res),
                 )
             )
+    if study.movement is not None:
+        robust = scores[ROBUST].metrics
+        cells = names(study.found()), percent(robust["acc@0.5"]), percent(robust["ciou"])
+        rows.append((f"{ROBUST}, fixed", *cells, MISSING, MISSING))
     every = scores[ALL].metrics
     shown = f"all {len(study.everyone):,}", percent(every["acc@0.5"]), percent(every["ciou"])
     rows.append(("no choice", *shown, MISSING, MISSING))
@@ -181,6 +190,8 @@ def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
         for which in WHICH
         for way in WAYS
     }
+    if study.movement is not None:
+        numbers[ROBUST] = {"samples": len(scores[ROBUST]), **scores[ROBUST].metrics}
     numbers[ALL] = {"samples": len(scores[ALL]), **every}
     reading = _criteria_reading(study, scores)
     return Finding("tab5", "Tab. 5: the criteria, and fixed or greedy heads", (table,), reading, numbers)
@@ -190,7 +201,7 @@ def _criteria_reading(study: Study, scores: Mapping[Any, Scored]) -> str:
     first, second, both = (scores[which, "fixed"].metrics["acc@0.5"] for which in WHICH)
     greedy = scores["both", "greedy"].metrics["acc@0.5"]
     reading = f"{NONE_KEPT.capitalize()}, so both criteria leave no fixed heads"
-    if study.found():
+    if study.ranking.kept:
         reading = (
             f"With fixed heads, both criteria reach an Acc@0.5 of {percent(both)}, which is "
             f"{than(both, first)} criterion 1 alone ({percent(first)}) and "
@@ -201,6 +212,11 @@ def _criteria_reading(study: Study, scores: Mapping[Any, Scored]) -> str:
         "above either, and fixed heads above greedy ones. The maps of all heads, added without any choice, reach "
         f"{percent(scores[ALL].metrics['acc@0.5'])}."
     )
+    if study.movement is not None:
+        reading += (
+            " Heads that criterion 1 keeps and whose maps follow the expression most (criteria=robust, not in the "
+            f"paper) reach {percent(scores[ROBUST].metrics['acc@0.5'])}."
+        )
     if len(scores["both", "greedy"]) < len(study):
         reading += (
             " Rows with fewer expressions leave those out in which no head passes, as stage=evaluate does."

@@ -133,7 +133,8 @@ class ModelUse(Options):
     criteria: CriteriaOptions = option(
         CriteriaOptions(),
         "How heads are found: paper, robust (its two criteria and a third: heads that rest whatever is asked come "
-        "last), published or published_august (the code of June and August 2025).",
+        "last; no worse where it was measured, but that is one small model, so not the default), published or "
+        "published_august (the code of June and August 2025).",
         section="method",
         choice="paper",
     )

@@ -33,12 +33,13 @@ from localization_heads.experiments.validation import Refine, Scored, score
 from localization_heads.heads.head import Head
 from localization_heads.heads.labels import mass_in_truth
 from localization_heads.options.groups import SAMS, SegmenterOptions
+from localization_heads.stages import moving
 from localization_heads.stages.ablate import answers_without
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import open_store
+from localization_heads.stages.records import open_own_store
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
@@ -132,12 +133,12 @@ def experiment(run: Run) -> Result:
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         given = _given_heads(run)
-        store = open_store(run)
+        store = open_own_store(run, entries)
         collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         measures = _measure(run, entries) if needs_truth else {}
         if not entries.good:
             raise NothingDoneError("no entry could be used", entries.in_order())
-        rows = store.rows([entries.key(sample) for sample in entries.good])
+        rows = store.rows([entries.stored_key(sample, store) for sample in entries.good])
         study = Study(
             model=run.spec.name,
             data=_data_name(run),
@@ -147,6 +148,7 @@ def experiment(run: Run) -> Result:
             given_heads=given,
             segmenter=run.options.segmenter.kind,
             options=_study_options(run),
+            movement=moving.over(rows, [1] * len(entries.good), (store.num_layers, store.num_heads)),
             **measures,
         )
         if "causal" in chosen:

@@ -30,13 +30,13 @@ from localization_heads.heads.record import NATIVE_BOX, asked, found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.beside import NOTHING
 from localization_heads.lvlm.box_formats import BOX
-from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
+from localization_heads.lvlm.mirrored import movement_in, probing
 from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
-from localization_heads.stages.records import choose_record, keep_statistics, open_store
+from localization_heads.stages.records import choose_record, keep_statistics, open_own_store
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
@@ -157,7 +157,7 @@ def find(run: Run) -> Result:
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         draws = draws_of(run, entries)
         used = [entries.samples[place] for place in np.flatnonzero(draws.any(axis=0))]
-        store = _own_store(run, entries)
+        store = open_own_store(run, entries)
         collect_statistics(run, entries, used, store, keep_maps=False)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
@@ -187,7 +187,7 @@ def batch(run: Run) -> Result:
         if run.options.heads != "auto":  # before the work, not after it
             run.check_named_heads()
         draws = draws_of(run, entries)
-        store = _own_store(run, entries)
+        store = open_own_store(run, entries)
         entries.images_again = True
         fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
@@ -198,12 +198,6 @@ def batch(run: Run) -> Result:
         paths.append(save_predictions(run, outcomes, entries.in_order()))
         paths += report.write(entries, outcomes, store=store)
         return Result(paths, entries.in_order(), outcomes, ranking)
-
-
-def _own_store(run: Run, entries: Entries) -> StatisticsStore:
-    """The store of `find` and `batch`, which hold the third criterion if it is wanted."""
-    entries.moving = is_wanted(run.options.criteria)
-    return open_store(run, moved=entries.moving)
 
 
 def draws_of(run: Run, entries: Entries) -> np.ndarray:

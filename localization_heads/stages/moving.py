@@ -8,12 +8,15 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from localization_heads.data.samples import Sample
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.ranking import HeadRanking, rank_heads
+from localization_heads.heads.record import resting
 from localization_heads.heads.robust import disagreement, with_movement
-from localization_heads.heads.sensitivity import mean_movement
-from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted
+from localization_heads.heads.sensitivity import Movement, mean_movement
+from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted, movement_in, probing
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages.chunks import Attended, LookAgain
 from localization_heads.stages.entries import Entries, image_key
@@ -55,10 +58,48 @@ def ranked(
     Args:
         draws: `[trial, sample]`, as `rank_heads` has them.
     """
+    movement = over(rows, draws.sum(axis=0).tolist(), shape)
+    return ranking if movement is None else with_movement(ranking, movement)
+
+
+def over(rows: StatisticsRows, weights: Sequence[float], shape: tuple[int, int]) -> Movement | None:
+    """The mean over the samples of `rows`, each with its weight; None in a store without the third criterion."""
     samples = rows.moved()
-    if samples is None:
-        return ranking
-    return with_movement(ranking, mean_movement(samples, draws.sum(axis=0).tolist(), shape))
+    return None if samples is None else mean_movement(samples, weights, shape)
+
+
+def facts_of(run: Run, image: Image.Image, expression: str) -> list[tuple[str, str]]:
+    """What `stage=doctor` says of the third criterion on one image, as (name, value); nothing if it is not asked for.
+
+    Warns as `warn` does.
+    """
+    criteria = run.options.criteria
+    if not is_wanted(criteria):
+        return []
+    maps = run.lvlm.attend(image, expression, beside=probing(criteria))
+    mirrored = ask_mirrored(run.lvlm, image, expression, maps) if criteria.mirrored else None
+    found = head_statistics(maps.attention, criteria)
+    ranking = rank_heads(
+        found.attention_sum[None],
+        found.spatial_entropy[None],
+        bottom_row=found.bottom_row_focus[None],
+        options=criteria,
+        top_n=run.top_n,
+        num_trials=1,
+    )
+    shape = (maps.num_layers, maps.num_heads)
+    ranking = with_movement(ranking, mean_movement([movement_in(maps, mirrored)], [1], shape))
+    warn(ranking, run.options.k)
+    first = ranking.kept[: run.options.k]
+    moves = [f"{head.address} ({head.movement:.2f})" for head in first if head.movement is not None]
+    rest = [str(head.address) for head in resting(ranking)[:10]]
+    return [
+        (
+            "they follow",
+            f"{' '.join(moves) or 'none'}: heads by movement with the expression, on this image alone",
+        ),
+        ("they rest", " ".join(rest) or "none"),
+    ]
 
 
 def warn(ranking: HeadRanking, k: int) -> None:

@@ -39,6 +39,12 @@ def open_store(run: Run, *, moved: bool = False) -> StatisticsStore:
     )
 
 
+def open_own_store(run: Run, entries: Entries) -> StatisticsStore:
+    """The store of a run that ranks heads, which holds the third criterion if it is wanted."""
+    entries.moving = is_wanted(run.options.criteria)
+    return open_store(run, moved=entries.moving)
+
+
 def asked_settings(run: Run, *, moved: bool = False) -> dict[str, Any]:
     """The options that the statistics depend on, as far as they are known without the model (for `stage=rank`).
 

@@ -24,6 +24,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import analysis_rows, greedy_heads
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.stages import moving
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import (
@@ -291,6 +292,7 @@ def doctor(run: Run) -> Examined:
     from localization_heads.lvlm.doctor import examine
 
     found = examine(run.lvlm, image, expression, run.options.doctor.check)
+    found = replace(found, facts=[*found.facts, *moving.facts_of(run, image, expression)])
     if not found.views:
         return Examined(found, [])
     title = f"{run.lvlm.name}: the cells of its image tokens"
