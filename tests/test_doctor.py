@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +25,7 @@ from localization_heads.lvlm import capture, doctor
 from localization_heads.lvlm.doctor import eager, examine
 from localization_heads.lvlm.geometry import View, even_view
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.verdict import EXPRESSIONS, geometry
 from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.run import Run
 
@@ -226,3 +228,48 @@ def test_cells_are_drawn_where_they_lie(image: Image.Image) -> None:
         x0, y0, x1, y1 = view.box
         assert drawn[: len(view.x_edges)] == [((x, y0), (x, y1)) for x in view.x_edges]
         assert drawn[len(view.x_edges) :] == [((x0, y), (x1, y)) for y in view.y_edges]
+
+
+def test_a_verdict_to_attach_to_an_issue(
+    image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a stranger needs to know, and nothing of the user's folders, words or image."""
+    monkeypatch.setattr("localization_heads.stages.verdict.SHIPPED", tmp_path / "data.jsonl")
+    lines = [
+        {"id": f"{n}", "prompt": text, "image_path": "noise.png"}
+        for n, text in enumerate(["the dog", "a cat"])
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = run_of(tmp_path, f"image_file={image_file}", "query='my secret'", "verdict=true")
+    assert STAGES["doctor"](run) == 0
+    path = tmp_path / "out/tiny/verdict.json"
+    assert path.name in capsys.readouterr().out
+    text = path.read_text()
+    found = json.loads(text)
+    assert (
+        found["well"]
+        and found["model"]["family_verified"]
+        and found["model"]["layers"] == run.lvlm.num_layers
+    )
+    assert found["capture"]["passed"] and found["capture"]["difference"] < 1e-4
+    assert found["geometry"]["passed"] and 0 < found["geometry"]["views"]["whole"]["largest_error"] < 0.25
+    assert found["versions"]["torch"] == torch.__version__
+    assert [one["expression"] for one in found["tokens"]] == list(EXPRESSIONS)
+    assert all("".join(one["own"]) for one in found["tokens"])
+    assert found["heads"]["samples"] == 2 and len(found["heads"]["known"]) == len(run.lvlm.known_heads)
+    assert "secret" not in text and str(tmp_path) not in text and "noise" not in text
+
+
+def test_a_verdict_sees_a_wrong_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and columns swapped: the footprints of this very model contradict it."""
+    lvlm = tiny_lvlm("last")
+    assert geometry(lvlm)["passed"]
+    right = LVLM.views_in
+
+    def swapped(self: LVLM, *given: Any) -> list[View]:
+        return [View(v.name, v.index.T, v.x_edges, v.y_edges) for v in right(self, *given)]
+
+    monkeypatch.setattr(LVLM, "views_in", swapped)
+    assert geometry(lvlm)["passed"] is False
+    monkeypatch.setattr(LVLM, "views_in", lambda *_: 1 / 0)
+    assert geometry(lvlm) == {"passed": None, "note": "not traced: division by zero"}

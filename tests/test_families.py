@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,53 +12,21 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_siblings import SIBLINGS  # and registers all families
-from footprints import coordinate_image, footprint_centres, views_seen
+from footprints import coordinate_image, footprint_errors
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.capture import capture
 from localization_heads.lvlm.families import FAMILIES, REFUSED, check_family, views_of
-from localization_heads.lvlm.geometry import ProcessedImage, View
+from localization_heads.lvlm.geometry import ProcessedImage
 from localization_heads.lvlm.model import LVLM
 
 CHECKS = json.loads(Path(__file__).with_name("family_checks.json").read_text(encoding="utf-8"))
 SIZES = {"wide": (1000, 560), "tall": (420, 760), "small": (150, 110)}
-SAMPLED = 8
 EAGER = {"rtol": 0, "atol": 1e-5}
 
 
-CUT_AT_THE_BORDER = {"florence2"}
-"""Families whose convolutions reach over their cells: at the image's border, their footprints are one-sided."""
-
 NO_FOOTPRINTS = {"gemma3n"}
 """Families whose vision tower is timm's, whose attention cannot be switched off here."""
-
-
-def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
-    """The four corners and a few others, all at least `rim` cells from the border."""
-    h, w = (side - 2 * rim for side in view.index.shape)
-    inner = np.random.default_rng(0).choice(h * w, min(SAMPLED, h * w), replace=False)
-    cells = {(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), *((int(i) // w, int(i) % w) for i in inner)}
-    return sorted((row + rim, column + rim) for row, column in cells)
-
-
-def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
-    views = {view.name: view for view in views_seen(lvlm, coordinate_image(*image_size))}
-    cells = {
-        name: sampled_cells(view, rim=int(lvlm.name in CUT_AT_THE_BORDER)) for name, view in views.items()
-    }
-    keys = [int(views[name].index[cell]) for name in views for cell in cells[name]]
-    centres = footprint_centres(lvlm, image_size, keys)
-    return {name: np.array(list(_errors(views[name], cells[name], centres))) for name in views}
-
-
-def _errors(
-    view: View, cells: list[tuple[int, int]], centres: dict[int, tuple[float, float]]
-) -> Iterator[tuple[float, float]]:
-    for r, c in cells:
-        if (centre := centres.get(int(view.index[r, c]))) is not None:
-            (x0, x1), (y0, y1) = view.x_edges[c : c + 2], view.y_edges[r : r + 2]
-            yield (centre[0] - (x0 + x1) / 2) / (x1 - x0), (centre[1] - (y0 + y1) / 2) / (y1 - y0)
 
 
 def traced() -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from localization_heads.lvlm.capture import Query, decoder_layers, prompt_keys
 from localization_heads.lvlm.families import FAMILIES
 from localization_heads.lvlm.geometry import View
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.query_tokens import expression_tokens
 
 SMALL = 1_000_000_000
 """Largest number of parameters for which capture is compared with eager attention by default."""
@@ -170,6 +171,23 @@ def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
         yield Piece("(first token of the answer)", "query")
     elif query.answers:
         yield Piece("(tokens of the answer)", "query")
+
+
+def expression_pieces(
+    lvlm: LVLM, image: Image.Image, expression: str
+) -> tuple[list[str], list[str], list[str]]:
+    """The prompt's tokens as text, image tokens left out: before the expression, its own, and after it.
+
+    Raises:
+        UsageError: an expression that cannot be asked, or whose tokens cannot be told from the others.
+    """
+    prompt, coder = lvlm.located_prompt(expression), lvlm.processor.tokenizer
+    ids = lvlm.encode([image], [prompt.text])["input_ids"][0].tolist()
+    span = expression_tokens(coder, prompt, ids, lvlm.dropped_token)
+    texts = ["" if id == lvlm.image_token_id else str(coder.convert_ids_to_tokens(id)) for id in ids]
+    parts = texts[: span[0]], texts[span[0] : span[-1] + 1], texts[span[-1] + 1 :]
+    before, own, after = ([text for text in part if text] for part in parts)
+    return before, own, after
 
 
 def _views(lvlm: LVLM, inputs: dict[str, Any], image: Image.Image) -> tuple[list[View], str | None]:

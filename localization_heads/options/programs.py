@@ -354,6 +354,11 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, InstanceOptions, Labe
     worst: int = option(16, "Number of worst boxes drawn into failures/.", ge=0, le=200)
     phrases: PhrasesOptions = option(PhrasesOptions(), "Several objects in one query (stage=ground).")
     trace: TraceOptions = option(TraceOptions(), "Maps of the answer (stage=trace).")
+    verdict: bool = option(
+        False,
+        "Write what doctor found, and the geometry as traced on this very model, as a small JSON file for an issue.",
+        stages=("doctor",),
+    )
     doctor: DoctorOptions = option(DoctorOptions(), "A new model: stage=doctor shows how it is read.")
     experiment: ExperimentOptions = option(
         ExperimentOptions(),

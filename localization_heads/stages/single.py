@@ -27,6 +27,7 @@ from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import moving
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.verdict import write_verdict
 from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
@@ -293,7 +294,10 @@ def doctor(run: Run) -> Examined:
 
     found = examine(run.lvlm, image, expression, run.options.doctor.check)
     found = replace(found, facts=[*found.facts, *moving.facts_of(run, image, expression)])
-    if not found.views:
-        return Examined(found, [])
-    title = f"{run.lvlm.name}: the cells of its image tokens"
-    return Examined(found, [run.draw(figures.plot_cells, image, found.views, path=path, title=title)])
+    paths = []
+    if found.views:
+        title = f"{run.lvlm.name}: the cells of its image tokens"
+        paths.append(run.draw(figures.plot_cells, image, found.views, path=path, title=title))
+    if run.options.verdict:
+        paths.append(write_verdict(run, found, image))
+    return Examined(found, paths)

@@ -1,0 +1,174 @@
+"""Which pixels of the original image feed an image token, found without any knowledge of the geometry.
+
+An image whose colours say where they are goes through the real processor. The gradient of a token's features says
+which processed pixels it is made of, and their colours say where in the original those came from. Attention in the
+vision tower is replaced by the identity, so that a token sees its own patches only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from localization_heads.lvlm.capture import decoder_layers
+from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.model import LVLM
+
+SAMPLED = 8
+"""Cells of a view whose footprints are looked at, beside its corners."""
+LIMIT = 0.25
+"""Largest distance of a footprint from the centre of its cell, in cells, that is taken for right."""
+UNTRACEABLE = {"gemma3n": "its vision tower is timm's, and mixes the whole image"}
+"""Model types whose attention in the vision tower cannot be switched off, and why."""
+BLENDING = ("deepseek_vl_hybrid", "florence2", "gemma3n", "llava_onevision")
+"""Model types whose tokens reach over their cells, with less weight: convolutions and resampling."""
+CUT_AT_THE_BORDER = ("florence2",)
+"""Model types whose convolutions reach so far that at the image's border footprints are one-sided."""
+
+Point = tuple[float, float]
+CHANNELS_LAST = ("Gemma4", "Lfm2Vl")  # image processors whose flattened patches end with the colour
+
+
+class Reached(BaseException):
+    """The forward pass has come to where image features meet the language model."""
+
+
+def coordinate_image(width: int, height: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom, blue is full: it marks pixels of the image."""
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    channels = np.broadcast_arrays(x[None] * 255, y[:, None] * 255, 255.0)
+    return Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8))
+
+
+def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
+    """Where the tokens of an image lie, in every rendering of it that the model gets."""
+    return lvlm.views_in(lvlm.encode([image], [lvlm.prompt("it")]), 0, image)
+
+
+def footprint_centres(lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int]) -> dict[int, Point]:
+    """Centre, in pixels of the original image, of what feeds each key. Keys that see padding are left out."""
+    raw = lvlm.processed([coordinate_image(*image_size)], [lvlm.prompt("the dog")])
+    inputs = lvlm.on_device(raw)
+    pixels = inputs["pixel_values"] = inputs["pixel_values"].detach().clone().requires_grad_()
+    with identity_attention(lvlm):
+        features = image_features(lvlm, inputs)  # (K, D)
+    weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0)).to(features)
+    colours = original_colours(lvlm, raw["pixel_values"].float())
+    found = {}
+    for key in keys:
+        (gradient,) = torch.autograd.grad(features[key] @ weights, pixels, retain_graph=True)
+        feeds = colour_last(lvlm, gradient.float().cpu()).abs().sum(-1)
+        fed = feeds > 1e-3 * feeds.max()
+        if (colours[fed][:, 2] > 0.95).all():
+            shares = feeds[fed] if lvlm.model.config.model_type in BLENDING else None
+            centre = np.average(colours[fed][:, :2], axis=0, weights=shares)
+            found[key] = float(centre[0] * image_size[0]), float(centre[1] * image_size[1])
+    return found
+
+
+def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
+    """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
+    rim = int(lvlm.model.config.model_type in CUT_AT_THE_BORDER)
+    views = {view.name: view for view in views_seen(lvlm, coordinate_image(*image_size))}
+    cells = {name: sampled_cells(view, rim) for name, view in views.items()}
+    keys = [int(views[name].index[cell]) for name in views for cell in cells[name]]
+    centres = footprint_centres(lvlm, image_size, keys)
+    return {name: np.array(list(_errors(views[name], cells[name], centres))).reshape(-1, 2) for name in views}
+
+
+def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
+    """The four corners and a few others, all at least `rim` cells from the border."""
+    h, w = (side - 2 * rim for side in view.index.shape)
+    inner = np.random.default_rng(0).choice(h * w, min(SAMPLED, h * w), replace=False)
+    cells = {(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), *((int(i) // w, int(i) % w) for i in inner)}
+    return sorted((row + rim, column + rim) for row, column in cells)
+
+
+def _errors(view: View, cells: Sequence[tuple[int, int]], centres: dict[int, Point]) -> Iterator[Point]:
+    for r, c in cells:
+        if (centre := centres.get(int(view.index[r, c]))) is not None:
+            (x0, x1), (y0, y1) = view.x_edges[c : c + 2], view.y_edges[r : r + 2]
+            yield (centre[0] - (x0 + x1) / 2) / (x1 - x0), (centre[1] - (y0 + y1) / 2) / (y1 - y0)
+
+
+def image_features(lvlm: LVLM, inputs: dict[str, Any]) -> Tensor:
+    """(K, D) what the language model gets for each key: the prompt's embeddings, or the cross-attention's states."""
+    got: list[Tensor] = []
+
+    def keep(module: Any, args: Any, options: dict[str, Any]) -> None:
+        states = options.get("cross_attention_states")
+        got.append(options["inputs_embeds"] if states is None else states)
+        raise Reached
+
+    hook = entrance(lvlm.model).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        lvlm.model.base_model(**inputs, use_cache=False)
+    except Reached:
+        pass
+    finally:
+        hook.remove()
+    return got[0].reshape(-1, got[0].shape[-1])
+
+
+def entrance(model: Any) -> Any:
+    """The module that image features enter: the LM, or the encoder of an encoder-decoder."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
+    layers = decoder_layers(model)
+    return next(module for module in model.modules() if getattr(module, "layers", None) is layers)
+
+
+@contextmanager
+def identity_attention(lvlm: LVLM) -> Iterator[None]:
+    """Every attention module outside the language model hands on the values of its own position."""
+    ALL_ATTENTION_FUNCTIONS.register("identity", _values)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("identity", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    spared = {id(lvlm.model.config), id(lvlm.model.config.get_text_config())}
+    configs = {
+        id(c): c for module in lvlm.model.modules() if (c := getattr(module, "config", None)) is not None
+    }
+    changed = [
+        c for key, c in configs.items() if key not in spared and hasattr(c, "_attn_implementation_internal")
+    ]
+    before = [c._attn_implementation_internal for c in changed]
+    try:
+        for config in changed:
+            config._attn_implementation_internal = "identity"
+        yield
+    finally:
+        for config, name in zip(changed, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+def _values(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    if value.shape[1] != query.shape[1]:
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    return value.transpose(1, 2).contiguous(), None
+
+
+def original_colours(lvlm: LVLM, pixels: Tensor) -> Tensor:
+    """[..., colour] of the processed pixels with the normalisation undone: 0 to 1."""
+    ip, last = lvlm.processor.image_processor, colour_last(lvlm, pixels)
+    if not ip.do_normalize:
+        return last
+    return last * torch.tensor(ip.image_std) + torch.tensor(ip.image_mean)
+
+
+def colour_last(lvlm: LVLM, pixels: Tensor) -> Tensor:
+    """Pixels [..., colour, height, width], or flattened patches, with their colours last."""
+    if pixels.dim() >= 4 and pixels.shape[-3] == 3:
+        return pixels.movedim(-3, -1)
+    if type(lvlm.processor.image_processor).__name__.startswith(CHANNELS_LAST):
+        return pixels.reshape(*pixels.shape[:-1], -1, 3)
+    return pixels.reshape(*pixels.shape[:-1], 3, -1).transpose(-1, -2)
