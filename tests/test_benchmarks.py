@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import floor, gpu, machine
+from benchmarks import few_labels, floor, gpu, machine
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
 from benchmarks.gpu import Fact, markdown_of
@@ -319,3 +319,15 @@ def test_a_goal_is_an_upper_or_a_lower_limit() -> None:
 def test_true_sizes_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "--toy" in capsys.readouterr().err
+
+
+def test_few_labels_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    few_labels.main(["--scenes", "4", "--draws", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("without labels: ") and lines[2].startswith(
+        "| heads_by | labels | shrink=none |"
+    )
+    assert [line.split("|")[1:3] for line in lines[4:]] == [
+        [f" `{by}` ", f" {count} "] for by in ("mass", "iou", "pointing") for count in (1, 2)
+    ]
