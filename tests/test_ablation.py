@@ -144,14 +144,14 @@ def test_answers_of_a_data_file(tmp_path: Path) -> None:
     assert "number 2: 'bbox' has length 2" in found.bad[2].reason
 
 
-SCENES = ("data=scenes", "scenes.size=96", "scenes.count=4", "batch_size=2")
+SCENES = ("data=scenes", "scenes.size=96", "scenes.count=3", "batch_size=2")
 FEW = ("stage=ablate", "heads=[4-4,5-6]", "ablate.counts=[2]", "ablate.draws=1", "ablate.answer_tokens=4")
 
 
 def test_stage_resumes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     result = front.finder(*FEW, *SCENES)
     assert result.status == 0, result.err
-    assert "answers right (%), 4 expressions" in result.out and "By question, with 2 heads" in result.out
+    assert "answers right (%), 3 expressions" in result.out and "By question, with 2 heads" in result.out
     whole = json.loads((front.out / "ablation.json").read_text())
     assert (
         whole["heads"] == [[4, 4], [5, 6]]
@@ -181,7 +181,7 @@ def test_stage_resumes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ablate.Ablation, "__call__", counts)
     assert front.finder(*FEW, *SCENES).status == 0
-    assert len(again) == 2 and json.loads((front.out / "ablation.json").read_text()) == whole
+    assert len(again) == 1 and json.loads((front.out / "ablation.json").read_text()) == whole
 
 
 def test_steering_as_a_command(front: Front) -> None:
@@ -190,6 +190,16 @@ def test_steering_as_a_command(front: Front) -> None:
     found = json.loads((front.out / "ablation.json").read_text())
     assert found["measure"] == "answers that name what is in the region"
     assert found["choices"]["ablate.strength"] == 8
+
+
+def test_native_boxes_as_a_command(front: Front) -> None:
+    """The embedded model writes none, whatever is switched off."""
+    boxes = ("ablate.measure=boxes", "model.native_box=paligemma", "scenes.count=1")
+    result = front.finder(*FEW, *SCENES, *boxes)
+    assert result.status == 0, result.err
+    found = json.loads((front.out / "ablation.json").read_text())
+    assert found["measure"] == "native boxes right (IoU 0.5)"
+    assert found["curves"]["heads"] == [0, 0] and list(found["measures"]) == [found["measure"]]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from family_models import tiny
 from family_models_tiled import gemma3  # noqa: F401 -- registers the other half of the families
 from PIL import Image
+from tiny_models import llava_model, llava_processor
 from transformers import AttentionInterface
 
 import localization_heads as lh
@@ -22,6 +23,7 @@ from localization_heads.lvlm.families import views_of
 from localization_heads.lvlm.geometry import ProcessedImage
 from localization_heads.lvlm.intervene import output_projection
 from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import ModelSpec
 
 FAMILIES = ["llava", "llava_siglip", "llava_next", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "deepseek_vl"]
 FAMILIES += ["paligemma2", "internvl", "gemma3", "mllama", "florence2", "llama4", "kimi_k25"]
@@ -151,21 +153,53 @@ def test_all_ways_to_ask_agree(lvlm: LVLM, image: Image.Image) -> None:
         np.testing.assert_allclose(one, plain, **CLOSE)
 
 
-def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Image) -> None:
+def sliding() -> LVLM:
+    """Each layer sees twelve tokens: of the image's 36 the last few, and in a decoding step fewer."""
+    model = llava_model(text="mistral", sliding_window=12)
+    return LVLM(model, llava_processor(), ModelSpec("sliding"), system="", conv_mode="plain")
+
+
+@pytest.mark.parametrize("kind", ["embedded", "sliding"])
+def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Image, kind: str) -> None:
     """Each generated token comes from the logits that the whole text so far, read anew, gives."""
-    heads = [(layer, head) for layer in (3, 4, 5) for head in range(0, 8, 2)]
-    with lh.steer(lvlm, heads, REGION, 4.0), torch.inference_mode():
-        inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
-        made = lvlm.model.generate(
-            **inputs, max_new_tokens=3, do_sample=False, output_scores=True, return_dict_in_generate=True
+    asked = lvlm if kind == "embedded" else sliding()
+    region = REGION if kind == "embedded" else (35, 0, 125, 90)
+    heads = [(layer, head) for layer in range(1, asked.num_layers) for head in range(0, asked.num_heads, 2)]
+    inputs = asked.encode([image], [asked.prompt("the dog")])
+    with torch.inference_mode():
+        plain = asked.model(**inputs, use_cache=False).logits[0, -1]
+    with lh.steer(asked, heads, region, 4.0), torch.inference_mode():
+        inputs = asked.encode([image], [asked.prompt("the dog")])
+        made = asked.model.generate(
+            **inputs,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         ids = made.sequences[:, :-1]
         whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = lvlm.model(**whole, use_cache=False).logits[0]
-    for step, scores in enumerate(made.scores):
-        torch.testing.assert_close(
-            scores[0], logits[inputs["input_ids"].shape[1] - 1 + step], rtol=0, atol=1e-4
-        )
+        logits = asked.model(**whole, use_cache=False).logits[0]
+    assert (made.logits[0][0] - plain).abs().max() > 1e-3
+    for step, scores in enumerate(made.logits):
+        expected = logits[inputs["input_ids"].shape[1] - 1 + step]
+        torch.testing.assert_close(scores[0], expected, rtol=0, atol=1e-4)
+
+
+def test_only_tokens_after_the_image_are_steered(lvlm: LVLM, image: Image.Image) -> None:
+    """What the tokens up to the image's last read is the same; what all later ones read is not."""
+    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    seen: list[torch.Tensor] = []
+    hook = output_projection(lvlm, 3).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    with torch.inference_mode():
+        lvlm.model(**inputs)
+        with lh.steer(lvlm, [(3, 2)], REGION, 3.0):
+            lvlm.model(**lvlm.encode([image], [lvlm.prompt("the dog")]))
+    hook.remove()
+    last = int((inputs["input_ids"][0] == lvlm.image_token_id).nonzero()[-1])
+    change = (seen[1] - seen[0]).abs().amax(1)
+    assert change[: last + 1].max() < 1e-5 < change[last + 1 :].min()
 
 
 def test_strength_zero_changes_nothing(lvlm: LVLM, image: Image.Image) -> None:
