@@ -28,6 +28,7 @@ class Row:
     Args:
         key: the letter of its benchmark.
         ratio, low, high: median, smallest and largest over the rounds; None where nothing was compared.
+        fastest: the ratio of the fastest round of each way.
         goal: what the ratio may be at most.
         floor: seconds that the least work takes at the speed that this machine had in the same rounds.
         share: floor over what we took; both are medians over the rounds.
@@ -45,6 +46,7 @@ class Row:
     floor: float | None = None
     share: float | None = None
     note: str = ""
+    fastest: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +80,8 @@ def timed_row(
         str(work) if work else "",
         median(floors) if floors else None,
         median(shares) if shares else None,
-        note,
+        "; ".join(filter(None, [note, "its rounds scattered and were repeated" if timings.repeated else ""])),
+        timings.fastest(ours, other),
     )
 
 
@@ -116,7 +119,9 @@ def table_of(rows: Sequence[Row], caption: str) -> Table:
 
 
 def cells(row: Row) -> list[str]:
-    spread = f" ({row.low:.2f} to {row.high:.2f})" if row.low is not None and row.high is not None else ""
+    spread = f"{row.low:.2f} to {row.high:.2f}" if row.low is not None and row.high is not None else ""
+    best = "" if row.fastest is None else f"fastest {row.fastest:.2f}"
+    beside = "; ".join(filter(None, [spread, best]))
     goal = "" if row.goal is None else f"{row.goal:.2f}"
     if row.goal is not None and row.ratio is not None:
         goal += " met" if row.ratio <= row.goal else " MISSED"
@@ -125,7 +130,7 @@ def cells(row: Row) -> list[str]:
         row.what + (f" [{row.note}]" if row.note else ""),
         row.ours,
         row.other,
-        "-" if row.ratio is None else f"{row.ratio:.2f}{spread}",
+        "-" if row.ratio is None else f"{row.ratio:.2f}" + (f" ({beside})" if beside else ""),
         goal,
         row.work,
         "" if row.floor is None else seconds_text(row.floor),

@@ -13,7 +13,7 @@ from benchmarks.floor import Shape
 from benchmarks.machine import Machine
 from benchmarks.models import QUICK, random_llava, sample_image
 from benchmarks.result import PROBE
-from benchmarks.timing import Timings, interleaved
+from benchmarks.timing import Timings, settled
 from localization_heads.lvlm.model import LVLM
 
 SMALL_MACHINE = 4
@@ -43,7 +43,7 @@ class Setting:
 
     def time(self, ways: Mapping[str, Callable[[], Any]]) -> Timings:
         """Time the ways, and the machine itself, in the same rounds."""
-        return interleaved({**ways, PROBE: self.machine.probe}, self.rounds, at_most=self.at_most)
+        return settled({**ways, PROBE: self.machine.probe}, self.rounds, at_most=self.at_most)
 
     @property
     def on_gpu(self) -> bool:

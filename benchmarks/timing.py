@@ -14,15 +14,22 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+SCATTER = 0.15
+"""How much slower than its fastest round the median round of a way may be."""
 FEWEST = 2
 """Rounds that every comparison gets, however long they take: one has no spread."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every round by way, each list in the order of the rounds."""
+    """Seconds of every round by way, each list in the order of the rounds.
+
+    Args:
+        repeated: whether the rounds scattered so much that as many were added.
+    """
 
     seconds: Mapping[str, list[float]]
+    repeated: bool = False
 
     @property
     def rounds(self) -> int:
@@ -34,6 +41,15 @@ class Timings:
     def ratios(self, way: str, other: str) -> list[float]:
         """`way` over `other`, a ratio a round."""
         return [a / b for a, b in zip(self.seconds[way], self.seconds[other], strict=True)]
+
+    def fastest(self, way: str, other: str) -> float:
+        """The ratio of the fastest round of each: what is left when nothing else ran on the machine."""
+        return min(self.seconds[way]) / min(self.seconds[other])
+
+    @property
+    def scatter(self) -> float:
+        """By how much the median round of the most disturbed way exceeds its fastest one; 0 for rounds all alike."""
+        return max(median(times) / min(times) - 1 for times in self.seconds.values())
 
 
 def interleaved(
@@ -57,6 +73,17 @@ def interleaved(
             if number >= 0:
                 seconds[name].append(perf_counter() - start)
     return Timings(seconds)
+
+
+def settled(ways: Mapping[str, Callable[[], Any]], rounds: int, *, at_most: float | None = None) -> Timings:
+    """`interleaved`, and once more where the rounds scatter by more than `SCATTER`: the fastest ones mean more then."""
+    first = interleaved(ways, rounds, at_most=at_most)
+    if first.scatter <= SCATTER:
+        return first
+    more = interleaved(ways, rounds, at_most=at_most, warm_up=False)
+    return Timings(
+        {name: [*times, *more.seconds[name]] for name, times in first.seconds.items()}, repeated=True
+    )
 
 
 def synchronize() -> None:

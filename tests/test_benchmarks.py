@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import few_labels, floor, gpu, machine
+from benchmarks import few_labels, floor, gpu, machine, timing
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
 from benchmarks.gpu import Fact, markdown_of
@@ -126,6 +126,24 @@ def test_ways_take_turns() -> None:
     assert interleaved({"a": lambda: None}, 9, at_most=0).rounds == FEWEST
     by_hand = Timings({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
     assert (by_hand.median("a"), by_hand.ratios("a", "b")) == (3.0, [2.0, 1.5, 4.0])
+    assert by_hand.fastest("a", "b") == 2.0
+    assert by_hand.scatter == 1.0  # of b: 2 over 1; of a: 3 over 2
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [([1.0] * 4, 3), ([1.0, 1.0, 1.3, 1.3, 1.0, 1.0, 1.0], 6)])
+def test_rounds_that_scatter_are_repeated(
+    seconds: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, with no second warm-up; the first of the seconds is the warm-up's."""
+    clock, waits = [0.0], iter(seconds)
+    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+
+    def way() -> None:
+        clock[0] += next(waits)
+
+    found = timing.settled({"a": way}, 3)
+    assert found.seconds["a"] == pytest.approx(seconds[1 : rounds + 1])
+    assert found.repeated == (rounds == 6)
 
 
 def test_a_row_by_hand() -> None:
@@ -136,7 +154,7 @@ def test_a_row_by_hand() -> None:
     shares = [0.75, 0.5, 0.75]
     assert (row.ratio, row.low, row.high, row.floor, row.share) == (2.0, 1.5, 4.0, 1.5, sorted(shares)[1])
     assert cells(row)[2:] == [
-        "3.00 s", "2.00 s", "2.00 (1.50 to 4.00)", "2.00 met", "30 FLOP, 1 B", "1.50 s", "75 %",
+        "3.00 s", "2.00 s", "2.00 (1.50 to 4.00; fastest 2.00)", "2.00 met", "30 FLOP, 1 B", "1.50 s", "75 %",
     ]  # fmt: skip
     assert "MISSED" in cells(replace(row, goal=1.9))[5]
 
