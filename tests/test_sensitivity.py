@@ -13,14 +13,17 @@ import pytest
 from front import Front, stub_figures, write_data
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from rich.console import Console
 
 import localization_heads as lh
+from localization_heads.apps.tables import ranking_table
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import load_samples
 from localization_heads.errors import UsageError
 from localization_heads.experiments.study import Study, StudyOptions
 from localization_heads.experiments.tables import ROBUST as ROBUST_ROW
 from localization_heads.experiments.tables import criteria_recipes
+from localization_heads.figures import plot_sensitivity
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 from localization_heads.heads.record import resting
@@ -38,6 +41,8 @@ from localization_heads.heads.sensitivity import (
 from localization_heads.lvlm.mirrored import covers_mirrored
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.report.content import HeadFacts
+from localization_heads.report.values import method, ranking_cells, ranking_columns
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.store.statistics import COLUMNS, MOVED, StatisticsStore
 
@@ -412,3 +417,29 @@ def test_tab5_has_a_row_of_the_third_criterion_where_it_was_measured() -> None:
     recipes = criteria_recipes(replace(study, movement=movement))
     assert recipes[ROBUST_ROW].of(0) == ((2, 1),)
     assert recipes["both", "fixed"].of(0) == ((2, 0),) == criteria_recipes(study)["both", "fixed"].of(0)
+
+
+def test_table_and_report_name_what_rests() -> None:
+    """By hand: of sums .8 and .6 the second head rests; it is said in the printed table and in the report."""
+    ranking = ranking_of(*(head(n, 0.5, total) for n, total in enumerate([0.8, 0.2, 0.6, 0.1])))
+    found = with_movement(ranking, Movement(np.array([[0.6, 0.1, 0.2, 0.05]]), np.full((1, 4), np.nan)))
+    console = Console(width=100, record=True)
+    console.print(ranking_table(found, 3))
+    assert "resting: L0H2" in console.export_text()
+    facts = HeadFacts(found, (1, 4))
+    assert "Resting (much attention, maps that hardly follow the expression): L0H2." in method(facts)
+    assert "ranked by it." in method(facts)
+    assert "sensitivity" in ranking_columns(facts)
+    cells = [ranking_cells(facts, rank, one) for rank, one in enumerate(found.kept, start=1)]
+    assert [cell[5].text for cell in cells] == ["0.600", "0.200 (rests)", "0.100", "0.050"]
+    assert "sensitivity" not in ranking_columns(HeadFacts(ranking, (1, 4)))
+
+
+def test_the_figure_names_first_and_resting_heads() -> None:
+    ranking = ranking_of(*(head(n, 0.5, total) for n, total in enumerate([0.8, 0.2, 0.6, 0.1])))
+    found = with_movement(ranking, Movement(np.array([[0.6, 0.1, 0.2, 0.05]]), np.full((1, 4), np.nan)))
+    (axes,) = plot_sensitivity(found, emphasised=1).axes
+    assert {text.get_text() for text in axes.texts} == {"L0H0", "L0H2"}
+    assert axes.get_title(loc="left") == "1 of 4 kept heads rest"
+    points = [np.asarray(marks.get_offsets()).tolist() for marks in axes.collections[:3]]
+    assert points == [[[0.2, 0.1], [0.1, 0.05]], [[0.6, 0.2]], [[0.8, 0.6]]]

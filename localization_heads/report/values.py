@@ -152,11 +152,22 @@ def _third(ranking: HeadRanking) -> str:
     return " ".join(
         [
             "Sensitivity: 1 minus the overlap of a head's map with those of other expressions of the same image.",
-            "The heads kept are ranked by it." if ranking.options.sensitivity != "none" else "",
+            _ranked_by(ranking),
             f"Resting (much attention, maps that hardly follow the expression): {rest}."
             if rest
             else "No head rests.",
         ]
+    )
+
+
+def _ranked_by(ranking: HeadRanking) -> str:
+    if ranking.options.sensitivity == "none":
+        return ""
+    if all(head.consistency is None for head in ranking.kept):
+        return "The heads kept are ranked by it."
+    return (
+        "The heads kept are ranked by it, less what is missing to a full overlap with the map of the mirrored image "
+        "(consistency in heads.csv)."
     )
 
 

@@ -140,12 +140,11 @@ def attention_files(named: str) -> list[Path]:
     """
     path = local_path(named)
     places = [path, path / "attention"] if path.is_dir() else []
-    found = [file for place in places[:2] if place.is_dir() for file in place.iterdir()]
-    if not places:
-        pattern = str(path)
-        matches = islice(glob.iglob(pattern, recursive=True), MOST_FILES + 1)  # noqa: PTH207  (absolute ones too)
-        found = [Path(match) for match in matches]
-    files = sorted({file for file in found if _is_attention(file)})
+    if places:
+        found = (file for place in places if place.is_dir() for file in place.iterdir())
+    else:
+        found = (Path(file) for file in glob.iglob(str(path), recursive=True))  # noqa: PTH207  (absolute ones too)
+    files = sorted(set(islice(filter(_is_attention, found), MOST_FILES + 1)))
     if not files:
         raise UsageError(
             f"attention_files={named}: no attention file there; give a folder of .pkl, .pkl.gz or .safetensors "
