@@ -38,7 +38,8 @@ def _announce(run: Run) -> None:
     from localization_heads.apps.tables import show
 
     # An image's address may hold a secret, which its own text leaves out.
-    name = run.image(run.options.image_file) if run.options.image_file else run.options.data_file
+    options = run.options
+    name = run.image(options.image_file) if options.image_file else options.video_file or options.data_file
     line = f"stage={run.options.stage}  {run.spec.name}  {name or ''}".rstrip()
     show(printable(line), markup=False, highlight=False)
 

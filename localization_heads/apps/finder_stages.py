@@ -11,6 +11,7 @@ from rich.table import Table
 
 from localization_heads.apps import confidence, ready, tables, traces
 from localization_heads.apps.labels import label_tables
+from localization_heads.apps.videos import video_table
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.heads.ranking import HeadRanking
@@ -28,6 +29,7 @@ from localization_heads.stages import (
     rank_files,
     single,
     trace,
+    video,
 )
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run
@@ -78,6 +80,13 @@ def _trace(run: Run) -> int:
     return _show(traces.trace_table(traced.trace), traced.paths)
 
 
+def _ground(run: Run) -> int:
+    if run.options.video_file is None:
+        return _show_result(run, ground.ground(run))
+    followed = video.follow(run)
+    return _show(video_table(followed), followed.paths, followed.failures)
+
+
 def _find(run: Run) -> int:
     if run.options.heads_by == "criteria":
         return _show_result(run, find.find(run))
@@ -105,7 +114,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
         run, (rank_files.rank_files if run.options.attention_files else find.rank)(run)
     ),
     "batch": lambda run: _show_result(run, find.batch(run)),
-    "ground": lambda run: _show_result(run, ground.ground(run)),
+    "ground": _ground,
     "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),
     "scenes": _scenes,
     "doctor": _doctor,

@@ -11,6 +11,7 @@ from localization_heads.figures.charts import (
     plot_selection_frequency,
 )
 from localization_heads.figures.experiments import plot_experiment, plot_frequency_iou
+from localization_heads.figures.frames import plot_timeline
 from localization_heads.figures.labels import plot_label_curve
 from localization_heads.figures.movement import plot_sensitivity
 from localization_heads.figures.once import plot_once
@@ -40,6 +41,7 @@ __all__ = [
     "plot_selection_frequency",
     "plot_sensitivity",
     "plot_several",
+    "plot_timeline",
     "plot_top_maps",
     "plot_trace",
     "show",

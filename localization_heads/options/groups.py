@@ -372,6 +372,9 @@ class ScenesOptions(Options):
     targets: Targets = option(
         "one", "Expressions that refer to one object (one), or to all of several, such as the dogs (all)."
     )
+    frames: int = option(
+        1, "Frames of each scene, in which the objects move; every frame is an entry.", ge=1, le=1000
+    )
     folder: PathText = option("outputs/scenes", "Where they are written.")
 
 

@@ -46,6 +46,7 @@ from localization_heads.options.kinds import (
 from localization_heads.options.labels import LabelOptions
 from localization_heads.options.ranked_files import RankedFiles
 from localization_heads.options.tracing import TraceOptions, check_span
+from localization_heads.options.video import VideoOptions
 
 Stage = Literal[
     "batch", "find", "rank", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes", "doctor",
@@ -211,7 +212,9 @@ class ImageAddresses(Options):
 
 
 @options
-class FinderOptions(ModelUse, EntryChoice, ImageAddresses, InstanceOptions, LabelOptions, RankedFiles):
+class FinderOptions(
+    ModelUse, EntryChoice, ImageAddresses, InstanceOptions, VideoOptions, LabelOptions, RankedFiles
+):
     """localization_heads_finder.py (also installed as `locheads`)."""
 
     EXTRA_GROUPS: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -395,6 +398,10 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, InstanceOptions, Labe
             raise UsageError(
                 f"scenes.height={self.scenes.height}: the images have only scenes.size={self.scenes.size} rows"
             )
+        if self.scenes.frames > 1 and (
+            self.scenes.height or self.scenes.absent or self.scenes.targets == "all"
+        ):
+            raise UsageError("scenes.frames=: leave out scenes.height=, scenes.absent= and scenes.targets=")
         if self.engine.kind == "ray":
             self._spread()
         return self
@@ -409,7 +416,7 @@ class FinderOptions(ModelUse, EntryChoice, ImageAddresses, InstanceOptions, Labe
         """Ray gives each worker its GPUs, so the device can only say whether to use any."""
         if self.stage not in SPREAD_STAGES:
             raise UsageError(f"engine=ray: stage={self.stage} has no data set to spread; leave out engine=")
-        if self.image_file or self.query:
+        if self.image_file or self.query or self.video_file:
             raise UsageError("engine=ray: one image cannot be spread; leave out engine=")
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise UsageError(f"device={self.device}: with engine=ray, choose one of auto, cpu, cuda, mps")

@@ -8,7 +8,7 @@ floats in pixels, half-open, tight around the visible mask; masks are bool (H, W
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from random import Random
@@ -33,6 +33,7 @@ SMALL, BIG = (0.26, 0.36), (0.44, 0.62)  # longer side of an object, in sides of
 COUNTS = {2: 0.25, 3: 0.33, 4: 0.24, 5: 0.11, 6: 0.07}  # objects a scene: share of scenes
 PADDING = (122, 116, 104)  # the RGB colour that LLaVA's processor pads with
 TURNS = (-24, -12, 0, 0, 12, 24)  # degrees, in training
+STEP = 0.04  # how far an object moves from one frame to the next, at most, in sides of the image
 GAP = 0.02  # how deep two objects may reach into each other, in sides of the image
 
 
@@ -113,6 +114,46 @@ def render_scene(
     _paint_bars(image, bars)
     objects = tuple(_scene_object(p, mask) for p, mask in zip(placements, masks, strict=True))
     return Scene(image, objects, expressions, things)
+
+
+def moving_scene(
+    seed: int, num_frames: int, *, size: int = 128, style: str | None = None, smallest: float = SMALL[0]
+) -> Iterator[Scene]:
+    """The scene of a seed, and how it goes on: objects move in straight lines and turn back before they meet.
+
+    The first frame is `render_scene(seed)`. Expressions are those of names, kinds, colours and sizes, which stay true.
+    """
+    rng = Random(seed)
+    style = style or rng.choice(STYLES)
+    count = rng.choices(list(COUNTS), list(COUNTS.values()))[0]
+    placements = _lay_out(rng, style, count, SMALL[0] / smallest, (0.0, 0.0), 0.4)
+    things = tuple(placement.thing() for placement in placements)
+    expressions = tuple(one for one in refer(things, rng) if one.kind not in ("place", "relation"))
+    steps = [
+        (course.uniform(-STEP, STEP), course.uniform(-STEP, STEP))
+        for course in [Random(seed + 5)]
+        for _ in things
+    ]
+    still = rng.getstate()
+    for _ in range(num_frames):
+        rng.setstate(still)  # the background is the same in every frame
+        image, masks = _draw(rng, placements, size, augment=False)
+        objects = tuple(_scene_object(p, mask) for p, mask in zip(placements, masks, strict=True))
+        yield Scene(image, objects, expressions, tuple(placement.thing() for placement in placements))
+        _move(placements, steps)
+
+
+def _move(placements: list[_Placement], steps: list[tuple[float, float]]) -> None:
+    """One step of every object, in place; an object that would leave the image or meet another turns back instead."""
+    for index, (placement, step) in enumerate(zip(placements, steps, strict=True)):
+        x0, y0, x1, y1 = placement.box
+        box = (x0 + step[0], y0 + step[1], x1 + step[0], y1 + step[1])
+        others = [other.box for other in placements if other is not placement]
+        touches = [other for other in others if _collide(box, other)]
+        if min(box[:2]) < 0 or max(box[2:]) > 1 or touches:
+            steps[index] = (-step[0], -step[1])
+        else:
+            placements[index] = replace(placement, box=box)
 
 
 def scene_samples(

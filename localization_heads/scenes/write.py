@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,6 +27,7 @@ from localization_heads.scenes.scene import (
     VALIDATION_SEEDS,
     Expression,
     Scene,
+    moving_scene,
     scenes_of,
 )
 from localization_heads.scenes.targets import ManyTargets, absent, plural
@@ -56,6 +57,7 @@ def scenes_folder(options: ScenesOptions) -> Path:
         *([f"smallest{options.smallest:g}"] if options.smallest != SMALL[0] else []),
         *([f"absent{options.absent:g}"] if options.absent else []),
         *(["targets"] if options.targets == "all" else []),
+        *([f"frames{options.frames}"] if options.frames > 1 else []),
     )
     return Path(options.folder) / "-".join(map(str, parts))
 
@@ -68,11 +70,35 @@ def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
         unit="scene",
         disable=None,
     )
-    entries = [
-        write_scene(folder, number, scene, expression, options.height)
-        for number, (scene, expression) in enumerate(progress)
-    ]
+    if options.frames > 1:
+        entries = list(_write_moving(options, folder))
+    else:
+        entries = [
+            write_scene(folder, number, scene, expression, options.height)
+            for number, (scene, expression) in enumerate(progress)
+        ]
     write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+
+
+def _write_moving(options: ScenesOptions, folder: Path) -> Iterator[dict[str, Any]]:
+    """An entry a frame, with one expression for all frames of a scene, and the scene's name as their `picture`."""
+    start = SPLITS[options.split].start + options.seed * 2**20
+    written = 0
+    for seed in range(start, start + 2**20):
+        if written == options.count:
+            return
+        frames = moving_scene(
+            seed, options.frames, size=options.size, style=options.style, smallest=options.smallest
+        )
+        first = next(frames)
+        if not first.expressions:
+            continue
+        expression = pick(first.expressions, Random(seed + 1))
+        name = f"scene_{written:05d}"
+        for number, scene in enumerate(chain([first], frames)):
+            entry = write_scene(folder, f"{name}_f{number:03d}", scene, expression)
+            yield {**entry, "picture": name}
+        written += 1
 
 
 def _samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | ManyTargets]]:
@@ -88,17 +114,22 @@ def _samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | ManyT
 
 
 def write_scene(
-    folder: Path, number: int, scene: Scene, expression: Expression | ManyTargets, height: int | None = None
+    folder: Path,
+    number: int | str,
+    scene: Scene,
+    expression: Expression | ManyTargets,
+    height: int | None = None,
 ) -> dict[str, Any]:
     """Write a scene's image; returns the line of the data file, with the true box and mask, or boxes, or none.
 
     Args:
+        number: of the scene, or the id of its entry.
         height: rows to keep, the object's among them; None keeps the whole image.
     """
-    id = f"scene_{number:05d}"
+    id = number if isinstance(number, str) else f"scene_{number:05d}"
     targets = [scene.objects[index] for index in expression.targets]
     around = united([target.box for target in targets]) or (0.0, 0.0, 1.0, 1.0)
-    rows = kept_rows(around, scene.image.shape[0], height, seed=number)
+    rows = kept_rows(around, scene.image.shape[0], height, seed=number if isinstance(number, int) else 0)
     image = BytesIO()
     Image.fromarray(scene.image[rows]).save(image, "PNG")
     write_bytes(folder / f"{id}.png", image.getvalue())

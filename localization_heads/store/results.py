@@ -113,6 +113,9 @@ class Prediction:
         confidence: the probability that the box is right if it is `calibrated`, else a raw signal; or None.
         presence: the probability that the expression refers to something in the image (`present`), or None.
         absent: there is nothing there, by `abstain`; then there is no box.
+        frame: its number in a video, from 0; None for an image.
+        time: of the frame, in seconds from the beginning.
+        raw_bbox: the frame's box before it was smoothed over time; None where it was not.
     """
 
     id: str
@@ -127,6 +130,9 @@ class Prediction:
     calibrated: bool = False
     presence: float | None = None
     absent: bool = False
+    frame: int | None = None
+    time: float | None = None
+    raw_bbox: Box | None = None
 
     def to_json(self) -> dict[str, Any]:
         several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
@@ -143,7 +149,14 @@ class Prediction:
             "calibrated": self.calibrated,
             "present": _float_or_none(self.presence),
             "absent": self.absent,
+            **self._in_video(),
         }
+
+    def _in_video(self) -> dict[str, Any]:
+        if self.frame is None:
+            return {}
+        raw = {} if self.raw_bbox is None else {"raw_bbox": [float(x) for x in self.raw_bbox]}
+        return {"frame": self.frame, "time": _float_or_none(self.time), **raw}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Prediction:
@@ -170,6 +183,9 @@ class Prediction:
             calibrated=calibrated,
             presence=_number_or_none(line.get("present")),
             absent=absent,
+            frame=None if line.get("frame") is None else int(_number(line["frame"])),
+            time=_number_or_none(line.get("time")),
+            raw_bbox=None if line.get("raw_bbox") is None else _box(line["raw_bbox"]),
         )
 
 

@@ -1,0 +1,128 @@
+"""A video's boxes: in its frames, and over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from localization_heads.figures.letters import as_typed, wrap
+from localization_heads.figures.overlay import draw_image
+from localization_heads.figures.sheet import new_figure, save
+from localization_heads.figures.style import BLUE, GREEN, GREY, ORANGE, TITLE_SIZE, VERMILLION, paper_style
+from localization_heads.store.results import Prediction
+
+_WIDTH = 7.0  # inches
+_ABOVE: dict[str, Any] = {
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 4,
+    "fontsize": 7,
+    "borderaxespad": 0.1,
+}
+
+
+def framed(image: Image.Image, found: Prediction) -> NDArray[np.uint8]:
+    """A frame with its box and how sure it is, RGB `[H, W, 3]`."""
+    pixels = np.array(image)
+    if found.bbox is None:
+        return pixels
+    thick = max(2, round(max(image.size) / 320))
+    x0, y0, x1, y1 = (round(edge) for edge in found.bbox)
+    for colour, width in (((255, 255, 255), thick + 2), (_bytes(VERMILLION), thick)):
+        cv2.rectangle(pixels, (x0, y0), (x1 - 1, y1 - 1), colour, width, cv2.LINE_AA)
+    text = f"{found.score or 0:.2f}"
+    size, font = thick / 3.5, cv2.FONT_HERSHEY_SIMPLEX
+    (width, height), _ = cv2.getTextSize(text, font, size, max(1, thick // 2))
+    left, bottom = min(x0, image.width - width - 4), y0 - 4 if y0 > height + 8 else y0 + height + 6
+    cv2.rectangle(pixels, (left, bottom - height - 3), (left + width + 4, bottom + 3), _bytes(VERMILLION), -1)
+    cv2.putText(
+        pixels, text, (left + 2, bottom), font, size, (255, 255, 255), max(1, thick // 2), cv2.LINE_AA
+    )
+    return pixels
+
+
+def _bytes(colour: str) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * part) for part in to_rgb(colour))
+    return red, green, blue
+
+
+def plot_timeline(
+    expression: str,
+    found: Sequence[Prediction],
+    thumbnails: Sequence[tuple[float, Image.Image]],
+    size: tuple[int, int],
+    path: str | Path | None = None,
+) -> Figure:
+    """Frames with their boxes, where the box is over time, and how sure it is.
+
+    Args:
+        found: one a frame, in order; a frame that failed leaves a gap.
+        thumbnails: some frames as drawn, each with its time in seconds.
+        size: `(W, H)` of a frame in pixels.
+    """
+    time = np.array([one.time or 0.0 for one in found])
+    boxes = np.array([one.bbox or (np.nan,) * 4 for one in found], dtype=float)  # [frame, 4]
+    with paper_style():
+        columns = max(1, len(thumbnails))
+        high = _WIDTH / columns * size[1] / size[0]
+        figure = new_figure(_WIDTH, min(high, 2.5) + 3.1)
+        grid = figure.add_gridspec(3, columns, height_ratios=[min(high, 2.5), 1.3, 1.0])
+        for column, (at, image) in enumerate(thumbnails):
+            axes = figure.add_subplot(grid[0, column])
+            draw_image(axes, image, image.size)
+            axes.set_axis_off()
+            axes.set_title(f"{at:.1f} s", fontsize=7.5)
+        place, sure = figure.add_subplot(grid[1, :]), figure.add_subplot(grid[2, :])
+        _draw_places(place, time, boxes / np.array([*size, *size]))
+        _draw_sureness(sure, time, found)
+        margin = 0.02 * float(np.ptp(time)) or 0.5
+        for axes in (place, sure):
+            axes.set_xlim(time.min() - margin, time.max() + margin)
+        place.tick_params(labelbottom=False)
+        lines = wrap(expression, _WIDTH - 0.2, TITLE_SIZE)
+        figure.suptitle(lines, fontsize=TITLE_SIZE, **as_typed(lines))
+        return save(figure, path)
+
+
+def _draw_places(axes: Axes, time: NDArray[np.float64], boxes: NDArray[np.float64]) -> None:
+    """From where to where the box reaches, across and down, in shares of the frame."""
+    for name, colour, first in (("left to right", BLUE, 0), ("top to bottom", ORANGE, 1)):
+        start, end = boxes[:, first], boxes[:, first + 2]
+        axes.fill_between(time, start, end, color=colour, alpha=0.25, linewidth=0, label=name)
+        axes.plot(time, (start + end) / 2, color=colour, linewidth=1.2, marker=".", markersize=3)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("box, share\nof the frame")
+    axes.legend(**_ABOVE)
+
+
+def _draw_sureness(axes: Axes, time: NDArray[np.float64], found: Sequence[Prediction]) -> None:
+    """Score, confidence and, where it is known, presence; frames that failed are marked on the axis."""
+    calibrated = any(one.calibrated for one in found)
+    lines = (
+        ("score", VERMILLION, [one.score for one in found]),
+        (
+            "confidence" if calibrated else "confidence (uncalibrated)",
+            GREEN,
+            [one.confidence for one in found],
+        ),
+        ("present", BLUE, [one.presence for one in found]),
+    )
+    for name, colour, values in lines:
+        if any(value is not None for value in values):
+            known = np.array([np.nan if value is None else value for value in values], dtype=float)
+            axes.plot(time, known, color=colour, linewidth=1.2, marker=".", markersize=3, label=name)
+    failed = [at for at, one in zip(time, found, strict=True) if one.error]
+    if failed:
+        axes.plot(failed, np.zeros(len(failed)), "x", color=GREY, label="failed", clip_on=False)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("time (s)")
+    axes.legend(**_ABOVE)

@@ -1,0 +1,268 @@
+"""Videos: frames by time, bounded and hostile input, a run that resumes; boxes over time; scenes that move."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from front import Front, fronts
+from test_figures import assert_all_text_fits
+
+from localization_heads import figures
+from localization_heads.cells import box_iou
+from localization_heads.data import video as videos
+from localization_heads.data.address import ImageError
+from localization_heads.data.video import Frame, frames, open_video, write_video
+from localization_heads.grounding.tracks import smoothed
+from localization_heads.heads.head import Head
+from localization_heads.options.groups import ScenesOptions
+from localization_heads.scenes.scene import TEST_SEEDS, moving_scene, render_scene
+from localization_heads.scenes.write import scenes
+from localization_heads.stages import video as stage
+from localization_heads.store.results import Prediction, read_predictions
+
+
+@pytest.fixture
+def front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def clip(path: Path, count: int = 10, rate: float = 10, size: tuple[int, int] = (64, 48)) -> Path:
+    """Frames of one grey each, brighter from frame to frame."""
+    with write_video(path, size, rate) as file:
+        for number in range(count):
+            file.add(np.full((size[1], size[0], 3), 20 * number, dtype=np.uint8))
+    return path
+
+
+def greys(path: Path, fps: float | None = None) -> list[int]:
+    """The numbers of the frames, as their grey says."""
+    return [round(float(np.mean(np.array(frame.image))) / 20) for frame in frames(open_video(path), fps)]
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def test_every_frame_and_some_a_second(tmp_path: Path) -> None:
+    path = clip(tmp_path / "clip.mp4")
+    video = open_video(path)
+    assert (video.size, video.rate, video.count) == ((64, 48), 10, 10)
+    assert greys(path) == list(range(10))
+    assert greys(path, fps=5) == [0, 2, 4, 6, 8]
+    assert greys(path, fps=4) == [0, 3, 5, 8], "the first at or after each quarter of a second"
+    assert greys(path, fps=100) == list(range(10)), "no frame comes twice"
+    assert [frame.time for frame in frames(video, 5)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+
+
+def test_frames_that_are_known_are_not_decoded(tmp_path: Path) -> None:
+    found = list(frames(open_video(clip(tmp_path / "clip.mp4")), 5, lambda place: place < 3))
+    assert [frame.number for frame in found] == [0, 2, 4, 6, 8]
+    assert [frame.image is None for frame in found] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("size", "written"), [((65, 47), (64, 48)), ((4000, 30), (1920, 14)), ((1, 1), (2, 2))]
+)
+def test_a_video_that_is_written(size: tuple[int, int], written: tuple[int, int], tmp_path: Path) -> None:
+    """Sides that the coding takes, and none beyond the limit."""
+    assert open_video(clip(tmp_path / "clip.mp4", 2, size=size)).size == written
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_nothing_is_left_of_a_video_that_failed(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), write_video(tmp_path / "clip.mp4", (64, 48), 10):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    "text": (b"hello, this is no video", "not a video that can be read"),
+    "a playlist": (b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "not a video that can be read"),
+    "a list of files": (b"ffconcat version 1.0\nfile /etc/passwd\n", "not a video that can be read"),
+    "nothing": (b"", "not a video that can be read"),
+    "a beginning alone": (b"\x00\x00\x00\x18ftypmp42" + bytes(40), "broken"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_video_is_refused(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In one line, and without a word of FFmpeg's."""
+    content, said = REFUSED[name]
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=said) as caught:
+        open_video(path)
+    assert "\n" not in str(caught.value)
+    assert not capfd.readouterr().err
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(videos, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(ImageError, match="64 x 48 pixels"):
+        open_video(clip(tmp_path / "clip.mp4"))
+
+
+# ----------------------------------------------------------------------------------------------- boxes over time
+
+
+def test_smoothed_by_hand() -> None:
+    """b_t = w b_(t-1) + (1 - w) x_t, anew after a gap."""
+    boxes = [(0, 0, 10, 10), (8, 0, 18, 10), (8, 4, 18, 14), None, (8, 4, 18, 14)]
+    assert list(smoothed(boxes, 0.25)) == [
+        (0, 0, 10, 10),
+        (6, 0, 16, 10),
+        (7.5, 3, 17.5, 13),
+        None,
+        (8, 4, 18, 14),
+    ]
+    assert list(smoothed(boxes, 0)) == boxes
+
+
+def test_the_timeline_fits_its_sheet() -> None:
+    """With a long expression, gaps and failures."""
+    found = [
+        Prediction("a", (0, 0, 8, 8), 0.5, heads=(Head(0, 0),), frame=0, time=0.0, confidence=0.2),
+        Prediction("b", error="the frame is broken", frame=1, time=0.2),
+        Prediction("c", frame=2, time=0.4, absent=True, presence=0.1),
+    ]
+    images = [(0.0, videos.Image.new("RGB", (32, 18)))]
+    figure = figures.plot_timeline("the dog " * 40, found, images, (32, 18))
+    assert_all_text_fits(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- stage
+
+OPTIONS = (
+    "stage=ground",
+    "video_file=clip.mp4",
+    "query=the dog",
+    "heads=[2-0]",
+    "segmenter=none",
+    "save_id=one",
+)
+
+
+def test_a_line_a_frame_a_video_and_a_timeline(front: Front) -> None:
+    clip(Path("clip.mp4"), 6)
+    result = front.finder(*OPTIONS, "fps=5", "smoothing=0.5")
+    assert result.status == 0, result.err
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert [(line["frame"], line["time"]) for line in lines] == [(0, 0.0), (2, 0.2), (4, 0.4)]
+    boxes = [line["raw_bbox"] for line in lines]
+    assert [line["bbox"] for line in lines] == [list(box) for box in smoothed(boxes, 0.5)]
+    assert open_video(front.out / "attention/one_video.mp4").count == 3
+    assert (front.out / "attention/one_timeline.png").is_file()
+    assert [one.frame for one in read_predictions(front.out / "predictions.jsonl")] == [0, 2, 4]
+    assert not list(front.out.glob(".video*")), "the log of a run that ended is gone"
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip(Path("clip.mp4"), 6)
+    options = (*OPTIONS, "fps=null", "batch_size=2")
+    assert front.finder(*options).status == 0
+    whole = (front.out / "predictions.jsonl").read_bytes()
+    (front.out / "predictions.jsonl").unlink()
+    attend, asked = stage.attend, []
+
+    def once(*arguments, **named):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return attend(*arguments, **named)
+
+    monkeypatch.setattr(stage, "attend", once)
+    assert front.finder(*options).status == 130
+    asked.clear()
+    monkeypatch.setattr(stage, "attend", lambda *a, **b: asked.append(1) or attend(*a, **b))
+    assert front.finder(*options).status == 0
+    assert len(asked) == 2, "one of three chunks was in the log"
+    assert (front.out / "predictions.jsonl").read_bytes() == whole
+
+
+def test_a_broken_frame_is_named_and_skipped(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip(Path("clip.mp4"), 4)
+
+    def broken(*arguments, **named) -> Iterator[Frame]:
+        for frame in frames(*arguments, **named):
+            yield frame._replace(image=None) if frame.number == 2 else frame
+
+    monkeypatch.setattr(stage, "frames", broken)
+    result = front.finder(*OPTIONS, "fps=null")
+    assert result.status == 1
+    assert "one_f000002" in result.out
+    lines = read_lines(front.out / "predictions.jsonl")
+    assert [line["error"] for line in lines] == [None, None, "the frame is broken", None]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["video_file=no.mp4"], "no.mp4: no such file"),
+        (["image_file=cat.png"], "leave out image_file="),
+        (["zoom=true"], "leave out image_file=, zoom="),
+        (["engine=ray"], "leave out engine="),
+        (["fps=0"], "fps"),
+        (["smoothing=1"], "smoothing"),
+    ],
+)
+def test_wrong_use(more: list[str], said: str, front: Front) -> None:
+    clip(Path("clip.mp4"), 2)
+    named = {option.partition("=")[0] for option in more}
+    options = [option for option in OPTIONS if option.partition("=")[0] not in named]
+    result = front.finder(*options, *more)
+    assert result.status == 2
+    assert said in result.err
+
+
+# ------------------------------------------------------------------------------------------------ moving scenes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_moving_scene(seed: int) -> None:
+    """It begins as the scene of its seed; then objects move, stay inside, and do not hide each other."""
+    seed += TEST_SEEDS.start
+    first, *rest = moving_scene(seed, 12, size=96)
+    still = render_scene(seed, size=96)
+    assert np.array_equal(first.image, still.image)
+    assert first.expressions
+    assert set(first.expressions) <= set(still.expressions)
+    before = first
+    moved = 0
+    for scene in rest:
+        assert [one.name for one in scene.objects] == [one.name for one in first.objects]
+        for old, new, origin in zip(before.objects, scene.objects, first.objects, strict=True):
+            moved += old.box != new.box
+            assert box_iou(old.box, new.box) > 0.3, "a step is small"
+            size = [new.box[n + 2] - new.box[n] for n in (0, 1)]
+            assert size == pytest.approx([origin.box[n + 2] - origin.box[n] for n in (0, 1)], abs=6)
+        before = scene
+    assert moved > 5
+
+
+def test_an_entry_a_frame(tmp_path: Path) -> None:
+    options = ScenesOptions(count=2, size=64, frames=3, folder=str(tmp_path))
+    entries = read_lines(scenes(options))
+    assert [entry["id"] for entry in entries[:4]] == [
+        "scene_00000_f000",
+        "scene_00000_f001",
+        "scene_00000_f002",
+        "scene_00001_f000",
+    ]
+    assert len({entry["prompt"] for entry in entries[:3]}) == 1
+    assert {entry["picture"] for entry in entries} == {"scene_00000", "scene_00001"}
+    assert all(
+        cv2.imread(str(tmp_path.glob("*").__next__() / entry["image_path"])) is not None for entry in entries
+    )
