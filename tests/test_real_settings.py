@@ -1,0 +1,193 @@
+"""Folders with chat templates and image settings as the checkpoints have them: prompt, query token, conv_mode, grid.
+
+The formats of the prompts and the sizes are facts that the checkpoints' cards and configurations publish; the templates
+are written here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from family_models import tiny
+from family_models_siblings import glm46v  # noqa: F401 -- registers all families
+from footprints import coordinate_image
+
+from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.model import LVLM
+
+
+def turns(user: str, image: str, after: str, assistant: str, first: str = "") -> str:
+    """A template that writes each turn as `user`, its parts in their order, `after`; then where the answer begins."""
+    parts = f"{{% if c.type == 'image' %}}{image}{{% else %}}{{{{ c.text }}}}{{% endif %}}"
+    each = (
+        f"{{% for m in messages %}}{user}{{% for c in m.content %}}{parts}{{% endfor %}}{after}{{% endfor %}}"
+    )
+    return f"{first}{each}{{% if add_generation_prompt %}}{assistant}{{% endif %}}"
+
+
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+CHATML = {"user": "<|im_start|>user\n", "after": "<|im_end|>\n", "assistant": "<|im_start|>assistant\n"}
+HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+TEMPLATES = {
+    "qwen2_vl": turns(image=VISION, first=HELPFUL, **CHATML),
+    "qwen2_5_vl": turns(image=VISION, first=HELPFUL, **CHATML),
+    "qwen3_vl": turns(image=VISION, **CHATML),
+    "qwen3_vl_moe": turns(image=VISION, **CHATML),
+    "internvl": turns(image="<IMG_CONTEXT>\n", **CHATML),
+    "llava": turns("USER: ", "<image>\n", " ", "ASSISTANT:"),
+    "llava_next": turns("[INST] ", "<image>\n", " [/INST]", ""),
+    "llava_onevision": turns("<|im_start|>user ", "<image>\n", "<|im_end|>", "<|im_start|>assistant\n"),
+    "gemma3": turns(
+        "<start_of_turn>user\n",
+        "<start_of_image>",
+        "<end_of_turn>\n",
+        "<start_of_turn>model\n",
+        "{{ bos_token }}",
+    ),
+    "idefics3": turns("User:", "<image>", "<end_of_utterance>\n", "Assistant:", "<|im_start|>"),
+    "smolvlm": turns("User:", "<image>", "<end_of_utterance>\n", "Assistant:", "<|im_start|>"),
+    "glm4v": turns(
+        "<|user|>\n",
+        "<|begin_of_image|><|image|><|end_of_image|>",
+        "",
+        "<|assistant|>\n<think>",
+        "[gMASK]<sop>",
+    ),
+    "mllama": turns(
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|image|>",
+        "<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "{{ bos_token }}",
+    ),
+}
+SYSTEM = "You are a helpful language and vision assistant."
+PROMPTS = {
+    "qwen2_vl": f"{HELPFUL}<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
+    "qwen2_5_vl": f"{HELPFUL}<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
+    "qwen3_vl": f"<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
+    "qwen3_vl_moe": f"<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
+    "internvl": "<|im_start|>user\n<IMG_CONTEXT>\nthe dog.<|im_end|>\n<|im_start|>assistant\n",
+    "llava_next": "[INST] <image>\nthe dog. [/INST]",
+    "llava_onevision": "<|im_start|>user <image>\nthe dog.<|im_end|><|im_start|>assistant\n",
+    "gemma3": "<s><start_of_turn>user\n<start_of_image>the dog.<end_of_turn>\n<start_of_turn>model\n",
+    "idefics3": "<|im_start|>User:<image>the dog.<end_of_utterance>\nAssistant:",
+    "smolvlm": "<|im_start|>User:<image>the dog.<end_of_utterance>\nAssistant:",
+    "glm4v": "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>the dog.<|assistant|>\n<think>",
+    "mllama": "<s><|start_header_id|>user<|end_header_id|>\n\n<|image|>the dog.<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+
+
+def saved(name: str, folder: Path, **files: Any) -> Path:
+    """A tiny model of the family, with files of the real checkpoint beside it."""
+    lvlm = tiny(name)
+    lvlm.processor.save_pretrained(folder)
+    lvlm.model.save_pretrained(folder)
+    for stem, content in files.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
+    return folder
+
+
+def with_template(name: str, folder: Path) -> LVLM:
+    """`chat_template.jinja` is where checkpoints keep it now."""
+    saved(name, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    return load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_prompt_of_a_chat_model_is_its_own(name: str, tmp_path: Path) -> None:
+    """Nothing is asked for: the family takes the chat template, whose end, where the answer begins, is the query."""
+    lvlm = with_template(name, tmp_path)
+    assert lvlm.conv_mode == "chat"
+    assert lvlm.prompt("the dog") == PROMPTS[name]
+    assert lvlm.image_comes_first
+    inputs = lvlm.encode([coordinate_image(64, 48)], [PROMPTS[name]])
+    assert lvlm.query([lvlm.located_prompt("the dog")], inputs).positions is None  # the last token
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(lvlm.image_token_id) == tiny(name).encode(
+        [coordinate_image(64, 48)], [tiny(name).prompt("the dog")]
+    )["input_ids"][0].tolist().count(lvlm.image_token_id)
+
+
+def test_llava_on_vicuna_is_asked_as_in_the_paper(tmp_path: Path) -> None:
+    """Its chat template is for conversations; the query token is the full stop."""
+    lvlm = with_template("llava", tmp_path)
+    assert lvlm.conv_mode == "referseg"
+    prompt = lvlm.prompt("the dog")
+    assert prompt.startswith(SYSTEM) and prompt.endswith("\n<image>\nthe dog.")
+    assert lvlm.prompted("chat").prompt("the dog") == "USER: <image>\nthe dog. ASSISTANT:"
+
+
+def test_a_template_in_the_older_place(tmp_path: Path) -> None:
+    """`chat_template.json`, as checkpoints of 2024 have it."""
+    saved("qwen2_vl", tmp_path, chat_template={"chat_template": TEMPLATES["qwen2_vl"]})
+    assert load_model(str(tmp_path), device="cpu").prompt("the dog") == PROMPTS["qwen2_vl"]
+
+
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+SETTINGS = {
+    # LLaVA-1.5: the short side to 336 and a centre crop; padded by us, as the paper's code does
+    "llava": (
+        {
+            "crop_size": {"height": 336, "width": 336},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_processor_type": "CLIPImageProcessor",
+            "resample": 3,
+            "size": {"shortest_edge": 336},
+            **CLIP,
+        },
+        (24, 24),
+        (0, -80, 640, 560),
+    ),
+    # Qwen2-VL and Qwen2.5-VL: areas under the names of 2024; sides are rounded to 28 pixels
+    "qwen2_vl": (
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "max_pixels": 12845056,
+            "merge_size": 2,
+            "min_pixels": 3136,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            **CLIP,
+        },
+        (17, 23),
+        (0, 0, 640, 480),
+    ),
+    # Qwen3-VL: areas under the names of sides, patches of 16
+    "qwen3_vl": (
+        {
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "image_std": [0.5] * 3,
+            "merge_size": 2,
+            "patch_size": 16,
+            "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+            "temporal_patch_size": 2,
+        },
+        (15, 20),
+        (0, 0, 640, 480),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_image_settings_as_checkpoints_have_them(name: str, tmp_path: Path) -> None:
+    """`preprocessor_config.json` in the words of its time; a COCO image of 640 x 480."""
+    settings, grid, box = SETTINGS[name]
+    saved(name, tmp_path, preprocessor_config=settings)
+    for newer in ("processor_config.json", "video_preprocessor_config.json"):
+        (tmp_path / newer).unlink(missing_ok=True)
+    lvlm = load_model(str(tmp_path), device="cpu", conv_mode="plain")
+    image = coordinate_image(640, 480)
+    (view,) = lvlm.views_in(lvlm.encode([image], [lvlm.prompt("the dog")]), 0, image)
+    assert view.index.shape == grid
+    assert tuple(round(edge) for edge in view.box) == box
