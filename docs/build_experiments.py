@@ -46,7 +46,7 @@ QUESTIONS = {
     "random": (
         "Would any three heads of the same layers have done as well, or all heads without any choice? Not in the "
         "paper. The difference is paired, expression by expression, and its interval is a bootstrap over "
-        "expressions. That all heads do nearly as well here is no argument against choosing: most of the embedded "
+        "expressions. Where all heads do nearly as well, that is no argument against choosing: most of the embedded "
         "model's 48 heads hardly attend to the image, so they add little to the sum, which is then that of the few "
         "that do. Large models have many heads that attend to the image and rest elsewhere."
     ),
@@ -84,6 +84,9 @@ the trends (is k = 3 best, do both criteria help), not the values.
 
 The model runs over the data once; `experiment=fig6b` and the others then only read from disk.
 [Reproducing the paper](reproducing-the-paper.md) says how to run the same on RefCOCO with the paper's models.
+
+Whether the model needs the heads for its answers is an experiment of its own, `experiment=causal`: [what heads
+do](causal.md).
 """
 
 
