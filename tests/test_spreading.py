@@ -106,13 +106,16 @@ def test_the_same_as_locally(
 ) -> None:
     """Files to the byte, and bad entries in the same words, though `find` loses a worker in the middle of a chunk.
 
-    `ground` goes with a model that overflows on some entries, which fail alone; `evaluate` looks a second time.
+    `ground` goes with a model that overflows on some entries, which fail alone; `evaluate` looks a second time, and
+    `batch` asks about other words and the mirrored image.
     """
     data = DATA
     if stage == "ground":
         data = (*DATA, f"model.name={save_overflowing(front.folder / 'model')}", "model.label=tiny")
     if stage == "evaluate":
         data = (*DATA, "zoom=true")
+    if stage == "batch":
+        data = (*DATA, "criteria=robust", "criteria.mirrored=2")
     local = front.finder(f"stage={stage}", *data, "output_dir=by_local")
     if stage == "find":
         monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_once)
