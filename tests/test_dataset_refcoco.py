@@ -232,6 +232,31 @@ def test_a_bad_reference_costs_only_itself(tmp_path, images, change):
     assert [entry.line for entry in index.bad] == [1]
 
 
+def test_one_bad_sentence_does_not_lose_its_reference(tmp_path, images):
+    """As LISA's reader and lmms-eval have it."""
+    bad = world()[0].reference()
+    bad["sentences"][1] = {"sent_id": 1, "sent": " ", "raw": ""}
+    bad["sentences"].append("abc")
+    path = save_refer(tmp_path, world())
+    path.write_bytes(pickle.dumps([bad], 2))
+    source, index = opened(tmp_path, images)
+    assert [entry.id for entry in index.entries] == ["ref0_sent0", "ref0_sent2"]
+    assert [(one.line, one.id, one.split) for one in index.bad] == [
+        (1, "ref0_sent1", "train"),
+        (1, "ref0_number3", "train"),
+    ]
+    assert index.bad_of("val") == [] and len(index.bad_of("train")) == 2
+    assert isinstance(all_records(source, index)[0], Record)
+
+
+def test_one_bad_expression_of_lmms_does_not_lose_its_row(tmp_path):
+    row = {**lmms_row(world()[0]), "answer": ["left man", "", "man"]}
+    save_rows(tmp_path / "val-00000-of-00001.parquet", [row], LMMS)
+    _, index = opened(tmp_path, None)
+    assert [entry.id for entry in index.entries] == ["row0_sent0", "row0_sent2"]
+    assert [(bad.id, bad.split) for bad in index.bad] == [("row0_sent1", "val")]
+
+
 BAD_ANNOTATIONS = {
     "box outside": Ref(1, 1, "val", ("x",), bbox=(200.0, 10.0, 5.0, 5.0)),
     "box turned around": Ref(1, 1, "val", ("x",), bbox=(20.0, 10.0, -5.0, 5.0)),

@@ -7,19 +7,21 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from localization_heads import hub
-from localization_heads.data.masks import read_mask
+from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
 from localization_heads.datasets import prepare
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.datasets.prepare import sample_entries
 from localization_heads.datasets.reference import Entry
 from localization_heads.datasets.source import OFFICIAL, Counts
+from localization_heads.evaluation.judging import overlap_with_nothing
 from localization_heads.lvlm.spec import compose_spec, find_spec
 from localization_heads.stages import run as stages_run
 from tests.dataset_files import (
@@ -209,8 +211,6 @@ def test_ignored_pixels_do_not_count(front):
     (prediction,) = [json.loads(text) for text in (front.out / "predictions.jsonl").read_text().splitlines()]
     predicted = read_mask(prediction["mask"], size)
     assert plain == pytest.approx(predicted.mean(), abs=1e-6) and 0 < plain < 1
-    from localization_heads.data.masks import encode_mask
-
     Path("d.jsonl").write_text(json.dumps({**line, "ignore": encode_mask(~predicted)}))
     front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
     assert json.loads((front.out / "metrics.json").read_text())["ciou"] == 1.0
@@ -416,3 +416,96 @@ def test_a_write_that_fails_leaves_the_old_file(front, monkeypatch):
     monkeypatch.setattr(prepare, "encode_source", fail)
     assert prepared(front).status == 130
     assert (OUT / "refcoco-val.jsonl").read_bytes() == before and not list(OUT.glob(".lh-*.tmp"))
+
+
+# --- protocols -------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_sentence_is_told_and_bad_rows_of_other_splits_are_not(front):
+    path = Path("refer/refcoco/refs(unc).p")
+    refs = [ref.reference() for ref in world()]
+    refs[0]["sentences"][0] = {"sent_id": 0, "sent": "", "raw": ""}
+    refs[1]["sentences"] = []
+    path.write_bytes(pickle.dumps(refs, 2))
+    result = prepared(front)
+    assert result.status == 0 and "could not be used" not in result.out
+    result = prepared(front, "split=train")
+    assert result.status == 1 and "2 expressions could not be used, for 2 reasons" in result.out
+    assert [line["ref_id"] for line in lines("refcoco-train-1000-seed42.jsonl")].count(0) == 2
+    refs[9]["sentences"][0]["sent"] = refs[9]["sentences"][0]["raw"] = " "
+    path.write_bytes(pickle.dumps(refs, 2))
+    assert prepared(front).status == 1 and [one["prompt"] for one in lines("refcoco-val.jsonl")] == ["vase"]
+
+
+def test_a_split_of_which_nothing_can_be_read_is_told(front):
+    refs = [ref.reference() for ref in world()]
+    refs[9]["sentences"] = []
+    Path("refer/refcoco/refs(unc).p").write_bytes(pickle.dumps(refs, 2))
+    result = prepared(front)
+    assert result.status == 1 and "no row of val could be read" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "prompts", "protocol"),
+    [
+        (["protocol=lmms"], "refcoco-val-joined", ['"middle vase", "vase"'], "lmms"),
+        (["sentence=first"], "refcoco-val-first", ["middle vase"], "unc"),
+        (["sentence=longest"], "refcoco-val-longest", ["middle vase"], "unc"),
+        ([], "refcoco-val", ["middle vase", "vase"], "unc"),
+    ],
+)
+def test_protocols_of_refcoco(front, options, name, prompts, protocol):
+    assert prepared(front, *options).status == 0
+    written = lines(f"{name}.jsonl")
+    assert [line["prompt"] for line in written] == prompts
+    assert {line["protocol"] for line in written} == {protocol}
+    record = json.loads((OUT / f"{name}.json").read_text())
+    assert record["protocol"] == protocol and record["expressions"] == len(prompts)
+    if protocol == "lmms":
+        assert written[0]["id"] == "ref10_joined"
+        result = front.finder("stage=evaluate", f"data_file={OUT}/{name}.jsonl", "visualize_batch=false")
+        metrics = json.loads((front.out / "metrics.json").read_text())
+        assert result.status == 0 and metrics["choices"]["protocol"] == metrics["protocol"]["name"] == "lmms"
+        assert "protocol lmms" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["dataset=reasonseg", "protocol=lmms"], "it joins expressions of refcoco"),
+        (["dataset=refcoco", "protocol=lmms", "sentence=first"], "protocol=lmms joins all of an object"),
+    ],
+)
+def test_protocols_that_do_not_go_together(front, options, words):
+    result = front.finder("stage=prepare", "dataset_path=refer", "images=train2014", *options)
+    assert result.status == 2 and words in result.err
+
+
+def test_an_empty_target_counts_one_where_nothing_is_predicted(front):
+    corners = lambda a, b: ((a, a), (b, a), (b, b), (a, b))  # noqa: E731
+    for name, label in (("full", "target"), ("none", "ignore")):
+        content = {"text": ["what?"], "is_sentence": True, "shapes": [shape(label, *corners(2, 40))]}
+        save_lisa(Path("rs/val"), name, content)
+    assert prepared(front, dataset="reasonseg", path="rs").status == 0
+    full, none = lines("reasonseg-val.jsonl")
+    assert none["absent"] is True and none["bbox"] is None and "mask" not in none and full["bbox"]
+    data = ("stage=evaluate", f"data_file={OUT}/reasonseg-val.jsonl", "visualize_batch=false")
+    assert front.finder(*data).status == 0
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    found, single = metrics["protocol"], metrics["giou"]
+    assert (
+        metrics["num_masks"] == 1
+        and found["giou[empty]"] == 0.0
+        and found["giou"] == pytest.approx(single / 2)
+    )
+
+
+def test_the_overlap_with_an_empty_target():
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 1:5] = True
+    grounding = SimpleNamespace(absent=False, mask=mask, image_size=(6, 4))
+    sample = Sample("a.png", "x", absent=True)
+    assert overlap_with_nothing(sample, grounding) == (0, 8)
+    ignored = replace(sample, ignore=encode_mask(np.eye(4, 6, dtype=bool)))
+    assert overlap_with_nothing(ignored, grounding) == (0, 6)
+    assert overlap_with_nothing(sample, SimpleNamespace(absent=True)) == (0, 0)

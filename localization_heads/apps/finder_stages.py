@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from localization_heads.apps import confidence, ready, tables, traces
+from localization_heads.apps import benchmarks, confidence, ready, tables, traces
 from localization_heads.apps.labels import label_tables
 from localization_heads.apps.videos import video_table
 from localization_heads.datasets import prepare
@@ -176,6 +176,8 @@ def _show_result(run: Run, result: Result) -> int:
         _show_found_again(run, result.ranking)
     if result.metrics:
         tables.show(tables.metrics_table(result.metrics))
+        if own := benchmarks.protocol_table(result.metrics.get("protocol", {})):
+            tables.show(own)
         if trust := result.metrics.get("confidence"):
             tables.show(confidence.confidence_table(trust))
     elif result.outcomes:

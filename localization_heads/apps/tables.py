@@ -114,6 +114,7 @@ def _title(metrics: Mapping[str, Any]) -> str:
     parts += [f"{metrics['num_failed']} failed"] if metrics["num_failed"] else []
     read_out = metrics.get("choices", {}).get("read_out")
     parts += [f"grounding={read_out}"] if read_out else []
+    parts += [f"protocol {protocol}"] if (protocol := metrics.get("choices", {}).get("protocol")) else []
     return f"Scores of {', '.join(parts)}"
 
 
@@ -235,7 +236,7 @@ def prepared_table(result: Prepared) -> Table:
     """What the source holds, beside the counts of papers; the split that was written stands in bold."""
     written = result.written
     table = _table(
-        f"{_cell(result.dataset)}: what was found",
+        f"{_cell(result.dataset)}, protocol {_cell(result.protocol)}: what was found",
         *("split", "references", "expressions", "in papers"),
         texts=("split",),
         caption=f"{written.expressions} expressions for {written.references} references written",

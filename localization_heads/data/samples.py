@@ -20,6 +20,7 @@ from localization_heads.attention import Box, misses_image
 from localization_heads.data.address import Address, ImageError, is_address, without_secrets
 from localization_heads.data.any_image import as_source
 from localization_heads.data.boxes import check_box
+from localization_heads.data.facts import Fact, facts_of
 from localization_heads.data.images import ImageSource, find_file
 from localization_heads.data.lines import read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
@@ -41,6 +42,7 @@ class Sample:
         line: its line number in the data file, from 1; 0 if it comes from elsewhere.
         boxes: the true boxes of an expression that refers to several objects, as `bbox`.
         absent: the expression refers to nothing in the image; then there is neither box nor mask.
+        facts: further fields of its line that are short (`protocol`, and what a benchmark's own metric asks for).
 
     Raises UsageError for an invalid box, and for a box or a mask of what is absent.
     """
@@ -55,6 +57,7 @@ class Sample:
     picture: str = ""
     boxes: tuple[Box, ...] = ()
     absent: bool = False
+    facts: Mapping[str, Fact] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image", as_source(self.image))
@@ -252,6 +255,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
         picture=_text(entry, "picture") if entry.get("picture") is not None else "",
         boxes=_boxes(entry["bboxes"]) if entry.get("bboxes") is not None else (),
         absent=absent,
+        facts=facts_of(entry),
     )
 
 

@@ -306,6 +306,9 @@ class ParquetSource(Source):
                 yield first + row, batch
             first = end
 
+    def row_split(self, values: tuple[str, dict[str, Any]]) -> str:
+        return values[0]
+
     def split(self, file: Path) -> str:
         return split_of(file)
 

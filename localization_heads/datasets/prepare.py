@@ -23,8 +23,10 @@ from localization_heads.data.images import decode_image, image_size
 from localization_heads.data.masks import encode_source
 from localization_heads.datasets.leakage import prepared_images, prepared_sets
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_box_inside
+from localization_heads.datasets.sentences import asked, part_of_name
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
+from localization_heads.options.benchmarks import REFCOCO
 from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, atomic_write, write_bytes, write_json
 
@@ -40,6 +42,8 @@ class Prepared:
     Args:
         splits: what the source holds, by split.
         written: what the file holds.
+        failures: what of the split could not be used.
+        protocol: how the expressions are asked and scored, by name.
     """
 
     dataset: str
@@ -48,27 +52,44 @@ class Prepared:
     written: Counts
     failures: list[BadEntry]
     paths: list[Path]
+    protocol: str = ""
 
 
 def prepare(run: Run) -> Prepared:
     """Read a benchmark, choose its expressions and write them with their truth."""
     run.options.require("dataset", "dataset_path")
     images = Path(run.options.images) if run.options.images else None
+    check_protocol(run)
     source = open_source(str(run.options.dataset), Path(str(run.options.dataset_path)), images)
     index = source.index()
-    chosen, left_out = _choose(run, index)
-    target = Path(run.options.dataset_folder) / f"{_name(run, source)}.jsonl"
+    split = _split(run, index)
+    chosen, left_out = _choose(run, index, split)
+    target = Path(run.options.dataset_folder) / f"{_name(run, source, split)}.jsonl"
+    protocol = source.protocol or run.options.protocol
     with RunLock(target.parent):
-        if run.options.split == "train" and not run.options.allow_leakage:
+        if split == "train" and not run.options.allow_leakage:
             check_leakage(run, index, chosen, target.parent)
-        splits = {split: count(entries) for split, entries in _by_split(index.entries).items()}
-        _warn(run, source, splits[run.options.split])
-        written, failures = _write(run, target, source, chosen)
-        failures += index.bad
-        record = _describe(run, source, written, left_out, len(failures))
-        write_json(target.with_suffix(".json"), record)
+        splits = {name: count(entries) for name, entries in _by_split(index.entries).items()}
+        _warn(run, source, split, splits[split])
+        written, failures = _write(run, target, source, chosen, protocol)
+        failures += index.bad_of(split)
+        record = _describe(run, source, split, written, left_out, len(failures))
+        write_json(target.with_suffix(".json"), {**record, "protocol": protocol})
     paths = [target, target.with_suffix(".json")]
-    return Prepared(str(run.options.dataset), splits, run.options.split, written, failures, paths)
+    return Prepared(str(run.options.dataset), splits, split, written, failures, paths, protocol)
+
+
+def check_protocol(run: Run) -> None:
+    """UsageError where `protocol=` and `sentence=` contradict each other or the data set."""
+    options = run.options
+    if options.protocol == "lmms" and options.dataset not in REFCOCO:
+        raise UsageError(
+            f"protocol=lmms: it joins expressions of {', '.join(REFCOCO)}, not of {options.dataset}"
+        )
+    if options.protocol == "lmms" and options.sentence != "all":
+        raise UsageError(
+            f"sentence={options.sentence}: protocol=lmms joins all of an object; leave sentence= out"
+        )
 
 
 def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Entry]:
@@ -85,10 +106,10 @@ def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Ent
     return [entry for entry in entries if entry in drawn]
 
 
-def sample_size(run: Run) -> int | None:
+def sample_size(run: Run, split: str) -> int | None:
     """`num_samples` for the training split; all of the other splits, unless the user gave a number."""
     given = any(override.startswith("num_samples=") for override in run.overrides or ())
-    return run.options.num_samples if given or run.options.split == "train" else None
+    return run.options.num_samples if given or split == "train" else None
 
 
 def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path) -> None:
@@ -111,27 +132,33 @@ def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path)
         )
 
 
-def _choose(run: Run, index: Index) -> tuple[list[Entry], int]:
-    """The expressions to write, and how many `exclude` has left out."""
-    splits = _by_split(index.entries)
+def _split(run: Run, index: Index) -> str:
+    """The split to write. UsageError if there is none of that name; NothingDoneError if nothing of it is of use."""
     if not index.entries and not index.bad:
         raise UsageError(f"dataset_path={run.options.dataset_path}: it holds no reference")
-    if not index.entries:
-        raise NothingDoneError("no row could be read", index.bad[:10])
-    if run.options.split not in splits:
-        found = ", ".join(f"{name} ({len(entries)} expressions)" for name, entries in splits.items())
-        raise UsageError(f"split={run.options.split}: dataset_path has {found}")
-    entries = splits[run.options.split]
-    if twice := [id for id, times in Counter(entry.id for entry in entries).items() if times > 1]:
-        raise UsageError(
-            f"dataset_path holds {run.options.dataset} {run.options.split} twice: {twice[0]} is in it again"
-        )
+    splits = _by_split(index.entries)
+    names = {*splits, *(bad.split for bad in index.bad if bad.split)}
+    split = run.options.split or (names.copy().pop() if len(names) == 1 else "val")
+    if split in splits:
+        return split
+    if bad := index.bad_of(split) if index.entries == [] or split in names else []:
+        raise NothingDoneError(f"no row of {split} could be read", bad[:10])
+    found = ", ".join(f"{name} ({len(entries)} expressions)" for name, entries in splits.items())
+    raise UsageError(f"split={split}: dataset_path has {found or 'none that can be read'}")
+
+
+def _choose(run: Run, index: Index, split: str) -> tuple[list[Entry], int]:
+    """The expressions to write, and how many `exclude` has left out."""
+    every = _by_split(index.entries)[split]
+    if twice := [id for id, times in Counter(entry.id for entry in every).items() if times > 1]:
+        raise UsageError(f"dataset_path holds {run.options.dataset} {split} twice: {twice[0]} is in it again")
+    entries = asked(every, run.options.protocol, run.options.sentence)
     excluded = (prepared_images(Path(file), "exclude") for file in run.options.exclude)
     images: set[str] = set().union(*excluded)
     kept = [entry for entry in entries if entry.picture not in images]
     if not kept:
-        raise UsageError(f"exclude: it leaves no expression of {run.options.dataset} {run.options.split}")
-    number = sample_size(run)
+        raise UsageError(f"exclude: it leaves no expression of {run.options.dataset} {split}")
+    number = sample_size(run, split)
     chosen = (
         kept
         if number is None or number >= len(kept)
@@ -147,29 +174,32 @@ def _by_split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return splits
 
 
-def _name(run: Run, source: Source) -> str:
-    """`refcoco-val`, `refcocog-google-val`, `refcoco-train-1000-seed42`."""
-    parts = [run.options.dataset, source.variant, run.options.split]
-    if (number := sample_size(run)) is not None:
+def _name(run: Run, source: Source, split: str) -> str:
+    """`refcoco-val`, `refcocog-google-val`, `refcoco-train-1000-seed42`, `refcoco-val-joined`."""
+    parts = [run.options.dataset, source.variant, split]
+    parts.append(part_of_name(run.options.protocol, run.options.sentence))
+    if (number := sample_size(run, split)) is not None:
         parts += [str(number), f"seed{run.options.random_seed}"]
     return "-".join(part for part in parts if part)
 
 
-def _warn(run: Run, source: Source, found: Counts) -> None:
+def _warn(run: Run, source: Source, split: str, found: Counts) -> None:
     for note in source.notes:
         log.warning("%s", note)
-    official = OFFICIAL.get((str(run.options.dataset), run.options.split))
+    official = OFFICIAL.get((str(run.options.dataset), split))
     if official and found != official:
         log.warning(
             "%s %s has %d references and %d expressions here, %d and %d in papers: numbers do not compare",
             run.options.dataset,
-            run.options.split,
+            split,
             *found,
             *official,
         )
 
 
-def _write(run: Run, target: Path, source: Source, chosen: Sequence[Entry]) -> tuple[Counts, list[BadEntry]]:
+def _write(
+    run: Run, target: Path, source: Source, chosen: Sequence[Entry], protocol: str
+) -> tuple[Counts, list[BadEntry]]:
     """Write the lines as the records come; what cannot be used is put aside."""
     by_row = {row: list(entries) for row, entries in groupby(chosen, key=lambda entry: entry.row)}
     failures: list[BadEntry] = []
@@ -180,7 +210,7 @@ def _write(run: Run, target: Path, source: Source, chosen: Sequence[Entry]) -> t
         for record in tqdm(records, total=len(by_row), desc="prepare", unit="reference", disable=None):
             entries = by_row[record.row]
             try:
-                _write_lines(file, target.parent, record, entries, boxes)
+                _write_lines(file, target.parent, record, entries, boxes, protocol)
                 written += entries
             except (UsageError, WorkError, BadLineError) as error:
                 reason = " ".join(str(error).split())
@@ -197,12 +227,14 @@ def _write_lines(
     record: Record | BadRecord,
     entries: Sequence[Entry],
     boxes: list[TrueBox],
+    protocol: str,
 ) -> None:
     if isinstance(record, BadRecord):
         raise BadLineError(record.reason)
     fields = dict(_truth(folder, record, entries[0], boxes))
+    named = {"picture": entries[0].picture, "protocol": protocol, **record.more}
     for entry in entries:
-        line = {"id": entry.id, "prompt": entry.text, **fields, "picture": entry.picture, **record.more}
+        line = {"id": entry.id, "prompt": entry.text, **fields, **named}
         file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
@@ -220,6 +252,14 @@ def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> 
         boxes.append(TrueBox(entry.id, record.box, size))
         check_box_inside(record.box, size)
         yield "bbox", list(record.box)
+    for box in record.boxes:
+        boxes.append(TrueBox(entry.id, box, size))
+        check_box_inside(box, size)
+    if record.boxes:
+        yield "bboxes", [list(box) for box in record.boxes]
+    if record.absent:
+        yield "bbox", None
+        yield "absent", True
     if record.mask is not None:
         yield "mask", encode_source(record.mask, size)
     if record.ignore is not None:
@@ -235,13 +275,16 @@ def _save_image(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[
     return f"images/{name}", image.size
 
 
-def _describe(run: Run, source: Source, written: Counts, left_out: int, failed: int) -> dict[str, Any]:
+def _describe(
+    run: Run, source: Source, split: str, written: Counts, left_out: int, failed: int
+) -> dict[str, Any]:
     """All that decides the content of the file, for the one who finds it."""
-    number = sample_size(run)
+    number = sample_size(run, split)
     return {
         "version": 1,
         "dataset": run.options.dataset,
-        "split": run.options.split,
+        "split": split,
+        "sentence": run.options.sentence,
         "source": source.kind,
         "variant": source.variant,
         "files": [_digest(file) for file in source.files],

@@ -2,9 +2,10 @@
 
 LISA (https://github.com/dvlab-research/LISA, utils/data_processing.py and utils/dataset.py): `<split>/<name>.jpg`
 with `<name>.json` beside it, `{"text": [...], "is_sentence": bool, "shapes": [{"label", "points": [[x, y], ...]}]}`,
-UTF-8 or cp1252. Shapes are painted from the largest to the smallest, so a small one lies on a large one; a label
-with "ignore" in it paints pixels that do not count, "flag" paints nothing, any other the target. Evaluation uses the
-first text of an image; the training set has up to five.
+UTF-8 or cp1252. Shapes are painted by OpenCV (outline and inside) from the largest to the smallest, so a small one lies
+on a large one; a label with "ignore" in it paints pixels that do not count, "flag" nothing, any other the target. An
+image without a target stays: its IoU is 1 where nothing is predicted, else 0. Evaluation uses the first text of an
+image; the training set has up to five.
 
 `Ricky06662/ReasonSeg_val` and `_test` (https://huggingface.co/datasets/Ricky06662/ReasonSeg_test): `image`, `text`,
 `mask` (rows of true and false), `image_id`, `ann_id`, `img_height`, `img_width`. Both call their split `test`.
@@ -18,15 +19,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from localization_heads.cells import tight_box
 from localization_heads.data.address import ImageError
-from localization_heads.data.images import MAX_PIXELS, image_size, strips
+from localization_heads.data.images import MAX_PIXELS, image_size
 from localization_heads.datasets.parquet import ParquetSource, image_cell, num_values, read_columns, split_of
-from localization_heads.datasets.reference import Entry, Index, Record, Source, declared_size, expression
+from localization_heads.datasets.reference import (
+    BadText,
+    Entry,
+    Index,
+    Record,
+    Source,
+    declared_size,
+    entry_or_bad,
+)
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.store.files import read_json
 from localization_heads.store.paths import check_id
@@ -45,6 +54,7 @@ class LisaFolders(Source):
     """`train`, `val` and `test` below a folder, or a folder of one of these names."""
 
     kind = "LISA's folders"
+    protocol = "reasonseg"
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.folders = dict(folders)
@@ -57,8 +67,11 @@ class LisaFolders(Source):
     def rows(self) -> list[Path]:
         return self.files
 
-    def entries(self, row: int, file: Path) -> list[Entry]:
-        split = next(split for split, folder in self.folders.items() if file.parent == folder)
+    def row_split(self, file: Path) -> str:
+        return next(split for split, folder in self.folders.items() if file.parent == folder)
+
+    def entries(self, row: int, file: Path) -> list[Entry | BadText]:
+        split = self.row_split(file)
         try:
             stem = check_id(file.stem)
         except ValueError as error:
@@ -69,7 +82,7 @@ class LisaFolders(Source):
             raise BadLineError("'text' must be a list of instructions")
         asked = texts if split == "train" else texts[:1]
         return [
-            Entry(f"{stem}_sent{n}", split, f"reasonseg:{stem}", expression(text), row)
+            entry_or_bad(f"{stem}_sent{n}", split, f"reasonseg:{stem}", text, row)
             for n, text in enumerate(asked)
         ]
 
@@ -84,15 +97,30 @@ class LisaFolders(Source):
             raise ImageError(image, "no such file")
         size = image_size(image)
         target, ignored = paint_shapes(annotation.get("shapes"), size)
-        return Record(
-            row,
-            image,
-            size,
-            tight_box(target),
-            target,
-            ignored if ignored.any() else None,
-            more={"is_sentence": bool(annotation.get("is_sentence"))},
-        )
+        more = {"is_sentence": bool(annotation.get("is_sentence"))}
+        return _record(row, image, size, target, ignored, more)
+
+
+def _record(
+    row: int,
+    image: Path | bytes,
+    size: tuple[int, int],
+    target: NDArray[np.bool_],
+    ignored: NDArray[np.bool_] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Record:
+    """A target without a pixel is absent."""
+    box = tight_box(target)
+    return Record(
+        row,
+        image,
+        size,
+        box,
+        None if box is None else target,
+        ignored if ignored is not None and ignored.any() else None,
+        more=more or {},
+        absent=box is None,
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -115,13 +143,13 @@ def paint_shapes(shapes: object, size: tuple[int, int]) -> tuple[NDArray[np.bool
     outlines = [(label, points) for label, points in map(_shape, shapes) if label != "flag"]
     if sum(_work(points, size) for _, points in outlines) > MAX_WORK:
         raise BadLineError(f"its shapes take far more than an image of {size[0]} x {size[1]} pixels needs")
-    areas = [sum(int(mask.sum()) for _, mask in _paint(points, size)) for _, points in outlines]
+    areas = [int(_paint(points, size)[1].sum()) for _, points in outlines]
     target, ignored = np.zeros(size[::-1], bool), np.zeros(size[::-1], bool)
     for number in sorted(range(len(outlines)), key=areas.__getitem__)[::-1]:
         label, points = outlines[number]
         ignores = "ignore" in label
-        for place, mask in _paint(points, size):
-            target[place][mask], ignored[place][mask] = not ignores, ignores
+        place, mask = _paint(points, size)
+        target[place][mask], ignored[place][mask] = not ignores, ignores
     return target, ignored
 
 
@@ -161,25 +189,22 @@ def _window(points: list[tuple[int, int]], size: tuple[int, int]) -> tuple[int, 
 
 def _paint(
     points: list[tuple[int, int]], size: tuple[int, int]
-) -> Iterator[tuple[tuple[slice, slice], NDArray[np.bool_]]]:
-    """A shape's pixels, a few rows of them at a time: where they lie in the image, and a mask of that part."""
+) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """A shape's pixels: the part of the image that it can reach, and a mask of that part."""
     left, top, right, bottom = _window(points, size)
-    if left >= right or top >= bottom:
-        return
-    canvas = Image.new("L", (right - left, bottom - top))
-    draw = ImageDraw.Draw(canvas)
-    moved = [(x - left, y - top) for x, y in points]
-    if len(points) > 2:
-        draw.polygon(moved, fill=1, outline=1)
-    draw.line([*moved, moved[0]], fill=1)
-    for rows, strip in strips(canvas):
-        yield (slice(top + rows.start, top + rows.stop), slice(left, right)), np.asarray(strip).view(bool)
+    canvas = np.zeros((max(0, bottom - top), max(0, right - left)), np.uint8)
+    if canvas.size:
+        moved = np.array(points, np.int32) - np.array([left, top], np.int32)
+        cv2.polylines(canvas, [moved], True, 1, 1)
+        cv2.fillPoly(canvas, [moved], 1)
+    return (slice(top, top + canvas.shape[0]), slice(left, left + canvas.shape[1])), canvas.view(bool)
 
 
 class ReasonSegParquet(ParquetSource):
     """`Ricky06662/ReasonSeg_*`, with images and masks inside."""
 
     kind = "parquet of Ricky06662"
+    protocol = "reasonseg"
     variant = "parquet"
     index_columns = ("text", "image_id", "img_height", "img_width")
     record_columns = ("image", "mask", "img_height", "img_width")
@@ -207,7 +232,7 @@ class ReasonSegParquet(ParquetSource):
                 return match[1].lower()
         return split_of(file)
 
-    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry]:
+    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry | BadText]:
         split, cells = values
         size = declared_size(cells["img_height"], cells["img_width"])
         if size[0] * size[1] > MAX_PIXELS:
@@ -215,13 +240,12 @@ class ReasonSegParquet(ParquetSource):
         name = cells["image_id"]
         known = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100
         image = f"reasonseg:{name}" if known else f"reasonseg:{split}:{row}"
-        return [Entry(f"row{row}_sent0", split, image, expression(cells["text"]), row)]
+        return [entry_or_bad(f"row{row}_sent0", split, image, cells["text"], row)]
 
     def record(self, row: int, batch: pa.RecordBatch) -> Record:
         cells = batch.select(["image", "img_height", "img_width"]).to_pylist()[0]
         size = declared_size(cells["img_height"], cells["img_width"])
-        mask = _cell_mask(batch.column("mask"), size)
-        return Record(row, image_cell(cells["image"]), size, tight_box(mask), mask)
+        return _record(row, image_cell(cells["image"]), size, _cell_mask(batch.column("mask"), size))
 
 
 def _cell_mask(column: Any, size: tuple[int, int]) -> NDArray[np.bool_]:

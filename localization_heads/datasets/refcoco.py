@@ -13,6 +13,7 @@ from localization_heads.data.boxes import check_box
 from localization_heads.data.masks import MaskSource
 from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
 from localization_heads.datasets.reference import (
+    BadText,
     Entry,
     Record,
     Source,
@@ -21,7 +22,7 @@ from localization_heads.datasets.reference import (
     coco_image,
     coco_image_of,
     declared_size,
-    expression,
+    entry_or_bad,
     is_number,
 )
 from localization_heads.errors import BadLineError, UsageError
@@ -75,7 +76,11 @@ class ReferPickles(Source):
             raise UsageError(f"{self.files[0]}: it must hold a list of references")
         return self._refs
 
-    def entries(self, row: int, ref: object) -> list[Entry]:
+    def row_split(self, ref: object) -> str | None:
+        split = ref.get("split") if isinstance(ref, dict) else None
+        return split if split in SPLITS else None
+
+    def entries(self, row: int, ref: object) -> list[Entry | BadText]:
         if not isinstance(ref, dict):
             raise BadLineError("a reference is not a dict")
         if ref.get("split") not in SPLITS:
@@ -102,18 +107,20 @@ class ReferPickles(Source):
         return coco_record(row, file, image, annotation, {"ref_id": ref["ref_id"]})
 
 
-def _entries(row: int, split: str, ref: Mapping[str, Any]) -> list[Entry]:
+def _entries(row: int, split: str, ref: Mapping[str, Any]) -> list[Entry | BadText]:
     """The expressions of one reference. `sent` is the cleaned text that evaluations use, `raw` what was typed."""
     sentences = ref.get("sentences")
     if not is_number(ref.get("ref_id")) or not isinstance(sentences, list) or not sentences:
         raise BadLineError("a reference needs a ref_id and sentences")
     image = coco_image(ref.get("image_id"))
-    entries = []
-    for sentence in sentences:
+    name = f"ref{ref['ref_id']}"
+    entries: list[Entry | BadText] = []
+    for number, sentence in enumerate(sentences):
         if not isinstance(sentence, dict) or not is_number(sentence.get("sent_id")):
-            raise BadLineError("a sentence needs a sent_id")
-        text = expression(sentence.get("sent") or sentence.get("raw"))
-        entries.append(Entry(f"ref{ref['ref_id']}_sent{sentence['sent_id']}", split, image, text, row))
+            entries.append(BadText(f"{name}_number{number}", "a sentence needs a sent_id"))
+            continue
+        text = sentence.get("sent") or sentence.get("raw")
+        entries.append(entry_or_bad(f"{name}_sent{sentence['sent_id']}", split, image, text, row))
     return entries
 
 
@@ -173,8 +180,9 @@ class JxuParquet(ParquetSource):
         split = split_of(file)
         return "testA" if split == "test" and self.has_testa else split
 
-    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry]:
-        return _entries(row, *values)
+    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry | BadText]:
+        split, cells = values
+        return _entries(row, split, cells)
 
     def record(self, row: int, batch: pa.RecordBatch) -> Record:
         cells = batch.to_pylist()[0]
@@ -222,7 +230,7 @@ class LmmsParquet(ParquetSource):
         if note := _LMMS_VAL.get(dataset):
             self.notes.append(f"lmms-lab's val is not the val of papers ({note}): the numbers do not compare")
 
-    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry]:
+    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry | BadText]:
         split, cells = values
         answers = cells["answer"]
         if not isinstance(answers, list) or not answers:
@@ -230,9 +238,7 @@ class LmmsParquet(ParquetSource):
         image = coco_image_of(cells["file_name"])
         if image is None:
             raise BadLineError("file_name is none of COCO's")
-        return [
-            Entry(f"row{row}_sent{n}", split, image, expression(text), row) for n, text in enumerate(answers)
-        ]
+        return [entry_or_bad(f"row{row}_sent{n}", split, image, text, row) for n, text in enumerate(answers)]
 
     def record(self, row: int, batch: pa.RecordBatch) -> Record:
         cells = batch.to_pylist()[0]

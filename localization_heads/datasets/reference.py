@@ -38,12 +38,41 @@ class Entry(NamedTuple):
     row: int
 
 
+class BadText(NamedTuple):
+    """An expression of a row that cannot be used. The others of the row can.
+
+    Args:
+        id: its name, as that of an `Entry`.
+    """
+
+    id: str
+    reason: str
+
+
+class Bad(NamedTuple):
+    """What cannot be used: a row, or an expression of one.
+
+    Args:
+        line, id, reason: as of a `BadEntry`.
+        split: None where it is unknown.
+    """
+
+    line: int
+    id: str
+    reason: str
+    split: str | None
+
+
 @dataclass(frozen=True)
 class Index:
-    """Every expression of a source in the order of its files, and the rows without a usable one."""
+    """Every expression of a source in the order of its files, and what cannot be used: whole rows, or expressions."""
 
     entries: list[Entry]
-    bad: list[BadEntry]
+    bad: list[Bad]
+
+    def bad_of(self, split: str) -> list[BadEntry]:
+        """What cannot be used of a split, and what may belong to it: the rows whose split is unknown."""
+        return [BadEntry(*bad[:3]) for bad in self.bad if bad.split in (None, split)]
 
 
 @dataclass(frozen=True)
@@ -57,6 +86,8 @@ class Record:
         mask: as `read_mask` takes it.
         ignore: pixels that are left out when masks are scored.
         more: further fields of the JSON line.
+        boxes: of an expression that refers to several objects; then `box` and `mask` are None.
+        absent: the expressions refer to nothing in the image.
     """
 
     row: int
@@ -66,6 +97,8 @@ class Record:
     mask: MaskSource | None = field(default=None, repr=False)
     ignore: MaskSource | None = field(default=None, repr=False)
     more: dict[str, Any] = field(default_factory=dict)
+    boxes: tuple[Box, ...] = ()
+    absent: bool = False
 
 
 class BadRecord(NamedTuple):
@@ -83,11 +116,13 @@ class Source(ABC):
 
     Attributes:
         variant: "" for the standard splits, else the name of others (`google`, `lmms`).
+        protocol: how its expressions are asked and scored, by name; "" where the option `protocol` decides.
         notes: remarks for the user on this source.
     """
 
     kind: str
     variant = ""
+    protocol = ""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
@@ -96,12 +131,17 @@ class Source(ABC):
     def index(self) -> Index:
         """Raises UsageError where the source as a whole cannot be read."""
         entries: list[Entry] = []
-        bad: list[BadEntry] = []
+        bad: list[Bad] = []
         for row, values in enumerate(self.rows()):
+            split = self.row_split(values)
             try:
-                entries += self.entries(row, values)
+                found = self.entries(row, values)
             except (BadLineError, UsageError) as error:
-                bad.append(BadEntry(row + 1, self.name(row), str(error)))
+                bad.append(Bad(row + 1, self.name(row), str(error), split))
+                continue
+            entries += [one for one in found if isinstance(one, Entry)]
+            lost = [one for one in found if isinstance(one, BadText)]
+            bad += [Bad(row + 1, one.id, one.reason, split) for one in lost]
         return Index(entries, bad)
 
     def records(self, rows: Sequence[int]) -> Iterator[Record | BadRecord]:
@@ -120,9 +160,16 @@ class Source(ABC):
     def rows(self) -> Iterable[Any]:
         """Of every row what `entries` takes."""
 
+    def row_split(self, values: Any) -> str | None:
+        """The split that a row belongs to, which need not be usable; None where it cannot be told."""
+        return None
+
     @abstractmethod
-    def entries(self, row: int, values: Any) -> list[Entry]:
-        """The expressions of a row. Raises BadLineError or UsageError."""
+    def entries(self, row: int, values: Any) -> list[Entry | BadText]:
+        """The expressions of a row, good ones and bad ones.
+
+        Raises BadLineError or UsageError where the row as a whole is of no use.
+        """
 
     @abstractmethod
     def read(self, rows: Sequence[int]) -> Iterable[tuple[int, Any]]:
@@ -166,6 +213,14 @@ def expression(value: object) -> str:
     if len(text) > MAX_TEXT or not text.isprintable():
         raise BadLineError("an expression is endless or not printable")
     return text
+
+
+def entry_or_bad(id: str, split: str, picture: str, text: object, row: int) -> Entry | BadText:
+    """The entry of an expression, or why its text is of no use."""
+    try:
+        return Entry(id, split, picture, expression(text), row)
+    except BadLineError as error:
+        return BadText(id, str(error))
 
 
 def box_from_xywh(value: object) -> Box:

@@ -55,6 +55,15 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
     return Truth(box, mask, None if mask is None else decode_ignored(sample, image_size))
 
 
+def overlap_with_nothing(sample: Sample, grounding: Grounding) -> tuple[int, int]:
+    """Intersection and union of a predicted mask with an empty target: 0, and its pixels that are not ignored."""
+    if grounding.absent:
+        return 0, 0
+    ignored = decode_ignored(sample, grounding.image_size)
+    predicted = grounding.mask if ignored is None else grounding.mask & ~ignored
+    return 0, int(predicted.sum())
+
+
 @dataclass(frozen=True)
 class Judge:
     """Scores the heads and the controls, and sums the scores up.

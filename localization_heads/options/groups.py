@@ -65,7 +65,6 @@ RAY = ("ray",)
 ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
 Targets = Literal["one", "all"]
 SceneSplit = Literal["test", "validation", "train"]
-Dataset = Literal["refcoco", "refcoco+", "refcocog", "reasonseg"]
 Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
 """Checked against the machine by `lvlm.loading.pick_device`."""
 

@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 
 from localization_heads.errors import UsageError
 from localization_heads.options.ablation import AblateOptions
+from localization_heads.options.benchmarks import BenchmarkOptions
 from localization_heads.options.experiments import ExperimentOptions, RungOptions
 from localization_heads.options.groups import (
     NEWCOMER,
     ConvMode,
     CriteriaOptions,
-    Dataset,
     Device,
     DoctorOptions,
     EngineOptions,
@@ -34,7 +34,6 @@ from localization_heads.options.instances import InstanceOptions
 from localization_heads.options.kinds import (
     FolderPath,
     HeadChoice,
-    OneOrSeveral,
     Options,
     Paraphrases,
     PathText,
@@ -213,7 +212,14 @@ class ImageAddresses(Options):
 
 @options
 class FinderOptions(
-    ModelUse, EntryChoice, ImageAddresses, InstanceOptions, VideoOptions, LabelOptions, RankedFiles
+    BenchmarkOptions,
+    ModelUse,
+    EntryChoice,
+    ImageAddresses,
+    InstanceOptions,
+    VideoOptions,
+    LabelOptions,
+    RankedFiles,
 ):
     """localization_heads_finder.py (also installed as `locheads`)."""
 
@@ -286,34 +292,6 @@ class FinderOptions(
     scenes: ScenesOptions = option(
         ScenesOptions(), "The synthetic benchmark (stage=scenes, data=scenes).", section="synthetic scenes"
     )
-    dataset: Dataset | None = option(
-        None,
-        "refcoco, refcoco+, refcocog or reasonseg.",
-        section="benchmarks (stage=prepare; docs/datasets.md)",
-        stages=("prepare",),
-    )
-    dataset_path: PathText | None = option(
-        None,
-        "Where it is: refs(unc).p, a parquet file, or a folder with them, or ReasonSeg's train, val and test.",
-        stages=("prepare",),
-    )
-    images: PathText | None = option(
-        None, "Folder of COCO's train2014 images, for sources that have none inside.", stages=("prepare",)
-    )
-    split: Literal["train", "val", "test", "testA", "testB"] = option(
-        "val",
-        "train, val, test, testA or testB. Of train, num_samples are drawn by random_seed; of the others all "
-        "are taken unless num_samples is given.",
-    )
-    exclude: OneOrSeveral[PathText] = option(
-        (),
-        "Files written by stage=prepare whose images are left out: the evaluation sets, when train is prepared.",
-    )
-    allow_leakage: bool = option(
-        False,
-        "Use heads on images that they were found on; draw a training sample that shows evaluation images.",
-    )
-    dataset_folder: PathText = option("outputs/datasets", "Where prepared files are written.")
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = option(
         8,
         "Entries that go through the model together; those of one image share what is computed of it. auto takes 16, "

@@ -18,8 +18,9 @@ from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.claims import Claim, is_right
 from localization_heads.evaluation.controls import CENTRE, DRAWS
 from localization_heads.evaluation.instances import instance_metrics
-from localization_heads.evaluation.judging import HEADS, Judge, truth_of
+from localization_heads.evaluation.judging import HEADS, Judge, overlap_with_nothing, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
+from localization_heads.evaluation.protocols import protocol_metrics, protocol_of
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.ranking import HeadRanking
@@ -82,7 +83,14 @@ def evaluate(run: Run) -> Result:
         numbers = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
         numbers |= _of_several(run, outcomes)
         numbers |= judge.trust([_claim(outcome) for outcome in outcomes])
-        metrics = {**numbers, "choices": _choices(run, scorer)}
+        protocol = protocol_of([sample.facts for sample in entries.samples])
+        if protocol is not None:
+            answers = [outcome.answer for outcome in outcomes]
+            by_image = options.bootstrap == "image"
+            numbers["protocol"] = protocol_metrics(
+                protocol, answers, by_image=by_image, seed=options.random_seed
+            )
+        metrics = {**numbers, "choices": {**_choices(run, scorer), "protocol": protocol}}
         paths = [
             save_predictions(run, outcomes, entries.in_order()),
             save_per_sample(run, outcomes, entries.in_order()),
@@ -177,6 +185,8 @@ class EntryScorer:
     def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
         """Whether the box is right; where there is one true box, every method's scores, and the model's own box."""
         measured: dict[str, Any] = {"right": is_right(one.sample, grounding.box)}
+        if one.sample.absent and one.sample.facts.get("protocol") == "reasonseg":
+            measured["overlap"] = overlap_with_nothing(one.sample, grounding)
         if one.sample.absent or len(one.sample.boxes) > 1:
             return measured
         truth = truth_of(one.sample, one.image.size)
@@ -193,11 +203,6 @@ class EntryScorer:
 
     def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """All that the scores depend on besides the boxes."""
-        digest = hashlib.sha256()
-        for sample in samples:
-            truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
-            truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
-            digest.update(json.dumps(truth).encode())
         asked = None if self.native is None else [self.native.prompt, self.native.pattern]
         heads = [list(head) for head in self.alone.heads]
         options = [self.judge.controls, self.judge.seed, DRAWS, CENTRE, asked, heads]
@@ -210,6 +215,7 @@ def truths(samples: Sequence[Sample]) -> str:
     for sample in samples:
         truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
         truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
+        truth += [sample.facts.get("protocol")] if sample.absent else []
         digest.update(json.dumps(truth).encode())
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.judging import HEADS, Scores
+from localization_heads.evaluation.protocols import Answer
 from localization_heads.evaluation.scores import Score
 from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
@@ -55,6 +56,22 @@ class Outcome:
         if self.sample.bbox is None or len(self.sample.boxes) > 1 or self.prediction.bbox is None:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
+
+    @property
+    def answer(self) -> Answer:
+        """What was answered, and what is true, for the benchmark's own metric."""
+        scores = self.scores.get(HEADS)
+        overlap = scores[0].overlap if scores else self.measured.get("overlap")
+        return Answer(
+            boxes=tuple(self.boxes),
+            truths=self.sample.true_boxes,
+            rejected=self.prediction.absent,
+            confidence=self.prediction.confidence,
+            peak=scores[0].pointing if scores else None,
+            overlap=None if overlap is None else (overlap[0], overlap[1]),
+            image=self.sample.image_key,
+            facts=self.sample.facts,
+        )
 
     @property
     def scores(self) -> Scores:
