@@ -301,6 +301,17 @@ def test_a_killed_stage_goes_on(front: Front, calls: Calls) -> None:
     assert files[0].read_bytes() == files[2].read_bytes() and files[1].read_bytes() == files[3].read_bytes()
 
 
+def test_another_truth_is_scored_anew(front: Front, image: Image.Image) -> None:
+    image.save("one.png")
+    scores = []
+    for box in ([0, 0, 160, 90], [0, 0, 80, 90]):
+        line = {"id": "one", "prompt": "the car", "image_path": "one.png", "bbox": box}
+        Path("data.jsonl").write_text(json.dumps(line) + "\n")
+        assert front.finder("stage=find", "data_file=data.jsonl", "heads_by=mass", "report=false").status == 0
+        scores.append(json.loads((front.out / "heads.json").read_text())["heads"][0]["score"])
+    assert scores[1] < scores[0]
+
+
 def test_wrong_use_is_one_line(front: Front, image: Image.Image) -> None:
     image.save("one.png")
     line = {"id": "one", "prompt": "the car", "image_path": "one.png"}
@@ -314,6 +325,7 @@ def test_wrong_use_is_one_line(front: Front, image: Image.Image) -> None:
         (("heads_by=criteria", "num_labels=3"), "num_labels=: heads_by=criteria takes no labels"),
         (("heads_by=vrh",), "is not known to write boxes itself; rank by mass, iou or pointing"),
         (("heads_by=size",), "heads_by=size"),
+        (("heads_by=mass", "criteria=robust"), "labels stand in place of the third criterion"),
         (("stage=ground", "heads_by=mass"), "heads_by=: stage=ground does not read it; write stage=find"),
     ):
         refused = front.finder(*SCENES, *words)

@@ -71,6 +71,11 @@ def find_by_labels(run: Run) -> Labelled:
     by = run.options.heads_by
     what = f"heads_by={by} (heads_by=criteria needs no truth)"
     entries = _pool(run, with_truth(select_entries(run), what, with_box))
+    if run.options.criteria.sensitivity != "none":
+        raise UsageError(
+            f"heads_by={by}: labels stand in place of the third criterion; leave out criteria=robust (or "
+            "criteria.sensitivity=)"
+        )
     wanted = run.options.num_labels
     if wanted is not None and wanted > len(entries.samples):
         raise UsageError(_too_few(wanted, len(entries.samples), run))
@@ -169,7 +174,7 @@ def _ranked(
         rows.attention_sum,
         rows.spatial_entropy(options.criteria.entropy),
         bottom_row=rows.bottom_row_focus,
-        options=replace(options.criteria, sensitivity="none"),  # the two criteria of the maps alone
+        options=options.criteria,
         top_n=run.top_n,
         num_trials=options.num_trials,
         num_samples=options.num_samples,
