@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -26,10 +27,9 @@ from localization_heads.evaluation.metrics import bootstrap_interval
 from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.trace import Trace
-from localization_heads.options.tracing import TraceOptions
 from localization_heads.scenes.scene import HELD_OUT_STYLE, TEST_SEEDS, Scene, scenes_of
 
-SCENES = 150
+SCENES = 100
 QUESTION = "what is in this image?"
 SETS = {"known styles": None, "held-out style": HELD_OUT_STYLE}
 WRITES = "the step that writes the word (`trace.step=writes`)"
@@ -65,11 +65,8 @@ def look(lvlm: LVLM, count: int, style: str | None) -> Iterator[Named]:
     """The named words of `count` test scenes of a style."""
     for scene, _ in tqdm(islice(scenes_of(0, style, SIZE, TEST_SEEDS), count), total=count, disable=None):
         image = Image.fromarray(scene.image)
-        writes, reads = (
-            lvlm.trace(image, QUESTION, max_new_tokens=24, trace=TraceOptions(step=step))
-            for step in ("writes", "reads")
-        )
-        yield from named_words(writes, reads, scene)
+        found = lvlm.trace(image, QUESTION, max_new_tokens=24)
+        yield from named_words(found, replace(found, step="reads"), scene)
 
 
 def cell(found: list[tuple[Grounding, Box]]) -> str:

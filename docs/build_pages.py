@@ -31,6 +31,7 @@ TINY = Path("outputs") / "localization_heads" / "tiny"
 DRAWN = {
     "visualization.png": TINY / "attention" / "one_visualization.png",
     "components.png": TINY / "attention" / "one_components_L4H4.png",
+    "trace.png": TINY / "attention" / "answer_trace.png",
     "several.png": TINY / "attention" / "two_grounding.png",
     "attention_sums.png": TINY / "attention_sums.png",
     "selection_frequency.png": TINY / "selection_frequency.png",

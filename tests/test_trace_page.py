@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import CHROMIUM, Browser, browser
-from front import Front, draw_image, one_line
+from front import Front, draw_image, one_line, write_data
 from PIL import Image
 from report_samples import HOSTILE
 from test_figures import assert_all_text_fits, texts
@@ -22,6 +22,7 @@ from test_report import Page
 from localization_heads import figures
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answer_words import Spelled
+from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.trace import Trace
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.trace import MAX_BYTES, embedded, render_trace
@@ -84,6 +85,16 @@ def test_the_page_holds_what_the_trace_says() -> None:
         found = np.frombuffer(b64decode(part["maps"][0]["cells"]), np.uint8)
         assert (found == 255).nonzero()[0].tolist() == cells
         assert found.shape == (36,)
+
+
+def test_a_head_of_a_word_of_two_tokens_has_their_mean() -> None:
+    """.4 and .2 at one cell, .3 and 0 at another: twice as much here as there."""
+    rows = np.zeros((3, 2, 2, 2), np.float32)
+    rows[0, 1], rows[1, 1] = [[0.4, 0], [0, 0.3]], [[0.2, 0], [0, 0]]
+    trace = made_trace(["owls"], rows=rows, token_ids=(1, 2), spelled=Spelled("owls", ((0, 3), (3, 4))))
+    word = json.loads(Page(render_trace(trace, None)).scripts[0])["parts"][1]
+    assert list(b64decode(word["maps"][2]["cells"])) == [255, 0, 0, 128]
+    assert not any(b64decode(word["maps"][1]["cells"]))
 
 
 def test_a_page_without_image_words_or_single_heads() -> None:
@@ -178,6 +189,39 @@ def test_the_stage_writes_page_and_figure(front: Front) -> None:
     assert "cat.png" in page.texts
     assert words
     assert Image.open(stem.with_suffix(".png")).width > 100
+
+
+def test_a_data_file_goes_on_where_it_was_killed(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bad entries fail alone; what is done is not done again, unless it is asked otherwise."""
+    write_data(front.folder, 3)
+    with (front.folder / "data.jsonl").open("a") as file:
+        file.write('{"id": "gone", "prompt": "the dog", "image_path": "no.png"}\n')
+    traced: list[str] = []
+    trace = LVLM.trace
+
+    def spy(self: LVLM, image: Any, query: str, *arguments: Any, **named: Any) -> Trace:
+        if len(traced) == 2:
+            raise KeyboardInterrupt
+        traced.append(query)
+        return trace(self, image, query, *arguments, **named)
+
+    given = ("stage=trace", "data_file=data.jsonl", "max_new_tokens=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(LVLM, "trace", spy)
+        assert front.finder(*given).status != 0
+        assert traced == ["the dog", "the red car on the left"]
+        pages = [front.out / "attention" / f"entry_{n}_trace.html" for n in range(3)]
+        assert [page.is_file() for page in pages] == [True, True, False]
+        before = pages[0].read_bytes()
+        traced.clear()
+        result = front.finder(*given)
+    assert result.status == 1  # of an image that is not there
+    assert "no.png" in result.out + result.err
+    assert traced == ["the cat"]
+    assert "its page was there already" in result.out
+    assert pages[0].read_bytes() == before
+    assert front.finder(*given, "trace.step=reads", "end_index=1").status == 0
+    assert pages[0].read_bytes() != before
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,20 @@ def test_every_step_equals_eager_without_a_cache(name: str, endless: Any) -> Non
         np.testing.assert_array_equal(found.rows[:, place], found.every[:, head.layer, head.head])
 
 
+def test_a_sliding_window_moves_on_with_the_answer(image: Image.Image) -> None:
+    """Shorter than the prompt: keys that fell out of it are not mistaken for the first ones."""
+    lvlm = tiny_lvlm("last", text="mistral", sliding_window=24)
+    lvlm.model.lm_head.weight.data[lvlm.image_token_id] = (
+        0  # said, it could not be read again without a cache
+    )
+    lvlm.model.generation_config.eos_token_id = None
+    found = lvlm.trace(image, "the dog", [Head(1, 0)], max_new_tokens=6, trace=ALL)
+    rows, _ = steps_without_cache(lvlm, image, "the dog", 6)
+    assert found.every is not None
+    for step, row in zip(found.every, rows, strict=True):
+        np.testing.assert_allclose(step, on_image(lvlm, image, "the dog", row), **SAME)
+
+
 def test_equals_the_attentions_that_generate_returns(image: Image.Image) -> None:
     """`output_attentions=True` of transformers' own generation, one entry a step."""
     lvlm = tiny_lvlm("last")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -11,6 +13,26 @@ from localization_heads.lvlm.trace import Trace
 
 _HEADS = 4
 """Heads with a column of their own."""
+
+
+def traced_table(traced: Mapping[str, Trace | None]) -> Table:
+    """The words of a single answer; of several, the answers."""
+    first = next(iter(traced.values()))
+    if len(traced) == 1 and first is not None:
+        return trace_table(first)
+    table = Table(
+        title="Answers", caption=f"the first {ROWS} of {len(traced)}" if len(traced) > ROWS else None
+    )
+    for name in ("id", "query", "answer"):
+        table.add_column(name, overflow="fold")
+    for id, trace in list(traced.items())[:ROWS]:
+        said = (
+            ("", "its page was there already")
+            if trace is None
+            else (trace.query, trace.answer or "(nothing)")
+        )
+        table.add_row(escape(printable(id, 80)), *(escape(printable(text, 200)) for text in said))
+    return table
 
 
 def trace_table(trace: Trace) -> Table:

@@ -257,8 +257,8 @@ class FinderOptions(
     )
     data_file: PathText | None = option(
         None,
-        "Entries as JSON lines (id, prompt, image_path, optionally bbox and mask); for batch, find, ground and "
-        "evaluate. Overrides data=.",
+        "Entries as JSON lines (id, prompt, image_path, optionally bbox and mask); for batch, find, ground, trace "
+        "and evaluate. Overrides data=.",
     )
     save_id: Text | None = option(
         None,

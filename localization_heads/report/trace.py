@@ -50,11 +50,12 @@ class Part(NamedTuple):
     grid: NDArray[np.float32] | None
 
 
-def render_trace(trace: Trace, image: Image.Image | None) -> str:
+def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> str:
     """The whole page. Nothing in its texts can become markup or script.
 
     Args:
         image: what the trace is of; None shows the maps on grey.
+        made_of: a digest that the page carries.
     """
     style, script = asset("report.css") + asset("trace.css"), asset("common.js") + asset("trace.js")
     parts = list(_parts(trace))
@@ -67,6 +68,7 @@ def render_trace(trace: Trace, image: Image.Image | None) -> str:
             heads=[str(head) for head in trace.heads],
             picture="" if image is None else embedded(image),
             data=_data(trace, parts),
+            made_of=made_of,
             policy=policy_of(style, script),
             style=style,
             script=script,
