@@ -95,7 +95,9 @@ def rank_files(run: Run) -> Result:
     """
     files = attention_files(str(run.options.attention_files))
     criteria = run.options.criteria
-    with tempfile.TemporaryDirectory(prefix="localization-heads-") as folder:
+    room = Path(run.options.output_dir)  # where there is room for results: many files' statistics are large
+    writable_folder(room)
+    with tempfile.TemporaryDirectory(prefix=".rank-", dir=room) as folder:
         pile = _Pile()
         store = _collect(files, pile, criteria, Path(folder))
         if store is None or pile.shape is None:
@@ -144,7 +146,10 @@ def attention_files(named: str) -> list[Path]:
         found = (file for place in places if place.is_dir() for file in place.iterdir())
     else:
         found = (Path(file) for file in glob.iglob(str(path), recursive=True))  # noqa: PTH207  (absolute ones too)
-    files = sorted(set(islice(filter(_is_attention, found), MOST_FILES + 1)))
+    try:
+        files = sorted(set(islice(filter(_is_attention, found), MOST_FILES + 1)))
+    except OSError as error:
+        raise UsageError(f"attention_files={named}: {error.strerror or error}") from error
     if not files:
         raise UsageError(
             f"attention_files={named}: no attention file there; give a folder of .pkl, .pkl.gz or .safetensors "
