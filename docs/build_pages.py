@@ -33,6 +33,7 @@ DRAWN = {
     "components.png": TINY / "attention" / "one_components_L4H4.png",
     "trace.png": TINY / "attention" / "answer_trace.png",
     "several.png": TINY / "attention" / "two_grounding.png",
+    "ablation.png": TINY / "ablation.png",
     "attention_sums.png": TINY / "attention_sums.png",
     "selection_frequency.png": TINY / "selection_frequency.png",
 }
