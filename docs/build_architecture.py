@@ -33,7 +33,7 @@ BOXES = {
     "apps": (0.2, 8.2, 3.7, "apps/", "commands, conversation, demo", SHELL),
     "stages": (4.4, 8.2, 5.4, "stages/", "find, ground, evaluate, ...: thin, resumable", SHELL),
     "options": (10.3, 8.2, 2.9, "options/", "every option once", SHELL),
-    "api": (13.7, 8.2, 3.1, "api.py  interop/", "Python, other tools", SHELL),
+    "api": (13.7, 8.2, 3.1, "finding, locating, evaluating  interop/", "Python, other tools", SHELL),
     "sources": (0.2, 5.3, 2.7, "datasets/  scenes/", "benchmarks as JSON lines", SAMPLES),
     "data": (0.2, 3.5, 2.7, "data/", "Sample: image,\nexpression, ground truth", SAMPLES),
     "lvlm": (3.6, 3.5, 2.7, "lvlm/", "encode the image once,\nattend per expression", MODEL),
@@ -106,7 +106,7 @@ def _draw() -> None:
         _box(axes, left, bottom, width, name, words, colour)
     for start, end in ARROWS:
         _arrow(axes, start, end)
-    _frame(axes, 0.0, 1.5, 17.0, 6.1, "the path of a sample, carried out by stages/ and api.py", "0.6")
+    _frame(axes, 0.0, 1.5, 17.0, 6.1, "the path of a sample, carried out by stages/, or from Python", "0.6")
     _frame(axes, 9.95, 1.6, 3.3, 5.4, "grounder.py", "0.25")
     figure.savefig(FIGURE, dpi=130, metadata={"Software": None})
     plt.close(figure)

@@ -39,6 +39,10 @@ class UsageError(Exception):
     exit_status = 2
 
 
+class ArgumentError(UsageError, ValueError):
+    """A wrong argument of a Python call, whose message names it."""
+
+
 class WorkError(Exception):
     """The request was sound but the work failed: no memory, no network, a broken checkpoint. Exit status 1."""
 

@@ -267,7 +267,9 @@ reveal_type(lh.evaluate(lvlm, samples).samples[0].scores["heads"][0].iou)
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_scripts_of_users_are_checked_strictly(tmp_path: Path) -> None:
     """A right script passes `mypy --strict` with the types that it is told; three wrong lines are each found."""
-    wrong = SCRIPT + 'lh.ground(lvlm, 3, "x")\nlh.evaluate(lvlm, samples, bootstrap="word")\nresult.bax\n'
+    wrong = (
+        SCRIPT + 'lh.ground(lvlm, "cat.png", 3)\nlh.evaluate(lvlm, samples, bootstrap="word")\nresult.bax\n'
+    )
     first, last = SCRIPT.count("\n") + 1, wrong.count("\n")
     for name, text in (("right.py", SCRIPT), ("wrong.py", wrong)):
         (tmp_path / name).write_text(text)

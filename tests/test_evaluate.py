@@ -455,7 +455,7 @@ def test_no_head_passes(quick: Front, lvlm: LVLM) -> None:
 def test_no_head_passes_in_the_viewer_and_from_python(
     quick: Front, lvlm: LVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from localization_heads import api
+    from localization_heads import locating
     from localization_heads.options.groups import CriteriaOptions
     from localization_heads.stages import visualize
 
@@ -466,7 +466,7 @@ def test_no_head_passes_in_the_viewer_and_from_python(
     assert result.status == 2
     assert "no head passes the criteria" in one_line(result.err)
     monkeypatch.setattr(LVLM, "ready", ReadyHeads())
-    monkeypatch.setattr(api, "CriteriaOptions", lambda: CriteriaOptions(tau=2.0))
+    monkeypatch.setattr(locating, "CriteriaOptions", lambda: CriteriaOptions(tau=2.0))
     with pytest.raises(lh.errors.UsageError, match="no head passes the criteria"):
         lh.ground(lvlm, "image_0.png", "the dog")
 

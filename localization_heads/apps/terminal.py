@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from localization_heads.api import ground
 from localization_heads.apps.tables import box_text, grounding_text
 from localization_heads.data.images import load_image
 from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.grounder import check_heads
 from localization_heads.heads.head import Head
+from localization_heads.locating import ground
 from localization_heads.lvlm.answers import Conversation
 from localization_heads.options.compose import preset_name
 from localization_heads.options.groups import ConvMode

@@ -12,6 +12,7 @@ from localization_heads.errors import UsageError, shown
 from localization_heads.heads.fields import Fields
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.sensitivity import RESTING, movement_of
+from localization_heads.heads.table import as_html, as_text
 from localization_heads.options.compose import choices_of, preset
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.sensitivity import SensitivityOptions
@@ -192,6 +193,17 @@ class HeadRanking:
     def is_moved(self) -> bool:
         """Whether the third criterion was measured."""
         return any(head.sensitivity is not None for head in self.heads)
+
+    def __str__(self) -> str:
+        return as_text(self._title, self.kept)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title, self.kept)
+
+    @property
+    def _title(self) -> str:
+        samples = f"{self.num_samples} sample{'s' if self.num_samples != 1 else ''}"
+        return f"{len(self.kept)} heads of {self.model or 'a model'} over {samples}"
 
     def top(self, k: int = 3) -> list[Head]:
         """The `k` localization heads (Sec. 4.3; the paper takes three).

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.api import ground
 from localization_heads.data.images import ImageSource, load_image
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
+from localization_heads.locating import ground
 from localization_heads.options.groups import GroundingOptions
 
 if TYPE_CHECKING:

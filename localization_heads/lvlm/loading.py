@@ -49,7 +49,7 @@ LARGE = 1 << 30
 def load_model(
     name: str | ModelSpec = "tiny",
     *,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str | int | None = "auto",
     device_map: str | None = None,
     quantization: str | None = None,
@@ -66,7 +66,7 @@ def load_model(
 
     Args:
         name: `tiny` (the embedded model), another file of `config/model/`, a Hugging Face id or a local folder.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`; None for what the model's config says.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, or as torch has it; None for what the model's config says.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` or a GPU's number. Ignored with a `device_map`.
         device_map: spread the model over devices, as in transformers (`auto`, `balanced`, ...).
         quantization: None, `8bit` or `4bit` (needs the extra `quantization`).
@@ -103,6 +103,7 @@ def load_model(
             raise UsageError(f"{option}={value}: choose one of {', '.join(get_args(kind))}")
     check_wording(answer_tokens, paraphrases)
     check_span(query_token, answer_span)
+    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     given: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "quantization": quantization}
     try:
         spec = replace(spec, **{key: value for key, value in given.items() if value is not None})

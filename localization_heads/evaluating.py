@@ -1,0 +1,157 @@
+"""`evaluate`: boxes and masks scored from Python, without files and options."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of, named_segmenter
+from localization_heads.attention import Box
+from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
+from localization_heads.data.samples import Sample, where
+from localization_heads.errors import NoHeadError, NotFiniteError
+from localization_heads.evaluation.claims import Claim, claim_of
+from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
+from localization_heads.evaluation.scores import score_box
+from localization_heads.finding import attended
+from localization_heads.grounding.confidence import Calibration
+from localization_heads.lvlm.vocabulary import note_unknown_words
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.segmentation.segmenter import GRABCUT
+
+if TYPE_CHECKING:
+    from localization_heads.lvlm.model import LVLM
+
+log = logging.getLogger(__name__)
+
+
+class Scored(NamedTuple):
+    """One sample: the predicted box, and the scores of each method.
+
+    Attributes:
+        id: the sample's.
+        box: xyxy in pixels.
+        scores: by method, as in `metrics["controls"]`, those of the heads first, as `"heads"`.
+    """
+
+    id: str
+    expression: str
+    box: Box
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Args:
+        metrics: what `metrics.json` holds: each metric and its 95 % interval, the counts, `controls` and `choices`.
+        samples: in the order in which they came.
+    """
+
+    metrics: dict[str, Any]
+    samples: list[Scored]
+
+
+def evaluate(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    heads: Heads = None,
+    *,
+    criteria: CriteriaOptions | None = None,
+    options: ReadOut = None,
+    segmenter: Masks = GRABCUT,
+    k: int = K,
+    controls: bool = True,
+    native: bool | None = None,
+    bootstrap: Bootstrap = "expression",
+    seed: int = 42,
+    calibration: Calibration | str | Path | None = None,
+) -> Evaluation:
+    """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
+
+    Samples that are `absent`, or have several true boxes, take part in what is said of the confidence alone.
+
+    A sample is left out, with a warning, and counted among `num_failed` if its attention is not finite, or if it has to
+    pick its own heads and none passes the criteria.
+
+    Args:
+        samples: with `bbox` or `mask`, or both; read as they are needed, as by `find_heads`.
+        heads: as in `ground`, for all samples.
+        options: as in `ground`, for the controls too.
+        segmenter: as in `ground`, for the controls too.
+        criteria: what heads must pass where each sample picks its own; `exclude_layers` is also that of the control
+            of all heads.
+        controls: score random heads, all heads, the centre box and the oracle as well; they need all layers.
+        native: ask the model for a box of its own; None asks one that is known to write boxes, beside the controls.
+        bootstrap: what the 95 % intervals draw: expressions, or images with all their expressions.
+        seed: of the random heads and of the bootstrap.
+        calibration: as in `ground`.
+
+    Raises:
+        ValueError: there is no sample, or a head that the model does not have.
+        UsageError: a sample whose image, expression or truth cannot be used; boxes that are no pixels of their
+            images, before the first sample where `samples` is a sequence, else after the last.
+        NotFiniteError: no sample's attention is finite.
+    """
+    from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+
+    grounder = grounder_of(lvlm, heads, criteria or CriteriaOptions(), options, segmenter, k)
+    grounder = calibrated(grounder, lvlm, calibration)
+    judge = Judge(grounder.criteria, grounder.options, controls, bootstrap, seed)
+    form = wanted_format(lvlm, native, by_default=controls)
+    scored: list[Scored] = []
+    claims: list[Claim] = []
+    images: list[str] = []
+    boxes: list[TrueBox] = []
+    unusable: list[NotFiniteError] = []
+    num_headless = 0
+    if listed := isinstance(samples, Sequence):
+        check_scale(true_boxes(samples), "samples")
+    last_layer = None if controls else grounder.last_layer
+    beside = grounder.beside(every_head=controls)
+    for sample, opened, number, maps in attended(lvlm, samples, unusable, last_layer, beside):
+        one_box = not sample.absent and len(sample.boxes) < 2
+        truth = truth_of(_with_one(sample), opened.size) if one_box else None
+        if sample.bbox is not None and not listed:
+            boxes.append(TrueBox(where(sample), sample.bbox, opened.size))
+        try:
+            grounding = grounder.ground(maps, opened)
+        except NoHeadError as error:
+            log.warning("%s is left out: %s", sample.id, error)
+            num_headless += 1
+            continue
+        known = replace(sample, bbox=truth.box) if truth else sample
+        claims.append(claim_of(known, grounding, sample.image_key or f"image {number}"))
+        if truth is None:
+            continue
+        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, image=opened))
+        if form:
+            box, _ = ask_for_box(lvlm, form, opened, sample.expression)
+            scores["native"] = [score_box(box, truth, opened.size)]
+        scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
+        images.append(sample.image_key or f"image {number}")
+    note_unknown_words(lvlm, [claim.expression for claim in claims])
+    if not claims:
+        none = ValueError("evaluate needs at least one sample that can be grounded")
+        raise unusable[0] if unusable else none
+    check_scale(boxes, "samples")
+    choices = {
+        **lvlm.choices,
+        **judge.choices(grounder.heads, k),
+        "segmenter": named_segmenter(segmenter),
+        "native": form and form.prompt,
+        "instances": "one",
+        "zoom": False,
+    }
+    metrics = judge.metrics([one.scores for one in scored], images, len(unusable) + num_headless)
+    return Evaluation({**metrics, **judge.trust(claims), "choices": choices}, scored)
+
+
+def _with_one(sample: Sample) -> Sample:
+    """A list of one true box is that box."""
+    return replace(sample, bbox=sample.boxes[0]) if sample.boxes and sample.bbox is None else sample

@@ -1,0 +1,281 @@
+"""`ground` and `ground_all`: boxes and masks from Python, without files and options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+from PIL import Image
+
+from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
+from localization_heads.attention import AttentionMaps, Box
+from localization_heads.data.any_image import as_source
+from localization_heads.data.images import ImageSource, load_image
+from localization_heads.data.phrases import phrases_of
+from localization_heads.errors import ArgumentError, shown
+from localization_heads.finding import AT_ONCE
+from localization_heads.grounder import Grounder
+from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounding.ground import LEAST_OF_PLACES, ground_maps
+from localization_heads.grounding.zoom import crop_around, mapped_back
+from localization_heads.located import Located
+from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
+from localization_heads.options.groups import CriteriaOptions
+from localization_heads.options.instances import PLACES, InstancesBy
+from localization_heads.segmentation.segmenter import GRABCUT
+
+if TYPE_CHECKING:
+    from localization_heads.data.any_image import AnyImage
+    from localization_heads.lvlm.model import LVLM
+
+
+@overload
+def ground(
+    lvlm: LVLM,
+    image: AnyImage,
+    expression: str,
+    heads: Heads = ...,
+    *,
+    options: ReadOut = ...,
+    segmenter: Masks = ...,
+    k: int = ...,
+    zoom: bool = ...,
+    calibration: Calibration | str | Path | None = ...,
+    abstain: float | None = ...,
+) -> Located: ...
+@overload
+def ground(
+    lvlm: LVLM,
+    image: AnyImage,
+    expression: list[str] | tuple[str, ...],
+    heads: Heads = ...,
+    *,
+    options: ReadOut = ...,
+    segmenter: Masks = ...,
+    k: int = ...,
+    zoom: bool = ...,
+    calibration: Calibration | str | Path | None = ...,
+    abstain: float | None = ...,
+) -> list[Located]: ...
+@overload
+def ground(
+    lvlm: LVLM,
+    image: list[AnyImage] | tuple[AnyImage, ...],
+    expression: str | list[str] | tuple[str, ...],
+    heads: Heads = ...,
+    *,
+    options: ReadOut = ...,
+    segmenter: Masks = ...,
+    k: int = ...,
+    zoom: bool = ...,
+    calibration: Calibration | str | Path | None = ...,
+    abstain: float | None = ...,
+) -> list[Located]: ...
+def ground(
+    lvlm: LVLM,
+    image: Any,
+    expression: str | Sequence[str],
+    heads: Heads = None,
+    *,
+    options: ReadOut = None,
+    segmenter: Masks = GRABCUT,
+    k: int = K,
+    zoom: bool = False,
+    calibration: Calibration | str | Path | None = None,
+    abstain: float | None = None,
+) -> Any:
+    """The box, mask and heat map of an expression in an image (Sec. 5); or a list, of several.
+
+    The prefix that holds the image is kept: asked about the same image again, the model does not encode it anew.
+    Images in a list go through the model in batches.
+
+    Args:
+        image: a path, an http(s) address (an `Address` may allow private ones), a PIL image, an array, a tensor, bytes
+            or an open file (`data.any_image`); or a list of these.
+        expression: a text; a list of texts, for one image or one for each; or several in one text, as in "the dog; the
+            cat". Then the result is a list, in the same order (which type checkers cannot see coming of a ";").
+        heads: whose maps are added: a list such as `["L14H24", (14, 13)]`, the path of a heads.json, a ranking, of
+            which the best are taken, with a note in `lvlm.notes` if it was made with other weights, another prompt or
+            query token; None takes the model's known localization heads, and if there are none, those that each image
+            and expression pick (the paper's "greedy" ablation), as "greedy" does.
+        options: the read-out: a `GroundingOptions`, a preset such as "paper", or some options by name,
+            `{"means": 2.0}`.
+        segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask; a preset such as "sam2"
+            is loaded at each call, one of `make_segmenter` only once.
+        k: how many heads.
+        zoom: ask again about a crop around the box, and average both boxes where they agree (`grounding.zoom`).
+        calibration: what makes the confidence a probability: a `calibration.json` of stage=calibrate; None leaves the
+            raw signal.
+        abstain: the least probability of presence (of a calibration without it, the least confidence) of what is
+            there: below it, the result is `absent`. None takes everything for present.
+
+    Raises:
+        ArgumentError: a head that the model does not have, an empty list, lists of different lengths, or `abstain`
+            without a calibration.
+        UsageError: an image or an expression that cannot be used, or one that no head passes the criteria for; a
+            calibration of other heads or another recipe. Both are `UsageError`.
+        NotFiniteError: NaN or infinite attention.
+    """
+    pairs, single = _pairs(image, expression)
+    grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
+    grounder = calibrated(grounder, lvlm, calibration, abstain, zoom=zoom)
+    note_unknown_words(lvlm, [pair.expression for pair in pairs])
+    found = [
+        Located.of(
+            grounder.ground(
+                one.maps,
+                one.image,
+                second=_second_look(lvlm, grounder, one.maps, one.image, one.pair.expression)
+                if zoom
+                else None,
+            ),
+            one.image,
+            one.pair.expression,
+            one.pair.name,
+        )
+        for one in _asked(lvlm, grounder, pairs)
+    ]
+    return found[0] if single else found
+
+
+class _Pair(NamedTuple):
+    """An image, not yet opened, and an expression; `siblings` are all expressions of that image."""
+
+    source: ImageSource
+    expression: str
+    siblings: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        return "" if isinstance(self.source, Image.Image) else str(self.source)
+
+
+class _Asked(NamedTuple):
+    pair: _Pair
+    image: Image.Image
+    maps: AttentionMaps
+
+
+def _pairs(image: Any, expression: Any) -> tuple[list[_Pair], bool]:
+    """Every image with every expression that is asked about it, and whether that is a single one."""
+    if not isinstance(image, list | tuple):
+        texts = _texts(expression)
+        return [_Pair(as_source(image), text, texts) for text in texts], isinstance(expression, str) and len(
+            texts
+        ) == 1
+    if not image:
+        raise ArgumentError("image=[] names no image")
+    each = [expression] * len(image) if isinstance(expression, str) else list(expression)
+    if len(each) != len(image):
+        raise ArgumentError(
+            f"{len(image)} images and {len(each)} expressions: give one for all, or one for each image"
+        )
+    texts_of = [_texts(one) for one in each]
+    return [
+        _Pair(as_source(one), text, texts)
+        for one, texts in zip(image, texts_of, strict=True)
+        for text in texts
+    ], False
+
+
+def _texts(expression: Any) -> list[str]:
+    """The expressions of one image. ArgumentError for what is no text."""
+    every = [expression] if isinstance(expression, str) else expression
+    if not isinstance(every, list | tuple) or not all(isinstance(one, str) for one in every):
+        raise ArgumentError(f"expression={shown(expression)}: give a text, or a list of texts")
+    if not every:
+        raise ArgumentError("expression=[] names nothing to look for")
+    return [phrase for one in every for phrase in phrases_of(one, "split", "")]
+
+
+def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_Asked]:
+    """The maps of every pair, in order, `AT_ONCE` at a time; an image that follows itself is opened once."""
+    last_layer, beside = grounder.last_layer, grounder.beside()
+    if len({id(pair.source) for pair in pairs}) == 1:
+        image, rest = load_image(pairs[0].source), iter(pairs)
+        while part := list(islice(rest, AT_ONCE)):
+            every = lvlm.ask(image, [pair.expression for pair in part], last_layer=last_layer, beside=beside)
+            yield from (_Asked(pair, image, maps) for pair, maps in zip(part, every, strict=True))
+        return
+    waiting = iter(pairs)
+    while batch := list(islice(waiting, AT_ONCE)):
+        images = _opened(batch)
+        found = lvlm.attend_batch(
+            images,
+            [pair.expression for pair in batch],
+            last_layer=last_layer,
+            beside=beside,
+            siblings=[pair.siblings for pair in batch],
+        )
+        for pair, image, maps in zip(batch, images, found, strict=True):
+            maps.check_finite()
+            yield _Asked(pair, image, maps)
+
+
+def _opened(pairs: Sequence[_Pair]) -> list[Image.Image]:
+    """The image of each pair; one that comes several times is the same object, so that it is encoded once."""
+    images: dict[int, Image.Image] = {}
+    for pair in pairs:
+        if id(pair.source) not in images:
+            images[id(pair.source)] = load_image(pair.source)
+    return [images[id(pair.source)] for pair in pairs]
+
+
+def _second_look(
+    lvlm: LVLM, grounder: Grounder, maps: AttentionMaps, image: Image.Image, expression: str
+) -> Box | None:
+    """The box that the same heads find in a crop around the first one, in pixels of the image; None if none is asked.
+
+    Args:
+        maps: of the whole image.
+    """
+    first = ground_maps(maps, grounder.heads_of(maps), grounder.options)
+    if (crop := crop_around(first)) is None:
+        return None
+    last_layer = max(head.layer for head in first.heads)
+    closer = lvlm.attend(image.crop(crop), expression, last_layer=last_layer)
+    found = ground_maps(closer, first.heads, grounder.options)
+    return mapped_back(found.box, crop) if found.cells.any() else None
+
+
+def ground_all(
+    lvlm: LVLM,
+    image: AnyImage,
+    expression: str,
+    heads: Heads = None,
+    *,
+    options: ReadOut = None,
+    segmenter: Masks = GRABCUT,
+    k: int = K,
+    by: InstancesBy = "components",
+    calibration: Calibration | str | Path | None = None,
+    abstain: float | None = None,
+) -> list[Located]:
+    """Every object that an expression such as "the dogs" fits, that of the highest score first; at least one.
+
+    Each is a component of the map's positive cells that holds at least `LEAST_MASS` of the strongest one's attention,
+    with a box, a mask and a score of its own (the share of the whole map in its box); of two that overlap by more than
+    half only the better one is there. Each is `absent` by itself. A plural that the model does not know is asked in the
+    singular. Arguments and errors as of `ground`.
+
+    Args:
+        by: whether the map is that of the expression (`components`) or the mean of those of the expression on the left,
+            on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more.
+    """
+    source = as_source(image)
+    (asked,) = _texts(expression) if isinstance(expression, str) else [expression]
+    grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
+    if by == "places":
+        lvlm = lvlm.worded(PLACES)
+    asked = in_singular(lvlm.processor.tokenizer, asked)
+    opened = load_image(source)
+    grounder = calibrated(grounder, lvlm, calibration, abstain)
+    if by == "places":
+        grounder = replace(grounder, least_mass=LEAST_OF_PLACES)
+    note_unknown_words(lvlm, [asked])
+    (maps,) = lvlm.ask(opened, [asked], last_layer=grounder.last_layer, beside=grounder.beside())
+    name = "" if isinstance(source, Image.Image) else str(source)
+    return [Located.of(one, opened, asked, name) for one in grounder.ground_all(maps, opened)]

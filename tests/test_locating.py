@@ -1,0 +1,163 @@
+"""`lh.ground` from Python: one image or many, one expression or many, heads and options by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.arguments import masks, read_out
+from localization_heads.errors import ArgumentError, UsageError
+from localization_heads.heads.record import HeadRanking, RankedHead
+from localization_heads.lvlm.model import LVLM
+from localization_heads.options.compose import newcomers_grounding
+from localization_heads.segmentation.grabcut import GrabCut
+
+HEADS = ["L2H0", (3, 1)]
+
+
+@pytest.fixture(scope="module")
+def lvlm() -> LVLM:
+    return lh.load_model(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def ground(lvlm: LVLM, image: Any, expression: Any, **named: Any) -> Any:
+    return lh.ground(lvlm, image, expression, named.pop("heads", HEADS), segmenter=None, **named)
+
+
+def test_several_expressions_of_one_image(lvlm: LVLM, image: Image.Image) -> None:
+    """As a list, or as on the command line; the same as one by one."""
+    one_by_one = [ground(lvlm, image, text) for text in ("the dog", "the cat")]
+    for expression in (
+        ["the dog", "the cat"],
+        ("the dog", "the cat"),
+        "the dog; the cat",
+        ["the dog;the cat"],
+    ):
+        found = ground(lvlm, image, expression)
+        assert [one.expression for one in found] == ["the dog", "the cat"]
+        assert [one.box for one in found] == [one.box for one in one_by_one]
+    assert isinstance(ground(lvlm, image, ["the dog"]), list), "a list gives a list"
+    assert isinstance(ground(lvlm, image, "the dog"), lh.Located)
+
+
+def test_many_images_go_through_the_model_together(
+    lvlm: LVLM, image: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches, in order, and with the boxes of each alone; paths and images may be mixed."""
+    images: list[Any] = [image.rotate(angle, expand=True) for angle in range(0, 360, 20)]
+    alone = [ground(lvlm, one, "the dog") for one in images]
+    images[3].save(path := tmp_path / "a.png")
+    images[3] = path
+    batches: list[int] = []
+    attend_batch = LVLM.attend_batch
+
+    def counted(self: LVLM, images: Any, *arguments: Any, **named: Any) -> Any:
+        batches.append(len(images))
+        return attend_batch(self, images, *arguments, **named)
+
+    monkeypatch.setattr(LVLM, "attend_batch", counted)
+    found = ground(lvlm, images, "the dog")
+    assert batches == [16, 2]
+    for one, other in zip(found, alone, strict=True):
+        assert one.box == pytest.approx(other.box)
+    assert found[3].name == str(path)
+    pairs = ground(lvlm, images[:2], ["the dog", "the cat"])
+    assert [one.expression for one in pairs] == ["the dog", "the cat"]
+
+
+def test_one_way_or_the_other(lvlm: LVLM, image: Image.Image) -> None:
+    """Images, heads and options as they come; the results are the same."""
+    expected = ground(lvlm, image, "the dog").box
+    pixels = np.array(image)
+    for same in (pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        assert ground(lvlm, same, "the dog").box == expected
+    for heads in ([lh.Head(2, 0), lh.Head(3, 1)], ["2-0", "3-1"], np.array([[2, 0], [3, 1]])):
+        assert ground(lvlm, image, "the dog", heads=heads).box == expected
+    sharp = newcomers_grounding()
+    for options in (sharp, "sharp", {"means": sharp.means}):
+        assert ground(lvlm, image, "the dog", options=options).box == expected
+    assert ground(lvlm, image, "the dog", heads="greedy", k=2).heads
+    assert len(ground(lvlm, image, "the dog", heads="auto", k=2).heads) == 2
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "image=[] names no image": {"image": []},
+    "expression=[] names nothing": {"expression": []},
+    "expression=3: give a text": {"expression": 3},
+    "expression=[None]: give a text": {"expression": [None]},
+    "2 images and 3 expressions": {"image": ["a.png", "b.png"], "expression": ["x", "y", "z"]},
+    "'int' is none: give a path": {"image": 3},
+    "heads names no head": {"heads": []},
+    "heads=3: give a ranking": {"heads": 3},
+    "heads=[3]: give a ranking": {"heads": [3]},
+    "heads=['x']: give a ranking": {"heads": ["x"]},
+    "heads: there is no L99H0": {"heads": ["99-0"]},
+    "k=0: the number of heads": {"k": 0},
+    "k='3': the number of heads": {"k": "3"},
+    "options='blunt': choose one of paper": {"options": "blunt"},
+    "options={'mean': 2}": {"options": {"mean": 2}},
+    "abstain=0.5 needs a calibration": {"abstain": 0.5},
+    "lvlm: 'tiny' is no model": {"lvlm": "tiny"},
+    "no-such.png: no such file": {"image": "no-such.png"},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_wrong_arguments_are_one_line(said: str, lvlm: LVLM, image: Image.Image) -> None:
+    named = {"lvlm": lvlm, "image": image, "expression": "the dog", **WRONG[said]}
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        ground(named.pop("lvlm"), named.pop("image"), named.pop("expression"), **named)
+    assert "\n" not in str(caught.value)
+
+
+def test_presets_by_name() -> None:
+    assert isinstance(masks("grabcut"), GrabCut)
+    assert masks("none") is masks(None) is None
+    with pytest.raises(ArgumentError, match="segmenter='knife': choose one of author_hint, grabcut"):
+        masks("knife")
+    assert read_out("paper") == lh.GroundingOptions()
+    assert read_out(None) == read_out("sharp") == newcomers_grounding()
+    assert read_out({"means": 3}).means == 3
+
+
+def test_a_ranking_shows_its_table() -> None:
+    """In a terminal, and in a notebook, where nothing of its text is markup."""
+    heads = tuple(RankedHead(2, n, 0.9 - n / 100, 0.01, 0.5, None if n else 0.25) for n in range(17))
+    ranking = HeadRanking(heads, 0.1, 10, 20, 5, model="<b>mine")
+    text = str(ranking).splitlines()
+    assert text[0] == "17 heads of <b>mine over 20 samples"
+    assert text[1].split() == [
+        "rank",
+        "head",
+        "selection",
+        "frequency",
+        "attention",
+        "sum",
+        "spatial",
+        "entropy",
+    ]
+    assert text[2].split() == ["1", "L2H0", "0.900", "±", "0.010", "0.500", "0.250"]
+    assert text[3].split()[-1] == "-"
+    assert text[-1] == "and 2 more"
+    assert len({len(line) for line in text[1:-1]}) == 1
+    page = ranking._repr_html_()
+    assert "&lt;b&gt;mine" in page
+    assert page.count("<tr>") == 16
+
+
+def test_the_type_of_the_weights_as_torch_has_it() -> None:
+    half = lh.load_model(device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
