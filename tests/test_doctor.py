@@ -62,12 +62,6 @@ def test_embedded_model(
     assert (tmp_path / "out/tiny/attention/noise_the-dog_doctor.png").is_file()
 
 
-def test_image_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localization_heads.stages.single.EXAMPLE", "examples/images/none.jpg")
-    with pytest.raises(UsageError, match="image_file="):
-        STAGES["doctor"](run_of(tmp_path))
-
-
 @pytest.mark.parametrize("query_token", get_args(QueryToken))
 def test_query_tokens_are_marked(image: Image.Image, query_token: str) -> None:
     lvlm = tiny_lvlm(query_token)
