@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounding.confidence import Calibration, Logistic
 
 ROWS = {
     "auroc_right": "AUROC: right boxes against wrong ones",
@@ -36,8 +36,14 @@ def calibration_table(found: Calibration) -> Table:
     """How well the fit does on entries that it was not made of, and the signals with their weights."""
     said = found.measured
     counts = f"{said['num_right']} right, {said['num_wrong']} wrong, {said['num_absent']} of them absent"
-    caption = f"signals: {', '.join(found.right.weights) or 'none'}"
+    caption = f"of a right box: {_signals(found.right)}"
+    if found.present is not None:
+        caption = f"signals of presence: {_signals(found.present)}; {caption}"
     return _table(f"Calibration on {found.num_labels} entries ({counts}), cross-validated", said, caption)
+
+
+def _signals(factor: Logistic) -> str:
+    return ", ".join(factor.weights) or "none"
 
 
 def _table(title: str, numbers: Mapping[str, Any], caption: str | None = None) -> Table:
