@@ -85,13 +85,13 @@ class ReferPickles(Source):
             raise BadLineError("a reference is not a dict")
         if ref.get("split") not in SPLITS:
             raise BadLineError(f"the split {str(ref.get('split'))[:20]!r} is unknown")
-        return _entries(row, ref["split"], ref)
+        return reference_entries(row, ref["split"], ref)
 
     def read(self, rows: Sequence[int]) -> Iterator[tuple[int, tuple[Any, Any]]]:
         """The annotation of each row, and the entry of its image; None for one that is not there."""
         refs = [self._refs[row] for row in rows]
         wanted = {ref["ann_id"] for ref in refs if is_number(ref.get("ann_id"))}
-        images, annotations = _read_instances(self.files[1], wanted)
+        images, annotations = read_instances(self.files[1], wanted)
         for row, ref in zip(rows, refs, strict=True):
             annotation = annotations.get(ref["ann_id"]) if is_number(ref.get("ann_id")) else None
             yield row, (annotation, images.get(ref["image_id"]))
@@ -107,7 +107,7 @@ class ReferPickles(Source):
         return coco_record(row, file, image, annotation, {"ref_id": ref["ref_id"]})
 
 
-def _entries(row: int, split: str, ref: Mapping[str, Any]) -> list[Entry | BadText]:
+def reference_entries(row: int, split: str, ref: Mapping[str, Any]) -> list[Entry | BadText]:
     """The expressions of one reference. `sent` is the cleaned text that evaluations use, `raw` what was typed."""
     sentences = ref.get("sentences")
     if not is_number(ref.get("ref_id")) or not isinstance(sentences, list) or not sentences:
@@ -145,7 +145,7 @@ def _segmentation(value: object) -> MaskSource | None:
     return value
 
 
-def _read_instances(path: Path, wanted: set[int]) -> tuple[dict[int, Any], dict[int, Any]]:
+def read_instances(path: Path, wanted: set[int]) -> tuple[dict[int, Any], dict[int, Any]]:
     """Images and the wanted annotations by id; of the others nothing is kept while the file is read."""
 
     def keep(entry: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,7 +182,7 @@ class JxuParquet(ParquetSource):
 
     def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry | BadText]:
         split, cells = values
-        return _entries(row, split, cells)
+        return reference_entries(row, split, cells)
 
     def record(self, row: int, batch: pa.RecordBatch) -> Record:
         cells = batch.to_pylist()[0]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from localization_heads.datasets.parquet import column_names
 from localization_heads.datasets.reasonseg import SPLITS as REASONSEG_SPLITS
 from localization_heads.datasets.reasonseg import LisaFolders, ReasonSegParquet
+from localization_heads.datasets.recent import OPENERS
 from localization_heads.datasets.refcoco import JxuParquet, LmmsParquet, ReferPickles
 from localization_heads.datasets.reference import Entry, Source
 from localization_heads.errors import UsageError, shown
@@ -67,6 +68,8 @@ def open_source(dataset: str, path: Path, images: Path | None) -> Source:
     """
     if not path.exists():
         raise UsageError(f"dataset_path={path}: no such file or folder")
+    if dataset in OPENERS:
+        return OPENERS[dataset](path, images)
     root = _chosen_folder(dataset, path)
     files = [path] if path.is_file() else [file for depth in _DEPTHS for file in sorted(root.glob(depth))]
     if parquets := [file for file in files if file.suffix == ".parquet"]:

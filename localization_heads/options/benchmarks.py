@@ -6,7 +6,10 @@ from typing import Literal
 
 from localization_heads.options.kinds import OneOrSeveral, Options, PathText, option, options
 
-Dataset = Literal["refcoco", "refcoco+", "refcocog", "reasonseg"]
+Dataset = Literal[
+    "refcoco", "refcoco+", "refcocog", "reasonseg", "ref-l4", "grefcoco", "screenspot", "screenspot-v2",
+    "screenspot-pro", "groundingme", "finecops-ref", "flickr30k",
+]  # fmt: skip
 Protocol = Literal["unc", "lmms"]
 Sentence = Literal["all", "first", "longest"]
 REFCOCO = ("refcoco", "refcoco+", "refcocog")
@@ -19,17 +22,20 @@ class BenchmarkOptions(Options):
 
     dataset: Dataset | None = option(
         None,
-        "refcoco, refcoco+, refcocog or reasonseg.",
+        "refcoco, refcoco+, refcocog, reasonseg, ref-l4, grefcoco, screenspot, screenspot-v2, screenspot-pro, "
+        "groundingme, finecops-ref or flickr30k.",
         section="benchmarks (stage=prepare; docs/datasets.md)",
         stages=("prepare",),
     )
     dataset_path: PathText | None = option(
         None,
-        "Where it is: refs(unc).p, a parquet file, or a folder with them, or ReasonSeg's train, val and test.",
+        "Where it is: a file of the set or the folder with its files, in their published form.",
         stages=("prepare",),
     )
     images: PathText | None = option(
-        None, "Folder of COCO's train2014 images, for sources that have none inside.", stages=("prepare",)
+        None,
+        "Folder of the images (COCO's train2014 for RefCOCO and gRefCOCO), for sources that have none inside.",
+        stages=("prepare",),
     )
     split: Literal["train", "val", "test", "testA", "testB"] | None = option(
         None,

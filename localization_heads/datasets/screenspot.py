@@ -1,0 +1,115 @@
+"""ScreenSpot, ScreenSpot-v2 and ScreenSpot-Pro: an instruction, a screenshot, and the box of what it means.
+
+JSON of v1 (njucckevin/SeeClick: `screenspot_{mobile,desktop,web}.json`) and v2 (OS-Copilot/ScreenSpot-v2: the same
+with `_v2`): a list of `img_filename`, `bbox` (x, y, width, height in pixels), `instruction`, `data_type`,
+`data_source`. Pro (likaixin/ScreenSpot-Pro: `annotations/*.json`): `bbox` is x0, y0, x1, y1 in pixels, with `img_size`
+[width, height], `ui_type`, `group`, `application`, `platform`, `id`. Parquet of v1 and v2
+(rootsautomation/ScreenSpot): `bbox` is x0, y0, x1, y1 from 0 to 1, and the images are inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from localization_heads.data.boxes import check_box
+from localization_heads.data.images import decode_image
+from localization_heads.datasets.files import image_folders, named_image, read_list, short_fields
+from localization_heads.datasets.parquet import ParquetSource, image_cell
+from localization_heads.datasets.reference import (
+    BadText,
+    Entry,
+    Record,
+    Source,
+    box_from_xywh,
+    declared_size,
+    entry_or_bad,
+)
+from localization_heads.errors import BadLineError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PLATFORMS = ("mobile", "desktop", "web")
+FIELDS = ("data_type", "data_source", "ui_type", "group", "application", "platform")
+
+
+class ScreenSpotJson(Source):
+    """JSON files in the order of their names.
+
+    Args:
+        pro: they are ScreenSpot-Pro's, whose boxes are x0, y0, x1, y1.
+    """
+
+    protocol = "screenspot"
+
+    def __init__(self, files: Sequence[Path], images: Path | None, *, pro: bool) -> None:
+        super().__init__(sorted(files))
+        self.pro = pro
+        self.kind = "JSON of ScreenSpot-Pro" if pro else "JSON of ScreenSpot"
+        root = self.files[0].parent.parent if pro else self.files[0].parent
+        self.folders = image_folders(images, root, "images", "screenspotv2_image", "screenspot_imgs")
+        self._rows: list[tuple[Path, Any]] = []
+
+    def rows(self) -> list[tuple[Path, Any]]:
+        self._rows = [(file, entry) for file in self.files for entry in read_list(file)]
+        return self._rows
+
+    def row_split(self, values: object) -> str:
+        return "test"
+
+    def entries(self, row: int, values: tuple[Path, Any]) -> list[Entry | BadText]:
+        _, entry = values
+        if not isinstance(entry, dict) or not isinstance(entry.get("img_filename"), str):
+            raise BadLineError("an entry is not an object with an img_filename")
+        return [
+            entry_or_bad(
+                f"row{row}",
+                "test",
+                f"screenspot:{entry['img_filename'][:200]}",
+                entry.get("instruction"),
+                row,
+            )
+        ]
+
+    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, tuple[Path, Any]]]:
+        return ((row, self._rows[row]) for row in rows)
+
+    def record(self, row: int, found: tuple[Path, Any]) -> Record:
+        file, entry = found
+        box = check_box(entry.get("bbox")) if self.pro else box_from_xywh(entry.get("bbox"))
+        size = None
+        if (declared := entry.get("img_size")) is not None:
+            if not isinstance(declared, list) or len(declared) != 2:
+                raise BadLineError("img_size must be [width, height]")
+            size = declared_size(declared[1], declared[0])
+        known = next((name for name in PLATFORMS if name in file.stem), None)
+        more = ({"platform": known} if known and not self.pro else {}) | short_fields(entry, *FIELDS)
+        if isinstance(entry.get("id"), str):
+            more["source_id"] = entry["id"][:200]
+        return Record(row, named_image(self.folders, entry["img_filename"]), size, box, more=more)
+
+
+class ScreenSpotParquet(ParquetSource):
+    """Boxes from 0 to 1; the images are inside. (Its split is `test`.)"""
+
+    kind = "parquet of ScreenSpot"
+    variant = "parquet"
+    protocol = "screenspot"
+    index_columns = ("instruction",)
+    record_columns = ("image", "bbox", "data_type", "data_source")
+
+    def entries(self, row: int, values: tuple[str, dict[str, Any]]) -> list[Entry | BadText]:
+        split, cells = values
+        return [entry_or_bad(f"row{row}", split, f"screenspot-parquet:{row}", cells["instruction"], row)]
+
+    def record(self, row: int, batch: pa.RecordBatch) -> Record:
+        cells = batch.to_pylist()[0]
+        content = image_cell(cells["image"])
+        width, height = decode_image(f"the image of row {row + 1}", content)[1].size
+        x0, y0, x1, y1 = check_box(cells["bbox"])
+        if not (x0 >= 0 and y0 >= 0 and x1 <= 1 and y1 <= 1):
+            raise BadLineError("the box of a parquet row must be x0, y0, x1, y1 from 0 to 1")
+        box = (x0 * width, y0 * height, x1 * width, y1 * height)
+        return Record(row, content, box=box, more=dict(short_fields(cells, "data_type", "data_source")))
