@@ -1,4 +1,4 @@
-"""The newer benchmarks from the files that people have: boxes of every convention, no target, several, and hostile files."""
+"""The newer benchmarks from the files that people have: boxes of each kind, no target, several, hostile files."""
 
 from __future__ import annotations
 

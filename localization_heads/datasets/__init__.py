@@ -1,1 +1,1 @@
-"""Benchmarks in their published forms (RefCOCO, ReasonSeg, Ref-L4, ScreenSpot, ...), written as this tool's JSON lines."""
+"""Benchmarks in their published forms (RefCOCO, ReasonSeg, Ref-L4, ...), written as this tool's JSON lines."""
