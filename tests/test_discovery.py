@@ -108,14 +108,14 @@ def test_batch_writes_what_the_contract_says(
     assert len(table) == 1 + lvlm.num_layers * lvlm.num_heads
     assert table[0].startswith("rank,layer,head,selection_frequency")
 
-    best = [[head["layer"], head["head"]] for head in heads["heads"][:2]]
+    known = [[4, 4], [5, 6]]
     for number, line in enumerate(read_lines(front.out / "predictions.jsonl")):
         assert list(line)[:6] == ["id", "bbox", "score", "mask", "heads", "error"]
-        assert (line["id"], line["heads"], line["error"]) == (f"entry_{number}", best, None)
+        assert (line["id"], line["heads"], line["error"]) == (f"entry_{number}", known, None)
         assert [type(x) for x in line["bbox"]] == [float] * 4
         assert read_mask(line["mask"], (64, 48)).any()
         maps = load_attention(front.out / f"attention/entry_{number}.pkl")
-        found = lh.ground(lvlm, maps.image_file, maps.query, heads=[lh.Head(*head) for head in best])
+        found = lh.ground(lvlm, maps.image_file, maps.query, heads=[lh.Head(*head) for head in known])
         assert line["bbox"] == pytest.approx(found.box)
     assert "selection frequency" in result.out
     assert "mean IoU" in result.out
@@ -318,6 +318,31 @@ def test_wrong_heads_are_refused_before_the_work(front: Front, calls: Calls, hea
     assert not calls
 
 
+def test_known_heads_ground_a_batch(front: Front) -> None:
+    """Where some are known for the model; the line above the boxes says whose they are."""
+    result = front.finder("stage=batch", DATA)
+    used = {str(line["heads"]) for line in read_lines(front.out / "predictions.jsonl")}
+    assert used == {"[[4, 4], [5, 6], [5, 3]]"}
+    assert "boxes below: heads L4H4 L5H6 L5H3, known for embedded" in result.out
+    result = front.finder("stage=batch", DATA, f"heads={front.out / 'heads.json'}")
+    first = [[one["layer"], one["head"]] for one in json.loads(heads_of(front.out))["heads"][:3]]
+    assert {str(line["heads"]) for line in read_lines(front.out / "predictions.jsonl")} == {str(first)}
+    assert "as heads= says" in result.out
+
+
+def test_a_lesser_ranking_does_not_take_the_place_of_a_better_one_unsaid(front: Front) -> None:
+    """Fewer samples, or other criteria: the one before stays beside it."""
+    assert "5 samples: the order of the heads is not firm under 100" in front.finder("stage=find", DATA).err
+    whole = heads_of(front.out)
+    assert "made anew" not in front.finder("stage=find", DATA).err
+    assert not (front.out / "heads_before.json").exists()
+    result = front.finder("stage=find", DATA, "end_index=4")
+    assert "the one before, from 5 samples, is now" in result.err
+    assert (front.out / "heads_before.json").read_bytes() == whole
+    assert "made anew" not in front.finder("stage=find", DATA).err, "more samples are no loss"
+    assert "under other criteria" in front.finder("stage=find", DATA, "criteria.exclude_layers=1").err
+
+
 def test_named_heads_ground_a_batch(front: Front) -> None:
     """A list, and each sample's own; the ranking does not depend on them."""
     assert front.finder("stage=batch", DATA, "heads=[2-0,3-1]").status == 0
@@ -332,7 +357,7 @@ def test_named_heads_ground_a_batch(front: Front) -> None:
 
 def test_a_criterion_that_keeps_no_head(front: Front) -> None:
     """heads.json is empty, no sample gets a box of heads that nobody chose, and nothing breaks."""
-    result = front.finder("stage=batch", DATA, "criteria.tau=2")
+    result = front.finder("stage=batch", DATA, "criteria.tau=2", "heads=greedy")
     assert result.status == 1, result.err
     assert json.loads(heads_of(front.out))["heads"] == []
     lines = read_lines(front.out / "predictions.jsonl")

@@ -174,6 +174,8 @@ def _show_result(run: Run, result: Result) -> int:
     if result.ranking:
         tables.show(tables.ranking_table(result.ranking, run.options.k))
         _show_found_again(run, result.ranking)
+        if run.options.stage == "batch":
+            tables.show(ready.of_boxes(run, result.ranking), markup=False, highlight=False)
     if result.metrics:
         tables.show(tables.metrics_table(result.metrics))
         if own := benchmarks.protocol_table(result.metrics.get("protocol", {})):

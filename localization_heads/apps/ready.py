@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.ready import overlap, ready_list
+from localization_heads.stages.keeping import heads_of_boxes
 from localization_heads.stages.run import Run
 
 OWN = "own-"
@@ -18,6 +19,13 @@ def whose(run: Run) -> str | None:
     if taken is None or taken.startswith(OWN):
         return None
     return f"heads={run.options.heads}: the first {len(run.named_heads or ())} of {taken}"
+
+
+def of_boxes(run: Run, ranking: HeadRanking) -> str:
+    """One line on the heads that a batch grounded with."""
+    heads, source = heads_of_boxes(run, ranking)
+    names = "each sample's own" if heads is None else " ".join(map(str, heads)) or "none"
+    return f"boxes below: heads {names}, {source}"
 
 
 def found_again(run: Run, ranking: HeadRanking) -> Iterator[str]:

@@ -35,6 +35,7 @@ from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
+from localization_heads.stages.keeping import heads_of_boxes, note_ranking
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.records import choose_record, keep_statistics, open_own_store
 from localization_heads.stages.report import Reporter, look
@@ -284,6 +285,7 @@ def save_heads(run: Run, ranking: HeadRanking) -> list[Path]:
     """heads.json, heads.csv and the figures of both criteria."""
     from localization_heads import figures
 
+    note_ranking(run, ranking)
     paths = [*save_ranking(ranking, run.folder)]
     shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
     sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
@@ -317,13 +319,12 @@ def _ground_all(
     report: Reporter,
     fresh: Mapping[str, HeadStatistics],
 ) -> list[Outcome]:
-    """Boxes for every entry, from the maps on disk, with the heads just found or those that were named.
+    """Boxes for every entry, from the maps on disk, with the heads of `heads_of_boxes`.
 
     Args:
         fresh: of `collect_statistics`.
     """
-    best = [head.address for head in ranking.kept[: run.options.k]]
-    heads = best if run.options.heads == "auto" else run.named_heads
+    heads, _ = heads_of_boxes(run, ranking)
     grounder = run.grounder(heads, run.calibration_of(heads))
     alone = report.alone(entries)
     outcomes = []
