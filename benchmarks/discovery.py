@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -126,6 +127,7 @@ class StandIn:
     num_parameters = 0
     spec = ModelSpec(name)
     wording: ClassVar[dict[str, Any]] = {}
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(unk_token_id=None))
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)

@@ -239,12 +239,12 @@ def test_a_file_full_of_absurd_weights_fails_alone(front: Front) -> None:
     assert "attention holds values above 1, which no softmax gives" in report
 
 
-def test_the_examples_come_with_the_repository(front: Front) -> None:
-    """Without arguments outside it, as `locheads` may be run."""
-    for result in (front.finder(), front.visualize("mode=batch")):
-        assert result.status == 2
-        assert "no such file; the examples come with the repository" in one_line(result.err)
-    assert "examples" not in front.finder("data_file=no.jsonl").err
+def test_the_examples_come_with_the_package(front: Front) -> None:
+    """Without a data file outside it, as `locheads` may be run; a name that they do not have is no file."""
+    assert front.finder("end_index=1", "visualize_batch=false", "report=false").status == 0
+    assert (front.out / "heads.json").is_file()
+    result = front.finder("data_file=examples/no.jsonl")
+    assert (result.status, one_line(result.err)) == (2, "error: data_file=examples/no.jsonl: no such file")
 
 
 # ------------------------------------------------------------------------------------------------- cli_llava

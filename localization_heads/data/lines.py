@@ -13,11 +13,6 @@ from localization_heads.store.files import parse_json
 
 MAX_LINE_BYTES = 1 << 20
 
-EXAMPLES_HINT = (
-    "; the examples come with the repository: run this in its folder, or name your own with data_file="
-)
-
-
 def read_objects(
     path: Path, option: str = "data_file"
 ) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
@@ -30,8 +25,7 @@ def read_objects(
         if path.is_dir():
             raise UsageError(f"{option}={path} is a folder: name a .jsonl file in it")
         if not path.is_file():
-            hint = EXAMPLES_HINT if path.parts[:1] == ("examples",) else ""
-            raise UsageError(f"{option}={path}: no such file{hint}")
+            raise UsageError(f"{option}={path}: no such file")
         with path.open("rb") as file:
             number = 0
             _check_beginning(f"{option}={path}", path, file)
