@@ -435,6 +435,24 @@ def test_tiny_images_get_a_box_inside_them(front: Front, size: tuple[int, int]) 
 # ---------------------------------------------------------------------------------------------------- ground
 
 
+@pytest.mark.parametrize(("form", "beginning"), [("pdf", b"%PDF"), ("svg", b"<svg")])
+def test_figures_for_a_paper(form: str, beginning: bytes, front: Front) -> None:
+    options = (
+        "stage=pipeline",
+        "image_file=cat.png",
+        "query=the dog",
+        "save_id=one",
+        f"figure_format={form}",
+    )
+    result = front.finder(*options)
+    assert result.status == 0, result.err
+    for name in ("visualization", "grounding"):
+        path = front.out / f"attention/one_{name}.{form}"
+        assert path.read_bytes().startswith(beginning)
+        assert str(path) in result.out
+    assert not list(front.out.rglob("*.png"))
+
+
 def test_ground_every_image_of_a_folder(front: Front) -> None:
     """Each is an entry: a broken one is named and the others are done; two of one name have ids of their own."""
     Path("pics").mkdir()

@@ -13,6 +13,7 @@ from localization_heads.store.files import parse_json
 
 MAX_LINE_BYTES = 1 << 20
 
+
 def read_objects(
     path: Path, option: str = "data_file"
 ) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:

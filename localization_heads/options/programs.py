@@ -273,6 +273,9 @@ class FinderOptions(
         stages=(*BOXES, "calibrate"),
     )
     attention_format: Literal["pkl", "safetensors"] = option("pkl", "Attention files as pkl or safetensors.")
+    figure_format: Literal["png", "pdf", "svg"] = option(
+        "png", "Figures as png, or as pdf or svg for a paper."
+    )
     visualize_batch: bool = option(True, "Draw the maps and the box of the entries of a batch.")
     visualize_limit: Count | None = option(
         32, "At most this many entries are drawn in a batch; null draws all."

@@ -69,9 +69,9 @@ def ablate(run: Run) -> Result:
         what = f"steered by {run.options.ablate.strength:g}" if run.options.ablate.steer else "switched off"
         named = {name: f"answers right, {name.removeprefix(ANSWERS)}" for name in kinds}
         found = finding(every, values, named, what, run.options.random_seed)
-        paths = [run.folder / f"ablation{suffix}" for suffix in (".json", ".png")]
-        write_json(paths[0], {**found.numbers, "choices": _choices(run)})
-        run.draw(figures.plot_ablation, found.numbers, what, path=paths[1])
+        written, path = run.folder / "ablation.json", run.folder / "ablation.png"
+        write_json(written, {**found.numbers, "choices": _choices(run)})
+        paths = [written, run.draw(figures.plot_ablation, found.numbers, what, path=path)]
         log.finish()
         return Result(paths, entries.in_order(), findings=[found])
 

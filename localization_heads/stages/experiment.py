@@ -256,7 +256,7 @@ def _write(run: Run, study: Study, finding: Finding) -> list[Path]:
     from localization_heads import figures
 
     folder = run.folder / "experiments"
-    paths = [folder / f"{finding.name}{suffix}" for suffix in (".json", ".md", ".png")]
+    paths = [folder / f"{finding.name}{end}" for end in (".json", ".md", f".{run.options.figure_format}")]
     figure = figures.plot_experiment(study, finding, paths[2])
     numbers = {
         "experiment": finding.name,

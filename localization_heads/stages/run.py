@@ -295,10 +295,14 @@ class Run(ModelRun[FinderOptions]):
         return self.options.engine.kind == "ray"
 
     def draw(self, plot: Callable[..., Figure], *inputs: object, path: Path, **named: object) -> Path:
-        """Draw a figure, unless the file at `path` shows the same inputs; with `show_plot`, open it -> `path`."""
+        """Draw a figure, unless the file at `path` shows the same inputs; with `show_plot`, open it -> its path.
+
+        Args:
+            path: of a PNG; its ending is that of `figure_format`.
+        """
         from localization_heads import figures
 
-        show = self.options.show_plot
+        show, path = self.options.show_plot, path.with_suffix(f".{self.options.figure_format}")
         figure = figures.plot_once(plot, *inputs, path=path, always=show, **named)
         if figure and show:
             figures.show(figure)

@@ -182,9 +182,10 @@ def draw_sample(
     top = top_heads(grounding.heads, statistics, run.options.criteria, run.options.top_k)
     maps_path, box_path = side_path(path, "_visualization.png"), side_path(path, "_grounding.png")
     known: dict[str, Any] = {"grounding": grounding, "statistics": statistics, "truth": truth}
-    run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **known)
-    run.draw(figures.plot_grounding, image, grounding, path=box_path, truth=truth, expression=maps.query)
-    return Visualised(grounding, [maps_path, box_path])
+    drawn = [run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **known)]
+    known = {"truth": truth, "expression": maps.query}
+    drawn.append(run.draw(figures.plot_grounding, image, grounding, path=box_path, **known))
+    return Visualised(grounding, drawn)
 
 
 def top_heads(

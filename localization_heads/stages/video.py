@@ -79,7 +79,7 @@ def follow(run: Run) -> Followed:
         thumbnails = _draw(video, options.fps, found, drawn)
         from localization_heads import figures
 
-        run.draw(figures.plot_timeline, query, found, thumbnails, video.size, path=timeline)
+        timeline = run.draw(figures.plot_timeline, query, found, thumbnails, video.size, path=timeline)
         journal.finish()
     return Followed(video, query, found, [drawn, timeline, run.folder / "predictions.jsonl"])
 
