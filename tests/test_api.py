@@ -37,7 +37,7 @@ OPTIONS = (
     *("stage=evaluate", "data=scenes", f"scenes.count={COUNT}", "scenes.size=96", "heads=[2-0,3-1]"),
     *("visualize_batch=false", "worst=0", "report=false"),
 )
-ELSEWHERE = ("heads_from", "data_file", "scenes", "range")
+ELSEWHERE = ("heads_from", "data_file", "scenes", "range", "protocol")
 """Choices that only a command has."""
 
 

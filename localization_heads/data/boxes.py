@@ -13,6 +13,7 @@ MAX_COORDINATE = 10_000_000
 def check_box(value: object) -> Box:
     """Four finite numbers `[x0, y0, x1, y1]` with x1 > x0 and y1 > y0, also an array or a tensor. Raises BadLineError.
 
+    >>> import numpy as np
     >>> check_box([0, 0, 10, 5.5]), check_box(np.array([1, 2, 3, 4]))
     ((0.0, 0.0, 10.0, 5.5), (1.0, 2.0, 3.0, 4.0))
     """
