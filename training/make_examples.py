@@ -48,7 +48,9 @@ def main() -> None:
     (FOLDER / "images").mkdir(parents=True, exist_ok=True)
     photographed = [_photograph(number, *row) for number, row in enumerate(PHOTOGRAPHS, start=1)]
     scenes = enumerate(_good_scenes(), start=len(photographed) + 1)
-    entries = [_scene(number, *found) for number, found in scenes] + photographed  # what the model knows comes first
+    entries = [
+        _scene(number, *found) for number, found in scenes
+    ] + photographed  # what the model knows comes first
     used = {Path(entry["image_path"]).name for entry in entries}
     for left in {image.name for image in (FOLDER / "images").iterdir()} - used:
         (FOLDER / "images" / left).unlink()
