@@ -33,7 +33,7 @@ BOXES = {
     "apps": (0.2, 8.2, 3.7, "apps/", "commands, conversation, demo", SHELL),
     "stages": (4.4, 8.2, 5.4, "stages/", "find, ground, evaluate, ...: thin, resumable", SHELL),
     "options": (10.3, 8.2, 2.9, "options/", "every option once", SHELL),
-    "api": (13.7, 8.2, 3.1, "finding, locating, evaluating  interop/", "Python, other tools", SHELL),
+    "api": (13.7, 8.2, 3.1, "Python  interop/", "find, ground, evaluate;\nother tools", SHELL),
     "sources": (0.2, 5.3, 2.7, "datasets/  scenes/", "benchmarks as JSON lines", SAMPLES),
     "data": (0.2, 3.5, 2.7, "data/", "Sample: image,\nexpression, ground truth", SAMPLES),
     "lvlm": (3.6, 3.5, 2.7, "lvlm/", "encode the image once,\nattend per expression", MODEL),
