@@ -5,6 +5,7 @@ import re
 
 import pytest
 from front import one_line, stub_figures, write_data
+from pycocotools.coco import COCO
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,17 @@ def test_export_after_a_batch(front):
     ranked = json.loads((front.out / "heads.json").read_text())["heads"]
     scores = json.loads((front.out / "heads_scores.json").read_text())
     assert scores == [[h["layer"], h["head"], h["selection_frequency"]] for h in ranked]
+    objects = json.loads((front.out / "heads_gaze.json").read_text())
+    assert [[one["layer"], one["head"], one["score"]] for one in objects] == scores
+    mapping = json.loads((front.out / "heads_sparsemm.json").read_text())
+    assert list(mapping) == [f"{layer}-{head}" for layer in range(6) for head in range(8)], (
+        "every head, in order"
+    )
+    assert all(mapping[f"{layer}-{head}"] == [score] for layer, head, score in scores)
+    loaded = COCO(front.out / "predictions_coco.json").loadRes(
+        str(front.out / "predictions_coco_results.json")
+    )
+    assert [one["bbox"] for one in loaded.anns.values()] == [one["bbox"] for one in coco["annotations"]]
     heads = front.out / "heads_scores.json"
     again = front.finder("stage=ground", f"data_file={data}", f"heads={heads}", "k=2")
     assert again.status == 0, again.err

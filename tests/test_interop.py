@@ -54,6 +54,22 @@ def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
     assert chosen_heads(str(path), 2) == tuple(ranking.top(2))
 
 
+@pytest.mark.parametrize(
+    ("picture", "name", "number"),
+    [
+        ("coco:581857", "a.png", 581857),
+        ("", "COCO_train2014_000000000009.jpg", 9),
+        ("", "COCO_train2014_9.jpg", 1),
+        ("flickr:7", "7.jpg", 1),
+    ],
+)
+def test_cocos_own_ids_of_images(picture, name, number, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    sample = Sample(tmp_path / name, "it", id="a", picture=picture)
+    data = to_coco([Prediction("a", (0, 0, 4, 4), 0.5)], {"a": sample})
+    assert [image["id"] for image in data["images"]] == [data["annotations"][0]["image_id"]] == [number]
+
+
 def test_head_lists_of_the_published_code_and_of_gaze_heads(tmp_path):
     rows = [
         {"layer": 14, "head": 26, "count": 406, "frequency": 0.406},

@@ -20,6 +20,25 @@ def scores_of(ranking: HeadRanking) -> list[list[int | float]]:
     return [[head.layer, head.head, round(head.selection_frequency, 6)] for head in ranking.kept]
 
 
+def as_mapping(scores: Mapping[Head, float]) -> dict[str, list[float]]:
+    """As SparseMM reads them: `{"layer-head": [score]}` of every head of the model, layer by layer, head by head.
+
+    Args:
+        scores: of the heads that have one; all others, up to the last layer and head, get 0.
+
+    >>> as_mapping({Head(1, 1): 0.5, Head(0, 1): 0.25})
+    {'0-0': [0.0], '0-1': [0.25], '1-0': [0.0], '1-1': [0.5]}
+    """
+    layers, heads = (1 + max(address[axis] for address in scores) for axis in (0, 1))
+    every = (Head(layer, head) for layer in range(layers) for head in range(heads))
+    return {f"{one.layer}-{one.head}": [scores.get(one, 0.0)] for one in every}
+
+
+def as_objects(ranking: HeadRanking) -> list[dict[str, int | float]]:
+    """As analyses of gaze heads read them: `[{"layer", "head", "score"}, ...]` of the heads kept, best first."""
+    return [{"layer": layer, "head": head, "score": score} for layer, head, score in scores_of(ranking)]
+
+
 def read_scores(data: Any) -> list[HeadScore]:
     """Heads with their scores, highest first; equal scores keep their order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,14 +30,16 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
         MaskError: a mask cannot be decoded; it names the prediction.
     """
     images: dict[str, dict[str, Any]] = {}
+    taken: set[int] = set()
     annotations: list[dict[str, Any]] = []
     for prediction in predictions:
         sample = samples.get(prediction.id)
         if sample is None or prediction.bbox is None:
             continue
-        image = images.setdefault(
-            sample.image_key or prediction.id, _image(len(images) + 1, sample, prediction)
-        )
+        key = sample.image_key or prediction.id
+        if key not in images:
+            images[key] = _image(_free_id(sample, taken), sample, prediction)
+        image = images[key]
         for one in [prediction] if prediction.boxes is None else prediction.boxes:
             annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction.id, one))
     return {
@@ -45,6 +48,36 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
         "annotations": annotations,
         "categories": [CATEGORY],
     }
+
+
+def results_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The annotations as the bare list of results that pycocotools' `loadRes` takes.
+
+    Args:
+        data: of `to_coco`.
+    """
+    kept = ("image_id", "category_id", "bbox", "score", "segmentation", "sample_id")
+    return [
+        {name: one[name] for name in kept if name != "segmentation" or one[name]}
+        for one in data["annotations"]
+    ]
+
+
+OFFICIAL = re.compile(r"coco:(\d{1,12})|.*COCO_\w+_(\d{12})\.\w+")
+
+
+def _free_id(sample: Sample, taken: set[int]) -> int:
+    """COCO's own id of the image, where its name or its `picture` says it, else a number that is free.
+
+    Args:
+        taken: the ids so far, to which this one is added.
+    """
+    names = (OFFICIAL.fullmatch(name) for name in (sample.picture, sample.image_file))
+    own = [int(found[1] or found[2]) for found in names if found]
+    free = range(len(taken) + 1, 2 * len(taken) + 2)
+    number: int = next(one for one in (*own, *free) if one not in taken)
+    taken.add(number)
+    return number
 
 
 def _image(number: int, sample: Sample, prediction: Prediction) -> dict[str, Any]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from localization_heads.errors import UsageError
-from localization_heads.heads.score_lists import scores_of
-from localization_heads.interop.coco import to_coco
+from localization_heads.heads.score_lists import as_mapping, as_objects, scores_of
+from localization_heads.interop.coco import results_of, to_coco
 from localization_heads.stages.entries import select_entries
 from localization_heads.stages.ground import in_phrases
 from localization_heads.stages.run import Run
 from localization_heads.store.files import write_json
-from localization_heads.store.results import load_ranking, read_predictions
+from localization_heads.store.results import load_frequencies, load_ranking, read_predictions
 
-PREDICTIONS = "predictions_coco.json"
-HEADS = "heads_scores.json"
+PREDICTIONS, RESULTS = "predictions_coco.json", "predictions_coco_results.json"
+HEADS, MAPPING, OBJECTS = "heads_scores.json", "heads_sparsemm.json", "heads_gaze.json"
 
 
 def export(run: Run) -> list[Path]:
-    """Write `predictions_coco.json` and `heads_scores.json`, each where the run that it is made from is there.
+    """Predictions as a COCO data set and as COCO results, heads as score lists: each where its run has been.
 
     Raises:
         UsageError: this model's folder has neither predictions nor heads.
@@ -35,12 +36,23 @@ def export(run: Run) -> list[Path]:
                 "name the data_file that they were made from"
             )
         write_json(run.folder / PREDICTIONS, coco)
-        written.append(run.folder / PREDICTIONS)
+        write_json(run.folder / RESULTS, results_of(coco))
+        written += [run.folder / PREDICTIONS, run.folder / RESULTS]
     if (run.folder / "heads.json").is_file():
-        write_json(run.folder / HEADS, scores_of(load_ranking(run.folder / "heads.json")))
-        written.append(run.folder / HEADS)
+        written += _export_heads(run.folder)
     if not written:
         raise UsageError(
             f"stage=export: {run.folder} has neither predictions.jsonl nor heads.json; run stage=batch first"
         )
     return written
+
+
+def _export_heads(folder: Path) -> list[Path]:
+    """The ranking as lists of scores, and every head's frequency as the mapping that SparseMM takes."""
+    ranking = load_ranking(folder / "heads.json")
+    forms: dict[str, Any] = {HEADS: scores_of(ranking), OBJECTS: as_objects(ranking)}
+    if (folder / "heads.csv").is_file():
+        forms[MAPPING] = as_mapping(load_frequencies(folder / "heads.csv"))
+    for name, content in forms.items():
+        write_json(folder / name, content)
+    return [folder / name for name in forms]

@@ -27,6 +27,18 @@ def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
     return json_path, csv_path
 
 
+def load_frequencies(path: str | Path) -> dict[Head, float]:
+    """Selection frequency of every head of a `heads.csv`. UsageError, naming the file, for anything else."""
+    import csv
+
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {Head(int(row["layer"]), int(row["head"])): float(row["selection_frequency"]) for row in rows}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: not a heads.csv ({type(error).__name__}: {error})") from error
+
+
 def load_ranking(path: str | Path) -> HeadRanking:
     """Read a `heads.json`. Raises UsageError, naming the file, for anything else."""
     data = _read(Path(path))
