@@ -16,7 +16,7 @@ from localization_heads.grounding.instances import suppressed
 from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
-from localization_heads.heads.ranking import own_heads
+from localization_heads.heads.one_sample import own_heads
 from localization_heads.heads.ready import ReadyHeads, ready_lists
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside

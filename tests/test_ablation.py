@@ -16,7 +16,7 @@ from localization_heads.data.answers import Region, expected_answers
 from localization_heads.evaluation.controls import mean_map
 from localization_heads.experiments.ablation import conditions, curves, finding
 from localization_heads.heads.head import Head
-from localization_heads.options.groups import ScenesOptions
+from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.pairs import two_objects
 from localization_heads.scenes.questions import questions
 from localization_heads.stages import ablate

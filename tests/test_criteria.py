@@ -24,7 +24,7 @@ from localization_heads.heads.criteria import (
     keep_heads,
     spatial_entropy,
 )
-from localization_heads.heads.ranking import analysis_rows, greedy_heads
+from localization_heads.heads.one_sample import analysis_rows, greedy_heads
 from localization_heads.options.compose import preset
 from localization_heads.options.groups import CriteriaOptions
 

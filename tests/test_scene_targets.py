@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from localization_heads.data.masks import read_mask
-from localization_heads.options.groups import ScenesOptions
+from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes import write
 from localization_heads.scenes.expressions import Thing
 from localization_heads.scenes.scene import render_scene, scene_samples

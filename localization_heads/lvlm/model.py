@@ -20,7 +20,7 @@ from PIL import Image
 from localization_heads.attention import AttentionMaps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import own_heads
+from localization_heads.heads.one_sample import own_heads
 from localization_heads.lvlm.asking import ask_beside
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.loaded import LoadedModel

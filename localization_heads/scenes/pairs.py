@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from localization_heads.options.groups import ScenesOptions
+from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.scene import Scene, render_scene
 from localization_heads.scenes.write import SPLITS, scenes_folder
 from localization_heads.store.files import RunLock, write_bytes

@@ -19,7 +19,7 @@ from localization_heads.errors import BadEntry, NothingDoneError, UsageError, Wo
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.lvlm.beside import other_expressions
 from localization_heads.options.groups import Contrast
-from localization_heads.options.programs import EntryChoice
+from localization_heads.options.shared import EntryChoice
 from localization_heads.scenes.write import scenes
 from localization_heads.stages.run import Run
 from localization_heads.store.statistics import sample_key

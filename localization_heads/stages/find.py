@@ -18,14 +18,8 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
-from localization_heads.heads.ranking import (
-    NONE_KEPT,
-    WAY_OUT,
-    HeadRanking,
-    analysis_rows,
-    random_draws,
-    rank_heads,
-)
+from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
+from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import NATIVE_BOX, asked, found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.beside import NOTHING

@@ -30,15 +30,11 @@ from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.box_formats import BOX
 from localization_heads.lvlm.spec import compose_spec, find_spec
 from localization_heads.lvlm.vocabulary import in_singular
+from localization_heads.options.companions import ChatOptions, DemoOptions
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
 from localization_heads.options.instances import PLACES
-from localization_heads.options.programs import (
-    ChatOptions,
-    DemoOptions,
-    FinderOptions,
-    ImageAddresses,
-    ModelUse,
-)
+from localization_heads.options.programs import FinderOptions
+from localization_heads.options.shared import ImageAddresses, ModelUse
 from localization_heads.segmentation.segmenter import Segmenter
 from localization_heads.store.paths import attention_path
 from localization_heads.store.results import is_ranking, load_ranking

@@ -21,7 +21,7 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import analysis_rows, greedy_heads
+from localization_heads.heads.one_sample import analysis_rows, greedy_heads
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import moving

@@ -28,7 +28,7 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import greedy_heads
+from localization_heads.heads.one_sample import greedy_heads
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.run import DemoRun
