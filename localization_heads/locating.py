@@ -266,7 +266,10 @@ def ground_all(
             on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more.
     """
     source = as_source(image)
-    (asked,) = _texts(expression) if isinstance(expression, str) else [expression]
+    texts = _texts(expression)
+    if len(texts) != 1:
+        raise ArgumentError(f"expression={shown(expression)}: give one text; ground takes several")
+    (asked,) = texts
     grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
     if by == "places":
         lvlm = lvlm.worded(PLACES)

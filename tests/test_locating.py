@@ -123,6 +123,19 @@ def test_wrong_arguments_are_one_line(said: str, lvlm: LVLM, image: Image.Image)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("expression", ["the dog; the cat", ["a", "b"], 3, []])
+def test_every_object_of_one_expression_at_a_time(lvlm: LVLM, image: Image.Image, expression: Any) -> None:
+    assert lh.ground_all(lvlm, image, "the dogs", HEADS, segmenter=None)[0].expression
+    with pytest.raises(ArgumentError, match="expression"):
+        lh.ground_all(lvlm, image, expression, HEADS, segmenter=None)
+
+
+def test_a_pipeline_takes_several_in_one_text(lvlm: LVLM, image: Image.Image) -> None:
+    pipe = lh.pipeline(lvlm, HEADS)
+    assert [one["label"] for one in pipe(image, "the dog; the cat")] == ["the dog", "the cat"]
+    assert pipe(image, "the dog") == pipe(image, ["the dog"])[0]
+
+
 def test_presets_by_name() -> None:
     assert isinstance(masks("grabcut"), GrabCut)
     assert masks("none") is masks(None) is None

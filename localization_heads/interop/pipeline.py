@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.data.images import ImageSource, load_image
+from localization_heads.arguments import Heads, ReadOut
 from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.head import Head
 from localization_heads.locating import ground
-from localization_heads.options.groups import GroundingOptions
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from localization_heads.heads.ranking import HeadRanking
+    from localization_heads.data.any_image import AnyImage
     from localization_heads.lvlm.model import LVLM
 
 
@@ -32,8 +28,8 @@ class GroundingPipeline:
     def __init__(
         self,
         lvlm: LVLM,
-        heads: Sequence[Head] | HeadRanking | None = None,
-        options: GroundingOptions | None = None,
+        heads: Heads = None,
+        options: ReadOut = None,
     ) -> None:
         self.lvlm, self.heads, self.options = lvlm, heads, options
 
@@ -41,25 +37,23 @@ class GroundingPipeline:
         return f"GroundingPipeline({self.lvlm.name})"
 
     def __call__(
-        self, image: ImageSource, expressions: str | Sequence[str]
+        self, image: AnyImage, expressions: str | Sequence[str]
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; a list for several expressions.
 
         The box is in whole pixels, the mask a PIL image of mode L with 255 inside, as in transformers.
 
         Args:
-            image: an image, a path or an http(s) address.
+            image: as in `ground`.
+            expressions: a text, a list of texts, or several in one text, as in "the dog; the cat".
 
         Raises:
             UsageError: an image or an expression that cannot be used.
         """
-        opened = load_image(image)
-        if isinstance(expressions, str):
-            return self._answer(opened, expressions)
-        return [self._answer(opened, expression) for expression in expressions]
-
-    def _answer(self, image: Image.Image, expression: str) -> dict[str, Any]:
-        return answer_of(ground(self.lvlm, image, expression, self.heads, options=self.options), expression)
+        texts = [expressions] if isinstance(expressions, str) else list(expressions)
+        found = ground(self.lvlm, image, texts, self.heads, options=self.options)
+        answers = [answer_of(one, one.expression) for one in found]
+        return answers[0] if isinstance(expressions, str) and len(answers) == 1 else answers
 
 
 def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
@@ -77,9 +71,9 @@ def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
 
 def pipeline(
     model: str | LVLM = "tiny",
-    heads: Sequence[Head] | HeadRanking | None = None,
+    heads: Heads = None,
     *,
-    options: GroundingOptions | None = None,
+    options: ReadOut = None,
     **loading: Any,
 ) -> GroundingPipeline:
     """A pipeline for a model by name, or for a loaded one.
