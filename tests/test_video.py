@@ -192,6 +192,35 @@ def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: p
     assert (front.out / "predictions.jsonl").read_bytes() == whole
 
 
+def test_what_a_calibration_weighs_is_asked_of_every_frame(front: Front) -> None:
+    """Presence needs questions beside the expression; the same image alone has the same answer."""
+    clip(Path("clip.mp4"), 2)
+    fitted = (
+        "stage=calibrate",
+        "data=scenes",
+        "scenes.count=80",
+        "scenes.absent=0.5",
+        "scenes.size=96",
+        "signals=true",
+    )
+    heads = ("heads=[4-4,5-6]", "k=2", "visualize_batch=false")
+    result = front.finder(*fitted, *heads)
+    assert result.status == 0, result.err
+    options = [option for option in OPTIONS if not option.startswith(("heads", "segmenter"))]
+    result = front.finder(*options, *heads, "fps=null", "abstain=0.5")
+    assert result.status == 0, result.err
+    frame, _ = read_lines(front.out / "predictions.jsonl")
+    first = next(frames(open_video(Path("clip.mp4"))))
+    assert first.image is not None
+    first.image.save("first.png")
+    assert (
+        front.finder("stage=ground", "image_file=first.png", "query=the dog", "save_id=x", *heads).status == 0
+    )
+    (alone,) = read_lines(front.out / "attention/x_prediction.jsonl")
+    assert frame["present"] == pytest.approx(alone["present"], abs=1e-4)
+    assert frame["calibrated"] and alone["calibrated"]
+
+
 def test_a_broken_frame_is_named_and_skipped(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     clip(Path("clip.mp4"), 4)
 

@@ -128,7 +128,8 @@ def _expected(video: Video, fps: float | None) -> int | None:
 def _ground_chunk(run: Run, id: str, chunk: Sequence[Frame]) -> list[Prediction]:
     """What cannot be decoded, or grounded, fails alone."""
     heads = run.named_heads
-    grounder = run.grounder(heads, run.calibration_of(heads))
+    calibration = run.calibration_of(heads)
+    grounder = run.grounder(heads, calibration)
     entries = Entries([])
     names = {frame.number: f"{id}_f{frame.number:06d}" for frame in chunk}
     opened = [
@@ -139,7 +140,8 @@ def _ground_chunk(run: Run, id: str, chunk: Sequence[Frame]) -> list[Prediction]
         for frame in chunk
         if frame.image is not None
     ]
-    asked = Chunk([sample for sample, _ in opened], frozenset(names.values()), run.beside(heads))
+    beside = run.beside(heads, calibration)
+    asked = Chunk([sample for sample, _ in opened], frozenset(names.values()), beside)
     found: dict[str, Prediction] = {}
     for one in attend(run, entries, opened, grounder.last_layer, chunk=asked):
         with entries.put_aside(one.sample):
