@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from io import BytesIO
@@ -102,7 +101,7 @@ class Located(Grounding):
         return content.getvalue()
 
     def _repr_json_(self) -> dict[str, Any]:
-        return dict(json.loads(json.dumps(self.to_dict())))
+        return self.to_dict()
 
 
 def to_coco(results: Sequence[Located]) -> dict[str, Any]:

@@ -67,3 +67,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     monkeypatch.setattr(LVLM, "attend_batch", spy)
     return seen
+
+
+@pytest.fixture
+def endless() -> Iterator[Any]:
+    """Makes a model answer until it is stopped; afterwards it ends its answers as before."""
+    changed: list[tuple[Any, Any]] = []
+
+    def never_end(model: Any) -> None:
+        changed.append((model.generation_config, model.generation_config.eos_token_id))
+        model.generation_config.eos_token_id = None
+
+    yield never_end
+    for config, tokens in changed:
+        config.eos_token_id = tokens

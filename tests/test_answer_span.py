@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import family_models_siblings  # noqa: F401 -- more of tiny's families
@@ -29,20 +28,6 @@ from localization_heads.options.groups import ModelSpec
 
 SAME = {"rtol": 0, "atol": 1e-5}
 TEXTS = ["the red car", "the dog left in this image", "car"]
-
-
-@pytest.fixture
-def endless() -> Iterator[Any]:
-    """Makes a model answer until it is stopped; afterwards it ends its answers as before."""
-    changed: list[tuple[Any, Any]] = []
-
-    def never_end(model: Any) -> None:
-        changed.append((model.generation_config, model.generation_config.eos_token_id))
-        model.generation_config.eos_token_id = None
-
-    yield never_end
-    for config, tokens in changed:
-        config.eos_token_id = tokens
 
 
 def spanned(lvlm: LVLM, span: str, tokens: int = 5) -> LVLM:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,20 +35,6 @@ from localization_heads.options.tracing import TraceOptions
 SAME = {"rtol": 0, "atol": 1e-5}
 FAMILIES = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "mllama", "paligemma", "florence2", "janus"]
 ALL = TraceOptions(keep="all")
-
-
-@pytest.fixture
-def endless() -> Iterator[Any]:
-    """Makes a model answer until it is stopped; afterwards it ends its answers as before."""
-    changed: list[tuple[Any, Any]] = []
-
-    def never_end(model: Any) -> None:
-        changed.append((model.generation_config, model.generation_config.eos_token_id))
-        model.generation_config.eos_token_id = None
-
-    yield never_end
-    for config, tokens in changed:
-        config.eos_token_id = tokens
 
 
 def steps_without_cache(

@@ -213,11 +213,20 @@ class Recorder:
     def see(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]
     ) -> None:
-        """Record the row of one layer, in the calls that are wanted (all but the first are decoding steps)."""
+        """One call of an attention module: counted, and recorded where it is that of a layer."""
         layer = self.layer_of.get(id(module))
         if layer is None:
             return
         call, self._calls[layer] = self._calls[layer], self._calls[layer] + 1
+        self.record(layer, call, lambda where: query_row(module, query, key, mask, where, **extras))
+
+    def record(self, layer: int, call: int, row_of: Callable[[Query], Tensor]) -> None:
+        """Keep the row of one layer, in the calls that are wanted (all but the first are decoding steps).
+
+        Args:
+            call: how often the layer was called before.
+            row_of: computes the row of a query position, (B, H, K).
+        """
         if self.query is None:
             if layer == self.stop_after:
                 raise StopForward
@@ -225,9 +234,9 @@ class Recorder:
         last = self.query.answers or self.query.step
         if self.stop_after is None or layer <= self.stop_after:
             if call == self.query.step:
-                self.rows[layer] = query_row(module, query, key, mask, self.query, **extras)
+                self.rows[layer] = row_of(self.query)
             elif self.query.answers and call <= last:
-                self._add(layer, call, query_row(module, query, key, mask, LAST, **extras))
+                self._add(layer, call, row_of(LAST))
         if layer == self.stop_after and call == last and self.query.answers != 0:
             raise StopForward
 

@@ -7,7 +7,7 @@ model's layers and heads but with the answer alone. Layers without a chosen head
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,6 @@ from localization_heads.lvlm.capture import (
     Recorder,
     StopForward,
     prompt_keys,
-    query_row,
     recording,
 )
 from localization_heads.lvlm.failures import memory_errors, misfit_errors
@@ -78,14 +77,8 @@ class StepRecorder(Recorder):
         self.box: Box | None = None
         self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
 
-    def see(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]
-    ) -> None:
-        layer = self.layer_of.get(id(module))
-        if layer is None:
-            return
-        call, self._calls[layer] = self._calls[layer], self._calls[layer] + 1
-        row = query_row(module, query, key, mask, LAST, **extras)  # (1, H, K)
+    def record(self, layer: int, call: int, row_of: Callable[[Query], Tensor]) -> None:
+        row = row_of(LAST)  # (1, H, K)
         if self.num_tokens is not None:
             row = prompt_keys(row, self.num_tokens, call)
         if call == len(self.steps):

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,10 @@ def _grounded(run: Run, video: Video, id: str, journal: ResultLog) -> Iterator[P
     run.check_named_heads()
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
     size = max(1, min(size, CHUNK_PIXELS // math.prod(video.size)))
-    looked_at = frames(video, run.options.fps, lambda place: journal.get(_key(place // size)) is not None)
+    is_logged = cache(
+        lambda chunk: journal.get(_key(chunk)) is not None
+    )  # of each frame, and it reads the chunk
+    looked_at = frames(video, run.options.fps, lambda place: is_logged(place // size))
     with tqdm(desc="frames", unit="frame", disable=None, total=_expected(video, run.options.fps)) as bar:
         number = -1
         while chunk := list(islice(looked_at, size)):
