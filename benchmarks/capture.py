@@ -11,7 +11,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.models import EXPRESSIONS
 from benchmarks.result import Row, bytes_text, timed_row
 from benchmarks.setting import Setting
-from localization_heads.lvlm.capture import Query
+from localization_heads.lvlm.forward.capture import Query
 from localization_heads.lvlm.model import LVLM
 
 KEY = "a"

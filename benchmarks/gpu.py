@@ -39,9 +39,9 @@ from benchmarks.qwen import CELL, TOY, QwenShape, random_qwen
 from benchmarks.timing import Timings, interleaved, synchronize
 from localization_heads.data.samples import Sample
 from localization_heads.finding import find_heads
-from localization_heads.lvlm.capture import Query
-from localization_heads.lvlm.doctor import compare
-from localization_heads.lvlm.failures import memory_errors
+from localization_heads.lvlm.checks.doctor import compare
+from localization_heads.lvlm.forward.capture import Query
+from localization_heads.lvlm.forward.failures import memory_errors
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions
 

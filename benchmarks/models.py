@@ -22,7 +22,7 @@ from transformers import (
 
 from benchmarks.floor import VOCABULARY, Shape
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import LLAVA_SYSTEM
+from localization_heads.lvlm.text.prompts import LLAVA_SYSTEM
 from localization_heads.options.groups import ModelSpec
 
 EXPRESSIONS = [

@@ -9,8 +9,8 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.models import EXPRESSIONS
+from localization_heads.lvlm.checkpoints.processors import images_only
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.processors import images_only
 from localization_heads.options.groups import ModelSpec
 
 CELL = 32

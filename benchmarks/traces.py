@@ -25,8 +25,8 @@ from localization_heads.attention import Box
 from localization_heads.cells import box_iou
 from localization_heads.evaluation.metrics import bootstrap_interval
 from localization_heads.grounding.ground import Grounding
+from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.trace import Trace
 from localization_heads.scenes.scene import HELD_OUT_STYLE, TEST_SEEDS, Scene, scenes_of
 
 SCENES = 100

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "localization_heads"
 PAGE = ROOT / "docs" / "architecture.md"
 FIGURE = ROOT / "docs" / "images" / "architecture.png"
-ROW = re.compile(r"^(\| `([a-z_]+)/` \|[^|]+\|)[^|]*\|$", re.MULTILINE)
+ROW = re.compile(r"^(\| `([a-z_/]+)/` \|[^|]+\|)[^|]*\|$", re.MULTILINE)
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, lightened so that black text stands on them.
 SHELL, SAMPLES, MODEL, SCIENCE, RESULT, GROUND = (
@@ -86,15 +86,20 @@ def main() -> None:
 
 
 def _with_files(row: re.Match[str]) -> str:
-    """The row of a folder with its files, but for those that have a row of their own."""
+    """The row of a folder with its files, but for those that have a row of their own, or whose folder has one."""
     folder = PACKAGE / row[2]
     paths = [
         file.relative_to(folder).as_posix()
         for file in sorted(folder.rglob("*.py"))
         if file.stem != "__init__"
     ]
-    files = [f"`{path}`" for path in paths if f"| `{row[2]}/{path}` |" not in row.string]
+    files = [f"`{path}`" for path in paths if not _has_a_row(row[2], path, row.string)]
     return f"{row[1]} {', '.join(files)} |" if files else row[0]
+
+
+def _has_a_row(room: str, path: str, page: str) -> bool:
+    folder, is_inner, _ = path.partition("/")
+    return f"| `{room}/{path}` |" in page or (bool(is_inner) and f"| `{room}/{folder}/` |" in page)
 
 
 def _draw() -> None:

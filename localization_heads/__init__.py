@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from localization_heads.interop.pipeline import pipeline
     from localization_heads.located import Located, to_coco
     from localization_heads.locating import ground, ground_all
-    from localization_heads.lvlm.intervene import switch_off
-    from localization_heads.lvlm.loading import load_model
-    from localization_heads.lvlm.steering import steer
+    from localization_heads.lvlm.checkpoints.loading import load_model
+    from localization_heads.lvlm.interventions.steering import steer
+    from localization_heads.lvlm.interventions.switching import switch_off
     from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 
 
@@ -57,13 +57,13 @@ _HOMES = {
     "ground": "locating",
     "ground_all": "locating",
     "load_heads": "hub",
-    "load_model": "lvlm.loading",
+    "load_model": "lvlm.checkpoints.loading",
     "load_samples": "data.samples",
     "make_segmenter": "grounder",
     "pipeline": "interop.pipeline",
     "push_heads": "hub",
-    "steer": "lvlm.steering",
-    "switch_off": "lvlm.intervene",
+    "steer": "lvlm.interventions.steering",
+    "switch_off": "lvlm.interventions.switching",
     "to_coco": "located",
     "to_supervision": "interop.detections",
 }

@@ -20,7 +20,7 @@ from localization_heads.heads.one_sample import own_heads
 from localization_heads.heads.ready import ReadyHeads, ready_lists
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside
-from localization_heads.lvlm.spec import find_spec
+from localization_heads.lvlm.checkpoints.spec import find_spec
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.segmentation.segmenter import Segmenter, refine

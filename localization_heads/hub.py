@@ -112,7 +112,7 @@ def _fetched(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    from localization_heads.lvlm.sources import hub_trouble
+    from localization_heads.lvlm.checkpoints.sources import hub_trouble
 
     try:
         return Path(

@@ -19,7 +19,7 @@ from front import Calls, Front, fronts
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
 # A busy machine is no fault: no test fails because an example, or drawing it, took long.

@@ -16,8 +16,8 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import is_torchvision_available
 
+from localization_heads.lvlm.checkpoints.processors import images_only
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.processors import images_only
 from localization_heads.options.groups import ModelSpec
 
 WORDS = "the red car dog left in this image here is original and are some crops to help you see better . : ,"

@@ -21,7 +21,7 @@ from family_models import (
 )
 from family_models_tiled import PIXTRAL_TOWER
 
-from localization_heads.lvlm.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import images_only
 
 SIBLINGS = {
     "qwen3_vl_moe",

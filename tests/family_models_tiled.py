@@ -7,7 +7,7 @@ from typing import Any
 import transformers as hf
 from family_models import VOCABULARY, family, ids, siglip, square_size, text, tokenizer, tower
 
-from localization_heads.lvlm.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import images_only
 
 ROWS_AND_COLUMNS = [(row, column) for row in range(1, 9) for column in range(1, 9)]
 ONE_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}

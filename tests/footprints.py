@@ -1,6 +1,6 @@
 """The oracle, which is part of the package: `doctor` asks it too."""
 
-from localization_heads.lvlm.footprints import (
+from localization_heads.lvlm.checks.footprints import (
     coordinate_image,
     footprint_centres,
     footprint_errors,

@@ -16,7 +16,7 @@ from hydra._internal.hydra import Hydra
 from PIL import Image
 
 from localization_heads.apps import commands
-from localization_heads.lvlm import loading
+from localization_heads.lvlm.checkpoints import loading
 
 cached_load_model = cache(loading.load_model)
 

@@ -18,9 +18,9 @@ from test_query_token import tiny_lvlm
 from test_tracing import steps_without_cache
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.answer_words import Spelled, group_tokens
-from localization_heads.lvlm.box_formats import FORMATS, BoxFormat
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
+from localization_heads.lvlm.answers.words import Spelled, group_tokens
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import box_prompt
 from localization_heads.lvlm.sharing import apart

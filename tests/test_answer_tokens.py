@@ -17,9 +17,9 @@ from test_query_token import tiny_lvlm
 from torch import Tensor
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.capture import Query, Recorder
-from localization_heads.lvlm.doctor import eager
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.forward.capture import Query, Recorder
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import apart
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import answers
-from localization_heads.lvlm.answers import Conversation, stream
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm import conversation as answers
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.conversation import Conversation, stream
 from localization_heads.lvlm.model import LVLM
 
 

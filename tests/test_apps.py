@@ -23,7 +23,7 @@ from PIL import Image
 
 from localization_heads.apps import terminal
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm import answers
+from localization_heads.lvlm import conversation as answers
 from localization_heads.lvlm.model import LVLM
 from localization_heads.store.attention_files import load_attention, save_attention
 

@@ -10,7 +10,7 @@ from front import Calls, Front
 
 import localization_heads as lh
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.store.results import read_predictions
 

@@ -12,8 +12,8 @@ from tiny_models import llava_model, llava_processor
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from localization_heads.lvlm.capture import attention_modules, attention_rows, capture
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.forward.capture import attention_modules, attention_rows, capture
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 

@@ -14,9 +14,9 @@ from test_placeholder import TEMPLATES, processor_with
 from tiny_models import llava_processor, save_llava
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import chat_template
-from localization_heads.lvlm.chat_template import PROCESS, TemplateError, TemplateProcess, render_chat
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.text import chat_template
+from localization_heads.lvlm.text.chat_template import PROCESS, TemplateError, TemplateProcess, render_chat
 
 TURN: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 'the "Größe" 狗\n'}]}

@@ -12,9 +12,9 @@ from tiny_models import edit, save_llava
 from tiny_sams import tiny_sam
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm import checkpoint
-from localization_heads.lvlm.checkpoint import Weights, check_original, check_size, weights_in
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints import files as checkpoint
+from localization_heads.lvlm.checkpoints.files import Weights, check_original, check_size, weights_in
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.segmentation.sam import FAMILIES, load_checkpoint
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 13476839424\n"
@@ -120,7 +120,9 @@ def test_an_original_folder_is_not_built(folder: Path) -> None:
 def test_absurd_sizes_are_refused_before_anything_is_built(
     part: str, changes: dict[str, int], said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localization_heads.lvlm.loading._load_weights", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(
+        "localization_heads.lvlm.checkpoints.loading._load_weights", lambda *_: pytest.fail("built")
+    )
     edit(folder / "config.json", lambda config: config[part].update(changes))
     assert said in refusal(folder)
 

@@ -17,8 +17,8 @@ from test_query_token import SPANLESS, tiny_lvlm
 from transformers.utils import is_bitsandbytes_available
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.spec import find_spec
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checkpoints.spec import find_spec
 
 EXPRESSIONS = ["the dog", "the left red dog , this car", "car.", "this image"]
 

@@ -41,7 +41,7 @@ from localization_heads.data.masks import read_mask
 from localization_heads.errors import UsageError
 from localization_heads.figures.style import VERMILLION
 from localization_heads.heads.head import Head
-from localization_heads.lvlm import loading
+from localization_heads.lvlm.checkpoints import loading
 from localization_heads.options.companions import DemoOptions
 from localization_heads.options.compose import composed
 from localization_heads.options.groups import GroundingOptions

@@ -404,7 +404,7 @@ from pathlib import Path
 import torch
 from localization_heads import figures
 from localization_heads.apps.commands import finder
-from localization_heads.lvlm import loading
+from localization_heads.lvlm.checkpoints import loading
 
 # Imported and loaded once; every child below is a copy of this process, which has not computed anything.
 torch.set_num_threads(1)

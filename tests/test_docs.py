@@ -13,7 +13,7 @@ from chromium import CHROMIUM, browser
 from documents import blocks, commands
 from front import Front, cached_load_model, fronts
 
-from localization_heads.lvlm import loading
+from localization_heads.lvlm.checkpoints import loading
 from localization_heads.options import programs
 
 STAGES = programs.Stage.__args__

@@ -21,11 +21,12 @@ from localization_heads.apps.finder_stages import STAGES
 from localization_heads.errors import UsageError
 from localization_heads.figures import plot_cells
 from localization_heads.figures.style import ORANGE, SKY
-from localization_heads.lvlm import capture, doctor
-from localization_heads.lvlm.doctor import eager, examine
-from localization_heads.lvlm.geometry import View, even_view
+from localization_heads.lvlm.checks import doctor
+from localization_heads.lvlm.checks.doctor import eager, examine
+from localization_heads.lvlm.checks.verdict import EXPRESSIONS, geometry
+from localization_heads.lvlm.families.geometry import View, even_view
+from localization_heads.lvlm.forward import capture
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.verdict import EXPRESSIONS, geometry
 from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.run import Run
 

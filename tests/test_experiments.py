@@ -378,7 +378,7 @@ def test_the_papers_numbers_stand_beside_ours_where_the_model_is_one_of_its(stud
 
 def test_the_papers_models_are_those_of_our_configs() -> None:
     """Each of the paper's models that we name is a checkpoint that we know, with the same heads."""
-    from localization_heads.lvlm.spec import find_spec, known_specs
+    from localization_heads.lvlm.checkpoints.spec import find_spec, known_specs
 
     names = {spec.name for spec in known_specs().values()}
     for name, model in paper.MODELS.items():

@@ -15,9 +15,9 @@ from family_models_siblings import SIBLINGS  # and registers all families
 from footprints import coordinate_image, footprint_errors
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.capture import capture
-from localization_heads.lvlm.families import FAMILIES, REFUSED, check_family, views_of
-from localization_heads.lvlm.geometry import ProcessedImage
+from localization_heads.lvlm.families.geometry import ProcessedImage
+from localization_heads.lvlm.families.table import FAMILIES, REFUSED, check_family, views_of
+from localization_heads.lvlm.forward.capture import capture
 from localization_heads.lvlm.model import LVLM
 
 CHECKS = json.loads(Path(__file__).with_name("family_checks.json").read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families import views_of
-from localization_heads.lvlm.geometry import ProcessedImage, View, check_shape, even_view, read_maps
+from localization_heads.lvlm.families.geometry import ProcessedImage, View, check_shape, even_view, read_maps
+from localization_heads.lvlm.families.table import views_of
 
 SIZES = [(160, 90), (90, 160), (100, 100), (33, 200), (21, 13), (641, 480)]
 LLAVA = SimpleNamespace(model_type="llava", image_token_id=4, vision_config=SimpleNamespace())

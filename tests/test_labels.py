@@ -33,7 +33,7 @@ from localization_heads.heads.labels import (
 )
 from localization_heads.heads.ranking import HeadRanking, RankedHead
 from localization_heads.lvlm import loaded
-from localization_heads.lvlm.box_formats import FORMATS
+from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.native_box import box_prompt, box_reader
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import labels as stage

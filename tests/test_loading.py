@@ -21,10 +21,11 @@ from tiny_models import llava_model, llava_processor, save_llava
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm import fingerprint, loading
-from localization_heads.lvlm.loading import load_model, pick_device
+from localization_heads.lvlm import fingerprint
+from localization_heads.lvlm.checkpoints import loading
+from localization_heads.lvlm.checkpoints.loading import load_model, pick_device
+from localization_heads.lvlm.checkpoints.spec import find_spec, known_specs
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.spec import find_spec, known_specs
 from localization_heads.options.groups import ModelSpec
 from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run

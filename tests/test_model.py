@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_models import llava_model, llava_processor
 
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 

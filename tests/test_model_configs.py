@@ -13,9 +13,8 @@ from transformers import AutoConfig
 
 from localization_heads.apps.frontdoor import help_text
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families import FAMILIES, family_facts
-from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.spec import (
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checkpoints.spec import (
     EMBEDDED,
     SHAPES,
     compose_spec,
@@ -23,6 +22,7 @@ from localization_heads.lvlm.spec import (
     known_specs,
     looks_like,
 )
+from localization_heads.lvlm.families.table import FAMILIES, family_facts
 from localization_heads.options import compose
 from localization_heads.options.groups import ConvMode, ModelSpec
 from localization_heads.options.programs import FinderOptions

@@ -14,11 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families import FAMILIES, REFUSED
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checkpoints.spec import known_specs
+from localization_heads.lvlm.families.table import FAMILIES, REFUSED
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import FORMATS, ask_for_box, box_prompt, read_box, wanted_format
-from localization_heads.lvlm.spec import known_specs
+from localization_heads.lvlm.native_box import (
+    FORMATS,
+    ask_for_box,
+    box_prompt,
+    read_box,
+    wanted_format,
+)
 
 WIDE = (640, 480)
 

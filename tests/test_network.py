@@ -16,8 +16,8 @@ from localization_heads.data.address import Address
 from localization_heads.data.download import DownloadError, download
 from localization_heads.data.network import client_trouble
 from localization_heads.errors import WorkError
-from localization_heads.lvlm import sources
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints import sources
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.segmentation.sam import FAMILIES, load_checkpoint
 
 SETTINGS = {

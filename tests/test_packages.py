@@ -11,8 +11,8 @@ import torch
 from tiny_models import save_llava
 
 from localization_heads.errors import WorkError
-from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.sources import (
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checkpoints.sources import (
     check_torchvision,
     fitting_torchvision,
     missing_package,
@@ -121,6 +121,6 @@ def test_a_torchvision_that_does_not_fit(fault: str, tmp_path: Path, monkeypatch
 
 
 def test_without_torchvision_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localization_heads.lvlm.sources._version", lambda _: None)
+    monkeypatch.setattr("localization_heads.lvlm.checkpoints.sources._version", lambda _: None)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     check_torchvision()

@@ -325,7 +325,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original, tried = LVLM.query_rows, []
 
     def full(self: LVLM, inputs: Any, *arguments: Any, **named: Any) -> Any:
-        from localization_heads.lvlm.failures import memory_errors
+        from localization_heads.lvlm.forward.failures import memory_errors
 
         tried.append(len(inputs["input_ids"]))
         with memory_errors():

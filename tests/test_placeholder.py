@@ -11,9 +11,9 @@ from tiny_models import llava_model, llava_processor, tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.loading import _check_order
+from localization_heads.lvlm.checkpoints.loading import _check_order
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import (
+from localization_heads.lvlm.text.prompts import (
     image_comes_first,
     image_placeholder,
     template_placeholder,

@@ -22,7 +22,7 @@ from localization_heads.datasets.prepare import sample_entries
 from localization_heads.datasets.reference import Entry
 from localization_heads.datasets.source import OFFICIAL, Counts
 from localization_heads.evaluation.judging import overlap_with_nothing
-from localization_heads.lvlm.spec import compose_spec, find_spec
+from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.stages import run as stages_run
 from tests.dataset_files import (
     LMMS,

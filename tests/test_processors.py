@@ -20,8 +20,8 @@ from tiny_models import edit, llava_model, llava_processor, save_llava
 
 import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
-from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.processors import check_image_sizes, complete
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checkpoints.processors import check_image_sizes, complete
 from localization_heads.options.groups import ModelSpec
 
 TEMPLATE = (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.prompts import (
+from localization_heads.lvlm.text.prompts import (
     clean_expression,
     close_sentence,
     expression_prompt,

@@ -19,16 +19,16 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.doctor import compare
+from localization_heads.lvlm.checks.doctor import compare
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import Prompt, locate_expression, referseg_prompt
-from localization_heads.lvlm.query_tokens import (
+from localization_heads.lvlm.sharing import apart
+from localization_heads.lvlm.text.prompts import Prompt, locate_expression, referseg_prompt
+from localization_heads.lvlm.text.query_tokens import (
     expression_tokens,
     lone_space_id,
     query_of,
     without_token,
 )
-from localization_heads.lvlm.sharing import apart
 from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.find import batch
 from localization_heads.stages.run import Run

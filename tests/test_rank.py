@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from front import Front, one_line, stub_figures, write_data, write_lines
 
-from localization_heads.lvlm import loading
+from localization_heads.lvlm.checkpoints import loading
 from localization_heads.store.statistics import StatisticsStore, _digest, recorded
 
 ROOT = Path(__file__).parents[1]

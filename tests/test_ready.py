@@ -17,7 +17,7 @@ from localization_heads.errors import UsageError
 from localization_heads.heads import ready
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ready import ReadyList, choose_ready, overlap, ready_list, ready_lists
-from localization_heads.lvlm.spec import SHAPES, known_specs
+from localization_heads.lvlm.checkpoints.spec import SHAPES, known_specs
 from localization_heads.options.compose import composed
 from localization_heads.stages.run import ChatRun, Run
 

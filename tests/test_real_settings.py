@@ -15,7 +15,7 @@ from family_models import tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
 from footprints import coordinate_image
 
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.model import LVLM
 
 

@@ -10,8 +10,8 @@ from family_models import BUILDERS, tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
 from footprints import coordinate_image
 
-from localization_heads.lvlm.doctor import examine
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.doctor import examine
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -22,13 +22,13 @@ from tiny_models import llava_model, llava_processor
 
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm import sharing
-from localization_heads.lvlm.capture import decoder_layers
-from localization_heads.lvlm.families import FAMILIES
-from localization_heads.lvlm.loading import load_model
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.families.table import FAMILIES
+from localization_heads.lvlm.forward.capture import decoder_layers
+from localization_heads.lvlm.forward.prefix import longest_shared, why_not_shared
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prefix import longest_shared, why_not_shared
-from localization_heads.lvlm.prompts import locate_expression
 from localization_heads.lvlm.sharing import apart
+from localization_heads.lvlm.text.prompts import locate_expression
 from localization_heads.options.groups import ModelSpec
 
 SAME = {"rtol": 0, "atol": 1e-5}

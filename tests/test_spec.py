@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.spec import CONVERTED, compose_spec, find_spec, known_specs
+from localization_heads.lvlm.checkpoints.spec import CONVERTED, compose_spec, find_spec, known_specs
 from localization_heads.options.compose import plain
 from localization_heads.options.groups import ModelSpec
 from localization_heads.store.paths import model_folder

@@ -18,10 +18,10 @@ from transformers import AttentionInterface
 
 import localization_heads as lh
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.capture import capture
-from localization_heads.lvlm.families import views_of
-from localization_heads.lvlm.geometry import ProcessedImage
-from localization_heads.lvlm.intervene import output_projection
+from localization_heads.lvlm.families.geometry import ProcessedImage
+from localization_heads.lvlm.families.table import views_of
+from localization_heads.lvlm.forward.capture import capture
+from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 

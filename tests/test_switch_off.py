@@ -16,9 +16,9 @@ from torch import nn
 
 import localization_heads as lh
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.answers import Conversation
-from localization_heads.lvlm.capture import attention_modules
-from localization_heads.lvlm.intervene import output_projection
+from localization_heads.lvlm.conversation import Conversation
+from localization_heads.lvlm.forward.capture import attention_modules
+from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
 
 FAMILIES = ["llava", "llava_siglip", "llava_next", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v", "deepseek_vl"]

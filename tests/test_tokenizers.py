@@ -16,9 +16,9 @@ from tiny_models import save_llava
 from tiny_tokenizers import melting_tokenizer
 from tokenizers import processors
 
-from localization_heads.lvlm.loading import load_model
-from localization_heads.lvlm.prompts import locate_expression
-from localization_heads.lvlm.query_tokens import expression_tokens
+from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.text.prompts import locate_expression
+from localization_heads.lvlm.text.query_tokens import expression_tokens
 from localization_heads.options.groups import ModelSpec
 
 

@@ -21,9 +21,9 @@ from test_report import Page
 
 from localization_heads import figures
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answer_words import Spelled
+from localization_heads.lvlm.answers.trace import Trace
+from localization_heads.lvlm.answers.words import Spelled
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.trace import Trace
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.trace import MAX_BYTES, embedded, render_trace
 from localization_heads.report.values import plain

@@ -19,7 +19,7 @@ from localization_heads.cells import box_iou
 from localization_heads.figures.style import SKY, VERMILLION
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.spec import find_spec
+from localization_heads.lvlm.checkpoints.spec import find_spec
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import scene_samples
 from training.measure import Measured, measure

@@ -7,7 +7,7 @@ from random import Random
 from PIL import Image
 
 import localization_heads as lh
-from localization_heads.lvlm.answers import Conversation
+from localization_heads.lvlm.conversation import Conversation
 from localization_heads.lvlm.model import LVLM
 from localization_heads.scenes.scene import scene_samples
 from training.language import question_turn

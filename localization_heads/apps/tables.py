@@ -30,8 +30,8 @@ from localization_heads.stages.outcome import Outcome
 
 if TYPE_CHECKING:
     from localization_heads.experiments.paper import Table as FindingTable
-    from localization_heads.lvlm.doctor import Examination
-    from localization_heads.lvlm.geometry import View
+    from localization_heads.lvlm.checks.doctor import Examination
+    from localization_heads.lvlm.families.geometry import View
 
 ROWS = 30
 """Longest table that is printed whole; the files hold everything."""

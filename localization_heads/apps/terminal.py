@@ -16,7 +16,7 @@ from localization_heads.errors import UsageError, WorkError, printable
 from localization_heads.grounder import check_heads
 from localization_heads.heads.head import Head
 from localization_heads.locating import ground
-from localization_heads.lvlm.answers import Conversation
+from localization_heads.lvlm.conversation import Conversation
 from localization_heads.options.compose import preset_name
 from localization_heads.options.groups import ConvMode
 from localization_heads.options.tracing import MOST_TOKENS

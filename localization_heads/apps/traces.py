@@ -9,7 +9,7 @@ from rich.table import Table
 
 from localization_heads.apps.tables import ROWS, box_text
 from localization_heads.errors import printable
-from localization_heads.lvlm.trace import Trace
+from localization_heads.lvlm.answers.trace import Trace
 
 _HEADS = 4
 """Heads with a column of their own."""

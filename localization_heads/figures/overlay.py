@@ -25,7 +25,7 @@ from localization_heads.figures.letters import as_typed, wrap
 from localization_heads.figures.panels import Pixels, lay
 from localization_heads.figures.sheet import new_sheet, panel_size, save
 from localization_heads.figures.style import COLOUR_MAP, DPI, ORANGE, SKY, VERMILLION, paper_style
-from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.families.geometry import View
 
 ImageLike = Image.Image | NDArray[np.uint8]
 """An RGB image; as an array `[H, W, 3]`, 0 to 255."""

@@ -21,7 +21,7 @@ from localization_heads.figures.overlay import (
 )
 from localization_heads.figures.sheet import new_sheet, panel_size, save
 from localization_heads.figures.style import VERMILLION, paper_style
-from localization_heads.lvlm.trace import Trace
+from localization_heads.lvlm.answers.trace import Trace
 
 MOST_WORDS = 24
 """Panels of a figure; the page has all words."""

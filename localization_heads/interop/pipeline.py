@@ -84,7 +84,7 @@ def pipeline(
     Raises:
         UsageError, WorkError: as `load_model` does.
     """
-    from localization_heads.lvlm.loading import load_model
+    from localization_heads.lvlm.checkpoints.loading import load_model
     from localization_heads.lvlm.model import LVLM
 
     lvlm = model if isinstance(model, LVLM) else load_model(model, **loading)

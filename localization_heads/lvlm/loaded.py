@@ -12,21 +12,21 @@ from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError, shown
-from localization_heads.lvlm.answer_words import Spelled, group_tokens, silent_tokens, span_tokens, spelled
-from localization_heads.lvlm.answering import Hearing, Said, Sides, end_tokens, generate, go_on
-from localization_heads.lvlm.capture import (
+from localization_heads.lvlm.answers.answering import Hearing, Said, Sides, end_tokens, generate, go_on
+from localization_heads.lvlm.answers.words import Spelled, group_tokens, silent_tokens, span_tokens, spelled
+from localization_heads.lvlm.families.geometry import ProcessedImage, View, read_maps
+from localization_heads.lvlm.families.table import views_of
+from localization_heads.lvlm.forward.capture import (
     Query,
     Recorder,
     capture,
     prompt_keys,
 )
-from localization_heads.lvlm.failures import memory_errors, misfit_errors
-from localization_heads.lvlm.families import views_of
-from localization_heads.lvlm.geometry import ProcessedImage, View, read_maps
-from localization_heads.lvlm.prefix import why_not_shared
+from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.forward.prefix import why_not_shared
 from localization_heads.lvlm.prompted import PromptedModel
-from localization_heads.lvlm.prompts import Prompt, bare_sentence
-from localization_heads.lvlm.query_tokens import expression_tokens, query_of
+from localization_heads.lvlm.text.prompts import Prompt, bare_sentence
+from localization_heads.lvlm.text.query_tokens import expression_tokens, query_of
 
 
 class Answered(NamedTuple):

@@ -21,11 +21,11 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
+from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import ask_beside
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.loaded import LoadedModel
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
-from localization_heads.lvlm.trace import Trace
 from localization_heads.lvlm.tracing import traced
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions

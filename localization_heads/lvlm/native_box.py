@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import Box, rescaled
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.lvlm.box_formats import BOX, FORMATS, BoxFormat, read_box
-from localization_heads.lvlm.geometry import Size
-from localization_heads.lvlm.prompts import clean_expression
+from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat, read_box
+from localization_heads.lvlm.families.geometry import Size
+from localization_heads.lvlm.text.prompts import clean_expression
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,19 +18,19 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import ReadyHeads, choose_ready
 from localization_heads.heads.record import NATIVE_BOX, FoundWith, asked, difference
-from localization_heads.lvlm.box_formats import BOX, FORMATS, BoxFormat
-from localization_heads.lvlm.capture import (
+from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat
+from localization_heads.lvlm.families.geometry import check_shape, image_token_id
+from localization_heads.lvlm.families.table import family_of
+from localization_heads.lvlm.fingerprint import fingerprint
+from localization_heads.lvlm.forward.capture import (
     attention_modules,
     decoder_layers,
     looks_across,
 )
-from localization_heads.lvlm.changes import Change
-from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
-from localization_heads.lvlm.failures import memory_errors, processor_errors
-from localization_heads.lvlm.families import family_of
-from localization_heads.lvlm.fingerprint import fingerprint
-from localization_heads.lvlm.geometry import check_shape, image_token_id
-from localization_heads.lvlm.prompts import (
+from localization_heads.lvlm.forward.changes import Change
+from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
+from localization_heads.lvlm.text.chat_template import TemplateError, render_chat, template_of
+from localization_heads.lvlm.text.prompts import (
     Prompt,
     clean_expression,
     expression_prompt,
@@ -39,7 +39,7 @@ from localization_heads.lvlm.prompts import (
     locate_expression,
     template_renderer,
 )
-from localization_heads.lvlm.query_tokens import lone_space_id, without_token
+from localization_heads.lvlm.text.query_tokens import lone_space_id, without_token
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 
 log = logging.getLogger(__name__)

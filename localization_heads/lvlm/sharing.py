@@ -19,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.lvlm.answering import Said, Sides, Weighed, keeping, weighed
-from localization_heads.lvlm.capture import Query, capture
-from localization_heads.lvlm.changes import Change
-from localization_heads.lvlm.failures import memory_errors, misfit_errors
-from localization_heads.lvlm.geometry import View
-from localization_heads.lvlm.paraphrases import merged, wordings
-from localization_heads.lvlm.prefix import (
+from localization_heads.lvlm.answers.answering import Said, Sides, Weighed, keeping, weighed
+from localization_heads.lvlm.families.geometry import View
+from localization_heads.lvlm.forward.capture import Query, capture
+from localization_heads.lvlm.forward.changes import Change
+from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.forward.prefix import (
     Prefix,
     first_tokens,
     last_tokens,
@@ -33,8 +32,9 @@ from localization_heads.lvlm.prefix import (
     recording_cache,
     spatial_positions,
 )
-from localization_heads.lvlm.prompts import Prompt, shared_start
-from localization_heads.lvlm.query_tokens import continued
+from localization_heads.lvlm.text.paraphrases import merged, wordings
+from localization_heads.lvlm.text.prompts import Prompt, shared_start
+from localization_heads.lvlm.text.query_tokens import continued
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel

@@ -61,7 +61,7 @@ SegmenterPrompt = Literal["box", "points", "map"]
 Points = Literal["positive", "signed"]
 Instances = Literal["one", "all"]
 Device = Annotated[str | int, Wants("write auto, cpu, cuda, cuda:1, mps or a GPU's number")]
-"""Checked against the machine by `lvlm.loading.pick_device`."""
+"""Checked against the machine by `lvlm.checkpoints.loading.pick_device`."""
 
 
 def _heads(value: Any) -> Any:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.grounding.ground import Grounding
-from localization_heads.lvlm.trace import Trace
+from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.report.content import TinyMap, tiny_map
 from localization_heads.report.page import asset, environment, policy_of
 

@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding
-from localization_heads.lvlm.checkpoint import check_counts, check_size, weights_in, written_config
-from localization_heads.lvlm.sources import checkpoint_folder, only_here, reading_errors, source_of
+from localization_heads.lvlm.checkpoints.files import check_counts, check_size, weights_in, written_config
+from localization_heads.lvlm.checkpoints.sources import (
+    checkpoint_folder,
+    only_here,
+    reading_errors,
+    source_of,
+)
 from localization_heads.options.groups import Points, SegmenterOptions, SegmenterPrompt
 from localization_heads.segmentation.segmenter import Frame, background_points, interior_points, map_logits
 
@@ -133,7 +138,7 @@ ENCODED_IMAGES = 4
 
 def load_sam(options: SegmenterOptions) -> Sam:
     """The model of `options.name`, of the family `options.kind`, on its device. Raises as `load_checkpoint` does."""
-    from localization_heads.lvlm.loading import pick_device
+    from localization_heads.lvlm.checkpoints.loading import pick_device
 
     family = FAMILIES[options.kind]
     model, mean, std = load_checkpoint(family, options.name)

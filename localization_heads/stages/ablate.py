@@ -248,7 +248,7 @@ class Ablation:
         self, run: Run, one: Attended, condition: Condition, truth: Truth | None
     ) -> dict[str, float]:
         """The measures of one entry without the heads of a condition."""
-        from localization_heads.lvlm.intervene import switch_off
+        from localization_heads.lvlm.interventions.switching import switch_off
 
         lvlm, sample, found = run.lvlm, one.sample, dict[str, float]()
         with switch_off(lvlm, condition.heads, run.options.ablate.how):
@@ -293,7 +293,7 @@ class Ablation:
 
 
 def _steer(run: Run, heads: Sequence[Head], region: Region) -> AbstractContextManager[None]:
-    from localization_heads.lvlm.steering import steer
+    from localization_heads.lvlm.interventions.steering import steer
 
     return steer(run.lvlm, heads, region.box, run.options.ablate.strength)
 

@@ -241,7 +241,7 @@ def attend(
         )
         return []
     # Outside the handlers, where no traceback holds on to the batch that failed.
-    from localization_heads.lvlm.failures import free_memory
+    from localization_heads.lvlm.forward.failures import free_memory
 
     entries.fitting = (len(opened) + 1) // 2
     log.warning("out of memory: going on with %d entries at a time", entries.fitting)

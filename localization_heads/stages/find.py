@@ -22,8 +22,8 @@ from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
 from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import NATIVE_BOX, asked, found_with
 from localization_heads.heads.sensitivity import Moved
+from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import NOTHING
-from localization_heads.lvlm.box_formats import BOX
 from localization_heads.lvlm.mirrored import movement_in, probing
 from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended

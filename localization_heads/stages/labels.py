@@ -30,7 +30,7 @@ from localization_heads.heads.labels import (
 )
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import found_with
-from localization_heads.lvlm.box_formats import BoxFormat
+from localization_heads.lvlm.answers.box_formats import BoxFormat
 from localization_heads.lvlm.native_box import box_reader
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth

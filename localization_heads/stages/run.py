@@ -26,9 +26,9 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import NATIVE_BOX, FoundWith
 from localization_heads.hub import is_repository, load_heads
+from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import Beside, beside
-from localization_heads.lvlm.box_formats import BOX
-from localization_heads.lvlm.spec import compose_spec, find_spec
+from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.companions import ChatOptions, DemoOptions
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
@@ -175,7 +175,7 @@ class ModelRun(Generic[Chosen]):
             self.before_model(self)
         import torch
 
-        from localization_heads.lvlm.loading import load_model
+        from localization_heads.lvlm.checkpoints.loading import load_model
 
         torch.manual_seed(self.options.random_seed)
         started = time.monotonic()

@@ -45,7 +45,7 @@ from localization_heads.store.paths import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from localization_heads.lvlm.doctor import Examination
+    from localization_heads.lvlm.checks.doctor import Examination
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def _answer(run: Run, image: Image.Image) -> str | None:
     """The model's own answer, if `max_new_tokens` asks for one."""
     if not run.options.max_new_tokens:
         return None
-    from localization_heads.lvlm.answers import stream
+    from localization_heads.lvlm.conversation import stream
 
     pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run.options.query)), run.options.max_new_tokens)
     return "".join(pieces).strip()
@@ -291,7 +291,7 @@ def doctor(run: Run) -> Examined:
     writable_folder(run.attention_folder)
     run.note_heads()  # before the examination, for a model that cannot be loaded is an error of its own
     from localization_heads import figures
-    from localization_heads.lvlm.doctor import examine
+    from localization_heads.lvlm.checks.doctor import examine
 
     found = examine(run.lvlm, image, expression, run.options.doctor.check)
     found = replace(found, facts=[*found.facts, *moving.facts_of(run, image, expression)])

@@ -15,7 +15,7 @@ from localization_heads.store.files import atomic_write
 if TYPE_CHECKING:
     from PIL import Image
 
-    from localization_heads.lvlm.doctor import Examination
+    from localization_heads.lvlm.checks.doctor import Examination
 
 SHIPPED = Path("examples/localization_data.jsonl")
 """Images with expressions, of which a checkout of this project has a few."""
@@ -23,7 +23,7 @@ SHIPPED = Path("examples/localization_data.jsonl")
 
 def write_verdict(run: Run, found: Examination, image: Image.Image) -> Path:
     """`verdict.json` in the model's folder."""
-    from localization_heads.lvlm.verdict import verdict
+    from localization_heads.lvlm.checks.verdict import verdict
 
     content = verdict(run.lvlm, image, found)
     content["heads"] = _heads(run)
@@ -36,7 +36,7 @@ def write_verdict(run: Run, found: Examination, image: Image.Image) -> Path:
 def _heads(run: Run) -> dict[str, Any]:
     """Known heads, and the first ones of a ranking over the shipped images, if they are here."""
     from localization_heads.finding import find_heads
-    from localization_heads.lvlm.verdict import heads_again
+    from localization_heads.lvlm.checks.verdict import heads_again
 
     known = run.lvlm.known_heads
     if not known:

@@ -14,21 +14,22 @@ import torch
 from torch import nn
 
 from localization_heads.errors import UsageError, shown
-from localization_heads.lvlm import checkpoint
-from localization_heads.lvlm.box_formats import BOX, FORMATS
-from localization_heads.lvlm.chat_template import PROCESS, template_of
-from localization_heads.lvlm.families import check_family, family_facts
-from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.processors import bos_trouble, check_image_sizes, complete, processor_kind
-from localization_heads.lvlm.prompts import LLAVA_SYSTEM, template_renderer
-from localization_heads.lvlm.sources import (
+from localization_heads.lvlm.answers.box_formats import BOX, FORMATS
+from localization_heads.lvlm.checkpoints import files as checkpoint
+from localization_heads.lvlm.checkpoints.processors import (
+    bos_trouble,
+    check_image_sizes,
+    complete,
+    processor_kind,
+)
+from localization_heads.lvlm.checkpoints.sources import (
     check_torchvision,
     checkpoint_folder,
     only_here,
     reading_errors,
     source_of,
 )
-from localization_heads.lvlm.spec import (
+from localization_heads.lvlm.checkpoints.spec import (
     EMBEDDED,
     converted,
     find_spec,
@@ -36,6 +37,10 @@ from localization_heads.lvlm.spec import (
     looks_like,
     with_family,
 )
+from localization_heads.lvlm.families.table import check_family, family_facts
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.text.chat_template import PROCESS, template_of
+from localization_heads.lvlm.text.prompts import LLAVA_SYSTEM, template_renderer
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 from localization_heads.options.kinds import OptionError
 from localization_heads.options.tracing import check_span

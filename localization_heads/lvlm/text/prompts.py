@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.chat_template import TemplateError, render_chat, template_of
+from localization_heads.lvlm.text.chat_template import TemplateError, render_chat, template_of
 from localization_heads.options.groups import ConvMode
 
 LLAVA_SYSTEM = (

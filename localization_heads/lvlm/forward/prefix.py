@@ -26,7 +26,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from localization_heads.lvlm.families import family_of
+from localization_heads.lvlm.families.table import family_of
 
 SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """Outputs of processors `[B, T, ...]` that have an entry for each token."""

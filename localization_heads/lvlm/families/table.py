@@ -12,19 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.family_views import (
-    deepseek,
-    florence2,
-    gemma4,
-    kimi,
-    llava,
-    pixtral,
-    qwen,
-    unknown,
-    whole_square,
-)
-from localization_heads.lvlm.geometry import ProcessedImage, View, image_token_id
-from localization_heads.lvlm.tiled_views import (
+from localization_heads.lvlm.families.geometry import ProcessedImage, View, image_token_id
+from localization_heads.lvlm.families.tiled_views import (
     anyres,
     cohere,
     gemma3,
@@ -34,6 +23,17 @@ from localization_heads.lvlm.tiled_views import (
     llama4,
     mllama,
     ovis2,
+)
+from localization_heads.lvlm.families.views import (
+    deepseek,
+    florence2,
+    gemma4,
+    kimi,
+    llava,
+    pixtral,
+    qwen,
+    unknown,
+    whole_square,
 )
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answer_words import Spelled, Word, span_tokens, words_of
+from localization_heads.lvlm.answers.words import Spelled, Word, span_tokens, words_of
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.tracing import Step
 

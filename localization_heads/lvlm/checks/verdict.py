@@ -13,9 +13,9 @@ from PIL import Image
 
 from localization_heads.errors import UsageError, WorkError, one_line
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.doctor import Check, Examination, expression_pieces
-from localization_heads.lvlm.families import FAMILIES
-from localization_heads.lvlm.footprints import LIMIT, UNTRACEABLE, footprint_errors
+from localization_heads.lvlm.checks.doctor import Check, Examination, expression_pieces
+from localization_heads.lvlm.checks.footprints import LIMIT, UNTRACEABLE, footprint_errors
+from localization_heads.lvlm.families.table import FAMILIES
 from localization_heads.lvlm.model import LVLM
 from localization_heads.version import __version__
 

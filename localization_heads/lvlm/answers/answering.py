@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from localization_heads.lvlm.capture import Recorder
+from localization_heads.lvlm.forward.capture import Recorder
 
 
 class Said(NamedTuple):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.prompts import clean_expression
+from localization_heads.lvlm.text.prompts import clean_expression
 
 
 @dataclass

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from localization_heads.attention import Box
-from localization_heads.lvlm.geometry import Size, padded_box, whole_box
+from localization_heads.lvlm.families.geometry import Size, padded_box, whole_box
 
 BOX = "box"
 """The `answer_span` of the numbers of the model's own box."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localization_heads.errors import UsageError, WorkError, first_line
-from localization_heads.lvlm.spec import CONVERTED
+from localization_heads.lvlm.checkpoints.spec import CONVERTED
 
 FACTS = "localization_heads.json"
 """A file beside a checkpoint with facts about it for this tool."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from localization_heads.attention import Box
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.geometry import (
+from localization_heads.lvlm.families.geometry import (
     ProcessedImage,
     Size,
     View,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.ready import ready_list
-from localization_heads.lvlm.capture import Query, decoder_layers, prompt_keys
-from localization_heads.lvlm.families import FAMILIES
-from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.families.geometry import View
+from localization_heads.lvlm.families.table import FAMILIES
+from localization_heads.lvlm.forward.capture import Query, decoder_layers, prompt_keys
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.query_tokens import expression_tokens
+from localization_heads.lvlm.text.query_tokens import expression_tokens
 
 SMALL = 1_000_000_000
 """Largest number of parameters for which capture is compared with eager attention by default."""

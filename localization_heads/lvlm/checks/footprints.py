@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from localization_heads.lvlm.capture import decoder_layers
-from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.families.geometry import View
+from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.model import LVLM
 
 SAMPLED = 8

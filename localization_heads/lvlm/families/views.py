@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.geometry import (
+from localization_heads.lvlm.families.geometry import (
     ProcessedImage,
     Size,
     View,

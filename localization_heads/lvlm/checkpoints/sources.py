@@ -14,7 +14,7 @@ from pathlib import Path
 
 from localization_heads.data.network import NetworkSettingError, open_client
 from localization_heads.errors import UsageError, WorkError, first_line
-from localization_heads.lvlm.checkpoint import check_files
+from localization_heads.lvlm.checkpoints.files import check_files
 from localization_heads.store.paths import local_path
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.changes import chosen_heads
+from localization_heads.lvlm.forward.changes import chosen_heads
 from localization_heads.lvlm.loaded import LoadedModel
 
 How = Literal["zero", "mean"]

@@ -22,9 +22,9 @@ from localization_heads.attention import Box, misses_image, rescaled
 from localization_heads.cells import overlaps
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.capture import changed_masks
-from localization_heads.lvlm.changes import chosen_heads
-from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.families.geometry import View
+from localization_heads.lvlm.forward.capture import changed_masks
+from localization_heads.lvlm.forward.changes import chosen_heads
 from localization_heads.lvlm.loaded import LoadedModel
 
 KERNELS = ("sdpa", "eager")

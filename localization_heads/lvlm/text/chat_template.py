@@ -33,9 +33,7 @@ MAX_MEMORY = 512 << 20
 MAX_LENGTH = 1_000_000
 """Characters of a prompt."""
 _START_SECONDS = 120.0
-_CHILD = (
-    "import sys; sys.path[:] = sys.argv[1:]; from localization_heads.lvlm.chat_template import serve; serve()"
-)
+_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from localization_heads.lvlm.text.chat_template import serve; serve()"
 _NO_CHILD = "the process that renders chat templates cannot be started"
 
 Messages = Sequence[Mapping[str, Any]]

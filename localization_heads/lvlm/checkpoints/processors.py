@@ -20,7 +20,7 @@ from transformers.models.auto.processing_auto import (  # type: ignore[attr-defi
 )
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.geometry import MAX_PREPARED_PIXELS, first_of, image_token_id
+from localization_heads.lvlm.families.geometry import MAX_PREPARED_PIXELS, first_of, image_token_id
 
 MAX_SETTINGS = 16 << 20
 """Bytes of a tokenizer's settings."""

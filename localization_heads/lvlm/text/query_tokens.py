@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.capture import Query
-from localization_heads.lvlm.prefix import SEQUENCES
-from localization_heads.lvlm.prompts import Prompt
+from localization_heads.lvlm.forward.capture import Query
+from localization_heads.lvlm.forward.prefix import SEQUENCES
+from localization_heads.lvlm.text.prompts import Prompt
 from localization_heads.options.groups import QueryToken
 
 _LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding

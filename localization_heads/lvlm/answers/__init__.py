@@ -1,0 +1,1 @@
+"""What a model writes: generated answers, their words and boxes, and where heads looked meanwhile."""

@@ -1,0 +1,1 @@
+"""A model examined: capture against its own attention, geometry against traced pixels."""

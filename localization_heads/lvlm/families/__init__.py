@@ -1,0 +1,1 @@
+"""Model families: where their image tokens lie in the image."""

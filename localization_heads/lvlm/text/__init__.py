@@ -1,0 +1,1 @@
+"""From an expression to a prompt, its tokens and its query tokens."""
