@@ -23,8 +23,6 @@ ROW = re.compile(r"^\| `([a-z_/]+)(?:/|\.py)` \|[^|]+\|([^|]+)\|", re.MULTILINE)
 """A room, or a file of a room that stands lower than the rest of it, and the files of the row."""
 
 UPWARDS = {
-    ("datasets.leakage", "stages.run"): "takes a Run until the options it needs are values of their own",
-    ("datasets.prepare", "stages.run"): "takes a Run until the options it needs are values of their own",
     ("store.results", "data.masks"): "a prediction's mask is checked by the one reader of COCO run lengths",
 }
 """Imports of a higher room, each with its reason. One that is no longer needed fails the test, so the list shrinks."""

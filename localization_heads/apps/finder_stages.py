@@ -50,7 +50,8 @@ def _scenes(run: Run) -> int:
 
 
 def _prepare(run: Run) -> int:
-    result = prepare.prepare(run)
+    number_given = any(override.startswith("num_samples=") for override in run.overrides or ())
+    result = prepare.prepare(run.options, all_but_train=not number_given)
     _show(tables.prepared_table(result), result.paths)
     if result.failures:
         tables.show(tables.reasons_table(result.failures))

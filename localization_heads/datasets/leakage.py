@@ -17,7 +17,6 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.reference import coco_image_of
 from localization_heads.errors import UsageError
 from localization_heads.hub import load_heads
-from localization_heads.stages.run import Run
 from localization_heads.store.files import read_json
 
 KEY_DIGITS = 16
@@ -76,12 +75,15 @@ def prepared_sets(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield data_file, record
 
 
-def check_unseen(run: Run, samples: Sequence[Sample]) -> None:
-    """UsageError if samples show images that the heads of `heads=` were found on, unless `allow_leakage=true`.
+def check_unseen(samples: Sequence[Sample], source: Path | str | None, *, allowed: bool = False) -> None:
+    """UsageError if samples show images that heads were found on, unless that is allowed.
 
-    For heads without a heads.json (published ones, a list) the images that they were found on are unknown.
+    Args:
+        source: the heads.json, here or on the hub. None for heads without one (published ones, a list): the images
+            that they were found on are unknown.
+        allowed: the user wrote `allow_leakage=true`.
     """
-    if run.options.allow_leakage or (source := run.heads_source) is None:
+    if allowed or source is None:
         return
     seen = set(load_heads(source).pictures)
     shared = sum(key in seen for key in image_keys(samples)) if seen else 0

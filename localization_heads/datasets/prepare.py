@@ -27,7 +27,7 @@ from localization_heads.datasets.sentences import asked, part_of_name
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
 from localization_heads.options.benchmarks import REFCOCO
-from localization_heads.stages.run import Run
+from localization_heads.options.programs import FinderOptions
 from localization_heads.store.files import RunLock, atomic_write, write_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -55,33 +55,37 @@ class Prepared:
     protocol: str = ""
 
 
-def prepare(run: Run) -> Prepared:
-    """Read a benchmark, choose its expressions and write them with their truth."""
-    run.options.require("dataset", "dataset_path")
-    images = Path(run.options.images) if run.options.images else None
-    check_protocol(run)
-    source = open_source(str(run.options.dataset), Path(str(run.options.dataset_path)), images)
+def prepare(options: FinderOptions, *, all_but_train: bool = True) -> Prepared:
+    """Read a benchmark, choose its expressions and write them with their truth.
+
+    Args:
+        all_but_train: `num_samples` counts for the training split only, and other splits are taken whole.
+    """
+    options.require("dataset", "dataset_path")
+    images = Path(options.images) if options.images else None
+    check_protocol(options)
+    source = open_source(str(options.dataset), Path(str(options.dataset_path)), images)
     index = source.index()
-    split = _split(run, index)
-    chosen, left_out = _choose(run, index, split)
-    target = Path(run.options.dataset_folder) / f"{_name(run, source, split)}.jsonl"
-    protocol = source.protocol or run.options.protocol
+    split = _split(options, index)
+    number = None if all_but_train and split != "train" else options.num_samples
+    chosen, left_out = _choose(options, index, split, number)
+    target = Path(options.dataset_folder) / f"{_name(options, source, split, number)}.jsonl"
+    protocol = source.protocol or options.protocol
     with RunLock(target.parent):
-        if split == "train" and not run.options.allow_leakage:
-            check_leakage(run, index, chosen, target.parent)
+        if split == "train" and not options.allow_leakage:
+            check_leakage(options, index, chosen, target.parent)
         splits = {name: count(entries) for name, entries in _by_split(index.entries).items()}
-        _warn(run, source, split, splits[split])
-        written, failures = _write(run, target, source, chosen, protocol)
+        _warn(options, source, split, splits[split])
+        written, failures = _write(options, target, source, chosen, protocol)
         failures += index.bad_of(split)
-        record = _describe(run, source, split, written, left_out, len(failures))
+        record = _describe(options, source, split, number, written, left_out, len(failures))
         write_json(target.with_suffix(".json"), {**record, "protocol": protocol})
     paths = [target, target.with_suffix(".json")]
-    return Prepared(str(run.options.dataset), splits, split, written, failures, paths, protocol)
+    return Prepared(str(options.dataset), splits, split, written, failures, paths, protocol)
 
 
-def check_protocol(run: Run) -> None:
+def check_protocol(options: FinderOptions) -> None:
     """UsageError where `protocol=` and `sentence=` contradict each other or the data set."""
-    options = run.options
     if options.protocol == "lmms" and options.dataset not in REFCOCO:
         raise UsageError(
             f"protocol=lmms: it joins expressions of {', '.join(REFCOCO)}, not of {options.dataset}"
@@ -106,17 +110,11 @@ def sample_entries(entries: Sequence[Entry], number: int, seed: int) -> list[Ent
     return [entry for entry in entries if entry in drawn]
 
 
-def sample_size(run: Run, split: str) -> int | None:
-    """`num_samples` for the training split; all of the other splits, unless the user gave a number."""
-    given = any(override.startswith("num_samples=") for override in run.overrides or ())
-    return run.options.num_samples if given or split == "train" else None
-
-
-def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path) -> None:
+def check_leakage(options: FinderOptions, index: Index, chosen: Sequence[Entry], folder: Path) -> None:
     """UsageError if the sample shows images of evaluation splits: of its source, or prepared beside it."""
     shown = {entry.picture for entry in chosen}
     held = {
-        f"{run.options.dataset} {split}": {entry.picture for entry in entries}
+        f"{options.dataset} {split}": {entry.picture for entry in entries}
         for split, entries in _by_split(index.entries).items()
         if split != "train"
     }
@@ -127,18 +125,18 @@ def check_leakage(run: Run, index: Index, chosen: Sequence[Entry], folder: Path)
     if shared:
         listed = ", ".join(f"{number} of {name}" for name, number in shared.items())
         raise UsageError(
-            f"the {len(shown)} images drawn from {run.options.dataset} train are also evaluated: {listed}. "
+            f"the {len(shown)} images drawn from {options.dataset} train are also evaluated: {listed}. "
             "Leave them out with exclude=[prepared evaluation files], or write allow_leakage=true"
         )
 
 
-def _split(run: Run, index: Index) -> str:
+def _split(options: FinderOptions, index: Index) -> str:
     """The split to write. UsageError if there is none of that name; NothingDoneError if nothing of it is of use."""
     if not index.entries and not index.bad:
-        raise UsageError(f"dataset_path={run.options.dataset_path}: it holds no reference")
+        raise UsageError(f"dataset_path={options.dataset_path}: it holds no reference")
     splits = _by_split(index.entries)
     names = {*splits, *(bad.split for bad in index.bad if bad.split)}
-    split = run.options.split or (names.copy().pop() if len(names) == 1 else "val")
+    split = options.split or (names.copy().pop() if len(names) == 1 else "val")
     if split in splits:
         return split
     if bad := index.bad_of(split) if index.entries == [] or split in names else []:
@@ -147,22 +145,19 @@ def _split(run: Run, index: Index) -> str:
     raise UsageError(f"split={split}: dataset_path has {found or 'none that can be read'}")
 
 
-def _choose(run: Run, index: Index, split: str) -> tuple[list[Entry], int]:
+def _choose(options: FinderOptions, index: Index, split: str, number: int | None) -> tuple[list[Entry], int]:
     """The expressions to write, and how many `exclude` has left out."""
     every = _by_split(index.entries)[split]
     if twice := [id for id, times in Counter(entry.id for entry in every).items() if times > 1]:
-        raise UsageError(f"dataset_path holds {run.options.dataset} {split} twice: {twice[0]} is in it again")
-    entries = asked(every, run.options.protocol, run.options.sentence)
-    excluded = (prepared_images(Path(file), "exclude") for file in run.options.exclude)
+        raise UsageError(f"dataset_path holds {options.dataset} {split} twice: {twice[0]} is in it again")
+    entries = asked(every, options.protocol, options.sentence)
+    excluded = (prepared_images(Path(file), "exclude") for file in options.exclude)
     images: set[str] = set().union(*excluded)
     kept = [entry for entry in entries if entry.picture not in images]
     if not kept:
-        raise UsageError(f"exclude: it leaves no expression of {run.options.dataset} {split}")
-    number = sample_size(run, split)
+        raise UsageError(f"exclude: it leaves no expression of {options.dataset} {split}")
     chosen = (
-        kept
-        if number is None or number >= len(kept)
-        else sample_entries(kept, number, run.options.random_seed)
+        kept if number is None or number >= len(kept) else sample_entries(kept, number, options.random_seed)
     )
     return chosen, len(entries) - len(kept)
 
@@ -174,23 +169,23 @@ def _by_split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
     return splits
 
 
-def _name(run: Run, source: Source, split: str) -> str:
+def _name(options: FinderOptions, source: Source, split: str, number: int | None) -> str:
     """`refcoco-val`, `refcocog-google-val`, `refcoco-train-1000-seed42`, `refcoco-val-joined`."""
-    parts = [run.options.dataset, source.variant, split]
-    parts.append(part_of_name(run.options.protocol, run.options.sentence))
-    if (number := sample_size(run, split)) is not None:
-        parts += [str(number), f"seed{run.options.random_seed}"]
+    parts = [options.dataset, source.variant, split]
+    parts.append(part_of_name(options.protocol, options.sentence))
+    if number is not None:
+        parts += [str(number), f"seed{options.random_seed}"]
     return "-".join(part for part in parts if part)
 
 
-def _warn(run: Run, source: Source, split: str, found: Counts) -> None:
+def _warn(options: FinderOptions, source: Source, split: str, found: Counts) -> None:
     for note in source.notes:
         log.warning("%s", note)
-    official = OFFICIAL.get((str(run.options.dataset), split))
+    official = OFFICIAL.get((str(options.dataset), split))
     if official and found != official:
         log.warning(
             "%s %s has %d references and %d expressions here, %d and %d in papers: numbers do not compare",
-            run.options.dataset,
+            options.dataset,
             split,
             *found,
             *official,
@@ -198,7 +193,7 @@ def _warn(run: Run, source: Source, split: str, found: Counts) -> None:
 
 
 def _write(
-    run: Run, target: Path, source: Source, chosen: Sequence[Entry], protocol: str
+    options: FinderOptions, target: Path, source: Source, chosen: Sequence[Entry], protocol: str
 ) -> tuple[Counts, list[BadEntry]]:
     """Write the lines as the records come; what cannot be used is put aside."""
     by_row = {row: list(entries) for row, entries in groupby(chosen, key=lambda entry: entry.row)}
@@ -215,7 +210,7 @@ def _write(
             except (UsageError, WorkError, BadLineError) as error:
                 reason = " ".join(str(error).split())
                 failures += [BadEntry(entry.row + 1, entry.id, reason) for entry in entries]
-        check_scale(boxes, f"dataset_path={run.options.dataset_path}")
+        check_scale(boxes, f"dataset_path={options.dataset_path}")
         if not written:
             raise NothingDoneError(f"none of {len(chosen)} expressions could be prepared", failures[:10])
     return count(written), failures
@@ -276,25 +271,30 @@ def _save_image(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[
 
 
 def _describe(
-    run: Run, source: Source, split: str, written: Counts, left_out: int, failed: int
+    options: FinderOptions,
+    source: Source,
+    split: str,
+    number: int | None,
+    written: Counts,
+    left_out: int,
+    failed: int,
 ) -> dict[str, Any]:
     """All that decides the content of the file, for the one who finds it."""
-    number = sample_size(run, split)
     return {
         "version": 1,
-        "dataset": run.options.dataset,
+        "dataset": options.dataset,
         "split": split,
-        "sentence": run.options.sentence,
+        "sentence": options.sentence,
         "source": source.kind,
         "variant": source.variant,
         "files": [_digest(file) for file in source.files],
         "num_samples": number,
-        "random_seed": run.options.random_seed if number is not None else None,
+        "random_seed": options.random_seed if number is not None else None,
         "references": written.references,
         "expressions": written.expressions,
         "excluded": left_out,
         "failed": failed,
-        "allow_leakage": run.options.allow_leakage,
+        "allow_leakage": options.allow_leakage,
         "notes": source.notes,
     }
 

@@ -53,7 +53,7 @@ def evaluate(run: Run) -> Result:
 
     options = run.options
     entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
-    check_unseen(run, entries.samples)
+    check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
     with RunLock(run.folder):
         report = Reporter(run)
         judge = Judge(

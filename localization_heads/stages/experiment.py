@@ -61,7 +61,7 @@ def climb(run: Run) -> Result:
     if (
         run.options.heads == "auto"
     ):  # for the rung's own run, which names the heads, cannot tell what they saw
-        check_unseen(run, selected.samples)
+        check_unseen(selected.samples, run.heads_source, allowed=run.options.allow_leakage)
     own = _rung_run(run)
     if rung.segmenter == "points" and run.options.segmenter.kind not in SAMS:
         log.warning("rung=points is left out: segmenter=%s cannot be told points", run.options.segmenter.kind)
@@ -129,7 +129,7 @@ def experiment(run: Run) -> Result:
     if needs_truth:
         entries = with_truth(entries, "this experiment")
         if run.options.heads != "auto":  # which here are found on the entries themselves
-            check_unseen(run, entries.samples)
+            check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         given = _given_heads(run)
