@@ -129,7 +129,12 @@ def evaluate(
         claims.append(claim_of(known, grounding, sample.image_key or f"image {number}"))
         if truth is None:
             continue
-        scores = judge.scores(maps, grounding, truth, partial(grounder.refine, image=opened))
+        scores = judge.scores(
+            maps,
+            grounding,
+            truth,
+            partial(grounder.refine, image=opened, name=f"a control of {where(sample)}"),
+        )
         if form:
             box, _ = ask_for_box(lvlm, form, opened, sample.expression)
             scores["native"] = [score_box(box, truth, opened.size)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
 from localization_heads.grounding.ground import LEAST_MASS, Grounding, ground_instances, ground_maps
 from localization_heads.grounding.instances import suppressed
@@ -101,7 +101,7 @@ class Grounder:
             second: the box of a second look, in pixels of the image (`grounding.zoom`).
         """
         found = looked_again(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
-        return self.judge(maps, self.refine(found, image), found.box)
+        return self.judge(maps, self.refine(found, image, _entry(maps)), found.box)
 
     def ground_all(
         self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
@@ -112,7 +112,7 @@ class Grounder:
         overlap by more than half (`suppressed`) only the better one is kept. Arguments and errors as of `ground`.
         """
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
-        found = [self.judge(maps, self.refine(one, image), one.box) for one in components]
+        found = [self.judge(maps, self.refine(one, image, _entry(maps)), one.box) for one in components]
         found.sort(key=lambda one: -one.score)
         return [found[place] for place in suppressed([one.box for one in found])]
 
@@ -150,9 +150,18 @@ class Grounder:
             "zoom": zoom,
         }
 
-    def refine(self, grounding: Grounding, image: Image.Image | None) -> Grounding:
-        """The grounding with the segmenter's mask, and with that mask's box if `box_from` asks for it."""
-        return refine(grounding, image, self.segmenter, box_from=self.options.box_from)
+    def refine(self, grounding: Grounding, image: Image.Image | None, name: str = "") -> Grounding:
+        """The grounding with the segmenter's mask, and with that mask's box if `box_from` asks for it.
+
+        Args:
+            name: of the entry, for what is said in the log.
+        """
+        return refine(grounding, image, self.segmenter, box_from=self.options.box_from, name=name)
+
+
+def _entry(maps: AttentionMaps) -> str:
+    """What notes call an entry: its id, or what was asked."""
+    return maps.id or (shown(maps.query) if maps.query else "")
 
 
 def _named(group: str, options: CriteriaOptions | GroundingOptions) -> dict[str, Any]:

@@ -40,8 +40,11 @@ from localization_heads.report import page as page_module
 from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
 from localization_heads.report.page import environment, render
 from localization_heads.report.values import json_text, plain
+from localization_heads.stages.outcome import Outcome
+from localization_heads.stages.report import _completed
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.journal import ResultLog
+from localization_heads.store.results import Instance, Prediction
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
@@ -367,10 +370,13 @@ def test_error_bars_are_where_the_numbers_say() -> None:
 
 
 def test_boxes_are_drawn_where_they_are_and_cut_at_the_edge() -> None:
-    card = dataclasses.replace(made_card(0, size=(64, 48), grid=4), box=(-5.0, 3.0, 70.0, 40.0), truth=None)
+    card = dataclasses.replace(
+        made_card(0, size=(64, 48), grid=4), boxes=((-5.0, 3.0, 70.0, 40.0), (1.0, 2.0, 3.0, 4.0)), truths=()
+    )
     page = Page(render(made_report([card])))
     line = page.of("rect", class_="line predicted")[0]
     assert [line[name] for name in ("x", "y", "width", "height")] == ["0.0", "3.0", "64.0", "37.0"]
+    assert [box["x"] for box in page.of("rect", class_="line predicted")] == ["0.0", "1.0"]
     assert not page.of("rect", class_="line truth")
     assert page.of("svg", class_="picture")[0]["viewbox"] == "0 0 64 48"
 
@@ -658,6 +664,20 @@ def test_failures_are_counted_with_their_reasons(front: Front) -> None:
     assert {"gone_0", "gone_1", "gone_2"} <= set(page.texts)
 
 
+def test_a_card_has_every_box_and_the_outline_of_every_mask() -> None:
+    first, second = np.zeros((2, 8, 8), dtype=bool)
+    first[:4, :4], second[5:, 5:] = True, True
+    boxes = ((0.0, 0.0, 4.0, 4.0), (5.0, 5.0, 8.0, 8.0))
+    found = [Instance(box, 0.5, encode_mask(mask)) for box, mask in zip(boxes, (first, second), strict=True)]
+    said = Prediction("a", bbox=boxes[0], score=0.5, mask=found[0].mask, boxes=found)
+    sample = lh.Sample("a.png", "the dogs", id="a", boxes=boxes[::-1])
+    card = _completed(made_card(0, size=(8, 8), grid=2), Outcome(sample, said))
+    assert (card.boxes, card.truths) == (boxes, boxes[::-1])
+    assert (filled(card.mask, (8, 8)) == (first | second)).all()
+    one = _completed(card, Outcome(sample, dataclasses.replace(said, boxes=None)))
+    assert one.boxes == boxes[:1] and (filled(one.mask, (8, 8)) == first).all()
+
+
 def test_a_card_comes_back_from_the_log() -> None:
     bare = Card("b", "the dog", (8, 8), "")
     for card in (made_card(3, size=(64, 48)), bare):
@@ -727,7 +747,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     cards = [made_card(number, size=(64, 48)) for number in range(40)]
     cards[3] = dataclasses.replace(cards[3], expression=HOSTILE, id=HOSTILE)
-    cards[4] = dataclasses.replace(cards[4], maps=(), combined=None, image="", box=None, truth=None, iou=None)
+    cards[4] = dataclasses.replace(cards[4], maps=(), combined=None, image="", boxes=(), truths=(), iou=None)
     failures = [BadEntry(1, HOSTILE, HOSTILE)]
     path.write_bytes(render(made_report(cards, failures=failures, model=HOSTILE)).encode())
     return path

@@ -535,6 +535,8 @@ class TestRefine:
         nothing = Fixed(np.zeros((90, 90), dtype=bool))
         assert refine(found, self.image, nothing) is found
         assert "finds nothing" in caplog.text
+        refine(found, self.image, nothing, name="scene_7")
+        assert caplog.messages[-1].startswith("scene_7: segmenter=fixed finds nothing in the box")
         missed = refine(found, self.image, nothing, box_from="mask")
         assert (missed.box, missed.refined, missed.mask_overlap) == (found.box, None, 0.0)
         assert refine(found, Image.new("RGB", (80, 90)), full) is found

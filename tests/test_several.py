@@ -17,7 +17,7 @@ from localization_heads import figures
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import mass_inside
 from localization_heads.evaluation.instances import instance_metrics
-from localization_heads.figures.several import label_places
+from localization_heads.figures.several import COLOURS, label_places
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration, Logistic
 from localization_heads.grounding.ground import ground_instances
@@ -247,6 +247,19 @@ def test_the_figure_numbers_all_boxes(tmp_path: Any) -> None:
     )
     assert [text.get_text() for text in drawn.axes[0].texts] == ["1", "2", "3"]
     assert Image.open(tmp_path / "all.png").size[0] > 300
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_equal_boxes_share_their_line(count: int, tmp_path: Any) -> None:
+    """About as many pixels of each colour along the box; with one box fewer its colour is not there."""
+    objects = [figures.Found(f"thing {n}", (20, 20, 60.0 + 0.1 * n, 60), 0.5) for n in range(count)]
+    figures.plot_several(Image.new("RGB", (80, 80), "white"), objects, tmp_path / "one.png")
+    pixels = np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).astype(int)
+    pixels = pixels[pixels.shape[0] // 2 :]  # below the numbers
+    colours = [np.array(Image.new("RGB", (1, 1), colour).getpixel((0, 0))) for colour in COLOURS[:4]]
+    counts = [int((np.abs(pixels - colour).max(axis=-1) < 30).sum()) for colour in colours]
+    assert min(counts[:count]) > 0.4 * max(counts)
+    assert not any(counts[count:])
 
 
 def test_same_corner_other_place() -> None:

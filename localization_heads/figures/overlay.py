@@ -32,6 +32,7 @@ ImageLike = Image.Image | NDArray[np.uint8]
 
 LONGEST = 1200  # pixels of a heat map or a mask worth drawing
 BOX_WIDTH = 1.7  # points
+_DASH = 4.0  # widths of the line, of boxes in one place
 RIM = [withStroke(linewidth=2.6, foreground="black")]
 
 
@@ -105,8 +106,16 @@ def cells_inside(
     return np.ix_(*(np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0)))
 
 
-def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None:
-    """Draw a box, in the units of the axes, cut at their edge, with a rim that lifts it from any background."""
+def draw_box(
+    axes: Axes, box: Box, colour: str, *, dashed: bool = False, turn: tuple[int, int] = (0, 1)
+) -> None:
+    """Draw a box, in the units of the axes, cut at their edge, with a rim that lifts it from any background.
+
+    Args:
+        turn: `(which, how many)` of the boxes in one place: each has its part of the line in turn.
+    """
+    which, many = turn
+    shared = ((many - which) % many * _DASH, (_DASH, (many - 1) * _DASH))
     left, right = sorted(axes.get_xlim())
     low, high = sorted(axes.get_ylim())
     x0, x1 = np.clip(box[0::2], left, right)
@@ -118,7 +127,7 @@ def draw_box(axes: Axes, box: Box, colour: str, *, dashed: bool = False) -> None
         fill=False,
         edgecolor=colour,
         linewidth=BOX_WIDTH,
-        linestyle=(0, (4, 2)) if dashed else "-",
+        linestyle=(0, (4, 2)) if dashed else shared if many > 1 else "-",
         path_effects=[withStroke(linewidth=2.9, foreground="black" if dashed else "white")],
         clip_on=False,  # half of a line on the edge would be lost
         zorder=5,

@@ -38,6 +38,7 @@ _TINT = 0.35  # opacity of a mask
 _AREA = 14.0  # square inches
 _DIGIT, _HEIGHT = 0.11, 0.19  # inches that a digit of a number takes, with the gap around it
 _FONT = 10.0  # points
+_NEAR = 0.03  # inches: lines less far apart lie on each other
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def _draw_numbered(axes: Axes, boxes: Sequence[Box], width: float) -> None:
     (_, W), (H, _) = axes.get_xlim(), axes.get_ylim()
     across = W / width  # pixels an inch
     sizes = [(_DIGIT * len(str(n)) * across, _HEIGHT * across) for n in range(1, len(boxes) + 1)]
-    for number, box in enumerate(boxes):
-        draw_box(axes, box, colour_of(number))
+    for number, (box, turn) in enumerate(zip(boxes, turns(boxes, _NEAR * across), strict=True)):
+        draw_box(axes, box, colour_of(number), turn=turn)
     for number, (x, y) in enumerate(label_places(boxes, sizes, (W, H))):
         axes.text(
             x + sizes[number][0] / 2,
@@ -133,6 +134,17 @@ def _draw_numbered(axes: Axes, boxes: Sequence[Box], width: float) -> None:
             path_effects=[withStroke(linewidth=2.5, foreground="black")],
             zorder=7,
         )
+
+
+def turns(boxes: Sequence[Box], near: float) -> list[tuple[int, int]]:
+    """`(which, how many)` of those in its place each box is: all their edges lie within `near` of the first one's.
+
+    >>> turns([(0, 0, 9, 9), (0, 0, 5, 5), (0, 1, 9, 9)], near=1)
+    [(0, 2), (0, 1), (1, 2)]
+    """
+    edges = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    firsts = [int(np.argmax(np.abs(edges - box).max(axis=1) <= near)) for box in edges]
+    return [(firsts[:n].count(first), firsts.count(first)) for n, first in enumerate(firsts)]
 
 
 def label_places(

@@ -24,7 +24,7 @@ def plot_confidence(trust: Mapping[str, Any], path: str | Path | None = None) ->
         trust: the block `confidence` of metrics.json.
     """
     with paper_style():
-        figure = new_figure(6.4, 2.9)
+        figure = new_figure(6.4, 3.0)
         left, right = figure.subplots(1, 2)
         _reliability(left, trust["reliability"], trust)
         _risk(right, trust["risk_coverage"], trust)
@@ -35,9 +35,6 @@ def _reliability(axes: Axes, bins: Sequence[Sequence[float]], trust: Mapping[str
     """Marks grow with the number of answers in their bin."""
     mean, share, count = np.array(bins, dtype=np.float64).reshape(-1, 3).T
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--", zorder=1)
-    axes.text(
-        0.98, 0.02, "dashed: calibrated", color="0.35", ha="right", va="bottom", transform=axes.transAxes
-    )
     axes.vlines(
         mean, np.minimum(mean, share), np.maximum(mean, share), color=VERMILLION, linewidth=1, zorder=2
     )
@@ -47,7 +44,7 @@ def _reliability(axes: Axes, bins: Sequence[Sequence[float]], trust: Mapping[str
     said = zip(mean, share, count, strict=True)
     tell(marks, [f"confidence {m:.2f}: {s:.2f} right of {int(n)}" for m, s, n in said])
     raw = "" if trust["calibrated"] else " (uncalibrated)"
-    axes.set_xlabel(f"Confidence{raw}")
+    axes.set_xlabel(f"Confidence{raw}\n(dashed: calibrated)")
     axes.set_ylabel("Share of right boxes")
     axes.set_title(_said("calibration error", trust, "ece"), loc="left")
     _unit(axes)
@@ -57,18 +54,11 @@ def _risk(axes: Axes, points: Sequence[Sequence[float]], trust: Mapping[str, Any
     coverage, risk = np.array(points, dtype=np.float64).reshape(-1, 2).T
     axes.fill_between(coverage, risk, color=BLUE, alpha=0.15, linewidth=0)
     axes.plot(coverage, risk, color=BLUE, clip_on=False)
+    said = ""
     if risk.size:
         axes.plot([0, 1], [risk[-1]] * 2, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
-        above = risk[-1] < 0.9
-        axes.annotate(
-            f"confidence that says nothing: {risk[-1]:.2f}",
-            (0.02, risk[-1]),
-            xytext=(0, 3 if above else -3),
-            textcoords="offset points",
-            color="0.35",
-            va="bottom" if above else "top",
-        )
-    axes.set_xlabel("Coverage: share of answers given, surest first")
+        said = f"\n(dashed: if confidence said nothing, {risk[-1]:.2f})"
+    axes.set_xlabel(f"Coverage: share of answers given, surest first{said}")
     axes.set_ylabel("Risk: share of wrong boxes")
     axes.set_title(_said("area (AURC)", trust, "aurc"), loc="left")
     _unit(axes)

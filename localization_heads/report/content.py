@@ -39,6 +39,8 @@ OUTLINE_SIDE = 320
 TOLERANCE = 1.2
 """How far, in pixels of that resolution, a point that is left out may lie from the line (Douglas and Peucker)."""
 MAX_POINTS = 400
+MAX_BOXES = 100
+"""Predicted ones on a card, and as many true ones."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Card:
     Args:
         image_size: `(W, H)` of the image; boxes, outlines and `image_box` are in its pixels.
         image: `data:` address of the thumbnail, "" where the image cannot be opened.
-        mask: outline as an SVG path, "" for none.
+        boxes: the predicted ones, the best first.
+        mask: outline of the predicted masks as an SVG path, "" for none.
         truth_mask: the same of the true mask.
         heads: whose maps were added; `maps` holds the first of theirs, in this order.
         combined: the sum of the smoothed maps of all heads; None where the maps are not at hand.
@@ -140,8 +143,8 @@ class Card:
     expression: str
     image_size: tuple[int, int]
     image: str
-    box: Box | None = None
-    truth: Box | None = None
+    boxes: tuple[Box, ...] = ()
+    truths: tuple[Box, ...] = ()
     mask: str = ""
     truth_mask: str = ""
     score: float | None = None
@@ -163,8 +166,8 @@ class Card:
             "maps": tuple(TinyMap(**one) for one in data["maps"]),
             "combined": None if data["combined"] is None else TinyMap(**data["combined"]),
             "image_box": tuple(data["image_box"]),
-            "box": None if data["box"] is None else tuple(data["box"]),
-            "truth": None if data["truth"] is None else tuple(data["truth"]),
+            "boxes": tuple(tuple(box) for box in data["boxes"]),
+            "truths": tuple(tuple(box) for box in data["truths"]),
         }
         return cls(**{**data, **known})
 

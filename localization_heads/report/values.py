@@ -349,7 +349,7 @@ def shapes_drawn(cards: Sequence[Card]) -> dict[str, str]:
     shapes = [
         ("predicted", "predicted box", True),
         ("mask", "predicted mask", any(card.mask for card in cards)),
-        ("truth", "true box", any(card.truth for card in cards)),
+        ("truth", "true box", any(card.truths for card in cards)),
         ("truth-mask", "true mask", any(card.truth_mask for card in cards)),
     ]
     return {kind: name for kind, name, is_drawn in shapes if is_drawn}
@@ -357,8 +357,8 @@ def shapes_drawn(cards: Sequence[Card]) -> dict[str, str]:
 
 def described(card: Card) -> str:
     """The image in words, for screen readers."""
-    boxes = [("predicted box", card.box), ("true box", card.truth)]
-    parts = [f"{name} {' '.join(f'{edge:.0f}' for edge in box)}" for name, box in boxes if box is not None]
+    named = [("predicted box", box) for box in card.boxes] + [("true box", box) for box in card.truths]
+    parts = [f"{name} {' '.join(f'{edge:.0f}' for edge in box)}" for name, box in named]
     parts += [] if card.image else ["the image cannot be opened"]
     return f"{plain(card.expression, 600)}: {'; '.join(parts)}"
 

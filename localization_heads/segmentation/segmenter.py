@@ -174,6 +174,7 @@ def refine(
     segmenter: Segmenter | None,
     *,
     box_from: BoxFrom = "map",
+    name: str = "",
 ) -> Grounding:
     """The grounding with the segmenter's mask in place of the pseudo-mask.
 
@@ -181,19 +182,23 @@ def refine(
     `"refined"` the segmenter starts from a box `WIDER` cells wider, so that a map's box that is too tight does not
     bound it; mask and box are kept where the box overlaps the map's by `AGREE` or more, and are the map's otherwise.
     Nothing changes without a segmenter or an image, where no cell stands out (there is nothing to prompt with), or
-    where the segmenter finds nothing; the last is said in the log.
+    where the segmenter finds nothing; the last is said in the log, with the `name` of the entry.
     """
+    entry = f"{name}: " if name else ""
     if segmenter is None or image is None or not grounding.cells.any():
         return grounding
     if image.size != grounding.image_size:
-        log.warning("the image is no longer the one that the maps are of: the mask is that of the map")
+        log.warning(
+            "%sthe image is no longer the one that the maps are of: the mask is that of the map", entry
+        )
         return grounding
     start = replace(grounding, box=_wider(grounding)) if box_from == "refined" else grounding
     mask = segmenter.segment(image, start)
     box = tight_box(mask)
     if box is None:
         log.warning(
-            "segmenter=%s finds nothing in the box %s: the mask is that of the map",
+            "%ssegmenter=%s finds nothing in the box %s: the mask is that of the map",
+            entry,
             segmenter.name,
             [round(x) for x in start.box],
         )

@@ -226,7 +226,11 @@ def attend(
             beside=chunk.beside,
             siblings=[chunk.siblings.get(sample.id, ()) for sample in samples],
         )
-        return _finite(entries, [Attended(*found) for found in zip(samples, images, maps, strict=True)])
+        named = [
+            one.named(id=sample.id, image_file=sample.image_file)
+            for one, sample in zip(maps, samples, strict=True)
+        ]
+        return _finite(entries, [Attended(*found) for found in zip(samples, images, named, strict=True)])
     except OutOfMemoryError:
         if run.options.batch_size != "auto" or len(opened) == 1:
             raise  # every chunk would fail

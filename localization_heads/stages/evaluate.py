@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.images import image_size, load_image
 from localization_heads.data.masks import MaskSource
-from localization_heads.data.samples import Sample
+from localization_heads.data.samples import Sample, where
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.claims import Claim, is_right
@@ -190,7 +190,7 @@ class EntryScorer:
         if one.sample.absent or len(one.sample.boxes) > 1:
             return measured
         truth = truth_of(one.sample, one.image.size)
-        refine = partial(run.grounder(None).refine, image=one.image)
+        refine = partial(run.grounder(None).refine, image=one.image, name=f"a control of {where(one.sample)}")
         scores = self.judge.scores(one.maps, grounding, truth, refine)
         if grounding.absent:  # no answer
             scores[HEADS] = [score_box(None, truth, one.image.size)]

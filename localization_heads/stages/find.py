@@ -141,7 +141,7 @@ def _analysed(
 
 def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
     path = run.attention_file(sample.id)
-    save_attention(maps.named(id=sample.id, image_file=sample.image_file), path)
+    save_attention(maps, path)
     save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
 

@@ -26,6 +26,7 @@ from localization_heads.options.compose import flat
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import (
     LEAST_FREQUENCY,
+    MAX_BOXES,
     Card,
     Gallery,
     HeadFacts,
@@ -243,12 +244,13 @@ def look(
 def _completed(card: Card, outcome: Outcome) -> Card:
     """The card with its boxes, masks and scores."""
     sample, prediction = outcome.sample, outcome.prediction
-    mask = None if prediction.mask is None else read_mask(prediction.mask, prediction.mask["size"][::-1])
+    masks = [one.mask for one in prediction.boxes or (prediction,) if one.mask is not None]
+    found = [read_mask(mask, mask["size"][::-1]) for mask in masks[:MAX_BOXES]]
     return replace(
         card,
-        box=prediction.bbox,
-        truth=sample.bbox,
-        mask="" if mask is None else outline(mask),
+        boxes=tuple(outcome.boxes[:MAX_BOXES]),
+        truths=sample.true_boxes[:MAX_BOXES],
+        mask=outline(np.logical_or.reduce(found)) if found else "",
         truth_mask=_true_outline(outcome, card.image_size),
         score=prediction.score,
         iou=outcome.iou,
