@@ -203,13 +203,15 @@ def test_visualize_batch_false_draws_no_entry(front: Front) -> None:
     assert not list((front.out / "attention").glob("*.png"))
 
 
-def test_attention_format_of_a_batch(front: Front) -> None:
-    """The same heads from safetensors."""
-    assert front.finder("stage=batch", DATA, "attention_format=safetensors", "output_dir=st").status == 0
+@pytest.mark.parametrize("format", ["safetensors", "published"])
+def test_attention_format_of_a_batch(format: str, front: Front) -> None:
+    """The same heads from another format."""
+    assert front.finder("stage=batch", DATA, f"attention_format={format}", "output_dir=st").status == 0
     assert front.finder("stage=batch", DATA).status == 0
     assert heads_of("st/tiny") == heads_of(front.out)
     assert Path("st/tiny/predictions.jsonl").read_bytes() == (front.out / "predictions.jsonl").read_bytes()
-    assert len(list(Path("st/tiny/attention").glob("*.safetensors"))) == 5
+    ending = "*_metadata.pkl" if format == "published" else "*.safetensors"
+    assert len(list(Path("st/tiny/attention").glob(ending))) == 5
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -30,6 +30,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.stages.single import default_id
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock
+from localization_heads.store.paths import attention_path
 
 ATTENTION_KEYS = [
     "version", "attention", "grid", "image_size", "image_box", "image_file", "query", "prompt", "model", "id",
@@ -150,13 +151,14 @@ def test_visualize_keeps_an_analysis_that_is_there(front: Front, monkeypatch: py
     assert len(load_pickle(path)) > 1
 
 
-def test_safetensors_hold_the_same_maps(front: Front) -> None:
+@pytest.mark.parametrize("format", ["safetensors", "published", "published_august"])
+def test_other_formats_hold_the_same_maps(format: str, front: Front) -> None:
     options = ("stage=pipeline", "image_file=cat.png", "query=the dog", "save_id=a", "k=2")
     pickled = front.finder(*options)
-    tensors = front.finder(*options, "attention_format=safetensors", "output_dir=other")
+    tensors = front.finder(*options, f"attention_format={format}", "output_dir=other")
     assert (pickled.status, tensors.status) == (0, 0)
     one = load_attention(front.out / "attention/a.pkl")
-    two = load_attention(Path("other/tiny/attention/a.safetensors"))
+    two = load_attention(attention_path("other/tiny/attention", "a", format))
     np.testing.assert_array_equal(one.attention, two.attention)
     assert [getattr(one, name) for name in ("image_box", "image_size", "query", "prompt", "model", "id")] == [
         getattr(two, name) for name in ("image_box", "image_size", "query", "prompt", "model", "id")

@@ -25,6 +25,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.store.attention_files import (
+    is_in_format,
     load_analysis,
     load_attention,
     save_analysis,
@@ -223,6 +224,54 @@ def test_the_files_of_august_are_read(gzipped, meta, tmp_path):
     assert (maps.image_box, maps.image_size) == ((0.0, -80.0, 640.0, 560.0), (640, 480))
     assert (maps.image_file, maps.query, maps.id) == ("dog.png", "the dog", "q")
     assert analysis_path(path) == tmp_path / "q_analysis.pkl"
+
+
+@pytest.mark.parametrize("format", ["published", "published_august"])
+def test_what_the_published_tools_read_is_written(format, tmp_path):
+    """Opened as those tools open it: pickle and torch alone; then by our own reader, which gets everything back."""
+    attention = np.random.default_rng(0).random((2, 3, 4, 4), dtype=np.float32) / 16
+    told = {"image_file": "dog.png", "query": "the dog", "prompt": "USER: the dog", "model": "m", "id": "q"}
+    maps = AttentionMaps(attention, (0.0, -80.0, 640.0, 560.0), (640, 480), **told)
+    path = tmp_path / "q.pkl"
+    save_attention(maps, path)
+    assert is_in_format(path, "pkl") and not is_in_format(path, format)
+    save_attention(maps, path, format)
+    assert is_in_format(path, format) and not is_in_format(path, "pkl")
+    content = pickle.loads(path.read_bytes())
+    side = tmp_path / ("q_metadata.pkl" if format == "published" else "q_meta.pkl")
+    metadata = pickle.loads(side.read_bytes())
+    if format == "published_august":
+        assert content["meta"] == metadata
+        content = content["attn"]
+    assert torch.is_tensor(content) and content.shape == (2, 3, 1, 16)
+    P = metadata["patch_size"]
+    np.testing.assert_array_equal(content[1, 2, 0].reshape(P, P).numpy(), attention[1, 2])
+    assert (metadata["image_file"], metadata["query"], metadata["image_size"]) == (
+        "dog.png",
+        "the dog",
+        (640, 480),
+    )
+    read = load_attention(path)
+    np.testing.assert_array_equal(read.attention, attention)
+    assert (read.image_box, read.image_size) == (maps.image_box, maps.image_size)
+    assert {name: getattr(read, name) for name in told} == told
+    save_attention(maps, path)
+    assert not side.exists() and load_attention(path).image_box == maps.image_box
+
+
+@pytest.mark.parametrize("format", ["published", "published_august"])
+@pytest.mark.parametrize(
+    ("grid", "box", "said"),
+    [
+        ((4, 5), (0.0, 0.0, 640.0, 480.0), "square grids alone, and this one is 5 x 4"),
+        ((4, 4), (0.0, 0.0, 640.0, 480.0), "these maps cover 0 0 640 480 of 640 x 480 pixels"),
+    ],
+)
+def test_what_they_would_misplace_is_not_written(format, grid, box, said, tmp_path):
+    maps = AttentionMaps(np.full((1, 1, *grid), 0.01, np.float32), box, (640, 480))
+    with pytest.raises(UsageError, match=said):
+        save_attention(maps, tmp_path / "q.pkl", format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gzip_is_not_trusted(tmp_path):

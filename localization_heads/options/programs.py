@@ -109,7 +109,11 @@ class FinderOptions(
         "for one more pass of the model; for ground, evaluate and calibrate.",
         stages=(*BOXES, "calibrate"),
     )
-    attention_format: Literal["pkl", "safetensors"] = option("pkl", "Attention files as pkl or safetensors.")
+    attention_format: Literal["pkl", "safetensors", "published", "published_august"] = option(
+        "pkl",
+        "Attention files as pkl or safetensors; published and published_august are what the published code of June and "
+        "of August 2025 reads (square grids over padded images alone).",
+    )
     figure_format: Literal["png", "pdf", "svg"] = option(
         "png", "Figures as png, or as pdf or svg for a paper."
     )

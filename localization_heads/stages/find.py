@@ -35,7 +35,12 @@ from localization_heads.stages.records import choose_record, keep_statistics, op
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
-from localization_heads.store.attention_files import load_attention, save_analysis, save_attention
+from localization_heads.store.attention_files import (
+    is_in_format,
+    load_attention,
+    save_analysis,
+    save_attention,
+)
 from localization_heads.store.files import RunLock
 from localization_heads.store.paths import analysis_path
 from localization_heads.store.results import save_ranking
@@ -108,6 +113,8 @@ def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
     Another prompt or model under the same id gives other sums; another batch around it gives the same but for rounding.
     """
     path = run.attention_file(sample.id)
+    if not is_in_format(path, run.options.attention_format):
+        return False
     try:
         maps = load_attention(path)
     except UsageError:
@@ -141,7 +148,7 @@ def _analysed(
 
 def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
     path = run.attention_file(sample.id)
-    save_attention(maps, path)
+    save_attention(maps, path, run.options.attention_format)
     save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
 

@@ -94,7 +94,7 @@ def collect(run: Run, calibration: Calibration | None = None) -> Collected:
     note_unknown_words(run.lvlm, [query])
     beside = run.beside(None, calibration)
     maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
-    save_attention(maps, path)
+    save_attention(maps, path, run.options.attention_format)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
 

@@ -1,10 +1,10 @@
 """Attention files, `save_attention` and `load_attention`, and the analysis stored next to each.
 
 There are two formats with the same content: `.pkl` (plain types and numpy arrays, for users' scripts) and
-`.safetensors`. The files of the published code are read too: of June 2025 a bare tensor `[L, H, 1, P*P]`, or one
-tensor per layer, with `<stem>_metadata.pkl` beside it; of August 2025 `{"attn": tensor, "meta": {...}}`, gzipped or
-not, with `<stem>_meta.pkl` beside it. That code centres each image on a padded square but does not record it in its
-files, so their `image_box` is computed accordingly.
+`.safetensors`. The files of the published code are read and written too: of June 2025 a bare tensor `[L, H, 1, P*P]`,
+when read also one tensor per layer, with `<stem>_metadata.pkl` beside it; of August 2025 `{"attn": tensor, "meta":
+{...}}`, when read also gzipped, with `<stem>_meta.pkl` beside it. That code centres each image on a padded square but
+does not record it in its files, so their `image_box` is computed accordingly.
 """
 
 from __future__ import annotations
@@ -40,10 +40,19 @@ class _MalformedError(Exception):
     """The content is not that of an attention file; the message says in what."""
 
 
-def save_attention(maps: AttentionMaps, path: str | Path) -> None:
-    """Write `maps` atomically, in the format of the suffix (`.pkl` or `.safetensors`)."""
+def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -> None:
+    """Write `maps` atomically, in the format of the suffix (`.pkl` or `.safetensors`).
+
+    Args:
+        format: `published` or `published_august` make of a `.pkl` what the published code reads (`_save_published`).
+    """
     path = Path(path)
     _check_maps(maps.attention)
+    if path.suffix == ".pkl":
+        for other in set(_SIDES.values()) - {_SIDES.get(format)}:
+            side_path(path, other).unlink(missing_ok=True)  # of another format that was here before
+    if format in _SIDES:
+        return _save_published(maps, path, format)
     attention = np.ascontiguousarray(maps.attention, dtype=np.float32)
     rest: dict[str, Any] = {
         "grid": [int(n) for n in maps.grid],
@@ -63,6 +72,50 @@ def save_attention(maps: AttentionMaps, path: str | Path) -> None:
         write_bytes(path, save({"attention": attention}, {"version": str(VERSION), **metadata}))
     else:
         raise UsageError(f"{path}: an attention file ends in .pkl or .safetensors")
+
+
+_SIDES = {"published": "_metadata.pkl", "published_august": "_meta.pkl"}
+"""The published formats, and what stands at the end of the name of the metadata beside each."""
+
+
+def _save_published(maps: AttentionMaps, path: Path, format: str) -> None:
+    """A pickle of a torch tensor `[L, H, 1, P*P]`, which has no place for another grid, or for another padding.
+
+    Its readers take the grid for a square and the image for the middle of it; of metadata they take `image_file`,
+    `query`, `image_size` and `patch_size` (P). UsageError for maps that they would put into another place.
+    """
+    import torch
+
+    (rows, columns), square = maps.grid, _padded_square(*maps.image_size)
+    if rows != columns:
+        raise UsageError(
+            f"attention_format={format} holds square grids alone, and this one is {columns} x {rows}: write pkl"
+        )
+    if max(abs(a - b) for a, b in zip(maps.image_box, square, strict=True)) > 1:
+        said = " ".join(f"{edge:.0f}" for edge in maps.image_box)
+        raise UsageError(
+            f"attention_format={format} takes every image as padded to a square, and these maps cover {said} of "
+            f"{maps.image_size[0]} x {maps.image_size[1]} pixels: write pkl"
+        )
+    tensor = torch.from_numpy(np.array(maps.attention, dtype=np.float32)).flatten(2).unsqueeze(2)
+    facts: dict[str, Any] = {
+        **{name: str(getattr(maps, name)) for name in _TEXTS},
+        "image_size": maps.image_size,
+        "model_name": maps.model,
+        "vis_len": rows * columns,
+        "patch_size": rows,
+        "num_layers": maps.num_layers,
+        "num_heads": maps.num_heads,
+    }
+    content = tensor if format == "published" else {"attn": tensor, "meta": facts}
+    write_bytes(side_path(path, _SIDES[format]), pickle.dumps(facts, protocol=4))
+    write_bytes(path, pickle.dumps(content, protocol=4))
+
+
+def is_in_format(path: Path, format: str) -> bool:
+    """Whether a `.pkl` has the metadata beside it that this format has, and no other."""
+    beside = [side for side in _SIDES.values() if side_path(path, side).is_file()]
+    return path.suffix != ".pkl" or beside == ([_SIDES[format]] if format in _SIDES else [])
 
 
 def load_attention(path: str | Path) -> AttentionMaps:
@@ -166,6 +219,8 @@ def _from_published(content: Any, path: Path) -> AttentionMaps:
         image_size=size,
         image_file=_text(metadata, "image_file"),
         query=_text(metadata, "query"),
+        prompt=_text(metadata, "prompt"),
+        model=_text(metadata, "model"),
         id=attention_stem(path),
     )
 

@@ -10,8 +10,13 @@ from typing import Any
 
 from localization_heads.errors import UsageError, shown
 
-ATTENTION_FORMATS = {"pkl": ".pkl", "safetensors": ".safetensors"}
-_ENDINGS = (".pkl.gz", *ATTENTION_FORMATS.values())
+ATTENTION_FORMATS = {
+    "pkl": ".pkl",
+    "safetensors": ".safetensors",
+    "published": ".pkl",
+    "published_august": ".pkl",
+}
+_ENDINGS = (".pkl.gz", ".pkl", ".safetensors")
 
 SIDE_SUFFIXES = ("_analysis", "_metadata", "_meta")
 """`<id>_analysis.pkl`, and the published code's `<id>_metadata.pkl` and `<id>_meta.pkl`, lie beside `<id>.pkl`, so no
@@ -62,7 +67,7 @@ def entry_path(folder: str | Path, id: str, suffix: str) -> Path:
 
 
 def attention_path(folder: str | Path, id: str, format: str = "pkl") -> Path:
-    """The attention file of entry `id` in `folder`; `format` is `pkl` or `safetensors`."""
+    """The attention file of entry `id` in `folder`; `format` is one of `ATTENTION_FORMATS`."""
     if format not in ATTENTION_FORMATS:
         raise UsageError(
             f"attention_format={format} is unknown: choose one of {', '.join(ATTENTION_FORMATS)}"
