@@ -24,6 +24,7 @@ from localization_heads.heads.one_sample import own_heads
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import ask_beside
 from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.lvlm.clips import attend_clip
 from localization_heads.lvlm.loaded import LoadedModel
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 from localization_heads.lvlm.tracing import traced
@@ -172,6 +173,25 @@ class LVLM(LoadedModel):
             texts, others = [expressions[place] for place in places], [given[place] for place in places]
             found |= zip(places, ask_beside(encoded, texts, others, beside, last_layer), strict=True)
         return [found[place] for place in sorted(found)]
+
+    def attend_clip(
+        self,
+        frames: Sequence[Image.Image],
+        expression: str,
+        times: Sequence[float] | None = None,
+        *,
+        last_layer: int | None = None,
+    ) -> list[AttentionMaps]:
+        """The maps of each frame of a clip that the model is shown as a video, in one prompt (`video=native`).
+
+        Args:
+            frames: RGB images of one size, in their order. Where the family merges frames, these have the same map.
+            times: of the frames, in seconds; None takes two frames a second.
+
+        Raises:
+            UsageError: the family has no video tokens that are read here.
+        """
+        return attend_clip(self, frames, expression, times, last_layer)
 
     def asks_plainly(self, beside: Beside = NOTHING) -> bool:
         """Whether each pair is one question, so that `make_ready` can do the host's share of it ahead."""

@@ -327,8 +327,6 @@ class PromptedModel:
         """Processor output as it comes, of the model's processor or of another."""
         for image in images:
             check_shape(self.model.config, self.processor.image_processor, image.size)
-        written = all(map(self.writes_bos, prompts))
-        options: dict[str, Any] = {"add_special_tokens": False} if written else {}
         side = "right" if self.model.config.is_encoder_decoder else "left"
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
         what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"
@@ -339,17 +337,32 @@ class PromptedModel:
                 return_tensors="pt",
                 padding=True,
                 padding_side=side,
-                **options,
+                **self._bos_options(prompts),
             )
         if self.dropped_token is not None:
             pad = self.processor.tokenizer.pad_token_id or 0
             inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
-        self._check_length(inputs["input_ids"].shape[1])
+        self.check_length(inputs["input_ids"].shape[1])
         for change in self.changes:
             change.see(self, images, inputs)
         return inputs
 
-    def _check_length(self, num_tokens: int) -> None:
+    def _bos_options(self, prompts: Sequence[str]) -> dict[str, Any]:
+        return {"add_special_tokens": False} if all(map(self.writes_bos, prompts)) else {}
+
+    def tokenized(self, prompt: str) -> dict[str, Any]:
+        """One prompt whose placeholders are filled in already, as the model's inputs."""
+        with self._tokenizing:
+            found = dict(
+                self.processor.tokenizer([prompt], return_tensors="pt", **self._bos_options([prompt]))
+            )
+        found.pop("token_type_ids", None)
+        if getattr(self.processor, "return_mm_token_type_ids", False):
+            kinds = self.processor.create_mm_token_type_ids(found["input_ids"].tolist())
+            found["mm_token_type_ids"] = torch.tensor(kinds)
+        return found
+
+    def check_length(self, num_tokens: int) -> None:
         """Raises UsageError if a prompt is longer than the model's positions: it would answer nonsense."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(limit, int) and num_tokens > limit:

@@ -224,6 +224,16 @@ class FinderOptions(
             self.scenes.height or self.scenes.absent or self.scenes.targets == "all"
         ):
             raise UsageError("scenes.frames=: leave out scenes.height=, scenes.absent= and scenes.targets=")
+        self.check_video(
+            moving=self.stage == "evaluate" and self.data_file == "scenes" and self.scenes.frames > 1,
+            **{
+                "zoom=": self.zoom,
+                "paraphrases=": self.paraphrases is not None,
+                "instances_by=places": self.instances_by == "places",
+                "grounding.contrast=": self.grounding.contrast != "none",
+                "signals=": self.signals,
+            },
+        )
         if self.engine.kind == "ray":
             self._spread()
         return self

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FRAME_RATE = 5.0
+"""Frames a second of scenes that move, which know no time."""
 WINDOW = 32
 """Chunks among which entries of about the same length are put together."""
 
@@ -133,6 +135,15 @@ def _parts(samples: Sequence[Sample], size: int, known: OpenedImages) -> Iterato
         yield from sorted(window, key=length)
 
 
+def clips(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Frames of each moving picture in their order, at most `size` of them together (`video=native`)."""
+    moving: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        moving.setdefault((sample.picture, sample.expression), []).append(sample)
+    for frames in moving.values():
+        yield from (frames[start : start + size] for start in range(0, len(frames), size))
+
+
 def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = True) -> ReadyChunk:
     """Open the chunk's images and do what the host can do before the model.
 
@@ -147,7 +158,7 @@ def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = 
     opened = _open(run, entries, chunk.samples)
     if not any(sample.id in chunk.missing for sample, _ in opened):
         return ReadyChunk(chunk, [])
-    if not run.lvlm.asks_plainly(chunk.beside):
+    if run.clip or not run.lvlm.asks_plainly(chunk.beside):
         return ReadyChunk(chunk, opened)
     try:
         expressions = [run.asked_as(sample.expression) for sample, _ in opened]
@@ -213,6 +224,8 @@ def attend(
 
     if not opened:
         return []
+    if run.clip:
+        return _attend_clip(run, entries, opened, last_layer)
     if entries.fitting and len(opened) > entries.fitting:
         return in_parts(entries.fitting)
     samples, images = zip(*opened, strict=True)
@@ -251,6 +264,26 @@ def attend(
     log.warning("out of memory: going on with %d entries at a time", entries.fitting)
     free_memory()
     return in_parts(entries.fitting)
+
+
+def _attend_clip(run: Run, entries: Entries, opened: Opened, last_layer: int | None) -> list[Attended]:
+    """The maps of frames that the model is shown in one prompt; if it cannot take them, all of them fail."""
+    samples, images = zip(*opened, strict=True)
+    times = [float(sample.facts.get("time", number / FRAME_RATE)) for number, sample in enumerate(samples)]
+    try:
+        maps = run.lvlm.attend_clip(images, run.asked_as(samples[0].expression), times, last_layer=last_layer)
+    except OutOfMemoryError as error:
+        raise WorkError(
+            f"out of memory: lower frames_per_prompt={run.clip}, or load the model in fewer bits"
+        ) from error
+    except WorkError:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        for sample in samples:
+            entries.fail(sample, f"the model cannot take its clip: {reason}")
+        return []
+    return _finite(entries, [Attended(*found) for found in zip(samples, images, maps, strict=True)])
 
 
 def _finite(entries: Entries, attended: Sequence[Attended]) -> list[Attended]:

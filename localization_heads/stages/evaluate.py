@@ -54,6 +54,7 @@ def evaluate(run: Run) -> Result:
     options = run.options
     entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
     check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
+    run.check_clips()
     with RunLock(run.folder):
         report = Reporter(run)
         judge = Judge(
@@ -63,7 +64,8 @@ def evaluate(run: Run) -> Result:
             bootstrap=options.bootstrap,
             seed=options.random_seed,
         )
-        store = open_store(run) if report.lacks_ranking and judge.controls else None
+        # a clip of the few frames that a ranking draws would have other maps
+        store = open_store(run) if report.lacks_ranking and judge.controls and not run.clip else None
         native = wanted_format(run.lvlm, options.native, by_default=judge.controls)
         scorer = EntryScorer(judge, native, report.alone(entries))
         depends = {**settings(run), **scorer.settings(entries.samples), "report": report.settings}
@@ -166,6 +168,7 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "instances": options.instances,
         **({"instances_by": options.instances_by} if options.instances == "all" else {}),
         "zoom": options.zoom,
+        **({"video": options.video, "frames_per_prompt": run.clip} if run.clip else {}),
     }
 
 

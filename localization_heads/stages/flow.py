@@ -26,6 +26,7 @@ from localization_heads.stages.chunks import (
     Task,
     Work,
     chunks,
+    clips,
     compute,
     make_chunk_ready,
 )
@@ -100,7 +101,7 @@ def go_through(
         bar.update(computed.num_samples)
 
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    parts = chunks(samples, size, entries.images)
+    parts = clips(samples, run.clip) if run.clip else chunks(samples, size, entries.images)
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:
             _over_workers(run, entries, map(chunk_of, parts), Task(work, last_layer, look_again), keep, bar)

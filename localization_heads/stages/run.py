@@ -282,6 +282,25 @@ class Run(ModelRun[FinderOptions]):
         return in_singular(self.lvlm.processor.tokenizer, expression)
 
     @property
+    def clip(self) -> int | None:
+        """Frames that the model is shown in one prompt; None shows each by itself."""
+        return self.options.frames_per_prompt if self.options.video == "native" else None
+
+    def check_clips(self) -> None:
+        """UsageError where `video=native` is asked of a model that reads no videos."""
+        if self.clip:
+            from localization_heads.lvlm.clips import check_reads_clips
+
+            check_reads_clips(self.lvlm.model.config)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        return {**super().model_settings, **({"clip": self.clip} if self.clip else {})}
+
+    def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
+        return {**super().recipe(heads, lvlm), **({"clip": self.clip} if self.clip else {})}
+
+    @property
     def top_n(self) -> int:
         """Heads marked in each sample: the option, or what suits the model."""
         return self.options.top_n or self.spec.top_n

@@ -1,4 +1,4 @@
-"""`ground` with `video_file=`: the frames of a video are grounded one by one, and drawn into a video of their own.
+"""`ground` with `video_file=`: a box in each frame of a video, and a video of the boxes.
 
 The video is read twice: once for the model, a chunk of frames at a time, and once to draw the boxes, so that memory
 does not grow with its length. A chunk that a killed run has grounded is read from its log, and not decoded again.
@@ -37,6 +37,8 @@ from localization_heads.store.results import Prediction, write_predictions
 
 CHUNK_PIXELS = 24_000_000
 """Of the frames that are in memory together, unless one alone has more."""
+CLIP_PIXELS = 100_000_000
+"""The same where they go into one prompt (`video=native`)."""
 THUMBNAILS = 8
 
 
@@ -98,8 +100,10 @@ def _identity(video: Video) -> list[Any]:
 def _grounded(run: Run, video: Video, id: str, journal: ResultLog) -> Iterator[Prediction]:
     """A prediction a frame, in their order; chunks are cut in the same way in every run."""
     run.check_named_heads()
+    run.check_clips()
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    size = max(1, min(size, CHUNK_PIXELS // math.prod(video.size)))
+    size, most = (run.clip, CLIP_PIXELS) if run.clip else (size, CHUNK_PIXELS)
+    size = max(1, min(size, most // math.prod(video.size)))
     is_logged = cache(
         lambda chunk: journal.get(_key(chunk)) is not None
     )  # of each frame, and it reads the chunk
@@ -138,7 +142,13 @@ def _ground_chunk(run: Run, id: str, chunk: Sequence[Frame]) -> list[Prediction]
     names = {frame.number: f"{id}_f{frame.number:06d}" for frame in chunk}
     opened = [
         (
-            Sample(frame.image, str(run.options.query), id=names[frame.number], line=frame.number + 1),
+            Sample(
+                frame.image,
+                str(run.options.query),
+                id=names[frame.number],
+                line=frame.number + 1,
+                facts={"time": frame.time},
+            ),
             frame.image,
         )
         for frame in chunk

@@ -1,0 +1,350 @@
+"""Clips against their pixels, against eager attention, and against the video processors of transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from family_models import tiny
+from family_models_siblings import SIBLINGS  # noqa: F401  registers all families
+from front import Front, fronts
+from numpy.typing import NDArray
+from PIL import Image
+
+from localization_heads.data.video import Frame, frames, open_video, write_video
+from localization_heads.errors import UsageError
+from localization_heads.lvlm.capture import capture
+from localization_heads.lvlm.clips import LAYOUTS, ReadyClip, make_clip_ready
+from localization_heads.lvlm.footprints import colour_last, identity_attention, image_features, sampled_cells
+from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.model import LVLM
+from localization_heads.stages import chunks
+from localization_heads.stages import video as stage
+
+SIZE = (420, 300)
+TIMES = (0.0, 0.2, 0.5, 0.6, 0.8)
+
+
+def moving_coordinates(count: int, size: tuple[int, int] = SIZE) -> list[Image.Image]:
+    """Frames whose red rises from left to right, whose green from top to bottom, and whose blue is their number."""
+    x, y = ((np.arange(side) + 0.5) / side * 255 for side in size)
+    frames = (np.broadcast_arrays(x[None], y[:, None], 255 * (n + 1) / count) for n in range(count))
+    return [Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8)) for channels in frames]
+
+
+def ready(name: str, count: int = 5) -> ReadyClip:
+    lvlm = tiny(name)
+    return make_clip_ready(lvlm, moving_coordinates(count), lvlm.prompt("the red car"), TIMES[:count])
+
+
+def footprint(name: str, clip: ReadyClip, keys: list[int]) -> list[tuple[NDArray[np.float64], set[int]]]:
+    """For each key, the centre of the pixels that feed it, as shares of a frame, and the numbers of their frames."""
+    lvlm = tiny(name)
+    inputs = lvlm.on_device(clip.inputs)
+    kind = "pixel_values" if "pixel_values" in inputs else "pixel_values_videos"
+    pixels = inputs[kind] = inputs[kind].detach().clone().requires_grad_()
+    with identity_attention(lvlm):
+        features = image_features(lvlm, inputs)
+    weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0))
+    ip = lvlm.processor.image_processor
+    colours = colour_last(lvlm, pixels.detach()) * torch.tensor(ip.image_std) + torch.tensor(ip.image_mean)
+    found = []
+    for key in keys:
+        (gradient,) = torch.autograd.grad(features[key] @ weights, pixels, retain_graph=True)
+        feeds = colour_last(lvlm, gradient).abs().sum(-1)
+        fed = feeds > 1e-3 * feeds.max()
+        shares = feeds[fed] if name == "llava_onevision" else None  # interpolation weighs its neighbours
+        centre = np.average(colours[fed][:, :2], axis=0, weights=shares)
+        frames = {round(float(blue) * 5) - 1 for blue in colours[fed][:, 2]}
+        found.append((centre, frames))
+    return found
+
+
+def merged(name: str) -> int:
+    return 2 if name.startswith("qwen") else 1
+
+
+def frames_of(name: str, place: int) -> set[int]:
+    return {n for n in range(5) if n // merged(name) == place}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in LAYOUTS if not name.endswith("_moe")))
+def test_tokens_lie_in_their_frames_and_cells(name: str) -> None:
+    """Five frames, so that where two are merged the last is alone: each token sees its own place and frames only."""
+    clip = ready(name)
+    assert len(clip.views) == -(-5 // merged(name))
+    for place, view in enumerate(clip.views):
+        cells = sampled_cells(view, 0)[:: 1 if place == 0 else 4]
+        keys = [int(view.index[cell]) for cell in cells]
+        for cell, (centre, seen) in zip(cells, footprint(name, clip, keys), strict=True):
+            assert seen == frames_of(name, place)
+            assert np.abs(misplaced(view, cell, centre)).max() < 0.25, (place, cell)
+
+
+def misplaced(view: View, cell: tuple[int, int], centre: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far, in cells, a footprint lies from the centre of its cell."""
+    row, column = cell
+    (x0, x1), (y0, y1) = view.x_edges[column : column + 2], view.y_edges[row : row + 2]
+    x, y = centre * SIZE
+    return np.array([(x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)])
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_capture_equals_eager(name: str) -> None:
+    lvlm, clip = tiny(name), ready(name, 3)
+    inputs = lvlm.on_device(clip.inputs)
+    with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
+        lvlm.model(**inputs, use_cache=False)
+    before = lvlm.model.config.get_text_config()._attn_implementation
+    lvlm.model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            attention = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
+    finally:
+        lvlm.model.set_attn_implementation(before)
+    eager = [one for one in attention if one is not None]
+    if len(eager) == lvlm.num_layers:
+        eager = [eager[layer] for layer in sorted(recorder.rows)]
+    found = lvlm.attend_clip(moving_coordinates(3), "the red car", TIMES[:3])
+    assert len(found) == 3
+    for layer, full in zip(sorted(recorder.rows), eager, strict=True):
+        assert float((recorder.rows[layer] - full[:, :, -1]).abs().max()) < 1e-5
+        for number, maps in enumerate(found):
+            index = clip.views[number // merged(name)].index
+            row = full[0, :, -1].numpy()[:, index]
+            np.testing.assert_allclose(maps.attention[layer], row, rtol=0, atol=1e-5)
+
+
+def test_merged_frames_have_one_map_and_others_their_own() -> None:
+    first, second, third = tiny("qwen2_vl").attend_clip(moving_coordinates(3), "the red car")
+    assert np.array_equal(first.attention, second.attention)
+    assert not np.allclose(first.attention, third.attention, atol=1e-6)
+    assert first.image_size == third.image_size == SIZE
+    assert first.image_box == (0, 0, *SIZE)
+
+
+def with_videos(name: str) -> Any:
+    """The family's own processor, with its video half; skips the test without torchvision."""
+    pytest.importorskip("torchvision")
+    import transformers as hf
+
+    own = tiny(name).processor
+    ip, options = own.image_processor, {}
+    cell = (getattr(ip, "patch_size", 0) * getattr(ip, "merge_size", 0)) ** 2
+    if name.startswith("qwen"):
+        kind = hf.Qwen3VLVideoProcessor if "qwen3" in name else hf.Qwen2VLVideoProcessor
+        size = {"shortest_edge": 128 * cell, "longest_edge": ip.size["longest_edge"]}
+        if "qwen3" in name:  # whose limits are of all frames together
+            size = {edge: 6 * pixels for edge, pixels in size.items()}
+        videos = kind(patch_size=ip.patch_size, size=size, image_mean=ip.image_mean, image_std=ip.image_std)
+    elif name == "llava_onevision":
+        videos = hf.LlavaOnevisionVideoProcessor()
+        options = {"num_image_tokens": 729, "vision_feature_select_strategy": "full"}
+    elif name == "llava_next_video":
+        size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+        videos = hf.LlavaNextVideoVideoProcessor(**size)
+        options = {"patch_size": 14, "vision_feature_select_strategy": "default"}
+    else:
+        videos = hf.InternVLVideoProcessor(size={"height": 224, "width": 224})
+        options = {"image_seq_length": 64}
+    kind = type(own).__mro__[1]
+    return kind(image_processor=ip, tokenizer=own.tokenizer, video_processor=videos, **options)
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_the_layout_is_that_of_the_video_processor(name: str) -> None:
+    """The same tokens, grids and, but for rounding when a frame is resized, pixels."""
+    lvlm, processor = tiny(name), with_videos(name)
+    frames, times = moving_coordinates(6), [n / 5 for n in range(6)]
+    ours = make_clip_ready(lvlm, frames, lvlm.prompt("the red car"), times).inputs
+    placed = processor.video_token
+    if name in ("qwen2_vl", "qwen2_5_vl"):
+        placed = lvlm.image_text.replace(lvlm.image_token, placed)
+    text = lvlm.prompt("the red car").replace(lvlm.image_text, placed)
+    theirs = processor(
+        text=[text],
+        videos=[np.stack([np.asarray(frame) for frame in frames])],
+        videos_kwargs={
+            "video_metadata": [{"total_num_frames": 6, "fps": 5.0, "frames_indices": list(range(6))}],
+            "do_sample_frames": False,
+        },
+        return_tensors="pt",
+    )
+    assert set(ours) == set(theirs) - {"video_metadata"}
+    for key, value in ours.items():
+        if not key.startswith("pixel"):
+            assert np.allclose(np.asarray(theirs[key]), np.asarray(value)), key
+            continue
+        assert value.shape == theirs[key].shape
+        assert float((value - theirs[key]).abs().max()) < 0.05, key
+
+
+def test_what_is_no_clip_is_refused() -> None:
+    lvlm = tiny("llava")
+    with pytest.raises(UsageError, match="model type 'llava' has no video tokens"):
+        lvlm.attend_clip(moving_coordinates(2), "the red car")
+    frames = [*moving_coordinates(1), *moving_coordinates(1, (64, 64))]
+    with pytest.raises(UsageError, match="of one size"):
+        tiny("qwen2_vl").attend_clip(frames, "the red car")
+    assert tiny("qwen2_vl").attend_clip([], "the red car") == []
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+ASKED = ("video=native", "heads=[1-0,1-2]", "segmenter=none", "conv_mode=plain", "model.name=weights", "k=2")
+CLIP = ("stage=ground", "video_file=clip.mp4", "query=the red car", "save_id=one", "fps=null")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2-VL."""
+    folder = tmp_path_factory.mktemp("clips") / "weights"
+    tiny("qwen2_vl").model.save_pretrained(folder)
+    tiny("qwen2_vl").processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def front(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Front]:
+    """A folder with that model and a clip of seven frames."""
+    (tmp_path / "weights").symlink_to(weights)
+    with write_video(tmp_path / "clip.mp4", (140, 112), 10) as file:
+        for frame in moving_coordinates(7, (140, 112)):
+            file.add(np.asarray(frame))
+    yield from fronts(tmp_path, monkeypatch, capsys)
+
+
+def out() -> Path:
+    """The folder of the model's results."""
+    (folder,) = Path("outputs/localization_heads").iterdir()
+    return folder
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out() / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_a_video_in_prompts_of_four_frames(front: Front) -> None:
+    """The boxes are those of the clips as Python asks for them; two frames in a row have one."""
+    result = front.finder(*CLIP, *ASKED, "frames_per_prompt=4")
+    assert result.status == 0, result.err
+    found = lines()
+    assert [line["frame"] for line in found] == list(range(7))
+    assert [line["bbox"] for line in found[::2]] == [line["bbox"] for line in found[1::2]] + [
+        found[6]["bbox"]
+    ]
+    assert open_video(out() / "attention/one_video.mp4").count == 7
+    assert (out() / "attention/one_timeline.png").is_file()
+
+
+def test_each_prompt_holds_its_frames_and_their_times(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = watched(monkeypatch)
+    assert front.finder(*CLIP, *ASKED, "frames_per_prompt=4").status == 0
+    assert asked == [pytest.approx([0, 0.1, 0.2, 0.3]), pytest.approx([0.4, 0.5, 0.6])]
+    monkeypatch.setattr(stage, "CLIP_PIXELS", 2 * 140 * 112)
+    asked.clear()
+    assert front.finder(*CLIP, *ASKED, "frames_per_prompt=4", "query=the dog").status == 0
+    assert [len(times) for times in asked] == [2, 2, 2, 1], "large frames are fewer together"
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """The times of every clip that a model is shown from now on."""
+    asked: list[list[float]] = []
+    attend = LVLM.attend_clip
+
+    def watch(lvlm: LVLM, frames: Any, expression: str, times: list[float], **named: Any) -> Any:
+        asked.append(list(times))
+        return attend(lvlm, frames, expression, times, **named)
+
+    monkeypatch.setattr(LVLM, "attend_clip", watch)
+    return asked
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*CLIP, *ASKED, "frames_per_prompt=2")
+    assert front.finder(*options).status == 0
+    whole = (out() / "predictions.jsonl").read_bytes()
+    (out() / "predictions.jsonl").unlink()
+    attend, asked = chunks._attend_clip, []
+
+    def twice(*arguments: Any) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(1)
+        return attend(*arguments)
+
+    monkeypatch.setattr(chunks, "_attend_clip", twice)
+    assert front.finder(*options).status == 130
+    monkeypatch.setattr(chunks, "_attend_clip", attend)
+    again = watched(monkeypatch)
+    assert front.finder(*options).status == 0
+    assert len(again) == 2, "two of four prompts were in the log"
+    assert (out() / "predictions.jsonl").read_bytes() == whole
+
+
+def test_a_broken_frame_is_named_and_its_neighbours_are_shown(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any, **named: Any) -> Iterator[Frame]:
+        for frame in frames(*arguments, **named):
+            yield frame._replace(image=None) if frame.number == 1 else frame
+
+    monkeypatch.setattr(stage, "frames", broken)
+    asked = watched(monkeypatch)
+    result = front.finder(*CLIP, *ASKED, "frames_per_prompt=4")
+    assert result.status == 1
+    assert "one_f000001" in result.out
+    assert [line["error"] for line in lines()] == [None, "the frame is broken", *[None] * 5]
+    assert asked[0] == pytest.approx([0, 0.2, 0.3])
+
+
+def test_moving_scenes_are_evaluated_as_clips(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = watched(monkeypatch)
+    scenes = ("data=scenes", "scenes.count=2", "scenes.frames=3", "scenes.size=64", "scenes.folder=scenes")
+    options = ("stage=evaluate", *scenes, *ASKED, "visualize_batch=false")
+    result = front.finder(*options, "controls=false")
+    assert result.status == 0, result.err
+    assert asked == [pytest.approx([0, 0.2, 0.4])] * 2
+    metrics = json.loads((out() / "metrics.json").read_text())
+    assert metrics["choices"]["video"] == "native"
+    assert metrics["choices"]["frames_per_prompt"] == 16
+    assert len(lines()) == 6
+
+
+def test_what_the_model_cannot_take_fails_with_its_clip(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(LVLM, "run", refuse)
+    result = front.finder(*CLIP, *ASKED, "frames_per_prompt=4")
+    assert result.status == 1
+    assert "the model cannot take its clip: RuntimeError: no" in result.err + result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["model.name=embedded"], "model type 'llava' has no video tokens"),
+        (["zoom=true"], "leave out zoom="),
+        (["grounding.contrast=background"], "leave out grounding.contrast="),
+        (["signals=true"], "leave out signals="),
+        (["video_file=null", "image_file=a.png"], "video=native needs a video"),
+        (["video=frames", "frames_per_prompt=4"], "write video=native"),
+        (["frames_per_prompt=0"], "frames_per_prompt"),
+        (["stage=find", "data=scenes", "video_file=null"], "video=: stage=find does not read it"),
+    ],
+)
+def test_wrong_use(options: list[str], said: str, front: Front) -> None:
+    given = {option.partition("=")[0] for option in options}
+    result = front.finder(*(one for one in (*CLIP, *ASKED) if one.partition("=")[0] not in given), *options)
+    assert result.status == 2
+    assert said in result.err
