@@ -18,10 +18,15 @@ from PIL import Image
 
 from localization_heads.data.video import Frame, frames, open_video, write_video
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.capture import capture
+from localization_heads.lvlm.checks.footprints import (
+    colour_last,
+    identity_attention,
+    image_features,
+    sampled_cells,
+)
 from localization_heads.lvlm.clips import LAYOUTS, ReadyClip, make_clip_ready
-from localization_heads.lvlm.footprints import colour_last, identity_attention, image_features, sampled_cells
-from localization_heads.lvlm.geometry import View
+from localization_heads.lvlm.families.geometry import View
+from localization_heads.lvlm.forward.capture import capture
 from localization_heads.lvlm.model import LVLM
 from localization_heads.stages import chunks
 from localization_heads.stages import video as stage

@@ -15,8 +15,7 @@ from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.failures import memory_errors, processor_errors
-from localization_heads.lvlm.geometry import (
+from localization_heads.lvlm.families.geometry import (
     Size,
     View,
     cropped_box,
@@ -26,7 +25,8 @@ from localization_heads.lvlm.geometry import (
     patches_of,
     whole_box,
 )
-from localization_heads.lvlm.query_tokens import without_token
+from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
+from localization_heads.lvlm.text.query_tokens import without_token
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
