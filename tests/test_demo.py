@@ -473,6 +473,18 @@ def test_names_do_not_cover_each_other(asked):
         assert 14 <= len(rows) <= 30 and np.ptp(rows) < 30, name
 
 
+def test_names_at_the_bottom_and_lines_in_one_place(asked):
+    """Six answers with one box: no plate is cut off or covered, and each colour is on the box's line."""
+    (answer, *_) = asked.answers([Head(4, 4)], GroundingOptions())
+    answer = replace(answer, image_size=(300, 300), box=(100.0, 265.0, 280.0, 299.0))
+    image = Image.new("RGB", (300, 300), "white")
+    pixels = np.asarray(drawing.draw_boxes(image, [answer] * 6, [""] * 6))
+    for name, colour in enumerate(drawing.COLOURS):
+        filled = (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(-1)
+        assert 14 <= (filled[:, 100:140].sum(1) > 15).sum() <= 30, name
+        assert filled[:, 278:280].sum() > 2 or filled[296:, 200:].sum() > 4, name
+
+
 def coloured_box(pixels: np.ndarray, colour: str = VERMILLION) -> tuple[float, float, float, float]:
     """Tight box of the outline drawn in a colour: the columns and rows that it fills for long."""
     rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
@@ -534,6 +546,13 @@ def test_redraws_leave_no_folder_behind(demo_page):
         (3, ["mean"], "threshold: one of"),
         (4, 2, "threshold: a number from 0.05 to 0.95, not 2"),
         (0, "L99H0", "there is no L99H0"),
+        (5, "magic", "mask by: one of grabcut, author_hint, none, sam, sam2, sam3, not 'magic'"),
+        (5, ["sam"], "mask by: one of"),
+        (
+            5,
+            "sam3",
+            "segmenter=sam3: facebook/sam3 is not on this machine; the page fetches it when started with that",
+        ),
     ],
 )
 def test_settings_sent_around_the_page(demo_page, place, value, said):
@@ -549,7 +568,7 @@ def test_masks_are_those_of_the_command_line(demo_page):
     path, expression = demo_page.examples[0]
     heads = demo_page.visitors._known["a"].asked.ranked[:3]
     names = " ".join(map(str, heads))
-    for mask, segmenter in (("grabcut", GRABCUT), ("map", None)):
+    for mask, segmenter in (("grabcut", GRABCUT), ("none", None)):
         *_, file, _ = demo_page.redraw(visitor_a, names, *SETTINGS[1:5], mask, False)
         (entry,) = json.loads(Path(file).read_text())
         found = lh.ground(demo_page.run.lvlm, path, expression, heads=heads, segmenter=segmenter)
@@ -558,8 +577,38 @@ def test_masks_are_those_of_the_command_line(demo_page):
     with Image.open(path) as image:
         large = image.resize((image.width * 12, image.height * 12))
     asked = ask(demo_page.run, large, expression)
-    refined = demo_page._refined(asked, asked.answers(heads, demo_page.run.options.grounding)[0])
+    refined = demo_page._refined(asked, asked.answers(heads, demo_page.run.options.grounding)[0], "grabcut")
     assert refined.mask.shape == large.size[::-1] and refined.mask_from == "grabcut"
+
+
+def test_another_segmenter_is_loaded_once(run, asked, monkeypatch):
+    """The last one stays; the page's own is never loaded again."""
+    from localization_heads.apps.demo import session
+    from localization_heads.stages import run as stage
+
+    loaded = []
+
+    def load(options):
+        loaded.append((options.kind, options.name, options.prompt))
+
+        def segment(image, grounding):
+            x0, y0, x1, y1 = map(round, answer.box)
+            mask = np.zeros(image.size[::-1], bool)
+            mask[y0:y1, x0:x1] = True
+            return mask
+
+        return SimpleNamespace(name=options.kind, segment=segment)
+
+    monkeypatch.setattr(session, "checkpoint_folder", lambda _: tmp)
+    monkeypatch.setattr(stage, "make_segmenter", load)
+    tmp, segmenters = Path(), session.Segmenters(run)
+    (answer,) = asked.answers([Head(4, 4)], run.options.grounding)[:1]
+    for name in ("author_hint", "author_hint", "grabcut", "author_hint", "sam2"):
+        found = segmenters.refine(name, answer, asked.image)
+        assert found.mask_from == {"author_hint": "sam"}.get(name, name)
+    (first, name, prompt), (second, *_) = loaded[-2:]
+    assert (first, name, prompt, second) == ("sam", "facebook/sam-vit-large", ("box", "map"), "sam2")
+    assert "grabcut" not in [kind for kind, *_ in loaded[1:]]
 
 
 def test_clicks_and_images_sent_around_the_page(demo_page, tmp_path):

@@ -31,7 +31,7 @@ from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.companions import ChatOptions, DemoOptions
-from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec
+from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec, SegmenterOptions
 from localization_heads.options.instances import PLACES
 from localization_heads.options.programs import FinderOptions
 from localization_heads.options.shared import ImageAddresses, ModelUse
@@ -88,7 +88,10 @@ class ModelRun(Generic[Chosen]):
     @cached_property
     def segmenter(self) -> Segmenter | None:
         """Loaded on first use; None leaves the pseudo-masks of the maps."""
-        chosen = self.options.segmenter
+        return self.load_segmenter(self.options.segmenter)
+
+    def load_segmenter(self, chosen: SegmenterOptions) -> Segmenter | None:
+        """Another one, on the run's device. Raises as `make_segmenter`."""
         if chosen.kind in SAMS and chosen.device is None:
             chosen = replace(chosen, device=self.options.device)
         return make_segmenter(chosen)

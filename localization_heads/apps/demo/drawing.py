@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from localization_heads.attention import Box
 from localization_heads.figures.overlay import opacity
+from localization_heads.figures.several import turns
 from localization_heads.figures.style import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
@@ -39,15 +40,41 @@ def draw_boxes(
         shown.paste(tint, mask=Image.fromarray(found.mask).convert("L").point(lambda value: value and 90))
     pen = ImageDraw.Draw(shown)
     line = max(2, round(max(shown.size) / 180))
-    for colour, found in zip(COLOURS, found_here, strict=False):
-        x0, y0, x1, y1 = found.box
-        corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))
-        pen.rectangle(corners, outline=PAPER, width=line + 2)
-        pen.rectangle(corners, outline=colour, width=line)
+    boxes = [found.box for found in found_here]
+    for colour, box, (which, many) in zip(COLOURS, boxes, turns(boxes, 1.5 * line), strict=False):
+        if which == 0:
+            pen.rectangle(_corners(box), outline=PAPER, width=line + 2)
+            pen.rectangle(_corners(box), outline=colour, width=line)
+        else:
+            _dash(pen, _corners(box), colour, line, (which, many))
     plates: list[Plate] = []
     for colour, found, label in zip(COLOURS, found_here, labels, strict=False):
         plates.append(_label(pen, shown.size, found.box[:2], f"{label}  {found.score:.2f}", colour, plates))
     return shown
+
+
+def _corners(box: Box) -> tuple[int, int, int, int]:
+    """The first and the last pixels of a box."""
+    x0, y0, x1, y1 = map(round, box)
+    return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+
+
+def _dash(
+    pen: ImageDraw.ImageDraw,
+    corners: tuple[int, int, int, int],
+    colour: str,
+    line: int,
+    turn: tuple[int, int],
+) -> None:
+    """Dashes over the box that is drawn there already, so that each of those in this place is seen (`turns`)."""
+    x0, y0, x1, y1 = corners
+    step, (which, many) = 4 * line, turn
+    for x in range(x0 + which * step, x1, many * step):
+        for y in (y0, y1 - line + 1):
+            pen.rectangle((x, y, min(x + step - 1, x1), y + line - 1), fill=colour)
+    for y in range(y0 + which * step, y1, many * step):
+        for x in (x0, x1 - line + 1):
+            pen.rectangle((x, y, x + line - 1, min(y + step - 1, y1)), fill=colour)
 
 
 def draw_heat(image: Image.Image, found: Grounding) -> Image.Image:
@@ -130,16 +157,20 @@ def _label(
     colour: str,
     taken: Sequence[Plate],
 ) -> Plate:
-    """A name plate above the corner, or below it at the image's edge; below others, never beyond the image."""
+    """A name plate above the corner, or below it at the image's edge; below or above others, never on one."""
     font = _font(max(13, round(max(size) / 45)))
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 10, bottom - top + 8
     x = min(max(0.0, corner[0]), max(0.0, size[0] - width))
-    y = corner[1] - height if corner[1] >= height else corner[1]
-    for x0, y0, x1, y1 in sorted(taken, key=lambda plate: plate[1]):
-        if x0 <= x + width and x <= x1 and y0 <= y + height and y <= y1:
-            y = y1 + 1
-    y = min(y, max(0.0, size[1] - height))
+    first, lowest = (corner[1] - height if corner[1] >= height else corner[1]), max(0.0, size[1] - height)
+    beside = [(y0, y1) for x0, y0, x1, y1 in taken if x0 <= x + width and x <= x1]
+    edges = [
+        first,
+        *sorted(y1 + 1 for _, y1 in beside),
+        *sorted((y0 - height - 1 for y0, _ in beside), reverse=True),
+    ]
+    free = (y for y in edges if 0 <= y <= lowest and all(y > y1 or y + height < y0 for y0, y1 in beside))
+    y = next(free, min(first, lowest))
     pen.rectangle((x, y, x + width, y + height), fill=colour, outline=PAPER)
     pen.text((x + 5 - left, y + 4 - top), text, font=font, fill="white" if colour != SKY else "black")
     return x, y, x + width, y + height

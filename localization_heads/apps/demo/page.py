@@ -17,6 +17,7 @@ from localization_heads.apps.demo.guard import make_room
 from localization_heads.apps.demo.session import (
     MODEL,
     Asked,
+    Segmenters,
     as_json,
     ask,
     example_images,
@@ -67,6 +68,7 @@ class Page:
         self.answers = folder / "answers"
         self.own = frozenset[Path]()  # what the page itself put into its folder
         self.visitors = Visitors(self.answers, lambda entry: entry in self.own)
+        self.segmenters = Segmenters(run)
         self.examples = _stored_examples(folder / "examples")
 
     def layout(self) -> None:
@@ -136,14 +138,8 @@ class Page:
             label="k: heads that are on",
             elem_id="k",
         )
-        self.sigma = gr.Slider(
-            0,
-            max(3, grounding.sigma),
-            grounding.sigma,
-            step=0.1,
-            label="sigma: smoothing, in cells",
-            elem_id="sigma",
-        )
+        high, name = max(3, grounding.sigma), "sigma: smoothing, in cells"
+        self.sigma = gr.Slider(0, high, grounding.sigma, step=0.1, label=name, elem_id="sigma")
         self.binarise = gr.Radio(
             [(title, name) for name, title in {**THRESHOLDS, "mean": mean_title(grounding)}.items()],
             value=grounding.binarise,
@@ -154,9 +150,9 @@ class Page:
             0.05, 0.95, grounding.top_mass, step=0.05, label="that share", elem_id="threshold"
         )
         self.mask = gr.Radio(
-            [*([self.run.segmenter.name] if self.run.segmenter else []), "map"],
-            value=self.run.segmenter.name if self.run.segmenter else "map",
-            label="Mask by",
+            self.segmenters.names,
+            value=self.segmenters.own,
+            label="Mask by (none: the map's own)",
             elem_id="mask",
         )
         self.compare = gr.Checkbox(False, label="Compare with a second set of heads", elem_id="compare")
@@ -270,11 +266,10 @@ class Page:
         with self.visitors.turn(request.session_hash) as visitor:
             asked = visitor.answer
             sets = {"A": parse_heads(heads), **({"B": visitor.heads_b} if compare else {})}
-            found = {name: asked.answers(chosen, options) for name, chosen in sets.items()}
-            if mask != "map":
-                found = {
-                    name: [self._refined(asked, answer) for answer in all_] for name, all_ in found.items()
-                }
+            found = {
+                name: [self._refined(asked, answer, mask) for answer in asked.answers(chosen, options)]
+                for name, chosen in sets.items()
+            }
             folder = visitor.new_folder()
             rows = [
                 [
@@ -320,10 +315,12 @@ class Page:
             top_mass=float(number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
         )
 
-    def _refined(self, asked: Asked, answer: Grounding) -> Grounding:
+    def _refined(self, asked: Asked, answer: Grounding, mask: object) -> Grounding:
         """The answer with the segmenter's mask, made in a turn at the model, on the image as it is kept."""
+        if mask == "none":
+            return answer
         small = resized(answer, asked.image.size)
-        return resized(MODEL.take(self.run.grounder(None).refine, small, asked.image), answer.image_size)
+        return resized(MODEL.take(self.segmenters.refine, mask, small, asked.image), answer.image_size)
 
     def upload_of(self, image: object) -> Path | None:
         """The file that gradio stored for the image that was sent, None if none was."""

@@ -29,8 +29,11 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import greedy_heads
-from localization_heads.options.groups import CriteriaOptions, GroundingOptions
+from localization_heads.lvlm.checkpoints.sources import checkpoint_folder
+from localization_heads.options.compose import choices_of, preset, preset_name
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
+from localization_heads.segmentation.segmenter import Segmenter
 from localization_heads.stages.run import DemoRun
 
 MAX_ASKING = 24
@@ -83,6 +86,41 @@ class Turns:
 
 
 MODEL = Turns()
+
+
+class Segmenters:
+    """What a visitor may have the masks made by: the choices of `segmenter=`, and what the page was started with.
+
+    That one stays loaded, and of the others the last. They are loaded from this machine alone: no click fetches
+    gigabytes.
+    """
+
+    def __init__(self, run: DemoRun) -> None:
+        self.run = run
+        self.own = preset_name("segmenter", run.options.segmenter)
+        self.names = list(dict.fromkeys([self.own, *choices_of("segmenter")]))
+        self._loaded: tuple[str, Segmenter | None] = self.own, run.segmenter
+
+    def refine(self, name: object, grounding: Grounding, image: Image.Image) -> Grounding:
+        """The grounding with that segmenter's mask; to be done in a turn at the model. UsageError if it is not here."""
+        if name not in self.names:
+            raise UsageError(f"mask by: one of {', '.join(self.names)}, not {shown(name)}")
+        if name == self.own:
+            segmenter = self.run.segmenter
+        else:
+            if self._loaded[0] != name:
+                self._loaded = str(name), self._load(str(name))
+            segmenter = self._loaded[1]
+        return replace(self.run.grounder(None), segmenter=segmenter).refine(grounding, image)
+
+    def _load(self, name: str) -> Segmenter | None:
+        chosen = SegmenterOptions(**preset("segmenter", name))
+        if chosen.name and checkpoint_folder(chosen.name) is None:
+            raise UsageError(
+                f"segmenter={name}: {chosen.name} is not on this machine; the page fetches it when started with that"
+            )
+        self._loaded = self.own, None  # room for the next
+        return self.run.load_segmenter(chosen)
 
 
 @dataclass(frozen=True, eq=False)
