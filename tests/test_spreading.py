@@ -88,7 +88,7 @@ def files_of(engine: str) -> dict[str, bytes]:
         found["report"] = (
             page.read_bytes().partition(b'type="application/json">')[2].partition(b"</script>")[0]
         )
-    maps = sorted(path for path in folder.glob("attention/*") if path.suffix in (".pkl", ".json", ".csv"))
+    maps = sorted(path for path in folder.glob("attention/*") if path.suffix in (".pkl", ".json", ".csv", ".html"))
     return found | {path.name: path.read_bytes() for path in maps}
 
 
@@ -99,6 +99,7 @@ def files_of(engine: str) -> dict[str, bytes]:
         ("batch", {"heads.json", "predictions.jsonl"}),
         ("ground", {"predictions.jsonl"}),
         ("evaluate", {"predictions.jsonl", "metrics.json", "per_sample.parquet"}),
+        ("trace", {"entry_0_trace.html", "entry_11_trace.html"}),
     ],
 )
 def test_the_same_as_locally(
@@ -106,8 +107,8 @@ def test_the_same_as_locally(
 ) -> None:
     """Files to the byte, and bad entries in the same words, though `find` loses a worker in the middle of a chunk.
 
-    `ground` goes with a model that overflows on some entries, which fail alone; `evaluate` looks a second time, and
-    `batch` asks about other words and the mirrored image.
+    `ground` goes with a model that overflows on some entries, which fail alone; `evaluate` looks a second time,
+    `batch` asks about other words and the mirrored image, and `trace` asks for nothing but answers.
     """
     data = DATA
     if stage == "ground":
@@ -116,6 +117,8 @@ def test_the_same_as_locally(
         data = (*DATA, "zoom=true")
     if stage == "batch":
         data = (*DATA, "criteria=robust", "criteria.mirrored=2")
+    if stage == "trace":
+        data = (*DATA, "max_new_tokens=2", "trace.keep=all")
     local = front.finder(f"stage={stage}", *data, "output_dir=by_local")
     if stage == "find":
         monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_once)
@@ -129,7 +132,7 @@ def test_the_same_as_locally(
     files = files_of("ray")
     assert made <= set(files)
     assert files == files_of("local")
-    assert stage == "ground" or b'"cards":' in files["report"]
+    assert stage in ("ground", "trace") or b'"cards":' in files["report"]
     assert (stage == "ground") == ("NaN" in spread.out)
     assert (stage == "find") == killing.MARK.exists()
     if stage == "find":

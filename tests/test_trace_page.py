@@ -236,7 +236,7 @@ def test_a_data_file_goes_on_where_it_was_killed(front: Front, monkeypatch: pyte
         ),
         (
             ["image_file=cat.png", "query=what?", "engine=ray"],
-            "engine=ray: stage=trace has no data set to spread",
+            "engine=ray: one image cannot be spread",
         ),
     ],
 )

@@ -78,7 +78,7 @@ def _calibrate(run: Run) -> int:
 
 def _trace(run: Run) -> int:
     traced = trace.trace(run)
-    return _show(traces.traced_table(traced.traces), traced.paths, traced.failures)
+    return _show(traces.traced_table(traced), traced.paths, traced.failures)
 
 
 def _ground(run: Run) -> int:

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rich.markup import escape
 from rich.table import Table
 
 from localization_heads.apps.tables import ROWS, box_text
 from localization_heads.errors import printable
 from localization_heads.lvlm.answers.trace import Trace
+from localization_heads.stages.trace import Traced
 
 _HEADS = 4
 """Heads with a column of their own."""
 
 
-def traced_table(traced: Mapping[str, Trace | None]) -> Table:
-    """The words of a single answer; of several, the answers."""
-    first = next(iter(traced.values()))
-    if len(traced) == 1 and first is not None:
-        return trace_table(first)
+def traced_table(traced: Traced) -> Table:
+    """The words of a single answer; of a data set, the answers."""
+    if traced.alone is not None:
+        return trace_table(traced.alone)
+    answers = traced.answers
     table = Table(
-        title="Answers", caption=f"the first {ROWS} of {len(traced)}" if len(traced) > ROWS else None
+        title="Answers", caption=f"the first {ROWS} of {len(answers)}" if len(answers) > ROWS else None
     )
     for name in ("id", "query", "answer"):
         table.add_column(name, overflow="fold")
-    for id, trace in list(traced.items())[:ROWS]:
-        said = (
-            ("", "its page was there already")
-            if trace is None
-            else (trace.query, trace.answer or "(nothing)")
-        )
-        table.add_row(escape(printable(id, 80)), *(escape(printable(text, 200)) for text in said))
+    for id, found in list(answers.items())[:ROWS]:
+        query, answer = found or ("", "its page was there already")
+        said = (printable(text, 200) for text in (query, answer or "(nothing)"))
+        table.add_row(escape(printable(id, 80)), *map(escape, said))
     return table
 
 

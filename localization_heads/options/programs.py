@@ -39,7 +39,7 @@ Stage = Literal[
     "batch", "find", "rank", "pipeline", "ground", "evaluate", "collect", "analyze", "visualize", "scenes", "doctor",
     "experiment", "export", "prepare", "calibrate", "trace", "ablate",
 ]  # fmt: skip
-SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate", "ablate")
+SPREAD_STAGES = ("find", "batch", "ground", "evaluate", "experiment", "calibrate", "ablate", "trace")
 """Those that run the model over a data set."""
 ONE_IMAGE = ("collect", "pipeline", "ground", "doctor", "trace")
 """Those that take one image and one query."""

@@ -41,16 +41,19 @@ class Chunk(NamedTuple):
     Args:
         beside: what is asked beside their expressions.
         siblings: for each id, the other expressions of the sample's image in the data.
+        attends: whether maps are made of them; else their work asks the model itself, and gets `NO_MAPS`.
     """
 
     samples: Sequence[Sample]
     missing: frozenset[str]
     beside: Beside = NOTHING
     siblings: Mapping[str, Sequence[str]] = {}
+    attends: bool = True
 
 
 PLAIN = Chunk((), frozenset())
 """What says that nothing is asked beside the expressions."""
+NO_MAPS = AttentionMaps(np.zeros((0, 0, 1, 1), np.float32), (0, 0, 1, 1), (1, 1))
 
 Opened = Sequence[tuple[Sample, Image.Image]]
 
@@ -158,7 +161,7 @@ def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = 
     opened = _open(run, entries, chunk.samples)
     if not any(sample.id in chunk.missing for sample, _ in opened):
         return ReadyChunk(chunk, [])
-    if run.clip or not run.lvlm.asks_plainly(chunk.beside):
+    if run.clip or not chunk.attends or not run.lvlm.asks_plainly(chunk.beside):
         return ReadyChunk(chunk, opened)
     try:
         expressions = [run.asked_as(sample.expression) for sample, _ in opened]
@@ -226,6 +229,8 @@ def attend(
         return []
     if run.clip:
         return _attend_clip(run, entries, opened, last_layer)
+    if not chunk.attends:
+        return [Attended(sample, image, NO_MAPS) for sample, image in opened]
     if entries.fitting and len(opened) > entries.fitting:
         return in_parts(entries.fitting)
     samples, images = zip(*opened, strict=True)

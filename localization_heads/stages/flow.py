@@ -69,6 +69,7 @@ def go_through(
     work_runs_model: bool = False,
     look_again: LookAgain | None = None,
     beside: Beside = NOTHING,
+    attends: bool = True,
 ) -> None:
     """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
 
@@ -82,6 +83,7 @@ def go_through(
             forward pass at the same time would overwrite.
         look_again: asks the model a second time about each chunk, before `work`.
         beside: what is asked beside each expression; siblings are those of `entries`.
+        attends: False leaves all that the model is asked to `work`, for one sample at a time.
     """
     note_unknown_words(
         run.lvlm, [run.asked_as(sample.expression) for sample in samples]
@@ -90,7 +92,7 @@ def go_through(
     def chunk_of(part: Sequence[Sample]) -> Chunk:
         missing = frozenset(sample.id for sample in part if not is_done(sample))
         siblings = {sample.id: entries.siblings(sample) for sample in part if beside.contrast == "siblings"}
-        return Chunk(part, missing, beside, siblings)
+        return Chunk(part, missing, beside, siblings, attends)
 
     def compute_one(prepared: ReadyChunk) -> _Computed:
         return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer, look_again))
@@ -101,6 +103,7 @@ def go_through(
         bar.update(computed.num_samples)
 
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
+    size = size if attends else 1
     parts = clips(samples, run.clip) if run.clip else chunks(samples, size, entries.images)
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.is_spread:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+from PIL import Image
 
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
@@ -21,15 +24,14 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.options.tracing import TRACE_TOKENS
 from localization_heads.report.trace import render_trace
+from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
+from localization_heads.stages.flow import go_through
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
 from localization_heads.store.files import RunLock, writable_folder, write_bytes
 from localization_heads.store.paths import entry_path
 from localization_heads.version import __version__
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +41,24 @@ _HEAD = 16_384
 
 @dataclass(frozen=True)
 class Traced:
-    """What was traced, by id, and the files; None for an entry whose page was there already."""
+    """What was traced: of one image and query its trace; by id, what was asked and answered; and the files.
 
-    traces: dict[str, Trace | None]
+    None stands for an entry whose page was there already.
+    """
+
+    alone: Trace | None
+    answers: Mapping[str, tuple[str, str] | None]
     paths: list[Path]
     failures: Sequence[BadEntry] = field(default=())
+
+
+class _Traced(NamedTuple):
+    """A trace without the maps of all heads, of which its page has what it shows."""
+
+    sample: Sample
+    image: Image.Image
+    trace: Trace
+    page: bytes
 
 
 def trace(run: Run) -> Traced:
@@ -54,25 +69,45 @@ def trace(run: Run) -> Traced:
         )
     alone = bool(run.options.image_file or run.options.query)
     entries = _one_entry(run) if alone else select_entries(run)
-    traces: dict[str, Trace | None] = {}
+    traces: list[Trace] = []
+    answers: dict[str, tuple[str, str] | None] = {}
     paths: list[Path] = []
+
+    def page_of(sample: Sample) -> Path:
+        return entry_path(run.attention_folder, sample.id, "_trace.html")
+
+    def is_done(sample: Sample) -> bool:
+        if alone or not _is_there(page_of(sample), _made_of(recipe, entries.key(sample))):
+            return False
+        answers[sample.id] = None
+        return True
+
+    def keep(found: Sequence[_Traced]) -> None:
+        for one in found:
+            with entries.put_aside(one.sample, WorkError):
+                paths.extend(_write(one.page, one.trace, one.image, page_of(one.sample)))
+                answers[one.sample.id] = one.trace.query, one.trace.answer
+                traces[:] = [one.trace]
+
     with RunLock(run.folder):
         writable_folder(run.attention_folder)  # before the work, not after it
         run.check_named_heads()
-        for sample in list(entries.samples):
-            with entries.put_aside(sample, WorkError):
-                page = entry_path(run.attention_folder, sample.id, "_trace.html")
-                made_of = _made_of(run, entries.key(sample))
-                if not alone and _is_there(page, made_of):
-                    traces[sample.id] = None
-                    continue
-                image = load_image(sample.image)
-                found = replace(_traced(run, image, sample.expression), image_file=str(sample.image))
-                paths += write_trace(found, image, page, made_of)
-                traces[sample.id] = found
-    if not traces:
+        recipe = _recipe(run)
+        go_through(
+            run,
+            entries,
+            entries.samples,
+            "trace",
+            is_done=is_done,
+            work=partial(_trace_each, heads=run.named_heads or (), recipe=recipe),
+            keep=keep,
+            work_runs_model=True,
+            attends=False,
+        )
+    if not answers:
         raise NothingDoneError("no entry could be used", entries.in_order())
-    return Traced(traces, paths, entries.in_order())
+    in_order = {one.id: answers[one.id] for one in entries.samples if one.id in answers}
+    return Traced(traces[0] if alone else None, in_order, paths, entries.in_order())
 
 
 def _one_entry(run: Run) -> Entries:
@@ -84,21 +119,30 @@ def _one_entry(run: Run) -> Entries:
     return Entries([Sample(source, query, id=id)])
 
 
-def _traced(run: Run, image: Image.Image, query: str) -> Trace:
-    options = run.options
-    heads: Sequence[Head] = run.named_heads or run.lvlm.own_heads(image, query, options.criteria, options.k)
-    return run.lvlm.trace(
-        image,
-        query,
-        heads,
-        max_new_tokens=options.max_new_tokens or TRACE_TOKENS,
-        trace=options.trace,
-        options=options.grounding,
-    )
+def _trace_each(
+    run: Run, entries: Entries, attended: Sequence[Attended], *, heads: Sequence[Head], recipe: str
+) -> list[_Traced]:
+    """The answer to each entry of a chunk; without `heads`, each with its own."""
+    options, found = run.options, []
+    for sample, image, *_ in attended:
+        with entries.put_aside(sample, WorkError):
+            query = sample.expression
+            one = run.lvlm.trace(
+                image,
+                query,
+                heads or run.lvlm.own_heads(image, query, options.criteria, options.k),
+                max_new_tokens=options.max_new_tokens or TRACE_TOKENS,
+                trace=options.trace,
+                options=options.grounding,
+            )
+            one = replace(one, image_file=str(sample.image))
+            page = render_trace(one, image, _made_of(recipe, entries.key(sample)))
+            found.append(_Traced(sample, image, replace(one, every=None), page.encode()))
+    return found
 
 
-def _made_of(run: Run, key: bytes) -> str:
-    """Changes with the entry and with everything that its page depends on."""
+def _recipe(run: Run) -> str:
+    """Everything that a page depends on besides its entry."""
     options = run.options
     heads = run.named_heads or [asdict(options.criteria), options.k]
     given = [
@@ -108,8 +152,11 @@ def _made_of(run: Run, key: bytes) -> str:
         asdict(options.grounding),
         options.max_new_tokens,
     ]
-    text = json.dumps([__version__, key.hex(), given], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps([__version__, given], sort_keys=True, default=str)
+
+
+def _made_of(recipe: str, key: bytes) -> str:
+    return hashlib.sha256(recipe.encode() + key).hexdigest()
 
 
 def _is_there(page: Path, made_of: str) -> bool:
@@ -120,11 +167,16 @@ def _is_there(page: Path, made_of: str) -> bool:
         return False
 
 
-def write_trace(found: Trace, image: Image.Image, page: Path, made_of: str = "") -> list[Path]:
-    """The page, and beside it the figure, which comes first."""
+def write_trace(found: Trace, image: Image.Image, page: Path) -> list[Path]:
+    """The page, and beside it the figure."""
+    return _write(render_trace(found, image, "").encode(), found, image, page)
+
+
+def _write(content: bytes, found: Trace, image: Image.Image, page: Path) -> list[Path]:
+    """The figure comes first: a page that is there is complete."""
     from localization_heads import figures
 
     figure = page.with_suffix(".png")
     figures.plot_trace(image, found, figure)
-    write_bytes(page, render_trace(found, image, made_of).encode())
+    write_bytes(page, content)
     return [page, figure]
