@@ -185,7 +185,7 @@ def test_stage_resumes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steering_as_a_command(front: Front) -> None:
-    result = front.finder(*FEW, *SCENES, "scenes.count=2", "ablate.steer=true", "ablate.strength=8")
+    result = front.finder(*FEW, *SCENES, "scenes.count=2", "steer=true", "ablate.strength=8")
     assert result.status == 0, result.err
     found = json.loads((front.out / "ablation.json").read_text())
     assert found["measure"] == "answers that name what is in the region"

@@ -20,6 +20,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.sensitivity import overlap
+from localization_heads.stages import rank_files
 from localization_heads.store.attention_files import save_attention
 
 ROOT = Path(__file__).parents[1]
@@ -169,3 +170,33 @@ def test_needs_neither_torch_nor_the_model(front: Front) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert heads_json()["criteria"]["sensitivity"] == "siblings"
+
+
+@pytest.mark.parametrize("place", [2, 8], ids=["while collecting", "while comparing"])
+def test_a_killed_ranking_goes_on(front: Front, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Five files, of which three are of one image; the results are those of a run in one go, to the byte."""
+    for n in range(5):
+        ours(f"{n}.pkl", stack(n), "two.jpg" if n > 2 else "one.jpg", f"thing {n}")
+    words = ("stage=rank", "attention_files=files", "criteria=robust", "criteria.mirrored=0")
+    assert front.finder(*words).status == 0
+    whole = [(OUT / name).read_bytes() for name in ("heads.json", "heads.csv")]
+    loaded: list[str] = []
+    load = rank_files.load_attention
+
+    def dies(path: Path) -> AttentionMaps:
+        if len(loaded) == place:
+            raise KeyboardInterrupt
+        loaded.append(path.name)
+        return load(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rank_files, "load_attention", dies)
+        assert front.finder(*words).status not in (0, 1, 2)
+    again: list[str] = []
+    monkeypatch.setattr(rank_files, "load_attention", lambda path: (again.append(path.name), load(path))[1])
+    (OUT / "heads.json").unlink()
+    assert front.finder(*words).status == 0
+    names = [f"{n}.pkl" for n in range(5)]
+    assert again == ([*names[2:], *names] if place == 2 else names[3:])
+    assert [(OUT / name).read_bytes() for name in ("heads.json", "heads.csv")] == whole
+    assert not list(Path("outputs/localization_heads").glob(".rank*"))

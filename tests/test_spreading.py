@@ -88,7 +88,9 @@ def files_of(engine: str) -> dict[str, bytes]:
         found["report"] = (
             page.read_bytes().partition(b'type="application/json">')[2].partition(b"</script>")[0]
         )
-    maps = sorted(path for path in folder.glob("attention/*") if path.suffix in (".pkl", ".json", ".csv", ".html"))
+    maps = sorted(
+        path for path in folder.glob("attention/*") if path.suffix in (".pkl", ".json", ".csv", ".html")
+    )
     return found | {path.name: path.read_bytes() for path in maps}
 
 

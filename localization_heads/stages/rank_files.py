@@ -1,19 +1,22 @@
 """`stage=rank attention_files=`: heads ranked over attention files on disk, of this tool or of the published code.
 
-One file is in memory at a time. The statistics go into a temporary file; files of one image whose queries differ are
-read a second time for the third criterion. Neither the model nor torch is needed.
+One file is in memory at a time. The statistics go into a hidden folder, from which a run that was killed goes on, and
+which is removed at the end; files of one image whose queries differ are read a second time for the third criterion.
+Neither the model nor torch is needed.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import logging
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +35,16 @@ from localization_heads.lvlm.beside import other_expressions
 from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
 from localization_heads.lvlm.mirrored import is_wanted
 from localization_heads.options.groups import CriteriaOptions
+from localization_heads.options.kinds import as_measured
 from localization_heads.stages import moving
 from localization_heads.stages.find import save_heads
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, writable_folder
+from localization_heads.store.journal import ResultLog
 from localization_heads.store.paths import SIDE_SUFFIXES, attention_stem, local_path
-from localization_heads.store.statistics import StatisticsStore
+from localization_heads.store.statistics import KEY_BYTES, MOVED, StatisticsStore, sample_key
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +52,35 @@ ENDINGS = (".pkl", ".pkl.gz", ".safetensors")
 MOST_FILES = 1_000_000
 
 
+class _Facts(NamedTuple):
+    """What is remembered of a file besides its statistics; as JSON a list."""
+
+    shape: tuple[int, int]
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    image_file: str
+    query: str
+    model: str
+
+    @classmethod
+    def of(cls, maps: AttentionMaps) -> _Facts:
+        shape = maps.num_layers, maps.num_heads
+        return cls(shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model)
+
+    @classmethod
+    def logged(cls, found: Mapping[str, Any] | None) -> _Facts | None:
+        if found is None:
+            return None
+        shape, grid, size, *texts = found["facts"]
+        return cls(tuple(shape), tuple(grid), tuple(size), *texts)
+
+
 class _Read(NamedTuple):
-    """What is remembered of a file: its place in the list, and what its maps are of."""
+    """A file: its place in the list, its key in the store, and what its maps are of."""
 
     place: int
     path: Path
+    key: bytes
     image: tuple[object, ...]
     query: str
 
@@ -67,21 +96,20 @@ class _Pile:
     read: list[_Read] = field(default_factory=list)
     failures: list[BadEntry] = field(default_factory=list)
 
-    def agree(self, path: Path, maps: AttentionMaps) -> None:
+    def agree(self, path: Path, facts: _Facts) -> None:
         """UsageError where the file is of another model, or its heads are others."""
-        shape = maps.num_layers, maps.num_heads
         if self.shape is None:
-            self.shape, self.first = shape, path
-        if shape != self.shape:
+            self.shape, self.first = facts.shape, path
+        if facts.shape != self.shape:
             raise UsageError(
-                f"attention_files: {path} has {shape[0]} layers of {shape[1]} heads, and {self.first} has "
+                f"attention_files: {path} has {facts.shape[0]} layers of {facts.shape[1]} heads, and {self.first} has "
                 f"{self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
             )
-        if maps.model and not self.model:
-            self.model, self.named_by = maps.model, path
-        if maps.model and maps.model != self.model:
+        if facts.model and not self.model:
+            self.model, self.named_by = facts.model, path
+        if facts.model and facts.model != self.model:
             raise UsageError(
-                f"attention_files: {path} is of {printable(maps.model, 80)}, and {self.named_by} of "
+                f"attention_files: {path} is of {printable(facts.model, 80)}, and {self.named_by} of "
                 f"{printable(self.model, 80)}: rank the files of one model at a time"
             )
 
@@ -94,38 +122,48 @@ def rank_files(run: Run) -> Result:
         NothingDoneError: none of the files can be read.
     """
     files = attention_files(str(run.options.attention_files))
-    criteria = run.options.criteria
-    room = Path(run.options.output_dir)  # where there is room for results: many files' statistics are large
-    writable_folder(room)
-    with tempfile.TemporaryDirectory(prefix=".rank-", dir=room) as folder:
-        pile = _Pile()
-        store = _collect(files, pile, criteria, Path(folder))
-        if store is None or pile.shape is None:
-            raise NothingDoneError("no attention file could be used", pile.failures)
-        run = _of_model(run, pile)
-        check_criteria(criteria, pile.shape[0])
-        draws = random_draws(
-            len(files), run.options.num_trials, run.options.num_samples, run.options.random_seed
-        )
-        drawn = draws.sum(axis=0)
-        pile.read = [one for one in pile.read if drawn[one.place]]
-        if not pile.read:
-            raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
-        places = [one.place for one in pile.read]
-        rows = store.rows([_key(place) for place in places])
-        ranking = rank_heads(
-            rows.attention_sum,
-            rows.spatial_entropy(criteria.entropy),
-            bottom_row=rows.bottom_row_focus,
-            draws=draws[:, places],
-            options=criteria,
-            top_n=run.top_n,
-            num_trials=run.options.num_trials,
-            num_samples=run.options.num_samples,
-            seed=run.options.random_seed,
-            model=run.spec.name,
-        )
-        ranking = with_movement(ranking, _movement(pile, drawn, criteria))
+    writable_folder(run.options.output_dir)
+    measured = as_measured(run.options.criteria)
+    kept = json.dumps(
+        [str(local_path(str(run.options.attention_files)).absolute()), measured], sort_keys=True
+    )
+    folder = Path(run.options.output_dir) / f".rank-{hashlib.sha256(kept.encode()).hexdigest()[:16]}"
+    with RunLock(folder):
+        try:
+            result = _rank(run, files, folder)
+        except (UsageError, NothingDoneError):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def _rank(run: Run, files: Sequence[Path], folder: Path) -> Result:
+    pile, criteria = _Pile(), run.options.criteria
+    store = _collect(files, pile, criteria, folder)
+    if store is None or pile.shape is None:
+        raise NothingDoneError("no attention file could be used", pile.failures)
+    run = _of_model(run, pile)
+    check_criteria(criteria, pile.shape[0])
+    draws = random_draws(len(files), run.options.num_trials, run.options.num_samples, run.options.random_seed)
+    drawn = draws.sum(axis=0)
+    pile.read = [one for one in pile.read if drawn[one.place]]
+    if not pile.read:
+        raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
+    rows = store.rows([one.key for one in pile.read])
+    ranking = rank_heads(
+        rows.attention_sum,
+        rows.spatial_entropy(criteria.entropy),
+        bottom_row=rows.bottom_row_focus,
+        draws=draws[:, [one.place for one in pile.read]],
+        options=criteria,
+        top_n=run.top_n,
+        num_trials=run.options.num_trials,
+        num_samples=run.options.num_samples,
+        seed=run.options.random_seed,
+        model=run.spec.name,
+    )
+    ranking = with_movement(ranking, _movement(pile, drawn, criteria, folder))
     writable_folder(run.folder)
     with RunLock(run.folder):
         ranking = _described(ranking, pile)
@@ -172,33 +210,33 @@ def _is_attention(file: Path) -> bool:
 def _collect(
     files: Sequence[Path], pile: _Pile, criteria: CriteriaOptions, folder: Path
 ) -> StatisticsStore | None:
-    """The statistics of every file that can be read; the others are put aside. None if none can."""
+    """The statistics of every file that can be read; the others are put aside. None if none can.
+
+    What a file's maps are of is logged after its statistics: of a file in the log, these are there.
+    """
     store: StatisticsStore | None = None
+    logged = ResultLog(folder, "files", {})
     for place, path in enumerate(tqdm(files, desc="rank", unit="file", disable=None)):
-        try:
-            maps = load_attention(path)
-        except UsageError as error:
-            pile.failures.append(BadEntry(0, path.name, " ".join(str(error).split())))
-            continue
-        pile.agree(path, maps)
+        key, maps = sample_key("", path), None
+        facts = _Facts.logged(logged.get(key))
+        if facts is None or (store is not None and key not in store):
+            try:
+                maps = load_attention(path)
+            except UsageError as error:
+                pile.failures.append(BadEntry(0, path.name, " ".join(str(error).split())))
+                continue
+            facts = _Facts.of(maps)
+        pile.agree(path, facts)
         if store is None:
-            layers, heads = maps.num_layers, maps.num_heads
-            store = StatisticsStore(folder, settings={}, num_layers=layers, num_heads=heads)
-        found = head_statistics(maps.attention, criteria)
-        store.append(
-            [_key(place)],
-            found.attention_sum[None],
-            found.area_entropy[None],
-            found.mass_entropy[None],
-            found.bottom_row_focus[None],
-        )
-        image = (maps.image_file, maps.image_size, maps.grid) if maps.image_file else (place,)
-        pile.read.append(_Read(place, path, image, maps.query))
+            store = StatisticsStore(folder, settings={}, num_layers=facts.shape[0], num_heads=facts.shape[1])
+        if maps is not None:
+            found = head_statistics(maps.attention, criteria)
+            columns = found.attention_sum, found.area_entropy, found.mass_entropy, found.bottom_row_focus
+            store.append([key], *(column[None] for column in columns))
+            logged.append([(key, {"facts": list(facts)})])
+        image = (facts.image_file, facts.image_size, facts.grid) if facts.image_file else (place,)
+        pile.read.append(_Read(place, path, key, image, facts.query))
     return store
-
-
-def _key(place: int) -> bytes:
-    return place.to_bytes(16, "big")
 
 
 def _of_model(run: Run, pile: _Pile) -> Run:
@@ -222,7 +260,7 @@ def _of_model(run: Run, pile: _Pile) -> Run:
     return Run(replace(run.options, model=find_spec(pile.model)), run.model_choice, None, run.before_model)
 
 
-def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions) -> Movement:
+def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions, folder: Path) -> Movement:
     """The mean sensitivity over the images that several files are of; each counts for all its files.
 
     Raises:
@@ -236,13 +274,25 @@ def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions) 
             "criteria.sensitivity=siblings: no two of these files are of one image with different queries, so no "
             "head can be seen to move; write criteria=paper"
         )
+    layers, heads = pile.shape
+    columns = {"sensitivity": MOVED["sensitivity"]}
+    store = StatisticsStore(folder, settings={}, num_layers=layers, num_heads=heads, columns=columns)
     for files in tqdm(images.values(), desc="compare", unit="image", disable=None):
-        image = OneImage()
-        for one in files:
-            image.add(load_attention(one.path).attention)
-        if (sensitivity := image.sensitivity) is not None:
-            means.add(sensitivity, float(sum(drawn[one.place] for one in files)))
+        key = hashlib.sha256(b"".join(one.key for one in files)).digest()[:KEY_BYTES]
+        if key not in store:
+            store.append([key], _sensitivity(files)[None])
+        weight = float(sum(drawn[one.place] for one in files))
+        means.add(store.views([key])["sensitivity"][0], weight)
     return Movement(means.mean, nothing)
+
+
+def _sensitivity(files: Sequence[_Read]) -> NDArray[np.float64]:
+    """Of the files of one image, two or more: `[layer, head]`."""
+    image = OneImage()
+    for one in files:
+        image.add(load_attention(one.path).attention)
+    assert image.sensitivity is not None
+    return image.sensitivity
 
 
 def _of_several_queries(read: Sequence[_Read]) -> Iterator[tuple[tuple[object, ...], list[_Read]]]:
