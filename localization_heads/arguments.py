@@ -12,6 +12,7 @@ from localization_heads.grounder import (
     Grounder,
     check_heads,
     chosen_heads,
+    found_with_of,
     load_calibration,
     make_segmenter,
 )
@@ -61,13 +62,11 @@ def _heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
         except ValueError as error:
             raise ArgumentError(f"heads: {error}") from None
     if heads is None or (isinstance(heads, str) and heads == "auto"):
-        ready = lvlm.ready
-        if ready.advice:
-            lvlm.note(ready.advice)
-        return ready.heads[:k]
+        return lvlm.heads_auto()[:k]
     if isinstance(heads, str) and heads == "greedy":
         return ()
     if isinstance(heads, str | Path):
+        lvlm.note_other_conditions(f"heads={heads}", found_with_of(str(heads)))
         return chosen_heads(str(heads), k)
     try:
         named = [_head(one) for one in heads]

@@ -6,7 +6,7 @@ the figures and the store consume it. It holds numpy arrays and plain values onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,6 +59,7 @@ class AttentionMaps:
             of the mark that closes it; None where that was not asked for.
         presence_logit: log-odds of yes against no, in nats, where the model was asked whether the image shows this.
         statement_logit: the same where it was asked whether the expression holds, as in "is the dog on the left?".
+        asked: the model's weights, prompt and query token (`LVLM.asked`); None where that is not known.
         heads: the heads that `attention` and `answer` have maps of, where only theirs were kept: their axes
             `[layer, head]` are then 1 and the heads in this order. None where all are there.
 
@@ -82,6 +83,7 @@ class AttentionMaps:
     expression_logprob: float | None = None
     presence_logit: float | None = None
     statement_logit: float | None = None
+    asked: Mapping[str, str | None] | None = None
     heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:

@@ -19,15 +19,16 @@ from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.one_sample import own_heads
-from localization_heads.heads.ready import ReadyHeads, ready_lists
+from localization_heads.heads.ready import NONE_READY, ReadyHeads, ready_lists
+from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside
-from localization_heads.lvlm.checkpoints.spec import find_spec
+from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.segmentation.segmenter import Proposer, Segmenter, refine
 from localization_heads.store.files import read_json
-from localization_heads.store.results import load_head_list, load_ranking
+from localization_heads.store.results import is_ranking, load_head_list, load_ranking
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,10 +78,13 @@ class Grounder:
             every_head: other heads than these will be read too.
         """
         asks = self.calibration is not None and self.calibration.asks
-        return beside(self.options.contrast, self.heads, signals=asks, every_head=every_head)
+        words = probing(self.criteria).words
+        return beside(self.options.contrast, self.heads, signals=asks, every_head=every_head, words=words)
 
     def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
         """The heads that ground one sample. NoHeadError where it has to pick its own and none passes.
+
+        By the third criterion it can pick them only if other expressions were asked beside its own.
 
         Args:
             statistics: of the maps, where they are known already.
@@ -88,7 +92,8 @@ class Grounder:
         if self.heads:
             return list(self.heads)
         statistics = statistics or head_statistics(maps.attention, self.criteria)
-        return own_heads(statistics, self.criteria, self.k)
+        third = movement_in(maps, None) if is_wanted(self.criteria) else None
+        return own_heads(statistics, self.criteria, self.k, third)
 
     def ground(
         self,
@@ -178,8 +183,9 @@ def _entry(maps: AttentionMaps) -> str:
 
 
 def _named(group: str, options: CriteriaOptions | GroundingOptions) -> dict[str, Any]:
-    """The third criterion is left out: no sample that picks its own heads reads it."""
-    third = SensitivityOptions.__pydantic_fields__
+    """The third criterion is named only where samples pick their own heads by it; none of them reads `mirrored`."""
+    wanted = getattr(options, "sensitivity", "none") != "none"
+    third = {"mirrored"} if wanted else SensitivityOptions.__pydantic_fields__
     return {f"{group}.{name}": value for name, value in asdict(options).items() if name not in third}
 
 
@@ -244,9 +250,7 @@ def choose_heads(
         return None
     if wanted != "auto":
         return chosen_heads(wanted, k)
-    known = ready.heads[:k] if ready and ready.heads else latest_heads(model, folder, k)
-    if ready and ready.advice:
-        log.warning("heads=auto: %s", ready.advice)
+    known = known_heads(model, folder, k, ready)
     if not known:
         log.warning("no heads are known for %s: each sample picks its own", model)
     elif len(known) < k:
@@ -254,14 +258,15 @@ def choose_heads(
     return known
 
 
-def known_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
-    """What `heads=auto` means: the model's published heads, else the best of the heads.json in its folder.
+def known_heads(model: str, folder: Path, k: int, ready: ReadyHeads | None) -> tuple[Head, ...] | None:
+    """What `heads=auto` means: what fits of the model's known heads, else the best of the heads.json in its folder.
 
-    None where neither is there: a heads.json of another model says nothing about this one.
+    None where neither is there: a heads.json of another model says nothing about this one. A note says why published
+    heads are not taken.
     """
-    if model and (published := find_spec(model).heads):
-        return published[:k]
-    return latest_heads(model, folder, k)
+    if ready and ready.advice:
+        log.warning("heads=auto: %s", ready.advice)
+    return ready.heads[:k] if ready and ready.heads else latest_heads(model, folder, k)
 
 
 def latest_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
@@ -270,6 +275,34 @@ def latest_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
     if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
         return None
     return tuple(head.address for head in ranking.kept[:k]) or None
+
+
+def heads_source(
+    wanted: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
+) -> Path | str | None:
+    """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads.
+
+    Args:
+        model, folder, ready: as of `choose_heads`; only `auto` reads them.
+    """
+    if isinstance(wanted, str) and wanted.endswith(".json"):
+        return Path(wanted) if is_ranking(wanted) else None
+    if isinstance(wanted, str) and is_repository(wanted):
+        return wanted
+    if wanted != "auto" or folder is None or ready.heads or not (folder / "heads.json").is_file():
+        return None
+    return folder / "heads.json" if load_ranking(folder / "heads.json").model == model else None
+
+
+def found_with_of(
+    wanted: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
+) -> FoundWith | None:
+    """How the heads of `heads=` were found, None where that is not known. Arguments as of `heads_source`."""
+    if (source := heads_source(wanted, model, folder, ready)) is not None:
+        return load_heads(source).found_with
+    if isinstance(wanted, str) and wanted in ready_lists():
+        return ready_lists()[wanted].found_with
+    return ready.of.found_with if wanted == "auto" and ready.of else None
 
 
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,21 @@ from numpy.typing import NDArray
 from localization_heads.errors import NoHeadError
 from localization_heads.heads.criteria import HeadStatistics, keep_heads
 from localization_heads.heads.head import Head
+from localization_heads.heads.sensitivity import Moved, movement_of
 from localization_heads.options.groups import CriteriaOptions, Ties
 
 WAY_OUT = "lower criteria.tau, or name heads as in heads=[14-24,14-13,14-26]"
 
 
-def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
+def greedy_heads(
+    statistics: HeadStatistics, options: CriteriaOptions, k: int, moved: Moved | None = None
+) -> list[Head]:
     """The `k` heads that both criteria pick in this sample alone (the paper's "greedy" ablation, Tab. 5).
 
     Fewer if fewer pass criterion 1 with a finite entropy, unless `options.fallback` names others.
+
+    Args:
+        moved: the third criterion in this sample: those that pass and move most come first, whatever their entropy.
 
     >>> from localization_heads.heads.criteria import head_statistics
     >>> maps = np.zeros((4, 2, 3, 3))  # layer, head, row, column
@@ -28,10 +36,24 @@ def greedy_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -
     [Head(layer=3, head=1)]
     """
     found = statistics
-    return sample_heads(found.attention_sum, found.spatial_entropy, found.bottom_row_focus, options, k)
+    of_sample = partial(
+        sample_heads, found.attention_sum, found.spatial_entropy, found.bottom_row_focus, options
+    )
+    if moved is None:
+        return of_sample(k)
+    return sorted(of_sample(found.attention_sum.size), key=partial(_stays, moved))[:k]
 
 
-def own_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> list[Head]:
+def _stays(moved: Moved, head: Head) -> float:
+    """Less for a head that moves more; most where that is not known."""
+    sensitivity, consistency = (None if np.isnan(one[head]) else float(one[head]) for one in moved)
+    movement = movement_of(sensitivity, consistency)
+    return math.inf if movement is None else -round(movement, 6)
+
+
+def own_heads(
+    statistics: HeadStatistics, options: CriteriaOptions, k: int, moved: Moved | None = None
+) -> list[Head]:
     """`greedy_heads` where a box has to come of them: at least one.
 
     A sample without is not grounded, nowhere: it fails alone, and no metric counts it.
@@ -39,7 +61,7 @@ def own_heads(statistics: HeadStatistics, options: CriteriaOptions, k: int) -> l
     Raises:
         NoHeadError: no head passes the criteria in this sample.
     """
-    heads = greedy_heads(statistics, options, k)
+    heads = greedy_heads(statistics, options, k, moved)
     if not heads:
         raise NoHeadError(f"no head passes the criteria in this sample, so none can ground it: {WAY_OUT}")
     return heads

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import NATIVE_BOX, FoundWith
+from localization_heads.heads.record import NATIVE_BOX, FoundWith, difference
 from localization_heads.options.compose import choices_of, preset
 from localization_heads.options.kinds import did_you_mean
 
@@ -53,11 +53,11 @@ class ReadyList:
     def __str__(self) -> str:
         return f"{self.name} ({self.source})"
 
-    def misfit(self, conv_mode: str | None, query_token: str) -> str | None:
+    def misfit(self, conv_mode: str | None, query_token: str | None) -> str | None:
         """In words, what is not as when it was found; None if all is, as far as it is known.
 
         Args:
-            conv_mode: None where it follows the heads.
+            conv_mode: None where it follows the heads, or is not known.
 
         >>> ready_list("paper-llava").misfit("chat", "last_and_answer")
         'found with conv_mode=referseg (here: chat)'
@@ -120,8 +120,11 @@ class ReadyHeads(NamedTuple):
         )
 
 
+NONE_READY = ReadyHeads()
+
+
 def choose_ready(
-    own: Sequence[Head], names: Sequence[str], conv_mode: str | None, query_token: str
+    own: Sequence[Head], names: Sequence[str], conv_mode: str | None, query_token: str | None
 ) -> ReadyHeads:
     """The first of a model's lists that was found with this prompt and query token.
 
@@ -143,6 +146,17 @@ def choose_ready(
             return ReadyHeads(one.heads, one, tuple(why_not))
         why_not.append(f"{one} was {misfit}")
     return ReadyHeads(why_not=tuple(why_not))
+
+
+def other_conditions(heads: str, found: FoundWith | None, asked: FoundWith | None) -> str | None:
+    """One sentence where heads were found with other weights, another prompt or query token, as far as that is known.
+
+    >>> other_conditions("heads=a.json", {"query_token": "last"}, {"query_token": "answer_mean"})  # doctest: +ELLIPSIS
+    'heads=a.json: found with query_token=last (here: answer_mean); others may be better here: ...'
+    """
+    if not found or not asked or (how := difference(found, asked)) is None:
+        return None
+    return f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
 
 
 class Overlap(NamedTuple):

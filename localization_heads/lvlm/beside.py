@@ -39,13 +39,21 @@ NOTHING = Beside()
 
 
 def beside(
-    contrast: Contrast, heads: Iterable[Sequence[int]] | None, *, signals: bool, every_head: bool = False
+    contrast: Contrast,
+    heads: Iterable[Sequence[int]] | None,
+    *,
+    signals: bool,
+    every_head: bool = False,
+    words: tuple[str, ...] = (),
 ) -> Beside:
     """What is asked beside expressions that these heads ground, each image's own if there are none.
 
     Args:
         every_head: other heads than these will be read too, and the other expressions' maps of all of them are kept.
+        words: of the third criterion, by which an image picks its own heads; asked where nothing else is.
     """
+    if words and not heads and contrast == "none" and not signals:
+        return Beside("siblings", words=words)
     kept = None if every_head or not heads else tuple((layer, head) for layer, head in heads)
     return Beside(contrast, signals, kept)
 

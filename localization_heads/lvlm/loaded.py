@@ -251,6 +251,7 @@ class LoadedModel(PromptedModel):
             query=expression,
             prompt=prompt,
             model=self.name,
+            asked=self.asked,
             answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
             answer_text="" if said is None else said.text,
             answer_logprob=None if said is None else said.logprob,

@@ -26,6 +26,7 @@ from localization_heads.lvlm.asking import ask_beside
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.clips import attend_clip
 from localization_heads.lvlm.loaded import LoadedModel
+from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 from localization_heads.lvlm.tracing import traced
 from localization_heads.options.compose import newcomers_grounding
@@ -227,8 +228,8 @@ class LVLM(LoadedModel):
 
         Args:
             image: RGB image of any size.
-            heads: whose maps are kept; None takes the known heads, and if there are none, the three that this image
-                and query pick.
+            heads: whose maps are kept; None takes the known heads, as far as they were found with this prompt and query
+                token, and if there are none, the three that this image and query pick.
             max_new_tokens: length of the longest answer, in tokens.
             trace: which step belongs to a word, and what is kept of it.
             options: how maps become boxes; by default as in `ground`. Maps of other expressions are not asked for.
@@ -237,7 +238,7 @@ class LVLM(LoadedModel):
             UsageError: a query that cannot be used, or a head that the model does not have.
             NotFiniteError: NaN or infinite attention.
         """
-        chosen = tuple(Head(*head) for head in heads or self.known_heads or self.own_heads(image, query))
+        chosen = tuple(Head(*head) for head in heads or self.heads_auto() or self.own_heads(image, query))
         return traced(
             self,
             image,
@@ -253,7 +254,9 @@ class LVLM(LoadedModel):
     ) -> list[Head]:
         """The heads that this very image and query pick. NoHeadError where none passes the criteria."""
         criteria = criteria or CriteriaOptions()
-        return own_heads(head_statistics(self.attend(image, query).attention, criteria), criteria, k)
+        maps = self.attend(image, query, beside=probing(criteria))
+        third = movement_in(maps, None) if is_wanted(criteria) else None
+        return own_heads(head_statistics(maps.attention, criteria), criteria, k, third)
 
     def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.

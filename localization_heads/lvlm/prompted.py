@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from localization_heads.data.images import as_seen
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.heads.ready import ReadyHeads, choose_ready
-from localization_heads.heads.record import NATIVE_BOX, FoundWith, asked, difference
+from localization_heads.heads.ready import ReadyHeads, choose_ready, other_conditions
+from localization_heads.heads.record import NATIVE_BOX, FoundWith, asked
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat
 from localization_heads.lvlm.families.geometry import check_shape, image_token_id
 from localization_heads.lvlm.families.table import family_of
@@ -179,10 +179,8 @@ class PromptedModel:
 
     def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
         """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
-        if found and (how := difference(found, self.asked)):
-            self.note(
-                f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
-            )
+        if said := other_conditions(heads, found, self.asked):
+            self.note(said)
 
     @property
     def changed(self) -> tuple[Change, ...]:
@@ -199,6 +197,12 @@ class PromptedModel:
         """What fits of the known heads and the ready lists, as the model is asked."""
         mode = NATIVE_BOX if self.box_form else self.conv_mode
         return choose_ready(self.spec.heads, self.spec.lists, mode, self.query_token)
+
+    def heads_auto(self) -> tuple[Head, ...]:
+        """`heads="auto"`: what fits of the known heads, best first; none with a note where none do."""
+        if self.ready.advice:
+            self.note(self.ready.advice)
+        return self.ready.heads
 
     @property
     def num_parameters(self) -> int:

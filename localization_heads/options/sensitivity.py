@@ -19,8 +19,8 @@ class SensitivityOptions(Options):
     sensitivity: Sensitivity = option(
         "none",
         "Third criterion: nothing (paper), or rank the heads that criterion 1 keeps by how far their maps move when "
-        "other expressions of the same image are asked (siblings, criteria=robust). It is measured by find and batch, "
-        "not by a sample that picks its own heads.",
+        "other expressions of the same image are asked (siblings, criteria=robust). A sample that picks its own heads "
+        "goes by its other expressions alone, without the mirrored image.",
         kw_only=True,
     )
     siblings: Annotated[

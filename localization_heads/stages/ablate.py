@@ -176,6 +176,7 @@ def _conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
     ranked = [head for head in ranking.heads if head.layer >= first and head.layer in there]
     named = _named(run)
     check_heads(named, lvlm.num_layers, lvlm.num_heads)
+    run.note_heads()
     listed = tuple(dict.fromkeys([*named, *(head.address for head in ranked)]))
     by_sum = sorted(ranked, key=lambda head: (-head.attention_sum, head.layer, head.head))
     return conditions(
@@ -194,7 +195,7 @@ def _named(run: Run) -> tuple[Head, ...]:
     if wanted == "greedy":
         raise UsageError("heads=greedy: stage=ablate changes fixed heads; write heads=auto or name them")
     if wanted == "auto":
-        return known_heads(run.spec.name, run.folder, MANY) or ()
+        return known_heads(run.spec.name, run.folder, MANY, run.ready) or ()
     return every_head(wanted)
 
 

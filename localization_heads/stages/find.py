@@ -336,7 +336,7 @@ def _ground_all(
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
-            if run.asks_more(grounder.calibration):
+            if run.asks_more(heads, grounder.calibration):
                 maps = completed(run, entries, grounder, sample, maps)
             if run.num_drawn is None or number < run.num_drawn:
                 drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)

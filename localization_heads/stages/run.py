@@ -18,6 +18,8 @@ from localization_heads.grounder import (
     check_heads,
     choose_calibration,
     choose_heads,
+    found_with_of,
+    heads_source,
     make_segmenter,
 )
 from localization_heads.grounding.confidence import Calibration
@@ -25,10 +27,10 @@ from localization_heads.grounding.ground import LEAST_MASS, LEAST_OF_PLACES
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import NATIVE_BOX, FoundWith
-from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import Beside, beside
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
+from localization_heads.lvlm.mirrored import probing
 from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.companions import ChatOptions, DemoOptions
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec, SegmenterOptions
@@ -37,7 +39,6 @@ from localization_heads.options.programs import FinderOptions
 from localization_heads.options.shared import ImageAddresses, ModelUse
 from localization_heads.segmentation.segmenter import Segmenter
 from localization_heads.store.paths import attention_path
-from localization_heads.store.results import is_ranking, load_ranking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,11 +157,12 @@ class ModelRun(Generic[Chosen]):
             calibration: where it weighs what the model says of itself, that is asked as well.
         """
         signals = self.options.signals or (calibration is not None and calibration.asks)
-        return beside(self.options.grounding.contrast, heads, signals=signals, every_head=every_head)
+        contrast, words = self.options.grounding.contrast, probing(self.options.criteria).words
+        return beside(contrast, heads, signals=signals, every_head=every_head, words=words)
 
-    def asks_more(self, calibration: Calibration | None) -> bool:
+    def asks_more(self, heads: Sequence[Head] | None, calibration: Calibration | None) -> bool:
         """Whether a box and its confidence need more than the maps that an attention file holds."""
-        return bool(self.beside(None, calibration)) or self.options.query_token == "last_and_answer"
+        return bool(self.beside(heads, calibration)) or self.options.query_token == "last_and_answer"
 
     @property
     def is_spread(self) -> bool:
@@ -233,31 +235,18 @@ class ModelRun(Generic[Chosen]):
         """Whose heads `heads=` takes, where they are on a ready list."""
         if self.options.heads == "auto":
             return str(self.ready.of) if self.ready.of else None
-        return str(ready_lists()[self.options.heads]) if self._is_ready_list else None
-
-    @property
-    def _is_ready_list(self) -> bool:
-        return isinstance(self.options.heads, str) and self.options.heads in ready_lists()
+        wanted = self.options.heads
+        return str(ready_lists()[wanted]) if isinstance(wanted, str) and wanted in ready_lists() else None
 
     @cached_property
     def heads_source(self) -> Path | str | None:
         """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads."""
-        wanted, latest = self.options.heads, self.folder / "heads.json"
-        if isinstance(wanted, str) and wanted.endswith(".json"):
-            return Path(wanted) if is_ranking(wanted) else None
-        if isinstance(wanted, str) and is_repository(wanted):
-            return wanted
-        own = wanted == "auto" and not self.ready.heads and latest.is_file()
-        return latest if own and load_ranking(latest).model == self.spec.name else None
+        return heads_source(self.options.heads, self.spec.name, self.folder, self.ready)
 
     @property
     def heads_found_with(self) -> FoundWith | None:
         """How the heads of `heads=` were found, None where that is not known."""
-        if self.heads_source is not None:
-            return load_heads(self.heads_source).found_with
-        if self._is_ready_list:
-            return ready_lists()[self.options.heads].found_with
-        return self.ready.of.found_with if self.options.heads == "auto" and self.ready.of else None
+        return found_with_of(self.options.heads, self.spec.name, self.folder, self.ready)
 
     def note_heads(self) -> None:
         """Notes it if the heads were found with other weights, another prompt or another query token."""

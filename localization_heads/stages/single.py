@@ -16,12 +16,15 @@ from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounder import Grounder, check_heads, choose_heads
-from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounder import Grounder, check_heads, choose_heads, found_with_of
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
+from localization_heads.heads.ready import choose_ready, other_conditions
+from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.lvlm.checkpoints.spec import find_spec
+from localization_heads.lvlm.mirrored import is_wanted
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import moving
@@ -79,11 +82,11 @@ class Visualised:
     paths: list[Path]
 
 
-def collect(run: Run, calibration: Calibration | None = None) -> Collected:
+def collect(run: Run, beside: Beside = NOTHING) -> Collected:
     """The attention of every head for one image and one expression -> `attention/<id>.pkl`.
 
     Args:
-        calibration: what the model is asked for beside the expression.
+        beside: what the model is asked besides, which no file holds.
     """
     run.options.require("image_file", "query")
     source, query = run.image(run.options.image_file), str(run.options.query)
@@ -92,7 +95,6 @@ def collect(run: Run, calibration: Calibration | None = None) -> Collected:
     image = load_image(source)
     writable_folder(run.attention_folder)  # before the work, not after it
     note_unknown_words(run.lvlm, [query])
-    beside = run.beside(None, calibration)
     maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
     save_attention(maps, path, run.options.attention_format)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
@@ -131,10 +133,28 @@ def visualize(run: Run) -> Visualised:
     analysed = analyse_file(run, load_attention(path), path, replace=False)
     if run.options.grounding.contrast != "none":
         log.warning("grounding.contrast: the file has no maps of other expressions, and is read without")
-    # The file may be of another model than model= names: heads=auto takes the heads of that one.
-    heads = choose_heads(run.options.heads, run.options.k, analysed.maps.model, path.parent.parent)
+    if run.options.heads == "greedy" and is_wanted(run.options.criteria):
+        log.warning(
+            "heads=greedy: the file has no maps of other expressions: picked by the paper's two criteria"
+        )
+    heads = heads_of_file(run.options.heads, run.options.k, analysed.maps, path)
     image = image_of(analysed.maps, run.options.allow_private_addresses)
     return draw_sample(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
+
+
+def heads_of_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple[Head, ...] | None:
+    """The heads of `heads=` for an attention file, which may be of another model than `model=` names; None for its own.
+
+    `heads=auto` takes those known for its model, if they were found as it was made, as far as the file says that; a
+    note if others were found in another way.
+    """
+    spec, asked, folder = find_spec(maps.model), maps.asked or {}, path.parent.parent
+    ready = choose_ready(spec.heads, spec.lists, asked.get("conv_mode"), asked.get("query_token"))
+    heads = choose_heads(wanted, k, maps.model, folder, ready)
+    found = found_with_of(wanted, maps.model, folder, ready)
+    if said := other_conditions(f"heads={wanted}", found, maps.asked):
+        log.warning("%s", said)
+    return heads
 
 
 def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
@@ -142,7 +162,7 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.options.require("image_file", "query")
     run.check_named_heads()
     calibration = run.calibration_of(run.named_heads)  # one that does not fit is wrong use, before the work
-    collected = collect(run, calibration)
+    collected = collect(run, run.beside(run.named_heads, calibration, every_head=True))
     analysed = analyse_file(run, collected.maps, collected.path)
     maps, path, image = collected.maps, collected.path, collected.image
     grounder = run.grounder(run.named_heads, calibration)
@@ -158,7 +178,9 @@ def completed(
         entries.images.load(sample, again=True),
         sample.expression,
         last_layer=grounder.last_layer,
-        beside=run.beside(None, grounder.calibration),  # the report reads other heads as well
+        beside=run.beside(
+            grounder.heads, grounder.calibration, every_head=True
+        ),  # the report reads other heads as well
         siblings=entries.siblings(sample),
     )
     return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)

@@ -9,14 +9,20 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
 from localization_heads.data.samples import VisualizationEntry, load_visualization_entries
 from localization_heads.errors import BadEntry, UsageError, WorkError
-from localization_heads.grounder import Grounder, check_heads, known_heads
+from localization_heads.grounder import Grounder, check_heads
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.companions import VisualizeOptions
 from localization_heads.stages.entries import choose_range
 from localization_heads.stages.run import check_criteria
-from localization_heads.stages.single import attention_file_of, find_attention_file, image_of, top_heads
+from localization_heads.stages.single import (
+    attention_file_of,
+    find_attention_file,
+    heads_of_file,
+    image_of,
+    top_heads,
+)
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.paths import side_path
 
@@ -133,7 +139,7 @@ def _top(
     options: VisualizeOptions, path: Path, maps: AttentionMaps, statistics: HeadStatistics
 ) -> tuple[list[Head], Grounding]:
     """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
-    chosen = known_heads(maps.model, path.parent.parent, options.k)
+    chosen = heads_of_file("auto", options.k, maps, path)
     grounder = Grounder(chosen or (), options.criteria, options.grounding, k=options.k)
     check_heads(grounder.heads, maps.num_layers, maps.num_heads)
     grounding = grounder.ground(maps, None, statistics)

@@ -33,6 +33,8 @@ MAX_WEIGHT = 1.01
 """Softmax weights are at most 1; half precision rounds."""
 _UNPACKED = 4, 32 << 20
 """Limit of what a gzipped file may unpack to: a multiple of its size plus some bytes. Softmax weights shrink by two."""
+MOST_ASKED = 20
+"""Entries of `asked`."""
 _TEXTS = ("image_file", "query", "prompt", "model", "id")
 
 
@@ -59,6 +61,7 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
         "image_size": [int(n) for n in maps.image_size],
         "image_box": [float(x) for x in maps.image_box],
         **{name: str(getattr(maps, name)) for name in _TEXTS},
+        "asked": {name: value for name, value in (maps.asked or {}).items() if value is not None},
     }
     if path.suffix == ".pkl":
         content = {"version": VERSION, "attention": attention, **rest}
@@ -166,6 +169,7 @@ def _from_content(content: dict[Any, Any]) -> AttentionMaps:
         attention=np.array(attention, dtype=np.float32, order="C"),
         image_box=_box(content),
         image_size=_size(_numbers(content, "image_size", 2)),
+        asked=_asked(content),
         **texts,
     )
 
@@ -200,6 +204,15 @@ def _text(content: Mapping[Any, Any], name: str) -> str:
     if not isinstance(value, str):
         raise _MalformedError(f"'{name}' must be text, not {shown(value)}")
     return value
+
+
+def _asked(content: Mapping[Any, Any]) -> dict[str, str | None] | None:
+    """None of files of earlier versions, which do not say."""
+    values = content.get("asked") or {}
+    short = isinstance(values, dict) and len(values) <= MOST_ASKED
+    if not short or not all(isinstance(text, str) for item in values.items() for text in item):
+        raise _MalformedError(f"'asked' must be a few texts by name, not {shown(values)}")
+    return dict(values) or None
 
 
 def _from_published(content: Any, path: Path) -> AttentionMaps:
@@ -311,7 +324,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             if "attention" not in list(file.keys()):
                 raise UsageError(f"{path}: not an attention file: it holds no tensor 'attention'")
             content: dict[str, Any] = {name: metadata.get(name, "") for name in _TEXTS}
-            for name in ("version", "grid", "image_size", "image_box"):
+            for name in ("version", "grid", "image_size", "image_box", "asked"):
                 content[name] = parse_json(metadata.get(name, "null").encode())
             return {**content, "attention": file.get_tensor("attention")}
     except (SafetensorError, ValueError, TypeError, OSError) as error:

@@ -180,7 +180,7 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
     with MODEL.room(3 * num_pixels(image)):
         opened = MODEL.take(read_image, image)
         calibration = run.calibration_of(run.named_heads)
-        beside = run.beside(None, calibration)
+        beside = run.beside(run.named_heads, calibration, every_head=True)
         maps = tuple(
             MODEL.take(run.lvlm.attend, opened, expression, beside=beside, siblings=expressions)
             for expression in expressions
