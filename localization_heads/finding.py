@@ -23,8 +23,8 @@ from localization_heads.heads.ranking import HeadRanking, random_draws, rank_hea
 from localization_heads.heads.record import found_with
 from localization_heads.heads.robust import with_movement
 from localization_heads.heads.sensitivity import Moved, mean_movement
-from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside
-from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted, movement_in, probing
+from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, is_wanted, movement_in, probing
+from localization_heads.lvlm.mirrored import ask_mirrored
 from localization_heads.lvlm.native_box import box_reader
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.labels import HeadsBy, Shrink

@@ -22,8 +22,7 @@ from localization_heads.heads.one_sample import own_heads
 from localization_heads.heads.ready import NONE_READY, ReadyHeads, ready_lists
 from localization_heads.heads.record import FoundWith
 from localization_heads.hub import is_repository, load_heads
-from localization_heads.lvlm.beside import Beside, beside
-from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
+from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.segmentation.segmenter import Proposer, Segmenter, refine

@@ -25,6 +25,7 @@ from localization_heads.experiments.tables import ROBUST as ROBUST_ROW
 from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.figures import plot_sensitivity
 from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.one_sample import greedy_heads
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 from localization_heads.heads.record import resting
 from localization_heads.heads.robust import disagreement, papers_first, robust_first, with_movement
@@ -390,6 +391,36 @@ def test_wrong_words_are_one_line(data: Front) -> None:
         result = data.finder("stage=find", *DATA, option)
         assert result.status == 2, option
         assert option.split("=")[0] in result.err
+
+
+def test_a_sample_picks_its_own_heads_by_it(data: Front, lvlm: LVLM) -> None:
+    """By hand from the maps of three words; the first two of the paper's criteria are others."""
+    image = Image.open("image_0.png").convert("RGB")
+    maps, *others = (lvlm.attend(image, text) for text in ("the dog", *WORDS))
+    statistics = head_statistics(maps.attention)
+    passing = greedy_heads(statistics, CriteriaOptions(), 99)
+    stays = np.mean(
+        [[[obvious_overlap(*pair) for pair in zip(*layer, strict=True)]
+          for layer in zip(maps.attention, other.attention, strict=True)] for other in others], axis=0
+    )  # fmt: skip
+    expected = sorted(passing, key=lambda head: round(stays[head], 6))[:3]
+    assert expected != passing[:3]
+    result = data.finder(
+        "stage=ground", "image_file=image_0.png", "query=the dog", "heads=greedy", "criteria=robust"
+    )
+    assert result.status == 0, result.err
+    (line,) = data.out.glob("attention/*_prediction.jsonl")
+    assert json.loads(line.read_text())["heads"] == [list(head) for head in expected]
+    assert lvlm.own_heads(image, "the dog", ROBUST) == expected
+    paper = lh.ground(lvlm, image, "the dog", heads="greedy")
+    assert paper.heads == tuple(passing[:3])
+    batch = data.finder(
+        "stage=batch", "data_file=data.jsonl", "end_index=1", "heads=greedy", "criteria=robust"
+    )
+    assert batch.status == 0, batch.err
+    assert json.loads((data.out / "predictions.jsonl").read_text())["heads"] == [
+        list(head) for head in expected
+    ]
 
 
 def test_doctor_says_which_heads_follow_on_its_image(data: Front, monkeypatch: pytest.MonkeyPatch) -> None:

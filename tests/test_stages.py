@@ -34,6 +34,7 @@ from localization_heads.store.paths import attention_path
 
 ATTENTION_KEYS = [
     "version", "attention", "grid", "image_size", "image_box", "image_file", "query", "prompt", "model", "id",
+    "asked",
 ]  # fmt: skip
 ANALYSIS_KEYS = [
     "layer", "head", "head_idx", "attn_sum", "spatial_entropy", "bottom_row_focus", "num_components", "above_threshold",

@@ -63,8 +63,9 @@ def same(a: AttentionMaps, b: AttentionMaps) -> bool:
 @pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
 def test_an_attention_file_comes_back_as_it_was(suffix, tmp_path):
     path = tmp_path / "attention" / f"example_1{suffix}"
-    save_attention(MAPS, path)
-    assert same(load_attention(path), MAPS)
+    for maps in (MAPS, replace(MAPS, asked={"conv_mode": "chat", "query_token": "last"})):
+        save_attention(maps, path)
+        assert same(load_attention(path), maps)
     assert load_attention(path).attention.flags.writeable
 
 
@@ -127,6 +128,9 @@ GOOD = {
         ({"image_box": "abcd"}, "'image_box'"),
         ({"query": 5}, "'query'"),
         ({"query": b"x"}, "'query'"),
+        ({"asked": {"query_token": 5}}, "'asked'"),
+        ({"asked": {str(n): "x" for n in range(99)}}, "'asked'"),
+        ({"asked": ["last"]}, "'asked'"),
     ],
 )
 def test_wrong_content_is_refused_by_name(change, said, tmp_path):

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from localization_heads.options.groups import Contrast
+import numpy as np
+from numpy.typing import NDArray
+
+from localization_heads.attention import AttentionMaps
+from localization_heads.heads.sensitivity import Moved, moved
+from localization_heads.options.groups import Contrast, CriteriaOptions
 
 MOST_OTHERS = 8
 """Other expressions of an image that one is contrasted with."""
@@ -56,6 +61,21 @@ def beside(
         return Beside("siblings", words=words)
     kept = None if every_head or not heads else tuple((layer, head) for layer, head in heads)
     return Beside(contrast, signals, kept)
+
+
+def is_wanted(criteria: CriteriaOptions) -> bool:
+    """Whether the third criterion is to be measured."""
+    return criteria.sensitivity != "none"
+
+
+def probing(criteria: CriteriaOptions) -> Beside:
+    """What is asked beside each expression: a few others of the image, on its encoding; nothing if not wanted."""
+    return Beside("siblings", words=criteria.siblings) if is_wanted(criteria) else NOTHING
+
+
+def movement_in(maps: AttentionMaps, mirrored: NDArray[np.float32] | None) -> Moved:
+    """The third criterion of every head in one sample, whose other expressions were asked beside it."""
+    return moved(maps.attention, [other.attention for other in maps.others], mirrored)
 
 
 def other_expressions(expression: str, others: Iterable[str]) -> tuple[str, ...]:

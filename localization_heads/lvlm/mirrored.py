@@ -1,4 +1,4 @@
-"""What the third criterion asks of a model: other expressions of an image, and the mirrored image. Needs no torch."""
+"""The mirrored image, which the third criterion asks of a model besides other expressions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,12 @@ from PIL import Image, ImageOps
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import NotFiniteError, OutOfMemoryError
-from localization_heads.heads.sensitivity import Moved, moved, swapped
-from localization_heads.lvlm.beside import NOTHING, Beside
-from localization_heads.options.groups import CriteriaOptions
+from localization_heads.heads.sensitivity import swapped
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.model import LVLM
 
 log = logging.getLogger(__name__)
-
-
-def is_wanted(criteria: CriteriaOptions) -> bool:
-    """Whether the third criterion is to be measured."""
-    return criteria.sensitivity != "none"
-
-
-def probing(criteria: CriteriaOptions) -> Beside:
-    """What is asked beside each expression: a few others of the image, on its encoding; nothing if not wanted."""
-    return Beside("siblings", words=criteria.siblings) if is_wanted(criteria) else NOTHING
 
 
 def ask_mirrored(
@@ -61,8 +49,3 @@ def covers_mirrored(maps: AttentionMaps, mirrored: AttentionMaps) -> bool:
     (x0, y0, x1, y1), own = mirrored.image_box, np.array(maps.image_box)
     cell = np.array([(own[2] - own[0]) / columns, (own[3] - own[1]) / rows] * 2)
     return bool((np.abs(np.array([width - x1, y0, width - x0, y1]) - own) <= 0.5 * cell).all())
-
-
-def movement_in(maps: AttentionMaps, mirrored: NDArray[np.float32] | None) -> Moved:
-    """The third criterion of every head in one sample, whose other expressions were asked beside it."""
-    return moved(maps.attention, [other.attention for other in maps.others], mirrored)

@@ -23,10 +23,9 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import ask_beside
-from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.lvlm.beside import NOTHING, Beside, is_wanted, movement_in, probing
 from localization_heads.lvlm.clips import attend_clip
 from localization_heads.lvlm.loaded import LoadedModel
-from localization_heads.lvlm.mirrored import is_wanted, movement_in, probing
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 from localization_heads.lvlm.tracing import traced
 from localization_heads.options.compose import newcomers_grounding

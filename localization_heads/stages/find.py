@@ -23,8 +23,7 @@ from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draw
 from localization_heads.heads.record import NATIVE_BOX, asked, found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import BOX
-from localization_heads.lvlm.beside import NOTHING
-from localization_heads.lvlm.mirrored import movement_in, probing
+from localization_heads.lvlm.beside import NOTHING, movement_in, probing
 from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries

@@ -16,7 +16,8 @@ from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.record import resting
 from localization_heads.heads.robust import disagreement, with_movement
 from localization_heads.heads.sensitivity import Movement, mean_movement
-from localization_heads.lvlm.mirrored import ask_mirrored, is_wanted, movement_in, probing
+from localization_heads.lvlm.beside import is_wanted, movement_in, probing
+from localization_heads.lvlm.mirrored import ask_mirrored
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages.chunks import Attended, LookAgain
 from localization_heads.stages.entries import Entries, image_key

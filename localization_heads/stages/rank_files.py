@@ -31,9 +31,8 @@ from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draw
 from localization_heads.heads.record import found_with
 from localization_heads.heads.robust import with_movement
 from localization_heads.heads.sensitivity import Means, Movement, OneImage
-from localization_heads.lvlm.beside import other_expressions
+from localization_heads.lvlm.beside import is_wanted, other_expressions
 from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
-from localization_heads.lvlm.mirrored import is_wanted
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.stages import moving

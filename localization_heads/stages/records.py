@@ -12,7 +12,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.sensitivity import Moved
-from localization_heads.lvlm.mirrored import is_wanted
+from localization_heads.lvlm.beside import is_wanted
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
 from localization_heads.options.sensitivity import SensitivityOptions

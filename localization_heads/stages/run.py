@@ -28,9 +28,8 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import NATIVE_BOX, FoundWith
 from localization_heads.lvlm.answers.box_formats import BOX
-from localization_heads.lvlm.beside import Beside, beside
+from localization_heads.lvlm.beside import Beside, beside, probing
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
-from localization_heads.lvlm.mirrored import probing
 from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.companions import ChatOptions, DemoOptions
 from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec, SegmenterOptions

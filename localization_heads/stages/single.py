@@ -21,10 +21,9 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
-from localization_heads.heads.ready import choose_ready, other_conditions
-from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.heads.ready import NONE_READY, choose_ready, other_conditions
+from localization_heads.lvlm.beside import NOTHING, Beside, is_wanted
 from localization_heads.lvlm.checkpoints.spec import find_spec
-from localization_heads.lvlm.mirrored import is_wanted
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import moving
@@ -148,8 +147,10 @@ def heads_of_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple
     `heads=auto` takes those known for its model, if they were found as it was made, as far as the file says that; a
     note if others were found in another way.
     """
-    spec, asked, folder = find_spec(maps.model), maps.asked or {}, path.parent.parent
-    ready = choose_ready(spec.heads, spec.lists, asked.get("conv_mode"), asked.get("query_token"))
+    ready, asked, folder = NONE_READY, maps.asked or {}, path.parent.parent
+    if maps.model:
+        spec = find_spec(maps.model)
+        ready = choose_ready(spec.heads, spec.lists, asked.get("conv_mode"), asked.get("query_token"))
     heads = choose_heads(wanted, k, maps.model, folder, ready)
     found = found_with_of(wanted, maps.model, folder, ready)
     if said := other_conditions(f"heads={wanted}", found, maps.asked):

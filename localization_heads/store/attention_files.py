@@ -61,8 +61,9 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
         "image_size": [int(n) for n in maps.image_size],
         "image_box": [float(x) for x in maps.image_box],
         **{name: str(getattr(maps, name)) for name in _TEXTS},
-        "asked": {name: value for name, value in (maps.asked or {}).items() if value is not None},
     }
+    if maps.asked:
+        rest["asked"] = {name: value for name, value in maps.asked.items() if value is not None}
     if path.suffix == ".pkl":
         content = {"version": VERSION, "attention": attention, **rest}
         write_bytes(path, pickle.dumps(content, protocol=4))
