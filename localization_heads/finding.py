@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
+from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NotFiniteError
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
@@ -83,10 +84,14 @@ def find_heads(
     unusable: list[NotFiniteError] = []
     scorer = _scorer(lvlm, by)
     found = []
+    keys: list[str | None] = []
+    number = -1
     scores: list[NDArray[np.float32]] = []
     movement: list[Moved] = []
     for one in attended(lvlm, samples, unusable, beside=probing(criteria)):
         found.append(_row(one.maps, criteria))
+        keys.append(image_keys([one.sample])[0] if one.number != number else keys[-1])
+        number = one.number
         if is_wanted(criteria):
             movement.append(_moved(lvlm, one, mirrored=one.number < criteria.mirrored))
         if scorer:
@@ -105,15 +110,25 @@ def find_heads(
         seed=seed,
         model=lvlm.name,
     )
+    drawn = random_draws(len(found), num_trials, num_samples, seed).sum(axis=0)
     if movement:
-        drawn = random_draws(len(found), num_trials, num_samples, seed).sum(axis=0).tolist()
-        ranking = with_movement(ranking, mean_movement(movement, drawn, (lvlm.num_layers, lvlm.num_heads)))
+        shape = lvlm.num_layers, lvlm.num_heads
+        ranking = with_movement(ranking, mean_movement(movement, drawn.tolist(), shape))
     if scorer is None:
-        return replace(ranking, found_with=found_with(lvlm.asked, criteria))
+        pictures = _named(keys, drawn)
+        return replace(ranking, pictures=pictures, found_with=found_with(lvlm.asked, criteria))
     recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
     labelled = rank_by_labels(np.stack(scores), ranking, recipe)
     asked = (box_reader(lvlm) if by == "vrh" else lvlm).asked
+    # What is mixed in was found on all of them, without their labels.
+    drawn = recipe.drawn(len(found))[0] if shrink == "none" else np.ones(len(found), np.int64)
+    labelled = replace(labelled, pictures=_named(keys, drawn))
     return replace(labelled, found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)))
+
+
+def _named(keys: Sequence[str | None], drawn: NDArray[np.int64]) -> tuple[str, ...]:
+    """The images that the ranking is made from, as far as they have a name or a file: it is not judged on them."""
+    return tuple(sorted({key for key, times in zip(keys, drawn, strict=True) if key and times}))
 
 
 def _scorer(lvlm: LVLM, by: HeadsBy) -> Callable[[Attended], NDArray[np.float32]] | None:

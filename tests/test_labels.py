@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from family_models import tiny
-from front import Calls, Front
+from front import Calls, Front, one_line
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -34,6 +34,7 @@ from localization_heads.heads.labels import (
 from localization_heads.heads.ranking import HeadRanking, RankedHead
 from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
+from localization_heads.lvlm.checkpoints import loading
 from localization_heads.lvlm.native_box import box_prompt, box_reader
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import labels as stage
@@ -265,7 +266,8 @@ def test_find_heads_by_labels_in_python(lvlm: Any, image: Image.Image) -> None:
 SCENES = ("stage=find", "data=scenes", "scenes.count=8", "scenes.size=96", "report=false", "num_trials=2")
 
 
-def test_the_stage_resumes_and_writes(front: Front, calls: Calls) -> None:
+def test_the_stage_resumes_and_writes(front: Front, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the ranking by other labels needs no model any more."""
     first = front.finder(*SCENES, "heads_by=mass", "num_labels=4", "shrink=ranks")
     assert first.status == 0 and "by mass, 4 labels" in first.out and "without shrinkage" in first.out
     folder = Path("outputs/localization_heads/tiny")
@@ -279,6 +281,21 @@ def test_the_stage_resumes_and_writes(front: Front, calls: Calls) -> None:
     iou = front.finder(*SCENES, "heads_by=iou")  # other labels of the same maps: nothing is asked again
     assert iou.status == 0 and len(calls) == seen
     assert json.loads((folder / "heads.json").read_text())["found_with"]["heads_by"] == "iou"
+    written = [(folder / name).read_bytes() for name in ("heads.json", "labels.json")]
+    assert front.finder(*SCENES, "heads_by=pointing").status == 0
+    rank = ("stage=rank", *SCENES[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", None)
+        again = front.finder(*rank, "heads_by=iou")
+        assert again.status == 0 and "by iou, 8 labels" in again.out
+        assert [(folder / name).read_bytes() for name in ("heads.json", "labels.json")] == written
+        for words, status, said in (
+            (("heads_by=vrh", "model.native_box=paligemma"), 2, "no such scores of these options in"),
+            (("heads_by=iou", "scenes.count=9"), 1, "of the 9 entries have no scores on disk"),
+            (("heads_by=iou", "attention_files=x"), 2, "heads_by=iou: attention files hold no truth"),
+        ):
+            refused = front.finder(*rank, *words)
+            assert refused.status == status and said in one_line(refused.err)
 
 
 def test_a_killed_stage_goes_on(front: Front, calls: Calls) -> None:
@@ -326,7 +343,10 @@ def test_wrong_use_is_one_line(front: Front, image: Image.Image) -> None:
         (("heads_by=vrh",), "is not known to write boxes itself; rank by mass, iou or pointing"),
         (("heads_by=size",), "heads_by=size"),
         (("heads_by=mass", "criteria=robust"), "labels stand in place of the third criterion"),
-        (("stage=ground", "heads_by=mass"), "heads_by=: stage=ground does not read it; write stage=find"),
+        (
+            ("stage=ground", "heads_by=mass"),
+            "heads_by=: stage=ground does not read it; write stage=find or rank",
+        ),
     ):
         refused = front.finder(*SCENES, *words)
         assert refused.status == 2 and said in refused.err, refused.err

@@ -91,7 +91,18 @@ def _ground(run: Run) -> int:
 def _find(run: Run) -> int:
     if run.options.heads_by == "criteria":
         return _show_result(run, find.find(run))
-    found = labels.find_by_labels(run)
+    return _show_labelled(run, labels.find_by_labels(run))
+
+
+def _rank(run: Run) -> int:
+    if run.options.attention_files:
+        return _show_result(run, rank_files.rank_files(run))
+    if run.options.heads_by == "criteria":
+        return _show_result(run, find.rank(run))
+    return _show_labelled(run, labels.rank_by_kept_labels(run))
+
+
+def _show_labelled(run: Run, found: labels.Labelled) -> int:
     for table in label_tables(found):
         tables.show(table)
     if found.result.ranking:
@@ -111,9 +122,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "visualize": lambda run: _show_visualised(run, single.visualize(run)),
     "pipeline": _pipeline,
     "find": _find,
-    "rank": lambda run: _show_result(
-        run, (rank_files.rank_files if run.options.attention_files else find.rank)(run)
-    ),
+    "rank": _rank,
     "batch": lambda run: _show_result(run, find.batch(run)),
     "ground": _ground,
     "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),

@@ -23,26 +23,26 @@ class LabelOptions(Options):
         "mean over these of the attention mass in the truth (mass), of the IoU of a head's own map with it (iou), of "
         "the share of hits of its strongest cell (pointing), or of the attention of the box that the model writes "
         "itself on the patches that the true one touches (vrh, for families with a native box).",
-        section="heads from labels (stage=find; docs/find-heads.md)",
-        stages=("find",),
+        section="heads from labels (stage=find, rank; docs/find-heads.md)",
+        stages=("find", "rank"),
     )
     num_labels: Annotated[int, Field(ge=1)] | None = option(
         None,
         "For heads_by=mass, iou, pointing and vrh: labelled entries that are drawn for the ranking, by random_seed; "
         "null takes all. num_trials draws show its spread.",
-        stages=("find",),
+        stages=("find", "rank"),
     )
     shrink: Shrink = option(
         "none",
         "Mix the label-free ranking into one from few labels, with weight n0 / (n + n0): not at all (none), by the "
         "heads' places (ranks), or by scores and selection frequencies, each divided by its highest (scores).",
-        stages=("find",),
+        stages=("find", "rank"),
     )
     shrink_n0: float = option(
         10.0,
         "For shrink: as many labels weigh as much as the label-free ranking (n0).",
         gt=0,
-        stages=("find",),
+        stages=("find", "rank"),
     )
 
     def check_labels(self) -> None:

@@ -20,9 +20,8 @@ from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
 from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws, rank_heads
-from localization_heads.heads.record import NATIVE_BOX, asked, found_with
+from localization_heads.heads.record import found_with
 from localization_heads.heads.sensitivity import Moved
-from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import NOTHING, movement_in, probing
 from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
@@ -30,7 +29,7 @@ from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.keeping import heads_of_boxes, note_ranking
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
-from localization_heads.stages.records import choose_record, keep_statistics, open_own_store
+from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_own_store
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
@@ -237,15 +236,10 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
-    conv_mode, system, query_token, _ = store.settings["question"]
-    paraphrases = store.settings.get("paraphrases")
-    if store.settings.get("answer_span") == BOX:
-        conv_mode = NATIVE_BOX
-    conditions = asked(conv_mode, system, query_token, store.settings["weights"][1], paraphrases=paraphrases)
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in images if key})),
-        found_with=found_with(conditions, run.options.criteria),
+        found_with=found_with(asked_in(store.settings), run.options.criteria),
     )
 
 

@@ -1,4 +1,4 @@
-"""`find heads_by=mass|iou|pointing|vrh`: heads ranked by how well they look at true objects; how many labels it takes.
+"""`find` and `rank` with `heads_by=mass|iou|pointing|vrh`: heads ranked by how well they look at true objects; how many labels it takes.
 
 The label-free statistics of `find` are kept on the way, so that both rankings can be compared and mixed.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
-from localization_heads.errors import NothingDoneError, UsageError
+from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
@@ -30,19 +30,19 @@ from localization_heads.heads.labels import (
 )
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import found_with
-from localization_heads.lvlm.answers.box_formats import BoxFormat
+from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
 from localization_heads.lvlm.native_box import box_reader
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import keep_statistics, open_store
+from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_store
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.results import save_ranking
-from localization_heads.store.statistics import StatisticsStore
+from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
 
 OF_THE_MAP = {"mass": "<f4", "iou": "<f4", "pointing": "<f4"}
 OF_THE_BOX = {"vrh": "<f4"}
@@ -68,6 +68,55 @@ class _Scored:
 
 def find_by_labels(run: Run) -> Labelled:
     """Rank the heads by labels -> heads.json, heads.csv, labels.json and figures."""
+    entries = _labelled(run)
+    with RunLock(run.folder):
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        form = box_reader(run.lvlm).box_form if run.options.heads_by == "vrh" else None
+        store = open_store(run)
+        scores = _scores_of(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
+        _collect(run, entries, store, scores, form)
+        failed = {failure.line: failure.reason for failure in entries.failures}
+        scores.note_failures(
+            {_key(entries, one): failed[one.line] for one in entries.samples if one.line in failed}
+        )
+        found = _ranked(run, entries, store, scores)
+        paths = [*found.result.paths, *Reporter(run, found.result.ranking).write(entries, store=store)]
+        return found._replace(result=replace(found.result, paths=paths))
+
+
+def rank_by_kept_labels(run: Run) -> Labelled:
+    """The ranking of `find_by_labels` from the statistics and scores on disk, without the model."""
+    by, entries, record = run.options.heads_by, _labelled(run), choose_record(run)
+    check_criteria(run.options.criteria, record.num_layers)
+    form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
+    wanted = _scores_of(run, record.settings, form, record.num_layers, record.num_heads)
+    there = (
+        one.settings == wanted.settings and one.columns == wanted.columns for one in recorded(wanted.folder)
+    )
+    if (by == "vrh" and form is None) or not any(there):
+        raise UsageError(
+            f"stage=rank heads_by={by}: no such scores of these options in {wanted.folder}: run stage=find with them first"
+        )
+    with RunLock(run.folder):
+        store, scores = record.open(), wanted.open()
+        missing = [
+            one
+            for one in entries.samples
+            if entries.key(one) not in store or _key(entries, one) not in scores
+        ]
+        known = scores.failures()
+        for sample in missing:
+            if (reason := known.get(_key(entries, sample))) is None:
+                raise WorkError(
+                    f"{len(missing)} of the {len(entries.samples)} entries have no scores on disk (the first: line "
+                    f"{sample.line}, {sample.id}): run stage=find with the same options, which does only those"
+                )
+            entries.fail(sample, reason)
+        return _ranked(run, entries, store, scores)
+
+
+def _labelled(run: Run) -> Entries:
+    """The entries with truth that are used, `num_labels` of them at least."""
     by = run.options.heads_by
     what = f"heads_by={by} (heads_by=criteria needs no truth)"
     entries = _pool(run, with_truth(select_entries(run), what, with_box))
@@ -79,19 +128,7 @@ def find_by_labels(run: Run) -> Labelled:
     wanted = run.options.num_labels
     if wanted is not None and wanted > len(entries.samples):
         raise UsageError(_too_few(wanted, len(entries.samples), run))
-    with RunLock(run.folder):
-        check_criteria(run.options.criteria, run.lvlm.num_layers)
-        form = box_reader(run.lvlm).box_form if by == "vrh" else None
-        store, scores = open_store(run), _open_scores(run, form)
-        _collect(run, entries, store, scores, form)
-        samples = entries.good
-        if not samples:
-            raise NothingDoneError("no entry could be used", entries.in_order())
-        if wanted is not None and wanted > len(samples):
-            raise UsageError(_too_few(wanted, len(samples), run))
-        found = _ranked(run, entries, samples, store, scores)
-        paths = [*_save(run, found), *Reporter(run, found.result.ranking).write(entries, store=store)]
-        return found._replace(result=replace(found.result, paths=paths, failures=entries.in_order()))
+    return entries
 
 
 def _too_few(wanted: int, there: int, run: Run) -> str:
@@ -108,15 +145,19 @@ def _pool(run: Run, entries: Entries) -> Entries:
     return Entries([entries.samples[place] for place in np.flatnonzero(draw)], entries.failures)
 
 
-def _open_scores(run: Run, form: BoxFormat | None) -> StatisticsStore:
-    """The scores of this model by these labels; those of a sample have its truth in their key."""
+def _scores_of(
+    run: Run, settings: Mapping[str, Any], form: BoxFormat | None, num_layers: int, num_heads: int
+) -> Recorded:
+    """Where the scores by these labels are; those of a sample have its truth in their key.
+
+    Args:
+        settings: of the statistics of the same maps.
+    """
     asked = None if form is None else [form.prompt, form.pattern, form.max_new_tokens]
-    return StatisticsStore(
-        run.folder / "labels",
-        settings={**run.model_settings, "native_box": asked},
-        num_layers=run.lvlm.num_layers,
-        num_heads=run.lvlm.num_heads,
-        columns=OF_THE_MAP if form is None else OF_THE_BOX,
+    of_model = {name: value for name, value in settings.items() if name != "asked"}
+    columns = OF_THE_MAP if form is None else OF_THE_BOX
+    return Recorded(
+        run.folder / "labels", {**of_model, "native_box": asked}, num_layers, num_heads, 0.0, columns
     )
 
 
@@ -164,10 +205,13 @@ def _score(
     return found
 
 
-def _ranked(
-    run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, scores: StatisticsStore
-) -> Labelled:
-    options = run.options
+def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore) -> Labelled:
+    """The ranking of all entries that could be used, with its files."""
+    options, samples = run.options, entries.good
+    if not samples:
+        raise NothingDoneError("no entry could be used", entries.in_order())
+    if options.num_labels is not None and options.num_labels > len(samples):
+        raise UsageError(_too_few(options.num_labels, len(samples), run))
     recipe = recipe_of(run)
     rows = store.rows([entries.key(sample) for sample in samples])
     free = rank_heads(
@@ -189,13 +233,18 @@ def _ranked(
     ranking = replace(
         rank_by_labels(by, free, recipe),
         pictures=tuple(sorted({key for key in image_keys(used) if key})),
-        found_with=_found_with(run, recipe, int(draw.sum())),
+        found_with=found_with(
+            asked_in(store.settings, of_box=recipe.by == "vrh"),
+            options.criteria,
+            recipe.named(int(draw.sum())),
+        ),
     )
     pictures = [key or sample.id for key, sample in zip(image_keys(samples), samples, strict=True)]
     curve = quality_curve(by, quality, free, recipe, pictures)
     bare = replace(recipe, shrink="none")
     plain = None if recipe == bare else quality_curve(by, quality, free, bare, pictures)
-    return Labelled(Result([], [], ranking=ranking), curve, plain, recipe, free)
+    found = Labelled(Result([], entries.in_order(), ranking=ranking), curve, plain, recipe, free)
+    return found._replace(result=replace(found.result, paths=_save(run, found)))
 
 
 def recipe_of(run: Run) -> LabelRecipe:
@@ -209,12 +258,6 @@ def recipe_of(run: Run) -> LabelRecipe:
         n0=options.shrink_n0,
         k=options.k,
     )
-
-
-def _found_with(run: Run, recipe: LabelRecipe, num_labels: int) -> Mapping[str, str | None]:
-    """Of the generated box, prompt and query token are its own."""
-    asked = (box_reader(run.lvlm) if recipe.by == "vrh" else run.lvlm).asked
-    return found_with(asked, run.options.criteria, recipe.named(num_labels))
 
 
 QUALITY = {
@@ -262,7 +305,7 @@ def _save(run: Run, found: Labelled) -> list[Path]:
     }
     paths = [*save_ranking(ranking, run.folder), run.folder / "labels.json"]
     write_json(paths[-1], written)
-    score = np.zeros((run.lvlm.num_layers, run.lvlm.num_heads))
+    score = np.zeros(tuple(1 + np.max([head.address for head in ranking.heads], axis=0)))
     for head in ranking.kept:
         score[head.address] = head.score or 0.0
     grid, drawn = run.folder / "head_grid.png", run.folder / "labels.png"

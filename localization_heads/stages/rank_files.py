@@ -120,6 +120,10 @@ def rank_files(run: Run) -> Result:
         UsageError: no file there, files of different models, or a third criterion without two files of one image.
         NothingDoneError: none of the files can be read.
     """
+    if run.options.heads_by != "criteria":
+        raise UsageError(
+            f"heads_by={run.options.heads_by}: attention files hold no truth; leave out one of the two"
+        )
     files = attention_files(str(run.options.attention_files))
     writable_folder(run.options.output_dir)
     measured = as_measured(run.options.criteria)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
+from localization_heads.heads.record import NATIVE_BOX, asked
 from localization_heads.heads.sensitivity import Moved
+from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import is_wanted
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
@@ -79,6 +81,21 @@ def _wording(options: FinderOptions) -> dict[str, Any]:
     tokens |= {"answer_span": options.answer_span} if options.answer_span else {}
     tokens |= {"instances_by": options.instances_by} if options.instances == "all" else {}
     return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
+
+
+def asked_in(settings: Mapping[str, Any], *, of_box: bool = False) -> dict[str, str | None]:
+    """How the model was asked (`LVLM.asked`), from the settings of its statistics.
+
+    Args:
+        of_box: for a box of its own, whose prompt and query token are others.
+    """
+    conv_mode, system, query_token, _ = settings["question"]
+    paraphrases = settings.get("paraphrases")
+    if of_box:
+        query_token, paraphrases = "answer_span", None
+    if of_box or settings.get("answer_span") == BOX:
+        conv_mode = NATIVE_BOX
+    return asked(conv_mode, system, query_token, settings["weights"][1], paraphrases=paraphrases)
 
 
 def keep_statistics(
