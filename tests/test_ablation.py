@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, one_line, write_lines
+from front import Front, draw_image, one_line, write_lines
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
@@ -16,6 +16,9 @@ from localization_heads.data.answers import Region, expected_answers
 from localization_heads.evaluation.controls import mean_map
 from localization_heads.experiments.ablation import conditions, curves, finding
 from localization_heads.heads.head import Head
+from localization_heads.lvlm.interventions.switching import output_projection
+from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.native_box import ask_for_box
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.pairs import two_objects
 from localization_heads.scenes.questions import questions
@@ -200,6 +203,64 @@ def test_native_boxes_as_a_command(front: Front) -> None:
     found = json.loads((front.out / "ablation.json").read_text())
     assert found["measure"] == "native boxes right (IoU 0.5)"
     assert found["curves"]["heads"] == [0, 0] and list(found["measures"]) == [found["measure"]]
+
+
+def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that writes PaliGemma's box around the middle as long as head 2-0 hands anything on, else a corner.
+
+    Two of three true boxes are in the middle: without 2-0 none is right, and without any other head two of three are.
+    """
+
+    def asks(lvlm: LVLM, *asked: Any) -> Any:
+        said = ""
+
+        def generate(input_ids: Any, attention_mask: Any, pixel_values: Any, **_: Any) -> Any:
+            nonlocal said
+            seen: list[Any] = []
+            hook = output_projection(lvlm, 2).register_forward_pre_hook(
+                lambda _, given: seen.append(given[0])
+            )
+            lvlm.model.base_model(input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
+            hook.remove()
+            is_on = bool(seen[-1][..., : seen[-1].shape[-1] // lvlm.num_heads].any())
+            numbers = (256, 256, 768, 768) if is_on else (0, 0, 40, 40)  # of 1024
+            said = "".join(f"<loc{number:04d}>" for number in numbers)
+            return input_ids
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lvlm.model, "generate", generate)
+            patch.setattr(type(lvlm.processor.tokenizer), "decode", lambda *_, **__: said)
+            return ask_for_box(lvlm, *asked)
+
+    monkeypatch.setattr(ablate, "ask_for_box", asks)
+    draw_image(Path("a.png"), size=(96, 96))
+    boxes = [[24, 24, 72, 72], [24, 24, 72, 60], [0, 40, 40, 90]]
+    lines = [
+        {"id": f"{n}", "prompt": "the dog", "image_path": "a.png", "bbox": box} for n, box in enumerate(boxes)
+    ]
+    write_lines(Path("data.jsonl"), lines)
+    words = ("data_file=data.jsonl", "ablate.measure=boxes", "model.native_box=paligemma", "ablate.draws=2")
+    result = front.finder("stage=ablate", "heads=[4-4,2-0]", "ablate.counts=[1,2]", *words)
+    assert result.status == 0, result.err
+    found = json.loads((front.out / "ablation.json").read_text())
+    assert found["curves"] == {
+        "heads": [0.666667, 0.666667, 0], "random": [0.666667] * 3, "attention_sum": [0.666667] * 3
+    }  # fmt: skip
+    assert found["falls"]["heads"] == [0, 0, 0.666667]
+
+
+def test_known_heads_are_taken_as_everywhere(front: Front) -> None:
+    """Those of the ready list were found with another query token: a note, and the order of these entries."""
+    result = front.finder(
+        "stage=ablate",
+        *SCENES,
+        "scenes.count=1",
+        "query_token=answer_mean",
+        "ablate.measure=maps",
+        "ablate.counts=[1]",
+    )
+    assert result.status == 0, result.err
+    assert "no ready list of heads fits: own-tiny" in result.err
 
 
 @pytest.mark.parametrize(

@@ -207,8 +207,29 @@ def test_heads_that_a_model_lacks(front: Front, image: Image.Image) -> None:
     assert refused.status == 2 and "heads: there is no L16H20; the layers are 0 to 5" in refused.err
 
 
+def test_files_say_how_they_were_made(front: Front, image: Image.Image) -> None:
+    """The viewer and `visualize` take known heads as all other stages do: where they fit, else with a note."""
+    image.save("a.png")
+    words = ("stage=collect", "image_file=a.png", "query=the dog")
+    assert front.finder(*words, "save_id=last").status == 0
+    assert front.finder(*words, "save_id=other", "query_token=answer_mean").status == 0
+    last, other = (f"attention_file={front.out}/attention/{id}.pkl" for id in ("last", "other"))
+    for show in (front.visualize, lambda file: front.finder("stage=visualize", file)):
+        assert "ready list" not in show(last).err
+        assert "no ready list of heads fits: own-tiny" in show(other).err
+    data = ("data=scenes", "scenes.count=2", "scenes.size=96", "report=false")
+    assert front.finder("stage=find", *data).status == 0
+    said = "heads=auto: found with query_token=last (here: answer_mean); others may be better here"
+    assert said in front.visualize(other).err
+    named = f"heads={front.out}/heads.json"
+    assert (
+        said.replace("auto", f"{front.out}/heads.json") in front.finder("stage=visualize", other, named).err
+    )
+
+
 def test_python_says_why_no_list_is_taken(image: Image.Image) -> None:
     lvlm = lh.load_model(device="cpu", conv_mode="plain")
     assert lvlm.ready.heads == () and lvlm.ready.advice
     lh.ground(lvlm, image, "the dog", segmenter=None)
+    assert lvlm.trace(image, "the dog", max_new_tokens=1).heads == tuple(lvlm.own_heads(image, "the dog"))
     assert lvlm.notes == [lvlm.ready.advice]

@@ -1,4 +1,4 @@
-"""`find` and `rank` with `heads_by=mass|iou|pointing|vrh`: heads ranked by how well they look at true objects; how many labels it takes.
+"""`heads_by=mass|iou|pointing|vrh`: heads ranked by how well they look at true objects; how many labels it takes.
 
 The label-free statistics of `find` are kept on the way, so that both rankings can be compared and mixed.
 """
@@ -95,7 +95,8 @@ def rank_by_kept_labels(run: Run) -> Labelled:
     )
     if (by == "vrh" and form is None) or not any(there):
         raise UsageError(
-            f"stage=rank heads_by={by}: no such scores of these options in {wanted.folder}: run stage=find with them first"
+            f"stage=rank heads_by={by}: no such scores of these options in {wanted.folder}: run stage=find with them "
+            "first"
         )
     with RunLock(run.folder):
         store, scores = record.open(), wanted.open()
