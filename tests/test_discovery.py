@@ -134,8 +134,11 @@ def test_find_writes_the_ranking_alone_and_agrees_with_batch_and_python(front: F
     assert (front.out / "heads.csv").read_bytes() == Path("found/tiny/heads.csv").read_bytes()
     samples = [lh.Sample(f"image_{n}.png", EXPRESSIONS[n]) for n in range(5)]
     ranking = lh.find_heads(lvlm, samples)
-    listed = [(head["layer"], head["head"]) for head in json.loads(heads_of(front.out))["heads"]]
-    assert [tuple(head.address) for head in ranking.kept] == listed
+    written = json.loads(heads_of(front.out))
+    assert [tuple(head.address) for head in ranking.kept] == [
+        (head["layer"], head["head"]) for head in written["heads"]
+    ]
+    assert len(ranking.pictures) == 5 and list(ranking.pictures) == written["pictures"]
 
 
 def test_the_batch_size_only_rounds(front: Front) -> None:
