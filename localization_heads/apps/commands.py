@@ -5,7 +5,9 @@ What takes time to import waits until the options are read: help and errors are 
 
 from __future__ import annotations
 
+import atexit
 import gc
+import sys
 from typing import TYPE_CHECKING
 
 from localization_heads.apps.frontdoor import Given, called_as, run
@@ -42,6 +44,23 @@ def _announce(run: Run) -> None:
     name = run.image(options.image_file) if options.image_file else options.video_file or options.data_file
     line = f"stage={run.options.stage}  {run.spec.name}  {name or ''}".rstrip()
     show(printable(line), markup=False, highlight=False)
+    _import_model_code()
+
+
+def _import_model_code() -> None:
+    """Import torch and transformers without a search for garbage among their million objects, which all stay.
+
+    Nor are they looked through later, of which the end of the process alone would be a second.
+    """
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import localization_heads.lvlm.loading  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()
+    atexit.register(gc.freeze)
 
 
 def visualize() -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS_OF_8_BITS = 8, 2, 0, 0, 0  # bits, RGB, the only packing, the only set of filters, not interlaced
@@ -22,10 +19,8 @@ def png(pixels: NDArray[np.uint8], dpi: int, text: Mapping[str, str], *, well: b
 
     Args:
         text: keys and what they say, both in Latin letters.
-        well: as small as Pillow makes it, in six times the time; a sixth smaller.
+        well: a seventh smaller, in twice the time.
     """
-    if well:
-        return _by_pillow(pixels, dpi, text)
     height, width, _ = pixels.shape
     metres = round(dpi / 0.0254)
     said = (_chunk(b"tEXt", f"{key}\0{value}".encode("latin-1")) for key, value in text.items())
@@ -35,19 +30,12 @@ def png(pixels: NDArray[np.uint8], dpi: int, text: Mapping[str, str], *, well: b
             _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, *_COLOURS_OF_8_BITS)),
             _chunk(b"pHYs", struct.pack(">IIB", metres, metres, 1)),
             *said,
-            _chunk(b"IDAT", zlib.compress(_filtered(pixels.reshape(height, width * 3)).data, 1)),
+            _chunk(
+                b"IDAT", zlib.compress(_filtered(pixels.reshape(height, width * 3)).data, 6 if well else 1)
+            ),
             _chunk(b"IEND", b""),
         )
     )
-
-
-def _by_pillow(pixels: NDArray[np.uint8], dpi: int, text: Mapping[str, str]) -> bytes:
-    said = PngInfo()
-    for key, value in text.items():
-        said.add_text(key, value)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", dpi=(dpi, dpi), pnginfo=said)
-    return buffer.getvalue()
 
 
 def _filtered(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:

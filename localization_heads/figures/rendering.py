@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
@@ -23,7 +25,7 @@ def pixels(figure: Figure, dpi: int) -> NDArray[np.uint8]:
     """The figure as RGB `[H, W, 3]`: it is opaque, so a fourth of its bytes would say nothing."""
     canvas = FigureCanvasAgg(figure)
     rendered(figure, "rgba", dpi)
-    return np.ascontiguousarray(np.asarray(canvas.renderer.buffer_rgba())[..., :3])
+    return np.asarray(cv2.cvtColor(np.asarray(canvas.renderer.buffer_rgba()), cv2.COLOR_RGBA2RGB), np.uint8)
 
 
 def rendered(figure: Figure, kind: str, dpi: int = DPI, **options: Any) -> bytes:
@@ -53,7 +55,13 @@ def _laid_out(figure: Figure, dpi: int) -> Iterator[None]:
 def _extent(figure: Figure, dpi: int) -> Bbox:
     """What `bbox_inches="tight"` finds out by drawing the figure unseen."""
     with _at_resolution(figure, dpi):
-        return Bbox(figure.get_tightbbox(RendererAgg(1, 1, dpi)).get_points()).padded(MARGIN)
+        return Bbox(figure.get_tightbbox(measuring(dpi)).get_points()).padded(MARGIN)
+
+
+@cache
+def measuring(dpi: int) -> RendererAgg:
+    """What measures texts at that resolution: matplotlib keeps what one renderer has measured, and many texts recur."""
+    return RendererAgg(1, 1, dpi)
 
 
 @contextmanager
