@@ -24,7 +24,19 @@ WORDS = "the red car dog left in this image here is original and are some crops 
 VOCABULARY = 400
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {}
-NEEDS_TORCHVISION = {"cohere2_vision", "kimi_k25", "lfm2_vl", "llama4", "lighton_ocr", "mistral3", "pixtral"}
+NEEDS_TORCHVISION = {
+    "cohere2_vision",
+    "gemma4_unified",
+    "kimi_k25",
+    "lfm2_vl",
+    "lighton_ocr",
+    "llama4",
+    "mistral3",
+    "molmo2",
+    "muse_glimmer",
+    "muse_spark",
+    "pixtral",
+}
 """Families whose processors transformers has for torchvision only."""
 
 

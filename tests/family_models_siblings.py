@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import family_models_newcomers  # noqa: F401 -- registers its families
 import transformers as hf
 from family_models import (
     QWEN3_TOWER,
@@ -33,6 +34,21 @@ SIBLINGS = {
     "ernie4_5_vl_moe",
     "paddleocr_vl",
     "llava_next_video",
+    "cosmos3_edge",
+    "cosmos3_omni",
+    "gemma4_unified",
+    "glm_ocr",
+    "glmga",
+    "granite_docling",
+    "hyperclovax_vision_v2",
+    "lfm3_vl",
+    "muse_glimmer",
+    "muse_spark",
+    "pp_chart2table",
+    "qianfan_ocr",
+    "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
+    "video_llava",
 }
 """Families that take another's row as it is."""
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}

@@ -221,7 +221,9 @@ class PromptedModel:
     def image_token(self) -> str:
         """The text in a prompt that the processor replaces by an image's tokens."""
         tokenizer = self.processor.tokenizer
-        own = getattr(self.processor, "image_token", None)
+        own = getattr(self.processor, "image_placeholder_token", None) or getattr(
+            self.processor, "image_token", None
+        )
         return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @cached_property
@@ -331,12 +333,13 @@ class PromptedModel:
         """Processor output as it comes, of the model's processor or of another."""
         for image in images:
             check_shape(self.model.config, self.processor.image_processor, image.size)
+        paged = hasattr(self.processor, "multi_page")  # GOT-OCR: lists of images are pages
         side = "right" if self.model.config.is_encoder_decoder else "left"
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
         what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"
         with self._tokenizing, memory_errors(), processor_errors(what):
             inputs: Mapping[str, Any] = (processor or self.processor)(
-                images=[[image] for image in images],
+                images=list(images) if paged else [[image] for image in images],
                 text=list(prompts),
                 return_tensors="pt",
                 padding=True,

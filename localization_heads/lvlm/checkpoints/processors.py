@@ -30,8 +30,31 @@ _CLASS_TOKEN = ("clip_vision_model", "vit", "dinov2", "deit")
 """Vision towers whose features begin with a class token."""
 
 
+_BORROWED = {
+    "cosmos3_omni": "Qwen3VLProcessor",
+    "glm_ocr": "Glm46VProcessor",
+    "glmga": "Glm46VProcessor",
+    "qwen2_5_omni_thinker": "Qwen2_5OmniProcessor",
+    "qwen3_omni_moe_thinker": "Qwen3OmniMoeProcessor",
+}
+"""Processors of families that transformers lists none for."""
+
+
+class _NoVideo:
+    """Stands where processors ask their video part for its settings."""
+
+    def __init__(self) -> None:
+        self.model_input_names: list[str] = []
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _WithoutVideo(ProcessorMixin):
     """Stands between a processor and `ProcessorMixin`, and drops the video processor that is handed on."""
+
+    video_processor = _NoVideo()
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options.pop("video_processor", None)
@@ -84,7 +107,7 @@ def processor_kind(model_type: str) -> Any:
     Videos need torchvision, and settings that a checkpoint may lack; images need neither. Families that need
     torchvision for images as well are left to `AutoProcessor`, whose error says so.
     """
-    kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
+    kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type) or _BORROWED.get(model_type, ""))
     try:
         has_video = kind is not None and any("video" in name for name in kind.get_attributes())
     except ImportError:  # a placeholder for a class that cannot be imported
@@ -105,6 +128,10 @@ def complete(processor: Any, config: Any) -> None:
     for name, value in _configured(config).items():
         if hasattr(processor, name) and not getattr(processor, name):
             setattr(processor, name, value)
+    if (
+        "mm_token_type_ids" in processor.model_input_names
+    ):  # some give what the model needs only where it is asked
+        processor.return_mm_token_type_ids = True
     tokenizer = processor.tokenizer
     if not getattr(processor, "chat_template", None):
         processor.chat_template = getattr(tokenizer, "chat_template", None)

@@ -27,15 +27,33 @@ SAMPLED = 8
 """Cells of a view whose footprints are looked at, beside its corners."""
 LIMIT = 0.25
 """Largest distance of a footprint from the centre of its cell, in cells, that is taken for right."""
-UNTRACEABLE = {"gemma3n": "its vision tower is timm's, and mixes the whole image"}
+UNTRACEABLE = {
+    "gemma3n": "its vision tower is timm's, and mixes the whole image",
+    **dict.fromkeys(
+        ("got_ocr2", "pp_chart2table"), "its vision tower computes attention in a way of its own"
+    ),
+}
 """Model types whose attention in the vision tower cannot be switched off, and why."""
-BLENDING = ("deepseek_vl_hybrid", "florence2", "gemma3n", "llava_onevision")
+BLENDING = (
+    "deepseek_vl_hybrid",
+    "florence2",
+    "gemma3n",
+    "got_ocr2",
+    "llava_onevision",
+    "pp_chart2table",
+)
 """Model types whose tokens reach over their cells, with less weight: convolutions and resampling."""
-CUT_AT_THE_BORDER = ("florence2",)
+CUT_AT_THE_BORDER = ("florence2", "got_ocr2", "pp_chart2table")
 """Model types whose convolutions reach so far that at the image's border footprints are one-sided."""
 
 Point = tuple[float, float]
-CHANNELS_LAST = ("Gemma4", "Lfm2Vl")  # image processors whose flattened patches end with the colour
+CHANNELS_LAST = (
+    "Cosmos3Edge",
+    "Gemma4",
+    "Lfm2Vl",
+    "Molmo2",
+)  # image processors whose flattened patches end with the colour
+TIME_FIRST = ("Muse",)  # image processors whose flattened patches begin with the frame, not with the colour
 
 
 class Reached(BaseException):
@@ -58,11 +76,12 @@ def footprint_centres(lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[in
     """Centre, in pixels of the original image, of what feeds each key. Keys that see padding are left out."""
     raw = lvlm.processed([coordinate_image(*image_size)], [lvlm.prompt("the dog")])
     inputs = lvlm.on_device(raw)
-    pixels = inputs["pixel_values"] = inputs["pixel_values"].detach().clone().requires_grad_()
+    name = next(name for name in ("pixel_values", "pixel_values_images") if name in raw)
+    pixels = inputs[name] = inputs[name].detach().clone().requires_grad_()
     with identity_attention(lvlm):
         features = image_features(lvlm, inputs)  # (K, D)
     weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0)).to(features)
-    colours = original_colours(lvlm, raw["pixel_values"].float())
+    colours = original_colours(lvlm, raw[name].float())
     found = {}
     for key in keys:
         (gradient,) = torch.autograd.grad(features[key] @ weights, pixels, retain_graph=True)
@@ -154,6 +173,8 @@ def _values(
 ) -> tuple[Tensor, None]:
     if value.shape[1] != query.shape[1]:
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    if value.shape[2] != query.shape[2]:  # Molmo 2 pools four patches
+        value = value.mean(2, keepdim=True).expand(-1, -1, query.shape[2], -1)
     return value.transpose(1, 2).contiguous(), None
 
 
@@ -167,8 +188,12 @@ def original_colours(lvlm: LVLM, pixels: Tensor) -> Tensor:
 
 def colour_last(lvlm: LVLM, pixels: Tensor) -> Tensor:
     """Pixels [..., colour, height, width], or flattened patches, with their colours last."""
+    kind = type(lvlm.processor.image_processor).__name__
+    if kind.startswith(CHANNELS_LAST):
+        return pixels.reshape(*pixels.shape[:-1], -1, 3)
     if pixels.dim() >= 4 and pixels.shape[-3] == 3:
         return pixels.movedim(-3, -1)
-    if type(lvlm.processor.image_processor).__name__.startswith(CHANNELS_LAST):
-        return pixels.reshape(*pixels.shape[:-1], -1, 3)
+    if kind.startswith(TIME_FIRST):
+        frames = lvlm.processor.image_processor.temporal_patch_size
+        return pixels.reshape(*pixels.shape[:-1], frames, 3, -1).movedim(-2, -1).flatten(-3, -2)
     return pixels.reshape(*pixels.shape[:-1], 3, -1).transpose(-1, -2)

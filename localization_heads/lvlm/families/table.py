@@ -21,13 +21,16 @@ from localization_heads.lvlm.families.tiled_views import (
     internvl,
     lfm2,
     llama4,
+    minicpm,
     mllama,
+    molmo2,
     ovis2,
 )
 from localization_heads.lvlm.families.views import (
     deepseek,
     florence2,
     gemma4,
+    got_ocr2,
     kimi,
     llava,
     pixtral,
@@ -127,19 +130,37 @@ FAMILIES = {
 
 FAMILIES |= {
     "cohere2_vision": FAMILIES["aya_vision"],
+    "cosmos3_edge": Family(qwen),
+    "cosmos3_omni": FAMILIES["qwen3_vl"],
     "deepseek_vl_hybrid": FAMILIES["deepseek_vl"],
     "ernie4_5_vl_moe": Family(qwen),
     "exaone4_5": Family(qwen),
+    "gemma4_unified": FAMILIES["gemma4"],
     "glm46v": FAMILIES["glm4v"],
     "glm4v_moe": FAMILIES["glm4v"],
+    "glm_ocr": Family(qwen),
+    "glmga": FAMILIES["glm4v"],
+    "got_ocr2": Family(got_ocr2, {"conv_mode": "plain"}),
+    "granite_docling": FAMILIES["idefics3"],
+    "hyperclovax_vision_v2": Family(qwen),
+    "lfm3_vl": Family(qwen),
     "lighton_ocr": FAMILIES["mistral3"],
     "llava_next_video": FAMILIES["llava_next"],
+    "minicpmv4_6": Family(minicpm),
+    "molmo2": Family(molmo2),
+    "muse_glimmer": Family(qwen),
+    "muse_spark": Family(qwen),
     "paddleocr_vl": Family(qwen),
+    "pp_chart2table": Family(got_ocr2),
+    "qianfan_ocr": Family(internvl),
+    "qwen2_5_omni_thinker": FAMILIES["qwen2_5_vl"],
+    "qwen3_omni_moe_thinker": FAMILIES["qwen3_vl"],
     "qwen3_5": FAMILIES["qwen3_vl"],
     "qwen3_5_moe": FAMILIES["qwen3_vl"],
     "qwen3_vl_moe": FAMILIES["qwen3_vl"],
     "smolvlm": FAMILIES["idefics3"],
     "video_llama_3": Family(qwen),
+    "video_llava": Family(llava, {"conv_mode": "referseg"}),
 }
 
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
@@ -160,11 +181,20 @@ REFUSED = dict.fromkeys(
 """Model types whose heads cannot be read, and why."""
 
 REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-encoder-decoder"), _NO_LAYERS)
+_CHOSEN_KEYS = "each token attends to chosen keys only, and padding changes the choice"
+REFUSED |= dict.fromkeys(("dots3_note", "glm5_next", "minimax_m3_vl", "qwen4_exp"), _CHOSEN_KEYS)
+_CODES = "its images are codes of a vocabulary when the language model reads them: no token can be traced to its pixels"
+REFUSED |= dict.fromkeys(("chameleon", "emu3"), _CODES)
 REFUSED |= {
+    "deepseek_ocr2": _NO_GRID,
+    "diffusion_gemma": "it refines whole blocks of text, so that no token comes just before the answer",
     "evolla": "it reads proteins, and no images",
+    "hunyuan_vl": "it numbers the images of a batch, so that a sample's attention depends on the others",
     "mistral4": "it reads text, and no images",
     "mistral_large4": "each token attends to chosen keys only, by a scale that changes with padding",
+    "pp_formulanet": "its processor takes an image and no text",
     "shieldgemma2": "its processor asks about its own policies, whatever the prompt says",
+    "step3p7": "its layers differ in their number of heads",
 }
 
 

@@ -150,6 +150,47 @@ def _numbered_tiles(image: ProcessedImage, pattern: str) -> Size:
     return max((row for row, _ in places), default=1), max((column for _, column in places), default=1)
 
 
+def molmo2(image: ProcessedImage) -> list[View]:
+    """Molmo 2: the squeezed image, then the same on a canvas of overlapping crops whose margins are cut off.
+
+    Patches are pooled two by two; where their number is odd, the last cell of a row or column has one of them.
+    """
+    ip, (W, H) = image.image_processor, image.image_size
+    geometry = sys.modules[type(ip).__module__].compute_crop_geometry
+    side, patch = ip.size["height"], ip.patch_size
+    options = {"max_crops": ip.max_crops, "overlap_margins": ip.overlap_margins}
+    *_, height, width = geometry(H, W, **options, crop_size=side, patch_size=patch)
+    views, tokens = [], image.tokens
+    for name, h, w in (("whole", side, side), ("tiles", height, width)):
+        x_edges, y_edges = (
+            np.minimum(np.arange(-(-n // pool) + 1) * pool, n) / n * length
+            for n, pool, length in ((w // patch, ip.pooling_size[1], W), (h // patch, ip.pooling_size[0], H))
+        )
+        rows, columns = len(y_edges) - 1, len(x_edges) - 1
+        views.append(View(name, tokens[: rows * columns].reshape(rows, columns), x_edges, y_edges))
+        tokens = tokens[rows * columns :]
+    return views
+
+
+def minicpm(image: ProcessedImage) -> list[View]:
+    """MiniCPM-V: the image in one piece, then tiles over the squeezed image, which need not be square."""
+    ip, size = image.image_processor, image.image_size[::-1]
+    limits = {"scale_resolution": ip.scale_resolution, "patch_size": ip.patch_size}
+    mode = {**limits, "downsample_mode": ip.downsample_mode}
+    tiles = ip.get_sliced_grid(size, ip.max_slice_nums, ip.scale_resolution) if ip.slice_mode else None
+    cell = ip.patch_size * math.isqrt(image.processor.image_token_divisor)
+    height, width = ip.find_best_resize(size, **mode, allow_upscale=tiles is None)
+    rows, columns = height // cell, width // cell
+    views = [whole_view(image, grid(image.tokens[: rows * columns], rows, columns))]
+    if tiles:
+        height, width = ip.get_refine_size(size, tiles, **mode, allow_upscale=True)
+        down, across = height // tiles[0] // cell, width // tiles[1] // cell
+        rest = grid(image.tokens[rows * columns :], tiles[0] * tiles[1], down * across)
+        index = rest.reshape(*tiles, down, across).transpose(0, 2, 1, 3).reshape(tiles[0] * down, -1)
+        views.append(even_view("tiles", index, whole_box(image.image_size)))
+    return views
+
+
 def lfm2(image: ProcessedImage) -> list[View]:
     """LFM2-VL: square tiles over the squeezed image, then a thumbnail of its own aspect."""
     ip, (W, H) = image.image_processor, image.image_size

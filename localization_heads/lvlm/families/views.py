@@ -97,9 +97,10 @@ def pixtral(image: ProcessedImage) -> list[View]:
 
 
 def gemma4(image: ProcessedImage) -> list[View]:
-    """Gemma 4: the image at its own aspect; `image_position_ids` number its patches before pooling."""
+    """Gemma 4: the image at its own aspect; `image_position_ids` number its patches, before pooling if that is done."""
     columns, rows = (int(n) + 1 for n in image.inputs["image_position_ids"][image.sample].amax(0))
-    pool = image.config.vision_config.pooling_kernel_size
+    unified = image.config.model_type == "gemma4_unified"
+    pool = 1 if unified else image.config.vision_config.pooling_kernel_size
     index = grid(image.tokens, rows // pool, columns // pool)
     return [whole_view(image, index)]
 
@@ -111,10 +112,19 @@ def florence2(image: ProcessedImage) -> list[View]:
     borders between cells are moved by as much; the outermost stay.
     """
     view = whole_view(image, square(image.tokens[1:]))
-    shift = 15.5 / image.image_processor.size["height"]
-    for edges, length in zip((view.x_edges, view.y_edges), image.image_size, strict=True):
-        edges[1:-1] -= shift * length
-    return [view]
+    return [shifted(view, 15.5 / 32)]
+
+
+def got_ocr2(image: ProcessedImage) -> list[View]:
+    """GOT-OCR 2: two strided convolutions centre a token 1.5 patches left of and above the middle of its four."""
+    return [shifted(whole_view(image, square(image.tokens)), 1.5 / 4)]
+
+
+def shifted(view: View, share: float) -> View:
+    """Borders between cells moved left and up by a share of a cell, as strided convolutions move their tokens."""
+    for edges in (view.x_edges, view.y_edges):
+        edges[1:-1] -= share * (edges[-1] - edges[0]) / (len(edges) - 1)
+    return view
 
 
 _GRID = "image_grid_thw"
