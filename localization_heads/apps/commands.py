@@ -56,7 +56,7 @@ def _import_model_code() -> None:
         return
     gc.disable()
     try:
-        import localization_heads.lvlm.loading  # noqa: F401
+        import localization_heads.lvlm.checkpoints.loading  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()
