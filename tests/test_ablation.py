@@ -263,6 +263,14 @@ def test_known_heads_are_taken_as_everywhere(front: Front) -> None:
     assert "no ready list of heads fits: own-tiny" in result.err
 
 
+def test_a_projection_that_is_fused_in_an_unknown_way(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is wrong use of the model, said once, and no failure of each entry."""
+    monkeypatch.setattr("localization_heads.lvlm.interventions.switching.PROJECTIONS", ("mixer",))
+    result = front.finder("stage=ablate", *SCENES, "ablate.counts=[1]")
+    assert result.status == 2
+    assert "has no output projections of a known name (mixer)" in one_line(result.err)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from localization_heads.errors import UsageError, shown
-from localization_heads.options.kinds import Options, option, options
+from localization_heads.errors import UsageError
+from localization_heads.options.kinds import Options, option, options, shown
 
 Keep = Literal["heads", "mean", "all"]
 Step = Literal["writes", "reads"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from localization_heads.attention import AttentionMaps
+from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.answers import Region, expected_answers, says
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
@@ -178,6 +178,9 @@ def _conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
     check_heads(named, lvlm.num_layers, lvlm.num_heads)
     run.note_heads()
     listed = tuple(dict.fromkeys([*named, *(head.address for head in ranked)]))
+    corner = (0.0, 0.0, 1.0, 1.0)
+    with _steered(run, listed, corner) if options.ablate.steer else _switched_off(run, listed):
+        pass  # a model that cannot be changed so is not every entry's fault
     by_sum = sorted(ranked, key=lambda head: (-head.attention_sum, head.layer, head.head))
     return conditions(
         listed[: max(options.ablate.counts)],
@@ -249,10 +252,8 @@ class Ablation:
         self, run: Run, one: Attended, condition: Condition, truth: Truth | None
     ) -> dict[str, float]:
         """The measures of one entry without the heads of a condition."""
-        from localization_heads.lvlm.interventions.switching import switch_off
-
         lvlm, sample, found = run.lvlm, one.sample, dict[str, float]()
-        with switch_off(lvlm, condition.heads, run.options.ablate.how):
+        with _switched_off(run, condition.heads):
             encoded = lvlm.encode_image(one.image)
             if told := self.asked.questions.get(sample.id):
                 said = encoded.say([question.text for question in told], run.options.ablate.answer_tokens)
@@ -283,7 +284,7 @@ class Ablation:
         """The share of the regions whose object is named, alone, when the heads are steered there."""
         follows, leaves = [], []
         for region in regions:
-            with _steer(run, condition.heads, region):
+            with _steered(run, condition.heads, region.box):
                 encoded = run.lvlm.encode_image(one.image)
                 said = encoded.say([one.sample.expression], run.options.ablate.answer_tokens)[0].text
             there = says(said, region.answer)
@@ -293,10 +294,16 @@ class Ablation:
         return {"follows": float(np.mean(follows)), "leaves": float(np.mean(leaves))}
 
 
-def _steer(run: Run, heads: Sequence[Head], region: Region) -> AbstractContextManager[None]:
+def _steered(run: Run, heads: Sequence[Head], region: Box) -> AbstractContextManager[None]:
     from localization_heads.lvlm.interventions.steering import steer
 
-    return steer(run.lvlm, heads, region.box, run.options.ablate.strength)
+    return steer(run.lvlm, heads, region, run.options.ablate.strength)
+
+
+def _switched_off(run: Run, heads: Sequence[Head]) -> AbstractContextManager[None]:
+    from localization_heads.lvlm.interventions.switching import switch_off
+
+    return switch_off(run.lvlm, heads, run.options.ablate.how)
 
 
 def _of_others(run: Run, maps: AttentionMaps, without: Sequence[Head], truth: Truth) -> Score:
