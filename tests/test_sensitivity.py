@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import family_models_siblings  # noqa: F401 -- more of tiny's families
 import numpy as np
 import pytest
+from family_models import tiny
 from front import Front, stub_figures, write_data
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -47,6 +49,7 @@ from localization_heads.report.values import method, ranking_cells, ranking_colu
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.store.statistics import COLUMNS, MOVED, StatisticsStore
 
+FAMILIES = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "mllama", "paligemma", "florence2", "janus"]
 ROBUST = CriteriaOptions(sensitivity="siblings")
 WORDS = ROBUST.siblings
 
@@ -391,6 +394,22 @@ def test_wrong_words_are_one_line(data: Front) -> None:
         result = data.finder("stage=find", *DATA, option)
         assert result.status == 2, option
         assert option.split("=")[0] in result.err
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, image: Image.Image) -> None:
+    """Other expressions go on from the encoded image, or are asked anew: the overlap with the maps of each alone."""
+    lvlm, texts = tiny(name), ("the dog", "the red car")
+    samples = [lh.Sample(image, text) for text in texts]
+    found = lh.find_heads(lvlm, samples, criteria=replace(ROBUST, mirrored=0, exclude_layers=0), top_n=3)
+    alone = {text: lvlm.attend(image, text).attention for text in (*texts, *WORDS)}
+    first, second = texts
+    overlaps = [
+        np.mean([overlap(alone[text], alone[other]) for other in (rest, *WORDS[:2])], axis=0)
+        for text, rest in ((first, second), (second, first))
+    ]
+    for head in found.heads:
+        assert head.sensitivity == pytest.approx(1 - np.mean(overlaps, axis=0)[head.address], abs=1e-4)
 
 
 def test_a_sample_picks_its_own_heads_by_it(data: Front, lvlm: LVLM) -> None:
