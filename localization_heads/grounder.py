@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
 from localization_heads.grounding.ground import LEAST_MASS, Grounding, ground_instances, ground_maps
-from localization_heads.grounding.instances import suppressed
+from localization_heads.grounding.instances import attended, box_of_cells, suppressed
 from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
@@ -23,7 +25,7 @@ from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.sensitivity import SensitivityOptions
-from localization_heads.segmentation.segmenter import Segmenter, refine
+from localization_heads.segmentation.segmenter import Proposer, Segmenter, refine
 from localization_heads.store.files import read_json
 from localization_heads.store.results import is_ranking, load_head_list, load_ranking
 
@@ -50,6 +52,7 @@ class Grounder:
         calibration: what makes a probability of the confidence; None leaves the raw signal.
         abstain: the least presence (or confidence) of what is there; None takes everything for present.
         least_mass: of all objects, the least attention of one, as a share of the strongest's.
+        proposes: whether the segmenter proposes all objects, which must be a `Proposer` then.
     """
 
     heads: tuple[Head, ...]
@@ -60,6 +63,7 @@ class Grounder:
     calibration: Calibration | None = None
     abstain: float | None = None
     least_mass: float = LEAST_MASS
+    proposes: bool = False
 
     @property
     def last_layer(self) -> int | None:
@@ -113,10 +117,19 @@ class Grounder:
         """A grounding for each object that the expression fits, that of the highest score first; at least one.
 
         Each component of the map, its mask made by the segmenter, and scored by the map's mass in its box. Of two that
-        overlap by more than half (`suppressed`) only the better one is kept. Arguments and errors as of `ground`.
+        overlap by more than half (`suppressed`) only the better one is kept. Where the segmenter proposes objects,
+        those of its proposals that the map attends to, and the components that these leave out. Arguments and errors as
+        of `ground`.
         """
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
-        found = [self.judge(maps, self.refine(one, image, _entry(maps)), one.box) for one in components]
+        found = []
+        if self.proposes and isinstance(self.segmenter, Proposer) and image is not None:
+            masks = self.segmenter.propose(image)
+            found = attended(components[0], masks, self.segmenter.name, self.least_mass)
+        seen = np.any([one.cells for one in found], axis=0) if found else False
+        rest = [one for one in components if not (one.cells & seen).any()]
+        found = [self.judge(maps, one, box_of_cells(one)) for one in found]
+        found += [self.judge(maps, self.refine(one, image, _entry(maps)), one.box) for one in rest]
         found.sort(key=lambda one: -one.score)
         return [found[place] for place in suppressed([one.box for one in found])]
 

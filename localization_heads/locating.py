@@ -25,7 +25,7 @@ from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.instances import PLACES, InstancesBy
-from localization_heads.segmentation.segmenter import GRABCUT
+from localization_heads.segmentation.segmenter import GRABCUT, Proposer
 
 if TYPE_CHECKING:
     from localization_heads.data.any_image import AnyImage
@@ -263,7 +263,8 @@ def ground_all(
 
     Args:
         by: whether the map is that of the expression (`components`) or the mean of those of the expression on the left,
-            on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more.
+            on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more;
+            or whether the segmenter proposes objects, of which the expression's map chooses (`segmenter`).
     """
     source = as_source(image)
     texts = _texts(expression)
@@ -278,6 +279,12 @@ def ground_all(
     grounder = calibrated(grounder, lvlm, calibration, abstain)
     if by == "places":
         grounder = replace(grounder, least_mass=LEAST_OF_PLACES)
+    elif by == "segmenter":
+        if not isinstance(grounder.segmenter, Proposer):
+            raise ArgumentError(
+                "by=segmenter: give a segmenter that can propose objects, such as grabcut or a SAM"
+            )
+        grounder = replace(grounder, proposes=True)
     note_unknown_words(lvlm, [asked])
     (maps,) = lvlm.ask(opened, [asked], last_layer=grounder.last_layer, beside=grounder.beside())
     name = "" if isinstance(source, Image.Image) else str(source)

@@ -74,7 +74,7 @@ def test_the_measured_numbers_are_of_entries_left_out():
     assert measured["auroc_present"] < 0.65 and low < 0.5
     good = calibrate(labelled(), RECIPE).measured
     assert good["auroc_useful"] > 0.85 and good["auroc_right"] > 0.7 and good["ece"] < 0.12
-    assert {"auroc_present", "ece_present", "aurc_interval"} <= good.keys()
+    assert {"auroc_present", "ece_present", "ece_by_chance", "aurc_interval"} <= good.keys()
     assert good["num_right"] + good["num_wrong"] == 400
 
 
@@ -194,6 +194,7 @@ def test_the_block_by_hand():
     assert found["n_acc"] == 0.5 and found["t_acc"] == pytest.approx(2 / 3, abs=1e-6)
     assert found["aurc"] == pytest.approx(np.mean([0, 0, 1 / 3, 2 / 4, 3 / 5]), abs=1e-6)
     assert found["ece"] == pytest.approx((0.1 + 0.7 + 0.2 + 0.2 + 0.6) / 5, abs=1e-6)
+    assert 0 < found["ece_by_chance_interval"][0] < found["ece_by_chance"] < 0.5
     assert found["risk_coverage"] == [[0.2, 0], [0.4, 0], [0.6, 0.333333], [0.8, 0.5], [1.0, 0.6]]
     assert found["reliability"][0] == [0.2, 0.0, 1] and "text_only" not in found
 

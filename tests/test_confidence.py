@@ -14,6 +14,7 @@ from localization_heads.evaluation.confidence import (
     aurc,
     auroc,
     calibration_error,
+    chance_error,
     reliability,
     risk_coverage,
     with_interval,
@@ -79,3 +80,14 @@ def test_intervals_resample_whole_images():
 def test_lists_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match="one length"):
         auroc([0.5], [True, False])
+
+
+def test_the_error_that_chance_alone_makes():
+    """Two answers of 0.5 in one bin: both or neither are right half of the time, and then the error is 0.5."""
+    assert chance_error([0.0, 1.0, 1.0]) == (0.0, (0.0, 0.0))
+    assert chance_error([0.5]) == (0.5, (0.5, 0.5))
+    mean, bounds = chance_error([0.5, 0.5])
+    assert mean == pytest.approx(0.25, abs=0.03) and bounds == (0.0, 0.5)
+    ten = sum(math.comb(10, k) * 0.3**k * 0.7 ** (10 - k) * abs(k / 10 - 0.3) for k in range(11))
+    assert chance_error([0.3] * 10)[0] == pytest.approx(ten, rel=0.06)
+    assert math.isnan(chance_error([])[0])

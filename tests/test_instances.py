@@ -7,9 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from localization_heads.cells import box_iou
+from localization_heads.attention import AttentionMaps
+from localization_heads.cells import box_iou, spread
 from localization_heads.evaluation.instances import f1, num_matched
-from localization_heads.grounding.instances import suppressed
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.instances import attended, suppressed
+from localization_heads.heads.head import Head
+from localization_heads.options.groups import GroundingOptions
 
 A, B, C = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10)
 
@@ -48,3 +52,71 @@ def test_agrees_with_every_matching():
 def test_duplicates_are_suppressed():
     assert suppressed([A, (0, 0, 10, 9), B, (21, 0, 30, 10), C]) == [0, 2, 4]
     assert suppressed([]) == []
+
+
+def whole(grid: np.ndarray, pixels: int = 1) -> Grounding:
+    """A map without smoothing, a cell `pixels` wide."""
+    size = grid.shape[1] * pixels, grid.shape[0] * pixels
+    maps = AttentionMaps(np.asarray(grid, np.float32)[None, None], (0, 0, *size), size)
+    return ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0.0))
+
+
+def masks(*boxes: tuple[int, int, int, int], side: int = 4) -> np.ndarray:
+    drawn = np.zeros((len(boxes), side, side), dtype=bool)
+    for mask, (x0, y0, x1, y1) in zip(drawn, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+    return drawn
+
+
+def two() -> np.ndarray:
+    """Cells of 4 at the top left, of 3 at the bottom right; the mean, and so the threshold, is 14 / 16."""
+    grid = np.zeros((4, 4))
+    grid[0, :2], grid[3, 2:] = 4.0, 3.0
+    return grid
+
+
+def test_proposals_by_hand():
+    """Worth: 6.25 for the first object, 3.125 for its half, 4.5 with two cells more, 4.25 for the other, 0 for all."""
+    part, much, good, other, everything = (0, 0, 1, 1), (0, 0, 2, 2), (0, 0, 2, 1), (2, 3, 4, 4), (0, 0, 4, 4)
+    found = attended(whole(two()), masks(part, much, good, other, everything), "drawn")
+    assert [one.box for one in found] == [good, other]
+    assert [one.score for one in found] == pytest.approx([8 / 14, 6 / 14])
+    assert [one.mask_from for one in found] == ["drawn", "drawn"]
+    assert [one.mask_overlap for one in found] == [1.0, 1.0]
+    assert (found[0].mask == masks(good)[0]).all() and (found[1].cells == masks(other)[0]).all()
+    alone = attended(
+        whole(two()), masks(much, other), "drawn"
+    )  # without a better one it stands, with its cells
+    assert [one.box for one in alone] == [much, other] and (alone[0].cells == masks(good)[0]).all()
+    assert alone[0].mask_overlap == 0.5
+    assert [one.box for one in attended(whole(two()), masks(good, other), "drawn", least=0.7)] == [good]
+
+
+def test_proposals_that_the_map_says_nothing_of():
+    assert attended(whole(np.ones((4, 4))), masks(A := (0, 0, 2, 2)), "drawn") == []
+    assert attended(whole(two()), masks(), "drawn") == []
+    assert attended(whole(two()), masks((0, 1, 4, 3), (1, 1, 1, 1)), "drawn") == []
+    assert [one.box for one in attended(whole(two(), 10), masks(A), "drawn")] == [(0, 0, 20, 20)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_proposals_pixel_by_pixel(seed):
+    """Against loops over pixels and pairs."""
+    rng = np.random.default_rng(seed)
+    found = whole(rng.random((5, 5)) ** 4, 4)
+    drawn = rng.random((6, 20, 20)) > rng.uniform(0.3, 0.9, (6, 1, 1))
+    drawn &= spread(rng.random((4, 4)), (0, 0, 20, 20), (20, 20)) > 0.5
+    heat = spread(found.combined, (0, 0, 20, 20), (20, 20))
+    worth = [sum(heat[y, x] - found.threshold for y, x in np.argwhere(mask)) for mask in drawn]
+    left, kept = sorted(range(6), key=lambda i: -worth[i]), []
+    while left:
+        best = left.pop(0)
+        if worth[best] > 0 and worth[best] >= 0.15 * max(worth):
+            kept.append(best)
+            pixels = {tuple(p) for p in np.argwhere(drawn[best])}
+            left = [
+                i for i in left
+                if len(pixels & (own := {tuple(p) for p in np.argwhere(drawn[i])})) <= 0.5 * min(len(own), len(pixels))
+            ]  # fmt: skip
+    got = attended(found, drawn, "drawn")
+    assert [one.mask.tobytes() for one in got] == [drawn[i].tobytes() for i in kept]

@@ -24,15 +24,18 @@ from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions, SegmenterOptions
 from localization_heads.segmentation import grabcut
+from localization_heads.segmentation import sam as sams
 from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.sam import FAMILIES, Sam, load_sam, on_image
 from localization_heads.segmentation.segmenter import (
     GRABCUT,
     LOGIT,
     Frame,
+    Proposer,
     background_points,
     interior_points,
     map_logits,
+    proposal_size,
     refine,
 )
 
@@ -237,6 +240,23 @@ class TestGeometry:
             assert back[int((y0 + y1) / 2), int((x0 + x1) / 2)]
 
 
+def test_grabcut_proposes_what_is_not_of_the_rims_colours():
+    image = Image.new("RGB", (200, 100), (90, 90, 90))
+    draw = ImageDraw.Draw(image)
+    for box, colour in (((20, 20, 59, 69), "red"), ((110, 30, 169, 79), "blue")):
+        draw.rectangle(box, fill=colour)
+    assert isinstance(GrabCut(), Proposer)
+    boxes = {tight_box(mask) for mask in GrabCut().propose(image)}
+    assert {(20, 20, 60, 70), (110, 30, 170, 80)} <= boxes
+    assert GrabCut().propose(image.resize((2000, 1000))).shape[1:] == (128, 256)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (300, 1), (5, 5)])
+def test_grabcut_proposes_nothing_of_next_to_nothing(size):
+    found = GrabCut().propose(Image.new("L", size))
+    assert found.shape == (0, *proposal_size(size)[::-1])
+
+
 class TestSam:
     def test_every_combination_of_prompts(self, sam):
         image = Image.effect_noise((160, 90), 80).convert("RGB")
@@ -302,6 +322,36 @@ class TestSam:
         assert output.pred_masks.shape[2] == 3
         best = output.pred_masks[0, 0, output.iou_scores[0, 0].argmax()]
         assert (many.segment(image, found) == on_image(best, many.frame(image.size)).numpy()).all()
+
+    def test_proposals_are_the_masks_of_a_grid_of_points(self, sam, monkeypatch):
+        """Against each point by itself, in order; those that the model scores low, and repetitions, are left out."""
+        monkeypatch.setattr(sams, "GRID", 3)
+        monkeypatch.setattr(sams, "SURE", -np.inf)
+        image = Image.effect_noise((400, 300), 80).convert("RGB")
+        frame = sam.frame(image.size)
+        expected, scores = [], []
+        for y in (0.5, 1.5, 2.5):
+            for x in (0.5, 1.5, 2.5):
+                point = torch.tensor([[[[x * frame.inner[0] / 3, y * frame.inner[1] / 3]]]])
+                with torch.inference_mode():
+                    output = sam.model(
+                        image_embeddings=sam.encode(image), input_points=point.float(), multimask_output=True,
+                        input_labels=torch.ones((1, 1, 1), dtype=torch.int32),
+                    )  # fmt: skip
+                drawn = replace(frame, image_size=(256, 192))
+                expected += [on_image(logits, drawn).numpy() for logits in output.pred_masks[0, 0]]
+                scores += output.iou_scores[0, 0].tolist()
+        found = sam.propose(image)
+        assert found.shape[1:] == (192, 256) and found.dtype == bool
+        different = {mask.tobytes() for mask in expected if mask.any()}
+        close = [max((one == mask).mean() for mask in expected) for one in found]
+        assert (
+            len(found) == pytest.approx(len(different), abs=1) and min(close) > 0.999
+        )  # batches round differently
+        monkeypatch.setattr(sams, "SURE", np.median(scores))
+        assert 0 < len(sam.propose(image)) < len(found)
+        monkeypatch.setattr(sams, "SURE", np.inf)
+        assert sam.propose(image).shape == (0, 192, 256)
 
     def test_an_image_is_encoded_once(self, sam, monkeypatch):
         fresh, calls = told(sam, "box"), []

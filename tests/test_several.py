@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 import localization_heads as lh
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import mass_inside
+from localization_heads.cells import box_iou, mass_inside
+from localization_heads.errors import UsageError
 from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.figures.several import COLOURS, label_places
 from localization_heads.grounder import Grounder
@@ -297,6 +299,43 @@ def test_a_plural_is_asked_in_the_singular_and_by_places(lvlm: Any, monkeypatch:
     alone = AttentionMaps(total[None, None].astype(np.float32), (0, 0, *image.size), image.size)
     expected = ground_instances(alone, [lh.Head(0, 0)], options, least=0.3)
     np.testing.assert_allclose([one.box for one in spread], [one.box for one in expected], atol=1e-3)
+
+
+class Proposing(Pixels):
+    def propose(self, image: Any) -> np.ndarray:
+        return np.array([mask_of(0, 10, 20, 35), mask_of(0, 12, 10, 28), mask_of(0, 40, 80, 80)])
+
+
+def test_proposals_come_before_components() -> None:
+    """The object at the left is proposed; the others are components still, each segmented by itself."""
+    image = Image.new("RGB", (80, 80))
+    own = mask_of(28, 8, 41, 31), mask_of(58, 48, 71, 80)
+    found = replace(grounder(Proposing(*own)), proposes=True).ground_all(three(), image)
+    assert [one.box for one in found] == [(0, 10, 20, 35), (30, 10, 40, 30), (60, 50, 70, 80)]
+    assert (found[0].mask == mask_of(0, 10, 20, 35)).all() and found[0].mask_overlap == 0.8
+    assert (found[1].mask == own[0]).all()
+    assert found[0].score == 0.5 and found[0].confidence is not None
+    plain = grounder(Proposing(*own)).ground_all(three(), None)
+    assert replace(grounder(Proposing()), proposes=True).ground_all(three(), None)[0].box == plain[0].box
+
+
+def test_a_segmenter_is_needed_for_proposals(lvlm: lh.LVLM) -> None:
+    image = Image.open("examples/images/octopus_14.png").convert("RGB")
+    for segmenter in (None, Pixels()):
+        with pytest.raises(UsageError, match="by=segmenter: give a segmenter that can propose"):
+            lh.ground_all(lvlm, image, "the octopus", segmenter=segmenter, by="segmenter")
+    every = lh.ground_all(lvlm, image, "the octopus", by="segmenter")
+    assert every[0].mask_from == "grabcut" and box_iou(every[0].box, (111, 129, 323, 321)) > 0.9
+
+
+def test_proposals_from_the_command_line(front: Front) -> None:
+    write_data(front.folder, 2)
+    asked = ("stage=ground", "data_file=data.jsonl", "instances_by=segmenter", "instances=all")
+    result = front.finder(*asked, "segmenter=none")
+    assert result.status == 2 and "instances_by=segmenter needs one" in result.err
+    result = front.finder(*asked, "segmenter=grabcut")
+    assert result.status == 0, result.err
+    assert all(line["boxes"] for line in lines_of(front))
 
 
 def test_places_are_for_all_objects_alone(front: Front) -> None:

@@ -17,6 +17,7 @@ ROWS = {
     "auroc_useful": "AUROC: present and right against all others",
     "aurc": "AURC (lower is better)",
     "ece": "calibration error",
+    "ece_by_chance": "  of exact confidences, by chance alone",
     "ece_present": "calibration error of presence",
     "n_acc": "N-acc: absent, and said to be",
     "t_acc": "T-acc: present, and not said to be absent",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError
-from localization_heads.evaluation.confidence import aurc, auroc, calibration_error, with_interval
+from localization_heads.evaluation.confidence import aurc, auroc, calibration_error, chance_error, with_interval
 from localization_heads.evaluation.scores import rounded
 from localization_heads.grounding.confidence import ASKED, Calibration, Logistic
 
@@ -160,6 +160,8 @@ def measure(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: in
     numbers |= _with_intervals("auroc_useful", auroc, confidence, right, seed)
     numbers |= _with_intervals("aurc", aurc, confidence, right, seed)
     numbers |= _with_intervals("ece", calibration_error, confidence, right, seed)
+    by_chance, bounds = chance_error(confidence, seed=seed)
+    numbers |= {"ece_by_chance": rounded(by_chance), "ece_by_chance_interval": [*map(rounded, bounds)]}
     said = [one.presence(row) for one, row in pairs]
     if not present.all() and None not in said:
         there = np.array(said, dtype=np.float64)

@@ -20,6 +20,7 @@ from localization_heads.evaluation.confidence import (
     aurc,
     auroc,
     calibration_error,
+    chance_error,
     reliability,
     risk_coverage,
     with_interval,
@@ -113,6 +114,8 @@ def confidence_metrics(claims: Sequence[Claim], *, by_image: bool = False, seed:
         numbers.add("auroc_useful", auroc, confidence, right)
     numbers.add("aurc", aurc, confidence, right)
     numbers.add("ece", calibration_error, confidence, right)
+    if calibrated := all(claim.calibrated for claim in known):
+        numbers.put("ece_by_chance", *chance_error(confidence, seed=seed))
     absent = np.array([claim.absent for claim in known])
     if absent.any():
         numbers.add("n_acc", _share, absent, present, among=~present)
@@ -123,7 +126,7 @@ def confidence_metrics(claims: Sequence[Claim], *, by_image: bool = False, seed:
         if blind is not None:
             numbers.add("text_only", auroc, blind, present)
     return {
-        "calibrated": all(claim.calibrated for claim in known),
+        "calibrated": calibrated,
         "num_answers": len(known),
         "num_absent": int((~present).sum()),
         "num_right": int(right.sum()),
@@ -150,15 +153,12 @@ class _Numbers:
     ) -> None:
         chosen = np.ones_like(truth) if among is None else among
         groups = None if self._groups is None else self._groups[chosen]
-        value, (low, high) = with_interval(
-            statistic,
-            np.asarray(values, dtype=np.float64)[chosen],
-            truth[chosen],
-            groups=groups,
-            seed=self._seed,
-        )
+        values = np.asarray(values, dtype=np.float64)[chosen]
+        self.put(name, *with_interval(statistic, values, truth[chosen], groups=groups, seed=self._seed))
+
+    def put(self, name: str, value: float, interval: tuple[float, float]) -> None:
         if not np.isnan(value):
-            self.found |= {name: rounded(value), f"{name}_interval": [rounded(low), rounded(high)]}
+            self.found |= {name: rounded(value), f"{name}_interval": [rounded(bound) for bound in interval]}
 
 
 def _share(values: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:

@@ -80,6 +80,20 @@ def calibration_error(confidence: ArrayLike, right: ArrayLike, bins: int = BINS)
     return sum(abs(mean - share) * count for mean, share, count in found) / total if total else float("nan")
 
 
+def chance_error(confidence: ArrayLike, *, seed: int = 42) -> tuple[float, tuple[float, float]]:
+    """The calibration error of n answers whose confidences are exact: the mean over draws, and where 95 % of them lie.
+
+    A bin of few answers misses its confidence by chance, so that no finite sample has an error of 0.
+    """
+    values = np.asarray(confidence, dtype=np.float64)
+    drawn = np.random.default_rng(seed).random((NUM_RESAMPLES, len(values))) < values
+    if not values.size:
+        return float("nan"), (float("nan"), float("nan"))
+    errors = np.array([calibration_error(values, right) for right in drawn])
+    low, high = percentile_interval(errors)
+    return float(errors.mean()), (float(low), float(high))
+
+
 def with_interval(
     statistic: Callable[[NDArray[np.float64], NDArray[np.bool_]], float],
     confidence: ArrayLike,

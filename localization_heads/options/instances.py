@@ -10,7 +10,7 @@ from localization_heads.errors import UsageError
 from localization_heads.options.groups import Instances
 from localization_heads.options.kinds import Options, option, options
 
-InstancesBy = Literal["components", "places"]
+InstancesBy = Literal["components", "places", "segmenter"]
 PLACES = ("{} on the left", "{} on the right", "{} at the top", "{} at the bottom")
 """What is asked with `instances_by=places`: of several objects, each is meant by one of these or another."""
 
@@ -30,7 +30,8 @@ class InstanceOptions(Options):
         "components",
         "For instances=all: the components of the expression's map (components), or of the mean map of the expression "
         "on the left, on the right, at the top and at the bottom (places), which measured better for the names of "
-        "objects and worse for their kinds and colours.",
+        "objects and worse for their kinds and colours; or what the segmenter proposes wherever it is, as far as the "
+        "map attends to it (segmenter).",
         stages=("ground", "evaluate"),
     )
 
@@ -38,6 +39,8 @@ class InstanceOptions(Options):
     def _of_all(self) -> Self:
         if self.instances_by != "components" and self.instances != "all":
             raise UsageError(f"instances_by={self.instances_by}: write instances=all, or leave it out")
+        if self.instances_by == "segmenter" and self.segmenter.kind == "none":  # type: ignore[attr-defined]
+            raise UsageError("instances_by=segmenter needs one to propose objects: leave out segmenter=none")
         if self.instances_by == "places" and getattr(self, "paraphrases", None):
             raise UsageError("instances_by=places asks in wordings of its own: leave out paraphrases=")
         return self

@@ -20,6 +20,7 @@ from localization_heads.attention import Box
 from localization_heads.cells import spread
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
+from localization_heads.segmentation.segmenter import proposal_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +31,14 @@ SURROUNDINGS = 0.5
 WORKING_SIDE = 256  # pixels
 LIKELY = 0.5
 """Share of the map's range in the box above which a pixel begins as object."""
+RIM = 0.02
+"""Of proposals: the rim of the image that is background for certain, in longer sides."""
+OPENED = (0, 2, 4)
+"""How often the foreground is opened, for proposals."""
+SMALLEST = 0.0015
+"""Share of the image that a proposal covers at least."""
+MOST_PIECES = 200
+"""Of one opening."""
 
 Region = tuple[int, int, int, int]
 """x0, y0, x1, y1 in whole pixels."""
@@ -68,6 +77,11 @@ class GrabCut:
         found = cut(pixels, heat, _seen_from(grounding.box, region, size), self.iterations)
         return _placed(found, region, grounding.image_size)
 
+    def propose(self, image: Image.Image) -> NDArray[np.bool_]:
+        """Masks of what the image shows, bool `[n, h, w]`: connected pieces of other colours than its rim has."""
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return pieces(np.asarray(rgb.resize(proposal_size(image.size), reducing_gap=2.0)), self.iterations)
+
 
 def cut(
     pixels: NDArray[np.uint8], heat: NDArray[np.floating], box: Box, iterations: int = 5
@@ -82,10 +96,15 @@ def cut(
     Returns:
         bool `[h, w]`; empty if there is no object or no background to begin with, or OpenCV finds none.
     """
+    labels = first_guess(heat, box)
+    return _hottest(_cut(pixels, labels, iterations), heat)
+
+
+def _cut(pixels: NDArray[np.uint8], labels: NDArray[np.uint8], iterations: int) -> NDArray[np.bool_]:
+    """What OpenCV makes of the labels of a first guess `[h, w]`; empty if it cannot make anything of them."""
     import cv2
 
-    labels = first_guess(heat, box)
-    nothing = np.zeros(heat.shape, dtype=bool)
+    nothing = np.zeros(labels.shape, dtype=bool)
     is_object = labels == cv2.GC_PR_FGD
     if not is_object.any() or is_object.all():
         return nothing
@@ -96,7 +115,31 @@ def cut(
         cv2.grabCut(bgr, labels, (0, 0, 0, 0), *models, iterations, cv2.GC_INIT_WITH_MASK)
     except cv2.error:  # fewer pixels than colour clusters
         return nothing
-    return _hottest((labels == cv2.GC_PR_FGD) | (labels == cv2.GC_FGD), heat)
+    return np.asarray((labels == cv2.GC_PR_FGD) | (labels == cv2.GC_FGD))
+
+
+def pieces(pixels: NDArray[np.uint8], iterations: int = 5) -> NDArray[np.bool_]:
+    """What stands out from the rim of a small image, in 8-connected pieces, bool `[n, h, w]`.
+
+    The foreground is opened more and more, so that things that touch come apart; a piece may come several times.
+
+    Args:
+        pixels: RGB `[h, w, 3]`.
+    """
+    import cv2
+
+    h, w = pixels.shape[:2]
+    rim = max(1, round(RIM * max(h, w)))
+    heat = np.zeros((h, w))
+    heat[rim:-rim, rim:-rim] = 1.0
+    foreground = _cut(pixels, np.where(heat > 0, cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8), iterations)
+    found = []
+    for times in OPENED:
+        opened = ndimage.binary_opening(foreground, iterations=times) if times else foreground
+        labels, count = ndimage.label(opened, np.ones((3, 3)))
+        found += [labels == label for label in range(1, min(count, MOST_PIECES) + 1)]
+    smallest = SMALLEST * h * w
+    return np.array([mask for mask in found if mask.sum() >= smallest], dtype=bool).reshape(-1, h, w)
 
 
 def _hottest(mask: NDArray[np.bool_], heat: NDArray[np.floating]) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,13 @@ from localization_heads.lvlm.checkpoints.sources import (
     source_of,
 )
 from localization_heads.options.groups import Points, SegmenterOptions, SegmenterPrompt
-from localization_heads.segmentation.segmenter import Frame, background_points, interior_points, map_logits
+from localization_heads.segmentation.segmenter import (
+    Frame,
+    background_points,
+    interior_points,
+    map_logits,
+    proposal_size,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -155,6 +161,13 @@ def load_sam(options: SegmenterOptions) -> Sam:
     )
 
 
+GRID = 16
+"""Points across and down that proposals start from; half as many as SAM's own generator of masks has."""
+SURE = 0.7
+"""The IoU that a SAM predicts for its mask from which on it is proposed: less than SAM's own .88, for the map decides.
+Not tuned, as no weights were at hand."""
+
+
 @dataclass(eq=False)
 class Sam:
     """A promptable segmenter.
@@ -204,6 +217,28 @@ class Sam:
         best = masks[int(scores.argmax())]
         return on_image(best.float(), frame).cpu().numpy()
 
+    @torch.inference_mode()
+    def propose(self, image: Image.Image) -> NDArray[np.bool_]:
+        """Masks of what the image shows, bool `[n, h, w]`: of each point of a grid the three that the model gives.
+
+        Those that the model itself scores below `SURE` are left out, and masks that are equal.
+        """
+        frame, size = self.frame(image.size), proposal_size(image.size)
+        drawn = replace(frame, image_size=size)
+        found: dict[bytes, NDArray[np.bool_]] = {}
+        for points in np.split(_grid(frame.inner), GRID):
+            output = self.model(
+                image_embeddings=self.encode(image),
+                multimask_output=True,
+                input_points=self._tensor(points[None, :, None]),  # (image, object, point, 2)
+                input_labels=self._tensor(np.full((1, GRID, 1), FOREGROUND, dtype=np.int32)),
+            )
+            for logits in output.pred_masks[0][output.iou_scores[0] >= SURE]:
+                mask = on_image(logits.float(), drawn).cpu().numpy()
+                if mask.any():
+                    found.setdefault(np.packbits(mask).tobytes(), mask)
+        return np.array([*found.values()], dtype=bool).reshape(-1, size[1], size[0])
+
     def prompts(self, grounding: Grounding, frame: Frame) -> dict[str, torch.Tensor]:
         """The model's arguments: box and points in pixels of its square, the map as logits."""
         across, down = frame.scale
@@ -248,6 +283,13 @@ class Sam:
         square = np.zeros((1, 3, self.side, self.side), dtype=np.float32)
         square[0, :, :height, :width] = colours.transpose(2, 0, 1)
         return square
+
+
+def _grid(inner: tuple[int, int]) -> NDArray[np.float64]:
+    """The centres of `GRID` x `GRID` parts of `(width, height)` pixels, row by row: `[GRID * GRID, 2]`."""
+    middles = (np.arange(GRID) + 0.5) / GRID
+    x, y = np.meshgrid(middles * inner[0], middles * inner[1])
+    return np.stack([x.ravel(), y.ravel()], axis=-1)
 
 
 def on_image(logits: torch.Tensor, frame: Frame) -> torch.Tensor:

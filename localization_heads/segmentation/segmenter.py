@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +160,28 @@ class Segmenter(Protocol):
     def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
         """The mask, bool `[H, W]`, of what the grounding points at; empty if it finds nothing."""
         ...
+
+
+@runtime_checkable
+class Proposer(Segmenter, Protocol):
+    """A segmenter that also says what there may be, whatever is asked for (`instances_by=segmenter`)."""
+
+    def propose(self, image: Image.Image) -> NDArray[np.bool_]:
+        """Masks of what the image shows, bool `[n, h, w]`, at the size that `proposal_size` says; n may be 0."""
+        ...
+
+
+PROPOSED_SIDE = 256  # pixels
+
+
+def proposal_size(image_size: tuple[int, int]) -> tuple[int, int]:
+    """`(w, h)` of the masks that are proposed for an image of `(W, H)`, so that hundreds of them take little memory.
+
+    >>> proposal_size((4000, 10)), proposal_size((100, 50))
+    ((256, 1), (100, 50))
+    """
+    shrink = min(1.0, PROPOSED_SIDE / max(image_size))
+    return max(1, round(image_size[0] * shrink)), max(1, round(image_size[1] * shrink))
 
 
 WIDER = 2

@@ -112,6 +112,7 @@ class ModelRun(Generic[Chosen]):
             calibration,
             options.abstain,
             LEAST_OF_PLACES if self.wordings is PLACES else LEAST_MASS,
+            isinstance(options, FinderOptions) and options.instances_by == "segmenter",
         )
 
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
