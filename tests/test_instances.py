@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import box_iou, spread
+from localization_heads.cells import box_iou, label_components, spread
 from localization_heads.evaluation.instances import f1, num_matched
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.instances import attended, suppressed
@@ -92,11 +92,33 @@ def test_proposals_by_hand():
     assert [one.box for one in attended(whole(two()), masks(good, other), "drawn", least=0.7)] == [good]
 
 
+def test_a_group_is_no_object():
+    """Both objects and little between them: worth more than either, but it has most of two components."""
+    grid = np.zeros((4, 8))
+    grid[1:3, 0:2] = grid[1:3, 3:5] = 4.0
+    both, left, right = masks((0, 1, 5, 3), (0, 1, 2, 3), (3, 1, 5, 3), side=8)[:, :4]
+    found = attended(whole(grid), np.array([both, left, right]), "drawn")
+    assert [one.box for one in found] == [(0, 1, 2, 3), (3, 1, 5, 3)]
+    grid[1:3, 3:5] = (
+        0.55  # little attention there, below 0.15 of the other's: all that it has is one component
+    )
+    assert [one.box for one in attended(whole(grid), np.array([both]), "drawn")] == [(0, 1, 5, 3)]
+
+
 def test_proposals_that_the_map_says_nothing_of():
     assert attended(whole(np.ones((4, 4))), masks(A := (0, 0, 2, 2)), "drawn") == []
     assert attended(whole(two()), masks(), "drawn") == []
     assert attended(whole(two()), masks((0, 1, 4, 3), (1, 1, 1, 1)), "drawn") == []
     assert [one.box for one in attended(whole(two(), 10), masks(A), "drawn")] == [(0, 0, 20, 20)]
+
+
+def group(found: Grounding, mask: np.ndarray) -> bool:
+    """Whether a mask on cells of 4 x 4 pixels has most of two of the map's components."""
+    labels = label_components(found.combined > found.threshold)
+    mass = {n: found.combined[labels == n].sum() for n in range(1, labels.max() + 1)}
+    strong = [n for n in mass if mass[n] >= 0.15 * max(mass.values())]
+    fine = np.kron(labels, np.ones((4, 4), int))
+    return sum((mask & (fine == n)).sum() > 0.5 * (fine == n).sum() for n in strong) > 1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -111,7 +133,7 @@ def test_proposals_pixel_by_pixel(seed):
     left, kept = sorted(range(6), key=lambda i: -worth[i]), []
     while left:
         best = left.pop(0)
-        if worth[best] > 0 and worth[best] >= 0.15 * max(worth):
+        if worth[best] > 0 and worth[best] >= 0.15 * max(worth) and not group(found, drawn[best]):
             kept.append(best)
             pixels = {tuple(p) for p in np.argwhere(drawn[best])}
             left = [

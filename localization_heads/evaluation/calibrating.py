@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError
-from localization_heads.evaluation.confidence import aurc, auroc, calibration_error, chance_error, with_interval
+from localization_heads.evaluation.confidence import (
+    aurc,
+    auroc,
+    calibration_error,
+    chance_error,
+    with_interval,
+)
 from localization_heads.evaluation.scores import rounded
 from localization_heads.grounding.confidence import ASKED, Calibration, Logistic
 

@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import Box, rescaled
-from localization_heads.cells import box_iou, mask_shares, mass_inside, spread, tight_box, visible_edges
+from localization_heads.cells import (
+    box_iou,
+    label_components,
+    mask_shares,
+    mass_inside,
+    spread,
+    tight_box,
+    visible_cells,
+    visible_edges,
+)
 from localization_heads.grounding.ground import LEAST_MASS, Grounding
 
 OVERLAP = 0.5
@@ -38,6 +47,7 @@ def attended(
 
     Each is worth `sum (map - threshold)` over its pixels. What it has of an object counts for it, what it has beside
     that against it, so that neither a part of an object nor an object with its surroundings beats the object itself.
+    One with most of two or more components of the map is no object but a group of them, and left out.
 
     Args:
         whole: what the map alone gives: its map and threshold count, not its box.
@@ -53,27 +63,47 @@ def attended(
     if not proposals.size or not math.isfinite(whole.threshold):
         return []
     worth = _worth(whole, proposals)
+    components = _components(whole, least)
     sizes = np.count_nonzero(proposals, axis=(1, 2))
     kept: list[int] = []
     for place in np.argsort(-worth, kind="stable"):
         if worth[place] <= 0 or worth[place] < least * worth.max():
             break
+        shares = mask_shares(proposals[place], _drawn(whole, proposals), _grid(whole))
+        if sum(shares[cells].sum() > OVERLAP * cells.sum() for cells in components) > 1:
+            continue
         common = [np.count_nonzero(proposals[place] & proposals[other]) for other in kept]
         if all(both <= OVERLAP * min(sizes[place], sizes[i]) for both, i in zip(common, kept, strict=True)):
             kept.append(int(place))
     return [_of_mask(whole, proposals[place], name) for place in kept]
 
 
+def _drawn(whole: Grounding, proposals: NDArray[np.bool_]) -> Box:
+    """The region that the grid covers, in pixels of the proposals."""
+    return rescaled(whole.image_box, whole.image_size, (proposals.shape[2], proposals.shape[1]))
+
+
+def _grid(whole: Grounding) -> tuple[int, int]:
+    return whole.combined.shape[0], whole.combined.shape[1]
+
+
+def _components(whole: Grounding, least: float) -> list[NDArray[np.bool_]]:
+    """The components of the map's positive cells with at least this share of the strongest one's attention."""
+    shown = visible_cells(*visible_edges(whole.image_box, whole.image_size, _grid(whole)))
+    labels = label_components((whole.combined > whole.threshold) & shown)
+    masses = np.bincount(labels.ravel(), weights=whole.combined.ravel())[1:]
+    return [labels == 1 + i for i, mass in enumerate(masses) if mass >= least * masses.max()]
+
+
 def _worth(whole: Grounding, proposals: NDArray[np.bool_]) -> NDArray[np.float64]:
     drawn = proposals.shape[2], proposals.shape[1]
-    image_box = rescaled(whole.image_box, whole.image_size, drawn)
-    excess = spread(whole.combined, image_box, drawn) - whole.threshold
+    excess = spread(whole.combined, _drawn(whole, proposals), drawn) - whole.threshold
     return np.array([excess[mask].sum(dtype=np.float64) for mask in proposals])
 
 
 def _of_mask(whole: Grounding, mask: NDArray[np.bool_], name: str) -> Grounding:
     fine = cv2.resize(mask.astype(np.uint8) * 255, whole.image_size, interpolation=cv2.INTER_LINEAR) > 127
-    shares = mask_shares(fine, whole.image_box, (whole.combined.shape[0], whole.combined.shape[1]))
+    shares = mask_shares(fine, whole.image_box, _grid(whole))
     box = tight_box(fine) or whole.box
     found = replace(whole, box=box, cells=(shares >= 0.5) & (whole.combined > whole.threshold))
     return replace(
