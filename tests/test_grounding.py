@@ -131,38 +131,6 @@ class TestSmooth:
         grid = np.random.default_rng(2).random((6, 5))
         assert (smooth(grid, kernel_size, sigma) == grid).all()
 
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
-            ("kernel_size", 0),
-            ("kernel_size", 4),
-            ("kernel_size", 3.0),
-            ("kernel_size", True),
-            ("sigma", -1.0),
-            ("sigma", math.nan),
-            ("sigma", math.inf),
-            ("upsample", 0),
-            ("upsample", 1.5),
-            ("upsample", True),
-            ("component", "biggest"),
-            ("interpolation", "cubic"),
-            ("binarise", "median"),
-            ("top_mass", 0.0),
-            ("top_mass", 1.01),
-            ("top_mass", math.nan),
-            ("top_mass", True),
-            ("box_from", "air"),
-            ("means", 0.5),
-            ("means", math.nan),
-            ("means", True),
-            ("margin", -0.001),
-            ("border", "reflect"),
-        ],
-    )
-    def test_options_name_what_is_wrong(self, field, value):
-        with pytest.raises(ValueError, match=field):
-            GroundingOptions(**{field: value})
-
 
 class TestHull:
     @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_the_options_of_the_seed_are_there() -> None:
     assert {"query", "image_file", "cli_mode"} <= set(option_names("chat"))
 
 
+CLASSES = {"criteria": CriteriaOptions, "grounding": GroundingOptions, "segmenter": SegmenterOptions}
 WRONG = {
     "stage": ["nap", None, 5],
     "top_k": [0, -1, 1.5, "three", None, True, 101],
@@ -171,30 +172,34 @@ WRONG = {
     "top_n": [0, 10_001],
     "num_trials": [0, 1001],
     "output_dir": [None, "", ["a"]],
-    "criteria.threshold": [-1, "median", float("nan"), float("inf"), True],
-    "criteria.tau": [-0.1, "x", float("nan")],
+    "criteria.threshold": [-1, "median", float("nan"), float("inf"), True, None],
+    "criteria.tau": [-0.1, "x", "0.2", float("nan")],
     "criteria.entropy": ["volume"],
+    "criteria.elbow": ["slope"],
+    "criteria.exclude_layers": [-1, True, 1.5],
+    "criteria.bottom_row_filter": [1],
     "criteria.means": [0, 0.9, None, True, "two", float("nan")],
     "drop_lone_spaces": ["some", None, 1],
     "criteria.elbow_heads": ["most", None, 2],
     "criteria.per_sample": ["sometimes", None, 1],
     "criteria.ties": ["layer", None, True],
     "criteria.fallback": ["five", None, False],
-    "criteria.bottom_row_above": [-0.1, "x", True],
-    "grounding.kernel_size": [2, 0, -1, 1.0, 65],
-    "grounding.sigma": [-1, float("inf")],
-    "grounding.upsample": [0, 17],
+    "criteria.bottom_row_above": [-0.1, "x", "0.05", True],
+    "grounding.kernel_size": [2, 0, -1, 1.0, 65, True],
+    "grounding.sigma": [-1, float("inf"), float("nan")],
+    "grounding.upsample": [0, 17, 1.5, True],
+    "grounding.component": ["biggest"],
     "grounding.interpolation": ["cubic"],
     "grounding.binarise": ["median", None],
     "grounding.top_mass": [0, 1.01, -0.5, True, "half", float("nan")],
     "grounding.box_from": ["air"],
-    "grounding.means": [0, 0.5, None, True, float("inf")],
+    "grounding.means": [0, 0.5, None, True, float("inf"), float("nan")],
     "grounding.margin": [-0.001, None, "x"],
     "grounding.border": ["reflect", None],
     "segmenter.kind": ["magic"],
     "segmenter.prompt": [[], "box", ["box", "scribble"], ["box", "box"], [["box"]]],
-    "segmenter.num_points": [0, 101],
-    "segmenter.iterations": [0],
+    "segmenter.num_points": [0, 101, True],
+    "segmenter.iterations": [0, 1.5],
     "segmenter.multimask": ["yes"],
     "phrases.by": ["magic"],
     "phrases.model": ["", None],
@@ -228,9 +233,14 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in WRONG.items() for value in bad])
 def test_wrong_values_are_named(name: str, value: Any) -> None:
+    """Of a command, and of the class that a script makes."""
+    group, _, key = name.rpartition(".")
     with pytest.raises(UsageError, match=rf"^{re.escape(name)}=.*: ") as caught:
         FinderOptions.of(nested(name, value))
     assert "\n" not in str(caught.value)
+    if group in CLASSES:
+        with pytest.raises(ValueError, match=f"^{key}="):
+            CLASSES[group](**{key: value})
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:

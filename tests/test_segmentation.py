@@ -606,21 +606,6 @@ class TestRefine:
 
 
 class TestOptions:
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
-            ("kind", "magic"),
-            ("prompt", ()),
-            ("prompt", ("box", "scribble")),
-            ("num_points", 0),
-            ("num_points", True),
-            ("iterations", 1.5),
-        ],
-    )
-    def test_options_name_what_is_wrong(self, field, value):
-        with pytest.raises(ValueError, match=field):
-            SegmenterOptions(**{field: value})
-
     def test_the_default_needs_no_weights(self):
         assert isinstance(make_segmenter(GRABCUT), GrabCut)
         assert make_segmenter(SegmenterOptions("none")) is None
