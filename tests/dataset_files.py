@@ -59,26 +59,17 @@ class Ref:
 
     def annotation(self) -> dict[str, Any]:
         return {
-            "segmentation": self.segmentation,
-            "area": 310.0,
-            "iscrowd": self.iscrowd,
-            "image_id": self.image_id,
-            "bbox": list(self.bbox),
-            "category_id": 1,
-            "id": self.ann_id,
-        }
+            "segmentation": self.segmentation, "area": 310.0, "iscrowd": self.iscrowd,
+            "image_id": self.image_id, "bbox": list(self.bbox), "category_id": 1, "id": self.ann_id,
+        }  # fmt: skip
 
     def image(self) -> dict[str, Any]:
         return {
-            "license": 3,
-            "file_name": f"COCO_train2014_{self.image_id:012d}.jpg",
-            "coco_url": f"http://mscoco.org/images/{self.image_id}",
-            "height": self.size[1],
-            "width": self.size[0],
-            "date_captured": "2013-11-17 05:37:38",
-            "flickr_url": "http://farm1.staticflickr.com/73/1_z.jpg",
-            "id": self.image_id,
-        }
+            "license": 3, "file_name": f"COCO_train2014_{self.image_id:012d}.jpg",
+            "coco_url": f"http://mscoco.org/images/{self.image_id}", "height": self.size[1],
+            "width": self.size[0], "date_captured": "2013-11-17 05:37:38",
+            "flickr_url": "http://farm1.staticflickr.com/73/1_z.jpg", "id": self.image_id,
+        }  # fmt: skip
 
 
 def world() -> list[Ref]:
@@ -148,51 +139,34 @@ def as_python2(content: bytes) -> bytes:
 
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-SENTENCE = pa.struct(
-    [("raw", pa.string()), ("sent", pa.string()), ("sent_id", pa.int64()), ("tokens", pa.list_(pa.string()))]
-)
+TYPES = {
+    "text": pa.string(), "texts": pa.list_(pa.string()), "int": pa.int64(), "ints": pa.list_(pa.int64()),
+    "int8": pa.int8(), "float": pa.float64(), "floats": pa.list_(pa.float64()), "floats32": pa.list_(pa.float32()),
+    "bool": pa.bool_(), "mask": pa.list_(pa.list_(pa.bool_())), "image": IMAGE,
+}  # fmt: skip
+
+
+def columns(names: str) -> list[tuple[str, pa.DataType]]:
+    """Of `name:type name:type`, in this order."""
+    return [(name, TYPES[kind]) for name, kind in (pair.split(":") for pair in names.split())]
+
+
+TYPES["sentences"] = pa.list_(pa.struct(columns("raw:text sent:text sent_id:int tokens:texts")))
 JXU = pa.schema(
-    [
-        ("sent_ids", pa.list_(pa.int64())),
-        ("file_name", pa.string()),
-        ("ann_id", pa.int64()),
-        ("ref_id", pa.int64()),
-        ("image_id", pa.int64()),
-        ("split", pa.string()),
-        ("sentences", pa.list_(SENTENCE)),
-        ("category_id", pa.int64()),
-        ("raw_anns", pa.string()),
-        ("raw_image_info", pa.string()),
-        ("raw_sentences", pa.string()),
-        ("image_path", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("captions", pa.list_(pa.string())),
-        ("global_image_id", pa.string()),
-        ("anns_id", pa.string()),
-    ]
+    columns(
+        "sent_ids:ints file_name:text ann_id:int ref_id:int image_id:int split:text sentences:sentences "
+        "category_id:int raw_anns:text raw_image_info:text raw_sentences:text image_path:text bbox:floats "
+        "captions:texts global_image_id:text anns_id:text"
+    )
 )
 LMMS = pa.schema(
-    [
-        ("question_id", pa.string()),
-        ("image", IMAGE),
-        ("question", pa.string()),
-        ("answer", pa.list_(pa.string())),
-        ("segmentation", pa.list_(pa.float32())),
-        ("bbox", pa.list_(pa.float32())),
-        ("iscrowd", pa.int8()),
-        ("file_name", pa.string()),
-    ]
+    columns(
+        "question_id:text image:image question:text answer:texts segmentation:floats32 bbox:floats32 iscrowd:int8 "
+        "file_name:text"
+    )
 )
 RICKY = pa.schema(
-    [
-        ("image", IMAGE),
-        ("text", pa.string()),
-        ("mask", pa.list_(pa.list_(pa.bool_()))),
-        ("image_id", pa.string()),
-        ("ann_id", pa.string()),
-        ("img_height", pa.int64()),
-        ("img_width", pa.int64()),
-    ]
+    columns("image:image text:text mask:mask image_id:text ann_id:text img_height:int img_width:int")
 )
 
 
@@ -226,12 +200,9 @@ def lmms_row(ref: Ref) -> dict[str, Any]:
         "question_id": str(ref.ref_id),
         "image": {"bytes": image_bytes(ref.size, ref.image_id), "path": ref.file_name},
         "question": "Please carefully observe the area circled in the image and come up with a caption for the area.",
-        "answer": list(ref.texts),
-        "segmentation": polygons[0],
-        "bbox": list(ref.bbox),
-        "iscrowd": ref.iscrowd,
-        "file_name": ref.file_name,
-    }
+        "answer": list(ref.texts), "segmentation": polygons[0], "bbox": list(ref.bbox),
+        "iscrowd": ref.iscrowd, "file_name": ref.file_name,
+    }  # fmt: skip
 
 
 def save_lmms(folder: Path, refs: list[Ref], *, shards: int = 1) -> Path:
@@ -247,14 +218,9 @@ def save_lmms(folder: Path, refs: list[Ref], *, shards: int = 1) -> Path:
 def ricky_row(name: str, text: str, mask: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     height, width = mask.shape
     return {
-        "image": {"bytes": image_bytes((width, height), seed), "path": None},
-        "text": text,
-        "mask": mask.tolist(),
-        "image_id": name,
-        "ann_id": name,
-        "img_height": height,
-        "img_width": width,
-    }
+        "image": {"bytes": image_bytes((width, height), seed), "path": None}, "text": text,
+        "mask": mask.tolist(), "image_id": name, "ann_id": name, "img_height": height, "img_width": width,
+    }  # fmt: skip
 
 
 def save_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, **options: Any) -> Path:

@@ -8,44 +8,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from tests.dataset_files import IMAGE, Ref, image_bytes, save_images, save_rows
+from tests.dataset_files import Ref, columns, image_bytes, save_images, save_rows
 
 REF_L4 = pa.schema(
-    [
-        ("id", pa.int64()),
-        ("caption", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("bbox_area", pa.float64()),
-        ("bbox_id", pa.string()),
-        ("ori_category_id", pa.string()),
-        ("image_id", pa.string()),
-        ("height", pa.int64()),
-        ("width", pa.int64()),
-        ("file_name", pa.string()),
-        ("is_rewrite", pa.bool_()),
-    ]
+    columns(
+        "id:int caption:text bbox:floats bbox_area:float bbox_id:text ori_category_id:text image_id:text height:int "
+        "width:int file_name:text is_rewrite:bool"
+    )
 )
 GROUNDINGME = pa.schema(
-    [
-        ("id", pa.string()),
-        ("image", IMAGE),
-        ("description", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("height", pa.int64()),
-        ("width", pa.int64()),
-        ("subtask_l1", pa.string()),
-        ("subtask_l2", pa.string()),
-    ]
+    columns(
+        "id:text image:image description:text bbox:floats height:int width:int subtask_l1:text subtask_l2:text"
+    )
 )
 SCREENSPOT = pa.schema(
-    [
-        ("file_name", pa.string()),
-        ("bbox", pa.list_(pa.float64())),
-        ("instruction", pa.string()),
-        ("data_type", pa.string()),
-        ("data_source", pa.string()),
-        ("image", IMAGE),
-    ]
+    columns("file_name:text bbox:floats instruction:text data_type:text data_source:text image:image")
 )
 
 
@@ -134,17 +111,11 @@ def save_screenspot_pro(root: Path, size: tuple[int, int] = (3840, 2160)) -> Pat
     save_image(root / "images" / "vscode_mac" / "screenshot_1.png", size)
     x, y = size[0] * 25 // 32, size[1] * 25 // 27
     entry = {
-        "img_filename": "vscode_mac/screenshot_1.png",
-        "bbox": [x, y, x + 40, y + 30],
-        "instruction": "refresh the file explorer",
-        "instruction_cn": "\u5237\u65b0",
-        "id": "vscode_macos_0",
-        "application": "vscode",
-        "platform": "macos",
-        "img_size": list(size),
-        "ui_type": "icon",
-        "group": "Dev",
-    }
+        "img_filename": "vscode_mac/screenshot_1.png", "bbox": [x, y, x + 40, y + 30],
+        "instruction": "refresh the file explorer", "instruction_cn": "\u5237\u65b0",
+        "id": "vscode_macos_0", "application": "vscode", "platform": "macos", "img_size": list(size),
+        "ui_type": "icon", "group": "Dev",
+    }  # fmt: skip
     save_json(root / "annotations" / "vscode_macos.json", [entry])
     return root
 

@@ -26,16 +26,9 @@ from localization_heads.lvlm.sharing import apart
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car"]
 FAMILIES = [
-    "qwen2_vl",
-    "internvl",
-    "idefics3",
-    "paligemma",
-    "gemma3",
-    "mllama",
-    "llava_next",
-    "florence2",
+    "qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next", "florence2",
     "gemma4",
-]
+]  # fmt: skip
 
 
 class Expected(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from front import Front, fronts, stub_figures
+from front import Front, stub_figures
 from PIL import Image
 
 import localization_heads as lh
@@ -42,11 +42,9 @@ ELSEWHERE = ("heads_from", "data_file", "scenes", "range", "protocol")
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
     stub_figures(monkeypatch)
-    yield from fronts(tmp_path, monkeypatch, capsys)
+    return front
 
 
 def commanded(front: Front, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]], list[Sample]]:
@@ -299,13 +297,9 @@ def test_a_ranking_is_used_as_it_was_found(image: Image.Image) -> None:
     lvlm = lh.load_model(device="cpu")
     ranking = lh.find_heads(lvlm, [Sample(image, "the dog")])
     assert ranking.found_with == {
-        "conv_mode": "referseg",
-        "system": lvlm.system,
-        "query_token": "last",
-        "weights": lvlm.fingerprint,
-        "criteria": "paper",
-        "library": f"localization-heads {lh.__version__}",
-    }
+        "conv_mode": "referseg", "system": lvlm.system, "query_token": "last", "weights": lvlm.fingerprint,
+        "criteria": "paper", "library": f"localization-heads {lh.__version__}",
+    }  # fmt: skip
     found = lh.ground(lvlm, image, "the dog", ranking, segmenter=None)
     assert list(found.heads) == ranking.top(3)
     assert lvlm.notes == []

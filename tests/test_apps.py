@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from front import Front, Result, draw_image, fronts, one_line, stub_figures, write_lines
+from front import Front, Result, draw_image, one_line, stub_figures, write_lines
 from PIL import Image
 
 from localization_heads.apps import terminal
@@ -32,11 +32,9 @@ LAYERS, HEADS = 5, 4
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(front: Front) -> Front:
     """An image, and two attention files of no model in particular."""
-    draw_image(tmp_path / "cat.png")
+    draw_image(front.folder / "cat.png")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         maps = AttentionMaps(
@@ -49,8 +47,8 @@ def front(
             query="the dog",
             id=name,
         )
-        save_attention(maps, tmp_path / f"{name}.pkl")
-    yield from fronts(tmp_path, monkeypatch, capsys)
+        save_attention(maps, front.folder / f"{name}.pkl")
+    return front
 
 
 # ---------------------------------------------------------------------------------------- visualize_attention
@@ -133,15 +131,10 @@ def test_batch_draws_every_entry(front: Front, monkeypatch: pytest.MonkeyPatch) 
     """A bad entry is reported with its line, and the others are drawn."""
     stub_figures(monkeypatch)
     entries: list[Any] = [
-        {"id": "first", "attention_file": "a.pkl"},
-        {"attention_file": "b.pkl", "layer": 2, "head": 3},
-        "{",
-        {"attention_file": "no.pkl"},
-        {"attention_file": "a.pkl", "layer": 99, "head": 0},
-        {"attention_file": "a.pkl", "layer": 1},
-        {"attention_file": "cat.png"},
-        {"id": "no_file"},
-    ]
+        {"id": "first", "attention_file": "a.pkl"}, {"attention_file": "b.pkl", "layer": 2, "head": 3}, "{",
+        {"attention_file": "no.pkl"}, {"attention_file": "a.pkl", "layer": 99, "head": 0},
+        {"attention_file": "a.pkl", "layer": 1}, {"attention_file": "cat.png"}, {"id": "no_file"},
+    ]  # fmt: skip
     write_lines(Path("data.jsonl"), entries)
     result = front.visualize("mode=batch", "data_file=data.jsonl", "show_components=true", "top_k=1")
     assert result.status == 1
@@ -173,14 +166,11 @@ def test_no_figure_of_a_batch_is_lost(front: Front, monkeypatch: pytest.MonkeyPa
     Path("other/a.pkl").write_bytes(Path("b.pkl").read_bytes())
     head = {"layer": 2, "head": 3}
     entries: list[dict[str, Any]] = [
-        {"attention_file": "a.pkl"},
+        {"attention_file": "a.pkl"}, {"attention_file": "a.pkl", **head},
+        {"attention_file": "a.pkl", "layer": 2, "head": 1}, {"id": "mine", "attention_file": "a.pkl"},
+        {"id": "mine", "attention_file": "a.pkl", **head}, {"attention_file": "other/a.pkl"},
         {"attention_file": "a.pkl", **head},
-        {"attention_file": "a.pkl", "layer": 2, "head": 1},
-        {"id": "mine", "attention_file": "a.pkl"},
-        {"id": "mine", "attention_file": "a.pkl", **head},
-        {"attention_file": "other/a.pkl"},
-        {"attention_file": "a.pkl", **head},
-    ]
+    ]  # fmt: skip
     write_lines(Path("data.jsonl"), entries)
     result = front.visualize("mode=batch", "data_file=data.jsonl", "output_dir=drawn")
     assert result.status == 1
@@ -289,21 +279,15 @@ def test_a_conversation(talk: Callable[..., Result]) -> None:
     assert result.status == 0
     assert "error" not in result.err
     said = [
-        "/help lists the commands",
-        "error: there is no image yet: /image PATH",
-        "error: write /image PATH",
-        "error: no.png: no such file",
-        "looking at cat.png, 64 x 48 pixels",
-        "error: write /ground EXPRESSION",
-        "error: the expression holds '</s>'",
-        "box ",
+        "/help lists the commands", "error: there is no image yet: /image PATH", "error: write /image PATH",
+        "error: no.png: no such file", "looking at cat.png, 64 x 48 pixels",
+        "error: write /ground EXPRESSION", "error: the expression holds '</s>'", "box ",
         "wrote outputs/localization_heads/tiny/attention/cat_the-dog-on-the-left_grounding.png",
         "error: write /trace QUESTION",
         "wrote outputs/localization_heads/tiny/attention/cat_what-is-it_trace.html",
-        "/dance is no command; /help lists them",
-        "error: the expression holds '</s>'",
+        "/dance is no command; /help lists them", "error: the expression holds '</s>'",
         "Ctrl-C stops an answer",
-    ]
+    ]  # fmt: skip
     place = 0
     for words in said:
         assert words in result.out[place:], (words, result.out)
@@ -490,28 +474,19 @@ def chat_process(folder: Path, *options: str | bytes, lines: bytes = b"") -> tup
 
 
 def test_text_in_another_encoding_costs_its_line_only(tmp_path: Path) -> None:
-    """Latin-1 bytes from a pipe and in an argument."""
-    lines = b"un caf\xe9?\n/caf\xe9\n/nonsense\n"
+    """Latin-1 bytes from a pipe (`printf ... | python cli_llava.py cli_mode=true`) and in an argument."""
+    lines = b"un caf\xe9?\n/caf\xe9\nWhat is it?\n/nonsense\n/exit\n"
     status, said, err = chat_process(tmp_path, "cli_mode=true", lines=lines)
-    assert status == 0, err
+    assert status == 0 and "Traceback" not in err, err
+    assert said[0] == "embedded: /help lists the commands"
     assert said[1].startswith("error: the expression is not valid Unicode text")
-    assert said[2:] == [
-        "/caf\ufffd is no command; /help lists them", "/nonsense is no command; /help lists them",
-    ]  # fmt: skip
+    assert [said[2], said[4]] == [
+        f"/{word} is no command; /help lists them" for word in ("caf\ufffd", "nonsense")
+    ]
+    assert len(said) == 5
     status, _, err = chat_process(tmp_path, b"query=un caf\xe9?")
     assert status == 2
     assert "not valid Unicode" in one_line(err)
-
-
-def test_a_piped_conversation_in_a_real_process(tmp_path: Path) -> None:
-    """`printf ... | python cli_llava.py cli_mode=true`."""
-    lines = b"What is it?\n/nonsense\n/exit\n"
-    status, said, err = chat_process(tmp_path, "cli_mode=true", lines=lines)
-    assert status == 0, err
-    assert "Traceback" not in err
-    assert said[0] == "embedded: /help lists the commands"
-    assert said[-1] == "/nonsense is no command; /help lists them"
-    assert len(said) == 3
 
 
 def test_the_finders_maps_are_what_the_viewer_draws(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,15 +248,9 @@ def test_spellings() -> None:
     class Coder:
         unk_token_id = 0
         ids: ClassVar = {
-            "yes": [5],
-            "Yes": [6],
-            " yes": [7],
-            " Yes": [6],
-            "no": [0],
-            "No": [1, 2],
-            " no": [0],
+            "yes": [5], "Yes": [6], " yes": [7], " Yes": [6], "no": [0], "No": [1, 2], " no": [0],
             " No": [0],
-        }
+        }  # fmt: skip
 
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": self.ids[text]}
@@ -292,11 +286,8 @@ def test_nothing_beside_is_plain_asking(
     for one, other in zip(before, lvlm.attend_batch(images, texts, beside=NOTHING), strict=True):
         np.testing.assert_array_equal(one.attention, other.attention)
         assert (other.others, other.answer, other.answer_logprob, other.presence_logit) == (
-            (),
-            None,
-            None,
-            None,
-        )
+            (), None, None, None,
+        )  # fmt: skip
 
 
 def refuse(*_: Any, **__: Any) -> None:

@@ -9,21 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from small_maps import grounded
 
-from localization_heads.attention import AttentionMaps
 from localization_heads.cells import upsample
 from localization_heads.evaluation.scores import Truth, score_grounding
-from localization_heads.grounding.ground import ground_maps, otsu, threshold, top_mass
-from localization_heads.heads.head import Head
+from localization_heads.grounding.ground import otsu, threshold, top_mass
 from localization_heads.options.groups import GroundingOptions
-
-
-def grounded(grid, image_box=None, image_size=None, **options):
-    """One head's map without smoothing; a cell is 10 pixels wide unless told otherwise."""
-    grid = np.asarray(grid, dtype=np.float32)
-    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
-    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
-    return ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0.0, **options))
 
 
 class TestOtsu:

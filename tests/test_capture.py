@@ -60,11 +60,8 @@ def test_capture_equals_eager_in_other_language_models(image: Any, text: str) ->
         options["sliding_window"] = 8
     if text == "gemma2":
         options |= {
-            "head_dim": 8,
-            "query_pre_attn_scalar": 4,
-            "attn_logit_softcapping": 2.0,
-            "sliding_window": 8,
-        }
+            "head_dim": 8, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 2.0, "sliding_window": 8,
+        }  # fmt: skip
     kernel = "eager" if text == "gemma2" else "sdpa"
     inputs = inputs_of(image, ["<image> the red car ."])
     rows = captured_rows(llava_model(attention=kernel, **options), inputs)

@@ -80,12 +80,9 @@ def test_ref_l4_says_where_the_images_belong(tmp_path):
 def test_grefcoco_has_one_target_several_or_none(tmp_path):
     index, found = read("grefcoco", save_grefcoco(tmp_path))
     assert [(e.id, e.split) for e in index.entries] == [
-        ("ref0_sent0", "val"),
-        ("ref1_sent10", "val"),
-        ("ref2_sent20", "val"),
-        ("ref3_sent30", "val"),
+        ("ref0_sent0", "val"), ("ref1_sent10", "val"), ("ref2_sent20", "val"), ("ref3_sent30", "val"),
         ("ref5_sent50", "testA"),
-    ]
+    ]  # fmt: skip
     first, second, both, none = (found[n] for n in range(4))
     assert first.box == (10.0, 10.0, 25.0, 25.5) and second.box == (30.0, 10.0, 45.0, 25.5)
     assert both.boxes == (first.box, second.box) and both.box is None and both.mask is None
@@ -121,12 +118,9 @@ def test_screenspot_json_boxes_are_xywh(tmp_path, version):
 def test_screenspot_parquet_boxes_are_shares_of_the_image(tmp_path):
     image = {"bytes": image_bytes((96, 54), 1, "PNG"), "path": None}
     row = {
-        "file_name": "a.png",
-        "instruction": "close",
-        "data_type": "icon",
-        "data_source": "ios",
+        "file_name": "a.png", "instruction": "close", "data_type": "icon", "data_source": "ios",
         "image": image,
-    }
+    }  # fmt: skip
     boxes = [[0.25, 0.5, 0.5, 1.0], [24.0, 27.0, 48.0, 54.0]]
     save_rows(tmp_path / "test-00000-of-00001.parquet", [{**row, "bbox": box} for box in boxes], SCREENSPOT)
     _, found = read("screenspot", tmp_path)
@@ -156,11 +150,8 @@ def test_groundingme_rejections_and_bad_rows(tmp_path):
 def test_finecops_negatives_are_absent_and_name_their_positive(tmp_path):
     index, found = read("finecops-ref", save_finecops(tmp_path))
     assert [entry.picture for entry in index.entries] == [
-        "gqa:2370799",
-        "gqa:2370799",
-        "gqa:neg_17",
-        "gqa:2370799",
-    ]
+        "gqa:2370799", "gqa:2370799", "gqa:neg_17", "gqa:2370799",
+    ]  # fmt: skip
     assert (
         found[0].box == (10.0, 10.0, 30.0, 25.5) and not found[0].absent and found[0].more["source_id"] == 1
     )

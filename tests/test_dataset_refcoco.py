@@ -206,20 +206,17 @@ def test_the_published_counts_add_up():
 
 
 BAD_REFS = {
-    "no sentences": {"sentences": []},
-    "sentences are none": {"sentences": "abc"},
+    "no sentences": {"sentences": []}, "sentences are none": {"sentences": "abc"},
     "a sentence is no dict": {"sentences": ["abc"]},
     "an empty expression": {"sentences": [{"sent_id": 1, "sent": "  ", "raw": ""}]},
     "an expression with a control character": {"sentences": [{"sent_id": 1, "sent": "a\x00b"}]},
     "an endless expression": {"sentences": [{"sent_id": 1, "sent": "a" * 100_000}]},
     "an id that is a path": {"ref_id": "../../etc/passwd"},
     "a sentence id that is a path": {"sentences": [{"sent_id": "../x", "sent": "cat"}]},
-    "an image that is a path": {"image_id": "../x"},
-    "a negative image": {"image_id": -1},
-    "a huge image": {"image_id": 10**40},
-    "a huge id": {"ref_id": 10**40},
+    "an image that is a path": {"image_id": "../x"}, "a negative image": {"image_id": -1},
+    "a huge image": {"image_id": 10**40}, "a huge id": {"ref_id": 10**40},
     "an unknown split": {"split": "secret"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", BAD_REFS.values(), ids=BAD_REFS)
@@ -322,18 +319,15 @@ def test_broken_instances_are_refused(tmp_path, images, content):
 
 
 BAD_JXU = {
-    "bbox is xywh": {"bbox": [10.0, 10.0, 20.0, 15.5]},
-    "bbox is NaN": {"bbox": [float("nan")] * 4},
-    "bbox is missing": {"bbox": None},
-    "raw_anns is no JSON": {"raw_anns": "{'segmentation': 1}"},
-    "raw_anns is a list": {"raw_anns": "[1]"},
-    "raw_anns is deep": {"raw_anns": "[" * 10**5},
+    "bbox is xywh": {"bbox": [10.0, 10.0, 20.0, 15.5]}, "bbox is NaN": {"bbox": [float("nan")] * 4},
+    "bbox is missing": {"bbox": None}, "raw_anns is no JSON": {"raw_anns": "{'segmentation': 1}"},
+    "raw_anns is a list": {"raw_anns": "[1]"}, "raw_anns is deep": {"raw_anns": "[" * 10**5},
     "raw_anns is missing": {"raw_anns": None},
     "raw_anns holds NaN": {"raw_anns": '{"bbox": [NaN, 1, 2, 3], "segmentation": []}'},
     "raw_anns holds endless numbers": {"raw_anns": '{"bbox": [1e999, 1, 2, 3], "segmentation": []}'},
     "raw_image_info is no JSON": {"raw_image_info": "x"},
     "raw_image_info has no size": {"raw_image_info": "{}"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", BAD_JXU.values(), ids=BAD_JXU)

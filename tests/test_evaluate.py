@@ -47,11 +47,8 @@ def write_truths(count: int = 5, masks: bool = True) -> list[dict[str, Any]]:
         x0, y0 = rng.integers(0, 40), rng.integers(0, 30)
         box = [int(x0), int(y0), int(x0 + rng.integers(8, 24)), int(y0 + rng.integers(8, 18))]
         entry = {
-            "id": f"entry_{number}",
-            "prompt": EXPRESSIONS[number],
-            "image_path": image.name,
-            "bbox": box,
-        }
+            "id": f"entry_{number}", "prompt": EXPRESSIONS[number], "image_path": image.name, "bbox": box,
+        }  # fmt: skip
         if masks and number % 2 == 0:
             mask = np.zeros((48, 64), bool)
             mask[box[1] : box[3], box[0] : box[2]] = rng.random((box[3] - box[1], box[2] - box[0])) < 0.8

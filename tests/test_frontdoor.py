@@ -6,12 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, fronts, one_line, write_data
+from front import Front, one_line, write_data
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -32,13 +31,6 @@ SCRIPTS = {
     "visualize": "visualize_attention.py",
     "chat": "cli_llava.py",
 }
-
-
-@pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
-    yield from fronts(tmp_path, monkeypatch, capsys)
 
 
 def finder_options(*overrides: str) -> FinderOptions:
@@ -446,10 +438,14 @@ def test_help_shows_the_defaults_of_the_groups() -> None:
         assert f"\n{line}\n" in text
 
 
-@pytest.mark.parametrize("module", ["apps.terminal", "stages.visualize", "apps.finder_stages"])
-def test_figures_are_imported_when_they_are_drawn(module: str) -> None:
+def test_figures_are_imported_when_they_are_drawn() -> None:
     """matplotlib costs a second that a question or a wrong option need not wait for."""
-    code = f"import sys, localization_heads.{module}; print('matplotlib' in sys.modules)"
+    code = """
+import sys
+from localization_heads.apps import terminal, finder_stages
+from localization_heads.stages import visualize
+print("matplotlib" in sys.modules)
+"""
     assert process("-c", code).stdout == "False\n"
 
 

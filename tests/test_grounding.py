@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from scipy.spatial import ConvexHull
+from small_maps import drawn, grounded
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import resample
@@ -21,18 +22,6 @@ from localization_heads.options.compose import preset
 from localization_heads.options.groups import GroundingOptions
 
 SHARP = GroundingOptions(sigma=0.0)
-
-
-def drawn(*rows):
-    return np.array([[cell == "#" for cell in row] for row in rows])
-
-
-def grounded(grid, image_box=None, image_size=None, options=SHARP):
-    """Ground one head's map; a cell is 10 pixels wide unless told otherwise."""
-    grid = np.asarray(grid, dtype=np.float32)
-    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
-    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
-    return ground_maps(maps, [Head(0, 0)], options)
 
 
 def mirrored(index, length):
@@ -225,7 +214,7 @@ class TestBox:
     def test_all_cells_is_the_published_reading(self):
         grid = drawn("##...", "##...", "....#")
         assert grounded(grid).box == (0, 0, 20, 20)
-        both = grounded(grid, options=GroundingOptions(sigma=0.0, component="all"))
+        both = grounded(grid, component="all")
         assert both.box == (0, 0, 50, 30)
         assert both.cells.sum() == 5
 
@@ -251,12 +240,7 @@ class TestBox:
             assert found.box == pytest.approx(tuple(expected * scales))
 
     def test_positive_cells_above_two_means_by_hand(self):
-        grid = [
-            [1.5, 0.0, 0.0, 0.0],
-            [2.5, 3.0, 0.0, 0.0],
-            [0.0, 0.0, 0.0, 2.0],
-            [0.0, 3.0, 0.0, 4.0],
-        ]  # mean 1
+        grid = [[1.5, 0, 0, 0], [2.5, 3, 0, 0], [0, 0, 0, 2], [0, 3, 0, 4]]  # mean 1
         expected = {
             (1, 0.0): (0, 0, 40, 40),  # 1.5 is above the mean
             (2, 0.0): (0, 10, 40, 40),  # not above twice the mean, nor is 2.0
@@ -265,11 +249,10 @@ class TestBox:
             (3, 0.0): (30, 30, 40, 40),
         }
         for (means, margin), box in expected.items():
-            options = GroundingOptions(sigma=0.0, component="all", means=means, margin=margin)
-            assert grounded(grid, options=options).box == box, (means, margin)
+            assert grounded(grid, component="all", means=means, margin=margin).box == box, (means, margin)
 
     def test_no_cell_above_two_means_points_at_nothing(self):
-        found = grounded([[1.0, 2.0, 3.0]], options=GroundingOptions(sigma=0.0, means=2))
+        found = grounded([[1.0, 2.0, 3.0]], means=2)
         assert (found.box, found.score, found.threshold) == ((0, 0, 30, 10), 0.0, math.inf)
 
     def test_the_mean_is_not_active(self):
@@ -334,26 +317,26 @@ class TestBox:
     def test_upsampling_repeats_cells_and_keeps_pixels(self):
         grid = np.zeros((4, 4))
         grid[1, 2] = 1
-        found = grounded(grid, options=GroundingOptions(sigma=0.0, upsample=4))
+        found = grounded(grid, upsample=4)
         assert found.box == (20, 10, 30, 20)
         assert found.combined.shape == (16, 16)
         assert found.cells[4:8, 8:12].all()
         # The kernel counts fine cells: the blur of one coarse cell stays closer to it.
-        finer = grounded(grid, options=GroundingOptions(upsample=4))
-        coarse = grounded(grid, options=GroundingOptions())
+        finer = grounded(grid, whole=GroundingOptions(upsample=4))
+        coarse = grounded(grid, whole=GroundingOptions())
         assert finer.box[2] - finer.box[0] < coarse.box[2] - coarse.box[0]
 
     def test_smoothing_comes_before_the_threshold(self):
         grid = np.zeros((9, 9))
         grid[4, 4] = 1
-        found = grounded(grid, options=GroundingOptions(kernel_size=3, sigma=1.0))
+        found = grounded(grid, whole=GroundingOptions(kernel_size=3, sigma=1.0))
         assert found.box == (30, 30, 60, 60)  # the 3x3 footprint, all of it above the mean of 1/81
         assert found.combined.sum() == pytest.approx(1)
 
     @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e-12])
     @pytest.mark.parametrize("options", [SHARP, GroundingOptions(), GroundingOptions(5, 1.3, 3)])
     def test_a_constant_map_is_the_whole_image_with_score_0(self, value, options):
-        found = grounded(np.full((7, 9), value), options=options)
+        found = grounded(np.full((7, 9), value), whole=options)
         assert found.box == (0, 0, 90, 70)
         assert found.score == 0
         assert not found.cells.any()
@@ -422,7 +405,7 @@ class TestImages:
         assert (left ^ right).all()
 
     def test_a_hull_smaller_than_a_pixel_still_marks_one(self):
-        found = grounded(np.eye(24), image_size=(3, 3), options=GroundingOptions(1, 0.0))
+        found = grounded(np.eye(24), image_size=(3, 3), whole=GroundingOptions(1, 0.0))
         assert found.mask.any()
         speck = fill_polygon(np.array([(2.6, 1.6), (2.9, 1.6), (2.9, 1.9)]), (3, 3))
         assert np.argwhere(speck).tolist() == [[1, 2]]

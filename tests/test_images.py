@@ -201,10 +201,8 @@ def test_a_relative_path_is_tried_against_the_base_too(tmp_path, monkeypatch):
 def test_huge_images_are_refused_by_their_header(size, said, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png_header(*size))
-    with pytest.raises(ImageError) as caught:
+    with pytest.raises(ImageError, match=f"^{path}: .*{said}"):
         load_image(path)
-    assert said in str(caught.value)
-    assert str(caught.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF", "WEBP", "JPEG"])
@@ -246,9 +244,8 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width
 def test_broken_files_are_refused_in_one_line(content, said, tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    with pytest.raises(ImageError) as caught:
+    with pytest.raises(ImageError, match=said) as caught:
         load_image(path)
-    assert re.search(said, str(caught.value)), str(caught.value)
     assert caught.value.path == str(path)
     assert isinstance(caught.value, UsageError)
     assert "\n" not in str(caught.value)
@@ -364,23 +361,25 @@ def test_what_is_decoded_slowly_has_a_lower_limit(content, said, tmp_path, monke
         load_image(tmp_path / "a")
 
 
-@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "group4", "jpeg"])
-def test_decoders_print_nothing(compression, tmp_path, capfd):
+@pytest.mark.parametrize(
+    "how",
+    ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "tiff_lzw", "tiff_adobe_deflate", "group4", "jpeg"],
+)
+def test_damage_anywhere_is_refused_or_read_and_nothing_is_printed(how, tmp_path, capfd):
     """libtiff would write to the standard error output past Python, and Pillow would warn."""
-    good = encoded(
-        Image.effect_noise((64, 64), 90).convert("1" if compression == "group4" else "L"),
-        "TIFF",
-        compression=compression,
-    )
+    noise = Image.effect_noise((64, 64) if how.islower() else (16, 16), 90)
+    options = {"format": "TIFF", "compression": how} if how.islower() else {"format": how}
+    good = encoded(noise.convert("1") if how == "group4" else noise, **options)
     rng = np.random.default_rng(0)
     for _ in range(60):
         content = bytearray(good)
-        for place in rng.integers(0, len(good), 4):
+        for place in rng.integers(0, min(len(good), 400) if how.isupper() else len(good), 4):
             content[place] = rng.integers(256)
         (tmp_path / "a").write_bytes(content)
-        for read in (load_image, image_size):
-            with suppress(ImageError):
-                read(tmp_path / "a")
+        with suppress(ImageError):
+            image_size(tmp_path / "a")
+        with suppress(ImageError):
+            assert load_image(tmp_path / "a").mode == "RGB"
     assert capfd.readouterr() == ("", "")
 
 
@@ -394,19 +393,6 @@ def test_warnings_are_put_back_whoever_ends_first():
     assert len(warnings.filters) == len(before) + 1
     second.__exit__(None, None, None)
     assert list(warnings.filters) == before
-
-
-def test_damage_anywhere_is_refused_or_read(tmp_path):
-    rng = np.random.default_rng(0)
-    for format in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):
-        good = encoded(Image.effect_noise((16, 16), 90), format)
-        for _ in range(60):
-            content = bytearray(good)
-            for place in rng.integers(0, min(len(good), 400), 3):
-                content[place] = rng.integers(256)
-            (tmp_path / "a").write_bytes(content)
-            with suppress(ImageError):
-                assert load_image(tmp_path / "a").mode == "RGB"
 
 
 @pytest.mark.parametrize(
@@ -810,12 +796,8 @@ def test_an_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.Mo
 
 
 def test_a_model_is_given_no_more_than_it_sees() -> None:
-    for size, seen in (
-        ((6000, 4000), (6000, 4000)),
-        ((8000, 8000), (4000, 4000)),
-        ((64000, 999), (32000, 500)),
-    ):
-        assert images.as_seen(Image.new("1", size).convert("L")).size == seen
+    seen = {(6000, 4000): (6000, 4000), (8000, 8000): (4000, 4000), (64000, 999): (32000, 500)}
+    assert {size: images.as_seen(Image.new("1", size).convert("L")).size for size in seen} == seen
 
 
 # ------------------------------------------------------------------------------------ folders and patterns

@@ -29,7 +29,7 @@ def located(corner: int = 1, name: str = "") -> Located:
 
 def test_as_a_line_of_predictions() -> None:
     said = json.loads(json.dumps(located(name="cat.png").to_dict()))
-    assert said["expression"], said["image"] == ("the dog", "cat.png")
+    assert (said["expression"], said["image"]) == ("the dog", "cat.png")
     assert said["bbox"] == [10, 10, 30, 30]
     assert said["image_size"] == [80, 60]
     assert said["heads"] == [[0, 0]]

@@ -94,25 +94,18 @@ def test_one_way_or_the_other(lvlm: LVLM, image: Image.Image) -> None:
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "image=[] names no image": {"image": []},
-    "expression=[] names nothing": {"expression": []},
+    "image=[] names no image": {"image": []}, "expression=[] names nothing": {"expression": []},
     "expression=3: give a text": {"expression": 3},
     "expression=[None]: give a text": {"expression": [None]},
     "2 images and 3 expressions": {"image": ["a.png", "b.png"], "expression": ["x", "y", "z"]},
-    "'int' is none: give a path": {"image": 3},
-    "heads names no head": {"heads": []},
-    "heads=3: give a ranking": {"heads": 3},
-    "heads=[3]: give a ranking": {"heads": [3]},
-    "heads=['x']: give a ranking": {"heads": ["x"]},
-    "heads: there is no L99H0": {"heads": ["99-0"]},
-    "k=0: the number of heads": {"k": 0},
-    "k='3': the number of heads": {"k": "3"},
+    "'int' is none: give a path": {"image": 3}, "heads names no head": {"heads": []},
+    "heads=3: give a ranking": {"heads": 3}, "heads=[3]: give a ranking": {"heads": [3]},
+    "heads=['x']: give a ranking": {"heads": ["x"]}, "heads: there is no L99H0": {"heads": ["99-0"]},
+    "k=0: the number of heads": {"k": 0}, "k='3': the number of heads": {"k": "3"},
     "options='blunt': choose one of paper": {"options": "blunt"},
-    "options={'mean': 2}": {"options": {"mean": 2}},
-    "abstain=0.5 needs a calibration": {"abstain": 0.5},
-    "lvlm: 'tiny' is no model": {"lvlm": "tiny"},
-    "no-such.png: no such file": {"image": "no-such.png"},
-}
+    "options={'mean': 2}": {"options": {"mean": 2}}, "abstain=0.5 needs a calibration": {"abstain": 0.5},
+    "lvlm: 'tiny' is no model": {"lvlm": "tiny"}, "no-such.png: no such file": {"image": "no-such.png"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("said", WRONG)
@@ -153,15 +146,8 @@ def test_a_ranking_shows_its_table() -> None:
     text = str(ranking).splitlines()
     assert text[0] == "17 heads of <b>mine over 20 samples"
     assert text[1].split() == [
-        "rank",
-        "head",
-        "selection",
-        "frequency",
-        "attention",
-        "sum",
-        "spatial",
-        "entropy",
-    ]
+        "rank", "head", "selection", "frequency", "attention", "sum", "spatial", "entropy",
+    ]  # fmt: skip
     assert text[2].split() == ["1", "L2H0", "0.900", "±", "0.010", "0.500", "0.250"]
     assert text[3].split()[-1] == "-"
     assert text[-1] == "and 2 more"

@@ -253,11 +253,8 @@ def test_images_of_another_set_are_refused_and_can_be_left_out(front):
     exclude = f"exclude=[{OUT}/refcocog-val.jsonl,{OUT}/refcocog-test.jsonl]"
     assert prepared(front, "split=train", exclude).status == 0
     assert {line["picture"] for line in lines("refcoco-train-1000-seed42.jsonl")} == {
-        "coco:2",
-        "coco:3",
-        "coco:4",
-        "coco:6",
-    }
+        "coco:2", "coco:3", "coco:4", "coco:6",
+    }  # fmt: skip
     assert json.loads((OUT / "refcoco-train-1000-seed42.json").read_text())["excluded"] == 3 + 4
 
 

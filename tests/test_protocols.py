@@ -136,14 +136,9 @@ def negative(of, confidence, kind="attribute"):
 
 def test_finecops_by_hand():
     answers = [
-        positive(1, 0.9),
-        negative(1, 0.5),
-        negative(1, 0.8),
-        positive(2, 0.4, level=2),
-        negative(2, 0.6),
-        positive(3, 0.7, box=OFF),
-        negative(3, 0.1, "object"),
-    ]
+        positive(1, 0.9), negative(1, 0.5), negative(1, 0.8), positive(2, 0.4, level=2), negative(2, 0.6),
+        positive(3, 0.7, box=OFF), negative(3, 0.1, "object"),
+    ]  # fmt: skip
     found = protocol_metrics("finecops-ref", answers)
     assert found["precision@1"] == pytest.approx(2 / 3, abs=1e-6)
     assert found["precision@1[level 1]"] == 0.5 and found["precision@1[level 2]"] == 1.0

@@ -42,14 +42,11 @@ def contents(folder: str = "outputs/localization_heads/tiny") -> list[bytes]:
 def test_equals_find_with_the_same_options(front: Front, first: str) -> None:
     """Byte for byte, for everything that the ranking chooses among; the statistics are made once."""
     variants = [
-        [],
-        ["criteria.entropy=mass"],
-        ["criteria.tau=0.05"],
+        [], ["criteria.entropy=mass"], ["criteria.tau=0.05"],
         ["criteria.tau=0", "criteria.exclude_layers=0", "top_n=3"],
-        ["criteria.elbow=index", "criteria.exclude_layers=1"],
-        ["criteria.bottom_row_filter=true", "k=2"],
+        ["criteria.elbow=index", "criteria.exclude_layers=1"], ["criteria.bottom_row_filter=true", "k=2"],
         ["num_trials=3", "num_samples=2", "random_seed=7"],
-    ]
+    ]  # fmt: skip
     expected = []
     for number, options in enumerate(variants):
         assert front.finder("stage=find", DATA, *options, f"output_dir=fresh_{number}").status == 0

@@ -385,13 +385,9 @@ class TestRecord:
         assert (data["version"], data["num_samples"], data["num_trials"], data["top_n"]) == (1, 20, 5, 10)
         assert data["exclude_layers"] == 2
         assert set(data["heads"][0]) == {
-            "layer",
-            "head",
-            "selection_frequency",
-            "selection_frequency_std",
-            "attention_sum",
+            "layer", "head", "selection_frequency", "selection_frequency_std", "attention_sum",
             "spatial_entropy",
-        }
+        }  # fmt: skip
         assert len(data["heads"]) == len(ranking.kept) < len(ranking.heads)
         assert data["criteria"]["entropy"] == "area"
         assert data["tau"] == round(ranking.tau, 6)
@@ -577,12 +573,8 @@ def test_the_images_that_heads_were_found_on_are_kept():
 
 
 FOUND = {
-    "conv_mode": "referseg",
-    "system": "Look.",
-    "query_token": "last",
-    "weights": "1a",
-    "criteria": "paper",
-}
+    "conv_mode": "referseg", "system": "Look.", "query_token": "last", "weights": "1a", "criteria": "paper",
+}  # fmt: skip
 
 
 def test_how_the_heads_were_found_is_kept():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,22 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from small_maps import grounded
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.errors import NotFiniteError
 from localization_heads.grounding.ground import ground_instances, ground_maps, threshold
 from localization_heads.grounding.maps import without_peaks
 from localization_heads.grounding.shapes import containing_peak, crossings, heaviest
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.segmentation.segmenter import refine
-
-
-def grounded(grid, image_box=None, image_size=None, **options):
-    """One head's map; a cell is 10 pixels wide unless told otherwise."""
-    grid = np.asarray(grid, dtype=np.float32)
-    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
-    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
-    return ground_maps(maps, [Head(0, 0)], GroundingOptions(**{"sigma": 0.0, **options}))
 
 
 def obj(shape, rows, columns, value=1.0):
@@ -173,16 +168,9 @@ class TestInstances:
 
 
 SHARP = {
-    "sigma": 0.5,
-    "kernel_size": 5,
-    "peak_limit": 10.0,
-    "means": 1.5,
-    "mean_of": "image",
-    "large": 0.7,
-    "component": "largest_mass",
-    "trim": True,
-    "point_sigma": 1.0,
-}
+    "sigma": 0.5, "kernel_size": 5, "peak_limit": 10.0, "means": 1.5, "mean_of": "image", "large": 0.7,
+    "component": "largest_mass", "trim": True, "point_sigma": 1.0,
+}  # fmt: skip
 
 
 class TestSharp:
@@ -311,8 +299,10 @@ class TestAggregation:
         with pytest.raises(ValueError, match="shape of attention"):
             self.maps([1, 2, 3], answer=np.zeros((1, 1, 2, 3), np.float32))
 
-    def test_what_is_not_finite_is_found_in_all_of_them(self):
-        bad = self.maps([1, np.nan, 3])
-        for maps in (bad, self.maps([1, 2, 3], others=(bad,)), self.maps([1, 2, 3], answer=bad.attention)):
-            with pytest.raises(ValueError, match="NaN"):
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_what_is_not_finite_is_found_in_all_of_them(self, value):
+        bad, good = self.maps([1, value, 3]), self.maps([1, 2, 3])
+        good.check_finite()
+        for maps in (bad, replace(good, others=(bad,)), replace(good, answer=bad.attention)):
+            with pytest.raises(NotFiniteError, match="NaN"):
                 maps.check_finite()

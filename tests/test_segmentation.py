@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
+from small_maps import grounded
 from tiny_sams import SIDE, TINY
 
-from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.figures import plot_grounding
 from localization_heads.grounder import make_segmenter
-from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.heads.head import Head
-from localization_heads.options.groups import GroundingOptions, SegmenterOptions
+from localization_heads.grounding.ground import Grounding
+from localization_heads.options.groups import SegmenterOptions
 from localization_heads.segmentation import grabcut
 from localization_heads.segmentation import sam as sams
 from localization_heads.segmentation.grabcut import GrabCut
@@ -40,14 +39,6 @@ from localization_heads.segmentation.segmenter import (
 )
 
 
-def grounded(grid, image_box=None, image_size=None, **options) -> Grounding:
-    """One head's map without smoothing; a cell is 10 pixels wide unless told otherwise."""
-    grid = np.asarray(grid, dtype=np.float32)
-    size = image_size or (grid.shape[1] * 10, grid.shape[0] * 10)
-    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
-    return ground_maps(maps, [Head(0, 0)], GroundingOptions(sigma=0.0, **options))
-
-
 def square(side: int = 9, start: int = 2, stop: int = 7) -> np.ndarray:
     grid = np.zeros((side, side))
     grid[start:stop, start:stop] = 1
@@ -60,11 +51,8 @@ class TestInteriorPoints:
         points = interior_points(grounded(square()), 9)
         assert points[0] == (45, 45)  # the deepest
         assert set(points[1:5]) == {
-            (35, 35),
-            (55, 35),
-            (35, 55),
-            (55, 55),
-        }  # then the corners, far from all before
+            (35, 35), (55, 35), (35, 55), (55, 55),
+        }  # then the corners, far from all before  # fmt: skip
         assert len(points) == len(set(points)) == 9
 
     def test_the_stronger_of_equals_comes_first(self):

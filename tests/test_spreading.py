@@ -24,7 +24,7 @@ from localization_heads.stages.run import Run
 
 ROOT = Path(__file__).parents[1]
 RAY = ("engine=ray", "engine.cpus_per_worker=1")
-WORKERS = {"find": 2, "evaluate": 2}
+WORKERS = {"find": 2}
 """One for the others: each worker that starts costs seconds, and all stages go through the data in the same way."""
 DATA = ("data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "visualize_limit=1")
 
@@ -183,12 +183,8 @@ def test_results_come_back_with_the_samples_of_the_command() -> None:
 
 
 ENGINE = {
-    "kind": "ray",
-    "num_workers": None,
-    "cpus_per_worker": 2,
-    "gpus_per_worker": None,
-    "address": "auto",
-}
+    "kind": "ray", "num_workers": None, "cpus_per_worker": 2, "gpus_per_worker": None, "address": "auto",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

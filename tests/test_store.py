@@ -212,12 +212,9 @@ def test_the_published_tools_files_are_read(dtype, size, box, tmp_path):
 def test_the_files_of_august_are_read(gzipped, meta, tmp_path):
     tensor = torch.rand(2, 3, 1, 16).half() / 16
     facts = {
-        "image_file": "dog.png",
-        "query": "the dog",
-        "image_size": (640, 480),
-        "patch_size": 4,
+        "image_file": "dog.png", "query": "the dog", "image_size": (640, 480), "patch_size": 4,
         "vis_len": 16,
-    }
+    }  # fmt: skip
     content = pickle.dumps({"attn": tensor, "meta": facts if meta == "inside" else {}})
     path = tmp_path / ("q.pkl.gz" if gzipped else "q.pkl")
     path.write_bytes(gzip.compress(content) if gzipped else content)

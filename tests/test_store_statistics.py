@@ -229,14 +229,7 @@ def test_the_key_tells_samples_apart(tmp_path):
     changed = sample_key("a cat", image, "id")
     missing = sample_key("a cat", tmp_path / "no.png", "id")
     address = sample_key("a cat", "http://x/a.png", "id")
-    others = {
-        first,
-        changed,
-        missing,
-        address,
-        sample_key("a dog", image, "id"),
-        sample_key("a cat", image),
-    }
+    others = {first, changed, missing, address, sample_key("a dog", image, "id"), sample_key("a cat", image)}
     assert len(others) == 6
 
 

@@ -104,12 +104,8 @@ def test_small_boxes_show_tenths(box: tuple[float, float, float, float], text: s
 def test_a_narrow_screen_keeps_names_and_numbers_whole() -> None:
     """The headings of Fig. 6b are long, its names short: the headings break."""
     columns = (
-        "head",
-        "selection frequency (%)",
-        "mean IoU (%)",
-        "pointing (%)",
-        "its IoU's rank among all heads",
-    )
+        "head", "selection frequency (%)", "mean IoU (%)", "pointing (%)", "its IoU's rank among all heads",
+    )  # fmt: skip
     found = FindingTable(
         columns, (("L14H24", "100.0", "56.3", "83.3", "2"), ("L2H0", "9.1", "5.0", "1.2", "17"))
     )

@@ -361,14 +361,8 @@ def ranked(frequencies):
 
 def test_frequency_and_iou_are_compared_as_in_the_paper_and_over_all_candidates():
     frequencies = {
-        (2, 0): 0.9,
-        (2, 1): 0.5,
-        (3, 0): 0.1,
-        (3, 1): 0.001,
-        (2, 2): 0.0,
-        (3, 2): 0.0,
-        (0, 0): 0.0,
-    }
+        (2, 0): 0.9, (2, 1): 0.5, (3, 0): 0.1, (3, 1): 0.001, (2, 2): 0.0, (3, 2): 0.0, (0, 0): 0.0,
+    }  # fmt: skip
     iou = np.zeros((4, 3))
     iou[[2, 2, 3, 3, 2, 3, 0], [0, 1, 0, 1, 2, 2, 0]] = 0.5, 0.3, 0.4, 0.2, 0.1, 0.1, 0.9
     found = correlation(ranked(frequencies), iou)

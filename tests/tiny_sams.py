@@ -106,12 +106,9 @@ def _prompts(patch_size: int) -> dict[str, Any]:
 
 def _decoder() -> dict[str, Any]:
     return {
-        "hidden_size": 16,
-        "mlp_dim": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
+        "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "iou_head_hidden_dim": 16,
-    }
+    }  # fmt: skip
 
 
 def _seeded(kind: Any, config: Any) -> Any:

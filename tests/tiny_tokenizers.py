@@ -8,12 +8,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
-    "the red car on the left.",
-    "a dog beside the assistant, in this image?",
-    "user: the second giraffe from the right",
-    "You are a helpful assistant.",
-    "Größe naïve 左边的狗。 the café",
-]
+    "the red car on the left.", "a dog beside the assistant, in this image?",
+    "user: the second giraffe from the right", "You are a helpful assistant.", "Größe naïve 左边的狗。 the café",
+]  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<start>", "<end>"]
 
 
