@@ -45,6 +45,13 @@ class Front:
         """The embedded model's folder."""
         return Path("outputs/localization_heads/tiny")
 
+    def json(self, name: str) -> Any:
+        """A file that the last command wrote."""
+        return json.loads((self.out / name).read_text(encoding="utf-8"))
+
+    def lines(self, name: str = "predictions.jsonl") -> list[dict[str, Any]]:
+        return read_lines(self.out / name)
+
     def finder(self, *options: str) -> Result:
         return self._run(commands.finder, ["device=cpu", *options])
 
@@ -95,6 +102,10 @@ def write_lines(path: Path, entries: Sequence[Mapping[str, Any] | str]) -> Path:
     """A data file; a text stands for a line as it is."""
     path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries))
     return path
+
+
+def read_lines(path: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 EXPRESSIONS = ["the dog", "the red car on the left", "the cat", "What is in this image?", "the boat"]

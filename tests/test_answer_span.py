@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
-from footprints import coordinate_image
 from front import Front, one_line, write_data
 from PIL import Image
 from test_answer_tokens import on_image
@@ -21,6 +20,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
 from localization_heads.lvlm.answers.words import Spelled, group_tokens
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import box_prompt
 from localization_heads.lvlm.sharing import apart

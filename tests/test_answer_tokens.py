@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
-from footprints import coordinate_image
 from PIL import Image
 from test_query_token import tiny_lvlm
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.forward.capture import Query, Recorder
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import apart

@@ -51,7 +51,7 @@ def commanded(front: Front, *options: str) -> tuple[dict[str, Any], list[dict[st
     """`metrics.json`, the rows of `per_sample.parquet`, and the samples that they are of."""
     result = front.finder(*OPTIONS, *options)
     assert result.status == 0, result.err
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     (data_file,) = Path("outputs/scenes").rglob("*.jsonl")
     rows = pyarrow.parquet.read_table(front.out / "per_sample.parquet").to_pylist()
     return metrics, rows, load_samples(data_file).entries

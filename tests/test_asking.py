@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
-from footprints import coordinate_image
 from PIL import Image
 from test_model_configs import composed
 
@@ -30,6 +29,7 @@ from localization_heads.lvlm.answers.answering import spellings
 from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, presence_sides
 from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, other_expressions
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.paraphrases import mean_of_shapes, worded, wordings
 from localization_heads.options.groups import GroundingOptions

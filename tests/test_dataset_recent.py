@@ -246,7 +246,7 @@ def test_evaluate_takes_the_metric_from_the_file(front):
     )
     data = "data_file=outputs/datasets/grefcoco-val.jsonl"
     result = front.finder("stage=evaluate", data, "controls=false", "report=false", "visualize_batch=false")
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     found = metrics["protocol"]
     assert metrics["choices"]["protocol"] == found["name"] == "grefcoco" and "Protocol grefcoco" in result.out
     assert found["n_acc"] == 0.0 and found["t_acc"] == 1.0 and found["num_answers"] == 4

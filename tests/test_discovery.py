@@ -20,6 +20,7 @@ from front import (
     draw_image,
     fronts,
     one_line,
+    read_lines,
     stub_figures,
     write_data,
     write_lines,
@@ -52,10 +53,6 @@ def front(front: Front, monkeypatch: pytest.MonkeyPatch) -> Front:
 
 def heads_of(folder: Path | str) -> bytes:
     return (Path(folder) / "heads.json").read_bytes()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def visible(folder: Path) -> set[str]:
@@ -106,7 +103,7 @@ def test_batch_writes_what_the_contract_says(
     assert table[0].startswith("rank,layer,head,selection_frequency")
 
     known = [[4, 4], [5, 6]]
-    for number, line in enumerate(read_lines(front.out / "predictions.jsonl")):
+    for number, line in enumerate(front.lines()):
         assert list(line)[:6] == ["id", "bbox", "score", "mask", "heads", "error"]
         assert (line["id"], line["heads"], line["error"]) == (f"entry_{number}", known, None)
         assert [type(x) for x in line["bbox"]] == [float] * 4
@@ -186,7 +183,7 @@ def test_a_range_of_entries(front: Front, calls: Calls) -> None:
     for start, end in ((1, 3), (3, -1), (0, 99)):
         options = (f"start_index={start}", f"end_index={end}")  # a range that is given is meant
         assert front.finder("stage=batch", DATA, *options).status == 0
-        ids.append([line["id"] for line in read_lines(front.out / "predictions.jsonl")])
+        ids.append([line["id"] for line in front.lines()])
     assert ids == [["entry_1", "entry_2"], ["entry_3", "entry_4"], [f"entry_{n}" for n in range(5)]]
     assert sum(calls.sizes) >= 5
     result = front.finder("stage=find", DATA, "process_all=false", "start_index=5")
@@ -299,7 +296,7 @@ def test_only_the_culprit_of_a_batch_fails(front: Front, monkeypatch: pytest.Mon
     monkeypatch.setattr(LVLM, "attend_batch", picky)
     result = front.finder("stage=batch", DATA)
     assert result.status == 1
-    lines = read_lines(front.out / "predictions.jsonl")
+    lines = front.lines()
     assert [line["id"] for line in lines if line["error"]] == ["entry_2"]
     assert "the model cannot take it: RuntimeError: the tensor is too large" in lines[-1]["error"]
     assert len(lines) == 5
@@ -316,12 +313,12 @@ def test_wrong_heads_are_refused_before_the_work(front: Front, calls: Calls, hea
 def test_known_heads_ground_a_batch(front: Front) -> None:
     """Where some are known for the model; the line above the boxes says whose they are."""
     result = front.finder("stage=batch", DATA)
-    used = {str(line["heads"]) for line in read_lines(front.out / "predictions.jsonl")}
+    used = {str(line["heads"]) for line in front.lines()}
     assert used == {"[[4, 4], [5, 6], [5, 3]]"}
     assert "boxes below: heads L4H4 L5H6 L5H3, known for embedded" in result.out
     result = front.finder("stage=batch", DATA, f"heads={front.out / 'heads.json'}")
     first = [[one["layer"], one["head"]] for one in json.loads(heads_of(front.out))["heads"][:3]]
-    assert {str(line["heads"]) for line in read_lines(front.out / "predictions.jsonl")} == {str(first)}
+    assert {str(line["heads"]) for line in front.lines()} == {str(first)}
     assert "as heads= says" in result.out
 
 
@@ -342,11 +339,9 @@ def test_named_heads_ground_a_batch(front: Front) -> None:
     """A list, and each sample's own; the ranking does not depend on them."""
     assert front.finder("stage=batch", DATA, "heads=[2-0,3-1]").status == 0
     ranking = heads_of(front.out)
-    assert {str(line["heads"]) for line in read_lines(front.out / "predictions.jsonl")} == {
-        "[[2, 0], [3, 1]]"
-    }
+    assert {str(line["heads"]) for line in front.lines()} == {"[[2, 0], [3, 1]]"}
     assert front.finder("stage=batch", DATA, "heads=greedy", "k=1").status == 0
-    assert all(len(line["heads"]) == 1 for line in read_lines(front.out / "predictions.jsonl"))
+    assert all(len(line["heads"]) == 1 for line in front.lines())
     assert heads_of(front.out) == ranking
 
 
@@ -355,7 +350,7 @@ def test_a_criterion_that_keeps_no_head(front: Front) -> None:
     result = front.finder("stage=batch", DATA, "criteria.tau=2", "heads=greedy")
     assert result.status == 1, result.err
     assert json.loads(heads_of(front.out))["heads"] == []
-    lines = read_lines(front.out / "predictions.jsonl")
+    lines = front.lines()
     assert lines and not any(line["bbox"] for line in lines)
     assert all("no head passes the criteria" in line["error"] for line in lines)
     result = front.finder("stage=find", DATA, "criteria.exclude_layers=99")
@@ -506,7 +501,7 @@ def test_an_edited_prompt_or_image_is_recomputed(front: Front, calls: Calls, sta
     options = (f"stage={stage}", DATA, "batch_size=1")
     assert front.finder(*options).status == 0
     before = heads_of(front.out)
-    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    entries = read_lines("data.jsonl")
     entries[1]["prompt"] = "a blue house"
     write_lines(Path("data.jsonl"), entries)
     calls.clear()
@@ -592,7 +587,7 @@ def test_the_folder_is_locked_during_the_work(
 def test_a_true_box_outside_its_image_is_reported(front: Front) -> None:
     """Boxes written as x, y, width, height or in another image's pixels would only look like a bad model."""
     write_data(front.folder, 2)
-    entries = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    entries = read_lines("data.jsonl")
     entries[1] |= {"bbox": [1000.0, 1000.0, 1010.0, 1010.0]}
     write_lines(Path("data.jsonl"), entries)
     result = front.finder("stage=batch", "data_file=data.jsonl", "visualize_batch=false")

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from footprints import views_seen
 from matplotlib.colors import to_rgba
 from PIL import Image
 from test_model_configs import composed
@@ -23,6 +22,7 @@ from localization_heads.figures import plot_cells
 from localization_heads.figures.style import ORANGE, SKY
 from localization_heads.lvlm.checks import doctor
 from localization_heads.lvlm.checks.doctor import eager, examine
+from localization_heads.lvlm.checks.footprints import views_seen
 from localization_heads.lvlm.checks.verdict import EXPRESSIONS, geometry
 from localization_heads.lvlm.families.geometry import View, even_view
 from localization_heads.lvlm.forward import capture

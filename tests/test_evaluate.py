@@ -58,10 +58,6 @@ def write_truths(count: int = 5, masks: bool = True) -> list[dict[str, Any]]:
     return entries
 
 
-def read_metrics(front: Front) -> dict[str, Any]:
-    return json.loads((front.out / "metrics.json").read_text(encoding="utf-8"))
-
-
 def read_rows(front: Front) -> list[dict[str, Any]]:
     return pyarrow.parquet.read_table(front.out / "per_sample.parquet").to_pylist()
 
@@ -80,7 +76,7 @@ def test_every_number_again_without_the_tool(quick: Front, lvlm: LVLM) -> None:
     entries = write_truths()
     result = quick.finder(*OPTIONS, "batch_size=1", "segmenter=none", "grounding=paper")
     assert result.status == 0, result.err
-    rows, metrics = read_rows(quick), read_metrics(quick)
+    rows, metrics = read_rows(quick), quick.json("metrics.json")
     assert [row["id"] for row in rows] == [entry["id"] for entry in entries]
     heads, options = [Head(2, 0), Head(3, 1)], GroundingOptions()
     for entry, row in zip(entries, rows, strict=True):
@@ -140,7 +136,7 @@ def test_the_screen_and_the_choices(quick: Front) -> None:
     assert result.status == 0, result.err
     for text in ("heads", "random heads", "all heads", "centre box", "oracle", "ahead of random heads"):
         assert text in result.out
-    metrics = read_metrics(quick)
+    metrics = quick.json("metrics.json")
     assert list(metrics["controls"]) == CONTROLS
     assert all("difference" in row for row in metrics["controls"].values())
     choices = metrics["choices"]
@@ -151,7 +147,7 @@ def test_the_screen_and_the_choices(quick: Front) -> None:
     assert (choices["model"], choices["data_file"], choices["native"]) == ("embedded", "data.jsonl", None)
     by_image = metrics["mean_iou_interval"]
     assert quick.finder(*OPTIONS, "grounding=paper", "grounding.sigma=0.8").status == 0
-    assert read_metrics(quick)["mean_iou_interval"] != by_image
+    assert quick.json("metrics.json")["mean_iou_interval"] != by_image
 
 
 def test_every_sample_may_have_heads_of_its_own(quick: Front) -> None:
@@ -160,13 +156,13 @@ def test_every_sample_may_have_heads_of_its_own(quick: Front) -> None:
     result = quick.finder(*OPTIONS, *code)  # one head at least, whatever these criteria drop
     assert result.status == 0, result.err
     assert all(1 <= len(row["heads"]) <= 5 for row in read_rows(quick))
-    choices = read_metrics(quick)["choices"]
+    choices = quick.json("metrics.json")["choices"]
     assert (choices["criteria"]["means"], choices["criteria"]["bottom_row_above"]) == (2, 0.05)
     assert (choices["grounding"]["means"], choices["grounding"]["margin"]) == (1, 0)
     assert (choices["grounding"]["component"], choices["grounding"]["border"]) == ("all", "repeat")
     result = quick.finder(*OPTIONS, "heads=greedy", "k=2")
     assert result.status == 0, result.err
-    assert "own" in read_metrics(quick)["choices"]["heads"]
+    assert "own" in quick.json("metrics.json")["choices"]["heads"]
     assert all(len(row["heads"]) == 2 for row in read_rows(quick))
 
 
@@ -183,11 +179,11 @@ def test_only_the_controls_need_all_layers(quick: Front, monkeypatch: pytest.Mon
     monkeypatch.setattr(LVLM, "attend_batch", spy)
     assert quick.finder(*OPTIONS, "worst=0").status == 0
     assert set(stops) == {None}
-    whole = read_metrics(quick)
+    whole = quick.json("metrics.json")
     stops.clear()
     assert quick.finder(*OPTIONS, "worst=0", "controls=false").status == 0
     assert set(stops) == {3}
-    bare = read_metrics(quick)
+    bare = quick.json("metrics.json")
     assert bare["controls"] == {} and bare["choices"]["controls"] is None
     for name in ("acc@0.5", "mean_iou", "mean_iou_interval", "pointing", "energy", "ciou"):
         assert bare[name] == whole[name]
@@ -311,7 +307,7 @@ def test_bad_entries_have_their_rows(quick: Front) -> None:
     assert "7 x 7" in rows[2]["error"] and "outside the image" in rows[4]["error"]
     assert all(row["error"] and row["iou"] is None for row in rows[2:])
     assert all(row["error"] is None for row in rows[:2])
-    metrics = read_metrics(quick)
+    metrics = quick.json("metrics.json")
     assert (metrics["num_samples"], metrics["num_failed"]) == (2, 5)
     lines = (quick.out / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [row["id"] for row in rows]
@@ -361,11 +357,13 @@ def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest
 
     monkeypatch.setattr("localization_heads.stages.evaluate.ask_for_box", answer)
     assert quick.finder(*OPTIONS, "worst=0").status == 0
-    assert not asked and "native" not in read_metrics(quick)["controls"]  # the embedded model writes none
+    assert (
+        not asked and "native" not in quick.json("metrics.json")["controls"]
+    )  # the embedded model writes none
     result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "model.conv_mode=chat")
     assert result.status == 0, result.err
     assert sorted(asked) == sorted(boxes)
-    metrics = read_metrics(quick)
+    metrics = quick.json("metrics.json")
     assert metrics["controls"]["native"]["acc@0.5"] == metrics["controls"]["native"]["mean_iou"] == 0.6
     assert metrics["choices"]["native"].startswith("Please provide")
     rows = read_rows(quick)
@@ -379,7 +377,7 @@ def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest
         quick.finder(*OPTIONS, "worst=0", "model.native_box=llava", "controls=false", "native=true").status
         == 0
     )
-    assert len(asked) == 5 and list(read_metrics(quick)["controls"]) == ["native"]
+    assert len(asked) == 5 and list(quick.json("metrics.json")["controls"]) == ["native"]
 
 
 def test_the_embedded_model_is_really_asked(quick: Front) -> None:
@@ -387,7 +385,7 @@ def test_the_embedded_model_is_really_asked(quick: Front) -> None:
     write_truths(2)
     result = quick.finder(*OPTIONS, "worst=0", "model.native_box=llava")
     assert result.status == 0, result.err
-    assert read_metrics(quick)["controls"]["native"]["mean_iou"] == 0
+    assert quick.json("metrics.json")["controls"]["native"]["mean_iou"] == 0
     assert all(isinstance(row["native_answer"], str) for row in read_rows(quick))
 
 
@@ -445,7 +443,7 @@ def test_no_head_passes(quick: Front, lvlm: LVLM) -> None:
     result = quick.finder("stage=batch", "data_file=data.jsonl", *nobody)
     assert result.status == 1, result.err
     assert result.out.count("no head passes") == 2
-    lines = [json.loads(line) for line in (quick.out / "predictions.jsonl").read_text().splitlines()]
+    lines = quick.lines()
     assert all(line["bbox"] is None and "no head passes" in line["error"] for line in lines)
 
 

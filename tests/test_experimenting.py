@@ -48,7 +48,7 @@ def test_all_experiments_in_one_pass(front: Front, calls: Calls) -> None:
 def test_the_numbers_are_those_of_the_other_stages(front: Front) -> None:
     """Heads as `find` ranks them, scores as `evaluate` has them."""
     assert front.finder("stage=find", *SCENES).status == 0
-    ranked = json.loads((front.out / "heads.json").read_text())
+    ranked = front.json("heads.json")
     top = [[head["layer"], head["head"]] for head in ranked["heads"][:3]]
     assert front.finder(*EXPERIMENT, "experiment=all").status == 0
     assert numbers(front, "fig6a")["numbers"]["top"] == top
@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_the_other_stages(front: Front) -> None:
             ).status
             == 0
         )
-        metrics = json.loads((front.out / "metrics.json").read_text())
+        metrics = front.json("metrics.json")
         found = numbers(front, "tab5")["numbers"][key]
         for name in ("acc@0.5", "mean_iou", "pointing", "ciou", "giou"):
             assert found[name] == pytest.approx(metrics[name], abs=1e-6), (key, name)
@@ -113,7 +113,7 @@ def test_greedy_scores_the_entries_that_evaluate_keeps(front: Front, monkeypatch
         "segmenter=none",
     )
     assert result.status == 1 and "no head passes the criteria in this sample" in result.out
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     assert found["samples"] == metrics["num_samples"] == 6 and metrics["num_failed"] == 6
     for name in ("acc@0.5", "mean_iou", "pointing", "ciou", "giou"):
         assert found[name] == pytest.approx(metrics[name], abs=1e-6), name

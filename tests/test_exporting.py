@@ -19,18 +19,18 @@ def test_export_after_a_batch(front):
     result = front.finder("stage=export", f"data_file={data}")
     assert result.status == 0, result.err
     assert "predictions_coco.json" in result.out
-    coco = json.loads((front.out / "predictions_coco.json").read_text())
-    lines = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
+    coco = front.json("predictions_coco.json")
+    lines = front.lines()
     for annotation, line in zip(coco["annotations"], lines, strict=True):
         x, y, width, height = annotation["bbox"]
         assert [x, y, x + width, y + height] == pytest.approx(line["bbox"])
         assert annotation["sample_id"] == line["id"]
-    ranked = json.loads((front.out / "heads.json").read_text())["heads"]
-    scores = json.loads((front.out / "heads_scores.json").read_text())
+    ranked = front.json("heads.json")["heads"]
+    scores = front.json("heads_scores.json")
     assert scores == [[h["layer"], h["head"], h["selection_frequency"]] for h in ranked]
-    objects = json.loads((front.out / "heads_gaze.json").read_text())
+    objects = front.json("heads_gaze.json")
     assert [[one["layer"], one["head"], one["score"]] for one in objects] == scores
-    mapping = json.loads((front.out / "heads_sparsemm.json").read_text())
+    mapping = front.json("heads_sparsemm.json")
     assert list(mapping) == [f"{layer}-{head}" for layer in range(6) for head in range(8)], (
         "every head, in order"
     )

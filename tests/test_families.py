@@ -12,9 +12,9 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_siblings import SIBLINGS  # and registers all families
-from footprints import coordinate_image, footprint_errors
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.checks.footprints import coordinate_image, footprint_errors
 from localization_heads.lvlm.families.geometry import ProcessedImage
 from localization_heads.lvlm.families.table import FAMILIES, REFUSED, check_family, views_of
 from localization_heads.lvlm.forward.capture import capture

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from footprints import coordinate_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import llava_processor
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.families.geometry import ProcessedImage, View, check_shape, even_view, read_maps
 from localization_heads.lvlm.families.table import views_of
 

@@ -325,7 +325,7 @@ def test_another_truth_is_scored_anew(front: Front, image: Image.Image) -> None:
         line = {"id": "one", "prompt": "the car", "image_path": "one.png", "bbox": box}
         Path("data.jsonl").write_text(json.dumps(line) + "\n")
         assert front.finder("stage=find", "data_file=data.jsonl", "heads_by=mass", "report=false").status == 0
-        scores.append(json.loads((front.out / "heads.json").read_text())["heads"][0]["score"])
+        scores.append(front.json("heads.json")["heads"][0]["score"])
     assert scores[1] < scores[0]
 
 
@@ -365,16 +365,14 @@ def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(stage, "box_reader", pretending)
     assert front.finder(*words).status == 0
-    heads = json.loads((front.out / "heads.json").read_text())
+    heads = front.json("heads.json")
     found = heads["found_with"]
     assert (found["heads_by"], found["conv_mode"], found["query_token"]) == (
         "vrh",
         "native_box",
         "answer_span",
     )
-    assert json.loads((front.out / "labels.json").read_text())["quality"].startswith(
-        "mean attention of the generated"
-    )
+    assert front.json("labels.json")["quality"].startswith("mean attention of the generated")
     noted = front.finder(*SCENES[1:], "stage=ground", f"heads={front.out}/heads.json", "segmenter=none")
     assert (
         "found with conv_mode=native_box (here: referseg), query_token=answer_span (here: last)" in noted.err

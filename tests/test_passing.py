@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from front import EXPRESSIONS, Calls, Front, draw_image, one_line, stub_figures, write_data, write_lines
+from front import (
+    EXPRESSIONS,
+    Calls,
+    Front,
+    draw_image,
+    one_line,
+    read_lines,
+    stub_figures,
+    write_data,
+    write_lines,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -266,10 +276,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-def predictions(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("stage", ["find", "batch", "ground"])
 def test_entries_of_one_image_share_it(
     front: Front, monkeypatch: pytest.MonkeyPatch, encoded: list[int], stage: str
@@ -289,7 +295,10 @@ def test_entries_of_one_image_share_it(
         for h, other in zip(one, two, strict=True):
             assert h["attention_sum"] == pytest.approx(other["attention_sum"], abs=1e-5)
     if stage != "find":
-        together, alone = predictions(front.out), predictions(Path("alone/tiny"))
+        together, alone = (
+            read_lines(front.out / "predictions.jsonl"),
+            read_lines(Path("alone/tiny") / "predictions.jsonl"),
+        )
         assert [line["id"] for line in together] == [line["id"] for line in alone]
         assert [line["id"] for line in together if line["error"] is None] == [
             f"entry_{n}" for n in (0, 1, 3, 4, 6, 7)
@@ -360,7 +369,10 @@ def test_auto_halves_until_it_fits(
     small_memory.clear()
     assert front.finder(*options, "batch_size=1", "output_dir=one").status == 0
     if stage == "ground":
-        boxes, others = ([line["bbox"] for line in predictions(f)] for f in (front.out, Path("one/tiny")))
+        boxes, others = (
+            [line["bbox"] for line in read_lines(f / "predictions.jsonl")]
+            for f in (front.out, Path("one/tiny"))
+        )
         assert boxes == [pytest.approx(box, abs=0.5) for box in others]
 
 

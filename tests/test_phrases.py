@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import builtins
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, draw_image, one_line, write_lines
+from front import Front, draw_image, one_line, read_lines, write_lines
 from PIL import Image
 
 from localization_heads import figures
@@ -100,25 +99,19 @@ def front(front: Front) -> Front:
     return front
 
 
-def predictions(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_each_phrase_has_its_line_and_all_share_a_figure(front: Front) -> None:
     query = "query=the dog; the red ball; the cat"
     result = front.finder("stage=ground", "image_file=cat.png", query, "save_id=zoo")
     assert result.status == 0, result.err
     folder = front.out / "attention"
-    lines = predictions(folder / "zoo_prediction.jsonl")
+    lines = read_lines(folder / "zoo_prediction.jsonl")
     assert [line["id"] for line in lines] == ["zoo_1", "zoo_2", "zoo_3"]
     assert all(line["bbox"] and line["mask"] and line["error"] is None for line in lines)
     for name in ("zoo", "zoo_1", "zoo_2", "zoo_3"):
         assert Image.open(folder / f"{name}_grounding.png").size[0] > 100
     alone = front.finder("stage=ground", "image_file=cat.png", "query=the red ball", "save_id=one")
     assert alone.status == 0
-    assert predictions(folder / "one_prediction.jsonl")[0]["bbox"] == pytest.approx(
-        lines[1]["bbox"], abs=1e-3
-    )
+    assert read_lines(folder / "one_prediction.jsonl")[0]["bbox"] == pytest.approx(lines[1]["bbox"], abs=1e-3)
 
 
 def test_whole_splits_nothing(front: Front) -> None:
@@ -126,7 +119,7 @@ def test_whole_splits_nothing(front: Front) -> None:
         "stage=ground", "image_file=cat.png", "query=the dog; the cat", "save_id=zoo", "phrases.by=whole"
     )
     assert result.status == 0
-    assert [line["id"] for line in predictions(front.out / "attention" / "zoo_prediction.jsonl")] == ["zoo"]
+    assert [line["id"] for line in read_lines(front.out / "attention" / "zoo_prediction.jsonl")] == ["zoo"]
 
 
 def test_in_a_data_file(front: Front) -> None:
@@ -141,13 +134,13 @@ def test_in_a_data_file(front: Front) -> None:
     result = front.finder(*options)
     assert result.status == 1  # c's second phrase cannot be named
     assert "phrases.by=whole" in result.out
-    lines = predictions(front.out / "predictions.jsonl")
+    lines = front.lines()
     assert [line["id"] for line in lines] == ["a_1", "a_2", "b", "c_2", "c"]
     assert lines[-1]["error"]
     assert lines[0]["bbox"] and lines[1]["bbox"]
     exported = front.finder("stage=export", f"data_file={data}")
     assert exported.status == 0, exported.err
-    coco = json.loads((front.out / "predictions_coco.json").read_text())
+    coco = front.json("predictions_coco.json")
     assert [one["sample_id"] for one in coco["annotations"]] == ["a_1", "a_2", "b", "c_2"]
 
 

@@ -39,7 +39,7 @@ from tests.dataset_files import (
     shape,
     world,
 )
-from tests.front import Front
+from tests.front import Front, read_lines
 
 OUT = Path("outputs/datasets")
 
@@ -59,7 +59,7 @@ def prepared(front, *options, dataset="refcoco", path="refer"):
 
 
 def lines(name):
-    return [json.loads(line) for line in (OUT / name).read_text(encoding="utf-8").splitlines()]
+    return read_lines(OUT / name)
 
 
 def test_val_is_written_whole_and_evaluate_scores_it(front):
@@ -74,7 +74,7 @@ def test_val_is_written_whole_and_evaluate_scores_it(front):
     assert not file.bad and [sample.picture for sample in file.entries] == ["coco:20"] * 2
     result = front.finder("stage=evaluate", f"data_file={OUT}/refcoco-val.jsonl", "visualize_batch=false")
     assert result.status == 0
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     assert metrics["num_samples"] == metrics["num_masks"] == 2
 
 
@@ -207,13 +207,13 @@ def test_ignored_pixels_do_not_count(front):
     line = {"id": "a", "prompt": "the lady", "image_path": str(image), "mask": everything}
     Path("d.jsonl").write_text(json.dumps(line))
     front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
-    plain = json.loads((front.out / "metrics.json").read_text())["ciou"]
-    (prediction,) = [json.loads(text) for text in (front.out / "predictions.jsonl").read_text().splitlines()]
+    plain = front.json("metrics.json")["ciou"]
+    (prediction,) = front.lines()
     predicted = read_mask(prediction["mask"], size)
     assert plain == pytest.approx(predicted.mean(), abs=1e-6) and 0 < plain < 1
     Path("d.jsonl").write_text(json.dumps({**line, "ignore": encode_mask(~predicted)}))
     front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
-    assert json.loads((front.out / "metrics.json").read_text())["ciou"] == 1.0
+    assert front.json("metrics.json")["ciou"] == 1.0
 
 
 def test_reasonseg_parquet_is_written(front):
@@ -278,7 +278,7 @@ def discovered(front):
 
 def test_heads_json_names_its_images(discovered):
     names = {line["picture"] for line in lines("refcoco-train-4-seed42.jsonl")}
-    assert json.loads((discovered.out / "heads.json").read_text())["pictures"] == sorted(names)
+    assert discovered.json("heads.json")["pictures"] == sorted(names)
 
 
 def evaluated(front, data_file, *options):
@@ -461,7 +461,7 @@ def test_protocols_of_refcoco(front, options, name, prompts, protocol):
     if protocol == "lmms":
         assert written[0]["id"] == "ref10_joined"
         result = front.finder("stage=evaluate", f"data_file={OUT}/{name}.jsonl", "visualize_batch=false")
-        metrics = json.loads((front.out / "metrics.json").read_text())
+        metrics = front.json("metrics.json")
         assert result.status == 0 and metrics["choices"]["protocol"] == metrics["protocol"]["name"] == "lmms"
         assert "protocol lmms" in result.out
 
@@ -488,7 +488,7 @@ def test_an_empty_target_counts_one_where_nothing_is_predicted(front):
     assert none["absent"] is True and none["bbox"] is None and "mask" not in none and full["bbox"]
     data = ("stage=evaluate", f"data_file={OUT}/reasonseg-val.jsonl", "visualize_batch=false")
     assert front.finder(*data).status == 0
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     found, single = metrics["protocol"], metrics["giou"]
     assert (
         metrics["num_masks"] == 1

@@ -14,7 +14,6 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
-from footprints import views_seen
 from PIL import Image
 from tiny_models import edit, llava_model, llava_processor, save_llava
 
@@ -22,6 +21,7 @@ import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.processors import check_image_sizes, complete
+from localization_heads.lvlm.checks.footprints import views_seen
 from localization_heads.options.groups import ModelSpec
 
 TEMPLATE = (

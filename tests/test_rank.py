@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from front import Front, one_line, stub_figures, write_data, write_lines
+from front import Front, one_line, read_lines, stub_figures, write_data, write_lines
 
 from localization_heads.lvlm.checkpoints import loading
 from localization_heads.store.statistics import StatisticsStore, _digest, recorded
@@ -82,7 +82,7 @@ def test_needs_neither_torch_nor_transformers(front: Front) -> None:
 
 def test_reports_the_entries_that_find_reported(front: Front) -> None:
     """Same status, same table, same heads; also when another data set went through the store between."""
-    good = [json.loads(line) for line in Path("data.jsonl").read_text().splitlines()]
+    good = read_lines("data.jsonl")
     bad = [
         "{",
         {"id": "gone", "prompt": "the dog", "image_path": "no.png"},

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from family_models import tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
-from footprints import coordinate_image
 
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from family_models import BUILDERS, tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
-from footprints import coordinate_image
 
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.doctor import examine
+from localization_heads.lvlm.checks.footprints import coordinate_image
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -105,20 +105,16 @@ def test_from_python(lvlm: Any) -> None:
         lh.ground_all(lvlm, image, "the animals", options=options, abstain=0.6)
 
 
-def lines_of(front: Front) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
-
-
 def test_predictions_hold_all_boxes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     """The best box stands where it did; a killed run ends with the same bytes."""
     stub_figures(monkeypatch)
     write_data(front.folder, 5)
     options = ("stage=ground", "data_file=data.jsonl", "batch_size=2", ONE)
     assert front.finder(*options).status == 0
-    assert all("boxes" not in line for line in lines_of(front))
+    assert all("boxes" not in line for line in front.lines())
     result = front.finder(*options, "instances=all")
     assert result.status == 0, result.err
-    lines, whole = lines_of(front), (front.out / "predictions.jsonl").read_bytes()
+    lines, whole = front.lines(), (front.out / "predictions.jsonl").read_bytes()
     assert any(len(line["boxes"]) > 1 for line in lines)
     for line in lines:
         assert all(list(one) == ["bbox", "score", "confidence", "mask"] for one in line["boxes"])
@@ -192,15 +188,15 @@ def test_evaluate_scores_several_boxes(front: Front, monkeypatch: pytest.MonkeyP
     options = ("stage=evaluate", "data_file=data.jsonl", "controls=false", "report=false")
     result = front.finder(*options, "instances=all")
     assert result.status == 0, result.err
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     assert (metrics["num_samples"], metrics["num_answers"], metrics["num_failed"]) == (2, 4, 0)
     assert {"f1@0.5", "pr@f1=1", "difference"} <= set(metrics["single_box"])
     assert len(metrics["f1@0.5_interval"]) == 2
     assert front.finder(*options).status == 0
-    single = json.loads((front.out / "metrics.json").read_text())
+    single = front.json("metrics.json")
     assert "single_box" not in single
     assert single["f1@0.5"] <= 0.75  # what is absent has a box, which is wrong
-    boxes = [line["bbox"] for line in lines_of(front)]
+    boxes = [line["bbox"] for line in front.lines()]
     expected = instance_metrics(
         {"one": [[box] for box in boxes]},
         [[(5, 5, 30, 30)], [(5, 5, 30, 30)], [(0, 0, 9, 9), (30, 9, 60, 40)], []],
@@ -213,7 +209,7 @@ def test_one_true_box_each_is_acc(front: Front, monkeypatch: pytest.MonkeyPatch)
     write_data(front.folder, 2, bbox=[5, 5, 30, 30])
     options = ("stage=evaluate", "data_file=data.jsonl", "controls=false", "report=false")
     assert front.finder(*options).status == 0
-    assert "f1@0.5" not in json.loads((front.out / "metrics.json").read_text())
+    assert "f1@0.5" not in front.json("metrics.json")
 
 
 def test_only_several_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,4 +343,4 @@ def test_places_are_for_all_objects_alone(front: Front) -> None:
     assert result.status == 2 and "leave out paraphrases=" in result.err
     result = front.finder(*asked, "instances=all", "segmenter=none")
     assert result.status == 0, result.err
-    assert all(line["boxes"] for line in lines_of(front))
+    assert all(line["boxes"] for line in front.lines())

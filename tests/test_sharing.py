@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import BUILDERS, tiny
-from footprints import coordinate_image
 from PIL import Image
 from test_query_token import SPANLESS
 from tiny_models import llava_model, llava_processor
@@ -23,6 +22,7 @@ from tiny_models import llava_model, llava_processor
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm import sharing
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.families.table import FAMILIES
 from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.forward.prefix import longest_shared, why_not_shared

@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from front import Calls, Front, cached_load_model, draw_image, one_line, stub_figures, write_data, write_lines
+from front import (
+    Calls,
+    Front,
+    cached_load_model,
+    draw_image,
+    one_line,
+    read_lines,
+    stub_figures,
+    write_data,
+    write_lines,
+)
 from matplotlib.figure import Figure
 from PIL import Image, ImageFile
 from tiny_models import save_llava, save_overflowing
@@ -48,10 +58,6 @@ def front(front: Front) -> Front:
 
 def load_pickle(path: Path) -> Any:
     return pickle.loads(path.read_bytes())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def files(folder: Path) -> set[str]:
@@ -278,7 +284,7 @@ def test_a_private_address_in_a_data_file_costs_its_entry(front: Front) -> None:
     options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "visualize_batch=false")
     for more, said in ((), "private network"), (("allow_private_addresses=true",), "cannot be reached"):
         assert front.finder(*options, *more).status == 1
-        lines = [json.loads(line) for line in (front.out / "predictions.jsonl").read_text().splitlines()]
+        lines = front.lines()
         assert [line["id"] for line in lines] == ["b", "a"]
         assert said in lines[1]["error"]
 
@@ -455,10 +461,10 @@ def test_ground_every_image_of_a_folder(front: Front) -> None:
     result = front.finder(*options, "image_file=pics")
     assert result.status == 1
     assert "broken.png" in result.out
-    ids = [line["id"] for line in read_lines(front.out / "predictions.jsonl") if line["bbox"]]
+    ids = [line["id"] for line in front.lines() if line["bbox"]]
     assert ids == ["a_the-dog_1", "a_the-dog_2", "b_the-dog"]
     assert front.finder(*options, "image_file=pics/a.*").status == 0
-    assert len(read_lines(front.out / "predictions.jsonl")) == 2
+    assert len(front.lines()) == 2
     assert (
         "save_id= names the files of one image" in front.finder(*options, "image_file=pics", "save_id=x").err
     )
@@ -523,7 +529,7 @@ def test_ground_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> No
         "stage=ground", "data_file=data.jsonl", "heads=[2-0]", "visualize_limit=2", "batch_size=3"
     )
     assert result.status == 0, result.err
-    lines = read_lines(front.out / "predictions.jsonl")
+    lines = front.lines()
     assert [line["id"] for line in lines] == [f"entry_{n}" for n in range(4)]
     assert files(front.out) == {
         "predictions.jsonl", "attention/entry_0_grounding.png", "attention/entry_1_grounding.png",
@@ -539,13 +545,13 @@ def test_heads_from_everywhere(front: Front, monkeypatch: pytest.MonkeyPatch) ->
     def heads(choice: str) -> list[list[list[int]]]:
         result = front.finder(*options, f"heads={choice}")
         assert result.status == 0, result.err
-        return [line["heads"] for line in read_lines(front.out / "predictions.jsonl")]
+        return [line["heads"] for line in front.lines()]
 
     greedy = heads("greedy")
     assert all(len(found) == 2 for found in greedy)
     assert heads("L2H1") == [[[2, 1]]] * 3
     assert front.finder("stage=find", "data_file=data.jsonl").status == 0
-    best = [[h["layer"], h["head"]] for h in json.loads((front.out / "heads.json").read_text())["heads"]]
+    best = [[h["layer"], h["head"]] for h in front.json("heads.json")["heads"]]
     (front.out / "heads.json").rename("my heads=1.json")
     assert heads("my heads=1.json") == [best[:2]] * 3
     known = lh.load_model(device="cpu").known_heads
@@ -557,7 +563,7 @@ def test_heads_found_in_another_way(front: Front, monkeypatch: pytest.MonkeyPatc
     stub_figures(monkeypatch)
     write_data(front.folder, 2)
     assert front.finder("stage=find", "data_file=data.jsonl", "conv_mode=plain").status == 0
-    content = json.loads((front.out / "heads.json").read_text())
+    content = front.json("heads.json")
     assert content["found_with"]["weights"] == lh.load_model(device="cpu").fingerprint
     assert (content["found_with"]["conv_mode"], content["found_with"]["criteria"]) == ("plain", "paper")
     Path("found.json").write_text(json.dumps(content))
@@ -619,7 +625,7 @@ def test_ground_reports_bad_entries_and_goes_on(front: Front, monkeypatch: pytes
     write_lines(Path("data.jsonl"), entries)
     result = front.finder("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "batch_size=6")
     assert result.status == 1
-    lines = read_lines(front.out / "predictions.jsonl")
+    lines = front.lines()
     assert [line["id"] for line in lines if line["error"] is None] == ["good", "last"]
     assert sum(line["error"] is not None for line in lines) == 4
     assert all(line["bbox"] is None and line["mask"] is None for line in lines if line["error"])
@@ -682,9 +688,9 @@ def test_evaluate_with_masks_alone_and_broken_ones(front: Front, monkeypatch: py
     )
     result = front.finder("stage=evaluate", "data_file=data.jsonl", "heads=[2-0]")
     assert result.status == 1, result.err
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     assert (metrics["num_samples"], metrics["num_failed"]) == (1, 3)
-    errors = {line["id"]: line["error"] for line in read_lines(front.out / "predictions.jsonl")}
+    errors = {line["id"]: line["error"] for line in front.lines()}
     assert errors["good"] is None
     assert "7 x 7" in errors["alone"]
     assert "7 x 7" in errors["boxed"]
@@ -709,7 +715,7 @@ def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest
         assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x0, y0, x1, y1)
     result = front.finder("stage=evaluate", "data=scenes", *options)
     assert result.status == 0, result.err
-    metrics = json.loads((front.out / "metrics.json").read_text())
+    metrics = front.json("metrics.json")
     assert metrics["num_samples"] == 3
     assert 0 <= metrics["mean_iou"] <= 1
     assert "ciou" in metrics

@@ -22,7 +22,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from localization_heads.errors import UsageError
-from localization_heads.store.attention_files import load_attention
 from localization_heads.store.pickle_parts import PickleRefusedError
 from localization_heads.store.safe_pickle import load_pickle, loads_pickle
 
@@ -47,15 +46,11 @@ class Call:
         {"a": [1, (2.5, True, False), "text", b"bytes", None, -1, 10**30], 7: {}},
         [[], (), {}, "", b"", float("inf")],
         ("ä" * 300, b"\xff" * 300, [0] * 2000),
+        [[1, 2]] * 3,  # one list, referred to
     ],
 )
 def test_plain_values_come_back(value, protocol):
     assert loads_pickle(pickle.dumps(value, protocol)) == value
-
-
-def test_shared_values_come_back():
-    part = [1, 2]
-    assert loads_pickle(pickle.dumps({"a": part, "b": part})) == {"a": part, "b": part}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -110,19 +105,23 @@ def _stack_global(module: str, name: str) -> bytes:
     return text + b"\x93"
 
 
+EMPTY = (
+    b"\x80\x04" + _stack_global("numpy._core.multiarray", "_reconstruct") + _stack_global("numpy", "ndarray")
+)
+EMPTY += b"K\x00\x85C\x01b\x87R"
+ENCODE = _stack_global("_codecs", "encode")
+
+
+def _nested(*parts: bytes) -> bytes:
+    """A storage of torch's, made of these parts."""
+    return pickle.dumps(Call(torch.storage._load_from_bytes, b"".join(parts)))
+
+
 def _reconstruct(kind: str, state: bytes) -> bytes:
     """An array by `_reconstruct` with a dtype code and a state tuple in pickle code."""
-    return (
-        b"\x80\x04"
-        + _stack_global("numpy._core.multiarray", "_reconstruct")
-        + _stack_global("numpy", "ndarray")
-        + b"K\x00\x85C\x01b\x87R(K\x01"
-        + state.replace(
-            b"DTYPE",
-            _stack_global("numpy", "dtype") + b"\x8c" + bytes([len(kind)]) + kind.encode() + b"\x89\x88\x87R",
-        )
-        + b"tb."
-    )
+    text = b"\x8c" + bytes([len(kind)]) + kind.encode()
+    state = state.replace(b"DTYPE", _stack_global("numpy", "dtype") + text + b"\x89\x88\x87R")
+    return EMPTY + b"(K\x01" + state + b"tb."
 
 
 def _laughs(depth: int) -> bytes:
@@ -138,34 +137,19 @@ def _wide_laughs() -> bytes:
 def _hostile_tensor(numel: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
     """A tensor of 4 numbers whose storage claims `numel` and whose view is what the other arguments say."""
     content = pickle.dumps(torch.zeros(4)).replace(b"K\x04Nt", b"K" + bytes([numel]) + b"Nt")
-    machine = (
-        b"\x80\x04"
-        + _stack_global("torch._utils", "_rebuild_tensor_v2")
-        + b"("
-        + _stack_global("torch.storage", "_load_from_bytes")
-    )
-    raw = next(
-        arg
-        for op, arg, _ in pickletools.genops(content)
-        if op.name == "SHORT_BINBYTES" or op.name == "BINBYTES"
-    )
-    numbers = b"".join(_integer(n) for n in size)
-    steps = b"".join(_integer(n) for n in stride)
-    return (
-        machine
+    names = ("SHORT_BINBYTES", "BINBYTES")
+    raw = next(argument for op, argument, _ in pickletools.genops(content) if op.name in names)
+    storage = (
+        _stack_global("torch.storage", "_load_from_bytes")
         + b"B"
         + struct.pack("<I", len(raw))
         + raw
         + b"\x85R"
-        + _integer(offset)
-        + b"("
-        + numbers
-        + b"t("
-        + steps
-        + b"t\x89"
-        + _stack_global("collections", "OrderedDict")
-        + b")RtR."
     )
+    numbers, steps = (b"(" + b"".join(map(_integer, values)) + b"t" for values in (size, stride))
+    hooks = b"\x89" + _stack_global("collections", "OrderedDict") + b")R"
+    rebuild = b"\x80\x04" + _stack_global("torch._utils", "_rebuild_tensor_v2")
+    return rebuild + b"(" + storage + _integer(offset) + numbers + steps + hooks + b"tR."
 
 
 def _text(length: int) -> bytes:
@@ -246,18 +230,10 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "INST": b"(S'" + mark.encode() + b"'\nios\nsystem\n.",
         "a persistent id": b"\x80\x04\x8c\x01aQ.",
         "a set": pickle.dumps({1, 2}),
-        "torch.load of a nested pickle": pickle.dumps(
-            Call(torch.storage._load_from_bytes, pickle.dumps(Call(os.system, mark)))
-        ),
+        "torch.load of a nested pickle": _nested(pickle.dumps(Call(os.system, mark))),
         "torch.load itself": pickle.dumps(Call(torch.load, touch)),
-        "a nested pickle after good headers": pickle.dumps(
-            Call(
-                torch.storage._load_from_bytes,
-                pickle.dumps(1)
-                + pickle.dumps(1)
-                + pickle.dumps({"little_endian": True})
-                + pickle.dumps(Call(os.system, mark)),
-            )
+        "a nested pickle after good headers": _nested(
+            *map(pickle.dumps, (1, 1, {"little_endian": True}, Call(os.system, mark)))
         ),
         "an array of objects": pickle.dumps(np.array([Call(os.system, mark), None], dtype=object)),
         "an object as a scalar": pickle.dumps(
@@ -269,11 +245,9 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "a memmap class": pickle.dumps(Call(np._core.multiarray._reconstruct, np.memmap, (0,), b"b")),
         "a huge ndarray by call": pickle.dumps(Call(np.ndarray, (10**12,))),
         "a dtype with strange arguments": pickle.dumps(Call(np.dtype, "O8")),
-        "state set on a constructor": b"\x80\x04"
-        + _stack_global("_codecs", "encode")
-        + b"N}\x8c\x0c__defaults__)s\x86b.",
+        "state set on a constructor": b"\x80\x04" + ENCODE + b"N}\x8c\x0c__defaults__)s\x86b.",
         "state set on a dict": b"\x80\x04}}\x8c\x01a)sb.",
-        "a constructor as the value": b"\x80\x04" + _stack_global("_codecs", "encode") + b".",
+        "a constructor as the value": b"\x80\x04" + ENCODE + b".",
         "an item of a list": b"\x80\x04]K\x00K\x01s.",
         "an append to a dict": b"\x80\x04}K\x01a.",
         "a tuple as a key": b"\x80\x04})K\x01s.",
@@ -290,13 +264,10 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         "a number of 2 GB": b"\x80\x04\x8b\xff\xff\xff\x7fabc.",
         "a number of -1 bytes": b"\x80\x04\x8b\xff\xff\xff\xff.",
         "a million copies of a text": b"\x80\x04"
-        + _stack_global("_codecs", "encode")
-        + b"\x94X"
-        + struct.pack("<I", 10**5)
-        + b"a" * 10**5
-        + b"\x94\x8c\x06latin1\x86\x94]("
-        + b"h\x00h\x02R" * 50_000
-        + b"e.",
+        + ENCODE
+        + b"\x94"
+        + _text(10**5)
+        + (b"\x94\x8c\x06latin1\x86\x94](" + b"h\x00h\x02R" * 50_000 + b"e."),
         "an array of fewer bytes": _reconstruct("f4", b"(K\x7fK\x7ftDTYPE\x89C\x04abcd"),
         "an array of a negative shape": _reconstruct("f4", b"(J\xff\xff\xff\xfftDTYPE\x89C\x04abcd"),
         "an array of a huge shape": _reconstruct(
@@ -306,10 +277,7 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
             "f4", b"(" + _integer(1 << 62) + b"K\x00tDTYPE\x89C\x00"
         ),
         "an array of objects by hand": _reconstruct("O", b"K\x01\x85DTYPE\x88](K\x01e"),
-        "an array without state": b"\x80\x04"
-        + _stack_global("numpy._core.multiarray", "_reconstruct")
-        + _stack_global("numpy", "ndarray")
-        + b"K\x00\x85C\x01b\x87R.",
+        "an array without state": EMPTY + b".",
         "a tensor beyond its numbers": _hostile_tensor(4, (3,), (2,)),
         "a tensor before its numbers": _hostile_tensor(4, (3,), (-1,), 2),
         "a tensor with a negative offset": _hostile_tensor(4, (1,), (1,), -1),
@@ -362,6 +330,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(name, tmp_path):
         ("a tensor that repeats one number", "repeats its numbers"),
         ("a storage that claims more", "fewer or more numbers"),
         ("an array of objects by hand", "type 'O'"),
+        ("os.system", "^refused: the pickle asks for .*system.* never needs"),
+        ("builtins.eval", "^refused: the pickle asks for builtins.eval.* never needs"),
     ],
 )
 def test_the_attack_is_stopped_by_the_rule_made_for_it(attack, said):
@@ -413,7 +383,7 @@ PIECES = {
     "dicts": lambda i, j, size: b"](" + (b"}" + i + j + b"s") * min(size, 5000) + b"e",
     "append": lambda i, j, size: i + j + b"a",
     "name": lambda i, j, size: i + j + b"\x93",
-    "latin1": lambda i, j, size: _stack_global("_codecs", "encode") + i + b"\x8c\x06latin1\x86R",
+    "latin1": lambda i, j, size: ENCODE + i + b"\x8c\x06latin1\x86R",
     "storage": lambda i, j, size: _stack_global("torch.storage", "_load_from_bytes") + i + b"\x85R",
     "type": lambda i, j, size: _stack_global("numpy", "dtype") + i + b"\x85R",
     "state": lambda i, j, size: i + j + b"b",
@@ -482,13 +452,6 @@ def test_a_memo_number_takes_no_memory():
         loads_pickle(b"\x80\x04Nr\xff\xff\xff\xff.")
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-
-
-@pytest.mark.parametrize(("attack", "said"), [("os.system", "system"), ("builtins.eval", "builtins.eval")])
-def test_the_refusal_says_what_was_asked_for(attack, said, tmp_path):
-    (tmp_path / "a.pkl").write_bytes(hostile_pickles("x")[attack])
-    with pytest.raises(UsageError, match=rf"refused: the pickle asks for .*{said}.* never needs"):
-        load_attention(tmp_path / "a.pkl")
 
 
 def test_reading_leaves_the_constructors_as_they_were():

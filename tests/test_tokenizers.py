@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from family_models import tiny
 from family_models_tiled import mllama  # noqa: F401 -- registers the other half of the families
-from footprints import coordinate_image
 from test_query_token import RENDERERS, Slow
 from tiny_models import save_llava
 from tiny_tokenizers import melting_tokenizer
 from tokenizers import processors
 
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.text.prompts import locate_expression
 from localization_heads.lvlm.text.query_tokens import expression_tokens
 from localization_heads.options.groups import ModelSpec

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
-from footprints import coordinate_image
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,6 +27,7 @@ from localization_heads.lvlm import tracing
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.answers.words import Spelled, Word, span_tokens, spelled, words_of
 from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.tracing import TraceOptions

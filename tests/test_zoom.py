@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from front import EXPRESSIONS, Calls, Front, one_line, stub_figures, write_data
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small_maps import grounded
 
 import localization_heads as lh
-from localization_heads.attention import AttentionMaps
 from localization_heads.data.masks import read_mask
-from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.zoom import (
     averaged,
     crop_around,
@@ -32,14 +30,6 @@ from localization_heads.segmentation.segmenter import refine
 
 HEADS = [lh.Head(2, 0), lh.Head(3, 1)]
 OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "grounding=paper")
-
-
-def grounded(grid: Any, image_box: Any = None, size: tuple[int, int] | None = None) -> Grounding:
-    """One head's map without smoothing; a cell is 10 pixels wide unless told otherwise."""
-    grid = np.asarray(grid, dtype=np.float32)
-    size = size or (grid.shape[1] * 10, grid.shape[0] * 10)
-    maps = AttentionMaps(grid[None, None], image_box or (0, 0, *size), size)
-    return ground_maps(maps, [lh.Head(0, 0)], GroundingOptions(sigma=0.0))
 
 
 def spot(side: int, rows: slice, columns: slice) -> np.ndarray:
@@ -125,10 +115,6 @@ def test_from_python(lvlm: LVLM) -> None:
     assert (twice.mask == refine(expected, image, GrabCut()).mask).all()
 
 
-def predictions(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     """Each chunk is asked a second time, in one batch, where there is a crop; the boxes are those from Python."""
     stub_figures(monkeypatch)
@@ -149,7 +135,7 @@ def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: 
     assert front.finder(*OPTIONS, "zoom=true").status == 0
     assert list(calls) == expected
     assert 2 in map(len, closer) and 1 in map(len, closer)
-    lines = predictions(front.out / "predictions.jsonl")
+    lines = front.lines()
     for line, (_, _, twice) in zip(lines, found.values(), strict=True):
         assert line["bbox"] == pytest.approx(twice.box, abs=1e-3)
         assert (read_mask(line["mask"], (64, 48)) == twice.mask).mean() > 0.99
@@ -187,9 +173,9 @@ def test_greedy_heads_look_with_those_of_the_first(front: Front, monkeypatch: py
     write_data(front.folder, 2)
     options = ("stage=ground", "data_file=data.jsonl", "heads=greedy")
     assert front.finder(*options).status == 0
-    once = predictions(front.out / "predictions.jsonl")
+    once = front.lines()
     assert front.finder(*options, "zoom=true").status == 0
-    twice = predictions(front.out / "predictions.jsonl")
+    twice = front.lines()
     assert [line["heads"] for line in once] == [line["heads"] for line in twice]
 
 
