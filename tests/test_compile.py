@@ -62,21 +62,6 @@ def test_compiled_language_model(image: Any) -> None:
         assert torch.equal(lvlm.model(**inputs).logits, logits)
 
 
-@pytest.mark.parametrize("query_token", SPANLESS)
-def test_batch_of_different_images(images: list[Image.Image], query_token: str) -> None:
-    """One padded batch says what single calls say."""
-    lvlm = tiny_lvlm(query_token)
-    together = lvlm.attend_batch(images, EXPRESSIONS)
-    for one, image, expression in zip(together, images, EXPRESSIONS, strict=True):
-        alone = lvlm.attend(image, expression)
-        assert (
-            (one.image_size, one.image_box)
-            == (alone.image_size, alone.image_box)
-            == (image.size, one.image_box)
-        )
-        np.testing.assert_allclose(one.attention, alone.attention, rtol=0, atol=1e-5)
-
-
 def in_four_threads(work: Callable[[int], None]) -> None:
     """`work(0)` to `work(3)`, begun at the same time."""
     barrier = threading.Barrier(4)

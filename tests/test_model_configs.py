@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from importlib.resources import files
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -11,7 +10,6 @@ from typing import Any, get_args
 import pytest
 from transformers import AutoConfig
 
-from localization_heads.apps.frontdoor import help_text
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.spec import (
@@ -217,14 +215,6 @@ def test_a_checkpoint_that_nobody_described() -> None:
         composed("model.name=null")
 
 
-def test_help_explains_every_option_once() -> None:
-    text = help_text("finder", "")
-    for field in fields(ModelSpec):
-        assert len(re.findall(rf"^model\.{field.name}:", text, re.MULTILINE)) == 1
-    assert "\nmodel.name: embedded\n" in text
-    assert "\nquery_token: last\n" in text
-
-
 def test_conv_mode_comes_from_the_model_unless_it_is_given() -> None:
     spec = find_spec("tiny")
     chatty = ModelSpec(EMBEDDED, conv_mode="chat")
@@ -238,9 +228,3 @@ def test_conv_mode_option_overrides_the_file() -> None:
     assert Run(composed("device=cpu")).lvlm.conv_mode == "referseg"
     assert Run(composed("device=cpu", "model.conv_mode=plain")).lvlm.conv_mode == "plain"
     assert Run(composed("device=cpu", "model.conv_mode=plain", "conv_mode=chat")).lvlm.conv_mode == "chat"
-
-
-def test_bad_choices() -> None:
-    for options in ("query_token=first", "conv_mode=shout", "model.conv_mode=shout"):
-        with pytest.raises(UsageError, match=options.partition("=")[0]):
-            composed(options)

@@ -38,9 +38,8 @@ def contents(folder: str = "outputs/localization_heads/tiny") -> list[bytes]:
     return [(Path(folder) / name).read_bytes() for name in FILES]
 
 
-@pytest.mark.parametrize("first", ["find", "batch"])
-def test_equals_find_with_the_same_options(front: Front, first: str) -> None:
-    """Byte for byte, for everything that the ranking chooses among; the statistics are made once."""
+def test_equals_find_with_the_same_options(front: Front) -> None:
+    """Byte for byte, for everything that the ranking chooses among; `find` or `batch` makes the statistics, once."""
     variants = [
         [], ["criteria.entropy=mass"], ["criteria.tau=0.05"],
         ["criteria.tau=0", "criteria.exclude_layers=0", "top_n=3"],
@@ -51,15 +50,17 @@ def test_equals_find_with_the_same_options(front: Front, first: str) -> None:
     for number, options in enumerate(variants):
         assert front.finder("stage=find", DATA, *options, f"output_dir=fresh_{number}").status == 0
         expected.append(contents(f"fresh_{number}/tiny"))
-    assert front.finder(f"stage={first}", DATA).status == 0
-    with pytest.MonkeyPatch.context() as patch:
-        forbid(patch)
-        for options, wanted in zip(variants, expected, strict=True):
-            result = front.finder("stage=rank", DATA, *options)
-            assert result.status == 0, result.err
-            assert contents() == wanted, options
+    for first in ("find", "batch"):
+        folder = f"output_dir={first}"
+        assert front.finder(f"stage={first}", DATA, folder).status == 0
+        with pytest.MonkeyPatch.context() as patch:
+            forbid(patch)
+            for options, wanted in zip(variants, expected, strict=True):
+                result = front.finder("stage=rank", DATA, folder, *options)
+                assert result.status == 0, result.err
+                assert contents(f"{first}/tiny") == wanted, options
+        assert len(list(Path(f"{first}/tiny/statistics").glob("*.bin"))) == 1
     assert len({files[0] for files in expected}) == len(variants), "an option changed nothing"
-    assert len(list((front.out / "statistics").glob("*.bin"))) == 1
 
 
 def test_needs_neither_torch_nor_transformers(front: Front) -> None:
