@@ -16,7 +16,6 @@ from localization_heads.datasets.source import open_source
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.evaluation.protocols import PROTOCOLS, protocol_of
 from tests.dataset_files import image_bytes, save_rows
-from tests.front import Front
 from tests.recent_files import (
     SCREENSPOT,
     save_finecops,
@@ -216,11 +215,6 @@ def test_hostile_json_is_refused(tmp_path, dataset):
         except UsageError:
             continue
         assert not files or not index.entries
-
-
-@pytest.fixture
-def front(tmp_path, monkeypatch, capsys):
-    return Front(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("dataset", OPENERS)

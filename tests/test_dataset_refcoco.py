@@ -330,16 +330,6 @@ BAD_JXU = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", BAD_JXU.values(), ids=BAD_JXU)
-def test_a_bad_row_of_jxu_costs_only_itself(tmp_path, images, change):
-    good = world()[0]
-    rows = [{**jxu_row(good), **change}, jxu_row(good)]
-    save_rows(tmp_path / "train-00000-of-00001.parquet", rows, JXU)
-    source, index = opened(tmp_path, images)
-    first, second = all_records(source, index)
-    assert isinstance(first, BadRecord) and isinstance(second, Record)
-
-
 def test_paths_in_parquet_are_not_followed(tmp_path, images):
     """`file_name` and `image_path` of a stranger are not used: the image is COCO's of `image_id`."""
     row = {**jxu_row(world()[0]), "file_name": "../../../etc/passwd", "image_path": "/etc/passwd"}
@@ -357,11 +347,17 @@ BAD_LMMS = {
 }
 
 
-@pytest.mark.parametrize("change", BAD_LMMS.values(), ids=BAD_LMMS)
-def test_a_bad_row_of_lmms_costs_only_itself(tmp_path, change):
-    rows = [{**lmms_row(world()[0]), **change}, lmms_row(world()[0])]
-    save_rows(tmp_path / "val-00000-of-00001.parquet", rows, LMMS)
-    source, index = opened(tmp_path, None)
+ROWS = [
+    *(pytest.param("train", jxu_row, JXU, change, id=f"jxu: {name}") for name, change in BAD_JXU.items()),
+    *(pytest.param("val", lmms_row, LMMS, change, id=f"lmms: {name}") for name, change in BAD_LMMS.items()),
+]
+
+
+@pytest.mark.parametrize(("split", "row_of", "schema", "change"), ROWS)
+def test_a_bad_row_costs_only_itself(tmp_path, images, split, row_of, schema, change):
+    rows = [{**row_of(world()[0]), **change}, row_of(world()[0])]
+    save_rows(tmp_path / f"{split}-00000-of-00001.parquet", rows, schema)
+    source, index = opened(tmp_path, images)
     first, second = all_records(source, index)
     assert isinstance(first, BadRecord) and isinstance(second, Record)
 

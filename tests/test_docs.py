@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import CHROMIUM, browser
 from documents import blocks, commands
-from front import Front, cached_load_model, fronts
+from front import Front, cached_load_model
 
 from localization_heads.lvlm.checkpoints import loading
 from localization_heads.options import programs
@@ -25,12 +25,10 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.fixture
-def front(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Front]:
+def front(front: Front) -> Front:
     """The commands in a folder that looks like the repository's root."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    yield from fronts(tmp_path, monkeypatch, capsys)
+    (front.folder / "examples").symlink_to(ROOT / "examples")
+    return front
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -100,3 +98,17 @@ def check_from_disk(page: Path) -> None:
         assert copied
         assert all(text.startswith("python ") and "┃" not in text for text in copied)
         assert not [address for address in site.requests if address.startswith("http")]
+
+
+def test_quickstart_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="no notebook tools")
+    client = pytest.importorskip("nbclient", reason="no notebook tools")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    client.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    said = "".join(
+        output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
+    )
+    first, last = (float(iou) for iou in re.findall(r"mean IoU (\d\.\d\d)", said))
+    assert first > last, "the heads that the ranking finds localise no better than the last ones"

@@ -39,14 +39,13 @@ from tests.dataset_files import (
     shape,
     world,
 )
-from tests.front import Front, read_lines
+from tests.front import read_lines
 
 OUT = Path("outputs/datasets")
 
 
 @pytest.fixture
-def front(tmp_path, monkeypatch, capsys):
-    front = Front(tmp_path, monkeypatch, capsys)
+def front(front):
     save_refer(Path("refer/refcoco"), world())
     save_images(Path("train2014"), world())
     return front
@@ -124,9 +123,7 @@ def test_samples_are_random_nested_and_in_order():
 
 
 def test_evaluation_splits_are_sampled_only_when_told(front):
-    front.finder(
-        "stage=prepare", "dataset=refcoco", "dataset_path=refer", "images=train2014", "num_samples=1"
-    )
+    prepared(front, "num_samples=1")
     assert len(lines("refcoco-val-1-seed42.jsonl")) == 1
 
 
