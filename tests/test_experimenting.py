@@ -20,10 +20,11 @@ from localization_heads.store.attention_files import load_attention
 ROOT = Path(__file__).parents[1]
 SCENES = ("data=scenes", "scenes.count=12", "scenes.size=128")
 EXPERIMENT = ("stage=experiment", *SCENES)
+EVALUATE = ("stage=evaluate", *SCENES, "grounding=paper", "visualize_batch=false", "segmenter=none")
 
 
 def numbers(front: Front, name: str) -> Any:
-    return json.loads((front.out / "experiments" / f"{name}.json").read_text())
+    return front.json(f"experiments/{name}.json")
 
 
 def test_all_experiments_in_one_pass(front: Front, calls: Calls) -> None:
@@ -45,22 +46,18 @@ def test_all_experiments_in_one_pass(front: Front, calls: Calls) -> None:
     assert numbers(front, "tab4")["heads"] == [[3, 1]]
 
 
-def test_the_numbers_are_those_of_the_other_stages(front: Front) -> None:
+def test_the_numbers_are_those_of_the_other_stages(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads as `find` ranks them, scores as `evaluate` has them."""
+    stub_figures(monkeypatch)
     assert front.finder("stage=find", *SCENES).status == 0
     ranked = front.json("heads.json")
     top = [[head["layer"], head["head"]] for head in ranked["heads"][:3]]
-    assert front.finder(*EXPERIMENT, "experiment=all").status == 0
+    assert front.finder(*EXPERIMENT, "experiment.names=[fig3,fig6a,tab5]").status == 0
     assert numbers(front, "fig6a")["numbers"]["top"] == top
     assert numbers(front, "fig3")["numbers"]["tau"] == pytest.approx(ranked["tau"], abs=1e-6)
     names = ",".join(f"{layer}-{head}" for layer, head in top)
     for heads, key in ((f"heads=[{names}]", "both, fixed"), ("heads=greedy", "both, greedy")):
-        assert (
-            front.finder(
-                "stage=evaluate", *SCENES, heads, "grounding=paper", "visualize_batch=false", "segmenter=none"
-            ).status
-            == 0
-        )
+        assert front.finder(*EVALUATE, heads).status == 0
         metrics = front.json("metrics.json")
         found = numbers(front, "tab5")["numbers"][key]
         for name in ("acc@0.5", "mean_iou", "pointing", "ciou", "giou"):
@@ -82,14 +79,10 @@ def test_where_no_head_passes(front: Front, monkeypatch: pytest.MonkeyPatch) -> 
         result = front.finder(*EXPERIMENT, f"experiment={name}", nothing)
         assert result.status == 0, (name, result.err)
     rows = numbers(front, "tab5")["numbers"]
-    assert {name: row["samples"] for name, row in rows.items() if row["samples"] < 12} == {
-        "both, fixed": 0,
-        "both, greedy": 0,
-    }
-    assert rows["both, greedy"]["acc@0.5"] is None and rows["both, greedy"]["acc@0.5_interval"] == [
-        None,
-        None,
-    ]
+    few = {name: row["samples"] for name, row in rows.items() if row["samples"] < 12}
+    assert few == {"both, fixed": 0, "both, greedy": 0}
+    greedy = rows["both, greedy"]
+    assert greedy["acc@0.5"] is None and greedy["acc@0.5_interval"] == [None, None]
     result = front.finder("stage=find", *SCENES, nothing)
     assert result.status == 0 and "no head passes criterion 1 on average: heads.json lists none" in result.err
 
@@ -103,15 +96,7 @@ def test_greedy_scores_the_entries_that_evaluate_keeps(front: Front, monkeypatch
     tau = f"criteria.tau={(highest[5] + highest[6]) / 2}"
     assert front.finder(*EXPERIMENT, "experiment=tab5", tau).status == 0
     found = numbers(front, "tab5")["numbers"]["both, greedy"]
-    result = front.finder(
-        "stage=evaluate",
-        *SCENES,
-        tau,
-        "heads=greedy",
-        "grounding=paper",
-        "visualize_batch=false",
-        "segmenter=none",
-    )
+    result = front.finder(*EVALUATE, tau, "heads=greedy")
     assert result.status == 1 and "no head passes the criteria in this sample" in result.out
     metrics = front.json("metrics.json")
     assert found["samples"] == metrics["num_samples"] == 6 and metrics["num_failed"] == 6
