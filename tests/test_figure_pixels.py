@@ -16,6 +16,7 @@ from localization_heads.figures.overlay import BoxPanel, plot_boxes
 from localization_heads.figures.panels import Panel, lay
 from localization_heads.figures.png import png
 
+pytestmark = pytest.mark.filterwarnings("error")
 rng = np.random.default_rng(0)
 PLACE = (0.13, 0.21, 0.7, 0.6)
 SMALL = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((80, 60)))
@@ -88,9 +89,6 @@ def test_panels_have_no_ticks_to_make_or_measure() -> None:
 
 
 # ----------------------------------------------------------------------------------------- the sheet of boxes
-
-
-pytestmark = pytest.mark.filterwarnings("error")
 
 
 def panel(size: tuple[int, int], predicted: Box, truth: Box | None, text: str = "the dog") -> BoxPanel:
