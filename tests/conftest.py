@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,24 @@ from PIL import Image
 
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.model import LVLM
+from localization_heads.options import compose
 
 # A busy machine is no fault: no test fails because an example, or drawing it, took long.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _composed_with_less() -> None:
+    """A process composes options once, and here a thousand times: Hydra is told anew only of another program."""
+    register, registered = compose.register, [""]
+
+    def register_another(program: str) -> None:
+        if registered[-1] != program:
+            register(program)
+            registered.append(program)
+
+    compose.register, compose.preset = register_another, cache(compose.preset)
 
 
 @pytest.fixture(scope="session", autouse=True)
