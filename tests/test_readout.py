@@ -303,6 +303,7 @@ class TestAggregation:
     def test_what_is_not_finite_is_found_in_all_of_them(self, value):
         bad, good = self.maps([1, value, 3]), self.maps([1, 2, 3])
         good.check_finite()
-        for maps in (bad, replace(good, others=(bad,)), replace(good, answer=bad.attention)):
+        beside = [replace(good, others=(bad,)), replace(good, answer=bad.attention)]
+        for maps in (bad, replace(bad, answer=good.attention), *beside):
             with pytest.raises(NotFiniteError, match="NaN"):
                 maps.check_finite()
