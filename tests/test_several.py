@@ -331,7 +331,7 @@ def test_proposals_from_the_command_line(front: Front) -> None:
     assert result.status == 2 and "instances_by=segmenter needs one" in result.err
     result = front.finder(*asked, "segmenter=grabcut")
     assert result.status == 0, result.err
-    assert all(line["boxes"] for line in lines_of(front))
+    assert all(line["boxes"] for line in front.lines())
 
 
 def test_places_are_for_all_objects_alone(front: Front) -> None:
