@@ -138,7 +138,7 @@ def test_another_answer_the_second_time_is_an_error(
         ("answer_span", "box", "answer_span=box: embedded is not known to write boxes"),
     ],
 )
-def test_wrong_spans(query_token: Any, span: str | None, said: str) -> None:
+def test_spans_that_cannot_be_read_are_refused(query_token: Any, span: str | None, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_model(device="cpu", query_token=query_token, answer_span=span)
 

@@ -55,7 +55,7 @@ def test_the_pixels_are_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1)])
-def test_grey(shape: tuple[int, ...]) -> None:
+def test_grey_images_in_every_shape_are_read(shape: tuple[int, ...]) -> None:
     grey = np.arange(35, dtype=np.uint8).reshape(shape)
     for image in (grey, torch.from_numpy(grey.reshape(1, 5, 7))):
         assert np.array_equal(np.array(load_image(as_source(image)))[..., 2], grey.reshape(5, 7))

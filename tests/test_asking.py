@@ -64,7 +64,7 @@ def asking(lvlm: LVLM, **options: Any) -> LVLM:
 # ------------------------------------------------------------------------------------------------- paraphrases
 
 
-def test_wordings() -> None:
+def test_templates_word_an_expression_and_its_article_goes() -> None:
     assert wordings("the dog", None) == ["the dog"]
     assert wordings("The dog", ["the {}", "a {}", "{}"]) == ["the dog", "a dog", "The dog"]
     assert worded("the left dog.", "please find {}") == "please find the left dog."
@@ -109,7 +109,7 @@ def test_paraphrases_are_the_mean_of_single_questions(
 
 
 @pytest.mark.parametrize("templates", [["the dog"], [], "the {}", ["{} and {}"], [3], ["a {}", "cat"]])
-def test_wrong_paraphrases(templates: Any) -> None:
+def test_templates_without_one_place_are_refused(templates: Any) -> None:
     with pytest.raises(UsageError, match="paraphrases="):
         load_model("tiny", paraphrases=templates)
 
@@ -138,7 +138,7 @@ def test_paraphrases_on_the_command_line() -> None:
 # ---------------------------------------------------------------------------------------------------- contrast
 
 
-def test_listed_expressions() -> None:
+def test_the_names_of_a_list_become_expressions() -> None:
     assert listed_expressions("owl, frog, frog", "the owl plain big owl") == ("the frog",)
     assert listed_expressions("There are two dogs and a cat.", "the dog") == ("the cat",)
     assert listed_expressions("", "the dog") == ()
@@ -207,7 +207,7 @@ def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, s
 # ----------------------------------------------------------------------------------------------------- signals
 
 
-def test_signals(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
+def test_signals_are_those_of_whole_forward_passes(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
     """Both against a forward pass of the whole prompt; in any batch alike."""
     image, text = scenes[2]
     (found, absent) = lvlm.attend_batch([image] * 2, [text, "the bicycle"], beside=Beside(signals=True))
@@ -244,7 +244,7 @@ def test_no_presence_without_words_for_it() -> None:
     assert found.answer_logprob is not None
 
 
-def test_spellings() -> None:
+def test_known_spellings_of_yes_and_no_are_single_tokens() -> None:
     class Coder:
         unk_token_id = 0
         ids: ClassVar = {

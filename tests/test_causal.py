@@ -72,7 +72,7 @@ def test_numbers_by_hand(study: Study) -> None:
     assert "cannot be told from these entries" in found.reading  # two of them
 
 
-def test_command(front: Front) -> None:
+def test_the_command_writes_numbers_and_a_page(front: Front) -> None:
     result = front.finder(
         "stage=experiment", "experiment=causal", "data=scenes", "scenes.count=2", "scenes.size=96"
     )

@@ -92,7 +92,7 @@ def test_an_answer_that_nobody_waited_for_is_not_given_to_the_next(monkeypatch: 
     process.close()
 
 
-def test_several_threads() -> None:
+def test_threads_get_their_own_text() -> None:
     found: dict[int, str] = {}
     threads = [
         threading.Thread(

@@ -102,7 +102,7 @@ def test_tokenizing_in_several_threads(image: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("query_token", ["last", "expression_mean"])
-def test_sixteen_bits(image: Any, dtype: str, query_token: str) -> None:
+def test_sixteen_bits_give_nearly_the_same_rows(image: Any, dtype: str, query_token: str) -> None:
     """Rows are computed in fp32 from 16-bit queries and keys: near the fp32 model's, still summing to one at most."""
     exact = load_model(dtype="float32", device="cpu", query_token=query_token).attend(image, "the dog")
     rough = load_model(dtype=dtype, device="cpu", query_token=query_token).attend(image, "the dog")
@@ -112,7 +112,7 @@ def test_sixteen_bits(image: Any, dtype: str, query_token: str) -> None:
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_few_bits(image: Any, bits: str) -> None:
+def test_four_and_eight_bits_give_much_the_same_rows(image: Any, bits: str) -> None:
     if not is_bitsandbytes_available():
         with pytest.raises(UsageError, match="quantization"):
             load_model(quantization=bits)

@@ -143,7 +143,7 @@ def records(path):
     return index, list(source.records(sorted({one.row for one in index.entries})))
 
 
-def test_lisas_folders(tmp_path):
+def test_lisas_folders_are_read_by_split(tmp_path):
     root = tmp_path / "reason_seg" / "ReasonSeg"
     save_lisa(root / "train", "t1", entry(("target", BIG)))
     save_lisa(root / "val", "v1", entry(("target", BIG), ("ignore", SMALL)))

@@ -511,7 +511,7 @@ PAGE = bytes([0x15, 0, 0x15, 100, 0x15, 2, 0])
     ],
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else str(value),
 )
-def test_page_headers(header, sizes):
+def test_page_headers_are_read_in_one_way_or_refused(header, sizes):
     """Two equal pages of one byte each; a header with two readings has none."""
     file = io.BytesIO((header + b"x") * 2 if isinstance(sizes, list) else header)
     length = len(file.getvalue()) or 1

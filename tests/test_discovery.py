@@ -270,7 +270,7 @@ def test_bad_entries_are_reported_and_the_rest_goes_on(
     assert [(head["layer"], head["head"]) for head in one] == [(head["layer"], head["head"]) for head in two]
 
 
-def test_nothing_usable(front: Front) -> None:
+def test_where_nothing_is_usable_the_first_reason_is_the_error(front: Front) -> None:
     """Status 1, the first reason and a table of all; an empty file is wrong use."""
     write_lines(Path("bad.jsonl"), ["{", {"id": "a", "prompt": "x", "image_path": "no.png"}])
     for stage in ("batch", "find", "ground"):

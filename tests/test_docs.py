@@ -100,7 +100,7 @@ def check_from_disk(page: Path) -> None:
         assert not [address for address in site.requests if address.startswith("http")]
 
 
-def test_quickstart_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat", reason="no notebook tools")
     client = pytest.importorskip("nbclient", reason="no notebook tools")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

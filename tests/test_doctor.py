@@ -42,7 +42,7 @@ def run_of(tmp_path: Path, *overrides: str) -> Run:
     return Run(composed("stage=doctor", "device=cpu", f"output_dir={tmp_path}/out", *overrides))
 
 
-def test_embedded_model(
+def test_the_embedded_model_is_shown_and_well(
     image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")

@@ -95,7 +95,7 @@ def test_answers_are_right(model, processor, system, samples):
 
 
 @pytest.mark.parametrize("question", ["What is in this image?", "Describe this image."])
-def test_it_talks(model, processor, question):
+def test_it_names_what_it_sees(model, processor, question):
     named = []
     for seed in range(TEST_SEEDS.start, TEST_SEEDS.start + 12):
         scene = render_scene(seed, size=model.config.vision_config.image_size)

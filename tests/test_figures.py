@@ -354,7 +354,7 @@ def test_dollars_and_underscores_stay():
         ("", ""),
     ],
 )
-def test_drawable(text, drawn):
+def test_text_is_made_drawable(text, drawn):
     assert drawable(text) == drawn
 
 
@@ -619,7 +619,7 @@ def test_any_number_of_ranked_heads_fits(count):
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (32, 32), (80, 64), (3, 1)])
-def test_head_grid(shape):
+def test_the_head_grid_holds_every_value_of_the_layers_considered(shape):
     values = np.arange(math.prod(shape), dtype=float).reshape(shape)
     figure = figures.plot_head_grid(values, top=[Head(2, 0)], exclude_layers=2)
     axes = figure.axes[0]

@@ -106,7 +106,7 @@ def test_help_names_the_command_that_was_typed(typed: list[str], said: str) -> N
     assert process(*typed, "--help").stdout.startswith(f"usage: {said} [-q | -v]")
 
 
-def test_version(front: Front) -> None:
+def test_the_version_is_one_line(front: Front) -> None:
     assert front.finder("--version") == (0, f"localization-heads {lh.__version__}\n", "")
 
 

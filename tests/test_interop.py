@@ -227,7 +227,7 @@ def test_pycocotools_reads_what_is_exported(image, tmp_path):
     assert np.array_equal(read.annToMask(annotation).astype(bool), mask)
 
 
-def test_supervision_detections(grounding):
+def test_detections_of_supervision_hold_boxes_masks_and_names(grounding):
     pytest.importorskip("supervision")
     found = detections.to_supervision([grounding, grounding], ["dog", "cat"])
     assert np.allclose(found.xyxy, [grounding.box] * 2)

@@ -131,7 +131,7 @@ def test_facts_beside_a_checkpoint(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype(folder: Path, dtype: str) -> None:
+def test_weights_are_loaded_in_the_type_asked_for(folder: Path, dtype: str) -> None:
     assert load_model(str(folder), device="cpu", dtype=dtype).model.dtype == getattr(torch, dtype)
 
 
@@ -292,7 +292,7 @@ def test_an_id_that_is_not_here_names_the_ways_out() -> None:
         assert word in message
 
 
-def test_broken_folders(tmp_path: Path, folder: Path) -> None:
+def test_broken_folders_are_refused_in_a_line_each(tmp_path: Path, folder: Path) -> None:
     """No config, a config that is no JSON, another family, no weights: one line each."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no config\.json"):
@@ -327,7 +327,7 @@ def test_missing_weights_are_said(
     assert "q_proj.weight" in caplog.text
 
 
-def test_truncated_weights(folder: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_a_failure_of_the_work(folder: Path, tmp_path: Path) -> None:
     """A download that was cut off is a failure of the work, in one line."""
     cut = tmp_path / "cut"
     cut.mkdir()
@@ -351,7 +351,7 @@ def test_truncated_weights(folder: Path, tmp_path: Path) -> None:
         ({"device": "toaster"}, "device=toaster"),
     ],
 )
-def test_wrong_options(options: dict[str, str], said: str) -> None:
+def test_wrong_options_are_named(options: dict[str, str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_model(**options)  # type: ignore[arg-type]
 

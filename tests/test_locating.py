@@ -222,7 +222,7 @@ def test_one_coco_data_set_of_several() -> None:
     assert located().to_coco()["annotations"][0]["expression"] == "the dog"
 
 
-def test_supervision() -> None:
+def test_a_result_becomes_a_detection_of_supervision() -> None:
     pytest.importorskip("supervision")
     found = located().to_supervision()
     assert found.xyxy.tolist() == [[10, 10, 30, 30]]

@@ -27,7 +27,7 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
     return Image.fromarray(values).convert(mode)
 
 
-def test_the_record(lvlm: LVLM, image: Image.Image) -> None:
+def test_the_record_has_shape_type_range_and_words(lvlm: LVLM, image: Image.Image) -> None:
     """Shape, type, range, and the words that went in."""
     maps = lvlm.attend(image, " the\ndog ")
     assert maps.attention.shape == (lvlm.num_layers, lvlm.num_heads, *maps.grid)
@@ -68,7 +68,9 @@ def test_the_same_twice(lvlm: LVLM, image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("last", [0, 1, -2, -1])
-def test_early_exit(lvlm: LVLM, image: Image.Image, last: int) -> None:
+def test_early_exit_changes_nothing_up_to_the_last_layer_wanted(
+    lvlm: LVLM, image: Image.Image, last: int
+) -> None:
     """Equal up to the last layer that is wanted, zero after it, in a batch too."""
     last_layer = range(lvlm.num_layers)[last]
     full = lvlm.attend_batch([image, image], EXPRESSIONS)
@@ -80,7 +82,7 @@ def test_early_exit(lvlm: LVLM, image: Image.Image, last: int) -> None:
         assert not maps.attention[last_layer + 1 :].any()
 
 
-def test_half_precision(lvlm: LVLM, image: Image.Image) -> None:
+def test_half_precision_gives_about_the_same_sums(lvlm: LVLM, image: Image.Image) -> None:
     """bfloat16 gives about the same sums; the row itself is computed in fp32."""
     half = load_model(device="cpu", dtype="bfloat16").attend(image, "the dog").attention
     full = lvlm.attend(image, "the dog").attention
@@ -110,7 +112,7 @@ def test_geometry_reaches_the_record(
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "squeeze"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 2)])
-def test_tiny_images(mode: str, size: tuple[int, int]) -> None:
+def test_tiny_images_keep_a_place_for_every_cell(mode: str, size: tuple[int, int]) -> None:
     """Every cell keeps a place, and nothing is divided by zero."""
     maps = random_lvlm(mode).attend(noise(size), "the dog")
     assert np.isfinite(maps.attention).all()
@@ -142,13 +144,13 @@ def test_control_tokens_never_reach_the_model(lvlm: LVLM, image: Image.Image) ->
 @pytest.mark.parametrize(
     "expression", ["🐕‍🦺🔥", "the dog " * 100, "狗在左边", "a\nb", "'; DROP TABLE heads; --", "-"]
 )
-def test_odd_expressions(lvlm: LVLM, image: Image.Image, expression: str) -> None:
+def test_odd_expressions_have_finite_maps(lvlm: LVLM, image: Image.Image, expression: str) -> None:
     maps = lvlm.attend(image, expression)
     assert np.isfinite(maps.attention).all()
     assert maps.query == expression
 
 
-def test_conv_modes(image: Image.Image, lvlm: LVLM) -> None:
+def test_each_conv_mode_asks_in_its_own_words(image: Image.Image, lvlm: LVLM) -> None:
     """Each mode asks in its own words, and the prompts differ."""
     prompts = {
         mode: load_model(device="cpu", conv_mode=mode).attend(image, "the dog").prompt

@@ -109,7 +109,7 @@ def composed(*overrides: str) -> FinderOptions:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_composes(stem: str) -> None:
+def test_a_preset_composes_as_its_file_is_read(stem: str) -> None:
     """Through Hydra, and the same when the files are read without it."""
     options = composed(f"model={stem}")
     assert compose_spec(options.model, stem) == known_specs()[stem] == find_spec(stem)

@@ -143,7 +143,7 @@ def test_a_model_without_a_format_says_how_to_name_one() -> None:
         wanted_format(lvlm, True, by_default=False)
 
 
-def test_prompts() -> None:
+def test_each_form_asks_in_its_own_words() -> None:
     lvlm = load_model(device="cpu")
     prompt = box_prompt(lvlm, FORMATS["llava"], "the {dog} on\nthe left")
     assert "region this sentence describes: the {dog} on the left" in prompt

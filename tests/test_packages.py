@@ -53,7 +53,9 @@ def refusal(spec: ModelSpec) -> str:
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
-def test_quantized_weights(method: str, folder: Path, tmp_path: Path) -> None:
+def test_quantized_weights_name_the_package_that_is_missing(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
     """The real errors of transformers, with none of the packages installed."""
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -62,7 +64,7 @@ def test_quantized_weights(method: str, folder: Path, tmp_path: Path) -> None:
     assert WAYS[method] in refusal(ModelSpec(str(tmp_path)))
 
 
-def test_flash_attention(folder: Path) -> None:
+def test_flash_attention_names_its_package_and_the_way_without(folder: Path) -> None:
     message = refusal(ModelSpec(str(folder), attn_implementation="flash_attention_2"))
     assert "pip install flash-attn --no-build-isolation" in message
     assert "model.attn_implementation=sdpa" in message

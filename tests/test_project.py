@@ -29,7 +29,7 @@ def canonical(name: str) -> str:
     return re.sub("[-_.]+", "-", name).lower()
 
 
-def test_one_version() -> None:
+def test_the_version_is_the_same_everywhere() -> None:
     """The newest heading of the changelog is this version, or what comes after it."""
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
     released = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

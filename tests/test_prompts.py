@@ -43,7 +43,7 @@ def test_an_expression_ends_in_closing_punctuation(expression: str, closed: str)
         ("a < b > c", "a < b > c"),
     ],
 )
-def test_cleaning(raw: str, clean: str) -> None:
+def test_an_expression_is_cleaned_to_one_line(raw: str, clean: str) -> None:
     """One line, without the placeholder of LLaVA's data sets."""
     assert clean_expression(raw, ("<image>", "<s>", "</s>")) == clean
 
@@ -87,7 +87,7 @@ def test_referseg_is_the_papers_prompt() -> None:
     )
 
 
-def test_modes() -> None:
+def test_each_mode_has_its_own_words() -> None:
     """Each mode with its own words."""
 
     def prompt(mode: str) -> str:

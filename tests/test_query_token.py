@@ -165,14 +165,16 @@ def keys_of_prompt(row: torch.Tensor, T: int) -> torch.Tensor:
 @pytest.mark.parametrize("query_token", ONE_CALL)
 @pytest.mark.parametrize("conv_mode", ["referseg", "plain", "chat"])
 @pytest.mark.parametrize("expressions", [["red car"], ["the dog", "the left red dog , this car", "car."]])
-def test_equals_eager(image: Any, query_token: str, conv_mode: str, expressions: list[str]) -> None:
+def test_rows_equal_those_of_eager_attention(
+    image: Any, query_token: str, conv_mode: str, expressions: list[str]
+) -> None:
     """Also in left-padded batches, where every sample has its own positions."""
     check_against_eager(tiny_lvlm(query_token, conv_mode), image, expressions)
 
 
 @pytest.mark.parametrize("query_token", ONE_CALL)
 @pytest.mark.parametrize("text", ["mistral", "gemma2"])
-def test_equals_eager_with_a_window(image: Any, query_token: str, text: str) -> None:
+def test_rows_equal_those_of_eager_attention_with_a_window(image: Any, query_token: str, text: str) -> None:
     """A sliding window shorter than the prompt: at the decoding step its cache holds the last keys only."""
     options: dict[str, Any] = {"text": text, "sliding_window": 24}
     if text == "gemma2":
@@ -186,7 +188,9 @@ def test_equals_eager_with_a_window(image: Any, query_token: str, text: str) -> 
     "name", ["qwen2_vl", "internvl", "idefics3", "paligemma", "gemma3", "mllama", "llava_next"]
 )
 @pytest.mark.parametrize("query_token", ONE_CALL)
-def test_equals_eager_in_every_kind_of_family(image: Any, name: str, query_token: str) -> None:
+def test_rows_equal_those_of_eager_attention_in_every_kind_of_family(
+    image: Any, name: str, query_token: str
+) -> None:
     """Against eager, in a batch of different sizes: marks, tiles, bidirectional prefixes, cross-attention."""
     lvlm = copy.copy(tiny(name))
     lvlm.query_token = query_token
@@ -222,7 +226,7 @@ def words_of(ids: list[int], expression: str) -> list[int]:
     return list(range(start, start + len(words)))
 
 
-def test_readings_differ(image: Any) -> None:
+def test_query_tokens_give_different_maps(image: Any) -> None:
     kinds = [kind for kind in SPANLESS if kind != "last_and_answer"]  # it reads two
     maps = {kind: tiny_lvlm(kind).attend(image, "the left red dog").attention for kind in kinds}
     for one in kinds:
@@ -231,7 +235,7 @@ def test_readings_differ(image: Any) -> None:
 
 
 @pytest.mark.parametrize("query_token", SPANLESS)
-def test_early_exit(image: Any, query_token: str) -> None:
+def test_early_exit_reads_the_same_rows(image: Any, query_token: str) -> None:
     before = dict(AttentionInterface._global_mapping)
     lvlm = tiny_lvlm(query_token)
     early = lvlm.attend(image, "the dog", last_layer=1).attention

@@ -104,7 +104,7 @@ def test_no_memory_at_all(asked: LVLM, image: Image.Image) -> None:
         asked.ask(image, [""])
 
 
-def test_many_threads(asked: LVLM, image: Image.Image) -> None:
+def test_threads_ask_right_while_images_come_and_go(asked: LVLM, image: Image.Image) -> None:
     """Few bytes, so that images come and go while others are asked."""
     few = turned_images(image, 3)
     asked.ask(few[0], ["the dog"])

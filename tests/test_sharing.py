@@ -64,7 +64,7 @@ def test_every_query_token(name: str, query_token: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["referseg", "chat", "plain"])
-def test_every_template(mode: str, image: Image.Image) -> None:
+def test_every_template_is_as_if_asked_apart(mode: str, image: Image.Image) -> None:
     """The embedded model; `a` and `it's` share letters with the stand-ins, and a long one is much padded."""
     lvlm = load_model(device="cpu", conv_mode=mode)
     asked = ["it", "it's 2", "a", "?", "the dog " * 30, "狗在左边"]
@@ -77,7 +77,7 @@ def test_every_template(mode: str, image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma4", "mllama", "qwen3_5"])
-def test_early_exit(name: str) -> None:
+def test_a_deeper_layer_reads_the_image_again_and_a_lower_one_does_not(name: str) -> None:
     """Down to a layer, then deeper: the image is read again; then less deeply: it is not."""
     lvlm, image = tiny(name), coordinate_image(110, 150)
     first, last = min(lvlm.attention_modules), max(lvlm.attention_modules)
@@ -241,7 +241,7 @@ def test_the_documentation_names_who_cannot_share() -> None:
     assert unshared == not_shared.keys()
 
 
-def test_wrong_questions(lvlm: LVLM, image: Image.Image) -> None:
+def test_questions_that_cannot_be_asked_are_refused(lvlm: LVLM, image: Image.Image) -> None:
     encoded = lvlm.encode_image(image)
     assert encoded.attend([]) == []
     with pytest.raises(UsageError, match="empty"):

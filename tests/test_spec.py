@@ -86,7 +86,7 @@ def test_wrong_options_of_a_model_are_named(changes: dict[str, object], said: st
         ("..", ".+-[0-9a-f]{8}"),
     ],
 )
-def test_folder_names(name: str, folder: str) -> None:
+def test_folders_are_named_after_models(name: str, folder: str) -> None:
     assert re.fullmatch(folder, model_folder(name))
 
 

@@ -157,7 +157,7 @@ def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: p
     assert files_of("ray") == files_of("local")
 
 
-def test_without_room(ray: Any, front: Front) -> None:
+def test_more_workers_than_there_is_room_for_are_refused(ray: Any, front: Front) -> None:
     result = front.finder(
         "stage=find", *DATA, "engine=ray", "engine.num_workers=3", "engine.cpus_per_worker=1"
     )

@@ -723,7 +723,7 @@ def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest
 # ------------------------------------------------------------------------------------------------ from Python
 
 
-def test_from_python(lvlm: LVLM, tmp_path: Path) -> None:
+def test_the_few_lines_of_the_contract_run_in_python(lvlm: LVLM, tmp_path: Path) -> None:
     """The few lines of the contract."""
     image = Image.open(draw_image(tmp_path / "cat.png"))
     ranking = lh.find_heads(lvlm, [lh.Sample(image, "the dog"), lh.Sample(tmp_path / "cat.png", "the cat")])

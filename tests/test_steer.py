@@ -82,7 +82,7 @@ def region_mass(lvlm: LVLM, rows: torch.Tensor, sample: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str) -> None:
+def test_the_chosen_head_alone_gains_the_odds_on_the_region(name: str) -> None:
     """The last layer's chosen head gets `exp(strength)` times the odds on the region, and no other head moves.
 
     With sdpa and with eager attention alike. Heads are those that write their slice of the projection's input.
@@ -224,14 +224,16 @@ def test_strength_zero_changes_nothing(lvlm: LVLM, image: Image.Image) -> None:
         ("here", "four numbers"),
     ],
 )
-def test_bad_regions(lvlm: LVLM, image: Image.Image, region: Any, message: str) -> None:
+def test_regions_outside_or_broken_are_refused(
+    lvlm: LVLM, image: Image.Image, region: Any, message: str
+) -> None:
     with pytest.raises(UsageError, match=message) as caught, lh.steer(lvlm, [(4, 4)], region, 1.0):
         lvlm.attend(image, "the dog")
     assert "\n" not in str(caught.value)
     assert not lvlm.changes
 
 
-def test_other_misuse(lvlm: LVLM, image: Image.Image) -> None:
+def test_what_cannot_be_steered_is_refused(lvlm: LVLM, image: Image.Image) -> None:
     inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
     with pytest.raises(UsageError, match="there is no L6H0"), lh.steer(lvlm, [(6, 0)], REGION, 1.0):
         pass

@@ -66,7 +66,7 @@ def test_zero_is_a_projection_without_weights(name: str) -> None:
     assert torch.equal(logits(lvlm, lvlm.model, inputs), plain)
 
 
-def test_embedded_model(lvlm: LVLM, image: Image.Image) -> None:
+def test_the_embedded_model_is_as_without_the_weights(lvlm: LVLM, image: Image.Image) -> None:
     heads = [(4, 4), (5, 6), (5, 3)]
     inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
     expected = logits(lvlm, without_rows(lvlm, heads), inputs)
@@ -160,7 +160,7 @@ def test_encoded_images_do_not_leak(lvlm: LVLM, image: Image.Image, how: Any) ->
     np.testing.assert_allclose(inside.attend(["the dog"])[0].attention, plain, **CLOSE)
 
 
-def test_answers_change(lvlm: LVLM) -> None:
+def test_answers_change_and_come_back(lvlm: LVLM) -> None:
     """A whole layer less: a conversation in another thread says something else."""
     image = Image.open("examples/images/duck_9.png").convert("RGB")
 
@@ -195,7 +195,7 @@ def test_layers_without_such_heads() -> None:
         lh.switch_off(tiny("qwen3_5"), [(0, 0)]).__enter__()
 
 
-def test_unknown_projections(lvlm: LVLM) -> None:
+def test_unknown_projections_are_refused(lvlm: LVLM) -> None:
     copy = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system="", conv_mode="plain")
     module = copy.attention_modules[5]
     module.o_proj = nn.Linear(200, 128)

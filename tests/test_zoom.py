@@ -99,7 +99,7 @@ def test_the_score_is_that_of_the_final_box() -> None:
     assert looked_again(first, (70, 70, 80, 80)) is first
 
 
-def test_from_python(lvlm: LVLM) -> None:
+def test_a_second_look_from_python_is_that_of_the_crop(lvlm: LVLM) -> None:
     """The box of a crop that is asked about by hand; the mask starts from the final box."""
     image = Image.fromarray(render_scene(TEST_SEEDS.start, size=96).image)
     options = GroundingOptions()
@@ -142,7 +142,7 @@ def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: 
     assert any(first.box != twice.box for _, first, twice in found.values())
 
 
-def test_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
+def test_a_killed_second_look_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
     """Killed between the first and the second look: the same file byte for byte, without the finished chunks."""
     stub_figures(monkeypatch)
     write_data(front.folder, 5)
