@@ -15,6 +15,7 @@ from base64 import b64encode
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -424,6 +425,23 @@ def test_a_file_without_permission_is_refused(tmp_path):
 IMAGE = encoded(Image.new("RGB", (6, 4), "green"))
 
 
+ANSWERS = {
+    "image": (IMAGE, 200, {}),
+    "trouble": (b"", 503, {}),
+    "text": (b"<html>hello</html>", 200, {}),
+    "nothing": (b"", 200, {}),
+    "huge": (png_header(30_000, 30_000), 200, {}),
+    "announced": (b"x", 200, {"Content_Length": str(1 << 40)}),
+    "packed": (zlib.compress(bytes(1 << 20)), 200, {"Content_Encoding": "deflate"}),
+    "cut": (IMAGE[:20], 200, {"Content_Length": str(len(IMAGE))}),
+    "moved": (b"", 302, {"Location": "/image"}),
+    "loop": (b"", 302, {"Location": "/loop"}),
+    "file": (b"", 302, {"Location": "file:///etc/passwd"}),
+    "ftp": (b"", 302, {"Location": "ftp://127.0.0.1/a.png"}),
+}
+"""Content, status and headers; what is not here is missing, or a method of the handler."""
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers by the path: images, troubles and tricks."""
 
@@ -432,7 +450,9 @@ class Handler(BaseHTTPRequestHandler):
         self.path = self.path.removeprefix(
             f"http://{self.headers['Host']}"
         )  # from a client that takes us for a proxy
-        getattr(self, f"get_{self.path.strip('/').split('?')[0]}", self.get_missing)()
+        name = self.path.strip("/").split("?")[0]
+        content, status, headers = ANSWERS.get(name, (b"", 404, {}))
+        getattr(self, f"get_{name}", lambda: self.answer(content, status, **headers))()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -442,40 +462,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(content)
-
-    def get_image(self) -> None:
-        self.answer(IMAGE)
-
-    def get_missing(self) -> None:
-        self.answer(b"", 404)
-
-    def get_trouble(self) -> None:
-        self.answer(b"", 503)
-
-    def get_text(self) -> None:
-        self.answer(b"<html>hello</html>")
-
-    def get_nothing(self) -> None:
-        self.answer(b"")
-
-    def get_huge(self) -> None:
-        self.answer(png_header(30_000, 30_000))
-
-    def get_announced(self) -> None:
-        self.answer(b"x", Content_Length=str(1 << 40))
-
-    def get_endless(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        try:
-            while True:
-                self.wfile.write(bytes(1 << 16))
-        except OSError:
-            pass
-
-    def get_packed(self) -> None:
-        self.answer(zlib.compress(bytes(1 << 20)), Content_Encoding="deflate")
+        with suppress(OSError):  # nobody listens any more
+            for part in [content] if isinstance(content, bytes) else content:
+                self.wfile.write(part)
 
     def get_locked(self) -> None:
         known = self.headers["Authorization"] == "Basic " + b64encode(b"me:a/b").decode()
@@ -484,33 +473,14 @@ class Handler(BaseHTTPRequestHandler):
     def get_away(self) -> None:
         self.answer(b"", 302, Location=self.path.partition("?")[2])
 
-    def get_moved(self) -> None:
-        self.answer(b"", 302, Location="/image")
+    def get_endless(self) -> None:
+        self.answer(repeat(bytes(1 << 16)))
 
-    def get_loop(self) -> None:
-        self.answer(b"", 302, Location="/loop")
-
-    def get_file(self) -> None:
-        self.answer(b"", 302, Location="file:///etc/passwd")
-
-    def get_ftp(self) -> None:
-        self.answer(b"", 302, Location="ftp://127.0.0.1/a.png")
+    def get_dripping(self) -> None:
+        self.answer(bytes([byte]) for byte in IMAGE if not time.sleep(0.1))
 
     def get_silent(self) -> None:
         time.sleep(3)
-
-    def get_dripping(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        try:
-            for byte in IMAGE:
-                self.wfile.write(bytes([byte]))
-                time.sleep(0.1)
-        except OSError:
-            pass
-
-    def get_cut(self) -> None:
-        self.answer(IMAGE[:20], Content_Length=str(len(IMAGE)))
 
 
 requests_made: list[str] = []

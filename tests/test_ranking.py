@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -76,30 +77,26 @@ def frequencies(ranking, shape):
     return grid
 
 
-class TestSelectHeads:
-    def test_takes_the_lowest_entropies_in_order(self):
-        entropy = np.array([[3.0, 1.0], [0.5, 2.0]])
-        assert select_heads(np.ones((2, 2)), entropy, np.ones((2, 2), bool), 3) == [(1, 0), (0, 1), (1, 1)]
+ONES, ALL_OF_FOUR = np.ones((2, 2)), np.ones((2, 2), bool)
 
-    def test_ties_go_to_the_higher_sum_then_layer_then_head(self):
-        entropy = np.zeros((2, 3))
-        sums = np.array([[0.1, 0.3, 0.2], [0.3, 0.9, 0.1]])
-        expected = [(1, 1), (0, 1), (1, 0), (0, 2), (0, 0), (1, 2)]
-        assert select_heads(sums, entropy, np.ones((2, 3), bool), 6) == expected
 
-    def test_a_lower_entropy_beats_a_higher_sum(self):
-        assert select_heads(np.array([[0.9, 0.1]]), np.array([[0.2, 0.1]]), np.ones((1, 2), bool), 1) == [
-            Head(0, 1)
-        ]
-
-    def test_ties_may_go_to_the_layer_at_once(self):
-        entropy, sums = np.zeros((2, 2)), np.array([[0.1, 0.3], [0.9, 0.2]])
-        everyone = np.ones((2, 2), bool)
-        assert select_heads(sums, entropy, everyone, 3, ties="order") == [(0, 0), (0, 1), (1, 0)]
-
-    def test_never_takes_dropped_heads_or_maps_without_component(self):
-        entropy = np.array([[0.0, 1.0, INF, np.nan]])
-        assert select_heads(np.ones((1, 4)), entropy, np.array([[False, True, True, True]])) == [Head(0, 1)]
+@pytest.mark.parametrize(
+    ("entropy", "sums", "kept", "more", "expected"),
+    [
+        ([[3.0, 1.0], [0.5, 2.0]], ONES, ALL_OF_FOUR, {"top_n": 3}, [(1, 0), (0, 1), (1, 1)]),  # the lowest
+        ([[0.2, 0.1]], [[0.9, 0.1]], [[True] * 2], {"top_n": 1}, [(0, 1)]),  # whatever the sums
+        # of equal ones the higher sum, then the layer, then the head; or the layer at once
+        (
+            np.zeros((2, 3)), [[0.1, 0.3, 0.2], [0.3, 0.9, 0.1]], [[True] * 3] * 2, {"top_n": 6},
+            [(1, 1), (0, 1), (1, 0), (0, 2), (0, 0), (1, 2)],
+        ),
+        (ONES, [[0.1, 0.3], [0.9, 0.2]], ALL_OF_FOUR, {"top_n": 3, "ties": "order"}, [(0, 0), (0, 1), (1, 0)]),
+        # never what criterion 1 dropped, nor a map without a component
+        ([[0.0, 1.0, INF, np.nan]], [[1.0] * 4], [[False, True, True, True]], {}, [(0, 1)]),
+    ],
+)  # fmt: skip
+def test_heads_selected_in_one_sample(entropy, sums, kept, more, expected):
+    assert select_heads(np.array(sums), np.array(entropy), np.array(kept), **more) == expected
 
 
 class TestFrequency:
@@ -548,21 +545,14 @@ class TestHostileJson:
         max_leaves=8,
     )
 
-    @given(st.sampled_from([*KEYS, "criteria", "spread", "pictures"]), json_values)
-    def test_anything_is_read_or_refused(self, key, value):
-        try:
-            ranking = HeadRanking.from_json({**GOOD, key: value})
-        except UsageError:
-            return
-        json.dumps(ranking.to_json(), allow_nan=False)
-
-    @given(st.sampled_from(HEAD_KEYS), json_values)
-    def test_any_field_of_a_head_is_read_or_refused(self, key, value):
-        try:
-            ranking = HeadRanking.from_json({**GOOD, "heads": [{**GOOD["heads"][0], key: value}]})
-        except UsageError:
-            return
-        json.dumps(ranking.to_json(), allow_nan=False)
+    @given(
+        st.sampled_from([*KEYS, "criteria", "spread", "pictures"]), st.sampled_from(HEAD_KEYS), json_values
+    )
+    def test_anything_is_read_or_refused(self, key, head_key, value):
+        """In a field of the file, and in one of a head."""
+        for change in ({key: value}, {"heads": [{**GOOD["heads"][0], head_key: value}]}):
+            with suppress(UsageError):
+                json.dumps(HeadRanking.from_json({**GOOD, **change}).to_json(), allow_nan=False)
 
 
 def test_the_images_that_heads_were_found_on_are_kept():
