@@ -17,6 +17,29 @@ def drawn(*rows: str) -> NDArray[np.bool_]:
     return np.array([[cell == "#" for cell in row] for row in rows])
 
 
+def block(shape: tuple[int, int], rows: slice, columns: slice, value: float = 1.0) -> NDArray[np.float64]:
+    """Nothing but one value in these rows and columns."""
+    grid = np.zeros(shape)
+    grid[rows, columns] = value
+    return grid
+
+
+def flood(mask: Any) -> list[list[tuple[int, int]]]:
+    """The components of a mask, each a list of cells, by flood fill over eight neighbours: the obvious way."""
+    left = {(y, x) for y in range(len(mask)) for x in range(len(mask[0])) if mask[y][x]}
+    components = []
+    while left:
+        stack, component = [left.pop()], []
+        while stack:
+            y, x = stack.pop()
+            component.append((y, x))
+            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= around
+            stack += around
+        components.append(component)
+    return components
+
+
 def grounded(
     grid: ArrayLike, image_box: Any = None, image_size: Any = None, whole: Any = None, **options: Any
 ) -> Grounding:

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
+from small_maps import flood
 
 from localization_heads.cells import label_components
 from localization_heads.heads.criteria import (
@@ -45,22 +46,6 @@ JUNE, AUGUST = (CriteriaOptions.of(preset("criteria", name)) for name in ("publi
 def drawn(*rows):
     """A mask drawn with `#`, as a map of ones and zeros."""
     return np.array([[cell == "#" for cell in row] for row in rows], dtype=np.float32)
-
-
-def flood(mask):
-    """Components of one mask, each a list of cells, by flood fill over eight neighbours."""
-    left = {(y, x) for y in range(len(mask)) for x in range(len(mask[0])) if mask[y][x]}
-    components = []
-    while left:
-        stack, component = [left.pop()], []
-        while stack:
-            y, x = stack.pop()
-            component.append((y, x))
-            around = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= around
-            stack += around
-        components.append(component)
-    return components
 
 
 def obvious_entropy(grid, weight="area", threshold=None, means=1):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from scipy.spatial import ConvexHull
-from small_maps import drawn, grounded
+from small_maps import drawn, flood, grounded
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import resample
@@ -58,20 +58,11 @@ def obvious_hull_area(mask):
 
 
 def blobs(mask):
-    """The 8-connected components in row-major order of their first cells."""
-    left = [tuple(cell) for cell in np.argwhere(mask)]
+    """The components, each a mask, in row-major order of their first cells."""
     found = []
-    while left:
-        blob, stack = set(), [left[0]]
-        while stack:
-            y, x = stack.pop()
-            if (y, x) in left:
-                left.remove((y, x))
-                blob.add((y, x))
-                stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        own = np.zeros_like(mask)
-        own[tuple(np.array(sorted(blob)).T)] = True
-        found.append(own)
+    for cells in sorted(map(sorted, flood(mask))):
+        found.append(np.zeros_like(mask))
+        found[-1][tuple(np.array(cells).T)] = True
     return found
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
-from small_maps import grounded
+from small_maps import block, grounded
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import NotFiniteError
@@ -23,18 +23,12 @@ from localization_heads.options.groups import GroundingOptions
 from localization_heads.segmentation.segmenter import refine
 
 
-def obj(shape, rows, columns, value=1.0):
-    grid = np.zeros(shape)
-    grid[rows, columns] = value
-    return grid
-
-
 class TestPeaks:
     def test_a_lone_cell_is_capped_and_an_object_is_not(self):
         sink = np.full((7, 7), 1.0)
         sink[3, 3] = 50.0
         assert without_peaks(sink, 10.0)[3, 3] == 10.0 and without_peaks(sink, 60.0)[3, 3] == 50.0
-        thing = obj((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
+        thing = block((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
         assert np.array_equal(without_peaks(thing, 1.0), thing)
 
     @given(hnp.arrays(np.float64, st.tuples(st.integers(3, 7), st.integers(3, 7)), elements=st.floats(0, 9)))
@@ -175,24 +169,24 @@ SHARP = {
 
 class TestSharp:
     def test_a_sink_with_half_of_the_mass_does_not_take_the_box(self):
-        grid = 0.01 + obj((24, 24), slice(10, 15), slice(4, 8), 1.0)
+        grid = 0.01 + block((24, 24), slice(10, 15), slice(4, 8), 1.0)
         grid[22, 22] = grid.sum()
         assert grounded(grid, **SHARP).box == (40, 100, 80, 150)
         assert grounded(grid, means=1.5, component="largest_mass").box == (220, 220, 230, 230)
 
     def test_a_large_object_stays_whole(self):
-        grid = obj((24, 24), slice(2, 22), slice(2, 22), 1.0)
+        grid = block((24, 24), slice(2, 22), slice(2, 22), 1.0)
         assert grounded(grid, **SHARP).box == (20, 20, 220, 220)
         without = {**SHARP, "large": None}
         assert not grounded(grid, **without).cells.any()  # 1.5 means are more than the map's maximum
 
     def test_only_cells_above_the_threshold_before_smoothing(self):
-        grid = obj((9, 9), slice(3, 6), slice(3, 6), 1.0)
+        grid = block((9, 9), slice(3, 6), slice(3, 6), 1.0)
         assert grounded(grid, sigma=1.0).box == (20, 20, 70, 70)
         assert grounded(grid, sigma=1.0, trim=True).box == (30, 30, 60, 60)
 
     def test_the_point_is_that_of_a_smoother_map(self):
-        grid = obj((9, 9), slice(5, 8), slice(5, 8), 1.0)
+        grid = block((9, 9), slice(5, 8), slice(5, 8), 1.0)
         grid[1, 1] = 1.2
         assert grounded(grid).point == (15, 15)
         assert grounded(grid, point_sigma=1.0).point == grounded(grid, sigma=1.0).point == (65, 65)
@@ -225,7 +219,7 @@ class TestRefined:
         ],
     )
     def test_the_mask_s_box_where_it_agrees(self, mask, box):
-        found = grounded(obj((9, 9), slice(3, 6), slice(3, 6)))
+        found = grounded(block((9, 9), slice(3, 6), slice(3, 6)))
         segmenter = Painted(mask)
         refined = refine(found, self.image, segmenter, box_from="refined")
         assert segmenter.started == (10, 10, 80, 80)
@@ -236,7 +230,7 @@ class TestRefined:
         assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == box
 
     def test_the_start_stays_inside_the_image(self):
-        found = grounded(obj((9, 9), slice(0, 2), slice(8, 9)))
+        found = grounded(block((9, 9), slice(0, 2), slice(8, 9)))
         segmenter = Painted((80, 0, 90, 20))
         refine(found, self.image, segmenter, box_from="refined")
         assert segmenter.started == (60, 0, 90, 40)

@@ -11,7 +11,7 @@ from front import EXPRESSIONS, Calls, Front, one_line, stub_figures, write_data
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_maps import grounded
+from small_maps import block, grounded
 
 import localization_heads as lh
 from localization_heads.data.masks import read_mask
@@ -30,12 +30,6 @@ from localization_heads.segmentation.segmenter import refine
 
 HEADS = [lh.Head(2, 0), lh.Head(3, 1)]
 OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "grounding=paper")
-
-
-def spot(side: int, rows: slice, columns: slice) -> np.ndarray:
-    grid = np.zeros((side, side))
-    grid[rows, columns] = 1.0
-    return grid
 
 
 @pytest.mark.parametrize(
@@ -73,14 +67,14 @@ def test_crops_hold_the_box_and_lie_in_the_image(
 
 def test_the_smallest_crop_is_counted_in_cells() -> None:
     """Of a grid with padding, too: cells of 10 x 20 pixels, and six of the longer side."""
-    one = spot(16, slice(7, 8), slice(7, 8))
+    one = block((16, 16), slice(7, 8), slice(7, 8))
     assert crop_around(grounded(one)) == (45, 45, 105, 105)
     assert crop_around(grounded(one, (0, 0, 160, 320), (160, 320))) == (15, 90, 135, 210)
 
 
 def test_no_crop_where_nothing_would_be_gained() -> None:
     assert crop_around(grounded(np.ones((8, 8)))) is None  # flat: nothing stands out
-    assert crop_around(grounded(spot(8, slice(1, 7), slice(1, 7)))) is None  # the crop is the image
+    assert crop_around(grounded(block((8, 8), slice(1, 7), slice(1, 7)))) is None  # the crop is the image
 
 
 def test_back_and_averaged_by_hand() -> None:
@@ -91,7 +85,7 @@ def test_back_and_averaged_by_hand() -> None:
 
 
 def test_the_score_is_that_of_the_final_box() -> None:
-    first = grounded(spot(8, slice(2, 4), slice(2, 6)))
+    first = grounded(block((8, 8), slice(2, 4), slice(2, 6)))
     assert (first.box, first.score) == ((20, 20, 60, 40), 1.0)
     again = looked_again(first, (20, 20, 50, 40))
     assert again.box == (20, 20, 55, 40)
