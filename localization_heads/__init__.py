@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from localization_heads.attention import AttentionMaps
     from localization_heads.data.address import Address
     from localization_heads.data.samples import Sample, load_samples
+    from localization_heads.data.together import Together
     from localization_heads.errors import UsageError, WorkError
     from localization_heads.evaluating import evaluate
     from localization_heads.finding import find_heads
@@ -50,6 +51,7 @@ _HOMES = {
     "Located": "located",
     "Sample": "data.samples",
     "SegmenterOptions": "options.groups",
+    "Together": "data.together",
     "UsageError": "errors",
     "WorkError": "errors",
     "evaluate": "evaluating",
@@ -79,6 +81,7 @@ __all__ = [
     "Located",
     "Sample",
     "SegmenterOptions",
+    "Together",
     "UsageError",
     "WorkError",
     "evaluate",

@@ -62,6 +62,8 @@ class AttentionMaps:
         asked: the model's weights, prompt and query token (`LVLM.asked`); None where that is not known.
         heads: the heads that `attention` and `answer` have maps of, where only theirs were kept: their axes
             `[layer, head]` are then 1 and the heads in this order. None where all are there.
+        images: the same of every image of the prompt, in its order, where it shows several: these are then the maps
+            of one of them, `image_index`, counted from 0.
 
     >>> maps = AttentionMaps(np.zeros((32, 32, 24, 24), np.float32), (0, 0, 640, 640), (640, 480))
     >>> maps.num_layers, maps.num_heads, maps.grid
@@ -85,6 +87,8 @@ class AttentionMaps:
     statement_logit: float | None = None
     asked: Mapping[str, str | None] | None = None
     heads: tuple[tuple[int, int], ...] | None = None
+    images: tuple[AttentionMaps, ...] = ()
+    image_index: int | None = None
 
     def __post_init__(self) -> None:
         if self.attention.ndim != 4:
@@ -109,7 +113,8 @@ class AttentionMaps:
     def num_bytes(self) -> int:
         """Memory that the maps take, those of other expressions included."""
         answer = 0 if self.answer is None else self.answer.nbytes
-        return self.attention.nbytes + answer + sum(other.num_bytes for other in self.others)
+        rest = [one for index, one in enumerate(self.images) if index != self.image_index]
+        return self.attention.nbytes + answer + sum(other.num_bytes for other in (*self.others, *rest))
 
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
         """The same maps of the same image in another resolution, `(W, H)`."""
@@ -122,8 +127,23 @@ class AttentionMaps:
         answer = self.attention if self.answer is None else self.answer
         if not (np.isfinite(self.attention).all() and np.isfinite(answer).all()):
             raise NotFiniteError
-        for other in self.others:
+        for other in (*self.others, *self.images):
             other.check_finite()
+
+    def at(self, index: int | None) -> AttentionMaps:
+        """The same with the maps of another image of the prompt; of a prompt with one image, the same."""
+        if index == self.image_index or index is None:
+            return self
+        one = self.images[index]
+        return replace(
+            self,
+            attention=one.attention,
+            answer=one.answer,
+            image_box=one.image_box,
+            image_size=one.image_size,
+            others=tuple(other.at(index) for other in self.others),
+            image_index=index,
+        )
 
     def only(self, heads: Sequence[tuple[int, int]] | None) -> AttentionMaps:
         """The same with the maps of these heads alone, which then take no more memory than that; None keeps all."""
@@ -136,7 +156,8 @@ class AttentionMaps:
 
         answer = None if self.answer is None else picked(self.answer)
         chosen = tuple((int(layer), int(number)) for layer, number in heads)
-        return replace(self, attention=picked(self.attention), answer=answer, heads=chosen)
+        images = tuple(one.only(heads) for one in self.images)
+        return replace(self, attention=picked(self.attention), answer=answer, heads=chosen, images=images)
 
     def places(self, heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Where the maps of these heads are in `attention`, `[layer, head]`. ValueError for one that was not kept."""
@@ -151,3 +172,9 @@ class AttentionMaps:
     def named(self, *, id: str, image_file: str) -> AttentionMaps:
         """The same maps with the entry's name and image written on them."""
         return replace(self, id=id, image_file=image_file)
+
+
+def of_images(each: Sequence[AttentionMaps]) -> AttentionMaps:
+    """The maps of a prompt with several images, from those of each: at first, of the one that draws most attention."""
+    index = int(np.argmax([one.attention.sum(dtype=np.float64) for one in each]))
+    return replace(each[index], images=tuple(each), image_index=index)

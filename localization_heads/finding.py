@@ -183,7 +183,7 @@ def attended(
     images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
     for number, (_, group) in enumerate(images):
         first = next(group)
-        image, group = load_image(first.image), chain([first], group)
+        image, group = load_image(first.single), chain([first], group)
         siblings: tuple[str, ...] = ()  # the first of the image's expressions so far, and those read now
         while part := list(islice(group, AT_ONCE)):
             expressions = [sample.expression for sample in part]

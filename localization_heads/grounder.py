@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
+from localization_heads.data.together import Shown, image_at
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
 from localization_heads.grounding.ground import LEAST_MASS, Grounding, ground_instances, ground_maps
 from localization_heads.grounding.instances import attended, box_of_cells, suppressed
+from localization_heads.grounding.maps import image_shares
 from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
@@ -53,6 +55,7 @@ class Grounder:
         abstain: the least presence (or confidence) of what is there; None takes everything for present.
         least_mass: of all objects, the least attention of one, as a share of the strongest's.
         proposes: whether the segmenter proposes all objects, which must be a `Proposer` then.
+        each_image: of several images in one prompt, each gets a box, not only the one that draws most attention.
     """
 
     heads: tuple[Head, ...]
@@ -64,6 +67,7 @@ class Grounder:
     abstain: float | None = None
     least_mass: float = LEAST_MASS
     proposes: bool = False
+    each_image: bool = False
 
     @property
     def last_layer(self) -> int | None:
@@ -97,7 +101,7 @@ class Grounder:
     def ground(
         self,
         maps: AttentionMaps,
-        image: Image.Image | None,
+        image: Shown | None,
         statistics: HeadStatistics | None = None,
         second: Box | None = None,
     ) -> Grounding:
@@ -108,11 +112,14 @@ class Grounder:
             statistics: of the maps, where they are known already.
             second: the box of a second look, in pixels of the image (`grounding.zoom`).
         """
+        if maps.images:
+            return self._ground_together(maps, image, statistics)
+        image = None if image is None else image_at(image, None)
         found = looked_again(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
         return self.judge(maps, self.refine(found, image, _entry(maps)), found.box)
 
     def ground_all(
-        self, maps: AttentionMaps, image: Image.Image | None, statistics: HeadStatistics | None = None
+        self, maps: AttentionMaps, image: Shown | None, statistics: HeadStatistics | None = None
     ) -> list[Grounding]:
         """A grounding for each object that the expression fits, that of the highest score first; at least one.
 
@@ -121,6 +128,13 @@ class Grounder:
         those of its proposals that the map attends to, and the components that these leave out. Arguments and errors as
         of `ground`.
         """
+        if maps.images:
+            first = self._ground_together(maps, image, statistics)
+            alone, own = self._of_one_image(maps, first.heads), replace(maps.at(first.image_index), images=())
+            every = alone.ground_all(own, None if image is None else image_at(image, first.image_index))
+            index, share = first.image_index, first.image_share
+            return [replace(one, each=first.each, image_index=index, image_share=share) for one in every]
+        image = None if image is None else image_at(image, None)
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
         found = []
         if self.proposes and isinstance(self.segmenter, Proposer) and image is not None:
@@ -132,6 +146,26 @@ class Grounder:
         found += [self.judge(maps, self.refine(one, image, _entry(maps)), one.box) for one in rest]
         found.sort(key=lambda one: -one.score)
         return [found[place] for place in suppressed([one.box for one in found])]
+
+    def _ground_together(
+        self, maps: AttentionMaps, shown: Shown | None, statistics: HeadStatistics | None
+    ) -> Grounding:
+        """`ground` of several images in one prompt: of the one that draws most of the heads' attention."""
+        heads = self.heads_of(maps, statistics)
+        alone, shares, each = self._of_one_image(maps, heads), image_shares(maps, heads), []
+        best = int(np.argmax(shares))
+        for index, share in enumerate(shares):
+            one, chosen = replace(maps.at(index), images=()), self.each_image or index == best
+            image = None if shown is None else image_at(shown, index)
+            found = alone.ground(one, image) if chosen else ground_maps(one, heads, self.options)
+            each.append(replace(found, image_index=index, image_share=float(share), chosen=chosen))
+        return replace(each[best], each=tuple(each))
+
+    def _of_one_image(self, maps: AttentionMaps, heads: Sequence[Head]) -> Grounder:
+        """With these heads, and without a calibration, which is of prompts with one image."""
+        if self.abstain is not None:
+            raise UsageError(f"abstain={self.abstain:g}: no calibration is one of several images in a prompt")
+        return replace(self, heads=tuple(heads), calibration=None)
 
     def judge(self, maps: AttentionMaps, grounding: Grounding, map_box: Box) -> Grounding:
         """The grounding with the own boxes of its heads, signals, confidence and presence; `absent` if it abstains.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from localization_heads.data.samples import Sample
+from localization_heads.data.together import Shown, each_image, image_at
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.store.files import write_json
@@ -27,24 +28,30 @@ class Located(Grounding):
     """What `ground` returns. In a notebook it shows itself: the heat map, the mask and the box over the image.
 
     Args:
-        image: RGB, as it was asked about.
+        image: RGB, as it was asked about; of several in one prompt, that at `image_index`.
         expression: what was asked for.
         name: of the image: its file, or its address without secrets; "" for one in memory.
+        images: all images of the prompt, where it shows several; `each` has a grounding of each.
     """
 
     image: Image.Image = field(default_factory=lambda: Image.new("RGB", (1, 1)), repr=False)
     expression: str = ""
     name: str = ""
+    images: tuple[Image.Image, ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, grounding: Grounding, image: Image.Image, expression: str, name: str = "") -> Located:
+    def of(cls, grounding: Grounding, shown: Shown, expression: str, name: str = "") -> Located:
         known = {one.name: getattr(grounding, one.name) for one in fields(Grounding)}
-        return cls(**known, image=image, expression=expression, name=name)
+        images = each_image(shown) if grounding.each else ()
+        image = image_at(shown, grounding.image_index)
+        return cls(**known, image=image, expression=expression, name=name, images=images)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """The figure of the box, the mask and the heat map over the image; written as well if a path is given."""
-        from localization_heads.figures import plot_grounding
+        from localization_heads.figures import plot_grounding, plot_together
 
+        if self.each:
+            return plot_together(self.images, self.each, path, expression=self.expression)
         return plot_grounding(self.image, self, path, expression=self.expression)
 
     def show(self) -> None:

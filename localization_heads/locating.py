@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from PIL import Image
-
 from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.any_image import as_source
-from localization_heads.data.images import ImageSource, load_image
+from localization_heads.data.any_image import as_sources
+from localization_heads.data.images import ImageSource
 from localization_heads.data.phrases import phrases_of
+from localization_heads.data.samples import Sample
+from localization_heads.data.together import Shown, Together, image_at, load_shown
 from localization_heads.errors import ArgumentError, shown
 from localization_heads.finding import AT_ONCE
 from localization_heads.grounder import Grounder
@@ -24,7 +24,7 @@ from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.instances import PLACES, InstancesBy
+from localization_heads.options.instances import PLACES, ImageBoxes, InstancesBy
 from localization_heads.segmentation.segmenter import GRABCUT, Proposer
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @overload
 def ground(
     lvlm: LVLM,
-    image: AnyImage,
+    image: AnyImage | Together,
     expression: str,
     heads: Heads = ...,
     *,
@@ -43,13 +43,14 @@ def ground(
     segmenter: Masks = ...,
     k: int = ...,
     zoom: bool = ...,
+    image_boxes: ImageBoxes = ...,
     calibration: Calibration | str | Path | None = ...,
     abstain: float | None = ...,
 ) -> Located: ...
 @overload
 def ground(
     lvlm: LVLM,
-    image: AnyImage,
+    image: AnyImage | Together,
     expression: list[str] | tuple[str, ...],
     heads: Heads = ...,
     *,
@@ -57,13 +58,14 @@ def ground(
     segmenter: Masks = ...,
     k: int = ...,
     zoom: bool = ...,
+    image_boxes: ImageBoxes = ...,
     calibration: Calibration | str | Path | None = ...,
     abstain: float | None = ...,
 ) -> list[Located]: ...
 @overload
 def ground(
     lvlm: LVLM,
-    image: list[AnyImage] | tuple[AnyImage, ...],
+    image: list[AnyImage | Together] | tuple[AnyImage | Together, ...],
     expression: str | list[str] | tuple[str, ...],
     heads: Heads = ...,
     *,
@@ -71,6 +73,7 @@ def ground(
     segmenter: Masks = ...,
     k: int = ...,
     zoom: bool = ...,
+    image_boxes: ImageBoxes = ...,
     calibration: Calibration | str | Path | None = ...,
     abstain: float | None = ...,
 ) -> list[Located]: ...
@@ -84,6 +87,7 @@ def ground(
     segmenter: Masks = GRABCUT,
     k: int = K,
     zoom: bool = False,
+    image_boxes: ImageBoxes = "one",
     calibration: Calibration | str | Path | None = None,
     abstain: float | None = None,
 ) -> Any:
@@ -94,7 +98,8 @@ def ground(
 
     Args:
         image: a path, an http(s) address (an `Address` may allow private ones), a PIL image, an array, a tensor, bytes
-            or an open file (`data.any_image`); or a list of these.
+            or an open file (`data.any_image`); several that one prompt shows, `Together([a, b])`; or a list of these,
+            each of which is asked about by itself.
         expression: a text; a list of texts, for one image or one for each; or several in one text, as in "the dog; the
             cat". Then the result is a list, in the same order (which type checkers cannot see coming of a ";").
         heads: whose maps are added: a list such as `["L14H24", (14, 13)]`, the path of a heads.json, a ranking, of
@@ -107,6 +112,7 @@ def ground(
             is loaded at each call, one of `make_segmenter` only once.
         k: how many heads.
         zoom: ask again about a crop around the box, and average both boxes where they agree (`grounding.zoom`).
+        image_boxes: of images together, a box in the one that draws most of the heads' attention, or in each.
         calibration: what makes the confidence a probability: a `calibration.json` of stage=calibrate; None leaves the
             raw signal.
         abstain: the least probability of presence (of a calibration without it, the least confidence) of what is
@@ -122,40 +128,34 @@ def ground(
     pairs, single = _pairs(image, expression)
     grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
     grounder = calibrated(grounder, lvlm, calibration, abstain, zoom=zoom)
+    grounder = replace(grounder, each_image=image_boxes == "each")
+    if zoom and any(isinstance(pair.source, Together) for pair in pairs):
+        raise ArgumentError("zoom=True looks again at one image, and a prompt shows several: leave it out")
     note_unknown_words(lvlm, [pair.expression for pair in pairs])
-    found = [
-        Located.of(
-            grounder.ground(
-                one.maps,
-                one.image,
-                second=_second_look(lvlm, grounder, one.maps, one.image, one.pair.expression)
-                if zoom
-                else None,
-            ),
-            one.image,
-            one.pair.expression,
-            one.pair.name,
-        )
-        for one in _asked(lvlm, grounder, pairs)
-    ]
+    found = []
+    for one in _asked(lvlm, grounder, pairs):
+        second = _second_look(lvlm, grounder, one) if zoom else None
+        grounding = grounder.ground(one.maps, one.image, second=second)
+        name = one.pair.name(grounding.image_index)
+        found.append(Located.of(grounding, one.image, one.pair.expression, name))
     return found[0] if single else found
 
 
 class _Pair(NamedTuple):
     """An image, not yet opened, and an expression; `siblings` are all expressions of that image."""
 
-    source: ImageSource
+    source: ImageSource | Together
     expression: str
     siblings: Sequence[str]
 
-    @property
-    def name(self) -> str:
-        return "" if isinstance(self.source, Image.Image) else str(self.source)
+    def name(self, index: int | None) -> str:
+        """Of the image at that place of the prompt."""
+        return Sample(self.source, self.expression).at(index).image_file
 
 
 class _Asked(NamedTuple):
     pair: _Pair
-    image: Image.Image
+    image: Shown
     maps: AttentionMaps
 
 
@@ -163,7 +163,7 @@ def _pairs(image: Any, expression: Any) -> tuple[list[_Pair], bool]:
     """Every image with every expression that is asked about it, and whether that is a single one."""
     if not isinstance(image, list | tuple):
         texts = _texts(expression)
-        return [_Pair(as_source(image), text, texts) for text in texts], isinstance(expression, str) and len(
+        return [_Pair(as_sources(image), text, texts) for text in texts], isinstance(expression, str) and len(
             texts
         ) == 1
     if not image:
@@ -175,7 +175,7 @@ def _pairs(image: Any, expression: Any) -> tuple[list[_Pair], bool]:
         )
     texts_of = [_texts(one) for one in each]
     return [
-        _Pair(as_source(one), text, texts)
+        _Pair(as_sources(one), text, texts)
         for one, texts in zip(image, texts_of, strict=True)
         for text in texts
     ], False
@@ -195,7 +195,7 @@ def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_
     """The maps of every pair, in order, `AT_ONCE` at a time; an image that follows itself is opened once."""
     last_layer, beside = grounder.last_layer, grounder.beside()
     if len({id(pair.source) for pair in pairs}) == 1:
-        image, rest = load_image(pairs[0].source), iter(pairs)
+        image, rest = load_shown(pairs[0].source), iter(pairs)
         while part := list(islice(rest, AT_ONCE)):
             every = lvlm.ask(image, [pair.expression for pair in part], last_layer=last_layer, beside=beside)
             yield from (_Asked(pair, image, maps) for pair, maps in zip(part, every, strict=True))
@@ -215,35 +215,30 @@ def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_
             yield _Asked(pair, image, maps)
 
 
-def _opened(pairs: Sequence[_Pair]) -> list[Image.Image]:
+def _opened(pairs: Sequence[_Pair]) -> list[Shown]:
     """The image of each pair; one that comes several times is the same object, so that it is encoded once."""
-    images: dict[int, Image.Image] = {}
+    images: dict[int, Shown] = {}
     for pair in pairs:
         if id(pair.source) not in images:
-            images[id(pair.source)] = load_image(pair.source)
+            images[id(pair.source)] = load_shown(pair.source)
     return [images[id(pair.source)] for pair in pairs]
 
 
-def _second_look(
-    lvlm: LVLM, grounder: Grounder, maps: AttentionMaps, image: Image.Image, expression: str
-) -> Box | None:
-    """The box that the same heads find in a crop around the first one, in pixels of the image; None if none is asked.
-
-    Args:
-        maps: of the whole image.
-    """
-    first = ground_maps(maps, grounder.heads_of(maps), grounder.options)
+def _second_look(lvlm: LVLM, grounder: Grounder, asked: _Asked) -> Box | None:
+    """The box that the same heads find in a crop around the first one, in its pixels; None if none is asked."""
+    first = ground_maps(asked.maps, grounder.heads_of(asked.maps), grounder.options)
     if (crop := crop_around(first)) is None:
         return None
     last_layer = max(head.layer for head in first.heads)
-    closer = lvlm.attend(image.crop(crop), expression, last_layer=last_layer)
+    image = image_at(asked.image, None).crop(crop)
+    closer = lvlm.attend(image, asked.pair.expression, last_layer=last_layer)
     found = ground_maps(closer, first.heads, grounder.options)
     return mapped_back(found.box, crop) if found.cells.any() else None
 
 
 def ground_all(
     lvlm: LVLM,
-    image: AnyImage,
+    image: AnyImage | Together,
     expression: str,
     heads: Heads = None,
     *,
@@ -266,7 +261,7 @@ def ground_all(
             on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more;
             or whether the segmenter proposes objects, of which the expression's map chooses (`segmenter`).
     """
-    source = as_source(image)
+    source = as_sources(image)
     texts = _texts(expression)
     if len(texts) != 1:
         raise ArgumentError(f"expression={shown(expression)}: give one text; ground takes several")
@@ -275,7 +270,7 @@ def ground_all(
     if by == "places":
         lvlm = lvlm.worded(PLACES)
     asked = in_singular(lvlm.processor.tokenizer, asked)
-    opened = load_image(source)
+    opened = load_shown(source)
     grounder = calibrated(grounder, lvlm, calibration, abstain)
     if by == "places":
         grounder = replace(grounder, least_mass=LEAST_OF_PLACES)
@@ -287,5 +282,6 @@ def ground_all(
         grounder = replace(grounder, proposes=True)
     note_unknown_words(lvlm, [asked])
     (maps,) = lvlm.ask(opened, [asked], last_layer=grounder.last_layer, beside=grounder.beside())
-    name = "" if isinstance(source, Image.Image) else str(source)
-    return [Located.of(one, opened, asked, name) for one in grounder.ground_all(maps, opened)]
+    pair = _Pair(source, asked, texts)
+    found = grounder.ground_all(maps, opened)
+    return [Located.of(one, opened, asked, pair.name(one.image_index)) for one in found]

@@ -27,6 +27,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.record import resting
 from localization_heads.stages.outcome import Outcome
+from localization_heads.store.results import Prediction
 
 if TYPE_CHECKING:
     from localization_heads.experiments.paper import Table as FindingTable
@@ -217,12 +218,19 @@ def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
         box, score = "nothing there", "-"
         if prediction.bbox is not None:
-            box, score = box_text(prediction.bbox), f"{prediction.score or 0:.2f}"
+            box, score = _named_box(prediction), f"{prediction.score or 0:.2f}"
         sure = "-" if prediction.confidence is None else f"{prediction.confidence:.2f}"
         table.add_row(_cell(sample.id), _cell(sample.expression), box, score, sure, iou)
         for other in (prediction.boxes or ())[1:]:
             table.add_row("", "", box_text(other.bbox), f"{other.score:.2f}")
     return table
+
+
+def _named_box(prediction: Prediction) -> str:
+    """The box, after the place of its image where the prompt shows several."""
+    assert prediction.bbox is not None
+    of_image = "" if prediction.image_index is None else f"image {prediction.image_index}: "
+    return of_image + box_text(prediction.bbox)
 
 
 def failures_table(failures: Iterable[BadEntry]) -> Table:
@@ -335,7 +343,8 @@ def grounding_text(found: Grounding, read_out: str) -> str:
     heads = f"heads {' '.join(map(str, found.heads))}   grounding={read_out}"
     if found.absent:
         return f"nothing there   {sureness(found)}   {heads}"
-    return "   ".join([box_text(found.box), f"score {found.score:.2f}", sureness(found), heads])
+    of_image = "" if found.image_index is None else f"in image {found.image_index} (counted from 0): "
+    return "   ".join([of_image + box_text(found.box), f"score {found.score:.2f}", sureness(found), heads])
 
 
 def sureness(found: Grounding) -> str:

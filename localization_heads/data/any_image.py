@@ -17,6 +17,7 @@ from PIL import Image
 from localization_heads.data.address import Address, ImageError, image_source
 from localization_heads.data.download import MAX_BYTES
 from localization_heads.data.images import ImageSource, decode_image
+from localization_heads.data.together import Together
 from localization_heads.errors import shown
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 KINDS = (
     "a path, an address, a PIL image, an array [H, W, 3] of uint8, a tensor [3, H, W], bytes or an open file"
 )
+
+
+def as_sources(image: Any) -> ImageSource | Together:
+    """`as_source`, of one image or of each of those that one prompt shows together."""
+    return Together([as_source(one) for one in image]) if isinstance(image, Together) else as_source(image)
 
 
 def as_source(image: AnyImage) -> ImageSource:

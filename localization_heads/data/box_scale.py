@@ -91,7 +91,7 @@ def _size(sample: Sample) -> tuple[int, int] | None:
     if is_address(sample.image):
         return None
     try:
-        return image_size(sample.image)
+        return image_size(sample.single)
     except UsageError:
         return None
 

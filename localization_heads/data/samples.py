@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from localization_heads.attention import Box, misses_image
 from localization_heads.data.address import Address, ImageError, is_address, without_secrets
-from localization_heads.data.any_image import as_source
+from localization_heads.data.any_image import as_sources
 from localization_heads.data.boxes import check_box
 from localization_heads.data.facts import Fact, facts_of
 from localization_heads.data.images import ImageSource, find_file
 from localization_heads.data.lines import read_objects
 from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
+from localization_heads.data.together import Together, key_of, name_of
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
+
+SEVERAL = "its prompt shows several images, which only stage=ground, batch and find take, without zoom=true"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Sample:
 
     Args:
         image: an image as `data.any_image` takes it: a path, an http(s) address (which becomes an `Address`), a PIL
-            image, an array, a tensor, bytes, an open file.
+            image, an array, a tensor, bytes, an open file; or several that one prompt shows (`Together`).
         bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
         ignore: the same for pixels that are left out when masks are scored (ReasonSeg has them).
@@ -47,7 +49,7 @@ class Sample:
     Raises UsageError for an invalid box, and for a box or a mask of what is absent.
     """
 
-    image: ImageSource
+    image: ImageSource | Together
     expression: str
     id: str = ""
     bbox: Box | None = None
@@ -60,13 +62,15 @@ class Sample:
     facts: Mapping[str, Fact] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", as_source(self.image))
+        object.__setattr__(self, "image", as_sources(self.image))
         try:
             if self.bbox is not None:
                 object.__setattr__(self, "bbox", check_box(self.bbox))
             object.__setattr__(self, "boxes", tuple(check_box(box) for box in self.boxes))
             if self.absent and self.has_truth:
                 raise BadLineError("it is absent, and has a true box or mask: it can only be one of them")
+            if isinstance(self.image, Together) and self.has_truth:
+                raise BadLineError("a true box or mask is of one image, and its prompt shows several")
         except BadLineError as error:
             raise UsageError(f"{where(self)}: {error}") from error
 
@@ -83,12 +87,25 @@ class Sample:
     @property
     def image_file(self) -> str:
         """The image's path, or its address without possible secrets; "" for an image in memory."""
-        return "" if isinstance(self.image, Image.Image) else str(self.image)
+        return str(self.image) if isinstance(self.image, Together) else name_of(self.image)
 
     @property
     def image_key(self) -> str:
         """The image's identity, its path or its whole address: never to be stored; "" for an image in memory."""
-        return self.image.url if isinstance(self.image, Address) else self.image_file
+        return key_of(self.image)
+
+    def at(self, index: int | None) -> Sample:
+        """The same of one image of a prompt with several, counted from 0; without a number, as it is."""
+        if index is None or not isinstance(self.image, Together):
+            return self
+        return replace(self, image=self.image.images[index])
+
+    @property
+    def single(self) -> ImageSource:
+        """Its one image. UsageError where the prompt shows several."""
+        if isinstance(self.image, Together):
+            raise UsageError(f"{where(self)}: {SEVERAL}")
+        return self.image
 
 
 @dataclass(frozen=True)
@@ -245,7 +262,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
     if absent and truths:
         raise BadLineError(f"'absent' is true, and yet there is '{truths[0]}': remove one of them")
     return Sample(
-        image=_image(_text(entry, "image_path", ("image", "image_file")), folder, allow_private),
+        image=_images(entry, folder, allow_private),
         expression=_text(entry, "prompt", ("query", "expression")),
         id=id,
         bbox=check_box(entry["bbox"]) if entry.get("bbox") is not None else None,
@@ -286,6 +303,20 @@ def _text(entry: Mapping[str, Any], name: str, likely: tuple[str, ...] = ()) -> 
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise BadLineError(f"'{name}' is not valid Unicode text")
     return value
+
+
+def _images(entry: Mapping[str, Any], folder: Path, allow_private: bool) -> Address | Path | Together:
+    """The image of a line, or those that its prompt shows together. Which of these a true box is in cannot be said."""
+    names = entry.get("image_path")
+    if not isinstance(names, list):
+        return _image(_text(entry, "image_path", ("image", "image_file")), folder, allow_private)
+    if truth := next(
+        (name for name in ("bbox", "bboxes", "mask", "ignore") if entry.get(name) is not None), None
+    ):
+        raise BadLineError(f"'image_path' lists several images, and '{truth}' is of one: leave it out")
+    return Together(
+        [_image(_text({"image_path": name}, "image_path"), folder, allow_private) for name in names]
+    )
 
 
 def _image(value: str, folder: Path, allow_private: bool) -> Address | Path:

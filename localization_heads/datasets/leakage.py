@@ -39,7 +39,7 @@ def image_keys(samples: Iterable[Sample]) -> list[str | None]:
 
 def _file_key(name: str) -> str | None:
     """By COCO's name, or else by content; an address by its text."""
-    if not name:
+    if not name or "\0" in name:  # in memory, or several images
         return None
     if known := coco_image_of(Path(name).name):
         return known

@@ -17,7 +17,7 @@ from localization_heads.figures.movement import plot_sensitivity
 from localization_heads.figures.once import plot_once
 from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
-from localization_heads.figures.several import Found, plot_instances, plot_several
+from localization_heads.figures.several import Found, plot_instances, plot_several, plot_together
 from localization_heads.figures.sheet import show
 from localization_heads.figures.svg import svg
 from localization_heads.figures.trace import plot_trace
@@ -42,6 +42,7 @@ __all__ = [
     "plot_sensitivity",
     "plot_several",
     "plot_timeline",
+    "plot_together",
     "plot_top_maps",
     "plot_trace",
     "show",

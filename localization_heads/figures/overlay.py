@@ -63,9 +63,15 @@ def draw_image(axes: Axes, image: Image.Image | None, image_size: tuple[int, int
 
 
 def draw_map(
-    axes: Axes, values: NDArray[np.floating], box: Box, *, opaque: bool = False, faint: bool = False
+    axes: Axes,
+    values: NDArray[np.floating],
+    box: Box,
+    *,
+    opaque: bool = False,
+    faint: bool = False,
+    top: float | None = None,
 ) -> Pixels:
-    """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image.
+    """Lay a map `[h, w]` over the region `box` of the image, from 0 to its maximum inside the image, or to `top`.
 
     The cells are drawn as they are, square-edged: smoothing would show a resolution the map does not have.
     What is low stays see-through (`opacity`), so that the image keeps its colours where nobody looks.
@@ -76,7 +82,7 @@ def draw_map(
     values = np.nan_to_num(np.asarray(values, dtype=float), posinf=0)
     image_size = int(axes.get_xlim()[1]), int(axes.get_ylim()[0])
     inside = values[cells_inside(values.shape, box, image_size)]
-    top = float(inside.max(initial=0.0)) or 1.0
+    top = top or float(inside.max(initial=0.0)) or 1.0
     share = np.clip(values / top, 0, 1)
     alpha = np.ones_like(share) if opaque else opacity(share)
     if faint:

@@ -34,6 +34,7 @@ from localization_heads.grounding.ground import Grounding
 
 COLOURS = (VERMILLION, SKY, YELLOW, GREEN, PURPLE, ORANGE, BLUE)
 """Okabe and Ito's, in an order that keeps the first few far apart; the numbers tell those apart that come again."""
+_TOGETHER_AREA = 7.0  # square inches of each of several images
 _TINT = 0.35  # opacity of a mask
 _AREA = 14.0  # square inches
 _DIGIT, _HEIGHT = 0.11, 0.19  # inches that a digit of a number takes, with the gap around it
@@ -106,6 +107,45 @@ def plot_instances(
         _draw_numbered(axes, [found.box for found in objects], size[0])
         for truth in truths:
             draw_box(axes, truth, "white", dashed=True)
+        return save(figure, path)
+
+
+def plot_together(
+    images: Sequence[ImageLike] | None,
+    each: Sequence[Grounding],
+    path: str | Path | None = None,
+    *,
+    expression: str = "",
+) -> Figure:
+    """The images of one prompt side by side, each under its heat map; the box of each that has one.
+
+    All maps share one scale, as they share one softmax: an image that draws little attention stays clear.
+
+    Args:
+        images: in the order of the prompt; `None` draws the heat maps alone.
+        each: a grounding for each image.
+        expression: the title.
+    """
+    shapes = [one.image_size[0] / one.image_size[1] for one in each]
+    size = panel_size((round(1000 * float(np.median(shapes))), 1000), area=_TOGETHER_AREA)
+    boxed = [one for one in each if one.chosen and not one.absent]
+    label = f"predicted box{'es' if len(boxed) > 1 else ''}"
+    legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label=label)] if boxed else []
+    top = max(float(one.combined.max(initial=0.0)) for one in each) or 1.0
+    with paper_style():
+        figure, sheet = new_sheet(size, len(each), expression, legend=legend)
+        for number, (axes, one) in enumerate(zip(sheet, each, strict=True)):
+            image = None if images is None else images[number]
+            draw_image(axes, shrink_to_panel(image, max(size)), one.image_size)
+            strength = float(one.combined.max(initial=0.0)) / top
+            draw_map(
+                axes, strength * _drawn_heat(one), (0, 0, *one.image_size), opaque=image is None, top=1.0
+            )
+            if one.refined is not None:
+                draw_outline(axes, _small(one.refined))
+            if one in boxed:
+                draw_box(axes, one.box, VERMILLION)
+            axes.set_title(f"image {number}: {one.image_share or 0:.0%} of the attention")
         return save(figure, path)
 
 

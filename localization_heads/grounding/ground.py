@@ -78,6 +78,10 @@ class Grounding:
         mask_overlap: IoU of the segmenter's mask, by its tight box, with the map's box, where the box may be taken from
             the mask; 0 if it found nothing, None if none was asked.
         mask_from: whose mask `mask` is: `"map"` (the pseudo-mask), or the segmenter's name.
+        each: one for each image of a prompt with several, in their order, this one among them; empty of one image.
+        image_index: which of them this is of, counted from 0; None of one image.
+        image_share: the share of the heads' attention to all of them that this image draws (`maps.image_shares`).
+        chosen: whether its box is an answer: not in the other images, where one box was asked for.
     """
 
     box: Box
@@ -98,6 +102,10 @@ class Grounding:
     calibrated: bool = False
     absent: bool = False
     signals: Mapping[str, float] = field(default_factory=dict, repr=False)
+    each: tuple[Grounding, ...] = field(default=(), repr=False)
+    image_index: int | None = None
+    image_share: float | None = None
+    chosen: bool = True
 
     @property
     def agreement(self) -> float | None:

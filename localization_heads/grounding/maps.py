@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import visible_cells, visible_edges
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import Border, GroundingOptions
 
@@ -35,6 +36,21 @@ def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOpt
         weights = consensus(maps) if options.combine == "consensus" else np.ones(len(maps))
         sums.append(np.einsum("k,khw->hw", weights, maps))
     return sums[0] if len(sums) == 1 else np.sqrt(scaled(sums[0]) * scaled(sums[1]))
+
+
+def image_shares(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float64]:
+    """The share of the heads' attention to the images of a prompt that each image draws: `[n]`, adding up to 1.
+
+    Cells in the padding do not count. Without any attention, all images have the same share.
+    """
+    sums = np.array([_seen_sum(one, heads) for one in attention.images])
+    return sums / sums.sum() if sums.sum() > 0 else np.full(len(sums), 1 / len(sums))
+
+
+def _seen_sum(attention: AttentionMaps, heads: Sequence[Head]) -> float:
+    combined = maps_of(attention.attention, attention.places(heads)).sum(axis=0, dtype=np.float64)
+    seen = visible_cells(*visible_edges(attention.image_box, attention.image_size, attention.grid))
+    return float(combined[seen].sum())
 
 
 def consensus(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -36,6 +36,7 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
         sample = samples.get(prediction.id)
         if sample is None or prediction.bbox is None:
             continue
+        sample = sample.at(prediction.image_index)
         key = sample.image_key or prediction.id
         if key not in images:
             images[key] = _image(_free_id(sample, taken), sample, prediction)
@@ -84,7 +85,7 @@ def _image(number: int, sample: Sample, prediction: Prediction) -> dict[str, Any
     if prediction.mask is not None:
         height, width = (int(n) for n in prediction.mask["size"])
     else:
-        width, height = image_size(sample.image)
+        width, height = image_size(sample.single)
     name = sample.image_file or prediction.id
     return {"id": number, "file_name": name, "width": width, "height": height}
 

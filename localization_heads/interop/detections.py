@@ -73,6 +73,7 @@ def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sa
         sample = samples.get(prediction.id)
         if sample is None or prediction.bbox is None or not sample.image_file:
             continue
+        sample = sample.at(prediction.image_index)
         if sample.image_key not in images:
             image = images[sample.image_key] = fo.Sample(filepath=sample.image_file)
             image["predictions"] = fo.Detections(detections=[])
@@ -80,14 +81,14 @@ def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sa
         image = images[sample.image_key]
         image["predictions"].detections.append(_detection(fo, sample, prediction))
         if sample.bbox is not None:
-            box = _relative(sample.bbox, image_size(sample.image))
+            box = _relative(sample.bbox, image_size(sample.single))
             image["ground_truth"].detections.append(fo.Detection(label=sample.expression, bounding_box=box))
     return list(images.values())
 
 
 def _detection(fo: Any, sample: Sample, prediction: Prediction) -> Any:
     assert prediction.bbox is not None
-    size = image_size(sample.image)
+    size = image_size(sample.single)
     cut = None
     if prediction.mask is not None:
         cut = _cut(read_mask(prediction.mask, size), prediction.bbox)

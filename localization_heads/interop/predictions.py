@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from localization_heads.data.masks import encode_mask
 from localization_heads.grounding.ground import Grounding
-from localization_heads.store.results import Instance, Prediction
+from localization_heads.store.results import ImageShare, Instance, Prediction
 
 
 def prediction_of(id: str, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Prediction:
@@ -30,7 +30,13 @@ def prediction_of(id: str, grounding: Grounding, several: Sequence[Grounding] | 
         calibrated=grounding.calibrated,
         presence=grounding.presence,
         absent=grounding.absent,
+        image_index=grounding.image_index,
+        images=tuple(_share(one) for one in grounding.each),
     )
+
+
+def _share(one: Grounding) -> ImageShare:
+    return ImageShare(one.image_share or 0.0, _instance(one) if one.chosen and not one.absent else None)
 
 
 def _instance(grounding: Grounding) -> Instance:

@@ -262,9 +262,7 @@ def attend_clip(
         found = lvlm.answered(lambda: lvlm.on_device(ready.inputs), query, [expression], last_layer)
         (one,) = found
     maps = [
-        lvlm.maps(one.row, [view], seen[0], expression, prompt.text, one.answer, one.said).of_size(
-            frames[0].size
-        )
+        lvlm.maps(one.row, [[view]], seen[0], expression, prompt.text, one.answer, one.said)
         for view in ready.views
     ]
     return [maps[number // ready.together] for number in range(len(frames))]

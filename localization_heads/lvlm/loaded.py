@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from localization_heads.attention import AttentionMaps
+from localization_heads.attention import AttentionMaps, of_images
+from localization_heads.data.together import Opened, Shown, each_image
 from localization_heads.errors import UsageError, WorkError, shown
 from localization_heads.lvlm.answers.answering import Hearing, Said, Sides, end_tokens, generate, go_on
 from localization_heads.lvlm.answers.words import Spelled, group_tokens, silent_tokens, span_tokens, spelled
-from localization_heads.lvlm.families.geometry import ProcessedImage, View, read_maps
-from localization_heads.lvlm.families.table import views_of
+from localization_heads.lvlm.families.geometry import Layout, ProcessedImage, View, parted, read_maps
+from localization_heads.lvlm.families.table import layout_of_first, views_of
 from localization_heads.lvlm.forward.capture import (
     Query,
     Recorder,
@@ -28,6 +29,9 @@ from localization_heads.lvlm.prompted import PromptedModel
 from localization_heads.lvlm.text.prompts import Prompt, bare_sentence
 from localization_heads.lvlm.text.query_tokens import expression_tokens, query_of
 
+LAYOUTS = 1024
+"""Sizes of images whose places in a prompt with several are kept."""
+
 
 class Answered(NamedTuple):
     """The row of a sample's query token `[layer, head, key]`, the mean row of its answer's, and what it says."""
@@ -39,6 +43,10 @@ class Answered(NamedTuple):
 
 class LoadedModel(PromptedModel):
     """A model that can be asked: from prompts to rows of attention, and to what it answers."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._layout = lru_cache(LAYOUTS)(self._lay_out)  # shared by the copies that `prompted` makes
 
     @property
     def why_not_shared(self) -> str | None:
@@ -233,16 +241,36 @@ class LoadedModel(PromptedModel):
     def maps(
         self,
         row: Tensor,
-        views: Sequence[View],
-        image: Image.Image,
+        views: Sequence[Sequence[View]],
+        shown: Shown,
         expression: str,
         prompt: str,
         answer: Tensor | None = None,
         said: Said | None = None,
     ) -> AttentionMaps:
-        """`row`: [layer, head, key] of one sample; `answer`: the same, the mean over the answer's tokens."""
+        """`row`: [layer, head, key] of one sample; `answer`: the same, the mean over the answer's tokens.
+
+        Args:
+            views: of each image that is shown.
+        """
         if self.reads_answer_alone and answer is not None:
             row, answer = answer, None
+        each = [
+            self._maps(row, own, image, expression, prompt, answer, said)
+            for own, image in zip(views, each_image(shown), strict=True)
+        ]
+        return of_images(each) if len(each) > 1 else each[0]
+
+    def _maps(
+        self,
+        row: Tensor,
+        views: Sequence[View],
+        image: Image.Image,
+        expression: str,
+        prompt: str,
+        answer: Tensor | None,
+        said: Said | None,
+    ) -> AttentionMaps:
         maps, box = read_maps(row.numpy(), views, image.size, self.view)
         return AttentionMaps(
             attention=maps,
@@ -255,8 +283,23 @@ class LoadedModel(PromptedModel):
             answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
             answer_text="" if said is None else said.text,
             answer_logprob=None if said is None else said.logprob,
-        )
+        ).of_size(getattr(image, "seen_from", image.size))
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
+
+    def views_of_each(self, inputs: Mapping[str, Any], sample: int, shown: Shown) -> list[list[View]]:
+        """The views of each image of one sample of an encoded batch."""
+        if not isinstance(shown, Opened):
+            return [self.views_in(inputs, sample, shown)]
+        sizes = [image.size for image in shown.images]
+        tokens = ProcessedImage(self.model.config, self.processor, inputs, sample, sizes[0]).tokens
+        return parted(tokens, [self._layout(size) for size in sizes])
+
+    def _lay_out(self, size: tuple[int, int]) -> Layout:
+        """The places of an image's tokens among several: of two that are equal, the first's."""
+        blank = Opened([Image.new("RGB", size)] * 2)
+        twin = self.showing(2)
+        inputs = twin.processed([blank], [twin.prompt("it")])
+        return layout_of_first(ProcessedImage(self.model.config, self.processor, inputs, 0, size))

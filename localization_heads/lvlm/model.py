@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.together import Shown, each_image
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
@@ -96,14 +97,16 @@ class RecentImages:
         return sum(image.num_bytes for image in self._images.values())
 
 
-def content(image: Image.Image) -> bytes:
-    """A digest of an image's pixels, 32 bytes."""
-    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-    digest.update(image.tobytes())
+def content(shown: Shown) -> bytes:
+    """A digest of the pixels that are shown, 32 bytes."""
+    digest = hashlib.sha256()
+    for image in each_image(shown):
+        digest.update(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
     return digest.digest()
 
 
-def _by_image(images: Sequence[Image.Image]) -> list[list[int]]:
+def _by_image(images: Sequence[Shown]) -> list[list[int]]:
     """The places of each image, which is told by its identity, in the order in which they come."""
     places: dict[int, list[int]] = {}
     for place, image in enumerate(images):
@@ -120,7 +123,7 @@ class LVLM(LoadedModel):
 
     def attend(
         self,
-        image: Image.Image,
+        image: Shown,
         expression: str,
         *,
         last_layer: int | None = None,
@@ -130,7 +133,7 @@ class LVLM(LoadedModel):
         """The attention map of every head: from the query token, by default the prompt's last, to the image (Sec. 4.1).
 
         Args:
-            image: RGB image of any size.
+            image: RGB image of any size; or several, which one prompt shows together (`AttentionMaps.images`).
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
             beside: what else is asked about the image: other expressions, and how sure the model is.
             siblings: the other expressions of the image; without any, the model lists what it sees.
@@ -146,7 +149,7 @@ class LVLM(LoadedModel):
 
     def attend_batch(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Shown],
         expressions: Sequence[str],
         *,
         last_layer: int | None = None,
@@ -197,12 +200,13 @@ class LVLM(LoadedModel):
         """Whether each pair is one question, so that `make_ready` can do the host's share of it ahead."""
         return not beside and not self.paraphrases
 
-    def make_ready(self, images: Sequence[Image.Image], expressions: Sequence[str]) -> Batch:
+    def make_ready(self, images: Sequence[Shown], expressions: Sequence[str]) -> Batch:
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         parts: list[tuple[Sequence[int], Answer]] = []
         alone: list[int] = []
         for places in _by_image(images):
-            if len(places) == 1 or self.why_not_shared:
+            single = len(places) == 1 or self.why_not_shared
+            if single and isinstance(images[places[0]], Image.Image):
                 alone += places
                 continue
             encoded = EncodedImage(self, images[places[0]])
@@ -257,7 +261,7 @@ class LVLM(LoadedModel):
         third = movement_in(maps, None) if is_wanted(criteria) else None
         return own_heads(head_statistics(maps.attention, criteria), criteria, k, third)
 
-    def encode_image(self, image: Image.Image, *, last_layer: int | None = None) -> EncodedImage:
+    def encode_image(self, image: Shown, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
         Args:
@@ -270,7 +274,7 @@ class LVLM(LoadedModel):
 
     def ask(
         self,
-        image: Image.Image,
+        image: Shown,
         expressions: Sequence[str],
         *,
         last_layer: int | None = None,

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Self
 
 import torch
@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.data.images import as_seen
+from localization_heads.data.together import Shown, each_image
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import ReadyHeads, choose_ready, other_conditions
 from localization_heads.heads.record import NATIVE_BOX, FoundWith, asked
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat
 from localization_heads.lvlm.families.geometry import check_shape, image_token_id
-from localization_heads.lvlm.families.table import family_of
+from localization_heads.lvlm.families.table import check_several, family_of
 from localization_heads.lvlm.fingerprint import fingerprint
 from localization_heads.lvlm.forward.capture import (
     attention_modules,
@@ -83,6 +84,7 @@ class PromptedModel:
         self.paraphrases = None if paraphrases is None else tuple(paraphrases)
         self.dropped_token = lone_space_id(processor.tokenizer) if drop_lone_spaces else None
         self.notes: list[str] = []
+        self.num_images = 1  # that a prompt shows
         self.changes: list[Change] = []  # in force; shared by the copies that `prompted` makes
         self.attention_modules: dict[int, nn.Module] = attention_modules(model)
         # Both are shared by the copies that `prompted` makes. Every expression renders the stand-in's prompt as well.
@@ -101,6 +103,18 @@ class PromptedModel:
         """The same loaded model asked in these wordings."""
         twin = copy(self)
         twin.paraphrases = tuple(paraphrases)
+        return twin
+
+    def showing(self, num_images: int) -> Self:
+        """The same loaded model with so many images in a prompt. UsageError if it takes one, or is asked for a box."""
+        if num_images == self.num_images:
+            return self
+        if num_images > 1:
+            check_several(self.model.config, self.name)
+            if self.box_form is not None:
+                raise UsageError("answer_span=box: the model is asked for a box of one image, not of several")
+        twin = copy(self)
+        twin.num_images = num_images
         return twin
 
     def __repr__(self) -> str:
@@ -252,28 +266,32 @@ class PromptedModel:
 
     def located_prompt(self, expression: str) -> Prompt:
         """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
-        return self._located(expression, self.conv_mode, self.system, self.box_form)
+        return self._located(expression, self.conv_mode, self.system, self.box_form, self.num_images)
 
     def _locate(
-        self, expression: str, conv_mode: ConvMode, system: str, form: BoxFormat | None = None
+        self, expression: str, conv_mode: ConvMode, system: str, form: BoxFormat | None, num_images: int
     ) -> Prompt:
         text = clean_expression(expression, self.control_tokens)
         if form is not None:
             return locate_expression(lambda words: self._asked_for_box(form, words), text)
-        return locate_expression(lambda words: self._rendered(words, conv_mode, system), text)
+        return locate_expression(lambda words: self._rendered(words, conv_mode, system, num_images), text)
 
     def _asked_for_box(self, form: BoxFormat, text: str) -> str:
         """The prompt of `native_box.box_prompt`."""
         return self.chat_prompt(form.question(text)) if form.chat else self.image_text + form.question(text)
 
-    def _render(self, text: str, conv_mode: ConvMode, system: str) -> str:
+    def _render(self, text: str, conv_mode: ConvMode, system: str, num_images: int) -> str:
         return expression_prompt(
-            text, conv_mode, image_text=self.image_text, system=system, chat=self.chat_prompt
+            text,
+            conv_mode,
+            image_text="\n".join([self.image_text] * num_images),
+            system=system,
+            chat=partial(self.chat_prompt, num_images=num_images),
         )
 
-    def chat_prompt(self, text: str) -> str:
-        """One user turn with an image in the model's own template, up to where its answer begins."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+    def chat_prompt(self, text: str, num_images: int = 1) -> str:
+        """One user turn with its images in the model's own template, up to where its answer begins."""
+        content = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
         return self.apply_chat_template([{"role": "user", "content": content}])
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
@@ -298,7 +316,7 @@ class PromptedModel:
             found.seen_from = image.size  # type: ignore[attr-defined]  # boxes are in pixels of that
         return found
 
-    def encode(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Any]:
+    def encode(self, images: Sequence[Shown], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, padded to one length.
 
         On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
@@ -328,18 +346,20 @@ class PromptedModel:
         return bool(bos) and (prompt.startswith(bos) or family_of(self.model.config).writes_bos)
 
     def processed(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], processor: Any = None
+        self, images: Sequence[Shown], prompts: Sequence[str], processor: Any = None
     ) -> Mapping[str, Any]:
         """Processor output as it comes, of the model's processor or of another."""
-        for image in images:
+        nested = [list(each_image(shown)) for shown in images]
+        every = [image for one in nested for image in one]
+        for image in every:
             check_shape(self.model.config, self.processor.image_processor, image.size)
         paged = hasattr(self.processor, "multi_page")  # GOT-OCR: lists of images are pages
         side = "right" if self.model.config.is_encoder_decoder else "left"
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images[:3])
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in every[:3])
         what = f"the processor of {self.name} does not take the image ({sizes} pixels) with its text"
         with self._tokenizing, memory_errors(), processor_errors(what):
             inputs: Mapping[str, Any] = (processor or self.processor)(
-                images=list(images) if paged else [[image] for image in images],
+                images=every if paged else nested,
                 text=list(prompts),
                 return_tensors="pt",
                 padding=True,

@@ -15,10 +15,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.data.together import Shown, each_image, mapped
 from localization_heads.lvlm.answers.answering import Said, Sides, Weighed, keeping, weighed
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import Query, capture
@@ -47,13 +47,13 @@ Answer = Callable[[int | None], list[AttentionMaps]]
 """The model's share of the work on some pairs: from the last layer that is needed (None for all) to their maps."""
 
 
-def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequence[str]) -> Answer:
+def apart(lvlm: LoadedModel, images: Sequence[Shown], expressions: Sequence[str]) -> Answer:
     """Pairs whose prompts run in one batch, padded to one length, sharing nothing. The host's share is done here."""
     prompts = [lvlm.located_prompt(expression) for expression in expressions]
     different = {id(image): image for image in images}
-    seen = {key: lvlm.seen(image) for key, image in different.items()}
-    pairs = [(seen[id(image)], image.size) for image in images]
-    inputs = lvlm.processed([image for image, _ in pairs], [prompt.text for prompt in prompts])
+    seen = {key: mapped(image, lvlm.seen) for key, image in different.items()}
+    given = [seen[id(image)] for image in images]
+    inputs = lvlm.processed(given, [prompt.text for prompt in prompts])
     query = lvlm.query(prompts, inputs)
 
     @memory_errors()
@@ -61,10 +61,16 @@ def apart(lvlm: LoadedModel, images: Sequence[Image.Image], expressions: Sequenc
         found = lvlm.answered(lambda: lvlm.on_device(inputs), query, expressions, last_layer)
         return [
             lvlm.maps(
-                one.row, lvlm.views_in(inputs, n, image), image, expression, prompt.text, one.answer, one.said
-            ).of_size(size)
-            for n, ((image, size), expression, prompt, one) in enumerate(
-                zip(pairs, expressions, prompts, found, strict=True)
+                one.row,
+                lvlm.views_of_each(inputs, n, image),
+                image,
+                expression,
+                prompt.text,
+                one.answer,
+                one.said,
+            )
+            for n, (image, expression, prompt, one) in enumerate(
+                zip(given, expressions, prompts, found, strict=True)
             )
         ]
 
@@ -90,15 +96,14 @@ class Question(NamedTuple):
 
 
 class EncodedImage:
-    """An image that the model has encoded, up to the last token before the expression. Made by `LVLM.encode_image`.
+    """What a prompt shows, encoded up to the last token before the expression. Made by `LVLM.encode_image`.
 
     `attend` may be called from several threads: the encoding is never changed.
     """
 
-    def __init__(self, lvlm: LoadedModel, image: Image.Image) -> None:
-        self.lvlm = lvlm
-        self.image = lvlm.seen(image)
-        self._size = image.size
+    def __init__(self, lvlm: LoadedModel, image: Shown) -> None:
+        self.lvlm = lvlm = lvlm.showing(len(each_image(image)))
+        self.image = mapped(image, lvlm.seen)
         self._processor = copy(lvlm.processor)
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
@@ -114,7 +119,7 @@ class EncodedImage:
     @property
     def num_bytes(self) -> int:
         """Memory that this image takes: pixels, processed pixels, keys and values."""
-        pixels = self.image.width * self.image.height * len(self.image.getbands())
+        pixels = sum(one.width * one.height * len(one.getbands()) for one in each_image(self.image))
         tensors = (value for value in self._first.values() if isinstance(value, Tensor))
         kept = self._prefix.num_bytes if self._prefix else 0
         return pixels + sum(tensor.nbytes for tensor in tensors) + kept
@@ -157,8 +162,7 @@ class EncodedImage:
         start, prefix = self._start(questions, last_layer, answers=answers)
         if prefix is None:
             asked = [question.expression for question in questions]
-            found = apart(self.lvlm, [self.image] * len(asked), asked)(last_layer)
-            return [maps.of_size(self._size) for maps in found]
+            return apart(self.lvlm, [self.image] * len(asked), asked)(last_layer)
         return _in_groups(
             questions, lambda group: self._maps(group, prefix, start, last_layer), by_length=answers
         )
@@ -254,7 +258,7 @@ class EncodedImage:
         return [
             self.lvlm.maps(
                 rows.row, self._views, self.image, one.expression, one.prompt.text, rows.answer, rows.said
-            ).of_size(self._size)
+            )
             for one, rows in zip(questions, found, strict=True)
         ]
 
@@ -293,8 +297,8 @@ class EncodedImage:
         return int(places[-1]) if len(places) else len(ids)
 
     @cached_property
-    def _views(self) -> list[View]:
-        return self.lvlm.views_in(self._first, 0, self.image)
+    def _views(self) -> list[list[View]]:
+        return self.lvlm.views_of_each(self._first, 0, self.image)
 
     def _computed(self, depth: int) -> Prefix:
         lvlm, length = self.lvlm, self._shared_tokens

@@ -15,6 +15,29 @@ PLACES = ("{} on the left", "{} on the right", "{} at the top", "{} at the botto
 """What is asked with `instances_by=places`: of several objects, each is meant by one of these or another."""
 
 
+ImageBoxes = Literal["one", "each"]
+TOGETHER_STAGES = ("ground", "collect", "pipeline")
+
+
+@options
+class TogetherOptions(Options):
+    """Several images in one prompt."""
+
+    together: bool | None = option(
+        None,
+        "Whether one prompt shows all images of image_file= (true), or each is an entry by itself (false); null takes "
+        "a list such as [a.jpg,b.jpg] together, and the images of a folder or a pattern apart.",
+        section="several images in one prompt (docs/grounding.md)",
+        stages=("ground",),
+    )
+    image_boxes: ImageBoxes = option(
+        "one",
+        "Of several images in one prompt: a box in the one that draws most of the heads' attention (one), or a box in "
+        "each of them (each).",
+        stages=("ground", "batch", "pipeline"),
+    )
+
+
 @options
 class InstanceOptions(Options):
     """How many objects an expression refers to."""

@@ -167,6 +167,16 @@ def _folder_name(value: str) -> str:
     return value
 
 
+def _image_choice(value: Any) -> Any:
+    """One name, or a tuple of two or more."""
+    names = value if isinstance(value, (list, tuple)) else [value]
+    texts = [_as_text(name) for name in names]
+    if len(texts) < 1 + isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError
+    found = tuple(from_home(_not_blank(text)) for text in texts)
+    return found if isinstance(value, (list, tuple)) else found[0]
+
+
 def _head_choice(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(from_home(str(item)) for item in value)
@@ -201,6 +211,13 @@ Paraphrases = Annotated[
     Wants("write one to eight templates, each with one {}, such as [the {},a {}]"),
 ]
 """Templates that an expression is put into."""
+ImageChoice = Annotated[
+    Any,
+    AfterValidator(_image_choice),
+    Reads("paths"),
+    Wants("give an image, or a list of two or more, such as [a.jpg,b.jpg]"),
+]
+"""An image's path or address, or a tuple of several."""
 HeadChoice = Annotated[
     Any,
     AfterValidator(_head_choice),

@@ -15,8 +15,9 @@ from localization_heads.errors import UsageError
 from localization_heads.options.ablation import AblateOptions
 from localization_heads.options.benchmarks import BenchmarkOptions
 from localization_heads.options.experiments import ExperimentOptions, RungOptions
-from localization_heads.options.instances import InstanceOptions
+from localization_heads.options.instances import TOGETHER_STAGES, InstanceOptions, TogetherOptions
 from localization_heads.options.kinds import (
+    ImageChoice,
     PathText,
     Text,
     extra,
@@ -53,6 +54,7 @@ class FinderOptions(
     ModelUse,
     EntryChoice,
     ImageAddresses,
+    TogetherOptions,
     InstanceOptions,
     VideoOptions,
     LabelOptions,
@@ -76,10 +78,11 @@ class FinderOptions(
         "rank repeats the last step of find (or batch) without the model, from the statistics that it left or from "
         "attention_files: for another top_n or k, or other criteria, except those that need the maps again.",
     )
-    image_file: PathText | None = option(
+    image_file: ImageChoice | None = option(
         None,
-        "An image (path or http address); for collect, pipeline, ground, trace and doctor. ground also takes a folder "
-        "or a pattern such as 'pics/*.jpg': every image in it.",
+        "An image (path or http address); for collect, pipeline, ground, trace and doctor. collect, pipeline and "
+        "ground also take several in one prompt, [a.jpg,b.jpg]; ground a folder or a pattern such as 'pics/*.jpg': "
+        "every image in it.",
         section="input",
         stages=ONE_IMAGE,
     )
@@ -214,6 +217,11 @@ class FinderOptions(
                     f"{name}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
                 )
         self.check_labels()
+        if isinstance(self.image_file, tuple):
+            if self.stage not in TOGETHER_STAGES:
+                raise UsageError(f"image_file=[...]: stage={self.stage} takes one image: name one")
+            if self.zoom and self.together is not False:
+                raise UsageError("zoom=true looks again at one image; leave it out, or write together=false")
         if self.zoom and self.instances == "all":
             raise UsageError("zoom=true looks again at one box; leave out zoom= or instances=all")
         if self.scenes.height is not None and self.scenes.height > self.scenes.size:

@@ -245,7 +245,7 @@ class Ablation:
             return {
                 condition.name: self._steered(run, one, condition, regions) for condition in self.conditions
             }
-        truth = truth_of(one.sample, one.image.size) if one.sample.bbox or one.sample.mask else None
+        truth = truth_of(one.sample, one.single.size) if one.sample.bbox or one.sample.mask else None
         return {condition.name: self._without(run, one, condition, truth) for condition in self.conditions}
 
     def _without(
@@ -254,7 +254,7 @@ class Ablation:
         """The measures of one entry without the heads of a condition."""
         lvlm, sample, found = run.lvlm, one.sample, dict[str, float]()
         with _switched_off(run, condition.heads):
-            encoded = lvlm.encode_image(one.image)
+            encoded = lvlm.encode_image(one.single)
             if told := self.asked.questions.get(sample.id):
                 said = encoded.say([question.text for question in told], run.options.ablate.answer_tokens)
                 right = [
@@ -265,8 +265,8 @@ class Ablation:
                     kinds = zip(told, right, strict=True)
                     found |= {f"{ANSWERS}{question.kind}": float(ok) for question, ok in kinds}
             if self.asked.native and truth:
-                box, _ = ask_for_box(lvlm, self.asked.native, one.image, sample.expression)
-                found["boxes"] = float(score_box(box, truth, one.image.size).iou >= RIGHT)
+                box, _ = ask_for_box(lvlm, self.asked.native, one.single, sample.expression)
+                found["boxes"] = float(score_box(box, truth, one.single.size).iou >= RIGHT)
             if self.asked.maps and truth:
                 (now,) = encoded.attend([sample.expression])
         if self.asked.maps and truth:
@@ -285,7 +285,7 @@ class Ablation:
         follows, leaves = [], []
         for region in regions:
             with _steered(run, condition.heads, region.box):
-                encoded = run.lvlm.encode_image(one.image)
+                encoded = run.lvlm.encode_image(one.single)
                 said = encoded.say([one.sample.expression], run.options.ablate.answer_tokens)[0].text
             there = says(said, region.answer)
             elsewhere = any(says(said, other.answer) for other in regions if other.answer != region.answer)

@@ -19,6 +19,7 @@ from PIL import Image
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, check_inside
+from localization_heads.data.together import Shown, image_at, num_images
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.stages.entries import CHUNK_PIXELS, OPENED_AHEAD, Entries, OpenedImages, image_key
@@ -55,7 +56,7 @@ PLAIN = Chunk((), frozenset())
 """What says that nothing is asked beside the expressions."""
 NO_MAPS = AttentionMaps(np.zeros((0, 0, 1, 1), np.float32), (0, 0, 1, 1), (1, 1))
 
-Opened = Sequence[tuple[Sample, Image.Image]]
+Opened = Sequence[tuple[Sample, Shown]]
 
 
 class ReadyChunk(NamedTuple):
@@ -80,10 +81,15 @@ class Attended(NamedTuple):
     """
 
     sample: Sample
-    image: Image.Image
+    image: Shown
     maps: AttentionMaps
     second: Box | None = None
     mirrored: NDArray[np.float32] | None = None
+
+    @property
+    def single(self) -> Image.Image:
+        """The image, where the prompt shows one."""
+        return image_at(self.image, None)
 
 
 Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]
@@ -172,14 +178,15 @@ def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = 
 
 def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
     """The samples with their images, one object an image; those whose image or expression is unusable fail."""
-    opened: list[tuple[Sample, Image.Image]] = []
-    images: dict[str | int, Image.Image] = {}
+    opened: list[tuple[Sample, Shown]] = []
+    images: dict[str | int, Shown] = {}
     for sample in samples:
         with entries.put_aside(sample, WorkError):
-            run.lvlm.prompt(sample.expression)
+            run.lvlm.showing(num_images(sample.image)).prompt(sample.expression)
             if (key := image_key(sample)) not in images:
                 images[key] = entries.images.load(sample, again=entries.images_again)
-            check_inside(sample, images[key].size)
+            if isinstance(image := images[key], Image.Image):
+                check_inside(sample, image.size)
             opened.append((sample, images[key]))
     return opened
 
@@ -245,7 +252,7 @@ def attend(
             siblings=[chunk.siblings.get(sample.id, ()) for sample in samples],
         )
         named = [
-            one.named(id=sample.id, image_file=sample.image_file)
+            one.named(id=sample.id, image_file=sample.at(one.image_index).image_file)
             for one, sample in zip(maps, samples, strict=True)
         ]
         return _finite(entries, [Attended(*found) for found in zip(samples, images, named, strict=True)])

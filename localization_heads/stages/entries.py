@@ -15,6 +15,7 @@ from localization_heads.data.address import is_address
 from localization_heads.data.box_scale import check_scale, true_boxes
 from localization_heads.data.images import load_image, open_image
 from localization_heads.data.samples import Sample, VisualizationEntry, load_samples
+from localization_heads.data.together import Shown, Together, load_shown, num_pixels
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.lvlm.beside import other_expressions
@@ -26,6 +27,7 @@ from localization_heads.store.statistics import sample_key
 
 Line = TypeVar("Line", Sample, VisualizationEntry)
 
+SEVERAL_STAGES = ("ground", "batch", "find", "rank", "export")
 KEPT_PIXELS = 24_000_000
 """Of the images that one pass keeps for the next: all of a small data set's, 70 MB of a large one's."""
 CHUNK_PIXELS = 24_000_000
@@ -58,6 +60,8 @@ class OpenedImages:
 
     def _opened(self, key: str | int, sample: Sample) -> int:
         try:
+            if isinstance(sample.image, Together):
+                return num_pixels(sample.image)  # which of them may be kept is not worth the room
             if isinstance(sample.image, Image.Image):
                 width, height = sample.image.size
                 return width * height
@@ -72,12 +76,14 @@ class OpenedImages:
         self._kept[key] = image
         self._room -= image.width * image.height
 
-    def load(self, sample: Sample, *, again: bool = False) -> Image.Image:
-        """The decoded image. Raises what `load_image` does.
+    def load(self, sample: Sample, *, again: bool = False) -> Shown:
+        """The decoded image, or those of one prompt. Raises what `load_image` does.
 
         Args:
             again: it will be loaded once more.
         """
+        if isinstance(sample.image, Together):
+            return load_shown(sample.image)
         key = image_key(sample)
         image = self._kept.get(key)
         if image is None:
@@ -184,7 +190,23 @@ def select_entries(run: Run) -> Entries:
         scenes(run.options.scenes) if run.options.data_file == "scenes" else str(run.options.data_file)
     )
     file = load_samples(data_file, allow_private_addresses=run.options.allow_private_addresses)
-    return Entries(*choose_range(run.options, file.entries, file.bad))
+    entries = Entries(*choose_range(run.options, file.entries, file.bad))
+    return entries if takes_several(run) else _of_one_image(entries)
+
+
+def takes_several(run: Run) -> bool:
+    """Whether the run takes several images in one prompt."""
+    return run.options.stage in SEVERAL_STAGES and not run.options.zoom
+
+
+def _of_one_image(entries: Entries) -> Entries:
+    """The entries without those whose prompts show several images, which are put aside."""
+    samples = []
+    for sample in entries.samples:
+        with entries.put_aside(sample):
+            _ = sample.single
+            samples.append(sample)
+    return Entries(samples, entries.failures)
 
 
 def with_truth(

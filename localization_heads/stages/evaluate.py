@@ -114,7 +114,7 @@ def with_box(sample: Sample) -> Sample:
         return sample
     if sample.boxes:
         return replace(sample, bbox=sample.boxes[0])
-    return replace(sample, bbox=truth_of(sample, image_size(sample.image)).box)
+    return replace(sample, bbox=truth_of(sample, image_size(sample.single)).box)
 
 
 def _of_several(run: Run, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -192,15 +192,17 @@ class EntryScorer:
             measured["overlap"] = overlap_with_nothing(one.sample, grounding)
         if one.sample.absent or len(one.sample.boxes) > 1:
             return measured
-        truth = truth_of(one.sample, one.image.size)
-        refine = partial(run.grounder(None).refine, image=one.image, name=f"a control of {where(one.sample)}")
+        truth = truth_of(one.sample, one.single.size)
+        refine = partial(
+            run.grounder(None).refine, image=one.single, name=f"a control of {where(one.sample)}"
+        )
         scores = self.judge.scores(one.maps, grounding, truth, refine)
         if grounding.absent:  # no answer
-            scores[HEADS] = [score_box(None, truth, one.image.size)]
+            scores[HEADS] = [score_box(None, truth, one.single.size)]
         measured["scores"] = scores
         if self.native:
-            box, answer = ask_for_box(run.lvlm, self.native, one.image, one.sample.expression)
-            scores["native"] = [score_box(box, truth, one.image.size)]
+            box, answer = ask_for_box(run.lvlm, self.native, one.single, one.sample.expression)
+            scores["native"] = [score_box(box, truth, one.single.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
         return measured | self.alone.measure(one.sample, one.maps, run.options.grounding)
 
@@ -254,7 +256,7 @@ def save_failed_boxes(run: Run, outcomes: Sequence[Outcome], entries: Entries) -
     with replace_folder(folder) as new:
         for number, outcome in enumerate(worst_outcomes(outcomes, run.options.worst), start=1):
             try:
-                image = load_image(outcome.sample.image)
+                image = load_image(outcome.sample.single)
             except (UsageError, WorkError):  # gone meanwhile
                 continue
             sample, iou = outcome.sample, outcome.iou or 0.0

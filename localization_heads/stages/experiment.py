@@ -243,7 +243,7 @@ def _refiner(run: Run, samples: Sequence[Sample]) -> Refine | None:
     """The segmenter, given the sample's image."""
     if run.segmenter is None:
         return None
-    return lambda number, grounding: run.grounder(None).refine(grounding, load_image(samples[number].image))
+    return lambda number, grounding: run.grounder(None).refine(grounding, load_image(samples[number].single))
 
 
 def _maps_and_truth(run: Run, sample: Sample) -> tuple[AttentionMaps, Truth]:

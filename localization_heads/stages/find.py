@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
+from localization_heads.data.together import Shown, image_at, num_images
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
@@ -43,6 +44,9 @@ from localization_heads.store.files import RunLock
 from localization_heads.store.paths import analysis_path
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import StatisticsStore
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +141,7 @@ def _analysed(
         _Collected(
             one.sample,
             head_statistics(one.maps.attention, run.options.criteria),
-            replace(one.maps, others=()) if keep_maps else None,
+            replace(one.maps, others=(), images=()) if keep_maps else None,
             movement_in(one.maps, one.mirrored) if moved else None,
         )
         for one in attended
@@ -329,7 +333,7 @@ def _ground_all(
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
-            if run.asks_more(heads, grounder.calibration):
+            if run.asks_more(heads, grounder.calibration) or num_images(sample.image) > 1:
                 maps = completed(run, entries, grounder, sample, maps)
             if run.num_drawn is None or number < run.num_drawn:
                 drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
@@ -339,6 +343,13 @@ def _ground_all(
                 grounding = grounder.ground(maps, image, statistics)
             outcome = Outcome.of(sample, grounding)
             measured = alone.measure(sample, maps, run.options.grounding)
-            card = look(report.room, outcome, maps, grounding, opened)
+            place = grounding.image_index
+            card = look(report.room, outcome, maps.at(place), grounding, partial(_one_of, opened, place))
             outcomes.append(replace(outcome, measured=measured, card=card))
     return outcomes
+
+
+def _one_of(opened: Callable[[], Shown | None], place: int | None) -> Image.Image | None:
+    """The image at that place of what a prompt shows, if it could be opened."""
+    shown = opened()
+    return None if shown is None else image_at(shown, place)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from localization_heads.data.samples import Sample
+from localization_heads.data.together import each_image
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.stages.chunks import (
@@ -52,7 +53,7 @@ class _Computed(NamedTuple):
     def num_bytes(self) -> int:
         """Of the maps and the images."""
         images = {id(one.image): one.image for one in self.fresh}
-        pixels = sum(image.width * image.height for image in images.values())
+        pixels = sum(one.width * one.height for image in images.values() for one in each_image(image))
         return 4 * pixels + sum(one.maps.num_bytes for one in self.fresh)
 
 

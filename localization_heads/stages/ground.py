@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from localization_heads.data.images import image_files, load_image
+from localization_heads.data.images import ImageSource, image_files, load_image
 from localization_heads.data.masks import read_mask
 from localization_heads.data.phrases import phrases_of
-from localization_heads.data.samples import Sample
+from localization_heads.data.samples import SEVERAL, Sample
+from localization_heads.data.together import Shown, Together, each_image, image_at, load_shown, num_images
 from localization_heads.errors import NothingDoneError, UsageError
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
@@ -21,13 +22,13 @@ from localization_heads.heads.head import Head
 from localization_heads.options.kinds import as_read
 from localization_heads.report.content import Gallery
 from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import Entries, select_entries
+from localization_heads.stages.entries import Entries, select_entries, takes_several
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.records import keep_statistics
 from localization_heads.stages.report import look
 from localization_heads.stages.run import Run, check_criteria
-from localization_heads.stages.single import default_id, image_id
+from localization_heads.stages.single import image_id
 from localization_heads.stages.zoom import second_look
 from localization_heads.store.files import RunLock
 from localization_heads.store.journal import ResultLog
@@ -36,8 +37,6 @@ from localization_heads.store.results import Instance, Prediction
 from localization_heads.store.statistics import StatisticsStore
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from localization_heads.figures import Found
 
 
@@ -67,23 +66,30 @@ def ground(run: Run) -> Result:
 def _named_images(run: Run) -> Entries:
     """The image, or those of a folder or a pattern, each an entry with its place as its line."""
     run.options.require("image_file", "query")
-    query = str(run.options.query)
-    files = image_files(str(run.options.image_file))
-    if files is None:
-        return _one_entry(run, query)
+    named, query = run.options.image_file or "", str(run.options.query)
+    names = (named,) if isinstance(named, str) else named
+    held = [image_files(name) for name in names]  # by a folder or a pattern
+    files: list[ImageSource] = []
+    for name, inside in zip(names, held, strict=True):
+        files += inside or [run.image(name)]
+    if run.options.together or (run.options.together is None and not isinstance(named, str)):
+        return _one_entry(run, Together(files), query)
+    if held == [None]:
+        return _one_entry(run, run.image(named), query)
     if run.options.save_id:
-        raise UsageError("save_id= names the files of one image; leave it out for a folder")
-    named = [Sample(file, query, id=default_id(file.name, query), line=n) for n, file in enumerate(files, 1)]
+        raise UsageError("save_id= names the files of one image; leave it out for several")
+    named = [Sample(file, query, id=image_id(run, file, query), line=n) for n, file in enumerate(files, 1)]
     ids = Counter(sample.id for sample in named)
     return Entries([replace(one, id=f"{one.id}_{one.line}") if ids[one.id] > 1 else one for one in named])
 
 
-def _one_entry(run: Run, query: str) -> Entries:
-    image = run.image(run.options.image_file)
+def _one_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
     id = image_id(run, image, query)
     entry_path(run.attention_folder, id, "_prediction.jsonl")
-    load_image(image)  # a wrong image is wrong use here, not a failed entry
-    run.lvlm.prompt(query)
+    load_shown(image)  # a wrong image is wrong use here, not a failed entry
+    run.lvlm.showing(num_images(image)).prompt(query)
+    if isinstance(image, Together) and not takes_several(run):
+        raise UsageError(f"together=true: {SEVERAL}")
     return Entries([Sample(image, query, id=id)])
 
 
@@ -124,7 +130,7 @@ def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[O
     paths = []
     for id, parts in list(groups.items())[: run.num_drawn]:
         found = [(part.expression, done[part.id]) for part in parts if part.id in done]
-        if not found:
+        if not found or isinstance(parts[0].image, Together):  # each phrase may be in another image
             continue
         image = load_image(parts[0].image)
         objects = [_found(expression, one, image.size) for expression, one in found if one.bbox is not None]
@@ -145,7 +151,7 @@ class _Grounded(NamedTuple):
     """The outcome of an entry, and its image and grounding if they will be drawn."""
 
     outcome: Outcome
-    drawing: tuple[Image.Image, Grounding] | None = None
+    drawing: tuple[Shown, Grounding] | None = None
     statistics: HeadStatistics | None = None
 
 
@@ -258,9 +264,10 @@ def _ground_each(
         grounding = found[0]
         outcome = Outcome.of(one.sample, grounding, found if every else None)
         measured = measure(run, one, grounding) if measure else {}
-        card = look(room, outcome, one.maps, grounding, lambda: one.image)
+        place = grounding.image_index
+        card = look(room, outcome, one.maps.at(place), grounding, lambda: image_at(one.image, place))
         # Without the mask, a byte a pixel, which the outcome has as run lengths.
-        drawing = (one.image, replace(grounding, refined=None)) if one.sample.id in drawn else None
+        drawing = (one.image, _without_masks(grounding)) if one.sample.id in drawn else None
         return _Grounded(replace(outcome, measured=measured, card=card), drawing, statistics)
 
     grounded = []
@@ -282,6 +289,7 @@ def settings(run: Run) -> dict[str, Any]:
         "segmenter": as_read(options.segmenter),
         "boxes": [options.instances, options.instances_by, options.zoom],
         **({"signals": True} if options.signals else {}),
+        **({"image_boxes": "each"} if options.image_boxes == "each" else {}),
     }
 
 
@@ -295,13 +303,32 @@ def _last_layer(run: Run, every_layer: bool) -> int | None:
     return max(head.layer for head in heads)
 
 
-def _draw(run: Run, outcome: Outcome, image: Image.Image, grounding: Grounding) -> Path:
+def _with_mask(grounding: Grounding, mask: Mapping[str, Any] | None) -> Grounding:
+    """The grounding with its segmenter's mask, from the run lengths of its prediction."""
+    if grounding.mask_from == "map" or mask is None:
+        return grounding
+    return replace(grounding, refined=read_mask(mask, grounding.image_size))
+
+
+def _without_masks(grounding: Grounding) -> Grounding:
+    each = tuple(replace(one, refined=None) for one in grounding.each)
+    return replace(grounding, refined=None, each=each)
+
+
+def _draw(run: Run, outcome: Outcome, shown: Shown, grounding: Grounding) -> Path:
     from localization_heads import figures
 
     sample, mask = outcome.sample, outcome.prediction.mask
-    if grounding.mask_from != "map" and mask is not None:
-        grounding = replace(grounding, refined=read_mask(mask, grounding.image_size))
+    grounding = _with_mask(grounding, mask)
     path = entry_path(run.attention_folder, sample.id, "_grounding.png")
+    if grounding.each:
+        found = [share.found for share in outcome.prediction.images]
+        masks = [None if one is None else one.mask for one in found]
+        each = [_with_mask(one, mask) for one, mask in zip(grounding.each, masks, strict=True)]
+        return run.draw(
+            figures.plot_together, each_image(shown), each, path=path, expression=sample.expression
+        )
+    image = image_at(shown, None)
     named: dict[str, Any] = {"truth": sample.bbox, "expression": sample.expression}
     if outcome.prediction.boxes:
         objects = [_found(sample.expression, one, image.size) for one in outcome.prediction.boxes]

@@ -195,11 +195,11 @@ def _score(
     found = []
     for one in attended:
         with entries.put_aside(one.sample):
-            truth = truth_of(one.sample, one.image.size)
+            truth = truth_of(one.sample, one.single.size)
             if form is None:
                 scores = label_scores(one.maps, truth)
             else:
-                maps = box_reader(run.lvlm).attend(one.image, one.sample.expression)
+                maps = box_reader(run.lvlm).attend(one.single, one.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
             statistics = head_statistics(one.maps.attention, run.options.criteria)
             found.append(_Scored(one.sample, statistics, scores))

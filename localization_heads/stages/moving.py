@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.data.samples import Sample
+from localization_heads.data.together import num_images
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.record import resting
@@ -31,6 +32,7 @@ def to_be_mirrored(samples: Sequence[Sample], criteria: CriteriaOptions) -> froz
     """The ids of the samples of the first `criteria.mirrored` images."""
     if not is_wanted(criteria):
         return frozenset()
+    samples = [sample for sample in samples if num_images(sample.image) == 1]
     images: dict[str | int, None] = dict.fromkeys(image_key(sample) for sample in samples)
     first = set(list(images)[: criteria.mirrored])
     return frozenset(sample.id for sample in samples if image_key(sample) in first)
@@ -46,7 +48,7 @@ def _with_mirrored(
 ) -> list[Attended]:
     def mirrored(one: Attended) -> NDArray[np.float32] | None:
         wanted = one.sample.id in ids
-        return ask_mirrored(run.lvlm, one.image, one.sample.expression, one.maps) if wanted else None
+        return ask_mirrored(run.lvlm, one.single, one.sample.expression, one.maps) if wanted else None
 
     return [one._replace(mirrored=mirrored(one)) for one in attended]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from localization_heads.data.address import Address, image_source
+from localization_heads.data.together import Together
 from localization_heads.errors import UsageError
 from localization_heads.grounder import (
     Grounder,
@@ -80,6 +81,10 @@ class ModelRun(Generic[Chosen]):
         options = self.options
         private = isinstance(options, ImageAddresses) and options.allow_private_addresses
         return image_source(str(name), allow_private=private)
+
+    def shown(self, names: str | Sequence[str]) -> Address | str | Together:
+        """The image of that name, or those of several that one prompt shows together."""
+        return self.image(names) if isinstance(names, str) else Together([self.image(one) for one in names])
 
     @property
     def attention_folder(self) -> Path:
@@ -266,6 +271,10 @@ class Run(ModelRun[FinderOptions]):
     @property
     def wordings(self) -> Sequence[str] | None:
         return PLACES if self.options.instances_by == "places" else self.options.paraphrases
+
+    def grounder(self, heads: Sequence[Head] | None, calibration: Calibration | None = None) -> Grounder:
+        found = super().grounder(heads, calibration)
+        return replace(found, each_image=self.options.image_boxes == "each")
 
     def asked_as(self, expression: str) -> str:
         """What the model is asked: where all objects are wanted, in the singular if it knows no other word."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
+from localization_heads.data.together import Shown, Together, each_image, image_at, load_shown
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, found_with_of
 from localization_heads.grounding.ground import Grounding
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SomeImage = TypeVar("SomeImage")
 OUTPUTS = Path("outputs/localization_heads")
 """The default of the finder's `output_dir`, with a folder for each model."""
 
@@ -61,7 +63,7 @@ EXPRESSION = "the cat"
 
 @dataclass(frozen=True)
 class Collected:
-    image: Image.Image
+    image: Shown
     maps: AttentionMaps
     path: Path
     answer: str | None
@@ -88,13 +90,14 @@ def collect(run: Run, beside: Beside = NOTHING) -> Collected:
         beside: what the model is asked besides, which no file holds.
     """
     run.options.require("image_file", "query")
-    source, query = run.image(run.options.image_file), str(run.options.query)
+    source, query = run.shown(run.options.image_file or ""), str(run.options.query)
     id = image_id(run, source, query)
     path = run.attention_file(id)
-    image = load_image(source)
+    image = load_shown(source)
     writable_folder(run.attention_folder)  # before the work, not after it
     note_unknown_words(run.lvlm, [query])
-    maps = run.lvlm.attend(image, query, beside=beside).named(id=id, image_file=str(source))
+    maps = run.lvlm.attend(image, query, beside=beside)
+    maps = maps.named(id=id, image_file=Sample(source, query).at(maps.image_index).image_file)
     save_attention(maps, path, run.options.attention_format)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
     return Collected(image, maps, path, _answer(run, image))
@@ -174,7 +177,10 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
 def completed(
     run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
 ) -> AttentionMaps:
-    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now."""
+    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now.
+
+    A file holds the maps of one image; of a prompt with several, all are those of the model.
+    """
     asked = run.lvlm.attend(
         entries.images.load(sample, again=True),
         sample.expression,
@@ -184,7 +190,8 @@ def completed(
         ),  # the report reads other heads as well
         siblings=entries.siblings(sample),
     )
-    return replace(asked, attention=maps.attention, id=maps.id, image_file=maps.image_file)
+    attention = asked.attention if asked.images else maps.attention
+    return replace(asked, attention=attention, id=maps.id, image_file=maps.image_file)
 
 
 def draw_sample(
@@ -193,7 +200,7 @@ def draw_sample(
     maps: AttentionMaps,
     statistics: HeadStatistics,
     path: Path,
-    image: Image.Image | None,
+    image: Shown | None,
     *,
     truth: Box | None = None,
 ) -> Visualised:
@@ -202,10 +209,18 @@ def draw_sample(
 
     check_heads(grounder.heads, maps.num_layers, maps.num_heads)
     grounding = grounder.ground(maps, image, statistics)
+    if grounding.image_index != maps.image_index:  # the heads look at another image than most do
+        maps = maps.at(grounding.image_index)
+        statistics = head_statistics(maps.attention, run.options.criteria)
+    shown, image = image, None if image is None else image_at(image, grounding.image_index)
     top = top_heads(grounding.heads, statistics, run.options.criteria, run.options.top_k)
     maps_path, box_path = side_path(path, "_visualization.png"), side_path(path, "_grounding.png")
     known: dict[str, Any] = {"grounding": grounding, "statistics": statistics, "truth": truth}
     drawn = [run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **known)]
+    if grounding.each:
+        images, each = each_image(shown) if shown else None, grounding.each
+        figure = run.draw(figures.plot_together, images, each, path=box_path, expression=maps.query)
+        return Visualised(grounding, [*drawn, figure])
     known = {"truth": truth, "expression": maps.query}
     drawn.append(run.draw(figures.plot_grounding, image, grounding, path=box_path, **known))
     return Visualised(grounding, drawn)
@@ -230,7 +245,7 @@ def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image 
     return image_or_none(partial(load_image, source))
 
 
-def image_or_none(load: Callable[[], Image.Image]) -> Image.Image | None:
+def image_or_none(load: Callable[[], SomeImage]) -> SomeImage | None:
     """The image, or None, with a note, if it cannot be loaded any more."""
     try:
         return load()
@@ -276,7 +291,9 @@ def _choose(paths: Sequence[Path]) -> str:
 
 
 def image_id(run: Run, image: object, query: str) -> str:
-    """What the files of one image and query are named after: `save_id`, or else their `default_id`."""
+    """What the files of an image, or of several in one prompt, are named after: `save_id`, or their `default_id`."""
+    if isinstance(image, Together):
+        image = "-".join(Path(str(one).split("?")[0]).stem for one in image) + ".png"
     return str(run.options.save_id or default_id(str(image), query))
 
 
@@ -288,13 +305,14 @@ def default_id(image_file: str, query: str) -> str:
     return name.encode()[:100].decode(errors="ignore") or "sample"
 
 
-def _answer(run: Run, image: Image.Image) -> str | None:
+def _answer(run: Run, shown: Shown) -> str | None:
     """The model's own answer, if `max_new_tokens` asks for one."""
     if not run.options.max_new_tokens:
         return None
     from localization_heads.lvlm.conversation import stream
 
-    pieces = stream(run.lvlm, image, run.lvlm.prompt(str(run.options.query)), run.options.max_new_tokens)
+    prompt = run.lvlm.showing(len(each_image(shown))).prompt(str(run.options.query))
+    pieces = stream(run.lvlm, shown, prompt, run.options.max_new_tokens)
     return "".join(pieces).strip()
 
 

@@ -124,7 +124,8 @@ def _trace_each(
 ) -> list[_Traced]:
     """The answer to each entry of a chunk; without `heads`, each with its own."""
     options, found = run.options, []
-    for sample, image, *_ in attended:
+    for asked in attended:
+        sample, image = asked.sample, asked.single
         with entries.put_aside(sample, WorkError):
             query = sample.expression
             one = run.lvlm.trace(

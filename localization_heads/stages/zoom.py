@@ -29,7 +29,7 @@ def look_again(
     first = {one.sample.id: found for one in attended if (found := _first(run, one, heads))}
     crops = {id: crop for id, found in first.items() if (crop := crop_around(found))}
     opened = [
-        (one.sample, one.image.crop(crops[one.sample.id])) for one in attended if one.sample.id in crops
+        (one.sample, one.single.crop(crops[one.sample.id])) for one in attended if one.sample.id in crops
     ]
     last_layer = max((head.layer for found in first.values() for head in found.heads), default=None)
     seconds = {one.sample.id: one for one in attend(run, entries, opened, last_layer)}

@@ -113,6 +113,28 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class ImageShare:
+    """One of the images of a prompt with several.
+
+    Args:
+        attention: the share of the heads' attention to all of them that it draws, 0 to 1.
+        found: its own box; None in the others, where only the image that draws most gets one.
+    """
+
+    attention: float
+    found: Instance | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"bbox": None} if self.found is None else self.found.to_json()
+        return {"attention": float(self.attention), **found}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ImageShare:
+        """The inverse of `to_json`; raises as `Prediction.from_json` does."""
+        return cls(_number(data["attention"]), None if data["bbox"] is None else Instance.from_json(data))
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One line of `predictions.jsonl`.
 
@@ -128,6 +150,8 @@ class Prediction:
         frame: its number in a video, from 0; None for an image.
         time: of the frame, in seconds from the beginning.
         raw_bbox: the frame's box before it was smoothed over time; None where it was not.
+        image_index: which image of a prompt with several the box is in, counted from 0; None of a prompt with one.
+        images: every image of such a prompt, in its order.
     """
 
     id: str
@@ -145,6 +169,8 @@ class Prediction:
     frame: int | None = None
     time: float | None = None
     raw_bbox: Box | None = None
+    image_index: int | None = None
+    images: Sequence[ImageShare] = ()
 
     def to_json(self) -> dict[str, Any]:
         several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
@@ -162,7 +188,13 @@ class Prediction:
             "present": _float_or_none(self.presence),
             "absent": self.absent,
             **self._in_video(),
+            **self._among_images(),
         }
+
+    def _among_images(self) -> dict[str, Any]:
+        if self.image_index is None:
+            return {}
+        return {"image_index": self.image_index, "images": [one.to_json() for one in self.images]}
 
     def _in_video(self) -> dict[str, Any]:
         if self.frame is None:
@@ -198,6 +230,8 @@ class Prediction:
             frame=None if line.get("frame") is None else int(_number(line["frame"])),
             time=_number_or_none(line.get("time")),
             raw_bbox=None if line.get("raw_bbox") is None else _box(line["raw_bbox"]),
+            image_index=None if line.get("image_index") is None else int(_number(line["image_index"])),
+            images=tuple(ImageShare.from_json(one) for one in line.get("images") or ()),
         )
 
 

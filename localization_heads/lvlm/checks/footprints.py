@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from localization_heads.data.together import Opened, Shown, each_image
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.model import LVLM
@@ -72,9 +73,16 @@ def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
     return lvlm.views_in(lvlm.encode([image], [lvlm.prompt("it")]), 0, image)
 
 
-def footprint_centres(lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int]) -> dict[int, Point]:
-    """Centre, in pixels of the original image, of what feeds each key. Keys that see padding are left out."""
-    raw = lvlm.processed([coordinate_image(*image_size)], [lvlm.prompt("the dog")])
+def footprint_centres(
+    lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int], shown: Shown | None = None
+) -> dict[int, Point]:
+    """Centre, in pixels of the original image, of what feeds each key. Keys that see padding are left out.
+
+    Args:
+        shown: the coordinate image of that size among others without blue, which count as padding.
+    """
+    shown = shown or coordinate_image(*image_size)
+    raw = lvlm.processed([shown], [lvlm.showing(len(each_image(shown))).prompt("the dog")])
     inputs = lvlm.on_device(raw)
     name = next(name for name in ("pixel_values", "pixel_values_images") if name in raw)
     pixels = inputs[name] = inputs[name].detach().clone().requires_grad_()
@@ -96,11 +104,31 @@ def footprint_centres(lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[in
 
 def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
     """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
+    return _view_errors(lvlm, image_size, views_seen(lvlm, coordinate_image(*image_size)))
+
+
+def footprint_errors_together(
+    lvlm: LVLM, sizes: Sequence[tuple[int, int]]
+) -> list[dict[str, NDArray[np.float64]]]:
+    """`footprint_errors` of each image of a prompt that shows as many; a token that another one feeds has none."""
+    found = []
+    for place, size in enumerate(sizes):
+        others = [Image.new("RGB", one) for one in sizes]
+        shown = Opened([*others[:place], coordinate_image(*size), *others[place + 1 :]])
+        inputs = lvlm.encode([shown], [lvlm.showing(len(sizes)).prompt("it")])
+        views = lvlm.views_of_each(inputs, 0, shown)[place]
+        found.append(_view_errors(lvlm, size, views, shown))
+    return found
+
+
+def _view_errors(
+    lvlm: LVLM, image_size: tuple[int, int], every: Sequence[View], shown: Shown | None = None
+) -> dict[str, NDArray[np.float64]]:
     rim = int(lvlm.model.config.model_type in CUT_AT_THE_BORDER)
-    views = {view.name: view for view in views_seen(lvlm, coordinate_image(*image_size))}
+    views = {view.name: view for view in every}
     cells = {name: sampled_cells(view, rim) for name, view in views.items()}
     keys = [int(views[name].index[cell]) for name in views for cell in cells[name]]
-    centres = footprint_centres(lvlm, image_size, keys)
+    centres = footprint_centres(lvlm, image_size, keys, shown)
     return {name: np.array(list(_errors(views[name], cells[name], centres))).reshape(-1, 2) for name in views}
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,13 @@ class View:
         return all(
             np.allclose(np.diff(e), (e[-1] - e[0]) / (len(e) - 1)) for e in (self.x_edges, self.y_edges)
         )
+
+
+class Layout(NamedTuple):
+    """Where an image's tokens lie among its own: their number, and views whose `index` counts them from 0."""
+
+    num_tokens: int
+    views: list[View]
 
 
 def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) -> None:
@@ -122,6 +129,28 @@ class ProcessedImage:
     def words(self) -> list[str]:
         """The prompt's tokens as text: families write rows and columns of their tiles into it."""
         return list(self.processor.tokenizer.convert_ids_to_tokens(self.ids))
+
+
+def parted(tokens: NDArray[np.intp], layouts: Sequence[Layout]) -> list[list[View]]:
+    """The views of each image of a prompt, in its order.
+
+    Args:
+        tokens: positions of all images' tokens in the prompt.
+
+    Raises:
+        UsageError: they are more or fewer than the layouts have.
+    """
+    expected = sum(layout.num_tokens for layout in layouts)
+    if tokens.size != expected:
+        raise UsageError(
+            f"{tokens.size} image tokens where the {len(layouts)} images have {expected}: "
+            "the processor does not fit the model"
+        )
+    starts = np.cumsum([0, *(layout.num_tokens for layout in layouts)])
+    return [
+        [replace(view, index=tokens[start + view.index]) for view in layout.views]
+        for start, layout in zip(starts, layouts, strict=False)
+    ]
 
 
 def image_token_id(config: Any) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.families.geometry import ProcessedImage, View, image_token_id
+from localization_heads.lvlm.families.geometry import Layout, ProcessedImage, View, image_token_id
 from localization_heads.lvlm.families.tiled_views import (
     anyres,
     cohere,
@@ -163,6 +165,23 @@ FAMILIES |= {
     "video_llava": Family(llava, {"conv_mode": "referseg"}),
 }
 
+SEVERAL_IMAGES = {
+    *(
+        "gemma3",
+        "idefics3",
+        "internvl",
+        "llama4",
+        "llava_onevision",
+        "mistral3",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+    ),
+    *("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "smolvlm"),
+}
+"""Model types whose prompts may show several images: trained on such prompts, and the places of each image's tokens are
+verified (`tests/test_together.py`)."""
+
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
 _NO_LAYERS = "its language model is not built of layers whose attention can be captured"
 REFUSED = dict.fromkeys(
@@ -218,6 +237,29 @@ def views_of(image: ProcessedImage) -> list[View]:
         UsageError: the family has no grid of image tokens, or the token count is not what its geometry says.
     """
     return [view for view in family_of(image.config).views(image) if view.index.size]
+
+
+def check_several(config: Any, name: str) -> None:
+    """UsageError, with the families that can, where no prompt of this one may show several images."""
+    if config.model_type not in SEVERAL_IMAGES:
+        able = ", ".join(sorted(SEVERAL_IMAGES))
+        raise UsageError(
+            f"{name} (model type '{config.model_type}') takes one image in a prompt; several: {able}"
+        )
+
+
+def layout_of_first(pair: ProcessedImage) -> Layout:
+    """The layout of the first of two equal images in one prompt.
+
+    Processors show an image among several as they show it alone, or, as LLaVA-OneVision's, as one of several: two
+    equal ones have as many tokens each, in the same order, and what the prompt says of the first stands before the
+    second.
+    """
+    half = pair.tokens.size // 2
+    ids = pair.inputs["input_ids"][:, : pair.tokens[half]]
+    first = replace(pair, inputs={**pair.inputs, "input_ids": ids})
+    own = [replace(view, index=np.searchsorted(first.tokens, view.index)) for view in views_of(first)]
+    return Layout(half, own)
 
 
 def check_family(config: Any) -> None:

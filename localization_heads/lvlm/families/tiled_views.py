@@ -21,6 +21,7 @@ from localization_heads.lvlm.families.geometry import (
     fitted_size,
     grid,
     mosaic,
+    padded_box,
     patches_of,
     seen_view,
     square,
@@ -42,6 +43,8 @@ def anyres(image: ProcessedImage) -> list[View]:
     config, (W, H) = image.config, image.image_size
     n, covered = patches_of(config.vision_config)
     base, rest = square(image.tokens[: n * n]), image.tokens[n * n :]
+    if rest.size == 1:  # LLaVA-OneVision shows no tiles of one image among several, and pads it to a square
+        return [seen_view(image, base, padded_box((W, H)))]
     canvas_h, canvas_w = select_best_resolution((H, W), config.image_grid_pinpoints)
     tile = image.config.vision_config.image_size
     x_edges, y_edges = tile_edges(canvas_w // tile, n, covered), tile_edges(canvas_h // tile, n, covered)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from PIL import Image
-
+from localization_heads.data.together import Shown
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 
@@ -20,8 +19,8 @@ class Change(Protocol):
 
     alone: str | None
 
-    def see(self, lvlm: Any, images: Sequence[Image.Image], inputs: Mapping[str, Any]) -> None:
-        """Called with all that the processor has made ready, one image per sample."""
+    def see(self, lvlm: Any, images: Sequence[Shown], inputs: Mapping[str, Any]) -> None:
+        """Called with all that the processor has made ready, one per sample."""
 
 
 def chosen_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...]:

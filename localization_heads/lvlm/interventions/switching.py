@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from localization_heads.data.together import Shown
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.forward.changes import chosen_heads
@@ -40,7 +40,7 @@ class SwitchedOff:
         self._seen: Tensor | None = None  # (B, T), the tokens that are no padding
         self._means: dict[int, Tensor] = {}  # layer -> (B, 1, columns)
 
-    def see(self, lvlm: Any, images: Sequence[Image.Image], inputs: Mapping[str, Any]) -> None:
+    def see(self, lvlm: Any, images: Sequence[Shown], inputs: Mapping[str, Any]) -> None:
         """Nothing depends on the image."""
 
     def begin(self, _: nn.Module, __: Any, named: Mapping[str, Any]) -> None:

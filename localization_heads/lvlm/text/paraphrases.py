@@ -53,12 +53,14 @@ def merged(found: Sequence[AttentionMaps], expression: str) -> AttentionMaps:
     first = found[0]
     if len(found) == 1:
         return first if first.query == expression else replace(first, query=expression)
+    found = [one.at(first.image_index) for one in found]
     answers = [one.answer for one in found if one.answer is not None]
     return replace(
         first,
         attention=mean_of_shapes([one.attention for one in found]),
         answer=mean_of_shapes(answers) if answers else None,
         query=expression,
+        images=tuple(merged(each, expression) for each in zip(*(one.images for one in found), strict=True)),
     )
 
 

@@ -1,0 +1,348 @@
+"""Several images in one prompt: the places of each one's tokens, the choice among them, and the way to the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from family_models import tiny
+from family_models_siblings import SIBLINGS  # noqa: F401 -- registers all families
+from front import (
+    EXPRESSIONS,
+    Calls,
+    Front,
+    cached_load_model,
+    draw_image,
+    one_line,
+    stub_figures,
+    write_lines,
+)
+from PIL import Image
+
+import localization_heads as lh
+from localization_heads.attention import AttentionMaps, of_images
+from localization_heads.data.samples import load_samples
+from localization_heads.data.together import Opened
+from localization_heads.grounder import Grounder
+from localization_heads.grounding.maps import image_shares
+from localization_heads.heads.head import Head
+from localization_heads.lvlm.checks.footprints import footprint_errors_together, image_features
+from localization_heads.lvlm.families.geometry import Layout, View, parted
+from localization_heads.lvlm.families.table import SEVERAL_IMAGES
+from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import CriteriaOptions, GroundingOptions
+from localization_heads.store.attention_files import load_attention
+
+SEVERAL = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "internvl",
+    "llava_onevision",
+    "idefics3",
+    "smolvlm",
+)
+SEVERAL += ("gemma3", "mistral3", "llama4")
+SIZES, TRACED = [(96, 150), (170, 64)], [(150, 110), (110, 170)]
+FEWER_TILES = {"idefics3": 2 * 364, "smolvlm": 2 * 512}
+HEADS = [Head(1, 0), Head(1, 2), Head(1, 3)]
+
+
+def shown(*sizes: tuple[int, int], seed: int = 0) -> Opened:
+    rng = np.random.default_rng(seed)
+    return Opened([Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes])
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], LVLM]:
+    """The tiny model of a family, with few tiles where its processor enlarges images to many."""
+
+    def of(name: str) -> LVLM:
+        lvlm = tiny(name)
+        if edge := FEWER_TILES.get(name):
+            monkeypatch.setattr(lvlm.processor.image_processor, "size", {"longest_edge": edge})
+        return lvlm
+
+    return of
+
+
+# --- geometry
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_token_shows_its_own_image(name: str, few: Callable[[str], LVLM]) -> None:
+    """What the language model gets for the cells of an image is the same beside another image as alone.
+
+    The places of an image alone are traced through the real processor (`test_families`); LLaVA-OneVision, which shows
+    an image among others in another way, is traced below.
+    """
+    lvlm, images = few(name), shown(*SIZES)
+    inputs = lvlm.encode([images], [lvlm.showing(2).prompt("the dog")])
+    together = image_features(lvlm, inputs)
+    views = lvlm.views_of_each(inputs, 0, images)
+    tokens = [int(token) for each in views for view in each for token in view.index.ravel()]
+    assert len(set(tokens)) == len(tokens)
+    assert {inputs["input_ids"][0, token].item() for token in tokens} == {lvlm.image_token_id}
+    if name == "llava_onevision":
+        return
+    for image, each in zip(images.images, views, strict=True):
+        alone = lvlm.encode([image], [lvlm.prompt("the dog")])
+        features = image_features(lvlm, alone)
+        for view, own in zip(each, lvlm.views_in(alone, 0, image), strict=True):
+            assert (view.name, view.box) == (own.name, own.box)
+            np.testing.assert_array_equal(view.x_edges, own.x_edges)
+            torch.testing.assert_close(together[view.index], features[own.index], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_footprints_of_two_images_lie_in_their_cells(name: str) -> None:
+    """Traced from the pixels of each image, of another size than its neighbour's."""
+    for each in footprint_errors_together(tiny(name), TRACED):
+        for view, errors in each.items():
+            assert len(errors) >= 3, view
+            assert np.abs(errors).max() < 0.25, view
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_capture_equals_eager_over_two_images(name: str, few: Callable[[str], LVLM]) -> None:
+    lvlm, images = few(name), shown(*SIZES)
+    maps = lvlm.attend(images, "the red car")
+    inputs = lvlm.encode([images], [lvlm.showing(2).prompt("the red car")])
+    before = lvlm.model.config.get_text_config()._attn_implementation
+    lvlm.model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            eager = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
+    finally:
+        lvlm.model.set_attn_implementation(before)
+    layers = sorted(lvlm.attention_modules)[-len(eager) :]
+    for views, one in zip(lvlm.views_of_each(inputs, 0, images), maps.images, strict=True):
+        for layer, row in zip(layers, eager, strict=True):
+            mass = sum(row[0, :, -1].numpy()[:, view.index].sum((1, 2)) for view in views)
+            np.testing.assert_allclose(one.attention[layer].sum((1, 2)), mass, rtol=0, atol=1e-5)
+            if len(views) == 1:
+                np.testing.assert_allclose(
+                    one.attention[layer], row[0, :, -1].numpy()[:, views[0].index], rtol=0, atol=1e-5
+                )
+
+
+# --- pure: shares, places, the choice
+
+
+def random_maps(*grids: tuple[int, int], peaks: tuple[float, ...] = (), seed: int = 0) -> AttentionMaps:
+    rng = np.random.default_rng(seed)
+    each = []
+    for number, (h, w) in enumerate(grids):
+        attention = rng.uniform(0, 0.01, (2, 4, h, w)).astype(np.float32)
+        attention[..., h // 2, w // 2] += peaks[number] if peaks else 0
+        each.append(AttentionMaps(attention, (0, 0, 10 * w, 10 * h), (10 * w, 10 * h), query="the dog"))
+    return of_images(each)
+
+
+def test_shares_by_hand_and_without_the_padding() -> None:
+    """The second image is 10 pixels high, of 20 that its grid covers: its lower row is padding."""
+    first = AttentionMaps(np.array([[[[1.0, 2.0]]]], np.float32), (0, 0, 20, 10), (20, 10))
+    second = AttentionMaps(np.array([[[[1.0], [8.0]]]], np.float32), (0, 0, 10, 20), (10, 10))
+    maps = of_images([first, second])
+    assert maps.image_index == 1  # 9 against 3, padding included
+    assert image_shares(maps, [Head(0, 0)]).tolist() == [0.75, 0.25]
+    nothing = of_images([first.named(id="", image_file="")] * 3)
+    nothing.images[0].attention[:] = 0
+    assert image_shares(nothing, [Head(0, 0)]).tolist() == [1 / 3] * 3
+
+
+def test_at_takes_the_maps_of_another_image() -> None:
+    maps = random_maps((2, 3), (4, 2), peaks=(1, 0))
+    assert maps.image_index == 0 and maps.at(0) is maps and maps.at(None) is maps
+    other = maps.at(1)
+    assert other.grid == (4, 2) and other.image_size == (20, 40) and other.image_index == 1
+    np.testing.assert_array_equal(other.attention, maps.images[1].attention)
+    np.testing.assert_array_equal(other.at(0).attention, maps.attention)
+    kept = maps.only([(1, 2)])
+    assert kept.at(1).places([(1, 2)]) == [(0, 0)]
+    assert maps.num_bytes == 4 * 8 * (2 * 3 + 4 * 2)
+
+
+def test_tokens_are_parted_in_order_and_counted() -> None:
+    view = View("whole", np.array([[0, 1]]), np.arange(3.0), np.arange(2.0))
+    later = View("whole", np.array([[2], [0]]), np.arange(2.0), np.arange(3.0))
+    (one,), (two,) = parted(np.array([4, 5, 9, 10, 11]), [Layout(2, [view]), Layout(3, [later])])
+    assert one.index.tolist() == [[4, 5]] and two.index.tolist() == [[11], [9]]
+    with pytest.raises(lh.UsageError, match="4 image tokens where the 2 images have 5"):
+        parted(np.arange(4), [Layout(2, [view]), Layout(3, [later])])
+
+
+def grounder(**options: Any) -> Grounder:
+    return Grounder(tuple(HEADS), CriteriaOptions(), GroundingOptions(), **options)
+
+
+def test_the_box_is_in_the_image_that_the_heads_look_at() -> None:
+    """Most heads look at the first image, the three that ground at the second."""
+    maps = random_maps((8, 8), (6, 10), peaks=(5, 0))
+    for layer, head in HEADS:
+        maps.images[0].attention[layer, head] = 1e-4
+        maps.images[1].attention[layer, head, 1:4, 2:6] = 1
+    found = grounder().ground(maps, None)
+    assert (maps.image_index, found.image_index, found.image_size) == (0, 1, (100, 60))
+    alone = grounder().ground(maps.images[1], None)
+    assert found.box == alone.box
+    np.testing.assert_array_equal(found.mask, alone.mask)
+    assert [one.chosen for one in found.each] == [False, True]
+    assert sum(one.image_share or 0 for one in found.each) == pytest.approx(1)
+    each = grounder(each_image=True).ground(maps, None)
+    assert [one.chosen for one in each.each] == [True, True]
+    assert each.each[0].box == grounder().ground(maps.images[0], None).box
+    every = grounder().ground_all(maps, None)
+    assert {one.image_index for one in every} == {1} and every[0].box == found.box
+    with pytest.raises(lh.UsageError, match="no calibration is one of several images"):
+        grounder(abstain=0.5).ground(maps, None)
+
+
+# --- entries
+
+
+def test_a_line_may_list_images(tmp_path: Path) -> None:
+    for number in range(2):
+        draw_image(tmp_path / f"{number}.png", number)
+    good = {"id": "a", "prompt": "the dog", "image_path": ["0.png", "1.png"]}
+    bad = [
+        ({**good, "id": "b", "bbox": [0, 0, 9, 9]}, "'bbox' is of one: leave it out"),
+        ({**good, "id": "c", "image_path": ["0.png"]}, "1 of them: give 2 to 32"),
+        ({**good, "id": "d", "image_path": ["0.png", "gone.png"]}, "gone.png"),
+        ({**good, "id": "e", "image_path": ["0.png", ["1.png"]]}, "'image_path' must be text"),
+        ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 of them"),
+    ]
+    file = load_samples(write_lines(tmp_path / "data.jsonl", [good, *(line for line, _ in bad)]))
+    (sample,) = file.samples
+    assert sample.image_file == f"{tmp_path / '0.png'} + {tmp_path / '1.png'}"
+    assert sample.at(1).image_file == str(tmp_path / "1.png")
+    for found, (_, said) in zip(file.bad, bad, strict=True):
+        assert said in found.reason
+
+
+# --- the way to the files
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder, lvlm = tmp_path_factory.mktemp("saved") / "qwen", tiny("qwen2_vl")
+    lvlm.processor.save_pretrained(folder)
+    lvlm.model.save_pretrained(folder)
+    return str(folder)
+
+
+def asked(saved: str, *options: str) -> tuple[str, ...]:
+    heads = f"heads=[{','.join(f'{head.layer}-{head.head}' for head in HEADS)}]"
+    return (f"model.name={saved}", "conv_mode=plain", heads, "criteria.exclude_layers=0", "top_n=3", *options)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def only(pattern: str) -> Path:
+    (found,) = Path("outputs").rglob(pattern)
+    return found
+
+
+def test_a_list_is_one_prompt_and_python_says_the_same(front: Front, saved: str) -> None:
+    a, b = draw_image(Path("a.png"), 1), draw_image(Path("b.png"), 2, (80, 120))
+    options = asked(saved, "stage=ground", "image_file=[a.png,b.png]", "query=the red car")
+    assert front.finder(*options, "image_boxes=each").status == 0
+    (line,) = lines_of(only("a-b_the-red-car_prediction.jsonl"))
+    assert only("a-b_the-red-car_grounding.png").stat().st_size > 0
+    found = lh.ground(lh_model(saved), lh.Together([a, b]), "the red car", HEADS, image_boxes="each")
+    assert line["image_index"] == found.image_index
+    for one, own in zip(line["images"], found.each, strict=True):
+        assert one["bbox"] == pytest.approx(own.box)
+        assert one["attention"] == pytest.approx(own.image_share)
+    assert found.image.size == found.image_size == [(64, 48), (80, 120)][found.image_index]
+    assert found.to_dict()["image"] == ["a.png", "b.png"][found.image_index]
+    apart = lh.ground(lh_model(saved), [a, b], "the red car", HEADS)
+    assert [one.image_size for one in apart] == [(64, 48), (80, 120)] and not apart[0].each
+    assert front.finder(*options, "together=false").status == 0
+    assert [line["id"] for line in lines_of(only("predictions.jsonl"))] == ["a_the-red-car", "b_the-red-car"]
+    assert front.finder(*options, "image_boxes=one").status == 0
+    (line,) = lines_of(only("a-b_the-red-car_prediction.jsonl"))
+    assert [one["bbox"] is None for one in line["images"]] == [n != line["image_index"] for n in range(2)]
+
+
+def lh_model(saved: str) -> LVLM:
+    return cached_load_model(saved, device="cpu", conv_mode="plain")
+
+
+def write_entries(folder: Path, count: int = 3) -> None:
+    names = [draw_image(folder / f"{n}.png", n, (64 + 16 * n, 48)).name for n in range(count + 1)]
+    entries = [
+        {"id": f"e{n}", "prompt": EXPRESSIONS[n], "image_path": names[n : n + 2]} for n in range(count)
+    ]
+    write_lines(folder / "data.jsonl", [*entries, {"id": "one", "prompt": "the dog", "image_path": names[0]}])
+
+
+def test_a_data_file_resumes(front: Front, saved: str, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_figures(monkeypatch)
+    write_entries(front.folder)
+    options = asked(saved, "stage=ground", "data_file=data.jsonl", "batch_size=2", "segmenter=none")
+    assert front.finder(*options, "output_dir=whole").status == 0
+    (whole,) = Path("whole").rglob("predictions.jsonl")
+    assert [line.get("image_index") is None for line in lines_of(whole)] == [False, False, False, True]
+    calls.restart(fail_at=1)
+    assert front.finder(*options).status == 130
+    calls.restart()
+    assert front.finder(*options).status == 0
+    assert sum(calls.sizes) < 4
+    assert only("predictions.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_a_batch_finds_heads_and_grounds(front: Front, saved: str) -> None:
+    write_entries(front.folder, 2)
+    options = asked(saved, "stage=batch", "data_file=data.jsonl", "num_samples=2", "visualize_limit=1")
+    assert front.finder(*options, "report_samples=2").status == 0
+    found = lines_of(only("predictions.jsonl"))
+    assert [len(line.get("images", [])) for line in found] == [2, 2, 0]
+    assert only("e0_grounding.png").stat().st_size and only("e0_visualization.png").stat().st_size
+    maps = load_attention(only("e0.pkl"))
+    assert maps.image_file in ("0.png", "1.png") and not maps.images
+
+
+def test_pipeline_takes_a_list(front: Front, saved: str) -> None:
+    draw_image(Path("a.png"), 1), draw_image(Path("b.png"), 2)
+    options = asked(saved, "stage=pipeline", "image_file=[a.png,b.png]", "query=the dog", "max_new_tokens=1")
+    found = front.finder(*options)
+    assert found.status == 0 and "in image" in found.out
+    assert only("a-b_the-dog.pkl").is_file() and only("a-b_the-dog_grounding.png").is_file()
+
+
+# --- refusals
+
+
+def test_what_takes_one_image_says_so(front: Front, saved: str) -> None:
+    draw_image(Path("a.png"), 1), draw_image(Path("b.png"), 2)
+    given = ("image_file=[a.png,b.png]", "query=the dog")
+    for options, said in (
+        (("stage=ground", *given), "takes one image in a prompt; several: gemma3,"),
+        (("stage=trace", *given), "stage=trace takes one image"),
+        (("stage=ground", *given, "zoom=true"), "zoom=true looks again at one image"),
+        (("stage=ground", "image_file=a.png", "together=true", "query=the dog"), "1 of them: give 2 to 32"),
+        (("stage=ground", "image_file=[a.png]", "query=the dog"), "a list of two or more"),
+    ):
+        found = front.finder(*options)
+        assert found.status == 2 and said in one_line(found.err), options
+    write_entries(front.folder, 1)
+    found = front.finder(*asked(saved, "stage=evaluate", "data_file=data.jsonl"))
+    assert found.status in (1, 2)
+    found = front.finder("stage=ground", "data_file=data.jsonl")
+    assert found.status == 1 and "takes one image in a prompt" in found.out + found.err
+    with pytest.raises(lh.UsageError, match="takes one image in a prompt"):
+        lh.ground(lh.load_model(device="cpu"), lh.Together(["a.png", "b.png"]), "the dog")
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    """The two of experts read images as the ones that they are built like."""
+    assert set(SEVERAL) | {"qwen3_vl_moe", "qwen3_5_moe"} == SEVERAL_IMAGES
