@@ -188,6 +188,28 @@ def test_the_image_is_drawn_upright_and_undimmed_in_the_first_panel():
     assert image.size == (50, 40)
 
 
+def test_a_small_box_in_a_large_image_is_shown_close_up():
+    """At its own pixels, in a panel of its own, whose text fits the sheet; a large box needs none."""
+    maps = maps_of((3000, 2000), grid=100)
+    maps.attention[:] = 0.0
+    maps.attention[:, :, 1, 97] = 0.5
+    image = Image.new("RGB", (3000, 2000), "black")
+    grounding = ground_maps(maps, [Head(2, 0)])
+    figure = figures.plot_grounding(image, grounding, expression="the icon " * 20)
+    _, close = figure.axes
+    (left, right), (bottom, top) = close.get_xlim(), close.get_ylim()
+    x0, y0, x1, y1 = grounding.box
+    assert left <= x0 < x1 <= right <= 3000
+    assert 0 <= top <= y0 < y1 <= bottom
+    assert right - left == pytest.approx(3 * max(x1 - x0, 1.5 * (y1 - y0)), rel=1e-3)
+    for x, y in [(x0, (y0 + y1) / 2), ((x0 + x1) / 2, y1)]:
+        assert colour_at(figure, close, x, y) == pytest.approx(to_rgb(VERMILLION), abs=0.1)
+    assert_all_text_fits(figure)
+    maps.attention[:] = 0.5
+    assert len(figures.plot_grounding(image, ground_maps(maps, [Head(2, 0)])).axes) == 1
+    assert len(figures.plot_grounding(None, grounding).axes) == 1
+
+
 @pytest.mark.parametrize("plot", ["top maps", "grounding"])
 def test_boxes_are_drawn_at_their_pixels(plot):
     maps = maps_of((100, 80), grid=10)

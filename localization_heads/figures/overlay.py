@@ -51,14 +51,20 @@ def shrink_to_panel(image: ImageLike | None, inches: float) -> Image.Image | Non
     )  # unlike `thumbnail`, copies nothing
 
 
-def draw_image(axes: Axes, image: Image.Image | None, image_size: tuple[int, int]) -> None:
-    """Draw the image on axes whose limits are the image's `(W, H)` pixels, y downwards; `None`: grey."""
-    W, H = image_size
+def draw_image(
+    axes: Axes, image: Image.Image | None, image_size: tuple[int, int], part: Box | None = None
+) -> None:
+    """Draw the image on axes whose limits are the image's `(W, H)` pixels, y downwards; `None`: grey.
+
+    Args:
+        part: what of it the image shows, and the axes then; None for all.
+    """
+    x0, y0, x1, y1 = part or (0, 0, *image_size)
     axes.set_facecolor("0.9")
     if image is not None:
-        lay(axes, np.asarray(image), (0, 0, W, H))
-    axes.set_xlim(0, W)
-    axes.set_ylim(H, 0)
+        lay(axes, np.asarray(image), (x0, y0, x1, y1))
+    axes.set_xlim(x0, x1)
+    axes.set_ylim(y1, y0)
     axes.set_aspect("equal")
 
 

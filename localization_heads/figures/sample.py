@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
+from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import resample
@@ -149,6 +150,8 @@ def plot_grounding(
 ) -> Figure:
     """The heat map over the image, the outline of the mask, the box with its score, the true box.
 
+    Where the box is too small to be seen in a large image (an icon on a screen), a second panel shows it close up.
+
     Args:
         image: `None` draws the heat map alone.
         grounding: its heat map and mask are made at the size drawn, whatever the size of the image.
@@ -162,14 +165,51 @@ def plot_grounding(
     label = "pseudo-mask" if grounding.refined is None else f"mask ({grounding.mask_from})"
     if not grounding.absent:
         legend.append(Line2D([], [], color="white", linewidth=1.4, path_effects=RIM, label=label))
+    near = None if image is None or grounding.absent else _close_up(grounding.image_size, grounding.box)
     with paper_style():
-        figure, (axes,) = new_sheet(size, 1, expression, titled=False, legend=legend)
+        note = (
+            ""
+            if near is None
+            else "framed in black, and close up in the second panel: the surroundings of the box"
+        )
+        figure, (axes, *second) = new_sheet(
+            size, 1 if near is None else 2, expression, titled=False, legend=legend, note=note
+        )
         draw_image(axes, shown, grounding.image_size)
         draw_map(axes, heat, (0, 0, *grounding.image_size), opaque=image is None)
         if not grounding.absent:
             draw_outline(axes, mask)
         _draw_boxes(axes, grounding, truth)
+        for close in second:
+            assert near is not None
+            draw_box(axes, near, "black")
+            draw_image(close, shrink_to_panel(_cut_out(image, near), max(size)), grounding.image_size, near)
+            _draw_boxes(close, grounding, truth)
         return save(figure, path)
+
+
+def _close_up(image_size: tuple[int, int], box: Box) -> Box | None:
+    """A part of the image, of its shape, in which the box takes a third of a side; None where the image shows it well.
+
+    >>> _close_up((3000, 1500), (0, 600, 30, 660))
+    (0.0, 540.0, 360.0, 720.0)
+    """
+    (W, H), (x0, y0, x1, y1) = image_size, box
+    share = max((x1 - x0) / W, (y1 - y0) / H)
+    if max(W, H) < _LARGE or share >= _SEEN:
+        return None
+    w, h = max(3 * share, 24 / min(W, H)) * W, max(3 * share, 24 / min(W, H)) * H
+    left, top = (
+        min(max(0.0, (start + end - length) / 2), whole - length)
+        for start, end, length, whole in ((x0, x1, w, W), (y0, y1, h, H))
+    )
+    return left, top, left + w, top + h
+
+
+def _cut_out(image: ImageLike | None, part: Box) -> Image.Image:
+    opened = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    x0, y0, x1, y1 = map(round, part)
+    return opened.crop((x0, y0, x1, y1))
 
 
 def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -191,6 +231,10 @@ def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[n
     return heat, grounding.refined[np.ix_(rows, columns)]
 
 
+_LARGE = 2 * LONGEST
+"""Pixels of a side beyond which a figure shows less than half of an image's detail."""
+_SEEN = 0.1
+"""The least share of a side that a box takes, if its edges and what is between them are to be told apart."""
 _HUES = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, YELLOW)
 _SHADES = (
     (0.0, 0.0),
