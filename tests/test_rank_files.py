@@ -47,6 +47,7 @@ def stack(number: int, grid: tuple[int, int] = (5, 5), heads: int = 4) -> NDArra
 def ours(name: str, maps: NDArray[np.float32], image: str, query: str, model: str = MODEL) -> None:
     height, width = maps.shape[2:]
     known: dict[str, Any] = {"image_file": image, "query": query, "model": model, "id": Path(name).stem}
+    known["asked"] = {"query_token": "last"}
     save_attention(AttentionMaps(maps, (0, 0, width, height), (width, height), **known), Path("files") / name)
 
 
@@ -111,6 +112,7 @@ def test_files_of_every_format_and_grid_are_ranked_as_their_maps_are(front: Fron
     order = [head["sensitivity"] for head in heads_json()["heads"]]
     assert order == sorted(order, reverse=True)
     assert heads_json()["found_with"]["criteria"] == "robust"
+    assert "query_token" not in heads_json()["found_with"]  # files of the published code do not say
 
 
 def test_broken_files_are_named_and_the_rest_goes_on(front: Front) -> None:
@@ -179,6 +181,7 @@ def test_a_killed_ranking_goes_on(front: Front, monkeypatch: pytest.MonkeyPatch,
         ours(f"{n}.pkl", stack(n), "two.jpg" if n > 2 else "one.jpg", f"thing {n}")
     words = ("stage=rank", "attention_files=files", "criteria=robust", "criteria.mirrored=0")
     assert front.finder(*words).status == 0
+    assert heads_json()["found_with"]["query_token"] == "last"
     whole = [(OUT / name).read_bytes() for name in ("heads.json", "heads.csv")]
     loaded: list[str] = []
     load = rank_files.load_attention

@@ -22,9 +22,14 @@ BEFORE = "heads_before.json"
 
 
 def note_ranking(run: Run, ranking: HeadRanking) -> None:
-    """Warn of a ranking from few samples; keep, and name, a heads.json that was made from more or otherwise."""
+    """Warn of a ranking from few samples, and of a heads.json that it takes the place of."""
     if ranking.num_samples < FIRM:
         log.warning("%d samples: the order of the heads is not firm under %d", ranking.num_samples, FIRM)
+    keep_former(run, ranking)
+
+
+def keep_former(run: Run, ranking: HeadRanking) -> None:
+    """Keep, and name, a heads.json that was made from more samples or otherwise, before this ranking replaces it."""
     latest = run.folder / "heads.json"
     if not latest.is_file():
         return

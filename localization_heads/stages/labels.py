@@ -36,6 +36,7 @@ from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import go_through
+from localization_heads.stages.keeping import keep_former
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_store
 from localization_heads.stages.report import Reporter
@@ -304,6 +305,7 @@ def _save(run: Run, found: Labelled) -> list[Path]:
         "all_heads": round(curve.every, 6),
         "all_labels": round(curve.best, 6),
     }
+    keep_former(run, ranking)
     paths = [*save_ranking(ranking, run.folder), run.folder / "labels.json"]
     write_json(paths[-1], written)
     score = np.zeros(tuple(1 + np.max([head.address for head in ranking.heads], axis=0)))

@@ -60,11 +60,14 @@ class _Facts(NamedTuple):
     image_file: str
     query: str
     model: str
+    asked: Mapping[str, str | None]
 
     @classmethod
     def of(cls, maps: AttentionMaps) -> _Facts:
         shape = maps.num_layers, maps.num_heads
-        return cls(shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model)
+        return cls(
+            shape, maps.grid, maps.image_size, maps.image_file, maps.query, maps.model, maps.asked or {}
+        )
 
     @classmethod
     def logged(cls, found: Mapping[str, Any] | None) -> _Facts | None:
@@ -86,12 +89,13 @@ class _Read(NamedTuple):
 
 @dataclass
 class _Pile:
-    """The files read so far, and the one that the others have to agree with."""
+    """The files read so far, and the one that the others have to agree with; `asked` is empty where they differ."""
 
     shape: tuple[int, int] | None = None
     first: Path | None = None
     model: str = ""
     named_by: Path | None = None
+    asked: Mapping[str, str | None] | None = None
     read: list[_Read] = field(default_factory=list)
     failures: list[BadEntry] = field(default_factory=list)
 
@@ -104,6 +108,7 @@ class _Pile:
                 f"attention_files: {path} has {facts.shape[0]} layers of {facts.shape[1]} heads, and {self.first} has "
                 f"{self.shape[0]} of {self.shape[1]}: rank the files of one model at a time"
             )
+        self.asked = facts.asked if self.asked in (None, facts.asked) else {}
         if facts.model and not self.model:
             self.model, self.named_by = facts.model, path
         if facts.model and facts.model != self.model:
@@ -314,7 +319,7 @@ def _of_several_queries(read: Sequence[_Read]) -> Iterator[tuple[tuple[object, .
 
 
 def _described(ranking: HeadRanking, pile: _Pile) -> HeadRanking:
-    """With the images, as far as they are known here, and the recipe; how the model was asked nobody has noted."""
+    """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say that."""
     names: Mapping[str, None] = dict.fromkeys(
         str(one.image[0]) for one in pile.read if isinstance(one.image[0], str)
     )
@@ -325,4 +330,6 @@ def _described(ranking: HeadRanking, pile: _Pile) -> HeadRanking:
         except UsageError:
             log.debug("%s is no image that can be named", name)
     keys = {key for key in image_keys(samples) if key}
-    return replace(ranking, pictures=tuple(sorted(keys)), found_with=found_with({}, ranking.options))
+    return replace(
+        ranking, pictures=tuple(sorted(keys)), found_with=found_with(pile.asked or {}, ranking.options)
+    )
