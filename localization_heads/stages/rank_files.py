@@ -317,7 +317,7 @@ def _of_several_queries(read: Sequence[_Read]) -> Iterator[tuple[tuple[object, .
         if len(kept) > 1:
             yield image, kept
 
-
+    """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say so."""
 def _described(ranking: HeadRanking, pile: _Pile) -> HeadRanking:
     """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say that."""
     names: Mapping[str, None] = dict.fromkeys(
