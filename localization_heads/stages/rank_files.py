@@ -317,9 +317,9 @@ def _of_several_queries(read: Sequence[_Read]) -> Iterator[tuple[tuple[object, .
         if len(kept) > 1:
             yield image, kept
 
-    """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say so."""
+
 def _described(ranking: HeadRanking, pile: _Pile) -> HeadRanking:
-    """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say that."""
+    """With the images, as far as they are known here, the recipe, and how the model was asked, if the files say so."""
     names: Mapping[str, None] = dict.fromkeys(
         str(one.image[0]) for one in pile.read if isinstance(one.image[0], str)
     )
