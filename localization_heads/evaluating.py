@@ -15,10 +15,12 @@ from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.samples import Sample, where
 from localization_heads.errors import NoHeadError, NotFiniteError
 from localization_heads.evaluation.claims import Claim, claim_of
-from localization_heads.evaluation.judging import Bootstrap, Judge, Scores, truth_of
+from localization_heads.evaluation.judging import HEADS, Bootstrap, Judge, Scores, overlap_of_all, truth_of
+from localization_heads.evaluation.protocols import Answer, named_protocol, protocol_block
 from localization_heads.evaluation.scores import score_box
 from localization_heads.finding import attended
 from localization_heads.grounding.confidence import Calibration
+from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.segmentation.segmenter import GRABCUT
@@ -106,6 +108,7 @@ def evaluate(
     form = wanted_format(lvlm, native, by_default=controls)
     scored: list[Scored] = []
     claims: list[Claim] = []
+    answers: list[Answer] = []
     images: list[str] = []
     boxes: list[TrueBox] = []
     unusable: list[NotFiniteError] = []
@@ -126,7 +129,9 @@ def evaluate(
             num_headless += 1
             continue
         known = replace(sample, bbox=truth.box) if truth else sample
-        claims.append(claim_of(known, grounding, sample.image_key or f"image {number}"))
+        image = sample.image_key or f"image {number}"
+        claims.append(claim_of(known, grounding, image))
+        answers.append(_answer(known, grounding, image))
         if truth is None:
             continue
         scores = judge.scores(
@@ -139,12 +144,15 @@ def evaluate(
             box, _ = ask_for_box(lvlm, form, opened, sample.expression)
             scores["native"] = [score_box(box, truth, opened.size)]
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
-        images.append(sample.image_key or f"image {number}")
+        images.append(image)
+        own = scores[HEADS][0]
+        answers[-1] = answers[-1]._replace(peak=own.pointing, overlap=answers[-1].overlap or own.overlap)
     note_unknown_words(lvlm, [claim.expression for claim in claims])
     if not claims:
         none = ValueError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none
     check_scale(boxes, "samples")
+    block = protocol_block(answers, lvlm.note, by_image=bootstrap == "image", seed=seed)
     choices = {
         **lvlm.choices,
         **judge.choices(grounder.heads, k),
@@ -152,9 +160,23 @@ def evaluate(
         "native": form and form.prompt,
         "instances": "one",
         "zoom": False,
+        **named_protocol(block),
     }
     metrics = judge.metrics([one.scores for one in scored], images, len(unusable) + num_headless)
-    return Evaluation({**metrics, **judge.trust(claims), "choices": choices}, scored)
+    return Evaluation({**metrics, **judge.trust(claims), **block, "choices": choices}, scored)
+
+
+def _answer(sample: Sample, grounding: Grounding, image: str) -> Answer:
+    """What was answered, and what is true, for the benchmark's own metric."""
+    return Answer(
+        boxes=() if grounding.absent else (grounding.box,),
+        truths=sample.true_boxes,
+        rejected=grounding.absent,
+        confidence=grounding.confidence,
+        overlap=overlap_of_all(sample, [grounding]),
+        image=image,
+        facts=sample.facts,
+    )
 
 
 def _with_one(sample: Sample) -> Sample:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from front import Front, stub_figures
+from front import Front, stub_figures, write_data, write_lines
 from PIL import Image
 
 import localization_heads as lh
@@ -37,7 +37,7 @@ OPTIONS = (
     *("stage=evaluate", "data=scenes", f"scenes.count={COUNT}", "scenes.size=96", "heads=[2-0,3-1]"),
     *("visualize_batch=false", "worst=0", "report=false"),
 )
-ELSEWHERE = ("heads_from", "data_file", "scenes", "range", "protocol")
+ELSEWHERE = ("heads_from", "data_file", "scenes", "range")
 """Choices that only a command has."""
 
 
@@ -90,6 +90,27 @@ def test_evaluate_is_the_command(front: Front, lvlm: LVLM, bootstrap: Any) -> No
         assert score.overlap == (row["intersection"], row["union"])
         drawn = [answer.iou for answer in one.scores["random_heads"]]
         assert np.mean(drawn) == pytest.approx(row["random_heads_iou"], abs=2e-5)
+
+
+def test_the_benchmarks_own_numbers_are_those_of_the_command(front: Front, lvlm: LVLM) -> None:
+    """Also of an entry without a target; a file of several protocols gets none, and a note says so."""
+    path = write_data(front.folder, count=4, bbox=[8, 8, 40, 40], protocol="ref-l4", category="o365_1")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1] |= {"bbox": None, "absent": True}
+    write_lines(path, lines)
+    options = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "controls=false", *OPTIONS[-3:])
+    assert front.finder(*options).status == 0
+    metrics = json.loads((front.out / "metrics.json").read_text())
+    samples = load_samples(path).entries
+    found = lh.evaluate(lvlm, samples, HEADS, controls=False).metrics
+    assert metrics["choices"]["protocol"] == found["choices"]["protocol"] == "ref-l4"
+    assert_same_numbers(found["protocol"], metrics["protocol"])
+    assert metrics["protocol"]["num_answers"] == 4 and "acc>0.5[class mean]" in metrics["protocol"]
+    lines[2]["protocol"] = "unc"
+    write_lines(path, lines)
+    result = front.finder(*options)
+    assert "4 entries are of several protocols (ref-l4: 3, unc: 1): evaluate each in a file" in result.err
+    assert "protocol" not in json.loads((front.out / "metrics.json").read_text())
 
 
 def test_without_controls_and_with_the_models_heads(front: Front, lvlm: LVLM) -> None:

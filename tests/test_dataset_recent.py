@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import load_samples
 from localization_heads.datasets.flickr30k import read_boxes
 from localization_heads.datasets.grefcoco import targets_of
@@ -58,7 +59,8 @@ def test_ref_l4_boxes_are_xywh(tmp_path):
     ]
     assert index.entries[0].text == "The caf\xe9's \u201cblue\u201d vase."
     assert found[0].box == (10.0, 10.0, 30.0, 25.5) and found[2].box == (100.0, 50.0, 300.0, 150.0)
-    assert found[1].more == {"source_id": 2, "ori_category_id": "refcoco_1", "is_rewrite": True}
+    category = {"ori_category_id": "refcoco_1", "category": "o365_1"}  # a person in both
+    assert found[1].more == {"source_id": 2, **category, "is_rewrite": True}
 
 
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
@@ -84,7 +86,9 @@ def test_grefcoco_has_one_target_several_or_none(tmp_path):
     ]  # fmt: skip
     first, second, both, none = (found[n] for n in range(4))
     assert first.box == (10.0, 10.0, 25.0, 25.5) and second.box == (30.0, 10.0, 45.0, 25.5)
-    assert both.boxes == (first.box, second.box) and both.box is None and both.mask is None
+    assert both.boxes == (first.box, second.box) and both.box is None
+    expected = read_mask(first.mask, both.size) | read_mask(second.mask, both.size)
+    assert (read_mask(both.mask, both.size) == expected).all() and expected.any()
     assert none.absent and not none.boxes and first.mask and not first.absent
     assert {bad.id for bad in index.bad_of("val")} == {"ref1_sent11", ""} and len(index.bad_of("testA")) == 0
 
@@ -245,3 +249,4 @@ def test_evaluate_takes_the_metric_from_the_file(front):
     assert metrics["choices"]["protocol"] == found["name"] == "grefcoco" and "Protocol grefcoco" in result.out
     assert found["n_acc"] == 0.0 and found["t_acc"] == 1.0 and found["num_answers"] == 4
     assert 0 <= found["pr@f1=1"] <= 0.75
+    assert 0 < found["giou"] < 0.75 and found["giou[empty]"] == 0.0 and found["ciou"] > 0

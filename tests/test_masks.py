@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from localization_heads.data.address import ImageError
-from localization_heads.data.masks import MaskError, encode_mask, read_mask
+from localization_heads.data.masks import MaskError, encode_mask, encode_source, read_mask, union_of
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
 
@@ -103,6 +103,26 @@ def test_polygons_are_filled(polygons):
     expected = np.zeros((5, 6), bool)
     expected[1:3, 1:4] = True
     np.testing.assert_array_equal(read_mask(polygons, (6, 5)), expected)
+
+
+def test_masks_of_several_objects_are_one():
+    """Run lengths, polygons and a PNG: what is in any of them; polygons alone stay polygons."""
+    runs, left, right = (
+        encode_mask(np.eye(4, 6, dtype=bool)),
+        [[0, 0, 2, 0, 2, 2, 0, 2]],
+        [4, 1, 6, 1, 6, 3, 4, 3],
+    )
+    both = union_of([left, right])
+    assert both == [*left, right]
+    expected = read_mask(left, (6, 4)) | read_mask([right], (6, 4)) | np.eye(4, 6, dtype=bool)
+    together = union_of([runs, left, [right]])
+    assert (read_mask(together, (6, 4)) == expected).all()
+    assert (read_mask(encode_source(together, (6, 4)), (6, 4)) == expected).all()
+    for count in (0, 101):
+        with pytest.raises(MaskError, match=f"{count} masks: from 1 to 100"):
+            union_of([left] * count)
+    with pytest.raises(MaskError, match="is 6 x 4 pixels, its image 5 x 4"):
+        read_mask(together, (5, 4))
 
 
 def test_several_polygons_are_joined():

@@ -21,7 +21,7 @@ from localization_heads.datasets.leakage import image_keys
 from localization_heads.datasets.prepare import sample_entries
 from localization_heads.datasets.reference import Entry
 from localization_heads.datasets.source import OFFICIAL, Counts
-from localization_heads.evaluation.judging import overlap_with_nothing
+from localization_heads.evaluation.judging import overlap_of_all
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.stages import run as stages_run
 from tests.dataset_files import (
@@ -487,8 +487,21 @@ def test_the_overlap_with_an_empty_target():
     mask = np.zeros((4, 6), bool)
     mask[1:3, 1:5] = True
     grounding = SimpleNamespace(absent=False, mask=mask, image_size=(6, 4))
-    sample = Sample("a.png", "x", absent=True)
-    assert overlap_with_nothing(sample, grounding) == (0, 8)
+    sample = Sample("a.png", "x", absent=True, facts={"protocol": "reasonseg"})
+    assert overlap_of_all(sample, [grounding]) == (0, 8)
     ignored = replace(sample, ignore=encode_mask(np.eye(4, 6, dtype=bool)))
-    assert overlap_with_nothing(ignored, grounding) == (0, 6)
-    assert overlap_with_nothing(sample, SimpleNamespace(absent=True)) == (0, 0)
+    assert overlap_of_all(ignored, [grounding]) == (0, 6)
+    assert overlap_of_all(sample, [SimpleNamespace(absent=True, image_size=(6, 4))]) == (0, 0)
+    assert overlap_of_all(replace(sample, facts={}), [grounding]) is None
+
+
+def test_the_overlap_with_all_targets():
+    """Two boxes and the union of their masks, of which one and something else were found; by hand."""
+    left, right, off = np.zeros((3, 4, 6), bool)
+    left[:2, :2], right[2:, 4:], off[0, 5] = True, True, True
+    found = [SimpleNamespace(absent=False, mask=mask, image_size=(6, 4)) for mask in (left, off)]
+    boxes = ((0, 0, 2, 2), (4, 2, 6, 4))
+    sample = Sample("a.png", "x", boxes=boxes, mask=encode_mask(left | right), facts={"protocol": "grefcoco"})
+    assert overlap_of_all(sample, found) == (4, 9)
+    assert overlap_of_all(sample, [SimpleNamespace(absent=True, image_size=(6, 4))]) == (0, 8)
+    assert overlap_of_all(replace(sample, mask=None), found) is None

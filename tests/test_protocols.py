@@ -94,6 +94,41 @@ def test_grefcoco_by_hand():
     found = protocol_metrics("grefcoco", answers)
     assert found["pr@f1=1"] == 0.4 and found["n_acc"] == 0.5
     assert found["t_acc"] == pytest.approx(2 / 3, abs=1e-6)
+    assert "giou" not in found
+
+
+def test_masks_of_several_targets_by_hand():
+    """GRES: nothing answered to nothing is 1; what is painted on nothing adds to the unions alone."""
+    overlaps = [(8, 10), (0, 0), (0, 5), (0, 20)]
+    truths = [(OFF, TRUE), (), (), (TRUE,)]
+    boxes = [(TRUE, OFF), (), (TRUE,), ()]
+    answers = [Answer(*both, overlap=overlap) for *both, overlap in zip(boxes, truths, overlaps, strict=True)]
+    found = protocol_metrics("grefcoco", answers)
+    assert found["giou"] == pytest.approx((0.8 + 1 + 0 + 0) / 4)
+    assert found["ciou"] == pytest.approx(8 / (10 + 5 + 20), abs=1e-6)
+    assert "giou" not in protocol_metrics("grefcoco", [answers[1], answers[2]])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_class_means_of_ref_l4_in_plain_loops(seed):
+    random = np.random.default_rng(seed)
+    names = ["o365_1", "o365_2", "refcoco_37", None]
+    answers = [
+        answer(box, TRUE, facts={"category": names[kind]} if names[kind] else {})
+        for box, kind in ((([HALF, MOST, OFF][i]), k) for i, k in random.integers(0, [3, 4], (30, 2)))
+    ]
+    found = protocol_metrics("ref-l4", answers)
+    means = []
+    for name in names[:3]:
+        ious = [one.iou for one in answers if one.facts.get("category") == name]
+        means.append(
+            [
+                sum(iou > 0.5 for iou in ious) / len(ious),
+                np.mean([np.mean([iou > t / 100 for t in range(50, 100, 5)]) for iou in ious]),
+            ]
+        )
+    assert found["acc>0.5[class mean]"] == pytest.approx(np.mean(means, axis=0)[0], abs=1e-6)
+    assert found["macc>[class mean]"] == pytest.approx(np.mean(means, axis=0)[1], abs=1e-6)
 
 
 def test_flickr30k_any_box_is_not_merged_box():

@@ -188,6 +188,8 @@ def test_a_new_ranking_is_compared_with_the_list(front: Front, with_list: Path, 
     assert "heads=auto: the first 3 of theirs (someone, 2026)" in taken.out
     metrics = json.loads(Path("outputs/localization_heads/random/metrics.json").read_text())["choices"]
     assert (metrics["heads_from"], metrics["heads"]) == ("theirs (someone, 2026)", ["L3H0", "L3H1", "L2H2"])
+    lines = Path("outputs/localization_heads/random/predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["heads_from"] for line in lines} == {"theirs (someone, 2026)"}
     # under another prompt the list is left, the ranking just made is taken, and both are said
     other = front.finder(*ground, "conv_mode=referseg")
     assert (
@@ -199,6 +201,8 @@ def test_a_new_ranking_is_compared_with_the_list(front: Front, with_list: Path, 
     )["heads"][:3]]  # fmt: skip
     metrics = json.loads(Path("outputs/localization_heads/random/metrics.json").read_text())["choices"]
     assert (metrics["heads_from"], metrics["heads"]) == (None, best)
+    lines = Path("outputs/localization_heads/random/predictions.jsonl").read_text().splitlines()
+    assert not any("heads_from" in json.loads(line) for line in lines)
 
 
 def test_heads_that_a_model_lacks(front: Front, image: Image.Image) -> None:

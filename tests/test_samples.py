@@ -99,6 +99,25 @@ def test_no_target_and_several_are_taken(folder):
         Sample("cat.png", "the cat", bbox=(0, 0, 1, 1), absent=True)
 
 
+def test_masks_of_several_targets_are_one(folder):
+    first, second = [[0, 0, 2, 0, 2, 2, 0, 2]], {"size": [3, 4], "counts": [11, 1]}
+    read = load_samples(
+        write(
+            folder,
+            line(id="1", bboxes=[[0, 0, 2, 2], [3, 2, 4, 3]], masks=[first, second]),
+            line(id="2", mask=first, masks=[first]),
+            line(id="3", masks="all"),
+            line(id="4", masks=[]),
+            line(id="5", masks=[first], absent=True, bbox=None),
+        )
+    )
+    (sample,) = read.entries
+    assert decode_mask(sample, (4, 3)).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
+    assert "masks" not in sample.facts
+    said = ["'mask' and 'masks'", "a mask for each object", "0 masks: from 1 to 100", "yet there is 'masks'"]
+    assert all(part in bad.reason for part, bad in zip(said, read.bad, strict=True))
+
+
 @pytest.mark.parametrize(
     "content",
     [

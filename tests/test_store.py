@@ -392,6 +392,7 @@ def test_predictions_come_back(tmp_path):
             calibrated=True,
             presence=0.125,
             absent=True,
+            heads_from="a list (somebody, 2026)",
         ),
     ]
     write_predictions(tmp_path / "p.jsonl", predictions)
@@ -415,8 +416,8 @@ def test_predictions_come_back(tmp_path):
         ('{"id": "a", "bbox": [1e999, 2, 3, 4]}', "too large a number"),
         ('{"id": "a", "bbox": [1' + "0" * 400 + ", 2, 3, 4]}", "wrong kind"),
         ('{"id": "a", "bbox": null, "score": NaN}', "NaN"),
-        ('{"id": 5, "bbox": null}', "'id' and 'error' must be text"),
-        ('{"id": "a", "bbox": null, "error": [1]}', "'id' and 'error' must be text"),
+        ('{"id": 5, "bbox": null}', "'id', 'error' and 'heads_from' must be text"),
+        ('{"id": "a", "bbox": null, "error": [1]}', "'id', 'error' and 'heads_from' must be text"),
         ('{"id": "a", "bbox": null, "heads": [1]}', "wrong kind"),
         ('{"id": "a", "bbox": null, "mask": [[1, 2]]}', "'mask' must be run lengths"),
         ('{"id": "a", "bbox": null, "mask": {"counts": "0"}}', "'size' must be"),

@@ -18,6 +18,7 @@ _KNOWN = frozenset(
         "bbox",
         "bboxes",
         "mask",
+        "masks",
         "ignore",
         "picture",
         "absent",

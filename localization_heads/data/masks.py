@@ -18,8 +18,11 @@ from localization_heads.data.images import MAX_PIXELS, open_raster, strips
 from localization_heads.errors import UsageError
 
 MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
-"""Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself."""
+"""Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself; or a list of these,
+at least one of them no polygons, for all that is in any of them (`union_of`)."""
 
+MAX_MASKS = 100
+"""Of the objects of one expression."""
 MAX_POLYGONS = 10_000
 MAX_POLYGON_LENGTH = 1_000_000
 """Pixels of outline: bounds the memory of the rasteriser, which takes about 100 bytes for each."""
@@ -46,10 +49,34 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
         mask = _read_png(source, size)
     elif isinstance(source, Mapping):
         mask = _decode_runs(source)
+    elif _are_several(source):
+        mask = np.zeros((height, width), dtype=bool)
+        for one in source:
+            mask |= read_mask(one, size)
     else:
         return _fill_polygons(flat_polygons(source), width, height)
     _check_size(mask.shape[::-1], size)
     return mask
+
+
+def union_of(sources: Sequence[MaskSource]) -> MaskSource:
+    """One mask of what is in any of several: their polygons together, beside the others. MaskError for too many.
+
+    >>> union_of([[[0, 0, 2, 0, 2, 2]], [[4, 4, 6, 4, 6, 6]]])
+    [[0.0, 0.0, 2.0, 0.0, 2.0, 2.0], [4.0, 4.0, 6.0, 4.0, 6.0, 6.0]]
+    """
+    if not 0 < len(sources) <= MAX_MASKS:
+        raise MaskError(f"{len(sources)} masks: from 1 to {MAX_MASKS} of the objects of one expression")
+    others = [one for one in sources if _are_several([one])]
+    polygons = [polygon for one in sources if not _are_several([one]) for polygon in flat_polygons(one)]
+    return [*others, polygons] if others and polygons else others or polygons
+
+
+def _are_several(source: Sequence[Any]) -> bool:
+    """Whether it is a list of masks, and not one of polygons."""
+    return isinstance(source, list | tuple) and any(
+        isinstance(one, Mapping | Path | np.ndarray) for one in source
+    )
 
 
 def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
@@ -71,7 +98,7 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 def encode_source(source: MaskSource, size: tuple[int, int]) -> dict[str, Any]:
     """COCO run lengths, as from `encode_mask`, of any mask that `read_mask` accepts. Polygons are not decoded."""
-    if isinstance(source, np.ndarray | Path | Mapping):
+    if isinstance(source, np.ndarray | Path | Mapping) or _are_several(source):
         return encode_mask(read_mask(source, size))
     if size[0] * size[1] > MAX_PIXELS:
         raise MaskError(f"a mask of {size[0]} x {size[1]} pixels is over the limit")

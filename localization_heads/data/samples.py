@@ -22,7 +22,15 @@ from localization_heads.data.boxes import check_box
 from localization_heads.data.facts import Fact, facts_of
 from localization_heads.data.images import ImageSource, find_file
 from localization_heads.data.lines import read_objects
-from localization_heads.data.masks import MaskError, MaskSource, flat_polygons, read_mask, run_size
+from localization_heads.data.masks import (
+    MAX_MASKS,
+    MaskError,
+    MaskSource,
+    flat_polygons,
+    read_mask,
+    run_size,
+    union_of,
+)
 from localization_heads.data.together import Together, key_of, name_of
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
@@ -38,7 +46,8 @@ class Sample:
         image: an image as `data.any_image` takes it: a path, an http(s) address (which becomes an `Address`), a PIL
             image, an array, a tensor, bytes, an open file; or several that one prompt shows (`Together`).
         bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
-        mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels.
+        mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels. Of several
+            objects it is that of all of them.
         ignore: the same for pixels that are left out when masks are scored (ReasonSeg has them).
         picture: a name of the image that its other copies share (such as coco:581857), "" if it has none.
         line: its line number in the data file, from 1; 0 if it comes from elsewhere.
@@ -258,7 +267,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
     absent = entry.get("absent", False)
     if not isinstance(absent, bool):
         raise BadLineError("'absent' must be true or false")
-    truths = [name for name in ("bbox", "bboxes", "mask") if entry.get(name) is not None]
+    truths = [name for name in ("bbox", "bboxes", "mask", "masks") if entry.get(name) is not None]
     if absent and truths:
         raise BadLineError(f"'absent' is true, and yet there is '{truths[0]}': remove one of them")
     return Sample(
@@ -266,7 +275,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
         expression=_text(entry, "prompt", ("query", "expression")),
         id=id,
         bbox=check_box(entry["bbox"]) if entry.get("bbox") is not None else None,
-        mask=_mask(entry["mask"], folder) if entry.get("mask") is not None else None,
+        mask=_masks(entry, folder),
         line=line,
         ignore=_mask(entry["ignore"], folder) if entry.get("ignore") is not None else None,
         picture=_text(entry, "picture") if entry.get("picture") is not None else "",
@@ -329,6 +338,18 @@ def _file(value: str, folder: Path) -> Path:
     if "\0" in value:
         raise BadLineError("a path cannot hold a NUL character")
     return find_file(value, folder)
+
+
+def _masks(entry: Mapping[str, Any], folder: Path) -> MaskSource | None:
+    """The true mask: `mask`, or all of `masks` together."""
+    one, several = entry.get("mask"), entry.get("masks")
+    if several is None:
+        return None if one is None else _mask(one, folder)
+    if one is not None:
+        raise BadLineError("it has 'mask' and 'masks': remove one of them")
+    if not isinstance(several, list):
+        raise BadLineError("'masks' must be a list, a mask for each object")
+    return union_of([_mask(value, folder) for value in several[: MAX_MASKS + 1]])
 
 
 def _mask(value: object, folder: Path) -> MaskSource:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from localization_heads.data.masks import union_of
 from localization_heads.datasets.files import read_list
 from localization_heads.datasets.refcoco import (
     SPLITS,
@@ -16,6 +17,7 @@ from localization_heads.datasets.refcoco import (
     find_coco_image,
     read_instances,
     reference_entries,
+    segmentation,
 )
 from localization_heads.datasets.reference import (
     BadText,
@@ -77,7 +79,12 @@ class GRefCoco(Source):
         boxes = tuple(box_from_xywh(annotation.get("bbox")) for annotation in annotations)
         for box in boxes:
             check_box_inside(box, size)
-        return Record(row, file, size, boxes=boxes, absent=not boxes, more=more)
+        masks = [segmentation(annotation.get("segmentation")) for annotation in annotations]
+        known = [mask for mask in masks if mask is not None]
+        mask = (
+            union_of(known) if boxes and len(known) == len(boxes) else None
+        )  # of some alone it is not the truth
+        return Record(row, file, size, mask=mask, boxes=boxes, absent=not boxes, more=more)
 
 
 def targets_of(ref: Mapping[str, Any]) -> list[int]:

@@ -133,10 +133,10 @@ def coco_record(
     check_box_inside(box, size)
     if is_number(annotation.get("id")):
         more = {**more, "ann_id": annotation["id"]}
-    return Record(row, file, size, box, _segmentation(annotation.get("segmentation")), more=more)
+    return Record(row, file, size, box, segmentation(annotation.get("segmentation")), more=more)
 
 
-def _segmentation(value: object) -> MaskSource | None:
+def segmentation(value: object) -> MaskSource | None:
     """Polygons, or the run lengths of a crowd; None where there is nothing. Its content is checked when it is read."""
     if value is None or value == []:
         return None

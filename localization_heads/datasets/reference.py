@@ -83,10 +83,10 @@ class Record:
         image: the image's file, or its bytes where they are inside the source.
         size: `(W, H)` in pixels according to the source; None if it does not say.
         box: xyxy in pixels, None where the source has none.
-        mask: as `read_mask` takes it.
+        mask: as `read_mask` takes it; of several objects, their masks.
         ignore: pixels that are left out when masks are scored.
         more: further fields of the JSON line.
-        boxes: of an expression that refers to several objects; then `box` and `mask` are None.
+        boxes: of an expression that refers to several objects; then `box` is None.
         absent: the expressions refer to nothing in the image.
     """
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
 from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
@@ -55,13 +57,22 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
     return Truth(box, mask, None if mask is None else decode_ignored(sample, image_size))
 
 
-def overlap_with_nothing(sample: Sample, grounding: Grounding) -> tuple[int, int]:
-    """Intersection and union of a predicted mask with an empty target: 0, and its pixels that are not ignored."""
-    if grounding.absent:
-        return 0, 0
-    ignored = decode_ignored(sample, grounding.image_size)
-    predicted = grounding.mask if ignored is None else grounding.mask & ~ignored
-    return 0, int(predicted.sum())
+def overlap_of_all(sample: Sample, found: Sequence[Grounding]) -> tuple[int, int] | None:
+    """Intersection and union, in pixels, of all predicted masks with the true one, where a protocol asks for it.
+
+    That is with nothing for the empty targets of ReasonSeg, and for all targets of gRefCOCO. None elsewhere, and where
+    there is a target without a mask.
+    """
+    protocol, size = sample.facts.get("protocol"), found[0].image_size
+    targets = protocol == "grefcoco" and sample.mask is not None
+    if protocol not in ("reasonseg", "grefcoco") or not (sample.absent or targets):
+        return None
+    masks = [one.mask for one in found if not one.absent]
+    predicted = np.logical_or.reduce(masks) if masks else np.zeros(size[::-1], dtype=bool)
+    if not sample.absent:
+        return truth_of(sample, size).overlap(predicted)
+    nothing = np.zeros_like(predicted)
+    return Truth((0.0, 0.0, 0.0, 0.0), nothing, decode_ignored(sample, size)).overlap(predicted)
 
 
 @dataclass(frozen=True)

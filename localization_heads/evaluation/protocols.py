@@ -6,6 +6,7 @@ its protocol on every line. All are pure functions of answers and truths; docs/d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,11 +37,13 @@ PROTOCOLS: Mapping[str, str] = {
     "lmms": "all expressions of an object in one prompt, as lmms-eval's refcoco_grounding; right from an IoU of 0.5 on",
     "reasonseg": "LISA: gIoU is the mean of the mask IoUs, cIoU the sum of the intersections by that of the unions; "
     "an empty target counts 1 where nothing is predicted, else 0",
-    "ref-l4": "right above an IoU, not at it; small, medium and large by sqrt(w * h) at 128 and 256 pixels",
+    "ref-l4": "right above an IoU, not at it; small, medium and large by sqrt(w * h) at 128 and 256 pixels; [class "
+    "mean] is the mean over the categories, COCO's counted as those of Objects365 that the benchmark takes them for",
     "screenspot": "right if a point lies in the true box, edges included: the centre of the predicted box, or the peak "
     "of the map",
     "grefcoco": "GREC: Pr@(F1=1) at an IoU of 0.5 over all expressions; N-acc and T-acc are the shares of expressions "
-    "without and with a target to which that many boxes were answered, none or some",
+    "without and with a target to which that many boxes were answered, none or some. GRES: gIoU and cIoU of the union "
+    "of all answered masks with that of all targets; without a target 1 where nothing is answered, else 0",
     "flickr30k": "any-box: an IoU of 0.5 with one of the phrase's boxes; merged-box: with the box around them all",
     "groundingme": "right from an IoU on; an expression that fits nothing is right if the answer says so, not if there "
     "is none",
@@ -103,6 +106,33 @@ def protocol_of(facts: Sequence[Mapping[str, Any]]) -> str | None:
     names = {name if isinstance(name := one.get("protocol"), str) else None for one in facts}
     name = names.pop() if len(names) == 1 else None
     return name if name in PROTOCOLS else None
+
+
+def protocol_block(
+    answers: Sequence[Answer], note: Callable[[str], object], *, by_image: bool = False, seed: int = 42
+) -> dict[str, Any]:
+    """`{"protocol": ...}`, as of `protocol_metrics`, where all entries name one; else nothing, and a note if some do.
+
+    >>> protocol_block([Answer(facts={"protocol": "unc"}), Answer()], print)
+    2 entries are of several protocols (unc: 1, none: 1): evaluate each in a file of its own for the protocol's numbers
+    {}
+    """
+    facts = [answer.facts for answer in answers]
+    if (name := protocol_of(facts)) is not None:
+        return {"protocol": protocol_metrics(name, answers, by_image=by_image, seed=seed)}
+    names = Counter(str(one.get("protocol") or "none")[:40] for one in facts)
+    if len(names) > 1 and set(names) & set(PROTOCOLS):
+        counts = ", ".join(f"{name}: {count}" for name, count in names.most_common(5))
+        note(
+            f"{len(facts)} entries are of several protocols ({counts}): "
+            "evaluate each in a file of its own for the protocol's numbers"
+        )
+    return {}
+
+
+def named_protocol(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocol of a `protocol_block`, as it stands among the choices of `metrics.json`."""
+    return {"protocol": block["protocol"]["name"] if block else None}
 
 
 def protocol_metrics(
@@ -191,7 +221,12 @@ def ref_l4(answers: Sequence[Answer]) -> Shares:
     sizes = [size_class(answer.truths[0]) if len(answer.truths) == 1 else None for answer in answers]
     mean = np.mean([ious > threshold for threshold in MEAN_THRESHOLDS], axis=0)
     high = {f"acc>{threshold}": _share(ious > threshold, single) for threshold in (0.75, 0.9)}
-    return _by_kind("acc>0.5", ious > 0.5, sizes, single) | high | _by_kind("macc>", mean, sizes, single)
+    found = _by_kind("acc>0.5", ious > 0.5, sizes, single) | high | _by_kind("macc>", mean, sizes, single)
+    classes = [name if one else None for name, one in zip(_kinds(answers, "category"), single, strict=True)]
+    numbers = Counter(classes)
+    weights = np.array([1 / numbers[name] if name else 0.0 for name in classes])  # in sum 1 for each class
+    averaged = {"acc>0.5[class mean]": ious > 0.5, "macc>[class mean]": mean}
+    return found | {key: Share(weights * right, weights) for key, right in averaged.items()}
 
 
 def centre_inside(box: Box, true: Box) -> bool:
@@ -220,11 +255,13 @@ def screenspot(answers: Sequence[Answer]) -> Shares:
 
 
 def grefcoco(answers: Sequence[Answer]) -> Shares:
-    """Pr@(F1=1), N-acc and T-acc (He et al., arXiv 2308.16182)."""
+    """Pr@(F1=1), N-acc and T-acc (He et al., arXiv 2308.16182); gIoU and cIoU where there are masks (2306.00968)."""
     perfect = [f1(answer.boxes, answer.truths) == 1 for answer in answers]
     some = np.array([bool(answer.boxes) for answer in answers])
     target = np.array([bool(answer.truths) for answer in answers])
-    return {"pr@f1=1": _share(perfect), "n_acc": _share(~some, ~target), "t_acc": _share(some, target)}
+    shares = {"pr@f1=1": _share(perfect), "n_acc": _share(~some, ~target), "t_acc": _share(some, target)}
+    masked = any(answer.truths and answer.overlap is not None for answer in answers)
+    return shares | (reasonseg(answers) if masked else {})
 
 
 def merged_box(boxes: Sequence[Box]) -> Box:

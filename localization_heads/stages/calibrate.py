@@ -80,7 +80,8 @@ def _as_fitted(options: FinderOptions, *, signals: bool) -> FinderOptions:
     )
 
 
-def _measure(run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
+def _measure(run: Run, one: Attended, found: Sequence[Grounding]) -> dict[str, Any]:
+    grounding = found[0]
     return {"signals": dict(grounding.signals), "right": is_right(one.sample, grounding.box)}
 
 

@@ -18,9 +18,9 @@ from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.claims import Claim, is_right
 from localization_heads.evaluation.controls import CENTRE, DRAWS
 from localization_heads.evaluation.instances import instance_metrics
-from localization_heads.evaluation.judging import HEADS, Judge, overlap_with_nothing, truth_of
+from localization_heads.evaluation.judging import HEADS, Judge, overlap_of_all, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
-from localization_heads.evaluation.protocols import protocol_metrics, protocol_of
+from localization_heads.evaluation.protocols import named_protocol, protocol_block
 from localization_heads.evaluation.scores import score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.ranking import HeadRanking
@@ -85,14 +85,11 @@ def evaluate(run: Run) -> Result:
         numbers = judge.metrics([scores for scores, _ in scored], images, len(entries.failures))
         numbers |= _of_several(run, outcomes)
         numbers |= judge.trust([_claim(outcome) for outcome in outcomes])
-        protocol = protocol_of([sample.facts for sample in entries.samples])
-        if protocol is not None:
-            answers = [outcome.answer for outcome in outcomes]
-            by_image = options.bootstrap == "image"
-            numbers["protocol"] = protocol_metrics(
-                protocol, answers, by_image=by_image, seed=options.random_seed
-            )
-        metrics = {**numbers, "choices": {**_choices(run, scorer), "protocol": protocol}}
+        answers = [outcome.answer for outcome in outcomes]
+        block = protocol_block(
+            answers, run.lvlm.note, by_image=options.bootstrap == "image", seed=options.random_seed
+        )
+        metrics = {**numbers, **block, "choices": {**_choices(run, scorer), **named_protocol(block)}}
         paths = [
             save_predictions(run, outcomes, entries.in_order()),
             save_per_sample(run, outcomes, entries.in_order()),
@@ -185,11 +182,13 @@ class EntryScorer:
     native: BoxFormat | None
     alone: Alone = field(default_factory=Alone)
 
-    def measure(self, run: Run, one: Attended, grounding: Grounding) -> dict[str, Any]:
+    def measure(self, run: Run, one: Attended, found: Sequence[Grounding]) -> dict[str, Any]:
         """Whether the box is right; where there is one true box, every method's scores, and the model's own box."""
+        grounding = found[0]
         measured: dict[str, Any] = {"right": is_right(one.sample, grounding.box)}
-        if one.sample.absent and one.sample.facts.get("protocol") == "reasonseg":
-            measured["overlap"] = overlap_with_nothing(one.sample, grounding)
+        overlap = overlap_of_all(one.sample, found)
+        if overlap is not None:
+            measured["overlap"] = overlap
         if one.sample.absent or len(one.sample.boxes) > 1:
             return measured
         truth = truth_of(one.sample, one.single.size)
@@ -220,13 +219,16 @@ def truths(samples: Sequence[Sample]) -> str:
     for sample in samples:
         truth = [sample.id, sample.bbox, _identity(sample.mask), _identity(sample.ignore)]
         truth += [sample.boxes, sample.absent] if sample.boxes or sample.absent else []
-        truth += [sample.facts.get("protocol")] if sample.absent else []
+        protocol = sample.facts.get("protocol")
+        truth += [protocol] if sample.absent or protocol == "grefcoco" else []
         digest.update(json.dumps(truth).encode())
     return digest.hexdigest()
 
 
 def _identity(mask: MaskSource | None) -> Any:
     """JSON values that change with a mask of a data file: of a PNG, its size and time of change."""
+    if isinstance(mask, list | tuple):
+        return [_identity(one) if isinstance(one, Path) else one for one in mask]
     if not isinstance(mask, Path):
         return mask
     try:

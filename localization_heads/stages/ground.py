@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from localization_heads.figures import Found
 
 
-Measure = Callable[[Run, Attended, Grounding], dict[str, Any]]
-"""Adds to `Outcome.measured` of one grounded entry. UsageError puts the entry aside.
+Measure = Callable[[Run, Attended, Sequence[Grounding]], dict[str, Any]]
+"""Adds to `Outcome.measured` of one grounded entry, with all that was found for it, the best first.
+UsageError puts the entry aside.
 
 Like all `Work` it is sent to where the model is, and given that place's `Run`.
 """
@@ -263,7 +264,7 @@ def _ground_each(
             found = [grounder.ground(one.maps, one.image, statistics, one.second)]
         grounding = found[0]
         outcome = Outcome.of(one.sample, grounding, found if every else None)
-        measured = measure(run, one, grounding) if measure else {}
+        measured = measure(run, one, found) if measure else {}
         place = grounding.image_index
         card = look(room, outcome, one.maps.at(place), grounding, lambda: image_at(one.image, place))
         # Without the mask, a byte a pixel, which the outcome has as run lengths.

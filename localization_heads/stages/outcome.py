@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Outcome:
     def answer(self) -> Answer:
         """What was answered, and what is true, for the benchmark's own metric."""
         scores = self.scores.get(HEADS)
-        overlap = scores[0].overlap if scores else self.measured.get("overlap")
+        overlap = self.measured.get("overlap", scores[0].overlap if scores else None)
         return Answer(
             boxes=tuple(self.boxes),
             truths=self.sample.true_boxes,
@@ -124,7 +124,8 @@ def save_predictions(
     if alone is not None:
         path = entry_path(run.attention_folder, alone, "_prediction.jsonl")
     failed = [Prediction(id=bad.id or f"line_{bad.line}", error=bad.reason) for bad in failures]
-    write_predictions(path, [*(outcome.prediction for outcome in outcomes), *failed])
+    done = [replace(outcome.prediction, heads_from=run.heads_from) for outcome in outcomes]
+    write_predictions(path, [*done, *failed])
     return path
 
 

@@ -78,7 +78,9 @@ def follow(run: Run) -> Followed:
             first = found[0].error if found else "it has no frame"
             raise NothingDoneError("no frame could be grounded", [BadEntry(0, id, first or "")])
         found = _smoothed(found, options.smoothing)
-        write_predictions(run.folder / "predictions.jsonl", found)
+        write_predictions(
+            run.folder / "predictions.jsonl", [replace(one, heads_from=run.heads_from) for one in found]
+        )
         thumbnails = _draw(video, options.fps, found, drawn)
         from localization_heads import figures
 

@@ -152,6 +152,7 @@ class Prediction:
         raw_bbox: the frame's box before it was smoothed over time; None where it was not.
         image_index: which image of a prompt with several the box is in, counted from 0; None of a prompt with one.
         images: every image of such a prompt, in its order.
+        heads_from: the ready list that the heads are of, and its source; None for other heads.
     """
 
     id: str
@@ -171,6 +172,7 @@ class Prediction:
     raw_bbox: Box | None = None
     image_index: int | None = None
     images: Sequence[ImageShare] = ()
+    heads_from: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
@@ -187,6 +189,7 @@ class Prediction:
             "calibrated": self.calibrated,
             "present": _float_or_none(self.presence),
             "absent": self.absent,
+            **({} if self.heads_from is None else {"heads_from": self.heads_from}),
             **self._in_video(),
             **self._among_images(),
         }
@@ -212,8 +215,13 @@ class Prediction:
         calibrated, absent = line.get("calibrated", False), line.get("absent", False)
         if not isinstance(calibrated, bool) or not isinstance(absent, bool):
             raise ValueError("'calibrated' and 'absent' must be true or false")
-        if not isinstance(line["id"], str) or not isinstance(error, str | None):
-            raise ValueError("'id' and 'error' must be text")
+        origin = line.get("heads_from")
+        if (
+            not isinstance(line["id"], str)
+            or not isinstance(error, str | None)
+            or not isinstance(origin, str | None)
+        ):
+            raise ValueError("'id', 'error' and 'heads_from' must be text")
         return cls(
             id=line["id"],
             bbox=None if box is None else _box(box),
@@ -232,6 +240,7 @@ class Prediction:
             raw_bbox=None if line.get("raw_bbox") is None else _box(line["raw_bbox"]),
             image_index=None if line.get("image_index") is None else int(_number(line["image_index"])),
             images=tuple(ImageShare.from_json(one) for one in line.get("images") or ()),
+            heads_from=origin,
         )
 
 
