@@ -154,6 +154,9 @@ def with_videos(name: str) -> Any:
         size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
         videos = hf.LlavaNextVideoVideoProcessor(**size)
         options = {"patch_size": 14, "vision_feature_select_strategy": "default"}
+    elif name == "video_llava":
+        videos = hf.VideoLlavaVideoProcessor()
+        options = {"patch_size": 14, "num_additional_image_tokens": 1}
     else:
         videos = hf.InternVLVideoProcessor(size={"height": 224, "width": 224})
         options = {"image_seq_length": 64}

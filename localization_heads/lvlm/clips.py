@@ -43,10 +43,11 @@ class Clip(NamedTuple):
     Args:
         inputs: pixels, and what the model needs to place them.
         text: what stands in the prompt for the video.
-        token: the id that the video's features replace; the first `t * h * w` of them in the order of `grid`.
+        token: the id that the video's features replace, in the order of `grid`, with perhaps one more at the end.
         grid: `(t, h, w)` tokens in time, down and across.
         box: the region of a frame that they cover, in its pixels.
         together: frames that are merged into one token.
+        lead: tokens ahead of each grid `(h, w)`, which have no place.
     """
 
     inputs: dict[str, Any]
@@ -55,6 +56,7 @@ class Clip(NamedTuple):
     grid: tuple[int, int, int]
     box: Box
     together: int = 1
+    lead: int = 0
 
 
 Layout = Callable[["LoadedModel", Sequence[Image.Image], Sequence[float]], Clip]
@@ -122,12 +124,23 @@ def _llava_onevision(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Se
 
 
 def _llava_next_video(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """LLaVA-NeXT-Video: the centre of each frame, its short side resized; cells of two by two patches."""
+    """LLaVA-NeXT-Video: the centre of each frame, in cells of two by two patches."""
+    config = lvlm.model.config
+    return _centres(lvlm, frames, patches_of(config.vision_config)[0] // config.spatial_pool_stride)
+
+
+def _video_llava(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
+    """Video-LLaVA: the centre of each frame; the class token of its tower is kept."""
+    return _centres(lvlm, frames, patches_of(lvlm.model.config.vision_config)[0], lead=1)
+
+
+def _centres(lvlm: LoadedModel, frames: Sequence[Image.Image], n: int, lead: int = 0) -> Clip:
+    """The centre of each frame, its short side resized, in `n x n` cells."""
     import transformers
     from transformers.utils.import_utils import is_torchvision_available
 
-    own, config = lvlm.processor.image_processor, lvlm.model.config
-    side, (patches, _) = config.vision_config.image_size, patches_of(config.vision_config)
+    own, config, t = lvlm.processor.image_processor, lvlm.model.config, len(frames)
+    side = config.vision_config.image_size
     kind = getattr(transformers, f"CLIPImageProcessor{'' if is_torchvision_available() else 'Pil'}")
     ip = kind(
         size={"shortest_edge": side},
@@ -136,13 +149,13 @@ def _llava_next_video(lvlm: LoadedModel, frames: Sequence[Image.Image], times: S
         image_std=own.image_std,
     )
     pixels = torch.cat([ip(images=[frame], return_tensors="pt")["pixel_values"] for frame in frames])
-    n, t = patches // config.spatial_pool_stride, len(frames)
     return Clip(
         {"pixel_values_videos": pixels[None]},
-        lvlm.processor.video_token * (t * n * n),
+        lvlm.processor.video_token * (t * (lead + n * n)),
         config.video_token_id,
         (t, n, n),
         cropped_box(ip, whole_box(frames[0].size)),
+        lead=lead,
     )
 
 
@@ -169,6 +182,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
+    "video_llava": _video_llava,
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _qwen3),
 }
 """The families whose video tokens are read, by `model_type`."""
@@ -220,7 +234,8 @@ def make_clip_ready(
     lvlm.check_length(inputs["input_ids"].shape[1])
     places = (inputs["input_ids"][0] == clip.token).nonzero()[:, 0].numpy()
     t, h, w = clip.grid
-    index = grid(places[: t * h * w], t, h * w).reshape(t, h, w)
+    each = clip.lead + h * w
+    index = grid(places[: t * each], t, each)[:, clip.lead :].reshape(t, h, w)
     return ReadyClip(inputs, [even_view("whole", cells, clip.box) for cells in index], clip.together)
 
 
