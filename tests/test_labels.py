@@ -298,6 +298,33 @@ def test_the_stage_resumes_and_writes(front: Front, calls: Calls, monkeypatch: p
             assert refused.status == status and said in one_line(refused.err)
 
 
+def test_shrinkage_towards_the_heads_that_move(front: Front) -> None:
+    """The label-free part is that of criteria=robust; its statistics serve both, and `rank` goes by them."""
+    robust = (*SCENES, "criteria=robust", "criteria.mirrored=2")
+    assert front.finder(*robust).status == 0
+    free = json.loads((front.out / "heads.json").read_text())["heads"]
+    words = ("heads_by=mass", "num_labels=2", "shrink=scores", "shrink_n0=6")
+    result = front.finder(*robust, *words)
+    assert result.status == 0, result.err
+    heads, labels = (json.loads((front.out / f"{name}.json").read_text()) for name in ("heads", "labels"))
+    assert labels["label_free_heads"] == [[head["layer"], head["head"]] for head in free[:3]]
+    movement = {
+        (head["layer"], head["head"]): max(0.0, head["consistency"] - 1 + head["sensitivity"])
+        for head in free
+    }
+    best = max(head["score"] for head in heads["heads"])
+    blended = [
+        0.25 * head["score"] / best
+        + 0.75 * movement.get((head["layer"], head["head"]), 0.0) / max(movement.values())
+        for head in heads["heads"]
+        if (head["layer"], head["head"]) in movement
+    ]
+    assert blended == sorted(blended, reverse=True) and len(blended) == len(free)
+    written = (front.out / "heads.json").read_bytes()
+    assert front.finder("stage=rank", *robust[1:], *words).status == 0
+    assert (front.out / "heads.json").read_bytes() == written
+
+
 def test_a_killed_stage_goes_on(front: Front, calls: Calls) -> None:
     whole = front.finder(*SCENES, "heads_by=pointing", "batch_size=2", "output_dir=whole")
     asked = len(calls)
@@ -342,7 +369,6 @@ def test_wrong_use_is_one_line(front: Front, image: Image.Image) -> None:
         (("heads_by=criteria", "num_labels=3"), "num_labels=: heads_by=criteria takes no labels"),
         (("heads_by=vrh",), "is not known to write boxes itself; rank by mass, iou or pointing"),
         (("heads_by=size",), "heads_by=size"),
-        (("heads_by=mass", "criteria=robust"), "labels stand in place of the third criterion"),
         (
             ("stage=ground", "heads_by=mass"),
             "heads_by=: stage=ground does not read it; write stage=find or rank",

@@ -117,7 +117,8 @@ def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: 
 
     Args:
         how: `none` leaves the scores; `ranks` blends the places in both orders, as shares from 1 (first) down to 0
-            (last); `scores` blends the scores and the selection frequencies, each divided by its highest.
+            (last); `scores` blends the scores and the selection frequencies (the movements, where the third criterion
+            ranks), each divided by its highest.
         n0: as many labels weigh as much as the label-free ranking.
 
     Returns:
@@ -132,10 +133,11 @@ def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: 
             _places(_free(free), scores.shape),
         )
     else:
-        frequency = np.zeros(scores.shape)
+        evidence = np.zeros(scores.shape)
         for head in free.heads:
-            frequency[head.address] = head.selection_frequency
-        by_label, label_free = _to_one(scores), _to_one(frequency)
+            moves = free.options.sensitivity != "none"
+            evidence[head.address] = max(head.movement or 0.0, 0.0) if moves else head.selection_frequency
+        by_label, label_free = _to_one(scores), _to_one(evidence)
     blended = weight * by_label + (1 - weight) * label_free
     blended[: free.exclude_layers] = 0
     return blended

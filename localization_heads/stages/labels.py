@@ -30,15 +30,18 @@ from localization_heads.heads.labels import (
 )
 from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
 from localization_heads.heads.record import found_with
+from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
+from localization_heads.lvlm.beside import is_wanted, movement_in, probing
 from localization_heads.lvlm.native_box import box_reader
+from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.keeping import keep_former
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_store
+from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_own_store
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run, check_criteria
 from localization_heads.store.files import RunLock, write_json
@@ -64,6 +67,7 @@ class Labelled(NamedTuple):
 class _Scored:
     sample: Sample
     statistics: HeadStatistics
+    moved: Moved | None
     scores: Mapping[str, NDArray[np.float32]]
 
 
@@ -73,7 +77,7 @@ def find_by_labels(run: Run) -> Labelled:
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         form = box_reader(run.lvlm).box_form if run.options.heads_by == "vrh" else None
-        store = open_store(run)
+        store = open_own_store(run, entries)
         scores = _scores_of(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
         _collect(run, entries, store, scores, form)
         failed = {failure.line: failure.reason for failure in entries.failures}
@@ -89,6 +93,7 @@ def rank_by_kept_labels(run: Run) -> Labelled:
     """The ranking of `find_by_labels` from the statistics and scores on disk, without the model."""
     by, entries, record = run.options.heads_by, _labelled(run), choose_record(run)
     check_criteria(run.options.criteria, record.num_layers)
+    entries.moving = record.moved
     form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
     wanted = _scores_of(run, record.settings, form, record.num_layers, record.num_heads)
     there = (
@@ -104,7 +109,7 @@ def rank_by_kept_labels(run: Run) -> Labelled:
         missing = [
             one
             for one in entries.samples
-            if entries.key(one) not in store or _key(entries, one) not in scores
+            if entries.stored_key(one, store) not in store or _key(entries, one) not in scores
         ]
         known = scores.failures()
         for sample in missing:
@@ -122,11 +127,6 @@ def _labelled(run: Run) -> Entries:
     by = run.options.heads_by
     what = f"heads_by={by} (heads_by=criteria needs no truth)"
     entries = _pool(run, with_truth(select_entries(run), what, with_box))
-    if run.options.criteria.sensitivity != "none":
-        raise UsageError(
-            f"heads_by={by}: labels stand in place of the third criterion; leave out criteria=robust (or "
-            "criteria.sensitivity=)"
-        )
     wanted = run.options.num_labels
     if wanted is not None and wanted > len(entries.samples):
         raise UsageError(_too_few(wanted, len(entries.samples), run))
@@ -172,9 +172,22 @@ def _collect(
     run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore, form: BoxFormat | None
 ) -> None:
     """Run the model over the entries whose statistics or scores are not there yet."""
+    criteria = run.options.criteria
+    mirrored = moving.to_be_mirrored(entries.samples, criteria)
+
+    def record_key(sample: Sample) -> bytes:
+        if sample.id in mirrored:
+            return entries.record_key(sample, mirrored=True)
+        return entries.stored_key(sample, store)
 
     def keep(found: Sequence[_Scored]) -> None:
-        keep_statistics(entries, [(one.sample, one.statistics) for one in found], store)
+        keep_statistics(
+            entries,
+            [(one.sample, one.statistics) for one in found],
+            store,
+            [record_key(one.sample) for one in found],
+            [one.moved for one in found if one.moved],
+        )
         keys = [_key(entries, one.sample) for one in found]
         scores.append(keys, *(np.stack([one.scores[name] for one in found]) for name in scores.columns))
 
@@ -183,10 +196,12 @@ def _collect(
         entries,
         entries.samples,
         "find",
-        is_done=lambda sample: entries.key(sample) in store and _key(entries, sample) in scores,
+        is_done=lambda sample: record_key(sample) in store and _key(entries, sample) in scores,
         work=partial(_score, form=form),
         keep=keep,
         work_runs_model=form is not None,
+        look_again=moving.looking_again(mirrored),
+        beside=probing(criteria),
     )
 
 
@@ -203,7 +218,8 @@ def _score(
                 maps = box_reader(run.lvlm).attend(one.single, one.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
             statistics = head_statistics(one.maps.attention, run.options.criteria)
-            found.append(_Scored(one.sample, statistics, scores))
+            third = movement_in(one.maps, one.mirrored) if is_wanted(run.options.criteria) else None
+            found.append(_Scored(one.sample, statistics, third, scores))
     return found
 
 
@@ -215,7 +231,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
     if options.num_labels is not None and options.num_labels > len(samples):
         raise UsageError(_too_few(options.num_labels, len(samples), run))
     recipe = recipe_of(run)
-    rows = store.rows([entries.key(sample) for sample in samples])
+    rows = store.rows([entries.stored_key(sample, store) for sample in samples])
     free = rank_heads(
         rows.attention_sum,
         rows.spatial_entropy(options.criteria.entropy),
@@ -227,6 +243,8 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
         seed=options.random_seed,
         model=store.settings["weights"][0],
     )
+    shape = store.num_layers, store.num_heads
+    free = moving.ranked(free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_key(entries, sample) for sample in samples])
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
     draw = recipe.drawn(len(samples))[0]
