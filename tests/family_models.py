@@ -31,6 +31,7 @@ NEEDS_TORCHVISION = {
     "lfm2_vl",
     "lighton_ocr",
     "llama4",
+    "minicpm_ocr",
     "mistral3",
     "molmo2",
     "muse_glimmer",

@@ -313,13 +313,11 @@ def gemma4_unified() -> tuple[Any, Any]:
     return processor, hf.Gemma4UnifiedForConditionalGeneration(config)
 
 
-@family
-def minicpmv4_6() -> tuple[Any, Any]:
+def minicpm_like(prefix: str, **marks: str) -> tuple[Any, Any]:
     """Tiles need not be square; one layer of linear attention, which has no heads."""
-    marks = ("image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
-    t = tokenizer(
-        image_token="<image>", video_token="<video>", **{f"{mark}_token": f"<{mark}>" for mark in marks}
-    )
+    spans = ("image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
+    named = {f"{span}_token": f"<{span}>" for span in spans}
+    t = tokenizer([*marks.values()], image_token="<image>", video_token="<video>", **named)
     language_model = text(
         "qwen3_5_text",
         head_dim=16,
@@ -328,14 +326,51 @@ def minicpmv4_6() -> tuple[Any, Any]:
         linear_num_value_heads=4,
         linear_key_head_dim=16,
         linear_value_head_dim=16,
+        rope_parameters=mrope(1, 1, 0, mrope_interleaved=True, partial_rotary_factor=0.25),
     )
-    config = hf.MiniCPMV4_6Config(
+    config = getattr(hf, f"{prefix}Config")(
         text_config=language_model,
         vision_config=tower(None, 224, 14, insert_layer_id=0),
         insert_layer_id=0,
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
+        **ids(t, **marks),
     )
-    ip = hf.MiniCPMV4_6ImageProcessor(scale_resolution=256)
-    processor = images_only(hf.MiniCPMV4_6Processor)(image_processor=ip, tokenizer=t)
-    return processor, hf.MiniCPMV4_6ForConditionalGeneration(config)
+    images = "MiniCPMOcr" if prefix == "MiniCPMOcr" else "MiniCPMV4_6"
+    ip = getattr(hf, f"{images}ImageProcessor")(scale_resolution=256)
+    processor = images_only(getattr(hf, f"{prefix}Processor"))(image_processor=ip, tokenizer=t)
+    return processor, getattr(hf, f"{prefix}ForConditionalGeneration")(config)
+
+
+@family
+def minicpmv4_6() -> tuple[Any, Any]:
+    return minicpm_like("MiniCPMV4_6")
+
+
+@family
+def minicpmv4_7() -> tuple[Any, Any]:
+    spans = {f"{span}_id": f"<{span}>" for span in ("image_start", "image_end", "slice_start", "slice_end")}
+    return minicpm_like("MiniCPMV4_7", **spans, newline_id="\n")
+
+
+@family
+def minicpm_ocr() -> tuple[Any, Any]:
+    return minicpm_like("MiniCPMOcr")
+
+
+@family
+def cohere_compass() -> tuple[Any, Any]:
+    t = tokenizer(image_token="<|IMAGE_PAD|>", video_token="<|VIDEO_PAD|>")
+    ip = hf.CohereCompassImageProcessor(
+        patch_size=16, size={"shortest_edge": 4096, "longest_edge": 400 * 32 * 32}
+    )
+    sliding = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    rope = mrope(1, 1, 2)
+    config = hf.CohereCompassConfig(
+        text_config=text(**sliding, rope_parameters=dict.fromkeys(sliding["layer_types"], rope)),
+        vision_config=dict(QWEN3_TOWER, depth=1, num_heads=1, patch_size=16, deepstack_visual_indexes=[0]),
+        image_token_id=t.image_token_id,
+        video_token_id=t.video_token_id,
+    )
+    processor = images_only(hf.CohereCompassProcessor)(ip, t)
+    return processor, hf.CohereCompassForConditionalGeneration(config)

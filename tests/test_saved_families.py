@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from family_models import BUILDERS, tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
+from safetensors.torch import load_file, save_file
 
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.doctor import examine
@@ -29,3 +31,19 @@ def test_a_saved_family_loads_and_is_well(name: str, tmp_path: Path) -> None:
     expected, actual = lvlm.attend(image, "the dog"), loaded.attend(image, "the dog")
     assert actual.image_box == expected.image_box
     np.testing.assert_allclose(actual.attention, expected.attention, rtol=0, atol=1e-5)
+
+
+def test_the_thinker_of_a_whole_omni_model(tmp_path: Path) -> None:
+    """Checkpoints of Qwen-Omni have the part that reads and writes beside others, and under a name."""
+    lvlm = tiny("qwen2_5_omni_thinker")
+    lvlm.processor.save_pretrained(tmp_path)
+    lvlm.model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    renamed = {f"thinker.{name}": value for name, value in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+    whole = {"model_type": "qwen2_5_omni", "thinker_config": json.loads(config.read_text())}
+    config.write_text(json.dumps(whole))
+    loaded, image = load_model(str(tmp_path), device="cpu", conv_mode="plain"), coordinate_image(64, 48)
+    loaded.processor.tokenizer = lvlm.processor.tokenizer
+    expected = lvlm.attend(image, "the dog").attention
+    np.testing.assert_allclose(loaded.attend(image, "the dog").attention, expected, rtol=0, atol=1e-5)

@@ -26,6 +26,7 @@ from localization_heads.store.pickle_parts import PickleRefusedError
 from localization_heads.store.safe_pickle import load_pickle, loads_pickle
 
 PROTOCOLS = (2, 3, 4, 5)
+CORE = sys.modules.get("numpy._core") or sys.modules["numpy.core"]  # numpy 2 and 1
 
 
 class Call:
@@ -237,12 +238,12 @@ def hostile_pickles(touch: str) -> dict[str, bytes]:
         ),
         "an array of objects": pickle.dumps(np.array([Call(os.system, mark), None], dtype=object)),
         "an object as a scalar": pickle.dumps(
-            Call(np._core.multiarray.scalar, np.dtype("O"), pickle.dumps(Call(os.system, mark)))
+            Call(CORE.multiarray.scalar, np.dtype("O"), pickle.dumps(Call(os.system, mark)))
         ),
         "an array of records": pickle.dumps(np.zeros(2, dtype=[("a", "f4")])),
         "an array of text": pickle.dumps(np.array(["a"])),
         "a subclass of ndarray": pickle.dumps(np.ma.masked_array([1.0], [0])),
-        "a memmap class": pickle.dumps(Call(np._core.multiarray._reconstruct, np.memmap, (0,), b"b")),
+        "a memmap class": pickle.dumps(Call(CORE.multiarray._reconstruct, np.memmap, (0,), b"b")),
         "a huge ndarray by call": pickle.dumps(Call(np.ndarray, (10**12,))),
         "a dtype with strange arguments": pickle.dumps(Call(np.dtype, "O8")),
         "state set on a constructor": b"\x80\x04" + ENCODE + b"N}\x8c\x0c__defaults__)s\x86b.",

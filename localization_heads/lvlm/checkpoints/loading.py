@@ -248,6 +248,7 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
     checkpoint.check_original(written, shown)
     checkpoint.check_counts(written, shown)
     config = _read(AutoConfig.from_pretrained, source, spec)
+    config = getattr(config, "thinker_config", config)  # the part of Qwen-Omni that reads and writes
     try:
         check_family(config)
     except UsageError as error:
@@ -301,6 +302,8 @@ def _load_weights(source: str, spec: ModelSpec, config: Any) -> nn.Module:
             saved,
         )
     options: dict[str, Any] = {"dtype": spec.dtype}
+    if str(config.model_type).endswith("_thinker"):
+        options |= {"config": config, "key_mapping": {r"^thinker\.": ""}}
     if spec.device_map:
         options["device_map"] = spec.device_map
     if spec.attn_implementation:

@@ -132,6 +132,7 @@ FAMILIES = {
 
 FAMILIES |= {
     "cohere2_vision": FAMILIES["aya_vision"],
+    "cohere_compass": Family(qwen),
     "cosmos3_edge": Family(qwen),
     "cosmos3_omni": FAMILIES["qwen3_vl"],
     "deepseek_vl_hybrid": FAMILIES["deepseek_vl"],
@@ -148,7 +149,9 @@ FAMILIES |= {
     "lfm3_vl": Family(qwen),
     "lighton_ocr": FAMILIES["mistral3"],
     "llava_next_video": FAMILIES["llava_next"],
+    "minicpm_ocr": Family(minicpm),
     "minicpmv4_6": Family(minicpm),
+    "minicpmv4_7": Family(minicpm),
     "molmo2": Family(molmo2),
     "muse_glimmer": Family(qwen),
     "muse_spark": Family(qwen),
@@ -209,6 +212,7 @@ REFUSED |= {
     "diffusion_gemma": "it refines whole blocks of text, so that no token comes just before the answer",
     "evolla": "it reads proteins, and no images",
     "hunyuan_vl": "it numbers the images of a batch, so that a sample's attention depends on the others",
+    "granite4_vision": "windows of learned queries mix its patches, and their features enter layer by layer",
     "mistral4": "it reads text, and no images",
     "mistral_large4": "each token attends to chosen keys only, by a scale that changes with padding",
     "pp_formulanet": "its processor takes an image and no text",
