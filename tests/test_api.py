@@ -171,10 +171,11 @@ def test_an_image_is_read_once_for_the_samples_that_follow_each_other(
 
     samples = several()
     alone = [lh.find_heads(lvlm, [sample], top_n=3) for sample in samples]
-    apart = [lh.evaluate(lvlm, [sample], HEADS).samples[0] for sample in samples]
+    plain = {"controls": False, "segmenter": None}
+    apart = [lh.evaluate(lvlm, [sample], HEADS, **plain).samples[0] for sample in samples]
     monkeypatch.setattr(model, "EncodedImage", Counted)
     other = Sample(Image.new("RGB", (64, 64), "white"), "the animal", bbox=(0, 0, 9, 9))
-    evaluation = lh.evaluate(lvlm, [*samples, other, other], HEADS)
+    evaluation = lh.evaluate(lvlm, [*samples, other, other], HEADS, **plain)
     assert len(read) == 2
     for one, expected in zip(evaluation.samples, apart, strict=False):
         assert one.box == pytest.approx(expected.box, abs=1e-3)
@@ -205,7 +206,7 @@ def test_samples_are_read_as_they_are_needed(lvlm: LVLM) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LVLM, "attend_batch", counted)
-        lh.evaluate(lvlm, endless(), HEADS)
+        lh.evaluate(lvlm, endless(), HEADS, controls=False, segmenter=None)
     assert done == 4 and max(ahead) <= 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ from tests.dataset_files import (
 from tests.front import read_lines
 
 OUT = Path("outputs/datasets")
+EVALUATE = ("stage=evaluate", "visualize_batch=false", "worst=0", "report=false")
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_val_is_written_whole_and_evaluate_scores_it(front):
     np.testing.assert_array_equal(read_mask(first["mask"], ref.size), read_mask(ref.segmentation, ref.size))
     file = load_samples(OUT / "refcoco-val.jsonl")
     assert not file.bad and [sample.picture for sample in file.entries] == ["coco:20"] * 2
-    result = front.finder("stage=evaluate", f"data_file={OUT}/refcoco-val.jsonl", "visualize_batch=false")
+    result = front.finder(*EVALUATE, f"data_file={OUT}/refcoco-val.jsonl")
     assert result.status == 0
     metrics = front.json("metrics.json")
     assert metrics["num_samples"] == metrics["num_masks"] == 2
@@ -203,13 +205,13 @@ def test_ignored_pixels_do_not_count(front):
     everything = {"size": [48, 64], "counts": [0, 48 * 64]}
     line = {"id": "a", "prompt": "the lady", "image_path": str(image), "mask": everything}
     Path("d.jsonl").write_text(json.dumps(line))
-    front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
+    front.finder(*EVALUATE, "data_file=d.jsonl")
     plain = front.json("metrics.json")["ciou"]
     (prediction,) = front.lines()
     predicted = read_mask(prediction["mask"], size)
     assert plain == pytest.approx(predicted.mean(), abs=1e-6) and 0 < plain < 1
     Path("d.jsonl").write_text(json.dumps({**line, "ignore": encode_mask(~predicted)}))
-    front.finder("stage=evaluate", "data_file=d.jsonl", "visualize_batch=false")
+    front.finder(*EVALUATE, "data_file=d.jsonl")
     assert front.json("metrics.json")["ciou"] == 1.0
 
 
@@ -265,11 +267,19 @@ def test_one_excluded_file_needs_no_list_and_must_be_prepared(front):
     assert prepared(front, "exclude=[outputs/datasets/refcoco-val.jsonl]").status == 2  # leaves nothing
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("discovered") / "once"
+
+
 @pytest.fixture
-def discovered(front):
-    """Heads found on a prepared training sample."""
-    prepared(front, "split=train", "num_samples=4")
-    front.finder("stage=find", f"data_file={OUT}/refcoco-train-4-seed42.jsonl", "num_samples=4")
+def discovered(front, kept):
+    """Heads found on a prepared training sample: once, and copied for each test."""
+    if not kept.exists():
+        prepared(front, "split=train", "num_samples=4")
+        front.finder("stage=find", f"data_file={OUT}/refcoco-train-4-seed42.jsonl", "num_samples=4")
+        shutil.copytree("outputs", kept)
+    shutil.copytree(kept, "outputs", dirs_exist_ok=True)
     return front
 
 
@@ -280,9 +290,7 @@ def test_heads_json_names_its_images(discovered):
 
 def evaluated(front, data_file, *options):
     heads = f"heads={front.out}/heads.json"
-    return front.finder(
-        "stage=evaluate", f"data_file={data_file}", heads, "k=1", "visualize_batch=false", *options
-    )
+    return front.finder(*EVALUATE, f"data_file={data_file}", heads, "k=1", *options)
 
 
 def test_heads_are_not_scored_on_images_they_were_found_on(discovered):
@@ -458,7 +466,7 @@ def test_protocols_of_refcoco(front, options, name, prompts, protocol):
     assert record["protocol"] == protocol and record["expressions"] == len(prompts)
     if protocol == "lmms":
         assert written[0]["id"] == "ref10_joined"
-        result = front.finder("stage=evaluate", f"data_file={OUT}/{name}.jsonl", "visualize_batch=false")
+        result = front.finder(*EVALUATE, f"data_file={OUT}/{name}.jsonl")
         metrics = front.json("metrics.json")
         assert result.status == 0 and metrics["choices"]["protocol"] == metrics["protocol"]["name"] == "lmms"
         assert "protocol lmms" in result.out
@@ -472,7 +480,7 @@ def test_an_empty_target_counts_one_where_nothing_is_predicted(front):
     assert prepared(front, dataset="reasonseg", path="rs").status == 0
     full, none = lines("reasonseg-val.jsonl")
     assert none["absent"] is True and none["bbox"] is None and "mask" not in none and full["bbox"]
-    data = ("stage=evaluate", f"data_file={OUT}/reasonseg-val.jsonl", "visualize_batch=false")
+    data = (*EVALUATE, f"data_file={OUT}/reasonseg-val.jsonl")
     assert front.finder(*data).status == 0
     metrics = front.json("metrics.json")
     found, single = metrics["protocol"], metrics["giou"]
