@@ -41,6 +41,7 @@ HEAD_KEYS = [
     "layer", "head", "selection_frequency", "selection_frequency_std", "attention_sum", "spatial_entropy",
 ]  # fmt: skip
 DATA = "data_file=data.jsonl"
+QUIET = (DATA, "report=false")
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_the_batch_size_only_rounds(front: Front) -> None:
     """The same heads in the same order; sums equal to 1e-4."""
     found = []
     for size in (1, 2, 8):
-        assert front.finder("stage=find", DATA, f"batch_size={size}", f"output_dir=by_{size}").status == 0
+        assert front.finder("stage=find", *QUIET, f"batch_size={size}", f"output_dir=by_{size}").status == 0
         found.append(json.loads(heads_of(f"by_{size}/tiny"))["heads"])
     for other in found[1:]:
         assert [(h["layer"], h["head"]) for h in other] == [(h["layer"], h["head"]) for h in found[0]]
@@ -149,7 +150,7 @@ def test_the_batch_size_only_rounds(front: Front) -> None:
 
 def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM) -> None:
     """Three trials of two samples, as drawn; samples that no trial draws are not looked at."""
-    options = ("stage=find", DATA, "num_trials=3", "num_samples=2", "batch_size=1")
+    options = ("stage=find", *QUIET, "num_trials=3", "num_samples=2", "batch_size=1")
     assert front.finder(*options).status == 0
     assert 2 <= len(calls) < 5
     ranking = json.loads(heads_of(front.out))
@@ -182,29 +183,29 @@ def test_a_range_of_entries(front: Front, calls: Calls) -> None:
     ids = []
     for start, end in ((1, 3), (3, -1), (0, 99)):
         options = (f"start_index={start}", f"end_index={end}")  # a range that is given is meant
-        assert front.finder("stage=batch", DATA, *options).status == 0
+        assert front.finder("stage=batch", *QUIET, *options).status == 0
         ids.append([line["id"] for line in front.lines()])
     assert ids == [["entry_1", "entry_2"], ["entry_3", "entry_4"], [f"entry_{n}" for n in range(5)]]
     assert sum(calls.sizes) >= 5
-    result = front.finder("stage=find", DATA, "process_all=false", "start_index=5")
+    result = front.finder("stage=find", *QUIET, "process_all=false", "start_index=5")
     assert result.status == 2
     assert "start_index=5" in one_line(result.err)
     Path("data.jsonl").write_text("nonsense\n" + Path("data.jsonl").read_text())
-    result = front.finder("stage=find", DATA, "process_all=false", "start_index=0", "end_index=2")
+    result = front.finder("stage=find", *QUIET, "process_all=false", "start_index=0", "end_index=2")
     assert result.status == 1
     assert json.loads(heads_of(front.out))["num_samples"] == 1
 
 
 def test_visualize_batch_false_draws_no_entry(front: Front) -> None:
-    assert front.finder("stage=batch", DATA, "visualize_batch=false").status == 0
+    assert front.finder("stage=batch", *QUIET, "visualize_batch=false").status == 0
     assert not list((front.out / "attention").glob("*.png"))
 
 
 @pytest.mark.parametrize("format", ["safetensors", "published"])
 def test_attention_format_of_a_batch(format: str, front: Front) -> None:
     """The same heads from another format."""
-    assert front.finder("stage=batch", DATA, f"attention_format={format}", "output_dir=st").status == 0
-    assert front.finder("stage=batch", DATA).status == 0
+    assert front.finder("stage=batch", *QUIET, f"attention_format={format}", "output_dir=st").status == 0
+    assert front.finder("stage=batch", *QUIET).status == 0
     assert heads_of("st/tiny") == heads_of(front.out)
     assert Path("st/tiny/predictions.jsonl").read_bytes() == (front.out / "predictions.jsonl").read_bytes()
     ending = "*_metadata.pkl" if format == "published" else "*.safetensors"
@@ -294,7 +295,7 @@ def test_only_the_culprit_of_a_batch_fails(front: Front, monkeypatch: pytest.Mon
         return original(self, images, expressions, **options)
 
     monkeypatch.setattr(LVLM, "attend_batch", picky)
-    result = front.finder("stage=batch", DATA)
+    result = front.finder("stage=batch", *QUIET)
     assert result.status == 1
     lines = front.lines()
     assert [line["id"] for line in lines if line["error"]] == ["entry_2"]
@@ -304,7 +305,7 @@ def test_only_the_culprit_of_a_batch_fails(front: Front, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("heads", ["[99-0]", "no.json", "[x]", "[]"])
 def test_wrong_heads_are_refused_before_the_work(front: Front, calls: Calls, heads: str) -> None:
-    result = front.finder("stage=batch", DATA, f"heads={heads}")
+    result = front.finder("stage=batch", *QUIET, f"heads={heads}")
     assert result.status == 2
     assert "heads" in one_line(result.err)
     assert not calls
@@ -312,11 +313,11 @@ def test_wrong_heads_are_refused_before_the_work(front: Front, calls: Calls, hea
 
 def test_known_heads_ground_a_batch(front: Front) -> None:
     """Where some are known for the model; the line above the boxes says whose they are."""
-    result = front.finder("stage=batch", DATA)
+    result = front.finder("stage=batch", *QUIET)
     used = {str(line["heads"]) for line in front.lines()}
     assert used == {"[[4, 4], [5, 6], [5, 3]]"}
     assert "boxes below: heads L4H4 L5H6 L5H3, known for embedded" in result.out
-    result = front.finder("stage=batch", DATA, f"heads={front.out / 'heads.json'}")
+    result = front.finder("stage=batch", *QUIET, f"heads={front.out / 'heads.json'}")
     first = [[one["layer"], one["head"]] for one in json.loads(heads_of(front.out))["heads"][:3]]
     assert {str(line["heads"]) for line in front.lines()} == {str(first)}
     assert "as heads= says" in result.out
@@ -324,36 +325,36 @@ def test_known_heads_ground_a_batch(front: Front) -> None:
 
 def test_a_lesser_ranking_does_not_take_the_place_of_a_better_one_unsaid(front: Front) -> None:
     """Fewer samples, or other criteria: the one before stays beside it."""
-    assert "5 samples: the order of the heads is not firm under 100" in front.finder("stage=find", DATA).err
+    assert "5 samples: the order of the heads is not firm under 100" in front.finder("stage=find", *QUIET).err
     whole = heads_of(front.out)
-    assert "made anew" not in front.finder("stage=find", DATA).err
+    assert "made anew" not in front.finder("stage=find", *QUIET).err
     assert not (front.out / "heads_before.json").exists()
-    result = front.finder("stage=find", DATA, "end_index=4")
+    result = front.finder("stage=find", *QUIET, "end_index=4")
     assert "the one before, from 5 samples, is now" in result.err
     assert (front.out / "heads_before.json").read_bytes() == whole
-    assert "made anew" not in front.finder("stage=find", DATA).err, "more samples are no loss"
-    assert "under other criteria" in front.finder("stage=find", DATA, "criteria.exclude_layers=1").err
+    assert "made anew" not in front.finder("stage=find", *QUIET).err, "more samples are no loss"
+    assert "under other criteria" in front.finder("stage=find", *QUIET, "criteria.exclude_layers=1").err
 
 
 def test_named_heads_ground_a_batch(front: Front) -> None:
     """A list, and each sample's own; the ranking does not depend on them."""
-    assert front.finder("stage=batch", DATA, "heads=[2-0,3-1]").status == 0
+    assert front.finder("stage=batch", *QUIET, "heads=[2-0,3-1]").status == 0
     ranking = heads_of(front.out)
     assert {str(line["heads"]) for line in front.lines()} == {"[[2, 0], [3, 1]]"}
-    assert front.finder("stage=batch", DATA, "heads=greedy", "k=1").status == 0
+    assert front.finder("stage=batch", *QUIET, "heads=greedy", "k=1").status == 0
     assert all(len(line["heads"]) == 1 for line in front.lines())
     assert heads_of(front.out) == ranking
 
 
 def test_a_criterion_that_keeps_no_head(front: Front) -> None:
     """heads.json is empty, no sample gets a box of heads that nobody chose, and nothing breaks."""
-    result = front.finder("stage=batch", DATA, "criteria.tau=2", "heads=greedy")
+    result = front.finder("stage=batch", *QUIET, "criteria.tau=2", "heads=greedy")
     assert result.status == 1, result.err
     assert json.loads(heads_of(front.out))["heads"] == []
     lines = front.lines()
     assert lines and not any(line["bbox"] for line in lines)
     assert all("no head passes the criteria" in line["error"] for line in lines)
-    result = front.finder("stage=find", DATA, "criteria.exclude_layers=99")
+    result = front.finder("stage=find", *QUIET, "criteria.exclude_layers=99")
     assert result.status == 2
     assert "criteria.exclude_layers=99" in one_line(result.err)
 
@@ -364,7 +365,7 @@ def test_a_criterion_that_keeps_no_head(front: Front) -> None:
 @pytest.mark.parametrize(("stage", "fail_at"), [("batch", 0), ("batch", 2), ("find", 1)])
 def test_interrupted_and_resumed(front: Front, calls: Calls, stage: str, fail_at: int) -> None:
     """Ctrl-C keeps the finished chunks; only the others are computed; heads.json is the same byte for byte."""
-    options = (f"stage={stage}", DATA, "batch_size=2")
+    options = (f"stage={stage}", *QUIET, "batch_size=2")
     assert front.finder(*options, "output_dir=whole").status == 0
     assert calls.sizes == [2, 2, 1]
     calls.restart(fail_at)
@@ -449,10 +450,11 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
         *(("evaluate", 5, sent) for sent in ("SIGKILL", "SIGTERM", "SIGINT")),
         ("evaluate", 8, "SIGKILL"),
     ]
-    options = [DATA, "batch_size=2", "num_threads=1", "report_samples=4"]
+    common = (DATA, "batch_size=2", "num_threads=1", "report_samples=4")
+    options = {stage: [f"stage={stage}", *common] for stage in WRITTEN}
+    options["evaluate"] += ["controls=false", "segmenter=none"]
     jobs = [
-        (f"stopped_{stage}_{moment}_{sent}", [f"stage={stage}", *options], moment, sent)
-        for stage, moment, sent in moments
+        (f"stopped_{stage}_{moment}_{sent}", options[stage], moment, sent) for stage, moment, sent in moments
     ]
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(jobs)],
@@ -466,7 +468,7 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
     assert json.loads(ended.stdout.splitlines()[-1]) == [statuses[job[3]] for job in jobs], ended.stderr
     whole = {}
     for stage in WRITTEN:
-        assert front.finder(f"stage={stage}", *options, f"output_dir=whole_{stage}").status == 0
+        assert front.finder(*options[stage], f"output_dir=whole_{stage}").status == 0
         whole[stage] = written(f"whole_{stage}", stage)
     computed = []
     for (folder, its_options, _, _), (stage, _, _) in zip(jobs, moments, strict=True):
@@ -481,7 +483,7 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
 
 def test_a_torn_record_is_made_again(front: Front, calls: Calls) -> None:
     """A write that a power cut left half done costs its chunk and nothing else."""
-    options = ("stage=find", DATA, "batch_size=2")
+    options = ("stage=find", *QUIET, "batch_size=2")
     assert front.finder(*options).status == 0
     before = heads_of(front.out)
     (store,) = (front.out / "statistics").glob("*.bin")
@@ -498,7 +500,7 @@ def test_a_torn_record_is_made_again(front: Front, calls: Calls) -> None:
 @pytest.mark.parametrize("stage", ["batch", "find"])
 def test_an_edited_prompt_or_image_is_recomputed(front: Front, calls: Calls, stage: str) -> None:
     """Under the same id; only the chunk of the edited entry."""
-    options = (f"stage={stage}", DATA, "batch_size=1")
+    options = (f"stage={stage}", *QUIET, "batch_size=1")
     assert front.finder(*options).status == 0
     before = heads_of(front.out)
     entries = read_lines("data.jsonl")
@@ -530,10 +532,10 @@ def test_other_options_do_not_mix(front: Front, other: str) -> None:
     names = ("heads.json", "predictions.jsonl", "heads.csv", "attention/entry_2.pkl")
     fresh = {}
     for label, options in (("plain", []), ("other", [other])):
-        assert front.finder("stage=batch", DATA, *options, f"output_dir={label}").status == 0
+        assert front.finder("stage=batch", *QUIET, *options, f"output_dir={label}").status == 0
         fresh[label] = Path(label) / "tiny"
     for label, options in (("plain", []), ("other", [other]), ("plain", [])):
-        assert front.finder("stage=batch", DATA, *options).status == 0
+        assert front.finder("stage=batch", *QUIET, *options).status == 0
         for name in (*names, "attention/entry_2_analysis.pkl"):
             assert (front.out / name).read_bytes() == (fresh[label] / name).read_bytes(), (label, name)
     assert heads_of(fresh["plain"]) != heads_of(fresh["other"])
@@ -541,11 +543,11 @@ def test_other_options_do_not_mix(front: Front, other: str) -> None:
 
 def test_criteria_that_only_rank_reuse_the_statistics(front: Front, calls: Calls) -> None:
     """Another elbow needs no model; the analyses on disk follow all the same."""
-    assert front.finder("stage=batch", DATA).status == 0
+    assert front.finder("stage=batch", *QUIET).status == 0
     path = front.out / "attention/entry_0_analysis.pkl"
     before = pickle.loads(path.read_bytes())
     calls.clear()
-    assert front.finder("stage=batch", DATA, "criteria.tau=0", "criteria.exclude_layers=0").status == 0
+    assert front.finder("stage=batch", *QUIET, "criteria.tau=0", "criteria.exclude_layers=0").status == 0
     assert calls == []
     after = pickle.loads(path.read_bytes())
     assert all(row["above_threshold"] for row in after)
@@ -553,7 +555,7 @@ def test_criteria_that_only_rank_reuse_the_statistics(front: Front, calls: Calls
 
 
 def test_a_damaged_attention_file_is_made_again(front: Front, calls: Calls) -> None:
-    options = ("stage=batch", DATA, "batch_size=1")
+    options = ("stage=batch", *QUIET, "batch_size=1")
     assert front.finder(*options).status == 0
     before = (front.out / "attention/entry_1.pkl").read_bytes()
     (front.out / "attention/entry_1.pkl").write_bytes(before[:100])
@@ -578,7 +580,7 @@ def test_the_folder_is_locked_during_the_work(
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(LVLM, "attend_batch", meanwhile)
-    assert front.finder(f"stage={stage}", DATA, "batch_size=5").status == 0
+    assert front.finder(f"stage={stage}", *QUIET, "batch_size=5").status == 0
     assert len(refused) == 1
     with RunLock(front.out):
         pass
