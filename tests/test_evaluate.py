@@ -28,7 +28,8 @@ from localization_heads.stages.outcome import Outcome
 from localization_heads.store.results import Prediction
 
 CONTROLS = ["random_heads", "all_heads", "centre_box", "oracle"]
-OPTIONS = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "visualize_batch=false")
+DATA = ("data_file=data.jsonl", "heads=[2-0,3-1]")
+OPTIONS = ("stage=evaluate", *DATA, "visualize_batch=false", "report=false")
 
 
 @pytest.fixture

@@ -48,7 +48,10 @@ def test_equals_find_with_the_same_options(front: Front) -> None:
     ]  # fmt: skip
     expected = []
     for number, options in enumerate(variants):
-        assert front.finder("stage=find", DATA, *options, f"output_dir=fresh_{number}").status == 0
+        assert (
+            front.finder("stage=find", "report=false", DATA, *options, f"output_dir=fresh_{number}").status
+            == 0
+        )
         expected.append(contents(f"fresh_{number}/tiny"))
     for first in ("find", "batch"):
         folder = f"output_dir={first}"
@@ -65,7 +68,7 @@ def test_equals_find_with_the_same_options(front: Front) -> None:
 
 def test_needs_neither_torch_nor_transformers(front: Front) -> None:
     """In a process that cannot import them; its figures are drawn."""
-    assert front.finder("stage=find", DATA).status == 0
+    assert front.finder("stage=find", "report=false", DATA).status == 0
     before = contents()
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -92,7 +95,9 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
     ]
     write_lines(Path("bad.jsonl"), [*good, *bad])
     found = front.finder("stage=find", "data_file=bad.jsonl", "report=false")
-    assert front.finder("stage=find", DATA, "output_dir=outputs/localization_heads").status == 0
+    assert (
+        front.finder("stage=find", "report=false", DATA, "output_dir=outputs/localization_heads").status == 0
+    )
     assert found.status == 1
     expected = contents()
     with pytest.MonkeyPatch.context() as patch:
@@ -109,13 +114,13 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
 
 def test_entries_without_statistics_are_work_for_find(front: Front) -> None:
     """Another draw needs other samples: nothing is written, and the error says what to do."""
-    assert front.finder("stage=find", DATA, "num_samples=1", "num_trials=1").status == 0
+    assert front.finder("stage=find", "report=false", DATA, "num_samples=1", "num_trials=1").status == 0
     before = contents()
     result = front.finder("stage=rank", DATA)
     assert result.status == 1
     assert "4 of the 5 entries drawn have no statistics" in one_line(result.err)
     assert contents() == before
-    assert front.finder("stage=find", DATA).status == 0
+    assert front.finder("stage=find", "report=false", DATA).status == 0
     assert front.finder("stage=rank", DATA).status == 0
 
 
@@ -123,7 +128,7 @@ def test_other_settings_are_named(front: Front) -> None:
     """What the statistics depend on cannot be changed afterwards; the error says how they were made."""
     result = front.finder("stage=rank", DATA)
     assert (result.status, "none yet" in one_line(result.err)) == (2, True)
-    assert front.finder("stage=find", DATA, "conv_mode=plain").status == 0
+    assert front.finder("stage=find", "report=false", DATA, "conv_mode=plain").status == 0
     for option, said in (
         ("criteria.threshold=0.001", "conv_mode=plain, criteria.threshold=mean"),
         ("criteria.means=2", "conv_mode=plain, criteria.means=1.0"),
@@ -141,7 +146,7 @@ def test_other_settings_are_named(front: Front) -> None:
 
 def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
     """The same options, another fingerprint: only the model could tell which is right; a note says so."""
-    assert front.finder("stage=find", DATA).status == 0
+    assert front.finder("stage=find", "report=false", DATA).status == 0
     before = contents()
     (mine,) = recorded(front.out / "statistics")
     store = mine.open()
@@ -167,14 +172,14 @@ def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
     assert result.status == 0
     assert "taking the one used last" in result.err
     assert contents() != before
-    assert front.finder("stage=find", DATA).status == 0  # opens its own store
+    assert front.finder("stage=find", "report=false", DATA).status == 0  # opens its own store
     assert front.finder("stage=rank", DATA).status == 0
     assert contents() == before
 
 
 def test_what_is_no_header_is_passed_over(front: Front) -> None:
     """Files of others, of an older version, too large, or with sizes that nothing has."""
-    assert front.finder("stage=find", DATA).status == 0
+    assert front.finder("stage=find", "report=false", DATA).status == 0
     folder = front.out / "statistics"
     (sound,) = recorded(folder)
     header = json.loads(next(folder.glob("*.json")).read_text())
