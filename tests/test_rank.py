@@ -17,6 +17,7 @@ from localization_heads.store.statistics import StatisticsStore, _digest, record
 
 ROOT = Path(__file__).parents[1]
 DATA = "data_file=data.jsonl"
+FIND = ("stage=find", DATA, "report=false")
 FILES = ("heads.json", "heads.csv")
 
 
@@ -48,10 +49,7 @@ def test_equals_find_with_the_same_options(front: Front) -> None:
     ]  # fmt: skip
     expected = []
     for number, options in enumerate(variants):
-        assert (
-            front.finder("stage=find", "report=false", DATA, *options, f"output_dir=fresh_{number}").status
-            == 0
-        )
+        assert front.finder(*FIND, *options, f"output_dir=fresh_{number}").status == 0
         expected.append(contents(f"fresh_{number}/tiny"))
     for first in ("find", "batch"):
         folder = f"output_dir={first}"
@@ -68,7 +66,7 @@ def test_equals_find_with_the_same_options(front: Front) -> None:
 
 def test_needs_neither_torch_nor_transformers(front: Front) -> None:
     """In a process that cannot import them; its figures are drawn."""
-    assert front.finder("stage=find", "report=false", DATA).status == 0
+    assert front.finder(*FIND).status == 0
     before = contents()
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -95,9 +93,7 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
     ]
     write_lines(Path("bad.jsonl"), [*good, *bad])
     found = front.finder("stage=find", "data_file=bad.jsonl", "report=false")
-    assert (
-        front.finder("stage=find", "report=false", DATA, "output_dir=outputs/localization_heads").status == 0
-    )
+    assert front.finder(*FIND, "output_dir=outputs/localization_heads").status == 0
     assert found.status == 1
     expected = contents()
     with pytest.MonkeyPatch.context() as patch:
@@ -114,13 +110,13 @@ def test_reports_the_entries_that_find_reported(front: Front) -> None:
 
 def test_entries_without_statistics_are_work_for_find(front: Front) -> None:
     """Another draw needs other samples: nothing is written, and the error says what to do."""
-    assert front.finder("stage=find", "report=false", DATA, "num_samples=1", "num_trials=1").status == 0
+    assert front.finder(*FIND, "num_samples=1", "num_trials=1").status == 0
     before = contents()
     result = front.finder("stage=rank", DATA)
     assert result.status == 1
     assert "4 of the 5 entries drawn have no statistics" in one_line(result.err)
     assert contents() == before
-    assert front.finder("stage=find", "report=false", DATA).status == 0
+    assert front.finder(*FIND).status == 0
     assert front.finder("stage=rank", DATA).status == 0
 
 
@@ -128,7 +124,7 @@ def test_other_settings_are_named(front: Front) -> None:
     """What the statistics depend on cannot be changed afterwards; the error says how they were made."""
     result = front.finder("stage=rank", DATA)
     assert (result.status, "none yet" in one_line(result.err)) == (2, True)
-    assert front.finder("stage=find", "report=false", DATA, "conv_mode=plain").status == 0
+    assert front.finder(*FIND, "conv_mode=plain").status == 0
     for option, said in (
         ("criteria.threshold=0.001", "conv_mode=plain, criteria.threshold=mean"),
         ("criteria.means=2", "conv_mode=plain, criteria.means=1.0"),
@@ -146,7 +142,7 @@ def test_other_settings_are_named(front: Front) -> None:
 
 def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
     """The same options, another fingerprint: only the model could tell which is right; a note says so."""
-    assert front.finder("stage=find", "report=false", DATA).status == 0
+    assert front.finder(*FIND).status == 0
     before = contents()
     (mine,) = recorded(front.out / "statistics")
     store = mine.open()
@@ -172,14 +168,14 @@ def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
     assert result.status == 0
     assert "taking the one used last" in result.err
     assert contents() != before
-    assert front.finder("stage=find", "report=false", DATA).status == 0  # opens its own store
+    assert front.finder(*FIND).status == 0  # opens its own store
     assert front.finder("stage=rank", DATA).status == 0
     assert contents() == before
 
 
 def test_what_is_no_header_is_passed_over(front: Front) -> None:
     """Files of others, of an older version, too large, or with sizes that nothing has."""
-    assert front.finder("stage=find", "report=false", DATA).status == 0
+    assert front.finder(*FIND).status == 0
     folder = front.out / "statistics"
     (sound,) = recorded(folder)
     header = json.loads(next(folder.glob("*.json")).read_text())
