@@ -450,11 +450,10 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
         *(("evaluate", 5, sent) for sent in ("SIGKILL", "SIGTERM", "SIGINT")),
         ("evaluate", 8, "SIGKILL"),
     ]
-    common = (DATA, "batch_size=2", "num_threads=1", "report_samples=4")
-    options = {stage: [f"stage={stage}", *common] for stage in WRITTEN}
-    options["evaluate"] += ["controls=false", "segmenter=none"]
+    options = [DATA, "batch_size=2", "num_threads=1", "report_samples=4"]
     jobs = [
-        (f"stopped_{stage}_{moment}_{sent}", options[stage], moment, sent) for stage, moment, sent in moments
+        (f"stopped_{stage}_{moment}_{sent}", [f"stage={stage}", *options], moment, sent)
+        for stage, moment, sent in moments
     ]
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(jobs)],
@@ -468,7 +467,7 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
     assert json.loads(ended.stdout.splitlines()[-1]) == [statuses[job[3]] for job in jobs], ended.stderr
     whole = {}
     for stage in WRITTEN:
-        assert front.finder(*options[stage], f"output_dir=whole_{stage}").status == 0
+        assert front.finder(f"stage={stage}", *options, f"output_dir=whole_{stage}").status == 0
         whole[stage] = written(f"whole_{stage}", stage)
     computed = []
     for (folder, its_options, _, _), (stage, _, _) in zip(jobs, moments, strict=True):
