@@ -84,7 +84,7 @@ class BadEntry:
     """A line of a data set that cannot be used, for the summary at the end of a run.
 
     Args:
-        line: its number, from 1.
+        line: its number, from 1; 0 of what is no line of a file.
         id: its id as far as it is known, else "".
         reason: one line for people.
     """
@@ -94,6 +94,8 @@ class BadEntry:
     reason: str
 
     def __str__(self) -> str:
+        if not self.line:
+            return f"{self.id}: {self.reason}"
         return f"line {self.line}" + (f" ({self.id})" if self.id else "") + f": {self.reason}"
 
 
