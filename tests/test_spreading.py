@@ -186,7 +186,7 @@ def by_one_worker(run: Run, chunks: Sequence[Chunk], task: Task) -> Iterator[wor
     [
         (
             ("stage=trace", "max_new_tokens=2", "trace.keep=all"),
-            {"entry_0_trace.html", "entry_11_trace.html"},
+            {"entry_0_trace.html", "entry_4_trace.html"},
         ),
         (("stage=ablate", "ablate.counts=[1]", "ablate.draws=1", "ablate.measure=maps"), {"ablation.json"}),
         (
