@@ -315,8 +315,7 @@ def heads_source(
 ) -> Path | str | None:
     """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads.
 
-    Args:
-        model, folder, ready: as of `choose_heads`; only `auto` reads them.
+    Arguments as of `choose_heads`; only `auto` reads those after the first.
     """
     if isinstance(wanted, str) and wanted.endswith(".json"):
         return Path(wanted) if is_ranking(wanted) else None
