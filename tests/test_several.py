@@ -12,18 +12,21 @@ from front import Calls, Front, stub_figures, write_data, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_sams import TINY
 
 import localization_heads as lh
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import box_iou, mass_inside
+from localization_heads.cells import box_iou, mask_shares, mass_inside
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.figures.several import COLOURS, label_places
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration, Logistic
-from localization_heads.grounding.ground import ground_instances
+from localization_heads.grounding.ground import ground_instances, ground_maps
+from localization_heads.grounding.instances import attended
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
+from localization_heads.segmentation import sam as sams
 from localization_heads.store.results import Instance, Prediction
 
 ONE = "grounding.component=largest_mass"
@@ -322,6 +325,25 @@ def test_a_segmenter_is_needed_for_proposals(lvlm: lh.LVLM) -> None:
             lh.ground_all(lvlm, image, "the octopus", segmenter=segmenter, by="segmenter")
     every = lh.ground_all(lvlm, image, "the octopus", by="segmenter")
     assert every[0].mask_from == "grabcut" and box_iou(every[0].box, (111, 129, 323, 321)) > 0.9
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_sam_proposes(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The weights are random; a map that attends to what one of the masks covers chooses of them."""
+    monkeypatch.setattr(sams, "SURE", -np.inf)
+    family = sams.FAMILIES[kind]
+    sam = sams.Sam(TINY[kind](), family, family.mean, family.std)
+    image = Image.effect_noise((80, 80), 80).convert("RGB")
+    mask = min(sam.propose(image), key=lambda one: abs(one.mean() - 0.2))
+    shares = mask_shares(mask, (0, 0, 80, 80), (20, 20))
+    maps = AttentionMaps(shares[None, None].astype(np.float32), (0, 0, 80, 80), (80, 80))
+    found = replace(grounder(sam), proposes=True).ground_all(maps, image)
+    assert found[0].mask_from == kind and found[0].mask.shape == (80, 80)
+    whole = ground_maps(maps, [lh.Head(0, 0)], GroundingOptions(sigma=0.0))
+    expected = attended(whole, sam.propose(image), kind)
+    assert {one.box for one in found if one.mask_from == kind} >= {
+        max(expected, key=lambda one: one.score).box
+    }
 
 
 def test_proposals_from_the_command_line(front: Front) -> None:
