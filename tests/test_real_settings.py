@@ -31,6 +31,11 @@ def turns(user: str, image: str, after: str, assistant: str, first: str = "") ->
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 CHATML = {"user": "<|im_start|>user\n", "after": "<|im_end|>\n", "assistant": "<|im_start|>assistant\n"}
 HELPFUL = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+VIRTUAL = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+OMNI = "<vision_bos_token><image_token><vision_eos_token>"  # <|vision_bos|><|IMAGE|><|vision_eos|> in checkpoints
 TEMPLATES = {
     "qwen2_vl": turns(image=VISION, first=HELPFUL, **CHATML),
     "qwen2_5_vl": turns(image=VISION, first=HELPFUL, **CHATML),
@@ -63,9 +68,22 @@ TEMPLATES = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "{{ bos_token }}",
     ),
+    "aya_vision": turns(
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>",
+        "<image>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+        "{{ bos_token }}",
+    ),
+    "llava_next_video": turns("USER: ", "<image>\n", " ", "ASSISTANT:"),
+    "qwen2_5_omni_thinker": turns(image=OMNI, first=f"<|im_start|>system\n{VIRTUAL}<|im_end|>\n", **CHATML),
 }
 SYSTEM = "You are a helpful language and vision assistant."
 PROMPTS = {
+    "aya_vision": "<s><|START_OF_TURN_TOKEN|><|USER_TOKEN|><image>the dog.<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    "qwen2_5_omni_thinker": f"<|im_start|>system\n{VIRTUAL}<|im_end|>\n<|im_start|>user\n{OMNI}the dog.<|im_end|>\n"
+    "<|im_start|>assistant\n",
     "qwen2_vl": f"{HELPFUL}<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
     "qwen2_5_vl": f"{HELPFUL}<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
     "qwen3_vl": f"<|im_start|>user\n{VISION}the dog.<|im_end|>\n<|im_start|>assistant\n",
@@ -145,8 +163,58 @@ SETTINGS = {
             "size": {"shortest_edge": 336},
             **CLIP,
         },
-        (24, 24),
-        (0, -80, 640, 560),
+        {"whole": ((24, 24), (0, -80, 640, 560))},
+    ),
+    # LLaVA-1.6: tiles of 336 on a canvas of 672 x 672, of which the image fills 672 x 504
+    "llava_next": (
+        {
+            "crop_size": {"height": 336, "width": 336},
+            "do_center_crop": True,
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "image_processor_type": "LlavaNextImageProcessor",
+            "resample": 3,
+            "size": {"shortest_edge": 336},
+            **CLIP,
+        },
+        {"whole": ((24, 24), (0, 0, 640, 480)), "tiles": ((36, 48), (0, 0, 640, 480))},
+    ),
+    # DeepSeek-VL: padded to a square with grey
+    "deepseek_vl": (
+        {
+            "background_color": [127, 127, 127],
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "DeepseekVLImageProcessor",
+            "image_std": [0.5] * 3,
+            "min_size": 14,
+            "size": {"height": 384, "width": 384},
+        },
+        {"whole": ((24, 24), (0, -80, 640, 560))},
+    ),
+    # Idefics 3: the longer side to four tiles of 364
+    "idefics3": (
+        {
+            "do_image_splitting": True,
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "Idefics3ImageProcessor",
+            "image_std": [0.5] * 3,
+            "max_image_size": {"longest_edge": 364},
+            "resample": 1,
+            "size": {"longest_edge": 1456},
+        },
+        {"whole": ((13, 13), (0, 0, 640, 480)), "tiles": ((39, 52), (0, 0, 640, 480))},
+    ),
+    # SmolVLM2 500M: the longer side to four tiles of 512
+    "smolvlm": (
+        {
+            "do_image_splitting": True,
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "SmolVLMImageProcessor",
+            "image_std": [0.5] * 3,
+            "max_image_size": {"longest_edge": 512},
+            "resample": 1,
+            "size": {"longest_edge": 2048},
+        },
+        {"whole": ((8, 8), (0, 0, 640, 480)), "tiles": ((24, 32), (0, 0, 640, 480))},
     ),
     # Qwen2-VL and Qwen2.5-VL: areas under the names of 2024; sides are rounded to 28 pixels
     "qwen2_vl": (
@@ -159,8 +227,7 @@ SETTINGS = {
             "temporal_patch_size": 2,
             **CLIP,
         },
-        (17, 23),
-        (0, 0, 640, 480),
+        {"whole": ((17, 23), (0, 0, 640, 480))},
     ),
     # Qwen3-VL: areas under the names of sides, patches of 16
     "qwen3_vl": (
@@ -173,21 +240,24 @@ SETTINGS = {
             "size": {"longest_edge": 16777216, "shortest_edge": 65536},
             "temporal_patch_size": 2,
         },
-        (15, 20),
-        (0, 0, 640, 480),
+        {"whole": ((15, 20), (0, 0, 640, 480))},
     ),
 }
+
+
+PROCESSORS = {"smolvlm": {"image_seq_len": 64, "processor_class": "SmolVLMProcessor"}}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_image_settings_as_checkpoints_have_them(name: str, tmp_path: Path) -> None:
     """`preprocessor_config.json` in the words of its time; a COCO image of 640 x 480."""
-    settings, grid, box = SETTINGS[name]
+    settings, expected = SETTINGS[name]
     saved(name, tmp_path, preprocessor_config=settings)
     for newer in ("processor_config.json", "video_preprocessor_config.json"):
         (tmp_path / newer).unlink(missing_ok=True)
+    if name in PROCESSORS:
+        (tmp_path / "processor_config.json").write_text(json.dumps(PROCESSORS[name]))
     lvlm = load_model(str(tmp_path), device="cpu", conv_mode="plain")
     image = coordinate_image(640, 480)
-    (view,) = lvlm.views_in(lvlm.encode([image], [lvlm.prompt("the dog")]), 0, image)
-    assert view.index.shape == grid
-    assert tuple(round(edge) for edge in view.box) == box
+    views = lvlm.views_in(lvlm.encode([image], [lvlm.prompt("the dog")]), 0, image)
+    assert {v.name: (v.index.shape, tuple(round(edge) for edge in v.box)) for v in views} == expected

@@ -215,9 +215,11 @@ REFUSED |= {
     "granite4_vision": "windows of learned queries mix its patches, and their features enter layer by layer",
     "mistral4": "it reads text, and no images",
     "mistral_large4": "each token attends to chosen keys only, by a scale that changes with padding",
+    "nemotron_h_omni": "its attention layers are mixers among others, which the capture does not find",
     "pp_formulanet": "its processor takes an image and no text",
     "shieldgemma2": "its processor asks about its own policies, whatever the prompt says",
     "step3p7": "its layers differ in their number of heads",
+    "t5gemma2": "its decoder attends to its own tokens and to the encoder's in one softmax",
 }
 
 

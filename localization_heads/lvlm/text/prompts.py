@@ -122,7 +122,8 @@ Render = Callable[[list[dict[str, str]]], str]
 
 _BEFORE, _AFTER = "TEXTBEFORE", "TEXTAFTER"
 _IMAGE = {"type": "image"}
-_MARKS = ("vision_start_token", "vision_end_token")  # Qwen's; other processors add their marks themselves
+# Qwen's, and Qwen-Omni's; other processors add their marks themselves.
+_MARKS = (("vision_start_token", "vision_end_token"), ("vision_bos_token", "vision_eos_token"))
 
 
 def image_placeholder(processor: Any, image_token: str) -> str:
@@ -195,8 +196,11 @@ def image_comes_first(render: Render, placeholder: str) -> bool:
 
 def _marked(processor: Any, image_token: str) -> str:
     """The image token between the start and end marks that the processor knows, if it knows any."""
-    start, end = (_attribute(processor, name) for name in _MARKS)
-    return f"{start}{image_token}{end}" if start and end else image_token
+    for names in _MARKS:
+        start, end = (_attribute(processor, name) for name in names)
+        if start and end:
+            return f"{start}{image_token}{end}"
+    return image_token
 
 
 def _attribute(processor: Any, name: str) -> str | None:
