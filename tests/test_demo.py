@@ -546,13 +546,6 @@ def test_redraws_leave_no_folder_behind(demo_page):
         (3, ["mean"], "threshold: one of"),
         (4, 2, "threshold: a number from 0.05 to 0.95, not 2"),
         (0, "L99H0", "there is no L99H0"),
-        (5, "magic", "mask by: one of grabcut, author_hint, none, sam, sam2, sam3, not 'magic'"),
-        (5, ["sam"], "mask by: one of"),
-        (
-            5,
-            "sam3",
-            "segmenter=sam3: facebook/sam3 is not on this machine; the page fetches it when started with that",
-        ),
     ],
 )
 def test_settings_sent_around_the_page(demo_page, place, value, said):
@@ -579,6 +572,32 @@ def test_masks_are_those_of_the_command_line(demo_page):
     asked = ask(demo_page.run, large, expression)
     refined = demo_page._refined(asked, asked.answers(heads, demo_page.run.options.grounding)[0], "grabcut")
     assert refined.mask.shape == large.size[::-1] and refined.mask_from == "grabcut"
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (
+            "magic",
+            "mask by: one of grabcut, author_hint, none, sam, sam2, sam3, not 'magic'. Until then the masks",
+        ),
+        (["sam"], "mask by: one of"),
+        (
+            "sam3",
+            "segmenter=sam3: facebook/sam3 is not on this machine; start the page with it once, which fetches",
+        ),
+    ],
+)
+def test_a_segmenter_that_cannot_be_had_leaves_the_maps_masks(demo_page, mask, said, monkeypatch):
+    import gradio
+
+    warned = []
+    monkeypatch.setattr(gradio, "Warning", warned.append)
+    *_, file, _ = demo_page.redraw(visitor_a, *SETTINGS[:5], mask, False)
+    *_, plain, _ = demo_page.redraw(visitor_a, *SETTINGS[:5], "none", False)
+    assert (
+        Path(file).read_text() == Path(plain).read_text() and warned[0].startswith(said) and len(warned) == 1
+    )
 
 
 def test_another_segmenter_is_loaded_once(run, asked, monkeypatch):

@@ -553,6 +553,10 @@ def test_names_and_their_lines_stay_off_the_curve(sums, tau, count):
     for box in [*boxes, Text.get_window_extent(tau_label)]:
         for x, y in curve[(curve[:, 0] > box.x0) & (curve[:, 0] < box.x1)]:
             assert not box.y0 - 2 < y < box.y1 + 2, (x, y, box)
+    level = axes.transData.transform((0, tau))[1]
+    assert not any(
+        box.y0 + 0.2 * box.height < level < box.y1 - 1 for box in boxes
+    )  # below: room for descenders
     for name in names:
         start, end = name.arrow_patch.get_path().vertices[[0, -1]]  # what is cut at the ends included
         for share in np.linspace(0.05, 0.95, 50):

@@ -75,7 +75,7 @@ def plot_attention_sums(
             if tau is not None:
                 _mark_elbow(axes, curve, tau)
             marks = [(h, considered.index(h) + 1, float(sums[h])) for h in top if h in considered]
-            _name_heads(axes, marks, curve)
+            _name_heads(axes, marks, curve, tau)
         return save(figure, path)
 
 
@@ -111,16 +111,22 @@ def _mark_elbow(axes: Axes, curve: NDArray[np.floating], tau: float) -> None:
     )
 
 
-def _name_heads(axes: Axes, marks: list[tuple[Head, int, float]], curve: NDArray[np.floating]) -> None:
+def _name_heads(
+    axes: Axes, marks: list[tuple[Head, int, float]], curve: NDArray[np.floating], tau: float | None
+) -> None:
     """Mark heads (head, place, sum) on the curve; their names stand in a column on its hollow side.
 
     That is above a curve that sags below its chord and below one that bulges above it: a line from there to
     the curve does not cross it. The names closest to the corner have the farthest
-    marks, so that no line crosses another.
+    marks, so that no line crosses another. The line of tau passes between names.
     """
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     sags = np.mean((curve - bottom) / (top - bottom)) < 0.5
     height, step = (0.95, -0.08) if sags else (0.05, 0.08)
+    if tau is not None:  # less than a step further on, so that its line passes between names
+        off = (tau - bottom) / (top - bottom) - height - step * np.arange(min(len(marks), MAX_NAMES))
+        further = (step * part / 16 for part in range(12 if sags else 9))  # above, the curve is near
+        height += max(further, key=lambda one: min(np.abs(off - one).min(initial=1), abs(step) / 2))
     rim = withStroke(linewidth=2, foreground="white")  # over the lines it crosses
 
     def across(mark: tuple[Head, int, float]) -> float:

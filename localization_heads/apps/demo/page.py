@@ -91,22 +91,11 @@ class Page:
     def _question(self) -> None:
         image, text = self.examples[0]
         self.image = gr.Image(image, label="Image", elem_id="image", height=330)
-        self.text = gr.Textbox(
-            text,
-            lines=2,
-            max_lines=6,
-            label="Expressions, one a line or with ; between",
-            elem_id="expression",
-        )
+        name = "Expressions, one a line or with ; between"
+        self.text = gr.Textbox(text, lines=2, max_lines=6, label=name, elem_id="expression")
         self.button = gr.Button("Ground", variant="primary", elem_id="ground")
-        self.gallery = gr.Gallery(
-            self.examples,
-            label="Examples",
-            columns=3,
-            height=300,
-            allow_preview=False,
-            elem_id="examples",
-        )
+        looks: dict[str, Any] = {"columns": 3, "height": 300, "allow_preview": False}
+        self.gallery = gr.Gallery(self.examples, label="Examples", elem_id="examples", **looks)
 
     def _answer(self) -> None:
         with gr.Row():
@@ -264,7 +253,7 @@ class Page:
         """Everything but the model: the sum, the box, the images, the files to download."""
         options = self._options(sigma, binarise, share)
         with self.visitors.turn(request.session_hash) as visitor:
-            asked = visitor.answer
+            asked, mask = visitor.answer, self._usable(mask)
             sets = {"A": parse_heads(heads), **({"B": visitor.heads_b} if compare else {})}
             found = {
                 name: [self._refined(asked, answer, mask) for answer in asked.answers(chosen, options)]
@@ -314,6 +303,15 @@ class Page:
             binarise=binarise,
             top_mass=float(number("threshold", share, self.threshold.minimum, self.threshold.maximum)),
         )
+
+    def _usable(self, mask: object) -> object:
+        """The segmenter of that name if it can be had; else none, and the visitor is told why."""
+        try:
+            MODEL.take(self.segmenters.load, mask)
+            return mask
+        except (UsageError, WorkError) as error:
+            gr.Warning(f"{error}. Until then the masks are those of the maps.")
+            return "none"
 
     def _refined(self, asked: Asked, answer: Grounding, mask: object) -> Grounding:
         """The answer with the segmenter's mask, made in a turn at the model, on the image as it is kept."""

@@ -102,22 +102,24 @@ class Segmenters:
         self._loaded: tuple[str, Segmenter | None] = self.own, run.segmenter
 
     def refine(self, name: object, grounding: Grounding, image: Image.Image) -> Grounding:
-        """The grounding with that segmenter's mask; to be done in a turn at the model. UsageError if it is not here."""
+        """The grounding with that segmenter's mask; raises as `load`."""
+        return replace(self.run.grounder(None), segmenter=self.load(name)).refine(grounding, image)
+
+    def load(self, name: object) -> Segmenter | None:
+        """The segmenter of that name; in a turn at the model. UsageError for a wrong name, and for one not here."""
         if name not in self.names:
             raise UsageError(f"mask by: one of {', '.join(self.names)}, not {shown(name)}")
         if name == self.own:
-            segmenter = self.run.segmenter
-        else:
-            if self._loaded[0] != name:
-                self._loaded = str(name), self._load(str(name))
-            segmenter = self._loaded[1]
-        return replace(self.run.grounder(None), segmenter=segmenter).refine(grounding, image)
+            return self.run.segmenter
+        if self._loaded[0] != name:
+            self._loaded = str(name), self._load(str(name))
+        return self._loaded[1]
 
     def _load(self, name: str) -> Segmenter | None:
         chosen = SegmenterOptions(**preset("segmenter", name))
         if chosen.name and checkpoint_folder(chosen.name) is None:
             raise UsageError(
-                f"segmenter={name}: {chosen.name} is not on this machine; the page fetches it when started with that"
+                f"segmenter={name}: {chosen.name} is not on this machine; start the page with it once, which fetches it"
             )
         self._loaded = self.own, None  # room for the next
         return self.run.load_segmenter(chosen)
