@@ -121,5 +121,6 @@ def test_titles_of_a_full_sheet_do_not_touch() -> None:
     renderer = RendererAgg(*(int(side * 200) for side in figure.get_size_inches()), 200)
     figure.dpi = 200
     boxes = [axes.title.get_window_extent(renderer) for axes in figure.axes]
+    assert len(boxes) == 16
     for first, second in combinations(boxes, 2):
         assert not first.overlaps(second)

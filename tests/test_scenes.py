@@ -280,7 +280,9 @@ def test_absent_lines(tmp_path: Path) -> None:
 
 def test_plural_lines(tmp_path: Path) -> None:
     for height in (None, 48):
-        for line in lines(tmp_path / str(height), targets="all", height=height):
+        found = lines(tmp_path / str(height), targets="all", height=height)
+        assert found
+        for line in found:
             boxes = np.array(line["bboxes"])
             mask = read_mask(line["mask"], (64, height or 64))
             assert (boxes[:, 2:] > boxes[:, :2]).all()

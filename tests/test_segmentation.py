@@ -69,8 +69,8 @@ class TestInteriorPoints:
         grid = np.zeros((7, 7))
         grid[0:2] = grid[:, 0:2] = grid[5:7] = 1
         found = grounded(grid)
-        for x, y in interior_points(found, 6):
-            assert found.cells[int(y // 10), int(x // 10)]
+        points = interior_points(found, 6)
+        assert len(points) == 6 and all(found.cells[int(y // 10), int(x // 10)] for x, y in points)
 
     def test_a_flat_map_has_none(self):
         assert interior_points(grounded(np.ones((3, 3))), 3) == []

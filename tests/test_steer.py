@@ -127,6 +127,7 @@ def test_captured_rows_equal_eager(lvlm: LVLM, image: Image.Image) -> None:
             copy.model(**inputs)
         with kernel(copy, "eager"), torch.inference_mode():
             attentions = copy.model(**inputs, output_attentions=True).attentions
+    assert recorder.rows.keys() == copy.attention_modules.keys()
     for layer, rows in recorder.rows.items():
         torch.testing.assert_close(rows, attentions[layer][:, :, -1], **CLOSE)
 
