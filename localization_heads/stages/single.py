@@ -277,7 +277,7 @@ def find_attention_file(name: str) -> Path:
 
 def attention_file_of(id: str) -> Path:
     """The attention file of that id, of any model. UsageError if there is none, or there are several."""
-    endings = ATTENTION_FORMATS.values()
+    endings = set(ATTENTION_FORMATS.values())  # several formats end alike
     found = [path for ending in endings for path in OUTPUTS.glob(f"*/attention/{escape(id)}{ending}")]
     if len(found) == 1:
         return found[0]
