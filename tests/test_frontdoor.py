@@ -224,7 +224,7 @@ def test_a_path_may_begin_at_home(name: str, monkeypatch: pytest.MonkeyPatch) ->
         found = options[0] if isinstance(options, tuple) else options
         assert found == (expected or written)
     if reads(field) == "paths":
-        assert getattr(finder_options(f"{name}=[~/a,b]"), name) == ("/home/ann/a", "b")
+        assert getattr(finder_options(*group, f"{name}=[~/a,b]"), name) == ("/home/ann/a", "b")
 
 
 def test_paths_at_home_are_used(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
