@@ -35,7 +35,7 @@ def traced() -> list[tuple[str, str]]:
         (name, size)
         for name in sorted(BUILDERS.keys() - NO_FOOTPRINTS)
         for size in SIZES
-        if name not in SIBLINGS or size == "tall"
+        if name not in SIBLINGS or size == "small"
     ]
 
 
