@@ -149,7 +149,7 @@ def test_large_weights_are_read_in_sight(
     err = capsys.readouterr().err
     assert ("Loading weights" in err) == (limit == 0)
     assert "torchvision" not in err
-    assert ("saved as float32, and converted ones take twice" in caplog.text) == (limit == 0)
+    assert ("saved as float32, and converted ones are a copy" in caplog.text) == (limit == 0)
     caplog.clear()
     load_model(str(folder), dtype="float32", device="cpu")
     assert "converted" not in caplog.text

@@ -20,7 +20,7 @@ from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
 from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
-from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws, rank_heads
+from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws
 from localization_heads.heads.record import found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.beside import NOTHING, movement_in, probing
@@ -264,18 +264,7 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
     if not len(places):
         raise NothingDoneError("no entry could be used", entries.in_order())
     rows = store.rows([entries.stored_key(entries.samples[place], store) for place in places])
-    ranking = rank_heads(
-        rows.attention_sum,
-        rows.spatial_entropy(run.options.criteria.entropy),
-        bottom_row=rows.bottom_row_focus,
-        draws=draws[:, places],
-        options=run.options.criteria,
-        top_n=run.top_n,
-        num_trials=run.options.num_trials,
-        num_samples=run.options.num_samples,
-        seed=run.options.random_seed,
-        model=store.settings["weights"][0],
-    )
+    ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, places])
     return moving.ranked(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
 
 

@@ -28,7 +28,7 @@ from localization_heads.heads.labels import (
     quality_curve,
     rank_by_labels,
 )
-from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
+from localization_heads.heads.ranking import HeadRanking, random_draws
 from localization_heads.heads.record import found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
@@ -232,17 +232,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
         raise UsageError(_too_few(options.num_labels, len(samples), run))
     recipe = recipe_of(run)
     rows = store.rows([entries.stored_key(sample, store) for sample in samples])
-    free = rank_heads(
-        rows.attention_sum,
-        rows.spatial_entropy(options.criteria.entropy),
-        bottom_row=rows.bottom_row_focus,
-        options=options.criteria,
-        top_n=run.top_n,
-        num_trials=options.num_trials,
-        num_samples=options.num_samples,
-        seed=options.random_seed,
-        model=store.settings["weights"][0],
-    )
+    free = run.ranking_of(rows, store.settings["weights"][0])
     shape = store.num_layers, store.num_heads
     free = moving.ranked(free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_key(entries, sample) for sample in samples])

@@ -27,7 +27,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, printable
 from localization_heads.heads.criteria import head_statistics
-from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws, rank_heads
+from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws
 from localization_heads.heads.record import found_with
 from localization_heads.heads.robust import with_movement
 from localization_heads.heads.sensitivity import Means, Movement, OneImage
@@ -159,18 +159,7 @@ def _rank(run: Run, files: Sequence[Path], folder: Path) -> Result:
     if not pile.read:
         raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
     rows = store.rows([one.key for one in pile.read])
-    ranking = rank_heads(
-        rows.attention_sum,
-        rows.spatial_entropy(criteria.entropy),
-        bottom_row=rows.bottom_row_focus,
-        draws=draws[:, [one.place for one in pile.read]],
-        options=criteria,
-        top_n=run.top_n,
-        num_trials=run.options.num_trials,
-        num_samples=run.options.num_samples,
-        seed=run.options.random_seed,
-        model=run.spec.name,
-    )
+    ranking = run.ranking_of(rows, run.spec.name, draws[:, [one.place for one in pile.read]])
     ranking = with_movement(ranking, _movement(pile, drawn, criteria, folder))
     writable_folder(run.folder)
     with RunLock(run.folder):

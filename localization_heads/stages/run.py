@@ -26,6 +26,7 @@ from localization_heads.grounder import (
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import LEAST_MASS, LEAST_OF_PLACES
 from localization_heads.heads.head import Head
+from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import NATIVE_BOX, FoundWith
 from localization_heads.lvlm.answers.box_formats import BOX
@@ -41,9 +42,12 @@ from localization_heads.segmentation.segmenter import Segmenter
 from localization_heads.store.paths import attention_path
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
     from localization_heads.lvlm.model import LVLM
+    from localization_heads.store.statistics import StatisticsRows
 
 log = logging.getLogger(__name__)
 
@@ -309,6 +313,23 @@ class Run(ModelRun[FinderOptions]):
     @property
     def is_spread(self) -> bool:
         return self.options.engine.kind == "ray"
+
+    def ranking_of(
+        self, rows: StatisticsRows, model: str, draws: NDArray[np.int64] | None = None
+    ) -> HeadRanking:
+        """The heads ranked by the samples of `rows`, as the options want it (`rank_heads`, which `draws` goes to)."""
+        return rank_heads(
+            rows.attention_sum,
+            rows.spatial_entropy(self.options.criteria.entropy),
+            bottom_row=rows.bottom_row_focus,
+            draws=draws,
+            options=self.options.criteria,
+            top_n=self.top_n,
+            num_trials=self.options.num_trials,
+            num_samples=self.options.num_samples,
+            seed=self.options.random_seed,
+            model=model,
+        )
 
     def draw(self, plot: Callable[..., Figure], *inputs: object, path: Path, **named: object) -> Path:
         """Draw a figure, unless the file at `path` shows the same inputs; with `show_plot`, open it -> its path.

@@ -295,8 +295,8 @@ def _load_weights(source: str, spec: ModelSpec, config: Any) -> nn.Module:
     saved = str(getattr(config, "dtype", None)).removeprefix("torch.")
     if is_large and spec.dtype not in ("auto", saved):
         log.warning(
-            "model.dtype=%s: the weights of %s are saved as %s, and converted ones take twice their memory while they "
-            "are loaded; model.dtype=auto takes them as they are",
+            "model.dtype=%s: the weights of %s are saved as %s, and converted ones are a copy in memory; "
+            "model.dtype=auto maps them from the disk as they are",
             spec.dtype,
             spec.name,
             saved,
