@@ -2,7 +2,7 @@
 
 import sys
 
-from localization_heads.apps.commands import finder
+from localization_heads.apps.finder import finder
 
 if __name__ == "__main__":
     sys.exit(finder())

@@ -15,7 +15,7 @@ import pytest
 from hydra._internal.hydra import Hydra
 from PIL import Image
 
-from localization_heads.apps import commands
+from localization_heads.apps import commands, finder
 from localization_heads.lvlm.checkpoints import loading
 
 cached_load_model = cache(loading.load_model)
@@ -53,7 +53,7 @@ class Front:
         return read_lines(self.out / name)
 
     def finder(self, *options: str) -> Result:
-        return self._run(commands.finder, ["device=cpu", *options])
+        return self._run(finder.finder, ["device=cpu", *options])
 
     def visualize(self, *options: str) -> Result:
         return self._run(commands.visualize, options)

@@ -393,7 +393,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from localization_heads import figures
-from localization_heads.apps.commands import finder
+from localization_heads.apps.finder import finder
 from localization_heads.lvlm.checkpoints import loading
 
 # Imported and loaded once; every child below is a copy of this process, which has not computed anything.

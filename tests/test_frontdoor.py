@@ -95,12 +95,13 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     [
         (["visualize_attention.py"], "python visualize_attention.py"),
         (["-m", "localization_heads"], "python -m localization_heads"),
+        (["-m", "localization_heads.apps.finder"], "python -m localization_heads.apps.finder"),
         (["-c", "import sys; sys.argv[0] = '/usr/bin/locheads'; {0}"], "locheads"),
     ],
 )
 def test_help_names_the_command_that_was_typed(typed: list[str], said: str) -> None:
     """The console scripts of an installation call the same functions under their own names."""
-    typed = [word.format("from localization_heads.apps.commands import finder; finder()") for word in typed]
+    typed = [word.format("from localization_heads.apps.finder import finder; finder()") for word in typed]
     if typed[0].endswith(".py"):
         typed[0] = str(ROOT / typed[0])
     assert process(*typed, "--help").stdout.startswith(f"usage: {said} [-q | -v]")

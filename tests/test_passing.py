@@ -93,7 +93,7 @@ def test_large_images_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
 
 MEASURED = """
 import resource, sys
-from localization_heads.apps.commands import finder
+from localization_heads.apps.finder import finder
 peaks, options = [], sys.argv[1].split()
 for data in ("small.jsonl", "large.jsonl"):
     sys.argv = ["finder", f"data_file={data}", *options]

@@ -70,7 +70,7 @@ def test_needs_neither_torch_nor_transformers(front: Front) -> None:
     before = contents()
     script = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from localization_heads.apps.commands import finder\n"
+        "from localization_heads.apps.finder import finder\n"
         f"sys.argv = ['finder', 'stage=rank', '{DATA}']; sys.exit(finder())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -163,7 +163,7 @@ def test_needs_neither_torch_nor_the_model(front: Front) -> None:
         ours(f"{n}.safetensors" if n else "0.pkl", stack(n), "one.jpg", f"thing {n}")
     program = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from localization_heads.apps.commands import finder\n"
+        "from localization_heads.apps.finder import finder\n"
         "sys.argv = ['finder', 'stage=rank', 'attention_files=files', 'criteria=robust']; sys.exit(finder())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -123,10 +123,10 @@ def run(
 def called_as() -> str:
     """The command as it was typed: `python x.py`, `python -m package` or the name of a console script."""
     name = os.path.basename(sys.argv[0])  # noqa: PTH119  (Path("") has a name of its own)
-    if name == "__main__.py":
-        spec = sys.modules["__main__"].__spec__
-        return f"python -m {spec.parent}" if spec else f"python {name}"
-    return f"python {name}" if name.endswith(".py") else name
+    if not name.endswith(".py"):
+        return name
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {name}"
 
 
 def help_text(config_name: str, program: str) -> str:
