@@ -14,8 +14,8 @@ from PIL import Image
 from localization_heads.data.address import is_address
 from localization_heads.data.box_scale import check_scale, true_boxes
 from localization_heads.data.images import load_image, open_image
-from localization_heads.data.samples import Sample, VisualizationEntry, load_samples
-from localization_heads.data.together import Shown, Together, load_shown, num_pixels
+from localization_heads.data.samples import SEVERAL, Sample, VisualizationEntry, load_samples
+from localization_heads.data.together import Shown, Together, load_shown, num_images, num_pixels
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.lvlm.beside import other_expressions
@@ -201,12 +201,10 @@ def takes_several(run: Run) -> bool:
 
 def _of_one_image(entries: Entries) -> Entries:
     """The entries without those whose prompts show several images, which are put aside."""
-    samples = []
     for sample in entries.samples:
-        with entries.put_aside(sample):
-            _ = sample.single
-            samples.append(sample)
-    return Entries(samples, entries.failures)
+        if num_images(sample.image) > 1:
+            entries.fail(sample, SEVERAL)
+    return Entries([one for one in entries.samples if num_images(one.image) == 1], entries.failures)
 
 
 def with_truth(
