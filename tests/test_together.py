@@ -23,6 +23,7 @@ from front import (
     write_lines,
 )
 from PIL import Image
+from test_spreading import by_one_worker
 
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps, of_images
@@ -36,6 +37,7 @@ from localization_heads.lvlm.families.geometry import Layout, View, parted
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
+from localization_heads.stages import workers
 from localization_heads.store.attention_files import load_attention
 
 SEVERAL = (
@@ -298,6 +300,10 @@ def test_a_data_file_resumes(front: Front, saved: str, calls: Calls, monkeypatch
     assert front.finder(*options).status == 0
     assert sum(calls.sizes) < 4
     assert only("predictions.jsonl").read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(workers, "run_on_workers", by_one_worker)
+    assert front.finder(*options, "output_dir=spread", "engine=ray").status == 0
+    (spread,) = Path("spread").rglob("predictions.jsonl")
+    assert spread.read_bytes() == whole.read_bytes()
 
 
 def test_a_batch_finds_heads_and_grounds(front: Front, saved: str) -> None:
