@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def _composed_with_less() -> None:
             register(program)
             registered.append(program)
 
-    compose.register, compose.preset = register_another, cache(compose.preset)
+    compose.register = register_another
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -81,7 +81,7 @@ def ready_lists() -> dict[str, ReadyList]:
 
 
 def _read(name: str) -> ReadyList:
-    values = preset("lists", name)
+    values = dict(preset("lists", name))
     heads = tuple(Head.parse(head) for head in values.pop("heads"))
     return ReadyList(name=name, heads=heads, counts=tuple(values.pop("counts", ())), **values)
 

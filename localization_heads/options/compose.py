@@ -164,7 +164,8 @@ def _written(value: Any) -> str:
     return f"[{', '.join(map(_written, value))}]" if isinstance(value, list) else shown(value)
 
 
-def preset(group: str, choice: str) -> dict[str, Any]:
+@cache
+def preset(group: str, choice: str) -> Mapping[str, Any]:
     """The values that a choice changes in its group, read without Hydra."""
     if choice in TABLES.get(group, ()):
         return TABLES[group][choice]
@@ -213,11 +214,10 @@ def preset_name(group: str, chosen: Options) -> str:
     """
     values = {name: plain(getattr(chosen, name)) for name in type(chosen).__pydantic_fields__}
     base = plain(type(chosen)())
+    presets = {choice: {**base, **preset(group, choice)} for choice in choices_of(group)}
     other = {
-        choice: {
-            name: value for name, value in values.items() if {**base, **preset(group, choice)}[name] != value
-        }
-        for choice in choices_of(group)
+        choice: {name: value for name, value in values.items() if there[name] != value}
+        for choice, there in presets.items()
     }
     nearest = min(other, key=lambda choice: len(other[choice]))
     changed = ", ".join(f"{name}={written(getattr(chosen, name))}" for name in other[nearest])
