@@ -357,7 +357,7 @@ def test_wrong_options_are_named(options: dict[str, str], said: str) -> None:
 
 
 def test_quantization_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UsageError, match=r"pip install 'localization-heads\[quantization\]'"):
         load_model(quantization="4bit")
 
