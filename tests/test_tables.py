@@ -81,6 +81,17 @@ def test_scores_with_intervals_and_controls() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_no_score_is_cut_off_where_there_are_many_metrics() -> None:
+    """Scores of several objects have twelve metrics: two halves of six."""
+    one: dict[str, object] = dict.fromkeys(tables.HEADINGS, 0.125)
+    intervals = {f"{name}_interval": [0.111, 0.139] for name in tables.HEADINGS}
+    metrics = {**one, **intervals, "single_box": {**one, **intervals}, "num_samples": 3, "num_failed": 0}
+    text = printed(metrics_table(metrics), width=80)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert text.count("0.125") == 24 and text.count(".11-.14") == 24
+    assert text.count("Scores of") == 1 and text.count("best box alone") == 2
+
+
 def test_scores_without_masks_and_controls() -> None:
     metrics = {**summarize({"heads": [[Score(0.5, True, 0.5)]]})["heads"], "num_samples": 1, "num_failed": 0}
     text = printed(metrics_table(metrics))

@@ -13,7 +13,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -48,6 +48,8 @@ HEADING = 16
 """Width at which the headings above such cells are folded."""
 WIDE = 8
 """Metrics whose intervals fit on one line each in 80 columns."""
+MOST_SIDE_BY_SIDE = 10
+"""Metrics that fit in 80 columns with their intervals on two lines."""
 HEADINGS = {
     "acc@0.25": "Acc\n@0.25",
     "acc@0.5": "Acc\n@0.5",
@@ -82,20 +84,22 @@ def _table(title: str, *columns: str, texts: Collection[str] = (), caption: str 
     return table
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> Table:
+def metrics_table(metrics: Mapping[str, Any]) -> Group:
     """The scores of `stage=evaluate`: a row per method, a column per metric, below each value its 95 % interval.
 
-    The localization heads come first, the controls below, and how far the heads are ahead of random ones.
+    The localization heads come first, the controls below, and how far the heads are ahead of random ones. More metrics
+    than fit side by side in 80 columns stand in two halves, one below the other.
     """
-    table = Table(
-        title=_title(metrics),
-        caption=_ahead(metrics),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
     shown = [name for name in HEADINGS if name in metrics]
+    half = -(-len(shown) // 2)
+    parts = [shown] if len(shown) <= MOST_SIDE_BY_SIDE else [shown[:half], shown[half:]]
+    tables = [_scores(metrics, part) for part in parts]
+    tables[0].title, tables[-1].caption = _title(metrics), _ahead(metrics)
+    return Group(*tables)
+
+
+def _scores(metrics: Mapping[str, Any], shown: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in shown:
         table.add_column(HEADINGS[name], justify="right")
