@@ -26,7 +26,7 @@ from localization_heads.experiments.study import Study, StudyOptions
 from localization_heads.experiments.tables import ROBUST as ROBUST_ROW
 from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.figures import plot_sensitivity
-from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.one_sample import greedy_heads
 from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
 from localization_heads.heads.record import resting
@@ -410,6 +410,18 @@ def test_families(name: str, image: Image.Image) -> None:
     ]
     for head in found.heads:
         assert head.sensitivity == pytest.approx(1 - np.mean(overlaps, axis=0)[head.address], abs=1e-4)
+
+
+def test_those_that_pass_come_before_the_fallback_however_these_move() -> None:
+    """Two of four heads pass; the others move more, and only fill up."""
+    sums = np.array([[0.9, 0.1], [0.2, 0.8]])
+    entropy = np.array([[1.0, 0.0], [0.0, 0.5]])
+    statistics = HeadStatistics(sums, entropy, entropy, np.ones((2, 2), int), sums < 0)
+    options = CriteriaOptions(exclude_layers=0, tau=0.5, fallback="order")
+    moved = Moved(np.array([[0.4, 0.9], [0.8, 0.3]]), np.ones((2, 2)))
+    assert greedy_heads(statistics, options, 2, moved) == [(0, 0), (1, 1)]
+    assert greedy_heads(statistics, options, 3, moved) == [(0, 0), (1, 1), (0, 1)]
+    assert greedy_heads(statistics, replace(options, fallback="none"), 3, moved) == [(0, 0), (1, 1)]
 
 
 def test_a_sample_picks_its_own_heads_by_it(data: Front, lvlm: LVLM) -> None:

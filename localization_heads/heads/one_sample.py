@@ -27,7 +27,8 @@ def greedy_heads(
     Fewer if fewer pass criterion 1 with a finite entropy, unless `options.fallback` names others.
 
     Args:
-        moved: the third criterion in this sample: those that pass and move most come first, whatever their entropy.
+        moved: the third criterion in this sample: those that pass and move most come first, whatever their entropy, and
+            then those that `options.fallback` names.
 
     >>> from localization_heads.heads.criteria import head_statistics
     >>> maps = np.zeros((4, 2, 3, 3))  # layer, head, row, column
@@ -36,12 +37,14 @@ def greedy_heads(
     [Head(layer=3, head=1)]
     """
     found = statistics
-    of_sample = partial(
-        sample_heads, found.attention_sum, found.spatial_entropy, found.bottom_row_focus, options
-    )
+    of_sample = partial(sample_heads, found.attention_sum, found.spatial_entropy, found.bottom_row_focus)
     if moved is None:
-        return of_sample(k)
-    return sorted(of_sample(found.attention_sum.size), key=partial(_stays, moved))[:k]
+        return of_sample(options, k)
+    passing = of_sample(replace(options, fallback="none"), found.attention_sum.size)
+    every = of_sample(
+        options, found.attention_sum.size
+    )  # those that pass, and those of the fallback behind them
+    return [*sorted(passing, key=partial(_stays, moved)), *every[len(passing) :]][:k]
 
 
 def _stays(moved: Moved, head: Head) -> float:
