@@ -27,7 +27,7 @@ from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.options.sensitivity import SensitivityOptions
-from localization_heads.segmentation.segmenter import Proposer, Segmenter, refine
+from localization_heads.segmentation.segmenter import Proposer, Segmenter, proposed_by, refine
 from localization_heads.store.files import read_json
 from localization_heads.store.results import is_ranking, load_head_list, load_ranking
 
@@ -138,7 +138,7 @@ class Grounder:
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
         found = []
         if self.proposes and isinstance(self.segmenter, Proposer) and image is not None:
-            masks = self.segmenter.propose(image)
+            masks = proposed_by(self.segmenter, image)
             found = attended(components[0], masks, self.segmenter.name, self.least_mass)
         seen = np.any([one.cells for one in found], axis=0) if found else False
         rest = [one for one in components if not (one.cells & seen).any()]

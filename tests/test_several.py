@@ -318,6 +318,18 @@ def test_proposals_come_before_components() -> None:
     assert replace(grounder(Proposing()), proposes=True).ground_all(three(), None)[0].box == plain[0].box
 
 
+@pytest.mark.parametrize(
+    "masks", [np.ones((2, 8, 8), np.uint8), np.ones((8, 8), bool), []], ids=["bytes", "one", "none"]
+)
+def test_what_is_proposed_are_masks(masks: Any) -> None:
+    class Wrong(Pixels):
+        def propose(self, image: Any) -> Any:
+            return masks
+
+    with pytest.raises(UsageError, match=r"it must propose bool masks \[n, h, w\], not"):
+        replace(grounder(Wrong()), proposes=True).ground_all(three(), Image.new("RGB", (80, 80)))
+
+
 def test_a_segmenter_is_needed_for_proposals(lvlm: lh.LVLM) -> None:
     image = Image.open("examples/images/octopus_14.png").convert("RGB")
     for segmenter in (None, Pixels()):

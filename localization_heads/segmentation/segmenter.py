@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou, mass_inside, spread, tight_box, visible_cells, visible_edges
+from localization_heads.errors import ArgumentError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.shapes import Point
 from localization_heads.options.groups import BoxFrom, SegmenterOptions
@@ -182,6 +183,15 @@ def proposal_size(image_size: tuple[int, int]) -> tuple[int, int]:
     """
     shrink = min(1.0, PROPOSED_SIDE / max(image_size))
     return max(1, round(image_size[0] * shrink)), max(1, round(image_size[1] * shrink))
+
+
+def proposed_by(segmenter: Proposer, image: Image.Image) -> NDArray[np.bool_]:
+    """`Proposer.propose`. ArgumentError, which names the segmenter, where it gives no masks: it may be anybody's."""
+    masks = np.asarray(segmenter.propose(image))
+    if masks.ndim != 3 or masks.dtype != bool:
+        found = f"{masks.dtype} {list(masks.shape)}"
+        raise ArgumentError(f"segmenter={segmenter.name}: it must propose bool masks [n, h, w], not {found}")
+    return masks
 
 
 WIDER = 2
