@@ -200,6 +200,10 @@ def test_what_is_no_clip_is_refused() -> None:
     with pytest.raises(UsageError, match="of one size"):
         tiny("qwen2_vl").attend_clip(frames, "the red car")
     assert tiny("qwen2_vl").attend_clip([], "the red car") == []
+    with pytest.raises(UsageError, match="a clip of 513 frames: 512 at most"):
+        tiny("qwen2_vl").attend_clip(moving_coordinates(1) * 513, "the red car")
+    with pytest.raises(UsageError, match="leave out paraphrases="):
+        tiny("qwen2_vl").worded(["{} here"]).attend_clip(moving_coordinates(1), "the red car")
 
 
 # ------------------------------------------------------------------------------------------------------- stages
@@ -345,6 +349,7 @@ def test_what_the_model_cannot_take_fails_with_its_clip(
         (["zoom=true"], "leave out zoom="),
         (["grounding.contrast=background"], "leave out grounding.contrast="),
         (["signals=true"], "leave out signals="),
+        (["heads=greedy", "criteria=robust"], "video=native: without heads= the third criterion"),
         (["video_file=null", "image_file=a.png"], "video=native needs a video"),
         (["video=frames", "frames_per_prompt=4"], "write video=native"),
         (["frames_per_prompt=0"], "frames_per_prompt"),

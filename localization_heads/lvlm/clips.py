@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
+from localization_heads.data.together import image_at
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.families.geometry import (
     Size,
@@ -27,6 +28,7 @@ from localization_heads.lvlm.families.geometry import (
 )
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
 from localization_heads.lvlm.text.query_tokens import without_token
+from localization_heads.options.video import MOST_FRAMES
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
@@ -258,10 +260,14 @@ def attend_clip(
 
     Raises:
         UsageError: the family has no video tokens that are read, the frames are too many for the model's context, or
-            it was changed in a way that is about images.
+            it was changed, or is asked in paraphrases, in a way that is about images.
     """
     if not frames:
         return []
+    if len(frames) > MOST_FRAMES:
+        raise UsageError(f"a clip of {len(frames)} frames: {MOST_FRAMES} at most go into one prompt")
+    if lvlm.paraphrases:
+        raise UsageError("video=native: leave out paraphrases=, which asks about images")
     if lvlm.changes:
         raise UsageError(
             "a model whose heads are switched off or steered is asked about images, not about clips"
@@ -270,7 +276,7 @@ def attend_clip(
         raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")
     times = [_SPACING * n for n in range(len(frames))] if times is None else times
     prompt = lvlm.located_prompt(expression)
-    seen = [lvlm.seen(frame) for frame in frames]
+    seen = [lvlm.seen(image_at(frame, None)) for frame in frames]
     ready = make_clip_ready(lvlm, seen, prompt.text, times)
     query = lvlm.query([prompt], ready.inputs)
     with memory_errors():

@@ -11,6 +11,8 @@ from localization_heads.options.kinds import Options, PathText, option, options
 
 GROUND = ("ground",)
 EVALUATED = ("ground", "evaluate")
+MOST_FRAMES = 512
+"""Frames in one prompt."""
 
 
 @options
@@ -34,7 +36,7 @@ class VideoOptions(Options):
         16,
         "For video=native: frames that go into one prompt; of large ones fewer, 100 million pixels together.",
         ge=1,
-        le=512,
+        le=MOST_FRAMES,
         stages=EVALUATED,
     )
     fps: Annotated[float, Field(gt=0, le=240)] | None = option(

@@ -30,7 +30,7 @@ from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import NATIVE_BOX, FoundWith
 from localization_heads.lvlm.answers.box_formats import BOX
-from localization_heads.lvlm.beside import Beside, beside, probing
+from localization_heads.lvlm.beside import Beside, beside, is_wanted, probing
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.companions import ChatOptions, DemoOptions
@@ -292,11 +292,16 @@ class Run(ModelRun[FinderOptions]):
         return self.options.frames_per_prompt if self.options.video == "native" else None
 
     def check_clips(self) -> None:
-        """UsageError where `video=native` is asked of a model that reads no videos."""
+        """UsageError where `video=native` is asked of a model that reads no videos, or to pick heads as no clip can."""
         if self.clip:
             from localization_heads.lvlm.clips import check_reads_clips
 
             check_reads_clips(self.lvlm.model.config)
+            if not self.named_heads and is_wanted(self.options.criteria):
+                raise UsageError(
+                    "video=native: without heads= the third criterion picks them by other expressions of an image, "
+                    "which no clip is asked about: name heads=, or write criteria.sensitivity=none"
+                )
 
     @property
     def model_settings(self) -> dict[str, Any]:
