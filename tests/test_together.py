@@ -27,17 +27,21 @@ from test_spreading import by_one_worker
 
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps, of_images
+from localization_heads.data import together
 from localization_heads.data.samples import load_samples
-from localization_heads.data.together import Opened
+from localization_heads.data.together import Opened, load_shown
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.head import Head
+from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.checks.footprints import footprint_errors_together, image_features
 from localization_heads.lvlm.families.geometry import Layout, View, parted
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
 from localization_heads.lvlm.model import LVLM
+from localization_heads.lvlm.native_box import ask_for_box
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.stages import workers
+from localization_heads.stages.entries import Entries
 from localization_heads.store.attention_files import load_attention
 
 SEVERAL = (
@@ -219,6 +223,7 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
         ({**good, "id": "d", "image_path": ["0.png", "gone.png"]}, "gone.png"),
         ({**good, "id": "e", "image_path": ["0.png", ["1.png"]]}, "'image_path' must be text"),
         ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 of them"),
+        ({**good, "id": "g", "masks": [[[0, 0, 9, 0, 9, 9]]]}, "'masks' is of one: leave it out"),
     ]
     file = load_samples(write_lines(tmp_path / "data.jsonl", [good, *(line for line, _ in bad)]))
     (sample,) = file.samples
@@ -226,6 +231,50 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
     assert sample.at(1).image_file == str(tmp_path / "1.png")
     for found, (_, said) in zip(file.bad, bad, strict=True):
         assert said in found.reason
+
+
+def test_the_images_of_a_prompt_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "MOST_PIXELS", 100)
+    images = [Image.new("RGB", (5, 10))] * 3
+    assert len(load_shown(lh.Together(images[:2]))) == 2
+    with pytest.raises(lh.UsageError, match="with those before it, over the limit of 0"):
+        load_shown(lh.Together(images))
+
+
+def test_what_is_no_list_is_not_taken_apart() -> None:
+    for wrong in ("ab.png", None, 3):
+        with pytest.raises(lh.UsageError, match="give a list of two or more"):
+            lh.Together(wrong)  # type: ignore[arg-type]
+
+
+def test_python_asks_about_images_together_or_says_why_not() -> None:
+    """`lh.Together` of decoded images is as good as what the stages decode; what is asked of one image refuses it."""
+    lvlm, images = tiny("qwen2_vl"), shown(*SIZES)
+    pair = lh.Together(images.images)
+    np.testing.assert_array_equal(
+        lvlm.attend(pair, "the dog").images[1].attention,  # type: ignore[arg-type]
+        lvlm.attend(images, "the dog").images[1].attention,
+    )
+    for ask in (
+        lambda: lvlm.trace(pair, "the dog", HEADS),
+        lambda: lvlm.trace(images, "the dog"),
+        lambda: lvlm.attend_clip([pair], "the dog"),
+        lambda: ask_for_box(lvlm, FORMATS["qwen2"], images, "the dog"),
+    ):
+        with pytest.raises(lh.UsageError, match="asked about one image, and 2 are shown together") as error:
+            ask()
+        assert "\n" not in str(error.value)
+    for paths in (lh.Together(["a.png", "b.png"]), "a.png"):
+        with pytest.raises(lh.UsageError, match="a model takes PIL images"):
+            lvlm.attend(paths, "the dog")  # type: ignore[arg-type]
+
+
+def test_the_place_of_an_entry_is_said_once() -> None:
+    sample = lh.Sample(lh.Together(["a.png", "b.png"]), "the dog", id="t", line=1)
+    entries = Entries([sample])
+    with entries.put_aside(sample):
+        raise AssertionError(sample.single)
+    assert str(entries.failures[0]).startswith("line 1 (t): its prompt shows several images")
 
 
 # --- the way to the files

@@ -35,6 +35,7 @@ from localization_heads.data.together import Together, key_of, name_of
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
 
+_TRUTHS = ("bbox", "bboxes", "mask", "masks")
 SEVERAL = "its prompt shows several images, which only stage=ground, batch and find take, without zoom=true"
 
 
@@ -267,7 +268,7 @@ def _sample(entry: Mapping[str, Any], id: str, line: int, folder: Path, allow_pr
     absent = entry.get("absent", False)
     if not isinstance(absent, bool):
         raise BadLineError("'absent' must be true or false")
-    truths = [name for name in ("bbox", "bboxes", "mask", "masks") if entry.get(name) is not None]
+    truths = [name for name in _TRUTHS if entry.get(name) is not None]
     if absent and truths:
         raise BadLineError(f"'absent' is true, and yet there is '{truths[0]}': remove one of them")
     return Sample(
@@ -319,9 +320,7 @@ def _images(entry: Mapping[str, Any], folder: Path, allow_private: bool) -> Addr
     names = entry.get("image_path")
     if not isinstance(names, list):
         return _image(_text(entry, "image_path", ("image", "image_file")), folder, allow_private)
-    if truth := next(
-        (name for name in ("bbox", "bboxes", "mask", "ignore") if entry.get(name) is not None), None
-    ):
+    if truth := next((name for name in (*_TRUTHS, "ignore") if entry.get(name) is not None), None):
         raise BadLineError(f"'image_path' lists several images, and '{truth}' is of one: leave it out")
     return Together(
         [_image(_text({"image_path": name}, "image_path"), folder, allow_private) for name in names]

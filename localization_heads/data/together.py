@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from PIL import Image
 
 from localization_heads.data.address import Address, ImageError, is_address
-from localization_heads.data.images import ImageSource, image_size, load_image
+from localization_heads.data.images import MAX_PIXELS, ImageSource, image_size, load_image
+from localization_heads.errors import ArgumentError
 
 MOST = 32
 """Images in one prompt."""
+MOST_PIXELS = 4 * MAX_PIXELS
+"""Of all images of one prompt, which are decoded together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +25,14 @@ class Together:
         images: two or more, at most `MOST`, each named as one alone would be (`data.any_image`).
 
     Raises:
-        ImageError: another number of them.
+        ImageError: another number of them, or no list.
     """
 
     images: Sequence[ImageSource]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.images, list | tuple):
+            raise ImageError("images together", "give a list of two or more")
         object.__setattr__(self, "images", tuple(self.images))
         if not 2 <= len(self.images) <= MOST:
             raise ImageError("images together", f"{len(self.images)} of them: give 2 to {MOST}")
@@ -66,32 +71,52 @@ def key_of(source: ImageSource | Together) -> str:
 
 
 def load_shown(source: ImageSource | Together) -> Shown:
-    """`load_image`, of one or of several."""
-    return Opened([load_image(one) for one in source]) if isinstance(source, Together) else load_image(source)
+    """`load_image`, of one or of several. ImageError as well for more than `MOST_PIXELS` of several."""
+    if not isinstance(source, Together):
+        return load_image(source)
+    images: list[Image.Image] = []
+    pixels = 0
+    for one in source:
+        images.append(load_image(one))
+        pixels += images[-1].width * images[-1].height
+        if pixels > MOST_PIXELS:
+            limit = f"the limit of {MOST_PIXELS / 1e6:.4g} MP for the images of one prompt"
+            raise ImageError(name_of(one) or "images together", f"with those before it, over {limit}")
+    return Opened(images)
 
 
 def mapped(shown: Shown, change: Callable[[Image.Image], Image.Image]) -> Shown:
-    """The same with every image changed."""
-    return Opened([change(one) for one in shown.images]) if isinstance(shown, Opened) else change(shown)
+    """What is shown with every image changed."""
+    changed = [change(one) for one in each_image(shown)]
+    return Opened(changed) if isinstance(shown, Together) else changed[0]
 
 
-def each_image(shown: Shown) -> tuple[Image.Image, ...]:
-    """Every image of a prompt."""
-    return shown.images if isinstance(shown, Opened) else (shown,)
+def each_image(shown: Shown | Together) -> tuple[Image.Image, ...]:
+    """Every image of a prompt. ArgumentError for one that is not decoded."""
+    images = shown.images if isinstance(shown, Together) else (shown,)
+    decoded = tuple(one for one in images if isinstance(one, Image.Image))
+    if len(decoded) < len(images):
+        raise ArgumentError(
+            "image: a model takes PIL images; ground and ground_all take paths and addresses as well"
+        )
+    return decoded
 
 
-def image_at(shown: Shown, index: int | None) -> Image.Image:
-    """The image at that place, counted from 0; the only one, where there are not several."""
-    return each_image(shown)[index or 0]
+def image_at(shown: Shown | Together, index: int | None) -> Image.Image:
+    """The image at that place, counted from 0; None takes the only one, and is an ArgumentError for several."""
+    images = each_image(shown)
+    if index is None and len(images) > 1:
+        raise ArgumentError(f"image: this is asked about one image, and {len(images)} are shown together")
+    return images[index or 0]
 
 
 def num_images(source: ImageSource | Together) -> int:
-    """That a prompt shows."""
+    """How many images a prompt shows."""
     return len(source) if isinstance(source, Together) else 1
 
 
 def num_pixels(source: ImageSource | Together) -> int:
-    """Of all images, from their headers; an address, which is not fetched for this, counts as none."""
+    """How many pixels a prompt shows, from the headers; an address, which is not fetched for this, counts as none."""
     images = source.images if isinstance(source, Together) else (source,)
     sizes = [image_size(one) for one in images if not is_address(one)]
     return sum(width * height for width, height in sizes)

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.together import Shown, each_image
+from localization_heads.data.together import Shown, each_image, image_at
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
@@ -238,9 +238,10 @@ class LVLM(LoadedModel):
             options: how maps become boxes; by default as in `ground`. Maps of other expressions are not asked for.
 
         Raises:
-            UsageError: a query that cannot be used, or a head that the model does not have.
+            UsageError: a query that cannot be used, several images, or a head that the model does not have.
             NotFiniteError: NaN or infinite attention.
         """
+        image = image_at(image, None)
         chosen = tuple(Head(*head) for head in heads or self.heads_auto() or self.own_heads(image, query))
         return traced(
             self,

@@ -11,6 +11,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import Box, rescaled
+from localization_heads.data.together import image_at
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat, read_box
 from localization_heads.lvlm.families.geometry import Size
@@ -56,11 +57,13 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
     """The model's own box of an expression, and its whole answer, greedily generated.
 
     Raises:
+        UsageError: several images.
         WorkError: out of memory.
     """
 
     import torch
 
+    image = image_at(image, None)
     seen = lvlm.seen(image)
     inputs = lvlm.encode([seen], [box_prompt(lvlm, form, expression)])
     try:

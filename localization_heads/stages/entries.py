@@ -14,7 +14,7 @@ from PIL import Image
 from localization_heads.data.address import is_address
 from localization_heads.data.box_scale import check_scale, true_boxes
 from localization_heads.data.images import load_image, open_image
-from localization_heads.data.samples import SEVERAL, Sample, VisualizationEntry, load_samples
+from localization_heads.data.samples import SEVERAL, Sample, VisualizationEntry, load_samples, where
 from localization_heads.data.together import Shown, Together, load_shown, num_images, num_pixels
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
@@ -159,8 +159,9 @@ class Entries:
         return mirrored if mirrored in store else self.record_key(sample)
 
     def fail(self, sample: Sample, reason: object) -> None:
-        """Put a sample aside; the others go on."""
-        self.failures.append(BadEntry(sample.line, sample.id, " ".join(str(reason).split())))
+        """Put a sample aside; the others go on. Its place is said once, also where the reason begins with it."""
+        said = " ".join(str(reason).split()).removeprefix(f"{where(sample)}: ")
+        self.failures.append(BadEntry(sample.line, sample.id, said))
 
     @contextmanager
     def put_aside(self, sample: Sample, *more: type[Exception]) -> Iterator[None]:
