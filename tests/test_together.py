@@ -41,7 +41,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import ask_for_box
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.stages import workers
-from localization_heads.stages.entries import Entries
+from localization_heads.stages.entries import CHUNK_PIXELS, Entries, OpenedImages
 from localization_heads.store.attention_files import load_attention
 
 SEVERAL = (
@@ -239,6 +239,16 @@ def test_the_images_of_a_prompt_have_a_limit_together(monkeypatch: pytest.Monkey
     assert len(load_shown(lh.Together(images[:2]))) == 2
     with pytest.raises(lh.UsageError, match="with those before it, over the limit of 0"):
         load_shown(lh.Together(images))
+
+
+def test_images_that_are_not_fetched_yet_count_as_a_chunk(tmp_path: Path) -> None:
+    """So that a chunk holds one such prompt, as it holds one image of an address."""
+    file = draw_image(tmp_path / "a.png", 1, (20, 10))
+    pixels = OpenedImages(0).pixels
+    assert pixels(lh.Sample(lh.Together([file, file]), "the dog")) == 400
+    assert (
+        pixels(lh.Sample(lh.Together([file, lh.Address("https://a.org/b.png")]), "the dog")) == CHUNK_PIXELS
+    )
 
 
 def test_what_is_no_list_is_not_taken_apart() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-from localization_heads.data.address import Address, ImageError, is_address
+from localization_heads.data.address import Address, ImageError
 from localization_heads.data.images import MAX_PIXELS, ImageSource, image_size, load_image
 from localization_heads.errors import ArgumentError
 
@@ -115,8 +116,6 @@ def num_images(source: ImageSource | Together) -> int:
     return len(source) if isinstance(source, Together) else 1
 
 
-def num_pixels(source: ImageSource | Together) -> int:
-    """How many pixels a prompt shows, from the headers; an address, which is not fetched for this, counts as none."""
-    images = source.images if isinstance(source, Together) else (source,)
-    sizes = [image_size(one) for one in images if not is_address(one)]
-    return sum(width * height for width, height in sizes)
+def num_pixels(source: Together) -> int:
+    """How many pixels the images have together, from their headers."""
+    return sum(math.prod(image_size(one)) for one in source)

@@ -51,8 +51,9 @@ class OpenedImages:
         self._kept: dict[str | int, Image.Image] = {}
 
     def pixels(self, sample: Sample) -> int:
-        """Of its image: 0 for a broken one, `CHUNK_PIXELS` for an address, which is not fetched for this."""
-        if is_address(sample.image):
+        """Of its images: 0 for a broken one, `CHUNK_PIXELS` with an address, which is not fetched for this."""
+        images = sample.image if isinstance(sample.image, Together) else (sample.image,)
+        if any(map(is_address, images)):
             return CHUNK_PIXELS
         if (key := image_key(sample)) not in self._sizes:
             self._sizes[key] = self._opened(key, sample)
