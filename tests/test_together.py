@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from localization_heads.data.together import Opened, load_shown
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.head import Head
+from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
+from localization_heads.lvlm.beside import Beside
 from localization_heads.lvlm.checks.footprints import footprint_errors_together, image_features
 from localization_heads.lvlm.families.geometry import Layout, View, parted
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
@@ -208,6 +211,23 @@ def test_the_box_is_in_the_image_that_the_heads_look_at() -> None:
     assert {one.image_index for one in every} == {1} and every[0].box == found.box
     with pytest.raises(lh.UsageError, match="no calibration is one of several images"):
         grounder(abstain=0.5).ground(maps, None)
+
+
+def test_other_expressions_are_compared_in_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they draw the attention to another image than the expression does."""
+
+    def in_turn(each: Sequence[AttentionMaps]) -> AttentionMaps:
+        index = int(each[0].query != "the dog")
+        return replace(each[index], images=tuple(each), image_index=index)
+
+    monkeypatch.setattr(loaded, "of_images", in_turn)
+    lvlm, images = tiny("qwen2_vl"), shown(*SIZES)
+    maps = lvlm.attend(images, "the dog", beside=Beside("siblings"), siblings=["the cat"])
+    (other,) = maps.others
+    assert (maps.image_index, other.query, other.image_index) == (0, "the cat", 0)
+    alone = lvlm.attend(images, "the cat").images[0]
+    np.testing.assert_allclose(other.attention, alone.attention, atol=1e-6)
+    assert maps.at(1).others[0].grid == maps.at(1).grid
 
 
 # --- entries

@@ -67,7 +67,8 @@ def ask_beside(
         return found
     others = _others(image, wanted, beside, last_layer)
     return [
-        replace(maps, others=tuple(others[text] for text in texts if text in others))
+        # Of several images, those of the same one: others may draw more attention to another.
+        replace(maps, others=tuple(others[text].at(maps.image_index) for text in texts if text in others))
         for maps, texts in zip(found, wanted, strict=True)
     ]
 
