@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,20 @@ def test_what_a_calibration_weighs_is_asked_of_every_frame(front: Front) -> None
     assert frame["calibrated"] and alone["calibrated"]
 
 
+def test_what_follows_a_broken_frame_is_read(tmp_path: Path) -> None:
+    """The data of the fourth frame are zeros: OpenCV's reader says at that place what it says at the end."""
+    content = bytearray(clip(tmp_path / "clip.mp4").read_bytes())
+    starts = [at for at in range(len(content)) if content.startswith(b"\0\0\1\xb6", at)]
+    content[starts[3] : starts[4]] = bytes(starts[4] - starts[3])
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(content)
+    found = list(frames(open_video(path)))
+    assert [one.number for one in found if one.image is None] == [3]
+    assert [one.number for one in found] == list(range(10))
+    assert [one.time for one in found] == pytest.approx(np.arange(10) / 10)
+    assert [one.number for one in frames(open_video(path), fps=3.0)] == [0, 4, 7]
+
+
 def test_a_broken_frame_is_named_and_skipped(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     clip(Path("clip.mp4"), 4)
 
@@ -234,6 +249,15 @@ def test_a_broken_frame_is_named_and_skipped(front: Front, monkeypatch: pytest.M
     assert "one_f000002" in result.out
     lines = read_lines(front.out / "predictions.jsonl")
     assert [line["error"] for line in lines] == [None, None, "the frame is broken", None]
+
+
+def test_a_video_that_ends_early_is_noted(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header states ten frames; all come, then five, for which a header may not be wrong."""
+    clip(Path("clip.mp4"), 10)
+    said = "the last 5 or so of the 10 frames that its header states are not there"
+    assert said not in front.finder(*OPTIONS, "fps=null").err
+    monkeypatch.setattr(stage, "frames", lambda *given: islice(frames(*given), 5))
+    assert said in front.finder(*OPTIONS, "fps=null", "smoothing=0").err
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from localization_heads.errors import WorkError
 
 MAX_FRAMES = 1_000_000
 """That are looked at; more are refused by the length that the header states, or cut off where it states none."""
+MOST_BROKEN = 250
+"""Broken frames in a row after which a video is over."""
 LARGEST_SIDE = 1920
 """Of a video that is written, in pixels."""
 _FALLBACK_RATE = 25.0
@@ -116,21 +118,38 @@ def frames(
 ) -> Iterator[Frame]:
     """The frames of a video in their order, at most `fps` a second: the first at or after each tick.
 
+    One that is broken comes without an image, if a whole one follows.
+
     Args:
         fps: None for every frame.
         is_known: whether a frame, by its place among those looked at, need not be decoded: it comes without an image.
     """
     with _capture(video.path) as capture:
-        tick, looked_at, number = 0, 0, -1
-        while looked_at < MAX_FRAMES and capture.grab():
-            number += 1
-            time = _time(capture, number, video.rate)
+        tick, looked_at = 0, 0
+        for number, time, whole in _grabbed(capture, video):
+            if looked_at == MAX_FRAMES:
+                return
             if fps is not None and time + 1e-3 < tick / fps:
                 continue
             if fps is not None:
                 tick = math.floor((time + 1e-3) * fps) + 1
-            yield Frame(number, time, None if is_known(looked_at) else _decoded(capture, video))
+            decodes = whole and not is_known(looked_at)
+            yield Frame(number, time, _decoded(capture, video) if decodes else None)
             looked_at += 1
+
+
+def _grabbed(capture: Any, video: Video) -> Iterator[tuple[int, float, bool]]:
+    """Number and time of each frame, and whether it can be read; one that cannot is known by a later one that can."""
+    number, broken = -1, 0
+    while broken <= MOST_BROKEN:
+        if capture.grab():
+            yield from ((n, n / video.rate, False) for n in range(number + 1, number + 1 + broken))
+            number, broken = number + broken + 1, 0
+            yield number, _time(capture, number, video.rate), True
+        elif number + broken + 1 < video.count:
+            broken += 1
+        else:
+            return
 
 
 def _time(capture: Any, number: int, rate: float) -> float:

@@ -7,6 +7,7 @@ does not grow with its length. A chunk that a killed run has grounded is read fr
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from localization_heads.store.files import RunLock, writable_folder
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.paths import entry_path
 from localization_heads.store.results import Prediction, write_predictions
+
+log = logging.getLogger(__name__)
 
 CHUNK_PIXELS = 24_000_000
 """Of the frames that are in memory together, unless one alone has more."""
@@ -77,6 +80,9 @@ def follow(run: Run) -> Followed:
         if all(one.error for one in found):
             first = found[0].error if found else "it has no frame"
             raise NothingDoneError("no frame could be grounded", [BadEntry(0, id, first or "")])
+        if lost := _cut_off(video, options.fps, found):
+            said = "%s: the last %d or so of the %d frames that its header states are not there"
+            log.warning(said, video.path, lost, video.count)
         found = _smoothed(found, options.smoothing)
         write_predictions(
             run.folder / "predictions.jsonl", [replace(one, heads_from=run.heads_from) for one in found]
@@ -126,6 +132,13 @@ def _grounded(run: Run, video: Video, id: str, journal: ResultLog) -> Iterator[P
 
 def _key(chunk: int) -> bytes:
     return chunk.to_bytes(16, "big")
+
+
+def _cut_off(video: Video, fps: float | None, found: Sequence[Prediction]) -> int:
+    """About how many frames are missing at the end; 0 where that may be a header that is not exact."""
+    between = 1 if fps is None else max(1, math.ceil(video.rate / fps))
+    last = (found[-1].frame or 0) + between if found else 0
+    return max(0, video.count - last) if video.count - last > 1 + video.count // 50 else 0
 
 
 def _expected(video: Video, fps: float | None) -> int | None:
