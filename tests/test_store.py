@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import suppress
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from hypothesis import strategies as st
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.head import Head
+from localization_heads.store import attention_files
 from localization_heads.store.attention_files import (
     is_in_format,
     load_analysis,
@@ -258,6 +261,34 @@ def test_what_the_published_tools_read_is_written(format, tmp_path):
     assert {name: getattr(read, name) for name in told} == told
     save_attention(maps, path)
     assert not side.exists() and load_attention(path).image_box == maps.image_box
+
+
+@pytest.mark.parametrize("kept", range(5))
+@pytest.mark.parametrize(("before", "after"), [*permutations(["pkl", "published", "published_august"], 2)])
+def test_a_change_of_format_that_was_cut_short_is_noticed(before, after, kept, tmp_path, monkeypatch):
+    """Of its writes and removals all but the first ones are lost: the new format is claimed only where all is there."""
+    maps = AttentionMaps(np.full((1, 1, 4, 4), 0.01, np.float32), (0.0, -80.0, 640.0, 560.0), (640, 480))
+    path, left = tmp_path / "q.pkl", kept
+    save_attention(maps, path, before)
+
+    def cut_short(act):
+        def acting(*arguments, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return act(*arguments, **named)
+
+        return acting
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_files, "write_bytes", cut_short(attention_files.write_bytes))
+        patch.setattr(Path, "unlink", cut_short(Path.unlink))
+        with suppress(KeyboardInterrupt):
+            save_attention(maps, path, after)
+    if is_in_format(path, after):
+        assert torch.is_tensor(pickle.loads(path.read_bytes())) == (after == "published")
+        assert load_attention(path).image_box == maps.image_box
 
 
 @pytest.mark.parametrize("format", ["published", "published_august"])

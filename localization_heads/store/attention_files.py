@@ -50,9 +50,6 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
     """
     path = Path(path)
     _check_maps(maps.attention)
-    if path.suffix == ".pkl":
-        for other in set(_SIDES.values()) - {_SIDES.get(format)}:
-            side_path(path, other).unlink(missing_ok=True)  # of another format that was here before
     if format in _SIDES:
         return _save_published(maps, path, format)
     attention = np.ascontiguousarray(maps.attention, dtype=np.float32)
@@ -67,6 +64,7 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
     if path.suffix == ".pkl":
         content = {"version": VERSION, "attention": attention, **rest}
         write_bytes(path, pickle.dumps(content, protocol=4))
+        _only_beside(path, None)
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
 
@@ -112,8 +110,15 @@ def _save_published(maps: AttentionMaps, path: Path, format: str) -> None:
         "num_heads": maps.num_heads,
     }
     content = tensor if format == "published" else {"attn": tensor, "meta": facts}
-    write_bytes(side_path(path, _SIDES[format]), pickle.dumps(facts, protocol=4))
     write_bytes(path, pickle.dumps(content, protocol=4))
+    write_bytes(side_path(path, _SIDES[format]), pickle.dumps(facts, protocol=4))
+    _only_beside(path, _SIDES[format])
+
+
+def _only_beside(path: Path, kept: str | None) -> None:
+    """Remove the metadata of other formats, last of all: until then `is_in_format` says that the file is not whole."""
+    for other in set(_SIDES.values()) - {kept}:
+        side_path(path, other).unlink(missing_ok=True)
 
 
 def is_in_format(path: Path, format: str) -> bool:
