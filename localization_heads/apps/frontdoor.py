@@ -184,7 +184,9 @@ def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arg
     register(config_name)
     flags, words, sweeps = _flags_and_words(arguments)
     _check_words(words, config_name)
-    words = [quote_free_text(re.sub("^steer=", "ablate.steer=", word), sweeps, config_name) for word in words]
+    if config_name == "finder":
+        words = [re.sub("^steer=", "ablate.steer=", word) for word in words]
+    words = [quote_free_text(word, sweeps, config_name) for word in words]
     own_choices = not any(word.startswith(("-cd", "--config-d", "hydra.searchpath=")) for word in arguments)
     _check_grammar(words, config_name, sweeps, own_choices)
     words += implied(config_name, words)

@@ -86,10 +86,10 @@ def chance_error(confidence: ArrayLike, *, seed: int = 42) -> tuple[float, tuple
     A bin of few answers misses its confidence by chance, so that no finite sample has an error of 0.
     """
     values = np.asarray(confidence, dtype=np.float64)
-    drawn = np.random.default_rng(seed).random((NUM_RESAMPLES, len(values))) < values
     if not values.size:
         return float("nan"), (float("nan"), float("nan"))
-    errors = np.array([calibration_error(values, right) for right in drawn])
+    draw = np.random.default_rng(seed).random
+    errors = np.array([calibration_error(values, draw(len(values)) < values) for _ in range(NUM_RESAMPLES)])
     low, high = percentile_interval(errors)
     return float(errors.mean()), (float(low), float(high))
 

@@ -224,11 +224,11 @@ class Sam:
         Those that the model itself scores below `SURE` are left out, and masks that are equal.
         """
         frame, size = self.frame(image.size), proposal_size(image.size)
-        drawn = replace(frame, image_size=size)
+        drawn, encoded = replace(frame, image_size=size), self.encode(image)
         found: dict[bytes, NDArray[np.bool_]] = {}
         for points in np.split(_grid(frame.inner), GRID):
             output = self.model(
-                image_embeddings=self.encode(image),
+                image_embeddings=encoded,
                 multimask_output=True,
                 input_points=self._tensor(points[None, :, None]),  # (image, object, point, 2)
                 input_labels=self._tensor(np.full((1, GRID, 1), FOREGROUND, dtype=np.int32)),
