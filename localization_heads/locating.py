@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
+from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, check_choice, grounder_of
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.any_image import as_sources
 from localization_heads.data.images import ImageSource
@@ -125,6 +125,7 @@ def ground(
             calibration of other heads or another recipe. Both are `UsageError`.
         NotFiniteError: NaN or infinite attention.
     """
+    check_choice("image_boxes", image_boxes, ImageBoxes)
     pairs, single = _pairs(image, expression)
     grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
     grounder = calibrated(grounder, lvlm, calibration, abstain, zoom=zoom)
@@ -261,6 +262,7 @@ def ground_all(
             on the right, at the top and at the bottom (`places`), of which an object draws `LEAST_OF_PLACES` or more;
             or whether the segmenter proposes objects, of which the expression's map chooses (`segmenter`).
     """
+    check_choice("by", by, InstancesBy)
     source = as_sources(image)
     texts = _texts(expression)
     if len(texts) != 1:

@@ -332,6 +332,10 @@ def test_what_is_proposed_are_masks(masks: Any) -> None:
 
 def test_a_segmenter_is_needed_for_proposals(lvlm: lh.LVLM) -> None:
     image = Image.open("examples/images/octopus_14.png").convert("RGB")
+    with pytest.raises(UsageError, match=r"^by='segmented': choose one of components, places, segmenter$"):
+        lh.ground_all(lvlm, image, "the octopus", by="segmented")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"^image_boxes='all': choose one of one, each$"):
+        lh.ground(lvlm, image, "the octopus", image_boxes="all")  # type: ignore[call-overload]
     for segmenter in (None, Pixels()):
         with pytest.raises(UsageError, match="by=segmenter: give a segmenter that can propose"):
             lh.ground_all(lvlm, image, "the octopus", segmenter=segmenter, by="segmenter")
