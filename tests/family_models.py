@@ -26,7 +26,11 @@ VOCABULARY = 400
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {}
 NEEDS_TORCHVISION = {
     "cohere2_vision",
+    "fast_vlm",
+    "fuyu",
     "gemma4_unified",
+    "inkling2",
+    "inkling_mm_model",
     "kimi_k25",
     "lfm2_vl",
     "lighton_ocr",
@@ -36,9 +40,12 @@ NEEDS_TORCHVISION = {
     "molmo2",
     "muse_glimmer",
     "muse_spark",
+    "perception_lm",
     "pixtral",
+    "unlimited_ocr",
 }
-"""Families whose processors transformers has for torchvision only."""
+"""Families whose processors transformers has for torchvision only, or whose others fail (Fuyu)."""
+NEEDS_TIMM = {"fast_vlm", "gemma3n", "perception_lm"}
 
 
 def family(builder: Callable[[], tuple[Any, Any]]) -> Callable[[], tuple[Any, Any]]:
@@ -51,7 +58,7 @@ def tiny(name: str) -> LVLM:
     """The tiny model of a family; skips the test where a package is missing that transformers needs for it."""
     if name in NEEDS_TORCHVISION and not is_torchvision_available():
         pytest.skip(f"the processor of {name} needs torchvision")
-    if name == "gemma3n":
+    if name in NEEDS_TIMM:
         pytest.importorskip("timm")
     torch.manual_seed(0)
     processor, model = BUILDERS[name]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import family_models_latest  # noqa: F401 -- registers its families
 import family_models_newcomers  # noqa: F401 -- registers its families
 import transformers as hf
 from family_models import (

@@ -201,6 +201,9 @@ def test_row_with_a_sink_and_a_softcap() -> None:
     query, key = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 3, 4)
     with_sink = attention_rows(nn.Module(), query, key, None, s_aux=torch.zeros(1))[:, :, 0]
     torch.testing.assert_close(with_sink, torch.full((1, 1, 3), 0.25))  # the sink takes a fourth share
+    sinks = torch.tensor([9.0, math.log(2)]).reshape(1, 1, 2, 1)  # of two queries, whose last sees two keys
+    of_queries = attention_rows(nn.Module(), query.expand(-1, -1, 2, -1), key, None, sinks=sinks)
+    torch.testing.assert_close(of_queries[0, 0, 0], torch.tensor([0.25, 0.25, 0.0]))
     query[..., 0], key[..., 1, 0] = 100.0, 100.0
     capped = attention_rows(nn.Module(), query, key, None, softcap=1.0)[:, :, 0]  # logits 0, 1, 0
     torch.testing.assert_close(capped[0, 0, 1], torch.tensor(math.e / (math.e + 2)))

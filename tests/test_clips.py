@@ -84,7 +84,7 @@ def test_tokens_lie_in_their_frames_and_cells(name: str) -> None:
     clip = ready(name)
     assert len(clip.views) == -(-5 // merged(name))
     for place, view in enumerate(clip.views):
-        cells = sampled_cells(view, 0)[:: 1 if place == 0 else 4]
+        cells = sampled_cells(view, False)[:: 1 if place == 0 else 4]
         keys = [int(view.index[cell]) for cell in cells]
         for cell, (centre, seen) in zip(cells, footprint(name, clip, keys), strict=True):
             assert seen == frames_of(name, place)

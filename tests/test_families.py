@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ from family_models_siblings import SIBLINGS  # and registers all families
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.checks.footprints import coordinate_image, footprint_errors
-from localization_heads.lvlm.families.geometry import ProcessedImage
+from localization_heads.lvlm.families.geometry import ProcessedImage, even_view
 from localization_heads.lvlm.families.table import FAMILIES, REFUSED, check_family, views_of
+from localization_heads.lvlm.families.views import shifted
 from localization_heads.lvlm.forward.capture import capture
 from localization_heads.lvlm.model import LVLM
 
@@ -25,8 +27,8 @@ SIZES = {"wide": (1000, 560), "tall": (420, 760), "small": (150, 110)}
 EAGER = {"rtol": 0, "atol": 1e-5}
 
 
-NO_FOOTPRINTS = {"gemma3n"}
-"""Families whose vision tower is timm's, whose attention cannot be switched off here."""
+NO_FOOTPRINTS = {"fast_vlm", "gemma3n"}
+"""Families whose vision tower is timm's, and reaches too far in images as small as these."""
 
 
 def traced() -> list[tuple[str, str]]:
@@ -45,6 +47,23 @@ def test_footprints_lie_in_their_cells(name: str, size: str) -> None:
     for view, errors in footprint_errors(tiny(name), SIZES[size]).items():
         assert len(errors) >= 3, f"{view}: too few tokens show the image alone"
         assert np.abs(errors).max() < 0.25, view
+
+
+def test_tokens_of_fast_vlm_are_centred_at_a_corner_of_their_pixels() -> None:
+    """What feeds an inner token, all weights being positive, lies around the first of its 64 pixels."""
+    tower = copy.deepcopy(tiny("fast_vlm").model.model.vision_tower.timm_model)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.abs_()
+    tower.final_conv.se = torch.nn.Identity()  # it scales channels by the mean of the whole image
+    pixels = torch.full((1, 3, 1024, 1024), 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(tower.forward_features(pixels)[0, :, 8, 7].sum(), pixels)
+    feeds, middles = gradient[0].abs().sum(0), torch.arange(1024) + 0.5
+    centre = float(feeds.sum(0) @ middles / feeds.sum()), float(feeds.sum(1) @ middles / feeds.sum())
+    box = 0, 0, 1024, 1024
+    view = shifted(even_view("whole", np.zeros((16, 16), int), box), 31.5 / 64)
+    expected = view.x_edges[7:9].mean(), view.y_edges[8:10].mean()
+    np.testing.assert_allclose(centre, expected, atol=64 / 16)
 
 
 def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:

@@ -34,7 +34,7 @@ from localization_heads.options.groups import ModelSpec
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car", "the dog"]
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-APART = {"florence2", "paligemma", "paligemma2"}
+APART = {"florence2", "inkling2", "inkling_mm_model", "paligemma", "paligemma2", "unlimited_ocr"}
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -26,6 +26,7 @@ from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import ask_beside
 from localization_heads.lvlm.beside import NOTHING, Beside, is_wanted, movement_in, probing
 from localization_heads.lvlm.clips import attend_clip
+from localization_heads.lvlm.families.table import family_of
 from localization_heads.lvlm.loaded import LoadedModel
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 from localization_heads.lvlm.tracing import traced
@@ -204,8 +205,9 @@ class LVLM(LoadedModel):
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         parts: list[tuple[Sequence[int], Answer]] = []
         alone: list[int] = []
+        batched = not family_of(self.model.config).alone
         for places in _by_image(images):
-            single = len(places) == 1 or self.why_not_shared
+            single = batched and (len(places) == 1 or self.why_not_shared)
             if single and isinstance(images[places[0]], Image.Image):
                 alone += places
                 continue

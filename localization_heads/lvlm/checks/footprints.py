@@ -29,28 +29,37 @@ SAMPLED = 8
 LIMIT = 0.25
 """Largest distance of a footprint from the centre of its cell, in cells, that is taken for right."""
 UNTRACEABLE = {
-    "gemma3n": "its vision tower is timm's, and mixes the whole image",
     **dict.fromkeys(
-        ("got_ocr2", "pp_chart2table"), "its vision tower computes attention in a way of its own"
+        ("fast_vlm", "gemma3n", "perception_lm"), "its vision tower is timm's, and mixes the whole image"
+    ),
+    **dict.fromkeys(
+        ("got_ocr2", "pp_chart2table", "unlimited_ocr"),
+        "its vision tower computes attention in a way of its own",
     ),
 }
 """Model types whose attention in the vision tower cannot be switched off, and why."""
 BLENDING = (
     "deepseek_vl_hybrid",
+    "fast_vlm",
     "florence2",
     "gemma3n",
     "got_ocr2",
     "llava_onevision",
     "pp_chart2table",
+    "unlimited_ocr",
 )
 """Model types whose tokens reach over their cells, with less weight: convolutions and resampling."""
-CUT_AT_THE_BORDER = ("florence2", "got_ocr2", "pp_chart2table")
-"""Model types whose convolutions reach so far that at the image's border footprints are one-sided."""
+CUT_AT_THE_BORDER = ("fast_vlm", "florence2", "got_ocr2", "pp_chart2table", "unlimited_ocr")
+"""Model types whose convolutions reach so far that footprints at the border of the image or of a tile are one-sided."""
 
 Point = tuple[float, float]
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_local", "image_patches")
+"""Outputs of processors with pixels of images."""
 CHANNELS_LAST = (
     "Cosmos3Edge",
+    "Fuyu",
     "Gemma4",
+    "Inkling",
     "Lfm2Vl",
     "Molmo2",
 )  # image processors whose flattened patches end with the colour
@@ -84,16 +93,20 @@ def footprint_centres(
     shown = shown or coordinate_image(*image_size)
     raw = lvlm.processed([shown], [lvlm.showing(len(each_image(shown))).prompt("the dog")])
     inputs = lvlm.on_device(raw)
-    name = next(name for name in ("pixel_values", "pixel_values_images") if name in raw)
-    pixels = inputs[name] = inputs[name].detach().clone().requires_grad_()
+    names = [name for name in PIXELS if name in raw]
+    pixels = {name: inputs[name].detach().clone().requires_grad_() for name in names}
+    inputs |= pixels
     with identity_attention(lvlm):
         features = image_features(lvlm, inputs)  # (K, D)
     weights = torch.randn(features.shape[-1], generator=torch.Generator().manual_seed(0)).to(features)
-    colours = original_colours(lvlm, raw[name].float())
+    colours = torch.cat([original_colours(lvlm, raw[name].float()).reshape(-1, 3) for name in names])
     found = {}
     for key in keys:
-        (gradient,) = torch.autograd.grad(features[key] @ weights, pixels, retain_graph=True)
-        feeds = colour_last(lvlm, gradient.float().cpu()).abs().sum(-1)
+        gradients = torch.autograd.grad(
+            features[key] @ weights, list(pixels.values()), retain_graph=True, materialize_grads=True
+        )
+        parts = [colour_last(lvlm, gradient.float().cpu()).reshape(-1, 3) for gradient in gradients]
+        feeds = torch.cat(parts).abs().sum(-1)
         fed = feeds > 1e-3 * feeds.max()
         if (colours[fed][:, 2] > 0.95).all():
             shares = feeds[fed] if lvlm.model.config.model_type in BLENDING else None
@@ -124,20 +137,24 @@ def footprint_errors_together(
 def _view_errors(
     lvlm: LVLM, image_size: tuple[int, int], every: Sequence[View], shown: Shown | None = None
 ) -> dict[str, NDArray[np.float64]]:
-    rim = int(lvlm.model.config.model_type in CUT_AT_THE_BORDER)
+    cut = lvlm.model.config.model_type in CUT_AT_THE_BORDER
     views = {view.name: view for view in every}
-    cells = {name: sampled_cells(view, rim) for name, view in views.items()}
+    cells = {name: sampled_cells(view, cut) for name, view in views.items()}
     keys = [int(views[name].index[cell]) for name in views for cell in cells[name]]
     centres = footprint_centres(lvlm, image_size, keys, shown)
     return {name: np.array(list(_errors(views[name], cells[name], centres))).reshape(-1, 2) for name in views}
 
 
-def sampled_cells(view: View, rim: int) -> list[tuple[int, int]]:
-    """The four corners and a few others, all at least `rim` cells from the border."""
-    h, w = (side - 2 * rim for side in view.index.shape)
+def sampled_cells(view: View, cut: bool) -> list[tuple[int, int]]:
+    """The corners and a few others. With `cut`, of cells of the usual size: those at a border differ (`shifted`)."""
+    rows, columns = (
+        np.flatnonzero(np.isclose(sides, np.median(sides)) | (not cut)).tolist()
+        for sides in (np.diff(view.y_edges), np.diff(view.x_edges))
+    )
+    h, w = len(rows), len(columns)
     inner = np.random.default_rng(0).choice(h * w, min(SAMPLED, h * w), replace=False)
     cells = {(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), *((int(i) // w, int(i) % w) for i in inner)}
-    return sorted((row + rim, column + rim) for row, column in cells)
+    return sorted((rows[row], columns[column]) for row, column in cells)
 
 
 def _errors(view: View, cells: Sequence[tuple[int, int]], centres: dict[int, Point]) -> Iterator[Point]:

@@ -78,7 +78,11 @@ def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) 
     Raises:
         UsageError: names its size.
     """
-    if config.model_type not in ("llava", "vipllava"):  # the others resize to a bounded number of pixels
+    if config.model_type not in (
+        "fast_vlm",
+        "llava",
+        "vipllava",
+    ):  # the others resize to a bounded number of pixels
         return
     if image_processor.size.get("longest_edge"):  # so does Pixtral, a LLaVA by name
         return

@@ -27,12 +27,17 @@ from localization_heads.lvlm.families.tiled_views import (
     mllama,
     molmo2,
     ovis2,
+    perception,
+    unlimited_ocr,
 )
 from localization_heads.lvlm.families.views import (
     deepseek,
+    fastvlm,
     florence2,
+    fuyu,
     gemma4,
     got_ocr2,
+    inkling,
     kimi,
     llava,
     pixtral,
@@ -59,6 +64,7 @@ class Family:
         facts: options that a checkpoint of this family needs, or a function of its configuration that gives them.
         not_shared: why an image cannot be encoded once for all expressions; None if it can.
         adds_image_itself: whether the processor puts the image before the text, so that prompts name none.
+        alone: whether its processor takes no batch of images that differ in their number of tiles.
         writes_bos: whether the processor writes the token that begins a text where a prompt has none.
     """
 
@@ -66,6 +72,7 @@ class Family:
     facts: Facts | Callable[[Any], Facts] = field(default_factory=lambda: {"conv_mode": "chat"})
     not_shared: str | None = None
     adds_image_itself: bool = False
+    alone: bool = False
     writes_bos: bool = False
 
 
@@ -138,6 +145,8 @@ FAMILIES |= {
     "deepseek_vl_hybrid": FAMILIES["deepseek_vl"],
     "ernie4_5_vl_moe": Family(qwen),
     "exaone4_5": Family(qwen),
+    "fast_vlm": Family(fastvlm, {"conv_mode": "chat", "pad_to_square": True}),
+    "fuyu": Family(fuyu, {"conv_mode": "plain"}, adds_image_itself=True),
     "gemma4_unified": FAMILIES["gemma4"],
     "glm46v": FAMILIES["glm4v"],
     "glm4v_moe": FAMILIES["glm4v"],
@@ -146,6 +155,8 @@ FAMILIES |= {
     "got_ocr2": Family(got_ocr2, {"conv_mode": "plain"}),
     "granite_docling": FAMILIES["idefics3"],
     "hyperclovax_vision_v2": Family(qwen),
+    "inkling2": Family(inkling),
+    "inkling_mm_model": Family(inkling),
     "lfm3_vl": Family(qwen),
     "lighton_ocr": FAMILIES["mistral3"],
     "llava_next_video": FAMILIES["llava_next"],
@@ -156,6 +167,7 @@ FAMILIES |= {
     "muse_glimmer": Family(qwen),
     "muse_spark": Family(qwen),
     "paddleocr_vl": Family(qwen),
+    "perception_lm": Family(perception, alone=True),
     "pp_chart2table": Family(got_ocr2),
     "qianfan_ocr": Family(internvl),
     "qwen2_5_omni_thinker": FAMILIES["qwen2_5_vl"],
@@ -164,6 +176,7 @@ FAMILIES |= {
     "qwen3_5_moe": FAMILIES["qwen3_vl"],
     "qwen3_vl_moe": FAMILIES["qwen3_vl"],
     "smolvlm": FAMILIES["idefics3"],
+    "unlimited_ocr": Family(unlimited_ocr, {"conv_mode": "plain"}),
     "video_llama_3": Family(qwen),
     "video_llava": Family(llava, {"conv_mode": "referseg"}),
 }
@@ -206,12 +219,13 @@ REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-en
 _CHOSEN_KEYS = "each token attends to chosen keys only, and padding changes the choice"
 REFUSED |= dict.fromkeys(("dots3_note", "glm5_next", "minimax_m3_vl", "qwen4_exp"), _CHOSEN_KEYS)
 _CODES = "its images are codes of a vocabulary when the language model reads them: no token can be traced to its pixels"
-REFUSED |= dict.fromkeys(("chameleon", "emu3"), _CODES)
+REFUSED |= dict.fromkeys(("apertus1p5", "chameleon", "emu3"), _CODES)
 REFUSED |= {
     "deepseek_ocr2": _NO_GRID,
     "diffusion_gemma": "it refines whole blocks of text, so that no token comes just before the answer",
     "evolla": "it reads proteins, and no images",
     "hunyuan_vl": "it numbers the images of a batch, so that a sample's attention depends on the others",
+    "inkling2_loop": "its layers run several times, and the passes have attention of their own",
     "granite4_vision": "windows of learned queries mix its patches, and their features enter layer by layer",
     "mistral4": "it reads text, and no images",
     "mistral_large4": "each token attends to chosen keys only, by a scale that changes with padding",

@@ -30,6 +30,7 @@ from localization_heads.lvlm.families.geometry import (
     whole_box,
     whole_view,
 )
+from localization_heads.lvlm.families.views import shifted
 
 
 def anyres(image: ProcessedImage) -> list[View]:
@@ -125,6 +126,42 @@ def _optimal_canvas(image: ProcessedImage) -> Size:
     optimal = sys.modules[type(ip).__module__].get_optimal_tiled_canvas
     columns, rows = optimal((H, W), (ip.size["height"], ip.size["width"]), ip.min_patches, ip.max_patches)
     return rows, columns
+
+
+def perception(image: ProcessedImage) -> list[View]:
+    """Perception LM: thumbnail first, then the canvas of tiles that fits the image, squeezed."""
+    ip, (W, H) = image.image_processor, image.image_size
+    canvas = (1, 1)
+    if ip.vision_input_type == "thumb+tile" and ip.max_num_tiles > 1:
+        fit, near = ip._fit_image_to_canvas, ip._find_closest_aspect_ratio
+        canvas = fit(W, H, ip.tile_size) or near(W, H, ip.tile_size)
+    cells = ip.tile_size // image.processor.patch_size // image.processor.pooling_ratio
+    return tiled(image, canvas[1], canvas[0], cells, first=True)
+
+
+def unlimited_ocr(image: ProcessedImage) -> list[View]:
+    """Unlimited-OCR: tiles over the squeezed image, then the whole of it padded to a square; a token ends each row.
+
+    Two strided convolutions centre a token 1.5 patches left of and above the middle of its four.
+    """
+    ip, (W, H), views, tokens = image.image_processor, image.image_size, [], image.tokens
+    cell = image.processor.patch_size * image.processor.downsample_ratio
+    if image.inputs["num_local_patches"][image.sample]:
+        columns, rows = image.inputs["patches_grid"][image.sample]
+        n = -(-ip.tile_size // cell)
+        size = rows * n * (columns * n + 1)
+        index, tokens = grid(tokens[:size], rows * n, columns * n + 1)[:, :-1], tokens[size:]
+        views.append(shifted(even_view("tiles", index, whole_box((W, H))), 1.5 / 4, n))
+    side = max(ip.size["height"], ip.size["width"])
+    scale = side / max(W, H)
+    resized = round(W * scale), round(H * scale)
+    if not ip.crop_to_patches and side <= ip.maximum_pad_value:
+        resized = side, side
+    offset = (side - resized[0]) // 2, (side - resized[1]) // 2
+    n = -(-side // cell)
+    index = grid(tokens[:-1], n, n + 1)[:, :-1]
+    box = canvas_box((W, H), resized, (side, side), offset)
+    return [shifted(whole_view(image, index, box), 1.5 / 4), *views]
 
 
 def ovis2(image: ProcessedImage) -> list[View]:

@@ -120,11 +120,51 @@ def got_ocr2(image: ProcessedImage) -> list[View]:
     return [shifted(whole_view(image, square(image.tokens)), 1.5 / 4)]
 
 
-def shifted(view: View, share: float) -> View:
-    """Borders between cells moved left and up by a share of a cell, as strided convolutions move their tokens."""
+def fastvlm(image: ProcessedImage) -> list[View]:
+    """FastVLM: LLaVA's square; six strided convolutions centre a token 31.5 of its 64 pixels left and above."""
+    (view,) = llava(image)
+    return [shifted(view, 31.5 / 64)]
+
+
+def shifted(view: View, share: float, cells: int | None = None) -> View:
+    """Borders between cells moved left and up by a share of a cell, as strided convolutions move their tokens.
+
+    Args:
+        cells: along a side of one tile, whose own borders stay; by default the view is one.
+    """
     for edges in (view.x_edges, view.y_edges):
-        edges[1:-1] -= share * (edges[-1] - edges[0]) / (len(edges) - 1)
+        inner = np.arange(len(edges)) % (cells or len(edges) - 1) != 0
+        edges[inner] -= share * (edges[-1] - edges[0]) / (len(edges) - 1)
     return view
+
+
+def fuyu(image: ProcessedImage) -> list[View]:
+    """Fuyu: shrunk if too large, then padded right and below to whole patches; a token ends each row."""
+    ip, (W, H) = image.image_processor, image.image_size
+    limit = ip.size["width"], ip.size["height"]
+    scale = min(1.0, limit[0] / W, limit[1] / H)
+    resized = int(W * scale), int(H * scale)
+    patch = ip.patch_size["width"], ip.patch_size["height"]
+    columns, rows = (-(-min(n, most) // side) for n, most, side in zip(resized, limit, patch, strict=True))
+    box = canvas_box((W, H), resized, (columns * patch[0], rows * patch[1]))
+    return [whole_view(image, grid(image.tokens, rows, columns), box)]
+
+
+def inkling(image: ProcessedImage) -> list[View]:
+    """Inkling: the image at its own size, or enlarged, padded right and below to whole patches.
+
+    Inkling 1 adds a column of padding where the width is a whole number of patches already.
+    """
+    ip, (W, H) = image.image_processor, image.image_size
+    side, longest = ip.size["height"], max(W, H)
+    wanted = longest * (getattr(ip, "rescale_image_frac", None) or 1)
+    if cap := getattr(ip, "rescale_image_max_upscaled_long_edge", None):
+        wanted = min(wanted, max(cap, longest))
+    resized = math.floor(W * wanted / longest + 0.5), math.floor(H * wanted / longest + 0.5)
+    rows = -(-resized[1] // side)
+    index = grid(image.tokens, rows, image.tokens.size // rows)
+    box = canvas_box((W, H), resized, (index.shape[1] * side, rows * side))
+    return [whole_view(image, index, box)]
 
 
 _GRID = "image_grid_thw"

@@ -65,6 +65,7 @@ def attention_rows(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
@@ -72,7 +73,7 @@ def attention_rows(
 
     The arguments are those that transformers hands to every attention function: `query` (B, H, Q, D), `key`
     (B, Hkv, K, D) and a mask that is 4-D boolean (sdpa), 4-D additive (eager), 2-D padding (flash) or absent.
-    Logit soft-capping, attention sinks (`s_aux`) and position biases are honoured.
+    Logit soft-capping, attention sinks (`s_aux` of heads, `sinks` of queries) and position biases are honoured.
 
     Args:
         positions: which queries, (B, n) indices into Q, each sample its own; None for the last one.
@@ -93,9 +94,10 @@ def attention_rows(
         own = _key_of_query(query.shape[2], logits.shape[-1], positions, past=past, causal=causal)
         visible = _visible_keys(logits, own, mask, window=sliding_window if causal else None)
         logits = logits.masked_fill(~visible, _MASKED)
-    if s_aux is None:
+    sink = s_aux if sinks is None else _pick(sinks, positions)
+    if sink is None:
         return torch.softmax(logits, -1)
-    sink = s_aux.float().reshape(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    sink = (sink.reshape(1, -1, 1, 1) if sink.dim() == 1 else sink).float().expand(*logits.shape[:3], 1)
     return torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1]
 
 
