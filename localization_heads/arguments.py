@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from localization_heads.errors import ArgumentError, UsageError, shown
 from localization_heads.grounder import (
@@ -35,12 +35,6 @@ ReadOut = GroundingOptions | Mapping[str, Any] | str | None
 """Options, a preset such as "paper", or some options by name, the others being those of the newcomer's preset."""
 Masks = Segmenter | SegmenterOptions | str | None
 """A segmenter, its options, or a preset such as "grabcut" or "sam2"; None and "none" leave the map's pseudo-mask."""
-
-
-def check_choice(name: str, value: object, kinds: Any) -> None:
-    """ArgumentError for a value that is none of a `Literal`."""
-    if value not in get_args(kinds):
-        raise ArgumentError(f"{name}={shown(value)}: choose one of {', '.join(get_args(kinds))}")
 
 
 def grounder_of(

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from reprlib import Repr
+from typing import Any, get_args
 
 
 def shown(value: object, limit: int = 40) -> str:
@@ -41,6 +42,12 @@ class UsageError(Exception):
 
 class ArgumentError(UsageError, ValueError):
     """A wrong argument of a Python call, whose message names it."""
+
+
+def check_choice(name: str, value: object, kinds: Any) -> None:
+    """ArgumentError for a value that is none of a `Literal`."""
+    if value not in get_args(kinds):
+        raise ArgumentError(f"{name}={shown(value)}: choose one of {', '.join(get_args(kinds))}")
 
 
 class WorkError(Exception):

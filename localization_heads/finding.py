@@ -15,7 +15,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
-from localization_heads.errors import NotFiniteError
+from localization_heads.errors import NotFiniteError, check_choice
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import head_statistics
@@ -80,6 +80,8 @@ def find_heads(
             a model that writes no boxes.
         NotFiniteError: no sample's attention is finite.
     """
+    check_choice("by", by, HeadsBy)
+    check_choice("shrink", shrink, Shrink)
     criteria = criteria or CriteriaOptions()
     unusable: list[NotFiniteError] = []
     scorer = _scorer(lvlm, by)

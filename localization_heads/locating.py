@@ -8,14 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, check_choice, grounder_of
+from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.any_image import as_sources
 from localization_heads.data.images import ImageSource
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import Sample
 from localization_heads.data.together import Shown, Together, image_at, load_shown
-from localization_heads.errors import ArgumentError, shown
+from localization_heads.errors import ArgumentError, check_choice, shown
 from localization_heads.finding import AT_ONCE
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.confidence import Calibration

@@ -259,6 +259,9 @@ def test_find_heads_by_labels_in_python(lvlm: Any, image: Image.Image) -> None:
     assert "criteria" not in found.found_with and found.found_with["weights"] == lvlm.fingerprint
     with pytest.raises(UsageError, match="neither bbox nor mask"):
         lh.find_heads(lvlm, [lh.Sample(image, "the car")], by="iou")
+    for name, allowed in (("by", "criteria, "), ("shrink", "none, ")):
+        with pytest.raises(UsageError, match=f"^{name}='label': choose one of {allowed}"):
+            lh.find_heads(lvlm, samples, **{name: "label"})
 
 
 # ------------------------------------------------------------------------------------------------------ the stage
