@@ -117,7 +117,7 @@ def on_image(lvlm: LVLM, image: Image.Image, expression: str, row: Tensor) -> np
     inputs = lvlm.encode([image], [lvlm.prompt(expression)])
     full = torch.zeros(lvlm.num_layers, *row.shape[1:])
     full[sorted(lvlm.attention_modules)] = row
-    return lvlm.maps(full, lvlm.views_in(inputs, 0, image), image, expression, "").attention
+    return lvlm.maps(full, lvlm.views_of_each(inputs, 0, image), image, expression, "").attention
 
 
 def asked(name: str, query_token: str, tokens: int = 4) -> LVLM:
