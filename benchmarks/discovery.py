@@ -132,6 +132,9 @@ class StandIn:
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
 
+    def showing(self, _: int) -> StandIn:
+        return self
+
     def prompt(self, expression: str) -> str:
         return expression
 
