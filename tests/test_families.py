@@ -143,6 +143,22 @@ def test_patches_that_make_no_whole_cell_are_outside_the_view() -> None:
     assert view.box == (0, 0, 280, 168)
 
 
+def test_padding_to_whole_patches_lies_outside_the_image() -> None:
+    """Fuyu: 1000 x 560 becomes 480 x 268 of 480 x 270 pixels; Inkling: 80 x 50 in two rows, a third column empty."""
+    fuyu = {"size": {"height": 270, "width": 480}, "patch_size": {"height": 30, "width": 30}}
+    inkling = {"size": {"height": 40, "width": 40}}
+    for name, settings, size, shape, box in (
+        ("fuyu", fuyu, (1000, 560), (9, 16), (0, 0, 1000, 270 * 560 / 268)),
+        ("inkling_mm_model", inkling, (80, 50), (2, 3), (0, 0, 120, 80)),
+    ):
+        config = SimpleNamespace(model_type=name, image_token_id=7)
+        processor = SimpleNamespace(image_processor=SimpleNamespace(**settings))
+        inputs = {"input_ids": np.array([[1, *[7] * (shape[0] * shape[1]), 2]])}
+        (view,) = views_of(ProcessedImage(config, processor, inputs, 0, size))
+        assert view.index.shape == shape
+        np.testing.assert_allclose(view.box, box)
+
+
 def test_every_image_text_type_of_transformers_is_accounted_for() -> None:
     """A new release of transformers is noticed here: support its types, refuse them with a reason, or list them.
 
