@@ -239,10 +239,10 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
     good = {"id": "a", "prompt": "the dog", "image_path": ["0.png", "1.png"]}
     bad = [
         ({**good, "id": "b", "bbox": [0, 0, 9, 9]}, "'bbox' is of one: leave it out"),
-        ({**good, "id": "c", "image_path": ["0.png"]}, "1 of them: give 2 to 32"),
+        ({**good, "id": "c", "image_path": ["0.png"]}, "1 given, which must be 2 to 32"),
         ({**good, "id": "d", "image_path": ["0.png", "gone.png"]}, "gone.png"),
         ({**good, "id": "e", "image_path": ["0.png", ["1.png"]]}, "'image_path' must be text"),
-        ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 of them"),
+        ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 given, which must be 2 to 32"),
         ({**good, "id": "g", "masks": [[[0, 0, 9, 0, 9, 9]]]}, "'masks' is of one: leave it out"),
     ]
     file = load_samples(write_lines(tmp_path / "data.jsonl", [good, *(line for line, _ in bad)]))
@@ -414,7 +414,10 @@ def test_what_takes_one_image_says_so(front: Front, saved: str) -> None:
         (("stage=ground", *given), "takes one image in a prompt; several: gemma3,"),
         (("stage=trace", *given), "stage=trace takes one image"),
         (("stage=ground", *given, "zoom=true"), "zoom=true looks again at one image"),
-        (("stage=ground", "image_file=a.png", "together=true", "query=the dog"), "1 of them: give 2 to 32"),
+        (
+            ("stage=ground", "image_file=a.png", "together=true", "query=the dog"),
+            "1 given, which must be 2 to 32",
+        ),
         (("stage=ground", "image_file=[a.png]", "query=the dog"), "a list of two or more"),
     ):
         found = front.finder(*options)

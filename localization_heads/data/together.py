@@ -33,10 +33,11 @@ class Together:
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, list | tuple):
-            raise ImageError("images together", "give a list of two or more")
+            raise ImageError("images of one prompt", "give a list of two or more")
         object.__setattr__(self, "images", tuple(self.images))
         if not 2 <= len(self.images) <= MOST:
-            raise ImageError("images together", f"{len(self.images)} of them: give 2 to {MOST}")
+            number = len(self.images)
+            raise ImageError("images of one prompt", f"{number} given, which must be 2 to {MOST}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,7 +83,7 @@ def load_shown(source: ImageSource | Together) -> Shown:
         pixels += images[-1].width * images[-1].height
         if pixels > MOST_PIXELS:
             limit = f"the limit of {MOST_PIXELS / 1e6:.4g} MP for the images of one prompt"
-            raise ImageError(name_of(one) or "images together", f"with those before it, over {limit}")
+            raise ImageError(name_of(one) or "images of one prompt", f"with those before it, over {limit}")
     return Opened(images)
 
 
