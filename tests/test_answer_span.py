@@ -36,7 +36,9 @@ def spanned(lvlm: LVLM, span: str, tokens: int = 5) -> LVLM:
     return lvlm
 
 
-@pytest.mark.parametrize("name", ["internvl", "mllama", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["internvl", "mllama", "gemma3", "llava_next", "qwen2_vl", "idefics3", "paligemma", "qwen3_vl"]
+)
 def test_equals_eager_without_a_cache(name: str, endless: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch whose spans lie in different places, one by one, and on a shared encoding."""
     lvlm, image = spanned(tiny(name), "any"), coordinate_image(190, 110)

@@ -211,7 +211,9 @@ def test_curve_judges_on_pictures_not_drawn() -> None:
 # --------------------------------------------------------------------------------------------- the generated box
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "glm4v"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "glm4v", "internvl", "gemma3", "llava_next", "idefics3", "mllama", "qwen3_vl"]
+)
 def test_the_reader_asks_for_a_box_and_reads_its_numbers(
     family: str, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
