@@ -13,7 +13,7 @@ from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, g
 from localization_heads.attention import Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.samples import Sample, where
-from localization_heads.errors import NoHeadError, NotFiniteError
+from localization_heads.errors import ArgumentError, NoHeadError, NotFiniteError
 from localization_heads.evaluation.claims import Claim, claim_of
 from localization_heads.evaluation.judging import HEADS, Bootstrap, Judge, Scores, overlap_of_all, truth_of
 from localization_heads.evaluation.protocols import Answer, named_protocol, protocol_block
@@ -95,7 +95,7 @@ def evaluate(
         calibration: as in `ground`.
 
     Raises:
-        ValueError: there is no sample, or a head that the model does not have.
+        ArgumentError: there is no sample, or a head that the model does not have.
         UsageError: a sample whose image, expression or truth cannot be used; boxes that are no pixels of their
             images, before the first sample where `samples` is a sequence, else after the last.
         NotFiniteError: no sample's attention is finite.
@@ -149,7 +149,7 @@ def evaluate(
         answers[-1] = answers[-1]._replace(peak=own.pointing, overlap=answers[-1].overlap or own.overlap)
     note_unknown_words(lvlm, [claim.expression for claim in claims])
     if not claims:
-        none = ValueError("evaluate needs at least one sample that can be grounded")
+        none = ArgumentError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none
     check_scale(boxes, "samples")
     block = protocol_block(answers, lvlm.note, by_image=bootstrap == "image", seed=seed)

@@ -15,7 +15,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
-from localization_heads.errors import NotFiniteError, check_choice
+from localization_heads.errors import ArgumentError, NotFiniteError, check_choice
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import head_statistics
@@ -75,7 +75,7 @@ def find_heads(
         shrink_n0: with how many labels both count alike.
 
     Raises:
-        ValueError: there is no sample, or fewer than `num_labels`.
+        ArgumentError: there is no sample, or fewer than `num_labels`.
         UsageError: an image or an expression that cannot be used, or a sample without truth that needs one; `vrh` of
             a model that writes no boxes.
         NotFiniteError: no sample's attention is finite.
@@ -99,7 +99,7 @@ def find_heads(
         if scorer:
             scores.append(scorer(one))
     if not found:
-        raise unusable[0] if unusable else ValueError("find_heads needs at least one sample")
+        raise unusable[0] if unusable else ArgumentError("find_heads needs at least one sample")
     sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
     ranking = rank_heads(
         sums,

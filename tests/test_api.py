@@ -245,13 +245,13 @@ def test_what_cannot_be_evaluated_is_refused(lvlm: LVLM) -> None:
     for message, one in wrong.items():
         with pytest.raises(UsageError, match=message):
             lh.evaluate(lvlm, [one], HEADS)
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(UsageError, match="at least one sample"):
         lh.evaluate(lvlm, [], HEADS)
-    with pytest.raises(ValueError, match="there is no L99H0"):
+    with pytest.raises(UsageError, match="there is no L99H0"):
         lh.evaluate(lvlm, [sample], [Head(99, 0)])
-    with pytest.raises(ValueError, match="there is no L0H-1"):
+    with pytest.raises(UsageError, match="there is no L0H-1"):
         lh.ground(lvlm, sample.image, "the animal", [Head(0, -1)])
-    with pytest.raises(ValueError, match="bootstrap"):
+    with pytest.raises(UsageError, match=r"bootstrap='?word'?: choose one of expression, image"):
         lh.evaluate(lvlm, [sample], HEADS, bootstrap="word")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="embedded is not known to write boxes"):
         lh.evaluate(lvlm, [sample], HEADS, native=True)

@@ -12,6 +12,7 @@ from scipy import ndimage
 from small_maps import flood
 
 from localization_heads.cells import label_components
+from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import (
     BLOCK,
     _measure,
@@ -181,7 +182,7 @@ class TestKeepHeads:
         assert np.argwhere(kept).tolist() == [[3, 1]]
 
     def test_refuses_contradictions(self):
-        with pytest.raises(ValueError, match="exclude_layers=5 leaves none"):
+        with pytest.raises(UsageError, match=r"criteria.exclude_layers=5: there are only \d layers"):
             keep_heads(self.SUMS, CriteriaOptions(exclude_layers=5))
         with pytest.raises(ValueError, match="elbow=index"):
             CriteriaOptions(tau=0.2, elbow="index")

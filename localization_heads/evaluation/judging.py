@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
 from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, check_choice
 from localization_heads.evaluation.claims import ALSO_BESIDE, Claim, confidence_metrics
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
 from localization_heads.evaluation.metrics import NUM_RESAMPLES
@@ -87,7 +87,7 @@ class Judge:
         seed: of the random heads and of the bootstrap.
 
     Raises:
-        ValueError: `bootstrap` is neither `expression` nor `image`.
+        ArgumentError: `bootstrap` is neither `expression` nor `image`.
     """
 
     criteria: CriteriaOptions
@@ -97,8 +97,7 @@ class Judge:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.bootstrap not in get_args(Bootstrap):
-            raise ValueError(f"bootstrap must be expression or image, not {self.bootstrap!r}")
+        check_choice("bootstrap", self.bootstrap, Bootstrap)
 
     def scores(
         self,

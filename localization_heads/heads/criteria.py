@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from localization_heads.cells import label_apart
-from localization_heads.errors import NotFiniteError
+from localization_heads.errors import ArgumentError, NotFiniteError
 from localization_heads.options.groups import CriteriaOptions, Threshold, Weight
 
 BLOCK = 1 << 17
@@ -152,9 +152,16 @@ def attention_sum_threshold(sums: NDArray[np.floating[Any]], options: CriteriaOp
     0.25
     """
     options = options or CriteriaOptions()
-    if options.exclude_layers >= sums.shape[0]:
-        raise ValueError(f"exclude_layers={options.exclude_layers} leaves none of the {sums.shape[0]} layers")
+    check_criteria(options, sums.shape[0])
     return elbow(sums if options.elbow_heads == "all" else sums[options.exclude_layers :])
+
+
+def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
+    """ArgumentError if no layer is left to choose heads from."""
+    if criteria.exclude_layers >= num_layers:
+        raise ArgumentError(
+            f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
+        )
 
 
 def keep_heads(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None = None) -> NDArray[np.bool_]:

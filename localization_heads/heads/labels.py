@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.cells import SLIVER, box_shares, grid_edges, interval_shares, mask_shares
+from localization_heads.errors import ArgumentError
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import CHUNK_VALUES, SampleArray, random_draws
 from localization_heads.heads.record import HeadRanking
@@ -230,11 +231,11 @@ def rank_by_labels(scores: SampleArray, free: HeadRanking, recipe: LabelRecipe) 
 
 
 def check_labels(pool: int, recipe: LabelRecipe) -> None:
-    """ValueError if there is no labelled sample, or fewer than the recipe draws."""
+    """ArgumentError if there is no labelled sample, or fewer than the recipe draws."""
     if pool < 1:
-        raise ValueError("heads cannot be ranked by labels without a labelled sample")
+        raise ArgumentError("heads cannot be ranked by labels without a labelled sample")
     if recipe.num_labels is not None and recipe.num_labels > pool:
-        raise ValueError(
+        raise ArgumentError(
             f"num_labels={recipe.num_labels}: only {pool} entries with a true box or mask can be used"
         )
 

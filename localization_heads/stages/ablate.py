@@ -24,6 +24,7 @@ from localization_heads.evaluation.scores import Score, Truth, score_box, score_
 from localization_heads.experiments.ablation import BEFORE, Condition, Values, conditions, finding
 from localization_heads.grounder import check_heads, every_head, known_heads
 from localization_heads.grounding.ground import ground_maps
+from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
@@ -37,7 +38,7 @@ from localization_heads.stages.find import collect_statistics, draws_of, rank_en
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.records import open_store
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.journal import ResultLog
 

@@ -30,6 +30,7 @@ from localization_heads.experiments.causal import split, switched_off
 from localization_heads.experiments.paper import Climbed, Finding, ladder_finding
 from localization_heads.experiments.study import Study, StudyOptions
 from localization_heads.experiments.validation import Refine, Scored, score
+from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
 from localization_heads.heads.labels import mass_in_truth
 from localization_heads.options.groups import SAMS, SegmenterOptions
@@ -40,7 +41,7 @@ from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.records import open_own_store
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
 

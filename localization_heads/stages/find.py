@@ -18,7 +18,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.data.together import Shown, image_at, num_images
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
-from localization_heads.heads.criteria import HeadStatistics, attention_sum, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, attention_sum, check_criteria, head_statistics
 from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
 from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws
 from localization_heads.heads.record import found_with
@@ -32,7 +32,7 @@ from localization_heads.stages.keeping import heads_of_boxes, note_ranking
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_own_store
 from localization_heads.stages.report import Reporter, look
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
 from localization_heads.store.attention_files import (
     is_in_format,

@@ -17,7 +17,7 @@ from localization_heads.data.together import Shown, Together, each_image, image_
 from localization_heads.errors import NothingDoneError, UsageError
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.kinds import as_read
 from localization_heads.report.content import Gallery
@@ -27,7 +27,7 @@ from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
 from localization_heads.stages.records import keep_statistics
 from localization_heads.stages.report import look
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
 from localization_heads.stages.zoom import second_look
 from localization_heads.store.files import RunLock

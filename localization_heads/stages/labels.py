@@ -20,7 +20,7 @@ from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
-from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.labels import (
     Curve,
     LabelRecipe,
@@ -43,7 +43,7 @@ from localization_heads.stages.keeping import keep_former
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_own_store
 from localization_heads.stages.report import Reporter
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import Recorded, StatisticsStore, recorded

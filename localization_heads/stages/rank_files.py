@@ -26,7 +26,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, printable
-from localization_heads.heads.criteria import head_statistics
+from localization_heads.heads.criteria import check_criteria, head_statistics
 from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws
 from localization_heads.heads.record import found_with
 from localization_heads.heads.robust import with_movement
@@ -38,7 +38,7 @@ from localization_heads.options.kinds import as_measured
 from localization_heads.stages import moving
 from localization_heads.stages.find import save_heads
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, writable_folder
 from localization_heads.store.journal import ResultLog

@@ -34,7 +34,7 @@ from localization_heads.lvlm.beside import Beside, beside, is_wanted, probing
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.lvlm.vocabulary import in_singular
 from localization_heads.options.companions import ChatOptions, DemoOptions
-from localization_heads.options.groups import SAMS, CriteriaOptions, ModelSpec, SegmenterOptions
+from localization_heads.options.groups import SAMS, ModelSpec, SegmenterOptions
 from localization_heads.options.instances import PLACES
 from localization_heads.options.programs import FinderOptions
 from localization_heads.options.shared import ImageAddresses, ModelUse
@@ -371,11 +371,3 @@ def small_model_threads(num_parameters: int) -> int | None:
     model twenty times slower. `OMP_NUM_THREADS` is respected.
     """
     return 1 if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ else None
-
-
-def check_criteria(criteria: CriteriaOptions, num_layers: int) -> None:
-    """Raises UsageError if no layer is left to choose heads from."""
-    if criteria.exclude_layers >= num_layers:
-        raise UsageError(
-            f"criteria.exclude_layers={criteria.exclude_layers}: there are only {num_layers} layers"
-        )

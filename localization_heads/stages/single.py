@@ -19,7 +19,7 @@ from localization_heads.data.together import Shown, Together, each_image, image_
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, found_with_of
 from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.criteria import HeadStatistics, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
 from localization_heads.heads.ready import NONE_READY, choose_ready, other_conditions
@@ -29,7 +29,7 @@ from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import moving
 from localization_heads.stages.entries import Entries
-from localization_heads.stages.run import Run, check_criteria
+from localization_heads.stages.run import Run
 from localization_heads.stages.verdict import write_verdict
 from localization_heads.store.attention_files import (
     load_analysis,

@@ -11,11 +11,10 @@ from localization_heads.data.samples import VisualizationEntry, load_visualizati
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads
 from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.criteria import HeadStatistics, binarise, head_statistics
+from localization_heads.heads.criteria import HeadStatistics, binarise, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.companions import VisualizeOptions
 from localization_heads.stages.entries import choose_range
-from localization_heads.stages.run import check_criteria
 from localization_heads.stages.single import (
     attention_file_of,
     find_attention_file,
