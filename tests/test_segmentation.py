@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
 from small_maps import grounded
-from tiny_sams import SIDE, TINY
+from tiny_sams import SIDE, TINY, noise
 
 from localization_heads.cells import tight_box
 from localization_heads.errors import UsageError, WorkError
@@ -247,7 +247,7 @@ def test_grabcut_proposes_nothing_of_next_to_nothing(size):
 
 class TestSam:
     def test_every_combination_of_prompts(self, sam):
-        image = Image.effect_noise((160, 90), 80).convert("RGB")
+        image = noise(160, 90)
         found = grounded(square(), (0, 0, 160, 90), (160, 90))
         masks = []
         for count in (1, 2, 3):
@@ -287,7 +287,7 @@ class TestSam:
         expected = np.array([[x * SIDE / 160, y * down] for x, y in places])
         assert prompts["input_points"][0, 0].numpy() == pytest.approx(expected)
         assert prompts["input_labels"].tolist() == [[[1, 1, 0, 0]]]
-        image = Image.effect_noise((160, 80), 80).convert("RGB")
+        image = noise(160, 80)
         masks = [told(sam, "points", points=kind).segment(image, found) for kind in ("positive", "signed")]
         assert (masks[0] != masks[1]).any()  # the labels are heard
 
@@ -298,7 +298,7 @@ class TestSam:
         assert prompts["input_labels"].tolist() == [[[1, 1, 1]]]
 
     def test_three_masks_the_best_is_taken(self, sam):
-        image = Image.effect_noise((80, 80), 80).convert("RGB")
+        image = noise(80, 80)
         found = grounded(square(8))
         many = told(sam, "box", multimask=True)
         with torch.inference_mode():
@@ -315,7 +315,7 @@ class TestSam:
         """Against each point by itself, in order; those that the model scores low, and repetitions, are left out."""
         monkeypatch.setattr(sams, "GRID", 3)
         monkeypatch.setattr(sams, "SURE", -np.inf)
-        image = Image.effect_noise((400, 300), 80).convert("RGB")
+        image = noise(400, 300)
         frame = sam.frame(image.size)
         expected, scores = [], []
         for y in (0.5, 1.5, 2.5):
@@ -364,7 +364,7 @@ class TestSam:
         assert len(calls) == 8  # the same bytes in another shape are another image
 
     def test_the_image_goes_in_as_the_model_alone_would_take_it(self, sam):
-        image = Image.effect_noise((80, 80), 80).convert("RGB")
+        image = noise(80, 80)
         found = grounded(square(8))
         one = told(sam, "box")
         pixels = torch.from_numpy(one.pixel_values(image))
@@ -391,7 +391,7 @@ class TestCheckpoints:
         (saved / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
         loaded = load_sam(SegmenterOptions(sam.family.kind, str(saved), ("box",), device="cpu"))
         assert (loaded.mean, loaded.std, loaded.name) == ((0.1, 0.2, 0.3), sam.family.std, sam.family.kind)
-        image, found = Image.effect_noise((80, 80), 80).convert("RGB"), grounded(square(8))
+        image, found = noise(80, 80), grounded(square(8))
         plain = Sam(sam.model, sam.family, loaded.mean, loaded.std, prompt=("box",))
         assert (loaded.segment(image, found) == plain.segment(image, found)).all()
 

@@ -12,7 +12,7 @@ from front import Calls, Front, stub_figures, write_data, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_sams import TINY
+from tiny_sams import TINY, noise
 
 import localization_heads as lh
 from localization_heads import figures
@@ -349,7 +349,7 @@ def test_a_sam_proposes(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(sams, "SURE", -np.inf)
     family = sams.FAMILIES[kind]
     sam = sams.Sam(TINY[kind](), family, family.mean, family.std)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
+    image = noise(80, 80)
     mask = min(sam.propose(image), key=lambda one: abs(one.mean() - 0.2))
     shares = mask_shares(mask, (0, 0, 80, 80), (20, 20))
     maps = AttentionMaps(shares[None, None].astype(np.float32), (0, 0, 80, 80), (80, 80))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 SIDE = 64
 """Pixels of the square that they see; embeddings of 4 x 4, mask prompts of 16 x 16 cells (SAM 3: 8 x 8, 32 x 32)."""
@@ -109,6 +111,11 @@ def _decoder() -> dict[str, Any]:
         "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "iou_head_hidden_dim": 16,
     }  # fmt: skip
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """The same in every run, which Pillow's own noise is not."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def _seeded(kind: Any, config: Any) -> Any:
