@@ -22,7 +22,7 @@ from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.one_sample import own_heads
 from localization_heads.heads.ready import NONE_READY, ReadyHeads, ready_lists
-from localization_heads.heads.record import FoundWith
+from localization_heads.heads.record import FoundWith, HeadRanking
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
@@ -299,15 +299,17 @@ def known_heads(model: str, folder: Path, k: int, ready: ReadyHeads | None) -> t
     """
     if ready and ready.advice:
         log.warning("heads=auto: %s", ready.advice)
-    return ready.heads[:k] if ready and ready.heads else latest_heads(model, folder, k)
+    if ready and ready.heads:
+        return ready.heads[:k]
+    latest = _latest(model, folder)
+    return tuple(head.address for head in latest.kept[:k]) or None if latest else None
 
 
-def latest_heads(model: str, folder: Path, k: int) -> tuple[Head, ...] | None:
-    """The best of the heads.json in a model's folder; None where there is none of this model."""
-    latest = folder / "heads.json"
-    if not latest.is_file() or (ranking := load_ranking(latest)).model != model:
-        return None
-    return tuple(head.address for head in ranking.kept[:k]) or None
+def _latest(model: str, folder: Path) -> HeadRanking | None:
+    """The heads.json in a model's folder, if it is of this model."""
+    path = folder / "heads.json"
+    ranking = load_ranking(path) if path.is_file() else None
+    return ranking if ranking and ranking.model == model else None
 
 
 def heads_source(
@@ -321,9 +323,9 @@ def heads_source(
         return Path(wanted) if is_ranking(wanted) else None
     if isinstance(wanted, str) and is_repository(wanted):
         return wanted
-    if wanted != "auto" or folder is None or ready.heads or not (folder / "heads.json").is_file():
+    if wanted != "auto" or folder is None or ready.heads:
         return None
-    return folder / "heads.json" if load_ranking(folder / "heads.json").model == model else None
+    return folder / "heads.json" if _latest(model, folder) else None
 
 
 def found_with_of(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from localization_heads.data.video import Frame, frames, open_video, write_video
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import (
     colour_last,
     identity_attention,
@@ -105,19 +106,14 @@ def test_capture_equals_eager(name: str) -> None:
     inputs = lvlm.on_device(clip.inputs)
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
-    before = lvlm.model.config.get_text_config()._attn_implementation
-    lvlm.model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            attention = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        lvlm.model.set_attn_implementation(before)
-    eager = [one for one in attention if one is not None]
-    if len(eager) == lvlm.num_layers:
-        eager = [eager[layer] for layer in sorted(recorder.rows)]
+    with eager(lvlm.model), torch.inference_mode():
+        attention = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
+    expected = [one for one in attention if one is not None]
+    if len(expected) == lvlm.num_layers:
+        expected = [expected[layer] for layer in sorted(recorder.rows)]
     found = lvlm.attend_clip(moving_coordinates(3), "the red car", TIMES[:3])
     assert len(found) == 3
-    for layer, full in zip(sorted(recorder.rows), eager, strict=True):
+    for layer, full in zip(sorted(recorder.rows), expected, strict=True):
         assert float((recorder.rows[layer] - full[:, :, -1]).abs().max()) < 1e-5
         for number, maps in enumerate(found):
             index = clip.views[number // merged(name)].index

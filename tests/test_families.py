@@ -15,6 +15,7 @@ from family_models import BUILDERS, tiny
 from family_models_siblings import SIBLINGS  # and registers all families
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import coordinate_image, footprint_errors
 from localization_heads.lvlm.families.geometry import ProcessedImage, even_view
 from localization_heads.lvlm.families.table import FAMILIES, REFUSED, check_family, views_of
@@ -71,19 +72,14 @@ def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:
     inputs = lvlm.encode([coordinate_image(*image_size)], [lvlm.prompt("the red car")])
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
-    before = lvlm.model.config.get_text_config()._attn_implementation
-    lvlm.model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            output = lvlm.model(**inputs, output_attentions=True, use_cache=False)
-    finally:
-        lvlm.model.set_attn_implementation(before)
-    eager = [a for a in getattr(output, "cross_attentions", None) or output.attentions if a is not None]
-    if len(eager) == lvlm.num_layers:
-        eager = [eager[layer] for layer in sorted(recorder.rows)]
-    assert len(eager) == len(recorder.rows) > 0
+    with eager(lvlm.model), torch.inference_mode():
+        output = lvlm.model(**inputs, output_attentions=True, use_cache=False)
+    expected = [a for a in getattr(output, "cross_attentions", None) or output.attentions if a is not None]
+    if len(expected) == lvlm.num_layers:
+        expected = [expected[layer] for layer in sorted(recorder.rows)]
+    assert len(expected) == len(recorder.rows) > 0
     rows = (recorder.rows[layer] for layer in sorted(recorder.rows))
-    return max(float((row - a[:, :, -1]).abs().max()) for row, a in zip(rows, eager, strict=True))
+    return max(float((row - a[:, :, -1]).abs().max()) for row, a in zip(rows, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -37,6 +37,7 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.beside import Beside
+from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import footprint_errors_together, image_features
 from localization_heads.lvlm.families.geometry import Layout, View, parted
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
@@ -123,16 +124,11 @@ def test_capture_equals_eager_over_two_images(name: str, few: Callable[[str], LV
     lvlm, images = few(name), shown(*SIZES)
     maps = lvlm.attend(images, "the red car")
     inputs = lvlm.encode([images], [lvlm.showing(2).prompt("the red car")])
-    before = lvlm.model.config.get_text_config()._attn_implementation
-    lvlm.model.set_attn_implementation("eager")
-    try:
-        with torch.inference_mode():
-            eager = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        lvlm.model.set_attn_implementation(before)
-    layers = sorted(lvlm.attention_modules)[-len(eager) :]
+    with eager(lvlm.model), torch.inference_mode():
+        expected = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
+    layers = sorted(lvlm.attention_modules)[-len(expected) :]
     for views, one in zip(lvlm.views_of_each(inputs, 0, images), maps.images, strict=True):
-        for layer, row in zip(layers, eager, strict=True):
+        for layer, row in zip(layers, expected, strict=True):
             mass = sum(row[0, :, -1].numpy()[:, view.index].sum((1, 2)) for view in views)
             np.testing.assert_allclose(one.attention[layer].sum((1, 2)), mass, rtol=0, atol=1e-5)
             if len(views) == 1:

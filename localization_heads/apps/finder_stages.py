@@ -50,8 +50,7 @@ def _scenes(run: Run) -> int:
 
 
 def _prepare(run: Run) -> int:
-    number_given = any(override.startswith("num_samples=") for override in run.overrides or ())
-    result = prepare.prepare(run.options, all_but_train=not number_given)
+    result = prepare.prepare(run.options, all_but_train=not run.is_given("num_samples"))
     _show(tables.prepared_table(result), result.paths)
     if result.failures:
         tables.show(tables.reasons_table(result.failures))

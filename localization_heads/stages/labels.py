@@ -239,17 +239,18 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
     draw = recipe.drawn(len(samples))[0]
     # What is mixed in was found on all of them, without their labels.
-    used = [sample for sample, held in zip(samples, draw, strict=True) if held or recipe.shrink != "none"]
+    images = image_keys(samples)
+    used = {key for key, held in zip(images, draw, strict=True) if key and (held or recipe.shrink != "none")}
     ranking = replace(
         rank_by_labels(by, free, recipe),
-        pictures=tuple(sorted({key for key in image_keys(used) if key})),
+        pictures=tuple(sorted(used)),
         found_with=found_with(
             asked_in(store.settings, of_box=recipe.by == "vrh"),
             options.criteria,
             recipe.named(int(draw.sum())),
         ),
     )
-    pictures = [key or sample.id for key, sample in zip(image_keys(samples), samples, strict=True)]
+    pictures = [key or sample.id for key, sample in zip(images, samples, strict=True)]
     curve = quality_curve(by, quality, free, recipe, pictures)
     bare = replace(recipe, shrink="none")
     plain = None if recipe == bare else quality_curve(by, quality, free, bare, pictures)

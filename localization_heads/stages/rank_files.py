@@ -238,9 +238,7 @@ def _collect(
 
 def _of_model(run: Run, pile: _Pile) -> Run:
     """The run under the name of the model that the files are of, whose folder its heads.json goes into."""
-    named = run.overrides is None or any(
-        word.startswith(("model=", "model.name=", "model.label=")) for word in run.overrides
-    )
+    named = run.overrides is None or run.is_given("model", "model.name", "model.label")
     if not pile.model:
         if not named:
             raise UsageError(

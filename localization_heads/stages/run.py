@@ -75,6 +75,10 @@ class ModelRun(Generic[Chosen]):
     def spec(self) -> ModelSpec:
         return compose_spec(self.options.model, self.model_choice, self.overrides)
 
+    def is_given(self, *names: str) -> bool:
+        """Whether the user's command line gives one of these options; False where it is not known."""
+        return any(word.partition("=")[0] in names for word in self.overrides or ())
+
     @cached_property
     def folder(self) -> Path:
         """Where everything of this model is written."""
