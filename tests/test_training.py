@@ -16,8 +16,17 @@ from training import card
 from training.ablation import shrink, spread_cells
 from training.batches import BatchMaker
 from training.evaluate import comparison_samples, correlation
-from training.export import export
-from training.language import IDS, NUMBERS, _where_turn, build_tokenizer, encode, question_turn, scene_turns
+from training.export import EMBEDDED, export
+from training.language import (
+    IDS,
+    NUMBERS,
+    _where_turn,
+    build_tokenizer,
+    encode,
+    question_turn,
+    scene_turns,
+    vocabulary,
+)
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
 from training.recipe import SPRITES, Canvas, ModelRecipe, Recipe, Stage
@@ -332,6 +341,12 @@ def test_a_run_is_read_back(tmp_path):
         torch.testing.assert_close(a, b)
 
 
+def test_the_words_of_the_shipped_model_are_those_that_training_knows():
+    """Otherwise its weights cannot be trained further: each word's row is its place in the list."""
+    shipped = json.loads((EMBEDDED / "tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(shipped, key=shipped.get) == vocabulary()
+
+
 def test_the_styles_to_learn_from_draw_every_name():
     for style in {style for stage in Recipe().stages for style in stage.styles}:
         for name in NAMES:
@@ -343,9 +358,9 @@ def test_a_run_starts_from_the_weights_of_another_or_of_a_model(tmp_path):
     trained = Trainer(recipe, tmp_path / "run").follow().model
     export(trained, recipe.model, tmp_path / "model")
     for weights in ("run", "model"):  # of a checkpoint, or as they are shipped
-        start_from(tmp_path / weights, recipe, tmp_path / f"from {weights}")
+        start_from(tmp_path / weights, recipe, tmp_path / f"from {weights}", step=7)
         arm = Trainer(recipe, tmp_path / f"from {weights}")
-        assert arm.step == 0
+        assert arm.step == 7
         for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
             torch.testing.assert_close(a, b)
 

@@ -21,13 +21,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
     parser.add_argument("--answer-places", action="store_true", help="ablation: places in the answers")
     parser.add_argument("--weights", type=Path, help="start from those of another run or of a model's folder")
+    parser.add_argument(
+        "--start", type=int, default=0, help="the recipe's step that these weights have reached"
+    )
     options = vars(parser.parse_args())
-    folder, weights = options.pop("folder"), options.pop("weights")
+    folder, weights, start = (options.pop(name) for name in ("folder", "weights", "start"))
     recipe = replace(Recipe(), **options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     if weights is not None:
-        start_from(weights, recipe, folder)
+        start_from(weights, recipe, folder, start)
     run(recipe, folder)
 
 

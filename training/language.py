@@ -17,7 +17,7 @@ SYSTEM = (
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<unk>")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 SENTENCES = """
-what is in this image ? describe the image . what do you see here , please ? can you tell me about it ?
+what is in this image ? describe the picture . what do you see here , please ? can you tell me about it ?
 what colour is that ? color how big or small plain are there many objects does have yes no nothing
 the thing on the left right at top bottom above below of which has with something to and a an
 what kind of can you name repeat : i me find where show object only it
@@ -139,7 +139,7 @@ def list_turn(scene: Scene, rng: Random) -> tuple[str, str]:
         "what is in this image ?",
         "describe this image .",
         "what do you see ?",
-        "describe the image .",
+        "describe the picture .",
     )
     ordered = sorted(scene.objects, key=lambda o: o.box[0] + o.box[2])
     return rng.choice(prompts), " , ".join(o.name for o in ordered)

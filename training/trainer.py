@@ -156,8 +156,8 @@ class Trainer:
         log.info("resumed at step %d", self.step)
 
 
-def start_from(weights: Path, recipe: Recipe, folder: Path) -> None:
-    """Write a run's folder whose first checkpoint has known weights, at step 0; one that has a checkpoint stays.
+def start_from(weights: Path, recipe: Recipe, folder: Path, step: int = 0) -> None:
+    """Write a run's folder whose first checkpoint has known weights, at a step; one that has a checkpoint stays.
 
     Args:
         weights: the folder of another run, or of a model as `training.export` writes it.
@@ -172,6 +172,7 @@ def start_from(weights: Path, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     trainer = Trainer(recipe, folder)
     trainer.model.load_state_dict({name: weight.float() for name, weight in known.items()})
+    trainer.step = step
     trainer.save()
 
 
