@@ -24,7 +24,7 @@ from localization_heads.heads.labels import best_first, shrunk
 from localization_heads.heads.ranking import HeadRanking, rank_heads
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.compose import newcomers_grounding
-from localization_heads.options.labels import Shrink
+from localization_heads.options.parts import Shrink
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.write import scenes
 

@@ -28,7 +28,7 @@ from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, is_want
 from localization_heads.lvlm.mirrored import ask_mirrored
 from localization_heads.lvlm.native_box import box_reader
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.labels import HeadsBy, Shrink
+from localization_heads.options.parts import HeadsBy, Shrink
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -25,8 +25,12 @@ from localization_heads.heads.ready import NONE_READY, ReadyHeads, ready_lists
 from localization_heads.heads.record import FoundWith, HeadRanking
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
-from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
-from localization_heads.options.sensitivity import SensitivityOptions
+from localization_heads.options.groups import (
+    CriteriaOptions,
+    GroundingOptions,
+    SegmenterOptions,
+    SensitivityOptions,
+)
 from localization_heads.segmentation.segmenter import Proposer, Segmenter, proposed_by, refine
 from localization_heads.store.files import read_json
 from localization_heads.store.results import is_ranking, load_head_list, load_ranking

@@ -24,7 +24,7 @@ from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.instances import PLACES, ImageBoxes, InstancesBy
+from localization_heads.options.parts import PLACES, ImageBoxes, InstancesBy
 from localization_heads.segmentation.segmenter import GRABCUT, Proposer
 
 if TYPE_CHECKING:

@@ -42,9 +42,9 @@ from localization_heads.errors import UsageError
 from localization_heads.figures.style import VERMILLION
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.checkpoints import loading
-from localization_heads.options.companions import DemoOptions
 from localization_heads.options.compose import composed
 from localization_heads.options.groups import GroundingOptions
+from localization_heads.options.programs import DemoOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.segmentation.segmenter import GRABCUT
 from localization_heads.stages.run import DemoRun

@@ -18,11 +18,10 @@ from localization_heads.errors import UsageError
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
 from localization_heads.lvlm.native_box import FORMATS
 from localization_heads.options import experiments, groups, programs
-from localization_heads.options.companions import VisualizeOptions
 from localization_heads.options.compose import PROGRAMS, choices_of, composed, help_text, option_names
 from localization_heads.options.experiments import EXPERIMENTS
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
-from localization_heads.options.programs import FinderOptions
+from localization_heads.options.programs import FinderOptions, VisualizeOptions
 from localization_heads.stages.run import Run
 
 ROOT = Path(__file__).parents[1]

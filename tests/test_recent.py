@@ -14,8 +14,8 @@ from localization_heads.apps.terminal import start
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.model import LVLM, RecentImages
 from localization_heads.lvlm.sharing import EncodedImage
-from localization_heads.options.companions import ChatOptions
 from localization_heads.options.groups import GroundingOptions
+from localization_heads.options.programs import ChatOptions
 from localization_heads.stages.run import ChatRun
 
 SAME = {"rtol": 0, "atol": 1e-5}

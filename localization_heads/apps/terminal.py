@@ -19,7 +19,7 @@ from localization_heads.locating import ground
 from localization_heads.lvlm.conversation import Conversation
 from localization_heads.options.compose import preset_name
 from localization_heads.options.groups import ConvMode
-from localization_heads.options.tracing import MOST_TOKENS
+from localization_heads.options.surroundings import MOST_TOKENS
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
 from localization_heads.stages.trace import write_trace

@@ -26,7 +26,7 @@ from localization_heads.datasets.reference import BadRecord, Entry, Index, Recor
 from localization_heads.datasets.sentences import asked, part_of_name
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
-from localization_heads.options.benchmarks import REFCOCO
+from localization_heads.options.parts import REFCOCO
 from localization_heads.options.programs import FinderOptions
 from localization_heads.store.files import RunLock, atomic_write, write_bytes, write_json
 

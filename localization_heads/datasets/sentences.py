@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from localization_heads.datasets.reference import Entry
-from localization_heads.options.benchmarks import Protocol, Sentence
+from localization_heads.options.parts import Protocol, Sentence
 
 
 def chosen_sentences(entries: Sequence[Entry], sentence: Sentence) -> list[Entry]:

@@ -14,8 +14,7 @@ from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.sensitivity import RESTING, movement_of
 from localization_heads.heads.table import as_html, as_text
 from localization_heads.options.compose import choices_of, preset
-from localization_heads.options.groups import CriteriaOptions
-from localization_heads.options.sensitivity import SensitivityOptions
+from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 
 FoundWith = Mapping[str, str | None]
 """`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""

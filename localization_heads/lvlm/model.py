@@ -32,7 +32,7 @@ from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
 from localization_heads.lvlm.tracing import traced
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
-from localization_heads.options.tracing import TRACE_TOKENS, TraceOptions
+from localization_heads.options.surroundings import TRACE_TOKENS, TraceOptions
 
 OWN_HEADS = 3
 """Heads that an image and a query pick where none are known (the paper's k)."""

@@ -32,7 +32,7 @@ from localization_heads.lvlm.forward.capture import (
 )
 from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
 from localization_heads.options.groups import GroundingOptions, ViewChoice
-from localization_heads.options.tracing import MOST_TOKENS, TraceOptions
+from localization_heads.options.surroundings import MOST_TOKENS, TraceOptions
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel

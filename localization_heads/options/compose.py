@@ -15,11 +15,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from localization_heads.heads.head import Head
-from localization_heads.options.companions import ChatOptions, DemoOptions, VisualizeOptions
 from localization_heads.options.experiments import TABLES
 from localization_heads.options.groups import NEWCOMER, GroundingOptions
 from localization_heads.options.kinds import Options, extra, group_of, shown
-from localization_heads.options.programs import FinderOptions
+from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions, VisualizeOptions
 
 PROGRAMS: dict[str, type[Options]] = {
     "finder": FinderOptions,

@@ -1,4 +1,4 @@
-"""The options of the method and of its surroundings, a class a group: `criteria.tau` is `CriteriaOptions.tau`.
+"""The options of the method, a class a group: `criteria.tau` is `CriteriaOptions.tau`.
 
 Defaults are the paper's. Presets, which change a few of them under a name, are the files of `config/<group>/`.
 """
@@ -25,8 +25,43 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
-from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.store.paths import from_home, model_folder
+
+Sensitivity = Literal["none", "siblings"]
+KIND_WORDS = ("animal", "thing", "vehicle")
+
+
+@options
+class SensitivityOptions(Options):
+    """The third criterion: a head that localizes moves when the expression changes."""
+
+    sensitivity: Sensitivity = option(
+        "none",
+        "Third criterion: nothing (paper), or rank the heads that criterion 1 keeps by how far their maps move when "
+        "other expressions of the same image are asked (siblings, criteria=robust). A sample that picks its own heads "
+        "goes by its other expressions alone, without the mirrored image.",
+        kw_only=True,
+    )
+    siblings: Annotated[
+        tuple[Word, ...],
+        Several,
+        Field(min_length=1, max_length=8),
+        Wants("write one to eight words such as [animal,thing,vehicle]"),
+    ] = option(
+        KIND_WORDS,
+        "For criteria.sensitivity: words that are asked beside the other expressions which the data have of an image; "
+        "two of those, filled up to three with words that the expression does not contain.",
+        kw_only=True,
+    )
+    mirrored: int = option(
+        10,
+        "For criteria.sensitivity: of so many images the mirrored image is asked as well, with left and right swapped "
+        "in the expression: a head whose map does not follow wanders and does not localize. 0 asks none.",
+        ge=0,
+        le=1_000_000,
+        kw_only=True,
+    )
+
 
 ConvMode = Literal["referseg", "chat", "plain"]
 QueryToken = Literal[
@@ -92,12 +127,10 @@ class CriteriaOptions(SensitivityOptions):
     )
     exclude_layers: int = option(2, "Number of first layers that are left out everywhere.", ge=0)
     bottom_row_filter: bool = option(
-        False,
-        "Never mark a head in a sample whose bottom row is in focus (published code of August 2025).",
+        False, "Never mark a head in a sample whose bottom row is in focus (published code of August 2025)."
     )
     tau: Annotated[float, Field(ge=0)] | None = option(
-        None,
-        "A fixed threshold for criterion 1; null takes the elbow, 0 switches the criterion off.",
+        None, "A fixed threshold for criterion 1; null takes the elbow, 0 switches the criterion off."
     )
     means: float = option(
         1.0,

@@ -28,7 +28,7 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
-from localization_heads.options.tracing import check_span
+from localization_heads.options.surroundings import check_span
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -1,4 +1,4 @@
-"""The options of what surrounds the method: scenes, phrases, the examination of a model, where it runs."""
+"""The options of what surrounds the method: scenes, phrases, traces, ablations, doctor, workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from localization_heads.options.kinds import Options, PathText, Text, option, options
+from localization_heads.errors import UsageError
+from localization_heads.options.kinds import Options, PathText, Several, Text, option, options, shown
 
 RAY = ("ray",)
 ArtStyle = Literal["noto", "twemoji", "fluent", "openmoji"]
@@ -100,4 +101,64 @@ class EngineOptions(Options):
     )
     object_store: int = option(
         1024, "MiB of memory for results in transit, where Ray is started on this machine.", kinds=RAY, ge=80
+    )
+
+
+Keep = Literal["heads", "mean", "all"]
+Step = Literal["writes", "reads"]
+TRACE_TOKENS = 64
+"""Tokens of an answer, at most, where none are named."""
+MOST_TOKENS = 1024
+"""Of a trace: longer ones no page could show."""
+
+
+@options
+class TraceOptions(Options):
+    """Maps of the answer (stage=trace)."""
+
+    step: Step = option(
+        "writes",
+        "Which attention belongs to a word: that of the step that writes it, whose outcome the word is (writes), or "
+        "that of the step that reads it to write the next (reads, as query_token=answer_first and answer_mean).",
+    )
+    keep: Keep = option(
+        "heads",
+        "What is kept of each token of the answer: the map of each chosen head (heads), their mean alone (mean), or "
+        "the maps of all heads as well, which may take gigabytes (all).",
+    )
+
+
+def check_span(query_token: str, answer_span: str | None) -> None:
+    """UsageError for a span without the query token that reads it, or the other way round."""
+    if (query_token == "answer_span") != bool(answer_span and answer_span.strip()):
+        raise UsageError(
+            f"query_token={query_token} answer_span={shown(answer_span)}: query_token=answer_span needs "
+            "answer_span=, a text of the answer or box, and nothing else reads it"
+        )
+
+
+@options
+class AblateOptions(Options):
+    """Heads switched off, or steered (stage=ablate)."""
+
+    counts: Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Several, Field(min_length=1)] = (
+        option((0, 1, 2, 3, 5, 10), "How many heads of the list are switched off at a time.")
+    )
+    draws: int = option(5, "Random sets of as many heads of the same layers.", ge=1, le=100)
+    measure: Literal["answers", "boxes", "maps", "all"] = option(
+        "all",
+        "What is measured: answers (those that are right), boxes (that the model writes itself), maps (of the heads "
+        "that stay on), or all that the entries and the model allow.",
+    )
+    how: Literal["zero", "mean"] = option(
+        "zero", "What a head that is switched off writes: zero, or its mean over the prompt."
+    )
+    answer_tokens: int = option(8, "Tokens of an answer that are read, at most.", ge=1, le=256)
+    steer: bool = option(
+        False,
+        "Steer the heads towards regions instead of switching them off: does the answer name what is there? Entries "
+        "have regions, each with its answer; of data=scenes, scenes of two objects are drawn.",
+    )
+    strength: float = option(
+        4.0, "Of steering: what is added to the heads' logits on the region.", ge=-100, le=100
     )

@@ -15,9 +15,9 @@ from localization_heads.heads.record import NATIVE_BOX, asked
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import is_wanted
+from localization_heads.options.groups import SensitivityOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
-from localization_heads.options.sensitivity import SensitivityOptions
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import local_path

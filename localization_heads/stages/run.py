@@ -33,10 +33,9 @@ from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, probing
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
 from localization_heads.lvlm.vocabulary import in_singular
-from localization_heads.options.companions import ChatOptions, DemoOptions
 from localization_heads.options.groups import SAMS, ModelSpec, SegmenterOptions
-from localization_heads.options.instances import PLACES
-from localization_heads.options.programs import FinderOptions
+from localization_heads.options.parts import PLACES
+from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions
 from localization_heads.options.shared import ImageAddresses, ModelUse
 from localization_heads.segmentation.segmenter import Segmenter
 from localization_heads.store.paths import attention_path

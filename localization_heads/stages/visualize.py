@@ -13,7 +13,7 @@ from localization_heads.grounder import Grounder, check_heads
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, binarise, check_criteria, head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.options.companions import VisualizeOptions
+from localization_heads.options.programs import VisualizeOptions
 from localization_heads.stages.entries import choose_range
 from localization_heads.stages.single import (
     attention_file_of,

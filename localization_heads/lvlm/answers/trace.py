@@ -13,7 +13,7 @@ from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.words import Spelled, Word, span_tokens, words_of
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.options.tracing import Step
+from localization_heads.options.surroundings import Step
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ from localization_heads.lvlm.text.chat_template import PROCESS, template_of
 from localization_heads.lvlm.text.prompts import LLAVA_SYSTEM, template_renderer
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 from localization_heads.options.kinds import OptionError
-from localization_heads.options.tracing import check_span
+from localization_heads.options.surroundings import check_span
 
 log = logging.getLogger(__name__)
 
