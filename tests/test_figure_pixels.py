@@ -13,8 +13,8 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.figures.overlay import BoxPanel, plot_boxes
-from localization_heads.figures.panels import Panel, lay
-from localization_heads.figures.png import png
+from localization_heads.figures.rendering import png
+from localization_heads.figures.sheet import Panel, lay
 
 pytestmark = pytest.mark.filterwarnings("error")
 rng = np.random.default_rng(0)

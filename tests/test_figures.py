@@ -24,9 +24,8 @@ from PIL import Image
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
-from localization_heads.figures.letters import drawable, font_families, wrap
 from localization_heads.figures.sample import _colours
-from localization_heads.figures.style import VERMILLION
+from localization_heads.figures.style import VERMILLION, drawable, font_families, wrap
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, spatial_entropy
 from localization_heads.heads.head import Head

@@ -4,24 +4,21 @@ Every `plot_*` function takes data, draws one `matplotlib.figure.Figure`, writes
 given a path, and returns it; `show` opens it in a window. No pyplot state is touched on the way.
 """
 
-from localization_heads.figures.ablation import plot_ablation
 from localization_heads.figures.charts import (
     plot_attention_sums,
     plot_head_grid,
     plot_selection_frequency,
+    plot_sensitivity,
 )
+from localization_heads.figures.curves import plot_ablation, plot_confidence, plot_label_curve
 from localization_heads.figures.experiments import plot_experiment, plot_frequency_iou
-from localization_heads.figures.frames import plot_timeline
-from localization_heads.figures.labels import plot_label_curve
-from localization_heads.figures.movement import plot_sensitivity
 from localization_heads.figures.once import plot_once
 from localization_heads.figures.overlay import plot_boxes, plot_cells
+from localization_heads.figures.rendering import svg
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
+from localization_heads.figures.sequences import plot_timeline, plot_trace
 from localization_heads.figures.several import Found, plot_instances, plot_several, plot_together
 from localization_heads.figures.sheet import show
-from localization_heads.figures.svg import svg
-from localization_heads.figures.trace import plot_trace
-from localization_heads.figures.trust import plot_confidence
 
 __all__ = [
     "Found",

@@ -1,10 +1,11 @@
-"""Figures of a whole model: the two criteria over its heads (Fig. 3, Fig. 6a) and where its heads are."""
+"""Figures of a whole model: its heads under the criteria (Fig. 3, Fig. 6a; the third one), and where they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,10 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from localization_heads.figures.overlay import draw_box
+from localization_heads.figures.rendering import tell
 from localization_heads.figures.sheet import new_figure, save
-from localization_heads.figures.style import BLUE, COLOUR_MAP, GREY, VERMILLION, paper_style
-from localization_heads.figures.svg import tell
+from localization_heads.figures.style import BLUE, COLOUR_MAP, GREY, ORANGE, VERMILLION, paper_style
 from localization_heads.heads.head import Head
+from localization_heads.heads.record import resting
+from localization_heads.heads.sensitivity import RESTING
 
 if TYPE_CHECKING:
     from localization_heads.heads.ranking import HeadRanking
@@ -251,3 +254,82 @@ def plot_head_grid(
 
 def _cell_tip(head: Head, value: float) -> str:
     return f"{head}: {value:.3g}" if np.isfinite(value) else f"{head}: no value"
+
+
+def plot_sensitivity(ranking: HeadRanking, path: str | Path | None = None, *, emphasised: int = 3) -> Figure:
+    """A point for each head that criterion 1 keeps: how much it looks at the image, and how far its map moves.
+
+    The shaded corner is that of heads that rest: at least average attention, and little movement.
+
+    Args:
+        emphasised: how many of the first heads are the localization heads, which are named; so are ten that rest.
+    """
+    movement = {head.address: float(head.movement) for head in ranking.kept if head.movement is not None}
+    heads = [head for head in ranking.kept if head.address in movement]
+    rest = resting(ranking)
+    first = [head for head in heads if head in ranking.kept[:emphasised]]
+    groups = {
+        "kept by criterion 1": [head for head in heads if head not in rest and head not in first],
+        "resting": [head for head in rest if head not in first],
+        "localization heads": first,
+    }
+    looks: dict[str, dict[str, Any]] = {
+        "kept by criterion 1": {"s": 14, "color": BLUE},
+        "resting": {"s": 22, "marker": "s", "facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.4},
+        "localization heads": {"s": 24, "marker": "D", "color": VERMILLION, "zorder": 3},
+    }
+    with paper_style():
+        figure = new_figure(COLUMN, 2.7)
+        axes = figure.add_subplot()
+        for name, group in groups.items():
+            across = [head.attention_sum for head in group]
+            marks = axes.scatter(
+                across, [movement[head.address] for head in group], label=name, clip_on=False, **looks[name]
+            )
+            tell(marks, [f"{head.address}: S = {head.attention_sum:.3f}, movement {movement[head.address]:.3f}"
+                         for head in group])  # fmt: skip
+        axes.set_xlabel("Average attention sum S")
+        axes.set_ylabel("Movement with the expression")
+        if heads:
+            axes.set_xlim(*span([0.0, *(head.attention_sum for head in heads)]))
+            axes.set_ylim(*_limits(list(movement.values())))
+            corner = [fmean(head.attention_sum for head in ranking.kept), axes.get_xlim()[1]]
+            limit = RESTING * max(movement.values())
+            axes.fill_between(
+                corner, axes.get_ylim()[0], limit, color=GREY, alpha=0.15, linewidth=0, zorder=0
+            )
+        named = [
+            (h.address, h.attention_sum, movement[h.address])
+            for h in [*first, *groups["resting"][:MAX_NAMES]]
+        ]
+        name_points(axes, sorted(named, key=lambda point: -point[2]), lowest=0)
+        found = f"{len(rest)} of {len(heads)} kept heads rest" if rest else "no head rests"
+        axes.set_title(found, loc="left", color="0.25")
+        figure.legend(loc="outside lower center", ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8)
+        return save(figure, path)
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(0.0, *values), max(*values, 0.0) or 1.0
+    return low - 0.03 * (high - low), high + 0.06 * (high - low)
+
+
+def name_points(axes: Axes, points: Sequence[tuple[Head, float, float]], lowest: float = -1) -> None:
+    """The names of `(head, x, y)`, the highest first, in a column right of the axes, each led to its point.
+
+    Args:
+        lowest: place of a name, in heights of the axes.
+    """
+    (bottom, top), height = axes.get_ylim(), 1.0
+    for head, x, y in points:
+        height = min(height, (y - bottom) / (top - bottom))
+        axes.annotate(
+            str(head),
+            (x, y),
+            xytext=(1.03, max(height, lowest)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3},
+        )
+        height -= 0.075

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from localization_heads.figures.charts import (
     COLUMN,
     MAX_NAMES,
+    name_points,
     plot_attention_sums,
     plot_selection_frequency,
     span,
 )
+from localization_heads.figures.rendering import tell
 from localization_heads.figures.sheet import new_figure, save
 from localization_heads.figures.style import BLUE, GREY, VERMILLION, paper_style
-from localization_heads.figures.svg import tell
 from localization_heads.heads.head import Head
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def plot_frequency_iou(
         low, high = span([100 * point[1] for point in points])
         axes.set_xlim(low - 0.04 * (high - low), high)  # many are never selected: beside the axis, not on it
         axes.set_ylim(*span([100 * point[2] for point in points]))
-        _name_points(axes, [point for point in points if point[0] in top])
+        named = [(head, 100 * f, 100 * iou) for head, f, iou in points if head in top]
+        name_points(axes, sorted(named, key=lambda point: -point[2])[:MAX_NAMES])
         axes.set_title(title, loc="left", color="0.25")
         figure.legend(loc="outside lower center", ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8)
         return save(figure, path)
@@ -100,23 +102,6 @@ _POINTS: dict[str, dict[str, Any]] = {
     "selected": {"s": 14, "color": BLUE},
     "localization heads": {"s": 24, "marker": "D", "color": VERMILLION, "zorder": 3},
 }
-
-
-def _name_points(axes: Axes, points: Sequence[tuple[Head, float, float]]) -> None:
-    """Heads by name in a column right of the axes, each led to its point."""
-    (bottom, top), height, step = axes.get_ylim(), 1.0, 0.075
-    for head, frequency, iou in sorted(points, key=lambda point: -point[2])[:MAX_NAMES]:
-        height = min(height, (100 * iou - bottom) / (top - bottom))
-        axes.annotate(
-            str(head),
-            (100 * frequency, 100 * iou),
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=7,
-            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3},
-        )
-        height -= step
 
 
 def _rho(found: Mapping[str, float] | None, count: int) -> str:
@@ -131,15 +116,7 @@ def chance(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def plot_tau_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
-    return _plot_sweep(numbers, path, "Threshold τ of the attention sum")
-
-
-def plot_n_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
-    return _plot_sweep(numbers, path, "N, heads marked in each sample")
-
-
-def _plot_sweep(numbers: Mapping[str, Any], path: str | Path | None, label: str) -> Figure:
+def plot_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None, label: str) -> Figure:
     """Above, which heads come first at each value; below, how well they ground."""
     points = numbers["points"]
     values = [point["value"] for point in points]
@@ -210,6 +187,6 @@ _FIGURES: dict[str, Callable[[Study, Mapping[str, Any], str | Path | None], Figu
     "fig6a": plot_fig6a,
     "fig6b": plot_fig6b,
     "random": plot_random,
-    "fig13": plot_tau_sweep,
-    "fig14": plot_n_sweep,
+    "fig13": partial(plot_sweep, label="Threshold τ of the attention sum"),
+    "fig14": partial(plot_sweep, label="N, heads marked in each sample"),
 }

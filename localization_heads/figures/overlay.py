@@ -21,10 +21,17 @@ from PIL import Image
 
 from localization_heads.attention import Box
 from localization_heads.cells import visible_cells, visible_edges
-from localization_heads.figures.letters import as_typed, wrap
-from localization_heads.figures.panels import Pixels, lay
-from localization_heads.figures.sheet import new_sheet, panel_size, save
-from localization_heads.figures.style import COLOUR_MAP, DPI, ORANGE, SKY, VERMILLION, paper_style
+from localization_heads.figures.sheet import Pixels, lay, new_sheet, panel_size, save
+from localization_heads.figures.style import (
+    COLOUR_MAP,
+    DPI,
+    ORANGE,
+    SKY,
+    VERMILLION,
+    as_typed,
+    paper_style,
+    wrap,
+)
 from localization_heads.lvlm.families.geometry import View
 
 ImageLike = Image.Image | NDArray[np.uint8]

@@ -198,7 +198,7 @@ def _draw(
     video: Video, fps: float | None, found: Sequence[Prediction], path: Path
 ) -> list[tuple[float, Image.Image]]:
     """Write the frames with their boxes; returns a few of them, small, each with its time."""
-    from localization_heads.figures.frames import framed
+    from localization_heads.figures.sequences import framed
 
     last = found[-1].time or 0.0
     rate = (len(found) - 1) / last if last and len(found) > 1 else fps or video.rate

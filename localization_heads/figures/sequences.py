@@ -1,4 +1,4 @@
-"""A video's boxes: in its frames, and over time."""
+"""What follows one another: the frames of a video with their boxes, the words of an answer with their maps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,35 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
-from localization_heads.figures.letters import as_typed, wrap
-from localization_heads.figures.overlay import draw_image
-from localization_heads.figures.sheet import new_figure, save
-from localization_heads.figures.style import BLUE, GREEN, GREY, ORANGE, TITLE_SIZE, VERMILLION, paper_style
+from localization_heads.figures.overlay import (
+    BOX_WIDTH,
+    ImageLike,
+    draw_box,
+    draw_image,
+    draw_map,
+    opacity,
+    shrink_to_panel,
+)
+from localization_heads.figures.sheet import new_figure, new_sheet, panel_size, save
+from localization_heads.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    TITLE_SIZE,
+    VERMILLION,
+    as_typed,
+    paper_style,
+    wrap,
+)
+from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.store.results import Prediction
 
-_WIDTH = 7.0  # inches
+_PAGE_WIDTH = 7.0  # inches
 _ABOVE: dict[str, Any] = {
     "loc": "lower left",
     "bbox_to_anchor": (0, 1),
@@ -73,8 +92,8 @@ def plot_timeline(
     boxes = np.array([one.bbox or (np.nan,) * 4 for one in found], dtype=float)  # [frame, 4]
     with paper_style():
         columns = max(1, len(thumbnails))
-        high = _WIDTH / columns * size[1] / size[0]
-        figure = new_figure(_WIDTH, min(high, 2.5) + 3.1)
+        high = _PAGE_WIDTH / columns * size[1] / size[0]
+        figure = new_figure(_PAGE_WIDTH, min(high, 2.5) + 3.1)
         grid = figure.add_gridspec(3, columns, height_ratios=[min(high, 2.5), 1.3, 1.0])
         for column, (at, image) in enumerate(thumbnails):
             axes = figure.add_subplot(grid[0, column])
@@ -88,7 +107,7 @@ def plot_timeline(
         for axes in (place, sure):
             axes.set_xlim(time.min() - margin, time.max() + margin)
         place.tick_params(labelbottom=False)
-        lines = wrap(expression, _WIDTH - 0.2, TITLE_SIZE)
+        lines = wrap(expression, _PAGE_WIDTH - 0.2, TITLE_SIZE)
         figure.suptitle(lines, fontsize=TITLE_SIZE, **as_typed(lines))
         return save(figure, path)
 
@@ -126,3 +145,49 @@ def _draw_sureness(axes: Axes, time: NDArray[np.float64], found: Sequence[Predic
     axes.set_ylim(0, 1)
     axes.set_xlabel("time (s)")
     axes.legend(**_ABOVE)
+
+
+MOST_WORDS = 24
+"""Panels of a figure; the page has all words."""
+_AREA = 2.4  # square inches of a panel
+_FONT = 9.0  # points
+
+
+def plot_trace(image: ImageLike | None, trace: Trace, path: str | Path | None = None) -> Figure:
+    """The first `MOST_WORDS` words of an answer in its order, each with the combined map and its box.
+
+    The title is the query and the answer, whole, as far as eight lines hold it.
+
+    Args:
+        image: `None` draws the maps alone.
+    """
+    size = panel_size(trace.image_size, area=_AREA)
+    shown = shrink_to_panel(image, max(size))
+    words = trace.words[:MOST_WORDS]
+    legend = [Line2D([], [], color=VERMILLION, linewidth=BOX_WIDTH, label="box of the word's map")]
+    heads = ", ".join(map(str, trace.heads[:6])) + (" ..." if len(trace.heads) > 6 else "")
+    note = f"heads {heads}; the step that {trace.step} each word"
+    if left := len(trace.words) - len(words):
+        note += f"; {left} more words are on the page"
+    with paper_style():
+        figure, sheet = new_sheet(
+            size,
+            max(1, len(words)),
+            f"{trace.query[:400]} → {trace.answer or '(no answer)'}",
+            legend=legend if words else (),
+            bar=(np.ones_like if image is None else opacity) if words else None,
+            note=note,
+        )
+        for axes in sheet:
+            draw_image(axes, shown, trace.image_size)
+        for number, (word, axes) in enumerate(zip(words, sheet, strict=False)):
+            _draw_word(axes, trace, number, opaque=image is None)
+            text = wrap(word.text, size[0] - 0.05, _FONT, max_lines=1)
+            axes.set_title(text, fontsize=_FONT, **as_typed(text))
+        return save(figure, path)
+
+
+def _draw_word(axes: Axes, trace: Trace, number: int, *, opaque: bool) -> None:
+    draw_map(axes, trace.groundings[number].combined, trace.image_box, opaque=opaque)
+    if (box := trace.boxes[number]) is not None:
+        draw_box(axes, box, VERMILLION)
