@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from localization_heads.apps.benchmarks import protocol_table
+from localization_heads.apps.scores import protocol_table
 from localization_heads.evaluation.protocols import (
     PROTOCOLS,
     Answer,

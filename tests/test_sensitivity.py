@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 import localization_heads as lh
-from localization_heads.apps.tables import ranking_table
+from localization_heads.apps.heads import ranking_table
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import load_samples
 from localization_heads.errors import UsageError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from localization_heads.apps import tables
-from localization_heads.apps.tables import metrics_table
+from localization_heads.apps.scores import HEADINGS, finding_table, metrics_table
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, printable
 from localization_heads.evaluation.scores import Score, summarize
@@ -83,8 +83,8 @@ def test_scores_with_intervals_and_controls() -> None:
 
 def test_no_score_is_cut_off_where_there_are_many_metrics() -> None:
     """Scores of several objects have twelve metrics: two halves of six."""
-    one: dict[str, object] = dict.fromkeys(tables.HEADINGS, 0.125)
-    intervals = {f"{name}_interval": [0.111, 0.139] for name in tables.HEADINGS}
+    one: dict[str, object] = dict.fromkeys(HEADINGS, 0.125)
+    intervals = {f"{name}_interval": [0.111, 0.139] for name in HEADINGS}
     metrics = {**one, **intervals, "single_box": {**one, **intervals}, "num_samples": 3, "num_failed": 0}
     text = printed(metrics_table(metrics), width=80)
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
@@ -120,7 +120,7 @@ def test_a_narrow_screen_keeps_names_and_numbers_whole() -> None:
     found = FindingTable(
         columns, (("L14H24", "100.0", "56.3", "83.3", "2"), ("L2H0", "9.1", "5.0", "1.2", "17"))
     )
-    text = printed(tables.finding_table(found), 80)
+    text = printed(finding_table(found), 80)
     assert "L14H24" in text and "L2H0" in text and "100.0" in text
     assert "rank" in text and "heads" in text and "…" not in text
     assert max(map(len, text.splitlines())) <= 80

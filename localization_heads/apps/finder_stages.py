@@ -9,9 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from localization_heads.apps import benchmarks, confidence, ready, tables, traces
-from localization_heads.apps.labels import label_tables
-from localization_heads.apps.videos import video_table
+from localization_heads.apps import heads, scores, tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
 from localization_heads.heads.ranking import HeadRanking
@@ -72,19 +70,19 @@ def _experiment(run: Run) -> int:
 
 def _calibrate(run: Run) -> int:
     result, calibration = calibrate.calibrate(run)
-    return _show(confidence.calibration_table(calibration), result.paths, result.failures)
+    return _show(scores.calibration_table(calibration), result.paths, result.failures)
 
 
 def _trace(run: Run) -> int:
     traced = trace.trace(run)
-    return _show(traces.traced_table(traced), traced.paths, traced.failures)
+    return _show(tables.traced_table(traced), traced.paths, traced.failures)
 
 
 def _ground(run: Run) -> int:
     if run.options.video_file is None:
         return _show_result(run, ground.ground(run))
     followed = video.follow(run)
-    return _show(video_table(followed), followed.paths, followed.failures)
+    return _show(tables.video_table(followed), followed.paths, followed.failures)
 
 
 def _find(run: Run) -> int:
@@ -102,7 +100,7 @@ def _rank(run: Run) -> int:
 
 
 def _show_labelled(run: Run, found: labels.Labelled) -> int:
-    for table in label_tables(found):
+    for table in heads.label_tables(found):
         tables.show(table)
     if found.result.ranking:
         _show_found_again(run, found.result.ranking)
@@ -163,7 +161,7 @@ def _show_collected(collected: single.Collected) -> int:
 
 
 def _show_analysed(run: Run, analysed: single.Analysed) -> int:
-    return _show(tables.analysis_table(analysed.rows, run.options.top_k), [analysed.path])
+    return _show(heads.analysis_table(analysed.rows, run.options.top_k), [analysed.path])
 
 
 def _show_visualised(run: Run, visualised: single.Visualised) -> int:
@@ -174,33 +172,33 @@ def _show_visualised(run: Run, visualised: single.Visualised) -> int:
 
 
 def _show_found_again(run: Run, ranking: HeadRanking) -> None:
-    for line in ready.found_again(run, ranking):
+    for line in heads.found_again(run, ranking):
         tables.show(line, markup=False, highlight=False)
 
 
 def _show_result(run: Run, result: Result) -> int:
     """Everything that the stage has found; of an evaluation the metrics in place of the boxes."""
     if result.ranking:
-        tables.show(tables.ranking_table(result.ranking, run.options.k))
+        tables.show(heads.ranking_table(result.ranking, run.options.k))
         _show_found_again(run, result.ranking)
         if run.options.stage == "batch":
-            tables.show(ready.of_boxes(run, result.ranking), markup=False, highlight=False)
+            tables.show(heads.of_boxes(run, result.ranking), markup=False, highlight=False)
     if result.metrics:
-        tables.show(tables.metrics_table(result.metrics))
-        if own := benchmarks.protocol_table(result.metrics.get("protocol", {})):
+        tables.show(scores.metrics_table(result.metrics))
+        if own := scores.protocol_table(result.metrics.get("protocol", {})):
             tables.show(own)
         if trust := result.metrics.get("confidence"):
-            tables.show(confidence.confidence_table(trust))
+            tables.show(scores.confidence_table(trust))
     elif result.outcomes:
         tables.show(
             tables.predictions_table(result.outcomes, preset_name("grounding", run.options.grounding))
         )
-    if result.outcomes and (line := ready.whose(run)):
+    if result.outcomes and (line := heads.whose(run)):
         tables.show(line, markup=False, highlight=False)
     for finding in result.findings:
         tables.show(f"\n{finding.title}", style="bold", markup=False, highlight=False)
         for table in finding.tables:
-            tables.show(tables.finding_table(table))
+            tables.show(scores.finding_table(table))
         tables.show(finding.reading, markup=False, highlight=False)
     tables.written(result.paths)
     return tables.show_failures(result.failures)

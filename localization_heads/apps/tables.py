@@ -5,15 +5,12 @@ Text of others is cleaned before it is printed: nothing in it is obeyed by the t
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -24,56 +21,26 @@ from localization_heads.datasets.prepare import Prepared
 from localization_heads.datasets.source import OFFICIAL
 from localization_heads.errors import BadEntry, printable
 from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.ranking import HeadRanking
-from localization_heads.heads.record import resting
 from localization_heads.stages.outcome import Outcome
 from localization_heads.store.results import Prediction
 
 if TYPE_CHECKING:
-    from localization_heads.experiments.paper import Table as FindingTable
+    from localization_heads.lvlm.answers.trace import Trace
     from localization_heads.lvlm.checks.doctor import Examination
     from localization_heads.lvlm.families.geometry import View
+    from localization_heads.stages.trace import Traced
+    from localization_heads.stages.video import Followed
+
 
 ROWS = 30
 """Longest table that is printed whole; the files hold everything."""
-MOST_RESTING = 8
-"""Resting heads that a caption names."""
 TOP_REASONS = 10
 """Different reasons that are listed of a run with many failures."""
 REASON = 300
 """Longest reason of a failure that is printed whole, in characters."""
-SHORT = 14
-"""Cells of at most this many characters are never folded."""
-HEADING = 16
-"""Width at which the headings above such cells are folded."""
-WIDE = 8
-"""Metrics whose intervals fit on one line each in 80 columns."""
-MOST_SIDE_BY_SIDE = 10
-"""Metrics that fit in 80 columns with their intervals on two lines."""
-HEADINGS = {
-    "acc@0.25": "Acc\n@0.25",
-    "acc@0.5": "Acc\n@0.5",
-    "acc@0.75": "Acc\n@0.75",
-    "acc@0.9": "Acc\n@0.9",
-    "macc": "mAcc",
-    "mean_iou": "mean\nIoU",
-    "pointing": "point-\ning",
-    "energy": "energy\nin box",
-    "ciou": "cIoU\n(mask)",
-    "giou": "gIoU\n(mask)",
-    "f1@0.5": "F1\n@0.5",
-    "pr@f1=1": "Pr\n@F1=1",
-}
-NAMES = {
-    "random_heads": "random heads",
-    "all_heads": "all heads",
-    "centre_box": "centre box",
-    "native": "model's box",
-    "single_box": "best box alone",
-}
 
 
-def _table(title: str, *columns: str, texts: Collection[str] = (), caption: str | None = None) -> Table:
+def new_table(title: str, *columns: str, texts: Collection[str] = (), caption: str | None = None) -> Table:
     """An empty table of numbers, and of `texts`, the columns that may be folded."""
     table = Table(title=title, caption=caption)
     for column in columns:
@@ -82,127 +49,6 @@ def _table(title: str, *columns: str, texts: Collection[str] = (), caption: str 
         else:
             table.add_column(column, justify="right")
     return table
-
-
-def metrics_table(metrics: Mapping[str, Any]) -> Group:
-    """The scores of `stage=evaluate`: a row per method, a column per metric, below each value its 95 % interval.
-
-    The localization heads come first, the controls below, and how far the heads are ahead of random ones. More metrics
-    than fit side by side in 80 columns stand in two halves, one below the other.
-    """
-    shown = [name for name in HEADINGS if name in metrics]
-    half = -(-len(shown) // 2)
-    parts = [shown] if len(shown) <= MOST_SIDE_BY_SIDE else [shown[:half], shown[half:]]
-    tables = [_scores(metrics, part) for part in parts]
-    tables[0].title, tables[-1].caption = _title(metrics), _ahead(metrics)
-    return Group(*tables)
-
-
-def _scores(metrics: Mapping[str, Any], shown: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for name in shown:
-        table.add_column(HEADINGS[name], justify="right")
-    single = {"single_box": metrics["single_box"]} if "single_box" in metrics else {}
-    methods = {"heads": metrics, **single, **metrics.get("controls", {})}
-    for number, (name, row) in enumerate(methods.items()):
-        narrow = len(shown) > WIDE
-        cells = [_score_cell(row.get(metric), row.get(f"{metric}_interval", ()), narrow) for metric in shown]
-        table.add_row(NAMES.get(name, name), *cells, style="" if number else "bold")
-    return table
-
-
-def _title(metrics: Mapping[str, Any]) -> str:
-    parts = [f"{metrics.get('num_answers', metrics['num_samples'])} expressions"]
-    parts += [f"{metrics['num_samples']} with one true box"] if "num_answers" in metrics else []
-    parts += [f"{metrics['num_masks']} with a mask"] if "num_masks" in metrics else []
-    parts += [f"{metrics['num_failed']} failed"] if metrics["num_failed"] else []
-    read_out = metrics.get("choices", {}).get("read_out")
-    parts += [f"grounding={read_out}"] if read_out else []
-    parts += [f"protocol {protocol}"] if (protocol := metrics.get("choices", {}).get("protocol")) else []
-    return f"Scores of {', '.join(parts)}"
-
-
-def _ahead(metrics: Mapping[str, Any]) -> str | None:
-    """The paired difference to random heads of the same layers: whether the heads are luck."""
-    random = metrics.get("controls", {}).get("random_heads")
-    if random is None:
-        return None
-    difference = random["difference"]
-    parts = [
-        f"{name} {value:+.3f} ({low:+.2f} to {high:+.2f})"
-        for metric, name in (("acc@0.5", "Acc@0.5"), ("mean_iou", "mean IoU"))
-        for value, low, high in [difference[metric]]
-    ]
-    return f"95 % intervals; heads ahead of random heads: {', '.join(parts)}"
-
-
-def _score_cell(value: float | None, interval: Sequence[float | None], narrow: bool) -> str:
-    """The value, and its interval below, on two lines where columns are `narrow`."""
-    if value is None:
-        return "-"
-    low, high = (_short(bound) for bound in interval)
-    return f"{value:.3f}\n{low}-\n{high}" if narrow else f"{value:.3f}\n{low}-{high}"
-
-
-def _short(bound: float | None) -> str:
-    """`.36`, `1.0`: as narrow as a bound can be."""
-    if bound is None:
-        return "?"
-    text = f"{bound:.2f}"
-    return "1.0" if text == "1.00" else text.removeprefix("0")
-
-
-def analysis_table(rows: Sequence[Mapping[str, Any]], top_k: int) -> Table:
-    """The `top_k` heads of one sample that criterion 1 keeps, lowest entropy first."""
-    names = ("layer", "head", "attention sum", "spatial entropy", "components", "bottom row")
-    table = _table(f"Top {top_k} heads of this sample", *names)
-    kept = [row for row in rows if row["above_threshold"]]
-    for row in kept[:top_k]:
-        table.add_row(
-            str(row["layer"]),
-            str(row["head"]),
-            f"{row['attn_sum']:.3f}",
-            f"{row['spatial_entropy']:.3f}" if math.isfinite(row["spatial_entropy"]) else "-",
-            str(row["num_components"]),
-            "yes" if row["bottom_row_focus"] else "no",
-        )
-    return table
-
-
-def ranking_table(ranking: HeadRanking, k: int) -> Table:
-    """The best heads over a data set; the first `k` are the localization heads."""
-    tau = "none" if ranking.tau is None else f"{ranking.tau:.3f}"
-    caption = f"tau {tau}: {len(ranking.kept)} of {len(ranking.heads)} heads kept by criterion 1"
-    columns = ["rank", "head", "selection frequency", "attention sum", "spatial entropy"]
-    rest = resting(ranking)
-    if ranking.is_moved:
-        columns = [
-            "rank",
-            "head",
-            "selection\nfrequency",
-            "attention\nsum",
-            "spatial\nentropy",
-            "sensi-\ntivity",
-        ]
-        columns += ["consis-\ntency"] if _is_mirrored(ranking) else []
-        caption += f"; resting: {' '.join(str(head.address) for head in rest[:MOST_RESTING]) or 'none'}"
-        caption += f" and {len(rest) - MOST_RESTING} more" if len(rest) > MOST_RESTING else ""
-    table = _table(
-        f"Heads of {_cell(ranking.model)} over {ranking.num_samples} samples", *columns, caption=caption
-    )
-    for rank, head in enumerate(ranking.kept[: max(10, k)], start=1):
-        entropy = "-" if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}"
-        frequency = f"{head.selection_frequency:.3f} ± {head.selection_frequency_std:.3f}"
-        cells = [str(rank), str(head.address), frequency, f"{head.attention_sum:.3f}", entropy]
-        moved = [head.sensitivity, head.consistency][: len(columns) - len(cells)]
-        cells += ["-" if value is None else f"{value:.3f}" for value in moved]
-        table.add_row(*cells, style="bold" if rank <= k else "dim" if head in rest else "")
-    return table
-
-
-def _is_mirrored(ranking: HeadRanking) -> bool:
-    return any(head.consistency is not None for head in ranking.kept)
 
 
 def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:
@@ -216,7 +62,7 @@ def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:
     names = ("id", "expression", "box (x0 y0 x1 y1)", "score", sure, "IoU")
     title = f"Predicted boxes, grounding={read_out}"
     caption = "; ".join([*_summary(outcomes), *([] if calibrated else ["* uncalibrated"])])
-    table = _table(title, *names, texts=names[:2], caption=caption or None)
+    table = new_table(title, *names, texts=names[:2], caption=caption or None)
     for outcome in outcomes[:ROWS]:
         sample, prediction = outcome.sample, outcome.prediction
         iou = "-" if outcome.iou is None else f"{outcome.iou:.2f}"
@@ -224,7 +70,7 @@ def predictions_table(outcomes: Sequence[Outcome], read_out: str) -> Table:
         if prediction.bbox is not None:
             box, score = _named_box(prediction), f"{prediction.score or 0:.2f}"
         sure = "-" if prediction.confidence is None else f"{prediction.confidence:.2f}"
-        table.add_row(_cell(sample.id), _cell(sample.expression), box, score, sure, iou)
+        table.add_row(cell(sample.id), cell(sample.expression), box, score, sure, iou)
         for other in (prediction.boxes or ())[1:]:
             table.add_row("", "", box_text(other.bbox), f"{other.score:.2f}")
     return table
@@ -238,17 +84,17 @@ def _named_box(prediction: Prediction) -> str:
 
 
 def failures_table(failures: Iterable[BadEntry]) -> Table:
-    table = _table("Entries that failed", "line", "id", "reason", texts=("id", "reason"))
+    table = new_table("Entries that failed", "line", "id", "reason", texts=("id", "reason"))
     for bad in failures:
-        table.add_row(str(bad.line or "-"), _cell(bad.id or "-"), _cell(bad.reason, REASON))
+        table.add_row(str(bad.line or "-"), cell(bad.id or "-"), cell(bad.reason, REASON))
     return table
 
 
 def prepared_table(result: Prepared) -> Table:
     """What the source holds, beside the counts of papers; the split that was written stands in bold."""
     written = result.written
-    table = _table(
-        f"{_cell(result.dataset)}, protocol {_cell(result.protocol)}: what was found",
+    table = new_table(
+        f"{cell(result.dataset)}, protocol {cell(result.protocol)}: what was found",
         *("split", "references", "expressions", "in papers"),
         texts=("split",),
         caption=f"{written.expressions} expressions for {written.references} references written",
@@ -265,25 +111,11 @@ def reasons_table(failures: Sequence[BadEntry]) -> Table:
     """Each reason once, with its count: a missing image fails every expression that refers to it."""
     reasons = Counter(bad.reason for bad in failures)
     title = f"{len(failures)} expressions could not be used, for {len(reasons)} reasons"
-    table = _table(title, "expressions", "reason", texts=("reason",))
+    table = new_table(title, "expressions", "reason", texts=("reason",))
     for reason, number in list(reasons.items())[:TOP_REASONS]:
-        table.add_row(str(number), _cell(reason, REASON))
+        table.add_row(str(number), cell(reason, REASON))
     if others := list(reasons.values())[TOP_REASONS:]:
         table.add_row(str(sum(others)), f"{len(others)} more reasons")
-    return table
-
-
-def finding_table(found: FindingTable) -> Table:
-    """A table of an experiment, in the paper's layout."""
-    table = Table(title=_cell(found.title) if found.title else None)
-    for number, column in enumerate(found.columns):
-        short = all(len(row[number]) <= SHORT for row in found.rows)
-        heading = _cell(column)
-        if short:  # rich folds no heading of such a column, but cuts the columns beside a long one
-            heading = fill(heading, HEADING)
-        table.add_column(heading, justify="right" if number else "left", overflow="fold", no_wrap=short)
-    for row in found.rows:
-        table.add_row(*(_cell(cell) for cell in row))
     return table
 
 
@@ -382,7 +214,7 @@ def show_failures(failures: Sequence[BadEntry]) -> int:
     return 1 if failures else 0
 
 
-def _cell(text: str, limit: int = 80) -> str:
+def cell(text: str, limit: int = 80) -> str:
     """Text of others in a table: nothing in it is obeyed, and nothing is endless."""
     return escape(printable(text, limit))
 
@@ -393,3 +225,60 @@ def _summary(outcomes: Sequence[Outcome]) -> list[str]:
     parts = [f"and {len(outcomes) - ROWS} more in predictions.jsonl"] if len(outcomes) > ROWS else []
     parts += [f"mean IoU {sum(ious) / len(ious):.2f} over {len(ious)} with a true box"] if ious else []
     return parts
+
+
+_HEADS = 4
+"""Heads with a column of their own."""
+
+
+def traced_table(traced: Traced) -> Table:
+    """The words of a single answer; of a data set, the answers."""
+    if traced.alone is not None:
+        return trace_table(traced.alone)
+    answers = traced.answers
+    names = ("id", "query", "answer")
+    caption = f"the first {ROWS} of {len(answers)}" if len(answers) > ROWS else None
+    table = new_table("Answers", *names, texts=names, caption=caption)
+    for id, found in list(answers.items())[:ROWS]:
+        query, answer = found or ("", "its page was there already")
+        table.add_row(cell(id), cell(query, 200), cell(answer or "(nothing)", 200))
+    return table
+
+
+def trace_table(trace: Trace) -> Table:
+    """The words of an answer with their boxes, and how much the first heads looked at the image."""
+    names = ("word", "box", "score", *map(str, trace.heads[:_HEADS]))
+    title = f"answer: {cell(trace.answer, 400) or '(nothing)'}"
+    table = new_table(title, *names, texts=("word",), caption=_caption(trace))
+    table.title_justify = "left"
+    parts = zip(trace.words, trace.groundings, trace.boxes, trace.word_masses, strict=True)
+    for word, grounding, box, masses in list(parts)[:ROWS]:
+        found = ("-", "-") if box is None else (box_text(box), f"{grounding.score:.2f}")
+        table.add_row(cell(word.text, 60), *found, *(f"{mass:.3f}" for mass in masses[:_HEADS]))
+    return table
+
+
+def _caption(trace: Trace) -> str:
+    left = len(trace.words) - ROWS
+    more = f"; {left} more words are on the page" if left > 0 else ""
+    return f"score: share of the word's map in its box; under a head, its attention on the image{more}"
+
+
+def video_table(followed: Followed) -> Table:
+    """The first frame of each second, of at most `ROWS` seconds, with box, score and confidence."""
+    names = ("time", "frame", "box (x0 y0 x1 y1)", "score", "confidence")
+    title = f"{len(followed.predictions)} frames: {followed.query}"
+    table = new_table(cell(title), *names, caption="one a second; predictions.jsonl has all")
+    seconds: dict[int, Prediction] = {}
+    for one in followed.predictions:
+        seconds.setdefault(int(one.time or 0), one)
+    for one in list(seconds.values())[:ROWS]:
+        numbers = ("-" if value is None else f"{value:.2f}" for value in (one.score, one.confidence))
+        table.add_row(f"{one.time or 0:.1f} s", str(one.frame), _frame_box(one), *numbers)
+    return table
+
+
+def _frame_box(one: Prediction) -> str:
+    if one.bbox is None:
+        return "nothing there" if one.absent else "failed"
+    return " ".join(f"{edge:.0f}" for edge in one.bbox)
