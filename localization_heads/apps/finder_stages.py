@@ -18,6 +18,7 @@ from localization_heads.scenes import write
 from localization_heads.stages import (
     ablate,
     calibrate,
+    doctor,
     evaluate,
     experiment,
     export,
@@ -56,7 +57,7 @@ def _prepare(run: Run) -> int:
 
 
 def _doctor(run: Run) -> int:
-    result = single.doctor(run)
+    result = doctor.doctor(run)
     tables.show(tables.examination_table(result.examination))
     tables.show(tables.marked_prompt(result.examination), soft_wrap=True)
     tables.written(result.paths)

@@ -14,8 +14,8 @@ from localization_heads.errors import printable
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.ready import overlap, ready_list
 from localization_heads.heads.record import resting
-from localization_heads.stages.keeping import heads_of_boxes
 from localization_heads.stages.labels import Labelled
+from localization_heads.stages.outcome import heads_of_boxes
 from localization_heads.stages.run import Run
 
 if TYPE_CHECKING:

@@ -34,13 +34,12 @@ from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
 from localization_heads.heads.labels import mass_in_truth
 from localization_heads.options.groups import SAMS, SegmenterOptions
-from localization_heads.stages import moving
 from localization_heads.stages.ablate import answers_without
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import open_own_store
+from localization_heads.stages.records import open_own_store, third_criterion
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
@@ -149,7 +148,7 @@ def experiment(run: Run) -> Result:
             given_heads=given,
             segmenter=run.options.segmenter.kind,
             options=_study_options(run),
-            movement=moving.over(rows, [1] * len(entries.good), (store.num_layers, store.num_heads)),
+            movement=third_criterion(rows, [1] * len(entries.good), (store.num_layers, store.num_heads)),
             **measures,
         )
         if "causal" in chosen:

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +23,20 @@ from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draw
 from localization_heads.heads.record import found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.beside import NOTHING, movement_in, probing
-from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
-from localization_heads.stages.keeping import heads_of_boxes, note_ranking
-from localization_heads.stages.outcome import Outcome, Result, save_predictions
-from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_own_store
+from localization_heads.stages.outcome import Outcome, Result, heads_of_boxes, save_heads, save_predictions
+from localization_heads.stages.records import (
+    asked_in,
+    choose_record,
+    keep_statistics,
+    looking_again,
+    open_own_store,
+    to_be_mirrored,
+    warn_of_movement,
+    with_third,
+)
 from localization_heads.stages.report import Reporter, look
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
@@ -42,7 +48,6 @@ from localization_heads.store.attention_files import (
 )
 from localization_heads.store.files import RunLock
 from localization_heads.store.paths import analysis_path
-from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import StatisticsStore
 
 if TYPE_CHECKING:
@@ -71,7 +76,7 @@ def collect_statistics(
     """
     fresh: dict[str, HeadStatistics] = {}
     criteria = run.options.criteria
-    mirrored = moving.to_be_mirrored(samples, criteria) if entries.moving else frozenset()
+    mirrored = to_be_mirrored(samples, criteria) if entries.moving else frozenset()
 
     def is_done(sample: Sample) -> bool:
         key = entries.stored_key(sample, store)
@@ -103,7 +108,7 @@ def collect_statistics(
         is_done=is_done,
         work=partial(_analysed, keep_maps=keep_maps, moved=entries.moving),
         keep=keep,
-        look_again=moving.looking_again(mirrored),
+        look_again=looking_again(mirrored),
         beside=probing(criteria) if entries.moving else NOTHING,
     )
     return fresh
@@ -236,7 +241,7 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
     """The ranking, with the images and the conditions that it was made under."""
     ranking = rank_entries(run, entries, draws, store)
-    moving.warn(ranking, run.options.k)
+    warn_of_movement(ranking, run.options.k)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
@@ -265,46 +270,11 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
         raise NothingDoneError("no entry could be used", entries.in_order())
     rows = store.rows([entries.stored_key(entries.samples[place], store) for place in places])
     ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, places])
-    return moving.ranked(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
-
-
-def save_heads(run: Run, ranking: HeadRanking) -> list[Path]:
-    """heads.json, heads.csv and the figures of both criteria."""
-    from localization_heads import figures
-
-    note_ranking(run, ranking)
-    paths = [*save_ranking(ranking, run.folder)]
-    shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
-    sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
-    for head in ranking.heads:
-        sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
-        kept[head.address] = head.kept
-    marked: dict[str, Any] = {
-        "top": [head.address for head in ranking.kept[: run.options.k]],
-        "exclude_layers": ranking.exclude_layers,
-    }
-    frequencies, grid = run.folder / "selection_frequency.png", run.folder / "head_grid.png"
-    if ranking.tau is not None:
-        elbow = run.folder / "attention_sums.png"
-        paths.append(
-            run.draw(figures.plot_attention_sums, sums, ranking.tau, path=elbow, kept=kept, **marked)
-        )
-    paths.append(
-        run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
-    )
-    paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
-    if ranking.is_moved:
-        sensitivity = run.folder / "sensitivity.png"
-        paths.append(run.draw(figures.plot_sensitivity, ranking, path=sensitivity, emphasised=run.options.k))
-    return paths
+    return with_third(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
 
 
 def _ground_all(
-    run: Run,
-    entries: Entries,
-    ranking: HeadRanking,
-    report: Reporter,
-    fresh: Mapping[str, HeadStatistics],
+    run: Run, entries: Entries, ranking: HeadRanking, report: Reporter, fresh: Mapping[str, HeadStatistics]
 ) -> list[Outcome]:
     """Boxes for every entry, from the maps on disk, with the heads of `heads_of_boxes`.
 

@@ -14,14 +14,15 @@ from localization_heads.data.masks import read_mask
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import SEVERAL, Sample
 from localization_heads.data.together import Shown, Together, each_image, image_at, load_shown, num_images
-from localization_heads.errors import NothingDoneError, UsageError
+from localization_heads.errors import NoHeadError, NothingDoneError, UsageError
 from localization_heads.grounding.confidence import Calibration
-from localization_heads.grounding.ground import Grounding
+from localization_heads.grounding.ground import Grounding, ground_maps
+from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.kinds import as_read
 from localization_heads.report.content import Gallery
-from localization_heads.stages.chunks import Attended
+from localization_heads.stages.chunks import Attended, LookAgain, attend
 from localization_heads.stages.entries import Entries, select_entries, takes_several
 from localization_heads.stages.flow import go_through
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
@@ -29,7 +30,6 @@ from localization_heads.stages.records import keep_statistics
 from localization_heads.stages.report import look
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
-from localization_heads.stages.zoom import second_look
 from localization_heads.store.files import RunLock
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.paths import check_id, entry_path
@@ -38,6 +38,45 @@ from localization_heads.store.statistics import StatisticsStore
 
 if TYPE_CHECKING:
     from localization_heads.figures import Found
+
+
+def second_look(run: Run, heads: Sequence[Head] | None) -> LookAgain | None:
+    """What `go_through` asks a second time; None without `zoom=true`."""
+    return partial(look_again, heads=heads) if run.options.zoom else None
+
+
+def look_again(
+    run: Run, entries: Entries, attended: Sequence[Attended], *, heads: Sequence[Head] | None
+) -> list[Attended]:
+    """The chunk with the boxes that the same heads find in crops; an entry whose crop cannot be used fails.
+
+    The whole chunk is asked, whatever is missing of it: another batch would round differently.
+    """
+    first = {one.sample.id: found for one in attended if (found := _first_look(run, one, heads))}
+    crops = {id: crop for id, found in first.items() if (crop := crop_around(found))}
+    opened = [
+        (one.sample, one.single.crop(crops[one.sample.id])) for one in attended if one.sample.id in crops
+    ]
+    last_layer = max((head.layer for found in first.values() for head in found.heads), default=None)
+    seconds = {one.sample.id: one for one in attend(run, entries, opened, last_layer)}
+    looked = []
+    for one in attended:
+        id = one.sample.id
+        if id in seconds:
+            found = ground_maps(seconds[id].maps, first[id].heads, run.options.grounding)
+            box = mapped_back(found.box, crops[id]) if found.cells.any() else None
+            looked.append(one._replace(second=box))
+        elif id not in crops:
+            looked.append(one)
+    return looked
+
+
+def _first_look(run: Run, one: Attended, heads: Sequence[Head] | None) -> Grounding | None:
+    """What the maps of the whole image say; None where a sample finds no heads of its own, which `work` reports."""
+    try:
+        return ground_maps(one.maps, run.grounder(heads).heads_of(one.maps), run.options.grounding)
+    except NoHeadError:
+        return None
 
 
 Measure = Callable[[Run, Attended, Sequence[Grounding]], dict[str, Any]]

@@ -21,27 +21,27 @@ from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
-from localization_heads.heads.labels import (
-    Curve,
-    LabelRecipe,
-    mass_on_patches,
-    quality_curve,
-    rank_by_labels,
-)
+from localization_heads.heads.labels import Curve, LabelRecipe, mass_on_patches, quality_curve, rank_by_labels
 from localization_heads.heads.ranking import HeadRanking, random_draws
 from localization_heads.heads.record import found_with
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
 from localization_heads.lvlm.beside import is_wanted, movement_in, probing
 from localization_heads.lvlm.native_box import box_reader
-from localization_heads.stages import moving
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import go_through
-from localization_heads.stages.keeping import keep_former
-from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import asked_in, choose_record, keep_statistics, open_own_store
+from localization_heads.stages.outcome import Result, keep_former
+from localization_heads.stages.records import (
+    asked_in,
+    choose_record,
+    keep_statistics,
+    looking_again,
+    open_own_store,
+    to_be_mirrored,
+    with_third,
+)
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, write_json
@@ -173,7 +173,7 @@ def _collect(
 ) -> None:
     """Run the model over the entries whose statistics or scores are not there yet."""
     criteria = run.options.criteria
-    mirrored = moving.to_be_mirrored(entries.samples, criteria)
+    mirrored = to_be_mirrored(entries.samples, criteria)
 
     def record_key(sample: Sample) -> bytes:
         if sample.id in mirrored:
@@ -200,7 +200,7 @@ def _collect(
         work=partial(_score, form=form),
         keep=keep,
         work_runs_model=form is not None,
-        look_again=moving.looking_again(mirrored),
+        look_again=looking_again(mirrored),
         beside=probing(criteria),
     )
 
@@ -234,7 +234,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
     rows = store.rows([entries.stored_key(sample, store) for sample in samples])
     free = run.ranking_of(rows, store.settings["weights"][0])
     shape = store.num_layers, store.num_heads
-    free = moving.ranked(free, rows, np.ones((1, len(samples)), np.int64), shape)
+    free = with_third(free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_key(entries, sample) for sample in samples])
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
     draw = recipe.drawn(len(samples))[0]

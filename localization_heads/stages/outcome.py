@@ -1,28 +1,40 @@
-"""The results of stages: `Outcome` of one grounded entry, `Result` of a data set, and their files."""
+"""The results of stages: `Outcome` of one grounded entry, `Result` of a data set, their files, and those of a ranking."""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou
 from localization_heads.data.samples import Sample
-from localization_heads.errors import BadEntry
+from localization_heads.errors import BadEntry, UsageError
 from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.judging import HEADS, Scores
 from localization_heads.evaluation.protocols import Answer
 from localization_heads.evaluation.scores import Score
 from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
+from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import difference
 from localization_heads.interop.predictions import prediction_of
 from localization_heads.report.content import Card
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
-from localization_heads.store.results import Prediction, write_parquet, write_predictions
+from localization_heads.store.results import (
+    Prediction,
+    load_ranking,
+    save_ranking,
+    write_parquet,
+    write_predictions,
+)
 
 
 @dataclass(frozen=True)
@@ -193,3 +205,83 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         for metric in ("iou", "pointing", "energy"):
             row[f"{name}_{metric}"] = sum(float(getattr(a, metric)) for a in answers) / len(answers)
     return row
+
+
+log = logging.getLogger(__name__)
+
+FIRM = 100
+"""Samples from which on the first heads hardly change (docs/find-heads.md)."""
+FORMER = "heads_before.json"
+"""The heads.json that a lesser one has taken the place of."""
+
+
+def note_ranking(run: Run, ranking: HeadRanking) -> None:
+    """Warn of a ranking from few samples, and of a heads.json that it takes the place of."""
+    if ranking.num_samples < FIRM:
+        log.warning("%d samples: the order of the heads is not firm under %d", ranking.num_samples, FIRM)
+    keep_former(run, ranking)
+
+
+def keep_former(run: Run, ranking: HeadRanking) -> None:
+    """Keep, and name, a heads.json that was made from more samples or otherwise, before this ranking replaces it."""
+    latest = run.folder / "heads.json"
+    if not latest.is_file():
+        return
+    try:
+        before = load_ranking(latest)
+    except UsageError:
+        return
+    if reason := _lesser(before, ranking):
+        shutil.copyfile(latest, run.folder / FORMER)
+        log.warning("heads.json is made anew, and the one before, %s, is now %s", reason, run.folder / FORMER)
+
+
+def _lesser(before: HeadRanking, after: HeadRanking) -> str | None:
+    """What the former ranking has that the new one lacks; None if it is no loss."""
+    if before.model != after.model:
+        return f"of {before.model or 'another model'}"
+    if before.num_samples > after.num_samples:
+        return f"from {before.num_samples} samples"
+    if (before.options, before.top_n) != (after.options, after.top_n):
+        return "under other criteria"
+    return difference(before.found_with or {}, after.found_with or {})
+
+
+def heads_of_boxes(run: Run, ranking: HeadRanking) -> tuple[Sequence[Head] | None, str]:
+    """The heads that a batch grounds with, None where each sample picks its own; and where they come from."""
+    if run.options.heads != "auto":
+        return run.named_heads, "as heads= says"
+    if run.ready.heads:
+        return run.ready.heads[: run.options.k], f"known for {run.spec.name} (heads= takes others)"
+    return [head.address for head in ranking.kept[: run.options.k]], "the first ones above"
+
+
+def save_heads(run: Run, ranking: HeadRanking) -> list[Path]:
+    """heads.json, heads.csv and the figures of both criteria."""
+    from localization_heads import figures
+
+    note_ranking(run, ranking)
+    paths = [*save_ranking(ranking, run.folder)]
+    shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
+    sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    for head in ranking.heads:
+        sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
+        kept[head.address] = head.kept
+    marked: dict[str, Any] = {
+        "top": [head.address for head in ranking.kept[: run.options.k]],
+        "exclude_layers": ranking.exclude_layers,
+    }
+    frequencies, grid = run.folder / "selection_frequency.png", run.folder / "head_grid.png"
+    if ranking.tau is not None:
+        elbow = run.folder / "attention_sums.png"
+        paths.append(
+            run.draw(figures.plot_attention_sums, sums, ranking.tau, path=elbow, kept=kept, **marked)
+        )
+    paths.append(
+        run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
+    )
+    paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
+    if ranking.is_moved:
+        sensitivity = run.folder / "sensitivity.png"
+        paths.append(run.draw(figures.plot_sensitivity, ranking, path=sensitivity, emphasised=run.options.k))
+    return paths

@@ -1,27 +1,41 @@
-"""Which statistics on disk belong to a run: the store that `find` and `batch` fill, `rank` reads and others add to."""
+"""The statistics of a run: which of those on disk are its own, which are kept, and the third criterion among them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from localization_heads.data.samples import Sample
+from localization_heads.data.together import num_images
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
+from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.record import NATIVE_BOX, asked
-from localization_heads.heads.sensitivity import Moved
+from localization_heads.heads.robust import disagreement, with_movement
+from localization_heads.heads.sensitivity import Moved, Movement, mean_movement
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import is_wanted
-from localization_heads.options.groups import SensitivityOptions
+from localization_heads.lvlm.mirrored import ask_mirrored
+from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
-from localization_heads.stages.entries import Entries
+from localization_heads.stages.chunks import Attended, LookAgain
+from localization_heads.stages.entries import Entries, image_key
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import local_path
-from localization_heads.store.statistics import COLUMNS, MOVED, Recorded, StatisticsStore, recorded
+from localization_heads.store.statistics import (
+    COLUMNS,
+    MOVED,
+    Recorded,
+    StatisticsRows,
+    StatisticsStore,
+    recorded,
+)
 
 log = logging.getLogger(__name__)
 
@@ -152,3 +166,56 @@ def _difference(made: Any, wanted: dict[str, Any]) -> str:
     made = made if isinstance(made, dict) else {}
     pairs = ((name, made.get(name)) for name, value in wanted.items() if made.get(name) != value)
     return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
+
+
+def to_be_mirrored(samples: Sequence[Sample], criteria: CriteriaOptions) -> frozenset[str]:
+    """The ids of the samples of the first `criteria.mirrored` images."""
+    if not is_wanted(criteria):
+        return frozenset()
+    samples = [sample for sample in samples if num_images(sample.image) == 1]
+    images: dict[str | int, None] = dict.fromkeys(image_key(sample) for sample in samples)
+    first = set(list(images)[: criteria.mirrored])
+    return frozenset(sample.id for sample in samples if image_key(sample) in first)
+
+
+def looking_again(ids: Collection[str]) -> LookAgain | None:
+    """Asks about the mirrored images of these samples; None if there are none."""
+    return partial(_with_mirrored, ids=frozenset(ids)) if ids else None
+
+
+def _with_mirrored(
+    run: Run, _: Entries, attended: Sequence[Attended], *, ids: frozenset[str]
+) -> list[Attended]:
+    def mirrored(one: Attended) -> NDArray[np.float32] | None:
+        wanted = one.sample.id in ids
+        return ask_mirrored(run.lvlm, one.single, one.sample.expression, one.maps) if wanted else None
+
+    return [one._replace(mirrored=mirrored(one)) for one in attended]
+
+
+def with_third(
+    ranking: HeadRanking, rows: StatisticsRows, draws: NDArray[np.int64], shape: tuple[int, int]
+) -> HeadRanking:
+    """The ranking with the third criterion over the samples of `rows`, each counted as often as it was drawn.
+
+    Args:
+        draws: `[trial, sample]`, as `rank_heads` has them.
+    """
+    movement = third_criterion(rows, draws.sum(axis=0).tolist(), shape)
+    return ranking if movement is None else with_movement(ranking, movement)
+
+
+def third_criterion(
+    rows: StatisticsRows, weights: Sequence[float], shape: tuple[int, int]
+) -> Movement | None:
+    """The mean over the samples of `rows`, each with its weight; None in a store without the third criterion."""
+    samples = rows.moved()
+    return None if samples is None else mean_movement(samples, weights, shape)
+
+
+def warn_of_movement(ranking: HeadRanking, k: int) -> None:
+    """A warning where the third criterion and the paper's two put different heads first."""
+    if is_wanted(ranking.options) and not ranking.is_moved:
+        log.warning("criteria=robust: no image could be asked about anything else; the order is the paper's")
+    if (said := disagreement(ranking, k)) is not None:
+        log.warning("%s", said)

@@ -27,10 +27,8 @@ from localization_heads.lvlm.beside import NOTHING, Beside, is_wanted
 from localization_heads.lvlm.checkpoints.spec import find_spec
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
-from localization_heads.stages import moving
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
-from localization_heads.stages.verdict import write_verdict
 from localization_heads.store.attention_files import (
     load_analysis,
     load_attention,
@@ -38,27 +36,17 @@ from localization_heads.store.attention_files import (
     save_attention,
 )
 from localization_heads.store.files import writable_folder
-from localization_heads.store.paths import (
-    ATTENTION_FORMATS,
-    analysis_path,
-    entry_path,
-    side_path,
-)
+from localization_heads.store.paths import ATTENTION_FORMATS, analysis_path, side_path
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from localization_heads.lvlm.checks.doctor import Examination
 
 log = logging.getLogger(__name__)
 
 SomeImage = TypeVar("SomeImage")
 OUTPUTS = Path("outputs/localization_heads")
 """The default of the finder's `output_dir`, with a folder for each model."""
-
-EXAMPLE = "examples/images/cat.jpg"
-EXPRESSION = "the cat"
-"""What `doctor` shows a model if nothing is named."""
 
 
 @dataclass(frozen=True)
@@ -314,32 +302,3 @@ def _answer(run: Run, shown: Shown) -> str | None:
     prompt = run.lvlm.showing(len(each_image(shown))).prompt(str(run.options.query))
     pieces = stream(run.lvlm, shown, prompt, run.options.max_new_tokens)
     return "".join(pieces).strip()
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What `doctor` found, and the figure of the image tokens' cells (none where their places are not known)."""
-
-    examination: Examination
-    paths: list[Path]
-
-
-def doctor(run: Run) -> Examined:
-    """Show how the model reads `image_file` and `query`, or an example -> `<id>_doctor.png`."""
-    source, expression = run.image(run.options.image_file or EXAMPLE), str(run.options.query or EXPRESSION)
-    image = load_image(source)
-    path = entry_path(run.attention_folder, image_id(run, source, expression), "_doctor.png")
-    writable_folder(run.attention_folder)
-    run.note_heads()  # before the examination, for a model that cannot be loaded is an error of its own
-    from localization_heads import figures
-    from localization_heads.lvlm.checks.doctor import examine
-
-    found = examine(run.lvlm, image, expression, run.options.doctor.check)
-    found = replace(found, facts=[*found.facts, *moving.facts_of(run, image, expression)])
-    paths = []
-    if found.views:
-        title = f"{run.lvlm.name}: the cells of its image tokens"
-        paths.append(run.draw(figures.plot_cells, image, found.views, path=path, title=title))
-    if run.options.verdict:
-        paths.append(write_verdict(run, found, image))
-    return Examined(found, paths)
