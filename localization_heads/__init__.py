@@ -16,26 +16,33 @@ from localization_heads.packages import check_versions
 from localization_heads.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from localization_heads.attention import AttentionMaps
-    from localization_heads.data.address import Address
-    from localization_heads.data.samples import Sample, load_samples
-    from localization_heads.data.together import Together
-    from localization_heads.errors import UsageError, WorkError
-    from localization_heads.evaluating import evaluate
-    from localization_heads.finding import find_heads
-    from localization_heads.grounder import make_segmenter
-    from localization_heads.grounding.ground import Grounding
-    from localization_heads.heads.head import Head
-    from localization_heads.heads.ranking import HeadRanking
-    from localization_heads.hub import load_heads, push_heads
-    from localization_heads.interop.detections import to_supervision
-    from localization_heads.interop.pipeline import pipeline
-    from localization_heads.located import Located, to_coco
-    from localization_heads.locating import ground, ground_all
-    from localization_heads.lvlm.checkpoints.loading import load_model
-    from localization_heads.lvlm.interventions.steering import steer
-    from localization_heads.lvlm.interventions.switching import switch_off
-    from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
+    from localization_heads.attention import AttentionMaps as AttentionMaps
+    from localization_heads.data.address import Address as Address
+    from localization_heads.data.samples import Sample as Sample
+    from localization_heads.data.samples import load_samples as load_samples
+    from localization_heads.data.together import Together as Together
+    from localization_heads.errors import UsageError as UsageError
+    from localization_heads.errors import WorkError as WorkError
+    from localization_heads.evaluating import evaluate as evaluate
+    from localization_heads.finding import find_heads as find_heads
+    from localization_heads.grounder import make_segmenter as make_segmenter
+    from localization_heads.grounding.ground import Grounding as Grounding
+    from localization_heads.heads.head import Head as Head
+    from localization_heads.heads.ranking import HeadRanking as HeadRanking
+    from localization_heads.hub import load_heads as load_heads
+    from localization_heads.hub import push_heads as push_heads
+    from localization_heads.interop.detections import to_supervision as to_supervision
+    from localization_heads.interop.pipeline import pipeline as pipeline
+    from localization_heads.located import Located as Located
+    from localization_heads.located import to_coco as to_coco
+    from localization_heads.locating import ground as ground
+    from localization_heads.locating import ground_all as ground_all
+    from localization_heads.lvlm.checkpoints.loading import load_model as load_model
+    from localization_heads.lvlm.interventions.steering import steer as steer
+    from localization_heads.lvlm.interventions.switching import switch_off as switch_off
+    from localization_heads.options.groups import CriteriaOptions as CriteriaOptions
+    from localization_heads.options.groups import GroundingOptions as GroundingOptions
+    from localization_heads.options.groups import SegmenterOptions as SegmenterOptions
 
 
 # The public names and where they live. They are imported on first use, so that `import localization_heads`
@@ -70,35 +77,7 @@ _HOMES = {
     "to_supervision": "interop.detections",
 }
 
-__all__ = [
-    "Address",
-    "AttentionMaps",
-    "CriteriaOptions",
-    "Grounding",
-    "GroundingOptions",
-    "Head",
-    "HeadRanking",
-    "Located",
-    "Sample",
-    "SegmenterOptions",
-    "Together",
-    "UsageError",
-    "WorkError",
-    "evaluate",
-    "find_heads",
-    "ground",
-    "ground_all",
-    "load_heads",
-    "load_model",
-    "load_samples",
-    "make_segmenter",
-    "pipeline",
-    "push_heads",
-    "steer",
-    "switch_off",
-    "to_coco",
-    "to_supervision",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,7 @@
-"""`Located`: a grounding together with its image and expression, which shows, saves and exports itself."""
+"""`Located`: a grounding together with its image and expression, which shows, saves and exports itself.
+
+`prediction_of` makes a line of `predictions.jsonl` of any grounding.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.data.together import Shown, each_image, image_at
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
+from localization_heads.interop import coco, detections
 from localization_heads.store.files import write_json
 from localization_heads.store.paths import from_home
+from localization_heads.store.results import ImageShare, Instance, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,22 +87,14 @@ class Located(Grounding):
 
     def to_dict(self) -> dict[str, Any]:
         """As a line of `predictions.jsonl` (box in pixels, mask as COCO run lengths), with the expression."""
-        from localization_heads.interop.predictions import prediction_of
-
         line = prediction_of(self.expression, self).to_json()
         del line["id"], line["error"]
-        return {
-            "expression": self.expression,
-            "image": self.name,
-            "image_size": list(self.image_size),
-            **line,
-        }
+        asked = {"expression": self.expression, "image": self.name, "image_size": list(self.image_size)}
+        return {**asked, **line}
 
     def to_supervision(self) -> Any:
         """`supervision.Detections` of one detection. UsageError if supervision is not installed."""
-        from localization_heads.interop.detections import to_supervision
-
-        return to_supervision([self], [self.expression])
+        return detections.to_supervision([self], [self.expression])
 
     def to_coco(self) -> dict[str, Any]:
         """A COCO data set of this image and this annotation; `to_coco` of several results makes one of them all."""
@@ -113,12 +111,43 @@ class Located(Grounding):
 
 def to_coco(results: Sequence[Located]) -> dict[str, Any]:
     """Results as one COCO data set (`interop.coco`); those of one image share its entry."""
-    from localization_heads.interop.coco import to_coco as exported
-    from localization_heads.interop.predictions import prediction_of
-
     samples = {
-        f"{number}": Sample(one.name or one.image, one.expression, id=f"{number}")
+        str(number): Sample(one.name or one.image, one.expression, id=str(number))
         for number, one in enumerate(results)
     }
     predictions = [prediction_of(id, one) for id, one in zip(samples, results, strict=True)]
-    return exported(predictions, samples)
+    return coco.to_coco(predictions, samples)
+
+
+def prediction_of(id: str, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Prediction:
+    """The mask is the segmenter's; without one, the pseudo-mask. What is absent has neither box nor mask.
+
+    Args:
+        several: every object that the expression fits, `grounding` first (`instances=all`).
+    """
+    there = not grounding.absent
+    boxes = None if several is None else [_instance(one) for one in several if there and not one.absent]
+    mask = encode_mask(grounding.mask) if not boxes else boxes[0].mask
+    return Prediction(
+        id,
+        bbox=grounding.box if there else None,
+        score=grounding.score if there else None,
+        mask=mask if there else None,
+        heads=grounding.heads,
+        boxes=boxes,
+        agreement=grounding.agreement,
+        confidence=grounding.confidence,
+        calibrated=grounding.calibrated,
+        presence=grounding.presence,
+        absent=grounding.absent,
+        image_index=grounding.image_index,
+        images=tuple(_share(one) for one in grounding.each),
+    )
+
+
+def _share(one: Grounding) -> ImageShare:
+    return ImageShare(one.image_share or 0.0, _instance(one) if one.chosen and not one.absent else None)
+
+
+def _instance(grounding: Grounding) -> Instance:
+    return Instance(grounding.box, grounding.score, encode_mask(grounding.mask), grounding.confidence)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
 from localization_heads.attention import AttentionMaps, Box
@@ -31,51 +31,37 @@ if TYPE_CHECKING:
     from localization_heads.data.any_image import AnyImage
     from localization_heads.lvlm.model import LVLM
 
+    OneImage = AnyImage | Together
+    Texts = list[str] | tuple[str, ...]
+
+
+class How(TypedDict, total=False):
+    """The other arguments of `ground`."""
+
+    options: ReadOut
+    segmenter: Masks
+    k: int
+    zoom: bool
+    image_boxes: ImageBoxes
+    calibration: Calibration | str | Path | None
+    abstain: float | None
+
 
 @overload
 def ground(
-    lvlm: LVLM,
-    image: AnyImage | Together,
-    expression: str,
-    heads: Heads = ...,
-    *,
-    options: ReadOut = ...,
-    segmenter: Masks = ...,
-    k: int = ...,
-    zoom: bool = ...,
-    image_boxes: ImageBoxes = ...,
-    calibration: Calibration | str | Path | None = ...,
-    abstain: float | None = ...,
+    lvlm: LVLM, image: OneImage, expression: str, heads: Heads = ..., **how: Unpack[How]
 ) -> Located: ...
 @overload
 def ground(
-    lvlm: LVLM,
-    image: AnyImage | Together,
-    expression: list[str] | tuple[str, ...],
-    heads: Heads = ...,
-    *,
-    options: ReadOut = ...,
-    segmenter: Masks = ...,
-    k: int = ...,
-    zoom: bool = ...,
-    image_boxes: ImageBoxes = ...,
-    calibration: Calibration | str | Path | None = ...,
-    abstain: float | None = ...,
+    lvlm: LVLM, image: OneImage, expression: Texts, heads: Heads = ..., **how: Unpack[How]
 ) -> list[Located]: ...
 @overload
 def ground(
     lvlm: LVLM,
-    image: list[AnyImage | Together] | tuple[AnyImage | Together, ...],
-    expression: str | list[str] | tuple[str, ...],
+    image: list[OneImage] | tuple[OneImage, ...],
+    expression: str | Texts,
     heads: Heads = ...,
-    *,
-    options: ReadOut = ...,
-    segmenter: Masks = ...,
-    k: int = ...,
-    zoom: bool = ...,
-    image_boxes: ImageBoxes = ...,
-    calibration: Calibration | str | Path | None = ...,
-    abstain: float | None = ...,
+    **how: Unpack[How],
 ) -> list[Located]: ...
 def ground(
     lvlm: LVLM,

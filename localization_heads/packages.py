@@ -35,11 +35,7 @@ class Range(NamedTuple):
         return not number or (_numbers(self.first) <= number and below)
 
 
-NEEDED = {
-    "torch": Range("2.6"),
-    "transformers": Range("5.23", "6"),
-    "accelerate": Range("1.2.1"),
-}
+NEEDED = {"torch": Range("2.6"), "transformers": Range("5.23", "6"), "accelerate": Range("1.2.1")}
 """What pyproject.toml says of them."""
 
 

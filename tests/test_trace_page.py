@@ -25,7 +25,8 @@ from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.answers.words import Spelled
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.report.trace import MAX_BYTES, embedded, render_trace
+from localization_heads.report.content import embedded
+from localization_heads.report.trace import ATTEMPTS, MAX_BYTES, render_trace
 from localization_heads.report.values import plain
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -145,7 +146,10 @@ def test_pages_stay_small() -> None:
     assert len(text) < 5_000_000
     few = render_trace(made_trace(words[:100], k=12, grid=40), None)
     assert len(json.loads(Page(few).scripts[0])["parts"][1]["maps"]) == 9
-    assert len(b64decode(embedded(noise((3000, 2000))).partition(",")[2])) <= MAX_BYTES
+    assert (
+        len(b64decode(embedded(noise((3000, 2000)), "jpeg", ATTEMPTS, MAX_BYTES).partition(",")[2]))
+        <= MAX_BYTES
+    )
 
 
 ODD = ["abcdefgh" * 30, "左边的猫", "$\\frac{1}{", "<b>"]

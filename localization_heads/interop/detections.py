@@ -28,7 +28,7 @@ def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] |
         UsageError: supervision is not installed, or the groundings are of images of different sizes.
         ValueError: the numbers of expressions and groundings differ.
     """
-    sv = _extra("supervision", "supervision")
+    sv = _extra("supervision")
     if len({grounding.image_size for grounding in groundings}) > 1:
         raise UsageError("supervision.Detections holds one image: these groundings are of several")
     if expressions is not None and len(expressions) != len(groundings):
@@ -59,7 +59,7 @@ def to_fiftyone(
         UsageError: FiftyOne is not installed.
         ImageError: an image whose size is needed cannot be read.
     """
-    fo = _extra("fiftyone", "fiftyone")
+    fo = _extra("fiftyone")
     dataset = fo.Dataset(name)
     dataset.add_samples(fiftyone_samples(predictions, samples))
     return dataset
@@ -67,7 +67,7 @@ def to_fiftyone(
 
 def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> list[Any]:
     """The `fiftyone.Sample`s of `to_fiftyone`, for an existing data set; needs no database."""
-    fo = _extra("fiftyone", "fiftyone")
+    fo = _extra("fiftyone")
     images: dict[str, Any] = {}
     for prediction in predictions:
         sample = samples.get(prediction.id)
@@ -113,11 +113,11 @@ def _cut(mask: NDArray[np.bool_], box: Box) -> NDArray[np.bool_]:
     return mask[y0:y1, x0:x1]
 
 
-def _extra(module: str, extra: str) -> Any:
-    """The module, or a UsageError that says how to install it."""
+def _extra(module: str) -> Any:
+    """The module, whose extra is named alike, or a UsageError that says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:
         raise UsageError(
-            f"{module} is not installed: pip install 'localization-heads[{extra}]' ({error})"
+            f"{module} is not installed: pip install 'localization-heads[{module}]' ({error})"
         ) from None

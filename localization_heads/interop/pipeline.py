@@ -25,12 +25,7 @@ class GroundingPipeline:
 
     task = "visual-grounding"
 
-    def __init__(
-        self,
-        lvlm: LVLM,
-        heads: Heads = None,
-        options: ReadOut = None,
-    ) -> None:
+    def __init__(self, lvlm: LVLM, heads: Heads = None, options: ReadOut = None) -> None:
         self.lvlm, self.heads, self.options = lvlm, heads, options
 
     def __repr__(self) -> str:
@@ -70,11 +65,7 @@ def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
 
 
 def pipeline(
-    model: str | LVLM = "tiny",
-    heads: Heads = None,
-    *,
-    options: ReadOut = None,
-    **loading: Any,
+    model: str | LVLM = "tiny", heads: Heads = None, *, options: ReadOut = None, **loading: Any
 ) -> GroundingPipeline:
     """A pipeline for a model by name, or for a loaded one.
 

@@ -54,27 +54,24 @@ class TinyMap:
 
 def thumbnail(image: Image.Image) -> str:
     """The image as a small WebP (or JPEG, where Pillow has no WebP) in a `data:` address."""
-    kind = "webp" if features.check("webp") else "jpeg"
-    content = b""
-    for side, quality in ATTEMPTS:
-        content = _encoded(_shrunk(image, side), kind, quality)
-        if len(content) <= MAX_BYTES:
+    return embedded(image, "webp" if features.check("webp") else "jpeg", ATTEMPTS, MAX_BYTES)
+
+
+def embedded(image: Image.Image, kind: str, attempts: Sequence[tuple[int, int]], max_bytes: int) -> str:
+    """The image in a `data:` address, encoded again and again until it has at most `max_bytes`, or for the last time.
+
+    Args:
+        attempts: longest side in pixels and quality.
+    """
+    opened, content = image.convert("RGB"), b""
+    for side, quality in attempts:
+        shrink, buffer = min(1.0, side / max(opened.size)), BytesIO()
+        size = max(1, round(opened.width * shrink)), max(1, round(opened.height * shrink))
+        small = opened.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
+        small.save(buffer, kind, quality=quality)
+        if len(content := buffer.getvalue()) <= max_bytes:
             break
     return f"data:image/{kind};base64,{b64encode(content).decode()}"
-
-
-def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    shrink = side / max(image.size)
-    if shrink >= 1:
-        return image
-    width, height = (max(1, round(length * shrink)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2)
-
-
-def _encoded(image: Image.Image, kind: str, quality: int) -> bytes:
-    buffer = BytesIO()
-    image.convert("RGB").save(buffer, kind, quality=quality)
-    return buffer.getvalue()
 
 
 def tiny_map(values: NDArray[np.floating], image_box: Box, image_size: tuple[int, int]) -> TinyMap:

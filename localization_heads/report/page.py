@@ -69,9 +69,6 @@ def asset(name: str) -> str:
     return (files("localization_heads.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-# ----------------------------------------------------------------------------------------------------- figures
-
-
 GRIDS = {
     "frequency": ("Selection frequency (%)", 100),
     "sum": ("Attention sum", 1),
@@ -126,11 +123,7 @@ def _figures(facts: HeadFacts) -> dict[str, Any]:
             )
             labels[key] = f"{label}, layers by heads"
     inline = {name: figures.svg(figure, name, labels[name]) for name, figure in drawn.items()}
-    return {
-        "curve": inline.pop("curve"),
-        "scatter": inline.pop("scatter", ""),
-        "grids": inline,
-    }
+    return {"curve": inline.pop("curve"), "scatter": inline.pop("scatter", ""), "grids": inline}
 
 
 def _by_head(facts: HeadFacts, key: str) -> NDArray[np.float64]:

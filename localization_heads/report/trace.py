@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Iterator
-from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 from localization_heads.attention import Box
 from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.report.content import TinyMap, tiny_map
+from localization_heads.report.content import TinyMap, embedded, tiny_map
 from localization_heads.report.page import asset, environment, policy_of
 
 MAX_BYTES = 300_000
@@ -66,7 +65,7 @@ def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> 
             trace=trace,
             parts=parts,
             heads=[str(head) for head in trace.heads],
-            picture="" if image is None else embedded(image),
+            picture="" if image is None else embedded(image, "jpeg", ATTEMPTS, MAX_BYTES),
             data=_data(trace, parts),
             made_of=made_of,
             policy=policy_of(style, script),
@@ -74,20 +73,6 @@ def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> 
             script=script,
         )
     )
-
-
-def embedded(image: Image.Image) -> str:
-    """The image as a JPEG of at most about `MAX_BYTES` in a `data:` address."""
-    content, opened = b"", image.convert("RGB")
-    for side, quality in ATTEMPTS:
-        shrink = min(1.0, side / max(opened.size))
-        size = max(1, round(opened.width * shrink)), max(1, round(opened.height * shrink))
-        buffer = BytesIO()
-        opened.resize(size, Image.Resampling.BICUBIC, reducing_gap=2).save(buffer, "jpeg", quality=quality)
-        content = buffer.getvalue()
-        if len(content) <= MAX_BYTES:
-            break
-    return f"data:image/jpeg;base64,{b64encode(content).decode()}"
 
 
 def _parts(trace: Trace) -> Iterator[Part]:

@@ -63,9 +63,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-# ----------------------------------------------------------------------------------------------------- summary
-
-
 class Tile(NamedTuple):
     label: str
     value: str
@@ -109,9 +106,6 @@ def _scores(report: Report) -> list[Tile]:
         mean = number(sum(report.ious) / len(report.ious))
         found.append(Tile("mean IoU", mean, f"over {len(report.ious):,} with a true box"))
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- heads
 
 
 def method(facts: HeadFacts) -> str:
@@ -238,9 +232,6 @@ def ranking_cells(facts: HeadFacts, rank: int, head: RankedHead) -> list[Cell]:
     return cells
 
 
-# ----------------------------------------------------------------------------------------------------- metrics
-
-
 class Value(NamedTuple):
     text: str
     bounds: str = ""
@@ -328,9 +319,6 @@ def _value(row: Mapping[str, Any], name: str) -> Value:
     if not isinstance(interval, list):
         return Value(number(value))
     return Value(number(value), f"[{', '.join(number(bound, 2) for bound in interval)}]")
-
-
-# --------------------------------------------------------------------------------------- samples and failures
 
 
 def which_samples(report: Report) -> str:

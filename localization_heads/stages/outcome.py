@@ -1,4 +1,4 @@
-"""The results of stages: `Outcome` of one grounded entry, `Result` of a data set, their files, and those of a ranking."""
+"""The results of stages: `Outcome` of one grounded entry, `Result` of a data set, their files, those of a ranking."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.record import difference
-from localization_heads.interop.predictions import prediction_of
+from localization_heads.located import prediction_of
 from localization_heads.report.content import Card
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
@@ -53,7 +53,7 @@ class Outcome:
 
     @classmethod
     def of(cls, sample: Sample, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Outcome:
-        """The outcome of a grounding, or of several (`interop.predictions`), before anything else is measured."""
+        """The outcome of a grounding, or of several (`prediction_of`), before anything else is measured."""
         return cls(sample, prediction_of(sample.id, grounding, several))
 
     @property

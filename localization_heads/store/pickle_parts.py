@@ -1,4 +1,5 @@
-"""What a pickle may build, and how much of it: an account of instructions and bytes, and arrays under construction.
+"""What a pickle may build, and how much of it: an account of instructions and bytes, arrays under construction, and the
+plain value that comes out.
 
 An array or tensor is described by its bytes, type, shape and strides; they are checked before any array is made.
 """
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,8 @@ from localization_heads.errors import shown
 
 MAX_ELEMENTS = 1 << 30
 MAX_DIMENSIONS = 8
+SLOT = 8
+"""Bytes of a reference: in a list, on the stack or in the memo."""
 
 _BFLOAT16 = "bf2"
 _TORCH_TYPES = {
@@ -179,3 +184,47 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
         if type(size) is not int or not 0 <= size <= MAX_ELEMENTS:
             raise PickleRefusedError("refused: an array with an unknown shape")
     return value
+
+
+class Plain:
+    """Copies the result of a pickle, with arrays in the place of their parts, and refuses whatever is not plain.
+
+    A container that is `shared` is copied once and charged at every reference.
+    """
+
+    def __init__(self, budget: Budget, shared: set[int]) -> None:
+        self.budget = budget
+        self.shared = shared
+        self.done: dict[tuple[int, int], tuple[Any, int]] = {}  # by id and depth: the copy and its charge
+
+    def of(self, value: Any, depth: int) -> Any:
+        if id(value) not in self.shared:
+            return self.copy(value, depth)
+        key = id(value), depth
+        if key in self.done:
+            self.budget.charge(self.done[key][1])
+        else:
+            before = self.budget.bytes
+            plain = self.copy(value, depth)
+            self.done[key] = plain, before - self.budget.bytes
+        return self.done[key][0]
+
+    def copy(self, value: Any, depth: int) -> Any:
+        if depth < 0:
+            raise PickleRefusedError(f"refused: far deeper than {self.budget.kind}")
+        if type(value) is ArrayParts:
+            array = value.array()
+            self.budget.charge(SLOT + sys.getsizeof(value) + array.nbytes)
+            return array
+        self.budget.charge(SLOT + sys.getsizeof(value))
+        if type(value) in (type(None), bool, int, float, str, bytes):
+            return value
+        if type(value) is bytearray:
+            return bytes(value)
+        if type(value) is list:
+            return [self.of(item, depth - 1) for item in value]
+        if type(value) is tuple:
+            return tuple(self.of(item, depth - 1) for item in value)
+        if type(value) is dict:
+            return {key: self.of(item, depth - 1) for key, item in value.items()}
+        raise PickleRefusedError("refused: the pickle holds something that is neither plain nor an array")

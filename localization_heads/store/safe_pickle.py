@@ -25,10 +25,12 @@ import numpy as np
 
 from localization_heads.errors import UsageError, shown
 from localization_heads.store.pickle_parts import (
+    SLOT,
     ArrayParts,
     Budget,
     Limits,
     PickleRefusedError,
+    Plain,
     TypeParts,
     tensor_type,
     type_code,
@@ -39,8 +41,6 @@ MAX_INTEGER_BITS = 1 << 15
 ATTENTION = Limits()
 """For attention files and the files beside them."""
 
-_SLOT = 8
-"""Bytes of a reference: in a list, on the stack or in the memo."""
 _ENTRY = 300
 """Bytes of one value's entry in a dict."""
 
@@ -98,7 +98,7 @@ def loads_pickle(content: bytes, limits: Limits = ATTENTION) -> Any:
         )
     machine = _Machine(BytesIO(content), Budget(len(content), limits))
     value = machine.run()
-    return _Plain(Budget(len(content), limits), machine.shared).of(value, limits.depth)
+    return Plain(Budget(len(content), limits), machine.shared).of(value, limits.depth)
 
 
 class _Machine:
@@ -139,7 +139,7 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         """Put a new value on the stack."""
-        self.budget.charge(_SLOT + sys.getsizeof(value))
+        self.budget.charge(SLOT + sys.getsizeof(value))
         self.stack.append(value)
 
     def push_again(self, index: int) -> None:
@@ -147,7 +147,7 @@ class _Machine:
         value = self.memo[index] if index >= 0 else _MARK
         if value is _MARK:
             raise PickleRefusedError("not a readable pickle: a number that was never given out")
-        self.budget.charge(_SLOT)
+        self.budget.charge(SLOT)
         if type(value) in (list, tuple, dict) and id(value) not in self.shared:
             self.budget.charge(_ENTRY)
             self.shared.add(id(value))
@@ -176,7 +176,7 @@ class _Machine:
         missing = index + 1 - len(self.memo)
         if index < 0 or self.stack[-1] is _MARK:
             raise PickleRefusedError("not a readable pickle: a number for nothing")
-        self.budget.charge(_SLOT * max(0, missing))
+        self.budget.charge(SLOT * max(0, missing))
         self.memo.extend(repeat(_MARK, missing))
         self.memo[index] = self.stack[-1]
 
@@ -378,47 +378,3 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any] | None] = {
     **{(f"{core}.multiarray", "scalar"): _number for core in ("numpy.core", "numpy._core")},
     **{(f"{core}.numeric", "_frombuffer"): _array_from_buffer for core in ("numpy.core", "numpy._core")},
 }
-
-
-class _Plain:
-    """Copies the result, with arrays in the place of their parts, and refuses whatever is not plain.
-
-    A container that is `shared` is copied once and charged at every reference.
-    """
-
-    def __init__(self, budget: Budget, shared: set[int]) -> None:
-        self.budget = budget
-        self.shared = shared
-        self.done: dict[tuple[int, int], tuple[Any, int]] = {}  # by id and depth: the copy and its charge
-
-    def of(self, value: Any, depth: int) -> Any:
-        if id(value) not in self.shared:
-            return self.copy(value, depth)
-        key = id(value), depth
-        if key in self.done:
-            self.budget.charge(self.done[key][1])
-        else:
-            before = self.budget.bytes
-            plain = self.copy(value, depth)
-            self.done[key] = plain, before - self.budget.bytes
-        return self.done[key][0]
-
-    def copy(self, value: Any, depth: int) -> Any:
-        if depth < 0:
-            raise PickleRefusedError(f"refused: far deeper than {self.budget.kind}")
-        if type(value) is ArrayParts:
-            array = value.array()
-            self.budget.charge(_SLOT + sys.getsizeof(value) + array.nbytes)
-            return array
-        self.budget.charge(_SLOT + sys.getsizeof(value))
-        if type(value) in (type(None), bool, int, float, str, bytes):
-            return value
-        if type(value) is bytearray:
-            return bytes(value)
-        if type(value) is list:
-            return [self.of(item, depth - 1) for item in value]
-        if type(value) is tuple:
-            return tuple(self.of(item, depth - 1) for item in value)
-        if type(value) is dict:
-            return {key: self.of(item, depth - 1) for key, item in value.items()}
-        raise PickleRefusedError("refused: the pickle holds something that is neither plain nor an array")
