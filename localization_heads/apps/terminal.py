@@ -26,6 +26,7 @@ from localization_heads.stages.trace import write_trace
 from localization_heads.store.paths import entry_path, from_home
 
 if TYPE_CHECKING:
+    from PIL import Image
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion
     from prompt_toolkit.history import History
 
@@ -124,11 +125,7 @@ class Session:
         """Print the box and save the overlay."""
         from localization_heads import figures
 
-        image = self.conversation.image
-        if image is None:
-            raise UsageError("there is no image yet: /image PATH")
-        if not expression:
-            raise UsageError("write /ground EXPRESSION, such as /ground the dog")
+        image = self._image(expression, "/ground EXPRESSION, such as /ground the dog")
         lvlm = self.run.lvlm.prompted(self._conv_mode())
         options, segmenter, heads = self.run.options.grounding, self.run.segmenter, self._heads()
         found = ground(
@@ -148,11 +145,7 @@ class Session:
 
     def trace(self, question: str) -> None:
         """Print the answer with the box of each word, and save page and figure. The conversation does not go on."""
-        image = self.conversation.image
-        if image is None:
-            raise UsageError("there is no image yet: /image PATH")
-        if not question:
-            raise UsageError("write /trace QUESTION, such as /trace what is in this image?")
+        image = self._image(question, "/trace QUESTION, such as /trace what is in this image?")
         options = self.run.options
         found = self.run.lvlm.trace(
             image,
@@ -168,6 +161,14 @@ class Session:
             say(f"  {word.text}: {'nothing stands out' if box is None else box_text(box)}")
         for path in paths:
             say(f"wrote {path}")
+
+    def _image(self, asked: str, how: str) -> Image.Image:
+        """The image that something is asked about. UsageError without one, or where nothing is asked."""
+        if self.conversation.image is None:
+            raise UsageError("there is no image yet: /image PATH")
+        if not asked:
+            raise UsageError(f"write {how}")
+        return self.conversation.image
 
     def _conv_mode(self) -> ConvMode:
         """The prompt that the heads were found with; the paper's where that is not known."""

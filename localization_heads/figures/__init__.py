@@ -12,13 +12,12 @@ from localization_heads.figures.charts import (
 )
 from localization_heads.figures.curves import plot_ablation, plot_confidence, plot_label_curve
 from localization_heads.figures.experiments import plot_experiment, plot_frequency_iou
-from localization_heads.figures.once import plot_once
 from localization_heads.figures.overlay import plot_boxes, plot_cells
 from localization_heads.figures.rendering import svg
 from localization_heads.figures.sample import plot_components, plot_grounding, plot_top_maps
 from localization_heads.figures.sequences import plot_timeline, plot_trace
 from localization_heads.figures.several import Found, plot_instances, plot_several, plot_together
-from localization_heads.figures.sheet import show
+from localization_heads.figures.sheet import plot_once, show
 
 __all__ = [
     "Found",

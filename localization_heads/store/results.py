@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from localization_heads.attention import Box
 from localization_heads.data.masks import run_size
@@ -77,6 +77,7 @@ def _read(path: Path) -> Any:
 
 
 MAX_LINE_BYTES = 64 << 20
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,20 @@ class Instance:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "bbox": [float(x) for x in self.bbox],
+            "bbox": _floats(self.bbox),
             "score": float(self.score),
-            "confidence": None if self.confidence is None else float(self.confidence),
+            "confidence": _if_any(float, self.confidence),
             "mask": self.mask,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Instance:
         """The inverse of `to_json`; raises as `Prediction.from_json` does."""
-        box, confidence = _box(data["bbox"]), data.get("confidence")
         return cls(
-            bbox=box,
-            score=_number(data["score"]),
-            mask=_mask(data.get("mask")),
-            confidence=None if confidence is None else _number(confidence),
+            _box(data["bbox"]),
+            _number(data["score"]),
+            _if_any(_mask, data.get("mask")),
+            _if_any(_number, data.get("confidence")),
         )
 
 
@@ -178,16 +178,16 @@ class Prediction:
         several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
         return {
             "id": self.id,
-            "bbox": None if self.bbox is None else [float(x) for x in self.bbox],
-            "score": _float_or_none(self.score),
+            "bbox": _if_any(_floats, self.bbox),
+            "score": _if_any(float, self.score),
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
             **several,
-            "agreement": _float_or_none(self.agreement),
-            "confidence": _float_or_none(self.confidence),
+            "agreement": _if_any(float, self.agreement),
+            "confidence": _if_any(float, self.confidence),
             "calibrated": self.calibrated,
-            "present": _float_or_none(self.presence),
+            "present": _if_any(float, self.presence),
             "absent": self.absent,
             **({} if self.heads_from is None else {"heads_from": self.heads_from}),
             **self._in_video(),
@@ -202,8 +202,8 @@ class Prediction:
     def _in_video(self) -> dict[str, Any]:
         if self.frame is None:
             return {}
-        raw = {} if self.raw_bbox is None else {"raw_bbox": [float(x) for x in self.raw_bbox]}
-        return {"frame": self.frame, "time": _float_or_none(self.time), **raw}
+        raw = {} if self.raw_bbox is None else {"raw_bbox": _floats(self.raw_bbox)}
+        return {"frame": self.frame, "time": _if_any(float, self.time), **raw}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Prediction:
@@ -211,34 +211,31 @@ class Prediction:
 
         The form of the mask is checked here, its content when it is decoded.
         """
-        box, score, error, boxes = line["bbox"], line.get("score"), line.get("error"), line.get("boxes")
+        box, error, boxes, origin = line["bbox"], line.get("error"), line.get("boxes"), line.get("heads_from")
         calibrated, absent = line.get("calibrated", False), line.get("absent", False)
         if not isinstance(calibrated, bool) or not isinstance(absent, bool):
             raise ValueError("'calibrated' and 'absent' must be true or false")
-        origin = line.get("heads_from")
-        if (
-            not isinstance(line["id"], str)
-            or not isinstance(error, str | None)
-            or not isinstance(origin, str | None)
+        if not isinstance(line["id"], str) or not all(
+            isinstance(text, str | None) for text in (error, origin)
         ):
             raise ValueError("'id', 'error' and 'heads_from' must be text")
         return cls(
             id=line["id"],
-            bbox=None if box is None else _box(box),
-            score=_number_or_none(score),
-            mask=_mask(line.get("mask")),
+            bbox=_if_any(_box, box),
+            score=_if_any(_number, line.get("score")),
+            mask=_if_any(_mask, line.get("mask")),
             heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
             error=error,
             boxes=None if boxes is None else [Instance.from_json(one) for one in boxes],
-            agreement=_number_or_none(line.get("agreement")),
-            confidence=_number_or_none(line.get("confidence")),
+            agreement=_if_any(_number, line.get("agreement")),
+            confidence=_if_any(_number, line.get("confidence")),
             calibrated=calibrated,
-            presence=_number_or_none(line.get("present")),
+            presence=_if_any(_number, line.get("present")),
             absent=absent,
-            frame=None if line.get("frame") is None else int(_number(line["frame"])),
-            time=_number_or_none(line.get("time")),
-            raw_bbox=None if line.get("raw_bbox") is None else _box(line["raw_bbox"]),
-            image_index=None if line.get("image_index") is None else int(_number(line["image_index"])),
+            frame=_if_any(_whole, line.get("frame")),
+            time=_if_any(_number, line.get("time")),
+            raw_bbox=_if_any(_box, line.get("raw_bbox")),
+            image_index=_if_any(_whole, line.get("image_index")),
             images=tuple(ImageShare.from_json(one) for one in line.get("images") or ()),
             heads_from=origin,
         )
@@ -249,28 +246,31 @@ def _box(value: Any) -> Box:
     return x0, y0, x1, y1
 
 
-def _mask(value: Any) -> Mapping[str, Any] | None:
-    """Run lengths whose form is sound, or None."""
-    if value is None:
-        return None
+def _mask(value: Any) -> Mapping[str, Any]:
+    """Run lengths whose form is sound."""
     if not (isinstance(value, dict) and isinstance(value.get("counts"), str)):
         raise ValueError("'mask' must be run lengths with their counts as text")
     run_size(value)
     return value
 
 
-def _float_or_none(value: float | None) -> float | None:
-    return None if value is None else float(value)
+def _floats(box: Box) -> list[float]:
+    return [float(x) for x in box]
 
 
-def _number_or_none(value: object) -> float | None:
-    return None if value is None else _number(value)
+def _if_any(read: Callable[[Any], Read], value: Any) -> Read | None:
+    """None stays None."""
+    return None if value is None else read(value)
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{shown(value)} is no number")
     return float(value)
+
+
+def _whole(value: object) -> int:
+    return int(_number(value))
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
