@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, groupby, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,11 +91,14 @@ def find_heads(
     scores: list[NDArray[np.float32]] = []
     movement: list[Moved] = []
     for one in attended(lvlm, samples, unusable, beside=probing(criteria)):
-        found.append(_row(one.maps, criteria))
+        statistics = head_statistics(one.maps.attention, criteria)
+        found.append((statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus))
         keys.append(image_keys([one.sample])[0] if one.number != number else keys[-1])
         number = one.number
         if is_wanted(criteria):
-            movement.append(_moved(lvlm, one, mirrored=one.number < criteria.mirrored))
+            is_early = one.number < criteria.mirrored
+            mirrored = ask_mirrored(lvlm, one.image, one.sample.expression, one.maps) if is_early else None
+            movement.append(movement_in(one.maps, mirrored))
         if scorer:
             scores.append(scorer(one))
     if not found:
@@ -146,18 +149,6 @@ def _scorer(lvlm: LVLM, by: HeadsBy) -> Callable[[Attended], NDArray[np.float32]
         return mass_on_patches(reader.attend(one.image, one.sample.expression), truth.box)
 
     return of_box
-
-
-def _moved(lvlm: LVLM, one: Attended, *, mirrored: bool) -> Moved:
-    """The third criterion of every head in a sample."""
-    found = ask_mirrored(lvlm, one.image, one.sample.expression, one.maps) if mirrored else None
-    return movement_in(one.maps, found)
-
-
-def _row(maps: AttentionMaps, criteria: CriteriaOptions) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Attention sums, spatial entropies and bottom-row flags of one sample, each `[layer, head]`."""
-    statistics = head_statistics(maps.attention, criteria)
-    return statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
 
 
 class Attended(NamedTuple):

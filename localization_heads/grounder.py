@@ -345,9 +345,13 @@ def found_with_of(
 
 def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     """Heads from a list such as `[14-24, 14-13]`, from one such name, from a heads.json, or from a ready list."""
-    if isinstance(value, str) and (value.endswith(".json") or value in ready_lists() or is_repository(value)):
-        return _best_of(value, every_head(value), k)
-    return every_head(value)
+    heads = every_head(value)
+    listed = isinstance(value, str) and (
+        value.endswith(".json") or value in ready_lists() or is_repository(value)
+    )
+    if listed and len(heads) < k:
+        raise UsageError(f"k={k}: {value} lists only {len(heads)} heads")
+    return heads[:k] if listed else heads
 
 
 def every_head(value: Any) -> tuple[Head, ...]:
@@ -371,12 +375,6 @@ def every_head(value: Any) -> tuple[Head, ...]:
     if twice := repeated(heads):
         raise UsageError(f"heads names {twice} twice: name each head once")
     return heads
-
-
-def _best_of(source: str, heads: Sequence[Head], k: int) -> tuple[Head, ...]:
-    if len(heads) < k:
-        raise UsageError(f"k={k}: {source} lists only {len(heads)} heads")
-    return tuple(heads[:k])
 
 
 def check_heads(heads: Sequence[Head], num_layers: int, num_heads: int, option: str = "heads") -> None:

@@ -43,11 +43,6 @@ def _pipeline(run: Run) -> int:
     return _show_visualised(run, visualised)
 
 
-def _scenes(run: Run) -> int:
-    tables.written([write.scenes(run.options.scenes)])
-    return 0
-
-
 def _prepare(run: Run) -> int:
     result = prepare.prepare(run.options, all_but_train=not run.is_given("num_samples"))
     _show(tables.prepared_table(result), result.paths)
@@ -109,11 +104,6 @@ def _show_labelled(run: Run, found: labels.Labelled) -> int:
     return tables.show_failures(found.result.failures)
 
 
-def _export(run: Run) -> int:
-    tables.written(export.export(run))
-    return 0
-
-
 STAGES: dict[str, Callable[[Run], int]] = {
     "collect": lambda run: _show_collected(single.collect(run)),
     "analyze": lambda run: _show_analysed(run, single.analyze(run)),
@@ -124,10 +114,10 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "batch": lambda run: _show_result(run, find.batch(run)),
     "ground": _ground,
     "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),
-    "scenes": _scenes,
+    "scenes": lambda run: _wrote([write.scenes(run.options.scenes)]),
     "doctor": _doctor,
     "experiment": _experiment,
-    "export": _export,
+    "export": lambda run: _wrote(export.export(run)),
     "prepare": _prepare,
     "calibrate": _calibrate,
     "trace": _trace,
@@ -154,11 +144,15 @@ def _show(table: Table, paths: Sequence[Path], failures: Sequence[BadEntry] = ()
     return tables.show_failures(failures)
 
 
+def _wrote(paths: Sequence[Path]) -> int:
+    tables.written(paths)
+    return 0
+
+
 def _show_collected(collected: single.Collected) -> int:
     if collected.answer is not None:
         tables.show(f"answer: {printable(collected.answer)}", markup=False, highlight=False)
-    tables.written([collected.path])
-    return 0
+    return _wrote([collected.path])
 
 
 def _show_analysed(run: Run, analysed: single.Analysed) -> int:
@@ -168,8 +162,7 @@ def _show_analysed(run: Run, analysed: single.Analysed) -> int:
 def _show_visualised(run: Run, visualised: single.Visualised) -> int:
     read_out = preset_name("grounding", run.options.grounding)
     tables.show(f"box: {tables.grounding_text(visualised.grounding, read_out)}", highlight=False)
-    tables.written(visualised.paths)
-    return 0
+    return _wrote(visualised.paths)
 
 
 def _show_found_again(run: Run, ranking: HeadRanking) -> None:

@@ -42,21 +42,16 @@ def verbosity(arguments: Sequence[str]) -> Iterator[list[str]]:
     given = set(arguments)
     is_quiet = bool(given & QUIET)
     level = logging.ERROR if is_quiet else logging.INFO if given & VERBOSE else logging.WARNING
-    _log_to_stderr(level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Notes("note: %(message)s"))
+    package = logging.getLogger("localization_heads")
+    package.handlers[:], package.propagate = [handler], False
+    package.setLevel(level)
     try:
         with _no_bars() if is_quiet else nullcontext():
             yield [argument for argument in arguments if argument not in QUIET | VERBOSE]
     finally:
         is_quiet = False
-
-
-def _log_to_stderr(level: int) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Notes("note: %(message)s"))
-    package = logging.getLogger("localization_heads")
-    package.handlers[:] = [handler]
-    package.propagate = False
-    package.setLevel(level)
 
 
 @contextmanager
@@ -183,7 +178,9 @@ def _run_hydra(main: Callable[[Given], int], config_name: str, program: str, arg
         raise UsageError(f"{sys.executable} {NOT_SET_UP}") from None
     register(config_name)
     flags, words, sweeps = _flags_and_words(arguments)
-    _check_words(words, config_name)
+    for place, word in enumerate(words):
+        if word[:1] == "-" or ("=" not in word and word[:1] not in ("+", "~")):
+            raise UsageError(_loose_word(words, place, config_name))
     if config_name == "finder":
         words = [re.sub("^steer=", "ablate.steer=", word) for word in words]
     words = [quote_free_text(word, sweeps, config_name) for word in words]
@@ -248,13 +245,6 @@ def _flags_and_words(arguments: Sequence[str]) -> tuple[list[str], list[str], bo
         raise UsageError(f"{_one_line(error)}; --help lists all options") from None
     words = [word for word in arguments if word in known.overrides or word in unknown]
     return [flag for flag in arguments if flag not in words], words, bool(known.multirun)
-
-
-def _check_words(words: Sequence[str], config_name: str) -> None:
-    """Raises UsageError for the first word that is not NAME=VALUE."""
-    for place, word in enumerate(words):
-        if word[:1] == "-" or ("=" not in word and word[:1] not in ("+", "~")):
-            raise UsageError(_loose_word(words, place, config_name))
 
 
 def _loose_word(words: Sequence[str], place: int, config_name: str) -> str:

@@ -58,7 +58,7 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
             "spatial\nentropy",
             "sensi-\ntivity",
         ]
-        columns += ["consis-\ntency"] if _is_mirrored(ranking) else []
+        columns += ["consis-\ntency"] if any(head.consistency is not None for head in ranking.kept) else []
         caption += f"; resting: {' '.join(str(head.address) for head in rest[:MOST_RESTING]) or 'none'}"
         caption += f" and {len(rest) - MOST_RESTING} more" if len(rest) > MOST_RESTING else ""
     table = new_table(
@@ -72,10 +72,6 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
         cells += ["-" if value is None else f"{value:.3f}" for value in moved]
         table.add_row(*cells, style="bold" if rank <= k else "dim" if head in rest else "")
     return table
-
-
-def _is_mirrored(ranking: HeadRanking) -> bool:
-    return any(head.consistency is not None for head in ranking.kept)
 
 
 LABEL_ROWS = 10

@@ -249,19 +249,16 @@ def trace_table(trace: Trace) -> Table:
     """The words of an answer with their boxes, and how much the first heads looked at the image."""
     names = ("word", "box", "score", *map(str, trace.heads[:_HEADS]))
     title = f"answer: {cell(trace.answer, 400) or '(nothing)'}"
-    table = new_table(title, *names, texts=("word",), caption=_caption(trace))
+    left = len(trace.words) - ROWS
+    more = f"; {left} more words are on the page" if left > 0 else ""
+    caption = f"score: share of the word's map in its box; under a head, its attention on the image{more}"
+    table = new_table(title, *names, texts=("word",), caption=caption)
     table.title_justify = "left"
     parts = zip(trace.words, trace.groundings, trace.boxes, trace.word_masses, strict=True)
     for word, grounding, box, masses in list(parts)[:ROWS]:
         found = ("-", "-") if box is None else (box_text(box), f"{grounding.score:.2f}")
         table.add_row(cell(word.text, 60), *found, *(f"{mass:.3f}" for mass in masses[:_HEADS]))
     return table
-
-
-def _caption(trace: Trace) -> str:
-    left = len(trace.words) - ROWS
-    more = f"; {left} more words are on the page" if left > 0 else ""
-    return f"score: share of the word's map in its box; under a head, its attention on the image{more}"
 
 
 def video_table(followed: Followed) -> Table:

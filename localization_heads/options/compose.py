@@ -113,7 +113,9 @@ def help_text(program: str) -> str:
     kind, groups = PROGRAMS[program], choices(program)
     lines: list[str] = []
     of_choices: dict[str, list[str]] = {}
-    for name, field in _own_first(kind):
+    fields = kind.__pydantic_fields__.items()
+    # The program's own options come before those that it shares with others.
+    for name, field in sorted(fields, key=lambda item: item[0] not in kind.__annotations__):
         if section := extra(field)["section"]:
             lines += ["", _rule(section)]
         group = group_of(field)
@@ -139,12 +141,6 @@ def _section(title: str, name: str, group: type[Options], chosen: Mapping[str, A
     return lines
 
 
-def _own_first(kind: type[Options]) -> list[tuple[str, FieldInfo]]:
-    """The program's own options before those that it shares with others."""
-    own = kind.__annotations__
-    return sorted(kind.__pydantic_fields__.items(), key=lambda item: item[0] not in own)
-
-
 def _rule(title: str) -> str:
     return f"# --- {title} {'-' * (_WIDTH - 7 - len(title))}"
 
@@ -156,11 +152,8 @@ def _explained(name: str, value: Any, sentence: str | None) -> list[str]:
 
 def written(value: Any) -> str:
     """A value as YAML and the command line have it."""
-    return _written(plain(value))
-
-
-def _written(value: Any) -> str:
-    return f"[{', '.join(map(_written, value))}]" if isinstance(value, list) else shown(value)
+    value = plain(value)
+    return f"[{', '.join(map(written, value))}]" if isinstance(value, list) else shown(value)
 
 
 @cache

@@ -162,11 +162,6 @@ def _template(text: str) -> str:
     return text
 
 
-def _folder_name(value: str) -> str:
-    check_id(value)
-    return value
-
-
 def _image_choice(value: Any) -> Any:
     """One name, or a tuple of two or more."""
     names = value if isinstance(value, (list, tuple)) else [value]
@@ -195,7 +190,7 @@ Sentence = Annotated[str, Reads("text")]
 PathText = Annotated[Text, AfterValidator(from_home), Reads("path")]
 """A path, or an address or a name where the sentence says so; `~` stands for a home folder."""
 FolderPath = Annotated[PathText, Wants("give a folder")]
-FolderName = Annotated[Text, AfterValidator(_folder_name), Wants("give a plain folder name")]
+FolderName = Annotated[Text, AfterValidator(check_id), Wants("give a plain folder name")]
 """One plain name: files are written into it."""
 Share = Annotated[float, Field(gt=0, le=1), Wants("give a number above 0 and at most 1")]
 Odd = Annotated[int, Field(ge=1, le=63), AfterValidator(_odd), Wants("give an odd number from 1 to 63")]

@@ -90,7 +90,9 @@ def collect_statistics(
         """Files first, statistics last: whatever the store holds is complete."""
         for sample, statistics, maps, _ in collected:
             if maps is not None:
-                _save_entry(run, sample, maps, statistics)
+                path = run.attention_file(sample.id)
+                save_attention(maps, path, run.options.attention_format)
+                save_analysis(analysis_rows(statistics, criteria), analysis_path(path))
                 if len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
                     fresh[sample.id] = statistics
         found = [(one.sample, one.statistics) for one in collected]
@@ -151,12 +153,6 @@ def _analysed(
         )
         for one in attended
     ]
-
-
-def _save_entry(run: Run, sample: Sample, maps: AttentionMaps, statistics: HeadStatistics) -> None:
-    path = run.attention_file(sample.id)
-    save_attention(maps, path, run.options.attention_format)
-    save_analysis(analysis_rows(statistics, run.options.criteria), analysis_path(path))
 
 
 def find(run: Run) -> Result:

@@ -318,11 +318,6 @@ def _empty_dict(_: _Machine, *arguments: Any) -> dict[str, Any]:
     return {}
 
 
-def _no_bytes(_: _Machine) -> bytes:
-    """`bytes()`: how protocol 2 writes b""."""
-    return b""
-
-
 def _old_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
     """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
@@ -362,16 +357,12 @@ def _tensor(_: _Machine, storage: Any, offset: Any, size: Any, stride: Any, *_re
     return ArrayParts.strided(storage.numbers, offset, size, stride)
 
 
-def _type(_: _Machine, code: Any, *_flags: Any) -> TypeParts:
-    return TypeParts(code)
-
-
 _ALLOWED: dict[tuple[str, str], Callable[..., Any] | None] = {
     ("numpy", "ndarray"): None,  # named as an argument, never called
-    ("numpy", "dtype"): _type,
+    ("numpy", "dtype"): lambda _, code, *_flags: TypeParts(code),
     ("collections", "OrderedDict"): _empty_dict,
     ("_codecs", "encode"): _old_bytes,
-    ("__builtin__", "bytes"): _no_bytes,
+    ("__builtin__", "bytes"): lambda _: b"",  # how protocol 2 writes b""
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch.storage", "_load_from_bytes"): _storage,
     **{(f"{core}.multiarray", "_reconstruct"): _new_array for core in ("numpy.core", "numpy._core")},
