@@ -72,8 +72,6 @@ class BenchmarkOptions(Options):
 InstancesBy = Literal["components", "places", "segmenter"]
 PLACES = ("{} on the left", "{} on the right", "{} at the top", "{} at the bottom")
 """What is asked with `instances_by=places`: of several objects, each is meant by one of these or another."""
-
-
 ImageBoxes = Literal["one", "each"]
 TOGETHER_STAGES = ("ground", "collect", "pipeline")
 
