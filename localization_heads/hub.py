@@ -74,32 +74,27 @@ def push_heads(
 
 def card(ranking: HeadRanking, repository: str) -> str:
     """The repository's front page: the heads' model, how they were found, how to use them."""
-    rows = [
-        f"| {h.layer} | {h.head} | {h.selection_frequency:.3f} | {h.attention_sum:.3f} |"
+    base = f"base_model: {json.dumps(ranking.model)}\n" if ranking.model.count("/") == 1 else ""
+    rows = "".join(
+        f"| {h.layer} | {h.head} | {h.selection_frequency:.3f} | {h.attention_sum:.3f} |\n"
         for h in ranking.kept[:10]
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: localization-heads",
-            *([f"base_model: {json.dumps(ranking.model)}"] if ranking.model.count("/") == 1 else []),
-            "tags: [localization-heads, attention, visual-grounding]",
-            "---",
-            f"# Localization heads of {ranking.model}",
-            "",
-            _how(ranking),
-            "",
-            "```python",
-            "import localization_heads as lh",
-            f'ranking = lh.load_heads("{repository}")',
-            "```",
-            "",
-            "| layer | head | selection frequency | attention sum |",
-            "| --- | --- | --- | --- |",
-            *rows,
-            "",
-        ]
     )
+    return f"""---
+library_name: localization-heads
+{base}tags: [localization-heads, attention, visual-grounding]
+---
+# Localization heads of {ranking.model}
+
+{_how(ranking)}
+
+```python
+import localization_heads as lh
+ranking = lh.load_heads("{repository}")
+```
+
+| layer | head | selection frequency | attention sum |
+| --- | --- | --- | --- |
+{rows}"""
 
 
 def _how(ranking: HeadRanking) -> str:

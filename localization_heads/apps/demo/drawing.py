@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from localization_heads.attention import Box
+from localization_heads.attention import Box, rescaled
 from localization_heads.figures.overlay import opacity
 from localization_heads.figures.several import turns
 from localization_heads.figures.style import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
@@ -124,21 +124,17 @@ def head_at(x: float, y: float, shape: tuple[int, int]) -> Head | None:
 
 def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
     """The grounding in pixels of the image at another size, so that large images are drawn no slower."""
-    across, down = size[0] / found.image_size[0], size[1] / found.image_size[1]
-
-    def scaled(box: Box) -> Box:
-        return box[0] * across, box[1] * down, box[2] * across, box[3] * down
-
+    before = found.image_size
     refined = found.refined
     if refined is not None:
         refined = np.asarray(Image.fromarray(refined).resize(size, Image.Resampling.NEAREST))
     return replace(
         found,
-        box=scaled(found.box),
-        image_box=scaled(found.image_box),
+        box=rescaled(found.box, before, size),
+        image_box=rescaled(found.image_box, before, size),
         image_size=size,
         refined=refined,
-        own_boxes=tuple(None if box is None else scaled(box) for box in found.own_boxes),
+        own_boxes=tuple(None if box is None else rescaled(box, before, size) for box in found.own_boxes),
     )
 
 
