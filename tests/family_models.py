@@ -16,7 +16,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import is_torchvision_available
 
-from localization_heads.lvlm.checkpoints.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import images_only, with_pillow
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 
@@ -62,6 +62,7 @@ def tiny(name: str) -> LVLM:
         pytest.importorskip("timm")
     torch.manual_seed(0)
     processor, model = BUILDERS[name]()
+    processor.image_processor = with_pillow(processor.image_processor)  # as `load_model` does
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(("q_proj.weight", "k_proj.weight", "qkv.weight")):

@@ -20,7 +20,7 @@ from tiny_models import edit, llava_model, llava_processor, save_llava
 import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
-from localization_heads.lvlm.checkpoints.processors import check_image_sizes, complete
+from localization_heads.lvlm.checkpoints.processors import check_image_sizes, complete, with_pillow
 from localization_heads.lvlm.checks.footprints import views_seen
 from localization_heads.options.groups import ModelSpec
 
@@ -212,3 +212,14 @@ def test_a_processor_of_another_model(tmp_path: Path, image: Image.Image) -> Non
     with pytest.raises(UsageError, match="do not fit each other"):
         load_model(str(folder), device="cpu").attend(image, "the dog")
     assert torch.is_grad_enabled()
+
+
+def test_pixels_do_not_depend_on_torchvision() -> None:
+    """Its form of an image processor gives way to Pillow's, settings kept, but where a family cannot do without it."""
+    own = llava_processor().image_processor
+    assert with_pillow(own) is own
+    for kind, form in (("LlavaImageProcessor", type(own)), ("FuyuImageProcessor", None), ("Novel", None)):
+        torchvisions = type(kind, (), {"to_dict": lambda _: own.to_dict()})()
+        found = with_pillow(torchvisions)
+        assert type(found) is (form or type(torchvisions))
+        assert found.to_dict() == own.to_dict()

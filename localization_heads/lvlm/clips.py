@@ -138,13 +138,11 @@ def _video_llava(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequen
 
 def _centres(lvlm: LoadedModel, frames: Sequence[Image.Image], n: int, lead: int = 0) -> Clip:
     """The centre of each frame, its short side resized, in `n x n` cells."""
-    import transformers
-    from transformers.utils.import_utils import is_torchvision_available
+    from transformers import CLIPImageProcessorPil
 
     own, config, t = lvlm.processor.image_processor, lvlm.model.config, len(frames)
     side = config.vision_config.image_size
-    kind = getattr(transformers, f"CLIPImageProcessor{'' if is_torchvision_available() else 'Pil'}")
-    ip = kind(
+    ip = CLIPImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
         image_mean=own.image_mean,

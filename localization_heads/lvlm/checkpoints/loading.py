@@ -21,6 +21,7 @@ from localization_heads.lvlm.checkpoints.processors import (
     check_image_sizes,
     complete,
     processor_kind,
+    with_pillow,
 )
 from localization_heads.lvlm.checkpoints.sources import (
     check_torchvision,
@@ -264,28 +265,14 @@ def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
     processor = _read(processor_kind(str(config.model_type)).from_pretrained, source, spec, **options)
     complete(processor, config)
     check_image_sizes(processor.image_processor, f"model.name={spec.name}")
-    if spec.pad_to_square is not None:
-        processor.image_processor = _padding_processor(processor.image_processor, spec.pad_to_square)
+    processor.image_processor = with_pillow(processor.image_processor)
+    pad = spec.pad_to_square
+    if pad is not None and getattr(processor.image_processor, "do_pad", False) != pad:
+        # LLaVA's, which unlike CLIP's can pad to a square
+        processor.image_processor = with_pillow(processor.image_processor, "LlavaImageProcessor", do_pad=pad)
     if template_of(processor):
         PROCESS.start()  # it is ready when the weights are
     return processor
-
-
-def _padding_processor(image_processor: Any, pad: bool) -> Any:
-    """LLaVA's image processor with the given one's settings: unlike CLIP's it can pad to a square."""
-    import transformers
-    from transformers.utils.import_utils import is_torchvision_available
-
-    if getattr(image_processor, "do_pad", False) == pad:
-        return image_processor
-    settings = {
-        k: v
-        for k, v in image_processor.to_dict().items()
-        if k not in ("image_processor_type", "processor_class")
-    }
-    suffix = "" if is_torchvision_available() else "Pil"  # asking for the other one warns of torchvision
-    kind = getattr(transformers, f"LlavaImageProcessor{suffix}")
-    return kind(**{**settings, "do_pad": pad})
 
 
 def _load_weights(source: str, spec: ModelSpec, config: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import (  # type: ignore[attr-defined]  # imported there, not declared
     PROCESSOR_MAPPING_NAMES,
@@ -38,6 +39,10 @@ _BORROWED = {
     "qwen3_omni_moe_thinker": "Qwen3OmniMoeProcessor",
 }
 """Processors of families that transformers lists none for."""
+
+
+_WITH_TORCHVISION = ("FuyuImageProcessor", "PixtralImageProcessor")
+"""Image processors that are used as torchvision has them: their families cannot do without it."""
 
 
 class _NoVideo:
@@ -113,6 +118,24 @@ def processor_kind(model_type: str) -> Any:
     except ImportError:  # a placeholder for a class that cannot be imported
         has_video = False
     return images_only(kind) if has_video else AutoProcessor
+
+
+def with_pillow(image_processor: Any, kind: str | None = None, **changes: Any) -> Any:
+    """The image processor in the form that resizes with Pillow, where transformers has one.
+
+    With torchvision installed transformers loads another form, whose resized pixels differ by the rounding: what a
+    checkpoint sees, and so its results, would depend on the packages beside it.
+
+    Args:
+        kind: a class of image processors that is to take its settings; by default its own.
+        changes: settings by name.
+    """
+    kind = kind or type(image_processor).__name__.removesuffix("Pil")
+    form = None if kind in _WITH_TORCHVISION else getattr(transformers, f"{kind}Pil", None)
+    if form is None or (type(image_processor) is form and not changes):
+        return image_processor
+    settings = image_processor.to_dict() | changes
+    return form(**{k: v for k, v in settings.items() if k not in ("image_processor_type", "processor_class")})
 
 
 def complete(processor: Any, config: Any) -> None:
