@@ -137,6 +137,7 @@ FAMILIES = {
 }
 """The verified families, by `model_type`."""
 
+_CONVOLVED = "its layers convolve keys and values with those of the tokens before them"
 FAMILIES |= {
     "cohere2_vision": FAMILIES["aya_vision"],
     "cohere_compass": Family(qwen),
@@ -155,8 +156,8 @@ FAMILIES |= {
     "got_ocr2": Family(got_ocr2, {"conv_mode": "plain"}),
     "granite_docling": FAMILIES["idefics3"],
     "hyperclovax_vision_v2": Family(qwen),
-    "inkling2": Family(inkling),
-    "inkling_mm_model": Family(inkling),
+    "inkling2": Family(inkling, not_shared=_CONVOLVED),
+    "inkling_mm_model": Family(inkling, not_shared=_CONVOLVED),
     "lfm3_vl": Family(qwen),
     "lighton_ocr": FAMILIES["mistral3"],
     "llava_next_video": FAMILIES["llava_next"],
@@ -176,7 +177,11 @@ FAMILIES |= {
     "qwen3_5_moe": FAMILIES["qwen3_vl"],
     "qwen3_vl_moe": FAMILIES["qwen3_vl"],
     "smolvlm": FAMILIES["idefics3"],
-    "unlimited_ocr": Family(unlimited_ocr, {"conv_mode": "plain"}),
+    "unlimited_ocr": Family(
+        unlimited_ocr,
+        {"conv_mode": "plain"},
+        not_shared="its layers forget what follows the prompt that they were first given",
+    ),
     "video_llama_3": Family(qwen),
     "video_llava": Family(llava, {"conv_mode": "referseg"}),
 }
@@ -217,7 +222,7 @@ REFUSED = dict.fromkeys(
 
 REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-encoder-decoder"), _NO_LAYERS)
 _CHOSEN_KEYS = "each token attends to chosen keys only, and padding changes the choice"
-REFUSED |= dict.fromkeys(("dots3_note", "glm5_next", "minimax_m3_vl", "qwen4_exp"), _CHOSEN_KEYS)
+REFUSED |= dict.fromkeys(("dots3_note", "glm5_next", "hy_v4_vl", "minimax_m3_vl", "qwen4_exp"), _CHOSEN_KEYS)
 _CODES = "its images are codes of a vocabulary when the language model reads them: no token can be traced to its pixels"
 REFUSED |= dict.fromkeys(("apertus1p5", "chameleon", "emu3"), _CODES)
 REFUSED |= {
