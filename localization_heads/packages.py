@@ -39,20 +39,29 @@ NEEDED = {"torch": Range("2.6"), "transformers": Range("5.23", "6"), "accelerate
 """What pyproject.toml says of them."""
 
 
+DEMO = Range("6.2")
+"""Of gradio, which is an extra."""
+
+
 @cache
 def check_versions() -> None:
     """Raises WorkError, which names the version that is here and the one that is needed."""
     for name, needed in NEEDED.items():
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            raise WorkError(f"{name} is missing: pip install '{name}{needed.requirement}'") from None
-        if not needed.holds(found):
-            end = f" and older than {needed.end}" if needed.end else ""
-            raise WorkError(
-                f"{name} {found} is installed, and this needs {needed.first} or newer{end}: "
-                f"pip install '{name}{needed.requirement}'"
-            )
+        check_version(name, needed)
+
+
+def check_version(name: str, needed: Range) -> None:
+    """Raises WorkError where a package is missing or its version is another."""
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise WorkError(f"{name} is missing: pip install '{name}{needed.requirement}'") from None
+    if not needed.holds(found):
+        end = f" and older than {needed.end}" if needed.end else ""
+        raise WorkError(
+            f"{name} {found} is installed, and this needs {needed.first} or newer{end}: "
+            f"pip install '{name}{needed.requirement}'"
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

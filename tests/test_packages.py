@@ -16,6 +16,8 @@ from front import Front, one_line
 from tiny_models import save_llava
 
 import localization_heads as lh
+from localization_heads.apps.demo import __main__ as demo
+from localization_heads.apps.frontdoor import Given
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.sources import (
@@ -25,7 +27,7 @@ from localization_heads.lvlm.checkpoints.sources import (
     torchvision_advice,
 )
 from localization_heads.options.groups import ModelSpec
-from localization_heads.packages import NEEDED, check_versions
+from localization_heads.packages import DEMO, NEEDED, check_versions
 
 QUANTIZED = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
@@ -198,6 +200,14 @@ def test_a_command_says_it_in_one_line(front: Front, monkeypatch: pytest.MonkeyP
     assert "transformers 4.57.1 is installed" in one_line(result.err)
 
 
+def test_an_old_gradio_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail inside, at what the page is made with."""
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    pretend(monkeypatch, "gradio", "5.49.1")
+    with pytest.raises(WorkError, match=r"gradio 5\.49\.1 is installed, and this needs 6\.2 or newer"):
+        demo._main(Given(None, "tiny", ()))
+
+
 def test_nothing_is_imported_before() -> None:
     """An older transformers would fail inside, with an import error of its own."""
     code = (
@@ -214,5 +224,7 @@ def test_nothing_is_imported_before() -> None:
 
 
 def test_the_ranges_are_those_of_the_package() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {f"{name}{needed.requirement}" for name, needed in NEEDED.items()} <= set(declared)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {f"{name}{needed.requirement}" for name, needed in NEEDED.items()}
+    assert declared <= set(project["dependencies"])
+    assert project["optional-dependencies"]["demo"] == [f"gradio{DEMO.requirement}"]

@@ -218,7 +218,7 @@ def test_pixels_do_not_depend_on_torchvision() -> None:
     """Its form of an image processor gives way to Pillow's, settings kept, but where a family cannot do without it."""
     own = llava_processor().image_processor
     assert with_pillow(own) is own
-    for kind, form in (("LlavaImageProcessor", type(own)), ("FuyuImageProcessor", None), ("Novel", None)):
+    for kind, form in (("CLIPImageProcessor", type(own)), ("FuyuImageProcessor", None), ("Novel", None)):
         torchvisions = type(kind, (), {"to_dict": lambda _: own.to_dict()})()
         found = with_pillow(torchvisions)
         assert type(found) is (form or type(torchvisions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 from localization_heads.apps.frontdoor import Given, called_as, run
 
@@ -15,13 +16,14 @@ def main() -> int:
 def _main(given: Given) -> int:
     from localization_heads.apps.demo.guard import direct_connections
     from localization_heads.errors import UsageError
+    from localization_heads.packages import DEMO, check_version
     from localization_heads.stages.run import DemoRun
 
-    try:
-        with direct_connections():
-            import gradio  # noqa: F401
-    except ModuleNotFoundError:
-        raise UsageError("the demo needs an extra: pip install 'localization-heads[demo]'") from None
+    if find_spec("gradio") is None:
+        raise UsageError("the demo needs an extra: pip install 'localization-heads[demo]'")
+    check_version("gradio", DEMO)
+    with direct_connections():
+        import gradio  # noqa: F401
     from localization_heads.apps.demo.serving import serve
 
     serve(DemoRun(*given))
