@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -248,7 +249,7 @@ def test_a_verdict_to_attach_to_an_issue(
     )
     assert found["capture"]["passed"] and found["capture"]["difference"] < 1e-4
     assert found["geometry"]["passed"] and 0 < found["geometry"]["views"]["whole"]["largest_error"] < 0.25
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == metadata.version("torch")
     assert [one["expression"] for one in found["tokens"]] == list(EXPRESSIONS)
     assert all("".join(one["own"]) for one in found["tokens"])
     assert found["heads"]["samples"] == 2 and len(found["heads"]["known"]) == len(run.lvlm.known_heads)

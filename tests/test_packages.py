@@ -8,10 +8,10 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from front import Front, one_line
 from tiny_models import save_llava
 
@@ -59,6 +59,8 @@ def test_quantized_weights_name_the_package_that_is_missing(
     method: str, folder: Path, tmp_path: Path
 ) -> None:
     """The real errors of transformers, with none of the packages installed."""
+    if method == "bitsandbytes" and find_spec(method):
+        pytest.skip("bitsandbytes is installed")
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
@@ -126,7 +128,7 @@ def test_a_torchvision_that_does_not_fit(fault: str, tmp_path: Path, monkeypatch
         with pytest.raises(WorkError) as caught:
             work()
         message = str(caught.value)
-        assert f"torchvision 0.20.1 does not fit torch {torch.__version__}" in message
+        assert f"torchvision 0.20.1 does not fit torch {metadata.version('torch')}" in message
         assert torchvision_advice() in message
         assert "\n" not in message
 
