@@ -57,7 +57,7 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
     for words in (
         ["criteria=published"],
         ["criteria=published_august"],
-        ["experiment=tab1"],
+        ["stage=experiment", "experiment=tab1"],
         ["stage=experiment"],
     ):
         assert composed("finder", *words).grounding == grounding["paper"]
@@ -75,7 +75,7 @@ def test_a_label_can_name_what_is_swept() -> None:
 
 @pytest.mark.parametrize("choice", choices_of("experiment"))
 def test_every_experiment_composes(choice: str) -> None:
-    names = composed("finder", f"experiment={choice}").experiment.names
+    names = composed("finder", "stage=experiment", f"experiment={choice}").experiment.names
     assert names == {"all": tuple(EXPERIMENTS), "none": ()}.get(choice, (choice,))
 
 
@@ -313,6 +313,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             f"^{name}=: stage={stage} does not read it; write {way}",
         )
         for name, (stage, way) in UNREAD.items()
+    ),
+    *(
+        ("finder", {"stage": "find", **wrong}, f"^{name}=: stage=find does not read it; write stage={way}")
+        for name, wrong, way in (
+            ("ablate.steer", {"ablate": {"steer": True}}, "ablate"),
+            ("trace.keep", {"trace": {"keep": "all"}}, "trace"),
+            ("doctor.check", {"doctor": {"check": True}}, "doctor"),
+            ("phrases.by", {"phrases": {"by": "whole"}}, "ground"),
+            ("experiment", {"experiment": {"names": ["tab1"]}}, "experiment"),
+            ("native", {"native": True}, "evaluate or ablate or experiment"),
+            ("bootstrap", {"bootstrap": "image"}, "evaluate or experiment"),
+            ("max_new_tokens", {"max_new_tokens": 4}, "collect or pipeline or trace"),
+            ("attention_format", {"attention_format": "safetensors"}, "collect or pipeline"),
+            ("exclude", {"exclude": ["a.jsonl"]}, "prepare"),
+        )
     ),
 ]
 

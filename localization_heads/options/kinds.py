@@ -90,6 +90,12 @@ def as_read(chosen: Options) -> dict[str, Any]:
     return {name: getattr(chosen, name) for name, field in fields.items() if _is_read(chosen, field)}
 
 
+def first_changed(name: str, value: Any) -> str:
+    """The name of an option; of a group, that of the first in it that has another value than its default."""
+    fields = type(value).__pydantic_fields__ if isinstance(value, Options) else {}
+    return next((f"{name}.{own}" for own, f in fields.items() if getattr(value, own) != f.default), name)
+
+
 def as_measured(chosen: Options) -> dict[str, Any]:
     """The values of a group, by name, that stored statistics depend on."""
     fields = type(chosen).__pydantic_fields__

@@ -61,12 +61,15 @@ class BenchmarkOptions(Options):
     exclude: OneOrSeveral[PathText] = option(
         (),
         "Files written by stage=prepare whose images are left out: the evaluation sets, when train is prepared.",
+        stages=("prepare",),
     )
     allow_leakage: bool = option(
         False,
         "Use heads on images that they were found on; draw a training sample that shows evaluation images.",
     )
-    dataset_folder: PathText = option("outputs/datasets", "Where prepared files are written.")
+    dataset_folder: PathText = option(
+        "outputs/datasets", "Where prepared files are written.", stages=("prepare",)
+    )
 
 
 InstancesBy = Literal["components", "places", "segmenter"]

@@ -14,7 +14,15 @@ from pydantic import Field, model_validator
 from localization_heads.errors import UsageError
 from localization_heads.options.experiments import ExperimentOptions, RungOptions
 from localization_heads.options.groups import NEWCOMER, ConvMode, CriteriaOptions, GroundingOptions
-from localization_heads.options.kinds import ImageChoice, PathText, Text, extra, option, options
+from localization_heads.options.kinds import (
+    ImageChoice,
+    PathText,
+    Text,
+    extra,
+    first_changed,
+    option,
+    options,
+)
 from localization_heads.options.parts import (
     TOGETHER_STAGES,
     BenchmarkOptions,
@@ -114,6 +122,7 @@ class FinderOptions(
         "pkl",
         "Attention files as pkl or safetensors; published and published_august are what the published code of June and "
         "of August 2025 reads (square grids over padded images alone).",
+        stages=("collect", "pipeline", "batch", "experiment"),
     )
     figure_format: Literal["png", "pdf", "svg"] = option(
         "png", "Figures as png, or as pdf or svg for a paper."
@@ -146,6 +155,7 @@ class FinderOptions(
     max_new_tokens: Count = option(
         0,
         "Tokens of the model's answer, at most, that collect and pipeline print (0: none) and trace shows (0: 64).",
+        stages=("collect", "pipeline", "trace"),
     )
     top_n: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
@@ -165,11 +175,13 @@ class FinderOptions(
         None,
         "Ask the model for a box of its own: true, false, or null for models known to write boxes "
         "(docs/evaluation.md).",
+        stages=("evaluate", "ablate", "experiment"),
     )
     bootstrap: Literal["expression", "image"] = option(
         "expression",
         "What the bootstrap of the 95 % intervals draws: expression (as the field does), or image (with all its "
         "expressions).",
+        stages=("evaluate", "experiment"),
     )
     calibrate_from: PathText | None = option(
         None,
@@ -178,22 +190,29 @@ class FinderOptions(
         stages=("calibrate",),
     )
     worst: int = option(16, "Number of worst boxes drawn into failures/.", ge=0, le=200)
-    phrases: PhrasesOptions = option(PhrasesOptions(), "Several objects in one query (stage=ground).")
-    trace: TraceOptions = option(TraceOptions(), "Maps of the answer (stage=trace).")
+    phrases: PhrasesOptions = option(
+        PhrasesOptions(), "Several objects in one query (stage=ground).", stages=("ground",)
+    )
+    trace: TraceOptions = option(TraceOptions(), "Maps of the answer (stage=trace).", stages=("trace",))
     verdict: bool = option(
         False,
         "Write what doctor found, and the geometry as traced on this very model, as a small JSON file for an issue.",
         stages=("doctor",),
     )
-    doctor: DoctorOptions = option(DoctorOptions(), "A new model: stage=doctor shows how it is read.")
+    doctor: DoctorOptions = option(
+        DoctorOptions(), "A new model: stage=doctor shows how it is read.", stages=("doctor",)
+    )
     experiment: ExperimentOptions = option(
         ExperimentOptions(),
         "Experiments of the paper, for stage=experiment: fig3, fig6a, fig6b, random, tab1 to tab5, tab8, "
         "fig13, fig14, all of them, or the ladder (docs/reproducing-the-paper.md); causal: are the heads found "
         "those that the answers need (docs/causal.md)?",
         choice="none",
+        stages=("experiment",),
     )
-    ablate: AblateOptions = option(AblateOptions(), "Heads switched off, or steered (stage=ablate).")
+    ablate: AblateOptions = option(
+        AblateOptions(), "Heads switched off, or steered (stage=ablate).", stages=("ablate",)
+    )
     rung: RungOptions = option(
         RungOptions(),
         "One rung of the ladder, as a preset for any stage: published, padding, hull, fixed, masks, mask_box "
@@ -211,8 +230,9 @@ class FinderOptions(
         for name, field in type(self).__pydantic_fields__.items():
             stages = extra(field).get("stages")
             if stages and getattr(self, name) != field.default and self.stage not in stages:
+                named = name if extra(field)["choice"] else first_changed(name, getattr(self, name))
                 raise UsageError(
-                    f"{name}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
+                    f"{named}=: stage={self.stage} does not read it; write stage={' or '.join(stages)}"
                 )
         self.check_labels()
         if isinstance(self.image_file, tuple):
