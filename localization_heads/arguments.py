@@ -19,6 +19,7 @@ from localization_heads.grounder import (
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import HeadRanking
+from localization_heads.hub import is_repository, load_heads
 from localization_heads.options.compose import choices_of, newcomers_grounding, preset
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions
 from localization_heads.segmentation.segmenter import Segmenter
@@ -55,8 +56,11 @@ def grounder_of(
 
 def _heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
     """Best first; none where each sample picks its own."""
+    named = "these heads"
+    if isinstance(heads, str | Path) and is_repository(str(heads)):
+        named, heads = f"heads={heads}", load_heads(heads)
     if isinstance(heads, HeadRanking):
-        lvlm.note_other_conditions("these heads", heads.found_with)
+        lvlm.note_other_conditions(named, heads.found_with)
         try:
             return heads.top(k)
         except ValueError as error:
@@ -69,14 +73,14 @@ def _heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
         lvlm.note_other_conditions(f"heads={heads}", found_with_of(str(heads)))
         return chosen_heads(str(heads), k)
     try:
-        named = [_head(one) for one in heads]
+        listed = [_head(one) for one in heads]
     except (TypeError, ValueError):
         raise ArgumentError(
             f"heads={shown(heads)}: give a ranking, or a list such as ['L14H24', (14, 13)]"
         ) from None
-    if not named:
+    if not listed:
         raise ArgumentError("heads names no head; None takes those that are known, or each sample's own")
-    return named
+    return listed
 
 
 def _head(one: Any) -> Head:

@@ -15,6 +15,7 @@ from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.samples import Sample, where
 from localization_heads.errors import ArgumentError, NoHeadError, NotFiniteError
 from localization_heads.evaluation.claims import Claim, claim_of
+from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.evaluation.judging import HEADS, Bootstrap, Judge, Scores, overlap_of_all, truth_of
 from localization_heads.evaluation.protocols import Answer, named_protocol, protocol_block
 from localization_heads.evaluation.scores import score_box
@@ -76,7 +77,8 @@ def evaluate(
 ) -> Evaluation:
     """`ground` every sample, and score it against its true box and mask, beside the controls (Sec. 5).
 
-    Samples that are `absent`, or have several true boxes, take part in what is said of the confidence alone.
+    Samples that are `absent`, or have several true boxes, take part in what is said of the confidence, and in F1 and
+    Pr@(F1=1), which are there where such samples are.
 
     A sample is left out, with a warning, and counted among `num_failed` if its attention is not finite, or if it has to
     pick its own heads and none passes the criteria.
@@ -163,7 +165,18 @@ def evaluate(
         **named_protocol(block),
     }
     metrics = judge.metrics([one.scores for one in scored], images, len(unusable) + num_headless)
-    return Evaluation({**metrics, **judge.trust(claims), **block, "choices": choices}, scored)
+    several = _of_several(answers, by_image=bootstrap == "image", seed=seed)
+    return Evaluation({**metrics, **several, **judge.trust(claims), **block, "choices": choices}, scored)
+
+
+def _of_several(answers: Sequence[Answer], *, by_image: bool, seed: int) -> dict[str, Any]:
+    """F1 and Pr@(F1=1) over all samples; nothing where each has one true box, as in Acc@0.5."""
+    if all(len(one.truths) == 1 for one in answers):
+        return {}
+    groups = [one.image for one in answers] if by_image else None
+    boxes, truths = {"boxes": [one.boxes for one in answers]}, [one.truths for one in answers]
+    found = instance_metrics(boxes, truths, groups=groups, seed=seed)["boxes"]
+    return {**found, "num_answers": len(answers)}
 
 
 def _answer(sample: Sample, grounding: Grounding, image: str) -> Answer:

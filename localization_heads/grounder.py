@@ -117,7 +117,7 @@ class Grounder:
             second: the box of a second look, in pixels of the image (`grounding.zoom`).
         """
         if maps.images:
-            return self._ground_together(maps, image, statistics)
+            return self._ground_together(maps, image, statistics)[0]
         image = None if image is None else image_at(image, None)
         found = looked_again(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
         return self.judge(maps, self.refine(found, image, _entry(maps)), found.box)
@@ -133,11 +133,7 @@ class Grounder:
         of `ground`.
         """
         if maps.images:
-            first = self._ground_together(maps, image, statistics)
-            alone, own = self._of_one_image(maps, first.heads), replace(maps.at(first.image_index), images=())
-            every = alone.ground_all(own, None if image is None else image_at(image, first.image_index))
-            index, share = first.image_index, first.image_share
-            return [replace(one, each=first.each, image_index=index, image_share=share) for one in every]
+            return self._ground_together(maps, image, statistics, every=True)
         image = None if image is None else image_at(image, None)
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
         found = []
@@ -152,18 +148,29 @@ class Grounder:
         return [found[place] for place in suppressed([one.box for one in found])]
 
     def _ground_together(
-        self, maps: AttentionMaps, shown: Shown | None, statistics: HeadStatistics | None
-    ) -> Grounding:
-        """`ground` of several images in one prompt: of the one that draws most of the heads' attention."""
+        self,
+        maps: AttentionMaps,
+        shown: Shown | None,
+        statistics: HeadStatistics | None,
+        *,
+        every: bool = False,
+    ) -> list[Grounding]:
+        """`ground` of several images in one prompt, or with `every` `ground_all`: of the one that draws most of the
+        heads' attention."""
         heads = self.heads_of(maps, statistics)
         alone, shares, each = self._of_one_image(maps, heads), image_shares(maps, heads), []
         best = int(np.argmax(shares))
         for index, share in enumerate(shares):
             one, chosen = replace(maps.at(index), images=()), self.each_image or index == best
             image = None if shown is None else image_at(shown, index)
-            found = alone.ground(one, image) if chosen else ground_maps(one, heads, self.options)
-            each.append(replace(found, image_index=index, image_share=float(share), chosen=chosen))
-        return replace(each[best], each=tuple(each))
+            if every and index == best:
+                found = alone.ground_all(one, image)
+            else:
+                found = [alone.ground(one, image) if chosen else ground_maps(one, heads, self.options)]
+            named = {"image_index": index, "image_share": float(share), "chosen": chosen}
+            each.append([replace(one, **named) for one in found])
+        others = [found[0] for found in each]
+        return [replace(one, each=(*others[:best], one, *others[best + 1 :])) for one in each[best]]
 
     def _of_one_image(self, maps: AttentionMaps, heads: Sequence[Head]) -> Grounder:
         """With these heads, and without a calibration, which is of prompts with one image."""

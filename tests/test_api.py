@@ -105,6 +105,8 @@ def test_the_benchmarks_own_numbers_are_those_of_the_command(front: Front, lvlm:
     found = lh.evaluate(lvlm, samples, HEADS, controls=False).metrics
     assert metrics["choices"]["protocol"] == found["choices"]["protocol"] == "ref-l4"
     assert_same_numbers(found["protocol"], metrics["protocol"])
+    several = ("f1@0.5", "f1@0.5_interval", "pr@f1=1", "num_answers")  # one entry has no target
+    assert {name: found[name] for name in several} == {name: metrics[name] for name in several}
     assert metrics["protocol"]["num_answers"] == 4 and "acc>0.5[class mean]" in metrics["protocol"]
     lines[2]["protocol"] = "unc"
     write_lines(path, lines)

@@ -212,6 +212,24 @@ def test_attention_format_of_a_batch(format: str, front: Front) -> None:
     assert len(list(Path("st/tiny/attention").glob(ending))) == 5
 
 
+def test_a_map_that_the_published_format_has_no_place_for_fails_alone(front: Front) -> None:
+    """A wide image whose middle was cut out, between two square ones: named, and the others go on."""
+    for name, size in (("square.png", (64, 64)), ("wide.png", (96, 64))):
+        Image.new("RGB", size).save(name)
+    entries = zip("abc", ("square.png", "wide.png", "square.png"), strict=True)
+    write_lines(
+        Path("mixed.jsonl"), [{"id": id, "prompt": "the dog", "image_path": image} for id, image in entries]
+    )
+    crop = ("model.pad_to_square=false", "attention_format=published", "heads=[2-0]", "segmenter=none")
+    for _ in range(2):  # the statistics of the failed one are not kept
+        result = front.finder("stage=batch", "data_file=mixed.jsonl", "report=false", *crop)
+        assert result.status == 1
+        (failed,) = [line for line in read_lines(front.out / "predictions.jsonl") if line["error"]]
+        assert failed["id"] == "b" and "attention_format=published takes every image as" in failed["error"]
+        assert json.loads(heads_of(front.out))["num_samples"] == 2
+        assert sorted(path.stem for path in (front.out / "attention").glob("?.pkl")) == ["a", "c"]
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 import localization_heads as lh
 from localization_heads import hub
+from localization_heads.arguments import grounder_of
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.masks import encode_mask
@@ -27,6 +28,7 @@ from localization_heads.heads.score_lists import read_scores, scores_of
 from localization_heads.interop import detections
 from localization_heads.interop.coco import to_coco
 from localization_heads.interop.pipeline import answer_of
+from localization_heads.options.groups import CriteriaOptions
 from localization_heads.store.results import Instance, Prediction, load_head_list, save_ranking
 
 
@@ -331,6 +333,16 @@ def test_heads_pushed_are_the_heads_loaded(ranking, tmp_path, monkeypatch):
     assert lh.load_heads("me/heads").top(3) == ranking.top(3)
     assert chosen_heads("me/heads", 2) == tuple(ranking.top(2))
     assert asked == [("me/heads", "heads.json")] * 2
+    noted = []
+    lvlm = SimpleNamespace(
+        attend_batch=None,
+        num_layers=99,
+        num_heads=99,
+        note_other_conditions=lambda *given: noted.append(given),
+    )
+    asked.clear()
+    assert grounder_of(lvlm, "me/heads", CriteriaOptions(), None, None, 2).heads == tuple(ranking.top(2))
+    assert len(asked) == 1 and noted == [("heads=me/heads", ranking.found_with)]
     card = FakeApi.pushed["README.md"].decode()
     assert 'base_model: "org/model"' in card
     assert 'lh.load_heads("me/heads")' in card

@@ -187,6 +187,19 @@ def grounder(**options: Any) -> Grounder:
     return Grounder(tuple(HEADS), CriteriaOptions(), GroundingOptions(), **options)
 
 
+class Counting:
+    """A segmenter that writes down what it was asked about."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+
+    def segment(self, image: Image.Image, grounding: Any) -> Any:
+        self.sizes.append(image.size)
+        return grounding.mask
+
+
 def test_the_box_is_in_the_image_that_the_heads_look_at() -> None:
     """Most heads look at the first image, the three that ground at the second."""
     maps = random_maps((8, 8), (6, 10), peaks=(5, 0))
@@ -205,6 +218,13 @@ def test_the_box_is_in_the_image_that_the_heads_look_at() -> None:
     assert each.each[0].box == grounder().ground(maps.images[0], None).box
     every = grounder().ground_all(maps, None)
     assert {one.image_index for one in every} == {1} and every[0].box == found.box
+    assert every[0].each[0].box == found.each[0].box and [one.each[1].box for one in every] == [
+        one.box for one in every
+    ]
+    count = Counting()
+    images = Opened([Image.new("RGB", one.image_size) for one in maps.images])
+    assert len(grounder(segmenter=count).ground_all(maps, images)) == len(count.sizes)
+    assert set(count.sizes) == {(100, 60)}  # once each, and none in the image that was not chosen
     with pytest.raises(lh.UsageError, match="no calibration is one of several images"):
         grounder(abstain=0.5).ground(maps, None)
 

@@ -88,13 +88,10 @@ def collect_statistics(
 
     def keep(collected: Sequence[_Collected]) -> None:
         """Files first, statistics last: whatever the store holds is complete."""
+        collected = [one for one in collected if one.maps is None or _is_saved(run, entries, one)]
         for sample, statistics, maps, _ in collected:
-            if maps is not None:
-                path = run.attention_file(sample.id)
-                save_attention(maps, path, run.options.attention_format)
-                save_analysis(analysis_rows(statistics, criteria), analysis_path(path))
-                if len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
-                    fresh[sample.id] = statistics
+            if maps is not None and len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
+                fresh[sample.id] = statistics
         found = [(one.sample, one.statistics) for one in collected]
         if not entries.moving:
             keep_statistics(entries, found, store)
@@ -153,6 +150,17 @@ def _analysed(
         )
         for one in attended
     ]
+
+
+def _is_saved(run: Run, entries: Entries, one: _Collected) -> bool:
+    """Write a sample's attention file and its analysis; where `attention_format` has no place for it, it fails."""
+    assert one.maps is not None
+    path = run.attention_file(one.sample.id)
+    with entries.put_aside(one.sample):
+        save_attention(one.maps, path, run.options.attention_format)
+        save_analysis(analysis_rows(one.statistics, run.options.criteria), analysis_path(path))
+        return True
+    return False
 
 
 def find(run: Run) -> Result:
