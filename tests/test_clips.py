@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from PIL import Image
 
 from localization_heads.data.video import Frame, frames, open_video, write_video
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.checkpoints.sources import video_settings
 from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import (
     colour_last,
@@ -186,6 +189,57 @@ def test_the_layout_is_that_of_the_video_processor(name: str) -> None:
             continue
         assert value.shape == theirs[key].shape
         assert float((value - theirs[key]).abs().max()) < 0.05, key
+
+
+AREAS = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 60}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "grid"),
+    [
+        ("qwen2_vl", {}, (2, 11, 15)),  # 420 x 300 pixels in cells of 28
+        ("qwen2_vl", {"size": AREAS, "patch_size": 14, "fps": 2}, (2, 6, 9)),  # at most 60 cells a frame
+        ("qwen2_vl", {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 60}, (2, 6, 9)),
+        ("qwen2_vl", {"size": {"shortest_edge": 28 * 28 * 400, "longest_edge": 10**9}}, (2, 17, 24)),
+        ("qwen3_vl", {"size": AREAS}, (2, 2, 4)),  # 47,040 pixels for all four frames, cells of 32
+    ],
+)
+def test_a_checkpoints_own_settings_for_videos(
+    name: str, settings: dict[str, Any], grid: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """In a file of their own, or within the processor's, which comes first; without any, those of Qwen's own code."""
+    lvlm = copy(tiny(name))
+    for file, content in (
+        ("video_preprocessor_config.json", settings),
+        ("processor_config.json", {"video_processor": settings}),
+    ):
+        (tmp_path / file).write_text(json.dumps(content))
+        lvlm.video_settings = partial(video_settings, str(tmp_path))
+        clip = make_clip_ready(lvlm, moving_coordinates(4), lvlm.prompt("the red car"), TIMES[:4])
+        assert (len(clip.views), *clip.views[0].index.shape) == grid
+        (tmp_path / "video_preprocessor_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"patch_size": 16}, "patch_size=16, those for images 14"),
+        ({"size": {"shortest_edge": 9, "longest_edge": 4}}, "areas from 9 to 4 pixels"),
+        ({"size": {"shortest_edge": "9", "longest_edge": 4}}, "areas from '?9'? to 4 pixels"),
+    ],
+)
+def test_settings_for_videos_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
+    lvlm = copy(tiny("qwen2_vl"))
+    lvlm.video_settings = lambda: settings
+    with pytest.raises(UsageError, match=f"video=native: the settings for videos of .* have {said}"):
+        lvlm.attend_clip(moving_coordinates(2), "the red car")
+
+
+def test_a_broken_file_of_settings_for_videos(tmp_path: Path) -> None:
+    assert video_settings(str(tmp_path)) == {}
+    (tmp_path / "video_preprocessor_config.json").write_text("{")
+    with pytest.raises(UsageError, match="video_preprocessor_config"):
+        video_settings(str(tmp_path))
 
 
 def test_what_is_no_clip_is_refused() -> None:

@@ -15,8 +15,9 @@ from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.together import image_at
-from localization_heads.errors import UsageError
+from localization_heads.errors import UsageError, shown
 from localization_heads.lvlm.families.geometry import (
+    MAX_PREPARED_PIXELS,
     Size,
     View,
     cropped_box,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
 
 FEWEST_CELLS, MOST_CELLS = 128, 768
-"""Tokens of two merged frames in Qwen's own preprocessing (qwen-vl-utils), if the image processor allows as many."""
+"""Tokens of two merged frames in Qwen's own preprocessing (qwen-vl-utils), if the image processor allows as many. A
+checkpoint's own settings for videos take precedence."""
 _SPACING = 0.5
 """Seconds between frames where a clip has only one."""
 
@@ -68,9 +70,7 @@ Layout = Callable[["LoadedModel", Sequence[Image.Image], Sequence[float]], Clip]
 def _qwen(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
     """Qwen2-VL, Qwen2.5-VL: two frames are one token in time; the last of an odd number is repeated."""
     ip = lvlm.processor.image_processor
-    cell = (ip.patch_size * ip.merge_size) ** 2
-    most = min(MOST_CELLS * cell, ip.size["longest_edge"])
-    size = {"shortest_edge": min(FEWEST_CELLS * cell, most), "longest_edge": most}
+    size = _areas(lvlm, len(frames))
     made = [ip(images=[frame], size=size, return_tensors="pt") for frame in frames]
     _, rows, columns = made[0]["image_grid_thw"][0].tolist()
     together = ip.temporal_patch_size
@@ -92,6 +92,36 @@ def _qwen(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[floa
     text = lvlm.image_text.replace(lvlm.image_token, token * (t * h * w))
     box = whole_box(frames[0].size)
     return Clip(inputs, text, lvlm.model.config.video_token_id, (t, h, w), box, together)
+
+
+def _areas(lvlm: LoadedModel, count: int) -> dict[str, int]:
+    """The least and the largest area of each of `count` frames in pixels, as Qwen's image processors take them.
+
+    The checkpoint's own are of each frame in Qwen2-VL and Qwen2.5-VL, of all frames together in Qwen3-VL and Qwen3.5.
+    UsageError for settings that cannot be meant.
+    """
+    ip, own = lvlm.processor.image_processor, lvlm.video_settings()
+    said = f"video=native: the settings for videos of {lvlm.name} have "
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
+        if (value := own.get(name)) not in (None, getattr(ip, name)):
+            raise UsageError(
+                f"{said}{name}={shown(value)}, those for images {getattr(ip, name)}: no model has two"
+            )
+    size = own.get("size") if isinstance(own.get("size"), dict) else {}
+    least, most = (own.get(old) or size.get(new) for old, new in _AREAS.items())
+    if least is None or most is None:
+        cell = (ip.patch_size * ip.merge_size) ** 2
+        most = min(MOST_CELLS * cell, ip.size["longest_edge"])
+        return {"shortest_edge": min(FEWEST_CELLS * cell, most), "longest_edge": most}
+    if not all(isinstance(area, int) and area > 0 for area in (least, most)) or least > most:
+        raise UsageError(f"{said}areas from {shown(least)} to {shown(most)} pixels: write two that rise")
+    share = 1 if lvlm.model.config.model_type in ("qwen2_vl", "qwen2_5_vl") else count
+    most = max(1, min(most // share, MAX_PREPARED_PIXELS // count))
+    return {"shortest_edge": min(-(-least // share), most), "longest_edge": most}
+
+
+_AREAS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""Names of the least and the largest area, of 2024 and of now."""
 
 
 def _qwen3(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:

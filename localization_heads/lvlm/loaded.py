@@ -47,6 +47,7 @@ class LoadedModel(PromptedModel):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._layout = lru_cache(LAYOUTS)(self._lay_out)  # shared by the copies that `prompted` makes
+        self.video_settings: Callable[[], Mapping[str, Any]] = dict  # the checkpoint's own, where it has some
 
     @property
     def why_not_shared(self) -> str | None:

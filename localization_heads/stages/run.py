@@ -308,7 +308,10 @@ class Run(ModelRun[FinderOptions]):
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        return {**super().model_settings, **({"clip": self.clip} if self.clip else {})}
+        if not self.clip:
+            return super().model_settings
+        own = self.lvlm.video_settings()
+        return {**super().model_settings, "clip": self.clip, **({"videos": own} if own else {})}
 
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
         return {**super().recipe(heads, lvlm), **({"clip": self.clip} if self.clip else {})}

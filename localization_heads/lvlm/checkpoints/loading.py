@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +30,7 @@ from localization_heads.lvlm.checkpoints.sources import (
     only_here,
     reading_errors,
     source_of,
+    video_settings,
 )
 from localization_heads.lvlm.checkpoints.spec import (
     EMBEDDED,
@@ -140,6 +142,7 @@ def load_model(
         paraphrases=paraphrases,
         answer_span=answer_span,
     )
+    lvlm.video_settings = cache(partial(video_settings, source))
     if answer_span == BOX:
         check_box_span(lvlm)
     _check_order(lvlm)

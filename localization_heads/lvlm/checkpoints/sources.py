@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from localization_heads.data.network import NetworkSettingError, open_client
 from localization_heads.errors import UsageError, WorkError, first_line
 from localization_heads.lvlm.checkpoints.files import check_files
+from localization_heads.store.files import read_json
 from localization_heads.store.paths import local_path
+
+MAX_SETTINGS = 1 << 20
+"""Bytes of a file of settings for videos."""
 
 
 def source_of(name: str, shown: str, otherwise: str) -> str:
@@ -53,6 +58,30 @@ def checkpoint_folder(source: str) -> Path | None:
         return Path(source)
     found = try_to_load_from_cache(source, "config.json")
     return Path(found).parent if isinstance(found, str) else None
+
+
+def video_settings(source: str) -> dict[str, Any]:
+    """What a checkpoint says of videos: in its processor's file, or in one of its own; empty where it says nothing.
+
+    Raises:
+        UsageError: the file is no JSON, or too large for such a file; names it.
+    """
+    from transformers.utils import cached_file
+
+    for name, part in (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", "")):
+        path = cached_file(
+            source,
+            name,
+            local_files_only=only_here(source),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        content = read_json(Path(path), MAX_SETTINGS) if path else {}
+        found = content.get(part) if part and isinstance(content, dict) else content
+        if isinstance(found, dict) and found:
+            return found
+    return {}
 
 
 @cache
