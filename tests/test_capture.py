@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny_models import llava_model, llava_processor
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.lvlm.checkpoints.loading import load_model
-from localization_heads.lvlm.forward.capture import attention_modules, attention_rows, capture
+from localization_heads.lvlm.forward.capture import Query, attention_modules, attention_rows, capture
+from localization_heads.lvlm.forward.prefix import GrowingLayer, Prefix
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -207,3 +210,62 @@ def test_row_with_a_sink_and_a_softcap() -> None:
     query[..., 0], key[..., 1, 0] = 100.0, 100.0
     capped = attention_rows(nn.Module(), query, key, None, softcap=1.0)[:, :, 0]  # logits 0, 1, 0
     torch.testing.assert_close(capped[0, 0, 1], torch.tensor(math.e / (math.e + 2)))
+
+
+# ----------------------------------------------------------------------------------------------- several devices
+
+
+def lying_on(part: nn.Module, device: str) -> None:
+    """Give a module other weights, on that device, and have accelerate bring there what it is called with."""
+    for module in part.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)  # type: ignore[assignment]
+    add_hook_to_module(part, AlignDevicesHook(device, skip_keys=["past_key_values"]))
+
+
+def test_each_layer_is_captured_on_its_own_device() -> None:
+    """As with `device_map`: layers 0 and 1 on one device, 2 and 3 on another, which torch only pretends to have.
+
+    It refuses whatever mixes them: so of the recorder, the shared prefix and the answers, each part is where its layer
+    is, whatever device the query positions and the samples that still answer come from.
+    """
+    model = llava_model()
+    decoder, modules = model.get_decoder(), attention_modules(model)
+    places = {layer: f"cpu:{layer // 2}" for layer in modules}
+    text = decoder.config
+    width, heads, shared = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
+
+    def run(count: int, length: int, **options: Any) -> None:
+        decoder(inputs_embeds=torch.zeros(count, length, width, device="cpu:0"), **options)
+
+    def devices(rows: dict[int, Any]) -> dict[int, str]:
+        return {layer: str(row.device) for layer, row in rows.items()}
+
+    with FakeTensorMode(), torch.no_grad():
+        lying_on(decoder.rotary_emb, "cpu:0")
+        lying_on(decoder.norm, "cpu:1")
+        for layer, device in places.items():
+            lying_on(decoder.layers[layer], device)
+        weighed = Query(torch.tensor([[3, 4], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        for query in (Query(), weighed):
+            with capture(modules, query=query) as recorder:
+                run(2, 9, use_cache=False)
+            assert devices(recorder.rows) == places
+            assert {tuple(row.cpu().shape) for row in recorder.rows.values()} == {(2, heads, 9)}
+        kept = [torch.zeros(1, shared, 9, width // heads, device=at) for at in places.values()]
+        prefix = Prefix(list(range(9)), [GrowingLayer(one, one) for one in kept], 3, can_be_cut=True)
+        with capture(
+            modules, query=weighed._replace(positions=torch.tensor([[1, 2], [2, 2]]), past=7)
+        ) as recorder:
+            run(2, 3, past_key_values=prefix.cache(2, 7), use_cache=True)
+        assert devices(recorder.rows) == places
+        with capture(modules, query=Query(past=7, answers=2), num_tokens=10) as recorder:
+            cache = prefix.cache(2, 7, grows=True)
+            run(2, 3, past_key_values=cache, use_cache=True)
+            for _ in range(2):
+                recorder.live = torch.ones(2, dtype=torch.bool, device="cpu:1")  # where the logits are
+                recorder.wanted = torch.ones(2, 2, dtype=torch.bool)
+                run(2, 1, past_key_values=cache, use_cache=True)
+        assert devices({layer: mean for layer, (mean, _) in recorder.answers.items()}) == places

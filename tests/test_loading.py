@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from family_models import tiny
+from front import Front
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_model_configs import composed
@@ -155,6 +156,16 @@ def test_large_weights_are_read_in_sight(
     assert "converted" not in caplog.text
 
 
+def test_a_command_says_what_it_works_with_before_it_loads_anything(front: Front) -> None:
+    """Stage, folder and image are on the screen when the folder turns out to be broken."""
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{")
+    Image.new("RGB", (8, 8)).save("a.png")
+    result = front.finder("stage=ground", "model.name=model", "image_file=a.png", "query=the dog")
+    assert (result.status, result.out.split()) == (1, ["stage=ground", "model", "a.png"])
+    assert "model.name=model" in result.err
+
+
 def test_the_embedded_model_is_the_default(lvlm: LVLM) -> None:
     assert lvlm.name == "embedded"
     assert not lvlm.model.training
@@ -228,11 +239,17 @@ def test_of_large_models_every_tensor_is_looked_at(monkeypatch: pytest.MonkeyPat
         assert fingerprint._bytes(changed, whole=False) != first
 
 
-def test_weights_that_lie_elsewhere_are_read_and_run(lvlm: LVLM, image: Image.Image) -> None:
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_weights_that_lie_elsewhere_are_read_and_run(
+    where: str, lvlm: LVLM, image: Image.Image, tmp_path: Path
+) -> None:
     """`device_map` may leave them in main memory or on the disk."""
     away = load_model(device="cpu")
     accelerate = pytest.importorskip("accelerate")
-    accelerate.cpu_offload(away.model, execution_device="cpu")
+    if where == "disk":
+        accelerate.disk_offload(away.model, tmp_path, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(away.model, execution_device="cpu")
     assert any(parameter.is_meta for parameter in away.model.parameters())
     assert away.fingerprint == lvlm.fingerprint
     # They come to the device where they run when their turn is, and the capture sees the same rows

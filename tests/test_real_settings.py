@@ -7,6 +7,7 @@ are written here.
 from __future__ import annotations
 
 import json
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ import pytest
 from family_models import tiny
 from family_models_siblings import glm46v  # noqa: F401 -- registers all families
 
+from localization_heads.lvlm.checkpoints import loading
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.checkpoints.spec import with_family
 from localization_heads.lvlm.checks.footprints import coordinate_image
+from localization_heads.lvlm.families.geometry import ProcessedImage
+from localization_heads.lvlm.families.table import family_facts, views_of
 from localization_heads.lvlm.model import LVLM
+from localization_heads.options.groups import ModelSpec
 
 
 def turns(user: str, image: str, after: str, assistant: str, first: str = "") -> str:
@@ -76,6 +82,12 @@ TEMPLATES = {
         "{{ bos_token }}",
     ),
     "llava_next_video": turns("USER: ", "<image>\n", " ", "ASSISTANT:"),
+    "glm4v_moe": turns(
+        "<|user|>\n", "<|begin_of_image|><|image|><|end_of_image|>", "", "<|assistant|>\n", "[gMASK]<sop>"
+    ),
+    "mistral3": turns("[INST]", "[IMG]", "[/INST]", "", "{{ bos_token }}"),
+    "pixtral": turns("[INST]", "[IMG]", "[/INST]", "", "{{ bos_token }}"),
+    "molmo2": turns("<|im_start|>user\n", "<|image|>", "<|im_end|>\n", "<|im_start|>assistant\n"),
     "qwen2_5_omni_thinker": turns(image=OMNI, first=f"<|im_start|>system\n{VIRTUAL}<|im_end|>\n", **CHATML),
 }
 SYSTEM = "You are a helpful language and vision assistant."
@@ -95,6 +107,10 @@ PROMPTS = {
     "idefics3": "<|im_start|>User:<image>the dog.<end_of_utterance>\nAssistant:",
     "smolvlm": "<|im_start|>User:<image>the dog.<end_of_utterance>\nAssistant:",
     "glm4v": "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>the dog.<|assistant|>\n<think>",
+    "glm4v_moe": "[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>the dog.<|assistant|>\n",
+    "mistral3": "<s>[INST][IMG]the dog.[/INST]",
+    "pixtral": "<s>[INST][IMG]the dog.[/INST]",
+    "molmo2": "<|im_start|>user\n<|image|>the dog.<|im_end|>\n<|im_start|>assistant\n",
     "mllama": "<s><|start_header_id|>user<|end_header_id|>\n\n<|image|>the dog.<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
 }
@@ -242,22 +258,135 @@ SETTINGS = {
         },
         {"whole": ((15, 20), (0, 0, 640, 480))},
     ),
+    # GLM-4.1V and 4.5V: as Qwen2-VL, with larger limits
+    "glm4v": (
+        {
+            "image_processor_type": "Glm4vImageProcessor",
+            "merge_size": 2,
+            "patch_size": 14,
+            "size": {"longest_edge": 9633792, "shortest_edge": 12544},
+            "temporal_patch_size": 2,
+            **CLIP,
+        },
+        {"whole": ((17, 23), (0, 0, 640, 480))},
+    ),
+    # InternVL3: up to twelve tiles of 448, here four by three, then the whole image
+    "internvl": (
+        {
+            "crop_to_patches": True,
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "image_std": [0.229, 0.224, 0.225],
+            "max_patches": 12,
+            "min_patches": 1,
+            "size": {"height": 448, "width": 448},
+        },
+        {"whole": ((16, 16), (0, 0, 640, 480)), "tiles": ((48, 64), (0, 0, 640, 480))},
+    ),
+    # LLaVA-OneVision: tiles of 384, of which 27 patches cover 378 pixels; here two by two on 768 x 768, of which the
+    # image fills 768 x 576 from row 96 on. The first row of patches that is kept begins at 98, the last ends at 664
+    "llava_onevision": (
+        {
+            "image_grid_pinpoints": [[384 * h, 384 * w] for h in range(1, 7) for w in range(1, 7)],
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": 384, "width": 384},
+            **CLIP,
+        },
+        {"whole": ((27, 27), (0, 0, 630, 472)), "tiles": ((40, 54), (0, 2, 635, 473))},
+    ),
+    # Gemma 3: squashed to 896 x 896, whose 64 x 64 patches become 256 tokens
+    "gemma3": (
+        {
+            "do_pan_and_scan": None,
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "Gemma3ImageProcessor",
+            "image_seq_length": 256,
+            "image_std": [0.5] * 3,
+            "size": {"height": 896, "width": 896},
+        },
+        {"whole": ((16, 16), (0, 0, 640, 480))},
+    ),
+    # PaliGemma at 448 pixels
+    "paligemma": (
+        {
+            "image_mean": [0.5] * 3,
+            "image_processor_type": "SiglipImageProcessor",
+            "image_seq_length": 1024,
+            "image_std": [0.5] * 3,
+            "size": {"height": 448, "width": 448},
+        },
+        {"whole": ((32, 32), (0, 0, 640, 480))},
+    ),
+    # Llama 3.2 Vision: up to four tiles of 560, here two side by side, the image at their upper left
+    "mllama": (
+        {
+            "do_pad": True,
+            "image_processor_type": "MllamaImageProcessor",
+            "max_image_tiles": 4,
+            "size": {"height": 560, "width": 560},
+            **CLIP,
+        },
+        {"whole": ((40, 80), (0, 0, 1120, 560))},
+    ),
+    # Mistral Small 3.1: cells of 28 pixels, of which the last in a row or column may be cut
+    "mistral3": (
+        {
+            "image_processor_type": "PixtralImageProcessorFast",
+            "patch_size": 14,
+            "size": {"longest_edge": 1540},
+            **CLIP,
+        },
+        {"whole": ((18, 23), (0, 0, 640, 480))},
+    ),
+    # Pixtral 12B: patches of 16
+    "pixtral": (
+        {
+            "image_processor_type": "PixtralImageProcessor",
+            "patch_size": {"height": 16, "width": 16},
+            "size": {"longest_edge": 1024},
+            **CLIP,
+        },
+        {"whole": ((30, 40), (0, 0, 640, 480))},
+    ),
 }
-
-
-PROCESSORS = {"smolvlm": {"image_seq_len": 64, "processor_class": "SmolVLMProcessor"}}
+SETTINGS["qwen2_5_vl"] = SETTINGS["qwen2_vl"]
+PROCESSORS = {
+    "smolvlm": {"image_seq_len": 64, "processor_class": "SmolVLMProcessor"},
+    "internvl": {"image_seq_length": 256, "processor_class": "InternVLProcessor"},
+    "llava_onevision": {"num_image_tokens": 729, "processor_class": "LlavaOnevisionProcessor"},
+    "gemma3": {"image_seq_length": 256, "processor_class": "Gemma3Processor"},
+    "mistral3": {"patch_size": 14, "processor_class": "PixtralProcessor", "spatial_merge_size": 2},
+    "pixtral": {"patch_size": 16, "processor_class": "PixtralProcessor"},
+}
+"""`processor_config.json`, where a checkpoint of the family has one."""
+CONFIGS = {
+    "internvl": {"vision_config.image_size": [448, 448], "image_seq_length": 256},
+    "gemma3": {"vision_config.image_size": 896, "mm_tokens_per_image": 256},
+    "paligemma": {"vision_config.image_size": 448},
+    "mllama": {"vision_config.image_size": 560},
+    "pixtral": {"vision_config.image_size": 1024, "vision_config.patch_size": 16},
+}
+"""What the checkpoint's `config.json` says where that of the tiny one says something else."""
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_image_settings_as_checkpoints_have_them(name: str, tmp_path: Path) -> None:
-    """`preprocessor_config.json` in the words of its time; a COCO image of 640 x 480."""
+    """`preprocessor_config.json` in the words of its time; a COCO image of 640 x 480. The weights take no part."""
     settings, expected = SETTINGS[name]
-    saved(name, tmp_path, preprocessor_config=settings)
+    lvlm, config = copy(tiny(name)), deepcopy(tiny(name).model.config)
+    for place, value in CONFIGS.get(name, {}).items():
+        *part, last = place.split(".")
+        setattr(config.vision_config if part else config, last, value)
+    lvlm.processor.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
     for newer in ("processor_config.json", "video_preprocessor_config.json"):
         (tmp_path / newer).unlink(missing_ok=True)
     if name in PROCESSORS:
         (tmp_path / "processor_config.json").write_text(json.dumps(PROCESSORS[name]))
-    lvlm = load_model(str(tmp_path), device="cpu", conv_mode="plain")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    spec = with_family(ModelSpec(str(tmp_path)), family_facts(config))
+    lvlm.processor = loading._load_processor(str(tmp_path), spec, config)
     image = coordinate_image(640, 480)
-    views = lvlm.views_in(lvlm.encode([image], [lvlm.prompt("the dog")]), 0, image)
+    inputs = lvlm.processed([image], [lvlm.prompt("the dog")])
+    views = views_of(ProcessedImage(config, lvlm.processor, inputs, 0, image.size))
     assert {v.name: (v.index.shape, tuple(round(edge) for edge in v.box)) for v in views} == expected
