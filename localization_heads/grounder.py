@@ -167,7 +167,7 @@ class Grounder:
                 found = alone.ground_all(one, image)
             else:
                 found = [alone.ground(one, image) if chosen else ground_maps(one, heads, self.options)]
-            named = {"image_index": index, "image_share": float(share), "chosen": chosen}
+            named: dict[str, Any] = {"image_index": index, "image_share": float(share), "chosen": chosen}
             each.append([replace(one, **named) for one in found])
         others = [found[0] for found in each]
         return [replace(one, each=(*others[:best], one, *others[best + 1 :])) for one in each[best]]

@@ -107,7 +107,7 @@ def _areas(lvlm: LoadedModel, count: int) -> dict[str, int]:
             raise UsageError(
                 f"{said}{name}={shown(value)}, those for images {getattr(ip, name)}: no model has two"
             )
-    size = own.get("size") if isinstance(own.get("size"), dict) else {}
+    size = own["size"] if isinstance(own.get("size"), dict) else {}
     least, most = (own.get(old) or size.get(new) for old, new in _AREAS.items())
     if least is None or most is None:
         cell = (ip.patch_size * ip.merge_size) ** 2

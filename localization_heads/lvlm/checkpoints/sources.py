@@ -66,7 +66,7 @@ def video_settings(source: str) -> dict[str, Any]:
     Raises:
         UsageError: the file is no JSON, or too large for such a file; names it.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name, part in (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", "")):
         path = cached_file(
