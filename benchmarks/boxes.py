@@ -25,7 +25,8 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.compose import preset
 from localization_heads.options.groups import GroundingOptions
-from localization_heads.scenes.scene import HELD_OUT_STYLE, TEST_SEEDS, scene_samples
+from localization_heads.scenes.artwork import HELD_OUT_STYLE
+from localization_heads.scenes.scene import TEST_SEEDS, scene_samples
 from localization_heads.scenes.write import kept_rows
 from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.segmenter import refine

@@ -21,7 +21,8 @@ from localization_heads.evaluation.judging import truth_of
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.labels import best_first, shrunk
-from localization_heads.heads.ranking import HeadRanking, rank_heads
+from localization_heads.heads.ranking import rank_heads
+from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.parts import Shrink

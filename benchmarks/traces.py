@@ -27,7 +27,8 @@ from localization_heads.evaluation.metrics import bootstrap_interval
 from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.model import LVLM
-from localization_heads.scenes.scene import HELD_OUT_STYLE, TEST_SEEDS, Scene, scenes_of
+from localization_heads.scenes.artwork import HELD_OUT_STYLE
+from localization_heads.scenes.scene import TEST_SEEDS, Scene, scenes_of
 
 SCENES = 100
 QUESTION = "what is in this image?"

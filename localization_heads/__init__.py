@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from localization_heads.data.address import Address as Address
     from localization_heads.data.samples import Sample as Sample
     from localization_heads.data.samples import load_samples as load_samples
-    from localization_heads.data.together import Together as Together
+    from localization_heads.data.sources import Together as Together
     from localization_heads.errors import UsageError as UsageError
     from localization_heads.errors import WorkError as WorkError
     from localization_heads.evaluating import evaluate as evaluate
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from localization_heads.grounder import make_segmenter as make_segmenter
     from localization_heads.grounding.ground import Grounding as Grounding
     from localization_heads.heads.head import Head as Head
-    from localization_heads.heads.ranking import HeadRanking as HeadRanking
+    from localization_heads.heads.record import HeadRanking as HeadRanking
     from localization_heads.hub import load_heads as load_heads
     from localization_heads.hub import push_heads as push_heads
     from localization_heads.interop.detections import to_supervision as to_supervision
@@ -54,11 +54,11 @@ _HOMES = {
     "Grounding": "grounding.ground",
     "GroundingOptions": "options.groups",
     "Head": "heads.head",
-    "HeadRanking": "heads.ranking",
+    "HeadRanking": "heads.record",
     "Located": "located",
     "Sample": "data.samples",
     "SegmenterOptions": "options.groups",
-    "Together": "data.together",
+    "Together": "data.sources",
     "UsageError": "errors",
     "WorkError": "errors",
     "evaluate": "evaluating",

@@ -18,7 +18,7 @@ from localization_heads.grounder import (
 )
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.options.compose import choices_of, newcomers_grounding, preset
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions, SegmenterOptions

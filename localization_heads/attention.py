@@ -28,6 +28,17 @@ def misses_image(box: Box, image_size: tuple[int, int]) -> bool:
     return min(x1, image_size[0]) <= max(x0, 0) or min(y1, image_size[1]) <= max(y0, 0)
 
 
+def on_image(box: Box, image_size: tuple[int, int]) -> Box:
+    """The part of a box that lies on its image of `(W, H)` pixels; an empty one where none does.
+
+    >>> on_image((-5.0, 0.0, 1.0, 9.0), (4, 4)), on_image((5.0, 0.0, 6.0, 1.0), (4, 4))
+    ((0.0, 0.0, 1.0, 4.0), (5.0, 0.0, 5.0, 1.0))
+    """
+    (x0, y0, x1, y1), (W, H) = box, image_size
+    x0, y0 = max(x0, 0.0), max(y0, 0.0)
+    return x0, y0, max(min(x1, float(W)), x0), max(min(y1, float(H)), y0)
+
+
 def rescaled(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
     """A box of an image of `(W, H)` pixels in pixels of the same image in another resolution.
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from localization_heads.attention import Box
+from localization_heads.attention import Box, on_image
 from localization_heads.options.groups import Interpolation
 
 SLIVER = 1e-6
@@ -126,15 +126,12 @@ def mass_inside(
     >>> mass_inside(np.array([[3.0, 1.0]]), (0, 0, 4, 2), (4, 2), (1, 0, 4, 2))
     0.625
     """
-    W, H = image_size
     x_edges, y_edges = grid_edges(image_box, mass.shape)
 
     def within(x0: float, y0: float, x1: float, y1: float) -> float:
         return float(interval_shares(y_edges, y0, y1) @ mass @ interval_shares(x_edges, x0, x1))
 
-    total = within(0, 0, W, H)
-    x0, y0, x1, y1 = box
-    inside = within(max(x0, 0), max(y0, 0), min(x1, W), min(y1, H))
+    total, inside = within(0, 0, *image_size), within(*on_image(box, image_size))
     return min(1.0, inside / total) if total > 0 else 0.0
 
 

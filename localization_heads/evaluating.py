@@ -14,11 +14,10 @@ from localization_heads.attention import Box
 from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
 from localization_heads.data.samples import Sample, where
 from localization_heads.errors import ArgumentError, NoHeadError, NotFiniteError
-from localization_heads.evaluation.claims import Claim, claim_of
-from localization_heads.evaluation.instances import instance_metrics
+from localization_heads.evaluation.confidence import Claim, claim_of
 from localization_heads.evaluation.judging import HEADS, Bootstrap, Judge, Scores, overlap_of_all, truth_of
 from localization_heads.evaluation.protocols import Answer, named_protocol, protocol_block
-from localization_heads.evaluation.scores import score_box
+from localization_heads.evaluation.scores import instance_metrics, score_box
 from localization_heads.finding import attended
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding

@@ -20,12 +20,11 @@ from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.labels import LabelRecipe, mass_on_patches, rank_by_labels
-from localization_heads.heads.ranking import HeadRanking, random_draws, rank_heads
-from localization_heads.heads.record import found_with
-from localization_heads.heads.robust import with_movement
+from localization_heads.heads.ranking import random_draws, rank_heads, with_movement
+from localization_heads.heads.ready import found_with
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved, mean_movement
 from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, is_wanted, movement_in, probing
-from localization_heads.lvlm.mirrored import ask_mirrored
 from localization_heads.lvlm.native_box import box_reader
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.parts import HeadsBy, Shrink
@@ -97,7 +96,7 @@ def find_heads(
         number = one.number
         if is_wanted(criteria):
             is_early = one.number < criteria.mirrored
-            mirrored = ask_mirrored(lvlm, one.image, one.sample.expression, one.maps) if is_early else None
+            mirrored = lvlm.attend_mirrored(one.image, one.sample.expression, one.maps) if is_early else None
             movement.append(movement_in(one.maps, mirrored))
         if scorer:
             scores.append(scorer(one))

@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.together import Shown, image_at
+from localization_heads.data.sources import Shown, image_at
 from localization_heads.errors import UsageError, shown
+from localization_heads.grounding.boxes import attended, box_of_cells, looked_again, suppressed
 from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
 from localization_heads.grounding.ground import LEAST_MASS, Grounding, ground_instances, ground_maps
-from localization_heads.grounding.instances import attended, box_of_cells, suppressed
 from localization_heads.grounding.maps import image_shares
-from localization_heads.grounding.zoom import looked_again
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.one_sample import own_heads
-from localization_heads.heads.ready import NONE_READY, ReadyHeads, ready_lists
-from localization_heads.heads.record import FoundWith, HeadRanking
+from localization_heads.heads.ready import NONE_READY, FoundWith, ReadyHeads, ready_lists
+from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
 from localization_heads.options.groups import (
@@ -114,7 +113,7 @@ class Grounder:
         Args:
             image: what the maps are of; without it the mask is that of the maps.
             statistics: of the maps, where they are known already.
-            second: the box of a second look, in pixels of the image (`grounding.zoom`).
+            second: the box of a second look, in pixels of the image (`grounding.boxes`).
         """
         if maps.images:
             return self._ground_together(maps, image, statistics)[0]

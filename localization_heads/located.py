@@ -15,7 +15,7 @@ from PIL import Image
 
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
-from localization_heads.data.together import Shown, each_image, image_at
+from localization_heads.data.sources import Shown, each_image, image_at
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.interop import coco, detections

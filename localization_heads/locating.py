@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.any_image import as_sources
 from localization_heads.data.images import ImageSource
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import Sample
-from localization_heads.data.together import Shown, Together, image_at, load_shown
+from localization_heads.data.sources import Shown, Together, as_sources, image_at, load_shown
 from localization_heads.errors import ArgumentError, check_choice, shown
 from localization_heads.finding import AT_ONCE
 from localization_heads.grounder import Grounder
+from localization_heads.grounding.boxes import crop_around, mapped_back
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import LEAST_OF_PLACES, ground_maps
-from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
 from localization_heads.options.groups import CriteriaOptions
@@ -28,7 +27,7 @@ from localization_heads.options.parts import PLACES, ImageBoxes, InstancesBy
 from localization_heads.segmentation.segmenter import GRABCUT, Proposer
 
 if TYPE_CHECKING:
-    from localization_heads.data.any_image import AnyImage
+    from localization_heads.data.sources import AnyImage
     from localization_heads.lvlm.model import LVLM
 
     OneImage = AnyImage | Together
@@ -84,7 +83,7 @@ def ground(
 
     Args:
         image: a path, an http(s) address (an `Address` may allow private ones), a PIL image, an array, a tensor, bytes
-            or an open file (`data.any_image`); several that one prompt shows, `Together([a, b])`; or a list of these,
+            or an open file (`data.sources`); several that one prompt shows, `Together([a, b])`; or a list of these,
             each of which is asked about by itself.
         expression: a text; a list of texts, for one image or one for each; or several in one text, as in "the dog; the
             cat". Then the result is a list, in the same order (which type checkers cannot see coming of a ";").
@@ -97,7 +96,7 @@ def ground(
         segmenter: what makes the mask: GrabCut by default, None for the map's own pseudo-mask; a preset such as "sam2"
             is loaded at each call, one of `make_segmenter` only once.
         k: how many heads.
-        zoom: ask again about a crop around the box, and average both boxes where they agree (`grounding.zoom`).
+        zoom: ask again about a crop around the box, and average both boxes where they agree (`grounding.boxes`).
         image_boxes: of images together, a box in the one that draws most of the heads' attention, or in each.
         calibration: what makes the confidence a probability: a `calibration.json` of stage=calibrate; None leaves the
             raw signal.

@@ -12,7 +12,7 @@ from front import Front, draw_image, one_line, write_lines
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.answers import Region, expected_answers
+from localization_heads.data.lines import Region, expected_answers
 from localization_heads.evaluation.controls import mean_map
 from localization_heads.experiments.ablation import conditions, curves, finding
 from localization_heads.heads.head import Head
@@ -20,8 +20,8 @@ from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import ask_for_box
 from localization_heads.options.surroundings import ScenesOptions
-from localization_heads.scenes.pairs import two_objects
-from localization_heads.scenes.questions import questions
+from localization_heads.scenes.expressions import questions
+from localization_heads.scenes.write import two_objects
 from localization_heads.stages import ablate
 
 LISTED = [Head(2, 0), Head(3, 1), Head(2, 3), Head(3, 0)]

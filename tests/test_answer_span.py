@@ -18,11 +18,10 @@ from test_tracing import steps_without_cache
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
-from localization_heads.lvlm.answers.words import Spelled, group_tokens
+from localization_heads.lvlm.answers.trace import Spelled, group_tokens
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import box_prompt
 from localization_heads.lvlm.sharing import apart
 from localization_heads.options.groups import ModelSpec
 
@@ -96,7 +95,7 @@ def test_the_numbers_of_a_box(endless: Any, monkeypatch: pytest.MonkeyPatch) -> 
     lvlm, image = spanned(plain, "box", 4), coordinate_image(190, 110)
     lvlm.spec = ModelSpec("tiny", native_box="qwen3")
     assert lvlm.box_form is FORMATS["qwen3"]
-    assert lvlm.prompt("dog") == box_prompt(lvlm, FORMATS["qwen3"], "dog")
+    assert lvlm.prompt("dog") == lvlm.box_prompt(FORMATS["qwen3"], "dog")
     assert plain.prompt("dog") != lvlm.prompt("dog")
     found = lvlm.attend(image, "dog")
     rows, tokens = steps_without_cache(lvlm, lvlm.seen(image), "dog", 3)

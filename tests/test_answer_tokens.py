@@ -20,6 +20,7 @@ from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.forward.capture import Query, Recorder
+from localization_heads.lvlm.loaded import Answered
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import apart
 
@@ -117,7 +118,7 @@ def on_image(lvlm: LVLM, image: Image.Image, expression: str, row: Tensor) -> np
     inputs = lvlm.encode([image], [lvlm.prompt(expression)])
     full = torch.zeros(lvlm.num_layers, *row.shape[1:])
     full[sorted(lvlm.attention_modules)] = row
-    return lvlm.maps(full, lvlm.views_of_each(inputs, 0, image), image, expression, "").attention
+    return lvlm.maps(Answered(full), lvlm.views_of_each(inputs, 0, image), image, expression, "").attention
 
 
 def asked(name: str, query_token: str, tokens: int = 4) -> LVLM:

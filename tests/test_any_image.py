@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from localization_heads.data.address import Address, ImageError
-from localization_heads.data.any_image import as_source
 from localization_heads.data.images import load_image
+from localization_heads.data.sources import as_source
 
 PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
 
@@ -106,9 +106,9 @@ def test_what_is_no_image_is_refused_in_one_line(name: str) -> None:
 
 
 def test_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from localization_heads.data import any_image, images
+    from localization_heads.data import images, sources
 
-    for module in (any_image, images):
+    for module in (sources, images):
         monkeypatch.setattr(module, "MAX_BYTES", 100)
     for value in (b"x" * 101, BytesIO(b"x" * 500), "data:," + "x" * 201):
         with pytest.raises(ImageError, match="larger than the limit"):

@@ -24,14 +24,14 @@ from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.grounding.maps import added
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import difference
+from localization_heads.heads.ready import difference
 from localization_heads.lvlm.answers.answering import spellings
 from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, presence_sides
 from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, other_expressions
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.text.paraphrases import mean_of_shapes, worded, wordings
+from localization_heads.lvlm.text.prompts import mean_of_shapes, worded, wordings
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.entries import Entries

@@ -12,8 +12,7 @@ from localization_heads import figures
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.calibrating import Labelled, calibrate, calibrate_again
-from localization_heads.evaluation.claims import Claim, confidence_metrics, is_right
-from localization_heads.evaluation.text_only import presence_from_text
+from localization_heads.evaluation.confidence import Claim, confidence_metrics, is_right, presence_from_text
 from localization_heads.grounding.confidence import Calibration, Logistic
 
 RECIPE = {"model": "m", "heads": [[0, 0]]}

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localization_heads.attention import AttentionMaps
+from localization_heads.cells import agreement
 from localization_heads.errors import UsageError
 from localization_heads.grounding.confidence import (
     ASKED,
     Calibration,
     Logistic,
-    agreement,
     entropy,
     judged,
     own_boxes,

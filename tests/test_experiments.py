@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import mask_shares
+from localization_heads.cells import mask_shares, visible_edges
 from localization_heads.evaluation.head_iou import head_hits, map_ious
 from localization_heads.evaluation.metrics import spearman
 from localization_heads.evaluation.scores import Score, Truth
@@ -23,7 +23,7 @@ from localization_heads.experiments.selection import ELBOWS
 from localization_heads.experiments.study import Study, StudyOptions, highest
 from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.experiments.validation import Recipe, Scored, contrast, random_sets, score
-from localization_heads.grounding.ground import ground_maps, visible_edges
+from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.experiments import ExperimentOptions

@@ -29,7 +29,8 @@ from localization_heads.figures.style import VERMILLION, drawable, font_families
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics, keep_heads, spatial_entropy
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
+from localization_heads.heads.ranking import rank_heads
+from localization_heads.heads.record import HeadRanking, RankedHead
 
 pytestmark = pytest.mark.filterwarnings("error")
 

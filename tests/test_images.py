@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from localization_heads.data import download as downloading
 from localization_heads.data import images
-from localization_heads.data.address import Address, is_partial, without_secrets
-from localization_heads.data.download import DownloadError, download, is_public
-from localization_heads.data.images import ImageError, image_files, image_size, load_image, quiet_decoders
+from localization_heads.data import network as downloading
+from localization_heads.data.address import Address, ImageError, is_partial, without_secrets
+from localization_heads.data.images import image_files, image_size, load_image, quiet_decoders
+from localization_heads.data.network import DownloadError, download, is_public
 from localization_heads.errors import UsageError, WorkError
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import box_iou, label_components, spread
-from localization_heads.evaluation.instances import f1, num_matched
+from localization_heads.evaluation.scores import f1, num_matched
+from localization_heads.grounding.boxes import attended, suppressed
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.grounding.instances import attended, suppressed
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 

@@ -31,11 +31,11 @@ from localization_heads.heads.labels import (
     rank_by_labels,
     shrunk,
 )
-from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.checkpoints import loading
-from localization_heads.lvlm.native_box import box_prompt, box_reader
+from localization_heads.lvlm.native_box import box_reader
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import labels as stage
 
@@ -223,7 +223,7 @@ def test_the_reader_asks_for_a_box_and_reads_its_numbers(
     monkeypatch.setattr(lvlm.model.generation_config, "eos_token_id", None)
     reader = box_reader(lvlm)
     assert (lvlm.query_token, lvlm.answer_span) == ("last", None)
-    assert reader.prompt("the car") == box_prompt(lvlm, FORMATS["paligemma"], "the car")
+    assert reader.prompt("the car") == lvlm.box_prompt(FORMATS["paligemma"], "the car")
     assert (reader.asked["conv_mode"], reader.asked["query_token"]) == ("native_box", "answer_span")
 
     def read(*places: int) -> NDArray[np.float32]:

@@ -14,17 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.answers.box_formats import FORMATS, read_box
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.spec import known_specs
 from localization_heads.lvlm.families.table import FAMILIES, REFUSED
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import (
-    FORMATS,
-    ask_for_box,
-    box_prompt,
-    read_box,
-    wanted_format,
-)
+from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 
 WIDE = (640, 480)
 
@@ -145,15 +140,15 @@ def test_a_model_without_a_format_says_how_to_name_one() -> None:
 
 def test_each_form_asks_in_its_own_words() -> None:
     lvlm = load_model(device="cpu")
-    prompt = box_prompt(lvlm, FORMATS["llava"], "the {dog} on\nthe left")
+    prompt = lvlm.box_prompt(FORMATS["llava"], "the {dog} on\nthe left")
     assert "region this sentence describes: the {dog} on the left" in prompt
     assert prompt == lvlm.chat_prompt(FORMATS["llava"].question("the {dog} on the left"))
-    plain = box_prompt(lvlm, FORMATS["paligemma"], "the dog")
+    plain = lvlm.box_prompt(FORMATS["paligemma"], "the dog")
     assert plain == f"{lvlm.image_text}detect the dog"
     with pytest.raises(UsageError, match="control token"):
-        box_prompt(lvlm, FORMATS["llava"], "the </s> dog")
+        lvlm.box_prompt(FORMATS["llava"], "the </s> dog")
     with pytest.raises(UsageError, match="no chat template"):
-        box_prompt(tiny("qwen2_5_vl"), FORMATS["qwen2_5"], "the dog")
+        tiny("qwen2_5_vl").box_prompt(FORMATS["qwen2_5"], "the dog")
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, lvlm: LVLM, text: str) -> list[list[int]]:

@@ -13,8 +13,7 @@ from tiny_models import save_llava
 
 import localization_heads as lh
 from localization_heads.data.address import Address
-from localization_heads.data.download import DownloadError, download
-from localization_heads.data.network import client_trouble
+from localization_heads.data.network import DownloadError, client_trouble, download
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.checkpoints import sources
 from localization_heads.lvlm.checkpoints.loading import load_model

@@ -16,7 +16,7 @@ from localization_heads.apps.finder_stages import STAGES as FINDER_STAGES
 from localization_heads.apps.frontdoor import quote_free_text
 from localization_heads.errors import UsageError
 from localization_heads.experiments.paper import REASON_SPLITS, SPLITS
-from localization_heads.lvlm.native_box import FORMATS
+from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.options import experiments, groups, programs
 from localization_heads.options.compose import PROGRAMS, choices_of, composed, help_text, option_names
 from localization_heads.options.experiments import EXPERIMENTS

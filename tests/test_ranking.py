@@ -15,8 +15,9 @@ from localization_heads.heads import ranking as ranking_module
 from localization_heads.heads.criteria import elbow, elbow_index
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import sample_heads, select_heads
-from localization_heads.heads.ranking import HeadRanking, RankedHead, random_draws, rank_heads
-from localization_heads.heads.record import difference, preset_of
+from localization_heads.heads.ranking import random_draws, rank_heads
+from localization_heads.heads.ready import difference, preset_of
+from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.options.groups import CriteriaOptions
 
 INF = math.inf

@@ -30,9 +30,10 @@ from localization_heads.data.masks import encode_mask
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.head_iou import box_ious, mean_ious
 from localization_heads.evaluation.metrics import spearman
-from localization_heads.grounding.ground import fill_polygon, ground_maps
+from localization_heads.grounding.ground import ground_maps
+from localization_heads.grounding.shapes import fill_polygon
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import RankedHead
+from localization_heads.heads.record import RankedHead
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import GroundingOptions

@@ -17,9 +17,8 @@ from PIL import Image
 
 from localization_heads.data.address import Address
 from localization_heads.data.box_scale import LOOKED_AT, TrueBox, check_scale, find_wrong_scale, true_boxes
-from localization_heads.data.boxes import check_box
 from localization_heads.data.images import load_image
-from localization_heads.data.lines import MAX_LINE_BYTES
+from localization_heads.data.lines import MAX_LINE_BYTES, check_box
 from localization_heads.data.samples import Sample, decode_mask, load_samples, load_visualization_entries
 from localization_heads.errors import BadLineError, UsageError
 

@@ -16,18 +16,15 @@ from localization_heads.cells import tight_box
 from localization_heads.data.masks import read_mask
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes import artwork, write
-from localization_heads.scenes.expressions import RELATIONS, Phrase, Thing, meant_by
+from localization_heads.scenes.artwork import HELD_OUT_STYLE, NAMES, STYLES
+from localization_heads.scenes.expressions import RELATIONS, Phrase, Thing, absent, meant_by, plural
 from localization_heads.scenes.scene import (
-    HELD_OUT_STYLE,
-    NAMES,
-    STYLES,
     TEST_SEEDS,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
     render_scene,
     scene_samples,
 )
-from localization_heads.scenes.targets import absent, plural
 
 SEEDS = range(60)
 FEATURES = {name: feature for name, (_, feature) in artwork.VOCABULARY.items()}

@@ -28,9 +28,14 @@ from localization_heads.experiments.tables import criteria_recipes
 from localization_heads.figures import plot_sensitivity
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.one_sample import greedy_heads
-from localization_heads.heads.ranking import HeadRanking, RankedHead, rank_heads
-from localization_heads.heads.record import resting
-from localization_heads.heads.robust import disagreement, papers_first, robust_first, with_movement
+from localization_heads.heads.ranking import (
+    disagreement,
+    papers_first,
+    rank_heads,
+    robust_first,
+    with_movement,
+)
+from localization_heads.heads.record import HeadRanking, RankedHead, resting
 from localization_heads.heads.sensitivity import (
     Moved,
     Movement,
@@ -41,7 +46,7 @@ from localization_heads.heads.sensitivity import (
     probes,
     swapped,
 )
-from localization_heads.lvlm.mirrored import covers_mirrored
+from localization_heads.lvlm.beside import covers_mirrored
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.report.content import HeadFacts
@@ -459,7 +464,7 @@ def test_doctor_says_which_heads_follow_on_its_image(data: Front, monkeypatch: p
     asked = ("stage=doctor", "image_file=image_0.png", "query=the dog", "doctor.check=false")
     assert "they follow" not in data.finder(*asked).out
     monkeypatch.setattr(
-        "localization_heads.heads.robust.papers_first", lambda ranking, k: [ranking.kept[-1].address]
+        "localization_heads.heads.ranking.papers_first", lambda ranking, k: [ranking.kept[-1].address]
     )
     result = data.finder(*asked, "criteria=robust")
     assert result.status == 0, result.err

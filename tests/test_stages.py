@@ -31,8 +31,8 @@ from PIL import Image, ImageFile
 from tiny_models import save_llava, save_overflowing
 
 import localization_heads as lh
-from localization_heads.data import download as downloading
 from localization_heads.data import images
+from localization_heads.data import network as downloading
 from localization_heads.data.address import Address
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.errors import NotFiniteError

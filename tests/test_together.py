@@ -28,9 +28,9 @@ from test_spreading import by_one_worker
 
 import localization_heads as lh
 from localization_heads.attention import AttentionMaps, of_images
-from localization_heads.data import together
+from localization_heads.data import sources
 from localization_heads.data.samples import load_samples
-from localization_heads.data.together import Opened, load_shown
+from localization_heads.data.sources import Opened, load_shown
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.head import Head
@@ -38,7 +38,7 @@ from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.beside import Beside
 from localization_heads.lvlm.checks.doctor import eager
-from localization_heads.lvlm.checks.footprints import footprint_errors_together, image_features
+from localization_heads.lvlm.checks.footprints import coordinate_image, image_features, view_errors
 from localization_heads.lvlm.families.geometry import Layout, View, parted
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
 from localization_heads.lvlm.model import LVLM
@@ -113,8 +113,13 @@ def test_each_token_shows_its_own_image(name: str, few: Callable[[str], LVLM]) -
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
 def test_footprints_of_two_images_lie_in_their_cells(name: str) -> None:
     """Traced from the pixels of each image, of another size than its neighbour's."""
-    for each in footprint_errors_together(tiny(name), TRACED):
-        for view, errors in each.items():
+    lvlm = tiny(name)
+    for place, size in enumerate(TRACED):
+        others = [Image.new("RGB", one) for one in TRACED]
+        both = Opened([*others[:place], coordinate_image(*size), *others[place + 1 :]])
+        inputs = lvlm.encode([both], [lvlm.showing(len(TRACED)).prompt("it")])
+        views = lvlm.views_of_each(inputs, 0, both)[place]
+        for view, errors in view_errors(lvlm, size, views, both).items():
             assert len(errors) >= 3, view
             assert np.abs(errors).max() < 0.25, view
 
@@ -270,7 +275,7 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
 
 
 def test_the_images_of_a_prompt_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "MOST_PIXELS", 100)
+    monkeypatch.setattr(sources, "MOST_PIXELS", 100)
     images = [Image.new("RGB", (5, 10))] * 3
     assert len(load_shown(lh.Together(images[:2]))) == 2
     with pytest.raises(lh.UsageError, match="with those before it, over the limit of 0"):

@@ -21,8 +21,7 @@ from test_report import Page
 
 from localization_heads import figures
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.lvlm.answers.words import Spelled
+from localization_heads.lvlm.answers.trace import Spelled, Trace
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import embedded

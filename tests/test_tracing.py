@@ -24,8 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import tracing
-from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.lvlm.answers.words import Spelled, Word, span_tokens, spelled, words_of
+from localization_heads.lvlm.answers.trace import Spelled, Trace, Word, span_tokens, spelled, words_of
 from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from localization_heads.heads.ranking import HeadRanking, RankedHead
+from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.scenes import artwork
-from localization_heads.scenes.scene import NAMES, render_scene
+from localization_heads.scenes.artwork import NAMES
+from localization_heads.scenes.scene import render_scene
 from training import card
 from training.ablation import shrink, spread_cells
 from training.batches import BatchMaker

@@ -19,7 +19,7 @@ from localization_heads.cells import box_iou
 from localization_heads.data import video as videos
 from localization_heads.data.address import ImageError
 from localization_heads.data.video import Frame, frames, open_video, write_video
-from localization_heads.grounding.tracks import smoothed
+from localization_heads.grounding.boxes import smoothed
 from localization_heads.heads.head import Head
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.scene import TEST_SEEDS, moving_scene, render_scene

@@ -15,7 +15,7 @@ from small_maps import block, grounded
 
 import localization_heads as lh
 from localization_heads.data.masks import read_mask
-from localization_heads.grounding.zoom import (
+from localization_heads.grounding.boxes import (
     averaged,
     crop_around,
     looked_again,

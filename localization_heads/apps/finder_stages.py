@@ -12,7 +12,7 @@ from rich.table import Table
 from localization_heads.apps import heads, scores, tables
 from localization_heads.datasets import prepare
 from localization_heads.errors import BadEntry, NothingDoneError, printable
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import HeadRanking
 from localization_heads.options.compose import preset_name
 from localization_heads.scenes import write
 from localization_heads.stages import (

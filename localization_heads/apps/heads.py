@@ -11,9 +11,8 @@ from rich.table import Table
 
 from localization_heads.apps.tables import cell, new_table
 from localization_heads.errors import printable
-from localization_heads.heads.ranking import HeadRanking
 from localization_heads.heads.ready import overlap, ready_list
-from localization_heads.heads.record import resting
+from localization_heads.heads.record import HeadRanking, resting
 from localization_heads.stages.labels import Labelled
 from localization_heads.stages.outcome import heads_of_boxes
 from localization_heads.stages.run import Run

@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, _imaging
 
 from localization_heads.data.address import Address, ImageError, is_address
-from localization_heads.data.download import MAX_BYTES, download
 from localization_heads.data.image_headers import orientation, scan_problem, tag_problem, upright_size
+from localization_heads.data.network import MAX_BYTES, download
 from localization_heads.errors import UsageError, one_line
 from localization_heads.store import files
 from localization_heads.store.paths import local_path

@@ -38,15 +38,11 @@ def noun_phrases(doc: Doc) -> list[str]:
     for chunk in doc.noun_chunks:
         if chunk.root.pos_ == "PRON":
             continue
-        if spans and _is_place(chunk) and _only_prepositions(doc[spans[-1][1] : chunk.start]):
+        if spans and chunk.root.lower_ in PLACES and _only_prepositions(doc[spans[-1][1] : chunk.start]):
             spans[-1] = spans[-1][0], chunk.end
         else:
             spans.append((chunk.start, chunk.end))
     return [doc[start:end].text for start, end in spans]
-
-
-def _is_place(chunk: Span) -> bool:
-    return chunk.root.lower_ in PLACES
 
 
 def _only_prepositions(between: Span) -> bool:

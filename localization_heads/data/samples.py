@@ -17,11 +17,8 @@ from numpy.typing import NDArray
 
 from localization_heads.attention import Box, misses_image
 from localization_heads.data.address import Address, ImageError, is_address, without_secrets
-from localization_heads.data.any_image import as_sources
-from localization_heads.data.boxes import check_box
-from localization_heads.data.facts import Fact, facts_of
 from localization_heads.data.images import ImageSource, find_file
-from localization_heads.data.lines import read_objects
+from localization_heads.data.lines import Fact, check_box, facts_of, read_objects
 from localization_heads.data.masks import (
     MAX_MASKS,
     MaskError,
@@ -31,7 +28,7 @@ from localization_heads.data.masks import (
     run_size,
     union_of,
 )
-from localization_heads.data.together import Together, key_of, name_of
+from localization_heads.data.sources import Together, as_sources, key_of, name_of
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
 
@@ -44,7 +41,7 @@ class Sample:
     """An image, an expression that refers to something in it, and the true box or mask where known.
 
     Args:
-        image: an image as `data.any_image` takes it: a path, an http(s) address (which becomes an `Address`), a PIL
+        image: an image as `data.sources` takes it: a path, an http(s) address (which becomes an `Address`), a PIL
             image, an array, a tensor, bytes, an open file; or several that one prompt shows (`Together`).
         bbox: xyxy in pixels of the image: a tuple, list, array or tensor of four numbers, which becomes a tuple.
         mask: run lengths, polygons, the path of a PNG or a bool array; `decode_mask` makes it pixels. Of several

@@ -8,15 +8,22 @@ set's own reader does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from localization_heads.attention import Box
-from localization_heads.data.boxes import check_box
-from localization_heads.datasets.files import image_folders, named_image
-from localization_heads.datasets.reference import BadText, Entry, Record, Source, entry_or_bad
+from localization_heads.data.lines import check_box
+from localization_heads.datasets.reference import (
+    BadText,
+    Entry,
+    HeldSource,
+    Record,
+    entry_or_bad,
+    image_folders,
+    named_image,
+)
 from localization_heads.errors import BadLineError, UsageError, one_line
 
 SPLITS = ("train", "val", "test")
@@ -38,7 +45,7 @@ class Phrase(NamedTuple):
     error: str = ""
 
 
-class Flickr30kEntities(Source):
+class Flickr30kEntities(HeldSource):
     kind = "Sentences and Annotations"
     protocol = "flickr30k"
 
@@ -46,18 +53,14 @@ class Flickr30kEntities(Source):
         super().__init__(list(lists.values()))
         self.root, self.lists = root, dict(lists)
         self.folders = image_folders(images, root, "flickr30k-images", "flickr30k_images", "images")
-        self._rows: list[Phrase] = []
 
     def name(self, row: int) -> str:
-        return self._rows[row].image if row < len(self._rows) else ""
+        return str(self.held[row].image)
 
-    def rows(self) -> Iterator[Phrase]:
-        self._rows = []
+    def load(self) -> Iterator[Phrase]:
         for split, path in self.lists.items():
             for image in _text(path, MAX_LIST).split():
-                for phrase in self._phrases(split, image[:100]):
-                    self._rows.append(phrase)
-                    yield phrase
+                yield from self._phrases(split, image[:100])
 
     def _phrases(self, split: str, image: str) -> list[Phrase]:
         """Those with a box; one with the reason where the image's files cannot be read."""
@@ -83,14 +86,9 @@ class Flickr30kEntities(Source):
         id = f"{values.image}_phrase{values.number}"
         return [entry_or_bad(id, values.split, f"flickr30k:{values.image}", values.text, row)]
 
-    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, Phrase]]:
-        return ((row, self._rows[row]) for row in rows)
-
     def record(self, row: int, found: Phrase) -> Record:
-        boxes = tuple(
-            check_box(box)
-            for box in read_boxes(self.root / "Annotations" / f"{found.image}.xml")[found.chain]
-        )
+        known = read_boxes(self.root / "Annotations" / f"{found.image}.xml")
+        boxes = tuple(map(check_box, known[found.chain]))
         file = named_image(self.folders, f"{found.image}.jpg")
         more: dict[str, Any] = {"phrase_type": found.types.split("/")[0], "chain": found.chain}
         if len(boxes) == 1:

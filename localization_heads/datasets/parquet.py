@@ -40,14 +40,7 @@ _LAST_FIELD = 0x7FFF
 
 
 BATCH = 16
-_SPLITS = {
-    "validation": "val",
-    "val": "val",
-    "train": "train",
-    "testA": "testA",
-    "testB": "testB",
-    "test": "test",
-}
+_SPLITS = {"validation": "val", **{name: name for name in ("val", "train", "testA", "testB", "test")}}
 
 
 @contextmanager

@@ -2,6 +2,11 @@
 
 Each line is an expression: `id`, `prompt`, `image_path`, `bbox`, `mask`, `ignore` where there is any, and `picture`,
 the image's name in all data sets. A `.json` file of the same name records the sources, the draw and the counts.
+
+Which expressions of an object are asked, and how: each alone, one of them, or all of them in one prompt. lmms-eval has
+both kinds of tasks for RefCOCO: `refcoco_bbox_rec` asks each expression by itself; `refcoco_grounding` (pull request
+1373 of EvolvingLMMs-Lab/lmms-eval) puts all of an object into one prompt, each in quotes, with commas between. Numbers
+of one kind do not compare with those of the other.
 """
 
 from __future__ import annotations
@@ -23,10 +28,9 @@ from localization_heads.data.images import decode_image, image_size
 from localization_heads.data.masks import encode_source
 from localization_heads.datasets.leakage import prepared_images, prepared_sets
 from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_box_inside
-from localization_heads.datasets.sentences import asked, part_of_name
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
-from localization_heads.options.parts import REFCOCO
+from localization_heads.options.parts import REFCOCO, Protocol, Sentence
 from localization_heads.options.programs import FinderOptions
 from localization_heads.store.files import RunLock, atomic_write, write_bytes, write_json
 
@@ -303,3 +307,47 @@ def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
+
+
+def chosen_sentences(entries: Sequence[Entry], sentence: Sentence) -> list[Entry]:
+    """All entries, or of each row the first or the longest one. Of equally long ones the first.
+
+    Args:
+        entries: in the order of the source, those of a row side by side.
+
+    >>> rows = [Entry("a", "val", "p", "cat", 0), Entry("b", "val", "p", "black cat", 0)]
+    >>> [entry.id for entry in chosen_sentences(rows, "longest")]
+    ['b']
+    """
+    if sentence == "all":
+        return list(entries)
+    rows = [list(row) for _, row in groupby(entries, key=lambda entry: entry.row)]
+    if sentence == "first":
+        return [row[0] for row in rows]
+    return [max(row, key=lambda entry: len(entry.text)) for row in rows]
+
+
+def joined_sentences(entries: Sequence[Entry]) -> list[Entry]:
+    """One entry for each row, which asks all its expressions at once.
+
+    >>> rows = [Entry("ref1_sent1", "val", "p", "cat", 0), Entry("ref1_sent2", "val", "p", "black cat", 0)]
+    >>> joined_sentences(rows)[0]
+    Entry(id='ref1_joined', split='val', picture='p', text='"cat", "black cat"', row=0)
+    """
+    joined = []
+    for _, row in groupby(entries, key=lambda entry: entry.row):
+        first, *others = row
+        text = ", ".join(f'"{entry.text}"' for entry in (first, *others))
+        joined.append(first._replace(id=f"{first.id.rpartition('_')[0]}_joined", text=text))
+    return joined
+
+
+def asked(entries: Sequence[Entry], protocol: Protocol, sentence: Sentence) -> list[Entry]:
+    """The entries as the options have them asked."""
+    chosen = chosen_sentences(entries, sentence)
+    return joined_sentences(chosen) if protocol == "lmms" else chosen
+
+
+def part_of_name(protocol: Protocol, sentence: Sentence) -> str:
+    """What the name of the prepared file says of it: nothing where each expression is asked by itself."""
+    return "joined" if protocol == "lmms" else "" if sentence == "all" else sentence

@@ -15,7 +15,7 @@ Pixels that LISA ignores are not marked there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,9 @@ from localization_heads.datasets.parquet import ParquetSource, image_cell, num_v
 from localization_heads.datasets.reference import (
     BadText,
     Entry,
+    HeldSource,
     Index,
     Record,
-    Source,
     declared_size,
     entry_or_bad,
 )
@@ -50,7 +50,7 @@ MAX_WORK = 1 << 29
 """Steps that painting the shapes of an image may take: ten that fill one of fifty megapixels."""
 
 
-class LisaFolders(Source):
+class LisaFolders(HeldSource):
     """`train`, `val` and `test` below a folder, or a folder of one of these names."""
 
     kind = "LISA's folders"
@@ -64,7 +64,7 @@ class LisaFolders(Source):
     def name(self, row: int) -> str:
         return self.files[row].stem[:60]
 
-    def rows(self) -> list[Path]:
+    def load(self) -> list[Path]:
         return self.files
 
     def row_split(self, file: Path) -> str:
@@ -85,9 +85,6 @@ class LisaFolders(Source):
             entry_or_bad(f"{stem}_sent{n}", split, f"reasonseg:{stem}", text, row)
             for n, text in enumerate(asked)
         ]
-
-    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, Path]]:
-        return ((row, self.files[row]) for row in rows)
 
     def record(self, row: int, file: Path) -> Record:
         annotation = _read(file)

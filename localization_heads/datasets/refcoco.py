@@ -1,6 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: the REFER pickles, and the parquet of jxu124 and of lmms-lab.
+"""RefCOCO, RefCOCO+ and RefCOCOg: the REFER pickles, and the parquet of jxu124 and of lmms-lab; and gRefCOCO.
 
-The pickles (`refs(unc).p` with `instances.json`) are the original form.
+The pickles (`refs(unc).p` with `instances.json`) are the original form. gRefCOCO is `grefs(unc).json` with COCO's
+`instances.json` beside it, and the images of COCO's train2014: as RefCOCO's references, but `ann_id` is a number or a
+list, and a reference to nothing has `[-1]` and `no_target`.
 """
 
 from __future__ import annotations
@@ -9,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.data.boxes import check_box
-from localization_heads.data.masks import MaskSource
+from localization_heads.data.lines import check_box
+from localization_heads.data.masks import MaskSource, union_of
 from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
 from localization_heads.datasets.reference import (
     BadText,
     Entry,
+    HeldSource,
     Record,
-    Source,
     box_from_xywh,
     check_box_inside,
     coco_image,
@@ -24,6 +26,7 @@ from localization_heads.datasets.reference import (
     declared_size,
     entry_or_bad,
     is_number,
+    read_list,
 )
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.store.files import parse_json, read_json
@@ -55,30 +58,36 @@ def find_coco_image(folder: Path, image: str) -> Path:
     return next((place for place in places if place.is_file()), places[0])
 
 
-class ReferPickles(Source):
+class References(HeldSource):
+    """References to objects of COCO's images, with `instances.json` beside their file, and the folder of the images."""
+
+    def __init__(self, refs: Path, images: Path) -> None:
+        super().__init__([refs, refs.with_name("instances.json")])
+        self.images = images
+
+    def row_split(self, ref: object) -> str | None:
+        split = ref.get("split") if isinstance(ref, dict) else None
+        return split if split in SPLITS else None
+
+
+class ReferPickles(References):
     """One partition (unc, umd or google) of a data set, with its annotations and the folder of its images."""
 
     def __init__(self, refs: Path, images: Path, *, standard: str) -> None:
-        super().__init__([refs, refs.with_name("instances.json")])
+        super().__init__(refs, images)
         partition = refs.name.removeprefix("refs(").removesuffix(").p")
-        self.images = images
         self.kind = f"{refs.name} with instances.json"
         self.variant = "" if partition == standard else partition
         if self.variant:
             self.notes.append(f"{refs.name} is not the partition that papers report (refs({standard}).p)")
         if partition == "google":
             self.notes.append("the google partition splits objects, not images: val shows images of train")
-        self._refs: list[Any] = []
 
-    def rows(self) -> list[Any]:
-        self._refs = load_pickle(self.files[0], LIMITS)
-        if not isinstance(self._refs, list):
+    def load(self) -> list[Any]:
+        refs = load_pickle(self.files[0], LIMITS)
+        if not isinstance(refs, list):
             raise UsageError(f"{self.files[0]}: it must hold a list of references")
-        return self._refs
-
-    def row_split(self, ref: object) -> str | None:
-        split = ref.get("split") if isinstance(ref, dict) else None
-        return split if split in SPLITS else None
+        return refs
 
     def entries(self, row: int, ref: object) -> list[Entry | BadText]:
         if not isinstance(ref, dict):
@@ -89,7 +98,7 @@ class ReferPickles(Source):
 
     def read(self, rows: Sequence[int]) -> Iterator[tuple[int, tuple[Any, Any]]]:
         """The annotation of each row, and the entry of its image; None for one that is not there."""
-        refs = [self._refs[row] for row in rows]
+        refs = [self.held[row] for row in rows]
         wanted = {ref["ann_id"] for ref in refs if is_number(ref.get("ann_id"))}
         images, annotations = read_instances(self.files[1], wanted)
         for row, ref in zip(rows, refs, strict=True):
@@ -97,7 +106,7 @@ class ReferPickles(Source):
             yield row, (annotation, images.get(ref["image_id"]))
 
     def record(self, row: int, found: tuple[Any, Any]) -> Record:
-        ref, (annotation, image) = self._refs[row], found
+        ref, (annotation, image) = self.held[row], found
         if annotation is None or image is None:
             missing = "annotation" if annotation is None else "image"
             raise BadLineError(f"instances.json has no such {missing} ({ref.get('ann_id')!r})"[:120])
@@ -250,3 +259,63 @@ class LmmsParquet(ParquetSource):
             mask=[polygon] if isinstance(polygon, list) and polygon else None,
             more={"file_name": cells["file_name"]},
         )
+
+
+MOST_TARGETS = 1000
+
+
+class GRefCoco(References):
+    kind = "grefs(unc).json with instances.json"
+    protocol = "grefcoco"
+
+    def load(self) -> list[Any]:
+        return read_list(self.files[0])
+
+    def entries(self, row: int, ref: object) -> list[Entry | BadText]:
+        if not isinstance(ref, dict) or ref.get("split") not in SPLITS:
+            raise BadLineError("a reference is not an object with a known split")
+        targets_of(ref)
+        return reference_entries(row, ref["split"], ref)
+
+    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, tuple[list[Any], Any]]]:
+        """The annotations of each row's targets, None for one that is not there, and the entry of its image."""
+        refs = [self.held[row] for row in rows]
+        images, annotations = read_instances(self.files[1], {id for ref in refs for id in targets_of(ref)})
+        for row, ref in zip(rows, refs, strict=True):
+            yield row, ([annotations.get(id) for id in targets_of(ref)], images.get(ref["image_id"]))
+
+    def record(self, row: int, found: tuple[list[Any], Any]) -> Record:
+        ref, (annotations, image) = self.held[row], found
+        if image is None or None in annotations:
+            raise BadLineError("instances.json has not all of its annotations, or not its image")
+        if any(annotation.get("image_id") != ref["image_id"] for annotation in annotations):
+            raise BadLineError("an annotation of its in instances.json is of another image")
+        file = find_coco_image(self.images, coco_image(ref["image_id"]))
+        more = {"ref_id": ref["ref_id"]}
+        if len(annotations) == 1:
+            return coco_record(row, file, image, annotations[0], more)
+        size = declared_size(image.get("height"), image.get("width"))
+        boxes = tuple(box_from_xywh(annotation.get("bbox")) for annotation in annotations)
+        for box in boxes:
+            check_box_inside(box, size)
+        masks = [segmentation(annotation.get("segmentation")) for annotation in annotations]
+        known = [mask for mask in masks if mask is not None]
+        whole = boxes and len(known) == len(boxes)  # of some alone it is not the truth
+        mask = union_of(known) if whole else None
+        return Record(row, file, size, mask=mask, boxes=boxes, absent=not boxes, more=more)
+
+
+def targets_of(ref: Mapping[str, Any]) -> list[int]:
+    """The ids of the annotations that a reference means; none for `-1` and `[-1]`. BadLineError for anything else.
+
+    >>> targets_of({"ann_id": 7}), targets_of({"ann_id": [7, 8]}), targets_of({"ann_id": [-1], "no_target": True})
+    ([7], [7, 8], [])
+    """
+    value = ref.get("ann_id")
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    nothing = ids == [-1]
+    if not nothing and not (0 < len(ids) <= MOST_TARGETS and all(is_number(id) for id in ids)):
+        raise BadLineError("ann_id must be a number, a list of numbers, or [-1] for no target")
+    if isinstance(ref.get("no_target"), bool) and ref["no_target"] != nothing:
+        raise BadLineError("no_target contradicts ann_id")
+    return [] if nothing else list(dict.fromkeys(ids))

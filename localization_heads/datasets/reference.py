@@ -1,4 +1,4 @@
-"""What all benchmarks share: records (objects in images) and the expressions that refer to them.
+"""What all benchmarks share: records (objects in images), the expressions that refer to them, and the files they name.
 
 A source is read in two steps, so that drawing a thousand expressions out of a hundred thousand costs no more than
 those: `index` lists every expression without its image and mask, `records` then reads only the chosen rows.
@@ -10,13 +10,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from localization_heads.attention import Box, misses_image
-from localization_heads.data.boxes import check_box
+from localization_heads.data.lines import check_box
 from localization_heads.data.masks import MaskSource
-from localization_heads.errors import BadEntry, BadLineError, UsageError
+from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
+from localization_heads.store.files import read_json
 
 MAX_TEXT = 2000
 """Longest expression, in characters."""
@@ -180,6 +181,25 @@ class Source(ABC):
         """The object of a row. Raises BadLineError or UsageError."""
 
 
+class HeldSource(Source):
+    """A benchmark whose rows are all read at first, and held in memory."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__(files)
+        self.held: list[Any] = []
+
+    @abstractmethod
+    def load(self) -> Iterable[Any]:
+        """Every row."""
+
+    def rows(self) -> list[Any]:
+        self.held = list(self.load())
+        return self.held
+
+    def read(self, rows: Sequence[int]) -> Iterable[tuple[int, Any]]:
+        return ((row, self.held[row]) for row in rows)
+
+
 def coco_image(image_id: object) -> str:
     """The name of a COCO image, from its number. BadLineError for anything else."""
     if not is_number(image_id) or image_id >= 10**12:  # type: ignore[operator]
@@ -248,3 +268,53 @@ def declared_size(height: object, width: object) -> tuple[int, int]:
     if not is_number(height) or not is_number(width) or not height or not width:
         raise BadLineError("the image's height and width must be whole numbers of pixels")
     return int(width), int(height)  # type: ignore[call-overload]
+
+
+MAX_JSON_BYTES = 256 << 20
+
+
+def named_image(folders: Sequence[Path], name: object) -> Path:
+    """The image of that name in the first folder that has it; in the first folder if none has.
+
+    Raises BadLineError for a name that leads out of the folders.
+    """
+    if not isinstance(name, str) or not name or len(name) > 400 or not name.isprintable():
+        raise BadLineError("the image's file name is missing, or no name")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise BadLineError(f"the image {shown(name)} lies outside the data set")
+    places = [folder / part for folder in folders for part in dict.fromkeys((str(path), path.name))]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def image_folders(images: Path | None, beside: Path, *names: str) -> list[Path]:
+    """`images=` and the usual folders in it, or else those beside the annotations. UsageError where there is none."""
+    root = images or beside
+    if images is not None and not images.is_dir():
+        raise UsageError(f"images={images}: no such folder")
+    found = [folder for name in names if (folder := root / name).is_dir()]
+    if images is None and not found:
+        usual = " or ".join(str(beside / name) for name in names)
+        raise UsageError(
+            f"images= is missing: name the folder of the images (unpacked), or have it as {usual}"
+        )
+    return [*([images] if images else []), *found]
+
+
+def read_list(path: Path) -> list[Any]:
+    """A JSON list. UsageError for anything else."""
+    data = read_json(path, MAX_JSON_BYTES)
+    if not isinstance(data, list):
+        raise UsageError(f"{path}: it must hold a list of entries")
+    return data
+
+
+def short_fields(entry: dict[str, Any], *names: str) -> dict[str, str | int | float | bool]:
+    """Those of some fields that hold a number, or a text of at most 200 characters."""
+    found = {name: entry.get(name) for name in names}
+    return {
+        name: value
+        for name, value in found.items()
+        if (isinstance(value, str) and len(value) <= 200)
+        or (isinstance(value, int | float) and abs(value) < 10**18)  # false for NaN
+    }

@@ -13,18 +13,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.data.boxes import check_box
 from localization_heads.data.images import decode_image
-from localization_heads.datasets.files import image_folders, named_image, read_list, short_fields
+from localization_heads.data.lines import check_box
 from localization_heads.datasets.parquet import ParquetSource, image_cell
 from localization_heads.datasets.reference import (
     BadText,
     Entry,
+    HeldSource,
     Record,
-    Source,
     box_from_xywh,
     declared_size,
     entry_or_bad,
+    image_folders,
+    named_image,
+    read_list,
+    short_fields,
 )
 from localization_heads.errors import BadLineError
 
@@ -35,7 +38,7 @@ PLATFORMS = ("mobile", "desktop", "web")
 FIELDS = ("data_type", "data_source", "ui_type", "group", "application", "platform")
 
 
-class ScreenSpotJson(Source):
+class ScreenSpotJson(HeldSource):
     """JSON files in the order of their names.
 
     Args:
@@ -50,11 +53,9 @@ class ScreenSpotJson(Source):
         self.kind = "JSON of ScreenSpot-Pro" if pro else "JSON of ScreenSpot"
         root = self.files[0].parent.parent if pro else self.files[0].parent
         self.folders = image_folders(images, root, "images", "screenspotv2_image", "screenspot_imgs")
-        self._rows: list[tuple[Path, Any]] = []
 
-    def rows(self) -> list[tuple[Path, Any]]:
-        self._rows = [(file, entry) for file in self.files for entry in read_list(file)]
-        return self._rows
+    def load(self) -> Iterator[tuple[Path, Any]]:
+        return ((file, entry) for file in self.files for entry in read_list(file))
 
     def row_split(self, values: object) -> str:
         return "test"
@@ -63,18 +64,8 @@ class ScreenSpotJson(Source):
         _, entry = values
         if not isinstance(entry, dict) or not isinstance(entry.get("img_filename"), str):
             raise BadLineError("an entry is not an object with an img_filename")
-        return [
-            entry_or_bad(
-                f"row{row}",
-                "test",
-                f"screenspot:{entry['img_filename'][:200]}",
-                entry.get("instruction"),
-                row,
-            )
-        ]
-
-    def read(self, rows: Sequence[int]) -> Iterator[tuple[int, tuple[Path, Any]]]:
-        return ((row, self._rows[row]) for row in rows)
+        picture = f"screenspot:{entry['img_filename'][:200]}"
+        return [entry_or_bad(f"row{row}", "test", picture, entry.get("instruction"), row)]
 
     def record(self, row: int, found: tuple[Path, Any]) -> Record:
         file, entry = found

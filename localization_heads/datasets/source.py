@@ -3,17 +3,101 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from localization_heads.datasets.parquet import column_names
+from localization_heads.datasets.flickr30k import SPLITS, Flickr30kEntities
+from localization_heads.datasets.parquet import ParquetSource, column_names
 from localization_heads.datasets.reasonseg import SPLITS as REASONSEG_SPLITS
 from localization_heads.datasets.reasonseg import LisaFolders, ReasonSegParquet
-from localization_heads.datasets.recent import OPENERS
-from localization_heads.datasets.refcoco import JxuParquet, LmmsParquet, ReferPickles
-from localization_heads.datasets.reference import Entry, Source
+from localization_heads.datasets.rec_benchmarks import FineCopsRef, GroundingMeParquet, RefL4Parquet
+from localization_heads.datasets.refcoco import GRefCoco, JxuParquet, LmmsParquet, ReferPickles
+from localization_heads.datasets.reference import Entry, Source, image_folders
+from localization_heads.datasets.screenspot import ScreenSpotJson, ScreenSpotParquet
 from localization_heads.errors import UsageError, shown
+
+_DEPTHS = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
+"""Where repositories of Hugging Face have them: `data/val-00000-of-00001.parquet`, `default/val/0000.parquet`."""
+_ANNOTATIONS = "annotations/*.json"
+
+
+def _files(path: Path, *patterns: str) -> list[Path]:
+    """The file itself, or those of a folder that fit the first pattern that any fits."""
+    if path.is_file():
+        return [path]
+    return next((found for pattern in patterns if (found := sorted(path.glob(pattern)))), [])
+
+
+def _parquets(path: Path, kind: type[ParquetSource]) -> list[Path]:
+    """Parquet files with the columns of a source. UsageError where there is none."""
+    files = [file for file in _files(path, *_DEPTHS) if file.suffix == ".parquet"]
+    wanted = ", ".join(sorted(kind.columns()))
+    if not files:
+        raise UsageError(f"dataset_path={path}: no parquet file with columns {wanted}")
+    for file in files:
+        if missing := sorted(kind.columns() - set(column_names(file))):
+            raise UsageError(
+                f"dataset_path={path}: {file.name} has no column {shown(missing[0])}; it needs {wanted}"
+            )
+    return files
+
+
+def _missing(path: Path, what: str) -> UsageError:
+    return UsageError(f"dataset_path={path}: {what} is not there")
+
+
+def _jsons(path: Path, what: str, *patterns: str) -> list[Path]:
+    """The same of JSON files; UsageError, which names `what` should be there, where there is none."""
+    files = _files(path, *patterns)
+    if not files or any(file.suffix != ".json" for file in files):
+        raise _missing(path, what)
+    return files
+
+
+def _grefcoco(path: Path, images: Path | None) -> Source:
+    refs, *others = _jsons(path, "grefs(unc).json", "grefs(unc).json", "*/grefs(unc).json")
+    if others:
+        raise _missing(path, "grefs(unc).json")
+    usual = ("images/mscoco/images/train2014", "train2014")
+    return GRefCoco(refs, image_folders(images, refs.parent if images else refs.parent.parent, *usual)[0])
+
+
+def _screenspot(stem: str, path: Path, images: Path | None) -> Source:
+    files = _files(path, stem, f"*/{stem}")
+    if files and all(file.suffix == ".json" for file in files):
+        return ScreenSpotJson(files, images, pro=False)
+    return ScreenSpotParquet(_parquets(path, ScreenSpotParquet))
+
+
+def _screenspot_pro(path: Path, images: Path | None) -> Source:
+    return ScreenSpotJson(_jsons(path, _ANNOTATIONS, _ANNOTATIONS, "*.json"), images, pro=True)
+
+
+def _finecops(path: Path, images: Path | None) -> Source:
+    patterns = ("*all_coco_format.json", "*/*all_coco_format.json", "*coco_format.json")
+    return FineCopsRef(_jsons(path, "test_expression_all_coco_format.json", *patterns), images)
+
+
+def _flickr30k(path: Path, images: Path | None) -> Source:
+    lists = {split: file for split in SPLITS if (file := path / f"{split}.txt").is_file()}
+    if not lists or not (path / "Sentences").is_dir() or not (path / "Annotations").is_dir():
+        raise _missing(path, "a folder with Sentences, Annotations, and train.txt, val.txt or test.txt")
+    return Flickr30kEntities(path, lists, images)
+
+
+OPENERS: dict[str, Callable[[Path, Path | None], Source]] = {
+    "ref-l4": lambda path, images: RefL4Parquet(_parquets(path, RefL4Parquet), images),
+    "grefcoco": _grefcoco,
+    "screenspot": partial(_screenspot, "screenspot_*[bpe].json"),
+    "screenspot-v2": partial(_screenspot, "screenspot_*_v2.json"),
+    "screenspot-pro": _screenspot_pro,
+    "groundingme": lambda path, _: GroundingMeParquet(_parquets(path, GroundingMeParquet)),
+    "finecops-ref": _finecops,
+    "flickr30k": _flickr30k,
+}
+"""By the name of the data set; each takes its path and `images=`."""
 
 PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 """The partitions that papers report: UNC for RefCOCO and RefCOCO+, UMD for RefCOCOg (lichengunc/MAttNet, issue 20)."""
@@ -24,10 +108,6 @@ _FOLDERS = {
     "refcocog": ("refcocog",),
     "reasonseg": ("reasonseg", "reason_seg"),
 }
-
-
-_DEPTHS = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
-"""Where repositories of Hugging Face have them: `data/val-00000-of-00001.parquet`, `default/val/0000.parquet`."""
 
 
 class Counts(NamedTuple):
@@ -94,15 +174,15 @@ def _chosen_folder(dataset: str, path: Path) -> Path:
 
 def _open_parquets(dataset: str, files: Sequence[Path], path: Path, images: Path | None) -> Source:
     columns = [set(column_names(file)) for file in files]
-    common = set.intersection(*columns)
-    kinds = (ReasonSegParquet,) if dataset == "reasonseg" else (JxuParquet, LmmsParquet)
-    kind = next((kind for kind in kinds if common >= kind.columns()), None)
-    if kind is ReasonSegParquet:
-        return ReasonSegParquet(files)
-    if kind is JxuParquet:
-        return JxuParquet(files, _coco_folder(images, files[0].parent), dataset)
-    if kind is LmmsParquet:
-        return LmmsParquet(files, dataset)
+    kinds: dict[type[ParquetSource], Callable[[], Source]] = {
+        JxuParquet: lambda: JxuParquet(files, _coco_folder(images, files[0].parent), dataset),
+        LmmsParquet: lambda: LmmsParquet(files, dataset),
+    }
+    if dataset == "reasonseg":
+        kinds = {ReasonSegParquet: lambda: ReasonSegParquet(files)}
+    for kind, opened in kinds.items():
+        if set.intersection(*columns) >= kind.columns():
+            return opened()
     wanted = " or ".join(", ".join(sorted(kind.columns())) for kind in kinds)
     found = ", ".join(shown(name)[1:-1] for name in sorted(columns[0])[:20]) or "none"
     raise UsageError(f"dataset_path={path}: columns {found}; {dataset} as parquet has {wanted}")

@@ -17,7 +17,7 @@ from localization_heads.evaluation.confidence import (
     chance_error,
     with_interval,
 )
-from localization_heads.evaluation.scores import rounded
+from localization_heads.evaluation.scores import number
 from localization_heads.grounding.confidence import ASKED, Calibration, Logistic
 
 FEWEST = 20
@@ -162,17 +162,15 @@ def measure(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: in
     pairs = list(zip(found, labelled.signals, strict=True))
     confidence = np.array([one.confidence(row) for one, row in pairs])
     of_right = np.array([one.right.probability(row) for one, row in pairs])
-    numbers = _with_intervals("auroc_right", auroc, of_right[present], right[present], seed)
-    numbers |= _with_intervals("auroc_useful", auroc, confidence, right, seed)
-    numbers |= _with_intervals("aurc", aurc, confidence, right, seed)
-    numbers |= _with_intervals("ece", calibration_error, confidence, right, seed)
-    by_chance, bounds = chance_error(confidence, seed=seed)
-    numbers |= {"ece_by_chance": rounded(by_chance), "ece_by_chance_interval": [*map(rounded, bounds)]}
+    numbers = number("auroc_right", *with_interval(auroc, of_right[present], right[present], seed=seed))
+    for name, statistic in {"auroc_useful": auroc, "aurc": aurc, "ece": calibration_error}.items():
+        numbers |= number(name, *with_interval(statistic, confidence, right, seed=seed))
+    numbers |= number("ece_by_chance", *chance_error(confidence, seed=seed))
     said = [one.presence(row) for one, row in pairs]
     if not present.all() and None not in said:
         there = np.array(said, dtype=np.float64)
-        numbers |= _with_intervals("auroc_present", auroc, there, present, seed)
-        numbers |= _with_intervals("ece_present", calibration_error, there, present, seed)
+        for name, statistic in {"auroc_present": auroc, "ece_present": calibration_error}.items():
+            numbers |= number(name, *with_interval(statistic, there, present, seed=seed))
     return counts | numbers
 
 
@@ -190,11 +188,6 @@ def _left_out(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: 
         for place in left:
             found[place] = one
     return [one for one in found if one is not None]
-
-
-def _with_intervals(name: str, statistic: Any, values: Any, truth: Any, seed: int) -> dict[str, Any]:
-    value, (low, high) = with_interval(statistic, values, truth, seed=seed)
-    return {name: rounded(value), f"{name}_interval": [rounded(low), rounded(high)]}
 
 
 def _logistic(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import AttentionMaps, Box
+from localization_heads.attention import AttentionMaps, Box, on_image
 from localization_heads.cells import (
     box_iou,
     box_shares,
@@ -52,11 +52,8 @@ def _object(truth: Truth, maps: AttentionMaps) -> tuple[NDArray[np.float64], flo
     cell = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
     if truth.mask is not None:
         return cell * mask_shares(truth.mask, maps.image_box, maps.grid), float(truth.mask.sum())
-    W, H = maps.image_size
-    x0, y0, x1, y1 = truth.box
-    box = (max(x0, 0), max(y0, 0), min(x1, W), min(y1, H))
-    area = max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
-    return cell * box_shares(box, maps.image_box, maps.grid), float(area)
+    x0, y0, x1, y1 = box = on_image(truth.box, maps.image_size)
+    return cell * box_shares(box, maps.image_box, maps.grid), float((x1 - x0) * (y1 - y0))
 
 
 def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
 from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
 from localization_heads.errors import UsageError, check_choice
-from localization_heads.evaluation.claims import ALSO_BESIDE, Claim, confidence_metrics
+from localization_heads.evaluation.confidence import ALSO_BESIDE, Claim, confidence_metrics
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
 from localization_heads.evaluation.metrics import NUM_RESAMPLES
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding, summarize

@@ -56,9 +56,7 @@ def _students(rho: float, pairs: int) -> float:
 def _exact(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """The share of the permutations of `y` with at least the observed |rho|."""
     orders = np.array(list(permutations(y - y.mean())))
-    agreement = np.abs(
-        orders @ (x - x.mean())
-    )  # |rho| up to a factor; the first permutation is the observed one
+    agreement = np.abs(orders @ (x - x.mean()))  # |rho| up to a factor; the first order is the observed one
     return float((agreement >= agreement[0] - 1e-9).mean())
 
 

@@ -16,14 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou
 from localization_heads.evaluation.confidence import auroc, with_interval
-from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.metrics import (
     MEAN_THRESHOLDS,
     bootstrap_ratios,
     divided,
     percentile_interval,
 )
-from localization_heads.evaluation.scores import rounded
+from localization_heads.evaluation.scores import f1, number
 
 SMALL, LARGE = 128.0, 256.0
 """Pixels: Ref-L4 calls an object small below the first and large above the second; its size is sqrt(w * h)."""
@@ -161,8 +160,7 @@ def protocol_metrics(
     drawn = bootstrap_ratios(tops, bottoms, groups=groups, seed=seed)
     for i, key in enumerate(shares):
         if bottoms[:, i].any():
-            interval = [rounded(bound) for bound in percentile_interval(drawn[:, i])]
-            block |= {key: rounded(values[i]), f"{key}_interval": interval}
+            block |= number(key, values[i], percentile_interval(drawn[:, i]))
     if name == "finecops-ref":
         block |= negative_aurocs(answers, groups=groups, seed=seed)
     return block
@@ -340,10 +338,10 @@ def _recalls(answers: Sequence[Answer], right: NDArray[np.bool_]) -> Shares:
     shares: Shares = {}
     for kind in sorted(negatives)[:MOST_GROUPS]:
         above = np.full(len(answers), np.inf)  # negatives that outrank the positive
-        for number, answer in enumerate(answers):
+        for place, answer in enumerate(answers):
             others = negatives[kind].get(str(answer.facts.get("source_id")), [])
             if answer.truths and others and answer.confidence is not None:
-                above[number] = sum(other > answer.confidence for other in others)
+                above[place] = sum(other > answer.confidence for other in others)
         among = np.isfinite(above)
         for k in TOP:
             shares[f"recall@{k}[{kind}]"] = _share(right & (above < k), among)
@@ -369,7 +367,7 @@ def negative_aurocs(
             if name is None or kinds[n] == name
             or (kinds[n] is None and str(answers[n].facts.get("source_id")) in origins)
         ]  # fmt: skip
-        value, (low, high) = with_interval(
+        value, interval = with_interval(
             auroc,
             [answers[n].confidence or 0.0 for n in chosen],
             [kinds[n] is None for n in chosen],
@@ -377,8 +375,7 @@ def negative_aurocs(
             seed=seed,
         )
         if not np.isnan(value):
-            key = "auroc" if name is None else f"auroc[{name}]"
-            found |= {key: rounded(value), f"{key}_interval": [rounded(low), rounded(high)]}
+            found |= number("auroc" if name is None else f"auroc[{name}]", value, interval)
     return found
 
 

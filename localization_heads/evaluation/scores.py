@@ -1,12 +1,13 @@
 """The scores of each method on each expression, and their metrics over a data set, with intervals.
 
 A method is the localization heads or one of the controls. It may answer an expression several times (random heads are
-drawn repeatedly); its answers to one expression are averaged first.
+drawn repeatedly); its answers to one expression are averaged first. Of several boxes an expression, the scores are
+those that gRefCOCO defines (Liu et al., CVPR 2023): F1, Pr@(F1=1), N-acc.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,12 +30,7 @@ from localization_heads.grounding.shapes import fill_polygon
 
 METRICS = (
     *(f"acc@{threshold}" for threshold in THRESHOLDS),
-    "macc",
-    "mean_iou",
-    "pointing",
-    "energy",
-    "ciou",
-    "giou",
+    *("macc", "mean_iou", "pointing", "energy", "ciou", "giou"),
 )
 """In the order of `metrics.json`; the last two only where there are true masks.
 
@@ -92,7 +88,7 @@ Answers = Sequence[Sequence[Score]]
 
 def score_grounding(grounding: Grounding, truth: Truth) -> Score:
     """The scores of a grounding's box, combined map and mask."""
-    energy = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, truth.box)
+    energy = grounding.mass_in(truth.box)
     iou = float(box_iou(grounding.box, truth.box))
     overlap = (
         None if truth.mask is None else truth.overlap(grounding.mask)
@@ -142,17 +138,31 @@ def summarize(
     values = _empty_agree(divided(tops.sum(axis=0), bottoms.sum(axis=0)).reshape(len(tables), -1))
     drawn = bootstrap_ratios(tops, bottoms, groups=groups, seed=seed)
     resampled = _empty_agree(drawn.reshape(-1, len(tables), len(METRICS)))
-    known = np.flatnonzero(~np.isnan(values[0])).tolist()
-    summary: dict[str, dict[str, Any]] = {}
-    for number, name in enumerate(methods):
-        row = summary[name] = {}
-        for i in known:
-            row[METRICS[i]] = rounded(values[number, i])
-            row[f"{METRICS[i]}_interval"] = _interval(resampled[:, number, i])
-        if number:
-            ahead, spread = values[0] - values[number], resampled[:, 0] - resampled[:, number]
-            row["difference"] = {METRICS[i]: [rounded(ahead[i]), *_interval(spread[:, i])] for i in known}
-    return summary
+    known = {METRICS[i]: i for i in np.flatnonzero(~np.isnan(values[0])).tolist()}
+    return _side_by_side(methods, known, values, resampled)
+
+
+def _side_by_side(
+    names: Iterable[str], metrics: Mapping[str, int], values: NDArray[np.float64], drawn: NDArray[np.float64]
+) -> dict[str, dict[str, Any]]:
+    """The numbers by method, and how far the first is ahead of each other one.
+
+    Args:
+        metrics: their columns, by name.
+        values: `[method, column]`; `drawn`: the same of every resample, `[resample, method, column]`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for method, name in enumerate(names):
+        row = found[name] = {}
+        for metric, i in metrics.items():
+            row |= number(metric, values[method, i], percentile_interval(drawn[:, method, i]))
+        if method:
+            ahead, spread = values[0] - values[method], drawn[:, 0] - drawn[:, method]
+            row["difference"] = {
+                metric: [rounded(ahead[i]), *map(rounded, percentile_interval(spread[:, i]))]
+                for metric, i in metrics.items()
+            }
+    return found
 
 
 def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -190,8 +200,13 @@ def _empty_agree(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values
 
 
-def _interval(resampled: NDArray[np.float64]) -> list[float | None]:
-    return [rounded(bound) for bound in percentile_interval(resampled)]
+def number(name: str, value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    """A number and its interval as `metrics.json` has them.
+
+    >>> number("aurc", 0.25, (0.1, 1 / 3))
+    {'aurc': 0.25, 'aurc_interval': [0.1, 0.333333]}
+    """
+    return {name: rounded(value), f"{name}_interval": [rounded(bound) for bound in interval]}
 
 
 def rounded(value: float) -> float | None:
@@ -201,3 +216,70 @@ def rounded(value: float) -> float | None:
     (0.333333, None)
     """
     return None if np.isnan(value) else round(float(value), 6)
+
+
+RIGHT = 0.5
+"""IoU from which on a box is right."""
+INSTANCE_METRICS = ("f1@0.5", "pr@f1=1")
+
+
+def num_matched(boxes: Sequence[Box], truths: Sequence[Box]) -> int:
+    """Boxes that find a true one: the pair of highest IoU first, each box and each truth once, while IoU >= `RIGHT`.
+
+    >>> num_matched([(0, 0, 2, 2), (0, 0, 2, 1)], [(0, 0, 2, 2)])
+    1
+    """
+    if not boxes or not truths:
+        return 0
+    overlap = box_iou(np.array(boxes)[:, None], np.array(truths)[None])
+    count = 0
+    while overlap.size and overlap.max() >= RIGHT:
+        row, column = np.unravel_index(np.argmax(overlap), overlap.shape)
+        overlap = np.delete(np.delete(overlap, row, axis=0), column, axis=1)
+        count += 1
+    return count
+
+
+def f1(boxes: Sequence[Box], truths: Sequence[Box]) -> float:
+    """`2 TP / (2 TP + FP + FN)` of one expression; with no true box 1 for no box, else 0.
+
+    Pr@(F1=1) is the share of expressions for which it is 1; N-acc its mean over those with no target.
+
+    >>> f1([(0, 0, 2, 2)], [(0, 0, 2, 2), (5, 5, 6, 6)]), f1([], []), f1([(0, 0, 1, 1)], [])
+    (0.6666666666666666, 1.0, 0.0)
+    """
+    if not truths:
+        return float(not boxes)
+    return 2 * num_matched(boxes, truths) / (len(boxes) + len(truths))
+
+
+def instance_metrics(
+    answers: Mapping[str, Sequence[Sequence[Box]]],
+    truths: Sequence[Sequence[Box]],
+    *,
+    groups: Sequence[str] | None = None,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """Mean F1 and Pr@(F1=1) of several ways to answer the same expressions, with 95 % bootstrap intervals.
+
+    Args:
+        answers: by name, the boxes of each expression. The first is compared with the others: each of those also gets
+            `difference`, how far the first is ahead, as `[value, low, high]` of the paired difference.
+        truths: the true boxes of each expression; none of what is absent.
+        groups: as of `bootstrap_ratios`.
+
+    Returns:
+        By name, `<metric>` and `<metric>_interval` of INSTANCE_METRICS.
+
+    >>> a, b = (0, 0, 2, 2), (5, 5, 6, 6)
+    >>> found = instance_metrics({"all": [[a, b], [a]], "one": [[a], [a]]}, [[a, b], [a]])
+    >>> found["all"]["f1@0.5"], found["one"]["f1@0.5"], found["one"]["pr@f1=1"]
+    (1.0, 0.833333, 0.5)
+    """
+    single = np.array([[f1(*pair) for pair in zip(boxes, truths, strict=True)] for boxes in answers.values()])
+    table = np.stack([single, single == 1], axis=-1).transpose(1, 0, 2)  # (expression, way, metric)
+    values = table.mean(axis=0)
+    flat = table.reshape(len(table), -1)
+    drawn = bootstrap_ratios(flat, np.ones_like(flat), groups=groups, seed=seed).reshape(-1, *values.shape)
+    metrics = {metric: i for i, metric in enumerate(INSTANCE_METRICS)}
+    return _side_by_side(answers, metrics, values, drawn)

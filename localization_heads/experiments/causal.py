@@ -85,11 +85,7 @@ def causal(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     sets = head_sets(study)
     half = split(study)
     before = study.answers[UNCHANGED, 0]
-    numbers: dict[str, Any] = {
-        "answers": float(before.mean()),
-        "num": len(before),
-        "num_chosen_on": half,
-    }
+    numbers: dict[str, Any] = {"answers": float(before.mean()), "num": len(before), "num_chosen_on": half}
     lost = {}
     for name in RANKINGS:
         draws = range(len(sets[name]))
@@ -126,14 +122,8 @@ def causal(study: Study, scores: Mapping[Any, Scored]) -> Finding:
 
 
 def _localising(name: str, sets: Sequence[Heads], found: Mapping[str, Any]) -> tuple[str, ...]:
-    few = len(sets[0]) <= 10
-    shown = (
-        f"{len(sets)} sets of {len(sets[0])}"
-        if len(sets) > 1
-        else names(sets[0])
-        if few
-        else str(len(sets[0]))
-    )
+    count = len(sets[0])
+    shown = f"{len(sets)} sets of {count}" if len(sets) > 1 else names(sets[0]) if count <= 10 else str(count)
     accuracy = f"{percent(found['acc@0.5'])} {_bounds(found['acc@0.5_interval'])}"
     return RANKINGS[name], shown, accuracy, percent(found["pointing"])
 

@@ -102,14 +102,8 @@ def _escaped(text: str) -> str:
 
 
 SPLITS = (
-    "refcoco-val",
-    "refcoco-testA",
-    "refcoco-testB",
-    "refcoco+-val",
-    "refcoco+-testA",
-    "refcoco+-testB",
-    "refcocog-val",
-    "refcocog-test",
+    *("refcoco-val", "refcoco-testA", "refcoco-testB", "refcoco+-val", "refcoco+-testA", "refcoco+-testB"),
+    *("refcocog-val", "refcocog-test"),
 )
 """The columns of the paper's REC and RES tables, in its order (RefCOCO and RefCOCO+ UNC, RefCOCOg UMD)."""
 

@@ -11,7 +11,8 @@ from localization_heads.experiments import paper
 from localization_heads.experiments.paper import MISSING, Finding, Table, percent
 from localization_heads.experiments.study import Study, first, names
 from localization_heads.experiments.validation import Recipe, Scored
-from localization_heads.heads.ranking import NONE_KEPT, HeadRanking
+from localization_heads.heads.ranking import NONE_KEPT
+from localization_heads.heads.record import HeadRanking
 
 ELBOWS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """The multiples of the elbow that Fig. 13 sweeps tau over by default."""

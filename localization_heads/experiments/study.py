@@ -13,8 +13,8 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import WAY_OUT, greedy_heads
-from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, rank_heads
-from localization_heads.heads.robust import with_movement
+from localization_heads.heads.ranking import NONE_KEPT, rank_heads, with_movement
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Movement
 from localization_heads.options.experiments import ExperimentOptions
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions

@@ -12,8 +12,7 @@ from localization_heads.experiments import paper
 from localization_heads.experiments.paper import MISSING, Finding, Table, percent, printed, than
 from localization_heads.experiments.study import Study, highest, names
 from localization_heads.experiments.validation import Heads, Recipe, Scored
-from localization_heads.heads.ranking import NONE_KEPT
-from localization_heads.heads.robust import papers_first
+from localization_heads.heads.ranking import NONE_KEPT, papers_first
 
 ALL = "all heads"
 """The control: the maps of all heads of the layers that are not left out, added as they are."""

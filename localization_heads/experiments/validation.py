@@ -110,20 +110,11 @@ def frequency_and_iou(study: Study, scores: Mapping[Any, Scored]) -> Finding:
         )
         for head in often[:10]
     ]
-    columns = (
-        "head",
-        "selection frequency (%)",
-        "mean IoU (%)",
-        "pointing (%)",
-        "its IoU's rank among all heads",
-    )
-    results = {
-        "selected": _correlation(often, iou),
-        "all": _correlation(everyone, iou),
-    }
+    numbers_of = ("selection frequency (%)", "mean IoU (%)", "pointing (%)", "its IoU's rank among all heads")
+    results = {"selected": _correlation(often, iou), "all": _correlation(everyone, iou)}
     tables = (
         _correlation_table(study, often, everyone, results),
-        Table(columns, tuple(rows), "The heads selected most often"),
+        Table(("head", *numbers_of), tuple(rows), "The heads selected most often"),
     )
     points = [
         {"head": list(head.address), "frequency": head.selection_frequency, "iou": float(iou[head.address])}
@@ -137,9 +128,8 @@ def frequency_and_iou(study: Study, scores: Mapping[Any, Scored]) -> Finding:
         "num_selected": len(often),
         "num_all": len(everyone),
     }
-    return Finding(
-        "fig6b", "Fig. 6b: selection frequency and IoU", tables, _reading(study, results, often), numbers
-    )
+    title = "Fig. 6b: selection frequency and IoU"
+    return Finding("fig6b", title, tables, _reading(study, results, often), numbers)
 
 
 def _correlation(heads: Sequence[RankedHead], iou: NDArray[np.float64]) -> tuple[float, float] | None:
@@ -154,11 +144,8 @@ def _correlation_table(
 ) -> Table:
     share = f"{study.options.sweeps.min_frequency:.0%}"
     rows = [
-        (what, str(len(heads)), *(_rho_cells(results[name])))
-        for what, name, heads in (
-            (f"ours, heads selected in at least {share}", "selected", often),
-            ("ours, all heads", "all", everyone),
-        )
+        (f"ours, heads selected in at least {share}", str(len(often)), *_rho_cells(results["selected"])),
+        ("ours, all heads", str(len(everyone)), *_rho_cells(results["all"])),
     ]
     rows.append(("paper, every model", "-", f"> {paper.LEAST_RHO}", "p < 0.001"))
     return Table(("heads", "number", "Spearman rho", "p"), tuple(rows))
@@ -201,13 +188,9 @@ def random_sets(study: Study) -> list[tuple[Head, ...]]:
 
 
 def random_recipes(study: Study) -> dict[Hashable, Recipe]:
-    options = study.options.grounding
-    found: dict[Hashable, Recipe] = {"found": Recipe(study.needed_heads(), options)}
-    found["all"] = Recipe(study.everyone, options)
-    return found | {
-        ("random", number): Recipe(heads, study.options.grounding)
-        for number, heads in enumerate(random_sets(study))
-    }
+    sets: dict[Hashable, Heads] = {"found": study.needed_heads(), "all": study.everyone}
+    sets |= {("random", number): heads for number, heads in enumerate(random_sets(study))}
+    return {name: Recipe(heads, study.options.grounding) for name, heads in sets.items()}
 
 
 MEASURES: dict[str, Callable[[Score], float]] = {
@@ -222,10 +205,9 @@ def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     random = [scores["random", number].scores for number in range(study.options.sweeps.random_sets)]
     rows, numbers = [], {}
     for name, measure in MEASURES.items():
-        every = float(np.mean([measure(score) for score in scores["all"].scores]))
         ours = [measure(score) for score in scores["found"].scores]
         result = contrast(ours, [[measure(score) for score in theirs] for theirs in random])
-        result["all"] = every
+        result["all"] = every = float(np.mean([measure(score) for score in scores["all"].scores]))
         low, high = result["interval"]
         rows.append(
             (
@@ -239,10 +221,8 @@ def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
         )
         numbers[name] = result
     columns = ("measure (%)", "heads found", "random heads", "difference [95 %]", "sets beaten", "all heads")
-    table = Table(
-        columns, tuple(rows), f"{names(study.heads)} against {len(random)} random sets of the same layers"
-    )
-    title = "Against random heads of the same layers"
+    against = f"{names(study.heads)} against {len(random)} random sets of the same layers"
+    table, title = Table(columns, tuple(rows), against), "Against random heads of the same layers"
     return Finding("random", title, (table,), _random_reading(numbers["REC Acc@0.5"], len(random)), numbers)
 
 

@@ -23,7 +23,7 @@ from localization_heads.heads.record import resting
 from localization_heads.heads.sensitivity import RESTING
 
 if TYPE_CHECKING:
-    from localization_heads.heads.ranking import HeadRanking
+    from localization_heads.heads.record import HeadRanking
 
 
 COLUMN = 3.4  # inches: a column of a two-column page

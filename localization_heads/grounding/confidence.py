@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import agreement, mass_inside, visible_cells, visible_edges
+from localization_heads.cells import agreement, mass_inside, visible_cells
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.grounding.maps import added, map_overlaps
@@ -63,10 +63,7 @@ def signals(
         map_box: the box before the segmenter was at work; that of the grounding by default.
     """
     box, (W, H) = grounding.box, grounding.image_size
-    shown_cells = grounding.combined[
-        visible_cells(*visible_edges(grounding.image_box, (W, H), grounding.combined.shape))
-    ]
-    mass = mass_inside(grounding.combined, grounding.image_box, (W, H), box)
+    shown_cells, mass = grounding.combined[visible_cells(*grounding.edges)], grounding.mass_in(box)
     area = (box[2] - box[0]) * (box[3] - box[1]) / (W * H)
     found = {
         "mass": mass,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import AttentionMaps, Box
+from localization_heads.attention import AttentionMaps, Box, on_image
 from localization_heads.cells import (
     agreement,
     label_components,
@@ -112,14 +112,26 @@ class Grounding:
         """Mean IoU of the box with the own boxes of the heads, 0 for a head without one; None if not asked for."""
         return agreement(self.box, self.own_boxes) if self.own_boxes else None
 
+    @property
+    def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Borders of the cells' columns `[w + 1]` and rows `[h + 1]` in pixels, cut at the image's edge."""
+        return visible_edges(self.image_box, self.image_size, self.combined.shape)
+
+    def mass_in(self, box: Box) -> float:
+        """Share of the combined map's mass on the image that lies in a box, 0 to 1."""
+        return mass_inside(self.combined, self.image_box, self.image_size, box)
+
+    def boxed(self, box: Box) -> Grounding:
+        """The same with another box, and the score of that."""
+        return replace(self, box=box, score=self.mass_in(box))
+
     @cached_property
     def polygon(self) -> NDArray[np.float64]:
         """Convex hull of the cells inside the image: vertices `[n, 2]` (x, y) in pixels."""
         x0, y0, x1, y1 = self.box
         if not self.cells.any():
             return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-        edges = visible_edges(self.image_box, self.image_size, self.cells.shape)
-        return np.array(convex_hull(corners(self.cells, *edges)), dtype=np.float64)
+        return np.array(convex_hull(corners(self.cells, *self.edges)), dtype=np.float64)
 
     @cached_property
     def mask(self) -> NDArray[np.bool_]:
@@ -148,13 +160,10 @@ class Grounding:
     @property
     def point(self) -> Point:
         """Centre (x, y), in pixels, of the strongest cell on the image: the pointing game's answer."""
-        x_edges, y_edges = visible_edges(self.image_box, self.image_size, self.combined.shape)
+        x_edges, y_edges = self.edges
         on_image = np.where(visible_cells(x_edges, y_edges), self.smoothest, -np.inf)
         row, column = np.unravel_index(np.argmax(on_image), on_image.shape)
-        return (
-            float(x_edges[column] + x_edges[column + 1]) / 2,
-            float(y_edges[row] + y_edges[row + 1]) / 2,
-        )
+        return (float(x_edges[column] + x_edges[column + 1]) / 2, float(y_edges[row] + y_edges[row + 1]) / 2)
 
 
 def ground_maps(
@@ -289,20 +298,15 @@ def _component(
 
 def _between_cells(sides: Box, attention: AttentionMaps, grid: tuple[int, ...]) -> Box:
     """A box in cells of the grid, in pixels, cut at the image's edge."""
-    (x0, y0, x1, y1), (W, H) = attention.image_box, attention.image_size
+    x0, y0, x1, y1 = attention.image_box
     across, down = (x1 - x0) / grid[1], (y1 - y0) / grid[0]
-    return (
-        max(x0 + sides[0] * across, 0.0),
-        max(y0 + sides[1] * down, 0.0),
-        min(x0 + sides[2] * across, float(W)),
-        min(y0 + sides[3] * down, float(H)),
-    )
+    left, top, right, bottom = sides
+    box = x0 + left * across, y0 + top * down, x0 + right * across, y0 + bottom * down
+    return on_image(box, attention.image_size)
 
 
 def threshold(
-    combined: NDArray[np.floating[Any]],
-    options: GroundingOptions,
-    visible: NDArray[np.bool_] | None = None,
+    combined: NDArray[np.floating[Any]], options: GroundingOptions, visible: NDArray[np.bool_] | None = None
 ) -> float:
     """The value above which a cell of a map `[h, w]` is active; infinite if none is, as of a flat map.
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import AttentionMaps, Box
+from localization_heads.attention import AttentionMaps, Box, on_image
 from localization_heads.cells import SLIVER, box_shares, grid_edges, interval_shares, mask_shares
 from localization_heads.errors import ArgumentError
 from localization_heads.heads.head import Head
@@ -52,7 +52,7 @@ def mass_in_truth(
     if mask is not None:
         shares = mask_shares(mask, maps.image_box, maps.grid)
     else:
-        shares = box_shares(_on_image(box, maps.image_size), maps.image_box, maps.grid)
+        shares = box_shares(on_image(box, maps.image_size), maps.image_box, maps.grid)
     return np.asarray(np.einsum("lhyx,yx->lh", maps.attention, shares), dtype=np.float32)
 
 
@@ -66,17 +66,11 @@ def mass_on_patches(maps: AttentionMaps, box: Box) -> NDArray[np.float32]:
     [[0.25, 0.0]]
     """
     x_edges, y_edges = grid_edges(maps.image_box, maps.grid)
-    x0, y0, x1, y1 = _on_image(box, maps.image_size)
+    x0, y0, x1, y1 = on_image(box, maps.image_size)
     columns = interval_shares(x_edges, x0, x1) * np.diff(x_edges) > SLIVER
     rows = interval_shares(y_edges, y0, y1) * np.diff(y_edges) > SLIVER
     touched = np.logical_and.outer(rows, columns).astype(np.float64)
     return np.asarray(np.einsum("lhyx,yx->lh", maps.attention, touched), dtype=np.float32)
-
-
-def _on_image(box: Box, image_size: tuple[int, int]) -> Box:
-    x0, y0, x1, y1 = box
-    x0, y0 = max(x0, 0.0), max(y0, 0.0)
-    return x0, y0, max(min(x1, image_size[0]), x0), max(min(y1, image_size[1]), y0)
 
 
 def mean_scores(scores: SampleArray, weights: NDArray[np.integer[Any]]) -> Scores:

@@ -41,9 +41,7 @@ def greedy_heads(
     if moved is None:
         return of_sample(options, k)
     passing = of_sample(replace(options, fallback="none"), found.attention_sum.size)
-    every = of_sample(
-        options, found.attention_sum.size
-    )  # those that pass, and those of the fallback behind them
+    every = of_sample(options, found.attention_sum.size)  # and those of the fallback behind them
     return [*sorted(passing, key=partial(_stays, moved)), *every[len(passing) :]][:k]
 
 

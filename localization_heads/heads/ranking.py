@@ -1,4 +1,7 @@
-"""Heads ranked over all samples by selection frequency (Sec. 4.3), with the spread of random draws."""
+"""Heads ranked over all samples by selection frequency (Sec. 4.3), with the spread of random draws.
+
+With the third criterion: which heads come first, and where the paper's two criteria were fooled.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.heads.criteria import attention_sum_threshold, keep_heads
+from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import by_entropy, sample_heads
 from localization_heads.heads.record import HeadRanking, RankedHead
+from localization_heads.heads.sensitivity import Movement
 from localization_heads.options.groups import CriteriaOptions
 
 NONE_KEPT = "no head passes criterion 1 on average"
 """Then there are no localization heads: a ranking lists none as kept, and what needs some says so."""
-
-__all__ = ["HeadRanking", "RankedHead", "random_draws", "rank_heads"]
 
 CHUNK_VALUES = 1 << 18
 """Numbers of one array that are in memory at a time: 2 MB in float64."""
@@ -294,10 +297,7 @@ def _checked(draws: NDArray[np.int64], sums: SampleArray) -> NDArray[np.int64]:
 
 
 def _check_pool(
-    sums: SampleArray,
-    entropies: SampleArray,
-    bottom_row: SampleArray | None,
-    options: CriteriaOptions,
+    sums: SampleArray, entropies: SampleArray, bottom_row: SampleArray | None, options: CriteriaOptions
 ) -> None:
     if sums.ndim != 3 or sums.shape != entropies.shape or 0 in sums.shape:
         raise ValueError(
@@ -305,3 +305,65 @@ def _check_pool(
         )
     if options.bottom_row_filter and (bottom_row is None or bottom_row.shape != sums.shape):
         raise ValueError("bottom_row_filter needs the bottom-row flags of every head in every sample")
+
+
+def with_movement(ranking: HeadRanking, movement: Movement) -> HeadRanking:
+    """The ranking with each head's sensitivity and consistency, in the order that its options ask for.
+
+    With `options.sensitivity="siblings"` the heads that criterion 1 keeps are ranked by `RankedHead.movement`, then by
+    selection frequency, attention sum, layer and head; those whose movement is not known come after the others. With
+    `"none"` the order stays the paper's.
+    """
+    heads = [_with(head, movement) for head in ranking.heads]
+    if ranking.options.sensitivity != "none":
+        heads.sort(key=_by_movement)  # stable: ties stay in the paper's order
+    return replace(ranking, heads=tuple(heads))
+
+
+def _with(head: RankedHead, movement: Movement) -> RankedHead:
+    known = (float(values[head.address]) for values in movement)
+    sensitivity, consistency = (None if math.isnan(value) else value for value in known)
+    return replace(head, sensitivity=sensitivity, consistency=consistency)
+
+
+def _by_movement(head: RankedHead) -> tuple[bool, bool, float]:
+    movement = head.movement
+    return not head.kept, movement is None, 0.0 if movement is None else -round(movement, 6)
+
+
+def papers_first(ranking: HeadRanking, k: int) -> list[Head]:
+    """The first `k` heads by the paper's two criteria, whatever the ranking is ordered by."""
+    return [head.address for head in _papers_order(ranking)[:k]]
+
+
+def _papers_order(ranking: HeadRanking) -> list[RankedHead]:
+    return sorted(
+        ranking.kept, key=lambda head: (-head.selection_frequency, -head.attention_sum, head.address)
+    )
+
+
+def robust_first(ranking: HeadRanking, k: int) -> list[Head]:
+    """The first `k` heads by the third criterion; none where it was not measured."""
+    if not ranking.is_moved:
+        return []
+    return [head.address for head in sorted(_papers_order(ranking), key=_by_movement)[:k]]
+
+
+def disagreement(ranking: HeadRanking, k: int) -> str | None:
+    """One sentence where the first `k` heads of the two rankings are not the same; None where they are, or where the
+    third criterion was not measured.
+    """
+    paper, robust = papers_first(ranking, k), robust_first(ranking, k)
+    if not robust or set(paper) == set(robust):
+        return None
+    resting = [head for head in paper if head not in robust]
+    named = {head.address: head for head in ranking.kept}
+    facts = ", ".join(f"{head} (movement {named[head].movement or 0:.2f})" for head in resting)
+    return (
+        f"the paper's two criteria put {_names(paper)} first, and the heads whose maps follow the expression are "
+        f"{_names(robust)} (criteria=robust): look at the maps of {facts}, which move less"
+    )
+
+
+def _names(heads: list[Head]) -> str:
+    return " ".join(map(str, heads))

@@ -1,26 +1,107 @@
-"""Ready lists: heads of known models that others have published, with their source, and how they were found.
+"""How heads were found, and ready lists: heads of known models that others have published, with their source.
 
-They are the files of `config/lists/`; `lists` in a file of `config/model/` names those of that model. A list is taken
-by itself (heads=auto) only with the prompt and the query token that it was found with; by its name, under any.
+Heads that were found with other weights, or asked in another way, may not be the best. The lists are the files of
+`config/lists/`; `lists` in a file of `config/model/` names those of that model. A list is taken by itself (heads=auto)
+only with the prompt and the query token that it was found with; by its name, under any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import NATIVE_BOX, FoundWith, difference
 from localization_heads.options.compose import choices_of, preset
+from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import did_you_mean
+
+FoundWith = Mapping[str, str | None]
+"""`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
+
+NATIVE_BOX = "native_box"
+"""The `conv_mode` of heads that were found while the model wrote a box of its own: the prompt that asks it for one."""
+
+KEYS = (
+    "conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "num_labels", "shrink",
+    "library",
+)  # fmt: skip
+
+
+def asked(
+    conv_mode: str, system: str, query_token: str, weights: str, paraphrases: Sequence[str] | None = None
+) -> dict[str, str | None]:
+    """How a model is asked. The system sentence is a part of the paper's prompt only.
+
+    Heads are found in the maps of the last prompt token whether the answer's tokens are read beside it or not.
+    """
+    return {
+        "conv_mode": conv_mode,
+        "system": system if conv_mode == "referseg" else None,
+        "query_token": "last" if query_token == "last_and_answer" else query_token,
+        "paraphrases": "; ".join(paraphrases) if paraphrases else None,
+        "weights": weights,
+    }
+
+
+def found_with(asked: FoundWith, options: CriteriaOptions, labels: FoundWith | None = None) -> FoundWith:
+    """What `heads.json` says of the model, of how it was asked (`LVLM.asked`), and of the recipe.
+
+    Args:
+        labels: `heads_by` and what else is known of a ranking by labels, which then take the place of the criteria.
+    """
+    from localization_heads.version import __version__
+
+    library = f"localization-heads {__version__}"
+    recipe = {"criteria": preset_of(options)} if labels is None else labels
+    known = {**asked, **recipe, "library": library}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def preset_of(options: CriteriaOptions) -> str | None:
+    """The file of `config/criteria/` that holds these options; None for others.
+
+    >>> preset_of(CriteriaOptions()), preset_of(CriteriaOptions(tau=0.5))
+    ('paper', None)
+    """
+    return next((name for name, preset in _presets().items() if preset == options), None)
+
+
+@cache
+def _presets() -> dict[str, CriteriaOptions]:
+    return {name: CriteriaOptions.of(preset("criteria", name)) for name in choices_of("criteria")}
+
+
+def difference(found: FoundWith, asked: FoundWith) -> str | None:
+    """In words, what is not now as it was when heads were found; None if all that is known of it is the same.
+
+    >>> difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
+    'found with conv_mode=chat (here: plain)'
+    """
+    others = [
+        name
+        for name in ("conv_mode", "query_token", "paraphrases", "weights")
+        if _differs(name, found, asked)
+    ]
+    parts = [f"{name}={_short(found[name])} (here: {_short(asked[name])})" for name in others]
+    if "conv_mode" not in others and _differs("system", found, asked):
+        parts.append("another system sentence")
+    return f"found with {', '.join(parts)}" if parts else None
+
+
+def _differs(name: str, found: FoundWith, asked: FoundWith) -> bool:
+    return found.get(name) is not None and asked.get(name) is not None and found[name] != asked[name]
+
+
+def _short(value: str | None) -> str:
+    """Of a file from anywhere: one line, not too long."""
+    return " ".join(str(value).split())[:40]
+
 
 FOUND_AGAIN = 20
 """Heads of a list, at most, that a new ranking is compared with."""
-GIVEN = "model.heads"
-"""What heads that the user gave to the model are called."""
 
 
 @dataclass(frozen=True)

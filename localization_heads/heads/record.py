@@ -1,101 +1,70 @@
-"""How heads were found: which weights were asked, and how. Found in another way, others might be the best."""
+"""A ranking of heads with its evidence: as a record, as JSON of unknown origin, and as people read it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
+from html import escape
 from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError, shown
-from localization_heads.heads.fields import Fields
 from localization_heads.heads.head import Head, repeated
+from localization_heads.heads.ready import KEYS, FoundWith
 from localization_heads.heads.sensitivity import RESTING, movement_of
-from localization_heads.heads.table import as_html, as_text
-from localization_heads.options.compose import choices_of, preset
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 
-FoundWith = Mapping[str, str | None]
-"""`found_with` of `heads.json`: its keys are `KEYS`, those of other tools and older files may be fewer."""
 
-NATIVE_BOX = "native_box"
-"""The `conv_mode` of heads that were found while the model wrote a box of its own: the prompt that asks it for one."""
+class Fields:
+    """Typed access to a JSON object of unknown origin: anything unexpected is a `UsageError`."""
 
-KEYS = (
-    "conv_mode", "system", "query_token", "paraphrases", "weights", "criteria", "heads_by", "num_labels", "shrink",
-    "library",
-)  # fmt: skip
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, dict):
+            raise UsageError(f"{where} must be an object with named fields, not {type(data).__name__}")
+        self.values: dict[str, Any] = data
+        self.where = where
 
+    def get(self, name: str) -> object:
+        if name not in self.values:
+            raise UsageError(f"{self.where}: '{name}' is missing")
+        return self.values[name]
 
-def asked(
-    conv_mode: str, system: str, query_token: str, weights: str, paraphrases: Sequence[str] | None = None
-) -> dict[str, str | None]:
-    """How a model is asked. The system sentence is a part of the paper's prompt only.
+    def integer(self, name: str, least: int = 0) -> int:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._wrong(name, f"a whole number of at least {least}")
+        return value
 
-    Heads are found in the maps of the last prompt token whether the answer's tokens are read beside it or not.
-    """
-    return {
-        "conv_mode": conv_mode,
-        "system": system if conv_mode == "referseg" else None,
-        "query_token": "last" if query_token == "last_and_answer" else query_token,
-        "paraphrases": "; ".join(paraphrases) if paraphrases else None,
-        "weights": weights,
-    }
+    def number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
+        """A finite number within the limits, or none."""
+        return None if self.get(name) is None else self.required_number(name, least, most)
 
+    def number_if_given(self, name: str, least: float = -math.inf, most: float = math.inf) -> float | None:
+        return None if self.values.get(name) is None else self.required_number(name, least, most)
 
-def found_with(asked: FoundWith, options: CriteriaOptions, labels: FoundWith | None = None) -> FoundWith:
-    """What `heads.json` says of the model, of how it was asked (`LVLM.asked`), and of the recipe.
+    def required_number(self, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, "a number")
+        if not (abs(value) < 1e300 and least <= value <= most):  # also refuses NaN and integers too large
+            raise self._wrong(name, "finite" if most == math.inf else f"between {least:g} and {most:g}")
+        return float(value)
 
-    Args:
-        labels: `heads_by` and what else is known of a ranking by labels, which then take the place of the criteria.
-    """
-    from localization_heads.version import __version__
+    def sequence(self, name: str) -> list[object]:
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise self._wrong(name, "a list")
+        return value
 
-    library = f"localization-heads {__version__}"
-    recipe = {"criteria": preset_of(options)} if labels is None else labels
-    known = {**asked, **recipe, "library": library}
-    return {name: value for name, value in known.items() if value is not None}
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a text")
+        return value
 
-
-def preset_of(options: CriteriaOptions) -> str | None:
-    """The file of `config/criteria/` that holds these options; None for others.
-
-    >>> preset_of(CriteriaOptions()), preset_of(CriteriaOptions(tau=0.5))
-    ('paper', None)
-    """
-    return next((name for name, preset in _presets().items() if preset == options), None)
-
-
-@cache
-def _presets() -> dict[str, CriteriaOptions]:
-    return {name: CriteriaOptions.of(preset("criteria", name)) for name in choices_of("criteria")}
-
-
-def difference(found: FoundWith, asked: FoundWith) -> str | None:
-    """In words, what is not now as it was when heads were found; None if all that is known of it is the same.
-
-    >>> difference({"conv_mode": "chat", "weights": "1a"}, {"conv_mode": "plain", "weights": "1a"})
-    'found with conv_mode=chat (here: plain)'
-    """
-    others = [
-        name
-        for name in ("conv_mode", "query_token", "paraphrases", "weights")
-        if _differs(name, found, asked)
-    ]
-    parts = [f"{name}={_short(found[name])} (here: {_short(asked[name])})" for name in others]
-    if "conv_mode" not in others and _differs("system", found, asked):
-        parts.append("another system sentence")
-    return f"found with {', '.join(parts)}" if parts else None
-
-
-def _differs(name: str, found: FoundWith, asked: FoundWith) -> bool:
-    return found.get(name) is not None and asked.get(name) is not None and found[name] != asked[name]
-
-
-def _short(value: str | None) -> str:
-    """Of a file from anywhere: one line, not too long."""
-    return " ".join(str(value).split())[:40]
+    def _wrong(self, name: str, wanted: str) -> UsageError:
+        return UsageError(f"{self.where}: '{name}' must be {wanted}, not {shown(self.values[name])}")
 
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
@@ -103,7 +72,13 @@ _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.na
 _THIRD = tuple(option.name for option in fields(SensitivityOptions))
 """Those of them that it keeps only where the third criterion was asked for."""
 
-_BY_LABELS = ("score", "score_std")
+ROWS = 15
+"""Of a ranking that people read."""
+NAMES = ("rank", "head", "selection frequency", "attention sum", "spatial entropy")
+EVIDENCE = ("selection_frequency", "selection_frequency_std", "attention_sum", "spatial_entropy")
+"""Numbers of a head in every file."""
+MORE_EVIDENCE = ("score", "score_std", "sensitivity", "consistency")
+"""Those that `heads.json` has where they were measured."""
 Spread = Literal["draws", "bootstrap"]
 """Where a standard deviation comes from: random draws of a pool, or resamples of a pool too small to draw from."""
 
@@ -154,7 +129,7 @@ class HeadRanking:
     `tau` is the threshold of criterion 1 averaged over the trials (and over their samples, where each has its own);
     none for `elbow="index"`, which has none.
     `pictures` names the images that the heads were found on, so that they are not scored on them.
-    `found_with` says how the model was asked (`heads.found_with`); None where that is not known.
+    `found_with` says how the model was asked (`heads.ready`); None where that is not known.
     """
 
     heads: tuple[RankedHead, ...]
@@ -168,16 +143,7 @@ class HeadRanking:
     pictures: tuple[str, ...] = ()
     found_with: FoundWith | None = None
 
-    CSV_HEADER = (
-        "rank",
-        "layer",
-        "head",
-        "selection_frequency",
-        "selection_frequency_std",
-        "attention_sum",
-        "spatial_entropy",
-        "kept",
-    )
+    CSV_HEADER = ("rank", "layer", "head", *EVIDENCE, "kept")
 
     @property
     def exclude_layers(self) -> int:
@@ -194,10 +160,10 @@ class HeadRanking:
         return any(head.sensitivity is not None for head in self.heads)
 
     def __str__(self) -> str:
-        return as_text(self._title, self.kept)
+        return _as_text(self._title, self.kept)
 
     def _repr_html_(self) -> str:
-        return as_html(self._title, self.kept)
+        return _as_html(self._title, self.kept)
 
     @property
     def _title(self) -> str:
@@ -219,18 +185,7 @@ class HeadRanking:
     def csv_rows(self) -> Iterator[tuple[object, ...]]:
         """A row a head, ranked from 1, in the order of `csv_header`; what is not known is empty."""
         for rank, head in enumerate(self.heads, start=1):
-            entropy = "" if head.spatial_entropy is None else _rounded(head.spatial_entropy)
-            frequency = _rounded(head.selection_frequency), _rounded(head.selection_frequency_std)
-            yield (
-                rank,
-                head.layer,
-                head.head,
-                *frequency,
-                _rounded(head.attention_sum),
-                entropy,
-                int(head.kept),
-                *(_moved_cells(head) if self.is_moved else ()),
-            )
+            yield rank, *(_cell(getattr(head, name)) for name in self.csv_header[1:])
 
     @property
     def csv_header(self) -> tuple[str, ...]:
@@ -302,9 +257,8 @@ def _rounded(value: float) -> float:
     return round(float(value), 6)
 
 
-def _moved_cells(head: RankedHead) -> tuple[float | str, ...]:
-    known = (head.sensitivity, head.consistency)
-    return tuple("" if value is None else _rounded(value) for value in known)
+def _cell(value: float | None) -> float | str:
+    return "" if value is None else int(value) if isinstance(value, int) else _rounded(value)
 
 
 def resting(ranking: HeadRanking) -> tuple[RankedHead, ...]:
@@ -329,17 +283,10 @@ def _options_to_json(options: CriteriaOptions) -> dict[str, Any]:
 
 
 def _head_to_json(head: RankedHead) -> dict[str, Any]:
-    moved = {"sensitivity": head.sensitivity, "consistency": head.consistency}
-    return {
-        "layer": head.layer,
-        "head": head.head,
-        "selection_frequency": _rounded(head.selection_frequency),
-        "selection_frequency_std": _rounded(head.selection_frequency_std),
-        "attention_sum": _rounded(head.attention_sum),
-        "spatial_entropy": None if head.spatial_entropy is None else _rounded(head.spatial_entropy),
-        **{name: _rounded(value) for name in _BY_LABELS if (value := getattr(head, name)) is not None},
-        **{name: _rounded(value) for name, value in moved.items() if value is not None},
-    }
+    values = {name: getattr(head, name) for name in (*EVIDENCE, *MORE_EVIDENCE)}
+    numbers = {name: None if value is None else _rounded(value) for name, value in values.items()}
+    known = {name: value for name, value in numbers.items() if value is not None or name in EVIDENCE}
+    return {"layer": head.layer, "head": head.head, **known}
 
 
 def _head_from_json(entry: object, number: int) -> RankedHead:
@@ -351,8 +298,8 @@ def _head_from_json(entry: object, number: int) -> RankedHead:
         selection_frequency_std=fields.required_number("selection_frequency_std", 0.0),
         attention_sum=fields.required_number("attention_sum"),
         spatial_entropy=fields.number("spatial_entropy", 0.0),
-        score=fields.number("score") if "score" in fields.values else None,
-        score_std=fields.number("score_std", 0.0) if "score_std" in fields.values else None,
+        score=fields.number_if_given("score"),
+        score_std=fields.number_if_given("score_std", 0.0),
         sensitivity=fields.number_if_given("sensitivity", 0.0, 1.0),
         consistency=fields.number_if_given("consistency", 0.0, 1.0),
     )
@@ -388,3 +335,30 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= 40
     return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
+
+
+def _as_text(title: str, heads: Sequence[RankedHead]) -> str:
+    """The first heads in columns, under a title."""
+    rows = [NAMES, *_rows(heads)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(NAMES))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([title, *lines, *_rest(heads)])
+
+
+def _as_html(title: str, heads: Sequence[RankedHead]) -> str:
+    """The same as an HTML table."""
+    head = "".join(f"<th>{name}</th>" for name in NAMES)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in _rows(heads))
+    rest = "".join(f"<p>{escape(line)}</p>" for line in _rest(heads))
+    return f"<table><caption>{escape(title)}</caption><tr>{head}</tr>{body}</table>{rest}"
+
+
+def _rows(heads: Sequence[RankedHead]) -> Iterator[tuple[str, ...]]:
+    for rank, one in enumerate(heads[:ROWS], start=1):
+        frequency = f"{one.selection_frequency:.3f} ± {one.selection_frequency_std:.3f}"
+        entropy = "-" if one.spatial_entropy is None else f"{one.spatial_entropy:.3f}"
+        yield str(rank), str(one.address), frequency, f"{one.attention_sum:.3f}", entropy
+
+
+def _rest(heads: Sequence[RankedHead]) -> list[str]:
+    return [f"and {len(heads) - ROWS} more"] if len(heads) > ROWS else []

@@ -10,7 +10,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.locating import ground
 
 if TYPE_CHECKING:
-    from localization_heads.data.any_image import AnyImage
+    from localization_heads.data.sources import AnyImage
     from localization_heads.lvlm.model import LVLM
 
 

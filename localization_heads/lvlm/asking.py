@@ -19,8 +19,7 @@ from localization_heads.heads.sensitivity import probes
 from localization_heads.lvlm.answers.answering import Said, Sides, spellings
 from localization_heads.lvlm.beside import MOST_OTHERS, Beside, other_expressions
 from localization_heads.lvlm.sharing import EncodedImage, Question
-from localization_heads.lvlm.text.paraphrases import ARTICLES
-from localization_heads.lvlm.text.prompts import bare_sentence
+from localization_heads.lvlm.text.prompts import ARTICLES, bare_sentence
 
 BACKGROUND = "thing"
 """What `contrast=background` asks about: a word that names nothing in particular. A question about the whole image

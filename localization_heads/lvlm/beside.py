@@ -93,3 +93,16 @@ def other_expressions(expression: str, others: Iterable[str]) -> tuple[str, ...]
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(_CLOSING)
+
+
+def covers_mirrored(maps: AttentionMaps, mirrored: AttentionMaps) -> bool:
+    """Whether the grid of the mirrored image covers the mirrored region.
+
+    Edges may lie half a cell apart: a padded or cropped image has an odd pixel on one side.
+    """
+    if maps.attention.shape != mirrored.attention.shape:
+        return False
+    width, (rows, columns) = maps.image_size[0], maps.grid
+    (x0, y0, x1, y1), own = mirrored.image_box, np.array(maps.image_box)
+    cell = np.array([(own[2] - own[0]) / columns, (own[3] - own[1]) / rows] * 2)
+    return bool((np.abs(np.array([width - x1, y0, width - x0, y1]) - own) <= 0.5 * cell).all())

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.together import image_at
+from localization_heads.data.sources import image_at
 from localization_heads.errors import UsageError, shown
 from localization_heads.lvlm.families.geometry import (
     MAX_PREPARED_PIXELS,
@@ -310,8 +310,5 @@ def attend_clip(
     with memory_errors():
         found = lvlm.answered(lambda: lvlm.on_device(ready.inputs), query, [expression], last_layer)
         (one,) = found
-    maps = [
-        lvlm.maps(one.row, [[view]], seen[0], expression, prompt.text, one.answer, one.said)
-        for view in ready.views
-    ]
+    maps = [lvlm.maps(one, [[view]], seen[0], expression, prompt.text) for view in ready.views]
     return [maps[number // ready.together] for number in range(len(frames))]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from localization_heads.data.together import Shown
+from localization_heads.data.sources import Shown
 from localization_heads.errors import WorkError
+from localization_heads.lvlm.answers.answering import GREEDY
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.prompts import clean_expression
 
@@ -81,8 +82,7 @@ def stream(lvlm: LVLM, image: Shown | None, prompt: str, max_new_tokens: int) ->
                 lvlm.model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
+                    **GREEDY,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )

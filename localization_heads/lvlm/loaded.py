@@ -11,18 +11,21 @@ from PIL import Image
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps, of_images
-from localization_heads.data.together import Opened, Shown, each_image
+from localization_heads.data.sources import Opened, Shown, each_image
 from localization_heads.errors import UsageError, WorkError, shown
-from localization_heads.lvlm.answers.answering import Hearing, Said, Sides, end_tokens, generate, go_on
-from localization_heads.lvlm.answers.words import Spelled, group_tokens, silent_tokens, span_tokens, spelled
+from localization_heads.lvlm.answers.answering import (
+    GREEDY,
+    Hearing,
+    Said,
+    Sides,
+    end_tokens,
+    generate,
+    go_on,
+)
+from localization_heads.lvlm.answers.trace import Spelled, group_tokens, silent_tokens, span_tokens, spelled
 from localization_heads.lvlm.families.geometry import Layout, ProcessedImage, View, parted, read_maps
 from localization_heads.lvlm.families.table import layout_of_first, views_of
-from localization_heads.lvlm.forward.capture import (
-    Query,
-    Recorder,
-    capture,
-    prompt_keys,
-)
+from localization_heads.lvlm.forward.capture import Query, Recorder, capture, prompt_keys
 from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
 from localization_heads.lvlm.forward.prefix import why_not_shared
 from localization_heads.lvlm.prompted import PromptedModel
@@ -37,8 +40,8 @@ class Answered(NamedTuple):
     """The row of a sample's query token `[layer, head, key]`, the mean row of its answer's, and what it says."""
 
     row: Tensor
-    answer: Tensor | None
-    said: Said | None
+    answer: Tensor | None = None
+    said: Said | None = None
 
 
 class LoadedModel(PromptedModel):
@@ -226,8 +229,7 @@ class LoadedModel(PromptedModel):
                 **inputs,
                 max_new_tokens=query.step + 1,
                 min_new_tokens=query.step + 1,
-                do_sample=False,
-                num_beams=1,
+                **GREEDY,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
                 use_cache=True,
             )
@@ -240,51 +242,34 @@ class LoadedModel(PromptedModel):
         return zip(hearing.rows or [None] * num, said, strict=True)
 
     def maps(
-        self,
-        row: Tensor,
-        views: Sequence[Sequence[View]],
-        shown: Shown,
-        expression: str,
-        prompt: str,
-        answer: Tensor | None = None,
-        said: Said | None = None,
+        self, found: Answered, views: Sequence[Sequence[View]], shown: Shown, expression: str, prompt: str
     ) -> AttentionMaps:
-        """`row`: [layer, head, key] of one sample; `answer`: the same, the mean over the answer's tokens.
+        """The maps of one sample.
 
         Args:
             views: of each image that is shown.
         """
+        row, answer, said = found
         if self.reads_answer_alone and answer is not None:
             row, answer = answer, None
-        each = [
-            self._maps(row, own, image, expression, prompt, answer, said)
-            for own, image in zip(views, each_image(shown), strict=True)
-        ]
-        return of_images(each) if len(each) > 1 else each[0]
 
-    def _maps(
-        self,
-        row: Tensor,
-        views: Sequence[View],
-        image: Image.Image,
-        expression: str,
-        prompt: str,
-        answer: Tensor | None,
-        said: Said | None,
-    ) -> AttentionMaps:
-        maps, box = read_maps(row.numpy(), views, image.size, self.view)
-        return AttentionMaps(
-            attention=maps,
-            image_box=box,
-            image_size=image.size,
-            query=expression,
-            prompt=prompt,
-            model=self.name,
-            asked=self.asked,
-            answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
-            answer_text="" if said is None else said.text,
-            answer_logprob=None if said is None else said.logprob,
-        ).of_size(getattr(image, "seen_from", image.size))
+        def maps_of(views: Sequence[View], image: Image.Image) -> AttentionMaps:
+            maps, box = read_maps(row.numpy(), views, image.size, self.view)
+            return AttentionMaps(
+                attention=maps,
+                image_box=box,
+                image_size=image.size,
+                query=expression,
+                prompt=prompt,
+                model=self.name,
+                asked=self.asked,
+                answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
+                answer_text="" if said is None else said.text,
+                answer_logprob=None if said is None else said.logprob,
+            ).of_size(getattr(image, "seen_from", image.size))
+
+        each = [maps_of(own, image) for own, image in zip(views, each_image(shown), strict=True)]
+        return of_images(each) if len(each) > 1 else each[0]
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""

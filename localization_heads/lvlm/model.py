@@ -8,6 +8,7 @@ encoded.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,16 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.together import Shown, each_image, image_at
+from localization_heads.data.sources import Shown, each_image, image_at
+from localization_heads.errors import NotFiniteError, OutOfMemoryError
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
+from localization_heads.heads.sensitivity import swapped
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import ask_beside
-from localization_heads.lvlm.beside import NOTHING, Beside, is_wanted, movement_in, probing
+from localization_heads.lvlm.beside import NOTHING, Beside, covers_mirrored, is_wanted, movement_in, probing
 from localization_heads.lvlm.clips import attend_clip
 from localization_heads.lvlm.families.table import family_of
 from localization_heads.lvlm.loaded import LoadedModel
@@ -33,6 +38,8 @@ from localization_heads.lvlm.tracing import traced
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.options.surroundings import TRACE_TOKENS, TraceOptions
+
+log = logging.getLogger(__name__)
 
 OWN_HEADS = 3
 """Heads that an image and a query pick where none are known (the paper's k)."""
@@ -177,6 +184,24 @@ class LVLM(LoadedModel):
             texts, others = [expressions[place] for place in places], [given[place] for place in places]
             found |= zip(places, ask_beside(encoded, texts, others, beside, last_layer), strict=True)
         return [found[place] for place in sorted(found)]
+
+    def attend_mirrored(
+        self, image: Image.Image, expression: str, maps: AttentionMaps
+    ) -> NDArray[np.float32] | None:
+        """The maps of the mirrored image with left and right swapped in the expression, for the third criterion.
+
+        Args:
+            maps: those of the image itself.
+
+        Returns:
+            As the model gives them; None where they cannot be compared with `maps`, or it cannot take the image.
+        """
+        try:
+            found = self.attend(ImageOps.mirror(image), swapped(expression))
+        except (NotFiniteError, OutOfMemoryError) as error:
+            log.warning("%r: the mirrored image could not be asked: %s", expression, error)
+            return None
+        return found.attention if covers_mirrored(maps, found) else None
 
     def attend_clip(
         self,

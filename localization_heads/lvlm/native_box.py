@@ -11,18 +11,15 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.attention import Box, rescaled
-from localization_heads.data.together import image_at
+from localization_heads.data.sources import image_at
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat, read_box
 from localization_heads.lvlm.families.geometry import Size
-from localization_heads.lvlm.text.prompts import clean_expression
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from localization_heads.lvlm.model import LVLM
-
-__all__ = ["FORMATS", "BoxFormat", "ask_for_box", "box_prompt", "read_box", "wanted_format"]
 
 
 def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFormat | None:
@@ -43,14 +40,8 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
             f"{', '.join(FORMATS)}"
         )
     form = FORMATS[known]
-    box_prompt(lvlm, form, "it")  # raises now, not at the first image, if there is no chat template
+    lvlm.box_prompt(form, "it")  # raises now, not at the first image, if there is no chat template
     return form
-
-
-def box_prompt(lvlm: LVLM, form: BoxFormat, expression: str) -> str:
-    """The whole prompt. UsageError for a chat format where the checkpoint brings no chat template."""
-    text = form.question(clean_expression(expression, lvlm.control_tokens))
-    return lvlm.chat_prompt(text) if form.chat else lvlm.image_text + text
 
 
 def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str) -> tuple[Box | None, str]:
@@ -63,16 +54,17 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
 
     import torch
 
+    from localization_heads.lvlm.answers.answering import GREEDY
+
     image = image_at(image, None)
     seen = lvlm.seen(image)
-    inputs = lvlm.encode([seen], [box_prompt(lvlm, form, expression)])
+    inputs = lvlm.encode([seen], [lvlm.box_prompt(form, expression)])
     try:
         with torch.inference_mode():
             ids = lvlm.model.generate(
                 **inputs,
                 max_new_tokens=form.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
+                **GREEDY,
                 pad_token_id=lvlm.processor.tokenizer.pad_token_id,
             )
     except torch.OutOfMemoryError as error:
@@ -103,7 +95,7 @@ def box_reader(lvlm: LVLM) -> LVLM:
             f"heads_by=vrh: {lvlm.name} is not known to write boxes itself; rank by mass, iou or pointing, or say how "
             f"it writes them with model.native_box= one of {', '.join(FORMATS)}"
         )
-    box_prompt(lvlm, FORMATS[known], "it")
+    lvlm.box_prompt(FORMATS[known], "it")
     twin = copy(lvlm)
     twin.query_token, twin.answer_span, twin.paraphrases = "answer_span", BOX, None
     twin.answer_tokens = FORMATS[known].max_new_tokens

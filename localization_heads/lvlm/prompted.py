@@ -14,20 +14,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.data.images import as_seen
-from localization_heads.data.together import Shown, each_image
+from localization_heads.data.sources import Shown, each_image
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.heads.ready import ReadyHeads, choose_ready, other_conditions
-from localization_heads.heads.record import NATIVE_BOX, FoundWith, asked
+from localization_heads.heads.ready import (
+    NATIVE_BOX,
+    FoundWith,
+    ReadyHeads,
+    asked,
+    choose_ready,
+    other_conditions,
+)
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat
 from localization_heads.lvlm.families.geometry import check_shape, image_token_id
 from localization_heads.lvlm.families.table import check_several, family_of
 from localization_heads.lvlm.fingerprint import fingerprint
-from localization_heads.lvlm.forward.capture import (
-    attention_modules,
-    decoder_layers,
-    looks_across,
-)
+from localization_heads.lvlm.forward.capture import attention_modules, decoder_layers, looks_across
 from localization_heads.lvlm.forward.changes import Change
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
 from localization_heads.lvlm.text.chat_template import TemplateError, render_chat, template_of
@@ -94,16 +96,13 @@ class PromptedModel:
 
     def prompted(self, conv_mode: ConvMode) -> Self:
         """The same loaded model with another prompt."""
-        twin = copy(self)
-        twin.conv_mode = conv_mode
+        twin = self._but(conv_mode=conv_mode)
         twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
         return twin
 
     def worded(self, paraphrases: Sequence[str]) -> Self:
         """The same loaded model asked in these wordings."""
-        twin = copy(self)
-        twin.paraphrases = tuple(paraphrases)
-        return twin
+        return self._but(paraphrases=tuple(paraphrases))
 
     def showing(self, num_images: int) -> Self:
         """The same loaded model with so many images in a prompt. UsageError if it takes one, or is asked for a box."""
@@ -113,8 +112,12 @@ class PromptedModel:
             check_several(self.model.config, self.name)
             if self.box_form is not None:
                 raise UsageError("answer_span=box: the model is asked for a box of one image, not of several")
+        return self._but(num_images=num_images)
+
+    def _but(self, **changed: Any) -> Self:
+        """A copy that shares the loaded model and the caches."""
         twin = copy(self)
-        twin.num_images = num_images
+        vars(twin).update(changed)
         return twin
 
     def __repr__(self) -> str:
@@ -143,12 +146,10 @@ class PromptedModel:
     @property
     def choices(self) -> dict[str, Any]:
         """The model and how it is prompted, by name, as JSON values for `metrics.json`."""
-        loaded = ("dtype", "quantization", "pad_to_square")
-        asked = ("conv_mode", "query_token", "view")
-        values = {name: getattr(self.spec, name) for name in loaded}
+        loaded = {name: getattr(self.spec, name) for name in ("dtype", "quantization", "pad_to_square")}
+        asked = {name: getattr(self, name) for name in ("conv_mode", "query_token", "view")}
         dropped = {"drop_lone_spaces": self.dropped_token is not None}
-        named = {name: getattr(self, name) for name in asked}
-        return {"model": self.name, **values, **named, **dropped, **self.wording}
+        return {"model": self.name, **loaded, **asked, **dropped, **self.wording}
 
     @property
     def reads_answer(self) -> bool:
@@ -234,11 +235,9 @@ class PromptedModel:
     @property
     def image_token(self) -> str:
         """The text in a prompt that the processor replaces by an image's tokens."""
-        tokenizer = self.processor.tokenizer
-        own = getattr(self.processor, "image_placeholder_token", None) or getattr(
-            self.processor, "image_token", None
-        )
-        return str(own or tokenizer.convert_ids_to_tokens(self.image_token_id))
+        processor = self.processor
+        own = getattr(processor, "image_placeholder_token", None) or getattr(processor, "image_token", None)
+        return str(own or processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
@@ -273,12 +272,13 @@ class PromptedModel:
     ) -> Prompt:
         text = clean_expression(expression, self.control_tokens)
         if form is not None:
-            return locate_expression(lambda words: self._asked_for_box(form, words), text)
+            return locate_expression(lambda words: self.box_prompt(form, words), text)
         return locate_expression(lambda words: self._rendered(words, conv_mode, system, num_images), text)
 
-    def _asked_for_box(self, form: BoxFormat, text: str) -> str:
-        """The prompt of `native_box.box_prompt`."""
-        return self.chat_prompt(form.question(text)) if form.chat else self.image_text + form.question(text)
+    def box_prompt(self, form: BoxFormat, expression: str) -> str:
+        """The whole prompt that asks for a box. UsageError for a chat format where there is no chat template."""
+        text = form.question(clean_expression(expression, self.control_tokens))
+        return self.chat_prompt(text) if form.chat else self.image_text + text
 
     def _render(self, text: str, conv_mode: ConvMode, system: str, num_images: int) -> str:
         return expression_prompt(

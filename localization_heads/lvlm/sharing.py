@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.together import Shown, each_image, mapped
+from localization_heads.data.sources import Shown, each_image, mapped
 from localization_heads.lvlm.answers.answering import Said, Sides, Weighed, keeping, weighed
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import Query, capture
@@ -32,8 +32,7 @@ from localization_heads.lvlm.forward.prefix import (
     recording_cache,
     spatial_positions,
 )
-from localization_heads.lvlm.text.paraphrases import merged, wordings
-from localization_heads.lvlm.text.prompts import Prompt, shared_start
+from localization_heads.lvlm.text.prompts import Prompt, merged, shared_start, wordings
 from localization_heads.lvlm.text.query_tokens import continued
 
 if TYPE_CHECKING:
@@ -60,15 +59,7 @@ def apart(lvlm: LoadedModel, images: Sequence[Shown], expressions: Sequence[str]
     def answer(last_layer: int | None) -> list[AttentionMaps]:
         found = lvlm.answered(lambda: lvlm.on_device(inputs), query, expressions, last_layer)
         return [
-            lvlm.maps(
-                one.row,
-                lvlm.views_of_each(inputs, n, image),
-                image,
-                expression,
-                prompt.text,
-                one.answer,
-                one.said,
-            )
+            lvlm.maps(one, lvlm.views_of_each(inputs, n, image), image, expression, prompt.text)
             for n, (image, expression, prompt, one) in enumerate(
                 zip(given, expressions, prompts, found, strict=True)
             )
@@ -256,9 +247,7 @@ class EncodedImage:
 
         found = self.lvlm.answered(given, query, [one.expression for one in questions], last_layer)
         return [
-            self.lvlm.maps(
-                rows.row, self._views, self.image, one.expression, one.prompt.text, rows.answer, rows.said
-            )
+            self.lvlm.maps(rows, self._views, self.image, one.expression, one.prompt.text)
             for one, rows in zip(questions, found, strict=True)
         ]
 

@@ -19,17 +19,9 @@ from torch import Tensor, nn
 from localization_heads.attention import Box, rescaled
 from localization_heads.errors import NotFiniteError, UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.lvlm.answers.words import silent_tokens, spelled
+from localization_heads.lvlm.answers.trace import Trace, silent_tokens, spelled
 from localization_heads.lvlm.families.geometry import View, read_maps
-from localization_heads.lvlm.forward.capture import (
-    LAST,
-    Query,
-    Recorder,
-    StopForward,
-    prompt_keys,
-    recording,
-)
+from localization_heads.lvlm.forward.capture import LAST, Query, Recorder, StopForward, prompt_keys, recording
 from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
 from localization_heads.options.groups import GroundingOptions, ViewChoice
 from localization_heads.options.surroundings import MOST_TOKENS, TraceOptions

@@ -24,7 +24,7 @@ from localization_heads.cells import visible_cells, visible_edges
 from localization_heads.errors import BadEntry
 from localization_heads.evaluation.metrics import spearman
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import HeadRanking
 
 LEAST_FREQUENCY = 0.01
 """Heads that are selected less often take no part in the scatter and its correlation (paper, Sec. 4.4, Fig. 6b)."""

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from localization_heads.attention import Box
 from localization_heads.evaluation.metrics import FEWEST
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, RankedHead
-from localization_heads.heads.record import resting
+from localization_heads.heads.record import HeadRanking, RankedHead, resting
 from localization_heads.report.content import Card, HeadFacts, Report
 
 MAX_ROWS = 100

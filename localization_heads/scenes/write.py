@@ -1,12 +1,15 @@
-"""The synthetic benchmark on disk: `stage=scenes` writes it; `data=scenes` uses it, and writes it if it is missing."""
+"""The synthetic benchmark on disk: `stage=scenes` writes it; `data=scenes` uses it, and writes it if it is missing.
+
+So are scenes of two objects with an expression that does not say which is meant, for heads that are steered.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,18 +22,17 @@ from localization_heads.attention import Box
 from localization_heads.cells import tight_box
 from localization_heads.data.masks import encode_mask
 from localization_heads.options.surroundings import ScenesOptions
-from localization_heads.scenes.expressions import pick
+from localization_heads.scenes.expressions import Expression, ManyTargets, absent, pick, plural
 from localization_heads.scenes.scene import (
     SMALL,
     TEST_SEEDS,
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
-    Expression,
     Scene,
     moving_scene,
+    render_scene,
     scenes_of,
 )
-from localization_heads.scenes.targets import ManyTargets, absent, plural
 from localization_heads.store.files import RunLock, write_bytes
 
 SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEEDS}
@@ -63,20 +65,18 @@ def scenes_folder(options: ScenesOptions) -> Path:
 
 
 def _write(options: ScenesOptions, folder: Path, data_file: Path) -> None:
-    progress = tqdm(
-        islice(_samples(options), options.count),
-        total=options.count,
-        desc="scenes",
-        unit="scene",
-        disable=None,
-    )
     if options.frames > 1:
-        entries = list(_write_moving(options, folder))
-    else:
-        entries = [
-            write_scene(folder, number, scene, expression, options.height)
-            for number, (scene, expression) in enumerate(progress)
-        ]
+        return _write_lines(data_file, _write_moving(options, folder))
+    samples = islice(_samples(options), options.count)
+    progress = tqdm(samples, total=options.count, desc="scenes", unit="scene", disable=None)
+    entries = (
+        write_scene(folder, number, scene, expression, options.height)
+        for number, (scene, expression) in enumerate(progress)
+    )
+    _write_lines(data_file, entries)
+
+
+def _write_lines(data_file: Path, entries: Iterable[dict[str, Any]]) -> None:
     write_bytes(data_file, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
@@ -130,9 +130,7 @@ def write_scene(
     targets = [scene.objects[index] for index in expression.targets]
     around = united([target.box for target in targets]) or (0.0, 0.0, 1.0, 1.0)
     rows = kept_rows(around, scene.image.shape[0], height, seed=number if isinstance(number, int) else 0)
-    image = BytesIO()
-    Image.fromarray(scene.image[rows]).save(image, "PNG")
-    write_bytes(folder / f"{id}.png", image.getvalue())
+    _save(folder, id, scene.image[rows])
     entry: dict[str, Any] = {"id": id, "prompt": expression.text, "image_path": f"{id}.png"}
     if not targets:
         return {**entry, "bbox": None, "absent": True, "kind": expression.kind}
@@ -148,6 +146,12 @@ def write_scene(
         "kind": expression.kind,
         "answer": expression.answer,
     }
+
+
+def _save(folder: Path, id: str, pixels: np.ndarray) -> None:
+    image = BytesIO()
+    Image.fromarray(pixels).save(image, "PNG")
+    write_bytes(folder / f"{id}.png", image.getvalue())
 
 
 def united(boxes: Sequence[Box]) -> Box | None:
@@ -169,3 +173,41 @@ def kept_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
     first, last = max(0, math.ceil(box[3]) - height), min(math.floor(box[1]), size - height)
     top = Random(seed).randint(first, last) if first <= last else round((box[1] + box[3] - height) / 2)
     return slice(top, top + height)
+
+
+QUESTION = "the thing"
+"""An expression that fits both, which the embedded model answers by describing one of them."""
+
+
+def pairs(options: ScenesOptions) -> Path:
+    """Render the scenes and write their data file; returns that file. What is there already is kept."""
+    folder = scenes_folder(options).with_name(f"{scenes_folder(options).name}-pairs")
+    data_file = folder / "pairs.jsonl"
+    with RunLock(folder):
+        if not data_file.is_file():  # written last, so that its presence means that all is there
+            numbered = enumerate(islice(two_objects(options), options.count))
+            _write_lines(data_file, (_write_pair(folder, number, scene) for number, scene in numbered))
+    return data_file
+
+
+def two_objects(options: ScenesOptions) -> Iterator[Scene]:
+    """Scenes with two objects of different names, endless; the set, split, style and size are those of the options."""
+    start = SPLITS[options.split].start + options.seed * 2**20
+    for seed in count(start):
+        scene = render_scene(
+            seed,
+            size=options.size,
+            style=options.style,
+            num_objects=2,
+            repeats=0.0,
+            smallest=options.smallest,
+        )
+        if len({thing.name for thing in scene.objects}) == 2:
+            yield scene
+
+
+def _write_pair(folder: Path, number: int, scene: Scene) -> dict[str, Any]:
+    id = f"pair_{number:05d}"
+    _save(folder, id, scene.image)
+    regions = [{"bbox": list(thing.box), "answer": thing.name} for thing in scene.objects]
+    return {"id": id, "prompt": QUESTION, "image_path": f"{id}.png", "regions": regions}

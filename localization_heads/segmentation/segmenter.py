@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from localization_heads.attention import Box
-from localization_heads.cells import box_iou, mass_inside, spread, tight_box, visible_cells, visible_edges
+from localization_heads.attention import Box, on_image
+from localization_heads.cells import box_iou, spread, tight_box, visible_cells
 from localization_heads.errors import ArgumentError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.shapes import Point
@@ -77,8 +77,7 @@ def interior_points(grounding: Grounding, count: int) -> list[Point]:
     cells = grounding.cells
     if not cells.any():
         return []
-    x_edges, y_edges = visible_edges(grounding.image_box, grounding.image_size, cells.shape)
-    centres = np.stack(np.meshgrid(_middles(x_edges), _middles(y_edges)), axis=-1)  # (h, w, 2)
+    centres = np.stack(np.meshgrid(*map(_middles, grounding.edges)), axis=-1)  # (h, w, 2)
     depth = _depth(cells, grounding)
     core = np.argwhere(cells & (depth >= depth.max() / 2))
     places = centres[core[:, 0], core[:, 1]]
@@ -99,11 +98,10 @@ def background_points(grounding: Grounding, count: int) -> list[Point]:
     cells = grounding.cells
     if not cells.any():
         return []
-    edges = visible_edges(grounding.image_box, grounding.image_size, cells.shape)
-    x, y = (_middles(one) for one in edges)
+    x, y = map(_middles, grounding.edges)
     x0, y0, x1, y1 = grounding.box
-    inside = np.logical_and.outer((y0 <= y) & (y < y1), (x0 <= x) & (x < x1)) & visible_cells(*edges)
-    rows, columns = np.nonzero(inside & ~cells)
+    inside = np.logical_and.outer((y0 <= y) & (y < y1), (x0 <= x) & (x < x1))
+    rows, columns = np.nonzero(inside & visible_cells(*grounding.edges) & ~cells)
     lowest = np.argsort(grounding.combined[rows, columns], kind="stable")[:count]
     return [(float(x[columns[i]]), float(y[rows[i]])) for i in lowest]
 
@@ -127,8 +125,7 @@ def map_logits(grounding: Grounding, frame: Frame, side: int) -> NDArray[np.floa
 
 def _logits(grounding: Grounding) -> NDArray[np.float64]:
     """The combined map `[h, w]` in two straight pieces: minimum, threshold and maximum on the image to -, 0 and +."""
-    edges = visible_edges(grounding.image_box, grounding.image_size, grounding.combined.shape)
-    shown = grounding.combined[visible_cells(*edges)]
+    shown = grounding.combined[visible_cells(*grounding.edges)]
     level = min(grounding.threshold, float(shown.max()))
     above = (grounding.combined - level) / max(float(shown.max()) - level, np.finfo(float).tiny)
     below = (grounding.combined - level) / max(level - float(shown.min()), np.finfo(float).tiny)
@@ -240,14 +237,12 @@ def refine(
     overlap = float(box_iou(box, grounding.box))
     if box_from == "refined" and overlap < AGREE:
         return replace(grounding, mask_overlap=overlap)
-    refined = replace(grounding, refined=mask, mask_from=segmenter.name, mask_overlap=overlap)
-    score = mass_inside(grounding.combined, grounding.image_box, grounding.image_size, box)
-    return replace(refined, box=box, score=score)
+    return replace(grounding.boxed(box), refined=mask, mask_from=segmenter.name, mask_overlap=overlap)
 
 
 def _wider(grounding: Grounding) -> Box:
     """The box with `WIDER` cells more on each side, cut at the image's edge."""
     (left, top, right, bottom), (h, w) = grounding.image_box, grounding.cells.shape
     across, down = WIDER * (right - left) / w, WIDER * (bottom - top) / h
-    (x0, y0, x1, y1), (W, H) = grounding.box, grounding.image_size
-    return max(x0 - across, 0.0), max(y0 - down, 0.0), min(x1 + across, float(W)), min(y1 + down, float(H))
+    x0, y0, x1, y1 = grounding.box
+    return on_image((x0 - across, y0 - down, x1 + across, y1 + down), grounding.image_size)

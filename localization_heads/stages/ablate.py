@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.answers import Region, expected_answers, says
+from localization_heads.data.lines import Region, expected_answers, says
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.controls import mean_map
@@ -26,12 +26,12 @@ from localization_heads.grounder import check_heads, every_head, known_heads
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking
-from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
+from localization_heads.heads.record import HeadRanking
+from localization_heads.lvlm.answers.box_formats import BoxFormat
+from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 from localization_heads.options.kinds import as_read
-from localization_heads.scenes.pairs import pairs
-from localization_heads.scenes.questions import Question, questions
-from localization_heads.scenes.write import scenes
+from localization_heads.scenes.expressions import Question, questions
+from localization_heads.scenes.write import pairs, scenes
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.find import collect_statistics, draws_of, rank_entries

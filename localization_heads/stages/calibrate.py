@@ -10,7 +10,7 @@ import numpy as np
 
 from localization_heads.evaluation.calibrating import FEWEST, Labelled, calibrate_again, enough
 from localization_heads.evaluation.calibrating import calibrate as fit
-from localization_heads.evaluation.claims import is_right
+from localization_heads.evaluation.confidence import is_right
 from localization_heads.grounder import CALIBRATION, load_calibration
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding

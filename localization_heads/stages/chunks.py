@@ -19,7 +19,7 @@ from PIL import Image
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, check_inside
-from localization_heads.data.together import Shown, image_at, num_images
+from localization_heads.data.sources import Shown, image_at, num_images
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.stages.entries import CHUNK_PIXELS, OPENED_AHEAD, Entries, OpenedImages, image_key

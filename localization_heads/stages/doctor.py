@@ -11,12 +11,10 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import load_samples
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.criteria import head_statistics
-from localization_heads.heads.ranking import rank_heads
+from localization_heads.heads.ranking import rank_heads, with_movement
 from localization_heads.heads.record import resting
-from localization_heads.heads.robust import with_movement
 from localization_heads.heads.sensitivity import mean_movement
 from localization_heads.lvlm.beside import is_wanted, movement_in, probing
-from localization_heads.lvlm.mirrored import ask_mirrored
 from localization_heads.stages.records import warn_of_movement
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
@@ -70,7 +68,7 @@ def _of_movement(run: Run, image: Image.Image, expression: str) -> list[tuple[st
     if not is_wanted(criteria):
         return []
     maps = run.lvlm.attend(image, expression, beside=probing(criteria))
-    mirrored = ask_mirrored(run.lvlm, image, expression, maps) if criteria.mirrored else None
+    mirrored = run.lvlm.attend_mirrored(image, expression, maps) if criteria.mirrored else None
     found = head_statistics(maps.attention, criteria)
     ranking = rank_heads(
         found.attention_sum[None],

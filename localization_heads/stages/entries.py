@@ -15,7 +15,7 @@ from localization_heads.data.address import is_address
 from localization_heads.data.box_scale import check_scale, true_boxes
 from localization_heads.data.images import load_image, open_image
 from localization_heads.data.samples import SEVERAL, Sample, VisualizationEntry, load_samples, where
-from localization_heads.data.together import Shown, Together, load_shown, num_images, num_pixels
+from localization_heads.data.sources import Shown, Together, load_shown, num_images, num_pixels
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.lvlm.beside import other_expressions

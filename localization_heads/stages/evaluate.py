@@ -15,16 +15,16 @@ from localization_heads.data.masks import MaskSource
 from localization_heads.data.samples import Sample, where
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
-from localization_heads.evaluation.claims import Claim, is_right
+from localization_heads.evaluation.confidence import Claim, is_right
 from localization_heads.evaluation.controls import CENTRE, DRAWS
-from localization_heads.evaluation.instances import instance_metrics
 from localization_heads.evaluation.judging import HEADS, Judge, overlap_of_all, truth_of
 from localization_heads.evaluation.metrics import THRESHOLDS
 from localization_heads.evaluation.protocols import named_protocol, protocol_block
-from localization_heads.evaluation.scores import score_box
+from localization_heads.evaluation.scores import instance_metrics, score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.heads.ranking import HeadRanking
-from localization_heads.lvlm.native_box import BoxFormat, ask_for_box, wanted_format
+from localization_heads.heads.record import HeadRanking
+from localization_heads.lvlm.answers.box_formats import BoxFormat
+from localization_heads.lvlm.native_box import ask_for_box, wanted_format
 from localization_heads.options.kinds import as_read
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
-from localization_heads.data.together import Shown, image_at, num_images
+from localization_heads.data.sources import Shown, image_at, num_images
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, check_criteria, head_statistics
 from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
-from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws
-from localization_heads.heads.record import found_with
+from localization_heads.heads.ranking import NONE_KEPT, random_draws
+from localization_heads.heads.ready import found_with
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.beside import NOTHING, movement_in, probing
 from localization_heads.stages.chunks import Attended

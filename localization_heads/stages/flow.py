@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from localization_heads.data.samples import Sample
-from localization_heads.data.together import each_image
+from localization_heads.data.sources import each_image
 from localization_heads.lvlm.beside import NOTHING, Beside
 from localization_heads.lvlm.vocabulary import note_unknown_words
 from localization_heads.stages.chunks import (

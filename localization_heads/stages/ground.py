@@ -13,11 +13,11 @@ from localization_heads.data.images import ImageSource, image_files, load_image
 from localization_heads.data.masks import read_mask
 from localization_heads.data.phrases import phrases_of
 from localization_heads.data.samples import SEVERAL, Sample
-from localization_heads.data.together import Shown, Together, each_image, image_at, load_shown, num_images
+from localization_heads.data.sources import Shown, Together, each_image, image_at, load_shown, num_images
 from localization_heads.errors import NoHeadError, NothingDoneError, UsageError
+from localization_heads.grounding.boxes import crop_around, mapped_back
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.grounding.zoom import crop_around, mapped_back
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.kinds import as_read

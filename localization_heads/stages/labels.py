@@ -22,8 +22,9 @@ from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.labels import Curve, LabelRecipe, mass_on_patches, quality_curve, rank_by_labels
-from localization_heads.heads.ranking import HeadRanking, random_draws
-from localization_heads.heads.record import found_with
+from localization_heads.heads.ranking import random_draws
+from localization_heads.heads.ready import found_with
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
 from localization_heads.lvlm.beside import is_wanted, movement_in, probing

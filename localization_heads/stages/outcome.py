@@ -15,15 +15,14 @@ from localization_heads.attention import Box
 from localization_heads.cells import box_iou
 from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError
-from localization_heads.evaluation.instances import f1
 from localization_heads.evaluation.judging import HEADS, Scores
 from localization_heads.evaluation.protocols import Answer
-from localization_heads.evaluation.scores import Score
+from localization_heads.evaluation.scores import Score, f1
 from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking
-from localization_heads.heads.record import difference
+from localization_heads.heads.ready import difference
+from localization_heads.heads.record import HeadRanking
 from localization_heads.located import prediction_of
 from localization_heads.report.content import Card
 from localization_heads.stages.run import Run

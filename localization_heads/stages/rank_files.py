@@ -27,9 +27,9 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, printable
 from localization_heads.heads.criteria import check_criteria, head_statistics
-from localization_heads.heads.ranking import NONE_KEPT, HeadRanking, random_draws
-from localization_heads.heads.record import found_with
-from localization_heads.heads.robust import with_movement
+from localization_heads.heads.ranking import NONE_KEPT, random_draws, with_movement
+from localization_heads.heads.ready import found_with
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Means, Movement, OneImage
 from localization_heads.lvlm.beside import is_wanted, other_expressions
 from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec

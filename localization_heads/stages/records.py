@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.data.samples import Sample
-from localization_heads.data.together import num_images
+from localization_heads.data.sources import num_images
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
-from localization_heads.heads.ranking import HeadRanking
-from localization_heads.heads.record import NATIVE_BOX, asked
-from localization_heads.heads.robust import disagreement, with_movement
+from localization_heads.heads.ranking import disagreement, with_movement
+from localization_heads.heads.ready import NATIVE_BOX, asked
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved, Movement, mean_movement
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import is_wanted
-from localization_heads.lvlm.mirrored import ask_mirrored
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
@@ -188,7 +187,7 @@ def _with_mirrored(
 ) -> list[Attended]:
     def mirrored(one: Attended) -> NDArray[np.float32] | None:
         wanted = one.sample.id in ids
-        return ask_mirrored(run.lvlm, one.single, one.sample.expression, one.maps) if wanted else None
+        return run.lvlm.attend_mirrored(one.single, one.sample.expression, one.maps) if wanted else None
 
     return [one._replace(mirrored=mirrored(one)) for one in attended]
 

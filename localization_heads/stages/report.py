@@ -21,7 +21,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.evaluation.head_iou import box_ious, mean_ious
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import HeadRanking
 from localization_heads.options.compose import flat
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from localization_heads.data.address import Address, image_source
-from localization_heads.data.together import Together
+from localization_heads.data.sources import Together
 from localization_heads.errors import UsageError
 from localization_heads.grounder import (
     Grounder,
@@ -26,9 +26,9 @@ from localization_heads.grounder import (
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import LEAST_MASS, LEAST_OF_PLACES
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking, rank_heads
-from localization_heads.heads.ready import ReadyHeads, choose_ready, ready_lists
-from localization_heads.heads.record import NATIVE_BOX, FoundWith
+from localization_heads.heads.ranking import rank_heads
+from localization_heads.heads.ready import NATIVE_BOX, FoundWith, ReadyHeads, choose_ready, ready_lists
+from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.beside import Beside, beside, is_wanted, probing
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec

@@ -15,7 +15,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
-from localization_heads.data.together import Shown, Together, each_image, image_at, load_shown
+from localization_heads.data.sources import Shown, Together, each_image, image_at, load_shown
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, found_with_of
 from localization_heads.grounding.ground import Grounding

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from localization_heads.data.samples import Sample
 from localization_heads.data.video import Frame, Video, frames, open_video, write_video
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError
-from localization_heads.grounding.tracks import smoothed
+from localization_heads.grounding.boxes import smoothed
 from localization_heads.located import prediction_of
 from localization_heads.stages.chunks import Chunk, attend
 from localization_heads.stages.entries import Entries

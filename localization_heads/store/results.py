@@ -12,7 +12,7 @@ from localization_heads.attention import Box
 from localization_heads.data.masks import run_size
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
-from localization_heads.heads.ranking import HeadRanking
+from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.score_lists import read_scores
 from localization_heads.store.files import atomic_write, parse_json, read_json, write_csv, write_json
 

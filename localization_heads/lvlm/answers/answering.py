@@ -16,6 +16,8 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from localization_heads.lvlm.forward.capture import Recorder
 
+GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1}
+
 
 class Said(NamedTuple):
     """What a model says to one prompt.
@@ -144,8 +146,7 @@ def generate(
         model,
         **inputs,
         max_new_tokens=num_tokens,
-        do_sample=False,
-        num_beams=1,
+        **GREEDY,
         repetition_penalty=1.0,
         pad_token_id=pad,
         use_cache=True,
@@ -163,11 +164,7 @@ def go_on(model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Heari
         chosen = hearing(None, scores).argmax(-1)
         if number + 1 == num_tokens or hearing.live is None or not hearing.live.any():
             return
-        given = {
-            "input_ids": chosen[:, None],
-            "past_key_values": given["past_key_values"],
-            "use_cache": True,
-        }
+        given = {"input_ids": chosen[:, None], "past_key_values": given["past_key_values"], "use_cache": True}
         if positions is not None:
             positions = positions[..., -1:] + 1
             given["position_ids"] = positions

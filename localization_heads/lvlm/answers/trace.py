@@ -1,19 +1,189 @@
-"""`Trace`: where heads looked while the model wrote each word of its answer. Holds arrays and plain values only."""
+"""`Trace`: where heads looked while the model wrote each word of its answer; the words of an answer and its tokens.
+
+Which tokens spell which characters, and where a span of text lies. Holds arrays and plain values only.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
+from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answers.words import Spelled, Word, span_tokens, words_of
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.surroundings import Step
+
+_UNFINISHED = "\ufffd"
+"""What a tokenizer decodes the first bytes of a character to."""
+_WORD = re.compile(r"\S+")
+
+Place = tuple[int, int]
+"""First character and the one after the last."""
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """An answer as text, and where each of its tokens lies in it.
+
+    Args:
+        text: the answer.
+        places: of each token; empty, as `(3, 3)`, of one that writes nothing, such as a control token. Tokens that
+            are parts of one character share it.
+    """
+
+    text: str
+    places: tuple[Place, ...]
+
+    def tokens_of(self, start: int, stop: int) -> range:
+        """The tokens that spell the characters from `start` to before `stop`; an empty range for none.
+
+        >>> Spelled("a dog", ((0, 1), (1, 3), (3, 5))).tokens_of(2, 5)
+        range(1, 3)
+        """
+        inside = [n for n, (a, b) in enumerate(self.places) if a < stop and b > start and a < b]
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of an answer: its text, and the tokens from `start` to before `stop` that spell it."""
+
+    text: str
+    start: int
+    stop: int
+
+
+def spelled(
+    decode: Callable[[Sequence[int]], str], ids: Sequence[int], silent: Sequence[int] = ()
+) -> Spelled:
+    """The text of token ids, and where each lies in it.
+
+    A tokenizer decodes a token otherwise alone than among others (spaces, halves of a character), so that longer and
+    longer beginnings of the answer are decoded.
+
+    Args:
+        decode: of the tokenizer.
+        silent: ids that are left out of the text.
+
+    >>> spelled(lambda ids: "".join("ab"[i] for i in ids), [0, 2, 1], silent=[2])
+    Spelled(text='ab', places=((0, 1), (1, 1), (1, 2)))
+    """
+    heard = [token for token in ids if token not in silent]
+    text = decode(heard) if heard else ""
+    ends: list[int] = []
+    read: list[int] = []
+    for token in ids:
+        if token not in silent:
+            read.append(token)
+            ends.append(max(_agreed(decode(read), text), ends[-1] if ends else 0))
+        else:
+            ends.append(ends[-1] if ends else 0)
+    if heard:
+        last = max(n for n, token in enumerate(ids) if token not in silent)
+        ends[last:] = [len(text)] * (len(ends) - last)
+    return Spelled(text, tuple(_places(ids, ends, silent)))
+
+
+def silent_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of tokens that begin, end, part and fill texts. Other special tokens may be the answer itself (a box)."""
+    kinds = ("bos", "eos", "pad", "cls", "sep", "mask")
+    ids = (getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds)
+    return tuple(token for token in ids if token is not None)
+
+
+def _agreed(beginning: str, text: str) -> int:
+    """How many characters of `text` a beginning of it has, without a character that is not finished."""
+    beginning = beginning.rstrip(_UNFINISHED)
+    pairs = zip(beginning, text, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(beginning), len(text)))
+
+
+def _places(ids: Sequence[int], ends: Sequence[int], silent: Sequence[int]) -> Iterator[Place]:
+    start = 0
+    for n, (token, end) in enumerate(zip(ids, ends, strict=True)):
+        if end == start and token not in silent:  # a part of the character that a later token finishes
+            yield start, next((later for later in ends[n:] if later > start), start)
+        else:
+            yield start, end
+        start = end
+
+
+def words_of(answer: Spelled) -> tuple[Word, ...]:
+    """The words of an answer, sub-word tokens joined: what stands between spaces.
+
+    Tokens of the marks around a word are not its own: a comma belongs to what follows. Beside letters of scripts that
+    are written without spaces, each token is a word.
+
+    >>> words_of(Spelled("two penguins", ((0, 3), (3, 7), (7, 12))))
+    (Word(text='two', start=0, stop=1), Word(text='penguins', start=1, stop=3))
+    """
+    found = []
+    for match in _WORD.finditer(answer.text):
+        cuts = sorted({match.start(), match.end(), *_cuts(answer, match.start(), match.end())})
+        for start, stop in itertools.pairwise(cuts):
+            if tokens := answer.tokens_of(*_core(answer.text, start, stop)):
+                found.append(Word(answer.text[start:stop], tokens.start, tokens.stop))
+    return tuple(found)
+
+
+def _core(text: str, start: int, stop: int) -> Place:
+    """The word without the marks around it; all of a word that consists of marks."""
+    inside = [n for n in range(start, stop) if text[n].isalnum()]
+    return (inside[0], inside[-1] + 1) if inside else (start, stop)
+
+
+def _cuts(answer: Spelled, start: int, stop: int) -> Iterator[int]:
+    """Places inside a run of letters where a token ends beside a letter of a script without spaces."""
+    for _, end in answer.places:
+        if start < end < stop and any(map(_is_spaceless, answer.text[end - 1 : end + 1])):
+            yield end
+
+
+def _is_spaceless(character: str) -> bool:
+    wide = unicodedata.east_asian_width(character) in "WF"
+    return wide and unicodedata.category(character) == "Lo" and not "\uac00" <= character <= "\ud7a3"
+
+
+def group_tokens(answer: Spelled, pattern: str) -> list[int]:
+    """The tokens that spell any group of the first match of a regular expression; none where nothing matches.
+
+    >>> group_tokens(Spelled("x 1, 2", ((0, 2), (2, 3), (3, 5), (5, 6))), r"(\\d), (\\d)")
+    [1, 3]
+    """
+    match = re.search(pattern, answer.text)
+    groups = range(1, match.re.groups + 1) if match else ()
+    return sorted({token for group in groups if match for token in answer.tokens_of(*match.span(group))})
+
+
+def span_tokens(answer: Spelled, span: str) -> range:
+    """The tokens that spell the first occurrence of `span`, whatever its capitals and spaces.
+
+    A span that stands in the answer as whole words is preferred to one inside a word.
+
+    Raises:
+        UsageError: shows the answer where it does not hold the span.
+
+    >>> span_tokens(Spelled("the dog", ((0, 3), (3, 7))), "Dog")
+    range(1, 2)
+    """
+    words = r"\s+".join(re.escape(word) for word in span.split())
+    for pattern in (rf"(?<!\w){words}(?!\w)", words):
+        match = re.search(pattern, answer.text, re.IGNORECASE) if words else None
+        if match and (tokens := answer.tokens_of(*match.span())):
+            return tokens
+    raise UsageError(
+        f"answer_span={shown(span)}: the answer is {shown(answer.text, 200)}, which does not hold it"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from localization_heads.data.together import Opened, Shown, each_image
+from localization_heads.data.sources import Shown, each_image
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.model import LVLM
@@ -39,14 +39,8 @@ UNTRACEABLE = {
 }
 """Model types whose attention in the vision tower cannot be switched off, and why."""
 BLENDING = (
-    "deepseek_vl_hybrid",
-    "fast_vlm",
-    "florence2",
-    "gemma3n",
-    "got_ocr2",
-    "llava_onevision",
-    "pp_chart2table",
-    "unlimited_ocr",
+    *("deepseek_vl_hybrid", "fast_vlm", "florence2", "gemma3n", "got_ocr2", "llava_onevision"),
+    *("pp_chart2table", "unlimited_ocr"),
 )
 """Model types whose tokens reach over their cells, with less weight: convolutions and resampling."""
 CUT_AT_THE_BORDER = ("fast_vlm", "florence2", "got_ocr2", "pp_chart2table", "unlimited_ocr")
@@ -55,15 +49,10 @@ CUT_AT_THE_BORDER = ("fast_vlm", "florence2", "got_ocr2", "pp_chart2table", "unl
 Point = tuple[float, float]
 PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_local", "image_patches")
 """Outputs of processors with pixels of images."""
-CHANNELS_LAST = (
-    "Cosmos3Edge",
-    "Fuyu",
-    "Gemma4",
-    "Inkling",
-    "Lfm2Vl",
-    "Molmo2",
-)  # image processors whose flattened patches end with the colour
-TIME_FIRST = ("Muse",)  # image processors whose flattened patches begin with the frame, not with the colour
+CHANNELS_LAST = ("Cosmos3Edge", "Fuyu", "Gemma4", "Inkling", "Lfm2Vl", "Molmo2")
+"""Image processors whose flattened patches end with the colour."""
+TIME_FIRST = ("Muse",)
+"""Image processors whose flattened patches begin with the frame, not with the colour."""
 
 
 class Reached(BaseException):
@@ -117,26 +106,17 @@ def footprint_centres(
 
 def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, NDArray[np.float64]]:
     """Per view `[n, 2]`: how far sampled tokens' footprints lie from their cells' centres, in cells (x, y)."""
-    return _view_errors(lvlm, image_size, views_seen(lvlm, coordinate_image(*image_size)))
+    return view_errors(lvlm, image_size, views_seen(lvlm, coordinate_image(*image_size)))
 
 
-def footprint_errors_together(
-    lvlm: LVLM, sizes: Sequence[tuple[int, int]]
-) -> list[dict[str, NDArray[np.float64]]]:
-    """`footprint_errors` of each image of a prompt that shows as many; a token that another one feeds has none."""
-    found = []
-    for place, size in enumerate(sizes):
-        others = [Image.new("RGB", one) for one in sizes]
-        shown = Opened([*others[:place], coordinate_image(*size), *others[place + 1 :]])
-        inputs = lvlm.encode([shown], [lvlm.showing(len(sizes)).prompt("it")])
-        views = lvlm.views_of_each(inputs, 0, shown)[place]
-        found.append(_view_errors(lvlm, size, views, shown))
-    return found
-
-
-def _view_errors(
+def view_errors(
     lvlm: LVLM, image_size: tuple[int, int], every: Sequence[View], shown: Shown | None = None
 ) -> dict[str, NDArray[np.float64]]:
+    """The same of some views.
+
+    Args:
+        shown: as of `footprint_centres`.
+    """
     cut = lvlm.model.config.model_type in CUT_AT_THE_BORDER
     views = {view.name: view for view in every}
     cells = {name: sampled_cells(view, cut) for name, view in views.items()}

@@ -50,12 +50,8 @@ class View:
     @property
     def box(self) -> Box:
         """The region that the grid covers."""
-        return (
-            float(self.x_edges[0]),
-            float(self.y_edges[0]),
-            float(self.x_edges[-1]),
-            float(self.y_edges[-1]),
-        )
+        x, y = self.x_edges, self.y_edges
+        return float(x[0]), float(y[0]), float(x[-1]), float(y[-1])
 
     @property
     def is_uniform(self) -> bool:
@@ -82,7 +78,7 @@ def check_shape(config: Any, image_processor: Any, image_size: tuple[int, int]) 
         "fast_vlm",
         "llava",
         "vipllava",
-    ):  # the others resize to a bounded number of pixels
+    ):  # the others bound the pixels they resize to
         return
     if image_processor.size.get("longest_edge"):  # so does Pixtral, a LLaVA by name
         return

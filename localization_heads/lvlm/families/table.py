@@ -187,37 +187,25 @@ FAMILIES |= {
 }
 
 SEVERAL_IMAGES = {
-    *(
-        "gemma3",
-        "idefics3",
-        "internvl",
-        "llama4",
-        "llava_onevision",
-        "mistral3",
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-    ),
-    *("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "smolvlm"),
+    *("gemma3", "idefics3", "internvl", "llama4", "llava_onevision", "mistral3", "qwen2_vl", "qwen2_5_vl"),
+    *("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "smolvlm"),
 }
 """Model types whose prompts may show several images: trained on such prompts, and the places of each image's tokens are
 verified (`tests/test_together.py`)."""
 
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
 _NO_LAYERS = "its language model is not built of layers whose attention can be captured"
-REFUSED = dict.fromkeys(
-    (
-        "aria",
-        "blip-2",
-        "idefics",
-        "idefics2",
-        "instructblip",
-        "instructblipvideo",
-        "kosmos-2",
-        "kosmos-2.5",
-    ),
-    _NO_GRID,
+_QUERIES = (
+    "aria",
+    "blip-2",
+    "idefics",
+    "idefics2",
+    "instructblip",
+    "instructblipvideo",
+    "kosmos-2",
+    "kosmos-2.5",
 )
+REFUSED = dict.fromkeys(_QUERIES, _NO_GRID)
 """Model types whose heads cannot be read, and why."""
 
 REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-encoder-decoder"), _NO_LAYERS)

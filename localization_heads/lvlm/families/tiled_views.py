@@ -100,10 +100,7 @@ def tiled(
             f"{tokens.size} image tokens where {rows} x {columns} tiles of {each} and a thumbnail are expected: "
             "the processor does not fit the model"
         )
-    return [
-        whole_view(image, square(thumbnail)),
-        even_view("tiles", mosaic(rest, rows, columns), box),
-    ]
+    return [whole_view(image, square(thumbnail)), even_view("tiles", mosaic(rest, rows, columns), box)]
 
 
 def internvl(image: ProcessedImage) -> list[View]:

@@ -193,12 +193,8 @@ class Recorder:
         self.query = query
         self.num_tokens = num_tokens
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
-        self.live: Tensor | None = (
-            None  # (B,) which samples have not ended their answer, kept by who generates
-        )
-        self.wanted: Tensor | None = (
-            None  # bool (B, n), which tokens of the answer count; all where it is None
-        )
+        self.live: Tensor | None = None  # (B,) which samples still answer, kept by who generates
+        self.wanted: Tensor | None = None  # bool (B, n), which tokens of the answer count; None for all
         self._sums: dict[int, Tensor] = {}  # layer -> (B, H, T) fp32, over the answer's tokens
         self._counts: dict[int, Tensor] = {}  # layer -> (B,), how many those were
         self._calls: Counter[int] = Counter()
@@ -206,11 +202,8 @@ class Recorder:
     @property
     def answers(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By layer, the mean row of the answer's tokens (B, H, T), and how many there were (B,): 0 makes zeros."""
-        counts = self._counts
-        return {
-            layer: (sums / counts[layer].clamp(min=1)[:, None, None], counts[layer])
-            for layer, sums in self._sums.items()
-        }
+        pairs = {layer: (sums, self._counts[layer]) for layer, sums in self._sums.items()}
+        return {layer: (sums / n.clamp(min=1)[:, None, None], n) for layer, (sums, n) in pairs.items()}
 
     def see(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]

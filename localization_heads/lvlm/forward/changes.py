@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from localization_heads.data.together import Shown
+from localization_heads.data.sources import Shown
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 

@@ -103,26 +103,21 @@ class Prefix:
         return cache
 
 
-class SharedLayer(DynamicLayer):
-    """Keys and values of the prefix, for a batch; those of later tokens are attended to as well, but not kept."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = self.prefix = keys, values  # each (B, H, P, D), one prefix seen B times
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.prefix
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
-
-
 class GrowingLayer(DynamicLayer):
     """Keys and values of the prefix, for a batch, and those of all later tokens. The prefix itself stays as it is."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values = self.prefix = keys, values  # each (B, H, P, D), one prefix seen B times
+
+
+class SharedLayer(GrowingLayer):
+    """The same, but later tokens, which are attended to as well, are not kept."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.prefix
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None) or type("DummyLayer", (DynamicLayer,), {})
@@ -140,9 +135,7 @@ def recording_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def _continued(
-    layer: Any, batch_size: int, length: int | None, kind: type[SharedLayer] | type[GrowingLayer]
-) -> Any:
+def _continued(layer: Any, batch_size: int, length: int | None, kind: type[GrowingLayer]) -> Any:
     """The layer for a batch. Those above the deepest one that was run are empty, and will not be run either."""
     if isinstance(layer, LinearAttentionLayer):
         return _state_copy(layer, batch_size)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from localization_heads.attention import Box, misses_image, rescaled
 from localization_heads.cells import overlaps
-from localization_heads.data.together import Shown
+from localization_heads.data.sources import Shown
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.families.geometry import View

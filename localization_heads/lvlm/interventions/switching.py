@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from localization_heads.data.together import Shown
+from localization_heads.data.sources import Shown
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.forward.changes import chosen_heads
