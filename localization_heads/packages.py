@@ -39,7 +39,7 @@ NEEDED = {"torch": Range("2.6"), "transformers": Range("5.23", "6"), "accelerate
 """What pyproject.toml says of them."""
 
 
-DEMO = Range("6.2")
+DEMO = Range("6.17")
 """Of gradio, which is an extra."""
 
 

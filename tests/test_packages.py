@@ -206,7 +206,7 @@ def test_an_old_gradio_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail inside, at what the page is made with."""
     pytest.importorskip("gradio", reason="the extra demo is not installed")
     pretend(monkeypatch, "gradio", "5.49.1")
-    with pytest.raises(WorkError, match=r"gradio 5\.49\.1 is installed, and this needs 6\.2 or newer"):
+    with pytest.raises(WorkError, match=r"gradio 5\.49\.1 is installed, and this needs 6\.17 or newer"):
         demo._main(Given(None, "tiny", ()))
 
 
