@@ -24,6 +24,7 @@ from PIL import Image
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import label_components
+from localization_heads.figures.rendering import _tidy
 from localization_heads.figures.sample import _colours
 from localization_heads.figures.style import VERMILLION, drawable, font_families, wrap
 from localization_heads.grounding.ground import ground_maps
@@ -694,6 +695,17 @@ def test_svg_says_of_each_mark_which_head_it_is():
     assert sorted(head for head, _ in tips["scatter"]) == sorted(heads)
     assert {head for head, _ in tips["curve"]} == set(heads[16:])
     assert all(re.fullmatch(r"S = 0\.\d{3}", said) for _, said in tips["curve"])
+
+
+def test_the_font_of_an_older_matplotlib_reaches_the_page() -> None:
+    """3.8 writes it as one style, which is no attribute of SVG: all letters would be of one size."""
+    element = ElementTree.Element(
+        "text", style="font: italic 700 8.5px 'DejaVu Sans', sans-serif; fill: #000"
+    )
+    _tidy(element, set())
+    assert element.attrib == {
+        "font-style": "italic", "font-weight": "700", "font-size": "8.5px", "fill": "#000"
+    }  # fmt: skip
 
 
 def test_a_grid_of_very_many_heads_is_one_image():

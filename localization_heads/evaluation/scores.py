@@ -273,7 +273,8 @@ def instance_metrics(
 
     >>> a, b = (0, 0, 2, 2), (5, 5, 6, 6)
     >>> found = instance_metrics({"all": [[a, b], [a]], "one": [[a], [a]]}, [[a, b], [a]])
-    >>> found["all"]["f1@0.5"], found["one"]["f1@0.5"], found["one"]["pr@f1=1"]
+    >>> several, one = found.values()
+    >>> several["f1@0.5"], one["f1@0.5"], one["pr@f1=1"]
     (1.0, 0.833333, 0.5)
     """
     single = np.array([[f1(*pair) for pair in zip(boxes, truths, strict=True)] for boxes in answers.values()])
