@@ -1,4 +1,4 @@
-"""The versions of torch, transformers and accelerate that a model needs, checked before any of them is imported.
+"""Torch, transformers and accelerate: their versions are checked before they are imported, and not all of them is.
 
 With another version, an import fails somewhere inside, with a name that says nothing to whom it happens.
 """
@@ -6,9 +6,15 @@ With another version, an import fails somewhere inside, with a name that says no
 from __future__ import annotations
 
 import re
-from functools import cache
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from importlib import metadata
-from typing import NamedTuple
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from localization_heads.errors import WorkError
 
@@ -73,3 +79,82 @@ def _numbers(version: str) -> tuple[int, ...]:
     found = re.match(r"\d{1,9}(\.\d{1,9})*", version)
     numbers = tuple(int(part) for part in found[0].split(".")) if found else ()
     return numbers + (0,) * (3 - len(numbers)) if numbers else ()
+
+
+class _Deferred(ModuleType):
+    """`torch._dynamo`, torch's compiler, which is imported when something is first asked of it.
+
+    Marking a function for it is nothing that needs it at once: marks are made when it is imported.
+    """
+
+    _MARKS = ("allow_in_graph", "assume_constant_result")
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__(spec.name)
+        self.__spec__, self.__package__, self.__file__ = spec, spec.name, spec.origin
+        self._marked: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        spec = self.__spec__
+        if spec is None or spec.loader is None or (name.startswith("__") and name != "__path__"):
+            raise AttributeError(name)
+        if name in self._MARKS:
+            return partial(self._mark, name)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        self.__path__ = spec.submodule_search_locations or []
+        spec.loader.exec_module(self)
+        for mark, function in self._marked:
+            getattr(self, mark)(function)
+        return getattr(self, name)
+
+    def _mark(self, name: str, function: Any) -> Any:
+        self._marked.append((name, function))
+        return function
+
+    @contextmanager
+    def lending_parts(self) -> Iterator[None]:
+        """In the block its submodules can be imported without it; of these, transformers needs one."""
+        self.__path__ = (self.__spec__ and self.__spec__.submodule_search_locations) or []
+        yield
+        if type(self) is _Deferred:
+            del self.__path__
+
+
+@contextmanager
+def _replaced(owner: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def transformers_alone() -> Iterator[None]:
+    """While transformers is imported in the block, what it imports for training and for compiling stays out.
+
+    That is torch's compiler, for which it marks some functions, SymPy below that, tensors spread over processes, and
+    the assignment solver of losses: a second and a third of CPU time. The compiler is imported where it is used after
+    all; for the other two, transformers takes this process for one that does not have them.
+    """
+    import torch.compiler
+    import torch.distributed
+    from torch._compile import _disable_dynamo
+
+    def disable(function: Any = None, recursive: bool = True, **_: Any) -> Callable[..., Any]:
+        return _disable_dynamo(
+            function, recursive
+        )  # torch's own functions are marked so, when they are called
+
+    spec = find_spec("torch._dynamo")
+    with ExitStack() as stack:
+        if "torch._dynamo" not in sys.modules and spec is not None:
+            sys.modules[spec.name] = torch._dynamo = compiler = _Deferred(spec)
+            stack.enter_context(compiler.lending_parts())
+            stack.enter_context(_replaced(torch.compiler, "disable", disable))
+        stack.enter_context(_replaced(torch.distributed, "is_available", lambda: False))
+        import transformers.utils
+
+        stack.enter_context(_replaced(transformers.utils, "is_scipy_available", lambda: False))
+        yield

@@ -225,6 +225,26 @@ def test_nothing_is_imported_before() -> None:
     assert second == "[]"
 
 
+def test_the_compiler_is_imported_when_it_is_used() -> None:
+    """Then with the marks that transformers has made; and torch itself is left as it was."""
+    code = """
+import sys
+from localization_heads.packages import transformers_alone
+with transformers_alone():
+    import localization_heads.lvlm.checkpoints.loading
+print([name for name in ("sympy", "torch.distributed.tensor", "scipy.optimize") if name in sys.modules])
+import torch
+from transformers.integrations import deepgemm
+print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), torch.distributed.is_available())
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)), torch.compiler.disable.__code__.co_filename)
+print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), "sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    heavy, before, compiled, after = done.stdout.splitlines()
+    assert (heavy, before, after) == ("[]", "False True", "True True")
+    assert compiled.startswith("tensor([2.]) ") and "torch" in compiled
+
+
 def test_the_ranges_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {f"{name}{needed.requirement}" for name, needed in NEEDED.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from localization_heads.apps.frontdoor import Given, called_as, run
 from localization_heads.errors import printable
-from localization_heads.packages import check_versions
+from localization_heads.packages import check_versions, transformers_alone
 
 if TYPE_CHECKING:
     from localization_heads.stages.run import Run
@@ -48,15 +48,16 @@ def _announce(run: Run) -> None:
 
 
 def _import_model_code() -> None:
-    """Import torch and transformers without a search for garbage among their million objects, which all stay.
+    """Import torch and as much of transformers as is used, without a search for garbage among their million objects.
 
-    Nor are they looked through later, of which the end of the process alone would be a second.
+    These all stay. Nor are they looked through later, of which the end of the process alone would be a second.
     """
     if "torch" in sys.modules:
         return
     gc.disable()
     try:
-        import localization_heads.lvlm.checkpoints.loading  # noqa: F401
+        with transformers_alone():
+            import localization_heads.lvlm.checkpoints.loading  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()
