@@ -16,8 +16,15 @@ from tiny_models import llava_processor, save_llava
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.text import chat_template
-from localization_heads.lvlm.text.chat_template import PROCESS, TemplateError, TemplateProcess, render_chat
+from localization_heads.lvlm.text.chat_template import (
+    PROCESS,
+    TemplateError,
+    TemplateProcess,
+    make_renderer_ready,
+    render_chat,
+)
 
+EMBEDDED = Path(chat_template.__file__).parents[1] / "embedded" / "chat_template.jinja"
 TURN: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 'the "Größe" 狗\n'}]}
 ]
@@ -30,6 +37,14 @@ ENDLESS = (
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_the_text_is_that_of_transformers(family: str) -> None:
     processor = processor_with(TEMPLATES[family][0] + "{{ bos_token }}{{ messages | tojson }}")
+    expected = processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False)
+    assert render_chat(processor, TURN) == expected
+
+
+def test_the_template_of_the_embedded_model_needs_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PROCESS, "_started", None)
+    processor = processor_with(EMBEDDED.read_text())
+    make_renderer_ready(processor)
     expected = processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False)
     assert render_chat(processor, TURN) == expected
 

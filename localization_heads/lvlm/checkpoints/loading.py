@@ -42,7 +42,7 @@ from localization_heads.lvlm.checkpoints.spec import (
 )
 from localization_heads.lvlm.families.table import check_family, family_facts
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.text.chat_template import PROCESS, template_of
+from localization_heads.lvlm.text.chat_template import make_renderer_ready
 from localization_heads.lvlm.text.prompts import LLAVA_SYSTEM, template_renderer
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 from localization_heads.options.kinds import OptionError
@@ -273,8 +273,7 @@ def _load_processor(source: str, spec: ModelSpec, config: Any) -> Any:
     if pad is not None and getattr(processor.image_processor, "do_pad", False) != pad:
         # LLaVA's, which unlike CLIP's can pad to a square
         processor.image_processor = with_pillow(processor.image_processor, "LlavaImageProcessor", do_pad=pad)
-    if template_of(processor):
-        PROCESS.start()  # it is ready when the weights are
+    make_renderer_ready(processor)  # while the weights are read
     return processor
 
 

@@ -4,7 +4,8 @@ Jinja's sandbox keeps a template away from files and from Python, but does not b
 ranges loop for ever, `9 ** (9 ** 9)` never returns from C, one filter builds a text of gigabytes. Counting steps
 inside the interpreter cannot bound a single operation, so the operating system does: a child process with limits on
 seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and then
-renders a prompt in a fraction of a millisecond. This file holds both sides, parent and child.
+renders a prompt in a fraction of a millisecond. This file holds both sides, parent and child. The embedded model's own
+template needs no child.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +162,19 @@ def template_of(processor: Any) -> str | None:
     return template if isinstance(template, str) and template else None
 
 
+@cache
+def _own_template() -> str:
+    """That of the embedded model, which comes with this package."""
+    path = files("localization_heads") / "lvlm" / "embedded" / "chat_template.jinja"
+    return path.read_text(encoding="utf-8")
+
+
+def make_renderer_ready(processor: Any) -> None:
+    """Start the child, where the processor's template will need it."""
+    if template_of(processor) not in (None, _own_template()):
+        PROCESS.start()
+
+
 def render_chat(processor: Any, messages: Messages) -> str:
     """`processor.apply_chat_template(messages, add_generation_prompt=True)`, within limits.
 
@@ -169,13 +185,19 @@ def render_chat(processor: Any, messages: Messages) -> str:
     template = template_of(processor)
     if template is None:
         raise TemplateError("there is no chat template")
-    return PROCESS.render(template, messages, processor.tokenizer.special_tokens_map)
+    variables = processor.tokenizer.special_tokens_map
+    if template != _own_template():
+        return PROCESS.render(template, messages, variables)
+    answer = _rendered({"template": template, "messages": messages, "variables": variables})
+    if "error" in answer:
+        raise TemplateError(answer["error"])
+    return answer["text"]
 
 
 def serve() -> None:
     """The child: a line of JSON in, a line of JSON out, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    from transformers.utils.chat_template_utils import render_jinja_template
+    import transformers.utils.chat_template_utils  # noqa: F401  before the limits
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -184,7 +206,7 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         _alarm(request["seconds"])
-        _send(answers, _rendered(render_jinja_template, request))
+        _send(answers, _rendered(request))
         _alarm(0)
 
 
@@ -193,7 +215,10 @@ def _send(answers: Any, answer: dict[str, str]) -> None:
     answers.flush()
 
 
-def _rendered(render: Any, request: Mapping[str, Any]) -> dict[str, str]:
+def _rendered(request: Mapping[str, Any]) -> dict[str, str]:
+    from transformers.utils import chat_template_utils
+
+    render: Any = chat_template_utils.render_jinja_template
     try:
         texts, _ = render(
             conversations=[request["messages"]],
