@@ -37,7 +37,7 @@ def free_memory(device: Any) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if not sys.platform.startswith("linux"):
         return None
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+    return kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def reset_peak() -> int:
@@ -54,10 +54,10 @@ def resident_peak() -> int:
 
 
 def _status(field: str) -> int:
-    return _kilobytes(Path("/proc/self/status"), field)
+    return kilobytes(Path("/proc/self/status"), field)
 
 
-def _kilobytes(file: Path, field: str) -> int:
+def kilobytes(file: Path, field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", file.read_text())
     assert found is not None
     return 1024 * int(found[1])

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import few_labels, floor, gpu, machine, timing
+from benchmarks import few_labels, floor, gpu, loading, machine, timing
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
 from benchmarks.gpu import Fact, markdown_of
@@ -169,6 +169,21 @@ def test_peak_memory_is_that_of_the_height() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- the models
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_is_watched(tmp_path: Path) -> None:
+    """It prints, shows a bar, and takes 64 MB of memory; another one fails."""
+    script = (
+        "import time; print(1, flush=True); time.sleep(.3); print('BAR', flush=True); x = b'1' * 64000000"
+    )
+    script += "; time.sleep(.3)"
+    seen = loading.watched([sys.executable, "-S", "-c", script], tmp_path, bar="BAR")
+    assert seen.first_line and seen.bar
+    assert seen.first_line[0] + 0.15 < seen.bar[0]
+    assert 64e6 < seen.own < 90e6 and seen.own < seen.resident
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        loading.watched([sys.executable, "-S", "-c", "1 / 0"], tmp_path)
 
 
 def test_repeated_layers_cost_time_and_no_memory(small: Any) -> None:
