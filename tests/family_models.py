@@ -72,13 +72,6 @@ def tiny(name: str) -> LVLM:
     return LVLM(model.eval(), processor, ModelSpec(name), system="", conv_mode="plain")
 
 
-def whole(name: str) -> LVLM:
-    """The same, for what runs the model to its end; skips the test where transformers cannot."""
-    if name == "llama4" and hf.__version__.startswith("5.24."):
-        pytest.skip("transformers 5.24 asks Llama 4's output for image_outputs, which it lacks")
-    return tiny(name)
-
-
 def tokenizer(tokens: list[str] | None = None, **named: str) -> Any:
     """Words, and special tokens: plain ones, and those that processors ask for by name."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS.split()])}

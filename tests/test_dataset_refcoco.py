@@ -384,11 +384,11 @@ def test_parquet_with_sizes_below_zero_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": range(60)}), path, use_dictionary=False, compression="none")
     content = path.read_bytes()
-    assert (
-        content.count(b"\x16\x78") == 3
-    )  # 60 as a 64-bit number of the footer: rows, values, rows of the group
-    head, rows, values, group = content.split(b"\x16\x78")
-    path.write_bytes(head + b"\x16\x78" + rows + b"\x16\x77" + values + b"\x16\x78" + group)
+    sixty = b"\x16\x78"  # as a 64-bit number, in the footer: rows, values, rows of the group
+    *head, rows, values, group = content.split(sixty)
+    # older versions of pyarrow write the column's part of the footer before it as well
+    assert len(head) in (1, 2)
+    path.write_bytes(sixty.join([*head, rows]) + b"\x16\x77" + values + sixty + group)
     with pytest.raises(UsageError, match="row group 0 has sizes below 0"):
         list(parquet.read_columns(path, ["x"]))
 

@@ -216,7 +216,7 @@ def test_a_processor_of_another_model(tmp_path: Path, image: Image.Image) -> Non
 
 def test_pixels_do_not_depend_on_torchvision() -> None:
     """Its form of an image processor gives way to Pillow's, settings kept, but where a family cannot do without it."""
-    own = llava_processor().image_processor
+    own = with_pillow(llava_processor().image_processor)
     assert with_pillow(own) is own
     for kind, form in (("CLIPImageProcessor", type(own)), ("FuyuImageProcessor", None), ("Novel", None)):
         torchvisions = type(kind, (), {"to_dict": lambda _: own.to_dict()})()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from localization_heads.attention import AttentionMaps, of_images
 from localization_heads.data.sources import Opened, Shown, each_image
@@ -44,6 +44,12 @@ class Answered(NamedTuple):
     said: Said | None = None
 
 
+def _with_image_outputs(_: nn.Module, __: Any, output: Any) -> None:
+    """Llama 4 in transformers 5.24 asks the output of its language model for these, which it has none of."""
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
 class LoadedModel(PromptedModel):
     """A model that can be asked: from prompts to rows of attention, and to what it answers."""
 
@@ -51,6 +57,8 @@ class LoadedModel(PromptedModel):
         super().__init__(*arguments, **options)
         self._layout = lru_cache(LAYOUTS)(self._lay_out)  # shared by the copies that `prompted` makes
         self.video_settings: Callable[[], Mapping[str, Any]] = dict  # the checkpoint's own, where it has some
+        if self.model.config.model_type == "llama4":
+            self.model.language_model.register_forward_hook(_with_image_outputs)
 
     @property
     def why_not_shared(self) -> str | None:
