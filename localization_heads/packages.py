@@ -45,6 +45,10 @@ NEEDED = {"torch": Range("2.6"), "transformers": Range("5.23", "6"), "accelerate
 """What pyproject.toml says of them."""
 
 
+TRIMMED = {"torch": Range("2.6", "2.16"), "transformers": Range("5.23", "5.25")}
+"""The versions whose imports are known, and tested, to do without what `transformers_alone` leaves out."""
+
+
 DEMO = Range("6.17")
 """Of gradio, which is an extra."""
 
@@ -136,8 +140,12 @@ def transformers_alone() -> Iterator[None]:
 
     That is torch's compiler, for which it marks some functions, SymPy below that, tensors spread over processes, and
     the assignment solver of losses: a second and a third of CPU time. The compiler is imported where it is used after
-    all; for the other two, transformers takes this process for one that does not have them.
+    all; for the other two, transformers takes this process for one that does not have them. Versions that are not
+    among `TRIMMED` are imported whole.
     """
+    if not all(versions.holds(metadata.version(name)) for name, versions in TRIMMED.items()):
+        yield
+        return
     import torch.compiler
     import torch.distributed
     from torch._compile import _disable_dynamo

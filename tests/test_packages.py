@@ -12,10 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from front import Front, one_line
 from tiny_models import save_llava
 
 import localization_heads as lh
+from localization_heads import packages
 from localization_heads.apps.demo import __main__ as demo
 from localization_heads.apps.frontdoor import Given
 from localization_heads.errors import WorkError
@@ -243,6 +245,13 @@ print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), "sympy" in s
     heavy, before, compiled, after = done.stdout.splitlines()
     assert (heavy, before, after) == ("[]", "False True", "True True")
     assert compiled.startswith("tensor([2.]) ") and "torch" in compiled
+
+
+def test_versions_that_nobody_has_seen_are_imported_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0")
+    before = sys.modules.get("torch._dynamo"), torch.distributed.is_available
+    with packages.transformers_alone():
+        assert (sys.modules.get("torch._dynamo"), torch.distributed.is_available) == before
 
 
 def test_the_ranges_are_those_of_the_package() -> None:
