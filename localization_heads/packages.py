@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -88,22 +88,26 @@ def _numbers(version: str) -> tuple[int, ...]:
 class _Deferred(ModuleType):
     """`torch._dynamo`, torch's compiler, which is imported when something is first asked of it.
 
-    Marking a function for it is nothing that needs it at once: marks are made when it is imported.
+    Marking a function for it is nothing that needs it at once: marks are made when it is imported, and until then
+    nothing is compiled that a function could be kept out of.
     """
-
-    _MARKS = ("allow_in_graph", "assume_constant_result")
 
     def __init__(self, spec: ModuleSpec) -> None:
         super().__init__(spec.name)
         self.__spec__, self.__package__, self.__file__ = spec, spec.name, spec.origin
         self._marked: list[tuple[str, Any]] = []
+        self._kept = {
+            "allow_in_graph": partial(self._mark, "allow_in_graph"),
+            "assume_constant_result": partial(self._mark, "assume_constant_result"),
+            "disable": self._disable,
+        }
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__spec__
         if spec is None or spec.loader is None or (name.startswith("__") and name != "__path__"):
             raise AttributeError(name)
-        if name in self._MARKS:
-            return partial(self._mark, name)
+        if name in self._kept:
+            return self._kept[name]
         self.__class__ = ModuleType  # type: ignore[assignment]
         self.__path__ = spec.submodule_search_locations or []
         spec.loader.exec_module(self)
@@ -114,6 +118,18 @@ class _Deferred(ModuleType):
     def _mark(self, name: str, function: Any) -> Any:
         self._marked.append((name, function))
         return function
+
+    def _disable(self, function: Any = None, recursive: bool = True, **how: Any) -> Any:
+        if function is None:
+            return partial(self._disable, recursive=recursive, **how)
+
+        @wraps(function)
+        def called(*args: Any, **kw: Any) -> Any:
+            if type(self) is _Deferred:
+                return function(*args, **kw)
+            return self.disable(function, recursive, **how)(*args, **kw)
+
+        return called
 
     @contextmanager
     def lending_parts(self) -> Iterator[None]:
@@ -138,29 +154,20 @@ def _replaced(owner: ModuleType, name: str, value: object) -> Iterator[None]:
 def transformers_alone() -> Iterator[None]:
     """While transformers is imported in the block, what it imports for training and for compiling stays out.
 
-    That is torch's compiler, for which it marks some functions, SymPy below that, tensors spread over processes, and
-    the assignment solver of losses: a second and a third of CPU time. The compiler is imported where it is used after
-    all; for the other two, transformers takes this process for one that does not have them. Versions that are not
-    among `TRIMMED` are imported whole.
+    That is torch's compiler, for which it marks some functions, tensors spread over processes, and the assignment
+    solver of losses. The compiler is imported where it is used after all; for the other two, transformers takes this
+    process for one that does not have them. Versions that are not among `TRIMMED` are imported whole.
     """
     if not all(versions.holds(metadata.version(name)) for name, versions in TRIMMED.items()):
         yield
         return
-    import torch.compiler
     import torch.distributed
-    from torch._compile import _disable_dynamo
-
-    def disable(function: Any = None, recursive: bool = True, **_: Any) -> Callable[..., Any]:
-        return _disable_dynamo(
-            function, recursive
-        )  # torch's own functions are marked so, when they are called
 
     spec = find_spec("torch._dynamo")
     with ExitStack() as stack:
         if "torch._dynamo" not in sys.modules and spec is not None:
             sys.modules[spec.name] = torch._dynamo = compiler = _Deferred(spec)
             stack.enter_context(compiler.lending_parts())
-            stack.enter_context(_replaced(torch.compiler, "disable", disable))
         stack.enter_context(_replaced(torch.distributed, "is_available", lambda: False))
         import transformers.utils
 

@@ -233,18 +233,17 @@ def test_the_compiler_is_imported_when_it_is_used() -> None:
 import sys
 from localization_heads.packages import transformers_alone
 with transformers_alone():
-    import localization_heads.lvlm.checkpoints.loading
-print([name for name in ("sympy", "torch.distributed.tensor", "scipy.optimize") if name in sys.modules])
+    import localization_heads as lh, localization_heads.lvlm.checkpoints.loading
+lh.load_model()
+print([name for name in ("torch._inductor", "torch.distributed.tensor", "scipy.optimize") if name in sys.modules])
 import torch
 from transformers.integrations import deepgemm
 print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), torch.distributed.is_available())
-print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)), torch.compiler.disable.__code__.co_filename)
-print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), "sympy" in sys.modules)
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)))
+print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), "torch._inductor" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    heavy, before, compiled, after = done.stdout.splitlines()
-    assert (heavy, before, after) == ("[]", "False True", "True True")
-    assert compiled.startswith("tensor([2.]) ") and "torch" in compiled
+    assert done.stdout.splitlines() == ["[]", "False True", "tensor([2.])", "True True"]
 
 
 def test_versions_that_nobody_has_seen_are_imported_whole(monkeypatch: pytest.MonkeyPatch) -> None:
