@@ -40,7 +40,7 @@ class Together:
     """Several images that one prompt shows the model, in this order; a list of images means one prompt for each.
 
     Args:
-        images: two or more, at most `MOST`, each named as one alone would be (`data.sources`).
+        images: two or more, at most `MOST`, each named as one alone would be (`as_source`).
 
     Raises:
         ImageError: another number of them, or no list.

@@ -103,8 +103,7 @@ def best_first(scores: Scores, free: HeadRanking) -> list[Head]:
     Args:
         free: the label-free ranking of all heads of the model.
     """
-    allowed = [head.address for head in free.heads if head.layer >= free.exclude_layers]
-    return sorted(allowed, key=lambda head: -scores[head])
+    return sorted(_free(free), key=lambda head: -scores[head])
 
 
 def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: float) -> Scores:
@@ -123,10 +122,8 @@ def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: 
         return scores
     weight = num_labels / (num_labels + n0)
     if how == "ranks":
-        by_label, label_free = (
-            _places(best_first(scores, free), scores.shape),
-            _places(_free(free), scores.shape),
-        )
+        orders = best_first(scores, free), _free(free)
+        by_label, label_free = (_places(order, scores.shape) for order in orders)
     else:
         evidence = np.zeros(scores.shape)
         for head in free.heads:

@@ -172,14 +172,15 @@ class LoadedModel(PromptedModel):
         stop = last_layer
         if stop is None and query.step == 0:
             stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
+        length = int(inputs["input_ids"].shape[1])
+        num_tokens = None if self.looks_across else query.past + length
         with (
             memory_errors(),
             misfit_errors(self.name),
             torch.inference_mode(),
-            capture(self.attention_modules, stop, query, self._num_tokens(inputs, query)) as recorder,
+            capture(self.attention_modules, stop, query, num_tokens) as recorder,
         ):
             self.run(inputs, query, self._told(hearing, query, recorder))
-        length = inputs["input_ids"].shape[1]
         rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.looks_across:
             rows = {layer: prompt_keys(row, length, query.step) for layer, row in rows.items()}
@@ -198,9 +199,6 @@ class LoadedModel(PromptedModel):
         for layer in list(rows):
             full[:, layer] = rows.pop(layer)
         return full
-
-    def _num_tokens(self, inputs: Mapping[str, Any], query: Query) -> int | None:
-        return None if self.looks_across else query.past + int(inputs["input_ids"].shape[1])
 
     def _told(self, hearing: Hearing | None, query: Query, recorder: Recorder) -> Hearing | None:
         """The hearing that tells the recorder who still answers; one of its own where nobody listens."""

@@ -196,14 +196,8 @@ verified (`tests/test_together.py`)."""
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
 _NO_LAYERS = "its language model is not built of layers whose attention can be captured"
 _QUERIES = (
-    "aria",
-    "blip-2",
-    "idefics",
-    "idefics2",
-    "instructblip",
-    "instructblipvideo",
-    "kosmos-2",
-    "kosmos-2.5",
+    *("aria", "blip-2", "idefics", "idefics2", "instructblip", "instructblipvideo"),
+    *("kosmos-2", "kosmos-2.5"),
 )
 REFUSED = dict.fromkeys(_QUERIES, _NO_GRID)
 """Model types whose heads cannot be read, and why."""

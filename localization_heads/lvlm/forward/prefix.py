@@ -150,12 +150,10 @@ def _state_copy(layer: LinearAttentionLayer, batch_size: int) -> LinearAttention
     twin = copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, dict):
-            setattr(twin, name, {key: _repeated(entry, batch_size) for key, entry in value.items()})
+            states = {key: state for key, state in value.items() if isinstance(state, Tensor)}
+            own = {key: state.repeat_interleave(batch_size, 0) for key, state in states.items()}
+            setattr(twin, name, {**value, **own})
     return twin
-
-
-def _repeated(entry: Any, batch_size: int) -> Any:
-    return entry.repeat_interleave(batch_size, 0) if isinstance(entry, Tensor) else entry
 
 
 def _tensors(layer: Any) -> list[Tensor]:
