@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,14 +109,19 @@ def head_count(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """Tab. 4: the number of heads whose maps are summed."""
     ks = head_counts(study)
     rows = (
-        ("ours, REC Acc@0.5", *(percent(scores[k].metrics["acc@0.5"]) for k in (*ks, ALL))),
-        ("ours, RES cIoU", *(percent(scores[k].metrics["ciou"]) for k in (*ks, ALL))),
+        *_rec_and_res([scores[k] for k in (*ks, ALL)]),
         ("paper, RES (mean of ten models)", *(printed(paper.HEAD_COUNT_RES.get(k)) for k in ks), MISSING),
     )
     numbers = {"points": [{"k": k, **scores[k].metrics} for k in ks], "all": scores[ALL].metrics}
     table = Table(("number of heads k", *map(str, ks), ALL), rows)
     title = "Tab. 4: the number of heads"
     return Finding("tab4", title, (table,), _head_count_reading(study, scores, ks), numbers)
+
+
+def _rec_and_res(found: Sequence[Scored]) -> Iterator[tuple[str, ...]]:
+    """A row of boxes and one of masks, with a column for each recipe."""
+    for label, metric in (("ours, REC Acc@0.5", "acc@0.5"), ("ours, RES cIoU", "ciou")):
+        yield label, *(percent(one.metrics[metric]) for one in found)
 
 
 def _head_count_reading(study: Study, scores: Mapping[Any, Scored], ks: list[int]) -> str:
@@ -158,40 +163,26 @@ def criteria_recipes(study: Study) -> dict[Hashable, Recipe]:
 def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
     """Tab. 5: each criterion alone and both; fixed heads against heads selected per sample."""
     recipes = criteria_recipes(study)
-    rows = []
+    rows: list[tuple[str, ...]] = []
+
+    def add(label: str, heads: str, found: Scored, reported: tuple[float, float] | None = None) -> None:
+        ours = (percent(found.metrics[name]) for name in ("acc@0.5", "ciou"))
+        rows.append((label, heads, *ours, *map(printed, reported or (None, None))))
+
     for way in WAYS:
         for which in WHICH:
-            found, reported = scores[which, way], paper.CRITERIA.get((which, way))
+            found = scores[which, way]
+            some = f" ({len(found):,} of {len(study):,})" if len(found) < len(study) else ""
             heads = names(recipes[which, way].of(0)) if way == "fixed" else "each sample's own"
-            rec, res = reported or (None, None)
-            rows.append(
-                (
-                    f"{which}, {way}"
-                    + (f" ({len(found):,} of {len(study):,})" if len(found) < len(study) else ""),
-                    heads,
-                    percent(found.metrics["acc@0.5"]),
-                    percent(found.metrics["ciou"]),
-                    printed(rec),
-                    printed(res),
-                )
-            )
+            add(f"{which}, {way}{some}", heads, found, paper.CRITERIA.get((which, way)))
     if study.movement is not None:
-        robust = scores[ROBUST].metrics
-        cells = names(study.found()), percent(robust["acc@0.5"]), percent(robust["ciou"])
-        rows.append((f"{ROBUST}, fixed", *cells, MISSING, MISSING))
-    every = scores[ALL].metrics
-    shown = f"all {len(study.everyone):,}", percent(every["acc@0.5"]), percent(every["ciou"])
-    rows.append(("no choice", *shown, MISSING, MISSING))
+        add(f"{ROBUST}, fixed", names(study.found()), scores[ROBUST])
+    add("no choice", f"all {len(study.everyone):,}", scores[ALL])
     columns = ("criteria, heads", "the heads", "ours REC", "ours RES", "paper REC", "paper RES")
     table = Table(columns, tuple(rows), "The paper's columns: LLaVA-1.5-13B on RefCOCO val")
-    numbers = {
-        f"{which}, {way}": {"samples": len(scores[which, way]), **scores[which, way].metrics}
-        for which in WHICH
-        for way in WAYS
-    }
-    if study.movement is not None:
-        numbers[ROBUST] = {"samples": len(scores[ROBUST]), **scores[ROBUST].metrics}
-    numbers[ALL] = {"samples": len(scores[ALL]), **every}
+    known = {f"{which}, {way}": scores[which, way] for which in WHICH for way in WAYS}
+    known |= {name: scores[name] for name in (ROBUST, ALL) if name in recipes}
+    numbers = {name: {"samples": len(found), **found.metrics} for name, found in known.items()}
     reading = _criteria_reading(study, scores)
     return Finding("tab5", "Tab. 5: the criteria, and fixed or greedy heads", (table,), reading, numbers)
 
@@ -257,8 +248,7 @@ def _smoothing_table(
     what: str, values: list[Any], scores: Mapping[Any, Scored], reported: Mapping[Any, float], held: str
 ) -> Table:
     rows = (
-        ("ours, REC Acc@0.5", *(percent(scores[what, value].metrics["acc@0.5"]) for value in values)),
-        ("ours, RES cIoU", *(percent(scores[what, value].metrics["ciou"]) for value in values)),
+        *_rec_and_res([scores[what, value] for value in values]),
         ("paper, REC (LLaVA-1.5-13B, RefCOCO val)", *(printed(reported.get(value)) for value in values)),
     )
     return Table((f"{what} ({held})", *(f"{value:g}" for value in values)), rows)
