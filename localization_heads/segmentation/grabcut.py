@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import Box
 from localization_heads.cells import spread
-from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.segmentation.segmenter import proposal_size
 
@@ -55,22 +55,12 @@ class GrabCut:
     iterations: int = 5
     name: str = "grabcut"
 
-    def __post_init__(self) -> None:
-        try:
-            import cv2  # noqa: F401
-        except ImportError as error:
-            raise UsageError(
-                "segmenter=grabcut needs OpenCV: pip install opencv-python-headless, or segmenter=none"
-            ) from error
-
     def segment(self, image: Image.Image, grounding: Grounding) -> NDArray[np.bool_]:
         """The mask, bool `[H, W]`; empty where colours tell nothing apart."""
         region = _around(grounding.box, SURROUNDINGS, grounding.image_size)
-        shrink = min(1.0, WORKING_SIDE / max(region[2] - region[0], region[3] - region[1]))
-        size = (
-            max(1, round((region[2] - region[0]) * shrink)),
-            max(1, round((region[3] - region[1]) * shrink)),
-        )
+        sides = region[2] - region[0], region[3] - region[1]
+        shrink = min(1.0, WORKING_SIDE / max(sides))
+        size = max(1, round(sides[0] * shrink)), max(1, round(sides[1] * shrink))
         image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large image
         pixels = np.asarray(image.resize(size, box=region, reducing_gap=2.0))
         heat = spread(grounding.smoothest, _seen_from(grounding.image_box, region, size), size)
@@ -102,8 +92,6 @@ def cut(
 
 def _cut(pixels: NDArray[np.uint8], labels: NDArray[np.uint8], iterations: int) -> NDArray[np.bool_]:
     """What OpenCV makes of the labels of a first guess `[h, w]`; empty if it cannot make anything of them."""
-    import cv2
-
     nothing = np.zeros(labels.shape, dtype=bool)
     is_object = labels == cv2.GC_PR_FGD
     if not is_object.any() or is_object.all():
@@ -126,8 +114,6 @@ def pieces(pixels: NDArray[np.uint8], iterations: int = 5) -> NDArray[np.bool_]:
     Args:
         pixels: RGB `[h, w, 3]`.
     """
-    import cv2
-
     h, w = pixels.shape[:2]
     rim = max(1, round(RIM * max(h, w)))
     heat = np.zeros((h, w))
@@ -172,19 +158,12 @@ def _around(box: Box, margin: float, size: tuple[int, int]) -> Region:
 def _seen_from(box: Box, region: Region, size: tuple[int, int]) -> Box:
     """A box of the image in pixels of the region drawn at `size`."""
     across, down = size[0] / (region[2] - region[0]), size[1] / (region[3] - region[1])
-    x0, y0, x1, y1 = box
-    return (
-        (x0 - region[0]) * across,
-        (y0 - region[1]) * down,
-        (x1 - region[0]) * across,
-        (y1 - region[1]) * down,
-    )
+    (x0, y0, x1, y1), (left, top, _, _) = box, region
+    return (x0 - left) * across, (y0 - top) * down, (x1 - left) * across, (y1 - top) * down
 
 
 def _placed(found: NDArray[np.bool_], region: Region, image_size: tuple[int, int]) -> NDArray[np.bool_]:
     """The region's mask, of any size, in a mask of the whole image `[H, W]`."""
-    import cv2
-
     mask = np.zeros(image_size[::-1], dtype=bool)
     x0, y0, x1, y1 = region
     fine = cv2.resize(found.astype(np.uint8) * 255, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
