@@ -27,6 +27,7 @@ setup-dev: $(READY_DEV)
 # Made anew only when the list of requirements changes; `touch` comes last, so a broken set-up is not taken for one.
 $(READY): requirements.txt pyproject.toml | $(BIN)/python
 	$(PIP) -r requirements.txt
+	$(BIN)/python -m compileall -q localization_heads  # what pip does for packages that are not editable
 	@touch $(READY)
 
 $(READY_DEV): requirements-dev.txt requirements.txt pyproject.toml | $(BIN)/python
