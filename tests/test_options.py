@@ -324,8 +324,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ("experiment", {"experiment": {"names": ["tab1"]}}, "experiment"),
             ("native", {"native": True}, "evaluate or ablate or experiment"),
             ("bootstrap", {"bootstrap": "image"}, "evaluate or experiment"),
-            ("max_new_tokens", {"max_new_tokens": 4}, "collect or pipeline or trace"),
-            ("attention_format", {"attention_format": "safetensors"}, "collect or pipeline"),
             ("exclude", {"exclude": ["a.jsonl"]}, "prepare"),
         )
     ),
@@ -336,6 +334,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_options_that_do_not_go_together(program: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         PROGRAMS[program].of(options)
+
+
+def test_the_first_options_may_be_given_to_any_stage() -> None:
+    """Scripts of theirs set them once for all stages."""
+    given = FinderOptions.of({"stage": "find", "max_new_tokens": 4, "attention_format": "safetensors"})
+    assert given.max_new_tokens == 4
 
 
 def test_a_missing_option_is_named_with_its_stage() -> None:

@@ -122,7 +122,6 @@ class FinderOptions(
         "pkl",
         "Attention files as pkl or safetensors; published and published_august are what the published code of June and "
         "of August 2025 reads (square grids over padded images alone).",
-        stages=("collect", "pipeline", "batch", "experiment"),
     )
     figure_format: Literal["png", "pdf", "svg"] = option(
         "png", "Figures as png, or as pdf or svg for a paper."
@@ -155,7 +154,6 @@ class FinderOptions(
     max_new_tokens: Count = option(
         0,
         "Tokens of the model's answer, at most, that collect and pipeline print (0: none) and trace shows (0: 64).",
-        stages=("collect", "pipeline", "trace"),
     )
     top_n: Annotated[int, Field(ge=1, le=10_000)] | None = option(
         None,
