@@ -1,4 +1,4 @@
-"""Torch, transformers and accelerate: their versions are checked before they are imported, and not all of them is.
+"""The versions of torch, transformers and accelerate that a model needs, checked before any of them is imported.
 
 With another version, an import fails somewhere inside, with a name that says nothing to whom it happens.
 """
@@ -6,15 +6,9 @@ With another version, an import fails somewhere inside, with a name that says no
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial, wraps
+from functools import cache
 from importlib import metadata
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from localization_heads.errors import WorkError
 
@@ -43,10 +37,6 @@ class Range(NamedTuple):
 
 NEEDED = {"torch": Range("2.6"), "transformers": Range("5.23", "6"), "accelerate": Range("1.2.1")}
 """What pyproject.toml says of them."""
-
-
-TRIMMED = {"torch": Range("2.6", "2.16"), "transformers": Range("5.23", "5.25")}
-"""The versions whose imports are known, and tested, to do without what `transformers_alone` leaves out."""
 
 
 DEMO = Range("6.17")
@@ -83,93 +73,3 @@ def _numbers(version: str) -> tuple[int, ...]:
     found = re.match(r"\d{1,9}(\.\d{1,9})*", version)
     numbers = tuple(int(part) for part in found[0].split(".")) if found else ()
     return numbers + (0,) * (3 - len(numbers)) if numbers else ()
-
-
-class _Deferred(ModuleType):
-    """`torch._dynamo`, torch's compiler, which is imported when something is first asked of it.
-
-    Marking a function for it is nothing that needs it at once: marks are made when it is imported, and until then
-    nothing is compiled that a function could be kept out of.
-    """
-
-    def __init__(self, spec: ModuleSpec) -> None:
-        super().__init__(spec.name)
-        self.__spec__, self.__package__, self.__file__ = spec, spec.name, spec.origin
-        self._marked: list[tuple[str, Any]] = []
-        self._kept = {
-            "allow_in_graph": partial(self._mark, "allow_in_graph"),
-            "assume_constant_result": partial(self._mark, "assume_constant_result"),
-            "disable": self._disable,
-        }
-
-    def __getattr__(self, name: str) -> Any:
-        spec = self.__spec__
-        if spec is None or spec.loader is None or (name.startswith("__") and name != "__path__"):
-            raise AttributeError(name)
-        if name in self._kept:
-            return self._kept[name]
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        self.__path__ = spec.submodule_search_locations or []
-        spec.loader.exec_module(self)
-        for mark, function in self._marked:
-            getattr(self, mark)(function)
-        return getattr(self, name)
-
-    def _mark(self, name: str, function: Any) -> Any:
-        self._marked.append((name, function))
-        return function
-
-    def _disable(self, function: Any = None, recursive: bool = True, **how: Any) -> Any:
-        if function is None:
-            return partial(self._disable, recursive=recursive, **how)
-
-        @wraps(function)
-        def called(*args: Any, **kw: Any) -> Any:
-            if type(self) is _Deferred:
-                return function(*args, **kw)
-            return self.disable(function, recursive, **how)(*args, **kw)
-
-        return called
-
-    @contextmanager
-    def lending_parts(self) -> Iterator[None]:
-        """In the block its submodules can be imported without it; of these, transformers needs one."""
-        self.__path__ = (self.__spec__ and self.__spec__.submodule_search_locations) or []
-        yield
-        if type(self) is _Deferred:
-            del self.__path__
-
-
-@contextmanager
-def _replaced(owner: ModuleType, name: str, value: object) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
-def transformers_alone() -> Iterator[None]:
-    """While transformers is imported in the block, what it imports for training and for compiling stays out.
-
-    That is torch's compiler, for which it marks some functions, tensors spread over processes, and the assignment
-    solver of losses. The compiler is imported where it is used after all; for the other two, transformers takes this
-    process for one that does not have them. Versions that are not among `TRIMMED` are imported whole.
-    """
-    if not all(versions.holds(metadata.version(name)) for name, versions in TRIMMED.items()):
-        yield
-        return
-    import torch.distributed
-
-    spec = find_spec("torch._dynamo")
-    with ExitStack() as stack:
-        if "torch._dynamo" not in sys.modules and spec is not None:
-            sys.modules[spec.name] = torch._dynamo = compiler = _Deferred(spec)
-            stack.enter_context(compiler.lending_parts())
-        stack.enter_context(_replaced(torch.distributed, "is_available", lambda: False))
-        import transformers.utils
-
-        stack.enter_context(_replaced(transformers.utils, "is_scipy_available", lambda: False))
-        yield

@@ -12,12 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from front import Front, one_line
 from tiny_models import save_llava
 
 import localization_heads as lh
-from localization_heads import packages
 from localization_heads.apps.demo import __main__ as demo
 from localization_heads.apps.frontdoor import Given
 from localization_heads.errors import WorkError
@@ -225,32 +223,6 @@ def test_nothing_is_imported_before() -> None:
     first, second = done.stdout.splitlines()
     assert "torch 0.1 is installed" in first
     assert second == "[]"
-
-
-def test_the_compiler_is_imported_when_it_is_used() -> None:
-    """Then with the marks that transformers has made; and torch itself is left as it was."""
-    code = """
-import sys
-from localization_heads.packages import transformers_alone
-with transformers_alone():
-    import localization_heads as lh, localization_heads.lvlm.checkpoints.loading
-lh.load_model()
-print([name for name in ("torch._inductor", "torch.distributed.tensor", "scipy.optimize") if name in sys.modules])
-import torch
-from transformers.integrations import deepgemm
-print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), torch.distributed.is_available())
-print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)))
-print(getattr(deepgemm.is_sm100, "_dynamo_marked_constant", False), "torch._inductor" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == ["[]", "False True", "tensor([2.])", "True True"]
-
-
-def test_versions_that_nobody_has_seen_are_imported_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: "99.0")
-    before = sys.modules.get("torch._dynamo"), torch.distributed.is_available
-    with packages.transformers_alone():
-        assert (sys.modules.get("torch._dynamo"), torch.distributed.is_available) == before
 
 
 def test_the_ranges_are_those_of_the_package() -> None:

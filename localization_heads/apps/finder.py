@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from localization_heads.apps.frontdoor import Given, called_as, run
 from localization_heads.errors import printable
-from localization_heads.packages import check_versions, transformers_alone
+from localization_heads.packages import check_versions
 
 if TYPE_CHECKING:
     from localization_heads.stages.run import Run
@@ -48,16 +48,15 @@ def _announce(run: Run) -> None:
 
 
 def _import_model_code() -> None:
-    """Import torch and as much of transformers as is used, without a search for garbage among their million objects.
+    """Import torch and transformers without a search for garbage among their million objects, which all stay.
 
-    These all stay. Nor are they looked through later, of which the end of the process alone would be a second.
+    Nor are they looked through later, of which the end of the process alone would be a second.
     """
     if "torch" in sys.modules:
         return
     gc.disable()
     try:
-        with transformers_alone():
-            import localization_heads.lvlm.checkpoints.loading  # noqa: F401
+        import localization_heads.lvlm.checkpoints.loading  # noqa: F401
     finally:
         gc.enable()
     gc.freeze()

@@ -100,7 +100,7 @@ class Steering:
         if self.lvlm.looks_across:
             return
         ids = named.get("input_ids", given[0] if given else None)
-        cache = named.get("cache", named.get("past_key_values"))  # its name from transformers 5.24 on, and before
+        cache = named.get("cache", named.get("past_key_values"))  # the first from transformers 5.24 on
         if ids is None:
             raise UsageError(
                 f"steer: {self.lvlm.name} is not given tokens, among which the image could be found"
