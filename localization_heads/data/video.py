@@ -100,7 +100,8 @@ def _is_container(beginning: bytes) -> bool:
 @contextmanager
 def _capture(path: Path) -> Iterator[Any]:
     """OpenCV's reader of one file, silent."""
-    before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    log: Any = getattr(cv2.utils, "logging", cv2)  # of OpenCV 4.9
+    before = log.setLogLevel(0)
     capture = None
     try:
         capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
@@ -110,7 +111,7 @@ def _capture(path: Path) -> Iterator[Any]:
     finally:
         if capture is not None:
             capture.release()
-        cv2.utils.logging.setLogLevel(before)
+        log.setLogLevel(before)
 
 
 def frames(
