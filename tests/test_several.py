@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from front import Calls, Front, stub_figures, write_data, write_lines
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_sams import TINY, noise
@@ -228,6 +228,7 @@ def test_only_several_boxes(front: Front, monkeypatch: pytest.MonkeyPatch) -> No
 numbers = st.floats(0, 100, allow_nan=False)
 
 
+@example([(0.0, 0.0, 0.0, 0.0)] * 2 + [(0.0, 0.0, 0.0, 1.0)] + [(0.0, 0.0, 0.0, 0.0)] * 6)
 @given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=9))
 def test_no_label_lies_on_another(corners: list[Any]) -> None:
     """Small labels and room for all."""

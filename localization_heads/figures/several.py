@@ -211,7 +211,7 @@ def label_places(
 
 
 _MOST = 40  # places tried along a side
-_RINGS = 3  # of places around a box
+_RINGS = 7  # of places around a box
 
 
 def _places(box: Box, w: float, h: float) -> Iterator[tuple[float, float]]:
