@@ -178,9 +178,8 @@ def _tidy(element: ET.Element, used: set[str]) -> None:
     values = {_local(name): value for name, value in element.attrib.items()}
     styles = (pair.partition(":") for pair in values.pop("style", "").split(";") if pair.strip())
     values |= {key.strip(): value.strip() for key, _, value in styles if key.strip() != "font-family"}
-    if font := values.pop(
-        "font", ""
-    ):  # `700 10px 'DejaVu Sans'`, as matplotlib 3.8 has it: SVG knows its parts alone
+    # `700 10px 'DejaVu Sans'`, as matplotlib 3.8 has it: SVG knows its parts alone
+    if font := values.pop("font", ""):
         *words, size = font.partition("px")[0].split()
         values |= {"font-weight" if word.isdigit() else "font-style": word for word in words}
         values["font-size"] = f"{size}px"
