@@ -26,7 +26,8 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.options.compose import preset
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.artwork import HELD_OUT_STYLE
-from localization_heads.scenes.scene import TEST_SEEDS, scene_samples
+from localization_heads.scenes.expressions import Expression
+from localization_heads.scenes.scene import SMALL, TEST_SEEDS, Scene, scene_samples
 from localization_heads.scenes.write import kept_rows
 from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.segmenter import refine
@@ -65,6 +66,15 @@ ROWS: dict[str, Mapping[str, Any]] = {
 """The paper's row first: the others are compared with it."""
 
 
+class Drawn(NamedTuple):
+    """A scene to be shown, cropped to so many rows around the object, with the truth."""
+
+    image: Image.Image
+    box: Box
+    scene: Scene
+    expression: Expression
+
+
 class Seen(NamedTuple):
     """A scene as the model saw it, with the truth."""
 
@@ -73,16 +83,29 @@ class Seen(NamedTuple):
     box: Box
 
 
-def look(lvlm: LVLM, count: int, style: str | None, height: int | None) -> Iterator[Seen]:
-    """`count` test scenes of a style, cropped to so many rows around the object."""
-    last_layer = max(head.layer for head in lvlm.known_heads)
-    scenes = scene_samples(count, size=SIZE, style=style, seeds=TEST_SEEDS)
-    for number, (scene, expression) in enumerate(tqdm(scenes, total=count, disable=None)):
+def drawn(
+    count: int, style: str | None, height: int | None = None, smallest: float = SMALL[0]
+) -> Iterator[Drawn]:
+    """`count` test scenes of a style, cropped to so many rows around the object.
+
+    Args:
+        smallest: the least longer side of an object, as a share of the image's.
+    """
+    scenes = scene_samples(count, size=SIZE, style=style, seeds=TEST_SEEDS, smallest=smallest)
+    for number, (scene, expression) in enumerate(scenes):
         x0, y0, x1, y1 = scene.objects[expression.object_index].box
         rows = kept_rows((x0, y0, x1, y1), SIZE, height, seed=number)
         image = Image.fromarray(scene.image[rows])
-        maps = lvlm.attend(image, expression.text, last_layer=last_layer)
-        yield Seen(image, maps, (x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start))
+        box = (x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start)
+        yield Drawn(image, box, scene, expression)
+
+
+def look(lvlm: LVLM, count: int, style: str | None, height: int | None) -> Iterator[Seen]:
+    """The same as the model sees them."""
+    last_layer = max(head.layer for head in lvlm.known_heads)
+    for one in tqdm(drawn(count, style, height), total=count, disable=None):
+        maps = lvlm.attend(one.image, one.expression.text, last_layer=last_layer)
+        yield Seen(one.image, maps, one.box)
 
 
 def ious(seen: Sequence[Seen], heads: Sequence[Head], options: Mapping[str, Any]) -> NDArray[np.float64]:
@@ -96,16 +119,21 @@ def ious(seen: Sequence[Seen], heads: Sequence[Head], options: Mapping[str, Any]
     return np.array([float(box_iou(box, one.box)) for box, one in zip(boxes, seen, strict=True)])
 
 
+def ahead(found: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
+    """How many points the mean of the one is ahead of the other's, with its paired 95 % interval."""
+    points = 100.0 * (found - reference)
+    low, high = bootstrap_interval(points)
+    return f"{points.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def cell(found: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
-    """Acc@0.5, Acc@0.75 and mean IoU, and how far Acc@0.5 is ahead of the reference, with its paired interval."""
+    """Acc@0.5, Acc@0.75 and mean IoU, and how far Acc@0.5 is ahead of the reference."""
     numbers = " ".join(
         f"{value:.3f}" for value in ((found >= 0.5).mean(), (found >= 0.75).mean(), found.mean())
     )
     if found is reference:
         return numbers
-    ahead = 100.0 * ((found >= 0.5).astype(float) - (reference >= 0.5))
-    low, high = bootstrap_interval(ahead)
-    return f"{numbers} ({ahead.mean():+.1f} [{low:+.1f}, {high:+.1f}])"
+    return f"{numbers} ({ahead((found >= 0.5).astype(float), (reference >= 0.5).astype(float))})"
 
 
 def compared(

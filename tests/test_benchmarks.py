@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import few_labels, floor, gpu, loading, machine, timing
+from benchmarks import aggregation, boxes, few_labels, floor, gpu, loading, machine, second_look, timing
 from benchmarks.discovery import LIMIT
 from benchmarks.floor import Shape, Work
 from benchmarks.gpu import Fact, markdown_of
@@ -26,6 +26,7 @@ from benchmarks.result import BEGIN, END, cells, put_into, timed_row
 from benchmarks.setting import Setting
 from benchmarks.sharing import check, token_counts
 from benchmarks.timing import FEWEST, Timings, interleaved
+from localization_heads.heads.head import Head
 
 CPU = torch.device("cpu")
 SMALL = Shape(3, 2, 3, 1, 2, 2, 5, 1, side=4, patch=2)
@@ -364,3 +365,33 @@ def test_few_labels_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [line.split("|")[1:3] for line in lines[4:]] == [
         [f" `{by}` ", f" {count} "] for by in ("mass", "iou", "pointing") for count in (1, 2)
     ]
+
+
+def table_of(printed: str) -> dict[str, list[str]]:
+    """The cells of each row of a Markdown table, by the row's name."""
+    lines = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    return {name: found for name, *found in lines[2:]}
+
+
+def test_the_tables_of_the_docs_agree_with_one_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read-outs, ways of asking, second looks of the same scenes: where two tables show one thing, it is the same."""
+    more = (Head(5, 7), Head(5, 0), Head(5, 1), Head(2, 6))
+    monkeypatch.setattr(aggregation, "rank", lambda lvlm: (*lvlm.known_heads, *more))
+    for module in (boxes, aggregation, second_look):
+        monkeypatch.setattr(module, "SETS", dict(list(module.SETS.items())[:1]))
+    tables = []
+    for module in (boxes, aggregation, second_look):
+        module.main(3)
+        tables.append(table_of(capsys.readouterr().out))
+    read_outs, ways, looks = tables
+    assert (list(read_outs), list(ways), list(looks)) == (
+        list(boxes.ROWS), list(aggregation.ROWS), list(second_look.ROWS),
+    )  # fmt: skip
+    for name in second_look.ROWS:
+        one_look = looks[name][0].split(",")[0]
+        assert read_outs[name][0].split()[2] == one_look
+    first, *others = ways.values()
+    assert first[0].split()[1] == looks["`grounding=sharp box_from=map`"][0].split(",")[0]
+    assert all(len(row) == 1 and "[" in row[0] for row in others)
