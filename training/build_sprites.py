@@ -3,7 +3,8 @@
 Usage: python -m training.build_sprites FOLDER
 
 FOLDER holds the unpacked npm packages `@iconify-json/<set>`, each at `FOLDER/<set>/icons.json`; styles whose
-package is not there are left as they are. Needs `resvg_py` (SVG to pixels) and scikit-image (the CC0 photos).
+package is not there are left as they are. Needs `resvg_py` (SVG to pixels), SciPy (line art) and
+scikit-image (the CC0 photos).
 Writes one WebP atlas a style (lossless for the benchmark), in the order of vocabulary.txt, and one JPEG a background.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 from resvg_py import svg_to_bytes
 
+from training.line_art import build_line_art
 from training.recipe import SPRITES as TRAINING_SPRITES
 
 SPRITES = Path(__file__).parents[1] / "localization_heads" / "data" / "sprites"  # the benchmark's
@@ -99,7 +101,12 @@ def build_photos(folder: Path) -> None:
 
 def build_style(package: Path, names: list[str], target: Path, lossless: bool) -> None:
     """Write one style's atlas as WebP."""
-    pixels = np.array(build_atlas(json.loads((package / "icons.json").read_text()), names))
+    save_atlas(build_atlas(json.loads((package / "icons.json").read_text()), names), target, lossless)
+
+
+def save_atlas(atlas: Image.Image, target: Path, lossless: bool) -> None:
+    """Write an atlas as WebP."""
+    pixels = np.array(atlas)
     pixels[pixels[..., 3] == 0] = 0  # colour under full transparency only costs bytes
     Image.fromarray(pixels).save(target, lossless=lossless, quality=100 if lossless else 90, method=6)
 
@@ -112,6 +119,9 @@ def main(packages: Path) -> None:
         for style, package in sets.items():
             if (packages / package).exists():
                 build_style(packages / package, names, folder / f"{style}.webp", lossless=folder == SPRITES)
+    noto = Image.open(SPRITES / "noto.webp").convert("RGBA")
+    for style, atlas in build_line_art(packages, names, noto).items():
+        save_atlas(atlas, TRAINING_SPRITES / f"{style}.webp", lossless=False)
     build_photos(SPRITES)
 
 

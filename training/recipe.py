@@ -13,6 +13,7 @@ MORE_STYLES = (
     "streamline",
     "streamline",
 )  # the last is the only one with outlines
+LINE_STYLES = (*MORE_STYLES, "lines_a", "lines_b", "contrast", "solid", "glyphs")  # of icons, filled in
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Recipe:
     with more styles, and more things of one name to tell apart by where they are.
     """
 
-    steps: int = 34_500
+    steps: int = 40_500
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -143,6 +144,15 @@ class Recipe:
             repeats=0.5,
             styles=MORE_STYLES,
         ),
+        Stage(
+            34_500,
+            (0.03, 0.0, 0.0, 0.08, 0.22, 0.0, 0.05, 0.06, 0.05, 0.0, 0.51),
+            kinds=(("comparison", 2.0),),
+            augment_share=0.7,
+            training_styles_share=0.65,
+            repeats=0.5,
+            styles=LINE_STYLES,
+        ),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
@@ -175,6 +185,10 @@ class Recipe:
         (31_100, 0.3),
         (32_500, 0.3),
         (32_600, 0.05),
+        (34_500, 0.05),
+        (34_600, 0.15),
+        (39_500, 0.15),
+        (39_600, 0.05),
     )
     query_key_cap: float = 0.09  # largest root mean square of a query or key weight
     matrix_rate: float = 0.01  # Muon
@@ -202,6 +216,9 @@ class Recipe:
         (31_100, 0.12),
         (32_500, 0.02),
         (32_600, 0.15),
+        (34_500, 0.02),
+        (34_600, 0.25),
+        (36_800, 0.22),
     )
     last_rate: float = 0.02
     checkpoint_seconds: float = 120.0

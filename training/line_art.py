@@ -1,0 +1,181 @@
+"""Styles to learn from that are made of one-colour icons: outlines and silhouettes, filled in the colours of Noto.
+
+`training.build_sprites` writes them. An icon draws a thing with lines or with holes, in black; what the outside does
+not reach is the thing, and gets the commonest colour of Noto's emoji for it. So the vision tower sees drawings of
+other hands, with strokes of other widths, in plausible colours.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from resvg_py import svg_to_bytes
+from scipy import ndimage
+
+CELL, COLUMNS, SIDE, MARGIN = (
+    160,
+    10,
+    480,
+    40,
+)  # pixels a sprite, sprites a row; pixels an icon, and around it
+DARK = (20, 20, 20)
+ICONPARK_FILLS = (
+    ((47, 136, 255), 0.0),
+    ((67, 204, 248), 0.5),
+)  # its two colours, and how pale the new one is
+
+
+class Source(NamedTuple):
+    """An icon set; how its ink is read (`lines`, `holes`, `colours`), and pixels that strokes grow by."""
+
+    package: str
+    ink: str
+    growth: int = 0
+
+
+# The first source that draws a name wins; names that none draws stay empty, and are borrowed from Noto.
+STYLES: Mapping[str, tuple[Source, ...]] = {
+    "lines_a": (
+        Source("icon-park", "colours"),
+        Source("hugeicons", "lines", 5),
+        Source("lucide", "lines", 5),
+        Source("tabler", "lines", 4),
+    ),
+    "lines_b": (
+        Source("ph", "lines", 5),
+        Source("lucide", "lines", 7),
+        Source("lucide-lab", "lines", 7),
+        Source("tabler", "lines", 6),
+        Source("hugeicons", "lines", 8),
+    ),
+    "contrast": (Source("fluent-emoji-high-contrast", "lines", 1),),
+    "solid": (Source("game-icons", "holes"), Source("mdi", "holes"), Source("emojione-monotone", "holes")),
+    "glyphs": (Source("mdi", "holes"), Source("emojione-monotone", "holes")),
+}
+# What icons call a thing, best first; then its own name.
+ICONS: Mapping[str, str] = {
+    "dog": "dog-face dog-side sitting-dog", "cat": "cat-face", "pig": "pig-face", "rabbit": "rabbit-face",
+    "bird": "bird hummingbird dove", "rooster": "rooster chicken hen", "fish": "tropical-fish fish fish-food",
+    "whale": "spouting-whale whale sperm-whale", "bee": "honeybee", "ladybug": "lady-beetle ladybug bug",
+    "car": "automobile car city-car car-side", "truck": "delivery-truck", "airplane": "airplane plane",
+    "boat": "sailboat sail-boat boat ship", "scooter": "kick-scooter scooter moped",
+    "apple": "red-apple apple-one apple food-apple shiny-apple", "grapes": "grapes grape fruit-grapes",
+    "watermelon": "watermelon fruit-watermelon", "pineapple": "pineapple fruit-pineapple",
+    "burger": "hamburger burger food-burger", "donut": "doughnut", "cheese": "cheese-wedge",
+    "bread": "bread bread-slice baguette sliced-bread",
+    "ball": "soccer-ball soccer football ball-football volleyball basketball", "teddy": "teddy-bear bear",
+    "clock": "alarm-clock alarm clock-circle", "lamp": "light-bulb lightbulb bulb light",
+    "phone": "mobile-phone cellphone smartphone device-mobile iphone mobile",
+    "laptop": "laptop laptop-computer", "hat": "top-hat hat hat-fedora bowler-hat cap",
+    "shoe": "running-shoe sneaker shoe shoe-sneaker shoes", "shirt": "t-shirt tshirt shirt tshirt-crew",
+    "dress": "dress skirt", "glasses": "eyeglasses glasses spectacles sunglasses",
+    "tree": "deciduous-tree tree tree-deciduous oak plant", "rose": "rose flower flower-rose",
+}  # fmt: skip
+OTHER_THINGS = {  # icons of the right name that show something else
+    ("game-icons", "pig"), ("icon-park", "trumpet"), ("icon-park", "scissors"), ("icon-park", "lamp"),
+    *((package, "rose") for package in ("hugeicons", "lucide", "lucide-lab", "tabler", "ph")),
+}  # fmt: skip
+
+
+def build_line_art(packages: Path, names: list[str], noto: Image.Image) -> Mapping[str, Image.Image]:
+    """An RGBA atlas for each style all of whose packages lie in the folder, at `FOLDER/<set>/icons.json`."""
+    return {
+        style: _atlas(sources, packages, names, noto)
+        for style, sources in STYLES.items()
+        if all((packages / source.package).exists() for source in sources)
+    }
+
+
+def _atlas(sources: tuple[Source, ...], packages: Path, names: list[str], noto: Image.Image) -> Image.Image:
+    sets = [json.loads((packages / source.package / "icons.json").read_text()) for source in sources]
+    atlas = Image.new("RGBA", (COLUMNS * CELL, -(-len(names) // COLUMNS) * CELL))
+    for index, name in enumerate(names):
+        corner = (index % COLUMNS * CELL, index // COLUMNS * CELL)
+        fill = _commonest_colour(noto.crop((*corner, corner[0] + CELL, corner[1] + CELL)))
+        for source, icon_set in zip(sources, sets, strict=True):
+            icon = _find(icon_set, name)
+            if icon is not None:
+                atlas.paste(_filled(_rasterise(icon, icon_set), source, fill), corner)
+                break
+    return atlas
+
+
+def _find(icon_set: dict, name: str) -> dict | None:
+    """The record of the icon that draws `name`, aliases followed."""
+    if (icon_set["prefix"], name) in OTHER_THINGS:
+        return None
+    for plain in (*ICONS.get(name, "").split(), name):
+        for candidate in (plain, f"{plain}-01", f"{plain}-one", plain.replace("-", "")):
+            alias = icon_set.get("aliases", {}).get(candidate, {}).get("parent")
+            record = icon_set["icons"].get(candidate) or icon_set["icons"].get(alias)
+            if record:
+                return record
+    return None
+
+
+def _rasterise(icon: dict, icon_set: dict) -> NDArray[np.uint8]:
+    """RGBA pixels (SIDE, SIDE, 4) of an icon, with what has no colour of its own in black."""
+    width, height = (icon.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" '
+        f'width="{SIDE}" height="{SIDE}" color="#000">{icon["body"]}</svg>'
+    )
+    return np.array(Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA"))
+
+
+def _commonest_colour(emoji: Image.Image) -> NDArray[np.float64]:
+    """The mean of the fullest of 4 x 4 x 4 bins of its opaque pixels; dark ones are lightened, lines are dark."""
+    pixels = np.array(emoji.resize((CELL // 4, CELL // 4))).reshape(-1, 4)
+    rgb = pixels[pixels[:, 3] > 127, :3].astype(float)
+    bins = (rgb // 64) @ (16, 4, 1)
+    colour = rgb[bins == np.bincount(bins.astype(int)).argmax()].mean(0)
+    return colour + 50 if colour.mean() < 70 else colour
+
+
+def _filled(icon: NDArray[np.uint8], source: Source, fill: NDArray[np.float64]) -> Image.Image:
+    """The sprite: an icon whose inside is filled, cropped, with a longer side of CELL pixels."""
+    pixels = np.pad(icon, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
+    ink = pixels[..., 3] > 100
+    body = _body(ink)
+    sprite = np.zeros(pixels.shape, np.uint8)
+    sprite[body] = (*fill, 255)
+    _INKS[source.ink](sprite, pixels, ink, body, source.growth, fill)
+    drawn = Image.fromarray(sprite)
+    drawn = drawn.crop(drawn.getchannel("A").getbbox())
+    scale = CELL / max(drawn.size)
+    size = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
+    return drawn.resize(size, Image.Resampling.LANCZOS)
+
+
+def _body(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The ink and what it encloses; gaps of an outline up to 28 pixels wide are closed first."""
+    closed = ndimage.binary_closing(ndimage.binary_dilation(ink, iterations=2), iterations=14)
+    regions, _ = ndimage.label(~closed)
+    return ~(ndimage.binary_dilation(regions == regions[0, 0], iterations=2) & ~ink)
+
+
+def _lines(sprite, pixels, ink, body, growth, fill) -> None:
+    sprite[ndimage.binary_dilation(ink, iterations=growth)] = (*DARK, 255)
+
+
+def _holes(sprite, pixels, ink, body, growth, fill) -> None:
+    sprite[body & ~ink] = (*DARK, 255)
+
+
+def _colours(sprite, pixels, ink, body, growth, fill) -> None:
+    """The icon's own colours, its two shades of blue replaced."""
+    rgb = pixels[..., :3].astype(int)
+    for blue, pale in ICONPARK_FILLS:
+        rgb[np.abs(rgb - blue).sum(-1) < 60] = fill + (255 - fill) * pale
+    sprite[ink, :3], sprite[ink, 3] = rgb[ink], 255
+
+
+_INKS: Mapping[str, Callable[..., None]] = {"lines": _lines, "holes": _holes, "colours": _colours}
