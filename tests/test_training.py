@@ -18,6 +18,7 @@ from training.ablation import shrink, spread_cells
 from training.batches import BatchMaker
 from training.evaluate import comparison_samples, correlation
 from training.export import EMBEDDED, export
+from training.export import main as export_main
 from training.language import (
     IDS,
     NUMBERS,
@@ -32,7 +33,7 @@ from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
 from training.recipe import SPRITES, Canvas, ModelRecipe, Recipe, Stage
 from training.talk import KINDS, list_scores
-from training.trainer import LOOK_EPS, Trainer, load_run, start_from
+from training.trainer import LOOK_EPS, Trainer, load_run, mean_weights, start_from
 
 SMALL = ModelRecipe(
     image_size=64, width=64, vision_layers=1, vision_mlp=128, text_layers=3, text_heads=4, head_dim=16, text_mlp=128
@@ -364,6 +365,22 @@ def test_a_run_starts_from_the_weights_of_another_or_of_a_model(tmp_path):
         assert arm.step == 7
         for a, b in zip(trained.parameters(), arm.model.parameters(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_several_runs_are_exported_as_the_mean_of_their_weights(tmp_path, monkeypatch):
+    recipe = replace(RECIPE, steps=1)
+    runs = [Trainer(replace(recipe, seed=seed), tmp_path / f"run {seed}").follow().model for seed in range(3)]
+    for seed in range(3):
+        (tmp_path / f"run {seed}" / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    folders = [str(tmp_path / f"run {seed}") for seed in range(3)]
+    monkeypatch.setattr(
+        "sys.argv", ["export", folders[0], str(tmp_path / "model"), "--mean-with", *folders[1:]]
+    )
+    export_main()
+    written = mean_weights([tmp_path / "model"])
+    for name, weight in runs[0].named_parameters():
+        expected = sum(dict(run.named_parameters())[name] for run in runs) / 3
+        torch.testing.assert_close(written[name], expected)
 
 
 def ranked(frequencies):

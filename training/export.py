@@ -1,6 +1,6 @@
 """Write a trained model as plain transformers load it (weights, tokenizer, processor, chat template).
 
-python -m training.export RUN_FOLDER [TARGET_FOLDER]
+python -m training.export RUN_FOLDER [TARGET_FOLDER] [--mean-with FOLDER ...]
 """
 
 import argparse
@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from training.language import IDS, SYSTEM, build_tokenizer
 from training.recipe import ModelRecipe
-from training.trainer import load_run
+from training.trainer import load_run, mean_weights
 
 EMBEDDED = Path(__file__).parents[1] / "localization_heads" / "lvlm" / "embedded"
 # System sentence, image, the user's words; earlier answers of a conversation end with </s>.
@@ -61,8 +61,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("target", type=Path, nargs="?", default=EMBEDDED)
+    parser.add_argument(
+        "--mean-with",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="of other runs or models: write the mean of all weights",
+    )
     options = parser.parse_args()
     recipe, trained = load_run(options.run)
+    if options.mean_with:
+        trained.load_state_dict(mean_weights([options.run, *options.mean_with]))
     export(trained, recipe.model, options.target)
 
 

@@ -80,7 +80,7 @@ class Recipe:
     with more styles, and more things of one name to tell apart by where they are.
     """
 
-    steps: int = 40_500
+    steps: int = 50_500
     seed: int = 0
     workers: int = 1  # data-parallel processes of one thread each
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -153,6 +153,15 @@ class Recipe:
             repeats=0.5,
             styles=LINE_STYLES,
         ),
+        Stage(
+            40_500,
+            (0.03, 0.0, 0.0, 0.18, 0.22, 0.0, 0.05, 0.06, 0.05, 0.0, 0.41),
+            kinds=(("comparison", 2.0),),
+            augment_share=0.7,
+            training_styles_share=0.6,
+            repeats=0.5,
+            styles=LINE_STYLES,
+        ),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
@@ -219,6 +228,9 @@ class Recipe:
         (34_500, 0.02),
         (34_600, 0.25),
         (36_800, 0.22),
+        (40_500, 0.02),
+        (40_600, 0.14),
+        (48_500, 0.11),
     )
     last_rate: float = 0.02
     checkpoint_seconds: float = 120.0

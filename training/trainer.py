@@ -164,16 +164,24 @@ def start_from(weights: Path, recipe: Recipe, folder: Path, step: int = 0) -> No
     """
     if (folder / CHECKPOINT).exists():
         return
-    if (weights / CHECKPOINT).exists():
-        known = torch.load(weights / CHECKPOINT, weights_only=True)["model"]
-    else:
-        known = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     trainer = Trainer(recipe, folder)
-    trainer.model.load_state_dict({name: weight.float() for name, weight in known.items()})
+    trainer.model.load_state_dict(mean_weights([weights]))
     trainer.step = step
     trainer.save()
+
+
+def mean_weights(folders: list[Path]) -> dict[str, Tensor]:
+    """The mean of the float32 weights of runs or models, by name (model soups, arXiv:2203.05482)."""
+    every = [_weights(folder) for folder in folders]
+    return {name: torch.stack([weights[name].float() for weights in every]).mean(0) for name in every[0]}
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    if (folder / CHECKPOINT).exists():
+        return torch.load(folder / CHECKPOINT, weights_only=True)["model"]
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
 def load_run(folder: Path) -> tuple[Recipe, LlavaForConditionalGeneration]:
