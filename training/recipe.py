@@ -162,6 +162,15 @@ class Recipe:
             repeats=0.5,
             styles=LINE_STYLES,
         ),
+        Stage(
+            48_000,
+            (0.03, 0.0, 0.0, 0.12, 0.22, 0.0, 0.05, 0.06, 0.05, 0.0, 0.47),
+            kinds=(("comparison", 2.0),),
+            augment_share=0.7,
+            training_styles_share=0.45,
+            repeats=0.5,
+            styles=LINE_STYLES,
+        ),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
