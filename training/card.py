@@ -27,6 +27,9 @@ ROWS = {
 PERFECT = "a perfect map (the target's mask)"
 # Releases and trials that cannot be measured anew: from their own reports.
 OLD_ROWS = """\
+| the third release (step 21,700): top 3 | 0.90 [0.88, 0.93] | 0.59 [0.55, 0.63] | 0.51 [0.49, 0.52] | 0.76 [0.72, 0.79] | 0.59 [0.57, 0.61] |
+| the third release: layer-matched random 3 | 0.54 [0.51, 0.57] | 0.32 [0.29, 0.35] | 0.32 [0.30, 0.34] | 0.41 [0.38, 0.44] | 0.36 [0.33, 0.38] |
+| the third release: top 3, held-out style | 0.71 [0.67, 0.75] | 0.40 [0.36, 0.44] | 0.40 [0.37, 0.42] | 0.53 [0.48, 0.57] | 0.45 [0.43, 0.48] |
 | the second release (step 12,700): top 3 | 0.84 [0.80, 0.87] | 0.51 [0.47, 0.56] | 0.47 [0.45, 0.49] | 0.67 [0.63, 0.71] | 0.55 [0.52, 0.57] |
 | the second release: layer-matched random 3 | 0.70 [0.67, 0.73] | 0.41 [0.38, 0.44] | 0.39 [0.37, 0.41] | 0.53 [0.50, 0.56] | 0.45 [0.43, 0.47] |
 | the second release: top 3, held-out style | 0.66 [0.62, 0.70] | 0.36 [0.32, 0.40] | 0.36 [0.34, 0.39] | 0.51 [0.47, 0.55] | 0.43 [0.40, 0.46] |
@@ -58,7 +61,7 @@ def numbers(now: dict, before: dict) -> Iterator[str]:
     yield _row("**top 3, held-out style**", now["held-out style"]["top 3"])
     yield _row("top 3, images of 4:3, padded", now["padded"]["top 3"])
     yield _row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
-    yield _row("the release before (step 21,700): top 3", before["in style"]["top 3"])
+    yield _row("the release before (step 34,500): top 3", before["in style"]["top 3"])
     yield _row("the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"])
     yield _row("the release before: top 3, held-out style", before["held-out style"]["top 3"])
     yield from OLD_ROWS.splitlines()

@@ -67,7 +67,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="FOLDER",
-        help="of other runs or models: write the mean of all weights",
+        help="write the mean of its weights and of these, of runs or models; one may be named more than once",
     )
     options = parser.parse_args()
     recipe, trained = load_run(options.run)

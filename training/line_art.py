@@ -19,17 +19,11 @@ from PIL import Image
 from resvg_py import svg_to_bytes
 from scipy import ndimage
 
-CELL, COLUMNS, SIDE, MARGIN = (
-    160,
-    10,
-    480,
-    40,
-)  # pixels a sprite, sprites a row; pixels an icon, and around it
+CELL, COLUMNS = 160, 10  # pixels a sprite, sprites a row
+SIDE, MARGIN = 480, 40  # pixels an icon, and around it
 DARK = (20, 20, 20)
-ICONPARK_FILLS = (
-    ((47, 136, 255), 0.0),
-    ((67, 204, 248), 0.5),
-)  # its two colours, and how pale the new one is
+# IconPark's two colours, and how pale the new one is that takes their place.
+ICONPARK_FILLS = (((47, 136, 255), 0.0), ((67, 204, 248), 0.5))
 
 
 class Source(NamedTuple):
