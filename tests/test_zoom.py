@@ -28,8 +28,8 @@ from localization_heads.scenes.scene import TEST_SEEDS, render_scene
 from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.segmenter import refine
 
-HEADS = [lh.Head(2, 0), lh.Head(3, 1)]
-OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2", "grounding=paper")
+HEADS = [lh.Head(2, 5), lh.Head(3, 1)]
+OPTIONS = ("stage=ground", "data_file=data.jsonl", "heads=[2-5,3-1]", "batch_size=2", "grounding=paper")
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,13 @@ def test_over_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch, calls: 
         twice = lh.ground(*asked, options=GroundingOptions(), zoom=True)
         found[expression] = crop_around(first) is not None, first, twice
     calls.clear()
-    assert front.finder(*OPTIONS).status == 0
+    options = (*OPTIONS, "batch_size=3")
+    assert front.finder(*options).status == 0
     chunks = [list(chunk) for chunk in calls]
     closer = [[one for one in chunk if found[one][0]] for chunk in chunks]
     expected = [part for pair in zip(chunks, closer, strict=True) for part in pair if part]
     calls.clear()
-    assert front.finder(*OPTIONS, "zoom=true").status == 0
+    assert front.finder(*options, "zoom=true").status == 0
     assert list(calls) == expected
     assert 2 in map(len, closer) and 1 in map(len, closer)
     lines = front.lines()
