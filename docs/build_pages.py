@@ -4,7 +4,8 @@ Runs, in a folder of its own, what a reader would run, and replaces what the pag
 
 - a `bash` block whose commands begin with `$`: what each of them prints (one with a comment is shown, not run);
 - what stands between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
-- the images in `docs/images` that come out of these commands (`DRAWN`).
+- the images in `docs/images` that come out of these commands (`DRAWN`);
+- with all pages, or by its name, what the cells of `examples/quickstart.ipynb` show.
 
 No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments, `docs/screens.py`
 the images of the report and the demo.
@@ -23,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
+NOTEBOOK = "examples/quickstart.ipynb"
 SHOWN = re.compile(r"^```bash\n(?=\$ )(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARKED = re.compile(r"(<!-- output of: (.+?) -->\n)(.*?)(^<!-- end of output -->)", re.MULTILINE | re.DOTALL)
 FENCE = "```"
@@ -41,7 +43,11 @@ DRAWN = {
 
 
 def main() -> None:
-    names = sys.argv[1:] or ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+    pages = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))
+    names = sys.argv[1:] or ["README.md", *pages, NOTEBOOK]
+    if NOTEBOOK in names:
+        names.remove(NOTEBOOK)
+        _run_notebook(ROOT / NOTEBOOK)
     with tempfile.TemporaryDirectory() as folder:
         work = _workplace(Path(folder))
         for name in names:
@@ -50,6 +56,22 @@ def main() -> None:
             if (work / source).is_file():
                 shutil.copyfile(work / source, IMAGES / image)
                 print(f"wrote docs/images/{image}")  # noqa: T201
+
+
+def _run_notebook(path: Path) -> None:
+    """Run its cells from the repository's root, as the tests do, and keep what they show, without warnings."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    client = NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": str(ROOT)}})
+    client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+    nbformat.write(notebook, path)
+    print(f"wrote {path.relative_to(ROOT)}")  # noqa: T201
 
 
 def _workplace(folder: Path) -> Path:
