@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.boxes import MAP, SETS, SHARP, SIZE, Drawn, Seen, ahead, drawn, ious, markdown
+from benchmarks.boxes import MAP, SETS, SHARP, SIZE, Drawn, Seen, ahead, drawn, ious, say_table
 from localization_heads import Sample, find_heads, load_model
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.beside import NOTHING, Beside
@@ -118,23 +117,19 @@ def cell(found: NDArray[np.float64], reference: NDArray[np.float64]) -> str:
 
 
 def main(count: int) -> None:
-    lvlms = {
-        way: load_model(query_token=way.query_token, paraphrases=way.paraphrases)
-        for way, _, _ in ROWS.values()
-    }
+    ways = dict.fromkeys(way for way, _, _ in ROWS.values())
+    lvlms = {way: load_model(query_token=way.query_token, paraphrases=way.paraphrases) for way in ways}
     heads = rank(lvlms[LAST])
     table = [[name] for name in ROWS]
     for style, height in SETS.values():
         shown = list(drawn(count, style, height))
         for row, value in zip(table, measure(lvlms, shown, heads), strict=True):
             row.append(value)
-    say = Console(soft_wrap=True).print
     about = (
         f"{count} test scenes a set, {SIZE} pixels wide, the first of heads {' '.join(map(str, heads))}. Each cell: "
-        "Acc@0.5, mean IoU, and how many points mean IoU is ahead of the first row's, with its paired 95 % interval.\n"
+        "Acc@0.5, mean IoU, and how many points mean IoU is ahead of the first row's, with its paired 95 % interval."
     )
-    say(about, markup=False, highlight=False)
-    say(markdown(["aggregation", *SETS], table), markup=False, highlight=False)
+    say_table(about, ["aggregation", *SETS], table)
 
 
 if __name__ == "__main__":

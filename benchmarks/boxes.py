@@ -149,23 +149,23 @@ def compared(
     return table
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def say_table(about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print what a table is about, and the table as Markdown."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    Console(soft_wrap=True).print(f"{about}\n\n{table}", markup=False, highlight=False)
 
 
 def main(count: int) -> None:
     lvlm = load_model()
     heads = lvlm.known_heads
     rows = compared(count, lambda seen, options: ious(seen, heads, options), lvlm)
-    say = Console(soft_wrap=True).print
     names = " ".join(map(str, heads))
     about = (
         f"{count} test scenes a set, {SIZE} pixels wide, heads {names}. Each cell: Acc@0.5, Acc@0.75, mean IoU, and "
-        "how many points Acc@0.5 is ahead of the paper's, with its paired 95 % interval.\n"
+        "how many points Acc@0.5 is ahead of the paper's, with its paired 95 % interval."
     )
-    say(about, markup=False, highlight=False)
-    say(markdown(["read-out", *SETS], rows), markup=False, highlight=False)
+    say_table(about, ["read-out", *SETS], rows)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
-from benchmarks.boxes import MAP, SHARP, SIZE, Drawn, ahead, drawn, markdown
+from benchmarks.boxes import MAP, SHARP, SIZE, Drawn, ahead, drawn, say_table
 from localization_heads import GroundingOptions, ground, load_model
 from localization_heads.cells import box_iou
 from localization_heads.lvlm.model import LVLM
@@ -54,13 +53,11 @@ def main(count: int) -> None:
         for row, options in zip(table, ROWS.values(), strict=True):
             looks = [ious(lvlm, scenes, GroundingOptions(**options), zoom=zoom) for zoom in (False, True)]
             row.append(cell(*looks))
-    say = Console(soft_wrap=True).print
     about = (
         f"{count} test scenes a set, {SIZE} pixels wide. Each cell: mean IoU with one look and with two, and how many "
-        "points the second gains, with its paired 95 % interval.\n"
+        "points the second gains, with its paired 95 % interval."
     )
-    say(about, markup=False, highlight=False)
-    say(markdown(["read-out", *SETS], table), markup=False, highlight=False)
+    say_table(about, ["read-out", *SETS], table)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from tqdm import tqdm
 
-from benchmarks.boxes import SIZE, markdown
+from benchmarks.boxes import SIZE, say_table
 from localization_heads import load_model
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou
@@ -96,14 +95,12 @@ def main(count: int) -> None:
         ]
         for row in (WRITES, READS, ASKED, OTHER)
     ]
-    say = Console(soft_wrap=True).print
     numbers = " and ".join(f"{len(words)} words ({name})" for name, words in seen.items())
     about = (
         f'{count} test scenes a set, {SIZE} pixels wide, asked "{QUESTION}": {numbers} name exactly one object. Heads '
-        f"{' '.join(map(str, lvlm.known_heads))}. Each cell: pointing and Acc@0.5 with 95 % intervals, mean IoU.\n"
+        f"{' '.join(map(str, lvlm.known_heads))}. Each cell: pointing and Acc@0.5 with 95 % intervals, mean IoU."
     )
-    say(about, markup=False, highlight=False)
-    say(markdown(["whose map", *SETS], rows), markup=False, highlight=False)
+    say_table(about, ["whose map", *SETS], rows)
 
 
 if __name__ == "__main__":
