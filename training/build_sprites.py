@@ -9,18 +9,16 @@ Writes one WebP atlas a style (lossless for the benchmark), in the order of voca
 """
 
 import argparse
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from resvg_py import svg_to_bytes
 
-from training.line_art import build_line_art
+from localization_heads.scenes.artwork import SPRITES  # the benchmark's
+from training.line_art import CELL, COLUMNS, build_line_art, draw_icon, fit_cell
 from training.recipe import SPRITES as TRAINING_SPRITES
 
-SPRITES = Path(__file__).parents[1] / "localization_heads" / "data" / "sprites"  # the benchmark's
 BENCHMARK_SETS = {
     "noto": "noto", "twemoji": "twemoji", "fluent": "fluent-emoji-flat", "openmoji": "openmoji",
 }  # fmt: skip
@@ -28,7 +26,6 @@ TRAINING_SETS = {
     "noto_v1": "noto-v1", "emojione": "emojione", "fxemoji": "fxemoji", "emojione_v1": "emojione-v1",
     "fluent_3d": "fluent-emoji", "streamline": "streamline-emojis",
 }  # fmt: skip
-CELL, COLUMNS = 160, 10  # pixels a sprite, sprites a row of the atlas
 PHOTOS = ("brick.png", "grass.png", "gravel.png", "coffee.png", "hubble_deep_field.jpg")
 # Where the emoji's name is not the plain one.
 ICONS = {
@@ -58,19 +55,10 @@ def find_icon(icons: dict, name: str) -> dict | None:
     return None
 
 
-def rasterise(icon: dict, width: int, height: int) -> Image.Image:
+def rasterise(icon: dict, icon_set: dict) -> Image.Image:
     """RGBA image of one icon, cropped to what it draws and scaled so that its longer side is CELL."""
-    width, height = icon.get("width", width), icon.get("height", height)
-    frame = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{frame}" width="{3 * CELL}" height="{3 * CELL}">{icon["body"]}</svg>'
-    )
-    image = Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
-    image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox())
-    scale = CELL / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    image = draw_icon(icon, icon_set)
+    return fit_cell(image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)).getbbox()))
 
 
 def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
@@ -83,8 +71,7 @@ def build_atlas(icon_set: dict, names: list[str]) -> Image.Image:
             raise KeyError(f"no icon for {name!r}")
         if icon is None:
             continue  # borrowed from another style
-        sprite = rasterise(icon, icon_set.get("width", 16), icon_set.get("height", 16))
-        atlas.paste(sprite, (index % COLUMNS * CELL, index // COLUMNS * CELL))
+        atlas.paste(rasterise(icon, icon_set), (index % COLUMNS * CELL, index // COLUMNS * CELL))
     return atlas
 
 

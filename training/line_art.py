@@ -96,7 +96,7 @@ def _atlas(sources: tuple[Source, ...], packages: Path, names: list[str], noto: 
         for source, icon_set in zip(sources, sets, strict=True):
             icon = _find(icon_set, name)
             if icon is not None:
-                atlas.paste(_filled(_rasterise(icon, icon_set), source, fill), corner)
+                atlas.paste(_filled(draw_icon(icon, icon_set), source, fill), corner)
                 break
     return atlas
 
@@ -114,15 +114,22 @@ def _find(icon_set: dict, name: str) -> dict | None:
     return None
 
 
-def _rasterise(icon: dict, icon_set: dict) -> NDArray[np.uint8]:
-    """RGBA pixels (SIDE, SIDE, 4) of an icon, with what has no colour of its own in black."""
+def draw_icon(icon: dict, icon_set: dict) -> Image.Image:
+    """RGBA image of an icon, SIDE pixels a side, with what has no colour of its own in black."""
     width, height = (icon.get(side, icon_set.get(side, 16)) for side in ("width", "height"))
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}" '
         f'width="{SIDE}" height="{SIDE}" color="#000">{icon["body"]}</svg>'
     )
-    return np.array(Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA"))
+    return Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGBA")
+
+
+def fit_cell(sprite: Image.Image) -> Image.Image:
+    """The sprite with a longer side of CELL pixels."""
+    scale = CELL / max(sprite.size)
+    size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
+    return sprite.resize(size, Image.Resampling.LANCZOS)
 
 
 def _commonest_colour(emoji: Image.Image) -> NDArray[np.float64]:
@@ -134,19 +141,16 @@ def _commonest_colour(emoji: Image.Image) -> NDArray[np.float64]:
     return colour + 50 if colour.mean() < 70 else colour
 
 
-def _filled(icon: NDArray[np.uint8], source: Source, fill: NDArray[np.float64]) -> Image.Image:
+def _filled(icon: Image.Image, source: Source, fill: NDArray[np.float64]) -> Image.Image:
     """The sprite: an icon whose inside is filled, cropped, with a longer side of CELL pixels."""
-    pixels = np.pad(icon, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
+    pixels = np.pad(np.array(icon), ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)))
     ink = pixels[..., 3] > 100
     body = _body(ink)
     sprite = np.zeros(pixels.shape, np.uint8)
     sprite[body] = (*fill, 255)
     _INKS[source.ink](sprite, pixels, ink, body, source.growth, fill)
     drawn = Image.fromarray(sprite)
-    drawn = drawn.crop(drawn.getchannel("A").getbbox())
-    scale = CELL / max(drawn.size)
-    size = (max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale)))
-    return drawn.resize(size, Image.Resampling.LANCZOS)
+    return fit_cell(drawn.crop(drawn.getchannel("A").getbbox()))
 
 
 def _body(ink: NDArray[np.bool_]) -> NDArray[np.bool_]:
