@@ -249,14 +249,14 @@ def qwen(bench: Bench) -> Iterator[Fact]:
 
 
 def cuda_tests(bench: Bench) -> Iterator[Fact]:
-    """The tests that need a GPU."""
-    what = "tests/test_compile.py, where the tests for a GPU are"
+    """The tests that need a GPU: every family that can be built here."""
+    what = "tests/test_gpu.py"
     missing = [name for name in ("pytest", "hypothesis", "hydra", "omegaconf") if find_spec(name) is None]
     if bench.device.type != "cuda" or missing:
         note = f"not run: no {missing[0]} here" if missing else "not run: no GPU"
         yield Fact("tests", what, None, note=note)
         return
-    tests = Path(__file__).parents[1] / "tests" / "test_compile.py"
+    tests = Path(__file__).parents[1] / "tests" / "test_gpu.py"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tests)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tests.parents[1])
     said = [line for line in done.stdout.splitlines() if "passed" in line or "failed" in line]

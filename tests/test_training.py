@@ -15,7 +15,7 @@ from localization_heads.scenes.artwork import NAMES
 from localization_heads.scenes.scene import render_scene
 from training import card
 from training.ablation import shrink, spread_cells
-from training.batches import BatchMaker
+from training.batches import BatchMaker, joined, normalise
 from training.evaluate import comparison_samples, correlation
 from training.export import EMBEDDED, export
 from training.export import main as export_main
@@ -25,10 +25,12 @@ from training.language import (
     _where_turn,
     build_tokenizer,
     encode,
+    presence_turn,
     question_turn,
     scene_turns,
     vocabulary,
 )
+from training.loaders import made_ahead
 from training.measure import _positions
 from training.model import PREFIX, FastForward, attend, build_model
 from training.recipe import SPRITES, Canvas, ModelRecipe, Recipe, Stage
@@ -78,12 +80,12 @@ def test_fast_forward_is_the_models_own():
     fast = FastForward(model)
     batch = BatchMaker(showing(0.0, 1.0, canvases=(Canvas(8, None, 4),))).make(3)
     with torch.no_grad():
-        features = fast.image_features(batch.pixels, batch.cells)
+        features = fast.image_features(normalise(batch.pixels), batch.cells)
         states, _ = fast.text_states(features, batch.cells, batch.ids, batch.offsets, batch.groups)
         for row, group in ((0, 0), (1, 2), (2, 3)):
             own = batch.groups[row] == group
             ids = [*PREFIX, *[IDS["<image>"]] * 64, *batch.ids[row][own].tolist()]
-            output = model(input_ids=torch.tensor([ids]), pixel_values=batch.pixels[row : row + 1])
+            output = model(input_ids=torch.tensor([ids]), pixel_values=normalise(batch.pixels[row : row + 1]))
             expected = output.logits[0, -int(own.sum()) :]
             torch.testing.assert_close(fast.logits(states[row][own]), expected, atol=2e-5, rtol=1e-4)
 
@@ -136,12 +138,12 @@ def test_a_shrunk_model_reads_spread_cells_as_in_training():
     batch = BatchMaker(showing(0.0, 1.0, canvases=(Canvas(4, (1,), 1, 48, 4),))).make(3)
     with torch.no_grad():
         fast, own = FastForward(model), batch.groups[0] == 0
-        features = fast.image_features(batch.pixels, cells[None])
+        features = fast.image_features(normalise(batch.pixels), cells[None])
         states, _ = fast.text_states(features, cells[None], batch.ids, batch.offsets, batch.groups)
         ids = torch.tensor([[*PREFIX, *[IDS["<image>"]] * 16, *batch.ids[0][own].tolist()]])
         output = shrink(model, 4)(
             input_ids=ids,
-            pixel_values=batch.pixels,
+            pixel_values=normalise(batch.pixels),
             attention_mask=torch.ones_like(ids),
             position_ids=_positions((8, cells), ids.shape[1]),
         )
@@ -217,6 +219,48 @@ def test_a_resumed_run_follows_the_same_trajectory(tmp_path, threads):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
+def test_batches_made_ahead_are_those_of_all_workers(tmp_path, threads):
+    """As on a GPU: one process trains what two would see, drawn by others ahead of time."""
+    recipe = replace(RECIPE, workers=2, steps=3, stages=(Stage(0, (0.0, 0.0, 1.0)),))
+    for step, batch in enumerate(made_ahead(recipe, range(3), loaders=2)):
+        for worker in range(2):
+            part = BatchMaker(recipe, worker).make(step)
+            rows = slice(16 * worker, 16 * worker + 16)
+            for name, value in vars(part).items():
+                assert torch.equal(getattr(batch, name)[rows], value), name
+    seen = []
+    Trainer(recipe, tmp_path, loaders=2).follow(seen.append)
+    assert [progress.step for progress in seen] == [1, 2, 3]
+
+
+def test_text_alone_is_joined_without_an_image():
+    parts = [BatchMaker(showing(1.0, 0.0, 0.0), worker).make(0) for worker in range(2)]
+    assert joined(parts).pixels is None
+    assert joined(parts).ids.shape == (2 * RECIPE.text_rows, RECIPE.text_tokens)
+
+
+def test_questions_of_presence_are_answered_by_the_scene():
+    said = {"yes": 0, "no": 0}
+    for seed in range(100):
+        scene = render_scene(seed)
+        prompt, answer = presence_turn(scene, Random(seed))
+        expression = prompt.removeprefix("is there ").removesuffix(" ?")
+        assert (expression in {e.text for e in scene.expressions}) == (answer == "yes")
+        assert IDS["<unk>"] not in encode(prompt)
+        said[answer] += 1
+    assert min(said.values()) > 35
+
+
+def test_a_stage_without_questions_of_presence_says_what_it_said():
+    """Runs of before are drawn as they were; with a share, so many turns ask."""
+    scene = render_scene(4)
+    before, same = scene_turns(scene, Random(1)), scene_turns(scene, Random(1), presence=0.0)
+    assert [next(before) for _ in range(50)] == [next(same) for _ in range(50)]
+    asking = scene_turns(scene, Random(1), presence=0.4)
+    share = np.mean([next(asking)[0].startswith("is there ") for _ in range(400)])
+    assert share == pytest.approx(0.4 + 0.6 * 0.2 / 8, abs=0.07)
+
+
 def test_rates_are_lines_from_point_to_point(tmp_path):
     """The first 12,700 steps: warm-up, constant for a third, down to nothing, 0.6 of that from step 6,327 on."""
     trainer = Trainer(replace(RECIPE, steps=13_850, rates=Recipe().rates[:8]), tmp_path)
@@ -256,7 +300,7 @@ def test_what_each_head_looks_is_told_apart():
     torch.manual_seed(0)
     fast, batch = FastForward(build_model(SMALL)), BatchMaker(showing(0.0, 0.0, 1.0)).make(0)
     with torch.no_grad():
-        features = fast.image_features(batch.pixels, batch.cells)
+        features = fast.image_features(normalise(batch.pixels), batch.cells)
         for values in (features, None):
             _, looked = fast.text_states(values, batch.cells, batch.ids, batch.offsets, batch.groups)
             assert looked.shape == (3, 4)

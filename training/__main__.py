@@ -19,19 +19,23 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/main"), help="checkpoint and log")
     for name in ("steps", "workers", "seed"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Recipe(), name))
+    parser.add_argument("--device", default="cpu", help="a GPU trains all the workers' parts in one process")
+    parser.add_argument("--loaders", type=int, default=8, help="processes that draw the scenes for a GPU (8)")
     parser.add_argument("--answer-places", action="store_true", help="ablation: places in the answers")
     parser.add_argument("--weights", type=Path, help="start from those of another run or of a model's folder")
     parser.add_argument(
         "--start", type=int, default=0, help="the recipe's step that these weights have reached"
     )
     options = vars(parser.parse_args())
-    folder, weights, start = (options.pop(name) for name in ("folder", "weights", "start"))
+    folder, weights, start, device, loaders = (
+        options.pop(name) for name in ("folder", "weights", "start", "device", "loaders")
+    )
     recipe = replace(Recipe(), **options)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     if weights is not None:
         start_from(weights, recipe, folder, start)
-    run(recipe, folder)
+    run(recipe, folder, device, loaders)
 
 
 if __name__ == "__main__":

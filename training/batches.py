@@ -12,13 +12,13 @@ from localization_heads.scenes.scene import TRAIN_SEEDS, Scene, render_scene
 from training.language import IDS, encode, scene_turns, text_turns
 from training.recipe import SPRITES, Canvas, Recipe, Stage
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # CLIP's, of RGB in [0, 1]
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`pixels` (B, 3, h, w), `cells` (B, N), `words` (B, vocabulary) are None for text alone; the rest is (B, T).
+    """`pixels` uint8 (B, h, w, 3), `cells` (B, N), `words` (B, vocabulary) are None for text alone; the rest is (B, T).
 
     `words` marks the names and colours of the image's caption.
     `weights` is 1 on answers, less on prompts, 0 on padding; `firsts` marks each answer's first token.
@@ -33,6 +33,16 @@ class Batch:
     groups: Tensor
     weights: Tensor
     firsts: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(**{name: part if part is None else part.to(device) for name, part in vars(self).items()})
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """Batches of one canvas as one batch."""
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
+    return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def pack(turns: Iterator[tuple[str, str]], length: int, expression_weight: float) -> np.ndarray:
@@ -69,10 +79,10 @@ def encode_unknown(prompt: str) -> list[int]:
     return [IDS["<unk>"]] * unknown + encode(prompt.removeprefix("<unk>"))
 
 
-def normalise(images: np.ndarray) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """uint8 (B, h, w, 3) -> float (B, 3, h, w) as the image processor gives it."""
-    pixels = (images.astype(np.float32) / 255 - MEAN) / STD
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def _bars(rng: Random) -> tuple[float, float]:
@@ -104,7 +114,8 @@ class BatchMaker:
         rows = [self._row(scene, canvas.text_tokens, stage, rng) for scene in scenes]
         cells = torch.from_numpy(np.stack([self._cells(canvas, rng) for _ in scenes]))
         words = torch.from_numpy(np.stack([caption_words(scene) for scene in scenes]))
-        return Batch(normalise(np.stack([s.image for s in scenes])), cells, words, *self._tensors(rows))
+        pixels = torch.from_numpy(np.stack([s.image for s in scenes]))
+        return Batch(pixels, cells, words, *self._tensors(rows))
 
     def _scene(self, canvas: Canvas, stage: Stage, rng: Random) -> Scene:
         return render_scene(
@@ -121,7 +132,7 @@ class BatchMaker:
         )
 
     def _row(self, scene: Scene, length: int, stage: Stage, rng: Random) -> np.ndarray:
-        turns = scene_turns(scene, rng, self.recipe.answer_places, dict(stage.kinds))
+        turns = scene_turns(scene, rng, self.recipe.answer_places, dict(stage.kinds), stage.presence)
         return pack(turns, length, self.recipe.expression_weight)
 
     def _cells(self, canvas: Canvas, rng: Random) -> np.ndarray:

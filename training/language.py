@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from localization_heads.scenes.artwork import NAMES, PALETTE, VOCABULARY
-from localization_heads.scenes.expressions import PLACES, RELATIONS, USES, Expression
+from localization_heads.scenes.expressions import PLACES, RELATIONS, USES, Expression, absent
 from localization_heads.scenes.scene import Scene
 
 SYSTEM = (
@@ -80,13 +80,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def scene_turns(
-    scene: Scene, rng: Random, places: bool = False, weights: dict[str, float] | None = None
+    scene: Scene,
+    rng: Random,
+    places: bool = False,
+    weights: dict[str, float] | None = None,
+    presence: float = 0.0,
 ) -> Iterator[tuple[str, str]]:
     """(prompt, answer) turns about a scene, endless: a description, then expressions and questions.
 
     `places` puts the object's place in front of every description (the ablation). `weights` says how often which
     kind of expression is drawn (1 for kinds not named); all alike if empty. A weight for COMPARISON sets apart the
-    places and relations that tell things of one name from each other.
+    places and relations that tell things of one name from each other. `presence` is the share of the turns that ask
+    whether an expression refers to something.
     """
     if rng.random() < 0.6:
         yield list_turn(scene, rng)
@@ -95,7 +100,9 @@ def scene_turns(
     for expression in telling:
         by_kind.setdefault(_kind(expression, scene, weights or {}), []).append(expression)
     while True:
-        if not telling or rng.random() < QUESTIONS:
+        if presence and rng.random() < presence:
+            yield presence_turn(scene, rng)
+        elif not telling or rng.random() < QUESTIONS:
             yield question_turn(scene, rng)
         else:
             kinds = list(by_kind)
@@ -164,6 +171,13 @@ def question_turn(scene: Scene, rng: Random) -> tuple[str, str]:
     if kind == "size":
         return f"how big is {phrase} ?", target.size_word
     return f"what {rng.choice(('colour', 'color'))} is {phrase} ?", target.colour
+
+
+def presence_turn(scene: Scene, rng: Random) -> tuple[str, str]:
+    """Ask whether an expression refers to something in the image: as often yes as no."""
+    if scene.expressions and rng.random() < 0.5:
+        return f"is there {rng.choice(scene.expressions).text} ?", "yes"
+    return f"is there {absent(scene.things, rng).text} ?", "no"
 
 
 def _where_turn(scene: Scene, rng: Random) -> tuple[str, str]:

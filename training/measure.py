@@ -49,7 +49,7 @@ def _measure(model: LlavaForConditionalGeneration, scene: Scene, expression: Exp
     ids = torch.tensor([[*PREFIX, *image, *prompt, *answer]])
     output = model(
         input_ids=ids,
-        pixel_values=normalise(scene.image[None]),
+        pixel_values=normalise(torch.from_numpy(scene.image[None])),
         attention_mask=torch.ones_like(ids),
         position_ids=_positions(places or (grid, torch.arange(grid**2)), ids.shape[1]),
         output_attentions=True,

@@ -114,8 +114,9 @@ class FastForward:
             -torch.arange(0, self.head_dim, 2) / self.head_dim
         ) / torch.tensor(text.rope_parameters["short_factor"])
         angles = torch.arange(text.max_position_embeddings)[:, None] * frequencies
+        self.device = self.projector.linear_1.weight.device
         self.cos, self.sin = (
-            f(torch.cat([angles, angles], -1)).to(self.dtype) for f in (torch.cos, torch.sin)
+            f(torch.cat([angles, angles], -1)).to(self.device, self.dtype) for f in (torch.cos, torch.sin)
         )
 
     def image_features(self, pixels: Tensor, cells: Tensor) -> Tensor:
@@ -163,14 +164,15 @@ class FastForward:
         `offsets` (B, T) each token's place in its conversation; `groups` (B, T) which conversation it is in.
         """
         table = self.language.embed_tokens.weight
-        system = functional.embedding(torch.tensor([PREFIX]), table).to(self.dtype)
+        system = functional.embedding(torch.tensor([PREFIX], device=self.device), table).to(self.dtype)
         text = functional.embedding(ids, table).to(self.dtype)
         if features is None:
             features, cells = text[:, :0], ids[:, :0]
         grid = self.tower.config.image_size // self.patch if features.shape[1] else 0
         features, cells = self._thin_out(features, cells)
         streams = [system, features, text]
-        positions = [torch.arange(len(PREFIX))[None], cells + len(PREFIX), offsets + len(PREFIX) + grid**2]
+        system_places = torch.arange(len(PREFIX), device=self.device)[None]
+        positions = [system_places, cells + len(PREFIX), offsets + len(PREFIX) + grid**2]
         biases = self._biases(features.shape[1], groups)
         looks = []
         for index, layer in enumerate(self.language.layers):
@@ -183,12 +185,15 @@ class FastForward:
         """Additive masks of system, image and text queries over the keys they may have."""
 
         def additive(allowed: Tensor) -> Tensor:
-            return torch.zeros(allowed.shape, dtype=self.dtype).masked_fill(~allowed, float("-inf"))
+            blank = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+            return blank.masked_fill(~allowed, float("-inf"))
+
+        def triangle(length: int) -> Tensor:
+            return torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
 
         system = len(PREFIX)
-        causal = torch.ones(system + num_image, system + num_image, dtype=torch.bool).tril()[None]
-        length = groups.shape[1]
-        own = (groups[:, :, None] == groups[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+        causal = triangle(system + num_image)[None]
+        own = (groups[:, :, None] == groups[:, None]) & triangle(groups.shape[1])
         text = functional.pad(own, (system + num_image, 0), value=True)
         biases = [additive(causal[:, :system, :system]), additive(causal[:, system:]), additive(text)]
         for bias in biases[1:]:  # the tokens that are left stand for all
@@ -200,7 +205,7 @@ class FastForward:
         number = round(self.image_keep * features.shape[1])
         if number == features.shape[1]:
             return features, cells
-        kept = torch.rand(features.shape[:2]).topk(number).indices.sort(1).values
+        kept = torch.rand(features.shape[:2], device=self.device).topk(number).indices.sort(1).values
         return features.gather(1, kept[..., None].expand(-1, -1, features.shape[2])), cells.gather(1, kept)
 
     def _text_layer(self, layer, streams, positions, biases, only_text: bool) -> tuple[list[Tensor], Tensor]:
@@ -238,7 +243,8 @@ class FastForward:
         """Scales (B, 1, T, keys) that drop attention to image tokens at random."""
         if not (self.image_dropout and num_image):
             return None
-        kept = torch.rand(q.shape[0], 1, q.shape[2], num_image) >= self.image_dropout  # the same in all heads
+        drawn = torch.rand(q.shape[0], 1, q.shape[2], num_image, device=self.device)
+        kept = drawn >= self.image_dropout  # the same in all heads
         scale = kept.to(self.dtype) / (1 - self.image_dropout)
         return functional.pad(scale, (len(PREFIX), num_keys - num_image - len(PREFIX)), value=1.0)
 
@@ -249,7 +255,7 @@ class FastForward:
         over a random share `keep` of them. Like CLIP's captions, this says what is in an image, never where.
         """
         scores = self.logits(self._norm(self.language.norm, features)).float()
-        dropped = torch.rand(features.shape[:2]) >= keep
+        dropped = torch.rand(features.shape[:2], device=self.device) >= keep
         pooled = scores.masked_fill(dropped[..., None], -1e4).logsumexp(1)
         return -(pooled.log_softmax(-1) * words / words.sum(-1, keepdim=True)).sum(-1).mean()
 

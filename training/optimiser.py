@@ -49,7 +49,9 @@ class Optimiser:
             else:
                 vectors.append(parameter)
         self.capped = [p for n, p in named if n.endswith(("q_proj.weight", "k_proj.weight"))]
-        self.momenta = {shape: torch.zeros(len(ps), *shape) for shape, ps in self.matrices.items()}
+        self.momenta = {
+            shape: torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.matrices.items()
+        }
         self.adam = torch.optim.AdamW(
             vectors, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
         )

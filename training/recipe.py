@@ -68,6 +68,9 @@ class Stage:
     training_styles_share: float = 0.35  # of the images in the styles that are there to learn from only,
     styles: tuple[str, ...] = TRAINING_STYLES  # one of these
     repeats: float = 0.4  # share of the scenes in which a name comes more than once
+    presence: float = (
+        0.0  # share of the turns that ask whether an expression refers to something in the image
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class Recipe:
 
     steps: int = 50_500
     seed: int = 0
-    workers: int = 1  # data-parallel processes of one thread each
+    workers: int = (
+        1  # data-parallel parts of a batch: processes of one thread each, or all of them on one GPU
+    )
     model: ModelRecipe = field(default_factory=ModelRecipe)
     canvases: tuple[Canvas, ...] = (
         Canvas(10, (1,), 40, 0, 16),

@@ -1,5 +1,6 @@
 """The live table of a training run, and its log as one JSON object a line."""
 
+import copy
 import json
 import logging
 import time
@@ -42,7 +43,8 @@ class LiveTable:
         )
 
     def _look(self, step: int) -> None:
-        found = probe(self.trainer.model, self.trainer.recipe.probe_scenes)
+        model = copy.deepcopy(self.trainer.model).cpu()
+        found = probe(model, self.trainer.recipe.probe_scenes)
         log.info("        validation: %s", "  ".join(f"{k} {v:.3f}" for k, v in asdict(found).items()))
         self._write({"step": step, "validation": asdict(found)})
 

@@ -7,7 +7,7 @@ follows the trajectory it would have had.
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
-from training.batches import Batch, BatchMaker
+from training.batches import Batch, BatchMaker, normalise
 from training.language import IDS
+from training.loaders import made_ahead
 from training.model import FastForward, build_model
 from training.optimiser import HalfCopy, Optimiser
 from training.recipe import Recipe, read_recipe
@@ -43,18 +44,23 @@ class Progress:
 
 
 class Trainer:
-    """Model, optimiser and step counter of one worker."""
+    """Model, optimiser and step counter of one worker; on a GPU of all of them.
 
-    def __init__(self, recipe: Recipe, folder: Path, worker: int = 0):
+    Args:
+        loaders: processes that make the batches ahead of time, each of all the workers' parts; 0 makes this worker's
+            part here, when it is wanted.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, worker: int = 0, device: str = "cpu", loaders: int = 0):
         self.recipe, self.folder, self.worker = recipe, folder, worker
+        self.device, self.loaders = torch.device(device), loaders
         torch.manual_seed(recipe.seed)
-        self.model = build_model(recipe.model)
+        self.model = build_model(recipe.model).to(self.device)
         self.optimiser = Optimiser(self.model, recipe)
         self.half = HalfCopy(self.model) if recipe.half else None
         self.forward = FastForward(
             self.half.twin if self.half else self.model, recipe.image_dropout, recipe.image_keep
         )
-        self.batches = BatchMaker(recipe, worker)
         self.step = 0
         if (folder / CHECKPOINT).exists():
             self._load()
@@ -65,8 +71,9 @@ class Trainer:
         """Train up to a step (default: all), writing checkpoints and telling `report` of every step."""
         saved = time.monotonic()
         until = self.recipe.steps if until is None else until
+        batches = self._batches(until)
         while self.step < until:
-            progress = self._train_step()
+            progress = self._train_step(next(batches).to(self.device))
             if report:
                 report(progress)
             if self.worker == 0 and time.monotonic() - saved > self.recipe.checkpoint_seconds:
@@ -76,8 +83,13 @@ class Trainer:
             self.save()
         return self
 
-    def _train_step(self) -> Progress:
-        batch = self.batches.make(self.step)
+    def _batches(self, until: int) -> Iterator[Batch]:
+        steps = range(self.step, until)
+        if self.loaders:
+            return made_ahead(self.recipe, steps, self.loaders)
+        return map(BatchMaker(self.recipe, self.worker).make, steps)
+
+    def _train_step(self, batch: Batch) -> Progress:
         torch.manual_seed(hash((self.recipe.seed, self.step, self.worker)))
         loss, caption, looked, logits = self._loss(batch)
         weight = self.recipe.caption_beside if batch.ids.shape[1] else self.recipe.caption_weight
@@ -94,12 +106,13 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses of conversations and caption, each head's attention sum over the image, scores of the next tokens."""
-        features, caption = None, torch.zeros(())
+        features, caption = None, torch.zeros((), device=self.device)
         if batch.pixels is not None:
-            features = self.forward.image_features(batch.pixels, batch.cells)
+            features = self.forward.image_features(normalise(batch.pixels), batch.cells)
             caption = self.forward.caption_loss(features, batch.words, self.recipe.caption_keep)
         if batch.ids.shape[1] == 0:
-            return torch.zeros(()), caption, torch.zeros(1), torch.zeros(*batch.ids.shape, len(IDS))
+            nothing = torch.zeros(1, device=self.device)
+            return nothing[0], caption, nothing, nothing.expand(*batch.ids.shape, len(IDS))
         states, looked = self.forward.text_states(
             features, batch.cells, batch.ids, batch.offsets, batch.groups
         )
@@ -149,7 +162,7 @@ class Trainer:
         part.replace(self.folder / CHECKPOINT)
 
     def _load(self) -> None:
-        state = torch.load(self.folder / CHECKPOINT, weights_only=True)
+        state = torch.load(self.folder / CHECKPOINT, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
@@ -180,7 +193,7 @@ def mean_weights(folders: list[Path]) -> dict[str, Tensor]:
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     if (folder / CHECKPOINT).exists():
-        return torch.load(folder / CHECKPOINT, weights_only=True)["model"]
+        return torch.load(folder / CHECKPOINT, weights_only=True, map_location="cpu")["model"]
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 

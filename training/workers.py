@@ -1,4 +1,4 @@
-"""Data-parallel workers: one process and one thread each, joined by gloo on this machine."""
+"""Data-parallel workers: one process and one thread each, joined by gloo on this machine; or a GPU for all of them."""
 
 import logging
 import os
@@ -15,8 +15,17 @@ from training.report import LiveTable
 from training.trainer import Progress, Trainer
 
 
-def run(recipe: Recipe, folder: Path) -> None:
-    """Train with `recipe.workers` processes; returns when the last step is saved."""
+def run(recipe: Recipe, folder: Path, device: str = "cpu", loaders: int = 0) -> None:
+    """Train with `recipe.workers` processes, or their parts of a batch on one GPU, until the last step is saved.
+
+    Args:
+        loaders: processes that draw the scenes for a GPU.
+    """
+    if device != "cpu":
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        trainer = Trainer(recipe, folder, device=device, loaders=loaders)
+        trainer.follow(LiveTable(trainer))
+        return
     with tempfile.TemporaryDirectory() as meeting:
         arguments = (recipe, folder, f"{meeting}/meet")
         if recipe.workers == 1:
