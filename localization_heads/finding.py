@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain, groupby, islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from localization_heads.ahead import ahead, behind
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
+from localization_heads.data.sources import Shown
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import ArgumentError, NotFiniteError, check_choice
 from localization_heads.evaluation.head_iou import label_scores
@@ -32,10 +35,12 @@ from localization_heads.options.parts import HeadsBy, Shrink
 if TYPE_CHECKING:
     from PIL import Image
 
-    from localization_heads.lvlm.model import LVLM
+    from localization_heads.lvlm.model import LVLM, Batch
 
 log = logging.getLogger(__name__)
 
+Columns = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+"""Of every head: attention sum, spatial entropy, bottom-row flag."""
 AT_ONCE = 16
 """Expressions of one image whose maps are in memory together."""
 
@@ -84,22 +89,35 @@ def find_heads(
     criteria = criteria or CriteriaOptions()
     unusable: list[NotFiniteError] = []
     scorer = _scorer(lvlm, by)
-    found = []
-    keys: list[str | None] = []
-    number = -1
     scores: list[NDArray[np.float32]] = []
     movement: list[Moved] = []
-    for one in attended(lvlm, samples, unusable, beside=probing(criteria)):
-        statistics = head_statistics(one.maps.attention, criteria)
-        found.append((statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus))
-        keys.append(image_keys([one.sample])[0] if one.number != number else keys[-1])
-        number = one.number
+
+    def by_model(one: Attended) -> Attended:
+        """What else only the model can say of it."""
         if is_wanted(criteria):
             is_early = one.number < criteria.mirrored
             mirrored = lvlm.attend_mirrored(one.image, one.sample.expression, one.maps) if is_early else None
             movement.append(movement_in(one.maps, mirrored))
         if scorer:
             scores.append(scorer(one))
+        return one
+
+    def measured(one: Attended) -> tuple[int, Sample, Columns]:
+        statistics = head_statistics(one.maps.attention, criteria)
+        columns = statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
+        return one.number, one.sample, columns
+
+    def size(one: Attended) -> int:
+        return one.maps.num_bytes
+
+    found: list[Columns] = []
+    keys: list[str | None] = []
+    last = -1
+    with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
+        for number, sample, columns in behind(map(by_model, every), measured, size):
+            found.append(columns)
+            keys.append(image_keys([sample])[0] if number != last else keys[-1])
+            last = number
     if not found:
         raise unusable[0] if unusable else ArgumentError("find_heads needs at least one sample")
     sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
@@ -165,33 +183,53 @@ def attended(
     unusable: list[NotFiniteError],
     last_layer: int | None = None,
     beside: Beside = NOTHING,
-) -> Iterator[Attended]:
+) -> Generator[Attended, None, None]:
     """The maps of each sample, in order. Samples that follow each other share an image that is the same.
 
     Args:
         unusable: gets the errors of those whose attention is not finite, which are passed over.
     """
-    # Images in memory are compared by their pixels, files by their paths.
-    images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
-    for number, (_, group) in enumerate(images):
-        first = next(group)
-        image, group = load_image(first.single), chain([first], group)
-        siblings: tuple[str, ...] = ()  # the first of the image's expressions so far, and those read now
-        while part := list(islice(group, AT_ONCE)):
-            expressions = [sample.expression for sample in part]
-            siblings = (*siblings[: MOST_OTHERS + 1], *expressions)
+    plainly = lvlm.asks_plainly(beside)
+
+    def prepare(part: _Part) -> tuple[_Part, Batch | None]:
+        return part, lvlm.make_ready(*part.pairs) if plainly else None
+
+    with closing(ahead(_parts(samples), prepare)) as coming:
+        for part, ready in coming:
+            siblings = [part.siblings] * len(part.samples)
             maps = lvlm.attend_batch(
-                [image] * len(part),
-                expressions,
-                last_layer=last_layer,
-                beside=beside,
-                siblings=[siblings] * len(part),
+                *part.pairs, last_layer=last_layer, ready=ready, beside=beside, siblings=siblings
             )
-            for sample, found in zip(part, maps, strict=True):
+            for sample, found in zip(part.samples, maps, strict=True):
                 try:
                     found.check_finite()
                 except NotFiniteError as error:
                     log.warning("%r is left out: %s", sample.id or sample.expression, error)
                     unusable.append(error)
                     continue
-                yield Attended(sample, image, number, found)
+                yield Attended(sample, part.image, part.number, found)
+
+
+class _Part(NamedTuple):
+    """Samples of one image, the image's place, and the first of its expressions so far with all of these."""
+
+    samples: Sequence[Sample]
+    image: Image.Image
+    number: int
+    siblings: Sequence[str]
+
+    @property
+    def pairs(self) -> tuple[list[Shown], list[str]]:
+        return [self.image] * len(self.samples), [sample.expression for sample in self.samples]
+
+
+def _parts(samples: Iterable[Sample]) -> Iterator[_Part]:
+    # Images in memory are compared by their pixels, files by their paths.
+    images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
+    for number, (_, group) in enumerate(images):
+        first = next(group)
+        image, group = load_image(first.single), chain([first], group)
+        siblings: tuple[str, ...] = ()
+        while part := list(islice(group, AT_ONCE)):
+            siblings = (*siblings[: MOST_OTHERS + 1], *(sample.expression for sample in part))
+            yield _Part(part, image, number, siblings)

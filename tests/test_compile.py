@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_query_token import SPANLESS, tiny_lvlm
+from test_query_token import tiny_lvlm
 from transformers.utils import is_bitsandbytes_available
 
 from localization_heads.errors import UsageError

@@ -29,11 +29,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from localization_heads.ahead import AHEAD, WAITING
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedImage
 from localization_heads.stages.chunks import chunks
-from localization_heads.stages.flow import AHEAD, WAITING, in_line
+from localization_heads.stages.flow import in_line
 
 # ------------------------------------------------------------------------------------------------ how it is cut
 

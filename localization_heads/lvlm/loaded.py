@@ -173,6 +173,7 @@ class LoadedModel(PromptedModel):
         if stop is None and query.step == 0:
             stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
         length = int(inputs["input_ids"].shape[1])
+        query = query.on(self.device)
         num_tokens = None if self.looks_across else query.past + length
         with (
             memory_errors(),

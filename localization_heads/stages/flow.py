@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from localization_heads.ahead import ahead
+from localization_heads.ahead import behind as finished_behind
 from localization_heads.data.samples import Sample
 from localization_heads.data.sources import each_image
 from localization_heads.lvlm.beside import NOTHING, Beside
@@ -34,10 +34,6 @@ from localization_heads.stages.chunks import (
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
-AHEAD = 2
-"""Chunks that may be prepared, or wait to be kept, at a time."""
-WAITING = 128 << 20
-"""Bytes of images and maps that may wait to be kept; a chunk of more is kept before the next is computed."""
 AUTO = 16
 """`batch_size=auto`: entries in a chunk. One that does not fit goes through the model in parts."""
 
@@ -163,28 +159,10 @@ def in_line(
         behind: False runs `finish` in this thread, right after `compute`.
         weigh: bytes that something computed takes; at most `WAITING` of them wait for `finish`.
     """
-    source = iter(items)
-
-    def next_one() -> list[Ready]:
-        return [prepare(item) for item in islice(source, 1)]  # empty at the end
-
-    coming: deque[Future[list[Ready]]] = deque()
-    going: deque[tuple[Future[None], int]] = deque()
-    with ThreadPoolExecutor(1, "prepare") as before, ThreadPoolExecutor(1, "finish") as after:
-        try:
-            coming.extend(before.submit(next_one) for _ in range(AHEAD))
-            while ready := coming.popleft().result():
-                coming.append(before.submit(next_one))
-                computed = compute(ready.pop())
-                if behind:
-                    going.append((after.submit(finish, computed), weigh(computed)))
-                else:
-                    finish(computed)
-                del computed
-                while len(going) > AHEAD or sum(size for _, size in going) > WAITING:
-                    going.popleft()[0].result()
-        finally:
-            for waiting in coming:
-                waiting.cancel()
-            for last, _ in going:
-                last.result()
+    with closing(ahead(items, prepare)) as ready:
+        if behind:
+            with closing(finished_behind(map(compute, ready), finish, weigh)) as finished:
+                deque(finished, maxlen=0)
+            return
+        for one in ready:
+            finish(compute(one))

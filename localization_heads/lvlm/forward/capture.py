@@ -21,6 +21,8 @@ from transformers.modeling_utils import AttentionInterface
 from localization_heads.errors import WorkError
 
 _MASKED = torch.finfo(torch.float32).min
+COPIED = 256 << 20
+"""Bytes of keys that a GPU holds in fp32 at a time."""
 
 
 class Query(NamedTuple):
@@ -40,6 +42,11 @@ class Query(NamedTuple):
     step: int = 0
     past: int = 0
     answers: int | None = None
+
+    def on(self, device: torch.device) -> Query:
+        """The same with positions and weights there, so that no layer waits for them."""
+        places, weights = (one if one is None else one.to(device) for one in (self.positions, self.weights))
+        return self._replace(positions=places, weights=weights)
 
 
 def query_row(
@@ -93,7 +100,8 @@ def attention_rows(
     else:
         own = _key_of_query(query.shape[2], logits.shape[-1], positions, past=past, causal=causal)
         visible = _visible_keys(logits, own, mask, window=sliding_window if causal else None)
-        logits = logits.masked_fill(~visible, _MASKED)
+        if visible is not None:
+            logits = logits.masked_fill(~visible, _MASKED)
     sink = s_aux if sinks is None else _pick(sinks, positions)
     if sink is None:
         return torch.softmax(logits, -1)
@@ -115,9 +123,13 @@ def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     B, H, n, D = query.shape
     groups = key.shape[1]
     shared = query.float().reshape(B, groups, H // groups * n, D)
-    # One KV head at a time: the fp32 copy of a long key cache stays small and in cache.
-    rows = [shared[:, g] @ key[:, g].float().transpose(-1, -2) for g in range(groups)]
-    return torch.stack(rows, 1).view(B, H, n, -1) * scaling
+    # The fp32 copy of a long key cache stays small, and on a CPU in cache; a GPU has little work in each call.
+    step = 1 if key.device.type == "cpu" else max(1, groups * COPIED // (4 * max(1, key.numel())))
+    rows = [
+        shared[:, g : g + step] @ key[:, g : g + step].float().transpose(-1, -2)
+        for g in range(0, groups, step)
+    ]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).view(B, H, n, -1) * scaling
 
 
 def _apply_mask(logits: Tensor, mask: Tensor) -> Tensor:
@@ -127,19 +139,25 @@ def _apply_mask(logits: Tensor, mask: Tensor) -> Tensor:
 
 def _key_of_query(
     num_queries: int, num_keys: int, positions: Tensor | None, *, past: int, causal: bool
-) -> Tensor:
-    """(B or 1, n): the last key that each query may see when the kernel gets no explicit mask."""
+) -> Tensor | int:
+    """(B, n) or one for all: the last key that each query may see when the kernel gets no explicit mask."""
     if not causal or num_queries == 1:  # a decode step is aligned at the end of the keys
-        return torch.full((1, 1), num_keys - 1)
+        return num_keys - 1
     # A prefill into a longer, still empty static cache is aligned at its start.
-    return past + (torch.full((1, 1), num_queries - 1) if positions is None else positions)
+    return past + (num_queries - 1 if positions is None else positions)
 
 
-def _visible_keys(logits: Tensor, last: Tensor, padding: Tensor | None, *, window: int | None) -> Tensor:
-    """(B or 1, 1, n, K) boolean. `padding`: the (B, K) mask that flash attention gets."""
+def _visible_keys(
+    logits: Tensor, last: Tensor | int, padding: Tensor | None, *, window: int | None
+) -> Tensor | None:
+    """(B or 1, 1, n or 1, K) boolean; None where all are. `padding`: the (B, K) mask that flash attention gets."""
     num_keys = logits.shape[-1]
-    position = torch.arange(num_keys, device=logits.device)
-    last = last.to(logits.device)[..., None]  # (B, n, 1)
+    if isinstance(last, int):  # nothing is copied to the device, which would wait for it
+        if last >= num_keys - 1 and padding is None and (window is None or window >= num_keys):
+            return None
+    else:
+        last = last.to(logits.device)[..., None]  # (B, n, 1)
+    position = torch.arange(num_keys, device=logits.device)[None, None]
     visible = position <= last
     if window is not None:
         visible = visible & (position > last - window)
