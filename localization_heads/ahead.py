@@ -37,12 +37,16 @@ def ahead(items: Iterable[Given], prepare: Callable[[Given], Made]) -> Generator
 
 
 def behind(
-    items: Iterable[Given], finish: Callable[[Given], Made], weigh: Callable[[Given], int] = lambda _: 0
+    items: Iterable[Given],
+    finish: Callable[[Given], Made],
+    weigh: Callable[[Given], int] = lambda _: 0,
+    most: int = AHEAD,
 ) -> Generator[Made, None, None]:
     """`finish(item)` for every item, while the next ones are computed. Where these fail, what there is is finished.
 
     Args:
         weigh: bytes that an item takes; at most `WAITING` of them wait.
+        most: items that may wait: more than are computed at once, or the next ones wait for them.
     """
     going: deque[tuple[Future[Made], int]] = deque()
     with ThreadPoolExecutor(1, "behind") as thread:
@@ -50,7 +54,7 @@ def behind(
             for item in items:
                 going.append((thread.submit(finish, item), weigh(item)))
                 del item
-                while len(going) > AHEAD or sum(size for _, size in going) > WAITING:
+                while len(going) > most or sum(size for _, size in going) > WAITING:
                     yield going.popleft()[0].result()
             while going:
                 yield going.popleft()[0].result()

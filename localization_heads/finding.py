@@ -114,7 +114,7 @@ def find_heads(
     keys: list[str | None] = []
     last = -1
     with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
-        for number, sample, columns in behind(map(by_model, every), measured, size):
+        for number, sample, columns in behind(map(by_model, every), measured, size, 2 * AT_ONCE):
             found.append(columns)
             keys.append(image_keys([sample])[0] if number != last else keys[-1])
             last = number
