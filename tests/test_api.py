@@ -19,6 +19,7 @@ from front import Front, stub_figures, write_data, write_lines
 from PIL import Image
 
 import localization_heads as lh
+from localization_heads.ahead import AHEAD
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample, decode_mask, load_samples
 from localization_heads.errors import UsageError
@@ -192,12 +193,12 @@ def test_an_image_is_read_once_for_the_samples_that_follow_each_other(
 
 
 def test_samples_are_read_as_they_are_needed(lvlm: LVLM) -> None:
-    """A generator stays at most one sample ahead of the model."""
+    """A generator stays a few samples ahead of the model, whose images are made ready meanwhile."""
     ahead: list[int] = []
     original, done = LVLM.attend_batch, 0
 
     def endless() -> Iterator[Sample]:
-        for number in range(4):
+        for number in range(12):
             ahead.append(number - done)
             yield Sample(Image.new("RGB", (64, 64), (number * 9, 90, 9)), "the animal", bbox=(0, 0, 9, 9))
 
@@ -209,7 +210,7 @@ def test_samples_are_read_as_they_are_needed(lvlm: LVLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LVLM, "attend_batch", counted)
         lh.evaluate(lvlm, endless(), HEADS, controls=False, segmenter=None)
-    assert done == 4 and max(ahead) <= 1
+    assert done == 12 and max(ahead) <= AHEAD + 1
 
 
 def test_the_truth_of_a_sample() -> None:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.lvlm.checkpoints.loading import load_model
+from localization_heads.lvlm.forward import capture as forward_capture
 from localization_heads.lvlm.forward.capture import Query, attention_modules, attention_rows, capture
 from localization_heads.lvlm.forward.prefix import GrowingLayer, Prefix
 
@@ -179,6 +180,29 @@ def test_row_by_hand(mask: torch.Tensor | None, options: dict[str, Any], allowed
     row = attention_rows(nn.Module(), query, key, mask, **options)[:, :, 0]
     expected = [naive_row(query[0, head].tolist(), key[0, 0].tolist(), allowed) for head in range(2)]
     torch.testing.assert_close(row[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 4])
+def test_rows_are_the_same_however_many_heads_are_copied_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU several KV heads go together; here four with two query heads each."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 8, 5, 4, generator=generator).bfloat16()
+    key = torch.randn(2, 4, 5, 4, generator=generator).bfloat16()
+    one_by_one = attention_rows(nn.Module(), query, key, None)
+    monkeypatch.setattr(forward_capture, "_heads_at_once", lambda key: at_once)
+    torch.testing.assert_close(attention_rows(nn.Module(), query, key, None), one_by_one)
+
+
+def test_a_gpu_copies_no_more_keys_than_it_may_hold() -> None:
+    keys = torch.empty(2, 32, 600, 128, device="meta")
+    assert 4 * keys[:, : forward_capture._heads_at_once(keys)].numel() >= 4 * keys.numel()
+    many = torch.empty(256, 32, 600, 128, device="meta")
+    heads = forward_capture._heads_at_once(many)
+    assert 1 <= heads < 32
+    assert 4 * many[:, :heads].numel() <= forward_capture.COPIED
+    assert forward_capture._heads_at_once(torch.empty(1, 32, 600, 128)) == 1
 
 
 def test_row_into_an_empty_static_cache() -> None:

@@ -263,7 +263,7 @@ def test_a_stage_without_questions_of_presence_says_what_it_said():
 
 def test_rates_are_lines_from_point_to_point(tmp_path):
     """The first 12,700 steps: warm-up, constant for a third, down to nothing, 0.6 of that from step 6,327 on."""
-    trainer = Trainer(replace(RECIPE, steps=13_850, rates=Recipe().rates[:8]), tmp_path)
+    trainer = Trainer(replace(RECIPE, steps=13_850, rates=Recipe().rates[:8], last_rate=0.02), tmp_path)
 
     def rate(step):
         trainer.step = step

@@ -79,11 +79,12 @@ class Recipe:
 
     The stages: language alone, as large models have it; the vision tower from captions, as CLIP has it; images of
     few objects; full scenes, drawn in 16 x 16 cells first, then in all of them; more of these, at rates that rise
-    once more, with more places, colours and relations to tell apart, and a cost that few heads escape; and once more,
-    with more styles, and more things of one name to tell apart by where they are.
+    once more, with more places, colours and relations to tell apart, and a cost that few heads escape; once more, with
+    more styles, and more things of one name to tell apart by where they are; and once more, in larger batches, with
+    questions whether an expression refers to something.
     """
 
-    steps: int = 50_500
+    steps: int = 53_373
     seed: int = 0
     workers: int = (
         1  # data-parallel parts of a batch: processes of one thread each, or all of them on one GPU
@@ -176,6 +177,16 @@ class Recipe:
             repeats=0.5,
             styles=LINE_STYLES,
         ),
+        Stage(  # 16 workers' parts of a batch, on a GPU
+            50_500,
+            (0.03, 0.0, 0.0, 0.10, 0.20, 0.0, 0.05, 0.06, 0.06, 0.0, 0.50),
+            kinds=(("comparison", 2.0),),
+            augment_share=0.7,
+            training_styles_share=0.5,
+            repeats=0.5,
+            styles=LINE_STYLES,
+            presence=0.15,
+        ),
     )
     text_rows: int = 6  # rows of a batch without images,
     text_tokens: int = 112  # of so many tokens
@@ -245,8 +256,10 @@ class Recipe:
         (40_500, 0.02),
         (40_600, 0.14),
         (48_500, 0.11),
+        (50_500, 0.02),
+        (50_700, 0.30),
     )
-    last_rate: float = 0.02
+    last_rate: float = 0.01
     checkpoint_seconds: float = 120.0
     probe_every: int = 2_000  # steps between looks at the validation scenes,
     probe_scenes: int = 120  # at so many of them

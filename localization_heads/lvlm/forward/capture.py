@@ -123,13 +123,18 @@ def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     B, H, n, D = query.shape
     groups = key.shape[1]
     shared = query.float().reshape(B, groups, H // groups * n, D)
-    # The fp32 copy of a long key cache stays small, and on a CPU in cache; a GPU has little work in each call.
-    step = 1 if key.device.type == "cpu" else max(1, groups * COPIED // (4 * max(1, key.numel())))
+    step = _heads_at_once(key)
     rows = [
         shared[:, g : g + step] @ key[:, g : g + step].float().transpose(-1, -2)
         for g in range(0, groups, step)
     ]
     return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).view(B, H, n, -1) * scaling
+
+
+def _heads_at_once(key: Tensor) -> int:
+    """KV heads whose keys are copied to fp32 together: one on a CPU, whose cache it fits; on a GPU few calls count."""
+    one_head = 4 * key[:, :1].numel()
+    return 1 if key.device.type == "cpu" else max(1, COPIED // max(1, one_head))
 
 
 def _apply_mask(logits: Tensor, mask: Tensor) -> Tensor:
