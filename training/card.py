@@ -61,7 +61,7 @@ def numbers(now: dict, before: dict) -> Iterator[str]:
     yield _row("**top 3, held-out style**", now["held-out style"]["top 3"])
     yield _row("top 3, images of 4:3, padded", now["padded"]["top 3"])
     yield _row("a perfect map (the target's mask)", now["contrasts"][PERFECT])
-    yield _row("the release before (step 34,500): top 3", before["in style"]["top 3"])
+    yield _row("the release before (mean of weights up to step 50,500): top 3", before["in style"]["top 3"])
     yield _row("the release before: layer-matched random 3", before["contrasts"]["layer-matched random 3"])
     yield _row("the release before: top 3, held-out style", before["held-out style"]["top 3"])
     yield from OLD_ROWS.splitlines()
