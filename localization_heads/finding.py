@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Columns = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""Of every head: attention sum, spatial entropy, bottom-row flag."""
 AT_ONCE = 16
 """Expressions of one image whose maps are in memory together."""
 
@@ -89,38 +87,12 @@ def find_heads(
     criteria = criteria or CriteriaOptions()
     unusable: list[NotFiniteError] = []
     scorer = _scorer(lvlm, by)
-    scores: list[NDArray[np.float32]] = []
-    movement: list[Moved] = []
-
-    def by_model(one: Attended) -> Attended:
-        """What else only the model can say of it."""
-        if is_wanted(criteria):
-            is_early = one.number < criteria.mirrored
-            mirrored = lvlm.attend_mirrored(one.image, one.sample.expression, one.maps) if is_early else None
-            movement.append(movement_in(one.maps, mirrored))
-        if scorer:
-            scores.append(scorer(one))
-        return one
-
-    def measured(one: Attended) -> tuple[int, Sample, Columns]:
-        statistics = head_statistics(one.maps.attention, criteria)
-        columns = statistics.attention_sum, statistics.spatial_entropy, statistics.bottom_row_focus
-        return one.number, one.sample, columns
-
-    def size(one: Attended) -> int:
-        return one.maps.num_bytes
-
-    found: list[Columns] = []
-    keys: list[str | None] = []
-    last = -1
-    with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
-        for number, sample, columns in behind(map(by_model, every), measured, size, 2 * AT_ONCE):
-            found.append(columns)
-            keys.append(image_keys([sample])[0] if number != last else keys[-1])
-            last = number
+    found = _measured(lvlm, samples, criteria, scorer, unusable)
     if not found:
         raise unusable[0] if unusable else ArgumentError("find_heads needs at least one sample")
-    sums, entropies, bottom_row = (np.stack(column) for column in zip(*found, strict=True))
+    sums, entropies, bottom_row = (
+        np.stack(column) for column in zip(*(one.columns for one in found), strict=True)
+    )
     ranking = rank_heads(
         sums,
         entropies,
@@ -133,14 +105,18 @@ def find_heads(
         model=lvlm.name,
     )
     drawn = random_draws(len(found), num_trials, num_samples, seed).sum(axis=0)
-    if movement:
+    if is_wanted(criteria):
+        movement = [one.moved for one in found if one.moved]
         shape = lvlm.num_layers, lvlm.num_heads
         ranking = with_movement(ranking, mean_movement(movement, drawn.tolist(), shape))
+    keys = [one.image_key for one in found]
     if scorer is None:
         pictures = _named(keys, drawn)
         return replace(ranking, pictures=pictures, found_with=found_with(lvlm.asked, criteria))
     recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
-    labelled = rank_by_labels(np.stack(scores), ranking, recipe)
+    labelled = rank_by_labels(
+        np.stack([one.scores for one in found if one.scores is not None]), ranking, recipe
+    )
     asked = (box_reader(lvlm) if by == "vrh" else lvlm).asked
     # What is mixed in was found on all of them, without their labels.
     drawn = recipe.drawn(len(found))[0] if shrink == "none" else np.ones(len(found), np.int64)
@@ -148,12 +124,64 @@ def find_heads(
     return replace(labelled, found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)))
 
 
+class _Measured(NamedTuple):
+    """What is kept of a sample.
+
+    Args:
+        image_key: the name of its image, where it has one.
+        columns: of every head, attention sum, spatial entropy and bottom-row flag.
+        moved: its third criterion, where that is wanted.
+        scores: of every head by the sample's label, where there are labels.
+    """
+
+    image_key: str | None
+    columns: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    moved: Moved | None
+    scores: NDArray[np.float32] | None
+
+
+def _measured(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    criteria: CriteriaOptions,
+    scorer: Scorer | None,
+    unusable: list[NotFiniteError],
+) -> list[_Measured]:
+    """Every sample that can be used; the maps are measured while the model is at the next ones."""
+
+    def asked(one: Attended) -> tuple[Attended, Moved | None, NDArray[np.float32] | None]:
+        """With what the model is asked once more."""
+        moved = None
+        if is_wanted(criteria):
+            is_early = one.number < criteria.mirrored
+            mirrored = lvlm.attend_mirrored(one.image, one.sample.expression, one.maps) if is_early else None
+            moved = movement_in(one.maps, mirrored)
+        return one, moved, scorer(one) if scorer else None
+
+    keys: dict[int, str | None] = {}  # of the last image: looked up once for those that follow each other
+
+    def measure(given: tuple[Attended, Moved | None, NDArray[np.float32] | None]) -> _Measured:
+        one, moved, scores = given
+        if one.number not in keys:
+            keys.clear()
+            keys[one.number] = image_keys([one.sample])[0]
+        found = head_statistics(one.maps.attention, criteria)
+        columns = found.attention_sum, found.spatial_entropy, found.bottom_row_focus
+        return _Measured(keys[one.number], columns, moved, scores)
+
+    def num_bytes(given: tuple[Attended, Moved | None, NDArray[np.float32] | None]) -> int:
+        return given[0].maps.num_bytes
+
+    with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
+        return list(behind(map(asked, every), measure, num_bytes, 2 * AT_ONCE))
+
+
 def _named(keys: Sequence[str | None], drawn: NDArray[np.int64]) -> tuple[str, ...]:
     """The images that the ranking is made from, as far as they have a name or a file: it is not judged on them."""
     return tuple(sorted({key for key, times in zip(keys, drawn, strict=True) if key and times}))
 
 
-def _scorer(lvlm: LVLM, by: HeadsBy) -> Callable[[Attended], NDArray[np.float32]] | None:
+def _scorer(lvlm: LVLM, by: HeadsBy) -> Scorer | None:
     """What scores every head in a labelled sample; None without labels."""
     if by == "criteria":
         return None
@@ -175,6 +203,10 @@ class Attended(NamedTuple):
     image: Image.Image
     number: int
     maps: AttentionMaps
+
+
+Scorer = Callable[[Attended], NDArray[np.float32]]
+"""Scores every head in a labelled sample."""
 
 
 def attended(
