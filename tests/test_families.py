@@ -67,8 +67,8 @@ def test_tokens_of_fast_vlm_are_centred_at_a_corner_of_their_pixels() -> None:
     np.testing.assert_allclose(centre, expected, atol=64 / 16)
 
 
-def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:
-    """Largest difference of the captured rows, at every key, from eager `output_attentions`, in fp32."""
+def captured_and_eager(lvlm: LVLM, image_size: tuple[int, int]) -> tuple[list[torch.Tensor], ...]:
+    """The rows of the last token as captured, and as eager `output_attentions` has them, layer by layer."""
     inputs = lvlm.encode([coordinate_image(*image_size)], [lvlm.prompt("the red car")])
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
@@ -78,8 +78,16 @@ def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:
     if len(expected) == lvlm.num_layers:
         expected = [expected[layer] for layer in sorted(recorder.rows)]
     assert len(expected) == len(recorder.rows) > 0
-    rows = (recorder.rows[layer] for layer in sorted(recorder.rows))
-    return max(float((row - a[:, :, -1]).abs().max()) for row, a in zip(rows, expected, strict=True))
+    return [recorder.rows[layer] for layer in sorted(recorder.rows)], [a[:, :, -1] for a in expected]
+
+
+def largest_difference(rows: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """At every key."""
+    return max(float((a.float() - b.float()).abs().max()) for a, b in zip(rows, others, strict=True))
+
+
+def capture_difference(lvlm: LVLM, image_size: tuple[int, int]) -> float:
+    return largest_difference(*captured_and_eager(lvlm, image_size))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

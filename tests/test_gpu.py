@@ -11,7 +11,7 @@ import pytest
 import torch
 from family_models import BUILDERS, tiny
 from family_models_siblings import SIBLINGS  # noqa: F401 - registers all families
-from test_families import SIZES, capture_difference
+from test_families import SIZES, capture_difference, captured_and_eager, largest_difference
 from test_query_token import SPANLESS
 
 from localization_heads.lvlm.checkpoints.loading import load_model
@@ -59,8 +59,11 @@ def test_a_gpu_sees_what_a_cpu_sees(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_capture_in_bfloat16_on_a_gpu(name: str) -> None:
-    assert capture_difference(moved(name, torch.bfloat16), SIZES["small"]) < 0.05
+def test_capture_in_bfloat16_is_as_close_to_float32_as_eager(name: str) -> None:
+    """What 16 bits do to these sharp heads differs from kernel to kernel; the capture adds nothing to it."""
+    exact, _ = captured_and_eager(moved(name), SIZES["small"])
+    captured, eager = captured_and_eager(moved(name, torch.bfloat16), SIZES["small"])
+    assert largest_difference(captured, exact) <= 2 * largest_difference(eager, exact) + 0.01
 
 
 @pytest.mark.parametrize("query_token", SPANLESS)
