@@ -123,13 +123,13 @@ def test_a_fit_again_is_two_penalised_maxima_one_after_the_other():
     sign = np.where(data.right, 1, -1)
 
     def first(v):
-        return np.logaddexp(0, -sign * (v[0] * old + v[1])).sum() + 0.5 * (v[0] - 1) ** 2
+        return np.logaddexp(0, -sign * (v[0] * old + v[1])).sum() + 1.5 * ((v[0] - 1) ** 2 + v[1] ** 2)
 
     slope, shift = minimize(first, [1.0, 0.0]).x
 
     def second(v):
         sums = slope * old + shift + scaled @ v[:2] + v[2]
-        return np.logaddexp(0, -sign * sums).sum() + 5 * (v[:2] ** 2).sum()
+        return np.logaddexp(0, -sign * sums).sum() + 5 * (v[:2] ** 2).sum() + 1.5 * v[2] ** 2
 
     best = minimize(second, np.zeros(3)).x
     expected = 1 / (1 + np.exp(-(slope * old + shift + scaled @ best[:2] + best[2])))

@@ -29,8 +29,10 @@ FEWEST_MOVED = 3
 FOLDS = 5
 STRENGTH = 1.0
 """Inverse of the L2 penalty on the weights of standardised signals (scikit-learn's C)."""
-SLOPE_PENALTY = 1.0
+SLOPE_PENALTY = 3.0
 """L2 penalty on how far a fit again takes the slope from 1."""
+INTERCEPT_PENALTY = 3.0
+"""The same on how far it takes the intercept from 0: fifty labels may hold more of one kind than their domain does."""
 MOVE_PENALTY = 10.0
 """The same on how far it then takes the weight of each standardised signal from where it was."""
 PRESENCE = (*ASKED, "gain", "answer", "attention ")
@@ -208,8 +210,9 @@ def _logistic(
 def _moved(rows: Sequence[Mapping[str, float]], known: Logistic, truth: NDArray[np.bool_]) -> Logistic:
     """`slope * (old sum) + intercept`, and then weights near those, which bring in what differs in the new domain.
 
-    First the slope with `SLOPE_PENALTY / 2 (slope - 1)^2`, which holds it at 1 unless the labels say otherwise; then
-    the weights of signals standardised over these rows, each with `MOVE_PENALTY / 2 (new - old)^2`.
+    First slope and intercept with `SLOPE_PENALTY / 2 (slope - 1)^2 + INTERCEPT_PENALTY / 2 intercept^2`, which hold
+    them at 1 and 0 unless the labels say otherwise; then the weights of signals standardised over these rows, each with
+    `MOVE_PENALTY / 2 (new - old)^2`, and the intercept once more.
     """
     if not enough(truth, FEWEST_MOVED):
         return known
@@ -233,7 +236,9 @@ def _moved(rows: Sequence[Mapping[str, float]], known: Logistic, truth: NDArray[
 def _penalised(
     table: NDArray[np.float64], offset: NDArray[np.float64], truth: NDArray[np.bool_], penalty: float
 ) -> tuple[NDArray[np.float64], float]:
-    """Slopes `w` and intercept `b` of `offset + table w + b`, with `penalty / 2 |w|^2` on the log-likelihood."""
+    """Slopes `w` and intercept `b` of `offset + table w + b`, by the log-likelihood less `penalty / 2 |w|^2` and
+    `INTERCEPT_PENALTY / 2 b^2`.
+    """
     from scipy.optimize import minimize
 
     sign = np.where(truth, 1.0, -1.0)
@@ -241,8 +246,9 @@ def _penalised(
     def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         margin = sign * (offset + table @ values[1:] + values[0])
         pull = -sign / (1 + np.exp(np.clip(margin, -500, 500)))
-        gradient = np.concatenate([[pull.sum()], table.T @ pull + penalty * values[1:]])
-        return float(np.logaddexp(0, -margin).sum() + penalty / 2 * (values[1:] ** 2).sum()), gradient
+        held = np.array([INTERCEPT_PENALTY] + [penalty] * table.shape[1])
+        gradient = np.concatenate([[pull.sum()], table.T @ pull]) + held * values
+        return float(np.logaddexp(0, -margin).sum() + (held / 2 * values**2).sum()), gradient
 
     found = minimize(loss, np.zeros(1 + table.shape[1]), jac=True, method="L-BFGS-B").x
     return found[1:], float(found[0])
