@@ -8,6 +8,8 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from training.recipe import Recipe
 from training.trainer import start_from
 from training.workers import run
@@ -27,6 +29,8 @@ def main() -> None:
         "--start", type=int, default=0, help="the recipe's step that these weights have reached"
     )
     options = vars(parser.parse_args())
+    if options["device"] != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device={options['device']}: there is no GPU here")
     folder, weights, start, device, loaders = (
         options.pop(name) for name in ("folder", "weights", "start", "device", "loaders")
     )
