@@ -196,10 +196,10 @@ def test_only_tokens_after_the_image_are_steered(lvlm: LVLM, image: Image.Image)
     """What the tokens up to the image's last read is the same; what all later ones read is not."""
     inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
     seen: list[torch.Tensor] = []
-    hook = output_projection(lvlm, 3).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    hook = output_projection(lvlm, 4).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
     with torch.inference_mode():
         lvlm.model(**inputs)
-        with lh.steer(lvlm, [(3, 2)], REGION, 3.0):
+        with lh.steer(lvlm, [(4, 4)], REGION, 3.0):  # a head that looks at the image
             lvlm.model(**lvlm.encode([image], [lvlm.prompt("the dog")]))
     hook.remove()
     last = int((inputs["input_ids"][0] == lvlm.image_token_id).nonzero()[-1])
