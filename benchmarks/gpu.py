@@ -259,7 +259,7 @@ def cuda_tests(bench: Bench) -> Iterator[Fact]:
     tests = Path(__file__).parents[1] / "tests" / "test_gpu.py"
     spread = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *spread, str(tests)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tests.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tests.parents[1])
     said = [line for line in done.stdout.splitlines() if " passed" in line or line.startswith("FAILED")]
     yield Fact("tests", what, float(done.returncode), "exit status", 0.0, note="; ".join(said[-3:]))
 

@@ -149,7 +149,7 @@ def _measured(
 ) -> list[_Measured]:
     """Every sample that can be used; the maps are measured while the model is at the next ones."""
 
-    def asked(one: Attended) -> tuple[Attended, Moved | None, NDArray[np.float32] | None]:
+    def asked(one: Attended) -> _Asked:
         """With what the model is asked once more."""
         moved = None
         if is_wanted(criteria):
@@ -160,7 +160,7 @@ def _measured(
 
     keys: dict[int, str | None] = {}  # of the last image: looked up once for those that follow each other
 
-    def measure(given: tuple[Attended, Moved | None, NDArray[np.float32] | None]) -> _Measured:
+    def measure(given: _Asked) -> _Measured:
         one, moved, scores = given
         if one.number not in keys:
             keys.clear()
@@ -169,7 +169,7 @@ def _measured(
         columns = found.attention_sum, found.spatial_entropy, found.bottom_row_focus
         return _Measured(keys[one.number], columns, moved, scores)
 
-    def num_bytes(given: tuple[Attended, Moved | None, NDArray[np.float32] | None]) -> int:
+    def num_bytes(given: _Asked) -> int:
         return given[0].maps.num_bytes
 
     with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
@@ -207,6 +207,8 @@ class Attended(NamedTuple):
 
 Scorer = Callable[[Attended], NDArray[np.float32]]
 """Scores every head in a labelled sample."""
+_Asked = tuple[Attended, "Moved | None", "NDArray[np.float32] | None"]
+"""A sample with the third criterion and the scores of its heads, where they are wanted."""
 
 
 def attended(

@@ -262,7 +262,7 @@ def ranked(seen: Sequence[Seen], *, mirrored: bool = True) -> HeadRanking:
 def test_without_planted_heads_the_three_known_ones_come_first(seen: list[Seen]) -> None:
     ranking = ranked(seen)
     assert set(ranking.top(3)) == {(4, 4), (5, 3), (5, 6)}
-    assert len(set(papers_first(ranking, 3)) & set(ranking.top(3))) >= 2  # ten samples: its order is not firm
+    assert set(papers_first(ranking, 3)) == {(2, 6), (5, 3), (5, 6)}  # of ten samples it is not firm
     assert resting(ranking) == ()
 
 

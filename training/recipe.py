@@ -68,9 +68,7 @@ class Stage:
     training_styles_share: float = 0.35  # of the images in the styles that are there to learn from only,
     styles: tuple[str, ...] = TRAINING_STYLES  # one of these
     repeats: float = 0.4  # share of the scenes in which a name comes more than once
-    presence: float = (
-        0.0  # share of the turns that ask whether an expression refers to something in the image
-    )
+    presence: float = 0.0  # share of the turns that ask whether an expression refers to something
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ class Recipe:
 
     steps: int = 53_373
     seed: int = 0
-    workers: int = (
-        1  # data-parallel parts of a batch: processes of one thread each, or all of them on one GPU
-    )
+    workers: int = 1  # data-parallel processes of one thread each; on a GPU as many parts of a batch
     model: ModelRecipe = field(default_factory=ModelRecipe)
     canvases: tuple[Canvas, ...] = (
         Canvas(10, (1,), 40, 0, 16),

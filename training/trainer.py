@@ -71,9 +71,8 @@ class Trainer:
         """Train up to a step (default: all), writing checkpoints and telling `report` of every step."""
         saved = time.monotonic()
         until = self.recipe.steps if until is None else until
-        batches = self._batches(until)
-        while self.step < until:
-            progress = self._train_step(next(batches).to(self.device))
+        for batch in self._batches(until):
+            progress = self._train_step(batch.to(self.device))
             if report:
                 report(progress)
             if self.worker == 0 and time.monotonic() - saved > self.recipe.checkpoint_seconds:
