@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.ahead import ahead, behind
 from localization_heads.attention import AttentionMaps
+from localization_heads.background import postprocess, prefetch
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.data.sources import Shown
@@ -173,7 +173,7 @@ def _measured(
         return given[0].maps.num_bytes
 
     with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
-        return list(behind(map(asked, every), measure, num_bytes, 2 * AT_ONCE))
+        return list(postprocess(map(asked, every), measure, num_bytes, 2 * AT_ONCE))
 
 
 def _named(keys: Sequence[str | None], drawn: NDArray[np.int64]) -> tuple[str, ...]:
@@ -228,7 +228,7 @@ def attended(
     def prepare(part: _Part) -> tuple[_Part, Batch | None]:
         return part, lvlm.make_ready(*part.pairs) if plainly else None
 
-    with closing(ahead(_parts(samples), prepare)) as coming:
+    with closing(prefetch(_parts(samples), prepare)) as coming:
         for part, ready in coming:
             siblings = [part.siblings] * len(part.samples)
             maps = lvlm.attend_batch(

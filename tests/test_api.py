@@ -19,7 +19,7 @@ from front import Front, stub_figures, write_data, write_lines
 from PIL import Image
 
 import localization_heads as lh
-from localization_heads.ahead import AHEAD
+from localization_heads.background import PREFETCH
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample, decode_mask, load_samples
 from localization_heads.errors import UsageError
@@ -210,7 +210,7 @@ def test_samples_are_read_as_they_are_needed(lvlm: LVLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LVLM, "attend_batch", counted)
         lh.evaluate(lvlm, endless(), HEADS, controls=False, segmenter=None)
-    assert done == 12 and max(ahead) <= AHEAD + 1
+    assert done == 12 and max(ahead) <= PREFETCH + 1
 
 
 def test_the_truth_of_a_sample() -> None:

@@ -29,7 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from localization_heads.ahead import AHEAD, WAITING
+from localization_heads.background import MAX_PENDING_BYTES, PREFETCH
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedImage
@@ -132,7 +132,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("behind", [True, False])
 def test_in_line_keeps_the_order(behind: bool) -> None:
-    """Whatever takes how long; and no more than `AHEAD` wait on either side."""
+    """Whatever takes how long; and no more than `PREFETCH` wait on either side."""
     dice, log, done = random.Random(0), list[tuple[str, int]](), list[int]()
 
     def step(name: str) -> Any:
@@ -156,8 +156,8 @@ def test_in_line_keeps_the_order(behind: bool) -> None:
         assert log.index(("prepare", item)) < computed < log.index(("finish", item))
         before = sum(1 for what, n in log[:computed] if what == "prepare" and n > item)
         waiting = item - sum(1 for what, _ in log[:computed] if what == "finish")
-        assert before <= AHEAD + 1
-        assert waiting <= AHEAD + 1
+        assert before <= PREFETCH + 1
+        assert waiting <= PREFETCH + 1
 
 
 def test_in_line_works_at_the_same_time() -> None:
@@ -195,7 +195,7 @@ def test_in_line_lets_nothing_heavy_wait() -> None:
         assert done == list(range(item))
         return item
 
-    in_line(range(6), lambda item: item, compute, done.append, weigh=lambda _: WAITING + 1)
+    in_line(range(6), lambda item: item, compute, done.append, weigh=lambda _: MAX_PENDING_BYTES + 1)
     assert done == list(range(6))
 
 

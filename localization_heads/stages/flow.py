@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from localization_heads.ahead import ahead
-from localization_heads.ahead import behind as finished_behind
+from localization_heads.background import postprocess, prefetch
 from localization_heads.data.samples import Sample
 from localization_heads.data.sources import each_image
 from localization_heads.lvlm.beside import NOTHING, Beside
@@ -152,16 +151,16 @@ def in_line(
 ) -> None:
     """`finish(compute(prepare(item)))` for every item, the three at the same time on items that follow each other.
 
-    `compute` runs in this thread, `prepare` up to `AHEAD` items before it and `finish` up to `AHEAD` after it, each in
-    a thread of its own. Where one of them fails or is interrupted, what was computed until then is finished.
+    `compute` runs in this thread, `prepare` up to `PREFETCH` items before it and `finish` up to `PREFETCH` after it, each
+    in a thread of its own. Where one of them fails or is interrupted, what was computed until then is finished.
 
     Args:
         behind: False runs `finish` in this thread, right after `compute`.
-        weigh: bytes that something computed takes; at most `WAITING` of them wait for `finish`.
+        weigh: bytes that something computed takes; at most `MAX_PENDING_BYTES` of them wait for `finish`.
     """
-    with closing(ahead(items, prepare)) as ready:
+    with closing(prefetch(items, prepare)) as ready:
         if behind:
-            with closing(finished_behind(map(compute, ready), finish, weigh)) as finished:
+            with closing(postprocess(map(compute, ready), finish, weigh)) as finished:
                 deque(finished, maxlen=0)
             return
         for one in ready:
