@@ -151,8 +151,8 @@ def in_line(
 ) -> None:
     """`finish(compute(prepare(item)))` for every item, the three at the same time on items that follow each other.
 
-    `compute` runs in this thread, `prepare` up to `PREFETCH` items before it and `finish` up to `PREFETCH` after it, each
-    in a thread of its own. Where one of them fails or is interrupted, what was computed until then is finished.
+    `compute` runs in this thread; `prepare` runs up to `PREFETCH` items before it and `finish` up to `PREFETCH` after
+    it, each in a thread of its own. If one of them fails or is interrupted, what was computed until then is finished.
 
     Args:
         behind: False runs `finish` in this thread, right after `compute`.
