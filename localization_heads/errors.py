@@ -1,4 +1,7 @@
-"""The two ways a run can go wrong, and the exit status of each."""
+"""The exceptions of the package, and helpers that make untrusted text safe to print.
+
+A run fails in one of two ways: wrong use (`UsageError`, exit status 2) or failed work (`WorkError`, exit status 1).
+"""
 
 from __future__ import annotations
 
@@ -10,58 +13,58 @@ from typing import Any, get_args
 
 
 def shown(value: object, limit: int = 40) -> str:
-    """A value that somebody wrote, for a message: quoted, in ASCII, on one line, and cut before it is formatted.
+    """A short repr of a user's value for a message: ASCII, on one line, truncated before it is formatted.
 
     >>> shown("caf\xe9" * 1000, 8), shown([1, [2.5, None]]), shown(10**9000)
     ("'caf\\\\xe9caf~'", '[1, [2.5, None]]', 'a huge number')
     """
     if isinstance(value, str):
         return ascii(value if len(value) <= limit else value[: limit - 1] + "~")
-    short = Repr()
-    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 3, limit, limit, limit
+    formatter = Repr()
+    formatter.maxlevel, formatter.maxstring, formatter.maxother, formatter.maxlong = 3, limit, limit, limit
     try:
-        text = short.repr(value)
-    except ValueError:  # a whole number of thousands of digits
+        text = formatter.repr(value)
+    except ValueError:  # an int of thousands of digits, which Python refuses to format
         return "a huge number"
     return " ".join(text[: 2 * limit].encode("ascii", "backslashreplace").decode().split())
 
 
 def one_line(error: BaseException, limit: int = 100) -> str:
-    """What another library's error says, on one line and cut; its kind where it says nothing."""
+    """The message of another library's error on one line, truncated; its class name if the message is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be: a bad option, a missing file, a broken data set.
+    """The request is wrong: a bad option, a missing file, a broken data set. Exit status 2.
 
-    The message is one line that names the option, file or line at fault and the way out. Exit status 2.
+    The message is one line that names the option, file or line at fault and says how to fix it.
     """
 
     exit_status = 2
 
 
 class ArgumentError(UsageError, ValueError):
-    """A wrong argument of a Python call, whose message names it."""
+    """A wrong argument of a Python call; the message names the argument."""
 
 
 def check_choice(name: str, value: object, kinds: Any) -> None:
-    """ArgumentError for a value that is none of a `Literal`."""
+    """Raise ArgumentError if `value` is none of the choices of the `Literal` type `kinds`."""
     if value not in get_args(kinds):
         raise ArgumentError(f"{name}={shown(value)}: choose one of {', '.join(get_args(kinds))}")
 
 
 class WorkError(Exception):
-    """The request was sound but the work failed: no memory, no network, a broken checkpoint. Exit status 1."""
+    """The request is valid but the work failed: no memory, no network, a broken checkpoint. Exit status 1."""
 
     exit_status = 1
 
 
 class OutOfMemoryError(WorkError):
-    """The batch does not fit into the memory; a smaller one may."""
+    """The batch does not fit into memory; a smaller one may."""
 
 
 class NotFiniteError(WorkError, ValueError):
-    """Attention, or a map made of it, holds NaN or infinite values: the sample is unusable, the others are not."""
+    """Attention, or a map computed from it, holds NaN or infinite values. Other samples may still be usable."""
 
     def __init__(self, what: str = "the model's attention") -> None:
         super().__init__(
@@ -74,7 +77,7 @@ class NothingDoneError(WorkError):
     """No entry of a data set could be used.
 
     Args:
-        failures: the reason of each, by line.
+        failures: every entry with the reason why it failed, in the order of the file.
     """
 
     def __init__(self, what: str, failures: Sequence[BadEntry]) -> None:
@@ -83,16 +86,16 @@ class NothingDoneError(WorkError):
 
 
 class NoHeadError(UsageError):
-    """No head passes the criteria in this sample, so none can ground it."""
+    """No head passes the criteria on this sample, so it cannot be grounded."""
 
 
 @dataclass(frozen=True)
 class BadEntry:
-    """A line of a data set that cannot be used, for the summary at the end of a run.
+    """An entry of a data set that cannot be used, for the summary at the end of a run.
 
     Args:
-        line: its number, from 1; 0 of what is no line of a file.
-        id: its id as far as it is known, else "".
+        line: line number, from 1; 0 for an entry that is not a line of a file.
+        id: the entry's id, or "" if it is unknown.
         reason: one line for people.
     """
 
@@ -107,19 +110,19 @@ class BadEntry:
 
 
 class BadLineError(ValueError):
-    """The line cannot be used; the message says why."""
+    """A line of a data set cannot be used; the message says why."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of at most 300 characters."""
+    """The first line of another library's error, at most 300 characters; its class name if the message is empty."""
     lines = str(error)[:2000].strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def printable(text: object, limit: int | None = None) -> str:
-    """`text` without what a terminal would obey (escapes, turned writing direction), cut to `limit` characters.
+    """`text` with control characters (escape sequences, bidirectional overrides) replaced, cut to `limit` characters.
 
-    Line ends and tabs stay where there is no limit, and become spaces where there is one.
+    Newlines and tabs are kept without a limit and become spaces with one.
 
     >>> printable("the\\x1b[2J dog"), printable("the dog on the left", 8)
     ('the�[2J dog', 'the dog…')
@@ -128,10 +131,10 @@ def printable(text: object, limit: int | None = None) -> str:
     if limit is not None:
         text = " ".join(text.split())
         text = text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-    return "".join(_shown(char) for char in text)
+    return "".join(_printable_char(char) for char in text)
 
 
-def _shown(char: str) -> str:
+def _printable_char(char: str) -> str:
     if char.isprintable() or char in "\n\t":
         return char
     return " " if unicodedata.category(char) == "Zs" else "�"

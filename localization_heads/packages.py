@@ -1,6 +1,6 @@
-"""The versions of torch, transformers and accelerate that a model needs, checked before any of them is imported.
+"""Version requirements of torch, transformers, accelerate and gradio, checked before any of them is imported.
 
-With another version, an import fails somewhere inside, with a name that says nothing to whom it happens.
+With an unsupported version, an import would fail deep inside the library with an error that does not name the cause.
 """
 
 from __future__ import annotations
@@ -13,63 +13,66 @@ from typing import NamedTuple
 from localization_heads.errors import WorkError
 
 
-class Range(NamedTuple):
-    """The versions from `first` on, and below `end` if there is one."""
+class VersionRange(NamedTuple):
+    """Versions from `minimum` on and, if given, below `below`."""
 
-    first: str
-    end: str | None = None
+    minimum: str
+    below: str | None = None
 
     @property
-    def requirement(self) -> str:
-        """As pip takes it, after the name of the package."""
-        return f">={self.first}" + (f",<{self.end}" if self.end else "")
+    def specifier(self) -> str:
+        """As pip takes it after a package's name."""
+        return f">={self.minimum}" + (f",<{self.below}" if self.below else "")
 
-    def holds(self, version: str) -> bool:
-        """Whether a version lies within. One that cannot be read is taken to.
+    def contains(self, version: str) -> bool:
+        """Whether a version is supported. One that cannot be parsed is assumed to be.
 
-        >>> Range("5.23", "6").holds("5.23.0.dev0"), Range("5.23", "6").holds("4.57.1")
+        >>> VersionRange("5.23", "6").contains("5.23.0.dev0"), VersionRange("5.23", "6").contains("4.57.1")
         (True, False)
         """
-        number = _numbers(version)
-        below = self.end is None or number < _numbers(self.end)
-        return not number or (_numbers(self.first) <= number and below)
+        release = _release(version)
+        is_below = self.below is None or release < _release(self.below)
+        return not release or (_release(self.minimum) <= release and is_below)
 
 
-NEEDED = {"torch": Range("2.6"), "transformers": Range("5.23", "6"), "accelerate": Range("1.2.1")}
-"""What pyproject.toml says of them."""
+REQUIRED = {
+    "torch": VersionRange("2.6"),
+    "transformers": VersionRange("5.23", "6"),
+    "accelerate": VersionRange("1.2.1"),
+}
+"""The same ranges as in pyproject.toml."""
 
-
-DEMO = Range("6.17")
-"""Of gradio, which is an extra."""
+GRADIO = VersionRange("6.17")
+"""For the demo, an optional extra."""
 
 
 @cache
 def check_versions() -> None:
-    """Raises WorkError, which names the version that is here and the one that is needed."""
-    for name, needed in NEEDED.items():
-        check_version(name, needed)
+    """Raise WorkError if a required package is missing or has an unsupported version."""
+    for name, required in REQUIRED.items():
+        check_version(name, required)
 
 
-def check_version(name: str, needed: Range) -> None:
-    """Raises WorkError where a package is missing or its version is another."""
+def check_version(name: str, required: VersionRange) -> None:
+    """Raise WorkError if a package is missing or its version is not `required`."""
     try:
-        found = metadata.version(name)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:
-        raise WorkError(f"{name} is missing: pip install '{name}{needed.requirement}'") from None
-    if not needed.holds(found):
-        end = f" and older than {needed.end}" if needed.end else ""
+        raise WorkError(f"{name} is missing: pip install '{name}{required.specifier}'") from None
+    if not required.contains(installed):
+        below = f" and older than {required.below}" if required.below else ""
         raise WorkError(
-            f"{name} {found} is installed, and this needs {needed.first} or newer{end}: "
-            f"pip install '{name}{needed.requirement}'"
+            f"{name} {installed} is installed, and this needs {required.minimum} or newer{below}: "
+            f"pip install '{name}{required.specifier}'"
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, three at least.
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, padded to three; empty if there are none.
 
-    >>> _numbers("2.13.0+cpu"), _numbers("5.23"), _numbers("main")
+    >>> _release("2.13.0+cpu"), _release("5.23"), _release("main")
     ((2, 13, 0), (5, 23, 0), ())
     """
-    found = re.match(r"\d{1,9}(\.\d{1,9})*", version)
-    numbers = tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = re.match(r"\d{1,9}(\.\d{1,9})*", version)
+    numbers = tuple(int(part) for part in match[0].split(".")) if match else ()
     return numbers + (0,) * (3 - len(numbers)) if numbers else ()

@@ -27,7 +27,7 @@ from localization_heads.lvlm.checkpoints.sources import (
     torchvision_advice,
 )
 from localization_heads.options.groups import ModelSpec
-from localization_heads.packages import DEMO, NEEDED, check_versions
+from localization_heads.packages import GRADIO, REQUIRED, check_versions
 
 QUANTIZED = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
@@ -227,6 +227,6 @@ def test_nothing_is_imported_before() -> None:
 
 def test_the_ranges_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {f"{name}{needed.requirement}" for name, needed in NEEDED.items()}
+    declared = {f"{name}{required.specifier}" for name, required in REQUIRED.items()}
     assert declared <= set(project["dependencies"])
-    assert project["optional-dependencies"]["demo"] == [f"gradio{DEMO.requirement}"]
+    assert project["optional-dependencies"]["demo"] == [f"gradio{GRADIO.specifier}"]

@@ -16,12 +16,12 @@ def main() -> int:
 def _main(given: Given) -> int:
     from localization_heads.apps.demo.guard import direct_connections
     from localization_heads.errors import UsageError
-    from localization_heads.packages import DEMO, check_version
+    from localization_heads.packages import GRADIO, check_version
     from localization_heads.stages.run import DemoRun
 
     if find_spec("gradio") is None:
         raise UsageError("the demo needs an extra: pip install 'localization-heads[demo]'")
-    check_version("gradio", DEMO)
+    check_version("gradio", GRADIO)
     with direct_connections():
         import gradio  # noqa: F401
     from localization_heads.apps.demo.serving import serve
