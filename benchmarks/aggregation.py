@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.boxes import MAP, SETS, SHARP, SIZE, Drawn, Seen, ahead, drawn, ious, say_table
 from localization_heads import Sample, find_heads, load_model
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import Contrast
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
@@ -54,12 +54,12 @@ class Way:
     siblings: Callable[[Drawn], list[str]] | None = None  # None: what the model lists
     paraphrases: tuple[str, ...] | None = None
 
-    def beside(self, shown: Drawn, heads: Sequence[Head]) -> tuple[Beside, list[str]]:
+    def extra_prompts(self, shown: Drawn, heads: Sequence[Head]) -> tuple[ExtraPrompts, list[str]]:
         """What is asked beside the expression. A scene without the siblings that are wanted is not contrasted."""
         siblings = self.siblings(shown) if self.siblings else []
         if self.contrast == "none" or (self.siblings and not siblings):
-            return NOTHING, []
-        return Beside(self.contrast, heads=tuple(heads)), siblings
+            return NO_EXTRA_PROMPTS, []
+        return ExtraPrompts(self.contrast, heads=tuple(heads)), siblings
 
 
 LAST, ANSWERED, LISTED = Way(), Way("last_and_answer"), Way("last_and_answer", "siblings")
@@ -92,9 +92,13 @@ def look(lvlm: LVLM, way: Way, shown: Sequence[Drawn], heads: Sequence[Head]) ->
     """The scenes as the model sees them, asked in one way."""
     last_layer = max(head.layer for head in heads)
     for one in tqdm(shown, disable=None):
-        beside, siblings = way.beside(one, heads)
+        extra_prompts, siblings = way.extra_prompts(one, heads)
         maps = lvlm.attend(
-            one.image, one.expression.text, last_layer=last_layer, beside=beside, siblings=siblings
+            one.image,
+            one.expression.text,
+            last_layer=last_layer,
+            extra_prompts=extra_prompts,
+            siblings=siblings,
         )
         yield Seen(one.image, maps, one.box)
 

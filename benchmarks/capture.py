@@ -20,7 +20,7 @@ KEY = "a"
 def rows(setting: Setting) -> list[Row]:
     shape = setting.shape()
     lvlm = setting.lvlm(shape)
-    inputs = lvlm.encode([setting.image], [lvlm.prompt(EXPRESSIONS[0])])
+    inputs = lvlm.model_inputs([setting.image], [lvlm.prompt(EXPRESSIONS[0])])
     tokens = inputs["input_ids"].shape[1]
     ways = {"capture": lambda: ours(lvlm, inputs), "prefill": lambda: prefill(lvlm, inputs)}
     timings = setting.time(ways)
@@ -42,7 +42,7 @@ def rows(setting: Setting) -> list[Row]:
 
 def ours(lvlm: LVLM, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """What `attend` does between the processor and the maps."""
-    return lvlm.query_rows(inputs, Query(), None)
+    return lvlm.capture_rows(inputs, Query(), None)
 
 
 def prefill(lvlm: LVLM, inputs: dict[str, Any]) -> Any:

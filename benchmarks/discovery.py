@@ -132,13 +132,13 @@ class StandIn:
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)
 
-    def showing(self, _: int) -> StandIn:
+    def with_num_images(self, _: int) -> StandIn:
         return self
 
     def prompt(self, expression: str) -> str:
         return expression
 
-    def asks_plainly(self, _: object) -> bool:
+    def can_prepare(self, _: object) -> bool:
         return True
 
     def attend_batch(self, images: Sequence[Image.Image], expressions: Sequence[str], **_: Any) -> list[Any]:

@@ -63,4 +63,4 @@ def whole_prefill(lvlm: LVLM, image: Any) -> Any:
 
 
 def encoded(lvlm: LVLM, image: Any) -> dict[str, Any]:
-    return lvlm.encode([image], [lvlm.prompt(EXPRESSIONS[0])])
+    return lvlm.model_inputs([image], [lvlm.prompt(EXPRESSIONS[0])])

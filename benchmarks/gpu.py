@@ -102,7 +102,7 @@ def parity(bench: Bench) -> Iterator[Fact]:
     shape = QUICK if bench.toy else Shape(layers=4, hidden=1024, mlp=2752, heads=8)
     for dtype in (torch.float32, torch.bfloat16):
         lvlm = random_llava(shape, bench.device, dtype)
-        inputs = lvlm.encode([bench.image], [lvlm.prompt(EXPRESSIONS[0])])
+        inputs = lvlm.model_inputs([bench.image], [lvlm.prompt(EXPRESSIONS[0])])
         for kernel in kernels:
             if kernel.startswith("flash") and dtype == torch.float32:
                 continue
@@ -125,7 +125,7 @@ def prefill_cost(bench: Bench) -> Iterator[Fact]:
 
 
 def _capture_cost(part: str, bench: Bench, lvlm: LVLM, image: Image.Image) -> Iterator[Fact]:
-    inputs = lvlm.encode([image], [lvlm.prompt(EXPRESSIONS[0])])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt(EXPRESSIONS[0])])
     tokens = inputs["input_ids"].shape[1]
     timings = bench.time(capture=lambda: ours(lvlm, inputs), prefill=lambda: prefill(lvlm, inputs))
     what = f"{tokens} tokens, {lvlm.name.partition(', ')[2]}"
@@ -144,7 +144,7 @@ def published_way(bench: Bench) -> Iterator[Fact]:
 
     def theirs() -> None:
         for text in EXPRESSIONS[: 1 if bench.toy else 2]:
-            published(lvlm, lvlm.encode([image], [lvlm.prompt(text)]))
+            published(lvlm, lvlm.model_inputs([image], [lvlm.prompt(text)]))
 
     timings = bench.time(
         published=theirs,

@@ -22,7 +22,7 @@ ANSWER = 10
 def rows(setting: Setting) -> list[Row]:
     shape = setting.shape()
     lvlm = setting.lvlm(shape)
-    inputs = lvlm.encode([setting.image], [lvlm.prompt(EXPRESSIONS[0])])
+    inputs = lvlm.model_inputs([setting.image], [lvlm.prompt(EXPRESSIONS[0])])
     work = least_work(shape, inputs["input_ids"].shape[1], width=setting.machine.width)
     ways = {
         "ours": lambda: ours(lvlm, inputs),

@@ -45,6 +45,8 @@ def check(one: list[AttentionMaps], two: list[AttentionMaps], tolerance: float) 
 
 def token_counts(lvlm: LVLM, image: object) -> tuple[int, list[int]]:
     """Tokens that all prompts begin with, and how many each has besides."""
-    prompts = [lvlm.encode([image], [lvlm.prompt(text)])["input_ids"][0].tolist() for text in EXPRESSIONS]  # type: ignore[list-item]
+    prompts = [
+        lvlm.model_inputs([image], [lvlm.prompt(text)])["input_ids"][0].tolist() for text in EXPRESSIONS
+    ]  # type: ignore[list-item]
     common = next(i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
     return common, [len(prompt) - common for prompt in prompts]

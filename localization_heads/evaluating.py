@@ -21,7 +21,7 @@ from localization_heads.evaluation.scores import instance_metrics, score_box
 from localization_heads.finding import attended
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
-from localization_heads.lvlm.vocabulary import note_unknown_words
+from localization_heads.lvlm.vocabulary import warn_of_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.segmentation.segmenter import GRABCUT
 
@@ -101,12 +101,12 @@ def evaluate(
             images, before the first sample where `samples` is a sequence, else after the last.
         NotFiniteError: no sample's attention is finite.
     """
-    from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+    from localization_heads.lvlm.native_box import generate_box, native_box_format
 
     grounder = grounder_of(lvlm, heads, criteria or CriteriaOptions(), options, segmenter, k)
     grounder = calibrated(grounder, lvlm, calibration)
     judge = Judge(grounder.criteria, grounder.options, controls, bootstrap, seed)
-    form = wanted_format(lvlm, native, by_default=controls)
+    form = native_box_format(lvlm, native, by_default=controls)
     scored: list[Scored] = []
     claims: list[Claim] = []
     answers: list[Answer] = []
@@ -117,8 +117,8 @@ def evaluate(
     if listed := isinstance(samples, Sequence):
         check_scale(true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
-    beside = grounder.beside(every_head=controls)
-    for sample, opened, number, maps in attended(lvlm, samples, unusable, last_layer, beside):
+    extra_prompts = grounder.extra_prompts(every_head=controls)
+    for sample, opened, number, maps in attended(lvlm, samples, unusable, last_layer, extra_prompts):
         one_box = not sample.absent and len(sample.boxes) < 2
         truth = truth_of(_with_one(sample), opened.size) if one_box else None
         if sample.bbox is not None and not listed:
@@ -142,13 +142,13 @@ def evaluate(
             partial(grounder.refine, image=opened, name=f"a control of {where(sample)}"),
         )
         if form:
-            box, _ = ask_for_box(lvlm, form, opened, sample.expression)
+            box, _ = generate_box(lvlm, form, opened, sample.expression)
             scores["native"] = [score_box(box, truth, opened.size)]
         scored.append(Scored(sample.id, sample.expression, grounding.box, scores))
         images.append(image)
         own = scores[HEADS][0]
         answers[-1] = answers[-1]._replace(peak=own.pointing, overlap=answers[-1].overlap or own.overlap)
-    note_unknown_words(lvlm, [claim.expression for claim in claims])
+    warn_of_unknown_words(lvlm, [claim.expression for claim in claims])
     if not claims:
         none = ArgumentError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none

@@ -27,15 +27,22 @@ from localization_heads.heads.ranking import random_draws, rank_heads, with_move
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved, mean_movement
-from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, is_wanted, movement_in, probing
-from localization_heads.lvlm.native_box import box_reader
+from localization_heads.lvlm.extra_prompts import (
+    MAX_SIBLINGS,
+    NO_EXTRA_PROMPTS,
+    ExtraPrompts,
+    measure_sensitivity,
+    measures_sensitivity,
+    sensitivity_prompts,
+)
+from localization_heads.lvlm.native_box import with_box_span
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.parts import HeadsBy, Shrink
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from localization_heads.lvlm.model import LVLM, Batch
+    from localization_heads.lvlm.model import LVLM, PreparedBatch
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +112,7 @@ def find_heads(
         model=lvlm.name,
     )
     drawn = random_draws(len(found), num_trials, num_samples, seed).sum(axis=0)
-    if is_wanted(criteria):
+    if measures_sensitivity(criteria):
         movement = [one.moved for one in found if one.moved]
         shape = lvlm.num_layers, lvlm.num_heads
         ranking = with_movement(ranking, mean_movement(movement, drawn.tolist(), shape))
@@ -117,7 +124,7 @@ def find_heads(
     labelled = rank_by_labels(
         np.stack([one.scores for one in found if one.scores is not None]), ranking, recipe
     )
-    asked = (box_reader(lvlm) if by == "vrh" else lvlm).asked
+    asked = (with_box_span(lvlm) if by == "vrh" else lvlm).asked
     # What is mixed in was found on all of them, without their labels.
     drawn = recipe.drawn(len(found))[0] if shrink == "none" else np.ones(len(found), np.int64)
     labelled = replace(labelled, pictures=_named(keys, drawn))
@@ -152,10 +159,10 @@ def _measured(
     def asked(one: Attended) -> _Asked:
         """With what the model is asked once more."""
         moved = None
-        if is_wanted(criteria):
+        if measures_sensitivity(criteria):
             is_early = one.number < criteria.mirrored
             mirrored = lvlm.attend_mirrored(one.image, one.sample.expression, one.maps) if is_early else None
-            moved = movement_in(one.maps, mirrored)
+            moved = measure_sensitivity(one.maps, mirrored)
         return one, moved, scorer(one) if scorer else None
 
     keys: dict[int, str | None] = {}  # of the last image: looked up once for those that follow each other
@@ -172,7 +179,7 @@ def _measured(
     def num_bytes(given: _Asked) -> int:
         return given[0].maps.num_bytes
 
-    with closing(attended(lvlm, samples, unusable, beside=probing(criteria))) as every:
+    with closing(attended(lvlm, samples, unusable, extra_prompts=sensitivity_prompts(criteria))) as every:
         return list(postprocess(map(asked, every), measure, num_bytes, 2 * AT_ONCE))
 
 
@@ -187,7 +194,7 @@ def _scorer(lvlm: LVLM, by: HeadsBy) -> Scorer | None:
         return None
     if by != "vrh":
         return lambda one: label_scores(one.maps, truth_of(one.sample, one.image.size))[by]
-    reader = box_reader(lvlm)
+    reader = with_box_span(lvlm)
 
     def of_box(one: Attended) -> NDArray[np.float32]:
         truth = truth_of(one.sample, one.image.size)
@@ -216,23 +223,27 @@ def attended(
     samples: Iterable[Sample],
     unusable: list[NotFiniteError],
     last_layer: int | None = None,
-    beside: Beside = NOTHING,
+    extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
 ) -> Generator[Attended, None, None]:
     """The maps of each sample, in order. Samples that follow each other share an image that is the same.
 
     Args:
         unusable: gets the errors of those whose attention is not finite, which are passed over.
     """
-    plainly = lvlm.asks_plainly(beside)
+    plainly = lvlm.can_prepare(extra_prompts)
 
-    def prepare(part: _Part) -> tuple[_Part, Batch | None]:
-        return part, lvlm.make_ready(*part.pairs) if plainly else None
+    def prepare(part: _Part) -> tuple[_Part, PreparedBatch | None]:
+        return part, lvlm.prepare(*part.pairs) if plainly else None
 
     with closing(prefetch(_parts(samples), prepare)) as coming:
         for part, ready in coming:
             siblings = [part.siblings] * len(part.samples)
             maps = lvlm.attend_batch(
-                *part.pairs, last_layer=last_layer, ready=ready, beside=beside, siblings=siblings
+                *part.pairs,
+                last_layer=last_layer,
+                prepared=ready,
+                extra_prompts=extra_prompts,
+                siblings=siblings,
             )
             for sample, found in zip(part.samples, maps, strict=True):
                 try:
@@ -265,5 +276,5 @@ def _parts(samples: Iterable[Sample]) -> Iterator[_Part]:
         image, group = load_image(first.single), chain([first], group)
         siblings: tuple[str, ...] = ()
         while part := list(islice(group, AT_ONCE)):
-            siblings = (*siblings[: MOST_OTHERS + 1], *(sample.expression for sample in part))
+            siblings = (*siblings[: MAX_SIBLINGS + 1], *(sample.expression for sample in part))
             yield _Part(part, image, number, siblings)

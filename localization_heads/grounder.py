@@ -23,7 +23,12 @@ from localization_heads.heads.one_sample import own_heads
 from localization_heads.heads.ready import NONE_READY, FoundWith, ReadyHeads, ready_lists
 from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads
-from localization_heads.lvlm.beside import Beside, beside, is_wanted, movement_in, probing
+from localization_heads.lvlm.extra_prompts import (
+    ExtraPrompts,
+    extra_prompts_for,
+    measure_sensitivity,
+    measures_sensitivity,
+)
 from localization_heads.options.groups import (
     CriteriaOptions,
     GroundingOptions,
@@ -77,20 +82,21 @@ class Grounder:
         """The deepest layer that is looked at; None for all."""
         return max((layer for layer, _ in self.heads), default=None)
 
-    def beside(self, *, every_head: bool = False) -> Beside:
-        """What has to be asked beside an expression for its box, and for the confidence that it is calibrated for.
+    def extra_prompts(self, *, every_head: bool = False) -> ExtraPrompts:
+        """The prompts that its boxes, and the confidence that they are calibrated for, need besides the expression.
 
         Args:
             every_head: other heads than these will be read too.
         """
         asks = self.calibration is not None and self.calibration.asks
-        words = probing(self.criteria).words
-        return beside(self.options.contrast, self.heads, signals=asks, every_head=every_head, words=words)
+        return extra_prompts_for(
+            self.options.contrast, self.heads, self.criteria, signals=asks, every_head=every_head
+        )
 
     def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
         """The heads that ground one sample. NoHeadError where it has to pick its own and none passes.
 
-        By the third criterion it can pick them only if other expressions were asked beside its own.
+        By the third criterion it can pick them only if `maps.others` holds other expressions' maps.
 
         Args:
             statistics: of the maps, where they are known already.
@@ -98,7 +104,7 @@ class Grounder:
         if self.heads:
             return list(self.heads)
         statistics = statistics or head_statistics(maps.attention, self.criteria)
-        third = movement_in(maps, None) if is_wanted(self.criteria) else None
+        third = measure_sensitivity(maps, None) if measures_sensitivity(self.criteria) else None
         return own_heads(statistics, self.criteria, self.k, third)
 
     def ground(

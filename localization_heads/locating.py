@@ -21,7 +21,7 @@ from localization_heads.grounding.boxes import crop_around, mapped_back
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import LEAST_OF_PLACES, ground_maps
 from localization_heads.located import Located
-from localization_heads.lvlm.vocabulary import in_singular, note_unknown_words
+from localization_heads.lvlm.vocabulary import singularize_unknown_words, warn_of_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.parts import PLACES, ImageBoxes, InstancesBy
 from localization_heads.segmentation.segmenter import GRABCUT, Proposer
@@ -117,7 +117,7 @@ def ground(
     grounder = replace(grounder, each_image=image_boxes == "each")
     if zoom and any(isinstance(pair.source, Together) for pair in pairs):
         raise ArgumentError("zoom=True looks again at one image, and a prompt shows several: leave it out")
-    note_unknown_words(lvlm, [pair.expression for pair in pairs])
+    warn_of_unknown_words(lvlm, [pair.expression for pair in pairs])
     found = []
     for one in _asked(lvlm, grounder, pairs):
         second = _second_look(lvlm, grounder, one) if zoom else None
@@ -179,11 +179,13 @@ def _texts(expression: Any) -> list[str]:
 
 def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_Asked]:
     """The maps of every pair, in order, `AT_ONCE` at a time; an image that follows itself is opened once."""
-    last_layer, beside = grounder.last_layer, grounder.beside()
+    last_layer, extra_prompts = grounder.last_layer, grounder.extra_prompts()
     if len({id(pair.source) for pair in pairs}) == 1:
         image, rest = load_shown(pairs[0].source), iter(pairs)
         while part := list(islice(rest, AT_ONCE)):
-            every = lvlm.ask(image, [pair.expression for pair in part], last_layer=last_layer, beside=beside)
+            every = lvlm.ask(
+                image, [pair.expression for pair in part], last_layer=last_layer, extra_prompts=extra_prompts
+            )
             yield from (_Asked(pair, image, maps) for pair, maps in zip(part, every, strict=True))
         return
     waiting = iter(pairs)
@@ -193,7 +195,7 @@ def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_
             images,
             [pair.expression for pair in batch],
             last_layer=last_layer,
-            beside=beside,
+            extra_prompts=extra_prompts,
             siblings=[pair.siblings for pair in batch],
         )
         for pair, image, maps in zip(batch, images, found, strict=True):
@@ -255,8 +257,8 @@ def ground_all(
     (asked,) = texts
     grounder = grounder_of(lvlm, heads, CriteriaOptions(), options, segmenter, k)
     if by == "places":
-        lvlm = lvlm.worded(PLACES)
-    asked = in_singular(lvlm.processor.tokenizer, asked)
+        lvlm = lvlm.with_paraphrases(PLACES)
+    asked = singularize_unknown_words(lvlm.processor.tokenizer, asked)
     opened = load_shown(source)
     grounder = calibrated(grounder, lvlm, calibration, abstain)
     if by == "places":
@@ -267,8 +269,10 @@ def ground_all(
                 "by=segmenter: give a segmenter that can propose objects, such as grabcut or a SAM"
             )
         grounder = replace(grounder, proposes=True)
-    note_unknown_words(lvlm, [asked])
-    (maps,) = lvlm.ask(opened, [asked], last_layer=grounder.last_layer, beside=grounder.beside())
+    warn_of_unknown_words(lvlm, [asked])
+    (maps,) = lvlm.ask(
+        opened, [asked], last_layer=grounder.last_layer, extra_prompts=grounder.extra_prompts()
+    )
     pair = _Pair(source, asked, texts)
     found = grounder.ground_all(maps, opened)
     return [Located.of(one, opened, asked, pair.name(one.image_index)) for one in found]

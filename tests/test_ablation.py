@@ -18,7 +18,7 @@ from localization_heads.experiments.ablation import conditions, curves, finding
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import ask_for_box
+from localization_heads.lvlm.native_box import generate_box
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.expressions import questions
 from localization_heads.scenes.write import two_objects
@@ -230,9 +230,9 @@ def test_native_boxes_by_hand(front: Front, monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(lvlm.model, "generate", generate)
             patch.setattr(type(lvlm.processor.tokenizer), "decode", lambda *_, **__: said)
-            return ask_for_box(lvlm, *asked)
+            return generate_box(lvlm, *asked)
 
-    monkeypatch.setattr(ablate, "ask_for_box", asks)
+    monkeypatch.setattr(ablate, "generate_box", asks)
     draw_image(Path("a.png"), size=(96, 96))
     boxes = [[24, 24, 72, 72], [24, 24, 72, 60], [0, 40, 40, 90]]
     lines = [

@@ -43,8 +43,8 @@ def test_equals_eager_without_a_cache(name: str, endless: Any, monkeypatch: pyte
     lvlm, image = spanned(tiny(name), "any"), coordinate_image(190, 110)
     endless(lvlm.model)
     places = {TEXTS[0]: [3], TEXTS[1]: [0, 2], TEXTS[2]: [1, 2, 3]}
-    monkeypatch.setattr(LVLM, "span_places", lambda _self, _answer, text: places[text])
-    seen = lvlm.seen(image)
+    monkeypatch.setattr(LVLM, "span_token_indices", lambda _self, _answer, text: places[text])
+    seen = lvlm.image_for_processor(image)
     together = apart(lvlm, [image] * 3, TEXTS)(None)
     shared = lvlm.encode_image(image).attend(TEXTS)
     for text, batched, other in zip(TEXTS, together, shared, strict=True):
@@ -59,12 +59,14 @@ def test_the_span_is_a_text_of_the_answer(lvlm: LVLM) -> None:
     """The embedded model says `duck, taco, tree`; the whole of it is answer_mean."""
     image = Image.open("examples/images/duck_9.png").convert("RGB")
     query = "what is in this image?"
-    rows, tokens = steps_without_cache(lvlm, lvlm.seen(image), query, 5)
+    rows, tokens = steps_without_cache(lvlm, lvlm.image_for_processor(image), query, 5)
     assert lvlm.processor.tokenizer.decode(tokens) == "duck, taco, tree"
     for span, places in (("Taco", [2]), ("taco, tree", [2, 3, 4]), ("duck, taco, tree", range(5))):
         found = spanned(lvlm, span, 8).attend(image, query)
         expected = torch.stack([rows[1 + n] for n in places]).mean(0)
-        np.testing.assert_allclose(found.attention, on_image(lvlm, lvlm.seen(image), query, expected), **SAME)
+        np.testing.assert_allclose(
+            found.attention, on_image(lvlm, lvlm.image_for_processor(image), query, expected), **SAME
+        )
         assert found.answer_text == "duck, taco, tree"
     mean = spanned(lvlm, "duck, taco, tree", 8)
     mean.query_token = "answer_mean"
@@ -74,7 +76,7 @@ def test_the_span_is_a_text_of_the_answer(lvlm: LVLM) -> None:
 def test_a_span_may_hold_the_expression() -> None:
     answer = Spelled("a dog is here", ((0, 1), (1, 5), (5, 8), (8, 13)))
     lvlm = spanned(tiny("internvl"), "{} is")
-    assert list(lvlm.span_places(answer, "Dog.")) == [1, 2]
+    assert list(lvlm.span_token_indices(answer, "Dog.")) == [1, 2]
 
 
 def test_a_span_that_is_not_there_shows_the_answer(lvlm: LVLM) -> None:
@@ -94,14 +96,14 @@ def test_the_numbers_of_a_box(endless: Any, monkeypatch: pytest.MonkeyPatch) -> 
     )
     lvlm, image = spanned(plain, "box", 4), coordinate_image(190, 110)
     lvlm.spec = ModelSpec("tiny", native_box="qwen3")
-    assert lvlm.box_form is FORMATS["qwen3"]
+    assert lvlm.box_format is FORMATS["qwen3"]
     assert lvlm.prompt("dog") == lvlm.box_prompt(FORMATS["qwen3"], "dog")
     assert plain.prompt("dog") != lvlm.prompt("dog")
     found = lvlm.attend(image, "dog")
-    rows, tokens = steps_without_cache(lvlm, lvlm.seen(image), "dog", 3)
+    rows, tokens = steps_without_cache(lvlm, lvlm.image_for_processor(image), "dog", 3)
     said = lvlm.processor.tokenizer.decode(tokens).split()
     assert len(said) == 3
-    expected = on_image(lvlm, lvlm.seen(image), "dog", torch.stack([rows[1], rows[3]]).mean(0))
+    expected = on_image(lvlm, lvlm.image_for_processor(image), "dog", torch.stack([rows[1], rows[3]]).mean(0))
     np.testing.assert_allclose(found.attention, expected, **SAME)
     monkeypatch.setitem(FORMATS, "qwen3", BoxFormat("this {expression}", r"(9)(9)", chat=False))
     with pytest.raises(UsageError, match=r"answer_span=box: the answer is '.*', which holds no box"):
@@ -125,7 +127,7 @@ def test_another_answer_the_second_time_is_an_error(
         self.model.lm_head.weight.data.neg_()
         return [1]
 
-    monkeypatch.setattr(LVLM, "span_places", other)
+    monkeypatch.setattr(LVLM, "span_token_indices", other)
     with pytest.raises(WorkError, match="does not answer the same twice"):
         lvlm.attend(image, "the dog")
 

@@ -43,9 +43,9 @@ class Expected(NamedTuple):
 
 def without_cache(lvlm: LVLM, image: Image.Image, expression: str, most: int, ends: list[int]) -> Expected:
     """The obvious way: the whole prompt, longer by a token each time, through eager attention, and no cache."""
-    inputs = dict(lvlm.encode([image], [lvlm.prompt(expression)]))
+    inputs = dict(lvlm.model_inputs([image], [lvlm.prompt(expression)]))
     inputs.pop("labels", None)
-    across, decodes = lvlm.looks_across, lvlm.model.config.is_encoder_decoder
+    across, decodes = lvlm.uses_cross_attention, lvlm.model.config.is_encoder_decoder
     T = inputs["input_ids"].shape[1]
     tokens: list[int] = []
     rows: list[Tensor] = []
@@ -115,10 +115,10 @@ def longer(inputs: dict[str, Any], token: int) -> dict[str, Any]:
 
 def on_image(lvlm: LVLM, image: Image.Image, expression: str, row: Tensor) -> np.ndarray:
     """A row [layer, head, key] as maps."""
-    inputs = lvlm.encode([image], [lvlm.prompt(expression)])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt(expression)])
     full = torch.zeros(lvlm.num_layers, *row.shape[1:])
     full[sorted(lvlm.attention_modules)] = row
-    return lvlm.maps(Answered(full), lvlm.views_of_each(inputs, 0, image), image, expression, "").attention
+    return lvlm.maps(Answered(full), lvlm.views_of_images(inputs, 0, image), image, expression, "").attention
 
 
 def asked(name: str, query_token: str, tokens: int = 4) -> LVLM:
@@ -145,7 +145,7 @@ def ending() -> Iterator[Any]:
 def test_equals_eager_without_a_cache(name: str, ending: Any) -> None:
     """In a batch in which one answer ends at once, one in the middle, and one not at all; and one by one."""
     lvlm, image = asked(name, "last_and_answer"), coordinate_image(190, 110)
-    seen = lvlm.seen(image)
+    seen = lvlm.image_for_processor(image)
     free = [without_cache(lvlm, seen, text, 4, []) for text in EXPRESSIONS]
     ends = [free[1].tokens[2], free[2].tokens[0]]
     ending(lvlm.model, ends)
@@ -186,7 +186,7 @@ def test_the_embedded_model() -> None:
     texts = ["the dog", "the red owl on the left", "a cat"]
     end = lvlm.model.generation_config.eos_token_id
     for text, batched in zip(texts, lvlm.attend_batch([image.copy() for _ in texts], texts), strict=True):
-        seen = lvlm.seen(image)
+        seen = lvlm.image_for_processor(image)
         expected = without_cache(lvlm, seen, text, 8, [end])
         words = lvlm.processor.tokenizer.decode(expected.tokens, skip_special_tokens=True)
         for found in (batched, *lvlm.ask(image, [text])):
@@ -251,7 +251,7 @@ def test_a_recorder_keeps_one_mean_a_layer(image: Image.Image, monkeypatch: pyte
 
 def test_no_query_asks_for_an_answer_unless_it_is_read(image: Image.Image) -> None:
     lvlm = tiny_lvlm("last")
-    assert lvlm.query([], lvlm.encode([image], [lvlm.prompt("the dog")])) == Query()
+    assert lvlm.query([], lvlm.model_inputs([image], [lvlm.prompt("the dog")])) == Query()
     assert lvlm.wording == {}
     assert lvlm.attend(image, "the dog").answer_logprob is None
 

@@ -31,7 +31,7 @@ def _no_thread_left() -> Iterator[None]:
 
 def generated(lvlm: LVLM, image: Image.Image, prompt: str, count: int) -> str:
     """The same answer from `generate` without a stream."""
-    inputs = lvlm.encode([image], [prompt])
+    inputs = lvlm.model_inputs([image], [prompt])
     with torch.inference_mode():
         ids = lvlm.model.generate(**inputs, max_new_tokens=count, do_sample=False)
     return lvlm.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -27,9 +27,14 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.ready import difference
 from localization_heads.lvlm.answers.answering import spellings
 from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, presence_sides
-from localization_heads.lvlm.beside import MOST_OTHERS, NOTHING, Beside, other_expressions
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.footprints import coordinate_image
+from localization_heads.lvlm.extra_prompts import (
+    MAX_SIBLINGS,
+    NO_EXTRA_PROMPTS,
+    ExtraPrompts,
+    other_expressions,
+)
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.prompts import mean_of_shapes, worded, wordings
 from localization_heads.options.groups import GroundingOptions
@@ -144,7 +149,7 @@ def test_the_names_of_a_list_become_expressions() -> None:
     assert listed_expressions("", "the dog") == ()
     assert listed_expressions("The image is one of many things that nobody can name", "x") == ()
     many = ", ".join(f"thing{n}" for n in range(50))
-    assert len(listed_expressions(many, "dog")) == MOST_OTHERS
+    assert len(listed_expressions(many, "dog")) == MAX_SIBLINGS
 
 
 def test_other_expressions_are_bounded_and_differ() -> None:
@@ -154,7 +159,7 @@ def test_other_expressions_are_bounded_and_differ() -> None:
 
 def test_background_is_one_query_more(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
     image, text = scenes[1]
-    found = lvlm.attend(image, text, beside=Beside("background"))
+    found = lvlm.attend(image, text, extra_prompts=ExtraPrompts("background"))
     np.testing.assert_allclose(found.attention, lvlm.attend(image, text).attention, **SAME)
     (other,) = found.others
     assert other.query == BACKGROUND
@@ -166,7 +171,7 @@ def test_siblings_are_those_of_the_data(lvlm: LVLM, scenes: list[tuple[Image.Ima
     image, text = scenes[0]
     twice = asking(lvlm, paraphrases=("{}", "a {}"))
     given = ["the owl", text, "bad </s> words", " ", "cat " * 5000, "the owl"]
-    found = twice.attend(image, text, beside=Beside("siblings", heads=HEADS), siblings=given)
+    found = twice.attend(image, text, extra_prompts=ExtraPrompts("siblings", heads=HEADS), siblings=given)
     (other,) = found.others
     assert (other.query, other.heads) == ("the owl", HEADS)
     assert other.attention.shape[:2] == (1, len(HEADS))
@@ -177,7 +182,7 @@ def test_siblings_are_those_of_the_data(lvlm: LVLM, scenes: list[tuple[Image.Ima
 
 def test_alone_the_model_lists_what_it_sees(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
     for image, text in scenes:
-        found = lvlm.attend(image, text, beside=Beside("siblings"))
+        found = lvlm.attend(image, text, extra_prompts=ExtraPrompts("siblings"))
         (listed,) = lvlm.encode_image(image).say([LISTING], 24)
         answer = lvlm.encode_image(image).say([text], 8)[0].text
         own = set(f"{text} {answer}".split())
@@ -190,7 +195,7 @@ def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, s
     image, text = scenes[2]
     options = GroundingOptions(contrast="siblings", combine="consensus")
     few, all_of_them = (
-        lvlm.attend(image, text, beside=Beside("siblings", heads=kept)) for kept in (HEADS, None)
+        lvlm.attend(image, text, extra_prompts=ExtraPrompts("siblings", heads=kept)) for kept in (HEADS, None)
     )
     assert few.others
     heads = [Head(*head) for head in HEADS]
@@ -210,22 +215,24 @@ def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, s
 def test_signals_are_those_of_whole_forward_passes(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
     """Both against a forward pass of the whole prompt; in any batch alike."""
     image, text = scenes[2]
-    (found, absent) = lvlm.attend_batch([image] * 2, [text, "the bicycle"], beside=Beside(signals=True))
-    seen, coder = lvlm.seen(image), lvlm.processor.tokenizer
+    (found, absent) = lvlm.attend_batch(
+        [image] * 2, [text, "the bicycle"], extra_prompts=ExtraPrompts(signals=True)
+    )
+    seen, coder = lvlm.image_for_processor(image), lvlm.processor.tokenizer
     with torch.inference_mode():
-        logits = lvlm.model(**lvlm.encode([seen], [lvlm.prompt(text)])).logits[0, -1]
-        asked = lvlm.model(**lvlm.encode([seen], [lvlm.prompt(f"is there {text}?")])).logits[0, -1]
+        logits = lvlm.model(**lvlm.model_inputs([seen], [lvlm.prompt(text)])).logits[0, -1]
+        asked = lvlm.model(**lvlm.model_inputs([seen], [lvlm.prompt(f"is there {text}?")])).logits[0, -1]
     yes, no = coder("yes no", add_special_tokens=False)["input_ids"]
     assert found.answer_logprob == pytest.approx(float(torch.log_softmax(logits, -1).max()), abs=1e-5)
     assert found.presence_logit == pytest.approx(float(asked[yes] - asked[no]), abs=1e-4)
     assert absent.presence_logit is not None
     assert absent.presence_logit < 0 < found.presence_logit
-    alone = lvlm.attend(image, text, beside=Beside(signals=True))
+    alone = lvlm.attend(image, text, extra_prompts=ExtraPrompts(signals=True))
     assert alone.presence_logit == pytest.approx(found.presence_logit, abs=1e-4)
     with torch.inference_mode():
-        inputs = lvlm.encode([seen], [lvlm.prompt(text)])
+        inputs = lvlm.model_inputs([seen], [lvlm.prompt(text)])
         logs = torch.log_softmax(lvlm.model(**inputs).logits[0], -1)
-        held = lvlm.model(**lvlm.encode([seen], [lvlm.prompt(f"is {text}?")])).logits[0, -1]
+        held = lvlm.model(**lvlm.model_inputs([seen], [lvlm.prompt(f"is {text}?")])).logits[0, -1]
     ids, words = inputs["input_ids"][0], coder(f"{text}.", add_special_tokens=False)["input_ids"]
     assert ids[-len(words) :].tolist() == words and len(words) > 2
     own = sum(float(logs[-1 - n, ids[-n]]) for n in range(1, len(words)))  # all but the first word
@@ -239,7 +246,7 @@ def test_no_presence_without_words_for_it() -> None:
     """A tokenizer that has no token for yes."""
     other, image = tiny("llava"), coordinate_image(190, 110)
     assert presence_sides(other.processor.tokenizer) is None
-    found = other.attend(image, "the dog", beside=Beside(signals=True))
+    found = other.attend(image, "the dog", extra_prompts=ExtraPrompts(signals=True))
     assert found.presence_logit is None
     assert found.answer_logprob is not None
 
@@ -262,8 +269,8 @@ def test_known_spellings_of_yes_and_no_are_single_tokens() -> None:
 @pytest.mark.parametrize("name", ["florence2", "paligemma", "mllama", "qwen3_5", "gemma3"])
 def test_families_that_share_and_that_do_not(name: str) -> None:
     lvlm, image = tiny(name), coordinate_image(190, 110)
-    beside = Beside("background", signals=True)
-    together = lvlm.attend_batch([image] * 2, ["the red car", "the dog"], beside=beside)
+    extra_prompts = ExtraPrompts("background", signals=True)
+    together = lvlm.attend_batch([image] * 2, ["the red car", "the dog"], extra_prompts=extra_prompts)
     for found in together:
         plain = lvlm.attend(image, found.query)
         np.testing.assert_allclose(found.attention, plain.attention, rtol=0, atol=1e-5)
@@ -271,7 +278,7 @@ def test_families_that_share_and_that_do_not(name: str) -> None:
         np.testing.assert_allclose(
             other.attention, lvlm.attend(image, BACKGROUND).attention, rtol=0, atol=1e-5
         )
-        alone = lvlm.attend(image, found.query, beside=beside)
+        alone = lvlm.attend(image, found.query, extra_prompts=extra_prompts)
         assert alone.answer_logprob == pytest.approx(found.answer_logprob, abs=1e-4)
 
 
@@ -280,10 +287,12 @@ def test_nothing_beside_is_plain_asking(
 ) -> None:
     """To the bit, in as many forward passes, and without one of generation."""
     images, texts = zip(*scenes, strict=True)
-    before = lvlm.make_ready(images, texts).run(None)
-    monkeypatch.setattr("localization_heads.lvlm.model.ask_beside", refuse)
+    before = lvlm.prepare(images, texts).run(None)
+    monkeypatch.setattr("localization_heads.lvlm.model.attend_with_extras", refuse)
     monkeypatch.setattr(type(lvlm.model), "generate", refuse)
-    for one, other in zip(before, lvlm.attend_batch(images, texts, beside=NOTHING), strict=True):
+    for one, other in zip(
+        before, lvlm.attend_batch(images, texts, extra_prompts=NO_EXTRA_PROMPTS), strict=True
+    ):
         np.testing.assert_array_equal(one.attention, other.attention)
         assert (other.others, other.answer, other.answer_logprob, other.presence_logit) == (
             (), None, None, None,

@@ -96,7 +96,7 @@ def test_llava_7b_is_as_large_as_it_is() -> None:
 
 def test_the_formulas_agree_with_torchs_counter(small: Any) -> None:
     """Eager attention in one real forward pass: whole maps, every layer of the tower, every layer of the LM."""
-    inputs = small.encode([sample_image()], [small.prompt("the red car")])
+    inputs = small.model_inputs([sample_image()], [small.prompt("the red car")])
     tokens = inputs["input_ids"].shape[1]
     small.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -202,7 +202,7 @@ def test_both_ways_of_each_comparison_agree(small: Any) -> None:
     """Eager hands out the rows that the capture finds; the published way holds them too; sharing changes nothing."""
     from benchmarks import capture, published
 
-    inputs = small.encode([sample_image()], [small.prompt(EXPRESSIONS[0])])
+    inputs = small.model_inputs([sample_image()], [small.prompt(EXPRESSIONS[0])])
     (rows,) = capture.ours(small, inputs)
     np.testing.assert_allclose(published.output_attentions(small, inputs)[:, 0], rows, atol=1e-6)
     steps = published.published(small, inputs)

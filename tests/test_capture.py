@@ -76,7 +76,7 @@ def test_capture_equals_eager_in_other_language_models(image: Any, text: str) ->
 def test_embedded_model_equals_eager(image: Any) -> None:
     lvlm = load_model(device="cpu")
     maps = lvlm.attend(image, "the dog")
-    inputs = lvlm.encode([image], [maps.prompt])
+    inputs = lvlm.model_inputs([image], [maps.prompt])
     rows = eager_rows(lvlm.model, inputs)[:, 0]  # [layer, head, T]
     image_rows = rows[..., inputs["input_ids"][0] == lvlm.image_token_id]
     torch.testing.assert_close(torch.from_numpy(maps.attention).flatten(2), image_rows, **TOLERANCE)

@@ -52,7 +52,7 @@ def test_compiled_language_model(image: Any) -> None:
     decoder = lvlm.model.get_decoder()
     decoder.layers = decoder.layers[:2]  # compiling is slow
     plain = lvlm.attend(image, "the red car").attention
-    inputs = lvlm.encode([image], [lvlm.prompt("the red car")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the red car")])
     with torch.inference_mode():
         logits = lvlm.model(**inputs).logits
         decoder.compile(backend="eager")
@@ -96,7 +96,7 @@ def test_tokenizing_in_several_threads(image: Any) -> None:
 
     def work(_: int) -> None:
         for _ in range(30):
-            inputs = lvlm.encode([image] * 2, [prompt.text for prompt in prompts])
+            inputs = lvlm.model_inputs([image] * 2, [prompt.text for prompt in prompts])
             assert lvlm.query(prompts, inputs).positions is not None
 
     in_four_threads(work)

@@ -356,7 +356,7 @@ def test_the_models_own_box_is_one_more_method(quick: Front, monkeypatch: pytest
         x0, y0, x1, y1 = boxes[expression]
         return ((x0, y0, x1, y1), "yes") if list(boxes).index(expression) % 2 == 0 else (None, "I see none")
 
-    monkeypatch.setattr("localization_heads.stages.evaluate.ask_for_box", answer)
+    monkeypatch.setattr("localization_heads.stages.evaluate.generate_box", answer)
     assert quick.finder(*OPTIONS, "worst=0").status == 0
     assert (
         not asked and "native" not in quick.json("metrics.json")["controls"]

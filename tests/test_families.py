@@ -69,7 +69,7 @@ def test_tokens_of_fast_vlm_are_centred_at_a_corner_of_their_pixels() -> None:
 
 def captured_and_eager(lvlm: LVLM, image_size: tuple[int, int]) -> tuple[list[torch.Tensor], ...]:
     """The rows of the last token as captured, and as eager `output_attentions` has them, layer by layer."""
-    inputs = lvlm.encode([coordinate_image(*image_size)], [lvlm.prompt("the red car")])
+    inputs = lvlm.model_inputs([coordinate_image(*image_size)], [lvlm.prompt("the red car")])
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
     with eager(lvlm.model), torch.inference_mode():
@@ -115,13 +115,13 @@ def test_every_image_token_has_one_cell(name: str) -> None:
     lvlm, names = tiny(name), set()
     for size in SIZES.values():
         encoded = coordinate_image(*size)
-        inputs = lvlm.encode([encoded], [lvlm.prompt("the dog")])
+        inputs = lvlm.model_inputs([encoded], [lvlm.prompt("the dog")])
         image = ProcessedImage(lvlm.model.config, lvlm.processor, inputs, 0, size)
         views = views_of(image)
         names |= {view.name for view in views}
         cells = np.concatenate([view.index.ravel() for view in views])
         assert len(np.unique(cells)) == len(cells)
-        if not lvlm.looks_across:
+        if not lvlm.uses_cross_attention:
             assert set(cells) <= set(image.tokens)
     assert names == set(CHECKS["families"][name]["views"])
 
@@ -262,7 +262,7 @@ def test_an_unknown_family_whose_grid_cannot_be_told_is_refused(image: Processed
 def test_a_sister_of_a_known_family_is_read_as_that_family() -> None:
     """Its processor's `image_grid_thw` says what the grid is: 512 x 288 pixels, 9 x 16 tokens, not 12 x 12."""
     lvlm, image = tiny("qwen3_vl"), coordinate_image(512, 288)
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     config = SimpleNamespace(model_type="qwen9_vl", image_token_id=lvlm.image_token_id)
     (found,) = views_of(ProcessedImage(config, lvlm.processor, inputs, 0, image.size))
     (expected,) = lvlm.views_in(inputs, 0, image)

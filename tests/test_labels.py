@@ -36,7 +36,7 @@ from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.checkpoints import loading
-from localization_heads.lvlm.native_box import box_reader
+from localization_heads.lvlm.native_box import with_box_span
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages import labels as stage
 
@@ -222,7 +222,7 @@ def test_the_reader_asks_for_a_box_and_reads_its_numbers(
     lvlm = tiny(family)
     monkeypatch.setattr(lvlm, "spec", replace(lvlm.spec, native_box="paligemma"))
     monkeypatch.setattr(lvlm.model.generation_config, "eos_token_id", None)
-    reader = box_reader(lvlm)
+    reader = with_box_span(lvlm)
     assert (lvlm.query_token, lvlm.answer_span) == ("last", None)
     assert reader.prompt("the car") == lvlm.box_prompt(FORMATS["paligemma"], "the car")
     assert (reader.asked["conv_mode"], reader.asked["query_token"]) == ("native_box", "answer_span")
@@ -391,11 +391,11 @@ def test_the_stage_by_the_generated_box(front: Front, monkeypatch: pytest.Monkey
     assert silent.status == 1 and "which holds no box" in silent.out + silent.err
 
     def pretending(lvlm: Any) -> Any:
-        reader = box_reader(lvlm)
+        reader = with_box_span(lvlm)
         reader.attend = lvlm.attend
         return reader
 
-    monkeypatch.setattr(stage, "box_reader", pretending)
+    monkeypatch.setattr(stage, "with_box_span", pretending)
     assert front.finder(*words).status == 0
     heads = front.json("heads.json")
     found = heads["found_with"]

@@ -19,7 +19,7 @@ from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.spec import known_specs
 from localization_heads.lvlm.families.table import FAMILIES, REFUSED
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+from localization_heads.lvlm.native_box import generate_box, native_box_format
 
 WIDE = (640, 480)
 
@@ -133,9 +133,9 @@ def test_only_what_is_known_is_claimed() -> None:
 
 def test_a_model_without_a_format_says_how_to_name_one() -> None:
     lvlm = load_model(device="cpu")
-    assert wanted_format(lvlm, None, by_default=True) is None
+    assert native_box_format(lvlm, None, by_default=True) is None
     with pytest.raises(UsageError, match=r"native=true: embedded .*model\.native_box="):
-        wanted_format(lvlm, True, by_default=False)
+        native_box_format(lvlm, True, by_default=False)
 
 
 def test_each_form_asks_in_its_own_words() -> None:
@@ -166,14 +166,14 @@ def answers(monkeypatch: pytest.MonkeyPatch, lvlm: LVLM, text: str) -> list[list
 def test_pixels_are_those_of_the_resized_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2.5-VL resizes to whole patches: its own right half is the image's right half."""
     lvlm, image = tiny("qwen2_5_vl"), Image.new("RGB", (333, 222), "red")
-    inputs = lvlm.encode([image], [lvlm.image_text])
+    inputs = lvlm.model_inputs([image], [lvlm.image_text])
     patches, patch = inputs["image_grid_thw"][0].tolist(), lvlm.processor.image_processor.patch_size
     high, wide = patches[1] * patch, patches[2] * patch
     assert (wide, high) != image.size
     assert inputs["pixel_values"].shape[0] == patches[1] * patches[2]
     form = replace(FORMATS["qwen2_5"], chat=False, max_new_tokens=3)
     answers(monkeypatch, lvlm, f"[{wide / 2}, 0, {wide}, {high}]")
-    box, _ = ask_for_box(lvlm, form, image, "the dog")
+    box, _ = generate_box(lvlm, form, image, "the dog")
     assert box == pytest.approx((166.5, 0, 333, 222))
 
 
@@ -183,7 +183,7 @@ def test_only_the_answer_is_read(monkeypatch: pytest.MonkeyPatch, name: str) -> 
     lvlm, image = tiny(name), Image.new("RGB", (64, 48), "red")
     form = replace(FORMATS[name], max_new_tokens=4)
     seen = answers(monkeypatch, lvlm, "<loc0000><loc0512><loc1024><loc1024><loc_0><loc_0><loc_499><loc_999>")
-    box, text = ask_for_box(lvlm, form, image, "the dog")
+    box, text = generate_box(lvlm, form, image, "the dog")
     assert text.startswith("<loc0000>")
     assert box == pytest.approx((32, 0, 64, 48) if name == "paligemma" else (0.032, 0.024, 31.968, 47.976))
     assert 0 < len(seen[0]) <= 5  # with the decoder's first token

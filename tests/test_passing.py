@@ -332,7 +332,7 @@ def test_shared_images_resume(
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A model that has no memory for more than two entries at a time."""
-    original, tried = LVLM.query_rows, []
+    original, tried = LVLM.capture_rows, []
 
     def full(self: LVLM, inputs: Any, *arguments: Any, **named: Any) -> Any:
         from localization_heads.lvlm.forward.failures import memory_errors
@@ -350,7 +350,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 )
         return original(self, inputs, *arguments, **named)
 
-    monkeypatch.setattr(LVLM, "query_rows", full)
+    monkeypatch.setattr(LVLM, "capture_rows", full)
     return tried
 
 

@@ -180,6 +180,6 @@ def test_one_beginning_of_text(image: Any, conv_mode: str) -> None:
     lvlm.processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer().bos_token_id)]
     )
-    ids = lvlm.encode([image], [lvlm.prompt("the dog")])["input_ids"][0].tolist()
+    ids = lvlm.model_inputs([image], [lvlm.prompt("the dog")])["input_ids"][0].tolist()
     assert ids.count(tokenizer().bos_token_id) == 1
     assert ids[0] == tokenizer().bos_token_id

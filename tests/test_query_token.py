@@ -308,7 +308,7 @@ def test_lone_spaces_go_as_in_the_published_code(
 ) -> None:
     for expected, drop in ((kept, False), (dropped, True)):
         lvlm = lone_space_lvlm(drop_lone_spaces=drop)
-        ids = lvlm.encode([image], [lvlm.prompt(expression)])["input_ids"][0].tolist()
+        ids = lvlm.model_inputs([image], [lvlm.prompt(expression)])["input_ids"][0].tolist()
         assert ids[len(ids) - ids[::-1].index(32000) :] == expected
         assert (29871 in ids[: ids.index(32000)]) is not drop  # in the system sentence too
         assert lvlm.choices["drop_lone_spaces"] is drop
@@ -349,7 +349,7 @@ def test_without_lone_spaces_all_ways_agree(image: Any, query_token: str, conv_m
         return
     plain = lone_space_lvlm(query_token, conv_mode)
     for expression, found in zip(LONE, alone, strict=True):
-        inputs = plain.encode([image], [plain.prompt(expression)])
+        inputs = plain.model_inputs([image], [plain.prompt(expression)])
         keep = inputs["input_ids"][0] != 29871
         filtered = {**inputs, **{name: inputs[name][:, keep] for name in ("input_ids", "attention_mask")}}
         ids = filtered["input_ids"][0].tolist()

@@ -140,7 +140,7 @@ def test_the_prompt_of_a_chat_model_is_its_own(name: str, tmp_path: Path) -> Non
     assert lvlm.conv_mode == "chat"
     assert lvlm.prompt("the dog") == PROMPTS[name]
     assert lvlm.image_comes_first
-    inputs = lvlm.encode([coordinate_image(64, 48)], [PROMPTS[name]])
+    inputs = lvlm.model_inputs([coordinate_image(64, 48)], [PROMPTS[name]])
     assert lvlm.query([lvlm.located_prompt("the dog")], inputs).positions is None  # the last token
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(lvlm.image_token_id) == tiny(name).encode(
@@ -387,6 +387,6 @@ def test_image_settings_as_checkpoints_have_them(name: str, tmp_path: Path) -> N
     spec = with_family(ModelSpec(str(tmp_path)), family_facts(config))
     lvlm.processor = loading._load_processor(str(tmp_path), spec, config)
     image = coordinate_image(640, 480)
-    inputs = lvlm.processed([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.run_processor([image], [lvlm.prompt("the dog")])
     views = views_of(ProcessedImage(config, lvlm.processor, inputs, 0, image.size))
     assert {v.name: (v.index.shape, tuple(round(edge) for edge in v.box)) for v in views} == expected

@@ -46,7 +46,7 @@ from localization_heads.heads.sensitivity import (
     probes,
     swapped,
 )
-from localization_heads.lvlm.beside import covers_mirrored
+from localization_heads.lvlm.extra_prompts import covers_mirrored_region
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.report.content import HeadFacts
@@ -211,7 +211,7 @@ def seen(lvlm: LVLM) -> list[Seen]:
         image = Image.fromarray(scene.image)
         own, *others = lvlm.encode_image(image).attend([expression.text, *WORDS])
         mirrored = lvlm.attend(ImageOps.mirror(image), swapped(expression.text))
-        assert covers_mirrored(own, mirrored)
+        assert covers_mirrored_region(own, mirrored)
         found.append(Seen(own.attention, [other.attention for other in others], mirrored.attention))
     return found
 
@@ -385,11 +385,11 @@ def test_a_killed_find_goes_on_with_equal_results(data: Front, calls: Any) -> No
 def test_mirrored_grids_that_do_not_cover_the_mirrored_region_are_not_compared() -> None:
     """An image of 40 x 20, of which the grid covers x from 0 to 20: mirrored, that is x from 20 to 40."""
     half = AttentionMaps(np.ones((1, 1, 2, 2), np.float32), (0, 0, 20, 20), (40, 20))
-    assert not covers_mirrored(half, half)
-    assert covers_mirrored(half, replace(half, image_box=(20, 0, 40, 20)))
-    assert covers_mirrored(half, replace(half, image_box=(21, 0, 41, 20)))  # an odd pixel
+    assert not covers_mirrored_region(half, half)
+    assert covers_mirrored_region(half, replace(half, image_box=(20, 0, 40, 20)))
+    assert covers_mirrored_region(half, replace(half, image_box=(21, 0, 41, 20)))  # an odd pixel
     whole = replace(half, image_box=(0, -10, 40, 30))
-    assert covers_mirrored(whole, whole)
+    assert covers_mirrored_region(whole, whole)
 
 
 def test_wrong_words_are_one_line(data: Front) -> None:

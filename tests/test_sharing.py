@@ -118,7 +118,7 @@ def test_the_image_is_worked_on_once(name: str, monkeypatch: pytest.MonkeyPatch)
         encoded.attend(["the left car"])
     finally:
         hook.remove()
-    tokens = lvlm.encode([image], [lvlm.prompt(EXPRESSIONS[0])])["input_ids"].shape[1]
+    tokens = lvlm.model_inputs([image], [lvlm.prompt(EXPRESSIONS[0])])["input_ids"].shape[1]
     assert (len(resized), len(seen)) == (2, 1)  # the second is the line above
     (whole, ends, end) = read
     assert whole[0] == 1 and whole[1] > tokens - 10
@@ -250,7 +250,7 @@ def test_questions_that_cannot_be_asked_are_refused(lvlm: LVLM, image: Image.Ima
         encoded.attend(["dog " * 5000])
 
 
-@pytest.mark.parametrize("where", ["on_device", "query_rows"])
+@pytest.mark.parametrize("where", ["on_device", "capture_rows"])
 def test_out_of_memory(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """On the way to the device as in the model: one kind of error, which names the ways out."""
     encoded = lvlm.encode_image(image)
@@ -265,7 +265,7 @@ def test_out_of_memory(lvlm: LVLM, image: Image.Image, monkeypatch: pytest.Monke
         lambda: lvlm.attend(image, "the dog"),
     ]
     asked.append(
-        (lambda: encoded.attend(["the dog"])) if where == "query_rows" else lambda: lvlm.encode_image(image)
+        (lambda: encoded.attend(["the dog"])) if where == "capture_rows" else lambda: lvlm.encode_image(image)
     )
     for ask in asked:
         with pytest.raises(OutOfMemoryError, match="batch_size=auto"):
@@ -276,10 +276,13 @@ def test_bytes_are_counted(lvlm: LVLM, image: Image.Image) -> None:
     """Two tensors of every layer, for every token before the expression, and the pixels before and after resizing."""
     encoded = lvlm.encode_image(image)
     text = lvlm.model.config.get_text_config()
-    tokens = lvlm.encode([image], [lvlm.prompt("the dog")])["input_ids"].shape[1]
+    tokens = lvlm.model_inputs([image], [lvlm.prompt("the dog")])["input_ids"].shape[1]
     width = text.num_key_value_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
     most = 2 * lvlm.num_layers * tokens * width * 4
-    pixels = lvlm.encode([image], [lvlm.prompt("it")])["pixel_values"].nbytes + image.width * image.height * 3
+    pixels = (
+        lvlm.model_inputs([image], [lvlm.prompt("it")])["pixel_values"].nbytes
+        + image.width * image.height * 3
+    )
     assert 0.9 * most < encoded.num_bytes - pixels < 1.1 * most
 
 

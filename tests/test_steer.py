@@ -46,7 +46,7 @@ def kernel(lvlm: LVLM, name: str) -> Iterator[None]:
 def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
     """By layer, the captured rows (B, H, K), and what the heads write (tokens, H x D), of two prompts in a batch."""
     prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
-    inputs = lvlm.encode([PICTURE, PICTURE], prompts)
+    inputs = lvlm.model_inputs([PICTURE, PICTURE], prompts)
     decoder = {"decoder_input_ids": torch.tensor([[2], [2]])} if lvlm.model.config.is_encoder_decoder else {}
     written: dict[int, torch.Tensor] = {}
 
@@ -70,7 +70,7 @@ def rows_and_written(lvlm: LVLM) -> tuple[dict[int, torch.Tensor], dict[int, tor
 def region_mass(lvlm: LVLM, rows: torch.Tensor, sample: int) -> torch.Tensor:
     """(H,) the attention of a row (B, H, K) on the cells that overlap the region, cell by cell."""
     prompts = [lvlm.prompt("the red car"), lvlm.prompt("the dog left in this image")]
-    inputs = lvlm.encode([PICTURE, PICTURE], prompts)
+    inputs = lvlm.model_inputs([PICTURE, PICTURE], prompts)
     total = torch.zeros(rows.shape[1])
     for view in views_of(ProcessedImage(lvlm.model.config, lvlm.processor, inputs, sample, PICTURE.size)):
         for (row, column), key in np.ndenumerate(view.index):
@@ -126,7 +126,7 @@ def test_captured_rows_equal_eager(lvlm: LVLM, image: Image.Image) -> None:
     """Of a steered model, too: `output_attentions` of eager attention says the same, at every key."""
     copy = LVLM(deepcopy(lvlm.model), lvlm.processor, lvlm.spec, system=lvlm.system, conv_mode=lvlm.conv_mode)
     with lh.steer(copy, [(4, 4), (4, 5), (2, 1)], REGION, 3.0):
-        inputs = copy.encode([image], [copy.prompt("the dog")])
+        inputs = copy.model_inputs([image], [copy.prompt("the dog")])
         with torch.inference_mode(), capture(copy.attention_modules) as recorder:
             copy.model(**inputs)
         with kernel(copy, "eager"), torch.inference_mode():
@@ -170,11 +170,11 @@ def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Im
     asked = lvlm if kind == "embedded" else sliding()
     region = REGION if kind == "embedded" else (35, 0, 125, 90)
     heads = [(layer, head) for layer in range(1, asked.num_layers) for head in range(0, asked.num_heads, 2)]
-    inputs = asked.encode([image], [asked.prompt("the dog")])
+    inputs = asked.model_inputs([image], [asked.prompt("the dog")])
     with torch.inference_mode():
         plain = asked.model(**inputs, use_cache=False).logits[0, -1]
     with lh.steer(asked, heads, region, 4.0), torch.inference_mode():
-        inputs = asked.encode([image], [asked.prompt("the dog")])
+        inputs = asked.model_inputs([image], [asked.prompt("the dog")])
         made = asked.model.generate(
             **inputs,
             max_new_tokens=4,
@@ -194,13 +194,13 @@ def test_answers_are_steered_with_a_cache_as_without(lvlm: LVLM, image: Image.Im
 
 def test_only_tokens_after_the_image_are_steered(lvlm: LVLM, image: Image.Image) -> None:
     """What the tokens up to the image's last read is the same; what all later ones read is not."""
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     seen: list[torch.Tensor] = []
     hook = output_projection(lvlm, 4).register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
     with torch.inference_mode():
         lvlm.model(**inputs)
         with lh.steer(lvlm, [(4, 4)], REGION, 3.0):  # a head that looks at the image
-            lvlm.model(**lvlm.encode([image], [lvlm.prompt("the dog")]))
+            lvlm.model(**lvlm.model_inputs([image], [lvlm.prompt("the dog")]))
     hook.remove()
     last = int((inputs["input_ids"][0] == lvlm.image_token_id).nonzero()[-1])
     change = (seen[1] - seen[0]).abs().amax(1)
@@ -239,7 +239,7 @@ def test_regions_outside_or_broken_are_refused(
 
 
 def test_what_cannot_be_steered_is_refused(lvlm: LVLM, image: Image.Image) -> None:
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     with pytest.raises(UsageError, match="there is no L6H0"), lh.steer(lvlm, [(6, 0)], REGION, 1.0):
         pass
     with pytest.raises(UsageError, match="finite number"), lh.steer(lvlm, [(4, 0)], REGION, float("inf")):

@@ -57,7 +57,7 @@ def without_rows(lvlm: LVLM, heads: Sequence[tuple[int, int]]) -> nn.Module:
 def test_zero_is_a_projection_without_weights(name: str) -> None:
     lvlm = tiny(name)
     heads = two_heads(lvlm)
-    inputs = lvlm.encode([Image.new("RGB", (150, 110), (90, 20, 60))], [lvlm.prompt("the red car")])
+    inputs = lvlm.model_inputs([Image.new("RGB", (150, 110), (90, 20, 60))], [lvlm.prompt("the red car")])
     plain = logits(lvlm, lvlm.model, inputs)
     with lh.switch_off(lvlm, heads):
         off = logits(lvlm, lvlm.model, inputs)
@@ -68,7 +68,7 @@ def test_zero_is_a_projection_without_weights(name: str) -> None:
 
 def test_the_embedded_model_is_as_without_the_weights(lvlm: LVLM, image: Image.Image) -> None:
     heads = [(4, 4), (5, 6), (5, 3)]
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     expected = logits(lvlm, without_rows(lvlm, heads), inputs)
     with lh.switch_off(lvlm, heads):
         torch.testing.assert_close(logits(lvlm, lvlm.model, inputs), expected, **CLOSE)
@@ -78,7 +78,7 @@ def test_mean_by_hand(image: Image.Image) -> None:
     """The slice of every token is the mean over the tokens that are no padding, also in a padded batch."""
     lvlm, (layer, head) = tiny("llava"), (1, 2)
     projection, seen = output_projection(lvlm, layer), []
-    inputs = lvlm.encode([image, image], [lvlm.prompt("the red car"), lvlm.prompt("dog")])
+    inputs = lvlm.model_inputs([image, image], [lvlm.prompt("the red car"), lvlm.prompt("dog")])
     keep = projection.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
     logits(lvlm, lvlm.model, inputs)
     keep.remove()
@@ -101,7 +101,7 @@ def test_mean_by_hand(image: Image.Image) -> None:
 
 def test_mean_while_answering(lvlm: LVLM, image: Image.Image) -> None:
     """Tokens of the answer get the prompt's mean: generation is the same with a cache and without."""
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
     with lh.switch_off(lvlm, [(2, 0), (4, 4)], how="mean"), torch.inference_mode():
         made = lvlm.model.generate(**inputs, **options, return_dict_in_generate=True)
@@ -111,7 +111,7 @@ def test_mean_while_answering(lvlm: LVLM, image: Image.Image) -> None:
 
 @pytest.mark.parametrize("how", ["zero", "mean"])
 def test_no_head_changes_nothing(lvlm: LVLM, image: Image.Image, how: Any) -> None:
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     plain = logits(lvlm, lvlm.model, inputs)
     with lh.switch_off(lvlm, [], how=how):
         assert not lvlm.changes
@@ -119,7 +119,7 @@ def test_no_head_changes_nothing(lvlm: LVLM, image: Image.Image, how: Any) -> No
 
 
 def test_nested_blocks_add_up_and_errors_undo_them(lvlm: LVLM, image: Image.Image) -> None:
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     plain = logits(lvlm, lvlm.model, inputs)
     with lh.switch_off(lvlm, [(4, 4), (5, 6)]):
         both = logits(lvlm, lvlm.model, inputs)

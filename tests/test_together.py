@@ -36,13 +36,13 @@ from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import loaded
 from localization_heads.lvlm.answers.box_formats import FORMATS
-from localization_heads.lvlm.beside import Beside
 from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import coordinate_image, image_features, view_errors
+from localization_heads.lvlm.extra_prompts import ExtraPrompts
 from localization_heads.lvlm.families.geometry import Layout, View, parted
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.native_box import ask_for_box
+from localization_heads.lvlm.native_box import generate_box
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.stages import workers
 from localization_heads.stages.entries import CHUNK_PIXELS, Entries, OpenedImages
@@ -93,16 +93,16 @@ def test_each_token_shows_its_own_image(name: str, few: Callable[[str], LVLM]) -
     an image among others in another way, is traced below.
     """
     lvlm, images = few(name), shown(*SIZES)
-    inputs = lvlm.encode([images], [lvlm.showing(2).prompt("the dog")])
+    inputs = lvlm.model_inputs([images], [lvlm.with_num_images(2).prompt("the dog")])
     together = image_features(lvlm, inputs)
-    views = lvlm.views_of_each(inputs, 0, images)
+    views = lvlm.views_of_images(inputs, 0, images)
     tokens = [int(token) for each in views for view in each for token in view.index.ravel()]
     assert len(set(tokens)) == len(tokens)
     assert {inputs["input_ids"][0, token].item() for token in tokens} == {lvlm.image_token_id}
     if name == "llava_onevision":
         return
     for image, each in zip(images.images, views, strict=True):
-        alone = lvlm.encode([image], [lvlm.prompt("the dog")])
+        alone = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
         features = image_features(lvlm, alone)
         for view, own in zip(each, lvlm.views_in(alone, 0, image), strict=True):
             assert (view.name, view.box) == (own.name, own.box)
@@ -117,8 +117,8 @@ def test_footprints_of_two_images_lie_in_their_cells(name: str) -> None:
     for place, size in enumerate(TRACED):
         others = [Image.new("RGB", one) for one in TRACED]
         both = Opened([*others[:place], coordinate_image(*size), *others[place + 1 :]])
-        inputs = lvlm.encode([both], [lvlm.showing(len(TRACED)).prompt("it")])
-        views = lvlm.views_of_each(inputs, 0, both)[place]
+        inputs = lvlm.model_inputs([both], [lvlm.with_num_images(len(TRACED)).prompt("it")])
+        views = lvlm.views_of_images(inputs, 0, both)[place]
         for view, errors in view_errors(lvlm, size, views, both).items():
             assert len(errors) >= 3, view
             assert np.abs(errors).max() < 0.25, view
@@ -128,11 +128,11 @@ def test_footprints_of_two_images_lie_in_their_cells(name: str) -> None:
 def test_capture_equals_eager_over_two_images(name: str, few: Callable[[str], LVLM]) -> None:
     lvlm, images = few(name), shown(*SIZES)
     maps = lvlm.attend(images, "the red car")
-    inputs = lvlm.encode([images], [lvlm.showing(2).prompt("the red car")])
+    inputs = lvlm.model_inputs([images], [lvlm.with_num_images(2).prompt("the red car")])
     with eager(lvlm.model), torch.inference_mode():
         expected = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
     layers = sorted(lvlm.attention_modules)[-len(expected) :]
-    for views, one in zip(lvlm.views_of_each(inputs, 0, images), maps.images, strict=True):
+    for views, one in zip(lvlm.views_of_images(inputs, 0, images), maps.images, strict=True):
         for layer, row in zip(layers, expected, strict=True):
             mass = sum(row[0, :, -1].numpy()[:, view.index].sum((1, 2)) for view in views)
             np.testing.assert_allclose(one.attention[layer].sum((1, 2)), mass, rtol=0, atol=1e-5)
@@ -243,7 +243,7 @@ def test_other_expressions_are_compared_in_the_same_image(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(loaded, "of_images", in_turn)
     lvlm, images = tiny("qwen2_vl"), shown(*SIZES)
-    maps = lvlm.attend(images, "the dog", beside=Beside("siblings"), siblings=["the cat"])
+    maps = lvlm.attend(images, "the dog", extra_prompts=ExtraPrompts("siblings"), siblings=["the cat"])
     (other,) = maps.others
     assert (maps.image_index, other.query, other.image_index) == (0, "the cat", 0)
     alone = lvlm.attend(images, "the cat").images[0]
@@ -310,7 +310,7 @@ def test_python_asks_about_images_together_or_says_why_not() -> None:
         lambda: lvlm.trace(pair, "the dog", HEADS),
         lambda: lvlm.trace(images, "the dog"),
         lambda: lvlm.attend_clip([pair], "the dog"),
-        lambda: ask_for_box(lvlm, FORMATS["qwen2"], images, "the dog"),
+        lambda: generate_box(lvlm, FORMATS["qwen2"], images, "the dog"),
     ):
         with pytest.raises(lh.UsageError, match="asked about one image, and 2 are shown together") as error:
             ask()

@@ -70,7 +70,7 @@ def with_bos(lvlm: Any) -> Any:
 def test_a_text_begins_once(name: str, conv_mode: str) -> None:
     """Llama 3.2 Vision: its processor writes the token, and its tokenizer would add another."""
     lvlm = with_bos(tiny(name)).prompted(conv_mode)
-    inputs = lvlm.encode([coordinate_image(64, 48)], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([coordinate_image(64, 48)], [lvlm.prompt("the dog")])
     assert inputs["input_ids"][0].tolist().count(1) == 1
 
 

@@ -40,7 +40,7 @@ def steps_without_cache(
     lvlm: LVLM, image: Image.Image, query: str, num: int
 ) -> tuple[list[Tensor], list[int]]:
     """The obvious way: the prompt, longer by a token each time, through eager attention, and no cache."""
-    inputs = dict(lvlm.encode([image], [lvlm.prompt(query)]))
+    inputs = dict(lvlm.model_inputs([image], [lvlm.prompt(query)]))
     inputs.pop("labels", None)
     decodes, T = lvlm.model.config.is_encoder_decoder, inputs["input_ids"].shape[1]
     decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
@@ -51,7 +51,7 @@ def steps_without_cache(
             with layers_of(lvlm) as seen:
                 logits = lvlm.model(**given, use_cache=False).logits[0, -1]
             found = torch.stack([seen[layer] for layer in sorted(seen)])
-            rows.append(found if lvlm.looks_across else found[..., :T])
+            rows.append(found if lvlm.uses_cross_attention else found[..., :T])
             tokens.append(int(logits.argmax()))
             decoded.append(tokens[-1])
             inputs = inputs if decodes else longer(inputs, tokens[-1])
@@ -69,7 +69,7 @@ def test_every_step_equals_eager_without_a_cache(name: str, endless: Any) -> Non
     last = max(lvlm.attention_modules)
     heads = [Head(last, 1), Head(min(lvlm.attention_modules), 0)]
     found = lvlm.trace(image, "the red car", heads, max_new_tokens=4, trace=ALL)
-    seen = lvlm.seen(image)
+    seen = lvlm.image_for_processor(image)
     rows, tokens = steps_without_cache(lvlm, seen, "the red car", 4)
     assert found.token_ids == tuple(tokens)
     assert found.every is not None
@@ -97,7 +97,7 @@ def test_equals_the_attentions_that_generate_returns(image: Image.Image) -> None
     """`output_attentions=True` of transformers' own generation, one entry a step."""
     lvlm = tiny_lvlm("last")
     lvlm.model.generation_config.eos_token_id = None
-    inputs = lvlm.encode([image], [lvlm.prompt("the dog")])
+    inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
     with eager(lvlm.model), torch.inference_mode():
         out = lvlm.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, output_attentions=True, return_dict_in_generate=True

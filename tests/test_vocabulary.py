@@ -9,7 +9,7 @@ from PIL import Image
 
 import localization_heads as lh
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.vocabulary import note_unknown_words, unknown_words
+from localization_heads.lvlm.vocabulary import unknown_words, warn_of_unknown_words
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 
 
@@ -27,12 +27,12 @@ def test_words_that_the_model_does_not_know_are_named(lvlm: LVLM) -> None:
 
 
 def test_one_note_for_all_expressions(lvlm: LVLM) -> None:
-    note_unknown_words(lvlm, ["the dog", "the cat on the left."])
+    warn_of_unknown_words(lvlm, ["the dog", "the cat on the left."])
     assert lvlm.notes == []
-    note_unknown_words(lvlm, ["the zebra"])
+    warn_of_unknown_words(lvlm, ["the zebra"])
     assert lvlm.notes.pop() == "zebra: not among the 200 words of the embedded model"
     many = [f"the word{letter}" for letter in "abcdefghij"]
-    note_unknown_words(lvlm, [*many, "worda wordb", "the dog"])
+    warn_of_unknown_words(lvlm, [*many, "worda wordb", "the dog"])
     (note,) = lvlm.notes
     assert note.startswith("worda, wordb, wordc") and "wordh and 2 more: not among the 200 words" in note
     assert note.endswith(", in 11 of 12 expressions")

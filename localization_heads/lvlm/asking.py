@@ -17,7 +17,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError
 from localization_heads.heads.sensitivity import probes
 from localization_heads.lvlm.answers.answering import Said, Sides, spellings
-from localization_heads.lvlm.beside import MOST_OTHERS, Beside, other_expressions
+from localization_heads.lvlm.extra_prompts import MAX_SIBLINGS, ExtraPrompts, other_expressions
 from localization_heads.lvlm.sharing import EncodedImage, Question
 from localization_heads.lvlm.text.prompts import ARTICLES, bare_sentence
 
@@ -34,37 +34,39 @@ AT_ONCE = 8
 """Questions about one image that go through the model together, beside its expressions."""
 
 
-def ask_beside(
+def attend_with_extras(
     image: EncodedImage,
     expressions: Sequence[str],
     siblings: Sequence[Sequence[str]] | None,
-    beside: Beside,
+    extra_prompts: ExtraPrompts,
     last_layer: int | None,
 ) -> list[AttentionMaps]:
     """The maps of expressions of one image, with what is asked beside them.
 
     Args:
-        siblings: for each expression the others of its image, of which the first `MOST_OTHERS` are taken; where there
+        siblings: for each expression the others of its image, of which the first `MAX_SIBLINGS` are taken; where there
             are none, the model lists what it sees.
     """
     given = siblings or [()] * len(expressions)
-    if beside.signals or (beside.contrast == "siblings" and not beside.words and not all(given)):
+    if extra_prompts.signals or (
+        extra_prompts.contrast == "siblings" and not extra_prompts.probe_words and not all(given)
+    ):
         image.encode()  # the model will speak, which takes all layers: not encoded twice
     found = image.attend(expressions, last_layer=last_layer)
-    if beside.signals:
+    if extra_prompts.signals:
         found = _with_signals(image, found)
     wanted: Sequence[tuple[str, ...]]
-    if beside.contrast == "background":
+    if extra_prompts.contrast == "background":
         wanted = [(BACKGROUND,)] * len(found)
-    elif beside.contrast == "siblings" and beside.words:
-        wanted = _probes(found, given, beside.words)
-    elif beside.contrast == "siblings":
+    elif extra_prompts.contrast == "siblings" and extra_prompts.probe_words:
+        wanted = _probes(found, given, extra_prompts.probe_words)
+    elif extra_prompts.contrast == "siblings":
         wanted = _siblings(image, found, given)
-    elif beside.signals:
+    elif extra_prompts.signals:
         wanted = _siblings(image, found, [()] * len(found))
     else:
         return found
-    others = _others(image, wanted, beside, last_layer)
+    others = _others(image, wanted, extra_prompts, last_layer)
     return [
         # Of several images, those of the same one: others may draw more attention to another.
         replace(maps, others=tuple(others[text].at(maps.image_index) for text in texts if text in others))
@@ -83,7 +85,7 @@ def _probes(
 
 
 def _others(
-    image: EncodedImage, wanted: Sequence[Sequence[str]], beside: Beside, last_layer: int | None
+    image: EncodedImage, wanted: Sequence[Sequence[str]], extra_prompts: ExtraPrompts, last_layer: int | None
 ) -> Mapping[str, AttentionMaps]:
     """The maps of each text, asked as it stands, a few at a time."""
     texts = list(dict.fromkeys(text for texts in wanted for text in texts))
@@ -91,7 +93,7 @@ def _others(
     found: dict[str, AttentionMaps] = {}
     for start in range(0, len(questions), AT_ONCE):
         maps = image.answer(questions[start : start + AT_ONCE], last_layer)
-        found |= {one.query: one.only(beside.heads) for one in maps}
+        found |= {one.query: one.only(extra_prompts.heads) for one in maps}
     return found
 
 
@@ -169,7 +171,7 @@ def _siblings(
 
 
 def listed_expressions(answer: str, own: str) -> tuple[str, ...]:
-    """Expressions of what a model lists, without those whose last word occurs in `own`, at most `MOST_OTHERS`.
+    """Expressions of what a model lists, without those whose last word occurs in `own`, at most `MAX_SIBLINGS`.
 
     A part of the answer, between commas, full stops and the word "and", names what follows its last article; longer
     ones than `LONGEST_NAME` words are no names.
@@ -185,7 +187,7 @@ def listed_expressions(answer: str, own: str) -> tuple[str, ...]:
         name = words[last + 1 :]
         if 0 < len(name) <= LONGEST_NAME and _singular(name[-1]) not in known:
             names[f"the {' '.join(name)}"] = None
-    return tuple(names)[:MOST_OTHERS]
+    return tuple(names)[:MAX_SIBLINGS]
 
 
 def _singular(word: str) -> str:

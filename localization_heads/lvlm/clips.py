@@ -218,7 +218,7 @@ LAYOUTS: Mapping[str, Layout] = {
 """The families whose video tokens are read, by `model_type`."""
 
 
-def check_reads_clips(config: Any) -> None:
+def check_supports_clips(config: Any) -> None:
     """UsageError for a family whose video tokens cannot be read, or that has none."""
     if config.model_type not in LAYOUTS:
         raise UsageError(
@@ -245,7 +245,7 @@ def make_clip_ready(
         text: a prompt for an image, whose place the video takes.
         times: of the frames, in seconds.
     """
-    check_reads_clips(lvlm.model.config)
+    check_supports_clips(lvlm.model.config)
     size: Size = frames[0].size
     if any(frame.size != size for frame in frames) or len(times) != len(frames):
         raise UsageError("the frames of a clip are of one size, and each has its time")
@@ -257,7 +257,7 @@ def make_clip_ready(
         before, mark, after = text.partition(lvlm.image_text)
         if not mark:
             raise UsageError("the prompt has no place for a video")
-        inputs = {**lvlm.tokenized(before + clip.text + after), **clip.inputs}
+        inputs = {**lvlm.tokenize(before + clip.text + after), **clip.inputs}
     if lvlm.dropped_token is not None:
         pad = lvlm.processor.tokenizer.pad_token_id or 0
         inputs = without_token(inputs, lvlm.dropped_token, side="left", pad=pad)
@@ -304,7 +304,7 @@ def attend_clip(
         raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")
     times = [_SPACING * n for n in range(len(frames))] if times is None else times
     prompt = lvlm.located_prompt(expression)
-    seen = [lvlm.seen(image_at(frame, None)) for frame in frames]
+    seen = [lvlm.image_for_processor(image_at(frame, None)) for frame in frames]
     ready = make_clip_ready(lvlm, seen, prompt.text, times)
     query = lvlm.query([prompt], ready.inputs)
     with memory_errors():

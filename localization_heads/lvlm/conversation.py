@@ -103,7 +103,7 @@ def stream(lvlm: LVLM, image: Shown | None, prompt: str, max_new_tokens: int) ->
 
 def _inputs(lvlm: LVLM, image: Shown | None, prompt: str) -> dict[str, Any]:
     if image is not None:
-        return lvlm.encode([image], [prompt])
+        return lvlm.model_inputs([image], [prompt])
     return dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.device))
 
 

@@ -105,7 +105,7 @@ class LoadedModel(PromptedModel):
         return query_of("last", prompts, inputs, self.processor.tokenizer)
 
     def hearing(self, sides: Sides | None = None, wanted: Tensor | None = None) -> Hearing:
-        """What hears a batch of answers (`query_rows`)."""
+        """What hears a batch of answers (`capture_rows`)."""
         return Hearing(end_tokens(self.model), sides, wanted)
 
     def answered(
@@ -115,7 +115,7 @@ class LoadedModel(PromptedModel):
         expressions: Sequence[str],
         last_layer: int | None,
     ) -> Iterator[Answered]:
-        """What `query_rows` and `heard` give of each sample; of `answer_span`, the mean row of the span's tokens.
+        """What `capture_rows` and `heard` give of each sample; of `answer_span`, the mean row of the span's tokens.
 
         Which tokens spell a span is known only when the answer is there, so it is generated a second time: memory
         holds one row a head, however long it is.
@@ -126,7 +126,7 @@ class LoadedModel(PromptedModel):
         """
         hearing = self.hearing()
         if self.query_token != "answer_span":
-            rows = self.query_rows(given(), query, last_layer, hearing)
+            rows = self.capture_rows(given(), query, last_layer, hearing)
             heard = self.heard(hearing, query, len(rows))
             return (Answered(row, *one) for row, one in zip(rows, heard, strict=True))
         with memory_errors(), misfit_errors(self.name), torch.inference_mode():
@@ -134,7 +134,7 @@ class LoadedModel(PromptedModel):
         tokens = hearing.tokens(query.answers)
         wanted = self._wanted(tokens, expressions)
         again = self.hearing(wanted=wanted)
-        rows = self.query_rows(given(), query._replace(answers=wanted.shape[1]), last_layer, again)
+        rows = self.capture_rows(given(), query._replace(answers=wanted.shape[1]), last_layer, again)
         if again.tokens(wanted.shape[1]) != [row[: wanted.shape[1]] for row in tokens]:
             raise WorkError(f"{self.name} does not answer the same twice: use query_token=answer_mean")
         said = hearing.said(self.processor.tokenizer, query.answers)
@@ -143,7 +143,7 @@ class LoadedModel(PromptedModel):
     def _wanted(self, tokens: Sequence[Sequence[int]], expressions: Sequence[str]) -> Tensor:
         """Bool (B, n): which tokens of each sample's answer spell the span, up to the last of any sample."""
         places = [
-            self.span_places(
+            self.span_token_indices(
                 spelled(self.processor.tokenizer.decode, ids, silent_tokens(self.processor.tokenizer)), text
             )
             for ids, text in zip(tokens, expressions, strict=True)
@@ -153,15 +153,15 @@ class LoadedModel(PromptedModel):
             row[one] = True
         return wanted
 
-    def span_places(self, answer: Spelled, expression: str) -> Sequence[int]:
+    def span_token_indices(self, answer: Spelled, expression: str) -> Sequence[int]:
         """The tokens that `answer_span` means. UsageError, with the answer, where it holds no such span."""
-        if self.box_form is None:
+        if self.box_format is None:
             return span_tokens(answer, str(self.answer_span).replace("{}", bare_sentence(expression)))
-        if places := group_tokens(answer, self.box_form.pattern):
+        if places := group_tokens(answer, self.box_format.pattern):
             return places
         raise UsageError(f"answer_span=box: the answer is {shown(answer.text, 200)}, which holds no box")
 
-    def query_rows(
+    def capture_rows(
         self, inputs: dict[str, Any], query: Query, last_layer: int | None, hearing: Hearing | None = None
     ) -> list[Tensor]:
         """Per sample `[layer, head, key]` fp32 on the CPU; layers that do not see the image stay zero.
@@ -174,7 +174,7 @@ class LoadedModel(PromptedModel):
             stop = max(self.attention_modules)  # layers after the last one that sees the image are not needed
         length = int(inputs["input_ids"].shape[1])
         query = query.on(self.device)
-        num_tokens = None if self.looks_across else query.past + length
+        num_tokens = None if self.uses_cross_attention else query.past + length
         with (
             memory_errors(),
             misfit_errors(self.name),
@@ -183,7 +183,7 @@ class LoadedModel(PromptedModel):
         ):
             self.run(inputs, query, self._told(hearing, query, recorder))
         rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
-        if not self.looks_across:
+        if not self.uses_cross_attention:
             rows = {layer: prompt_keys(row, length, query.step) for layer, row in rows.items()}
         if not rows:
             raise WorkError(
@@ -273,7 +273,7 @@ class LoadedModel(PromptedModel):
                 answer=None if answer is None else read_maps(answer.numpy(), views, image.size, self.view)[0],
                 answer_text="" if said is None else said.text,
                 answer_logprob=None if said is None else said.logprob,
-            ).of_size(getattr(image, "seen_from", image.size))
+            ).of_size(getattr(image, "original_size", image.size))
 
         each = [maps_of(own, image) for own, image in zip(views, each_image(shown), strict=True)]
         return of_images(each) if len(each) > 1 else each[0]
@@ -282,7 +282,7 @@ class LoadedModel(PromptedModel):
         """The views of one sample of an encoded batch."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
 
-    def views_of_each(self, inputs: Mapping[str, Any], sample: int, shown: Shown) -> list[list[View]]:
+    def views_of_images(self, inputs: Mapping[str, Any], sample: int, shown: Shown) -> list[list[View]]:
         """The views of each image of one sample of an encoded batch."""
         if not isinstance(shown, Opened):
             return [self.views_in(inputs, sample, shown)]
@@ -293,6 +293,6 @@ class LoadedModel(PromptedModel):
     def _lay_out(self, size: tuple[int, int]) -> Layout:
         """The places of an image's tokens among several: of two that are equal, the first's."""
         blank = Opened([Image.new("RGB", size)] * 2)
-        twin = self.showing(2)
-        inputs = twin.processed([blank], [twin.prompt("it")])
+        twin = self.with_num_images(2)
+        inputs = twin.run_processor([blank], [twin.prompt("it")])
         return layout_of_first(ProcessedImage(self.model.config, self.processor, inputs, 0, size))

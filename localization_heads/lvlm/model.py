@@ -28,9 +28,16 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
 from localization_heads.heads.sensitivity import swapped
 from localization_heads.lvlm.answers.trace import Trace
-from localization_heads.lvlm.asking import ask_beside
-from localization_heads.lvlm.beside import NOTHING, Beside, covers_mirrored, is_wanted, movement_in, probing
+from localization_heads.lvlm.asking import attend_with_extras
 from localization_heads.lvlm.clips import attend_clip
+from localization_heads.lvlm.extra_prompts import (
+    NO_EXTRA_PROMPTS,
+    ExtraPrompts,
+    covers_mirrored_region,
+    measure_sensitivity,
+    measures_sensitivity,
+    sensitivity_prompts,
+)
 from localization_heads.lvlm.families.table import family_of
 from localization_heads.lvlm.loaded import LoadedModel
 from localization_heads.lvlm.sharing import Answer, EncodedImage, apart
@@ -46,7 +53,7 @@ OWN_HEADS = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class PreparedBatch:
     """Pairs of image and expression, made ready for the model in parts, each with the positions of its results."""
 
     parts: Sequence[tuple[Sequence[int], Answer]]
@@ -135,7 +142,7 @@ class LVLM(LoadedModel):
         expression: str,
         *,
         last_layer: int | None = None,
-        beside: Beside = NOTHING,
+        extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
         siblings: Sequence[str] = (),
     ) -> AttentionMaps:
         """The attention map of every head: from the query token, by default the prompt's last, to the image (Sec. 4.1).
@@ -143,14 +150,14 @@ class LVLM(LoadedModel):
         Args:
             image: RGB image of any size; or several, which one prompt shows together (`AttentionMaps.images`).
             last_layer: stop the forward pass after this layer; the maps of later layers stay zero.
-            beside: what else is asked about the image: other expressions, and how sure the model is.
+            extra_prompts: what else is asked about the image: other expressions, and how sure the model is.
             siblings: the other expressions of the image; without any, the model lists what it sees.
 
         Raises:
             NotFiniteError: NaN or infinite attention, as where half precision overflows.
         """
         (maps,) = self.attend_batch(
-            [image], [expression], last_layer=last_layer, beside=beside, siblings=[siblings]
+            [image], [expression], last_layer=last_layer, extra_prompts=extra_prompts, siblings=[siblings]
         )
         maps.check_finite()
         return maps
@@ -161,8 +168,8 @@ class LVLM(LoadedModel):
         expressions: Sequence[str],
         *,
         last_layer: int | None = None,
-        ready: Batch | None = None,
-        beside: Beside = NOTHING,
+        prepared: PreparedBatch | None = None,
+        extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
         siblings: Sequence[Sequence[str]] | None = None,
     ) -> list[AttentionMaps]:
         """`attend` for several pairs, in their order. The maps are not checked for finite values; the caller does that.
@@ -171,18 +178,20 @@ class LVLM(LoadedModel):
         go through the model in one forward pass.
 
         Args:
-            ready: what `make_ready` made of the same pairs, where `asks_plainly`.
-            beside: as of `attend`. All that is asked about one image goes on from its encoding, image by image.
+            prepared: what `prepare` made of the same pairs, where `can_prepare`.
+            extra_prompts: as of `attend`. All that is asked about one image goes on from its encoding, image by image.
             siblings: for each pair, the other expressions of its image.
         """
-        if self.asks_plainly(beside):
-            return (ready or self.make_ready(images, expressions)).run(last_layer)
+        if self.can_prepare(extra_prompts):
+            return (prepared or self.prepare(images, expressions)).run(last_layer)
         given = siblings or [()] * len(images)
         found: dict[int, AttentionMaps] = {}
         for places in _by_image(images):
             encoded = EncodedImage(self, images[places[0]])
             texts, others = [expressions[place] for place in places], [given[place] for place in places]
-            found |= zip(places, ask_beside(encoded, texts, others, beside, last_layer), strict=True)
+            found |= zip(
+                places, attend_with_extras(encoded, texts, others, extra_prompts, last_layer), strict=True
+            )
         return [found[place] for place in sorted(found)]
 
     def attend_mirrored(
@@ -201,7 +210,7 @@ class LVLM(LoadedModel):
         except (NotFiniteError, OutOfMemoryError) as error:
             log.warning("%r: the mirrored image could not be asked: %s", expression, error)
             return None
-        return found.attention if covers_mirrored(maps, found) else None
+        return found.attention if covers_mirrored_region(maps, found) else None
 
     def attend_clip(
         self,
@@ -222,11 +231,11 @@ class LVLM(LoadedModel):
         """
         return attend_clip(self, frames, expression, times, last_layer)
 
-    def asks_plainly(self, beside: Beside = NOTHING) -> bool:
-        """Whether each pair is one question, so that `make_ready` can do the host's share of it ahead."""
-        return not beside and not self.paraphrases
+    def can_prepare(self, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> bool:
+        """Whether each pair is one question, so that `prepare` can do the host's share of it ahead."""
+        return not extra_prompts and not self.paraphrases
 
-    def make_ready(self, images: Sequence[Shown], expressions: Sequence[str]) -> Batch:
+    def prepare(self, images: Sequence[Shown], expressions: Sequence[str]) -> PreparedBatch:
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         parts: list[tuple[Sequence[int], Answer]] = []
         alone: list[int] = []
@@ -242,7 +251,7 @@ class LVLM(LoadedModel):
         if alone:
             pairs = [images[place] for place in alone], [expressions[place] for place in alone]
             parts.append((alone, apart(self, *pairs)))
-        return Batch(parts)
+        return PreparedBatch(parts)
 
     def trace(
         self,
@@ -285,8 +294,8 @@ class LVLM(LoadedModel):
     ) -> list[Head]:
         """The heads that this very image and query pick. NoHeadError where none passes the criteria."""
         criteria = criteria or CriteriaOptions()
-        maps = self.attend(image, query, beside=probing(criteria))
-        third = movement_in(maps, None) if is_wanted(criteria) else None
+        maps = self.attend(image, query, extra_prompts=sensitivity_prompts(criteria))
+        third = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
         return own_heads(head_statistics(maps.attention, criteria), criteria, k, third)
 
     def encode_image(self, image: Shown, *, last_layer: int | None = None) -> EncodedImage:
@@ -306,7 +315,7 @@ class LVLM(LoadedModel):
         expressions: Sequence[str],
         *,
         last_layer: int | None = None,
-        beside: Beside = NOTHING,
+        extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
     ) -> list[AttentionMaps]:
         """`encode_image(image).attend(expressions)`, for conversations: the most recent images stay encoded.
 
@@ -317,7 +326,9 @@ class LVLM(LoadedModel):
         key = (content(image), *asked, self.answer_tokens, self.answer_span, self.paraphrases)
         try:
             encoded = self.recent.get(key, lambda: EncodedImage(self, image))
-            found = ask_beside(encoded, expressions, [expressions] * len(expressions), beside, last_layer)
+            found = attend_with_extras(
+                encoded, expressions, [expressions] * len(expressions), extra_prompts, last_layer
+            )
             for maps in found:
                 maps.check_finite()
             return found

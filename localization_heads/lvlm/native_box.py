@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.model import LVLM
 
 
-def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFormat | None:
+def native_box_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFormat | None:
     """How the model is to be asked for its own boxes; None if it is not.
 
     Args:
@@ -44,7 +44,7 @@ def wanted_format(lvlm: LVLM, wanted: bool | None, *, by_default: bool) -> BoxFo
     return form
 
 
-def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str) -> tuple[Box | None, str]:
+def generate_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str) -> tuple[Box | None, str]:
     """The model's own box of an expression, and its whole answer, greedily generated.
 
     Raises:
@@ -57,8 +57,8 @@ def ask_for_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: str
     from localization_heads.lvlm.answers.answering import GREEDY
 
     image = image_at(image, None)
-    seen = lvlm.seen(image)
-    inputs = lvlm.encode([seen], [lvlm.box_prompt(form, expression)])
+    seen = lvlm.image_for_processor(image)
+    inputs = lvlm.model_inputs([seen], [lvlm.box_prompt(form, expression)])
     try:
         with torch.inference_mode():
             ids = lvlm.model.generate(
@@ -84,7 +84,7 @@ def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:
     return columns * patch, rows * patch
 
 
-def box_reader(lvlm: LVLM) -> LVLM:
+def with_box_span(lvlm: LVLM) -> LVLM:
     """The same loaded model, whose maps are those of the tokens that spell its own box (answer_span=box).
 
     Raises:

@@ -29,7 +29,7 @@ from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat
 from localization_heads.lvlm.families.geometry import check_shape, image_token_id
 from localization_heads.lvlm.families.table import check_several, family_of
 from localization_heads.lvlm.fingerprint import fingerprint
-from localization_heads.lvlm.forward.capture import attention_modules, decoder_layers, looks_across
+from localization_heads.lvlm.forward.capture import attention_modules, decoder_layers, uses_cross_attention
 from localization_heads.lvlm.forward.changes import Change
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
 from localization_heads.lvlm.text.chat_template import TemplateError, render_chat, template_of
@@ -100,17 +100,17 @@ class PromptedModel:
         twin.__dict__.pop("image_comes_first", None)  # cached for the other prompt
         return twin
 
-    def worded(self, paraphrases: Sequence[str]) -> Self:
+    def with_paraphrases(self, paraphrases: Sequence[str]) -> Self:
         """The same loaded model asked in these wordings."""
         return self._but(paraphrases=tuple(paraphrases))
 
-    def showing(self, num_images: int) -> Self:
+    def with_num_images(self, num_images: int) -> Self:
         """The same loaded model with so many images in a prompt. UsageError if it takes one, or is asked for a box."""
         if num_images == self.num_images:
             return self
         if num_images > 1:
             check_several(self.model.config, self.name)
-            if self.box_form is not None:
+            if self.box_format is not None:
                 raise UsageError("answer_span=box: the model is asked for a box of one image, not of several")
         return self._but(num_images=num_images)
 
@@ -139,9 +139,9 @@ class PromptedModel:
         return int(getattr(text, "decoder_attention_heads", None) or text.num_attention_heads)
 
     @property
-    def looks_across(self) -> bool:
+    def uses_cross_attention(self) -> bool:
         """Whether the image is seen through cross-attention only, whose keys are not the prompt's tokens."""
-        return looks_across(self.model)
+        return uses_cross_attention(self.model)
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class PromptedModel:
         return self.query_token in ("answer_mean", "answer_span")
 
     @property
-    def box_form(self) -> BoxFormat | None:
+    def box_format(self) -> BoxFormat | None:
         """How the model is asked for the box whose numbers are the span; None for another one, or none."""
         name = self.spec.native_box if self.query_token == "answer_span" and self.answer_span == BOX else None
         return FORMATS[name] if name else None
@@ -170,7 +170,7 @@ class PromptedModel:
     @property
     def most_tokens(self) -> int:
         """Tokens of the answer that are read, at most: of a box, enough to write one."""
-        return max(self.answer_tokens, BOX_TOKENS if self.box_form else 0)
+        return max(self.answer_tokens, BOX_TOKENS if self.box_format else 0)
 
     @property
     def wording(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class PromptedModel:
     @property
     def asked(self) -> dict[str, str | None]:
         """The weights and how they are prompted, for `found_with` in `heads.json`."""
-        mode = NATIVE_BOX if self.box_form else self.conv_mode
+        mode = NATIVE_BOX if self.box_format else self.conv_mode
         return asked(mode, self.system, self.query_token, self.fingerprint, paraphrases=self.paraphrases)
 
     def note(self, text: str) -> None:
@@ -210,7 +210,7 @@ class PromptedModel:
     @property
     def ready(self) -> ReadyHeads:
         """What fits of the known heads and the ready lists, as the model is asked."""
-        mode = NATIVE_BOX if self.box_form else self.conv_mode
+        mode = NATIVE_BOX if self.box_format else self.conv_mode
         return choose_ready(self.spec.heads, self.spec.lists, mode, self.query_token)
 
     def heads_auto(self) -> tuple[Head, ...]:
@@ -265,7 +265,7 @@ class PromptedModel:
 
     def located_prompt(self, expression: str) -> Prompt:
         """The prompt, and where in it the expression lies. Made once of each of the last `PROMPTS` expressions."""
-        return self._located(expression, self.conv_mode, self.system, self.box_form, self.num_images)
+        return self._located(expression, self.conv_mode, self.system, self.box_format, self.num_images)
 
     def _locate(
         self, expression: str, conv_mode: ConvMode, system: str, form: BoxFormat | None, num_images: int
@@ -308,20 +308,20 @@ class PromptedModel:
                 "use conv_mode=referseg or plain"
             ) from error
 
-    def seen(self, image: Image.Image) -> Image.Image:
+    def image_for_processor(self, image: Image.Image) -> Image.Image:
         """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
         check_shape(self.model.config, self.processor.image_processor, image.size)
         found = as_seen(image)
         if found is not image:
-            found.seen_from = image.size  # type: ignore[attr-defined]  # boxes are in pixels of that
+            found.original_size = image.size  # type: ignore[attr-defined]  # boxes are in pixels of that
         return found
 
-    def encode(self, images: Sequence[Shown], prompts: Sequence[str]) -> dict[str, Any]:
+    def model_inputs(self, images: Sequence[Shown], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, padded to one length.
 
         On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
         """
-        return self.on_device(self.processed(images, prompts))
+        return self.on_device(self.run_processor(images, prompts))
 
     @property
     def device(self) -> torch.device:
@@ -345,7 +345,7 @@ class PromptedModel:
         bos = self.processor.tokenizer.bos_token
         return bool(bos) and (prompt.startswith(bos) or family_of(self.model.config).writes_bos)
 
-    def processed(
+    def run_processor(
         self, images: Sequence[Shown], prompts: Sequence[str], processor: Any = None
     ) -> Mapping[str, Any]:
         """Processor output as it comes, of the model's processor or of another."""
@@ -377,7 +377,7 @@ class PromptedModel:
     def _bos_options(self, prompts: Sequence[str]) -> dict[str, Any]:
         return {"add_special_tokens": False} if all(map(self.writes_bos, prompts)) else {}
 
-    def tokenized(self, prompt: str) -> dict[str, Any]:
+    def tokenize(self, prompt: str) -> dict[str, Any]:
         """One prompt whose placeholders are filled in already, as the model's inputs."""
         with self._tokenizing:
             found = dict(

@@ -50,16 +50,16 @@ def apart(lvlm: LoadedModel, images: Sequence[Shown], expressions: Sequence[str]
     """Pairs whose prompts run in one batch, padded to one length, sharing nothing. The host's share is done here."""
     prompts = [lvlm.located_prompt(expression) for expression in expressions]
     different = {id(image): image for image in images}
-    seen = {key: mapped(image, lvlm.seen) for key, image in different.items()}
+    seen = {key: mapped(image, lvlm.image_for_processor) for key, image in different.items()}
     given = [seen[id(image)] for image in images]
-    inputs = lvlm.processed(given, [prompt.text for prompt in prompts])
+    inputs = lvlm.run_processor(given, [prompt.text for prompt in prompts])
     query = lvlm.query(prompts, inputs)
 
     @memory_errors()
     def answer(last_layer: int | None) -> list[AttentionMaps]:
         found = lvlm.answered(lambda: lvlm.on_device(inputs), query, expressions, last_layer)
         return [
-            lvlm.maps(one, lvlm.views_of_each(inputs, n, image), image, expression, prompt.text)
+            lvlm.maps(one, lvlm.views_of_images(inputs, n, image), image, expression, prompt.text)
             for n, (image, expression, prompt, one) in enumerate(
                 zip(given, expressions, prompts, found, strict=True)
             )
@@ -93,8 +93,8 @@ class EncodedImage:
     """
 
     def __init__(self, lvlm: LoadedModel, image: Shown) -> None:
-        self.lvlm = lvlm = lvlm.showing(len(each_image(image)))
-        self.image = mapped(image, lvlm.seen)
+        self.lvlm = lvlm = lvlm.with_num_images(len(each_image(image)))
+        self.image = mapped(image, lvlm.image_for_processor)
         self._processor = copy(lvlm.processor)
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
@@ -171,7 +171,9 @@ class EncodedImage:
         def said(group: Sequence[Question]) -> list[Said]:
             lvlm, hearing = self.lvlm, self.lvlm.hearing(sides)
             if prefix is None:
-                given = lvlm.encode([self.image] * len(group), [question.prompt.text for question in group])
+                given = lvlm.model_inputs(
+                    [self.image] * len(group), [question.prompt.text for question in group]
+                )
             else:
                 given = self._continuing(group, prefix, start, answers=True)
             with misfit_errors(lvlm.name), torch.inference_mode():
@@ -193,7 +195,9 @@ class EncodedImage:
             lvlm, length = self.lvlm, len(group[0].ids)
             spans: list[range | None] = [None] * len(group)
             if prefix is None:
-                given = lvlm.encode([self.image] * len(group), [question.prompt.text for question in group])
+                given = lvlm.model_inputs(
+                    [self.image] * len(group), [question.prompt.text for question in group]
+                )
                 given.pop("labels", None)  # PaliGemma's processor writes some
             else:
                 spans = [lvlm.expression_span(one.prompt, one.ids) for one in group]
@@ -270,7 +274,7 @@ class EncodedImage:
 
     def _read(self, prompt: Prompt) -> dict[str, Any]:
         """The processor's output; the image itself is processed only once."""
-        return dict(self.lvlm.processed([self.image], [prompt.text], self._processor))
+        return dict(self.lvlm.run_processor([self.image], [prompt.text], self._processor))
 
     @cached_property
     def _shared_tokens(self) -> int:
@@ -287,7 +291,7 @@ class EncodedImage:
 
     @cached_property
     def _views(self) -> list[list[View]]:
-        return self.lvlm.views_of_each(self._first, 0, self.image)
+        return self.lvlm.views_of_images(self._first, 0, self.image)
 
     def _computed(self, depth: int) -> Prefix:
         lvlm, length = self.lvlm, self._shared_tokens
@@ -300,7 +304,9 @@ class EncodedImage:
             lvlm.model.base_model(**inputs, past_key_values=cache, use_cache=True)
         recurrent = any(cache.is_linear)
         ids = self._first["input_ids"][0, :length].tolist()
-        return Prefix(ids, list(cache.layers), depth, can_be_cut=not recurrent and not lvlm.looks_across)
+        return Prefix(
+            ids, list(cache.layers), depth, can_be_cut=not recurrent and not lvlm.uses_cross_attention
+        )
 
 
 Made = TypeVar("Made")

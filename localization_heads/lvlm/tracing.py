@@ -105,13 +105,13 @@ def traced(
         NotFiniteError: NaN or infinite attention.
     """
     _check(max_new_tokens, options, grounding)
-    seen, prompt = lvlm.seen(image), lvlm.prompt(query)
-    inputs = lvlm.encode([seen], [prompt])
+    seen, prompt = lvlm.image_for_processor(image), lvlm.prompt(query)
+    inputs = lvlm.model_inputs([seen], [prompt])
     on_image = OnImage(lvlm.views_in(inputs, 0, seen), seen.size, lvlm.view)
     wanted = _by_layer(lvlm, heads, options.keep == "all")
     _check_bytes(on_image, inputs, sum(map(len, wanted.values())), max_new_tokens)
     modules = {layer: lvlm.attention_modules[layer] for layer in wanted}
-    across = lvlm.looks_across
+    across = lvlm.uses_cross_attention
     recorder = StepRecorder(
         modules, wanted, on_image, max_new_tokens, None if across else inputs["input_ids"].shape[1]
     )

@@ -35,7 +35,7 @@ def words_of(expression: str) -> list[str]:
     return [word for part in expression.split() if (word := part.strip(PUNCTUATION))]
 
 
-def in_singular(tokenizer: Any, expression: str) -> str:
+def singularize_unknown_words(tokenizer: Any, expression: str) -> str:
     """The expression, each word that the model does not know in the singular, if it knows that.
 
     >>> known = {"the": 1, "dog": 2, "butterfly": 3}
@@ -43,7 +43,7 @@ def in_singular(tokenizer: Any, expression: str) -> str:
     ...     unk_token_id = 0
     ...     def __call__(self, word, add_special_tokens):
     ...         return {"input_ids": [known.get(word, 0)]}
-    >>> in_singular(Coder(), "the dogs, butterflies"), in_singular(Coder(), "the cats")
+    >>> singularize_unknown_words(Coder(), "the dogs, butterflies"), singularize_unknown_words(Coder(), "the cats")
     ('the dog, butterfly', 'the cats')
     """
     for word in unknown_words(tokenizer, [expression]):
@@ -65,7 +65,7 @@ def singulars(word: str) -> list[str]:
     return [word.removesuffix(plural) + one for plural, one in endings.items() if word.endswith(plural)]
 
 
-def note_unknown_words(lvlm: PromptedModel, expressions: Sequence[str]) -> None:
+def warn_of_unknown_words(lvlm: PromptedModel, expressions: Sequence[str]) -> None:
     """One note that names the words of all these expressions that the model does not know, and how many have any."""
     tokenizer = lvlm.processor.tokenizer
     if not (unknown := unknown_words(tokenizer, expressions)):

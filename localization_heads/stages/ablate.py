@@ -28,7 +28,7 @@ from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
-from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+from localization_heads.lvlm.native_box import generate_box, native_box_format
 from localization_heads.options.kinds import as_read
 from localization_heads.scenes.expressions import Question, questions
 from localization_heads.scenes.write import pairs, scenes
@@ -143,12 +143,12 @@ def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
         )
     else:
         native = (
-            wanted_format(run.lvlm, run.options.native, by_default=True)
+            native_box_format(run.lvlm, run.options.native, by_default=True)
             if wanted in ("boxes", "all")
             else None
         )
         if wanted == "boxes" and native is None:
-            native = wanted_format(run.lvlm, True, by_default=True)
+            native = native_box_format(run.lvlm, True, by_default=True)
         known = {one.id: expected.answers[one.line] for one in entries.good if one.line in expected.answers}
         told = {one.id: questions(one.expression, known[one.id]) for one in entries.good if one.id in known}
         asked = Asked(
@@ -266,7 +266,7 @@ class Ablation:
                     kinds = zip(told, right, strict=True)
                     found |= {f"{ANSWERS}{question.kind}": float(ok) for question, ok in kinds}
             if self.asked.native and truth:
-                box, _ = ask_for_box(lvlm, self.asked.native, one.single, sample.expression)
+                box, _ = generate_box(lvlm, self.asked.native, one.single, sample.expression)
                 found["boxes"] = float(score_box(box, truth, one.single.size).iou >= RIGHT)
             if self.asked.maps and truth:
                 (now,) = encoded.attend([sample.expression])

@@ -21,12 +21,12 @@ from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, check_inside
 from localization_heads.data.sources import Shown, image_at, num_images
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
-from localization_heads.lvlm.beside import NOTHING, Beside
+from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
 from localization_heads.stages.entries import CHUNK_PIXELS, OPENED_AHEAD, Entries, OpenedImages, image_key
 from localization_heads.stages.run import Run
 
 if TYPE_CHECKING:
-    from localization_heads.lvlm.model import Batch
+    from localization_heads.lvlm.model import PreparedBatch
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ class Chunk(NamedTuple):
     """Samples that go through the model together, and the ids of those whose results are missing.
 
     Args:
-        beside: what is asked beside their expressions.
+        extra_prompts: what is asked beside their expressions.
         siblings: for each id, the other expressions of the sample's image in the data.
         attends: whether maps are made of them; else their work asks the model itself, and gets `NO_MAPS`.
     """
 
     samples: Sequence[Sample]
     missing: frozenset[str]
-    beside: Beside = NOTHING
+    extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS
     siblings: Mapping[str, Sequence[str]] = {}
     attends: bool = True
 
@@ -69,7 +69,7 @@ class ReadyChunk(NamedTuple):
 
     chunk: Chunk
     opened: Opened | None
-    ready: Batch | None = None
+    ready: PreparedBatch | None = None
 
 
 class Attended(NamedTuple):
@@ -167,11 +167,11 @@ def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = 
     opened = _open(run, entries, chunk.samples)
     if not any(sample.id in chunk.missing for sample, _ in opened):
         return ReadyChunk(chunk, [])
-    if run.clip or not chunk.attends or not run.lvlm.asks_plainly(chunk.beside):
+    if run.clip or not chunk.attends or not run.lvlm.can_prepare(chunk.extra_prompts):
         return ReadyChunk(chunk, opened)
     try:
         expressions = [run.asked_as(sample.expression) for sample, _ in opened]
-        return ReadyChunk(chunk, opened, run.lvlm.make_ready([image for _, image in opened], expressions))
+        return ReadyChunk(chunk, opened, run.lvlm.prepare([image for _, image in opened], expressions))
     except Exception:  # `attend` finds out whose fault it is
         return ReadyChunk(chunk, opened)
 
@@ -182,7 +182,7 @@ def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
     images: dict[str | int, Shown] = {}
     for sample in samples:
         with entries.put_aside(sample, WorkError):
-            run.lvlm.showing(num_images(sample.image)).prompt(sample.expression)
+            run.lvlm.with_num_images(num_images(sample.image)).prompt(sample.expression)
             if (key := image_key(sample)) not in images:
                 images[key] = entries.images.load(sample, again=entries.images_again)
             if isinstance(image := images[key], Image.Image):
@@ -213,7 +213,7 @@ def attend(
     entries: Entries,
     opened: Opened,
     last_layer: int | None,
-    ready: Batch | None = None,
+    ready: PreparedBatch | None = None,
     chunk: Chunk = PLAIN,
 ) -> list[Attended]:
     """The maps of opened samples. If the model cannot take them together, one by one, so that only the culprit fails.
@@ -247,8 +247,8 @@ def attend(
             images,
             expressions,
             last_layer=last_layer,
-            ready=ready,
-            beside=chunk.beside,
+            prepared=ready,
+            extra_prompts=chunk.extra_prompts,
             siblings=[chunk.siblings.get(sample.id, ()) for sample in samples],
         )
         named = [

@@ -14,7 +14,11 @@ from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import rank_heads, with_movement
 from localization_heads.heads.record import resting
 from localization_heads.heads.sensitivity import mean_movement
-from localization_heads.lvlm.beside import is_wanted, movement_in, probing
+from localization_heads.lvlm.extra_prompts import (
+    measure_sensitivity,
+    measures_sensitivity,
+    sensitivity_prompts,
+)
 from localization_heads.stages.records import warn_of_movement
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
@@ -65,9 +69,9 @@ def doctor(run: Run) -> Examined:
 def _of_movement(run: Run, image: Image.Image, expression: str) -> list[tuple[str, str]]:
     """The third criterion on one image, as (name, value); nothing if it is not wanted. Warns of other first heads."""
     criteria = run.options.criteria
-    if not is_wanted(criteria):
+    if not measures_sensitivity(criteria):
         return []
-    maps = run.lvlm.attend(image, expression, beside=probing(criteria))
+    maps = run.lvlm.attend(image, expression, extra_prompts=sensitivity_prompts(criteria))
     mirrored = run.lvlm.attend_mirrored(image, expression, maps) if criteria.mirrored else None
     found = head_statistics(maps.attention, criteria)
     ranking = rank_heads(
@@ -79,7 +83,7 @@ def _of_movement(run: Run, image: Image.Image, expression: str) -> list[tuple[st
         num_trials=1,
     )
     shape = (maps.num_layers, maps.num_heads)
-    ranking = with_movement(ranking, mean_movement([movement_in(maps, mirrored)], [1], shape))
+    ranking = with_movement(ranking, mean_movement([measure_sensitivity(maps, mirrored)], [1], shape))
     warn_of_movement(ranking, run.options.k)
     first = ranking.kept[: run.options.k]
     moves = [f"{head.address} ({head.movement:.2f})" for head in first if head.movement is not None]

@@ -18,7 +18,7 @@ from localization_heads.data.samples import SEVERAL, Sample, VisualizationEntry,
 from localization_heads.data.sources import Shown, Together, load_shown, num_images, num_pixels
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
-from localization_heads.lvlm.beside import other_expressions
+from localization_heads.lvlm.extra_prompts import other_expressions
 from localization_heads.options.groups import Contrast
 from localization_heads.options.shared import EntryChoice
 from localization_heads.scenes.write import scenes

@@ -24,7 +24,7 @@ from localization_heads.evaluation.scores import instance_metrics, score_box
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
-from localization_heads.lvlm.native_box import ask_for_box, wanted_format
+from localization_heads.lvlm.native_box import generate_box, native_box_format
 from localization_heads.options.kinds import as_read
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
@@ -66,7 +66,7 @@ def evaluate(run: Run) -> Result:
         )
         # a clip of the few frames that a ranking draws would have other maps
         store = open_store(run) if report.lacks_ranking and judge.controls and not run.clip else None
-        native = wanted_format(run.lvlm, options.native, by_default=judge.controls)
+        native = native_box_format(run.lvlm, options.native, by_default=judge.controls)
         scorer = EntryScorer(judge, native, report.alone(entries))
         depends = {**settings(run), **scorer.settings(entries.samples), "report": report.settings}
         log = ResultLog(run.folder, "evaluate", depends)
@@ -200,7 +200,7 @@ class EntryScorer:
             scores[HEADS] = [score_box(None, truth, one.single.size)]
         measured["scores"] = scores
         if self.native:
-            box, answer = ask_for_box(run.lvlm, self.native, one.single, one.sample.expression)
+            box, answer = generate_box(run.lvlm, self.native, one.single, one.sample.expression)
             scores["native"] = [score_box(box, truth, one.single.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
         return measured | self.alone.measure(one.sample, one.maps, run.options.grounding)
@@ -279,12 +279,12 @@ def _grounding(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequenc
     """The outcome with its map, for which it goes through the model once more, and the box as it was scored."""
     scored = outcome.prediction
     last_layer = max(layer for layer, _ in scored.heads)
-    beside = replace(run.beside(scored.heads), signals=False)
+    extra_prompts = replace(run.extra_prompts(scored.heads), signals=False)
     maps = run.lvlm.attend(
         image,
         run.asked_as(outcome.sample.expression),
         last_layer=last_layer,
-        beside=beside,
+        extra_prompts=extra_prompts,
         siblings=siblings,
     )
     grounding = ground_maps(maps, scored.heads, run.options.grounding)

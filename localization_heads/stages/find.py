@@ -23,7 +23,7 @@ from localization_heads.heads.ranking import NONE_KEPT, random_draws
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved
-from localization_heads.lvlm.beside import NOTHING, movement_in, probing
+from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, measure_sensitivity, sensitivity_prompts
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries
 from localization_heads.stages.flow import go_through
@@ -109,7 +109,7 @@ def collect_statistics(
         work=partial(_analysed, keep_maps=keep_maps, moved=entries.moving),
         keep=keep,
         look_again=looking_again(mirrored),
-        beside=probing(criteria) if entries.moving else NOTHING,
+        extra_prompts=sensitivity_prompts(criteria) if entries.moving else NO_EXTRA_PROMPTS,
     )
     return fresh
 
@@ -147,7 +147,7 @@ def _analysed(
             one.sample,
             head_statistics(one.maps.attention, run.options.criteria),
             replace(one.maps, others=(), images=()) if keep_maps else None,
-            movement_in(one.maps, one.mirrored) if moved else None,
+            measure_sensitivity(one.maps, one.mirrored) if moved else None,
         )
         for one in attended
     ]

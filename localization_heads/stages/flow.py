@@ -16,8 +16,8 @@ from tqdm import tqdm
 from localization_heads.background import postprocess, prefetch
 from localization_heads.data.samples import Sample
 from localization_heads.data.sources import each_image
-from localization_heads.lvlm.beside import NOTHING, Beside
-from localization_heads.lvlm.vocabulary import note_unknown_words
+from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
+from localization_heads.lvlm.vocabulary import warn_of_unknown_words
 from localization_heads.stages.chunks import (
     Attended,
     Chunk,
@@ -64,7 +64,7 @@ def go_through(
     last_layer: int | None = None,
     work_runs_model: bool = False,
     look_again: LookAgain | None = None,
-    beside: Beside = NOTHING,
+    extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
     attends: bool = True,
 ) -> None:
     """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
@@ -78,17 +78,19 @@ def go_through(
         work_runs_model: `work` is called in this thread: some models generate with a state of their own, which a
             forward pass at the same time would overwrite.
         look_again: asks the model a second time about each chunk, before `work`.
-        beside: what is asked beside each expression; siblings are those of `entries`.
+        extra_prompts: what is asked beside each expression; siblings are those of `entries`.
         attends: False leaves all that the model is asked to `work`, for one sample at a time.
     """
-    note_unknown_words(
+    warn_of_unknown_words(
         run.lvlm, [run.asked_as(sample.expression) for sample in samples]
     )  # loaded here, not in a thread
 
     def chunk_of(part: Sequence[Sample]) -> Chunk:
         missing = frozenset(sample.id for sample in part if not is_done(sample))
-        siblings = {sample.id: entries.siblings(sample) for sample in part if beside.contrast == "siblings"}
-        return Chunk(part, missing, beside, siblings, attends)
+        siblings = {
+            sample.id: entries.siblings(sample) for sample in part if extra_prompts.contrast == "siblings"
+        }
+        return Chunk(part, missing, extra_prompts, siblings, attends)
 
     def compute_one(prepared: ReadyChunk) -> _Computed:
         return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer, look_again))

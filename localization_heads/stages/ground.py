@@ -127,7 +127,7 @@ def _one_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
     id = image_id(run, image, query)
     entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_shown(image)  # a wrong image is wrong use here, not a failed entry
-    run.lvlm.showing(num_images(image)).prompt(query)
+    run.lvlm.with_num_images(num_images(image)).prompt(query)
     if isinstance(image, Together) and not takes_several(run):
         raise UsageError(f"together=true: {SEVERAL}")
     return Entries([Sample(image, query, id=id)])
@@ -267,7 +267,9 @@ def ground_all(
         last_layer=last_layer,
         work_runs_model=measure_runs_model,
         look_again=second_look(run, run.named_heads),
-        beside=run.beside(run.named_heads, calibration, every_head=every_layer or measure is not None),
+        extra_prompts=run.extra_prompts(
+            run.named_heads, calibration, every_head=every_layer or measure is not None
+        ),
     )
     if not outcomes:
         raise NothingDoneError("no entry could be grounded", entries.in_order())

@@ -27,8 +27,12 @@ from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
-from localization_heads.lvlm.beside import is_wanted, movement_in, probing
-from localization_heads.lvlm.native_box import box_reader
+from localization_heads.lvlm.extra_prompts import (
+    measure_sensitivity,
+    measures_sensitivity,
+    sensitivity_prompts,
+)
+from localization_heads.lvlm.native_box import with_box_span
 from localization_heads.stages.chunks import Attended
 from localization_heads.stages.entries import Entries, select_entries, with_truth
 from localization_heads.stages.evaluate import truths, with_box
@@ -77,7 +81,7 @@ def find_by_labels(run: Run) -> Labelled:
     entries = _labelled(run)
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
-        form = box_reader(run.lvlm).box_form if run.options.heads_by == "vrh" else None
+        form = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
         store = open_own_store(run, entries)
         scores = _scores_of(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
         _collect(run, entries, store, scores, form)
@@ -202,7 +206,7 @@ def _collect(
         keep=keep,
         work_runs_model=form is not None,
         look_again=looking_again(mirrored),
-        beside=probing(criteria),
+        extra_prompts=sensitivity_prompts(criteria),
     )
 
 
@@ -216,10 +220,14 @@ def _score(
             if form is None:
                 scores = label_scores(one.maps, truth)
             else:
-                maps = box_reader(run.lvlm).attend(one.single, one.sample.expression)
+                maps = with_box_span(run.lvlm).attend(one.single, one.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
             statistics = head_statistics(one.maps.attention, run.options.criteria)
-            third = movement_in(one.maps, one.mirrored) if is_wanted(run.options.criteria) else None
+            third = (
+                measure_sensitivity(one.maps, one.mirrored)
+                if measures_sensitivity(run.options.criteria)
+                else None
+            )
             found.append(_Scored(one.sample, statistics, third, scores))
     return found
 

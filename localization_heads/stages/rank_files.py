@@ -31,8 +31,8 @@ from localization_heads.heads.ranking import NONE_KEPT, random_draws, with_movem
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Means, Movement, OneImage
-from localization_heads.lvlm.beside import is_wanted, other_expressions
 from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
+from localization_heads.lvlm.extra_prompts import measures_sensitivity, other_expressions
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.stages.outcome import Result, save_heads
@@ -263,7 +263,7 @@ def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions, 
     assert pile.shape is not None
     means, nothing = Means(pile.shape), np.full(pile.shape, np.nan)
     images = dict(_of_several_queries(pile.read))
-    if not images and is_wanted(criteria):
+    if not images and measures_sensitivity(criteria):
         raise UsageError(
             "criteria.sensitivity=siblings: no two of these files are of one image with different queries, so no "
             "head can be seen to move; write criteria=paper"

@@ -19,7 +19,7 @@ from localization_heads.heads.ready import NATIVE_BOX, asked
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved, Movement, mean_movement
 from localization_heads.lvlm.answers.box_formats import BOX
-from localization_heads.lvlm.beside import is_wanted
+from localization_heads.lvlm.extra_prompts import measures_sensitivity
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
@@ -56,7 +56,7 @@ def open_store(run: Run, *, moved: bool = False) -> StatisticsStore:
 
 def open_own_store(run: Run, entries: Entries) -> StatisticsStore:
     """The store of a run that ranks heads, which holds the third criterion if it is wanted."""
-    entries.moving = is_wanted(run.options.criteria)
+    entries.moving = measures_sensitivity(run.options.criteria)
     return open_store(run, moved=entries.moving)
 
 
@@ -136,7 +136,7 @@ def keep_statistics(
 
 def choose_record(run: Run) -> Recorded:
     """The store of these options; of several, which differ in their weights, the one used last."""
-    moved = is_wanted(run.options.criteria)
+    moved = measures_sensitivity(run.options.criteria)
     wanted = asked_settings(run, moved=moved)
     records = recorded(run.folder / "statistics")
     fitting = [record for record in records if record.settings.get("asked") == wanted]
@@ -169,7 +169,7 @@ def _difference(made: Any, wanted: dict[str, Any]) -> str:
 
 def to_be_mirrored(samples: Sequence[Sample], criteria: CriteriaOptions) -> frozenset[str]:
     """The ids of the samples of the first `criteria.mirrored` images."""
-    if not is_wanted(criteria):
+    if not measures_sensitivity(criteria):
         return frozenset()
     samples = [sample for sample in samples if num_images(sample.image) == 1]
     images: dict[str | int, None] = dict.fromkeys(image_key(sample) for sample in samples)
@@ -214,7 +214,7 @@ def third_criterion(
 
 def warn_of_movement(ranking: HeadRanking, k: int) -> None:
     """A warning where the third criterion and the paper's two put different heads first."""
-    if is_wanted(ranking.options) and not ranking.is_moved:
+    if measures_sensitivity(ranking.options) and not ranking.is_moved:
         log.warning("criteria=robust: no image could be asked about anything else; the order is the paper's")
     if (said := disagreement(ranking, k)) is not None:
         log.warning("%s", said)

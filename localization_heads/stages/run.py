@@ -30,9 +30,13 @@ from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.ready import NATIVE_BOX, FoundWith, ReadyHeads, choose_ready, ready_lists
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BOX
-from localization_heads.lvlm.beside import Beside, beside, is_wanted, probing
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec
-from localization_heads.lvlm.vocabulary import in_singular
+from localization_heads.lvlm.extra_prompts import (
+    ExtraPrompts,
+    extra_prompts_for,
+    measures_sensitivity,
+)
+from localization_heads.lvlm.vocabulary import singularize_unknown_words
 from localization_heads.options.groups import SAMS, ModelSpec, SegmenterOptions
 from localization_heads.options.parts import PLACES
 from localization_heads.options.programs import ChatOptions, DemoOptions, FinderOptions
@@ -155,25 +159,27 @@ class ModelRun(Generic[Chosen]):
             )
         return found
 
-    def beside(
+    def extra_prompts(
         self,
         heads: Sequence[Head] | None,
         calibration: Calibration | None = None,
         *,
         every_head: bool = False,
-    ) -> Beside:
+    ) -> ExtraPrompts:
         """What is asked beside each expression that these heads ground; of no other, unless `every_head`.
 
         Args:
             calibration: where it weighs what the model says of itself, that is asked as well.
         """
         signals = self.options.signals or (calibration is not None and calibration.asks)
-        contrast, words = self.options.grounding.contrast, probing(self.options.criteria).words
-        return beside(contrast, heads, signals=signals, every_head=every_head, words=words)
+        options = self.options
+        return extra_prompts_for(
+            options.grounding.contrast, heads, options.criteria, signals=signals, every_head=every_head
+        )
 
     def asks_more(self, heads: Sequence[Head] | None, calibration: Calibration | None) -> bool:
         """Whether a box and its confidence need more than the maps that an attention file holds."""
-        return bool(self.beside(heads, calibration)) or self.options.query_token == "last_and_answer"
+        return bool(self.extra_prompts(heads, calibration)) or self.options.query_token == "last_and_answer"
 
     @property
     def is_spread(self) -> bool:
@@ -287,7 +293,7 @@ class Run(ModelRun[FinderOptions]):
         """What the model is asked: where all objects are wanted, in the singular if it knows no other word."""
         if self.options.instances == "one":
             return expression
-        return in_singular(self.lvlm.processor.tokenizer, expression)
+        return singularize_unknown_words(self.lvlm.processor.tokenizer, expression)
 
     @property
     def clip(self) -> int | None:
@@ -297,10 +303,10 @@ class Run(ModelRun[FinderOptions]):
     def check_clips(self) -> None:
         """UsageError where `video=native` is asked of a model that reads no videos, or to pick heads as no clip can."""
         if self.clip:
-            from localization_heads.lvlm.clips import check_reads_clips
+            from localization_heads.lvlm.clips import check_supports_clips
 
-            check_reads_clips(self.lvlm.model.config)
-            if not self.named_heads and is_wanted(self.options.criteria):
+            check_supports_clips(self.lvlm.model.config)
+            if not self.named_heads and measures_sensitivity(self.options.criteria):
                 raise UsageError(
                     "video=native: without heads= the third criterion picks them by other expressions of an image, "
                     "which no clip is asked about: name heads=, or write criteria.sensitivity=none"

@@ -23,9 +23,9 @@ from localization_heads.heads.criteria import HeadStatistics, check_criteria, he
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
 from localization_heads.heads.ready import NONE_READY, choose_ready, other_conditions
-from localization_heads.lvlm.beside import NOTHING, Beside, is_wanted
 from localization_heads.lvlm.checkpoints.spec import find_spec
-from localization_heads.lvlm.vocabulary import note_unknown_words
+from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts, measures_sensitivity
+from localization_heads.lvlm.vocabulary import warn_of_unknown_words
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
@@ -71,11 +71,11 @@ class Visualised:
     paths: list[Path]
 
 
-def collect(run: Run, beside: Beside = NOTHING) -> Collected:
+def collect(run: Run, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> Collected:
     """The attention of every head for one image and one expression -> `attention/<id>.pkl`.
 
     Args:
-        beside: what the model is asked besides, which no file holds.
+        extra_prompts: what the model is asked besides, which no file holds.
     """
     run.options.require("image_file", "query")
     source, query = run.shown(run.options.image_file or ""), str(run.options.query)
@@ -83,8 +83,8 @@ def collect(run: Run, beside: Beside = NOTHING) -> Collected:
     path = run.attention_file(id)
     image = load_shown(source)
     writable_folder(run.attention_folder)  # before the work, not after it
-    note_unknown_words(run.lvlm, [query])
-    maps = run.lvlm.attend(image, query, beside=beside)
+    warn_of_unknown_words(run.lvlm, [query])
+    maps = run.lvlm.attend(image, query, extra_prompts=extra_prompts)
     maps = maps.named(id=id, image_file=Sample(source, query).at(maps.image_index).image_file)
     save_attention(maps, path, run.options.attention_format)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
@@ -123,7 +123,7 @@ def visualize(run: Run) -> Visualised:
     analysed = analyse_file(run, load_attention(path), path, replace=False)
     if run.options.grounding.contrast != "none":
         log.warning("grounding.contrast: the file has no maps of other expressions, and is read without")
-    if run.options.heads == "greedy" and is_wanted(run.options.criteria):
+    if run.options.heads == "greedy" and measures_sensitivity(run.options.criteria):
         log.warning(
             "heads=greedy: the file has no maps of other expressions: picked by the paper's two criteria"
         )
@@ -154,7 +154,7 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     run.options.require("image_file", "query")
     run.check_named_heads()
     calibration = run.calibration_of(run.named_heads)  # one that does not fit is wrong use, before the work
-    collected = collect(run, run.beside(run.named_heads, calibration, every_head=True))
+    collected = collect(run, run.extra_prompts(run.named_heads, calibration, every_head=True))
     analysed = analyse_file(run, collected.maps, collected.path)
     maps, path, image = collected.maps, collected.path, collected.image
     grounder = run.grounder(run.named_heads, calibration)
@@ -173,7 +173,7 @@ def completed(
         entries.images.load(sample, again=True),
         sample.expression,
         last_layer=grounder.last_layer,
-        beside=run.beside(
+        extra_prompts=run.extra_prompts(
             grounder.heads, grounder.calibration, every_head=True
         ),  # the report reads other heads as well
         siblings=entries.siblings(sample),
@@ -299,6 +299,6 @@ def _answer(run: Run, shown: Shown) -> str | None:
         return None
     from localization_heads.lvlm.conversation import stream
 
-    prompt = run.lvlm.showing(len(each_image(shown))).prompt(str(run.options.query))
+    prompt = run.lvlm.with_num_images(len(each_image(shown))).prompt(str(run.options.query))
     pieces = stream(run.lvlm, shown, prompt, run.options.max_new_tokens)
     return "".join(pieces).strip()

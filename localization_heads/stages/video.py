@@ -169,8 +169,8 @@ def _ground_chunk(run: Run, id: str, chunk: Sequence[Frame]) -> list[Prediction]
         for frame in chunk
         if frame.image is not None
     ]
-    beside = run.beside(heads, calibration)
-    asked = Chunk([sample for sample, _ in opened], frozenset(names.values()), beside)
+    extra_prompts = run.extra_prompts(heads, calibration)
+    asked = Chunk([sample for sample, _ in opened], frozenset(names.values()), extra_prompts)
     found: dict[str, Prediction] = {}
     for one in attend(run, entries, opened, grounder.last_layer, chunk=asked):
         with entries.put_aside(one.sample):

@@ -182,9 +182,9 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
     with MODEL.room(3 * num_pixels(image)):
         opened = MODEL.take(read_image, image)
         calibration = run.calibration_of(run.named_heads)
-        beside = run.beside(run.named_heads, calibration, every_head=True)
+        extra_prompts = run.extra_prompts(run.named_heads, calibration, every_head=True)
         maps = tuple(
-            MODEL.take(run.lvlm.attend, opened, expression, beside=beside, siblings=expressions)
+            MODEL.take(run.lvlm.attend, opened, expression, extra_prompts=extra_prompts, siblings=expressions)
             for expression in expressions
         )
         opened.thumbnail((KEPT, KEPT), Image.Resampling.LANCZOS)

@@ -168,7 +168,7 @@ def check_wording(answer_tokens: int, paraphrases: Sequence[str] | None) -> None
 
 def check_box_span(lvlm: LVLM) -> None:
     """UsageError if the model is not known to write boxes, or brings no chat template for it."""
-    if lvlm.box_form is None:
+    if lvlm.box_format is None:
         raise UsageError(
             f"answer_span=box: {lvlm.name} is not known to write boxes; if it does, say how with model.native_box= "
             f"one of {', '.join(FORMATS)}"

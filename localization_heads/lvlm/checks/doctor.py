@@ -79,7 +79,7 @@ def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None 
         UsageError: an expression that cannot be asked.
     """
     prompt = lvlm.located_prompt(expression)
-    inputs = lvlm.encode([image], [prompt.text])
+    inputs = lvlm.model_inputs([image], [prompt.text])
     query = lvlm.query([prompt], inputs)
     ids = inputs["input_ids"][0].tolist()
     views, problem = _views(lvlm, inputs, image)
@@ -88,7 +88,7 @@ def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None 
         pieces=list(_pieces(lvlm, ids, query)),
         query=_in_words(lvlm, query, len(ids)),
         views=views,
-        unplaced=None if lvlm.looks_across or not views else _unplaced(lvlm, ids, views),
+        unplaced=None if lvlm.uses_cross_attention or not views else _unplaced(lvlm, ids, views),
         problem=problem,
         check=_check(lvlm, inputs, query, check),
     )
@@ -100,7 +100,7 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     decoder = type(decoder_layers(model)[0]).__name__
     heads = config.get_text_config()
     seen = "all" if len(lvlm.attention_modules) == lvlm.num_layers else ranges(sorted(lvlm.attention_modules))
-    across = ", through cross-attention" if lvlm.looks_across else ""
+    across = ", through cross-attention" if lvlm.uses_cross_attention else ""
     yield "model", lvlm.name
     yield "family", f"{config.model_type} ({family})"
     yield "class", f"{type(model).__name__}; its decoder's layers are {decoder}"
@@ -182,7 +182,7 @@ def expression_pieces(
         UsageError: an expression that cannot be asked, or whose tokens cannot be told from the others.
     """
     prompt, coder = lvlm.located_prompt(expression), lvlm.processor.tokenizer
-    ids = lvlm.encode([image], [prompt.text])["input_ids"][0].tolist()
+    ids = lvlm.model_inputs([image], [prompt.text])["input_ids"][0].tolist()
     span = expression_tokens(coder, prompt, ids, lvlm.dropped_token)
     texts = ["" if id == lvlm.image_token_id else str(coder.convert_ids_to_tokens(id)) for id in ids]
     parts = texts[: span[0]], texts[span[0] : span[-1] + 1], texts[span[-1] + 1 :]
@@ -214,7 +214,7 @@ def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None
 
 def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     """Whether every layer was seen; one that bypasses the attention interface of transformers stays zero."""
-    rows = lvlm.query_rows(inputs, query, None)[0]  # (layer, head, key)
+    rows = lvlm.capture_rows(inputs, query, None)[0]  # (layer, head, key)
     silent = [layer for layer in sorted(lvlm.attention_modules) if not rows[layer].any()]
     if silent:
         return Check(None, False, f"no attention was seen in layers {ranges(silent)}")
@@ -239,10 +239,10 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
         given[layer, call] = dict(_hidden(arguments.arguments))
 
     with _before_attention(lvlm, remember):
-        captured = torch.stack(lvlm.query_rows(inputs, query, None))  # (B, layer, H, K)
+        captured = torch.stack(lvlm.capture_rows(inputs, query, None))  # (B, layer, H, K)
     truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
-    if not lvlm.looks_across:
+    if not lvlm.uses_cross_attention:
         truth = {layer: prompt_keys(row, length, query.step) for layer, row in truth.items()}
     gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in truth.items()}
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)

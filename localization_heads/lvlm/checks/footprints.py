@@ -68,7 +68,7 @@ def coordinate_image(width: int, height: int) -> Image.Image:
 
 def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
     """Where the tokens of an image lie, in every rendering of it that the model gets."""
-    return lvlm.views_in(lvlm.encode([image], [lvlm.prompt("it")]), 0, image)
+    return lvlm.views_in(lvlm.model_inputs([image], [lvlm.prompt("it")]), 0, image)
 
 
 def footprint_centres(
@@ -80,7 +80,7 @@ def footprint_centres(
         shown: the coordinate image of that size among others without blue, which count as padding.
     """
     shown = shown or coordinate_image(*image_size)
-    raw = lvlm.processed([shown], [lvlm.showing(len(each_image(shown))).prompt("the dog")])
+    raw = lvlm.run_processor([shown], [lvlm.with_num_images(len(each_image(shown))).prompt("the dog")])
     inputs = lvlm.on_device(raw)
     names = [name for name in PIXELS if name in raw]
     pixels = {name: inputs[name].detach().clone().requires_grad_() for name in names}

@@ -360,7 +360,7 @@ def decoder_layers(model: Any) -> Sequence[nn.Module]:
     )
 
 
-def looks_across(model: Any) -> bool:
+def uses_cross_attention(model: Any) -> bool:
     """Whether the image is seen through cross-attention, whose keys are not the prompt's tokens."""
     return bool(_cross_attention(decoder_layers(model)))
 

@@ -77,7 +77,7 @@ class Steering:
                     f"{image.width} x {image.height}: open a block for each"
                 )
             if self._size is None:
-                before = getattr(image, "seen_from", image.size)
+                before = getattr(image, "original_size", image.size)
                 region = rescaled(self.region, before, image.size)
                 chosen = region_keys(lvlm.views_in(inputs, number, image), region, image.size)
                 self._chosen = self._in_order(inputs["input_ids"][number], chosen)
@@ -85,7 +85,7 @@ class Steering:
 
     def _in_order(self, ids: Tensor, keys: np.ndarray) -> Tensor:
         """Of a prompt's image tokens, or of all keys of cross-attention, those that show the region."""
-        if self.lvlm.looks_across:
+        if self.lvlm.uses_cross_attention:
             chosen = torch.zeros(int(keys.max()) + 1, dtype=torch.bool)
             chosen[torch.from_numpy(keys)] = True
             return chosen
@@ -97,7 +97,7 @@ class Steering:
         """Before a forward pass: where among all tokens so far the region is."""
         if self._size is None:
             raise UsageError("steer: what the model reads was made ready before the block: ask inside it")
-        if self.lvlm.looks_across:
+        if self.lvlm.uses_cross_attention:
             return
         ids = named.get("input_ids", given[0] if given else None)
         cache = named.get("cache", named.get("past_key_values"))  # the first from transformers 5.24 on
@@ -147,7 +147,7 @@ class Steering:
         B, H, Q, K = *query.shape[:3], key.shape[2]
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 4):
             raise UsageError(f"steer: the mask of {self.lvlm.name} cannot hold a bias for single heads")
-        if self.lvlm.looks_across:
+        if self.lvlm.uses_cross_attention:
             towards = _cut(self._chosen.expand(B, -1), 0, K)[:, None, :].expand(B, Q, K)
         elif self._now is None:  # a text without an image
             return mask
