@@ -213,7 +213,7 @@ def batches(bench: Bench) -> Iterator[Fact]:
     most = 4 if bench.toy else 256
     while size <= most:
         pictures = [bench.image] * size
-        inputs = lvlm.encode(pictures, [lvlm.prompt(EXPRESSIONS[0])] * size)
+        inputs = lvlm.model_inputs(pictures, [lvlm.prompt(EXPRESSIONS[0])] * size)
         try:
             with memory_errors():
                 ours(lvlm, inputs)

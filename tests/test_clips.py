@@ -253,7 +253,7 @@ def test_what_is_no_clip_is_refused() -> None:
     with pytest.raises(UsageError, match="a clip of 513 frames: 512 at most"):
         tiny("qwen2_vl").attend_clip(moving_coordinates(1) * 513, "the red car")
     with pytest.raises(UsageError, match="leave out paraphrases="):
-        tiny("qwen2_vl").worded(["{} here"]).attend_clip(moving_coordinates(1), "the red car")
+        tiny("qwen2_vl").with_paraphrases(["{} here"]).attend_clip(moving_coordinates(1), "the red car")
 
 
 # ------------------------------------------------------------------------------------------------------- stages

@@ -198,7 +198,7 @@ def test_rows_equal_those_of_eager_attention_in_every_kind_of_family(
     prompts = [
         lvlm.located_prompt(expression) for expression in ("the dog", "the left red car in this image")
     ]
-    inputs = lvlm.encode(images, [prompt.text for prompt in prompts])
+    inputs = lvlm.model_inputs(images, [prompt.text for prompt in prompts])
     query = lvlm.query(prompts, inputs)
     assert compare(lvlm, inputs, query).difference < 1e-5
     if query.positions is not None:
@@ -211,7 +211,7 @@ def test_rows_equal_those_of_eager_attention_in_every_kind_of_family(
 def check_against_eager(lvlm: LVLM, image: Any, expressions: list[str]) -> None:
     images = [image] * len(expressions)
     maps = lvlm.attend_batch(images, expressions)
-    inputs = lvlm.encode(images, [lvlm.prompt(expression) for expression in expressions])
+    inputs = lvlm.model_inputs(images, [lvlm.prompt(expression) for expression in expressions])
     spans = [words_of(ids, text) for ids, text in zip(inputs["input_ids"].tolist(), expressions, strict=True)]
     expected = reference(lvlm, inputs, spans)
     for b, one in enumerate(maps):

@@ -143,7 +143,7 @@ def test_the_prompt_of_a_chat_model_is_its_own(name: str, tmp_path: Path) -> Non
     inputs = lvlm.model_inputs([coordinate_image(64, 48)], [PROMPTS[name]])
     assert lvlm.query([lvlm.located_prompt("the dog")], inputs).positions is None  # the last token
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(lvlm.image_token_id) == tiny(name).encode(
+    assert ids.count(lvlm.image_token_id) == tiny(name).model_inputs(
         [coordinate_image(64, 48)], [tiny(name).prompt("the dog")]
     )["input_ids"][0].tolist().count(lvlm.image_token_id)
 
