@@ -156,7 +156,7 @@ def _measured(
 ) -> list[_Measured]:
     """Every sample that can be used; the maps are measured while the model is at the next ones."""
 
-    def asked(one: Attended) -> _Asked:
+    def asked(one: AttendedSample) -> _Asked:
         """With what the model is asked once more."""
         moved = None
         if measures_sensitivity(criteria):
@@ -196,14 +196,14 @@ def _scorer(lvlm: LVLM, by: HeadsBy) -> Scorer | None:
         return lambda one: label_scores(one.maps, truth_of(one.sample, one.image.size))[by]
     reader = with_box_span(lvlm)
 
-    def of_box(one: Attended) -> NDArray[np.float32]:
+    def of_box(one: AttendedSample) -> NDArray[np.float32]:
         truth = truth_of(one.sample, one.image.size)
         return mass_on_patches(reader.attend(one.image, one.sample.expression), truth.box)
 
     return of_box
 
 
-class Attended(NamedTuple):
+class AttendedSample(NamedTuple):
     """A sample with its image, the image's place among those that follow each other, and every head's maps."""
 
     sample: Sample
@@ -212,9 +212,9 @@ class Attended(NamedTuple):
     maps: AttentionMaps
 
 
-Scorer = Callable[[Attended], NDArray[np.float32]]
+Scorer = Callable[[AttendedSample], NDArray[np.float32]]
 """Scores every head in a labelled sample."""
-_Asked = tuple[Attended, "Moved | None", "NDArray[np.float32] | None"]
+_Asked = tuple[AttendedSample, "Moved | None", "NDArray[np.float32] | None"]
 """A sample with the third criterion and the scores of its heads, where they are wanted."""
 
 
@@ -224,7 +224,7 @@ def attended(
     unusable: list[NotFiniteError],
     last_layer: int | None = None,
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
-) -> Generator[Attended, None, None]:
+) -> Generator[AttendedSample, None, None]:
     """The maps of each sample, in order. Samples that follow each other share an image that is the same.
 
     Args:
@@ -252,7 +252,7 @@ def attended(
                     log.warning("%r is left out: %s", sample.id or sample.expression, error)
                     unusable.append(error)
                     continue
-                yield Attended(sample, part.image, part.number, found)
+                yield AttendedSample(sample, part.image, part.number, found)
 
 
 class _Part(NamedTuple):

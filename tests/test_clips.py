@@ -310,7 +310,7 @@ def test_each_prompt_holds_its_frames_and_their_times(front: Front, monkeypatch:
     asked = watched(monkeypatch)
     assert front.finder(*CLIP, *ASKED, "frames_per_prompt=4").status == 0
     assert asked == [pytest.approx([0, 0.1, 0.2, 0.3]), pytest.approx([0.4, 0.5, 0.6])]
-    monkeypatch.setattr(stage, "CLIP_PIXELS", 2 * 140 * 112)
+    monkeypatch.setattr(stage, "MAX_CLIP_PIXELS", 2 * 140 * 112)
     asked.clear()
     assert front.finder(*CLIP, *ASKED, "frames_per_prompt=4", "query=the dog").status == 0
     assert [len(times) for times in asked] == [2, 2, 2, 1], "large frames are fewer together"

@@ -456,7 +456,7 @@ def test_no_head_passes_in_the_viewer_and_from_python(
     from localization_heads.stages import visualize
 
     write_truths(1)
-    monkeypatch.setattr(visualize, "heads_of_file", lambda *_: None)
+    monkeypatch.setattr(visualize, "heads_for_file", lambda *_: None)
     assert quick.finder("stage=collect", "image_file=image_0.png", "query=the dog", "save_id=x").status == 0
     result = quick.visualize(f"attention_file={quick.out}/attention/x.pkl", "criteria.tau=2")
     assert result.status == 2

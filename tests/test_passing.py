@@ -34,7 +34,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedImage
 from localization_heads.stages.chunks import chunks
-from localization_heads.stages.flow import in_line
+from localization_heads.stages.flow import run_pipelined
 
 # ------------------------------------------------------------------------------------------------ how it is cut
 
@@ -147,7 +147,7 @@ def test_in_line_keeps_the_order(behind: bool) -> None:
         step("finish")(item)
         done.append(item)
 
-    in_line(range(20), step("prepare"), step("compute"), finish, behind=behind)
+    run_pipelined(range(20), step("prepare"), step("compute"), finish, behind=behind)
     assert done == list(range(20))
     for name in ("prepare", "compute", "finish"):
         assert [item for what, item in log if what == name] == list(range(20))
@@ -182,7 +182,7 @@ def test_in_line_works_at_the_same_time() -> None:
         if item == 0:
             meeting.wait()
 
-    in_line(range(3), meet, compute, finish)
+    run_pipelined(range(3), meet, compute, finish)
     assert len(threads) == 2
     assert here not in threads
 
@@ -195,20 +195,20 @@ def test_in_line_lets_nothing_heavy_wait() -> None:
         assert done == list(range(item))
         return item
 
-    in_line(range(6), lambda item: item, compute, done.append, weigh=lambda _: MAX_PENDING_BYTES + 1)
+    run_pipelined(range(6), lambda item: item, compute, done.append, weigh=lambda _: MAX_PENDING_BYTES + 1)
     assert done == list(range(6))
 
 
 def test_in_line_hands_on_what_goes_wrong_at_the_very_end() -> None:
     """Nobody asks for the last results any more: their errors count all the same."""
     with pytest.raises(ZeroDivisionError):
-        in_line(range(4), lambda item: item, lambda item: item, lambda item: 1 // (item - 3))
+        run_pipelined(range(4), lambda item: item, lambda item: item, lambda item: 1 // (item - 3))
 
 
 def test_in_line_without_a_thread_behind() -> None:
     """What opens windows, or runs the model, stays in this thread; what is prepared does not."""
     seen = list[tuple[str, int]]()
-    in_line(
+    run_pipelined(
         range(3),
         lambda _: seen.append(("prepare", threading.get_ident())),
         lambda _: seen.append(("compute", threading.get_ident())),
@@ -242,7 +242,7 @@ def test_in_line_hands_on_what_goes_wrong(behind: bool, where: str, error: type[
         done.append(step("finish", item))
 
     with pytest.raises(error, match="no"):
-        in_line(range(50), lambda item: step("prepare", item), compute, finish, behind=behind)
+        run_pipelined(range(50), lambda item: step("prepare", item), compute, finish, behind=behind)
     assert len(computed) < 10
     assert done == [item for item in computed if (where, item) != ("finish", 3)]
 

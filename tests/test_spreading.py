@@ -125,7 +125,7 @@ def test_the_same_as_locally(
     local = front.finder(f"stage={stage}", *data, "output_dir=by_local")
     if stage == "find":
         monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_once)
-    monkeypatch.setattr(flow, "compute", killing.left_to_workers)
+    monkeypatch.setattr(flow, "attend_chunk", killing.left_to_workers)
     workers = WORKERS.get(stage, 1)
     spread = front.finder(f"stage={stage}", *data, "output_dir=by_ray", *RAY, f"engine.num_workers={workers}")
     assert (local.status, spread.status) == (1, 1), spread.err
@@ -202,7 +202,7 @@ def test_a_worker_does_the_same(
     words = (*DATA, *words, "end_index=5", "report=false")
     local = front.finder(*words, "output_dir=by_local")
     monkeypatch.setattr(workers, "run_on_workers", by_one_worker)
-    monkeypatch.setattr(flow, "compute", killing.left_to_workers)
+    monkeypatch.setattr(flow, "attend_chunk", killing.left_to_workers)
     spread = front.finder(*words, "output_dir=by_ray", "engine=ray")
     assert (local.status, spread.status) == (1, 1), spread.err
     assert spread.out.replace("by_ray", "by_local") == local.out

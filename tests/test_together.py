@@ -45,7 +45,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import generate_box
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 from localization_heads.stages import workers
-from localization_heads.stages.entries import CHUNK_PIXELS, Entries, OpenedImages
+from localization_heads.stages.entries import MAX_CHUNK_PIXELS, Entries, ImageCache
 from localization_heads.store.attention_files import load_attention
 
 SEVERAL = (
@@ -285,10 +285,11 @@ def test_the_images_of_a_prompt_have_a_limit_together(monkeypatch: pytest.Monkey
 def test_images_that_are_not_fetched_yet_count_as_a_chunk(tmp_path: Path) -> None:
     """So that a chunk holds one such prompt, as it holds one image of an address."""
     file = draw_image(tmp_path / "a.png", 1, (20, 10))
-    pixels = OpenedImages(0).pixels
+    pixels = ImageCache(0).pixels
     assert pixels(lh.Sample(lh.Together([file, file]), "the dog")) == 400
     assert (
-        pixels(lh.Sample(lh.Together([file, lh.Address("https://a.org/b.png")]), "the dog")) == CHUNK_PIXELS
+        pixels(lh.Sample(lh.Together([file, lh.Address("https://a.org/b.png")]), "the dog"))
+        == MAX_CHUNK_PIXELS
     )
 
 
@@ -323,7 +324,7 @@ def test_python_asks_about_images_together_or_says_why_not() -> None:
 def test_the_place_of_an_entry_is_said_once() -> None:
     sample = lh.Sample(lh.Together(["a.png", "b.png"]), "the dog", id="t", line=1)
     entries = Entries([sample])
-    with entries.put_aside(sample):
+    with entries.skip_on_error(sample):
         raise AssertionError(sample.single)
     assert str(entries.failures[0]).startswith("line 1 (t): its prompt shows several images")
 

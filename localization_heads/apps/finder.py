@@ -41,7 +41,11 @@ def _announce(run: Run) -> None:
 
     # An image's address may hold a secret, which its own text leaves out.
     options = run.options
-    name = run.shown(options.image_file) if options.image_file else options.video_file or options.data_file
+    name = (
+        run.resolve_images(options.image_file)
+        if options.image_file
+        else options.video_file or options.data_file
+    )
     line = f"stage={run.options.stage}  {run.spec.name}  {name or ''}".rstrip()
     show(printable(line), markup=False, highlight=False)
     _import_model_code()

@@ -77,7 +77,7 @@ def _trace(run: Run) -> int:
 def _ground(run: Run) -> int:
     if run.options.video_file is None:
         return _show_result(run, ground.ground(run))
-    followed = video.follow(run)
+    followed = video.ground_video(run)
     return _show(tables.video_table(followed), followed.paths, followed.failures)
 
 
@@ -149,17 +149,17 @@ def _wrote(paths: Sequence[Path]) -> int:
     return 0
 
 
-def _show_collected(collected: single.Collected) -> int:
+def _show_collected(collected: single.CollectResult) -> int:
     if collected.answer is not None:
         tables.show(f"answer: {printable(collected.answer)}", markup=False, highlight=False)
     return _wrote([collected.path])
 
 
-def _show_analysed(run: Run, analysed: single.Analysed) -> int:
+def _show_analysed(run: Run, analysed: single.AnalyzeResult) -> int:
     return _show(heads.analysis_table(analysed.rows, run.options.top_k), [analysed.path])
 
 
-def _show_visualised(run: Run, visualised: single.Visualised) -> int:
+def _show_visualised(run: Run, visualised: single.VisualizeResult) -> int:
     read_out = preset_name("grounding", run.options.grounding)
     tables.show(f"box: {tables.grounding_text(visualised.grounding, read_out)}", highlight=False)
     return _wrote(visualised.paths)

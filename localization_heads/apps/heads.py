@@ -14,7 +14,7 @@ from localization_heads.errors import printable
 from localization_heads.heads.ready import overlap, ready_list
 from localization_heads.heads.record import HeadRanking, resting
 from localization_heads.stages.labels import Labelled
-from localization_heads.stages.outcome import heads_of_boxes
+from localization_heads.stages.outcome import choose_grounding_heads
 from localization_heads.stages.run import Run
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def whose(run: Run) -> str | None:
 
 def of_boxes(run: Run, ranking: HeadRanking) -> str:
     """One line on the heads that a batch grounded with."""
-    heads, source = heads_of_boxes(run, ranking)
+    heads, source = choose_grounding_heads(run, ranking)
     names = "each sample's own" if heads is None else " ".join(map(str, heads)) or "none"
     return f"boxes below: heads {names}, {source}"
 

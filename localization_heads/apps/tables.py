@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.checks.doctor import Examination
     from localization_heads.lvlm.families.geometry import View
     from localization_heads.stages.trace import Traced
-    from localization_heads.stages.video import Followed
+    from localization_heads.stages.video import VideoResult
 
 
 ROWS = 30
@@ -261,7 +261,7 @@ def trace_table(trace: Trace) -> Table:
     return table
 
 
-def video_table(followed: Followed) -> Table:
+def video_table(followed: VideoResult) -> Table:
     """The first frame of each second, of at most `ROWS` seconds, with box, score and confidence."""
     names = ("time", "frame", "box (x0 y0 x1 y1)", "score", "confidence")
     title = f"{len(followed.predictions)} frames: {followed.query}"

@@ -61,7 +61,7 @@ def converse(run: ChatRun) -> int:
 def start(run: ChatRun) -> Conversation:
     """A conversation about `image_file`, if one is named."""
     run.lvlm.recent.max_bytes = run.options.picture_memory * 2**20
-    image = load_image(run.image(run.options.image_file)) if run.options.image_file else None
+    image = load_image(run.resolve_image(run.options.image_file)) if run.options.image_file else None
     return Conversation(run.lvlm, image, run.options.max_new_tokens)
 
 
@@ -87,7 +87,7 @@ class Session:
     conversation: Conversation
 
     def __post_init__(self) -> None:
-        self.image_name = str(self.run.image(self.run.options.image_file or ""))
+        self.image_name = str(self.run.resolve_image(self.run.options.image_file or ""))
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.look_at,
             "/ground": self.ground,
@@ -115,7 +115,7 @@ class Session:
     def look_at(self, path: str) -> None:
         if not path:
             raise UsageError("write /image PATH")
-        source = self.run.image(from_home(path))
+        source = self.run.resolve_image(from_home(path))
         image = load_image(source)
         self.conversation.look_at(image)
         self.image_name = str(source)

@@ -32,10 +32,10 @@ from localization_heads.lvlm.native_box import generate_box, native_box_format
 from localization_heads.options.kinds import as_read
 from localization_heads.scenes.expressions import Question, questions
 from localization_heads.scenes.write import pairs, scenes
-from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import Entries, select_entries
-from localization_heads.stages.find import collect_statistics, draws_of, rank_entries
-from localization_heads.stages.flow import go_through
+from localization_heads.stages.chunks import AttendedSample
+from localization_heads.stages.entries import Entries, load_entries
+from localization_heads.stages.find import collect_statistics, draw_trials, rank_entries
+from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Result
 from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run
@@ -58,7 +58,7 @@ def ablate(run: Run) -> Result:
     from localization_heads import figures
 
     data_file = _data_file(run)
-    entries = select_entries(replace(run, options=replace(run.options, data_file=data_file)))
+    entries = load_entries(replace(run, options=replace(run.options, data_file=data_file)))
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         asked = _asked(run, entries, data_file)
@@ -74,7 +74,7 @@ def ablate(run: Run) -> Result:
         write_json(written, {**found.numbers, "choices": _choices(run)})
         paths = [written, run.draw(figures.plot_ablation, found.numbers, what, path=path)]
         log.finish()
-        return Result(paths, entries.in_order(), findings=[found])
+        return Result(paths, entries.sorted_failures(), findings=[found])
 
 
 def _data_file(run: Run) -> str:
@@ -105,7 +105,7 @@ def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> l
     log = ResultLog(run.folder, "causal", _settings(run, work))
     values = _go_through(run, entries, work, log)
     if len(values) < len(entries.samples):
-        raise WorkError(f"experiment=causal: not every entry could be asked: {entries.in_order()[0]}")
+        raise WorkError(f"experiment=causal: not every entry could be asked: {entries.sorted_failures()[0]}")
     log.finish()
     return values
 
@@ -136,7 +136,9 @@ def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
         if bad.line in by_line:
             entries.fail(by_line[bad.line], bad.reason)
     if run.options.ablate.steer:
-        regions = {one.id: expected.regions[one.line] for one in entries.good if one.line in expected.regions}
+        regions = {
+            one.id: expected.regions[one.line] for one in entries.usable if one.line in expected.regions
+        }
         asked = Asked({}, regions, None, maps=False)
         need = (
             'regions, such as "regions": [{"bbox": [x0, y0, x1, y1], "answer": "dog"}, ...] (or data=scenes)'
@@ -149,26 +151,26 @@ def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
         )
         if wanted == "boxes" and native is None:
             native = native_box_format(run.lvlm, True, by_default=True)
-        known = {one.id: expected.answers[one.line] for one in entries.good if one.line in expected.answers}
-        told = {one.id: questions(one.expression, known[one.id]) for one in entries.good if one.id in known}
+        known = {one.id: expected.answers[one.line] for one in entries.usable if one.line in expected.answers}
+        told = {one.id: questions(one.expression, known[one.id]) for one in entries.usable if one.id in known}
         asked = Asked(
             told if wanted in ("answers", "all") else {}, {}, native, maps=wanted in ("maps", "all")
         )
         need = 'a known answer ("answer": "red"), bbox or mask'
-    for sample in entries.good:
+    for sample in entries.usable:
         boxes = sample.has_truth and (asked.maps or asked.native is not None)
         if not (sample.id in asked.questions or sample.id in asked.regions or boxes):
             entries.fail(sample, f"nothing can be measured: it has no {need}")
-    if not entries.good:
-        raise UsageError(f"stage=ablate needs entries with {need}; the first: {entries.in_order()[0]}")
+    if not entries.usable:
+        raise UsageError(f"stage=ablate needs entries with {need}; the first: {entries.sorted_failures()[0]}")
     return asked
 
 
 def _ranking(run: Run, entries: Entries) -> HeadRanking:
     """The label-free ranking of these entries, whose statistics are kept as `find` keeps them."""
     store = open_store(run)
-    collect_statistics(run, entries, entries.good, store, keep_maps=False)
-    return rank_entries(run, entries, draws_of(run, entries), store)
+    collect_statistics(run, entries, entries.usable, store, keep_maps=False)
+    return rank_entries(run, entries, draw_trials(run, entries), store)
 
 
 def _conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
@@ -177,7 +179,7 @@ def _conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
     ranked = [head for head in ranking.heads if head.layer >= first and head.layer in there]
     named = _named(run)
     check_heads(named, lvlm.num_layers, lvlm.num_heads)
-    run.note_heads()
+    run.note_head_conditions()
     listed = tuple(dict.fromkeys([*named, *(head.address for head in ranked)]))
     corner = (0.0, 0.0, 1.0, 1.0)
     with _steered(run, listed, corner) if options.ablate.steer else _switched_off(run, listed):
@@ -199,7 +201,7 @@ def _named(run: Run) -> tuple[Head, ...]:
     if wanted == "greedy":
         raise UsageError("heads=greedy: stage=ablate changes fixed heads; write heads=auto or name them")
     if wanted == "auto":
-        return known_heads(run.spec.name, run.folder, MANY, run.ready) or ()
+        return known_heads(run.spec.name, run.folder, MANY, run.ready_heads) or ()
     return every_head(wanted)
 
 
@@ -217,11 +219,18 @@ def _go_through(run: Run, entries: Entries, work: Ablation, log: ResultLog) -> l
         log.append([(entries.key(sample), {**values}) for sample, values in measured])
         found.update({sample.id: values for sample, values in measured})
 
-    go_through(
-        run, entries, entries.good, "ablate", is_done=is_done, work=work, keep=keep, work_runs_model=True
+    run_over_samples(
+        run,
+        entries,
+        entries.usable,
+        "ablate",
+        is_done=is_done,
+        process=work,
+        save=keep,
+        process_runs_model=True,
     )
     if not found:
-        raise NothingDoneError("no entry could be measured", entries.in_order())
+        raise NothingDoneError("no entry could be measured", entries.sorted_failures())
     return [found[sample.id] for sample in entries.samples if sample.id in found]
 
 
@@ -233,29 +242,29 @@ class Ablation:
     asked: Asked
 
     def __call__(
-        self, run: Run, entries: Entries, attended: Sequence[Attended]
+        self, run: Run, entries: Entries, attended: Sequence[AttendedSample]
     ) -> list[tuple[Sample, Values]]:
         measured = []
         for one in attended:
-            with entries.put_aside(one.sample):
+            with entries.skip_on_error(one.sample):
                 measured.append((one.sample, self._measured(run, one)))
         return measured
 
-    def _measured(self, run: Run, one: Attended) -> Values:
+    def _measured(self, run: Run, one: AttendedSample) -> Values:
         if regions := self.asked.regions.get(one.sample.id):
             return {
                 condition.name: self._steered(run, one, condition, regions) for condition in self.conditions
             }
-        truth = truth_of(one.sample, one.single.size) if one.sample.bbox or one.sample.mask else None
+        truth = truth_of(one.sample, one.single_image.size) if one.sample.bbox or one.sample.mask else None
         return {condition.name: self._without(run, one, condition, truth) for condition in self.conditions}
 
     def _without(
-        self, run: Run, one: Attended, condition: Condition, truth: Truth | None
+        self, run: Run, one: AttendedSample, condition: Condition, truth: Truth | None
     ) -> dict[str, float]:
         """The measures of one entry without the heads of a condition."""
         lvlm, sample, found = run.lvlm, one.sample, dict[str, float]()
         with _switched_off(run, condition.heads):
-            encoded = lvlm.encode_image(one.single)
+            encoded = lvlm.encode_image(one.single_image)
             if told := self.asked.questions.get(sample.id):
                 said = encoded.say([question.text for question in told], run.options.ablate.answer_tokens)
                 right = [
@@ -266,8 +275,8 @@ class Ablation:
                     kinds = zip(told, right, strict=True)
                     found |= {f"{ANSWERS}{question.kind}": float(ok) for question, ok in kinds}
             if self.asked.native and truth:
-                box, _ = generate_box(lvlm, self.asked.native, one.single, sample.expression)
-                found["boxes"] = float(score_box(box, truth, one.single.size).iou >= RIGHT)
+                box, _ = generate_box(lvlm, self.asked.native, one.single_image, sample.expression)
+                found["boxes"] = float(score_box(box, truth, one.single_image.size).iou >= RIGHT)
             if self.asked.maps and truth:
                 (now,) = encoded.attend([sample.expression])
         if self.asked.maps and truth:
@@ -280,13 +289,13 @@ class Ablation:
         return found
 
     def _steered(
-        self, run: Run, one: Attended, condition: Condition, regions: Sequence[Region]
+        self, run: Run, one: AttendedSample, condition: Condition, regions: Sequence[Region]
     ) -> dict[str, float]:
         """The share of the regions whose object is named, alone, when the heads are steered there."""
         follows, leaves = [], []
         for region in regions:
             with _steered(run, condition.heads, region.box):
-                encoded = run.lvlm.encode_image(one.single)
+                encoded = run.lvlm.encode_image(one.single_image)
                 said = encoded.say([one.sample.expression], run.options.ablate.answer_tokens)[0].text
             there = says(said, region.answer)
             elsewhere = any(says(said, other.answer) for other in regions if other.answer != region.answer)

@@ -16,8 +16,8 @@ from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding
 from localization_heads.options.groups import SegmenterOptions
 from localization_heads.options.programs import FinderOptions
-from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import select_entries, with_truth
+from localization_heads.stages.chunks import AttendedSample
+from localization_heads.stages.entries import load_entries, require_truth
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.ground import ground_all, settings
 from localization_heads.stages.outcome import Outcome, Result
@@ -43,7 +43,7 @@ def calibrate(run: Run) -> Calibrated:
     recipe = run.recipe(run.named_heads)
     if known is not None:
         known.check(recipe, source)
-    entries = with_truth(select_entries(run), "stage=calibrate", with_box, or_absent=True)
+    entries = require_truth(load_entries(run), "stage=calibrate", with_box, or_absent=True)
     with RunLock(run.folder):
         log = ResultLog(run.folder, "calibrate", {**settings(run), "truth": truths(entries.samples)})
         outcomes, _ = ground_all(run, entries, log, _measure)
@@ -64,7 +64,7 @@ def calibrate(run: Run) -> Calibrated:
         path = run.folder / CALIBRATION
         write_json(path, found.to_json())
         log.finish()
-        return Calibrated(Result([path], entries.in_order(), outcomes), found)
+        return Calibrated(Result([path], entries.sorted_failures(), outcomes), found)
 
 
 def _as_fitted(options: FinderOptions, *, signals: bool) -> FinderOptions:
@@ -80,7 +80,7 @@ def _as_fitted(options: FinderOptions, *, signals: bool) -> FinderOptions:
     )
 
 
-def _measure(run: Run, one: Attended, found: Sequence[Grounding]) -> dict[str, Any]:
+def _measure(run: Run, one: AttendedSample, found: Sequence[Grounding]) -> dict[str, Any]:
     grounding = found[0]
     return {"signals": dict(grounding.signals), "right": is_right(one.sample, grounding.box)}
 

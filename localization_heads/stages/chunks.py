@@ -22,7 +22,13 @@ from localization_heads.data.samples import Sample, check_inside
 from localization_heads.data.sources import Shown, image_at, num_images
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
-from localization_heads.stages.entries import CHUNK_PIXELS, OPENED_AHEAD, Entries, OpenedImages, image_key
+from localization_heads.stages.entries import (
+    MAX_CHUNK_PIXELS,
+    MAX_PREFETCH_PIXELS,
+    Entries,
+    ImageCache,
+    image_key,
+)
 from localization_heads.stages.run import Run
 
 if TYPE_CHECKING:
@@ -42,14 +48,14 @@ class Chunk(NamedTuple):
     Args:
         extra_prompts: what is asked beside their expressions.
         siblings: for each id, the other expressions of the sample's image in the data.
-        attends: whether maps are made of them; else their work asks the model itself, and gets `NO_MAPS`.
+        capture_maps: whether maps are made of them; else their work asks the model itself, and gets `NO_MAPS`.
     """
 
     samples: Sequence[Sample]
     missing: frozenset[str]
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS
     siblings: Mapping[str, Sequence[str]] = {}
-    attends: bool = True
+    capture_maps: bool = True
 
 
 PLAIN = Chunk((), frozenset())
@@ -59,12 +65,12 @@ NO_MAPS = AttentionMaps(np.zeros((0, 0, 1, 1), np.float32), (0, 0, 1, 1), (1, 1)
 Opened = Sequence[tuple[Sample, Shown]]
 
 
-class ReadyChunk(NamedTuple):
+class PreparedChunk(NamedTuple):
     """A chunk with its images opened and the host's share of the model's work done.
 
     Args:
-        opened: None where that is left to `compute`.
-        ready: None where `attend` has to do it.
+        opened: None where that is left to `attend_chunk`.
+        ready: None where `attend_samples` has to do it.
     """
 
     chunk: Chunk
@@ -72,54 +78,54 @@ class ReadyChunk(NamedTuple):
     ready: PreparedBatch | None = None
 
 
-class Attended(NamedTuple):
+class AttendedSample(NamedTuple):
     """A sample with its opened image and the maps of every head.
 
     Attributes:
-        second: the box that a second look at the image found, in its pixels (`zoom=true`).
-        mirrored: the maps of the mirrored image, as the model gave them (`criteria=robust`).
+        zoomed_box: the box that a second look at the image found, in its pixels (`zoom=true`).
+        mirrored_maps: the maps of the mirrored image, as the model gave them (`criteria=robust`).
     """
 
     sample: Sample
     image: Shown
     maps: AttentionMaps
-    second: Box | None = None
-    mirrored: NDArray[np.float32] | None = None
+    zoomed_box: Box | None = None
+    mirrored_maps: NDArray[np.float32] | None = None
 
     @property
-    def single(self) -> Image.Image:
+    def single_image(self) -> Image.Image:
         """The image, where the prompt shows one."""
         return image_at(self.image, None)
 
 
-Work = Callable[[Run, Entries, Sequence[Attended]], Sequence[Any]]
+ProcessChunk = Callable[[Run, Entries, Sequence[AttendedSample]], Sequence[Any]]
 """What is made of the maps of a chunk where the model is. Pickled to be sent there, so it holds no run and no model."""
-LookAgain = Callable[[Run, Entries, Sequence[Attended]], list[Attended]]
+SecondPass = Callable[[Run, Entries, Sequence[AttendedSample]], list[AttendedSample]]
 """Asks the model about a chunk a second time. Pickled as well."""
 
 
 class Task(NamedTuple):
-    """What a worker does with each chunk: `compute` down to `last_layer`, then `work`."""
+    """What a worker does with each chunk: `attend_chunk` down to `last_layer`, then `process`."""
 
-    work: Work
+    process: ProcessChunk
     last_layer: int | None = None
-    look_again: LookAgain | None = None
+    second_pass: SecondPass | None = None
 
 
-def chunks(samples: Sequence[Sample], size: int, known: OpenedImages | None = None) -> Iterator[list[Sample]]:
+def chunks(samples: Sequence[Sample], size: int, known: ImageCache | None = None) -> Iterator[list[Sample]]:
     """Samples in chunks of at most `size`, cut in the same way in every run.
 
     Those of one image are together, wherever they stand in the file (more than `size` are several chunks). A chunk
     is filled up with images of about the same size and expressions of about the same length, so that little is
-    padded. Its images have at most `CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
+    padded. Its images have at most `MAX_CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
     memory for large images, which cost more to decode than a larger batch would save.
     """
-    known = known or OpenedImages(0)
+    known = known or ImageCache(0)
     chunk: list[Sample] = []
     pixels = 0
     for part in _parts(samples, size, known):
         more = known.pixels(part[0])
-        if chunk and (len(chunk) + len(part) > size or pixels + more > CHUNK_PIXELS):
+        if chunk and (len(chunk) + len(part) > size or pixels + more > MAX_CHUNK_PIXELS):
             yield chunk
             chunk, pixels = [], 0
         chunk, pixels = [*chunk, *part], pixels + more
@@ -127,7 +133,7 @@ def chunks(samples: Sequence[Sample], size: int, known: OpenedImages | None = No
         yield chunk
 
 
-def _parts(samples: Sequence[Sample], size: int, known: OpenedImages) -> Iterator[list[Sample]]:
+def _parts(samples: Sequence[Sample], size: int, known: ImageCache) -> Iterator[list[Sample]]:
     """The samples of each image, in parts of at most `size`; sorted by length within windows."""
 
     def length(part: list[Sample]) -> tuple[int, int]:
@@ -153,27 +159,27 @@ def clips(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
         yield from (frames[start : start + size] for start in range(0, len(frames), size))
 
 
-def make_chunk_ready(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = True) -> ReadyChunk:
+def prepare_chunk(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = True) -> PreparedChunk:
     """Open the chunk's images and do what the host can do before the model.
 
     Args:
-        ahead: the model still works on another chunk, so an image of more than `OPENED_AHEAD` pixels has to wait.
+        ahead: the model still works on another chunk, so an image of over `MAX_PREFETCH_PIXELS` has to wait.
     """
     if not chunk.missing:
-        return ReadyChunk(chunk, [])
+        return PreparedChunk(chunk, [])
     first = chunk.samples[0]
-    if ahead and not is_address(first.image) and entries.images.pixels(first) > OPENED_AHEAD:
-        return ReadyChunk(chunk, None)
+    if ahead and not is_address(first.image) and entries.images.pixels(first) > MAX_PREFETCH_PIXELS:
+        return PreparedChunk(chunk, None)
     opened = _open(run, entries, chunk.samples)
     if not any(sample.id in chunk.missing for sample, _ in opened):
-        return ReadyChunk(chunk, [])
-    if run.clip or not chunk.attends or not run.lvlm.can_prepare(chunk.extra_prompts):
-        return ReadyChunk(chunk, opened)
+        return PreparedChunk(chunk, [])
+    if run.frames_per_clip or not chunk.capture_maps or not run.lvlm.can_prepare(chunk.extra_prompts):
+        return PreparedChunk(chunk, opened)
     try:
-        expressions = [run.asked_as(sample.expression) for sample, _ in opened]
-        return ReadyChunk(chunk, opened, run.lvlm.prepare([image for _, image in opened], expressions))
-    except Exception:  # `attend` finds out whose fault it is
-        return ReadyChunk(chunk, opened)
+        expressions = [run.query_for(sample.expression) for sample, _ in opened]
+        return PreparedChunk(chunk, opened, run.lvlm.prepare([image for _, image in opened], expressions))
+    except Exception:  # `attend_samples` finds out whose fault it is
+        return PreparedChunk(chunk, opened)
 
 
 def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
@@ -181,41 +187,41 @@ def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
     opened: list[tuple[Sample, Shown]] = []
     images: dict[str | int, Shown] = {}
     for sample in samples:
-        with entries.put_aside(sample, WorkError):
+        with entries.skip_on_error(sample, WorkError):
             run.lvlm.with_num_images(num_images(sample.image)).prompt(sample.expression)
             if (key := image_key(sample)) not in images:
-                images[key] = entries.images.load(sample, again=entries.images_again)
+                images[key] = entries.images.load(sample, again=entries.images_reused)
             if isinstance(image := images[key], Image.Image):
                 check_inside(sample, image.size)
             opened.append((sample, images[key]))
     return opened
 
 
-def compute(
+def attend_chunk(
     run: Run,
     entries: Entries,
-    prepared: ReadyChunk,
+    prepared: PreparedChunk,
     last_layer: int | None,
-    look_again: LookAgain | None = None,
-) -> list[Attended]:
+    second_pass: SecondPass | None = None,
+) -> list[AttendedSample]:
     """The maps of the chunk's missing samples, after a second look at the whole chunk if one is wanted."""
     chunk = prepared.chunk
     if prepared.opened is None:
-        prepared = make_chunk_ready(run, entries, chunk, ahead=False)
-    attended = attend(run, entries, prepared.opened or [], last_layer, prepared.ready, chunk)
-    if look_again and attended:
-        attended = look_again(run, entries, attended)
+        prepared = prepare_chunk(run, entries, chunk, ahead=False)
+    attended = attend_samples(run, entries, prepared.opened or [], last_layer, prepared.ready, chunk)
+    if second_pass and attended:
+        attended = second_pass(run, entries, attended)
     return [one for one in attended if one.sample.id in chunk.missing]
 
 
-def attend(
+def attend_samples(
     run: Run,
     entries: Entries,
     opened: Opened,
     last_layer: int | None,
     ready: PreparedBatch | None = None,
     chunk: Chunk = PLAIN,
-) -> list[Attended]:
+) -> list[AttendedSample]:
     """The maps of opened samples. If the model cannot take them together, one by one, so that only the culprit fails.
 
     With `batch_size=auto`, what does not fit into the memory is halved until it does, and later chunks are cut to
@@ -228,20 +234,22 @@ def attend(
         WorkError: out of memory, with a `batch_size` that was given or with a single entry.
     """
 
-    def in_parts(size: int) -> list[Attended]:
+    def in_parts(size: int) -> list[AttendedSample]:
         parts = (opened[start : start + size] for start in range(0, len(opened), size))
-        return [found for part in parts for found in attend(run, entries, part, last_layer, chunk=chunk)]
+        return [
+            found for part in parts for found in attend_samples(run, entries, part, last_layer, chunk=chunk)
+        ]
 
     if not opened:
         return []
-    if run.clip:
+    if run.frames_per_clip:
         return _attend_clip(run, entries, opened, last_layer)
-    if not chunk.attends:
-        return [Attended(sample, image, NO_MAPS) for sample, image in opened]
-    if entries.fitting and len(opened) > entries.fitting:
-        return in_parts(entries.fitting)
+    if not chunk.capture_maps:
+        return [AttendedSample(sample, image, NO_MAPS) for sample, image in opened]
+    if entries.max_batch_size and len(opened) > entries.max_batch_size:
+        return in_parts(entries.max_batch_size)
     samples, images = zip(*opened, strict=True)
-    expressions = [run.asked_as(sample.expression) for sample in samples]
+    expressions = [run.query_for(sample.expression) for sample in samples]
     try:
         maps = run.lvlm.attend_batch(
             images,
@@ -255,7 +263,9 @@ def attend(
             one.named(id=sample.id, image_file=sample.at(one.image_index).image_file)
             for one, sample in zip(maps, samples, strict=True)
         ]
-        return _finite(entries, [Attended(*found) for found in zip(samples, images, named, strict=True)])
+        return _finite(
+            entries, [AttendedSample(*found) for found in zip(samples, images, named, strict=True)]
+        )
     except OutOfMemoryError:
         if run.options.batch_size != "auto" or len(opened) == 1:
             raise  # every chunk would fail
@@ -272,21 +282,23 @@ def attend(
     # Outside the handlers, where no traceback holds on to the batch that failed.
     from localization_heads.lvlm.forward.failures import free_memory
 
-    entries.fitting = (len(opened) + 1) // 2
-    log.warning("out of memory: going on with %d entries at a time", entries.fitting)
+    entries.max_batch_size = (len(opened) + 1) // 2
+    log.warning("out of memory: going on with %d entries at a time", entries.max_batch_size)
     free_memory()
-    return in_parts(entries.fitting)
+    return in_parts(entries.max_batch_size)
 
 
-def _attend_clip(run: Run, entries: Entries, opened: Opened, last_layer: int | None) -> list[Attended]:
+def _attend_clip(run: Run, entries: Entries, opened: Opened, last_layer: int | None) -> list[AttendedSample]:
     """The maps of frames that the model is shown in one prompt; if it cannot take them, all of them fail."""
     samples, images = zip(*opened, strict=True)
     times = [float(sample.facts.get("time", number / FRAME_RATE)) for number, sample in enumerate(samples)]
     try:
-        maps = run.lvlm.attend_clip(images, run.asked_as(samples[0].expression), times, last_layer=last_layer)
+        maps = run.lvlm.attend_clip(
+            images, run.query_for(samples[0].expression), times, last_layer=last_layer
+        )
     except OutOfMemoryError as error:
         raise WorkError(
-            f"out of memory: lower frames_per_prompt={run.clip}, or load the model in fewer bits"
+            f"out of memory: lower frames_per_prompt={run.frames_per_clip}, or load the model in fewer bits"
         ) from error
     except WorkError:
         raise
@@ -295,10 +307,10 @@ def _attend_clip(run: Run, entries: Entries, opened: Opened, last_layer: int | N
         for sample in samples:
             entries.fail(sample, f"the model cannot take its clip: {reason}")
         return []
-    return _finite(entries, [Attended(*found) for found in zip(samples, images, maps, strict=True)])
+    return _finite(entries, [AttendedSample(*found) for found in zip(samples, images, maps, strict=True)])
 
 
-def _finite(entries: Entries, attended: Sequence[Attended]) -> list[Attended]:
+def _finite(entries: Entries, attended: Sequence[AttendedSample]) -> list[AttendedSample]:
     """The entries whose attention is finite; each of the others fails alone."""
     finite = []
     for one in attended:

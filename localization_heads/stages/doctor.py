@@ -19,7 +19,7 @@ from localization_heads.lvlm.extra_prompts import (
     measures_sensitivity,
     sensitivity_prompts,
 )
-from localization_heads.stages.records import warn_of_movement
+from localization_heads.stages.records import warn_of_disagreement
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
 from localization_heads.store.files import atomic_write, writable_folder
@@ -47,11 +47,14 @@ class Examined:
 
 def doctor(run: Run) -> Examined:
     """Show how the model reads `image_file` and `query`, or an example -> `<id>_doctor.png`."""
-    source, expression = run.image(run.options.image_file or EXAMPLE), str(run.options.query or EXPRESSION)
+    source, expression = (
+        run.resolve_image(run.options.image_file or EXAMPLE),
+        str(run.options.query or EXPRESSION),
+    )
     image = load_image(source)
     path = entry_path(run.attention_folder, image_id(run, source, expression), "_doctor.png")
     writable_folder(run.attention_folder)
-    run.note_heads()  # before the examination, for a model that cannot be loaded is an error of its own
+    run.note_head_conditions()  # before the examination, for a model that cannot be loaded is an error of its own
     from localization_heads import figures
     from localization_heads.lvlm.checks.doctor import examine
 
@@ -84,7 +87,7 @@ def _of_movement(run: Run, image: Image.Image, expression: str) -> list[tuple[st
     )
     shape = (maps.num_layers, maps.num_heads)
     ranking = with_movement(ranking, mean_movement([measure_sensitivity(maps, mirrored)], [1], shape))
-    warn_of_movement(ranking, run.options.k)
+    warn_of_disagreement(ranking, run.options.k)
     first = ranking.kept[: run.options.k]
     moves = [f"{head.address} ({head.movement:.2f})" for head in first if head.movement is not None]
     rest = [str(head.address) for head in resting(ranking)[:10]]

@@ -27,16 +27,16 @@ from localization_heads.store.statistics import sample_key
 
 Line = TypeVar("Line", Sample, VisualizationEntry)
 
-SEVERAL_STAGES = ("ground", "batch", "find", "rank", "export")
-KEPT_PIXELS = 24_000_000
+SEVERAL_IMAGE_STAGES = ("ground", "batch", "find", "rank", "export")
+MAX_CACHED_PIXELS = 24_000_000
 """Of the images that one pass keeps for the next: all of a small data set's, 70 MB of a large one's."""
-CHUNK_PIXELS = 24_000_000
+MAX_CHUNK_PIXELS = 24_000_000
 """Of the images of a chunk, unless it has only one: a camera's image, or seventy of COCO, at 4 bytes a pixel."""
-OPENED_AHEAD = 16_000_000
+MAX_PREFETCH_PIXELS = 16_000_000
 """Of an image that is opened while the model still works on others: processors take 20 bytes a pixel."""
 
 
-class OpenedImages:
+class ImageCache:
     """The images of one run, each opened and decoded once, as long as the images kept have room.
 
     An image that was opened for its size or is loaded for another pass is kept, until it is loaded for the last time.
@@ -51,10 +51,10 @@ class OpenedImages:
         self._kept: dict[str | int, Image.Image] = {}
 
     def pixels(self, sample: Sample) -> int:
-        """Of its images: 0 for a broken one, `CHUNK_PIXELS` with an address, which is not fetched for this."""
+        """Of its images: 0 for a broken one, `MAX_CHUNK_PIXELS` with an address, which is not fetched for this."""
         images = sample.image if isinstance(sample.image, Together) else (sample.image,)
         if any(map(is_address, images)):
-            return CHUNK_PIXELS
+            return MAX_CHUNK_PIXELS
         if (key := image_key(sample)) not in self._sizes:
             self._sizes[key] = self._opened(key, sample)
         return self._sizes[key]
@@ -66,7 +66,7 @@ class OpenedImages:
             if isinstance(sample.image, Image.Image):
                 width, height = sample.image.size
                 return width * height
-            (width, height), image = open_image(sample.image, min(self._room, OPENED_AHEAD))  # type: ignore[arg-type]
+            (width, height), image = open_image(sample.image, min(self._room, MAX_PREFETCH_PIXELS))  # type: ignore[arg-type]
         except UsageError:
             return 0
         if image is not None:
@@ -107,17 +107,17 @@ class Entries:
     """The samples to work on, in file order, and the failures so far.
 
     Args:
-        fitting: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
-        images_again: the images are loaded in a second pass as well.
-        moving: their statistics hold the third criterion, which depends on the siblings.
+        max_batch_size: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
+        images_reused: the images are loaded in a second pass as well.
+        with_sensitivity: their statistics hold the third criterion, which depends on the siblings.
     """
 
     samples: list[Sample]
     failures: list[BadEntry] = field(default_factory=list)
-    fitting: int | None = None
-    images_again: bool = False
-    moving: bool = False
-    images: OpenedImages = field(default_factory=lambda: OpenedImages(KEPT_PIXELS), repr=False)
+    max_batch_size: int | None = None
+    images_reused: bool = False
+    with_sensitivity: bool = False
+    images: ImageCache = field(default_factory=lambda: ImageCache(MAX_CACHED_PIXELS), repr=False)
     _keys: dict[str, bytes] = field(default_factory=dict, repr=False)
     _by_image: dict[str | int, list[str]] = field(default_factory=dict, repr=False)
 
@@ -147,17 +147,17 @@ class Entries:
         named = json.dumps(self.siblings(sample)).encode()
         return hashlib.blake2b(key + named, digest_size=len(key)).digest()
 
-    def record_key(self, sample: Sample, *, mirrored: bool = False) -> bytes:
+    def statistics_key(self, sample: Sample, *, mirrored: bool = False) -> bytes:
         """16 bytes for the sample's statistics; `mirrored` where the mirrored image was asked as well."""
-        if not self.moving:
+        if not self.with_sensitivity:
             return self.key(sample)
         key = self.result_key(sample, "siblings")
         return hashlib.blake2b(key + b"mirrored", digest_size=len(key)).digest() if mirrored else key
 
-    def stored_key(self, sample: Sample, store: Container[bytes]) -> bytes:
+    def stored_statistics_key(self, sample: Sample, store: Container[bytes]) -> bytes:
         """The key under which a store has the sample's statistics, or would have them."""
-        mirrored = self.record_key(sample, mirrored=True)
-        return mirrored if mirrored in store else self.record_key(sample)
+        mirrored = self.statistics_key(sample, mirrored=True)
+        return mirrored if mirrored in store else self.statistics_key(sample)
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on. Its place is said once, also where the reason begins with it."""
@@ -165,7 +165,7 @@ class Entries:
         self.failures.append(BadEntry(sample.line, sample.id, said))
 
     @contextmanager
-    def put_aside(self, sample: Sample, *more: type[Exception]) -> Iterator[None]:
+    def skip_on_error(self, sample: Sample, *more: type[Exception]) -> Iterator[None]:
         """Put the sample aside on a UsageError, or one of `more`. A sample of no data file raises it: it is alone."""
         try:
             yield
@@ -174,31 +174,31 @@ class Entries:
                 raise
             self.fail(sample, error)
 
-    def in_order(self) -> list[BadEntry]:
+    def sorted_failures(self) -> list[BadEntry]:
         """The failures by line."""
         return sorted(self.failures, key=lambda failure: failure.line)
 
     @property
-    def good(self) -> list[Sample]:
+    def usable(self) -> list[Sample]:
         """The samples that have not failed."""
         failed = {failure.line for failure in self.failures}
         return [sample for sample in self.samples if sample.line not in failed]
 
 
-def select_entries(run: Run) -> Entries:
+def load_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options choose."""
     run.options.require("data_file")
     data_file = (
         scenes(run.options.scenes) if run.options.data_file == "scenes" else str(run.options.data_file)
     )
     file = load_samples(data_file, allow_private_addresses=run.options.allow_private_addresses)
-    entries = Entries(*choose_range(run.options, file.entries, file.bad))
-    return entries if takes_several(run) else _of_one_image(entries)
+    entries = Entries(*select_range(run.options, file.entries, file.bad))
+    return entries if allows_several_images(run) else _of_one_image(entries)
 
 
-def takes_several(run: Run) -> bool:
+def allows_several_images(run: Run) -> bool:
     """Whether the run takes several images in one prompt."""
-    return run.options.stage in SEVERAL_STAGES and not run.options.zoom
+    return run.options.stage in SEVERAL_IMAGE_STAGES and not run.options.zoom
 
 
 def _of_one_image(entries: Entries) -> Entries:
@@ -209,7 +209,7 @@ def _of_one_image(entries: Entries) -> Entries:
     return Entries([one for one in entries.samples if num_images(one.image) == 1], entries.failures)
 
 
-def with_truth(
+def require_truth(
     entries: Entries,
     what: str,
     completed: Callable[[Sample], Sample] = lambda sample: sample,
@@ -228,13 +228,13 @@ def with_truth(
     check_scale(true_boxes(entries.samples), "data_file")
     samples = []
     for sample in entries.samples:
-        with entries.put_aside(sample, WorkError):
+        with entries.skip_on_error(sample, WorkError):
             known = sample.bbox is not None or sample.mask is not None
             if not known and not (or_absent and (sample.absent or sample.boxes)):
                 raise UsageError(NO_TRUTH)
             samples.append(completed(sample))
     if not samples:
-        failed = entries.in_order()
+        failed = entries.sorted_failures()
         without = next((failure for failure in failed if NO_TRUTH in failure.reason), None)
         if without is None:
             raise NothingDoneError("no entry could be used", failed)
@@ -242,7 +242,7 @@ def with_truth(
     return Entries(samples, entries.failures)
 
 
-def choose_range(
+def select_range(
     options: EntryChoice, entries: Sequence[Line], bad: Sequence[BadEntry]
 ) -> tuple[list[Line], list[BadEntry]]:
     """The entries from `start_index` up to `end_index`, bad lines counted.

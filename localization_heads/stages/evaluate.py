@@ -26,13 +26,13 @@ from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
 from localization_heads.lvlm.native_box import generate_box, native_box_format
 from localization_heads.options.kinds import as_read
-from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import Entries, select_entries, with_truth
-from localization_heads.stages.find import draws_of, rank_entries
+from localization_heads.stages.chunks import AttendedSample
+from localization_heads.stages.entries import Entries, load_entries, require_truth
+from localization_heads.stages.find import draw_trials, rank_entries
 from localization_heads.stages.ground import ground_all, settings
 from localization_heads.stages.outcome import Outcome, Result, save_per_sample, save_predictions
 from localization_heads.stages.records import open_store
-from localization_heads.stages.report import Alone, Reporter
+from localization_heads.stages.report import Reporter, SingleHeadIoU
 from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, replace_folder, write_json
 from localization_heads.store.journal import ResultLog
@@ -52,7 +52,7 @@ def evaluate(run: Run) -> Result:
     from localization_heads import figures
 
     options = run.options
-    entries = with_truth(select_entries(run), "stage=evaluate", with_box, or_absent=True)
+    entries = require_truth(load_entries(run), "stage=evaluate", with_box, or_absent=True)
     check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
     run.check_clips()
     with RunLock(run.folder):
@@ -65,7 +65,9 @@ def evaluate(run: Run) -> Result:
             seed=options.random_seed,
         )
         # a clip of the few frames that a ranking draws would have other maps
-        store = open_store(run) if report.lacks_ranking and judge.controls and not run.clip else None
+        store = (
+            open_store(run) if report.lacks_ranking and judge.controls and not run.frames_per_clip else None
+        )
         native = native_box_format(run.lvlm, options.native, by_default=judge.controls)
         scorer = EntryScorer(judge, native, report.alone(entries))
         depends = {**settings(run), **scorer.settings(entries.samples), "report": report.settings}
@@ -75,7 +77,7 @@ def evaluate(run: Run) -> Result:
             entries,
             log,
             scorer.measure,
-            report.room,
+            report.gallery,
             store=store,
             every_layer=options.controls,
             measure_runs_model=native is not None,
@@ -91,8 +93,8 @@ def evaluate(run: Run) -> Result:
         )
         metrics = {**numbers, **block, "choices": {**_choices(run, scorer), **named_protocol(block)}}
         paths = [
-            save_predictions(run, outcomes, entries.in_order()),
-            save_per_sample(run, outcomes, entries.in_order()),
+            save_predictions(run, outcomes, entries.sorted_failures()),
+            save_per_sample(run, outcomes, entries.sorted_failures()),
             *save_failed_boxes(run, outcomes, entries),
             run.folder / "metrics.json",
         ]
@@ -102,7 +104,7 @@ def evaluate(run: Run) -> Result:
         own = None if store is None else _own_ranking(run, entries, store)
         paths += report.write(entries, outcomes, metrics=metrics, store=store, own=own)
         log.finish()
-        return Result([*drawn, *paths], entries.in_order(), outcomes, metrics=metrics)
+        return Result([*drawn, *paths], entries.sorted_failures(), outcomes, metrics=metrics)
 
 
 def with_box(sample: Sample) -> Sample:
@@ -145,7 +147,7 @@ def _claim(outcome: Outcome) -> Claim:
 def _own_ranking(run: Run, entries: Entries, store: StatisticsStore) -> HeadRanking | None:
     """The ranking that `find` would make of these samples; None if none of those drawn could be used."""
     try:
-        return rank_entries(run, entries, draws_of(run, entries), store)
+        return rank_entries(run, entries, draw_trials(run, entries), store)
     except NothingDoneError:
         return None
 
@@ -165,7 +167,7 @@ def _choices(run: Run, scorer: EntryScorer) -> dict[str, Any]:
         "instances": options.instances,
         **({"instances_by": options.instances_by} if options.instances == "all" else {}),
         "zoom": options.zoom,
-        **({"video": options.video, "frames_per_prompt": run.clip} if run.clip else {}),
+        **({"video": options.video, "frames_per_prompt": run.frames_per_clip} if run.frames_per_clip else {}),
     }
 
 
@@ -180,9 +182,9 @@ class EntryScorer:
 
     judge: Judge
     native: BoxFormat | None
-    alone: Alone = field(default_factory=Alone)
+    alone: SingleHeadIoU = field(default_factory=SingleHeadIoU)
 
-    def measure(self, run: Run, one: Attended, found: Sequence[Grounding]) -> dict[str, Any]:
+    def measure(self, run: Run, one: AttendedSample, found: Sequence[Grounding]) -> dict[str, Any]:
         """Whether the box is right; where there is one true box, every method's scores, and the model's own box."""
         grounding = found[0]
         measured: dict[str, Any] = {"right": is_right(one.sample, grounding.box)}
@@ -191,17 +193,17 @@ class EntryScorer:
             measured["overlap"] = overlap
         if one.sample.absent or len(one.sample.boxes) > 1:
             return measured
-        truth = truth_of(one.sample, one.single.size)
+        truth = truth_of(one.sample, one.single_image.size)
         refine = partial(
-            run.grounder(None).refine, image=one.single, name=f"a control of {where(one.sample)}"
+            run.grounder(None).refine, image=one.single_image, name=f"a control of {where(one.sample)}"
         )
         scores = self.judge.scores(one.maps, grounding, truth, refine)
         if grounding.absent:  # no answer
-            scores[HEADS] = [score_box(None, truth, one.single.size)]
+            scores[HEADS] = [score_box(None, truth, one.single_image.size)]
         measured["scores"] = scores
         if self.native:
-            box, answer = generate_box(run.lvlm, self.native, one.single, one.sample.expression)
-            scores["native"] = [score_box(box, truth, one.single.size)]
+            box, answer = generate_box(run.lvlm, self.native, one.single_image, one.sample.expression)
+            scores["native"] = [score_box(box, truth, one.single_image.size)]
             measured["native"] = {"box": None if box is None else list(box), "answer": answer}
         return measured | self.alone.measure(one.sample, one.maps, run.options.grounding)
 
@@ -282,7 +284,7 @@ def _grounding(run: Run, outcome: Outcome, image: Image.Image, siblings: Sequenc
     extra_prompts = replace(run.extra_prompts(scored.heads), signals=False)
     maps = run.lvlm.attend(
         image,
-        run.asked_as(outcome.sample.expression),
+        run.query_for(outcome.sample.expression),
         last_layer=last_layer,
         extra_prompts=extra_prompts,
         siblings=siblings,

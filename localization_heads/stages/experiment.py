@@ -35,11 +35,11 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.labels import mass_in_truth
 from localization_heads.options.groups import SAMS, SegmenterOptions
 from localization_heads.stages.ablate import answers_without
-from localization_heads.stages.entries import Entries, select_entries, with_truth
+from localization_heads.stages.entries import Entries, load_entries, require_truth
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import open_own_store, third_criterion
+from localization_heads.stages.records import average_sensitivity, open_ranking_store
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
@@ -57,7 +57,7 @@ def climb(run: Run) -> Result:
         raise UsageError(
             "rung= is missing: experiment=ladder climbs them all by itself; alone, choose one of those --help lists"
         )
-    selected = select_entries(run)
+    selected = load_entries(run)
     if (
         run.options.heads == "auto"
     ):  # for the rung's own run, which names the heads, cannot tell what they saw
@@ -124,21 +124,21 @@ def _rungs(folder: Path, entries: str) -> list[Climbed]:
 def experiment(run: Run) -> Result:
     """The experiments that `experiment=` names, from one pass of the model -> `experiments/<name>.*`."""
     chosen = _chosen(run)
-    entries = select_entries(run)
+    entries = load_entries(run)
     needs_truth = any(EXPERIMENTS[name].needs_truth for name in chosen)
     if needs_truth:
-        entries = with_truth(entries, "this experiment")
+        entries = require_truth(entries, "this experiment")
         if run.options.heads != "auto":  # which here are found on the entries themselves
             check_unseen(entries.samples, run.heads_source, allowed=run.options.allow_leakage)
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         given = _given_heads(run)
-        store = open_own_store(run, entries)
+        store = open_ranking_store(run, entries)
         collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         measures = _measure(run, entries) if needs_truth else {}
-        if not entries.good:
-            raise NothingDoneError("no entry could be used", entries.in_order())
-        rows = store.rows([entries.stored_key(sample, store) for sample in entries.good])
+        if not entries.usable:
+            raise NothingDoneError("no entry could be used", entries.sorted_failures())
+        rows = store.rows([entries.stored_statistics_key(sample, store) for sample in entries.usable])
         study = Study(
             model=run.spec.name,
             data=_data_name(run),
@@ -148,14 +148,16 @@ def experiment(run: Run) -> Result:
             given_heads=given,
             segmenter=run.options.segmenter.kind,
             options=_study_options(run),
-            movement=third_criterion(rows, [1] * len(entries.good), (store.num_layers, store.num_heads)),
+            movement=average_sensitivity(
+                rows, [1] * len(entries.usable), (store.num_layers, store.num_heads)
+            ),
             **measures,
         )
         if "causal" in chosen:
             study = replace(study, answers=_answers(run, entries, study))
         findings = _find(run, entries, study, chosen)
         paths = [path for finding in findings for path in _write(run, study, finding)]
-        return Result(paths, entries.in_order(), findings=findings)
+        return Result(paths, entries.sorted_failures(), findings=findings)
 
 
 def _study_options(run: Run) -> StudyOptions:
@@ -203,8 +205,8 @@ def _data_name(run: Run) -> str:
 def _measure(run: Run, entries: Entries) -> dict[str, Any]:
     """How well every head localises every object alone; entries whose truth cannot be read are put aside."""
     ious, hits, masses, num_masks = [], [], [], 0
-    for sample in tqdm(entries.good, desc="measure", unit="expression", disable=None):
-        with entries.put_aside(sample):
+    for sample in tqdm(entries.usable, desc="measure", unit="expression", disable=None):
+        with entries.skip_on_error(sample):
             maps, truth = _maps_and_truth(run, sample)
             ious.append(map_ious(maps, truth))
             hits.append(head_hits(maps, truth))
@@ -219,7 +221,7 @@ def _measure(run: Run, entries: Entries) -> dict[str, Any]:
 def _answers(run: Run, entries: Entries, study: Study) -> dict[tuple[str, int], NDArray[np.float64]]:
     """By set of heads, the share of right answers to the entries of the second half while they are switched off."""
     every = switched_off(study)
-    values = answers_without(run, Entries(entries.good[split(study) :]), every)
+    values = answers_without(run, Entries(entries.usable[split(study) :]), every)
     return {(one.kind, one.draw): np.array([value[one.name]["answers"] for value in values]) for one in every}
 
 
@@ -230,7 +232,7 @@ def _find(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) -> li
     }
     scores: Mapping[Any, Scored] = {}
     if wanted:
-        samples = entries.good
+        samples = entries.usable
         bar = tqdm(samples, desc="score", unit="expression", disable=None)
         scores = score(wanted, (_maps_and_truth(run, sample) for sample in bar), _refiner(run, samples))
     return [

@@ -8,7 +8,7 @@ from typing import Any
 from localization_heads.errors import UsageError
 from localization_heads.heads.score_lists import as_mapping, as_objects, scores_of
 from localization_heads.interop.coco import results_of, to_coco
-from localization_heads.stages.entries import select_entries
+from localization_heads.stages.entries import load_entries
 from localization_heads.stages.ground import in_phrases
 from localization_heads.stages.run import Run
 from localization_heads.store.files import write_json
@@ -26,7 +26,7 @@ def export(run: Run) -> list[Path]:
     """
     written = []
     if (run.folder / "predictions.jsonl").is_file():
-        entries = select_entries(run)
+        entries = load_entries(run)
         parts = in_phrases(run, entries)[0]  # what `ground` made of an entry with several phrases
         samples = {sample.id: sample for sample in [*parts.samples, *entries.samples]}
         coco = to_coco(read_predictions(run.folder / "predictions.jsonl"), samples)

@@ -24,23 +24,29 @@ from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import Moved
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, measure_sensitivity, sensitivity_prompts
-from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import Entries, select_entries
-from localization_heads.stages.flow import go_through
-from localization_heads.stages.outcome import Outcome, Result, heads_of_boxes, save_heads, save_predictions
-from localization_heads.stages.records import (
-    asked_in,
-    choose_record,
-    keep_statistics,
-    looking_again,
-    open_own_store,
-    to_be_mirrored,
-    warn_of_movement,
-    with_third,
+from localization_heads.stages.chunks import AttendedSample
+from localization_heads.stages.entries import Entries, load_entries
+from localization_heads.stages.flow import run_over_samples
+from localization_heads.stages.outcome import (
+    Outcome,
+    Result,
+    choose_grounding_heads,
+    save_predictions,
+    save_ranking_files,
 )
-from localization_heads.stages.report import Reporter, look
+from localization_heads.stages.records import (
+    add_sensitivity,
+    append_statistics,
+    choose_mirrored_samples,
+    find_stored_statistics,
+    mirrored_pass,
+    open_ranking_store,
+    prompt_conditions,
+    warn_of_disagreement,
+)
+from localization_heads.stages.report import Reporter, offer_card
 from localization_heads.stages.run import Run
-from localization_heads.stages.single import analyse_file, completed, draw_sample, image_or_none
+from localization_heads.stages.single import analyse_file, attend_again, draw_sample, image_or_none
 from localization_heads.store.attention_files import (
     is_in_format,
     load_attention,
@@ -77,12 +83,12 @@ def collect_statistics(
     """
     fresh: dict[str, HeadStatistics] = {}
     criteria = run.options.criteria
-    mirrored = to_be_mirrored(samples, criteria) if entries.moving else frozenset()
+    mirrored = choose_mirrored_samples(samples, criteria) if entries.with_sensitivity else frozenset()
 
     def is_done(sample: Sample) -> bool:
-        key = entries.stored_key(sample, store)
+        key = entries.stored_statistics_key(sample, store)
         if sample.id in mirrored:
-            key = entries.record_key(sample, mirrored=True)
+            key = entries.statistics_key(sample, mirrored=True)
         if key not in store:
             return False
         return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
@@ -94,22 +100,22 @@ def collect_statistics(
             if maps is not None and len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
                 fresh[sample.id] = statistics
         found = [(one.sample, one.statistics) for one in collected]
-        if not entries.moving:
-            keep_statistics(entries, found, store)
+        if not entries.with_sensitivity:
+            append_statistics(entries, found, store)
             return
-        keys = [entries.record_key(one.sample, mirrored=one.sample.id in mirrored) for one in collected]
-        keep_statistics(entries, found, store, keys, [one.moved for one in collected if one.moved])
+        keys = [entries.statistics_key(one.sample, mirrored=one.sample.id in mirrored) for one in collected]
+        append_statistics(entries, found, store, keys, [one.moved for one in collected if one.moved])
 
-    go_through(
+    run_over_samples(
         run,
         entries,
         samples,
         "collect",
         is_done=is_done,
-        work=partial(_analysed, keep_maps=keep_maps, moved=entries.moving),
-        keep=keep,
-        look_again=looking_again(mirrored),
-        extra_prompts=sensitivity_prompts(criteria) if entries.moving else NO_EXTRA_PROMPTS,
+        process=partial(_analysed, keep_maps=keep_maps, moved=entries.with_sensitivity),
+        save=keep,
+        second_pass=mirrored_pass(mirrored),
+        extra_prompts=sensitivity_prompts(criteria) if entries.with_sensitivity else NO_EXTRA_PROMPTS,
     )
     return fresh
 
@@ -140,14 +146,14 @@ class _Collected(NamedTuple):
 
 
 def _analysed(
-    run: Run, _: Entries, attended: Sequence[Attended], *, keep_maps: bool, moved: bool
+    run: Run, _: Entries, attended: Sequence[AttendedSample], *, keep_maps: bool, moved: bool
 ) -> list[_Collected]:
     return [
         _Collected(
             one.sample,
             head_statistics(one.maps.attention, run.options.criteria),
             replace(one.maps, others=(), images=()) if keep_maps else None,
-            measure_sensitivity(one.maps, one.mirrored) if moved else None,
+            measure_sensitivity(one.maps, one.mirrored_maps) if moved else None,
         )
         for one in attended
     ]
@@ -157,7 +163,7 @@ def _is_saved(run: Run, entries: Entries, one: _Collected) -> bool:
     """Write a sample's attention file and its analysis; where `attention_format` has no place for it, it fails."""
     assert one.maps is not None
     path = run.attention_file(one.sample.id)
-    with entries.put_aside(one.sample):
+    with entries.skip_on_error(one.sample):
         save_attention(one.maps, path, run.options.attention_format)
         save_analysis(analysis_rows(one.statistics, run.options.criteria), analysis_path(path))
         return True
@@ -166,55 +172,55 @@ def _is_saved(run: Run, entries: Entries, one: _Collected) -> bool:
 
 def find(run: Run) -> Result:
     """Rank the heads over a data set, of which only each head's statistics are kept."""
-    entries = select_entries(run)
+    entries = load_entries(run)
     with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
         check_criteria(run.options.criteria, run.lvlm.num_layers)
-        draws = draws_of(run, entries)
+        draws = draw_trials(run, entries)
         used = [entries.samples[place] for place in np.flatnonzero(draws.any(axis=0))]
-        store = open_own_store(run, entries)
+        store = open_ranking_store(run, entries)
         collect_statistics(run, entries, used, store, keep_maps=False)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
-        paths = [*save_heads(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
-        return Result(paths, entries.in_order(), ranking=ranking)
+        paths = [*save_ranking_files(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
+        return Result(paths, entries.sorted_failures(), ranking=ranking)
 
 
 def rank(run: Run) -> Result:
     """The ranking of `find` from the statistics on disk, without the model."""
-    entries = select_entries(run)
-    record = choose_record(run)
-    entries.moving = record.moved
+    entries = load_entries(run)
+    record = find_stored_statistics(run)
+    entries.with_sensitivity = record.moved
     check_criteria(run.options.criteria, record.num_layers)
     with RunLock(run.folder):
-        draws = draws_of(run, entries)
+        draws = draw_trials(run, entries)
         store = record.open()
         _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
         ranking = _rank(run, entries, draws, store)
-        return Result(save_heads(run, ranking), entries.in_order(), ranking=ranking)
+        return Result(save_ranking_files(run, ranking), entries.sorted_failures(), ranking=ranking)
 
 
 def batch(run: Run) -> Result:
     """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
-    entries = select_entries(run)
+    entries = load_entries(run)
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         if run.options.heads != "auto":  # before the work, not after it
             run.check_named_heads()
-        draws = draws_of(run, entries)
-        store = open_own_store(run, entries)
-        entries.images_again = True
+        draws = draw_trials(run, entries)
+        store = open_ranking_store(run, entries)
+        entries.images_reused = True
         fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         _note_failures(entries, store)
         ranking = _rank(run, entries, draws, store)
-        paths = save_heads(run, ranking)
+        paths = save_ranking_files(run, ranking)
         report = Reporter(run, ranking)
         outcomes = _ground_all(run, entries, ranking, report, fresh)
-        paths.append(save_predictions(run, outcomes, entries.in_order()))
+        paths.append(save_predictions(run, outcomes, entries.sorted_failures()))
         paths += report.write(entries, outcomes, store=store)
-        return Result(paths, entries.in_order(), outcomes, ranking)
+        return Result(paths, entries.sorted_failures(), outcomes, ranking)
 
 
-def draws_of(run: Run, entries: Entries) -> np.ndarray:
+def draw_trials(run: Run, entries: Entries) -> np.ndarray:
     """`random_draws` of the entries: `[trial, entry]`."""
     options = run.options
     return random_draws(len(entries.samples), options.num_trials, options.num_samples, options.random_seed)
@@ -224,18 +230,18 @@ def _note_failures(entries: Entries, store: StatisticsStore) -> None:
     """Lets `rank`, which opens no image, report the failures of this run."""
     reasons = {failure.line: failure.reason for failure in entries.failures}
     failed = (sample for sample in entries.samples if sample.line in reasons)
-    store.note_failures({entries.record_key(sample): reasons[sample.line] for sample in failed})
+    store.note_failures({entries.statistics_key(sample): reasons[sample.line] for sample in failed})
 
 
 def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:
     """Put aside the drawn samples that are known to fail. WorkError if others have no statistics."""
     wanted = (entries.samples[place] for place in drawn)
-    missing = [sample for sample in wanted if entries.stored_key(sample, store) not in store]
+    missing = [sample for sample in wanted if entries.stored_statistics_key(sample, store) not in store]
     known = store.failures() if missing else {}
     for sample in missing:
-        if (reason := known.get(entries.record_key(sample))) is not None:
+        if (reason := known.get(entries.statistics_key(sample))) is not None:
             entries.fail(sample, reason)
-    unseen = [sample for sample in missing if entries.record_key(sample) not in known]
+    unseen = [sample for sample in missing if entries.statistics_key(sample) not in known]
     if unseen:
         raise WorkError(
             f"{len(unseen)} of the {len(drawn)} entries drawn have no statistics on disk (the first: line "
@@ -246,14 +252,14 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
 def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
     """The ranking, with the images and the conditions that it was made under."""
     ranking = rank_entries(run, entries, draws, store)
-    warn_of_movement(ranking, run.options.k)
+    warn_of_disagreement(ranking, run.options.k)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
     images = image_keys(entries.samples[place] for place in _usable(entries, draws))
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in images if key})),
-        found_with=found_with(asked_in(store.settings), run.options.criteria),
+        found_with=found_with(prompt_conditions(store.settings), run.options.criteria),
     )
 
 
@@ -272,34 +278,34 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
     """
     places = _usable(entries, draws)
     if not len(places):
-        raise NothingDoneError("no entry could be used", entries.in_order())
-    rows = store.rows([entries.stored_key(entries.samples[place], store) for place in places])
+        raise NothingDoneError("no entry could be used", entries.sorted_failures())
+    rows = store.rows([entries.stored_statistics_key(entries.samples[place], store) for place in places])
     ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, places])
-    return with_third(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
+    return add_sensitivity(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
 
 
 def _ground_all(
     run: Run, entries: Entries, ranking: HeadRanking, report: Reporter, fresh: Mapping[str, HeadStatistics]
 ) -> list[Outcome]:
-    """Boxes for every entry, from the maps on disk, with the heads of `heads_of_boxes`.
+    """Boxes for every entry, from the maps on disk, with the heads of `choose_grounding_heads`.
 
     Args:
         fresh: of `collect_statistics`.
     """
-    heads, _ = heads_of_boxes(run, ranking)
+    heads, _ = choose_grounding_heads(run, ranking)
     grounder = run.grounder(heads, run.calibration_of(heads))
     alone = report.alone(entries)
     outcomes = []
-    for number, sample in enumerate(tqdm(entries.good, desc="ground", unit="expression", disable=None)):
-        with entries.put_aside(sample):
+    for number, sample in enumerate(tqdm(entries.usable, desc="ground", unit="expression", disable=None)):
+        with entries.skip_on_error(sample):
             path = run.attention_file(sample.id)
             maps, statistics = load_attention(path), fresh.get(sample.id)
             if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
                 statistics = analyse_file(run, maps, path).statistics
             opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
-            if run.asks_more(heads, grounder.calibration) or num_images(sample.image) > 1:
-                maps = completed(run, entries, grounder, sample, maps)
-            if run.num_drawn is None or number < run.num_drawn:
+            if run.needs_model(heads, grounder.calibration) or num_images(sample.image) > 1:
+                maps = attend_again(run, entries, grounder, sample, maps)
+            if run.num_figures is None or number < run.num_figures:
                 drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
                 grounding = drawn.grounding
             else:
@@ -308,7 +314,9 @@ def _ground_all(
             outcome = Outcome.of(sample, grounding)
             measured = alone.measure(sample, maps, run.options.grounding)
             place = grounding.image_index
-            card = look(report.room, outcome, maps.at(place), grounding, partial(_one_of, opened, place))
+            card = offer_card(
+                report.gallery, outcome, maps.at(place), grounding, partial(_one_of, opened, place)
+            )
             outcomes.append(replace(outcome, measured=measured, card=card))
     return outcomes
 

@@ -19,16 +19,16 @@ from localization_heads.data.sources import each_image
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
 from localization_heads.lvlm.vocabulary import warn_of_unknown_words
 from localization_heads.stages.chunks import (
-    Attended,
+    AttendedSample,
     Chunk,
-    LookAgain,
-    ReadyChunk,
+    PreparedChunk,
+    ProcessChunk,
+    SecondPass,
     Task,
-    Work,
+    attend_chunk,
     chunks,
     clips,
-    compute,
-    make_chunk_ready,
+    prepare_chunk,
 )
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
@@ -43,7 +43,7 @@ Done = TypeVar("Done")
 
 class _Computed(NamedTuple):
     num_samples: int
-    fresh: list[Attended]
+    fresh: list[AttendedSample]
 
     def num_bytes(self) -> int:
         """Of the maps and the images."""
@@ -52,37 +52,37 @@ class _Computed(NamedTuple):
         return 4 * pixels + sum(one.maps.num_bytes for one in self.fresh)
 
 
-def go_through(
+def run_over_samples(
     run: Run,
     entries: Entries,
     samples: Sequence[Sample],
     name: str,
     *,
     is_done: Callable[[Sample], bool],
-    work: Work,
-    keep: Callable[[Sequence[Any]], None],
+    process: ProcessChunk,
+    save: Callable[[Sequence[Any]], None],
     last_layer: int | None = None,
-    work_runs_model: bool = False,
-    look_again: LookAgain | None = None,
+    process_runs_model: bool = False,
+    second_pass: SecondPass | None = None,
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
-    attends: bool = True,
+    capture_maps: bool = True,
 ) -> None:
     """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
 
     Args:
         name: of the progress bar.
         is_done: whether a sample's results are there from an earlier run; not called in this thread.
-        work: what is made of the missing maps of a chunk, in another thread or another process.
-        keep: gets the results of `work`, chunk after chunk in their order; in this process.
+        process: what is made of the missing maps of a chunk, in another thread or another process.
+        save: gets the results of `process`, chunk after chunk in their order; in this process.
         last_layer: the layers above it are not run.
-        work_runs_model: `work` is called in this thread: some models generate with a state of their own, which a
+        process_runs_model: `process` is called in this thread: some models generate with a state of their own, which a
             forward pass at the same time would overwrite.
-        look_again: asks the model a second time about each chunk, before `work`.
+        second_pass: asks the model a second time about each chunk, before `process`.
         extra_prompts: what is asked beside each expression; siblings are those of `entries`.
-        attends: False leaves all that the model is asked to `work`, for one sample at a time.
+        capture_maps: False leaves all that the model is asked to `process`, for one sample at a time.
     """
     warn_of_unknown_words(
-        run.lvlm, [run.asked_as(sample.expression) for sample in samples]
+        run.lvlm, [run.query_for(sample.expression) for sample in samples]
     )  # loaded here, not in a thread
 
     def chunk_of(part: Sequence[Sample]) -> Chunk:
@@ -90,29 +90,35 @@ def go_through(
         siblings = {
             sample.id: entries.siblings(sample) for sample in part if extra_prompts.contrast == "siblings"
         }
-        return Chunk(part, missing, extra_prompts, siblings, attends)
+        return Chunk(part, missing, extra_prompts, siblings, capture_maps)
 
-    def compute_one(prepared: ReadyChunk) -> _Computed:
-        return _Computed(len(prepared.chunk.samples), compute(run, entries, prepared, last_layer, look_again))
+    def compute_one(prepared: PreparedChunk) -> _Computed:
+        return _Computed(
+            len(prepared.chunk.samples), attend_chunk(run, entries, prepared, last_layer, second_pass)
+        )
 
     def finish(computed: _Computed) -> None:
-        if computed.fresh and (results := work(run, entries, computed.fresh)):
-            keep(results)
+        if computed.fresh and (results := process(run, entries, computed.fresh)):
+            save(results)
         bar.update(computed.num_samples)
 
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    size = size if attends else 1
-    parts = clips(samples, run.clip) if run.clip else chunks(samples, size, entries.images)
+    size = size if capture_maps else 1
+    parts = (
+        clips(samples, run.frames_per_clip) if run.frames_per_clip else chunks(samples, size, entries.images)
+    )
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
-        if run.is_spread:
-            _over_workers(run, entries, map(chunk_of, parts), Task(work, last_layer, look_again), keep, bar)
+        if run.uses_workers:
+            _over_workers(
+                run, entries, map(chunk_of, parts), Task(process, last_layer, second_pass), save, bar
+            )
             return
-        in_line(
+        run_pipelined(
             parts,
-            lambda part: make_chunk_ready(run, entries, chunk_of(part)),
+            lambda part: prepare_chunk(run, entries, chunk_of(part)),
             compute_one,
             finish,
-            behind=not (work_runs_model or run.options.show_plot),  # windows open in the main thread only
+            behind=not (process_runs_model or run.options.show_plot),  # windows open in the main thread only
             weigh=_Computed.num_bytes,
         )
 
@@ -122,7 +128,7 @@ def _over_workers(
     entries: Entries,
     every: Iterable[Chunk],
     task: Task,
-    keep: Callable[[Sequence[Any]], None],
+    save: Callable[[Sequence[Any]], None],
     bar: tqdm,
 ) -> None:
     """The same with `engine=ray`, to which only chunks with missing samples are sent."""
@@ -138,11 +144,11 @@ def _over_workers(
         for chunk, one in zip(todo, done, strict=True):
             entries.failures += one.failures
             if one.results:
-                keep(one.results)
+                save(one.results)
             bar.update(len(chunk.samples))
 
 
-def in_line(
+def run_pipelined(
     items: Iterable[Given],
     prepare: Callable[[Given], Ready],
     compute: Callable[[Ready], Done],

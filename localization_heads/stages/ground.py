@@ -22,12 +22,12 @@ from localization_heads.heads.criteria import HeadStatistics, check_criteria, he
 from localization_heads.heads.head import Head
 from localization_heads.options.kinds import as_read
 from localization_heads.report.content import Gallery
-from localization_heads.stages.chunks import Attended, LookAgain, attend
-from localization_heads.stages.entries import Entries, select_entries, takes_several
-from localization_heads.stages.flow import go_through
+from localization_heads.stages.chunks import AttendedSample, SecondPass, attend_samples
+from localization_heads.stages.entries import Entries, allows_several_images, load_entries
+from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
-from localization_heads.stages.records import keep_statistics
-from localization_heads.stages.report import look
+from localization_heads.stages.records import append_statistics
+from localization_heads.stages.report import offer_card
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
 from localization_heads.store.files import RunLock
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
     from localization_heads.figures import Found
 
 
-def second_look(run: Run, heads: Sequence[Head] | None) -> LookAgain | None:
-    """What `go_through` asks a second time; None without `zoom=true`."""
+def second_look(run: Run, heads: Sequence[Head] | None) -> SecondPass | None:
+    """What `run_over_samples` asks a second time; None without `zoom=true`."""
     return partial(look_again, heads=heads) if run.options.zoom else None
 
 
 def look_again(
-    run: Run, entries: Entries, attended: Sequence[Attended], *, heads: Sequence[Head] | None
-) -> list[Attended]:
+    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, heads: Sequence[Head] | None
+) -> list[AttendedSample]:
     """The chunk with the boxes that the same heads find in crops; an entry whose crop cannot be used fails.
 
     The whole chunk is asked, whatever is missing of it: another batch would round differently.
@@ -55,23 +55,25 @@ def look_again(
     first = {one.sample.id: found for one in attended if (found := _first_look(run, one, heads))}
     crops = {id: crop for id, found in first.items() if (crop := crop_around(found))}
     opened = [
-        (one.sample, one.single.crop(crops[one.sample.id])) for one in attended if one.sample.id in crops
+        (one.sample, one.single_image.crop(crops[one.sample.id]))
+        for one in attended
+        if one.sample.id in crops
     ]
     last_layer = max((head.layer for found in first.values() for head in found.heads), default=None)
-    seconds = {one.sample.id: one for one in attend(run, entries, opened, last_layer)}
+    seconds = {one.sample.id: one for one in attend_samples(run, entries, opened, last_layer)}
     looked = []
     for one in attended:
         id = one.sample.id
         if id in seconds:
             found = ground_maps(seconds[id].maps, first[id].heads, run.options.grounding)
             box = mapped_back(found.box, crops[id]) if found.cells.any() else None
-            looked.append(one._replace(second=box))
+            looked.append(one._replace(zoomed_box=box))
         elif id not in crops:
             looked.append(one)
     return looked
 
 
-def _first_look(run: Run, one: Attended, heads: Sequence[Head] | None) -> Grounding | None:
+def _first_look(run: Run, one: AttendedSample, heads: Sequence[Head] | None) -> Grounding | None:
     """What the maps of the whole image say; None where a sample finds no heads of its own, which `work` reports."""
     try:
         return ground_maps(one.maps, run.grounder(heads).heads_of(one.maps), run.options.grounding)
@@ -79,18 +81,18 @@ def _first_look(run: Run, one: Attended, heads: Sequence[Head] | None) -> Ground
         return None
 
 
-Measure = Callable[[Run, Attended, Sequence[Grounding]], dict[str, Any]]
+Measure = Callable[[Run, AttendedSample, Sequence[Grounding]], dict[str, Any]]
 """Adds to `Outcome.measured` of one grounded entry, with all that was found for it, the best first.
 UsageError puts the entry aside.
 
-Like all `Work` it is sent to where the model is, and given that place's `Run`.
+Like all `ProcessChunk` it is sent to where the model is, and given that place's `Run`.
 """
 
 
 def ground(run: Run) -> Result:
     """Boxes and masks for one image, or for every entry of `data_file` if no image is named."""
     named = bool(run.options.image_file or run.options.query)
-    asked = _named_images(run) if named else select_entries(run)
+    asked = _named_images(run) if named else load_entries(run)
     alone = named and not asked.samples[0].line
     entries, groups = in_phrases(run, asked)
     with RunLock(run.folder):
@@ -98,9 +100,9 @@ def ground(run: Run) -> Result:
         outcomes, drawn = ground_all(run, entries, log)
         drawn += _draw_groups(run, groups, outcomes)
         alone_id = asked.samples[0].id if alone else None
-        path = save_predictions(run, outcomes, entries.in_order(), alone=alone_id)
+        path = save_predictions(run, outcomes, entries.sorted_failures(), alone=alone_id)
         log.finish()
-        return Result([*drawn, path], entries.in_order(), outcomes)
+        return Result([*drawn, path], entries.sorted_failures(), outcomes)
 
 
 def _named_images(run: Run) -> Entries:
@@ -111,11 +113,11 @@ def _named_images(run: Run) -> Entries:
     held = [image_files(name) for name in names]  # by a folder or a pattern
     files: list[ImageSource] = []
     for name, inside in zip(names, held, strict=True):
-        files += inside or [run.image(name)]
+        files += inside or [run.resolve_image(name)]
     if run.options.together or (run.options.together is None and not isinstance(named, str)):
         return _one_entry(run, Together(files), query)
     if held == [None]:
-        return _one_entry(run, run.image(named), query)
+        return _one_entry(run, run.resolve_image(named), query)
     if run.options.save_id:
         raise UsageError("save_id= names the files of one image; leave it out for several")
     named = [Sample(file, query, id=image_id(run, file, query), line=n) for n, file in enumerate(files, 1)]
@@ -128,7 +130,7 @@ def _one_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
     entry_path(run.attention_folder, id, "_prediction.jsonl")
     load_shown(image)  # a wrong image is wrong use here, not a failed entry
     run.lvlm.with_num_images(num_images(image)).prompt(query)
-    if isinstance(image, Together) and not takes_several(run):
+    if isinstance(image, Together) and not allows_several_images(run):
         raise UsageError(f"together=true: {SEVERAL}")
     return Entries([Sample(image, query, id=id)])
 
@@ -147,7 +149,7 @@ def in_phrases(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[Samp
         if len(phrases) == 1:
             split.samples.append(replace(sample, expression=phrases[0]))
             continue
-        with split.put_aside(sample, ValueError):
+        with split.skip_on_error(sample, ValueError):
             groups[sample.id] = [_part(sample, n, phrase, ids) for n, phrase in enumerate(phrases, start=1)]
             split.samples += groups[sample.id]
     return split, groups
@@ -168,7 +170,7 @@ def _draw_groups(run: Run, groups: dict[str, list[Sample]], outcomes: Sequence[O
 
     done = {outcome.sample.id: outcome.prediction for outcome in outcomes}
     paths = []
-    for id, parts in list(groups.items())[: run.num_drawn]:
+    for id, parts in list(groups.items())[: run.num_figures]:
         found = [(part.expression, done[part.id]) for part in parts if part.id in done]
         if not found or isinstance(parts[0].image, Together):  # each phrase may be in another image
             continue
@@ -200,7 +202,7 @@ def ground_all(
     entries: Entries,
     log: ResultLog,
     measure: Measure | None = None,
-    room: Gallery | None = None,
+    gallery: Gallery | None = None,
     *,
     store: StatisticsStore | None = None,
     every_layer: bool = False,
@@ -210,7 +212,7 @@ def ground_all(
 
     Args:
         measure: called for each entry while its maps are there.
-        room: gives the samples that the report may show a card, made while the maps are there.
+        gallery: gives the samples that the report may show a card, made while the maps are there.
         store: gets the statistics of every head of every sample, as `find` keeps them; needs `every_layer`.
         every_layer: run the layers above the deepest head as well.
         measure_runs_model: `measure` asks the model something of its own.
@@ -233,88 +235,88 @@ def ground_all(
         kept = []
         for found in grounded:
             sample = found.outcome.sample
-            with entries.put_aside(sample):
+            with entries.skip_on_error(sample):
                 if found.drawing is not None:
                     drawn[sample.id] = _draw(run, found.outcome, *found.drawing)
                 kept.append(found)
         analysed = [(one.outcome.sample, one.statistics) for one in kept if one.statistics is not None]
         if store is not None and analysed:
-            keep_statistics(entries, analysed, store)
+            append_statistics(entries, analysed, store)
         log.append(
             [(entries.result_key(one.outcome.sample, contrast), one.outcome.to_json()) for one in kept]
         )
         outcomes.update({one.outcome.sample.id: one.outcome for one in kept})
 
     last_layer = _last_layer(run, every_layer)
-    if not run.is_spread:  # workers load their own
+    if not run.uses_workers:  # workers load their own
         _ = run.segmenter  # one that cannot be had is not every entry's fault
-    go_through(
+    run_over_samples(
         run,
         entries,
         entries.samples,
         "ground",
         is_done=is_done,
-        work=partial(
+        process=partial(
             _ground_each,
             heads=run.named_heads,
             calibration=calibration,
             measure=measure,
-            drawn=set(order[: run.num_drawn]),
-            room=room or Gallery(0),
+            drawn=set(order[: run.num_figures]),
+            gallery=gallery or Gallery(0),
             analyse=store is not None,
         ),
-        keep=keep,
+        save=keep,
         last_layer=last_layer,
-        work_runs_model=measure_runs_model,
-        look_again=second_look(run, run.named_heads),
+        process_runs_model=measure_runs_model,
+        second_pass=second_look(run, run.named_heads),
         extra_prompts=run.extra_prompts(
             run.named_heads, calibration, every_head=every_layer or measure is not None
         ),
     )
     if not outcomes:
-        raise NothingDoneError("no entry could be grounded", entries.in_order())
+        raise NothingDoneError("no entry could be grounded", entries.sorted_failures())
     return [outcomes[id] for id in order if id in outcomes], [drawn[id] for id in order if id in drawn]
 
 
 def _ground_each(
     run: Run,
     entries: Entries,
-    attended: Sequence[Attended],
+    attended: Sequence[AttendedSample],
     *,
     heads: Sequence[Head] | None,
     calibration: Calibration | None,
     measure: Measure | None,
     drawn: Container[str],
-    room: Gallery,
+    gallery: Gallery,
     analyse: bool,
 ) -> list[_Grounded]:
     """Every entry of a chunk that can be grounded; without `heads`, each with its own.
 
     Args:
         drawn: ids of the entries whose images are handed on.
-        room: which entries get a card. Each worker keeps its own, and the report chooses among them all.
+        gallery: which entries get a card. Each worker keeps its own, and the report chooses among them all.
         analyse: hand on the statistics of all heads, some 0.03 s of work for a model of 1,024 heads.
     """
     grounder = run.grounder(heads, calibration)
 
-    def ground_one(one: Attended) -> _Grounded:
+    def ground_one(one: AttendedSample) -> _Grounded:
         statistics = head_statistics(one.maps.attention, run.options.criteria) if analyse else None
         if every := run.options.instances == "all":
             found = grounder.ground_all(one.maps, one.image, statistics)
         else:
-            found = [grounder.ground(one.maps, one.image, statistics, one.second)]
+            found = [grounder.ground(one.maps, one.image, statistics, one.zoomed_box)]
         grounding = found[0]
         outcome = Outcome.of(one.sample, grounding, found if every else None)
         measured = measure(run, one, found) if measure else {}
         place = grounding.image_index
-        card = look(room, outcome, one.maps.at(place), grounding, lambda: image_at(one.image, place))
+        card = offer_card(gallery, outcome, one.maps.at(place), grounding, lambda: image_at(one.image, place))
         # Without the mask, a byte a pixel, which the outcome has as run lengths.
         drawing = (one.image, _without_masks(grounding)) if one.sample.id in drawn else None
         return _Grounded(replace(outcome, measured=measured, card=card), drawing, statistics)
 
     grounded = []
     for one in attended:
-        with entries.put_aside(one.sample):
+        with entries.skip_on_error(one.sample):
             grounded.append(ground_one(one))
     return grounded
 

@@ -33,19 +33,19 @@ from localization_heads.lvlm.extra_prompts import (
     sensitivity_prompts,
 )
 from localization_heads.lvlm.native_box import with_box_span
-from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import Entries, select_entries, with_truth
+from localization_heads.stages.chunks import AttendedSample
+from localization_heads.stages.entries import Entries, load_entries, require_truth
 from localization_heads.stages.evaluate import truths, with_box
-from localization_heads.stages.flow import go_through
-from localization_heads.stages.outcome import Result, keep_former
+from localization_heads.stages.flow import run_over_samples
+from localization_heads.stages.outcome import Result, back_up_heads_file
 from localization_heads.stages.records import (
-    asked_in,
-    choose_record,
-    keep_statistics,
-    looking_again,
-    open_own_store,
-    to_be_mirrored,
-    with_third,
+    add_sensitivity,
+    append_statistics,
+    choose_mirrored_samples,
+    find_stored_statistics,
+    mirrored_pass,
+    open_ranking_store,
+    prompt_conditions,
 )
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run
@@ -82,7 +82,7 @@ def find_by_labels(run: Run) -> Labelled:
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         form = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
-        store = open_own_store(run, entries)
+        store = open_ranking_store(run, entries)
         scores = _scores_of(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
         _collect(run, entries, store, scores, form)
         failed = {failure.line: failure.reason for failure in entries.failures}
@@ -96,9 +96,9 @@ def find_by_labels(run: Run) -> Labelled:
 
 def rank_by_kept_labels(run: Run) -> Labelled:
     """The ranking of `find_by_labels` from the statistics and scores on disk, without the model."""
-    by, entries, record = run.options.heads_by, _labelled(run), choose_record(run)
+    by, entries, record = run.options.heads_by, _labelled(run), find_stored_statistics(run)
     check_criteria(run.options.criteria, record.num_layers)
-    entries.moving = record.moved
+    entries.with_sensitivity = record.moved
     form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
     wanted = _scores_of(run, record.settings, form, record.num_layers, record.num_heads)
     there = (
@@ -114,7 +114,7 @@ def rank_by_kept_labels(run: Run) -> Labelled:
         missing = [
             one
             for one in entries.samples
-            if entries.stored_key(one, store) not in store or _key(entries, one) not in scores
+            if entries.stored_statistics_key(one, store) not in store or _key(entries, one) not in scores
         ]
         known = scores.failures()
         for sample in missing:
@@ -131,7 +131,7 @@ def _labelled(run: Run) -> Entries:
     """The entries with truth that are used, `num_labels` of them at least."""
     by = run.options.heads_by
     what = f"heads_by={by} (heads_by=criteria needs no truth)"
-    entries = _pool(run, with_truth(select_entries(run), what, with_box))
+    entries = _pool(run, require_truth(load_entries(run), what, with_box))
     wanted = run.options.num_labels
     if wanted is not None and wanted > len(entries.samples):
         raise UsageError(_too_few(wanted, len(entries.samples), run))
@@ -178,53 +178,53 @@ def _collect(
 ) -> None:
     """Run the model over the entries whose statistics or scores are not there yet."""
     criteria = run.options.criteria
-    mirrored = to_be_mirrored(entries.samples, criteria)
+    mirrored = choose_mirrored_samples(entries.samples, criteria)
 
-    def record_key(sample: Sample) -> bytes:
+    def statistics_key(sample: Sample) -> bytes:
         if sample.id in mirrored:
-            return entries.record_key(sample, mirrored=True)
-        return entries.stored_key(sample, store)
+            return entries.statistics_key(sample, mirrored=True)
+        return entries.stored_statistics_key(sample, store)
 
     def keep(found: Sequence[_Scored]) -> None:
-        keep_statistics(
+        append_statistics(
             entries,
             [(one.sample, one.statistics) for one in found],
             store,
-            [record_key(one.sample) for one in found],
+            [statistics_key(one.sample) for one in found],
             [one.moved for one in found if one.moved],
         )
         keys = [_key(entries, one.sample) for one in found]
         scores.append(keys, *(np.stack([one.scores[name] for one in found]) for name in scores.columns))
 
-    go_through(
+    run_over_samples(
         run,
         entries,
         entries.samples,
         "find",
-        is_done=lambda sample: record_key(sample) in store and _key(entries, sample) in scores,
-        work=partial(_score, form=form),
-        keep=keep,
-        work_runs_model=form is not None,
-        look_again=looking_again(mirrored),
+        is_done=lambda sample: statistics_key(sample) in store and _key(entries, sample) in scores,
+        process=partial(_score, form=form),
+        save=keep,
+        process_runs_model=form is not None,
+        second_pass=mirrored_pass(mirrored),
         extra_prompts=sensitivity_prompts(criteria),
     )
 
 
 def _score(
-    run: Run, entries: Entries, attended: Sequence[Attended], *, form: BoxFormat | None
+    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, form: BoxFormat | None
 ) -> list[_Scored]:
     found = []
     for one in attended:
-        with entries.put_aside(one.sample):
-            truth = truth_of(one.sample, one.single.size)
+        with entries.skip_on_error(one.sample):
+            truth = truth_of(one.sample, one.single_image.size)
             if form is None:
                 scores = label_scores(one.maps, truth)
             else:
-                maps = with_box_span(run.lvlm).attend(one.single, one.sample.expression)
+                maps = with_box_span(run.lvlm).attend(one.single_image, one.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
             statistics = head_statistics(one.maps.attention, run.options.criteria)
             third = (
-                measure_sensitivity(one.maps, one.mirrored)
+                measure_sensitivity(one.maps, one.mirrored_maps)
                 if measures_sensitivity(run.options.criteria)
                 else None
             )
@@ -234,16 +234,16 @@ def _score(
 
 def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: StatisticsStore) -> Labelled:
     """The ranking of all entries that could be used, with its files."""
-    options, samples = run.options, entries.good
+    options, samples = run.options, entries.usable
     if not samples:
-        raise NothingDoneError("no entry could be used", entries.in_order())
+        raise NothingDoneError("no entry could be used", entries.sorted_failures())
     if options.num_labels is not None and options.num_labels > len(samples):
         raise UsageError(_too_few(options.num_labels, len(samples), run))
     recipe = recipe_of(run)
-    rows = store.rows([entries.stored_key(sample, store) for sample in samples])
+    rows = store.rows([entries.stored_statistics_key(sample, store) for sample in samples])
     free = run.ranking_of(rows, store.settings["weights"][0])
     shape = store.num_layers, store.num_heads
-    free = with_third(free, rows, np.ones((1, len(samples)), np.int64), shape)
+    free = add_sensitivity(free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_key(entries, sample) for sample in samples])
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
     draw = recipe.drawn(len(samples))[0]
@@ -254,7 +254,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
         rank_by_labels(by, free, recipe),
         pictures=tuple(sorted(used)),
         found_with=found_with(
-            asked_in(store.settings, of_box=recipe.by == "vrh"),
+            prompt_conditions(store.settings, of_box=recipe.by == "vrh"),
             options.criteria,
             recipe.named(int(draw.sum())),
         ),
@@ -263,7 +263,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
     curve = quality_curve(by, quality, free, recipe, pictures)
     bare = replace(recipe, shrink="none")
     plain = None if recipe == bare else quality_curve(by, quality, free, bare, pictures)
-    found = Labelled(Result([], entries.in_order(), ranking=ranking), curve, plain, recipe, free)
+    found = Labelled(Result([], entries.sorted_failures(), ranking=ranking), curve, plain, recipe, free)
     return found._replace(result=replace(found.result, paths=_save(run, found)))
 
 
@@ -323,7 +323,7 @@ def _save(run: Run, found: Labelled) -> list[Path]:
         "all_heads": round(curve.every, 6),
         "all_labels": round(curve.best, 6),
     }
-    keep_former(run, ranking)
+    back_up_heads_file(run, ranking)
     paths = [*save_ranking(ranking, run.folder), run.folder / "labels.json"]
     write_json(paths[-1], written)
     score = np.zeros(tuple(1 + np.max([head.address for head in ranking.heads], axis=0)))

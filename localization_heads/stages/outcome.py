@@ -218,10 +218,10 @@ def note_ranking(run: Run, ranking: HeadRanking) -> None:
     """Warn of a ranking from few samples, and of a heads.json that it takes the place of."""
     if ranking.num_samples < FIRM:
         log.warning("%d samples: the order of the heads is not firm under %d", ranking.num_samples, FIRM)
-    keep_former(run, ranking)
+    back_up_heads_file(run, ranking)
 
 
-def keep_former(run: Run, ranking: HeadRanking) -> None:
+def back_up_heads_file(run: Run, ranking: HeadRanking) -> None:
     """Keep, and name, a heads.json that was made from more samples or otherwise, before this ranking replaces it."""
     latest = run.folder / "heads.json"
     if not latest.is_file():
@@ -246,16 +246,16 @@ def _lesser(before: HeadRanking, after: HeadRanking) -> str | None:
     return difference(before.found_with or {}, after.found_with or {})
 
 
-def heads_of_boxes(run: Run, ranking: HeadRanking) -> tuple[Sequence[Head] | None, str]:
+def choose_grounding_heads(run: Run, ranking: HeadRanking) -> tuple[Sequence[Head] | None, str]:
     """The heads that a batch grounds with, None where each sample picks its own; and where they come from."""
     if run.options.heads != "auto":
         return run.named_heads, "as heads= says"
-    if run.ready.heads:
-        return run.ready.heads[: run.options.k], f"known for {run.spec.name} (heads= takes others)"
+    if run.ready_heads.heads:
+        return run.ready_heads.heads[: run.options.k], f"known for {run.spec.name} (heads= takes others)"
     return [head.address for head in ranking.kept[: run.options.k]], "the first ones above"
 
 
-def save_heads(run: Run, ranking: HeadRanking) -> list[Path]:
+def save_ranking_files(run: Run, ranking: HeadRanking) -> list[Path]:
     """heads.json, heads.csv and the figures of both criteria."""
     from localization_heads import figures
 

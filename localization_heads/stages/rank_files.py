@@ -35,8 +35,8 @@ from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
 from localization_heads.lvlm.extra_prompts import measures_sensitivity, other_expressions
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import as_measured
-from localization_heads.stages.outcome import Result, save_heads
-from localization_heads.stages.records import warn_of_movement
+from localization_heads.stages.outcome import Result, save_ranking_files
+from localization_heads.stages.records import warn_of_disagreement
 from localization_heads.stages.run import Run
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, writable_folder
@@ -163,10 +163,10 @@ def _rank(run: Run, files: Sequence[Path], folder: Path) -> Result:
     writable_folder(run.folder)
     with RunLock(run.folder):
         ranking = _described(ranking, pile)
-        warn_of_movement(ranking, run.options.k)
+        warn_of_disagreement(ranking, run.options.k)
         if not ranking.kept:
             log.warning("%s: heads.json lists none to ground with", NONE_KEPT)
-        return Result(save_heads(run, ranking), pile.failures, ranking=ranking)
+        return Result(save_ranking_files(run, ranking), pile.failures, ranking=ranking)
 
 
 def attention_files(named: str) -> list[Path]:

@@ -23,7 +23,7 @@ from localization_heads.lvlm.extra_prompts import measures_sensitivity
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.options.programs import FinderOptions
-from localization_heads.stages.chunks import Attended, LookAgain
+from localization_heads.stages.chunks import AttendedSample, SecondPass
 from localization_heads.stages.entries import Entries, image_key
 from localization_heads.stages.run import Run
 from localization_heads.store.paths import local_path
@@ -47,20 +47,20 @@ def open_store(run: Run, *, moved: bool = False) -> StatisticsStore:
     """
     return StatisticsStore(
         run.folder / "statistics",
-        settings={"asked": asked_settings(run, moved=moved), **run.model_settings},
+        settings={"asked": statistics_options(run, moved=moved), **run.model_settings},
         num_layers=run.lvlm.num_layers,
         num_heads=run.lvlm.num_heads,
         columns={**COLUMNS, **MOVED} if moved else COLUMNS,
     )
 
 
-def open_own_store(run: Run, entries: Entries) -> StatisticsStore:
+def open_ranking_store(run: Run, entries: Entries) -> StatisticsStore:
     """The store of a run that ranks heads, which holds the third criterion if it is wanted."""
-    entries.moving = measures_sensitivity(run.options.criteria)
-    return open_store(run, moved=entries.moving)
+    entries.with_sensitivity = measures_sensitivity(run.options.criteria)
+    return open_store(run, moved=entries.with_sensitivity)
 
 
-def asked_settings(run: Run, *, moved: bool = False) -> dict[str, Any]:
+def statistics_options(run: Run, *, moved: bool = False) -> dict[str, Any]:
     """The options that the statistics depend on, as far as they are known without the model (for `stage=rank`).
 
     `criteria.entropy` is not among them: the store holds both entropies. Nor is `criteria.mirrored`: each sample's key
@@ -96,7 +96,7 @@ def _wording(options: FinderOptions) -> dict[str, Any]:
     return tokens | ({"paraphrases": list(options.paraphrases)} if options.paraphrases else {})
 
 
-def asked_in(settings: Mapping[str, Any], *, of_box: bool = False) -> dict[str, str | None]:
+def prompt_conditions(settings: Mapping[str, Any], *, of_box: bool = False) -> dict[str, str | None]:
     """How the model was asked (`LVLM.asked`), from the settings of its statistics.
 
     Args:
@@ -111,7 +111,7 @@ def asked_in(settings: Mapping[str, Any], *, of_box: bool = False) -> dict[str, 
     return asked(conv_mode, system, query_token, settings["weights"][1], paraphrases=paraphrases)
 
 
-def keep_statistics(
+def append_statistics(
     entries: Entries,
     found: Sequence[tuple[Sample, HeadStatistics]],
     store: StatisticsStore,
@@ -134,10 +134,10 @@ def keep_statistics(
     )
 
 
-def choose_record(run: Run) -> Recorded:
+def find_stored_statistics(run: Run) -> Recorded:
     """The store of these options; of several, which differ in their weights, the one used last."""
     moved = measures_sensitivity(run.options.criteria)
-    wanted = asked_settings(run, moved=moved)
+    wanted = statistics_options(run, moved=moved)
     records = recorded(run.folder / "statistics")
     fitting = [record for record in records if record.settings.get("asked") == wanted]
     if not fitting and not moved:  # a store of the third criterion holds the paper's two as well
@@ -167,7 +167,7 @@ def _difference(made: Any, wanted: dict[str, Any]) -> str:
     return ", ".join(f"{name}={'null' if value is None else str(value)[:60]}" for name, value in pairs)
 
 
-def to_be_mirrored(samples: Sequence[Sample], criteria: CriteriaOptions) -> frozenset[str]:
+def choose_mirrored_samples(samples: Sequence[Sample], criteria: CriteriaOptions) -> frozenset[str]:
     """The ids of the samples of the first `criteria.mirrored` images."""
     if not measures_sensitivity(criteria):
         return frozenset()
@@ -177,22 +177,22 @@ def to_be_mirrored(samples: Sequence[Sample], criteria: CriteriaOptions) -> froz
     return frozenset(sample.id for sample in samples if image_key(sample) in first)
 
 
-def looking_again(ids: Collection[str]) -> LookAgain | None:
+def mirrored_pass(ids: Collection[str]) -> SecondPass | None:
     """Asks about the mirrored images of these samples; None if there are none."""
     return partial(_with_mirrored, ids=frozenset(ids)) if ids else None
 
 
 def _with_mirrored(
-    run: Run, _: Entries, attended: Sequence[Attended], *, ids: frozenset[str]
-) -> list[Attended]:
-    def mirrored(one: Attended) -> NDArray[np.float32] | None:
+    run: Run, _: Entries, attended: Sequence[AttendedSample], *, ids: frozenset[str]
+) -> list[AttendedSample]:
+    def mirrored(one: AttendedSample) -> NDArray[np.float32] | None:
         wanted = one.sample.id in ids
-        return run.lvlm.attend_mirrored(one.single, one.sample.expression, one.maps) if wanted else None
+        return run.lvlm.attend_mirrored(one.single_image, one.sample.expression, one.maps) if wanted else None
 
-    return [one._replace(mirrored=mirrored(one)) for one in attended]
+    return [one._replace(mirrored_maps=mirrored(one)) for one in attended]
 
 
-def with_third(
+def add_sensitivity(
     ranking: HeadRanking, rows: StatisticsRows, draws: NDArray[np.int64], shape: tuple[int, int]
 ) -> HeadRanking:
     """The ranking with the third criterion over the samples of `rows`, each counted as often as it was drawn.
@@ -200,11 +200,11 @@ def with_third(
     Args:
         draws: `[trial, sample]`, as `rank_heads` has them.
     """
-    movement = third_criterion(rows, draws.sum(axis=0).tolist(), shape)
+    movement = average_sensitivity(rows, draws.sum(axis=0).tolist(), shape)
     return ranking if movement is None else with_movement(ranking, movement)
 
 
-def third_criterion(
+def average_sensitivity(
     rows: StatisticsRows, weights: Sequence[float], shape: tuple[int, int]
 ) -> Movement | None:
     """The mean over the samples of `rows`, each with its weight; None in a store without the third criterion."""
@@ -212,7 +212,7 @@ def third_criterion(
     return None if samples is None else mean_movement(samples, weights, shape)
 
 
-def warn_of_movement(ranking: HeadRanking, k: int) -> None:
+def warn_of_disagreement(ranking: HeadRanking, k: int) -> None:
     """A warning where the third criterion and the paper's two put different heads first."""
     if measures_sensitivity(ranking.options) and not ranking.is_moved:
         log.warning("criteria=robust: no image could be asked about anything else; the order is the paper's")

@@ -62,7 +62,7 @@ FROM_FILE = (
 )
 
 
-class Alone(NamedTuple):
+class SingleHeadIoU(NamedTuple):
     """Which heads are measured alone, by the boxes of their own maps, and on which samples (ids)."""
 
     heads: Sequence[Head] = ()
@@ -87,8 +87,8 @@ class Reporter:
         self._wanted = run.options.report
         self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
         self._origin = "" if ranking else FROM_FILE
-        self.room = Gallery(run.options.report_samples if self._wanted else 0)
-        """Which of the samples that are worked on may be shown in the end: `look` makes cards of those."""
+        self.gallery = Gallery(run.options.report_samples if self._wanted else 0)
+        """Which of the samples that are worked on may be shown in the end: `offer_card` makes cards of those."""
         self._measured = self._heads_measured() if self._wanted else []
 
     @property
@@ -103,12 +103,12 @@ class Reporter:
         # Without the controls not every layer is run, and nothing will be ranked.
         return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run.options.controls else []
 
-    def alone(self, entries: Entries) -> Alone:
+    def alone(self, entries: Entries) -> SingleHeadIoU:
         """The heads to measure alone, and the samples with a true box on which that is done; the same in every run."""
         heads = self._measured
         number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES
         boxed = [sample.id for sample in entries.samples if sample.bbox is not None]
-        return Alone(heads, set(boxed[:number])) if heads else Alone()
+        return SingleHeadIoU(heads, set(boxed[:number])) if heads else SingleHeadIoU()
 
     @property
     def settings(self) -> list[Any]:
@@ -153,7 +153,7 @@ class Reporter:
             no_cards=self._why_no_cards(),
             num_grounded=len(outcomes),
             ious=[outcome.iou for outcome in outcomes if outcome.iou is not None],
-            failures=entries.in_order(),
+            failures=entries.sorted_failures(),
         )
         path = run.folder / "report.html"
         write_bytes(path, render(report).encode(errors="replace"))
@@ -209,8 +209,8 @@ def _badness(outcome: Outcome) -> float:
     return -((outcome.prediction.score if outcome.iou is None else outcome.iou) or 0.0)
 
 
-def look(
-    room: Gallery,
+def offer_card(
+    gallery: Gallery,
     outcome: Outcome,
     maps: AttentionMaps,
     grounding: Grounding,
@@ -238,7 +238,7 @@ def look(
             image_box=maps.image_box,
         )
 
-    return room.offer(outcome.sample.line, _badness(outcome), card)
+    return gallery.offer(outcome.sample.line, _badness(outcome), card)
 
 
 def _completed(card: Card, outcome: Outcome) -> Card:
@@ -311,7 +311,9 @@ def _used(outcomes: Sequence[Outcome]) -> list[Head]:
 
 def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64] | None:
     """Share of the samples whose map has a whole positive bottom row, `[layer, head]`."""
-    keys = [key for sample in entries.good if (key := entries.stored_key(sample, store)) in store]
+    keys = [
+        key for sample in entries.usable if (key := entries.stored_statistics_key(sample, store)) in store
+    ]
     if not keys:
         return None
     flags = store.rows(keys).bottom_row_focus

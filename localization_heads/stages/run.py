@@ -87,15 +87,19 @@ class ModelRun(Generic[Chosen]):
         """Where everything of this model is written."""
         return Path(self.options.output_dir) / self.spec.folder
 
-    def image(self, name: object) -> Address | str:
+    def resolve_image(self, name: object) -> Address | str:
         """The image of that name, a path or an address, to be loaded."""
         options = self.options
         private = isinstance(options, ImageAddresses) and options.allow_private_addresses
         return image_source(str(name), allow_private=private)
 
-    def shown(self, names: str | Sequence[str]) -> Address | str | Together:
+    def resolve_images(self, names: str | Sequence[str]) -> Address | str | Together:
         """The image of that name, or those of several that one prompt shows together."""
-        return self.image(names) if isinstance(names, str) else Together([self.image(one) for one in names])
+        return (
+            self.resolve_image(names)
+            if isinstance(names, str)
+            else Together([self.resolve_image(one) for one in names])
+        )
 
     @property
     def attention_folder(self) -> Path:
@@ -127,7 +131,7 @@ class ModelRun(Generic[Chosen]):
             options.k,
             calibration,
             options.abstain,
-            LEAST_OF_PLACES if self.wordings is PLACES else LEAST_MASS,
+            LEAST_OF_PLACES if self.prompt_templates is PLACES else LEAST_MASS,
             isinstance(options, FinderOptions) and options.instances_by == "segmenter",
         )
 
@@ -177,17 +181,17 @@ class ModelRun(Generic[Chosen]):
             options.grounding.contrast, heads, options.criteria, signals=signals, every_head=every_head
         )
 
-    def asks_more(self, heads: Sequence[Head] | None, calibration: Calibration | None) -> bool:
+    def needs_model(self, heads: Sequence[Head] | None, calibration: Calibration | None) -> bool:
         """Whether a box and its confidence need more than the maps that an attention file holds."""
         return bool(self.extra_prompts(heads, calibration)) or self.options.query_token == "last_and_answer"
 
     @property
-    def is_spread(self) -> bool:
+    def uses_workers(self) -> bool:
         """Whether workers run the model over the data set (`engine=ray`) instead of this process."""
         return False
 
     @property
-    def wordings(self) -> Sequence[str] | None:
+    def prompt_templates(self) -> Sequence[str] | None:
         """Templates that each expression is asked in; None asks with it alone."""
         return self.options.paraphrases
 
@@ -203,14 +207,14 @@ class ModelRun(Generic[Chosen]):
         torch.manual_seed(self.options.random_seed)
         started = time.monotonic()
         lvlm = load_model(
-            replace(self.spec, device_map=None) if self.is_spread else self.spec,
-            device="cpu" if self.is_spread else self.options.device,
+            replace(self.spec, device_map=None) if self.uses_workers else self.spec,
+            device="cpu" if self.uses_workers else self.options.device,
             conv_mode=self.options.conv_mode,
             query_token=self.options.query_token,
             view=self.options.view,
             drop_lone_spaces=self.options.drop_lone_spaces,
             answer_tokens=self.options.answer_tokens,
-            paraphrases=self.wordings,
+            paraphrases=self.prompt_templates,
             answer_span=self.options.answer_span,
         )
         if threads := self.options.num_threads or small_model_threads(lvlm.num_parameters):
@@ -234,10 +238,10 @@ class ModelRun(Generic[Chosen]):
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
         """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
-        return choose_heads(self.options.heads, self.options.k, self.spec.name, self.folder, self.ready)
+        return choose_heads(self.options.heads, self.options.k, self.spec.name, self.folder, self.ready_heads)
 
     @cached_property
-    def ready(self) -> ReadyHeads:
+    def ready_heads(self) -> ReadyHeads:
         """What `heads=auto` takes of the model's known heads, as far as that can be told before it is loaded."""
         options, spec = self.options, self.spec
         known = spec if spec.heads or spec.lists else find_spec(spec.name)
@@ -251,21 +255,21 @@ class ModelRun(Generic[Chosen]):
     def heads_from(self) -> str | None:
         """Whose heads `heads=` takes, where they are on a ready list."""
         if self.options.heads == "auto":
-            return str(self.ready.of) if self.ready.of else None
+            return str(self.ready_heads.of) if self.ready_heads.of else None
         wanted = self.options.heads
         return str(ready_lists()[wanted]) if isinstance(wanted, str) and wanted in ready_lists() else None
 
     @cached_property
     def heads_source(self) -> Path | str | None:
         """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads."""
-        return heads_source(self.options.heads, self.spec.name, self.folder, self.ready)
+        return heads_source(self.options.heads, self.spec.name, self.folder, self.ready_heads)
 
     @property
     def heads_found_with(self) -> FoundWith | None:
         """How the heads of `heads=` were found, None where that is not known."""
-        return found_with_of(self.options.heads, self.spec.name, self.folder, self.ready)
+        return found_with_of(self.options.heads, self.spec.name, self.folder, self.ready_heads)
 
-    def note_heads(self) -> None:
+    def note_head_conditions(self) -> None:
         """Notes it if the heads were found with other weights, another prompt or another query token."""
         self.lvlm.note_other_conditions(
             f"heads={self.heads_source or self.options.heads}", self.heads_found_with
@@ -274,7 +278,7 @@ class ModelRun(Generic[Chosen]):
     def check_named_heads(self) -> None:
         """UsageError if the model lacks one of the heads; a note if they were found under other conditions."""
         check_heads(self.named_heads or (), self.lvlm.num_layers, self.lvlm.num_heads)
-        self.note_heads()
+        self.note_head_conditions()
 
 
 @dataclass(frozen=True)
@@ -282,27 +286,27 @@ class Run(ModelRun[FinderOptions]):
     """A run of the finder."""
 
     @property
-    def wordings(self) -> Sequence[str] | None:
+    def prompt_templates(self) -> Sequence[str] | None:
         return PLACES if self.options.instances_by == "places" else self.options.paraphrases
 
     def grounder(self, heads: Sequence[Head] | None, calibration: Calibration | None = None) -> Grounder:
         found = super().grounder(heads, calibration)
         return replace(found, each_image=self.options.image_boxes == "each")
 
-    def asked_as(self, expression: str) -> str:
+    def query_for(self, expression: str) -> str:
         """What the model is asked: where all objects are wanted, in the singular if it knows no other word."""
         if self.options.instances == "one":
             return expression
         return singularize_unknown_words(self.lvlm.processor.tokenizer, expression)
 
     @property
-    def clip(self) -> int | None:
+    def frames_per_clip(self) -> int | None:
         """Frames that the model is shown in one prompt; None shows each by itself."""
         return self.options.frames_per_prompt if self.options.video == "native" else None
 
     def check_clips(self) -> None:
         """UsageError where `video=native` is asked of a model that reads no videos, or to pick heads as no clip can."""
-        if self.clip:
+        if self.frames_per_clip:
             from localization_heads.lvlm.clips import check_supports_clips
 
             check_supports_clips(self.lvlm.model.config)
@@ -314,13 +318,16 @@ class Run(ModelRun[FinderOptions]):
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        if not self.clip:
+        if not self.frames_per_clip:
             return super().model_settings
         own = self.lvlm.video_settings()
-        return {**super().model_settings, "clip": self.clip, **({"videos": own} if own else {})}
+        return {**super().model_settings, "clip": self.frames_per_clip, **({"videos": own} if own else {})}
 
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
-        return {**super().recipe(heads, lvlm), **({"clip": self.clip} if self.clip else {})}
+        return {
+            **super().recipe(heads, lvlm),
+            **({"clip": self.frames_per_clip} if self.frames_per_clip else {}),
+        }
 
     @property
     def top_n(self) -> int:
@@ -328,7 +335,7 @@ class Run(ModelRun[FinderOptions]):
         return self.options.top_n or self.spec.top_n
 
     @property
-    def is_spread(self) -> bool:
+    def uses_workers(self) -> bool:
         return self.options.engine.kind == "ray"
 
     def ranking_of(
@@ -367,7 +374,7 @@ class Run(ModelRun[FinderOptions]):
         return attention_path(self.attention_folder, id, self.options.attention_format)
 
     @property
-    def num_drawn(self) -> int | None:
+    def num_figures(self) -> int | None:
         """At most this many entries of a data set are drawn; None draws all."""
         return self.options.visualize_limit if self.options.visualize_batch else 0
 

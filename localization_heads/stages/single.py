@@ -50,7 +50,7 @@ OUTPUTS = Path("outputs/localization_heads")
 
 
 @dataclass(frozen=True)
-class Collected:
+class CollectResult:
     image: Shown
     maps: AttentionMaps
     path: Path
@@ -58,7 +58,7 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Analysed:
+class AnalyzeResult:
     maps: AttentionMaps
     statistics: HeadStatistics
     rows: list[dict[str, Any]]
@@ -66,19 +66,19 @@ class Analysed:
 
 
 @dataclass(frozen=True)
-class Visualised:
+class VisualizeResult:
     grounding: Grounding
     paths: list[Path]
 
 
-def collect(run: Run, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> Collected:
+def collect(run: Run, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> CollectResult:
     """The attention of every head for one image and one expression -> `attention/<id>.pkl`.
 
     Args:
         extra_prompts: what the model is asked besides, which no file holds.
     """
     run.options.require("image_file", "query")
-    source, query = run.shown(run.options.image_file or ""), str(run.options.query)
+    source, query = run.resolve_images(run.options.image_file or ""), str(run.options.query)
     id = image_id(run, source, query)
     path = run.attention_file(id)
     image = load_shown(source)
@@ -88,24 +88,24 @@ def collect(run: Run, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> Collect
     maps = maps.named(id=id, image_file=Sample(source, query).at(maps.image_index).image_file)
     save_attention(maps, path, run.options.attention_format)
     analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
-    return Collected(image, maps, path, _answer(run, image))
+    return CollectResult(image, maps, path, _answer(run, image))
 
 
-def analyze(run: Run) -> Analysed:
+def analyze(run: Run) -> AnalyzeResult:
     """Attention sum, spatial entropy and components of every head of a file -> `<id>_analysis.pkl`."""
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     return analyse_file(run, load_attention(path), path)
 
 
-def analyse_file(run: Run, maps: AttentionMaps, path: Path, *, replace: bool = True) -> Analysed:
+def analyse_file(run: Run, maps: AttentionMaps, path: Path, *, replace: bool = True) -> AnalyzeResult:
     """Analyse the maps; without `replace`, an analysis that is already on the disk stays as it is."""
     check_criteria(run.options.criteria, maps.num_layers)
     statistics = head_statistics(maps.attention, run.options.criteria)
     rows = analysis_rows(statistics, run.options.criteria)
     if replace or not _is_analysis(analysis_path(path)):
         save_analysis(rows, analysis_path(path))
-    return Analysed(maps, statistics, rows, analysis_path(path))
+    return AnalyzeResult(maps, statistics, rows, analysis_path(path))
 
 
 def _is_analysis(path: Path) -> bool:
@@ -116,7 +116,7 @@ def _is_analysis(path: Path) -> bool:
     return True
 
 
-def visualize(run: Run) -> Visualised:
+def visualize(run: Run) -> VisualizeResult:
     """The image, the maps of its top heads and the combined map with its box, as a figure."""
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
@@ -127,12 +127,12 @@ def visualize(run: Run) -> Visualised:
         log.warning(
             "heads=greedy: the file has no maps of other expressions: picked by the paper's two criteria"
         )
-    heads = heads_of_file(run.options.heads, run.options.k, analysed.maps, path)
+    heads = heads_for_file(run.options.heads, run.options.k, analysed.maps, path)
     image = image_of(analysed.maps, run.options.allow_private_addresses)
     return draw_sample(run, run.grounder(heads), analysed.maps, analysed.statistics, path, image)
 
 
-def heads_of_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple[Head, ...] | None:
+def heads_for_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple[Head, ...] | None:
     """The heads of `heads=` for an attention file, which may be of another model than `model=` names; None for its own.
 
     `heads=auto` takes those known for its model, if they were found as it was made, as far as the file says that; a
@@ -149,7 +149,7 @@ def heads_of_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple
     return heads
 
 
-def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
+def pipeline(run: Run) -> tuple[CollectResult, AnalyzeResult, VisualizeResult]:
     """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
     run.options.require("image_file", "query")
     run.check_named_heads()
@@ -162,7 +162,7 @@ def pipeline(run: Run) -> tuple[Collected, Analysed, Visualised]:
     return collected, analysed, drawn
 
 
-def completed(
+def attend_again(
     run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
 ) -> AttentionMaps:
     """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now.
@@ -191,7 +191,7 @@ def draw_sample(
     image: Shown | None,
     *,
     truth: Box | None = None,
-) -> Visualised:
+) -> VisualizeResult:
     """Ground one sample and draw it: `<id>_visualization.png` and `<id>_grounding.png`."""
     from localization_heads import figures
 
@@ -208,10 +208,10 @@ def draw_sample(
     if grounding.each:
         images, each = each_image(shown) if shown else None, grounding.each
         figure = run.draw(figures.plot_together, images, each, path=box_path, expression=maps.query)
-        return Visualised(grounding, [*drawn, figure])
+        return VisualizeResult(grounding, [*drawn, figure])
     known = {"truth": truth, "expression": maps.query}
     drawn.append(run.draw(figures.plot_grounding, image, grounding, path=box_path, **known))
-    return Visualised(grounding, drawn)
+    return VisualizeResult(grounding, drawn)
 
 
 def top_heads(

@@ -24,9 +24,9 @@ from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.options.surroundings import TRACE_TOKENS
 from localization_heads.report.trace import render_trace
-from localization_heads.stages.chunks import Attended
-from localization_heads.stages.entries import Entries, select_entries
-from localization_heads.stages.flow import go_through
+from localization_heads.stages.chunks import AttendedSample
+from localization_heads.stages.entries import Entries, load_entries
+from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
 from localization_heads.store.files import RunLock, writable_folder, write_bytes
@@ -68,7 +68,7 @@ def trace(run: Run) -> Traced:
             "grounding.contrast: no other expressions are asked beside an answer, which is read without"
         )
     alone = bool(run.options.image_file or run.options.query)
-    entries = _one_entry(run) if alone else select_entries(run)
+    entries = _one_entry(run) if alone else load_entries(run)
     traces: list[Trace] = []
     answers: dict[str, tuple[str, str] | None] = {}
     paths: list[Path] = []
@@ -84,7 +84,7 @@ def trace(run: Run) -> Traced:
 
     def keep(found: Sequence[_Traced]) -> None:
         for one in found:
-            with entries.put_aside(one.sample, WorkError):
+            with entries.skip_on_error(one.sample, WorkError):
                 paths.extend(_write(one.page, one.trace, one.image, page_of(one.sample)))
                 answers[one.sample.id] = one.trace.query, one.trace.answer
                 traces[:] = [one.trace]
@@ -93,26 +93,26 @@ def trace(run: Run) -> Traced:
         writable_folder(run.attention_folder)  # before the work, not after it
         run.check_named_heads()
         recipe = _recipe(run)
-        go_through(
+        run_over_samples(
             run,
             entries,
             entries.samples,
             "trace",
             is_done=is_done,
-            work=partial(_trace_each, heads=run.named_heads or (), recipe=recipe),
-            keep=keep,
-            work_runs_model=True,
-            attends=False,
+            process=partial(_trace_each, heads=run.named_heads or (), recipe=recipe),
+            save=keep,
+            process_runs_model=True,
+            capture_maps=False,
         )
     if not answers:
-        raise NothingDoneError("no entry could be used", entries.in_order())
+        raise NothingDoneError("no entry could be used", entries.sorted_failures())
     in_order = {one.id: answers[one.id] for one in entries.samples if one.id in answers}
-    return Traced(traces[0] if alone else None, in_order, paths, entries.in_order())
+    return Traced(traces[0] if alone else None, in_order, paths, entries.sorted_failures())
 
 
 def _one_entry(run: Run) -> Entries:
     run.options.require("image_file", "query")
-    source, query = run.image(run.options.image_file), str(run.options.query)
+    source, query = run.resolve_image(run.options.image_file), str(run.options.query)
     id = image_id(run, source, query)
     entry_path(run.attention_folder, id, "_trace.html")
     load_image(source)  # a wrong image is wrong use, before the model is loaded
@@ -120,13 +120,13 @@ def _one_entry(run: Run) -> Entries:
 
 
 def _trace_each(
-    run: Run, entries: Entries, attended: Sequence[Attended], *, heads: Sequence[Head], recipe: str
+    run: Run, entries: Entries, attended: Sequence[AttendedSample], *, heads: Sequence[Head], recipe: str
 ) -> list[_Traced]:
     """The answer to each entry of a chunk; without `heads`, each with its own."""
     options, found = run.options, []
     for asked in attended:
-        sample, image = asked.sample, asked.single
-        with entries.put_aside(sample, WorkError):
+        sample, image = asked.sample, asked.single_image
+        with entries.skip_on_error(sample, WorkError):
             query = sample.expression
             one = run.lvlm.trace(
                 image,

@@ -25,7 +25,7 @@ from localization_heads.data.video import Frame, Video, frames, open_video, writ
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError
 from localization_heads.grounding.boxes import smoothed
 from localization_heads.located import prediction_of
-from localization_heads.stages.chunks import Chunk, attend
+from localization_heads.stages.chunks import Chunk, attend_samples
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.flow import AUTO
 from localization_heads.stages.ground import settings
@@ -38,15 +38,15 @@ from localization_heads.store.results import Prediction, write_predictions
 
 log = logging.getLogger(__name__)
 
-CHUNK_PIXELS = 24_000_000
+MAX_CHUNK_PIXELS = 24_000_000
 """Of the frames that are in memory together, unless one alone has more."""
-CLIP_PIXELS = 100_000_000
+MAX_CLIP_PIXELS = 100_000_000
 """The same where they go into one prompt (`video=native`)."""
 THUMBNAILS = 8
 
 
 @dataclass(frozen=True)
-class Followed:
+class VideoResult:
     """What became of a video.
 
     Args:
@@ -63,7 +63,7 @@ class Followed:
         return [BadEntry(one.frame or 0, one.id, one.error) for one in self.predictions if one.error]
 
 
-def follow(run: Run) -> Followed:
+def ground_video(run: Run) -> VideoResult:
     """The box of the expression in every frame -> `predictions.jsonl`, `<id>_video.mp4`, `<id>_timeline.png`."""
     options = run.options
     options.require("video_file", "query")
@@ -92,7 +92,7 @@ def follow(run: Run) -> Followed:
 
         timeline = run.draw(figures.plot_timeline, query, found, thumbnails, video.size, path=timeline)
         journal.finish()
-    return Followed(video, query, found, [drawn, timeline, run.folder / "predictions.jsonl"])
+    return VideoResult(video, query, found, [drawn, timeline, run.folder / "predictions.jsonl"])
 
 
 def _identity(video: Video) -> list[Any]:
@@ -110,7 +110,7 @@ def _grounded(run: Run, video: Video, id: str, journal: ResultLog) -> Iterator[P
     run.check_named_heads()
     run.check_clips()
     size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    size, most = (run.clip, CLIP_PIXELS) if run.clip else (size, CHUNK_PIXELS)
+    size, most = (run.frames_per_clip, MAX_CLIP_PIXELS) if run.frames_per_clip else (size, MAX_CHUNK_PIXELS)
     size = max(1, min(size, most // math.prod(video.size)))
     is_logged = cache(
         lambda chunk: journal.get(_key(chunk)) is not None
@@ -172,8 +172,8 @@ def _ground_chunk(run: Run, id: str, chunk: Sequence[Frame]) -> list[Prediction]
     extra_prompts = run.extra_prompts(heads, calibration)
     asked = Chunk([sample for sample, _ in opened], frozenset(names.values()), extra_prompts)
     found: dict[str, Prediction] = {}
-    for one in attend(run, entries, opened, grounder.last_layer, chunk=asked):
-        with entries.put_aside(one.sample):
+    for one in attend_samples(run, entries, opened, grounder.last_layer, chunk=asked):
+        with entries.skip_on_error(one.sample):
             found[one.sample.id] = prediction_of(one.sample.id, grounder.ground(one.maps, one.image))
     reasons = {failure.id: failure.reason for failure in entries.failures}
     return [

@@ -14,11 +14,11 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, binarise, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.options.programs import VisualizeOptions
-from localization_heads.stages.entries import choose_range
+from localization_heads.stages.entries import select_range
 from localization_heads.stages.single import (
     attention_file_of,
     find_attention_file,
-    heads_of_file,
+    heads_for_file,
     image_of,
     top_heads,
 )
@@ -75,7 +75,7 @@ def show_entries(options: VisualizeOptions) -> tuple[list[Path], list[BadEntry]]
     if not options.data_file:
         raise UsageError("data_file= is missing: mode=batch needs it")
     file = load_visualization_entries(options.data_file)
-    entries, bad = choose_range(options, file.entries, file.bad)
+    entries, bad = select_range(options, file.entries, file.bad)
     paths: list[Path] = []
     claims = _Claims()
     for entry in entries:
@@ -138,7 +138,7 @@ def _top(
     options: VisualizeOptions, path: Path, maps: AttentionMaps, statistics: HeadStatistics
 ) -> tuple[list[Head], Grounding]:
     """The heads to show and the box of the first `k`: the model's known heads, else the file's own."""
-    chosen = heads_of_file("auto", options.k, maps, path)
+    chosen = heads_for_file("auto", options.k, maps, path)
     grounder = Grounder(chosen or (), options.criteria, options.grounding, k=options.k)
     check_heads(grounder.heads, maps.num_layers, maps.num_heads)
     grounding = grounder.ground(maps, None, statistics)

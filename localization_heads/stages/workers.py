@@ -21,7 +21,7 @@ from localization_heads.data.samples import Sample
 from localization_heads.errors import BadEntry, UsageError, WorkError
 from localization_heads.options.programs import FinderOptions
 from localization_heads.options.surroundings import EngineOptions
-from localization_heads.stages.chunks import Chunk, Task, compute, make_chunk_ready
+from localization_heads.stages.chunks import Chunk, Task, attend_chunk, prepare_chunk
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
@@ -64,7 +64,7 @@ class Worker:
     def __init__(self, recipe: bytes) -> None:
         self._recipe: WorkerRecipe = pickle.loads(recipe)
         self._run = Run(self._recipe.options, self._recipe.model_choice, self._recipe.overrides)
-        self._fitting: int | None = None
+        self._max_batch_size: int | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, bytes]:
         try:
@@ -80,12 +80,12 @@ class Worker:
             raise WorkError(
                 f"engine=ray: every machine needs the folder {self._recipe.folder} ({error})"
             ) from None
-        entries = Entries(list(chunk.samples), fitting=self._fitting)
-        ready = make_chunk_ready(self._run, entries, chunk)
-        work, last_layer, look_again = self._recipe.task
-        fresh = compute(self._run, entries, ready, last_layer, look_again)
-        results = work(self._run, entries, fresh) if fresh else []
-        self._fitting = entries.fitting
+        entries = Entries(list(chunk.samples), max_batch_size=self._max_batch_size)
+        ready = prepare_chunk(self._run, entries, chunk)
+        process, last_layer, second_pass = self._recipe.task
+        fresh = attend_chunk(self._run, entries, ready, last_layer, second_pass)
+        results = process(self._run, entries, fresh) if fresh else []
+        self._max_batch_size = entries.max_batch_size
         return Done(results, entries.failures)
 
 
