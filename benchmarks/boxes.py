@@ -28,7 +28,7 @@ from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.artwork import HELD_OUT_STYLE
 from localization_heads.scenes.expressions import Expression
 from localization_heads.scenes.scene import SMALL, TEST_SEEDS, Scene, scene_samples
-from localization_heads.scenes.write import kept_rows
+from localization_heads.scenes.write import crop_rows
 from localization_heads.segmentation.grabcut import GrabCut
 from localization_heads.segmentation.segmenter import refine
 
@@ -94,7 +94,7 @@ def drawn(
     scenes = scene_samples(count, size=SIZE, style=style, seeds=TEST_SEEDS, smallest=smallest)
     for number, (scene, expression) in enumerate(scenes):
         x0, y0, x1, y1 = scene.objects[expression.object_index].box
-        rows = kept_rows((x0, y0, x1, y1), SIZE, height, seed=number)
+        rows = crop_rows((x0, y0, x1, y1), SIZE, height, seed=number)
         image = Image.fromarray(scene.image[rows])
         box = (x0, max(y0, rows.start) - rows.start, x1, min(y1, rows.stop) - rows.start)
         yield Drawn(image, box, scene, expression)

@@ -27,7 +27,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.options.compose import newcomers_grounding
 from localization_heads.options.parts import Shrink
 from localization_heads.options.surroundings import ScenesOptions
-from localization_heads.scenes.write import scenes
+from localization_heads.scenes.write import write_scenes
 
 COUNTS = (1, 2, 5, 10, 20, 50)
 WAYS: tuple[tuple[Shrink, float], ...] = (("none", 1), ("ranks", 10), ("scores", 10))
@@ -93,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.add_argument("--draws", type=int, default=20)
     chosen = asked.parse_args(words)
     lvlm = lh.load_model(chosen.folder, like="tiny") if chosen.folder else lh.load_model()
-    file = load_samples(scenes(ScenesOptions(count=chosen.scenes, split="validation", size=192)))
+    file = load_samples(write_scenes(ScenesOptions(count=chosen.scenes, split="validation", size=192)))
     scores, free, right = measured(lvlm, file.entries)
     print(f"without labels: {right(free.top(K)).mean():.2f}\n")  # noqa: T201
     names = [how if how == "none" else f"{how}, n0={n0:g}" for how, n0 in WAYS]

@@ -27,7 +27,7 @@ from localization_heads.grounding.ground import Grounding
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.model import LVLM
 from localization_heads.scenes.artwork import HELD_OUT_STYLE
-from localization_heads.scenes.scene import TEST_SEEDS, Scene, scenes_of
+from localization_heads.scenes.scene import TEST_SEEDS, Scene, iterate_scenes
 
 SCENES = 100
 QUESTION = "what is in this image?"
@@ -63,7 +63,9 @@ def named_words(writes: Trace, reads: Trace, scene: Scene) -> Iterator[Named]:
 
 def look(lvlm: LVLM, count: int, style: str | None) -> Iterator[Named]:
     """The named words of `count` test scenes of a style."""
-    for scene, _ in tqdm(islice(scenes_of(0, style, SIZE, TEST_SEEDS), count), total=count, disable=None):
+    for scene, _ in tqdm(
+        islice(iterate_scenes(0, style, SIZE, TEST_SEEDS), count), total=count, disable=None
+    ):
         image = Image.fromarray(scene.image)
         found = lvlm.trace(image, QUESTION, max_new_tokens=24)
         yield from named_words(found, replace(found, step="reads"), scene)

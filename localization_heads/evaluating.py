@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of, named_segmenter
 from localization_heads.attention import Box
-from localization_heads.data.box_scale import TrueBox, check_scale, true_boxes
-from localization_heads.data.samples import Sample, where
+from localization_heads.data.box_scale import TrueBox, check_box_scale, collect_true_boxes
+from localization_heads.data.samples import Sample, sample_name
 from localization_heads.errors import ArgumentError, NoHeadError, NotFiniteError
 from localization_heads.evaluation.confidence import Claim, claim_of
 from localization_heads.evaluation.judging import HEADS, Bootstrap, Judge, Scores, overlap_of_all, truth_of
@@ -115,14 +115,14 @@ def evaluate(
     unusable: list[NotFiniteError] = []
     num_headless = 0
     if listed := isinstance(samples, Sequence):
-        check_scale(true_boxes(samples), "samples")
+        check_box_scale(collect_true_boxes(samples), "samples")
     last_layer = None if controls else grounder.last_layer
     extra_prompts = grounder.extra_prompts(every_head=controls)
     for sample, opened, number, maps in attended(lvlm, samples, unusable, last_layer, extra_prompts):
         one_box = not sample.absent and len(sample.boxes) < 2
         truth = truth_of(_with_one(sample), opened.size) if one_box else None
         if sample.bbox is not None and not listed:
-            boxes.append(TrueBox(where(sample), sample.bbox, opened.size))
+            boxes.append(TrueBox(sample_name(sample), sample.bbox, opened.size))
         try:
             grounding = grounder.ground(maps, opened)
         except NoHeadError as error:
@@ -139,7 +139,7 @@ def evaluate(
             maps,
             grounding,
             truth,
-            partial(grounder.refine, image=opened, name=f"a control of {where(sample)}"),
+            partial(grounder.refine, image=opened, name=f"a control of {sample_name(sample)}"),
         )
         if form:
             box, _ = generate_box(lvlm, form, opened, sample.expression)
@@ -152,7 +152,7 @@ def evaluate(
     if not claims:
         none = ArgumentError("evaluate needs at least one sample that can be grounded")
         raise unusable[0] if unusable else none
-    check_scale(boxes, "samples")
+    check_box_scale(boxes, "samples")
     block = protocol_block(answers, lvlm.note, by_image=bootstrap == "image", seed=seed)
     choices = {
         **lvlm.choices,

@@ -16,7 +16,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.background import postprocess, prefetch
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
-from localization_heads.data.sources import Shown
+from localization_heads.data.sources import PromptImages
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import ArgumentError, NotFiniteError, check_choice
 from localization_heads.evaluation.head_iou import label_scores
@@ -264,7 +264,7 @@ class _Part(NamedTuple):
     siblings: Sequence[str]
 
     @property
-    def pairs(self) -> tuple[list[Shown], list[str]]:
+    def pairs(self) -> tuple[list[PromptImages], list[str]]:
         return [self.image] * len(self.samples), [sample.expression for sample in self.samples]
 
 

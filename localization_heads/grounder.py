@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.sources import Shown, image_at
+from localization_heads.data.sources import PromptImages, image_at
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.boxes import attended, box_of_cells, looked_again, suppressed
 from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
@@ -110,7 +110,7 @@ class Grounder:
     def ground(
         self,
         maps: AttentionMaps,
-        image: Shown | None,
+        image: PromptImages | None,
         statistics: HeadStatistics | None = None,
         second: Box | None = None,
     ) -> Grounding:
@@ -128,7 +128,7 @@ class Grounder:
         return self.judge(maps, self.refine(found, image, _entry(maps)), found.box)
 
     def ground_all(
-        self, maps: AttentionMaps, image: Shown | None, statistics: HeadStatistics | None = None
+        self, maps: AttentionMaps, image: PromptImages | None, statistics: HeadStatistics | None = None
     ) -> list[Grounding]:
         """A grounding for each object that the expression fits, that of the highest score first; at least one.
 
@@ -155,7 +155,7 @@ class Grounder:
     def _ground_together(
         self,
         maps: AttentionMaps,
-        shown: Shown | None,
+        shown: PromptImages | None,
         statistics: HeadStatistics | None,
         *,
         every: bool = False,

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from localization_heads.data.network import client_trouble
+from localization_heads.data.network import client_problem
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.record import HeadRanking
 from localization_heads.store.results import load_ranking
@@ -122,4 +122,4 @@ def _download(repository: str, revision: str | None) -> Path:
 
 def _hub_error(problem: str, error: Exception) -> WorkError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return WorkError(f"{problem} ({client_trouble() or lines[0][:200]})")
+    return WorkError(f"{problem} ({client_problem() or lines[0][:200]})")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
-from localization_heads.data.sources import Shown, each_image, image_at
+from localization_heads.data.sources import PromptImages, image_at, images_of
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.interop import coco, detections
@@ -46,9 +46,9 @@ class Located(Grounding):
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, grounding: Grounding, shown: Shown, expression: str, name: str = "") -> Located:
+    def of(cls, grounding: Grounding, shown: PromptImages, expression: str, name: str = "") -> Located:
         known = {one.name: getattr(grounding, one.name) for one in fields(Grounding)}
-        images = each_image(shown) if grounding.each else ()
+        images = images_of(shown) if grounding.each else ()
         image = image_at(shown, grounding.image_index)
         return cls(**known, image=image, expression=expression, name=name, images=images)
 

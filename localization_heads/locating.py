@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 from localization_heads.arguments import Heads, K, Masks, ReadOut, calibrated, grounder_of
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.images import ImageSource
-from localization_heads.data.phrases import phrases_of
+from localization_heads.data.phrases import split_phrases
 from localization_heads.data.samples import Sample
-from localization_heads.data.sources import Shown, Together, as_sources, image_at, load_shown
+from localization_heads.data.sources import PromptImages, Together, as_sources, image_at, load_prompt_images
 from localization_heads.errors import ArgumentError, check_choice, shown
 from localization_heads.finding import AT_ONCE
 from localization_heads.grounder import Grounder
@@ -141,7 +141,7 @@ class _Pair(NamedTuple):
 
 class _Asked(NamedTuple):
     pair: _Pair
-    image: Shown
+    image: PromptImages
     maps: AttentionMaps
 
 
@@ -174,14 +174,14 @@ def _texts(expression: Any) -> list[str]:
         raise ArgumentError(f"expression={shown(expression)}: give a text, or a list of texts")
     if not every:
         raise ArgumentError("expression=[] names nothing to look for")
-    return [phrase for one in every for phrase in phrases_of(one, "split", "")]
+    return [phrase for one in every for phrase in split_phrases(one, "split", "")]
 
 
 def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_Asked]:
     """The maps of every pair, in order, `AT_ONCE` at a time; an image that follows itself is opened once."""
     last_layer, extra_prompts = grounder.last_layer, grounder.extra_prompts()
     if len({id(pair.source) for pair in pairs}) == 1:
-        image, rest = load_shown(pairs[0].source), iter(pairs)
+        image, rest = load_prompt_images(pairs[0].source), iter(pairs)
         while part := list(islice(rest, AT_ONCE)):
             every = lvlm.ask(
                 image, [pair.expression for pair in part], last_layer=last_layer, extra_prompts=extra_prompts
@@ -203,12 +203,12 @@ def _asked(lvlm: LVLM, grounder: Grounder, pairs: Sequence[_Pair]) -> Iterator[_
             yield _Asked(pair, image, maps)
 
 
-def _opened(pairs: Sequence[_Pair]) -> list[Shown]:
+def _opened(pairs: Sequence[_Pair]) -> list[PromptImages]:
     """The image of each pair; one that comes several times is the same object, so that it is encoded once."""
-    images: dict[int, Shown] = {}
+    images: dict[int, PromptImages] = {}
     for pair in pairs:
         if id(pair.source) not in images:
-            images[id(pair.source)] = load_shown(pair.source)
+            images[id(pair.source)] = load_prompt_images(pair.source)
     return [images[id(pair.source)] for pair in pairs]
 
 
@@ -259,7 +259,7 @@ def ground_all(
     if by == "places":
         lvlm = lvlm.with_paraphrases(PLACES)
     asked = singularize_unknown_words(lvlm.processor.tokenizer, asked)
-    opened = load_shown(source)
+    opened = load_prompt_images(source)
     grounder = calibrated(grounder, lvlm, calibration, abstain)
     if by == "places":
         grounder = replace(grounder, least_mass=LEAST_OF_PLACES)

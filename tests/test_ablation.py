@@ -12,7 +12,7 @@ from front import Front, draw_image, one_line, write_lines
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.lines import Region, expected_answers
+from localization_heads.data.lines import Region, read_expected_answers
 from localization_heads.evaluation.controls import mean_map
 from localization_heads.experiments.ablation import conditions, curves, finding
 from localization_heads.heads.head import Head
@@ -20,8 +20,8 @@ from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import generate_box
 from localization_heads.options.surroundings import ScenesOptions
-from localization_heads.scenes.expressions import questions
-from localization_heads.scenes.write import two_objects
+from localization_heads.scenes.expressions import make_questions
+from localization_heads.scenes.write import two_object_scenes
 from localization_heads.stages import ablate
 
 LISTED = [Head(2, 0), Head(3, 1), Head(2, 3), Head(3, 0)]
@@ -119,11 +119,11 @@ def test_mean_map_without_some_heads() -> None:
 
 
 def test_questions_and_pairs() -> None:
-    asked = {one.kind: one for one in questions("left animal", "plain big dog")}
+    asked = {one.kind: one for one in make_questions("left animal", "plain big dog")}
     assert asked["name"].text == "what is the left animal ?" and asked["name"].answer == "dog"
     assert asked["colour"].answer == "plain" and asked["size"].answer == "big"
-    assert [one.kind for one in questions("the dog", "a dog that runs")] == ["description"]
-    scene = next(two_objects(ScenesOptions(size=64)))
+    assert [one.kind for one in make_questions("the dog", "a dog that runs")] == ["description"]
+    scene = next(two_object_scenes(ScenesOptions(size=64)))
     assert len({thing.name for thing in scene.objects}) == len(scene.objects) == 2
 
 
@@ -140,7 +140,7 @@ def test_answers_of_a_data_file(tmp_path: Path) -> None:
         {"id": "h"},
         "not json",
     ]
-    found = expected_answers(write_lines(tmp_path / "data.jsonl", lines))
+    found = read_expected_answers(write_lines(tmp_path / "data.jsonl", lines))
     assert found.answers == {1: "red"}
     assert found.regions == {2: (Region((0, 0, 4, 4), "dog"), Region((0, 0, 4, 4), "cat"))}
     assert [bad.line for bad in found.bad] == [3, 4, 5, 6, 7]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from localization_heads.cells import tight_box
+from localization_heads.datasets.base import BadRecord, Record
 from localization_heads.datasets.reasonseg import paint_shapes
-from localization_heads.datasets.reference import BadRecord, Record
 from localization_heads.datasets.source import open_source
 from localization_heads.errors import BadLineError, UsageError
 from tests.dataset_files import RICKY, ricky_row, save_lisa, save_rows, shape

@@ -9,9 +9,9 @@ import pytest
 
 from localization_heads.data.masks import read_mask
 from localization_heads.data.samples import load_samples
+from localization_heads.datasets.base import BadRecord
 from localization_heads.datasets.flickr30k import read_boxes
 from localization_heads.datasets.refcoco import targets_of
-from localization_heads.datasets.reference import BadRecord
 from localization_heads.datasets.source import OPENERS, open_source
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.evaluation.protocols import PROTOCOLS, protocol_of

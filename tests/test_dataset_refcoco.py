@@ -17,8 +17,8 @@ from pycocotools import mask as coco
 
 from localization_heads.data.masks import encode_source, read_mask
 from localization_heads.datasets import parquet
+from localization_heads.datasets.base import BadRecord, Record
 from localization_heads.datasets.parquet import UnreadablePageError, unpacked_sizes
-from localization_heads.datasets.reference import BadRecord, Record
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import UsageError
 from localization_heads.store.safe_pickle import loads_pickle

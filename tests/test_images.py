@@ -24,7 +24,7 @@ from PIL import Image
 from localization_heads.data import images
 from localization_heads.data import network as downloading
 from localization_heads.data.address import Address, ImageError, is_partial, without_secrets
-from localization_heads.data.images import image_files, image_size, load_image, quiet_decoders
+from localization_heads.data.images import image_size, list_image_files, load_image, quiet_decoders
 from localization_heads.data.network import DownloadError, download, is_public
 from localization_heads.errors import UsageError, WorkError
 
@@ -767,7 +767,7 @@ def test_an_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.Mo
 
 def test_a_model_is_given_no_more_than_it_sees() -> None:
     seen = {(6000, 4000): (6000, 4000), (8000, 8000): (4000, 4000), (64000, 999): (32000, 500)}
-    assert {size: images.as_seen(Image.new("1", size).convert("L")).size for size in seen} == seen
+    assert {size: images.downscale_for_model(Image.new("1", size).convert("L")).size for size in seen} == seen
 
 
 # ------------------------------------------------------------------------------------ folders and patterns
@@ -778,21 +778,21 @@ def test_a_folder_and_a_pattern_mean_their_images(tmp_path):
     (tmp_path / "inner.png").mkdir()
     for name in ("b.PNG", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
-    assert [path.name for path in image_files(str(tmp_path))] == ["a.jpg", "b.PNG"]
-    assert [path.name for path in image_files(str(tmp_path / "*"))] == ["a.jpg", "b.PNG", "notes.txt"]
-    assert image_files(str(tmp_path / "a.jpg")) is None
+    assert [path.name for path in list_image_files(str(tmp_path))] == ["a.jpg", "b.PNG"]
+    assert [path.name for path in list_image_files(str(tmp_path / "*"))] == ["a.jpg", "b.PNG", "notes.txt"]
+    assert list_image_files(str(tmp_path / "a.jpg")) is None
     odd = tmp_path / "what [1].png"
     odd.write_bytes(b"")
-    assert image_files(str(odd)) is None, "a file of that very name is that file"
-    assert image_files("no.png") is None
-    assert image_files("https://example.org/cat.png?size=2") is None
+    assert list_image_files(str(odd)) is None, "a file of that very name is that file"
+    assert list_image_files("no.png") is None
+    assert list_image_files("https://example.org/cat.png?size=2") is None
 
 
 def test_a_folder_without_images_and_one_of_too_many(tmp_path, monkeypatch):
     with pytest.raises(ImageError, match="no image file there"):
-        image_files(str(tmp_path))
+        list_image_files(str(tmp_path))
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"")
     monkeypatch.setattr(images, "MAX_FILES", 2)
     with pytest.raises(ImageError, match="more than 2 files; write a data file"):
-        image_files(str(tmp_path))
+        list_image_files(str(tmp_path))

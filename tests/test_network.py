@@ -13,7 +13,7 @@ from tiny_models import save_llava
 
 import localization_heads as lh
 from localization_heads.data.address import Address
-from localization_heads.data.network import DownloadError, client_trouble, download
+from localization_heads.data.network import DownloadError, client_problem, download
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.checkpoints import sources
 from localization_heads.lvlm.checkpoints.loading import load_model
@@ -71,7 +71,7 @@ def test_a_model_or_heads_that_must_be_fetched(
 def test_a_cached_model_and_a_folder_need_no_network(
     said: str, tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert client_trouble()
+    assert client_problem()
     snapshot = tmp_path / "models--me--my-llava" / "snapshots" / ("a" * 40)
     save_llava(snapshot)
     (tmp_path / "models--me--my-llava" / "refs").mkdir()
@@ -87,4 +87,4 @@ def test_settings_that_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("no_proxy", "localhost,127.0.0.1,::1,.example.org,fe80::1,*.local,,10.0.0.0/8")
     monkeypatch.setenv("https_proxy", "host:3128")
-    assert client_trouble() is None
+    assert client_problem() is None

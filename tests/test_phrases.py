@@ -12,7 +12,7 @@ from PIL import Image
 
 from localization_heads import figures
 from localization_heads.data import phrases
-from localization_heads.data.phrases import noun_phrases, phrases_of
+from localization_heads.data.phrases import noun_phrases, split_phrases
 from localization_heads.errors import UsageError
 from localization_heads.figures import Found
 
@@ -30,8 +30,8 @@ from localization_heads.figures import Found
     ],
 )
 def test_a_query_splits_at_semicolons(query: str, found: list[str]) -> None:
-    assert phrases_of(query) == found
-    assert phrases_of(query, by="whole") == [query]
+    assert split_phrases(query) == found
+    assert split_phrases(query, by="whole") == [query]
 
 
 def parsed(words: str, pos: str, heads: list[int], deps: str) -> Any:
@@ -63,20 +63,20 @@ def test_a_place_goes_with_its_object() -> None:
 def test_a_sentence_without_an_object_is_asked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     doc = parsed("run", "VERB", [0], "ROOT")
     monkeypatch.setattr(phrases, "_pipeline", lambda model: lambda text: doc)
-    assert phrases_of("run", by="spacy") == ["run"]
+    assert split_phrases("run", by="spacy") == ["run"]
 
 
 def test_a_missing_pipeline_says_how_to_get_it() -> None:
     pytest.importorskip("spacy")
     with pytest.raises(UsageError, match="python -m spacy download no_such_pipeline"):
-        phrases_of("the dog", by="spacy", model="no_such_pipeline")
+        split_phrases("the dog", by="spacy", model="no_such_pipeline")
 
 
 def test_a_pipeline_without_a_parser_is_named(tmp_path: Path) -> None:
     spacy = pytest.importorskip("spacy")
     spacy.blank("en").to_disk(tmp_path / "blank")
     with pytest.raises(UsageError, match="no parser"):
-        phrases_of("the dog", by="spacy", model=str(tmp_path / "blank"))
+        split_phrases("the dog", by="spacy", model=str(tmp_path / "blank"))
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", without_spacy)
     phrases._pipeline.cache_clear()
     with pytest.raises(UsageError, match=r"pip install 'localization-heads\[phrases\]'"):
-        phrases_of("the dog", by="spacy")
+        split_phrases("the dog", by="spacy")
 
 
 @pytest.fixture

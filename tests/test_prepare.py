@@ -18,9 +18,9 @@ from localization_heads import hub
 from localization_heads.data.masks import encode_mask, read_mask
 from localization_heads.data.samples import Sample, decode_ignored, load_samples
 from localization_heads.datasets import prepare
+from localization_heads.datasets.base import Entry
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.datasets.prepare import sample_entries
-from localization_heads.datasets.reference import Entry
 from localization_heads.datasets.source import OFFICIAL, Counts
 from localization_heads.evaluation.judging import overlap_of_all
 from localization_heads.lvlm.checkpoints.spec import compose_spec, find_spec

@@ -13,7 +13,7 @@ import pytest
 from front import Front, one_line, read_lines, stub_figures, write_data, write_lines
 
 from localization_heads.lvlm.checkpoints import loading
-from localization_heads.store.statistics import StatisticsStore, _digest, recorded
+from localization_heads.store.statistics import StatisticsStore, _digest, find_stores
 
 ROOT = Path(__file__).parents[1]
 DATA = "data_file=data.jsonl"
@@ -144,7 +144,7 @@ def test_of_other_weights_the_store_used_last_is_taken(front: Front) -> None:
     """The same options, another fingerprint: only the model could tell which is right; a note says so."""
     assert front.finder(*FIND).status == 0
     before = contents()
-    (mine,) = recorded(front.out / "statistics")
+    (mine,) = find_stores(front.out / "statistics")
     store = mine.open()
     other = StatisticsStore(
         mine.folder,
@@ -177,7 +177,7 @@ def test_what_is_no_header_is_passed_over(front: Front) -> None:
     """Files of others, of an older version, too large, or with sizes that nothing has."""
     assert front.finder(*FIND).status == 0
     folder = front.out / "statistics"
-    (sound,) = recorded(folder)
+    (sound,) = find_stores(folder)
     header = json.loads(next(folder.glob("*.json")).read_text())
     for number, content in enumerate(
         [
@@ -187,9 +187,9 @@ def test_what_is_no_header_is_passed_over(front: Front) -> None:
     ):  # fmt: skip
         (folder / f"statistics-{number:016x}.json").write_text(content)
     (folder / "statistics-folder.json").mkdir()
-    assert recorded(folder) == [sound]
+    assert find_stores(folder) == [sound]
     for spoilt in ({"version": 1}, {"layers": 1 << 30}, {"heads": 0}, {"layers": True}, {"settings": []}):
         content = {**header, **spoilt}
         name = f"statistics-{_digest(content).hex()[:16]}.json"
         (folder / name).write_text(json.dumps(content))
-    assert recorded(folder) == [sound]
+    assert find_stores(folder) == [sound]

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from localization_heads.data.address import Address
-from localization_heads.data.box_scale import LOOKED_AT, TrueBox, check_scale, find_wrong_scale, true_boxes
+from localization_heads.data.box_scale import (
+    LOOKED_AT,
+    TrueBox,
+    check_box_scale,
+    collect_true_boxes,
+    find_wrong_scale,
+)
 from localization_heads.data.images import load_image
 from localization_heads.data.lines import MAX_LINE_BYTES, check_box
 from localization_heads.data.samples import Sample, decode_mask, load_samples, load_visualization_entries
@@ -425,17 +431,17 @@ def test_boxes_that_are_no_pixels_are_told(boxes, sizes, said, certain):
 
 def test_an_error_about_boxes_names_one_and_a_note_only_says_it(caplog):
     boxes = [TrueBox("line 3 (a)", (290, 340, 840, 830), (384, 384))]
-    check_scale(boxes, "data_file")
+    check_box_scale(boxes, "data_file")
     assert "data_file: 1 of 1 boxes" in caplog.text
     with pytest.raises(
         UsageError, match=r"such as \[290, 340, 840, 830\] in an image of 384 x 384 pixels \(line 3"
     ):
-        check_scale(boxes * 2, "data_file")
+        check_box_scale(boxes * 2, "data_file")
 
 
 def test_of_a_large_data_set_some_images_are_looked_at(folder):
     samples = [Sample(Path("images/cat.png"), "the cat", bbox=(0, 0, 4, 3))] * 1000
-    found = true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
+    found = collect_true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
     assert len(found) == 1001
     assert sum(one.size == (4, 3) for one in found) == LOOKED_AT - 1  # the last is gone
 

@@ -290,7 +290,7 @@ def test_an_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.Monkey
     """The model is given half of it; boxes are in the pixels of the image itself, shared or not."""
     image = coordinate_image(80, 40)
     small = lvlm.attend(image.reduce(2), "the dog")
-    monkeypatch.setattr("localization_heads.data.images.LARGEST_SEEN", 1000)
+    monkeypatch.setattr("localization_heads.data.images.MAX_MODEL_PIXELS", 1000)
     words = ["the dog", "the cat"]
     for maps in (
         lvlm.attend(image, "the dog"),

@@ -30,7 +30,7 @@ import localization_heads as lh
 from localization_heads.attention import AttentionMaps, of_images
 from localization_heads.data import sources
 from localization_heads.data.samples import load_samples
-from localization_heads.data.sources import Opened, load_shown
+from localization_heads.data.sources import LoadedImages, load_prompt_images
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.head import Head
@@ -64,9 +64,9 @@ FEWER_TILES = {"idefics3": 2 * 364, "smolvlm": 2 * 512}
 HEADS = [Head(1, 0), Head(1, 2), Head(1, 3)]
 
 
-def shown(*sizes: tuple[int, int], seed: int = 0) -> Opened:
+def shown(*sizes: tuple[int, int], seed: int = 0) -> LoadedImages:
     rng = np.random.default_rng(seed)
-    return Opened([Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes])
+    return LoadedImages([Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes])
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_footprints_of_two_images_lie_in_their_cells(name: str) -> None:
     lvlm = tiny(name)
     for place, size in enumerate(TRACED):
         others = [Image.new("RGB", one) for one in TRACED]
-        both = Opened([*others[:place], coordinate_image(*size), *others[place + 1 :]])
+        both = LoadedImages([*others[:place], coordinate_image(*size), *others[place + 1 :]])
         inputs = lvlm.model_inputs([both], [lvlm.with_num_images(len(TRACED)).prompt("it")])
         views = lvlm.views_of_images(inputs, 0, both)[place]
         for view, errors in view_errors(lvlm, size, views, both).items():
@@ -227,7 +227,7 @@ def test_the_box_is_in_the_image_that_the_heads_look_at() -> None:
         one.box for one in every
     ]
     count = Counting()
-    images = Opened([Image.new("RGB", one.image_size) for one in maps.images])
+    images = LoadedImages([Image.new("RGB", one.image_size) for one in maps.images])
     assert len(grounder(segmenter=count).ground_all(maps, images)) == len(count.sizes)
     assert set(count.sizes) == {(100, 60)}  # once each, and none in the image that was not chosen
     with pytest.raises(lh.UsageError, match="no calibration is one of several images"):
@@ -277,9 +277,9 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
 def test_the_images_of_a_prompt_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MOST_PIXELS", 100)
     images = [Image.new("RGB", (5, 10))] * 3
-    assert len(load_shown(lh.Together(images[:2]))) == 2
+    assert len(load_prompt_images(lh.Together(images[:2]))) == 2
     with pytest.raises(lh.UsageError, match="with those before it, over the limit of 0"):
-        load_shown(lh.Together(images))
+        load_prompt_images(lh.Together(images))
 
 
 def test_images_that_are_not_fetched_yet_count_as_a_chunk(tmp_path: Path) -> None:

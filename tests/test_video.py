@@ -23,7 +23,7 @@ from localization_heads.grounding.boxes import smoothed
 from localization_heads.heads.head import Head
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.scene import TEST_SEEDS, moving_scene, render_scene
-from localization_heads.scenes.write import scenes
+from localization_heads.scenes.write import write_scenes
 from localization_heads.stages import video as stage
 from localization_heads.store.results import Prediction, read_predictions
 
@@ -307,7 +307,7 @@ def test_a_moving_scene(seed: int) -> None:
 
 def test_an_entry_a_frame(tmp_path: Path) -> None:
     options = ScenesOptions(count=2, size=64, frames=3, folder=str(tmp_path))
-    entries = read_lines(scenes(options))
+    entries = read_lines(write_scenes(options))
     assert [entry["id"] for entry in entries[:4]] == [
         "scene_00000_f000",
         "scene_00000_f001",

@@ -114,7 +114,7 @@ STAGES: dict[str, Callable[[Run], int]] = {
     "batch": lambda run: _show_result(run, find.batch(run)),
     "ground": _ground,
     "evaluate": lambda run: _show_result(run, evaluate.evaluate(run)),
-    "scenes": lambda run: _wrote([write.scenes(run.options.scenes)]),
+    "scenes": lambda run: _wrote([write.write_scenes(run.options.scenes)]),
     "doctor": _doctor,
     "experiment": _experiment,
     "export": lambda run: _wrote(export.export(run)),

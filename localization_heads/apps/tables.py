@@ -17,7 +17,7 @@ from rich.text import Text
 
 from localization_heads.apps import frontdoor
 from localization_heads.attention import Box
-from localization_heads.datasets.prepare import Prepared
+from localization_heads.datasets.prepare import PreparedDataset
 from localization_heads.datasets.source import OFFICIAL
 from localization_heads.errors import BadEntry, printable
 from localization_heads.grounding.ground import Grounding
@@ -90,7 +90,7 @@ def failures_table(failures: Iterable[BadEntry]) -> Table:
     return table
 
 
-def prepared_table(result: Prepared) -> Table:
+def prepared_table(result: PreparedDataset) -> Table:
     """What the source holds, beside the counts of papers; the split that was written stands in bold."""
     written = result.written
     table = new_table(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import Box
 from localization_heads.data.address import is_address
 from localization_heads.data.images import image_size
-from localization_heads.data.samples import Sample, where
+from localization_heads.data.samples import Sample, sample_name
 from localization_heads.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Suspicion(NamedTuple):
     is_certain: bool
 
 
-def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
+def check_box_scale(boxes: Sequence[TrueBox], source: str) -> None:
     """Raises UsageError, naming `source`, if the boxes are certainly not in pixels; a mere suspicion is a note."""
     if not boxes:
         return
@@ -76,12 +76,12 @@ def check_scale(boxes: Sequence[TrueBox], source: str) -> None:
     log.warning("%s", message)
 
 
-def true_boxes(samples: Sequence[Sample]) -> list[TrueBox]:
+def collect_true_boxes(samples: Sequence[Sample]) -> list[TrueBox]:
     """The boxes of the samples that have one, with the sizes of at most `LOOKED_AT` images."""
     boxed = [(sample, box) for sample in samples for box in sample.true_boxes]
     looked_at = set(np.linspace(0, len(boxed) - 1, LOOKED_AT).round()) if len(boxed) > LOOKED_AT else None
     return [
-        TrueBox(where(sample), box, _size(sample) if looked_at is None or number in looked_at else None)
+        TrueBox(sample_name(sample), box, _size(sample) if looked_at is None or number in looked_at else None)
         for number, (sample, box) in enumerate(boxed)
     ]
 

@@ -84,7 +84,7 @@ MAX_FILES = 100_000
 
 ImageSource = Image.Image | str | Path | Address
 """What an image is named by: itself, a path, or an http(s) address."""
-LARGEST_SEEN = 24_000_000
+MAX_MODEL_PIXELS = 24_000_000
 """Pixels: no model uses more than 16,777,216, and processors take five times the memory of their input."""
 STRIP = 1_000_000
 """Pixels that are processed at a time."""
@@ -124,10 +124,10 @@ def load_image(source: ImageSource, *, base: str | Path | None = None) -> Image.
         return _decoded(path, image)
 
 
-def as_seen(image: Image.Image) -> Image.Image:
-    """The image as a model gets it: above `LARGEST_SEEN` pixels it is reduced by a factor of 2 (or 3, 4, ...)."""
+def downscale_for_model(image: Image.Image) -> Image.Image:
+    """The image as a model gets it: above `MAX_MODEL_PIXELS` pixels it is reduced by a factor of 2 (or 3, 4, ...)."""
     width, height = image.size
-    factor = math.ceil(math.sqrt(width * height / LARGEST_SEEN))
+    factor = math.ceil(math.sqrt(width * height / MAX_MODEL_PIXELS))
     return image.reduce(factor) if factor > 1 else image
 
 
@@ -139,7 +139,7 @@ def image_size(source: ImageSource) -> tuple[int, int]:
         return upright_size(image)
 
 
-def open_image(source: str | Path, most_pixels: int) -> tuple[tuple[int, int], Image.Image | None]:
+def probe_image(source: str | Path, most_pixels: int) -> tuple[tuple[int, int], Image.Image | None]:
     """`image_size` and, of an image of at most so many pixels, `load_image`, from a file that is opened once.
 
     The image is None as well where its pixels cannot be read: `load_image` says why.
@@ -180,7 +180,7 @@ def find_file(source: str | Path, base: str | Path | None = None) -> Path:
     raise ImageError(source, "no such file" + also)
 
 
-def image_files(pattern: str) -> list[Path] | None:
+def list_image_files(pattern: str) -> list[Path] | None:
     """The image files that a folder holds or a pattern such as `pics/*.jpg` means, by name; None for one file's name
     and for an address.
 

@@ -177,7 +177,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedAnswers:
     """What the entries of a data file expect, by line; and the lines that say it wrongly."""
 
     answers: Mapping[int, str]
@@ -185,7 +185,7 @@ class Expected:
     bad: tuple[BadEntry, ...]
 
 
-def expected_answers(data_file: str | Path) -> Expected:
+def read_expected_answers(data_file: str | Path) -> ExpectedAnswers:
     """Read `"answer": "red"` and `"regions": [{"bbox": [...], "answer": "dog"}, ...]` of every line that has them.
 
     Raises:
@@ -204,7 +204,7 @@ def expected_answers(data_file: str | Path) -> Expected:
                 regions[line] = _regions(entry["regions"])
         except BadLineError as error:
             bad.append(BadEntry(line, str(entry.get("id", "")), str(error)))
-    return Expected(answers, regions, tuple(bad))
+    return ExpectedAnswers(answers, regions, tuple(bad))
 
 
 def _answer(value: Any, name: str) -> str:
@@ -227,15 +227,19 @@ def _regions(value: Any) -> tuple[Region, ...]:
     return tuple(found)
 
 
-def says(said: str, answer: str) -> bool:
-    """Whether a model said what is expected: its words, one after the other; capitals and marks do not count.
+def contains_answer(generated: str, answer: str) -> bool:
+    """Whether the words of `answer` occur in generated text as a contiguous run; case and punctuation are ignored.
 
-    >>> says("The dog is red.", "red"), says("reddish", "red"), says("small red dog", "red small dog")
-    (True, False, False)
+    >>> contains_answer("The dog is red.", "red"), contains_answer("reddish", "red")
+    (True, False)
+    >>> contains_answer("small red dog", "red small dog")
+    False
     """
-    heard, wanted = _words(said), _words(answer)
-    last = len(heard) - len(wanted)
-    return bool(wanted) and any(heard[start : start + len(wanted)] == wanted for start in range(last + 1))
+    words, expected = _words(generated), _words(answer)
+    last = len(words) - len(expected)
+    return bool(expected) and any(
+        words[start : start + len(expected)] == expected for start in range(last + 1)
+    )
 
 
 def _words(text: str) -> list[str]:

@@ -63,7 +63,7 @@ def _setting_errors() -> Iterator[None]:
         raise NetworkSettingError(_culprit(error)) from error
 
 
-def client_trouble() -> str | None:
+def client_problem() -> str | None:
     """Why no client can be made on this machine; None if one can."""
     try:
         open_client().close()

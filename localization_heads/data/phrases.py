@@ -16,7 +16,7 @@ PLACES = frozenset([*_WHERE.split(), "picture", "image", "photo"])
 """Nouns that say where and not what: `the dog on the left` is one object."""
 
 
-def phrases_of(query: str, by: str = "split", model: str = "en_core_web_sm") -> list[str]:
+def split_phrases(query: str, by: str = "split", model: str = "en_core_web_sm") -> list[str]:
     """The phrases of a query, each once and in order; the query itself if it has none.
 
     Args:

@@ -33,7 +33,9 @@ from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
 from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
 
 _TRUTHS = ("bbox", "bboxes", "mask", "masks")
-SEVERAL = "its prompt shows several images, which only stage=ground, batch and find take, without zoom=true"
+MULTI_IMAGE_ERROR = (
+    "its prompt shows several images, which only stage=ground, batch and find take, without zoom=true"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Sample:
             if isinstance(self.image, Together) and self.has_truth:
                 raise BadLineError("a true box or mask is of one image, and its prompt shows several")
         except BadLineError as error:
-            raise UsageError(f"{where(self)}: {error}") from error
+            raise UsageError(f"{sample_name(self)}: {error}") from error
 
     @property
     def has_truth(self) -> bool:
@@ -111,7 +113,7 @@ class Sample:
     def single(self) -> ImageSource:
         """Its one image. UsageError where the prompt shows several."""
         if isinstance(self.image, Together):
-            raise UsageError(f"{where(self)}: {SEVERAL}")
+            raise UsageError(f"{sample_name(self)}: {MULTI_IMAGE_ERROR}")
         return self.image
 
 
@@ -193,13 +195,13 @@ def decode_mask(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_]:
     [[True, True, False], [True, True, False]]
     """
     if sample.mask is None:
-        raise UsageError(f"{where(sample)}: it has no mask")
-    return _decode(sample.mask, size, where(sample))
+        raise UsageError(f"{sample_name(sample)}: it has no mask")
+    return _decode(sample.mask, size, sample_name(sample))
 
 
 def decode_ignored(sample: Sample, size: tuple[int, int]) -> NDArray[np.bool_] | None:
     """The pixels that are left out of scores, bool `(H, W)`, or None. UsageError, naming the line."""
-    return None if sample.ignore is None else _decode(sample.ignore, size, f"{where(sample)}: ignore")
+    return None if sample.ignore is None else _decode(sample.ignore, size, f"{sample_name(sample)}: ignore")
 
 
 def _decode(mask: MaskSource, size: tuple[int, int], name: str) -> NDArray[np.bool_]:
@@ -213,11 +215,11 @@ def check_inside(sample: Sample, size: tuple[int, int]) -> None:
     """Raises UsageError if the true box lies outside the image of `(W, H)`: they cannot belong together."""
     if any(misses_image(box, size) for box in sample.true_boxes):
         raise UsageError(
-            f"{where(sample)}: the true box lies outside the image, which is {size[0]} x {size[1]} pixels"
+            f"{sample_name(sample)}: the true box lies outside the image, which is {size[0]} x {size[1]} pixels"
         )
 
 
-def where(sample: Sample) -> str:
+def sample_name(sample: Sample) -> str:
     """A sample's name in messages: its line and id where it has them, else its expression."""
     return (
         f"line {sample.line} ({sample.id})"

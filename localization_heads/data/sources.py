@@ -66,13 +66,13 @@ class Together:
         return " + ".join(name_of(one) for one in self.images)
 
 
-class Opened(Together):
+class LoadedImages(Together):
     """The same, decoded."""
 
     images: tuple[Image.Image, ...]
 
 
-Shown = Image.Image | Opened
+PromptImages = Image.Image | LoadedImages
 """What one prompt shows the model, decoded."""
 
 
@@ -89,7 +89,7 @@ def key_of(source: ImageSource | Together) -> str:
     return source.url if isinstance(source, Address) else name_of(source)
 
 
-def load_shown(source: ImageSource | Together) -> Shown:
+def load_prompt_images(source: ImageSource | Together) -> PromptImages:
     """`load_image`, of one or of several. ImageError as well for more than `MOST_PIXELS` of several."""
     if not isinstance(source, Together):
         return load_image(source)
@@ -101,16 +101,16 @@ def load_shown(source: ImageSource | Together) -> Shown:
         if pixels > MOST_PIXELS:
             limit = f"the limit of {MOST_PIXELS / 1e6:.4g} MP for the images of one prompt"
             raise ImageError(name_of(one) or "images of one prompt", f"with those before it, over {limit}")
-    return Opened(images)
+    return LoadedImages(images)
 
 
-def mapped(shown: Shown, change: Callable[[Image.Image], Image.Image]) -> Shown:
+def map_images(shown: PromptImages, change: Callable[[Image.Image], Image.Image]) -> PromptImages:
     """What is shown with every image changed."""
-    changed = [change(one) for one in each_image(shown)]
-    return Opened(changed) if isinstance(shown, Together) else changed[0]
+    changed = [change(one) for one in images_of(shown)]
+    return LoadedImages(changed) if isinstance(shown, Together) else changed[0]
 
 
-def each_image(shown: Shown | Together) -> tuple[Image.Image, ...]:
+def images_of(shown: PromptImages | Together) -> tuple[Image.Image, ...]:
     """Every image of a prompt. ArgumentError for one that is not decoded."""
     images = shown.images if isinstance(shown, Together) else (shown,)
     decoded = tuple(one for one in images if isinstance(one, Image.Image))
@@ -121,9 +121,9 @@ def each_image(shown: Shown | Together) -> tuple[Image.Image, ...]:
     return decoded
 
 
-def image_at(shown: Shown | Together, index: int | None) -> Image.Image:
+def image_at(shown: PromptImages | Together, index: int | None) -> Image.Image:
     """The image at that place, counted from 0; None takes the only one, and is an ArgumentError for several."""
-    images = each_image(shown)
+    images = images_of(shown)
     if index is None and len(images) > 1:
         raise ArgumentError(f"image: this is asked about one image, and {len(images)} are shown together")
     return images[index or 0]

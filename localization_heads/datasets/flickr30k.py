@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from localization_heads.attention import Box
 from localization_heads.data.lines import check_box
-from localization_heads.datasets.reference import (
+from localization_heads.datasets.base import (
     BadText,
     Entry,
     HeldSource,

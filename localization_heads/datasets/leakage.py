@@ -14,7 +14,7 @@ from typing import Any
 from localization_heads.data.address import is_address
 from localization_heads.data.lines import read_objects
 from localization_heads.data.samples import Sample
-from localization_heads.datasets.reference import coco_image_of
+from localization_heads.datasets.base import coco_image_of
 from localization_heads.errors import UsageError
 from localization_heads.hub import load_heads
 from localization_heads.store.files import read_json

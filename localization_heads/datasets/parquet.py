@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from localization_heads.datasets.reference import Source
+from localization_heads.datasets.base import Source
 from localization_heads.errors import BadLineError, UsageError, one_line
 
 if TYPE_CHECKING:

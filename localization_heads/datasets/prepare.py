@@ -23,11 +23,11 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from localization_heads.data.box_scale import TrueBox, check_scale
+from localization_heads.data.box_scale import TrueBox, check_box_scale
 from localization_heads.data.images import decode_image, image_size
 from localization_heads.data.masks import encode_source
+from localization_heads.datasets.base import BadRecord, Entry, Index, Record, Source, check_box_inside
 from localization_heads.datasets.leakage import prepared_images, prepared_sets
-from localization_heads.datasets.reference import BadRecord, Entry, Index, Record, Source, check_box_inside
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
 from localization_heads.errors import BadEntry, BadLineError, NothingDoneError, UsageError, WorkError
 from localization_heads.options.parts import REFCOCO, Protocol, Sentence
@@ -40,7 +40,7 @@ EXTENSIONS = {"JPEG": ".jpg", "TIFF": ".tif"}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     """The result of `prepare`.
 
     Args:
@@ -59,7 +59,7 @@ class Prepared:
     protocol: str = ""
 
 
-def prepare(options: FinderOptions, *, all_but_train: bool = True) -> Prepared:
+def prepare(options: FinderOptions, *, all_but_train: bool = True) -> PreparedDataset:
     """Read a benchmark, choose its expressions and write them with their truth.
 
     Args:
@@ -85,7 +85,7 @@ def prepare(options: FinderOptions, *, all_but_train: bool = True) -> Prepared:
         record = _describe(options, source, split, number, written, left_out, len(failures))
         write_json(target.with_suffix(".json"), {**record, "protocol": protocol})
     paths = [target, target.with_suffix(".json")]
-    return Prepared(str(options.dataset), splits, split, written, failures, paths, protocol)
+    return PreparedDataset(str(options.dataset), splits, split, written, failures, paths, protocol)
 
 
 def check_protocol(options: FinderOptions) -> None:
@@ -214,7 +214,7 @@ def _write(
             except (UsageError, WorkError, BadLineError) as error:
                 reason = " ".join(str(error).split())
                 failures += [BadEntry(entry.row + 1, entry.id, reason) for entry in entries]
-        check_scale(boxes, f"dataset_path={options.dataset_path}")
+        check_box_scale(boxes, f"dataset_path={options.dataset_path}")
         if not written:
             raise NothingDoneError(f"none of {len(chosen)} expressions could be prepared", failures[:10])
     return count(written), failures

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from localization_heads.cells import tight_box
 from localization_heads.data.address import ImageError
 from localization_heads.data.images import MAX_PIXELS, image_size
-from localization_heads.datasets.parquet import ParquetSource, image_cell, num_values, read_columns, split_of
-from localization_heads.datasets.reference import (
+from localization_heads.datasets.base import (
     BadText,
     Entry,
     HeldSource,
@@ -36,6 +35,7 @@ from localization_heads.datasets.reference import (
     declared_size,
     entry_or_bad,
 )
+from localization_heads.datasets.parquet import ParquetSource, image_cell, num_values, read_columns, split_of
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.store.files import read_json
 from localization_heads.store.paths import check_id

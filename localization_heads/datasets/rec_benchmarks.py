@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.lines import check_box
-from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
-from localization_heads.datasets.reference import (
+from localization_heads.datasets.base import (
     MAX_JSON_BYTES,
     BadText,
     Entry,
@@ -37,6 +36,7 @@ from localization_heads.datasets.reference import (
     named_image,
     short_fields,
 )
+from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.store.files import read_json
 

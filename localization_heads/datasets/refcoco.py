@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.lines import check_box
 from localization_heads.data.masks import MaskSource, union_of
-from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
-from localization_heads.datasets.reference import (
+from localization_heads.datasets.base import (
     BadText,
     Entry,
     HeldSource,
@@ -28,6 +27,7 @@ from localization_heads.datasets.reference import (
     is_number,
     read_list,
 )
+from localization_heads.datasets.parquet import ParquetSource, image_cell, split_of
 from localization_heads.errors import BadLineError, UsageError
 from localization_heads.store.files import parse_json, read_json
 from localization_heads.store.pickle_parts import Limits

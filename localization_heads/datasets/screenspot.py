@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.images import decode_image
 from localization_heads.data.lines import check_box
-from localization_heads.datasets.parquet import ParquetSource, image_cell
-from localization_heads.datasets.reference import (
+from localization_heads.datasets.base import (
     BadText,
     Entry,
     HeldSource,
@@ -29,6 +28,7 @@ from localization_heads.datasets.reference import (
     read_list,
     short_fields,
 )
+from localization_heads.datasets.parquet import ParquetSource, image_cell
 from localization_heads.errors import BadLineError
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from localization_heads.datasets.base import Entry, Source, image_folders
 from localization_heads.datasets.flickr30k import SPLITS, Flickr30kEntities
 from localization_heads.datasets.parquet import ParquetSource, column_names
 from localization_heads.datasets.reasonseg import SPLITS as REASONSEG_SPLITS
 from localization_heads.datasets.reasonseg import LisaFolders, ReasonSegParquet
 from localization_heads.datasets.rec_benchmarks import FineCopsRef, GroundingMeParquet, RefL4Parquet
 from localization_heads.datasets.refcoco import GRefCoco, JxuParquet, LmmsParquet, ReferPickles
-from localization_heads.datasets.reference import Entry, Source, image_folders
 from localization_heads.datasets.screenspot import ScreenSpotJson, ScreenSpotParquet
 from localization_heads.errors import UsageError, shown
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
-from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, where
+from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, sample_name
 from localization_heads.errors import UsageError, check_choice
 from localization_heads.evaluation.confidence import ALSO_BESIDE, Claim, confidence_metrics
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
@@ -48,12 +48,12 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
     Truth(box=(1.0, 2.0, 3.0, 4.0), mask=None, ignored=None)
     """
     if sample.bbox is None and sample.mask is None:
-        raise UsageError(f"{where(sample)}: {NO_TRUTH}")
+        raise UsageError(f"{sample_name(sample)}: {NO_TRUTH}")
     check_inside(sample, image_size)
     mask = None if sample.mask is None else decode_mask(sample, image_size)
     box = sample.bbox or (None if mask is None else tight_box(mask))
     if box is None:
-        raise UsageError(f"{where(sample)}: the mask is empty and there is no bbox")
+        raise UsageError(f"{sample_name(sample)}: the mask is empty and there is no bbox")
     return Truth(box, mask, None if mask is None else decode_ignored(sample, image_size))
 
 

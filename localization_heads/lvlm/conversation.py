@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from localization_heads.data.sources import Shown
+from localization_heads.data.sources import PromptImages
 from localization_heads.errors import WorkError
 from localization_heads.lvlm.answers.answering import GREEDY
 from localization_heads.lvlm.model import LVLM
@@ -61,7 +61,9 @@ class Conversation:
         return prompt if self.image else prompt.replace(f"{self.lvlm.image_token}\n", "")
 
 
-def stream(lvlm: LVLM, image: Shown | None, prompt: str, max_new_tokens: int) -> Generator[str, None, None]:
+def stream(
+    lvlm: LVLM, image: PromptImages | None, prompt: str, max_new_tokens: int
+) -> Generator[str, None, None]:
     """Greedy generation in a thread, yielding text as it comes. The thread ends with the iterator.
 
     Raises:
@@ -101,7 +103,7 @@ def stream(lvlm: LVLM, image: Shown | None, prompt: str, max_new_tokens: int) ->
         raise WorkError(f"the model could not answer: {problems[0]}") from problems[0]
 
 
-def _inputs(lvlm: LVLM, image: Shown | None, prompt: str) -> dict[str, Any]:
+def _inputs(lvlm: LVLM, image: PromptImages | None, prompt: str) -> dict[str, Any]:
     if image is not None:
         return lvlm.model_inputs([image], [prompt])
     return dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.device))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from localization_heads.attention import AttentionMaps, of_images
-from localization_heads.data.sources import Opened, Shown, each_image
+from localization_heads.data.sources import LoadedImages, PromptImages, images_of
 from localization_heads.errors import UsageError, WorkError, shown
 from localization_heads.lvlm.answers.answering import (
     GREEDY,
@@ -249,7 +249,12 @@ class LoadedModel(PromptedModel):
         return zip(hearing.rows or [None] * num, said, strict=True)
 
     def maps(
-        self, found: Answered, views: Sequence[Sequence[View]], shown: Shown, expression: str, prompt: str
+        self,
+        found: Answered,
+        views: Sequence[Sequence[View]],
+        shown: PromptImages,
+        expression: str,
+        prompt: str,
     ) -> AttentionMaps:
         """The maps of one sample.
 
@@ -275,16 +280,18 @@ class LoadedModel(PromptedModel):
                 answer_logprob=None if said is None else said.logprob,
             ).of_size(getattr(image, "original_size", image.size))
 
-        each = [maps_of(own, image) for own, image in zip(views, each_image(shown), strict=True)]
+        each = [maps_of(own, image) for own, image in zip(views, images_of(shown), strict=True)]
         return of_images(each) if len(each) > 1 else each[0]
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""
         return views_of(ProcessedImage(self.model.config, self.processor, inputs, sample, image.size))
 
-    def views_of_images(self, inputs: Mapping[str, Any], sample: int, shown: Shown) -> list[list[View]]:
+    def views_of_images(
+        self, inputs: Mapping[str, Any], sample: int, shown: PromptImages
+    ) -> list[list[View]]:
         """The views of each image of one sample of an encoded batch."""
-        if not isinstance(shown, Opened):
+        if not isinstance(shown, LoadedImages):
             return [self.views_in(inputs, sample, shown)]
         sizes = [image.size for image in shown.images]
         tokens = ProcessedImage(self.model.config, self.processor, inputs, sample, sizes[0]).tokens
@@ -292,7 +299,7 @@ class LoadedModel(PromptedModel):
 
     def _lay_out(self, size: tuple[int, int]) -> Layout:
         """The places of an image's tokens among several: of two that are equal, the first's."""
-        blank = Opened([Image.new("RGB", size)] * 2)
+        blank = LoadedImages([Image.new("RGB", size)] * 2)
         twin = self.with_num_images(2)
         inputs = twin.run_processor([blank], [twin.prompt("it")])
         return layout_of_first(ProcessedImage(self.model.config, self.processor, inputs, 0, size))

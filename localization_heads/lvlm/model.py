@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.sources import Shown, each_image, image_at
+from localization_heads.data.sources import PromptImages, image_at, images_of
 from localization_heads.errors import NotFiniteError, OutOfMemoryError
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
@@ -112,16 +112,16 @@ class RecentImages:
         return sum(image.num_bytes for image in self._images.values())
 
 
-def content(shown: Shown) -> bytes:
+def content(shown: PromptImages) -> bytes:
     """A digest of the pixels that are shown, 32 bytes."""
     digest = hashlib.sha256()
-    for image in each_image(shown):
+    for image in images_of(shown):
         digest.update(f"{image.mode} {image.size}".encode())
         digest.update(image.tobytes())
     return digest.digest()
 
 
-def _by_image(images: Sequence[Shown]) -> list[list[int]]:
+def _by_image(images: Sequence[PromptImages]) -> list[list[int]]:
     """The places of each image, which is told by its identity, in the order in which they come."""
     places: dict[int, list[int]] = {}
     for place, image in enumerate(images):
@@ -138,7 +138,7 @@ class LVLM(LoadedModel):
 
     def attend(
         self,
-        image: Shown,
+        image: PromptImages,
         expression: str,
         *,
         last_layer: int | None = None,
@@ -164,7 +164,7 @@ class LVLM(LoadedModel):
 
     def attend_batch(
         self,
-        images: Sequence[Shown],
+        images: Sequence[PromptImages],
         expressions: Sequence[str],
         *,
         last_layer: int | None = None,
@@ -235,7 +235,7 @@ class LVLM(LoadedModel):
         """Whether each pair is one question, so that `prepare` can do the host's share of it ahead."""
         return not extra_prompts and not self.paraphrases
 
-    def prepare(self, images: Sequence[Shown], expressions: Sequence[str]) -> PreparedBatch:
+    def prepare(self, images: Sequence[PromptImages], expressions: Sequence[str]) -> PreparedBatch:
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         parts: list[tuple[Sequence[int], Answer]] = []
         alone: list[int] = []
@@ -298,7 +298,7 @@ class LVLM(LoadedModel):
         third = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
         return own_heads(head_statistics(maps.attention, criteria), criteria, k, third)
 
-    def encode_image(self, image: Shown, *, last_layer: int | None = None) -> EncodedImage:
+    def encode_image(self, image: PromptImages, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
 
         Args:
@@ -311,7 +311,7 @@ class LVLM(LoadedModel):
 
     def ask(
         self,
-        image: Shown,
+        image: PromptImages,
         expressions: Sequence[str],
         *,
         last_layer: int | None = None,

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from localization_heads.data.images import as_seen
-from localization_heads.data.sources import Shown, each_image
+from localization_heads.data.images import downscale_for_model
+from localization_heads.data.sources import PromptImages, images_of
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import (
@@ -309,14 +309,14 @@ class PromptedModel:
             ) from error
 
     def image_for_processor(self, image: Image.Image) -> Image.Image:
-        """The image that the processor is given (`as_seen`). UsageError if it is too long and thin for the model."""
+        """The image that the processor is given (`downscale_for_model`). UsageError if its shape is too extreme."""
         check_shape(self.model.config, self.processor.image_processor, image.size)
-        found = as_seen(image)
+        found = downscale_for_model(image)
         if found is not image:
             found.original_size = image.size  # type: ignore[attr-defined]  # boxes are in pixels of that
         return found
 
-    def model_inputs(self, images: Sequence[Shown], prompts: Sequence[str]) -> dict[str, Any]:
+    def model_inputs(self, images: Sequence[PromptImages], prompts: Sequence[str]) -> dict[str, Any]:
         """Processor output on the model's device and in its precision, padded to one length.
 
         On the left, so that all samples end together; encoders, which number their tokens from the left, on the right.
@@ -346,10 +346,10 @@ class PromptedModel:
         return bool(bos) and (prompt.startswith(bos) or family_of(self.model.config).writes_bos)
 
     def run_processor(
-        self, images: Sequence[Shown], prompts: Sequence[str], processor: Any = None
+        self, images: Sequence[PromptImages], prompts: Sequence[str], processor: Any = None
     ) -> Mapping[str, Any]:
         """Processor output as it comes, of the model's processor or of another."""
-        nested = [list(each_image(shown)) for shown in images]
+        nested = [list(images_of(shown)) for shown in images]
         every = [image for one in nested for image in one]
         for image in every:
             check_shape(self.model.config, self.processor.image_processor, image.size)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.data.sources import Shown, each_image, mapped
+from localization_heads.data.sources import PromptImages, images_of, map_images
 from localization_heads.lvlm.answers.answering import Said, Sides, Weighed, keeping, weighed
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import Query, capture
@@ -46,11 +46,11 @@ Answer = Callable[[int | None], list[AttentionMaps]]
 """The model's share of the work on some pairs: from the last layer that is needed (None for all) to their maps."""
 
 
-def apart(lvlm: LoadedModel, images: Sequence[Shown], expressions: Sequence[str]) -> Answer:
+def apart(lvlm: LoadedModel, images: Sequence[PromptImages], expressions: Sequence[str]) -> Answer:
     """Pairs whose prompts run in one batch, padded to one length, sharing nothing. The host's share is done here."""
     prompts = [lvlm.located_prompt(expression) for expression in expressions]
     different = {id(image): image for image in images}
-    seen = {key: mapped(image, lvlm.image_for_processor) for key, image in different.items()}
+    seen = {key: map_images(image, lvlm.image_for_processor) for key, image in different.items()}
     given = [seen[id(image)] for image in images]
     inputs = lvlm.run_processor(given, [prompt.text for prompt in prompts])
     query = lvlm.query(prompts, inputs)
@@ -92,9 +92,9 @@ class EncodedImage:
     `attend` may be called from several threads: the encoding is never changed.
     """
 
-    def __init__(self, lvlm: LoadedModel, image: Shown) -> None:
-        self.lvlm = lvlm = lvlm.with_num_images(len(each_image(image)))
-        self.image = mapped(image, lvlm.image_for_processor)
+    def __init__(self, lvlm: LoadedModel, image: PromptImages) -> None:
+        self.lvlm = lvlm = lvlm.with_num_images(len(images_of(image)))
+        self.image = map_images(image, lvlm.image_for_processor)
         self._processor = copy(lvlm.processor)
         self._processor.image_processor = _Once(lvlm.processor.image_processor)
         self._lock = threading.Lock()
@@ -110,7 +110,7 @@ class EncodedImage:
     @property
     def num_bytes(self) -> int:
         """Memory that this image takes: pixels, processed pixels, keys and values."""
-        pixels = sum(one.width * one.height * len(one.getbands()) for one in each_image(self.image))
+        pixels = sum(one.width * one.height * len(one.getbands()) for one in images_of(self.image))
         tensors = (value for value in self._first.values() if isinstance(value, Tensor))
         kept = self._prefix.num_bytes if self._prefix else 0
         return pixels + sum(tensor.nbytes for tensor in tensors) + kept

@@ -281,12 +281,12 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions(expression: str, answer: str) -> tuple[Question, ...]:
+def make_questions(expression: str, answer: str) -> tuple[Question, ...]:
     """What can be asked about the object of an expression, of which `answer` says colour, size and name.
 
     What the expression itself says is not asked. An answer of another form is asked as a description alone.
 
-    >>> for question in questions("the dog on the left", "red small dog"):
+    >>> for question in make_questions("the dog on the left", "red small dog"):
     ...     print(question.kind, "|", question.text, "|", question.answer)
     description | the dog on the left | red small dog
     colour | what colour is the dog on the left ? | red

@@ -170,13 +170,13 @@ def scene_samples(
     `bars` and `smallest` as for `render_scene`.
     """
     with_expressions = (
-        one for one in scenes_of(seed, style, size, seeds, bars, smallest) if one[0].expressions
+        one for one in iterate_scenes(seed, style, size, seeds, bars, smallest) if one[0].expressions
     )
     for scene, scene_seed in islice(with_expressions, num_samples):
         yield scene, pick(scene.expressions, Random(scene_seed + 1))
 
 
-def scenes_of(
+def iterate_scenes(
     seed: int,
     style: str | None,
     size: int,

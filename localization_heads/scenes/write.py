@@ -29,16 +29,16 @@ from localization_heads.scenes.scene import (
     TRAIN_SEEDS,
     VALIDATION_SEEDS,
     Scene,
+    iterate_scenes,
     moving_scene,
     render_scene,
-    scenes_of,
 )
 from localization_heads.store.files import RunLock, write_bytes
 
 SPLITS = {"train": TRAIN_SEEDS, "validation": VALIDATION_SEEDS, "test": TEST_SEEDS}
 
 
-def scenes(options: ScenesOptions) -> Path:
+def write_scenes(options: ScenesOptions) -> Path:
     """Render the benchmark and write its data file; returns that file. What is there already is kept."""
     folder = scenes_folder(options)
     data_file = folder / "scenes.jsonl"
@@ -104,7 +104,9 @@ def _write_moving(options: ScenesOptions, folder: Path) -> Iterator[dict[str, An
 def _samples(options: ScenesOptions) -> Iterator[tuple[Scene, Expression | ManyTargets]]:
     """Scenes with one expression each; without `absent` and `targets` those of `scene_samples`."""
     seeds = SPLITS[options.split]
-    for scene, seed in scenes_of(options.seed, options.style, options.size, seeds, smallest=options.smallest):
+    for scene, seed in iterate_scenes(
+        options.seed, options.style, options.size, seeds, smallest=options.smallest
+    ):
         if Random(seed + 2).random() < options.absent:
             yield scene, absent(scene.things, Random(seed + 3))
         elif options.targets == "all" and (found := plural(scene.things, Random(seed + 4))):
@@ -129,7 +131,7 @@ def write_scene(
     id = number if isinstance(number, str) else f"scene_{number:05d}"
     targets = [scene.objects[index] for index in expression.targets]
     around = united([target.box for target in targets]) or (0.0, 0.0, 1.0, 1.0)
-    rows = kept_rows(around, scene.image.shape[0], height, seed=number if isinstance(number, int) else 0)
+    rows = crop_rows(around, scene.image.shape[0], height, seed=number if isinstance(number, int) else 0)
     _save(folder, id, scene.image[rows])
     entry: dict[str, Any] = {"id": id, "prompt": expression.text, "image_path": f"{id}.png"}
     if not targets:
@@ -162,10 +164,10 @@ def united(boxes: Sequence[Box]) -> Box | None:
     return min(x0), min(y0), max(x1), max(y1)
 
 
-def kept_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
+def crop_rows(box: Box, size: int, height: int | None, seed: int = 0) -> slice:
     """`height` rows, of `size`, with the whole box somewhere in them; the box's middle where it is too high.
 
-    >>> kept_rows((0, 10, 9, 60), 100, 50), kept_rows((0, 0, 9, 100), 100, 50), kept_rows((0, 0, 9, 9), 100, None)
+    >>> crop_rows((0, 10, 9, 60), 100, 50), crop_rows((0, 0, 9, 100), 100, 50), crop_rows((0, 0, 9, 9), 100, None)
     (slice(10, 60, None), slice(25, 75, None), slice(0, 100, None))
     """
     if height is None:
@@ -179,18 +181,18 @@ QUESTION = "the thing"
 """An expression that fits both, which the embedded model answers by describing one of them."""
 
 
-def pairs(options: ScenesOptions) -> Path:
+def write_scene_pairs(options: ScenesOptions) -> Path:
     """Render the scenes and write their data file; returns that file. What is there already is kept."""
     folder = scenes_folder(options).with_name(f"{scenes_folder(options).name}-pairs")
     data_file = folder / "pairs.jsonl"
     with RunLock(folder):
         if not data_file.is_file():  # written last, so that its presence means that all is there
-            numbered = enumerate(islice(two_objects(options), options.count))
+            numbered = enumerate(islice(two_object_scenes(options), options.count))
             _write_lines(data_file, (_write_pair(folder, number, scene) for number, scene in numbered))
     return data_file
 
 
-def two_objects(options: ScenesOptions) -> Iterator[Scene]:
+def two_object_scenes(options: ScenesOptions) -> Iterator[Scene]:
     """Scenes with two objects of different names, endless; the set, split, style and size are those of the options."""
     start = SPLITS[options.split].start + options.seed * 2**20
     for seed in count(start):

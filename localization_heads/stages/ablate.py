@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.data.lines import Region, expected_answers, says
+from localization_heads.data.lines import Region, contains_answer, read_expected_answers
 from localization_heads.data.samples import Sample
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.controls import mean_map
@@ -30,8 +30,8 @@ from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.answers.box_formats import BoxFormat
 from localization_heads.lvlm.native_box import generate_box, native_box_format
 from localization_heads.options.kinds import as_read
-from localization_heads.scenes.expressions import Question, questions
-from localization_heads.scenes.write import pairs, scenes
+from localization_heads.scenes.expressions import Question, make_questions
+from localization_heads.scenes.write import write_scene_pairs, write_scenes
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries
 from localization_heads.stages.find import collect_statistics, draw_trials, rank_entries
@@ -82,7 +82,7 @@ def _data_file(run: Run) -> str:
     run.options.require("data_file")
     if run.options.data_file != "scenes":
         return str(run.options.data_file)
-    return str((pairs if run.options.ablate.steer else scenes)(run.options.scenes))
+    return str((write_scene_pairs if run.options.ablate.steer else write_scenes)(run.options.scenes))
 
 
 def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> list[Values]:
@@ -93,14 +93,14 @@ def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> l
         WorkError: one could not be asked.
     """
     data_file = str(run.options.data_file)
-    expected = expected_answers(scenes(run.options.scenes) if data_file == "scenes" else data_file)
+    expected = read_expected_answers(write_scenes(run.options.scenes) if data_file == "scenes" else data_file)
     unknown = next((sample for sample in entries.samples if sample.line not in expected.answers), None)
     if unknown is not None:
         raise UsageError(
             f'experiment=causal: line {unknown.line} ({unknown.id}) has no "answer"; write one into each entry, or use '
             "data=scenes"
         )
-    told = {one.id: questions(one.expression, expected.answers[one.line]) for one in entries.samples}
+    told = {one.id: make_questions(one.expression, expected.answers[one.line]) for one in entries.samples}
     work = Ablation(tuple(every), Asked(told, {}, None, maps=False))
     log = ResultLog(run.folder, "causal", _settings(run, work))
     values = _go_through(run, entries, work, log)
@@ -130,7 +130,7 @@ class Asked:
 def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
     """What can be measured of what is wanted; entries of which nothing can are put aside."""
     wanted = run.options.ablate.measure
-    expected = expected_answers(data_file)
+    expected = read_expected_answers(data_file)
     by_line = {sample.line: sample for sample in entries.samples}
     for bad in expected.bad:
         if bad.line in by_line:
@@ -152,7 +152,9 @@ def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
         if wanted == "boxes" and native is None:
             native = native_box_format(run.lvlm, True, by_default=True)
         known = {one.id: expected.answers[one.line] for one in entries.usable if one.line in expected.answers}
-        told = {one.id: questions(one.expression, known[one.id]) for one in entries.usable if one.id in known}
+        told = {
+            one.id: make_questions(one.expression, known[one.id]) for one in entries.usable if one.id in known
+        }
         asked = Asked(
             told if wanted in ("answers", "all") else {}, {}, native, maps=wanted in ("maps", "all")
         )
@@ -268,7 +270,8 @@ class Ablation:
             if told := self.asked.questions.get(sample.id):
                 said = encoded.say([question.text for question in told], run.options.ablate.answer_tokens)
                 right = [
-                    says(heard.text, question.answer) for heard, question in zip(said, told, strict=True)
+                    contains_answer(heard.text, question.answer)
+                    for heard, question in zip(said, told, strict=True)
                 ]
                 found["answers"] = float(np.mean(right))
                 if len(told) > 1:
@@ -297,8 +300,10 @@ class Ablation:
             with _steered(run, condition.heads, region.box):
                 encoded = run.lvlm.encode_image(one.single_image)
                 said = encoded.say([one.sample.expression], run.options.ablate.answer_tokens)[0].text
-            there = says(said, region.answer)
-            elsewhere = any(says(said, other.answer) for other in regions if other.answer != region.answer)
+            there = contains_answer(said, region.answer)
+            elsewhere = any(
+                contains_answer(said, other.answer) for other in regions if other.answer != region.answer
+            )
             follows.append(there and not elsewhere)
             leaves.append(elsewhere and not there)
         return {"follows": float(np.mean(follows)), "leaves": float(np.mean(leaves))}

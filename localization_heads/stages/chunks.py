@@ -19,7 +19,7 @@ from PIL import Image
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import is_address
 from localization_heads.data.samples import Sample, check_inside
-from localization_heads.data.sources import Shown, image_at, num_images
+from localization_heads.data.sources import PromptImages, image_at, num_images
 from localization_heads.errors import NotFiniteError, OutOfMemoryError, UsageError, WorkError
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
 from localization_heads.stages.entries import (
@@ -62,7 +62,7 @@ PLAIN = Chunk((), frozenset())
 """What says that nothing is asked beside the expressions."""
 NO_MAPS = AttentionMaps(np.zeros((0, 0, 1, 1), np.float32), (0, 0, 1, 1), (1, 1))
 
-Opened = Sequence[tuple[Sample, Shown]]
+Opened = Sequence[tuple[Sample, PromptImages]]
 
 
 class PreparedChunk(NamedTuple):
@@ -87,7 +87,7 @@ class AttendedSample(NamedTuple):
     """
 
     sample: Sample
-    image: Shown
+    image: PromptImages
     maps: AttentionMaps
     zoomed_box: Box | None = None
     mirrored_maps: NDArray[np.float32] | None = None
@@ -184,8 +184,8 @@ def prepare_chunk(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = Tru
 
 def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
     """The samples with their images, one object an image; those whose image or expression is unusable fail."""
-    opened: list[tuple[Sample, Shown]] = []
-    images: dict[str | int, Shown] = {}
+    opened: list[tuple[Sample, PromptImages]] = []
+    images: dict[str | int, PromptImages] = {}
     for sample in samples:
         with entries.skip_on_error(sample, WorkError):
             run.lvlm.with_num_images(num_images(sample.image)).prompt(sample.expression)

@@ -12,16 +12,22 @@ from typing import TypeVar
 from PIL import Image
 
 from localization_heads.data.address import is_address
-from localization_heads.data.box_scale import check_scale, true_boxes
-from localization_heads.data.images import load_image, open_image
-from localization_heads.data.samples import SEVERAL, Sample, VisualizationEntry, load_samples, where
-from localization_heads.data.sources import Shown, Together, load_shown, num_images, num_pixels
+from localization_heads.data.box_scale import check_box_scale, collect_true_boxes
+from localization_heads.data.images import load_image, probe_image
+from localization_heads.data.samples import (
+    MULTI_IMAGE_ERROR,
+    Sample,
+    VisualizationEntry,
+    load_samples,
+    sample_name,
+)
+from localization_heads.data.sources import PromptImages, Together, load_prompt_images, num_images, num_pixels
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.judging import NO_TRUTH
 from localization_heads.lvlm.extra_prompts import other_expressions
 from localization_heads.options.groups import Contrast
 from localization_heads.options.shared import EntryChoice
-from localization_heads.scenes.write import scenes
+from localization_heads.scenes.write import write_scenes
 from localization_heads.stages.run import Run
 from localization_heads.store.statistics import sample_key
 
@@ -66,7 +72,7 @@ class ImageCache:
             if isinstance(sample.image, Image.Image):
                 width, height = sample.image.size
                 return width * height
-            (width, height), image = open_image(sample.image, min(self._room, MAX_PREFETCH_PIXELS))  # type: ignore[arg-type]
+            (width, height), image = probe_image(sample.image, min(self._room, MAX_PREFETCH_PIXELS))  # type: ignore[arg-type]
         except UsageError:
             return 0
         if image is not None:
@@ -77,14 +83,14 @@ class ImageCache:
         self._kept[key] = image
         self._room -= image.width * image.height
 
-    def load(self, sample: Sample, *, again: bool = False) -> Shown:
+    def load(self, sample: Sample, *, again: bool = False) -> PromptImages:
         """The decoded image, or those of one prompt. Raises what `load_image` does.
 
         Args:
             again: it will be loaded once more.
         """
         if isinstance(sample.image, Together):
-            return load_shown(sample.image)
+            return load_prompt_images(sample.image)
         key = image_key(sample)
         image = self._kept.get(key)
         if image is None:
@@ -161,7 +167,7 @@ class Entries:
 
     def fail(self, sample: Sample, reason: object) -> None:
         """Put a sample aside; the others go on. Its place is said once, also where the reason begins with it."""
-        said = " ".join(str(reason).split()).removeprefix(f"{where(sample)}: ")
+        said = " ".join(str(reason).split()).removeprefix(f"{sample_name(sample)}: ")
         self.failures.append(BadEntry(sample.line, sample.id, said))
 
     @contextmanager
@@ -189,7 +195,7 @@ def load_entries(run: Run) -> Entries:
     """Read `data_file` and cut it to the entries that the options choose."""
     run.options.require("data_file")
     data_file = (
-        scenes(run.options.scenes) if run.options.data_file == "scenes" else str(run.options.data_file)
+        write_scenes(run.options.scenes) if run.options.data_file == "scenes" else str(run.options.data_file)
     )
     file = load_samples(data_file, allow_private_addresses=run.options.allow_private_addresses)
     entries = Entries(*select_range(run.options, file.entries, file.bad))
@@ -205,7 +211,7 @@ def _of_one_image(entries: Entries) -> Entries:
     """The entries without those whose prompts show several images, which are put aside."""
     for sample in entries.samples:
         if num_images(sample.image) > 1:
-            entries.fail(sample, SEVERAL)
+            entries.fail(sample, MULTI_IMAGE_ERROR)
     return Entries([one for one in entries.samples if num_images(one.image) == 1], entries.failures)
 
 
@@ -225,7 +231,7 @@ def require_truth(
         UsageError: none is left, and some have no truth; or the boxes are not in pixels.
         NothingDoneError: none is left, for other reasons.
     """
-    check_scale(true_boxes(entries.samples), "data_file")
+    check_box_scale(collect_true_boxes(entries.samples), "data_file")
     samples = []
     for sample in entries.samples:
         with entries.skip_on_error(sample, WorkError):

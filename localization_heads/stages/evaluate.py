@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.images import image_size, load_image
 from localization_heads.data.masks import MaskSource
-from localization_heads.data.samples import Sample, where
+from localization_heads.data.samples import Sample, sample_name
 from localization_heads.datasets.leakage import check_unseen
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.confidence import Claim, is_right
@@ -195,7 +195,7 @@ class EntryScorer:
             return measured
         truth = truth_of(one.sample, one.single_image.size)
         refine = partial(
-            run.grounder(None).refine, image=one.single_image, name=f"a control of {where(one.sample)}"
+            run.grounder(None).refine, image=one.single_image, name=f"a control of {sample_name(one.sample)}"
         )
         scores = self.judge.scores(one.maps, grounding, truth, refine)
         if grounding.absent:  # no answer

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
-from localization_heads.data.sources import Shown, image_at, num_images
+from localization_heads.data.sources import PromptImages, image_at, num_images
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, check_criteria, head_statistics
@@ -321,7 +321,7 @@ def _ground_all(
     return outcomes
 
 
-def _one_of(opened: Callable[[], Shown | None], place: int | None) -> Image.Image | None:
+def _one_of(opened: Callable[[], PromptImages | None], place: int | None) -> Image.Image | None:
     """The image at that place of what a prompt shows, if it could be opened."""
     shown = opened()
     return None if shown is None else image_at(shown, place)

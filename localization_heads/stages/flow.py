@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from localization_heads.background import postprocess, prefetch
 from localization_heads.data.samples import Sample
-from localization_heads.data.sources import each_image
+from localization_heads.data.sources import images_of
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts
 from localization_heads.lvlm.vocabulary import warn_of_unknown_words
 from localization_heads.stages.chunks import (
@@ -48,7 +48,7 @@ class _Computed(NamedTuple):
     def num_bytes(self) -> int:
         """Of the maps and the images."""
         images = {id(one.image): one.image for one in self.fresh}
-        pixels = sum(one.width * one.height for image in images.values() for one in each_image(image))
+        pixels = sum(one.width * one.height for image in images.values() for one in images_of(image))
         return 4 * pixels + sum(one.maps.num_bytes for one in self.fresh)
 
 

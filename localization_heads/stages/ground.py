@@ -9,11 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from localization_heads.data.images import ImageSource, image_files, load_image
+from localization_heads.data.images import ImageSource, list_image_files, load_image
 from localization_heads.data.masks import read_mask
-from localization_heads.data.phrases import phrases_of
-from localization_heads.data.samples import SEVERAL, Sample
-from localization_heads.data.sources import Shown, Together, each_image, image_at, load_shown, num_images
+from localization_heads.data.phrases import split_phrases
+from localization_heads.data.samples import MULTI_IMAGE_ERROR, Sample
+from localization_heads.data.sources import (
+    PromptImages,
+    Together,
+    image_at,
+    images_of,
+    load_prompt_images,
+    num_images,
+)
 from localization_heads.errors import NoHeadError, NothingDoneError, UsageError
 from localization_heads.grounding.boxes import crop_around, mapped_back
 from localization_heads.grounding.confidence import Calibration
@@ -110,7 +117,7 @@ def _named_images(run: Run) -> Entries:
     run.options.require("image_file", "query")
     named, query = run.options.image_file or "", str(run.options.query)
     names = (named,) if isinstance(named, str) else named
-    held = [image_files(name) for name in names]  # by a folder or a pattern
+    held = [list_image_files(name) for name in names]  # by a folder or a pattern
     files: list[ImageSource] = []
     for name, inside in zip(names, held, strict=True):
         files += inside or [run.resolve_image(name)]
@@ -128,10 +135,10 @@ def _named_images(run: Run) -> Entries:
 def _one_entry(run: Run, image: ImageSource | Together, query: str) -> Entries:
     id = image_id(run, image, query)
     entry_path(run.attention_folder, id, "_prediction.jsonl")
-    load_shown(image)  # a wrong image is wrong use here, not a failed entry
+    load_prompt_images(image)  # a wrong image is wrong use here, not a failed entry
     run.lvlm.with_num_images(num_images(image)).prompt(query)
     if isinstance(image, Together) and not allows_several_images(run):
-        raise UsageError(f"together=true: {SEVERAL}")
+        raise UsageError(f"together=true: {MULTI_IMAGE_ERROR}")
     return Entries([Sample(image, query, id=id)])
 
 
@@ -145,7 +152,7 @@ def in_phrases(run: Run, entries: Entries) -> tuple[Entries, dict[str, list[Samp
     split = Entries([], list(entries.failures))
     groups: dict[str, list[Sample]] = {}
     for sample in entries.samples:
-        phrases = phrases_of(sample.expression, run.options.phrases.by, run.options.phrases.model)
+        phrases = split_phrases(sample.expression, run.options.phrases.by, run.options.phrases.model)
         if len(phrases) == 1:
             split.samples.append(replace(sample, expression=phrases[0]))
             continue
@@ -193,7 +200,7 @@ class _Grounded(NamedTuple):
     """The outcome of an entry, and its image and grounding if they will be drawn."""
 
     outcome: Outcome
-    drawing: tuple[Shown, Grounding] | None = None
+    drawing: tuple[PromptImages, Grounding] | None = None
     statistics: HeadStatistics | None = None
 
 
@@ -359,7 +366,7 @@ def _without_masks(grounding: Grounding) -> Grounding:
     return replace(grounding, refined=None, each=each)
 
 
-def _draw(run: Run, outcome: Outcome, shown: Shown, grounding: Grounding) -> Path:
+def _draw(run: Run, outcome: Outcome, shown: PromptImages, grounding: Grounding) -> Path:
     from localization_heads import figures
 
     sample, mask = outcome.sample, outcome.prediction.mask
@@ -370,7 +377,7 @@ def _draw(run: Run, outcome: Outcome, shown: Shown, grounding: Grounding) -> Pat
         masks = [None if one is None else one.mask for one in found]
         each = [_with_mask(one, mask) for one, mask in zip(grounding.each, masks, strict=True)]
         return run.draw(
-            figures.plot_together, each_image(shown), each, path=path, expression=sample.expression
+            figures.plot_together, images_of(shown), each, path=path, expression=sample.expression
         )
     image = image_at(shown, None)
     named: dict[str, Any] = {"truth": sample.bbox, "expression": sample.expression}

@@ -51,7 +51,7 @@ from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.results import save_ranking
-from localization_heads.store.statistics import Recorded, StatisticsStore, recorded
+from localization_heads.store.statistics import StatisticsStore, StoreHeader, find_stores
 
 OF_THE_MAP = {"mass": "<f4", "iou": "<f4", "pointing": "<f4"}
 OF_THE_BOX = {"vrh": "<f4"}
@@ -102,7 +102,8 @@ def rank_by_kept_labels(run: Run) -> Labelled:
     form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
     wanted = _scores_of(run, record.settings, form, record.num_layers, record.num_heads)
     there = (
-        one.settings == wanted.settings and one.columns == wanted.columns for one in recorded(wanted.folder)
+        one.settings == wanted.settings and one.columns == wanted.columns
+        for one in find_stores(wanted.folder)
     )
     if (by == "vrh" and form is None) or not any(there):
         raise UsageError(
@@ -154,7 +155,7 @@ def _pool(run: Run, entries: Entries) -> Entries:
 
 def _scores_of(
     run: Run, settings: Mapping[str, Any], form: BoxFormat | None, num_layers: int, num_heads: int
-) -> Recorded:
+) -> StoreHeader:
     """Where the scores by these labels are; those of a sample have its truth in their key.
 
     Args:
@@ -163,7 +164,7 @@ def _scores_of(
     asked = None if form is None else [form.prompt, form.pattern, form.max_new_tokens]
     of_model = {name: value for name, value in settings.items() if name != "asked"}
     columns = OF_THE_MAP if form is None else OF_THE_BOX
-    return Recorded(
+    return StoreHeader(
         run.folder / "labels", {**of_model, "native_box": asked}, num_layers, num_heads, 0.0, columns
     )
 

@@ -30,10 +30,10 @@ from localization_heads.store.paths import local_path
 from localization_heads.store.statistics import (
     COLUMNS,
     MOVED,
-    Recorded,
     StatisticsRows,
     StatisticsStore,
-    recorded,
+    StoreHeader,
+    find_stores,
 )
 
 log = logging.getLogger(__name__)
@@ -134,11 +134,11 @@ def append_statistics(
     )
 
 
-def find_stored_statistics(run: Run) -> Recorded:
+def find_stored_statistics(run: Run) -> StoreHeader:
     """The store of these options; of several, which differ in their weights, the one used last."""
     moved = measures_sensitivity(run.options.criteria)
     wanted = statistics_options(run, moved=moved)
-    records = recorded(run.folder / "statistics")
+    records = find_stores(run.folder / "statistics")
     fitting = [record for record in records if record.settings.get("asked") == wanted]
     if not fitting and not moved:  # a store of the third criterion holds the paper's two as well
         fitting = [record for record in records if record.moved and _paper_part(record) == wanted]
@@ -154,7 +154,7 @@ def find_stored_statistics(run: Run) -> Recorded:
     )
 
 
-def _paper_part(record: Recorded) -> dict[str, Any]:
+def _paper_part(record: StoreHeader) -> dict[str, Any]:
     asked = record.settings.get("asked")
     third = {f"criteria.{name}" for name in SensitivityOptions.__pydantic_fields__}
     return {name: value for name, value in (asked or {}).items() if name not in third}

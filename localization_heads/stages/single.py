@@ -15,7 +15,7 @@ from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.address import image_source
 from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
-from localization_heads.data.sources import Shown, Together, each_image, image_at, load_shown
+from localization_heads.data.sources import PromptImages, Together, image_at, images_of, load_prompt_images
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounder import Grounder, check_heads, choose_heads, found_with_of
 from localization_heads.grounding.ground import Grounding
@@ -51,7 +51,7 @@ OUTPUTS = Path("outputs/localization_heads")
 
 @dataclass(frozen=True)
 class CollectResult:
-    image: Shown
+    image: PromptImages
     maps: AttentionMaps
     path: Path
     answer: str | None
@@ -81,7 +81,7 @@ def collect(run: Run, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> Collect
     source, query = run.resolve_images(run.options.image_file or ""), str(run.options.query)
     id = image_id(run, source, query)
     path = run.attention_file(id)
-    image = load_shown(source)
+    image = load_prompt_images(source)
     writable_folder(run.attention_folder)  # before the work, not after it
     warn_of_unknown_words(run.lvlm, [query])
     maps = run.lvlm.attend(image, query, extra_prompts=extra_prompts)
@@ -188,7 +188,7 @@ def draw_sample(
     maps: AttentionMaps,
     statistics: HeadStatistics,
     path: Path,
-    image: Shown | None,
+    image: PromptImages | None,
     *,
     truth: Box | None = None,
 ) -> VisualizeResult:
@@ -206,7 +206,7 @@ def draw_sample(
     known: dict[str, Any] = {"grounding": grounding, "statistics": statistics, "truth": truth}
     drawn = [run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **known)]
     if grounding.each:
-        images, each = each_image(shown) if shown else None, grounding.each
+        images, each = images_of(shown) if shown else None, grounding.each
         figure = run.draw(figures.plot_together, images, each, path=box_path, expression=maps.query)
         return VisualizeResult(grounding, [*drawn, figure])
     known = {"truth": truth, "expression": maps.query}
@@ -293,12 +293,12 @@ def default_id(image_file: str, query: str) -> str:
     return name.encode()[:100].decode(errors="ignore") or "sample"
 
 
-def _answer(run: Run, shown: Shown) -> str | None:
+def _answer(run: Run, shown: PromptImages) -> str | None:
     """The model's own answer, if `max_new_tokens` asks for one."""
     if not run.options.max_new_tokens:
         return None
     from localization_heads.lvlm.conversation import stream
 
-    prompt = run.lvlm.with_num_images(len(each_image(shown))).prompt(str(run.options.query))
+    prompt = run.lvlm.with_num_images(len(images_of(shown))).prompt(str(run.options.query))
     pieces = stream(run.lvlm, shown, prompt, run.options.max_new_tokens)
     return "".join(pieces).strip()

@@ -8,7 +8,7 @@ samples need no memory, and a kill in the middle of a write costs at most the la
 
 and a JSON file of the same name beside it says which settings the numbers were made with. Both names carry a digest
 of these settings, so statistics of another model, prompt or threshold never mix. The records hold everything that the
-ranking's options choose among, so `stage=rank` needs nothing else: `recorded` lists the stores of a folder.
+ranking's options choose among, so `stage=rank` needs nothing else: `find_stores` lists the stores of a folder.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class RowView:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class StoreHeader:
     """The header of a store in a folder.
 
     Args:
@@ -172,7 +172,7 @@ class Recorded:
         )
 
 
-def recorded(folder: str | Path) -> list[Recorded]:
+def find_stores(folder: str | Path) -> list[StoreHeader]:
     """The stores of a folder, most recently used first. Anything but a sound header of this version is skipped."""
     found = []
     for path in Path(folder).glob("statistics-*.json"):
@@ -189,7 +189,7 @@ def recorded(folder: str | Path) -> list[Recorded]:
         if header.get("version") == VERSION and sizes and isinstance(settings, dict):
             columns, used = header.get("columns", COLUMNS), path.stat().st_mtime
             if isinstance(columns, dict):
-                found.append(Recorded(Path(folder), settings, layers, heads, used, columns))  # type: ignore[arg-type]
+                found.append(StoreHeader(Path(folder), settings, layers, heads, used, columns))  # type: ignore[arg-type]
     return sorted(found, key=lambda one: -one.used)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from localization_heads.data.sources import Shown, each_image
+from localization_heads.data.sources import PromptImages, images_of
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.model import LVLM
@@ -72,7 +72,7 @@ def views_seen(lvlm: LVLM, image: Image.Image) -> list[View]:
 
 
 def footprint_centres(
-    lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int], shown: Shown | None = None
+    lvlm: LVLM, image_size: tuple[int, int], keys: Sequence[int], shown: PromptImages | None = None
 ) -> dict[int, Point]:
     """Centre, in pixels of the original image, of what feeds each key. Keys that see padding are left out.
 
@@ -80,7 +80,7 @@ def footprint_centres(
         shown: the coordinate image of that size among others without blue, which count as padding.
     """
     shown = shown or coordinate_image(*image_size)
-    raw = lvlm.run_processor([shown], [lvlm.with_num_images(len(each_image(shown))).prompt("the dog")])
+    raw = lvlm.run_processor([shown], [lvlm.with_num_images(len(images_of(shown))).prompt("the dog")])
     inputs = lvlm.on_device(raw)
     names = [name for name in PIXELS if name in raw]
     pixels = {name: inputs[name].detach().clone().requires_grad_() for name in names}
@@ -110,7 +110,7 @@ def footprint_errors(lvlm: LVLM, image_size: tuple[int, int]) -> dict[str, NDArr
 
 
 def view_errors(
-    lvlm: LVLM, image_size: tuple[int, int], every: Sequence[View], shown: Shown | None = None
+    lvlm: LVLM, image_size: tuple[int, int], every: Sequence[View], shown: PromptImages | None = None
 ) -> dict[str, NDArray[np.float64]]:
     """The same of some views.
 

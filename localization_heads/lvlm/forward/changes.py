@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from localization_heads.data.sources import Shown
+from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 
@@ -19,7 +19,7 @@ class Change(Protocol):
 
     alone: str | None
 
-    def see(self, lvlm: Any, images: Sequence[Shown], inputs: Mapping[str, Any]) -> None:
+    def see(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Called with all that the processor has made ready, one per sample."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from localization_heads.attention import Box, misses_image, rescaled
 from localization_heads.cells import overlaps
-from localization_heads.data.sources import Shown
+from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.families.geometry import View
@@ -65,7 +65,7 @@ class Steering:
         self._now: _Tokens | None = None
         self._read: WeakKeyDictionary[Any, _Tokens] = WeakKeyDictionary()  # by cache
 
-    def see(self, lvlm: LoadedModel, images: Sequence[Shown], inputs: Mapping[str, Any]) -> None:
+    def see(self, lvlm: LoadedModel, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Find the region's tokens. All images of a block are of one size, and so have their tokens alike."""
         for number, image in enumerate(images):
             if not isinstance(image, Image.Image):

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from localization_heads.data.sources import Shown
+from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.forward.changes import chosen_heads
@@ -40,7 +40,7 @@ class SwitchedOff:
         self._seen: Tensor | None = None  # (B, T), the tokens that are no padding
         self._means: dict[int, Tensor] = {}  # layer -> (B, 1, columns)
 
-    def see(self, lvlm: Any, images: Sequence[Shown], inputs: Mapping[str, Any]) -> None:
+    def see(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Nothing depends on the image."""
 
     def begin(self, _: nn.Module, __: Any, named: Mapping[str, Any]) -> None:
