@@ -1,4 +1,4 @@
-"""Find the attention heads of a vision-language model that know where things are, and ground with them.
+"""Find the attention heads of a vision-language model that localize objects, and ground expressions with them.
 
 >>> import localization_heads as lh
 >>> lvlm = lh.load_model(device="cpu")
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from localization_heads.options.groups import SegmenterOptions as SegmenterOptions
 
 
-# The public names and where they live. They are imported on first use, so that `import localization_heads`
-# and `--help` take milliseconds and never load torch.
-_HOMES = {
+# Public name -> module. Names are imported on first use, so that `import localization_heads` and `--help` take
+# milliseconds and never import torch.
+_MODULES = {
     "Address": "data.address",
     "AttentionMaps": "attention",
     "CriteriaOptions": "options.groups",
@@ -77,14 +77,14 @@ _HOMES = {
     "to_supervision": "interop.detections",
 }
 
-__all__ = [*_HOMES]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'localization_heads' has no attribute '{name}'")
     check_versions()
-    return getattr(import_module(f"localization_heads.{_HOMES[name]}"), name)
+    return getattr(import_module(f"localization_heads.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,8 @@
-"""What people hand to `ground` and `evaluate` in Python, as the objects that do the work."""
+"""Converts the arguments of `ground` and `evaluate` to the objects that do the work.
+
+An argument may take several forms: heads as names or a ranking, a read-out as a preset or a mapping, a segmenter by
+name. Each function here normalizes one of them, or raises ArgumentError.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +32,31 @@ if TYPE_CHECKING:
     from localization_heads.lvlm.model import LVLM
 
 K = 3
-"""Heads that make a box (the paper's k), and that a sample picks for itself."""
+"""Default number of heads whose maps are added (the paper's k)."""
 
 Heads = Sequence[Head | tuple[int, int] | str] | HeadRanking | str | Path | None
-"""Whose maps are added: a ranking, names such as "L14H24", a heads.json, a hub repository, `auto` or `greedy`."""
+"""The heads whose maps are added: names such as "L14H24", a ranking, a heads.json, a hub repository, auto or greedy."""
 ReadOut = GroundingOptions | Mapping[str, Any] | str | None
-"""Options, a preset such as "paper", or some options by name, the others being those of the newcomer's preset."""
+"""A `GroundingOptions`, a preset such as "paper", or a mapping that overrides options of the default preset."""
 Masks = Segmenter | SegmenterOptions | str | None
-"""A segmenter, its options, or a preset such as "grabcut" or "sam2"; None and "none" leave the map's pseudo-mask."""
+"""A segmenter, its options, or a preset such as "grabcut" or "sam2"; None and "none" keep the map's pseudo-mask."""
 
 
 def grounder_of(
     lvlm: LVLM, heads: Heads, criteria: CriteriaOptions, options: ReadOut, segmenter: Masks, k: int = K
 ) -> Grounder:
-    """The grounder that the arguments ask for. ArgumentError for what they cannot mean."""
+    """Build the grounder from the arguments.
+
+    Raises:
+        ArgumentError: `lvlm` is not a model, `k` is not a positive integer, or a head does not exist.
+    """
     if not hasattr(lvlm, "attend_batch"):
-        raise ArgumentError(f"lvlm: {shown(lvlm)} is no model; lh.load_model makes one of a name or a folder")
+        raise ArgumentError(
+            f"lvlm: {shown(lvlm)} is no model; lh.load_model loads one from a name or a folder"
+        )
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ArgumentError(f"k={shown(k)}: the number of heads must be at least 1")
-    chosen = tuple(_heads(lvlm, heads, k))
+    chosen = tuple(_resolve_heads(lvlm, heads, k))
     try:
         check_heads(chosen, lvlm.num_layers, lvlm.num_heads)
     except UsageError as error:
@@ -54,13 +64,13 @@ def grounder_of(
     return Grounder(chosen, criteria, read_out(options), masks(segmenter), k)
 
 
-def _heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
-    """Best first; none where each sample picks its own."""
-    named = "these heads"
+def _resolve_heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
+    """The heads, best first; empty if each sample selects its own."""
+    source = "these heads"
     if isinstance(heads, str | Path) and is_repository(str(heads)):
-        named, heads = f"heads={heads}", load_heads(heads)
+        source, heads = f"heads={heads}", load_heads(heads)
     if isinstance(heads, HeadRanking):
-        lvlm.note_other_conditions(named, heads.found_with)
+        lvlm.note_other_conditions(source, heads.found_with)
         try:
             return heads.top(k)
         except ValueError as error:
@@ -73,25 +83,25 @@ def _heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
         lvlm.note_other_conditions(f"heads={heads}", found_with_of(str(heads)))
         return chosen_heads(str(heads), k)
     try:
-        listed = [_head(one) for one in heads]
+        listed = [_parse_head(head) for head in heads]
     except (TypeError, ValueError):
         raise ArgumentError(
             f"heads={shown(heads)}: give a ranking, or a list such as ['L14H24', (14, 13)]"
         ) from None
     if not listed:
-        raise ArgumentError("heads names no head; None takes those that are known, or each sample's own")
+        raise ArgumentError("heads=[] names no head; None uses the model's known heads, or each sample's own")
     return listed
 
 
-def _head(one: Any) -> Head:
-    if isinstance(one, str):
-        return Head.parse(one)
-    layer, head = one
+def _parse_head(value: Any) -> Head:
+    if isinstance(value, str):
+        return Head.parse(value)
+    layer, head = value
     return Head(int(layer), int(head))
 
 
 def read_out(options: ReadOut) -> GroundingOptions:
-    """ArgumentError for an unknown preset or option."""
+    """The read-out options. ArgumentError for an unknown preset or option."""
     if options is None:
         return newcomers_grounding()
     if isinstance(options, GroundingOptions):
@@ -109,7 +119,10 @@ def read_out(options: ReadOut) -> GroundingOptions:
 
 
 def masks(segmenter: Masks) -> Segmenter | None:
-    """ArgumentError for an unknown preset; a SAM is loaded here, so hand in a loaded one where it is asked often."""
+    """The segmenter; None for pseudo-masks. ArgumentError for an unknown preset.
+
+    A preset or options of a SAM load its checkpoint here; pass a loaded segmenter to avoid loading it at every call.
+    """
     if isinstance(segmenter, str):
         if segmenter not in choices_of("segmenter"):
             raise ArgumentError(
@@ -122,7 +135,7 @@ def masks(segmenter: Masks) -> Segmenter | None:
 
 
 def named_segmenter(segmenter: Masks) -> dict[str, Any]:
-    """As `metrics.json` names it."""
+    """The segmenter's settings for `choices` of `metrics.json`."""
     if isinstance(segmenter, SegmenterOptions):
         return asdict(segmenter)
     if isinstance(segmenter, str):
@@ -138,17 +151,20 @@ def calibrated(
     *,
     zoom: bool = False,
 ) -> Grounder:
-    """The grounder with the calibration, and the presence from which on it takes a thing for present.
+    """The grounder with a calibration, and with the presence threshold `abstain` if given.
+
+    Args:
+        zoom: whether boxes will be refined by a second look, which is part of the recipe that a calibration fits.
 
     Raises:
         ArgumentError: `abstain` without a calibration.
-        UsageError: the calibration cannot be read or does not fit.
+        UsageError: the calibration cannot be read, or was fitted for another recipe.
     """
     if calibration is None:
         if abstain is not None:
             raise ArgumentError(f"abstain={abstain:g} needs a calibration: stage=calibrate writes one")
         return grounder
-    found = calibration if isinstance(calibration, Calibration) else load_calibration(calibration)
-    named = "the calibration" if isinstance(calibration, Calibration) else calibration
-    found.check(grounder.recipe({**lvlm.choices, **lvlm.asked}, zoom=zoom), named)
-    return replace(grounder, calibration=found, abstain=abstain)
+    loaded = calibration if isinstance(calibration, Calibration) else load_calibration(calibration)
+    source = "the calibration" if isinstance(calibration, Calibration) else calibration
+    loaded.check(grounder.recipe({**lvlm.choices, **lvlm.asked}, zoom=zoom), source)
+    return replace(grounder, calibration=loaded, abstain=abstain)

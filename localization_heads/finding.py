@@ -1,4 +1,8 @@
-"""`find_heads`: a model's heads ranked from Python, without labels or by them, without files and options."""
+"""`find_heads`: rank a model's heads from Python, label-free as in the paper or by labels.
+
+It streams over the samples: only a few kilobytes of statistics are kept of each. Statistics are computed in a
+background thread while the model attends to the next batch.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 16
-"""Expressions of one image whose maps are in memory together."""
+BATCH_SIZE = 16
+"""Expressions of one image that are attended to, and whose maps are in memory, together."""
 
 
 def find_heads(
@@ -64,41 +68,44 @@ def find_heads(
     shrink: Shrink = "none",
     shrink_n0: float = 10.0,
 ) -> HeadRanking:
-    """Rank a model's heads by selection frequency (Sec. 4), without labels; or by labels, where samples have them.
+    """Rank a model's heads by selection frequency (Sec. 4), without labels; or by labels, if the samples have them.
 
-    A sample whose attention is not finite (half precision overflows on some) is left out, with a warning.
+    A sample whose attention is not finite (which can happen in half precision) is skipped with a warning.
 
     Args:
-        samples: images with expressions, read as they are needed; only a few kilobytes of each are kept. An image
-            whose samples follow each other is encoded once for them all.
-        criteria: how heads are told from the others; None for the paper's two criteria. With
-            `CriteriaOptions(sensitivity="siblings")` those that follow the expression come first (`heads.sensitivity`).
-        top_n: heads marked in each sample (N); None takes what suits the model: the paper's 10, or fewer if the model
-            has few heads.
-        num_trials: random draws to average over.
-        num_samples: samples in each of them.
-        by: `criteria`; or what scores each head on each sample, all of which must have a box or a mask: `mass`, `iou`
-            and `pointing` of its own map, or `vrh`, the attention of the box that the model writes (`heads.labels`).
-        num_labels: samples drawn for a ranking by labels, by `seed`; None takes all. Other draws show its spread.
-        shrink: whether few labels are drawn towards the label-free ranking (`heads.labels.shrunk`).
-        shrink_n0: with how many labels both count alike.
+        samples: images with expressions, read lazily. An image is encoded once for all consecutive samples that share
+            it.
+        criteria: the criteria that localization heads must meet; None for the paper's two. With
+            `CriteriaOptions(sensitivity="siblings")`, heads whose maps follow the expression are ranked first
+            (`heads.sensitivity`).
+        top_n: heads marked per sample (N); None for the model's default: the paper's 10, or fewer for a model with few
+            heads.
+        num_trials: random draws that the selection frequency is averaged over.
+        num_samples: samples per draw.
+        seed: of all random draws.
+        by: `criteria` for the label-free ranking; otherwise what scores each head on each sample, which must have a box
+            or a mask: `mass`, `iou` and `pointing` score the head's own map, `vrh` the attention of the tokens of the
+            box that the model writes (`heads.labels`).
+        num_labels: samples drawn for a ranking by labels; None for all. `num_trials` draws show its spread.
+        shrink: whether to shrink a ranking from few labels towards the label-free one (`heads.labels.shrunk`).
+        shrink_n0: the number of labels at which both rankings weigh the same.
 
     Raises:
-        ArgumentError: there is no sample, or fewer than `num_labels`.
-        UsageError: an image or an expression that cannot be used, or a sample without truth that needs one; `vrh` of
-            a model that writes no boxes.
-        NotFiniteError: no sample's attention is finite.
+        ArgumentError: there are no samples, or fewer than `num_labels`.
+        UsageError: an unusable image or expression; a sample without ground truth that needs it; `vrh` with a model
+            that writes no boxes.
+        NotFiniteError: no sample has finite attention.
     """
     check_choice("by", by, HeadsBy)
     check_choice("shrink", shrink, Shrink)
     criteria = criteria or CriteriaOptions()
-    unusable: list[NotFiniteError] = []
-    scorer = _scorer(lvlm, by)
-    found = _measured(lvlm, samples, criteria, scorer, unusable)
-    if not found:
-        raise unusable[0] if unusable else ArgumentError("find_heads needs at least one sample")
+    not_finite: list[NotFiniteError] = []
+    score_by_label = _label_scorer(lvlm, by)
+    measured = _measure_samples(lvlm, samples, criteria, score_by_label, not_finite)
+    if not measured:
+        raise not_finite[0] if not_finite else ArgumentError("find_heads needs at least one sample")
     sums, entropies, bottom_row = (
-        np.stack(column) for column in zip(*(one.columns for one in found), strict=True)
+        np.stack(column) for column in zip(*(sample.statistics for sample in measured), strict=True)
     )
     ranking = rank_heads(
         sums,
@@ -111,170 +118,192 @@ def find_heads(
         seed=seed,
         model=lvlm.name,
     )
-    drawn = random_draws(len(found), num_trials, num_samples, seed).sum(axis=0)
+    times_drawn = random_draws(len(measured), num_trials, num_samples, seed).sum(axis=0)
     if measures_sensitivity(criteria):
-        movement = [one.moved for one in found if one.moved]
+        movements = [sample.movement for sample in measured if sample.movement]
         shape = lvlm.num_layers, lvlm.num_heads
-        ranking = with_movement(ranking, mean_movement(movement, drawn.tolist(), shape))
-    keys = [one.image_key for one in found]
-    if scorer is None:
-        pictures = _named(keys, drawn)
-        return replace(ranking, pictures=pictures, found_with=found_with(lvlm.asked, criteria))
+        ranking = with_movement(ranking, mean_movement(movements, times_drawn.tolist(), shape))
+    keys = [sample.image_key for sample in measured]
+    if score_by_label is None:
+        return replace(
+            ranking, pictures=_drawn_images(keys, times_drawn), found_with=found_with(lvlm.asked, criteria)
+        )
     recipe = LabelRecipe(by, num_labels, num_trials, seed, shrink, shrink_n0)
-    labelled = rank_by_labels(
-        np.stack([one.scores for one in found if one.scores is not None]), ranking, recipe
-    )
+    scores = np.stack([sample.label_scores for sample in measured if sample.label_scores is not None])
+    labelled = rank_by_labels(scores, ranking, recipe)
+    # A shrunk ranking also depends on the images of unlabelled samples, through the label-free ranking.
+    times_drawn = recipe.drawn(len(measured))[0] if shrink == "none" else np.ones(len(measured), np.int64)
     asked = (with_box_span(lvlm) if by == "vrh" else lvlm).asked
-    # What is mixed in was found on all of them, without their labels.
-    drawn = recipe.drawn(len(found))[0] if shrink == "none" else np.ones(len(found), np.int64)
-    labelled = replace(labelled, pictures=_named(keys, drawn))
-    return replace(labelled, found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)))
+    return replace(
+        labelled,
+        pictures=_drawn_images(keys, times_drawn),
+        found_with=found_with(asked, criteria, recipe.named(labelled.num_samples)),
+    )
 
 
-class _Measured(NamedTuple):
-    """What is kept of a sample.
-
-    Args:
-        image_key: the name of its image, where it has one.
-        columns: of every head, attention sum, spatial entropy and bottom-row flag.
-        moved: its third criterion, where that is wanted.
-        scores: of every head by the sample's label, where there are labels.
-    """
-
-    image_key: str | None
-    columns: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    moved: Moved | None
-    scores: NDArray[np.float32] | None
-
-
-def _measured(
-    lvlm: LVLM,
-    samples: Iterable[Sample],
-    criteria: CriteriaOptions,
-    scorer: Scorer | None,
-    unusable: list[NotFiniteError],
-) -> list[_Measured]:
-    """Every sample that can be used; the maps are measured while the model is at the next ones."""
-
-    def asked(one: AttendedSample) -> _Asked:
-        """With what the model is asked once more."""
-        moved = None
-        if measures_sensitivity(criteria):
-            is_early = one.number < criteria.mirrored
-            mirrored = lvlm.attend_mirrored(one.image, one.sample.expression, one.maps) if is_early else None
-            moved = measure_sensitivity(one.maps, mirrored)
-        return one, moved, scorer(one) if scorer else None
-
-    keys: dict[int, str | None] = {}  # of the last image: looked up once for those that follow each other
-
-    def measure(given: _Asked) -> _Measured:
-        one, moved, scores = given
-        if one.number not in keys:
-            keys.clear()
-            keys[one.number] = image_keys([one.sample])[0]
-        found = head_statistics(one.maps.attention, criteria)
-        columns = found.attention_sum, found.spatial_entropy, found.bottom_row_focus
-        return _Measured(keys[one.number], columns, moved, scores)
-
-    def num_bytes(given: _Asked) -> int:
-        return given[0].maps.num_bytes
-
-    with closing(attended(lvlm, samples, unusable, extra_prompts=sensitivity_prompts(criteria))) as every:
-        return list(postprocess(map(asked, every), measure, num_bytes, 2 * AT_ONCE))
-
-
-def _named(keys: Sequence[str | None], drawn: NDArray[np.int64]) -> tuple[str, ...]:
-    """The images that the ranking is made from, as far as they have a name or a file: it is not judged on them."""
-    return tuple(sorted({key for key, times in zip(keys, drawn, strict=True) if key and times}))
-
-
-def _scorer(lvlm: LVLM, by: HeadsBy) -> Scorer | None:
-    """What scores every head in a labelled sample; None without labels."""
-    if by == "criteria":
-        return None
-    if by != "vrh":
-        return lambda one: label_scores(one.maps, truth_of(one.sample, one.image.size))[by]
-    reader = with_box_span(lvlm)
-
-    def of_box(one: AttendedSample) -> NDArray[np.float32]:
-        truth = truth_of(one.sample, one.image.size)
-        return mass_on_patches(reader.attend(one.image, one.sample.expression), truth.box)
-
-    return of_box
+def _drawn_images(keys: Sequence[str | None], times_drawn: NDArray[np.int64]) -> tuple[str, ...]:
+    """The known names of the images that the ranking was made from, so that it is not evaluated on them."""
+    return tuple(sorted({key for key, times in zip(keys, times_drawn, strict=True) if key and times}))
 
 
 class AttendedSample(NamedTuple):
-    """A sample with its image, the image's place among those that follow each other, and every head's maps."""
+    """A sample with its decoded image and the maps of every head.
+
+    `image_number` counts runs of consecutive samples that share an image.
+    """
 
     sample: Sample
     image: Image.Image
-    number: int
+    image_number: int
     maps: AttentionMaps
 
 
-Scorer = Callable[[AttendedSample], NDArray[np.float32]]
-"""Scores every head in a labelled sample."""
-_Asked = tuple[AttendedSample, "Moved | None", "NDArray[np.float32] | None"]
-"""A sample with the third criterion and the scores of its heads, where they are wanted."""
+LabelScorer = Callable[[AttendedSample], NDArray[np.float32]]
+"""Scores every head on a labelled sample: float32 `[layer, head]`."""
 
 
-def attended(
+def _label_scorer(lvlm: LVLM, by: HeadsBy) -> LabelScorer | None:
+    """The scorer for a ranking by labels; None for the label-free ranking."""
+    if by == "criteria":
+        return None
+    if by != "vrh":
+        return lambda attended: label_scores(attended.maps, truth_of(attended.sample, attended.image.size))[
+            by
+        ]
+    reader = with_box_span(lvlm)
+
+    def mass_of_written_box(attended: AttendedSample) -> NDArray[np.float32]:
+        truth = truth_of(attended.sample, attended.image.size)
+        return mass_on_patches(reader.attend(attended.image, attended.sample.expression), truth.box)
+
+    return mass_of_written_box
+
+
+class _Probed(NamedTuple):
+    """An attended sample, and what further forward passes said about its heads where these are wanted."""
+
+    attended: AttendedSample
+    movement: Moved | None
+    label_scores: NDArray[np.float32] | None
+
+
+class _MeasuredSample(NamedTuple):
+    """The statistics of a sample that are kept after its maps are freed.
+
+    Args:
+        image_key: identity of its image, if known.
+        statistics: attention sum, spatial entropy and bottom-row flag, each `[layer, head]`.
+        movement: the third criterion, if it is wanted.
+        label_scores: `[layer, head]`, in a ranking by labels.
+    """
+
+    image_key: str | None
+    statistics: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    movement: Moved | None
+    label_scores: NDArray[np.float32] | None
+
+
+def _measure_samples(
     lvlm: LVLM,
     samples: Iterable[Sample],
-    unusable: list[NotFiniteError],
+    criteria: CriteriaOptions,
+    score_by_label: LabelScorer | None,
+    not_finite: list[NotFiniteError],
+) -> list[_MeasuredSample]:
+    """Measure every usable sample; statistics are computed while the model attends to the next batch."""
+
+    def probe(attended: AttendedSample) -> _Probed:
+        movement = None
+        if measures_sensitivity(criteria):
+            mirrored = None
+            if attended.image_number < criteria.mirrored:
+                mirrored = lvlm.attend_mirrored(attended.image, attended.sample.expression, attended.maps)
+            movement = measure_sensitivity(attended.maps, mirrored)
+        return _Probed(attended, movement, score_by_label(attended) if score_by_label else None)
+
+    latest_key: dict[int, str | None] = {}  # image number -> key: computed once per run of samples
+
+    def measure(probed: _Probed) -> _MeasuredSample:
+        attended, movement, scores = probed
+        if attended.image_number not in latest_key:
+            latest_key.clear()
+            latest_key[attended.image_number] = image_keys([attended.sample])[0]
+        found = head_statistics(attended.maps.attention, criteria)
+        statistics = found.attention_sum, found.spatial_entropy, found.bottom_row_focus
+        return _MeasuredSample(latest_key[attended.image_number], statistics, movement, scores)
+
+    def num_bytes(probed: _Probed) -> int:
+        return probed.attended.maps.num_bytes
+
+    with closing(
+        attend_samples(lvlm, samples, not_finite, extra_prompts=sensitivity_prompts(criteria))
+    ) as attended:
+        return list(postprocess(map(probe, attended), measure, num_bytes, 2 * BATCH_SIZE))
+
+
+def attend_samples(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    not_finite: list[NotFiniteError],
     last_layer: int | None = None,
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
 ) -> Generator[AttendedSample, None, None]:
-    """The maps of each sample, in order. Samples that follow each other share an image that is the same.
+    """Yield the maps of each sample, in order. An image is encoded once for consecutive samples that share it.
 
     Args:
-        unusable: gets the errors of those whose attention is not finite, which are passed over.
+        not_finite: receives the errors of samples whose attention is not finite; these are skipped.
+        last_layer: the last layer to run; None for all.
     """
-    plainly = lvlm.can_prepare(extra_prompts)
+    can_prefetch = lvlm.can_prepare(extra_prompts)
 
-    def prepare(part: _Part) -> tuple[_Part, PreparedBatch | None]:
-        return part, lvlm.prepare(*part.pairs) if plainly else None
+    def prepare(batch: _Batch) -> tuple[_Batch, PreparedBatch | None]:
+        return batch, lvlm.prepare(*batch.pairs) if can_prefetch else None
 
-    with closing(prefetch(_parts(samples), prepare)) as coming:
-        for part, ready in coming:
-            siblings = [part.siblings] * len(part.samples)
-            maps = lvlm.attend_batch(
-                *part.pairs,
+    with closing(prefetch(_batches(samples), prepare)) as prepared:
+        for batch, inputs in prepared:
+            siblings = [batch.siblings] * len(batch.samples)
+            every_maps = lvlm.attend_batch(
+                *batch.pairs,
                 last_layer=last_layer,
-                prepared=ready,
+                prepared=inputs,
                 extra_prompts=extra_prompts,
                 siblings=siblings,
             )
-            for sample, found in zip(part.samples, maps, strict=True):
+            for sample, maps in zip(batch.samples, every_maps, strict=True):
                 try:
-                    found.check_finite()
+                    maps.check_finite()
                 except NotFiniteError as error:
                     log.warning("%r is left out: %s", sample.id or sample.expression, error)
-                    unusable.append(error)
+                    not_finite.append(error)
                     continue
-                yield AttendedSample(sample, part.image, part.number, found)
+                yield AttendedSample(sample, batch.image, batch.image_number, maps)
 
 
-class _Part(NamedTuple):
-    """Samples of one image, the image's place, and the first of its expressions so far with all of these."""
+class _Batch(NamedTuple):
+    """Consecutive samples of one image.
+
+    Args:
+        siblings: expressions of the image so far, those of this batch included, which contrasts and probes draw from.
+    """
 
     samples: Sequence[Sample]
     image: Image.Image
-    number: int
+    image_number: int
     siblings: Sequence[str]
 
     @property
     def pairs(self) -> tuple[list[PromptImages], list[str]]:
+        """Images and expressions, as `attend_batch` takes them."""
         return [self.image] * len(self.samples), [sample.expression for sample in self.samples]
 
 
-def _parts(samples: Iterable[Sample]) -> Iterator[_Part]:
-    # Images in memory are compared by their pixels, files by their paths.
-    images = groupby(samples, key=lambda sample: sample.image_key or sample.image)
-    for number, (_, group) in enumerate(images):
-        first = next(group)
-        image, group = load_image(first.single), chain([first], group)
+def _batches(samples: Iterable[Sample]) -> Iterator[_Batch]:
+    # Files are compared by path, images in memory by their pixels.
+    runs = groupby(samples, key=lambda sample: sample.image_key or sample.image)
+    for image_number, (_, run) in enumerate(runs):
+        first = next(run)
+        image, run = load_image(first.single), chain([first], run)
         siblings: tuple[str, ...] = ()
-        while part := list(islice(group, AT_ONCE)):
-            siblings = (*siblings[: MAX_SIBLINGS + 1], *(sample.expression for sample in part))
-            yield _Part(part, image, number, siblings)
+        while batch := list(islice(run, BATCH_SIZE)):
+            siblings = (*siblings[: MAX_SIBLINGS + 1], *(sample.expression for sample in batch))
+            yield _Batch(batch, image, image_number, siblings)

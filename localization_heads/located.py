@@ -1,6 +1,6 @@
 """`Located`: a grounding together with its image and expression, which shows, saves and exports itself.
 
-`prediction_of` makes a line of `predictions.jsonl` of any grounding.
+`prediction_of` turns any grounding into a line of `predictions.jsonl`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 @dataclass(frozen=True, eq=False)
 class Located(Grounding):
-    """What `ground` returns. In a notebook it shows itself: the heat map, the mask and the box over the image.
+    """The result of `ground`. A notebook displays it as the heat map, the mask and the box over the image.
 
     Args:
-        image: RGB, as it was asked about; of several in one prompt, that at `image_index`.
-        expression: what was asked for.
-        name: of the image: its file, or its address without secrets; "" for one in memory.
-        images: all images of the prompt, where it shows several; `each` has a grounding of each.
+        image: the RGB image as the model saw it; if the prompt has several, the one at `image_index`.
+        expression: the referring expression.
+        name: the image's file, or its address without credentials; "" for an image in memory.
+        images: all images of a prompt with several; `each` holds one grounding per image.
     """
 
     image: Image.Image = field(default_factory=lambda: Image.new("RGB", (1, 1)), repr=False)
@@ -53,7 +53,7 @@ class Located(Grounding):
         return cls(**known, image=image, expression=expression, name=name, images=images)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """The figure of the box, the mask and the heat map over the image; written as well if a path is given."""
+        """Draw the box, the mask and the heat map over the image, and write the figure if a path is given."""
         from localization_heads.figures import plot_grounding, plot_together
 
         if self.each:
@@ -61,23 +61,23 @@ class Located(Grounding):
         return plot_grounding(self.image, self, path, expression=self.expression)
 
     def show(self) -> None:
-        """Open the figure in a window, and wait until it is closed; without a display, say so in the log."""
+        """Open the figure in a window and block until it is closed; log a warning if there is no display."""
         from localization_heads.figures import show
 
         show(self.plot())
 
     def save(self, path: str | Path) -> Path:
-        """Write the figure (.png, .jpg, .pdf, .svg) or the numbers (.json, as `to_dict`), in one step; gives the path.
+        """Write the figure (.png, .jpg, .pdf, .svg) or the values of `to_dict` (.json) atomically; return the path.
 
         Raises:
-            UsageError: another ending, or a place that cannot be written.
+            UsageError: another file extension, or a path that cannot be written.
         """
         path = Path(from_home(str(path)))
-        ending = path.suffix.lower()
-        if ending not in (*FIGURES, ".json"):
+        extension = path.suffix.lower()
+        if extension not in (*FIGURES, ".json"):
             raise UsageError(f"{path}: it must end in one of {', '.join((*FIGURES, '.json'))}")
         try:
-            if ending == ".json":
+            if extension == ".json":
                 write_json(path, self.to_dict())
             else:
                 self.plot(path)
@@ -86,18 +86,18 @@ class Located(Grounding):
         return path
 
     def to_dict(self) -> dict[str, Any]:
-        """As a line of `predictions.jsonl` (box in pixels, mask as COCO run lengths), with the expression."""
+        """The fields of a `predictions.jsonl` line (box in pixels, mask as COCO RLE), plus expression and image."""
         line = prediction_of(self.expression, self).to_json()
         del line["id"], line["error"]
-        asked = {"expression": self.expression, "image": self.name, "image_size": list(self.image_size)}
-        return {**asked, **line}
+        query = {"expression": self.expression, "image": self.name, "image_size": list(self.image_size)}
+        return {**query, **line}
 
     def to_supervision(self) -> Any:
-        """`supervision.Detections` of one detection. UsageError if supervision is not installed."""
+        """`supervision.Detections` with one detection. UsageError if supervision is not installed."""
         return detections.to_supervision([self], [self.expression])
 
     def to_coco(self) -> dict[str, Any]:
-        """A COCO data set of this image and this annotation; `to_coco` of several results makes one of them all."""
+        """A COCO data set with this image and annotation; the function `to_coco` combines several results."""
         return to_coco([self])
 
     def _repr_png_(self) -> bytes:
@@ -110,7 +110,7 @@ class Located(Grounding):
 
 
 def to_coco(results: Sequence[Located]) -> dict[str, Any]:
-    """Results as one COCO data set (`interop.coco`); those of one image share its entry."""
+    """Combine results into one COCO data set (`interop.coco`); results of one image share its entry."""
     samples = {
         str(number): Sample(one.name or one.image, one.expression, id=str(number))
         for number, one in enumerate(results)
@@ -120,19 +120,19 @@ def to_coco(results: Sequence[Located]) -> dict[str, Any]:
 
 
 def prediction_of(id: str, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Prediction:
-    """The mask is the segmenter's; without one, the pseudo-mask. What is absent has neither box nor mask.
+    """A line of `predictions.jsonl`. An absent object has neither box nor mask.
 
     Args:
-        several: every object that the expression fits, `grounding` first (`instances=all`).
+        several: with `instances=all`, every object that the expression refers to, `grounding` first.
     """
-    there = not grounding.absent
-    boxes = None if several is None else [_instance(one) for one in several if there and not one.absent]
+    present = not grounding.absent
+    boxes = None if several is None else [_instance(one) for one in several if present and not one.absent]
     mask = encode_mask(grounding.mask) if not boxes else boxes[0].mask
     return Prediction(
         id,
-        bbox=grounding.box if there else None,
-        score=grounding.score if there else None,
-        mask=mask if there else None,
+        bbox=grounding.box if present else None,
+        score=grounding.score if present else None,
+        mask=mask if present else None,
         heads=grounding.heads,
         boxes=boxes,
         agreement=grounding.agreement,
@@ -141,12 +141,13 @@ def prediction_of(id: str, grounding: Grounding, several: Sequence[Grounding] | 
         presence=grounding.presence,
         absent=grounding.absent,
         image_index=grounding.image_index,
-        images=tuple(_share(one) for one in grounding.each),
+        images=tuple(_image_share(one) for one in grounding.each),
     )
 
 
-def _share(one: Grounding) -> ImageShare:
-    return ImageShare(one.image_share or 0.0, _instance(one) if one.chosen and not one.absent else None)
+def _image_share(grounding: Grounding) -> ImageShare:
+    is_shown = grounding.chosen and not grounding.absent
+    return ImageShare(grounding.image_share or 0.0, _instance(grounding) if is_shown else None)
 
 
 def _instance(grounding: Grounding) -> Instance:
