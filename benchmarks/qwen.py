@@ -9,7 +9,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.models import EXPRESSIONS
-from localization_heads.lvlm.checkpoints.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import without_video
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 
@@ -79,7 +79,7 @@ def random_qwen(shape: QwenShape, device: torch.device, dtype: torch.dtype) -> L
         patch_size=16, size={"shortest_edge": CELL**2, "longest_edge": 1 << 24}
     )
     spec = ModelSpec(name=f"random Qwen3-VL, {shape}")
-    processor = images_only(hf.Qwen3VLProcessor)(images, tokenizer)
+    processor = without_video(hf.Qwen3VLProcessor)(images, tokenizer)
     return LVLM(model.eval().to(device), processor, spec, system="", conv_mode="plain")
 
 

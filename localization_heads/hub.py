@@ -107,11 +107,13 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    from localization_heads.lvlm.checkpoints.sources import hub_trouble
+    from localization_heads.lvlm.checkpoints.sources import hub_unreachable_reason
 
     try:
         return Path(
-            hf_hub_download(repository, FILE, revision=revision, local_files_only=hub_trouble() is not None)
+            hf_hub_download(
+                repository, FILE, revision=revision, local_files_only=hub_unreachable_reason() is not None
+            )
         )
     except HFValidationError as error:
         raise UsageError(f"heads={repository}: {error}") from None

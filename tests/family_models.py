@@ -16,7 +16,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import is_torchvision_available
 
-from localization_heads.lvlm.checkpoints.processors import images_only, with_pillow
+from localization_heads.lvlm.checkpoints.processors import with_pillow, without_video
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 
@@ -200,7 +200,7 @@ def llava_next() -> tuple[Any, Any]:
 @family
 def llava_onevision() -> tuple[Any, Any]:
     t = tokenizer(image_token="<image>", video_token="<video>")
-    processor = images_only(hf.LlavaOnevisionProcessor)(
+    processor = without_video(hf.LlavaOnevisionProcessor)(
         hf.LlavaOnevisionImageProcessor(), t, num_image_tokens=729, vision_feature_select_strategy="full"
     )
     config = hf.LlavaOnevisionConfig(
@@ -228,7 +228,7 @@ def qwen_like(
         vision_start_token_id=t.vision_start_token_id,
         vision_end_token_id=t.vision_end_token_id,
     )
-    return images_only(processor)(ip, t), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
+    return without_video(processor)(ip, t), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
 
 
 def mrope(*sections: int, **options: Any) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def glm_like(prefix: str, processor: Any, images: Any, **language_model: Any) ->
         **ids(t, image_start_token_id="<|begin_of_image|>", image_end_token_id="<|end_of_image|>"),
         **ids(t, video_start_token_id="<|begin_of_video|>", video_end_token_id="<|end_of_video|>"),
     )
-    return images_only(processor)(ip, t), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
+    return without_video(processor)(ip, t), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
 
 
 @family

@@ -9,7 +9,7 @@ from family_models import VOCABULARY, family, ids, square_size, text, tokenizer,
 from tokenizers import AddedToken, Regex
 from tokenizers.normalizers import Replace
 
-from localization_heads.lvlm.checkpoints.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import without_video
 
 
 def timm_tower(architecture: str, **options: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def perception_lm() -> tuple[Any, Any]:
         video_token_id=t.video_token_id,
     )
     ip = hf.PerceptionLMImageProcessor(tile_size=112, max_num_tiles=6)
-    processor = images_only(hf.PerceptionLMProcessor)(image_processor=ip, tokenizer=t, patch_size=14)
+    processor = without_video(hf.PerceptionLMProcessor)(image_processor=ip, tokenizer=t, patch_size=14)
     return processor, hf.PerceptionLMForConditionalGeneration(config)
 
 

@@ -18,7 +18,7 @@ from family_models import (
     tower,
 )
 
-from localization_heads.lvlm.checkpoints.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import without_video
 
 
 def without_side(tower_options: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def hyperclovax_vision_v2() -> tuple[Any, Any]:
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
     )
-    processor = images_only(hf.HyperCLOVAXVisionV2Processor)(ip, t)
+    processor = without_video(hf.HyperCLOVAXVisionV2Processor)(ip, t)
     return processor, hf.HyperCLOVAXVisionV2ForConditionalGeneration(config)
 
 
@@ -80,7 +80,7 @@ def cosmos3_edge() -> tuple[Any, Any]:
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
     )
-    processor = images_only(hf.Cosmos3EdgeProcessor)(ip, t)
+    processor = without_video(hf.Cosmos3EdgeProcessor)(ip, t)
     processor.return_mm_token_type_ids = True
     return processor, hf.Cosmos3EdgeForConditionalGeneration(config)
 
@@ -99,7 +99,7 @@ def muse_glimmer() -> tuple[Any, Any]:
         out_hidden_size=64,
         projector_hidden_size=32,
     )
-    processor = images_only(hf.MuseGlimmerProcessor)(image_processor=ip, tokenizer=t)
+    processor = without_video(hf.MuseGlimmerProcessor)(image_processor=ip, tokenizer=t)
     return processor, hf.MuseGlimmerForConditionalGeneration(config)
 
 
@@ -143,7 +143,7 @@ def muse_spark() -> tuple[Any, Any]:
         out_hidden_size=64,
         projector_hidden_size=32,
     )
-    processor = images_only(hf.MuseSparkProcessor)(
+    processor = without_video(hf.MuseSparkProcessor)(
         image_processor=hf.MuseGlimmerImageProcessor(max_image_tokens=100),
         tokenizer=t,
         feature_extractor=hf.MuseSparkFeatureExtractor(),
@@ -205,7 +205,7 @@ def lfm3_vl() -> tuple[Any, Any]:
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
     )
-    return images_only(hf.Lfm3VlProcessor)(ip, t), hf.Lfm3VlForConditionalGeneration(config)
+    return without_video(hf.Lfm3VlProcessor)(ip, t), hf.Lfm3VlForConditionalGeneration(config)
 
 
 def omni_like(prefix: str, patch: int, language_model: dict[str, Any], **vision: Any) -> tuple[Any, Any]:
@@ -234,7 +234,7 @@ def omni_like(prefix: str, patch: int, language_model: dict[str, Any], **vision:
         vision_start_token_id=t.vision_bos_token_id,
     )
     sound = hf.WhisperFeatureExtractor(feature_size=8)
-    processor = images_only(getattr(hf, f"{prefix}Processor"))(ip, sound, t)
+    processor = without_video(getattr(hf, f"{prefix}Processor"))(ip, sound, t)
     return processor, getattr(hf, f"{prefix}ThinkerForConditionalGeneration")(config)
 
 
@@ -270,7 +270,7 @@ def molmo2() -> tuple[Any, Any]:
         **ids(t, low_res_image_start_token_id="<low_res_im_start>"),
         **ids(t, frame_start_token_id="<frame_start>", frame_end_token_id="<frame_end>"),
     )
-    processor = images_only(hf.Molmo2Processor)(ip, t)
+    processor = without_video(hf.Molmo2Processor)(ip, t)
     return processor, hf.Molmo2ForConditionalGeneration(config)
 
 
@@ -283,7 +283,7 @@ def video_llava() -> tuple[Any, Any]:
         image_token_index=t.image_token_id,
         video_token_index=t.video_token_id,
     )
-    processor = images_only(hf.VideoLlavaProcessor)(
+    processor = without_video(hf.VideoLlavaProcessor)(
         image_processor=hf.VideoLlavaImageProcessor(), tokenizer=t
     )
     return processor, hf.VideoLlavaForConditionalGeneration(config)
@@ -295,7 +295,7 @@ def gemma4_unified() -> tuple[Any, Any]:
     marks = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
     sounds = {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
     t = tokenizer(video_token="<|video|>", **marks, **sounds)
-    processor = images_only(hf.Gemma4UnifiedProcessor)(
+    processor = without_video(hf.Gemma4UnifiedProcessor)(
         hf.Gemma4UnifiedAudioFeatureExtractor(), hf.Gemma4UnifiedImageProcessor(), t
     )
     sliding = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -338,7 +338,7 @@ def minicpm_like(prefix: str, **marks: str) -> tuple[Any, Any]:
     )
     images = "MiniCPMOcr" if prefix == "MiniCPMOcr" else "MiniCPMV4_6"
     ip = getattr(hf, f"{images}ImageProcessor")(scale_resolution=256)
-    processor = images_only(getattr(hf, f"{prefix}Processor"))(image_processor=ip, tokenizer=t)
+    processor = without_video(getattr(hf, f"{prefix}Processor"))(image_processor=ip, tokenizer=t)
     return processor, getattr(hf, f"{prefix}ForConditionalGeneration")(config)
 
 
@@ -372,5 +372,5 @@ def cohere_compass() -> tuple[Any, Any]:
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
     )
-    processor = images_only(hf.CohereCompassProcessor)(ip, t)
+    processor = without_video(hf.CohereCompassProcessor)(ip, t)
     return processor, hf.CohereCompassForConditionalGeneration(config)

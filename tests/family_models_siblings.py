@@ -23,7 +23,7 @@ from family_models import (
 )
 from family_models_tiled import PIXTRAL_TOWER
 
-from localization_heads.lvlm.checkpoints.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import without_video
 
 SIBLINGS = {
     "qwen3_vl_moe",
@@ -105,7 +105,7 @@ def video_llama_3() -> tuple[Any, Any]:
         image_token_id=t.image_token_id,
         video_token_id=t.video_token_id,
     )
-    return images_only(hf.VideoLlama3Processor)(ip, t), hf.VideoLlama3ForConditionalGeneration(config)
+    return without_video(hf.VideoLlama3Processor)(ip, t), hf.VideoLlama3ForConditionalGeneration(config)
 
 
 @family
@@ -143,7 +143,7 @@ def ernie4_5_vl_moe() -> tuple[Any, Any]:
         },
         **{f"{name}_id": getattr(t, f"{name}_id") for name in names},
     )
-    processor = images_only(hf.Ernie4_5_VLMoeProcessor)(ip, t)
+    processor = without_video(hf.Ernie4_5_VLMoeProcessor)(ip, t)
     type(processor).video_processor = SimpleNamespace(
         font=""
     )  # whose letters it saves, for the times of frames
@@ -193,5 +193,5 @@ def llava_next_video() -> tuple[Any, Any]:
         image_token_index=t.image_token_id,
         video_token_index=t.video_token_id,
     )
-    processor = images_only(hf.LlavaNextVideoProcessor)(ip, t, **settings)
+    processor = without_video(hf.LlavaNextVideoProcessor)(ip, t, **settings)
     return processor, hf.LlavaNextVideoForConditionalGeneration(config)

@@ -7,7 +7,7 @@ from typing import Any
 import transformers as hf
 from family_models import VOCABULARY, family, ids, siglip, square_size, text, tokenizer, tower
 
-from localization_heads.lvlm.checkpoints.processors import images_only
+from localization_heads.lvlm.checkpoints.processors import without_video
 
 ROWS_AND_COLUMNS = [(row, column) for row in range(1, 9) for column in range(1, 9)]
 ONE_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -28,7 +28,7 @@ def internvl() -> tuple[Any, Any]:
         image_token_id=t.context_image_token_id,
         image_seq_length=64,
     )
-    processor = images_only(hf.InternVLProcessor)(ip, t, image_seq_length=64)
+    processor = without_video(hf.InternVLProcessor)(ip, t, image_seq_length=64)
     return processor, hf.InternVLForConditionalGeneration(config)
 
 
@@ -108,7 +108,7 @@ def smolvlm() -> tuple[Any, Any]:
         end_of_utterance_token="<end_of_utterance>",
     )
     ip = hf.SmolVLMImageProcessor(size={"longest_edge": 1536}, max_image_size={"longest_edge": 512})
-    processor = images_only(hf.SmolVLMProcessor)(ip, t, image_seq_len=64)
+    processor = without_video(hf.SmolVLMProcessor)(ip, t, image_seq_len=64)
     config = hf.SmolVLMConfig(
         text_config=text("llama"),
         vision_config=tower(None, 512, 16),
@@ -211,7 +211,7 @@ def gemma4() -> tuple[Any, Any]:
         **SOUND,
     )
     sound = hf.Gemma4AudioFeatureExtractor()
-    processor = images_only(hf.Gemma4Processor)(sound, hf.Gemma4ImageProcessor(), t)
+    processor = without_video(hf.Gemma4Processor)(sound, hf.Gemma4ImageProcessor(), t)
     vision = tower(None, None, 16, num_key_value_heads=2, head_dim=16, pooling_kernel_size=3)
     del vision["image_size"]
     config = hf.Gemma4Config(

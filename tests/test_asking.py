@@ -36,7 +36,7 @@ from localization_heads.lvlm.extra_prompts import (
     other_expressions,
 )
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.text.prompts import mean_of_shapes, worded, wordings
+from localization_heads.lvlm.text.prompts import fill_template, mean_of_shapes, paraphrase
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.entries import Entries
@@ -70,11 +70,11 @@ def asking(lvlm: LVLM, **options: Any) -> LVLM:
 
 
 def test_templates_word_an_expression_and_its_article_goes() -> None:
-    assert wordings("the dog", None) == ["the dog"]
-    assert wordings("The dog", ["the {}", "a {}", "{}"]) == ["the dog", "a dog", "The dog"]
-    assert worded("the left dog.", "please find {}") == "please find the left dog."
-    assert worded("a {} of {0}", "{}") == "a {} of {0}"  # what people write is never a template
-    assert worded("theatre", "the {}") == "the theatre"
+    assert paraphrase("the dog", None) == ["the dog"]
+    assert paraphrase("The dog", ["the {}", "a {}", "{}"]) == ["the dog", "a dog", "The dog"]
+    assert fill_template("the left dog.", "please find {}") == "please find the left dog."
+    assert fill_template("a {} of {0}", "{}") == "a {} of {0}"  # what people write is never a template
+    assert fill_template("theatre", "the {}") == "the theatre"
 
 
 def test_mean_of_shapes_by_hand() -> None:

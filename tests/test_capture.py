@@ -289,7 +289,7 @@ def test_each_layer_is_captured_on_its_own_device() -> None:
             cache = prefix.cache(2, 7, grows=True)
             run(2, 3, past_key_values=cache, use_cache=True)
             for _ in range(2):
-                recorder.live = torch.ones(2, dtype=torch.bool, device="cpu:1")  # where the logits are
-                recorder.wanted = torch.ones(2, 2, dtype=torch.bool)
+                recorder.unfinished = torch.ones(2, dtype=torch.bool, device="cpu:1")  # where the logits are
+                recorder.counted = torch.ones(2, 2, dtype=torch.bool)
                 run(2, 1, past_key_values=cache, use_cache=True)
         assert devices({layer: mean for layer, (mean, _) in recorder.answers.items()}) == places

@@ -356,7 +356,9 @@ def test_a_hub_that_refuses_is_one_line(ranking, monkeypatch):
 
 
 def test_a_hub_that_is_not_there_is_one_line(monkeypatch):
-    monkeypatch.setattr("localization_heads.lvlm.checkpoints.sources.hub_trouble", lambda: "no network")
+    monkeypatch.setattr(
+        "localization_heads.lvlm.checkpoints.sources.hub_unreachable_reason", lambda: "no network"
+    )
     with pytest.raises(WorkError, match="neither a local file nor available from the hub"):
         lh.load_heads("nobody-at-all/no-such-heads")
 

@@ -40,9 +40,9 @@ def said(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     value, message = SETTINGS[request.param]
     monkeypatch.setenv(request.param, value)
     monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    sources.hub_trouble.cache_clear()
+    sources.hub_unreachable_reason.cache_clear()
     yield message
-    sources.hub_trouble.cache_clear()
+    sources.hub_unreachable_reason.cache_clear()
 
 
 def test_an_image_that_must_be_fetched(said: str) -> None:

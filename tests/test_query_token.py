@@ -25,9 +25,9 @@ from localization_heads.lvlm.sharing import apart
 from localization_heads.lvlm.text.prompts import Prompt, locate_expression, referseg_prompt
 from localization_heads.lvlm.text.query_tokens import (
     expression_tokens,
+    find_query,
     lone_space_id,
-    query_of,
-    without_token,
+    remove_token,
 )
 from localization_heads.options.groups import ModelSpec, QueryToken
 from localization_heads.stages.find import batch
@@ -112,10 +112,10 @@ def test_template_that_rewrites_the_expression() -> None:
 
 def test_last_token_of_right_padded_prompts() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    query = query_of("last", [], {"attention_mask": mask}, None)
+    query = find_query("last", [], {"attention_mask": mask}, None)
     assert query.positions is not None
     assert query.positions.tolist() == [[2], [3], [0]]
-    assert query_of("last", [], {"attention_mask": mask.flip(1)}, None).positions is None
+    assert find_query("last", [], {"attention_mask": mask.flip(1)}, None).positions is None
 
 
 def tiny_lvlm(
@@ -318,16 +318,16 @@ def test_lone_spaces_go_as_in_the_published_code(
 def test_a_token_goes_from_a_batch_padded_on_either_side() -> None:
     ids = torch.tensor([[5, 7, 6, 7], [8, 9, 0, 0]])
     given = {"input_ids": ids, "attention_mask": (ids != 0).long(), "token_type_ids": ids % 2, "other": 3}
-    right = without_token(given, 7, side="right", pad=1)
+    right = remove_token(given, 7, side="right", pad=1)
     assert right["input_ids"].tolist() == [[5, 6], [8, 9]]
     assert right["attention_mask"].tolist() == [[1, 1], [1, 1]]
     assert right["token_type_ids"].tolist() == [[1, 0], [0, 1]]
     assert right["other"] == 3
     ids = torch.tensor([[0, 5, 7, 6], [7, 8, 7, 7]])
-    left = without_token({"input_ids": ids, "attention_mask": (ids != 0).long()}, 7, side="left", pad=1)
+    left = remove_token({"input_ids": ids, "attention_mask": (ids != 0).long()}, 7, side="left", pad=1)
     assert left["input_ids"].tolist() == [[5, 6], [1, 8]]
     assert left["attention_mask"].tolist() == [[1, 1], [0, 1]]
-    assert without_token({"input_ids": ids}, 7, side="left", pad=1)["input_ids"].tolist() == [
+    assert remove_token({"input_ids": ids}, 7, side="left", pad=1)["input_ids"].tolist() == [
         [0, 5, 6],
         [1, 1, 8],
     ]

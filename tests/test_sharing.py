@@ -25,7 +25,7 @@ from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.families.table import FAMILIES
 from localization_heads.lvlm.forward.capture import decoder_layers
-from localization_heads.lvlm.forward.prefix import longest_shared, why_not_shared
+from localization_heads.lvlm.forward.prefix import max_shareable_length, why_not_shared
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import apart
 from localization_heads.lvlm.text.prompts import locate_expression
@@ -193,16 +193,16 @@ def test_why_an_image_is_not_shared() -> None:
 def test_the_longest_prompt_that_shares() -> None:
     """Up to the trained length, `dynamic` frequencies are those of no scaling, and `longrope` has its short factors."""
     config = copy.deepcopy(tiny("llava").model.config)
-    assert longest_shared(config) == math.inf
+    assert max_shareable_length(config) == math.inf
     config.text_config.max_position_embeddings = 100
     config.text_config.rope_parameters = DYNAMIC
-    assert longest_shared(config) == 99
+    assert max_shareable_length(config) == 99
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0, "short_factor": [1.0, 0.5]}
     longrope["original_max_position_embeddings"] = 40
     config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.25]}
-    assert longest_shared(config) == 39
+    assert max_shareable_length(config) == 39
     config.text_config.rope_parameters = longrope | {"long_factor": [1.0, 0.5]}
-    assert longest_shared(config) == math.inf
+    assert max_shareable_length(config) == math.inf
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("dynamic", 1024), ("longrope", 30), ("longrope", 60)])
@@ -235,10 +235,10 @@ def test_the_documentation_names_who_cannot_share() -> None:
     text = (Path(__file__).parents[1] / "docs/models.md").read_text(encoding="utf-8")
     section = text.partition("## One image, many expressions\n")[2].partition("\n## ")[0]
     listed = dict(re.findall(r"^- `(\w+)`: (.+)$", section, re.MULTILINE))
-    not_shared = {name: family.not_shared for name, family in FAMILIES.items() if family.not_shared}
-    assert listed == not_shared
+    reasons = {name: family.why_not_shared for name, family in FAMILIES.items() if family.why_not_shared}
+    assert listed == reasons
     unshared = {tiny(name).model.config.model_type for name in APART}
-    assert unshared == not_shared.keys()
+    assert unshared == reasons.keys()
 
 
 def test_questions_that_cannot_be_asked_are_refused(lvlm: LVLM, image: Image.Image) -> None:

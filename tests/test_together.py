@@ -39,7 +39,7 @@ from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.checks.doctor import eager
 from localization_heads.lvlm.checks.footprints import coordinate_image, image_features, view_errors
 from localization_heads.lvlm.extra_prompts import ExtraPrompts
-from localization_heads.lvlm.families.geometry import Layout, View, parted
+from localization_heads.lvlm.families.geometry import Layout, View, split_views
 from localization_heads.lvlm.families.table import SEVERAL_IMAGES
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.native_box import generate_box
@@ -182,10 +182,10 @@ def test_at_takes_the_maps_of_another_image() -> None:
 def test_tokens_are_parted_in_order_and_counted() -> None:
     view = View("whole", np.array([[0, 1]]), np.arange(3.0), np.arange(2.0))
     later = View("whole", np.array([[2], [0]]), np.arange(2.0), np.arange(3.0))
-    (one,), (two,) = parted(np.array([4, 5, 9, 10, 11]), [Layout(2, [view]), Layout(3, [later])])
+    (one,), (two,) = split_views(np.array([4, 5, 9, 10, 11]), [Layout(2, [view]), Layout(3, [later])])
     assert one.index.tolist() == [[4, 5]] and two.index.tolist() == [[11], [9]]
     with pytest.raises(lh.UsageError, match="4 image tokens where the 2 images have 5"):
-        parted(np.arange(4), [Layout(2, [view]), Layout(3, [later])])
+        split_views(np.arange(4), [Layout(2, [view]), Layout(3, [later])])
 
 
 def grounder(**options: Any) -> Grounder:

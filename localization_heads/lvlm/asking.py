@@ -19,7 +19,7 @@ from localization_heads.heads.sensitivity import probes
 from localization_heads.lvlm.answers.answering import Said, Sides, spellings
 from localization_heads.lvlm.extra_prompts import MAX_SIBLINGS, ExtraPrompts, other_expressions
 from localization_heads.lvlm.sharing import EncodedImage, Question
-from localization_heads.lvlm.text.prompts import ARTICLES, bare_sentence
+from localization_heads.lvlm.text.prompts import ARTICLES, strip_closing_marks
 
 BACKGROUND = "thing"
 """What `contrast=background` asks about: a word that names nothing in particular. A question about the whole image
@@ -133,7 +133,7 @@ def _question(template: str, expression: str) -> str:
     >>> _question("is there {}?", "the dog.")
     'is there the dog?'
     """
-    return template.replace("{}", bare_sentence(expression))
+    return template.replace("{}", strip_closing_marks(expression))
 
 
 def presence_sides(tokenizer: Any) -> Sides | None:

@@ -28,7 +28,7 @@ from localization_heads.lvlm.families.geometry import (
     whole_box,
 )
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
-from localization_heads.lvlm.text.query_tokens import without_token
+from localization_heads.lvlm.text.query_tokens import remove_token
 from localization_heads.options.parts import MOST_FRAMES
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def make_clip_ready(
         inputs = {**lvlm.tokenize(before + clip.text + after), **clip.inputs}
     if lvlm.dropped_token is not None:
         pad = lvlm.processor.tokenizer.pad_token_id or 0
-        inputs = without_token(inputs, lvlm.dropped_token, side="left", pad=pad)
+        inputs = remove_token(inputs, lvlm.dropped_token, side="left", pad=pad)
     lvlm.check_length(inputs["input_ids"].shape[1])
     places = (inputs["input_ids"][0] == clip.token).nonzero()[:, 0].numpy()
     t, h, w = clip.grid

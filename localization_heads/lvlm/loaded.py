@@ -23,14 +23,14 @@ from localization_heads.lvlm.answers.answering import (
     go_on,
 )
 from localization_heads.lvlm.answers.trace import Spelled, group_tokens, silent_tokens, span_tokens, spelled
-from localization_heads.lvlm.families.geometry import Layout, ProcessedImage, View, parted, read_maps
+from localization_heads.lvlm.families.geometry import Layout, ProcessedImage, View, read_maps, split_views
 from localization_heads.lvlm.families.table import layout_of_first, views_of
-from localization_heads.lvlm.forward.capture import Query, Recorder, capture, prompt_keys
-from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.forward.capture import Query, Recorder, capture, crop_to_prompt
+from localization_heads.lvlm.forward.failures import memory_errors, mismatch_errors
 from localization_heads.lvlm.forward.prefix import why_not_shared
 from localization_heads.lvlm.prompted import PromptedModel
-from localization_heads.lvlm.text.prompts import Prompt, bare_sentence
-from localization_heads.lvlm.text.query_tokens import expression_tokens, query_of
+from localization_heads.lvlm.text.prompts import Prompt, strip_closing_marks
+from localization_heads.lvlm.text.query_tokens import expression_tokens, find_query
 
 LAYOUTS = 1024
 """Sizes of images whose places in a prompt with several are kept."""
@@ -65,8 +65,8 @@ class LoadedModel(PromptedModel):
         """Why an image cannot be encoded once for all its expressions; None if it can."""
         if self.query_token == "answer_first":
             return "the first token of the answer is generated anew for each prompt"
-        if alone := next((change.alone for change in self.changes if change.alone), None):
-            return alone
+        if reason := next((change.why_not_shared for change in self.changes if change.why_not_shared), None):
+            return reason
         if not self.image_comes_first:
             return "its template puts the image after the expression"
         return self._family_not_shared
@@ -81,7 +81,7 @@ class LoadedModel(PromptedModel):
             return self._last(prompts, inputs)._replace(answers=self.most_tokens)
         if not self.model.config.is_encoder_decoder:
             with self._tokenizing:
-                return query_of(
+                return find_query(
                     self.query_token, prompts, inputs, self.processor.tokenizer, self.dropped_token
                 )
         if self.query_token.startswith("expression"):
@@ -102,7 +102,7 @@ class LoadedModel(PromptedModel):
     def _last(self, prompts: Sequence[Prompt], inputs: Mapping[str, Any]) -> Query:
         if self.model.config.is_encoder_decoder:
             return Query()
-        return query_of("last", prompts, inputs, self.processor.tokenizer)
+        return find_query("last", prompts, inputs, self.processor.tokenizer)
 
     def hearing(self, sides: Sides | None = None, wanted: Tensor | None = None) -> Hearing:
         """What hears a batch of answers (`capture_rows`)."""
@@ -129,7 +129,7 @@ class LoadedModel(PromptedModel):
             rows = self.capture_rows(given(), query, last_layer, hearing)
             heard = self.heard(hearing, query, len(rows))
             return (Answered(row, *one) for row, one in zip(rows, heard, strict=True))
-        with memory_errors(), misfit_errors(self.name), torch.inference_mode():
+        with memory_errors(), mismatch_errors(self.name), torch.inference_mode():
             self.run(given(), query, hearing)
         tokens = hearing.tokens(query.answers)
         wanted = self._wanted(tokens, expressions)
@@ -156,7 +156,7 @@ class LoadedModel(PromptedModel):
     def span_token_indices(self, answer: Spelled, expression: str) -> Sequence[int]:
         """The tokens that `answer_span` means. UsageError, with the answer, where it holds no such span."""
         if self.box_format is None:
-            return span_tokens(answer, str(self.answer_span).replace("{}", bare_sentence(expression)))
+            return span_tokens(answer, str(self.answer_span).replace("{}", strip_closing_marks(expression)))
         if places := group_tokens(answer, self.box_format.pattern):
             return places
         raise UsageError(f"answer_span=box: the answer is {shown(answer.text, 200)}, which holds no box")
@@ -177,14 +177,14 @@ class LoadedModel(PromptedModel):
         num_tokens = None if self.uses_cross_attention else query.past + length
         with (
             memory_errors(),
-            misfit_errors(self.name),
+            mismatch_errors(self.name),
             torch.inference_mode(),
             capture(self.attention_modules, stop, query, num_tokens) as recorder,
         ):
             self.run(inputs, query, self._told(hearing, query, recorder))
         rows = {layer: recorder.rows.pop(layer).cpu() for layer in list(recorder.rows)}
         if not self.uses_cross_attention:
-            rows = {layer: prompt_keys(row, length, query.step) for layer, row in rows.items()}
+            rows = {layer: crop_to_prompt(row, length, query.step) for layer, row in rows.items()}
         if not rows:
             raise WorkError(
                 f"{self.name}: no attention was seen; its attention implementation cannot be captured"
@@ -207,7 +207,7 @@ class LoadedModel(PromptedModel):
             return None
         told = hearing or self.hearing()
         told.recorder = recorder
-        recorder.wanted = told.wanted
+        recorder.counted = told.wanted
         return told
 
     def _mean_rows(self, recorder: Recorder) -> list[Tensor | None]:
@@ -295,7 +295,7 @@ class LoadedModel(PromptedModel):
             return [self.views_in(inputs, sample, shown)]
         sizes = [image.size for image in shown.images]
         tokens = ProcessedImage(self.model.config, self.processor, inputs, sample, sizes[0]).tokens
-        return parted(tokens, [self._layout(size) for size in sizes])
+        return split_views(tokens, [self._layout(size) for size in sizes])
 
     def _lay_out(self, size: tuple[int, int]) -> Layout:
         """The places of an image's tokens among several: of two that are equal, the first's."""

@@ -239,7 +239,7 @@ class LVLM(LoadedModel):
         """The host's share of `attend_batch`, which may run ahead of the model in another thread."""
         parts: list[tuple[Sequence[int], Answer]] = []
         alone: list[int] = []
-        batched = not family_of(self.model.config).alone
+        batched = not family_of(self.model.config).one_image_per_batch
         for places in _by_image(images):
             single = batched and (len(places) == 1 or self.why_not_shared)
             if single and isinstance(images[places[0]], Image.Image):

@@ -32,7 +32,7 @@ from localization_heads.lvlm.fingerprint import fingerprint
 from localization_heads.lvlm.forward.capture import attention_modules, decoder_layers, uses_cross_attention
 from localization_heads.lvlm.forward.changes import Change
 from localization_heads.lvlm.forward.failures import memory_errors, processor_errors
-from localization_heads.lvlm.text.chat_template import TemplateError, render_chat, template_of
+from localization_heads.lvlm.text.chat_template import TemplateError, chat_template_of, render_chat
 from localization_heads.lvlm.text.prompts import (
     Prompt,
     clean_expression,
@@ -42,7 +42,7 @@ from localization_heads.lvlm.text.prompts import (
     locate_expression,
     template_renderer,
 )
-from localization_heads.lvlm.text.query_tokens import lone_space_id, without_token
+from localization_heads.lvlm.text.query_tokens import lone_space_id, remove_token
 from localization_heads.options.groups import ConvMode, ModelSpec, QueryToken, ViewChoice
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,7 @@ class PromptedModel:
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
         """Raises UsageError if the checkpoint brings no chat template, or one that refuses the messages."""
-        if template_of(self.processor) is None:
+        if chat_template_of(self.processor) is None:
             raise UsageError(
                 f"conv_mode=chat: {self.name} brings no chat template; use conv_mode=referseg or plain"
             )
@@ -368,10 +368,10 @@ class PromptedModel:
             )
         if self.dropped_token is not None:
             pad = self.processor.tokenizer.pad_token_id or 0
-            inputs = without_token(inputs, self.dropped_token, side=side, pad=pad)
+            inputs = remove_token(inputs, self.dropped_token, side=side, pad=pad)
         self.check_length(inputs["input_ids"].shape[1])
         for change in self.changes:
-            change.see(self, images, inputs)
+            change.on_inputs(self, images, inputs)
         return inputs
 
     def _bos_options(self, prompts: Sequence[str]) -> dict[str, Any]:

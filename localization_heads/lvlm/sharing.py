@@ -3,7 +3,7 @@
 The image comes before the expression in the prompt, and attention is causal. So everything that the model computes
 for the tokens up to the image's last, and for the few of the template after it, is the same for every expression: it
 is computed once, and each expression costs a few tokens more. Families in which this does not hold
-(`Family.not_shared`) answer the same questions one prompt at a time.
+(`Family.why_not_shared`) answer the same questions one prompt at a time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from localization_heads.lvlm.answers.answering import Said, Sides, Weighed, keep
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import Query, capture
 from localization_heads.lvlm.forward.changes import Change
-from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.forward.failures import memory_errors, mismatch_errors
 from localization_heads.lvlm.forward.prefix import (
     Prefix,
-    first_tokens,
-    last_tokens,
-    longest_shared,
+    batch_suffixes,
+    max_shareable_length,
     recording_cache,
-    spatial_positions,
+    rotary_positions,
+    take_prefix,
 )
-from localization_heads.lvlm.text.prompts import Prompt, merged, shared_start, wordings
-from localization_heads.lvlm.text.query_tokens import continued
+from localization_heads.lvlm.text.prompts import Prompt, average_paraphrases, common_prefix_length, paraphrase
+from localization_heads.lvlm.text.query_tokens import batch_queries
 
 if TYPE_CHECKING:
     from localization_heads.lvlm.loaded import LoadedModel
@@ -125,8 +125,8 @@ class EncodedImage:
         if not self.lvlm.paraphrases:
             return self.attend_plainly(expressions, last_layer=last_layer)
         return [
-            merged(
-                self.attend_plainly(wordings(expression, self.lvlm.paraphrases), last_layer=last_layer),
+            average_paraphrases(
+                self.attend_plainly(paraphrase(expression, self.lvlm.paraphrases), last_layer=last_layer),
                 expression,
             )
             for expression in expressions
@@ -176,7 +176,7 @@ class EncodedImage:
                 )
             else:
                 given = self._continuing(group, prefix, start, answers=True)
-            with misfit_errors(lvlm.name), torch.inference_mode():
+            with mismatch_errors(lvlm.name), torch.inference_mode():
                 lvlm.run(given, Query(answers=num_tokens), hearing)
             return hearing.said(lvlm.processor.tokenizer, num_tokens)
 
@@ -203,7 +203,7 @@ class EncodedImage:
                 spans = [lvlm.expression_span(one.prompt, one.ids) for one in group]
                 given = self._continuing(group, prefix, start, answers=True)
             kept = max(length - span.start if span else 1 for span in spans)
-            with misfit_errors(lvlm.name), torch.inference_mode():
+            with mismatch_errors(lvlm.name), torch.inference_mode():
                 logits = lvlm.model(**given, **keeping(lvlm.model, kept)).logits
             return [weighed(*one) for one in zip(logits, [one.ids for one in group], spans, strict=True)]
 
@@ -218,7 +218,7 @@ class EncodedImage:
             more: tokens of an answer that follows, beside those that are captured.
         """
         longest = max((len(one.ids) + (one.query.answers or more) for one in questions), default=0)
-        if not questions or longest > longest_shared(self.lvlm.model.config):
+        if not questions or longest > max_shareable_length(self.lvlm.model.config):
             return -1, None
         prefix = self.encode(None if answers else last_layer)
         if prefix is None or (answers and not prefix.can_be_cut):
@@ -244,7 +244,7 @@ class EncodedImage:
         self, questions: Sequence[Question], prefix: Prefix, start: int, last_layer: int | None
     ) -> list[AttentionMaps]:
         """The maps of questions that go on from the prefix."""
-        query = continued([(one.query, len(one.ids)) for one in questions], start)
+        query = batch_queries([(one.query, len(one.ids)) for one in questions], start)
 
         def given() -> dict[str, Any]:
             return self._continuing(questions, prefix, start, answers=query.answers is not None)
@@ -260,9 +260,9 @@ class EncodedImage:
     ) -> dict[str, Any]:
         """The model's inputs for what follows the prefix. With `answers`, all are of one length."""
         lvlm = self.lvlm
-        inputs = last_tokens([question.inputs for question in questions], start)
+        inputs = batch_suffixes([question.inputs for question in questions], start)
         longest = max((question.inputs for question in questions), key=lambda one: one["input_ids"].shape[1])
-        if (positions := spatial_positions(lvlm.model, longest)) is not None:
+        if (positions := rotary_positions(lvlm.model, longest)) is not None:
             inputs["position_ids"] = positions[..., start:].expand(-1, len(questions), -1)
         inputs = {name: value.to(lvlm.device) for name, value in inputs.items()}
         cache = prefix.cache(len(questions), start, grows=answers)
@@ -270,7 +270,7 @@ class EncodedImage:
 
     def _common(self, prefix: Prefix, question: Question) -> int:
         """How many of the prefix's tokens a question can go on from; its query tokens are never among them."""
-        return min(shared_start(prefix.ids, question.ids), question.first_query)
+        return min(common_prefix_length(prefix.ids, question.ids), question.first_query)
 
     def _read(self, prompt: Prompt) -> dict[str, Any]:
         """The processor's output; the image itself is processed only once."""
@@ -281,7 +281,7 @@ class EncodedImage:
         """How many tokens all prompts have in common."""
         first = self._first["input_ids"][0].tolist()
         others = (self._read(self.lvlm.located_prompt(words)) for words in STAND_INS[1:])
-        return min(shared_start(first, other["input_ids"][0].tolist()) for other in others)
+        return min(common_prefix_length(first, other["input_ids"][0].tolist()) for other in others)
 
     @cached_property
     def _last_image_token(self) -> int:
@@ -295,12 +295,12 @@ class EncodedImage:
 
     def _computed(self, depth: int) -> Prefix:
         lvlm, length = self.lvlm, self._shared_tokens
-        inputs = first_tokens(self._first, length)
-        if (positions := spatial_positions(lvlm.model, self._first)) is not None:
+        inputs = take_prefix(self._first, length)
+        if (positions := rotary_positions(lvlm.model, self._first)) is not None:
             inputs["position_ids"] = positions[..., :length]
         inputs = lvlm.on_device(inputs)
         cache = recording_cache(lvlm.model.config)
-        with misfit_errors(lvlm.name), torch.inference_mode(), capture(lvlm.attention_modules, depth, None):
+        with mismatch_errors(lvlm.name), torch.inference_mode(), capture(lvlm.attention_modules, depth, None):
             lvlm.model.base_model(**inputs, past_key_values=cache, use_cache=True)
         recurrent = any(cache.is_linear)
         ids = self._first["input_ids"][0, :length].tolist()

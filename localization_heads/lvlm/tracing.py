@@ -21,8 +21,15 @@ from localization_heads.errors import NotFiniteError, UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace, silent_tokens, spelled
 from localization_heads.lvlm.families.geometry import View, read_maps
-from localization_heads.lvlm.forward.capture import LAST, Query, Recorder, StopForward, prompt_keys, recording
-from localization_heads.lvlm.forward.failures import memory_errors, misfit_errors
+from localization_heads.lvlm.forward.capture import (
+    LAST_TOKEN,
+    Query,
+    Recorder,
+    StopForward,
+    crop_to_prompt,
+    recording,
+)
+from localization_heads.lvlm.forward.failures import memory_errors, mismatch_errors
 from localization_heads.options.groups import GroundingOptions, ViewChoice
 from localization_heads.options.surroundings import MOST_TOKENS, TraceOptions
 
@@ -64,15 +71,15 @@ class StepRecorder(Recorder):
         last: int,
         num_tokens: int | None,
     ) -> None:
-        super().__init__(modules, max(modules), LAST, num_tokens)
+        super().__init__(modules, max(modules), LAST_TOKEN, num_tokens)
         self.heads, self.image, self.last = wanted, image, last
         self.box: Box | None = None
         self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
 
     def record(self, layer: int, call: int, row_of: Callable[[Query], Tensor]) -> None:
-        row = row_of(LAST)  # (1, H, K)
+        row = row_of(LAST_TOKEN)  # (1, H, K)
         if self.num_tokens is not None:
-            row = prompt_keys(row, self.num_tokens, call)
+            row = crop_to_prompt(row, self.num_tokens, call)
         if call == len(self.steps):
             self.steps.append({})
         self.steps[call][layer], self.box = self.image.maps(row[0, self.heads[layer]])
@@ -116,7 +123,7 @@ def traced(
         modules, wanted, on_image, max_new_tokens, None if across else inputs["input_ids"].shape[1]
     )
     hearing = lvlm.hearing()
-    with misfit_errors(lvlm.name), torch.inference_mode(), recording(recorder):
+    with mismatch_errors(lvlm.name), torch.inference_mode(), recording(recorder):
         lvlm.run(inputs, Query(answers=max_new_tokens), hearing)
     (ids,) = hearing.tokens(max_new_tokens)
     steps = recorder.steps[: len(ids) + 1]

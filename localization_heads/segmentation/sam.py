@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.grounding.ground import Grounding
-from localization_heads.lvlm.checkpoints.files import check_counts, check_size, weights_in, written_config
+from localization_heads.lvlm.checkpoints.files import check_counts, check_size, raw_config, weights_in
 from localization_heads.lvlm.checkpoints.sources import (
+    checkpoint_errors,
     checkpoint_folder,
-    only_here,
-    reading_errors,
-    source_of,
+    reads_local_files_only,
+    resolve_source,
 )
 from localization_heads.options.groups import Points, SegmenterOptions, SegmenterPrompt
 from localization_heads.segmentation.segmenter import (
@@ -89,10 +89,13 @@ def load_checkpoint(family: Family, name: str) -> tuple[Any, Colours, Colours]:
     import transformers
 
     shown = f"segmenter.name={name}"
-    source = source_of(name, shown, "segmenter=grabcut needs no weights")
-    settings: dict[str, Any] = {"local_files_only": only_here(source), "trust_remote_code": False}
-    with reading_errors(source, shown, "segmenter=grabcut, or segmenter.name=/path/to/folder"):
-        check_counts(written_config(source, **settings), shown)
+    source = resolve_source(name, shown, "segmenter=grabcut needs no weights")
+    settings: dict[str, Any] = {
+        "local_files_only": reads_local_files_only(source),
+        "trust_remote_code": False,
+    }
+    with checkpoint_errors(source, shown, "segmenter=grabcut, or segmenter.name=/path/to/folder"):
+        check_counts(raw_config(source, **settings), shown)
         config = transformers.AutoConfig.from_pretrained(source, **settings)
         found = config.model_type
         if found not in family.model_types:

@@ -85,7 +85,7 @@ class Hearing(LogitsProcessor):
         self.live = self.live & ~torch.isin(chosen, self.ends.to(chosen.device))
         self._tokens.append(torch.where(self.live, chosen, -1))
         if self.recorder is not None:
-            self.recorder.live = self.live
+            self.recorder.unfinished = self.live
         return scores
 
     def said(self, tokenizer: Any, most: int | None = None) -> list[Said]:

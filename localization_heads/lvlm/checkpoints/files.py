@@ -103,7 +103,7 @@ def _check_index(file: Path, shown: str) -> None:
             raise UsageError(f"{shown}: {file.name} names weights outside the folder: {name[:100]}")
 
 
-def written_config(source: str, **options: Any) -> dict[str, Any]:
+def raw_config(source: str, **options: Any) -> dict[str, Any]:
     """`config.json` as it is written, before any class makes something of it.
 
     Args:

@@ -26,10 +26,10 @@ from localization_heads.lvlm.checkpoints.processors import (
 )
 from localization_heads.lvlm.checkpoints.sources import (
     check_torchvision,
+    checkpoint_errors,
     checkpoint_folder,
-    only_here,
-    reading_errors,
-    source_of,
+    reads_local_files_only,
+    resolve_source,
     video_settings,
 )
 from localization_heads.lvlm.checkpoints.spec import (
@@ -240,7 +240,7 @@ def _source(spec: ModelSpec) -> str:
     """What `from_pretrained` is given: the embedded folder, a local folder, or a hub id."""
     if spec.name == EMBEDDED:
         return str(files("localization_heads") / "lvlm" / "embedded")
-    return source_of(spec.name, f"model.name={spec.name}", "model=tiny is the embedded model")
+    return resolve_source(spec.name, f"model.name={spec.name}", "model=tiny is the embedded model")
 
 
 def _checked_config(source: str, spec: ModelSpec) -> Any:
@@ -248,7 +248,7 @@ def _checked_config(source: str, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     shown = f"model.name={spec.name}"
-    written = _read(checkpoint.written_config, source, spec)
+    written = _read(checkpoint.raw_config, source, spec)
     checkpoint.check_original(written, shown)
     checkpoint.check_counts(written, shown)
     config = _read(AutoConfig.from_pretrained, source, spec)
@@ -338,9 +338,10 @@ def _read(
     """
     offline = "model=tiny runs the embedded model, model.name=/path/to/folder a model saved on this machine"
     _progress_bars(enabled=bar or not Path(source).is_dir())  # a download shows its own
-    with reading_errors(source, f"model.name={spec.name}", offline), warnings.catch_warnings():
+    with checkpoint_errors(source, f"model.name={spec.name}", offline), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return from_pretrained(source, local_files_only=only_here(source), trust_remote_code=False, **options)
+        options |= {"local_files_only": reads_local_files_only(source), "trust_remote_code": False}
+        return from_pretrained(source, **options)
 
 
 def _system_sentence(source: str, spec: ModelSpec) -> str:

@@ -81,7 +81,7 @@ class _ImagesOnly(type):
             return super().__call__(*args, **options)
 
 
-def images_only(kind: Any) -> Any:
+def without_video(kind: Any) -> Any:
     """A processor class without its video part, which it then neither loads nor needs.
 
     Args:
@@ -117,7 +117,7 @@ def processor_kind(model_type: str) -> Any:
         has_video = kind is not None and any("video" in name for name in kind.get_attributes())
     except ImportError:  # a placeholder for a class that cannot be imported
         has_video = False
-    return images_only(kind) if has_video else AutoProcessor
+    return without_video(kind) if has_video else AutoProcessor
 
 
 def with_pillow(image_processor: Any, kind: str | None = None, **changes: Any) -> Any:

@@ -23,7 +23,7 @@ MAX_SETTINGS = 1 << 20
 """Bytes of a file of settings for videos."""
 
 
-def source_of(name: str, shown: str, otherwise: str) -> str:
+def resolve_source(name: str, shown: str, otherwise: str) -> str:
     """What `from_pretrained` is given: a local folder, whose files are checked, or a hub id.
 
     Args:
@@ -45,9 +45,9 @@ def source_of(name: str, shown: str, otherwise: str) -> str:
     return name
 
 
-def only_here(source: str) -> bool:
+def reads_local_files_only(source: str) -> bool:
     """Whether nothing is to be asked of the hub: a local folder, or no way to the hub."""
-    return Path(source).is_dir() or hub_trouble() is not None
+    return Path(source).is_dir() or hub_unreachable_reason() is not None
 
 
 def checkpoint_folder(source: str) -> Path | None:
@@ -72,7 +72,7 @@ def video_settings(source: str) -> dict[str, Any]:
         path = cached_file(
             source,
             name,
-            local_files_only=only_here(source),
+            local_files_only=reads_local_files_only(source),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -85,7 +85,7 @@ def video_settings(source: str) -> dict[str, Any]:
 
 
 @cache
-def hub_trouble() -> str | None:
+def hub_unreachable_reason() -> str | None:
     """Why the hub cannot be asked; None if it can.
 
     Without this, every file is asked for many times before the error.
@@ -108,7 +108,7 @@ def hub_trouble() -> str | None:
 
 
 @contextmanager
-def reading_errors(source: str, shown: str, offline: str) -> Iterator[None]:
+def checkpoint_errors(source: str, shown: str, offline: str) -> Iterator[None]:
     """Raises WorkError, in one line that says what to do, for the many ways in which `from_pretrained` fails.
 
     Args:
@@ -125,7 +125,7 @@ def reading_errors(source: str, shown: str, offline: str) -> Iterator[None]:
             raise WorkError(f"{shown} cannot be read: {first_line(error)}") from error
         raise WorkError(
             f"{shown} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({hub_trouble() or first_line(error)}). Without a network: {offline}"
+            f"({hub_unreachable_reason() or first_line(error)}). Without a network: {offline}"
         ) from error
     except Exception as error:  # broken weights and configs raise anything
         raise WorkError(f"{shown} cannot be loaded: {missing_package(error) or _reason(error)}") from error

@@ -18,7 +18,7 @@ from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.ready import ready_list
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.families.table import FAMILIES
-from localization_heads.lvlm.forward.capture import Query, decoder_layers, prompt_keys
+from localization_heads.lvlm.forward.capture import Query, crop_to_prompt, decoder_layers
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.query_tokens import expression_tokens
 
@@ -243,7 +243,7 @@ def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     truth = eager_rows(lvlm, inputs, query, given)
     length = captured.shape[-1]
     if not lvlm.uses_cross_attention:
-        truth = {layer: prompt_keys(row, length, query.step) for layer, row in truth.items()}
+        truth = {layer: crop_to_prompt(row, length, query.step) for layer, row in truth.items()}
     gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in truth.items()}
     limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
     wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is wrong

@@ -131,7 +131,7 @@ class ProcessedImage:
         return list(self.processor.tokenizer.convert_ids_to_tokens(self.ids))
 
 
-def parted(tokens: NDArray[np.intp], layouts: Sequence[Layout]) -> list[list[View]]:
+def split_views(tokens: NDArray[np.intp], layouts: Sequence[Layout]) -> list[list[View]]:
     """The views of each image of a prompt, in its order.
 
     Args:

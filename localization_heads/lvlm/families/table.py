@@ -62,17 +62,17 @@ class Family:
     Args:
         views: where the image tokens lie, from the processor's output for one image.
         facts: options that a checkpoint of this family needs, or a function of its configuration that gives them.
-        not_shared: why an image cannot be encoded once for all expressions; None if it can.
+        why_not_shared: why an image cannot be encoded once for all expressions; None if it can.
         adds_image_itself: whether the processor puts the image before the text, so that prompts name none.
-        alone: whether its processor takes no batch of images that differ in their number of tiles.
+        one_image_per_batch: whether its processor takes no batch of images that differ in their number of tiles.
         writes_bos: whether the processor writes the token that begins a text where a prompt has none.
     """
 
     views: Callable[[ProcessedImage], list[View]]
     facts: Facts | Callable[[Any], Facts] = field(default_factory=lambda: {"conv_mode": "chat"})
-    not_shared: str | None = None
+    why_not_shared: str | None = None
     adds_image_itself: bool = False
-    alone: bool = False
+    one_image_per_batch: bool = False
     writes_bos: bool = False
 
 
@@ -106,7 +106,7 @@ FAMILIES = {
     "florence2": Family(
         florence2,
         {"conv_mode": "plain", "native_box": "florence2"},
-        not_shared="its encoder reads image and expression together",
+        why_not_shared="its encoder reads image and expression together",
         adds_image_itself=True,
     ),
     "gemma3": Family(gemma3),
@@ -128,7 +128,7 @@ FAMILIES = {
     "paligemma": Family(
         whole_square,
         _paligemma_facts,
-        not_shared="its image tokens attend to the expression (a bidirectional prefix)",
+        why_not_shared="its image tokens attend to the expression (a bidirectional prefix)",
     ),
     "qwen2_vl": Family(qwen, _chat("qwen2")),
     "qwen2_5_vl": Family(qwen, _chat("qwen2_5")),
@@ -156,8 +156,8 @@ FAMILIES |= {
     "got_ocr2": Family(got_ocr2, {"conv_mode": "plain"}),
     "granite_docling": FAMILIES["idefics3"],
     "hyperclovax_vision_v2": Family(qwen),
-    "inkling2": Family(inkling, not_shared=_CONVOLVED),
-    "inkling_mm_model": Family(inkling, not_shared=_CONVOLVED),
+    "inkling2": Family(inkling, why_not_shared=_CONVOLVED),
+    "inkling_mm_model": Family(inkling, why_not_shared=_CONVOLVED),
     "lfm3_vl": Family(qwen),
     "lighton_ocr": FAMILIES["mistral3"],
     "llava_next_video": FAMILIES["llava_next"],
@@ -168,7 +168,7 @@ FAMILIES |= {
     "muse_glimmer": Family(qwen),
     "muse_spark": Family(qwen),
     "paddleocr_vl": Family(qwen),
-    "perception_lm": Family(perception, alone=True),
+    "perception_lm": Family(perception, one_image_per_batch=True),
     "pp_chart2table": Family(got_ocr2),
     "qianfan_ocr": Family(internvl),
     "qwen2_5_omni_thinker": FAMILIES["qwen2_5_vl"],
@@ -180,7 +180,7 @@ FAMILIES |= {
     "unlimited_ocr": Family(
         unlimited_ocr,
         {"conv_mode": "plain"},
-        not_shared="its layers forget what follows the prompt that they were first given",
+        why_not_shared="its layers forget what follows the prompt that they were first given",
     ),
     "video_llama_3": Family(qwen),
     "video_llava": Family(llava, {"conv_mode": "referseg"}),

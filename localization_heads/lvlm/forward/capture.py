@@ -172,7 +172,7 @@ def _visible_keys(
 
 
 AttentionFunction = Callable[..., Any]
-LAST = Query()
+LAST_TOKEN = Query()
 
 MaskChange = Callable[[nn.Module, Tensor, Tensor, Any, Mapping[str, Any]], Any]
 """A new attention mask from a module, its `query`, `key` and mask, and the other arguments of its attention."""
@@ -208,7 +208,7 @@ class Recorder:
         self,
         modules: dict[int, nn.Module],
         stop_after: int | None = None,
-        query: Query | None = LAST,
+        query: Query | None = LAST_TOKEN,
         num_tokens: int | None = None,
     ) -> None:
         self.layer_of = {id(module): layer for layer, module in modules.items()}
@@ -216,8 +216,8 @@ class Recorder:
         self.query = query
         self.num_tokens = num_tokens
         self.rows: dict[int, Tensor] = {}  # layer -> (B, H, K) fp32
-        self.live: Tensor | None = None  # (B,) which samples still answer, kept by who generates
-        self.wanted: Tensor | None = None  # bool (B, n), which tokens of the answer count; None for all
+        self.unfinished: Tensor | None = None  # (B,) which samples still answer, kept by who generates
+        self.counted: Tensor | None = None  # bool (B, n), which tokens of the answer count; None for all
         self._sums: dict[int, Tensor] = {}  # layer -> (B, H, T) fp32, over the answer's tokens
         self._counts: dict[int, Tensor] = {}  # layer -> (B,), how many those were
         self._calls: Counter[int] = Counter()
@@ -228,7 +228,7 @@ class Recorder:
         pairs = {layer: (sums, self._counts[layer]) for layer, sums in self._sums.items()}
         return {layer: (sums / n.clamp(min=1)[:, None, None], n) for layer, (sums, n) in pairs.items()}
 
-    def see(
+    def on_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, extras: dict[str, Any]
     ) -> None:
         """One call of an attention module: counted, and recorded where it is that of a layer."""
@@ -254,17 +254,17 @@ class Recorder:
             if call == self.query.step:
                 self.rows[layer] = row_of(self.query)
             elif self.query.answers and call <= last:
-                self._add(layer, call, row_of(LAST))
+                self._add(layer, call, row_of(LAST_TOKEN))
         if layer == self.stop_after and call == last and self.query.answers != 0:
             raise StopForward
 
     def _add(self, layer: int, call: int, row: Tensor) -> None:
         """Of a token of the answer, where the sample has not ended it."""
         if self.num_tokens is not None:
-            row = prompt_keys(row, self.num_tokens, call)
-        live = torch.ones(len(row), dtype=torch.bool) if self.live is None else self.live
-        if self.wanted is not None:
-            live = live & self.wanted[:, call - 1].to(live.device)
+            row = crop_to_prompt(row, self.num_tokens, call)
+        live = torch.ones(len(row), dtype=torch.bool) if self.unfinished is None else self.unfinished
+        if self.counted is not None:
+            live = live & self.counted[:, call - 1].to(live.device)
         live = live.to(row.device)
         row = torch.where(live[:, None, None], row, 0.0)
         if layer in self._sums:
@@ -274,7 +274,7 @@ class Recorder:
             self._sums[layer], self._counts[layer] = row, live.long()
 
 
-def prompt_keys(row: Tensor, num_tokens: int, step: int) -> Tensor:
+def crop_to_prompt(row: Tensor, num_tokens: int, step: int) -> Tensor:
     """(B, H, T) of the prompt's tokens from a row (B, H, K) over the keys of the step-th call.
 
     A decoding step has the answer's keys as well, and where a layer's cache has a sliding window, only the last
@@ -289,7 +289,7 @@ def prompt_keys(row: Tensor, num_tokens: int, step: int) -> Tensor:
 def capture(
     modules: dict[int, nn.Module],
     stop_after: int | None = None,
-    query: Query | None = LAST,
+    query: Query | None = LAST_TOKEN,
     num_tokens: int | None = None,
 ) -> Iterator[Recorder]:
     """Record the attention of each sample's query positions in every given module during the `with` block.
@@ -389,7 +389,7 @@ def _wrap(registered: AttentionFunction | None) -> AttentionFunction:
             attention_mask = change(module, query, key, attention_mask, kw)
         recorder = _recorder.get()
         if recorder is not None:
-            recorder.see(module, query, key, attention_mask, kw)
+            recorder.on_attention(module, query, key, attention_mask, kw)
         return original(module, query, key, value, attention_mask, *args, **kw)
 
     return attention

@@ -14,16 +14,16 @@ class Change(Protocol):
     """A change of a model that is in force, one of `LVLM.changes`.
 
     Attributes:
-        alone: why no prompt may share an image's encoding while it is; None if they may.
+        why_not_shared: why no prompt may share an image's encoding while it is; None if they may.
     """
 
-    alone: str | None
+    why_not_shared: str | None
 
-    def see(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
+    def on_inputs(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Called with all that the processor has made ready, one per sample."""
 
 
-def chosen_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...]:
+def resolve_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...]:
     """The heads, each once, as `Head`s, from `Head`s, pairs or texts such as `14-24`.
 
     Args:

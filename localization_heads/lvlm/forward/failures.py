@@ -52,7 +52,7 @@ def processor_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def misfit_errors(name: str) -> Iterator[None]:
+def mismatch_errors(name: str) -> Iterator[None]:
     """Raises UsageError where the model finds that pixels, tokens and its own sizes do not belong together."""
     try:
         yield

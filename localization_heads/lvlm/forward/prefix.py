@@ -35,9 +35,9 @@ SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids
 def why_not_shared(config: Any) -> str | None:
     """Why the images of such a model cannot be encoded once for all expressions; None if they can.
 
-    Asked of the configuration alone: a family's attention (`Family.not_shared`), and options that any decoder can have.
+    Follows from the configuration alone: from the family (`Family.why_not_shared`) and from decoder options.
     """
-    if reason := family_of(config).not_shared:
+    if reason := family_of(config).why_not_shared:
         return reason
     if config.is_encoder_decoder:
         return "its encoder reads image and expression together"
@@ -47,7 +47,7 @@ def why_not_shared(config: Any) -> str | None:
     return None
 
 
-def longest_shared(config: Any) -> float:
+def max_shareable_length(config: Any) -> float:
     """Tokens that a prompt may have at most if its prefix is to be that of any other prompt; infinite for most models.
 
     `dynamic` rotary frequencies are as if there were none up to the length that the model was trained for, and depend
@@ -162,12 +162,12 @@ def _tensors(layer: Any) -> list[Tensor]:
     return [tensor for tensor in own if isinstance(tensor, Tensor)]
 
 
-def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
+def take_prefix(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The inputs of one prompt cut to its first tokens, with everything that belongs to its image."""
     return {name: t[:, :length] if name in SEQUENCES else t for name, t in inputs.items()}
 
 
-def last_tokens(prompts: Sequence[Mapping[str, Any]], start: int) -> dict[str, Any]:
+def batch_suffixes(prompts: Sequence[Mapping[str, Any]], start: int) -> dict[str, Any]:
     """What follows the first `start` tokens of each prompt, as a batch.
 
     Shorter ones are padded on the right with their own last token: attention is causal, so no mask is needed.
@@ -185,7 +185,7 @@ def _padded(tokens: Tensor, length: int) -> Tensor:
     return torch.cat([tokens, *[tokens[:, -1:]] * missing], 1)
 
 
-def spatial_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+def rotary_positions(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """(3, 1, T) rotary positions in time, height and width of one prompt; None for models that only count tokens."""
     index = getattr(model.base_model, "get_rope_index", None)
     if index is None:

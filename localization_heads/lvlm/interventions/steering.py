@@ -25,7 +25,7 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import changed_masks
-from localization_heads.lvlm.forward.changes import chosen_heads
+from localization_heads.lvlm.forward.changes import resolve_heads
 from localization_heads.lvlm.loaded import LoadedModel
 
 KERNELS = ("sdpa", "eager")
@@ -54,7 +54,7 @@ class Steering:
         region: xyxy in pixels of the image.
     """
 
-    alone: str | None = None
+    why_not_shared: str | None = None
 
     def __init__(
         self, lvlm: LoadedModel, heads: Mapping[int, list[int]], region: Box, strength: float
@@ -65,7 +65,7 @@ class Steering:
         self._now: _Tokens | None = None
         self._read: WeakKeyDictionary[Any, _Tokens] = WeakKeyDictionary()  # by cache
 
-    def see(self, lvlm: LoadedModel, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
+    def on_inputs(self, lvlm: LoadedModel, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Find the region's tokens. All images of a block are of one size, and so have their tokens alike."""
         for number, image in enumerate(images):
             if not isinstance(image, Image.Image):
@@ -242,7 +242,7 @@ def steer(
     box = _box(region)
     if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise UsageError(f"steer: the strength must be a finite number, not {strength!r}")
-    chosen = chosen_heads(heads, lvlm, "steer")
+    chosen = resolve_heads(heads, lvlm, "steer")
     if not chosen or strength == 0:
         yield
         return

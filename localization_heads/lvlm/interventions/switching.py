@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.forward.changes import chosen_heads
+from localization_heads.lvlm.forward.changes import resolve_heads
 from localization_heads.lvlm.loaded import LoadedModel
 
 How = Literal["zero", "mean"]
@@ -35,12 +35,12 @@ class SwitchedOff:
 
     def __init__(self, columns: Mapping[int, Tensor], how: How) -> None:
         self.columns = columns
-        self.alone = _WHOLE_PROMPT if how == "mean" else None
+        self.why_not_shared = _WHOLE_PROMPT if how == "mean" else None
         self._how = how
         self._seen: Tensor | None = None  # (B, T), the tokens that are no padding
         self._means: dict[int, Tensor] = {}  # layer -> (B, 1, columns)
 
-    def see(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
+    def on_inputs(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
         """Nothing depends on the image."""
 
     def begin(self, _: nn.Module, __: Any, named: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ def switch_off(
     """
     if how not in get_args(How):
         raise UsageError(f"switch_off: how={how!r}: choose zero or mean")
-    chosen = chosen_heads(heads, lvlm, "switch_off")
+    chosen = resolve_heads(heads, lvlm, "switch_off")
     if not chosen:
         yield
         return

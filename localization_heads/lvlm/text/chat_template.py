@@ -154,7 +154,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=PROCESS.forget)
 
 
-def template_of(processor: Any) -> str | None:
+def chat_template_of(processor: Any) -> str | None:
     """A processor's chat template: of several, the default."""
     template = getattr(processor, "chat_template", None)
     if isinstance(template, dict):
@@ -171,7 +171,7 @@ def _own_template() -> str:
 
 def make_renderer_ready(processor: Any) -> None:
     """Start the child, where the processor's template will need it."""
-    if template_of(processor) not in (None, _own_template()):
+    if chat_template_of(processor) not in (None, _own_template()):
         PROCESS.start()
 
 
@@ -182,7 +182,7 @@ def render_chat(processor: Any, messages: Messages) -> str:
         TemplateError: there is no template, it refuses the messages, or it passes a limit.
         WorkError: the process that renders it cannot be started.
     """
-    template = template_of(processor)
+    template = chat_template_of(processor)
     if template is None:
         raise TemplateError("there is no chat template")
     variables = processor.tokenizer.special_tokens_map

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.text.chat_template import TemplateError, render_chat, template_of
+from localization_heads.lvlm.text.chat_template import TemplateError, chat_template_of, render_chat
 from localization_heads.options.groups import ConvMode
 
 LLAVA_SYSTEM = (
@@ -48,7 +48,7 @@ def locate_expression(render: Callable[[str], str], expression: str) -> Prompt:
     >>> locate_expression("user: {}. assistant:".format, "a")
     Prompt(text='user: a. assistant:', start=6, end=7)
     """
-    text, words = render(expression), bare_sentence(expression)
+    text, words = render(expression), strip_closing_marks(expression)
     start = render(STAND_IN).find(STAND_IN)
     if start < 0 or not text.startswith(words, start):
         start = text.rfind(words)  # the template changes with what is said
@@ -77,10 +77,10 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
     return text
 
 
-def bare_sentence(expression: str) -> str:
+def strip_closing_marks(expression: str) -> str:
     """The expression without the marks that end a sentence, unless it is nothing else.
 
-    >>> bare_sentence("the dog."), bare_sentence("?")
+    >>> strip_closing_marks("the dog."), strip_closing_marks("?")
     ('the dog', '?')
     """
     return expression.rstrip(_CLOSING + " ") or expression
@@ -144,7 +144,7 @@ def image_placeholder(processor: Any, image_token: str) -> str:
 
 def template_renderer(processor: Any) -> Render | None:
     """Its chat template as a function, or None if it brings none or refuses a turn with an image."""
-    if template_of(processor) is None:
+    if chat_template_of(processor) is None:
         return None
 
     def render(content: list[dict[str, str]]) -> str:
@@ -179,15 +179,15 @@ def _difference(with_image: str, without: str) -> str | None:
     '<image>'
     """
     (head, _, tail), (bare_head, _, bare_tail) = with_image.partition(_AFTER), without.partition(_AFTER)
-    before = head[shared_start(head, bare_head) :].strip()
-    shared = shared_start(tail[::-1], bare_tail[::-1])
+    before = head[common_prefix_length(head, bare_head) :].strip()
+    shared = common_prefix_length(tail[::-1], bare_tail[::-1])
     return before or tail[: len(tail) - shared].strip() or None
 
 
-def shared_start(one: Sequence[object], other: Sequence[object]) -> int:
+def common_prefix_length(one: Sequence[object], other: Sequence[object]) -> int:
     """How many items (characters, tokens) two sequences have in common at their start.
 
-    >>> shared_start([5, 6, 7], [5, 6, 8, 9])
+    >>> common_prefix_length([5, 6, 7], [5, 6, 8, 9])
     2
     """
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
@@ -220,20 +220,20 @@ def _text(text: str) -> dict[str, str]:
 ARTICLES = ("the", "a", "an")
 
 
-def wordings(expression: str, templates: Sequence[str] | None) -> list[str]:
+def paraphrase(expression: str, templates: Sequence[str] | None) -> list[str]:
     """An expression in each of the templates, each wording once; without templates, the expression as it is.
 
     Where a template has an article before the expression, that of the expression is left out.
 
-    >>> wordings("the dog", ["{}", "a {}", "the {}", "please find {}"])
+    >>> paraphrase("the dog", ["{}", "a {}", "the {}", "please find {}"])
     ['the dog', 'a dog', 'please find the dog']
     """
     if not templates:
         return [expression]
-    return list(dict.fromkeys(worded(expression, template) for template in templates))
+    return list(dict.fromkeys(fill_template(expression, template) for template in templates))
 
 
-def worded(expression: str, template: str) -> str:
+def fill_template(expression: str, template: str) -> str:
     """An expression in a template."""
     before = template.partition("{}")[0].split()
     if before and before[-1].lower() in ARTICLES:
@@ -251,7 +251,7 @@ def bare(expression: str) -> str:
     return rest.strip() if rest.strip() and first.lower() in ARTICLES else expression
 
 
-def merged(found: Sequence[AttentionMaps], expression: str) -> AttentionMaps:
+def average_paraphrases(found: Sequence[AttentionMaps], expression: str) -> AttentionMaps:
     """The maps of an expression from those of its wordings: what the model answers is taken of the first.
 
     Each head's map is the mean of its maps, each scaled to a sum of 1, times the mean of their sums: no wording
@@ -267,7 +267,9 @@ def merged(found: Sequence[AttentionMaps], expression: str) -> AttentionMaps:
         attention=mean_of_shapes([one.attention for one in found]),
         answer=mean_of_shapes(answers) if answers else None,
         query=expression,
-        images=tuple(merged(each, expression) for each in zip(*(one.images for one in found), strict=True)),
+        images=tuple(
+            average_paraphrases(each, expression) for each in zip(*(one.images for one in found), strict=True)
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from localization_heads.options.groups import QueryToken
 _LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding
 
 
-def query_of(
+def find_query(
     kind: QueryToken,
     prompts: Sequence[Prompt],
     inputs: Mapping[str, Any],
@@ -71,10 +71,10 @@ def _mean(spans: Sequence[range]) -> Query:
     return Query(positions, (torch.arange(n) < lengths) / lengths)
 
 
-def continued(queries: Sequence[tuple[Query, int]], past: int) -> Query:
+def batch_queries(queries: Sequence[tuple[Query, int]], past: int) -> Query:
     """The queries of single prompts, each with its number of tokens, as a batch of what follows `past` shared tokens.
 
-    >>> continued([(Query(), 9), (Query(torch.tensor([[7]])), 10)], past=6)[:2]
+    >>> batch_queries([(Query(), 9), (Query(torch.tensor([[7]])), 10)], past=6)[:2]
     (tensor([[2],
             [1]]), None)
     """
@@ -195,7 +195,7 @@ def lone_space_id(tokenizer: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def without_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int) -> dict[str, Any]:
+def remove_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int) -> dict[str, Any]:
     """A processor's output without a token: `[B, T, ...]`, padded anew on that side, to `[B, T - n, ...]`.
 
     Args:
@@ -204,7 +204,7 @@ def without_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int)
         pad: the id that fills them up.
 
     >>> inputs = {"input_ids": torch.tensor([[1, 7, 2, 3], [1, 4, 7, 7]])}
-    >>> without_token(inputs, 7, side="left", pad=0)["input_ids"].tolist()
+    >>> remove_token(inputs, 7, side="left", pad=0)["input_ids"].tolist()
     [[1, 2, 3], [0, 1, 4]]
     """
     ids: Tensor = inputs["input_ids"]
