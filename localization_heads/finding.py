@@ -27,10 +27,10 @@ from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.labels import LabelRecipe, mass_on_patches, rank_by_labels
-from localization_heads.heads.ranking import random_draws, rank_heads, with_movement
+from localization_heads.heads.ranking import add_sensitivity, random_draws, rank_heads
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
-from localization_heads.heads.sensitivity import Moved, mean_movement
+from localization_heads.heads.sensitivity import SensitivityStatistics, mean_sensitivity
 from localization_heads.lvlm.extra_prompts import (
     MAX_SIBLINGS,
     NO_EXTRA_PROMPTS,
@@ -120,9 +120,9 @@ def find_heads(
     )
     times_drawn = random_draws(len(measured), num_trials, num_samples, seed).sum(axis=0)
     if measures_sensitivity(criteria):
-        movements = [sample.movement for sample in measured if sample.movement]
+        sensitivities = [sample.sensitivity for sample in measured if sample.sensitivity]
         shape = lvlm.num_layers, lvlm.num_heads
-        ranking = with_movement(ranking, mean_movement(movements, times_drawn.tolist(), shape))
+        ranking = add_sensitivity(ranking, mean_sensitivity(sensitivities, times_drawn.tolist(), shape))
     keys = [sample.image_key for sample in measured]
     if score_by_label is None:
         return replace(
@@ -183,7 +183,7 @@ class _Probed(NamedTuple):
     """An attended sample, and what further forward passes said about its heads where these are wanted."""
 
     attended: AttendedSample
-    movement: Moved | None
+    sensitivity: SensitivityStatistics | None
     label_scores: NDArray[np.float32] | None
 
 
@@ -193,13 +193,13 @@ class _MeasuredSample(NamedTuple):
     Args:
         image_key: identity of its image, if known.
         statistics: attention sum, spatial entropy and bottom-row flag, each `[layer, head]`.
-        movement: the third criterion, if it is wanted.
+        sensitivity: if the criteria use it.
         label_scores: `[layer, head]`, in a ranking by labels.
     """
 
     image_key: str | None
     statistics: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    movement: Moved | None
+    sensitivity: SensitivityStatistics | None
     label_scores: NDArray[np.float32] | None
 
 
@@ -213,24 +213,24 @@ def _measure_samples(
     """Measure every usable sample; statistics are computed while the model attends to the next batch."""
 
     def probe(attended: AttendedSample) -> _Probed:
-        movement = None
+        sensitivity = None
         if measures_sensitivity(criteria):
             mirrored = None
             if attended.image_number < criteria.mirrored:
                 mirrored = lvlm.attend_mirrored(attended.image, attended.sample.expression, attended.maps)
-            movement = measure_sensitivity(attended.maps, mirrored)
-        return _Probed(attended, movement, score_by_label(attended) if score_by_label else None)
+            sensitivity = measure_sensitivity(attended.maps, mirrored)
+        return _Probed(attended, sensitivity, score_by_label(attended) if score_by_label else None)
 
     latest_key: dict[int, str | None] = {}  # image number -> key: computed once per run of samples
 
     def measure(probed: _Probed) -> _MeasuredSample:
-        attended, movement, scores = probed
+        attended, sensitivity, scores = probed
         if attended.image_number not in latest_key:
             latest_key.clear()
             latest_key[attended.image_number] = image_keys([attended.sample])[0]
         found = head_statistics(attended.maps.attention, criteria)
         statistics = found.attention_sum, found.spatial_entropy, found.bottom_row_focus
-        return _MeasuredSample(latest_key[attended.image_number], statistics, movement, scores)
+        return _MeasuredSample(latest_key[attended.image_number], statistics, sensitivity, scores)
 
     def num_bytes(probed: _Probed) -> int:
         return probed.attended.maps.num_bytes

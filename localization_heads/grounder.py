@@ -96,7 +96,7 @@ class Grounder:
     def heads_of(self, maps: AttentionMaps, statistics: HeadStatistics | None = None) -> list[Head]:
         """The heads that ground one sample. NoHeadError where it has to pick its own and none passes.
 
-        By the third criterion it can pick them only if `maps.others` holds other expressions' maps.
+        By sensitivity it can pick them only if `maps.others` holds other expressions' maps.
 
         Args:
             statistics: of the maps, where they are known already.
@@ -104,8 +104,8 @@ class Grounder:
         if self.heads:
             return list(self.heads)
         statistics = statistics or head_statistics(maps.attention, self.criteria)
-        third = measure_sensitivity(maps, None) if measures_sensitivity(self.criteria) else None
-        return own_heads(statistics, self.criteria, self.k, third)
+        sensitivity = measure_sensitivity(maps, None) if measures_sensitivity(self.criteria) else None
+        return own_heads(statistics, self.criteria, self.k, sensitivity)
 
     def ground(
         self,

@@ -314,16 +314,16 @@ def test_shrinkage_towards_the_heads_that_move(front: Front) -> None:
     assert result.status == 0, result.err
     heads, labels = (json.loads((front.out / f"{name}.json").read_text()) for name in ("heads", "labels"))
     assert labels["label_free_heads"] == [[head["layer"], head["head"]] for head in free[:3]]
-    movement = {
+    scores = {
         (head["layer"], head["head"]): max(0.0, head["consistency"] - 1 + head["sensitivity"])
         for head in free
     }
     best = max(head["score"] for head in heads["heads"])
     blended = [
         0.25 * head["score"] / best
-        + 0.75 * movement.get((head["layer"], head["head"]), 0.0) / max(movement.values())
+        + 0.75 * scores.get((head["layer"], head["head"]), 0.0) / max(scores.values())
         for head in heads["heads"]
-        if (head["layer"], head["head"]) in movement
+        if (head["layer"], head["head"]) in scores
     ]
     assert blended == sorted(blended, reverse=True) and len(blended) == len(free)
     written = (front.out / "heads.json").read_bytes()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from localization_heads.attention import AttentionMaps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.ranking import rank_heads
-from localization_heads.heads.sensitivity import overlap
+from localization_heads.heads.sensitivity import map_overlap
 from localization_heads.stages import rank_files
 from localization_heads.store.attention_files import save_attention
 
@@ -99,8 +99,8 @@ def test_files_of_every_format_and_grid_are_ranked_as_their_maps_are(front: Fron
     assert [[head["layer"], head["head"]] for head in found["heads"]] == [
         list(one.address) for one in ranking.kept
     ]
-    two = np.mean([overlap(maps[i], maps[j]) for i, j in ((3, 4), (3, 6), (4, 6))], axis=0)
-    expected = 1 - (2 * overlap(maps[0], maps[1]) + 3 * two) / 5
+    two = np.mean([map_overlap(maps[i], maps[j]) for i, j in ((3, 4), (3, 6), (4, 6))], axis=0)
+    expected = 1 - (2 * map_overlap(maps[0], maps[1]) + 3 * two) / 5
     for head in found["heads"]:
         place = head["layer"], head["head"]
         assert head["selection_frequency"] == pytest.approx(

@@ -29,22 +29,21 @@ from localization_heads.figures import plot_sensitivity
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
 from localization_heads.heads.one_sample import greedy_heads
 from localization_heads.heads.ranking import (
-    disagreement,
-    papers_first,
+    add_sensitivity,
+    describe_disagreement,
     rank_heads,
-    robust_first,
-    with_movement,
+    top_by_paper_criteria,
+    top_by_sensitivity,
 )
-from localization_heads.heads.record import HeadRanking, RankedHead, resting
+from localization_heads.heads.record import HeadRanking, RankedHead, resting_heads
 from localization_heads.heads.sensitivity import (
-    Moved,
-    Movement,
-    OneImage,
-    mean_movement,
-    moved,
-    overlap,
-    probes,
-    swapped,
+    PairwiseSensitivity,
+    SensitivityStatistics,
+    comparison_expressions,
+    map_overlap,
+    mean_sensitivity,
+    sensitivity_statistics,
+    swap_left_right,
 )
 from localization_heads.lvlm.extra_prompts import covers_mirrored_region
 from localization_heads.lvlm.model import LVLM
@@ -52,7 +51,7 @@ from localization_heads.options.groups import CriteriaOptions
 from localization_heads.report.content import HeadFacts
 from localization_heads.report.values import method, ranking_cells, ranking_columns
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
-from localization_heads.store.statistics import COLUMNS, MOVED, StatisticsStore
+from localization_heads.store.statistics import COLUMNS, SENSITIVITY_COLUMNS, StatisticsStore
 
 FAMILIES = ["llava_next", "qwen2_5_vl", "internvl", "gemma3", "mllama", "paligemma", "florence2", "janus"]
 ROBUST = CriteriaOptions(sensitivity="siblings")
@@ -65,15 +64,15 @@ WORDS = ROBUST.siblings
 def test_overlap_by_hand() -> None:
     """[.5 .5] and [1 0] overlap by sqrt(.5); [.25 .75] and [.75 .25] by 2 sqrt(.1875)."""
     half, left = np.array([[0.2, 0.2]]), np.array([[0.9, 0.0]])
-    assert float(overlap(half, left)) == pytest.approx(np.sqrt(0.5))
-    assert float(overlap(np.array([[1.0, 3.0]]), np.array([[0.3, 0.1]]))) == pytest.approx(
+    assert float(map_overlap(half, left)) == pytest.approx(np.sqrt(0.5))
+    assert float(map_overlap(np.array([[1.0, 3.0]]), np.array([[0.3, 0.1]]))) == pytest.approx(
         2 * np.sqrt(0.1875)
     )
-    assert float(overlap(left, np.array([[0.0, 0.1]]))) == 0
-    assert float(overlap(half, half * 0.01)) == pytest.approx(1)
-    assert float(overlap(half, np.zeros((1, 2)))) == 1  # nowhere: it cannot have moved
+    assert float(map_overlap(left, np.array([[0.0, 0.1]]))) == 0
+    assert float(map_overlap(half, half * 0.01)) == pytest.approx(1)
+    assert float(map_overlap(half, np.zeros((1, 2)))) == 1  # nowhere: it cannot have moved
     with pytest.raises(ValueError, match="different grids"):
-        overlap(half, half.T)
+        map_overlap(half, half.T)
 
 
 def obvious_overlap(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -83,16 +82,18 @@ def obvious_overlap(one: NDArray[Any], other: NDArray[Any]) -> float:
     return total
 
 
-def test_movement_in_one_sample_against_loops() -> None:
+def test_sensitivity_of_one_sample_against_loops() -> None:
     rng = np.random.default_rng(0)
     maps, mirrored, *others = rng.random((5, 2, 3, 4, 5)).astype(np.float32)
-    found = moved(maps, [*others, rng.random((2, 3, 5, 4))], mirrored)  # the last is of another grid
+    found = sensitivity_statistics(
+        maps, [*others, rng.random((2, 3, 5, 4))], mirrored
+    )  # the last is of another grid
     for place in np.ndindex(2, 3):
         mean = np.mean([obvious_overlap(maps[place], other[place]) for other in others])
         assert found.sensitivity[place] == pytest.approx(1 - mean, abs=1e-6)
         back = obvious_overlap(maps[place], mirrored[place][:, ::-1])
         assert found.consistency[place] == pytest.approx(back, abs=1e-6)
-    nothing = moved(maps, [])
+    nothing = sensitivity_statistics(maps, [])
     assert np.isnan(nothing.sensitivity).all()
     assert np.isnan(nothing.consistency).all()
 
@@ -100,11 +101,11 @@ def test_movement_in_one_sample_against_loops() -> None:
 def test_one_image_is_the_mean_over_all_pairs() -> None:
     stacks = np.random.default_rng(1).random((4, 2, 3, 4, 5))
     stacks[1, 0, 0] = 0  # one head looks nowhere in one of them
-    image = OneImage()
+    image = PairwiseSensitivity()
     assert image.sensitivity is None
     for stack in stacks:
         image.add(stack)
-    pairs = [overlap(stacks[i], stacks[j]) for i in range(4) for j in range(i)]
+    pairs = [map_overlap(stacks[i], stacks[j]) for i in range(4) for j in range(i)]
     assert image.sensitivity is not None
     np.testing.assert_allclose(image.sensitivity, 1 - np.mean(pairs, axis=0), atol=1e-12)
     with pytest.raises(ValueError, match="one grid"):
@@ -115,24 +116,24 @@ def test_means_count_each_draw_and_pass_over_what_was_not_measured() -> None:
     """.2 drawn once and .8 drawn three times: .65. A head that no sample knows has no mean."""
     nan = np.nan
     samples = [
-        Moved(np.array([[0.2, nan]], np.float32), np.array([[nan, nan]], np.float32)),
-        Moved(np.array([[0.8, nan]], np.float32), np.array([[0.5, nan]], np.float32)),
-        Moved(np.array([[0.9, 0.9]], np.float32), np.array([[0.9, 0.9]], np.float32)),
+        SensitivityStatistics(np.array([[0.2, nan]], np.float32), np.array([[nan, nan]], np.float32)),
+        SensitivityStatistics(np.array([[0.8, nan]], np.float32), np.array([[0.5, nan]], np.float32)),
+        SensitivityStatistics(np.array([[0.9, 0.9]], np.float32), np.array([[0.9, 0.9]], np.float32)),
     ]
-    found = mean_movement(samples, [1, 3, 0], (1, 2))
+    found = mean_sensitivity(samples, [1, 3, 0], (1, 2))
     np.testing.assert_allclose(found.sensitivity, [[0.65, nan]], atol=1e-6)
     np.testing.assert_allclose(found.consistency, [[0.5, nan]], atol=1e-6)
 
 
 def test_what_is_asked() -> None:
-    assert swapped("the LEFT dog, leftmost of two, at the right-hand side") == (
+    assert swap_left_right("the LEFT dog, leftmost of two, at the right-hand side") == (
         "the RIGHT dog, rightmost of two, at the left-hand side"
     )
-    assert swapped("the rightful bright copyright") == "the rightful bright copyright"
-    assert probes("the dog", [], WORDS) == ("animal", "thing", "vehicle")
-    assert probes("an animal", ["a tree"], WORDS) == ("a tree", "thing", "vehicle")
-    assert probes("a dog", list("abcdef"), WORDS) == ("f", "d", "animal")
-    assert probes("the thing", [], ["thing"]) == ("thing",)  # better than nothing
+    assert swap_left_right("the rightful bright copyright") == "the rightful bright copyright"
+    assert comparison_expressions("the dog", [], WORDS) == ("animal", "thing", "vehicle")
+    assert comparison_expressions("an animal", ["a tree"], WORDS) == ("a tree", "thing", "vehicle")
+    assert comparison_expressions("a dog", list("abcdef"), WORDS) == ("f", "d", "animal")
+    assert comparison_expressions("the thing", [], ["thing"]) == ("thing",)  # better than nothing
 
 
 # --------------------------------------------------------------------------------------------- the ranking
@@ -150,28 +151,28 @@ def test_order_by_hand() -> None:
     """Movements .9 - .5 = .4, .6 (no mirrored image), unknown, and .95 of a head that is not kept."""
     ranking = ranking_of(head(0, 0.9, 0.8), head(1, 0.5, 0.4), head(2, 0.4, 0.3), head(3, 0.0, 0.9, False))
     nan = np.nan
-    movement = Movement(np.array([[0.5, 0.6, nan, 0.95]]), np.array([[0.9, nan, 0.9, 1.0]]))
-    found = with_movement(ranking, movement)
+    means = SensitivityStatistics(np.array([[0.5, 0.6, nan, 0.95]]), np.array([[0.9, nan, 0.9, 1.0]]))
+    found = add_sensitivity(ranking, means)
     assert [one.head for one in found.heads] == [1, 0, 2, 3]
-    assert [one.movement for one in found.heads] == pytest.approx([0.6, 0.4, None, 0.95])
-    paper = with_movement(replace(ranking, options=CriteriaOptions()), movement)
+    assert [one.sensitivity_score for one in found.heads] == pytest.approx([0.6, 0.4, None, 0.95])
+    paper = add_sensitivity(replace(ranking, options=CriteriaOptions()), means)
     assert [one.head for one in paper.heads] == [0, 1, 2, 3]  # measured, but not asked for
-    assert papers_first(found, 1) == robust_first(paper, 2)[1:] == [lh.Head(0, 0)]
-    said = disagreement(paper, 1)
+    assert top_by_paper_criteria(found, 1) == top_by_sensitivity(paper, 2)[1:] == [lh.Head(0, 0)]
+    said = describe_disagreement(paper, 1)
     assert said is not None
     assert "L0H0" in said
     assert "L0H1" in said
-    assert disagreement(paper, 2) is None
-    assert disagreement(ranking, 1) is None  # not measured
+    assert describe_disagreement(paper, 2) is None
+    assert describe_disagreement(ranking, 1) is None  # not measured
 
 
 def test_heads_that_rest_by_hand() -> None:
-    """Of sums .8 .2 .6 .1 (mean .425) and movements .6 .1 .2 .05 only the third rests: .2 < .3 and .6 > .425."""
+    """Of sums .8 .2 .6 .1 (mean .425) and scores .6 .1 .2 .05 only the third rests: .2 < .3 and .6 > .425."""
     ranking = ranking_of(*(head(n, 0.5, total) for n, total in enumerate([0.8, 0.2, 0.6, 0.1])))
     sensitivity = np.array([[0.6, 0.1, 0.2, 0.05]])
-    found = with_movement(ranking, Movement(sensitivity, np.full((1, 4), np.nan)))
-    assert [one.head for one in resting(found)] == [2]
-    assert resting(ranking) == ()
+    found = add_sensitivity(ranking, SensitivityStatistics(sensitivity, np.full((1, 4), np.nan)))
+    assert [one.head for one in resting_heads(found)] == [2]
+    assert resting_heads(ranking) == ()
     data = json.loads(json.dumps(found.to_json()))
     assert data["resting"] == [[0, 2]]
     assert data["heads"][0]["sensitivity"] == 0.6
@@ -210,7 +211,7 @@ def seen(lvlm: LVLM) -> list[Seen]:
     for scene, expression in scene_samples(10, size=256, seeds=VALIDATION_SEEDS):
         image = Image.fromarray(scene.image)
         own, *others = lvlm.encode_image(image).attend([expression.text, *WORDS])
-        mirrored = lvlm.attend(ImageOps.mirror(image), swapped(expression.text))
+        mirrored = lvlm.attend(ImageOps.mirror(image), swap_left_right(expression.text))
         assert covers_mirrored_region(own, mirrored)
         found.append(Seen(own.attention, [other.attention for other in others], mirrored.attention))
     return found
@@ -255,15 +256,17 @@ def ranked(seen: Sequence[Seen], *, mirrored: bool = True) -> HeadRanking:
     statistics = [head_statistics(one.own) for one in seen]
     sums = np.stack([one.attention_sum for one in statistics])
     ranking = rank_heads(sums, np.stack([one.spatial_entropy for one in statistics]), options=ROBUST, top_n=3)
-    movement = [moved(one.own, one.others, one.mirrored if mirrored else None) for one in seen]
-    return with_movement(ranking, mean_movement(movement, [1] * len(seen), seen[0].own.shape[:2]))
+    samples = [
+        sensitivity_statistics(one.own, one.others, one.mirrored if mirrored else None) for one in seen
+    ]
+    return add_sensitivity(ranking, mean_sensitivity(samples, [1] * len(seen), seen[0].own.shape[:2]))
 
 
 def test_without_planted_heads_the_three_known_ones_come_first(seen: list[Seen]) -> None:
     ranking = ranked(seen)
     assert set(ranking.top(3)) == {(4, 4), (5, 3), (5, 6)}
-    assert set(papers_first(ranking, 3)) == {(2, 6), (5, 3), (5, 6)}  # of ten samples it is not firm
-    assert resting(ranking) == ()
+    assert set(top_by_paper_criteria(ranking, 3)) == {(2, 6), (5, 3), (5, 6)}  # of ten samples it is not firm
+    assert resting_heads(ranking) == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,10 +275,10 @@ def test_planted_heads_fool_the_paper_and_not_the_third_criterion(seen: list[See
     for seed in range(6):
         stacks, places = planted(seen, kind, seed)
         ranking = ranked(stacks)
-        assert len(places & set(papers_first(ranking, 3))) >= 2, seed
+        assert len(places & set(top_by_paper_criteria(ranking, 3))) >= 2, seed
         assert set(ranking.top(3)) == {(4, 4), (5, 3), (5, 6)}, seed
-        assert places <= {one.address for one in resting(ranking)}, seed
-        assert disagreement(ranking, 3) is not None
+        assert places <= {one.address for one in resting_heads(ranking)}, seed
+        assert describe_disagreement(ranking, 3) is not None
 
 
 def test_a_wandering_peak_needs_the_mirrored_image(seen: list[Seen]) -> None:
@@ -293,18 +296,20 @@ def test_the_store_holds_it_and_stores_without_it_stay_as_they_were(tmp_path: Pa
     keys = [bytes([n]) * 16 for n in range(2)]
 
     def opened() -> StatisticsStore:
-        return StatisticsStore(tmp_path, settings={}, num_layers=3, num_heads=4, columns={**COLUMNS, **MOVED})
+        return StatisticsStore(
+            tmp_path, settings={}, num_layers=3, num_heads=4, columns={**COLUMNS, **SENSITIVITY_COLUMNS}
+        )
 
     opened().append(keys, *values[:3], values[0] > 0.5, *values[3:])
     rows = opened().rows(keys[::-1])
-    found = rows.moved()
+    found = rows.sensitivity_statistics()
     assert found is not None
     for one, (sensitivity, consistency) in zip(found, values[3:, ::-1].swapaxes(0, 1), strict=True):
         np.testing.assert_array_equal(one.sensitivity, sensitivity)
         np.testing.assert_array_equal(one.consistency, consistency)
     plain = StatisticsStore(tmp_path, settings={}, num_layers=3, num_heads=4)
     assert len(plain) == 0
-    assert plain.rows([]).moved() is None
+    assert plain.rows([]).sensitivity_statistics() is None
     with pytest.raises(ValueError, match="NaN"):
         opened().append(
             [b"x" * 16], *np.full((3, 1, 3, 4), np.nan), np.ones((1, 3, 4)), *np.ones((2, 1, 3, 4))
@@ -413,7 +418,7 @@ def test_families(name: str, image: Image.Image) -> None:
     alone = {text: lvlm.attend(image, text).attention for text in (*texts, *WORDS)}
     first, second = texts
     overlaps = [
-        np.mean([overlap(alone[text], alone[other]) for other in (rest, *WORDS[:2])], axis=0)
+        np.mean([map_overlap(alone[text], alone[other]) for other in (rest, *WORDS[:2])], axis=0)
         for text, rest in ((first, second), (second, first))
     ]
     for head in found.heads:
@@ -426,10 +431,10 @@ def test_those_that_pass_come_before_the_fallback_however_these_move() -> None:
     entropy = np.array([[1.0, 0.0], [0.0, 0.5]])
     statistics = HeadStatistics(sums, entropy, entropy, np.ones((2, 2), int), sums < 0)
     options = CriteriaOptions(exclude_layers=0, tau=0.5, fallback="order")
-    moved = Moved(np.array([[0.4, 0.9], [0.8, 0.3]]), np.ones((2, 2)))
-    assert greedy_heads(statistics, options, 2, moved) == [(0, 0), (1, 1)]
-    assert greedy_heads(statistics, options, 3, moved) == [(0, 0), (1, 1), (0, 1)]
-    assert greedy_heads(statistics, replace(options, fallback="none"), 3, moved) == [(0, 0), (1, 1)]
+    sensitivity = SensitivityStatistics(np.array([[0.4, 0.9], [0.8, 0.3]]), np.ones((2, 2)))
+    assert greedy_heads(statistics, options, 2, sensitivity) == [(0, 0), (1, 1)]
+    assert greedy_heads(statistics, options, 3, sensitivity) == [(0, 0), (1, 1), (0, 1)]
+    assert greedy_heads(statistics, replace(options, fallback="none"), 3, sensitivity) == [(0, 0), (1, 1)]
 
 
 def test_a_sample_picks_its_own_heads_by_it(data: Front, lvlm: LVLM) -> None:
@@ -467,7 +472,8 @@ def test_doctor_says_which_heads_follow_on_its_image(data: Front, monkeypatch: p
     asked = ("stage=doctor", "image_file=image_0.png", "query=the dog", "doctor.check=false")
     assert "they follow" not in data.finder(*asked).out
     monkeypatch.setattr(
-        "localization_heads.heads.ranking.papers_first", lambda ranking, k: [ranking.kept[-1].address]
+        "localization_heads.heads.ranking.top_by_paper_criteria",
+        lambda ranking, k: [ranking.kept[-1].address],
     )
     result = data.finder(*asked, "criteria=robust")
     assert result.status == 0, result.err
@@ -477,14 +483,14 @@ def test_doctor_says_which_heads_follow_on_its_image(data: Front, monkeypatch: p
 
 
 def test_tab5_has_a_row_of_the_third_criterion_where_it_was_measured() -> None:
-    """Frequency puts head 2-0 first, movement 2-1; without movement the table is the paper's."""
+    """Frequency puts head 2-0 first, sensitivity 2-1; without it the table is the paper's."""
     sums = np.full((4, 3, 2), 0.5, np.float32)
     entropies = np.broadcast_to(np.array([[1, 1], [1, 1], [0.1, 0.2]], np.float32), sums.shape)
     options = StudyOptions(k=1, top_n=1, num_trials=1, criteria=ROBUST)
     study = Study("model", "data", sums, entropies, np.zeros(sums.shape, bool), options=options)
     assert ROBUST_ROW not in criteria_recipes(study)
-    movement = Movement(np.array([[0, 0], [0, 0], [0.1, 0.9]]), np.full((3, 2), np.nan))
-    recipes = criteria_recipes(replace(study, movement=movement))
+    means = SensitivityStatistics(np.array([[0, 0], [0, 0], [0.1, 0.9]]), np.full((3, 2), np.nan))
+    recipes = criteria_recipes(replace(study, sensitivity=means))
     assert recipes[ROBUST_ROW].of(0) == ((2, 1),)
     assert recipes["both", "fixed"].of(0) == ((2, 0),) == criteria_recipes(study)["both", "fixed"].of(0)
 
@@ -492,7 +498,9 @@ def test_tab5_has_a_row_of_the_third_criterion_where_it_was_measured() -> None:
 def test_table_and_report_name_what_rests() -> None:
     """By hand: of sums .8 and .6 the second head rests; it is said in the printed table and in the report."""
     ranking = ranking_of(*(head(n, 0.5, total) for n, total in enumerate([0.8, 0.2, 0.6, 0.1])))
-    found = with_movement(ranking, Movement(np.array([[0.6, 0.1, 0.2, 0.05]]), np.full((1, 4), np.nan)))
+    found = add_sensitivity(
+        ranking, SensitivityStatistics(np.array([[0.6, 0.1, 0.2, 0.05]]), np.full((1, 4), np.nan))
+    )
     console = Console(width=100, record=True)
     console.print(ranking_table(found, 3))
     assert "resting: L0H2" in console.export_text()
@@ -507,7 +515,9 @@ def test_table_and_report_name_what_rests() -> None:
 
 def test_the_figure_names_first_and_resting_heads() -> None:
     ranking = ranking_of(*(head(n, 0.5, total) for n, total in enumerate([0.8, 0.2, 0.6, 0.1])))
-    found = with_movement(ranking, Movement(np.array([[0.6, 0.1, 0.2, 0.05]]), np.full((1, 4), np.nan)))
+    found = add_sensitivity(
+        ranking, SensitivityStatistics(np.array([[0.6, 0.1, 0.2, 0.05]]), np.full((1, 4), np.nan))
+    )
     (axes,) = plot_sensitivity(found, emphasised=1).axes
     assert {text.get_text() for text in axes.texts} == {"L0H0", "L0H2"}
     assert axes.get_title(loc="left") == "1 of 4 kept heads rest"

@@ -12,7 +12,7 @@ from rich.table import Table
 from localization_heads.apps.tables import cell, new_table
 from localization_heads.errors import printable
 from localization_heads.heads.ready import overlap, ready_list
-from localization_heads.heads.record import HeadRanking, resting
+from localization_heads.heads.record import HeadRanking, resting_heads
 from localization_heads.stages.labels import Labelled
 from localization_heads.stages.outcome import choose_grounding_heads
 from localization_heads.stages.run import Run
@@ -47,8 +47,8 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
     tau = "none" if ranking.tau is None else f"{ranking.tau:.3f}"
     caption = f"tau {tau}: {len(ranking.kept)} of {len(ranking.heads)} heads kept by criterion 1"
     columns = ["rank", "head", "selection frequency", "attention sum", "spatial entropy"]
-    rest = resting(ranking)
-    if ranking.is_moved:
+    rest = resting_heads(ranking)
+    if ranking.has_sensitivity:
         columns = [
             "rank",
             "head",
@@ -67,8 +67,8 @@ def ranking_table(ranking: HeadRanking, k: int) -> Table:
         entropy = "-" if head.spatial_entropy is None else f"{head.spatial_entropy:.3f}"
         frequency = f"{head.selection_frequency:.3f} ± {head.selection_frequency_std:.3f}"
         cells = [str(rank), str(head.address), frequency, f"{head.attention_sum:.3f}", entropy]
-        moved = [head.sensitivity, head.consistency][: len(columns) - len(cells)]
-        cells += ["-" if value is None else f"{value:.3f}" for value in moved]
+        values = [head.sensitivity, head.consistency][: len(columns) - len(cells)]
+        cells += ["-" if value is None else f"{value:.3f}" for value in values]
         table.add_row(*cells, style="bold" if rank <= k else "dim" if head in rest else "")
     return table
 

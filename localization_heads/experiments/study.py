@@ -13,9 +13,9 @@ from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import WAY_OUT, greedy_heads
-from localization_heads.heads.ranking import NONE_KEPT, rank_heads, with_movement
+from localization_heads.heads.ranking import NONE_KEPT, add_sensitivity, rank_heads
 from localization_heads.heads.record import HeadRanking
-from localization_heads.heads.sensitivity import Movement
+from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.options.experiments import ExperimentOptions
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
@@ -63,7 +63,7 @@ class Study:
         num_masks: how many samples have a true mask; the IoU of the others is with their box.
         given_heads: localization heads named by the user; without any, those found here are used.
         segmenter: the name of the segmenter that makes the masks of Tab. 1 to 3.
-        movement: the third criterion over the samples, with `criteria=robust`; its ranking is then the study's.
+        sensitivity: means over the samples, with `criteria=robust`; its ranking is then the study's.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Study:
     given_heads: tuple[Head, ...] | None = None
     segmenter: str = "none"
     options: StudyOptions = field(default_factory=StudyOptions)
-    movement: Movement | None = None
+    sensitivity: SensitivityStatistics | None = None
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -126,7 +126,7 @@ class Study:
             seed=options.seed,
             model=self.model,
         )
-        return ranking if self.movement is None else with_movement(ranking, self.movement)
+        return ranking if self.sensitivity is None else add_sensitivity(ranking, self.sensitivity)
 
     def _criteria(self, tau: float | None) -> CriteriaOptions:
         criteria = self.options.criteria

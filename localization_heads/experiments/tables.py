@@ -12,7 +12,7 @@ from localization_heads.experiments import paper
 from localization_heads.experiments.paper import MISSING, Finding, Table, percent, printed, than
 from localization_heads.experiments.study import Study, highest, names
 from localization_heads.experiments.validation import Heads, Recipe, Scored
-from localization_heads.heads.ranking import NONE_KEPT, papers_first
+from localization_heads.heads.ranking import NONE_KEPT, top_by_paper_criteria
 
 ALL = "all heads"
 """The control: the maps of all heads of the layers that are not left out, added as they are."""
@@ -148,13 +148,13 @@ def criteria_recipes(study: Study) -> dict[Hashable, Recipe]:
     k, exclude = options.k, options.criteria.exclude_layers
     chosen: dict[Hashable, Heads | tuple[Heads, ...]] = {
         ("criterion 1", "fixed"): highest(study.sums.mean(axis=0, dtype=np.float64), k, exclude),
-        ("criterion 2", "fixed"): tuple(papers_first(study.ranked(tau=0.0), k)),
-        ("both", "fixed"): tuple(papers_first(study.ranking, k)),
+        ("criterion 2", "fixed"): tuple(top_by_paper_criteria(study.ranked(tau=0.0), k)),
+        ("both", "fixed"): tuple(top_by_paper_criteria(study.ranking, k)),
         ("criterion 1", "greedy"): tuple(highest(sums, k, exclude) for sums in study.sums),
         ("criterion 2", "greedy"): study.greedy(tau=0.0),
         ("both", "greedy"): study.greedy(),
     }
-    if study.movement is not None:
+    if study.sensitivity is not None:
         chosen[ROBUST] = study.found()
     found = {name: Recipe(heads, options.grounding) for name, heads in chosen.items()}
     return found | {ALL: Recipe(study.everyone, options.grounding)}
@@ -175,7 +175,7 @@ def criteria(study: Study, scores: Mapping[Any, Scored]) -> Finding:
             some = f" ({len(found):,} of {len(study):,})" if len(found) < len(study) else ""
             heads = names(recipes[which, way].of(0)) if way == "fixed" else "each sample's own"
             add(f"{which}, {way}{some}", heads, found, paper.CRITERIA.get((which, way)))
-    if study.movement is not None:
+    if study.sensitivity is not None:
         add(f"{ROBUST}, fixed", names(study.found()), scores[ROBUST])
     add("no choice", f"all {len(study.everyone):,}", scores[ALL])
     columns = ("criteria, heads", "the heads", "ours REC", "ours RES", "paper REC", "paper RES")
@@ -202,7 +202,7 @@ def _criteria_reading(study: Study, scores: Mapping[Any, Scored]) -> str:
         "above either, and fixed heads above greedy ones. The maps of all heads, added without any choice, reach "
         f"{percent(scores[ALL].metrics['acc@0.5'])}."
     )
-    if study.movement is not None:
+    if study.sensitivity is not None:
         reading += (
             " Heads that criterion 1 keeps and whose maps follow the expression most (criteria=robust, not in the "
             f"paper) reach {percent(scores[ROBUST].metrics['acc@0.5'])}."

@@ -1,4 +1,4 @@
-"""Figures of a whole model: its heads under the criteria (Fig. 3, Fig. 6a; the third one), and where they are."""
+"""Figures of a whole model: its heads under the criteria (Fig. 3, Fig. 6a; sensitivity), and where they are."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from localization_heads.figures.rendering import tell
 from localization_heads.figures.sheet import new_figure, save
 from localization_heads.figures.style import BLUE, COLOUR_MAP, GREY, ORANGE, VERMILLION, paper_style
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import resting
-from localization_heads.heads.sensitivity import RESTING
+from localization_heads.heads.record import resting_heads
+from localization_heads.heads.sensitivity import RESTING_SHARE
 
 if TYPE_CHECKING:
     from localization_heads.heads.record import HeadRanking
@@ -259,14 +259,18 @@ def _cell_tip(head: Head, value: float) -> str:
 def plot_sensitivity(ranking: HeadRanking, path: str | Path | None = None, *, emphasised: int = 3) -> Figure:
     """A point for each head that criterion 1 keeps: how much it looks at the image, and how far its map moves.
 
-    The shaded corner is that of heads that rest: at least average attention, and little movement.
+    The shaded corner is that of heads that rest: at least average attention, and a low sensitivity score.
 
     Args:
         emphasised: how many of the first heads are the localization heads, which are named; so are ten that rest.
     """
-    movement = {head.address: float(head.movement) for head in ranking.kept if head.movement is not None}
-    heads = [head for head in ranking.kept if head.address in movement]
-    rest = resting(ranking)
+    scores = {
+        head.address: float(head.sensitivity_score)
+        for head in ranking.kept
+        if head.sensitivity_score is not None
+    }
+    heads = [head for head in ranking.kept if head.address in scores]
+    rest = resting_heads(ranking)
     first = [head for head in heads if head in ranking.kept[:emphasised]]
     groups = {
         "kept by criterion 1": [head for head in heads if head not in rest and head not in first],
@@ -284,23 +288,22 @@ def plot_sensitivity(ranking: HeadRanking, path: str | Path | None = None, *, em
         for name, group in groups.items():
             across = [head.attention_sum for head in group]
             marks = axes.scatter(
-                across, [movement[head.address] for head in group], label=name, clip_on=False, **looks[name]
+                across, [scores[head.address] for head in group], label=name, clip_on=False, **looks[name]
             )
-            tell(marks, [f"{head.address}: S = {head.attention_sum:.3f}, movement {movement[head.address]:.3f}"
+            tell(marks, [f"{head.address}: S = {head.attention_sum:.3f}, sensitivity score {scores[head.address]:.3f}"
                          for head in group])  # fmt: skip
         axes.set_xlabel("Average attention sum S")
-        axes.set_ylabel("Movement with the expression")
+        axes.set_ylabel("Sensitivity score")
         if heads:
             axes.set_xlim(*span([0.0, *(head.attention_sum for head in heads)]))
-            axes.set_ylim(*_limits(list(movement.values())))
+            axes.set_ylim(*_limits(list(scores.values())))
             corner = [fmean(head.attention_sum for head in ranking.kept), axes.get_xlim()[1]]
-            limit = RESTING * max(movement.values())
+            limit = RESTING_SHARE * max(scores.values())
             axes.fill_between(
                 corner, axes.get_ylim()[0], limit, color=GREY, alpha=0.15, linewidth=0, zorder=0
             )
         named = [
-            (h.address, h.attention_sum, movement[h.address])
-            for h in [*first, *groups["resting"][:MAX_NAMES]]
+            (h.address, h.attention_sum, scores[h.address]) for h in [*first, *groups["resting"][:MAX_NAMES]]
         ]
         name_points(axes, sorted(named, key=lambda point: -point[2]), lowest=0)
         found = f"{len(rest)} of {len(heads)} kept heads rest" if rest else "no head rests"

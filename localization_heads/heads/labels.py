@@ -111,8 +111,8 @@ def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: 
 
     Args:
         how: `none` leaves the scores; `ranks` blends the places in both orders, as shares from 1 (first) down to 0
-            (last); `scores` blends the scores and the selection frequencies (the movements, where the third criterion
-            ranks), each divided by its highest.
+            (last); `scores` blends the scores and the selection frequencies (the sensitivity scores, where those
+            rank), each divided by its highest.
         n0: as many labels weigh as much as the label-free ranking.
 
     Returns:
@@ -127,8 +127,10 @@ def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: 
     else:
         evidence = np.zeros(scores.shape)
         for head in free.heads:
-            moves = free.options.sensitivity != "none"
-            evidence[head.address] = max(head.movement or 0.0, 0.0) if moves else head.selection_frequency
+            by_sensitivity = free.options.sensitivity != "none"
+            evidence[head.address] = (
+                max(head.sensitivity_score or 0.0, 0.0) if by_sensitivity else head.selection_frequency
+            )
         by_label, label_free = _to_one(scores), _to_one(evidence)
     blended = weight * by_label + (1 - weight) * label_free
     blended[: free.exclude_layers] = 0

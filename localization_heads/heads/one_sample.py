@@ -13,22 +13,25 @@ from numpy.typing import NDArray
 from localization_heads.errors import NoHeadError
 from localization_heads.heads.criteria import HeadStatistics, keep_heads
 from localization_heads.heads.head import Head
-from localization_heads.heads.sensitivity import Moved, movement_of
+from localization_heads.heads.sensitivity import SensitivityStatistics, sensitivity_score
 from localization_heads.options.groups import CriteriaOptions, Ties
 
 WAY_OUT = "lower criteria.tau, or name heads as in heads=[14-24,14-13,14-26]"
 
 
 def greedy_heads(
-    statistics: HeadStatistics, options: CriteriaOptions, k: int, moved: Moved | None = None
+    statistics: HeadStatistics,
+    options: CriteriaOptions,
+    k: int,
+    sensitivity: SensitivityStatistics | None = None,
 ) -> list[Head]:
     """The `k` heads that both criteria pick in this sample alone (the paper's "greedy" ablation, Tab. 5).
 
     Fewer if fewer pass criterion 1 with a finite entropy, unless `options.fallback` names others.
 
     Args:
-        moved: the third criterion in this sample: those that pass and move most come first, whatever their entropy, and
-            then those that `options.fallback` names.
+        sensitivity: of this sample; then the heads that pass come in the order of their sensitivity score, whatever
+            their entropy, and those that `options.fallback` names come after them.
 
     >>> from localization_heads.heads.criteria import head_statistics
     >>> maps = np.zeros((4, 2, 3, 3))  # layer, head, row, column
@@ -38,22 +41,25 @@ def greedy_heads(
     """
     found = statistics
     of_sample = partial(sample_heads, found.attention_sum, found.spatial_entropy, found.bottom_row_focus)
-    if moved is None:
+    if sensitivity is None:
         return of_sample(options, k)
     passing = of_sample(replace(options, fallback="none"), found.attention_sum.size)
     every = of_sample(options, found.attention_sum.size)  # and those of the fallback behind them
-    return [*sorted(passing, key=partial(_stays, moved)), *every[len(passing) :]][:k]
+    return [*sorted(passing, key=partial(_stays, sensitivity)), *every[len(passing) :]][:k]
 
 
-def _stays(moved: Moved, head: Head) -> float:
+def _stays(statistics: SensitivityStatistics, head: Head) -> float:
     """Less for a head that moves more; most where that is not known."""
-    sensitivity, consistency = (None if np.isnan(one[head]) else float(one[head]) for one in moved)
-    movement = movement_of(sensitivity, consistency)
-    return math.inf if movement is None else -round(movement, 6)
+    sensitivity, consistency = (None if np.isnan(one[head]) else float(one[head]) for one in statistics)
+    score = sensitivity_score(sensitivity, consistency)
+    return math.inf if score is None else -round(score, 6)
 
 
 def own_heads(
-    statistics: HeadStatistics, options: CriteriaOptions, k: int, moved: Moved | None = None
+    statistics: HeadStatistics,
+    options: CriteriaOptions,
+    k: int,
+    sensitivity: SensitivityStatistics | None = None,
 ) -> list[Head]:
     """`greedy_heads` where a box has to come of them: at least one.
 
@@ -62,7 +68,7 @@ def own_heads(
     Raises:
         NoHeadError: no head passes the criteria in this sample.
     """
-    heads = greedy_heads(statistics, options, k, moved)
+    heads = greedy_heads(statistics, options, k, sensitivity)
     if not heads:
         raise NoHeadError(f"no head passes the criteria in this sample, so none can ground it: {WAY_OUT}")
     return heads

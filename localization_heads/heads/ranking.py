@@ -17,7 +17,7 @@ from localization_heads.heads.criteria import attention_sum_threshold, keep_head
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import by_entropy, sample_heads
 from localization_heads.heads.record import HeadRanking, RankedHead
-from localization_heads.heads.sensitivity import Movement
+from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.options.groups import CriteriaOptions
 
 NONE_KEPT = "no head passes criterion 1 on average"
@@ -307,31 +307,31 @@ def _check_pool(
         raise ValueError("bottom_row_filter needs the bottom-row flags of every head in every sample")
 
 
-def with_movement(ranking: HeadRanking, movement: Movement) -> HeadRanking:
+def add_sensitivity(ranking: HeadRanking, means: SensitivityStatistics) -> HeadRanking:
     """The ranking with each head's sensitivity and consistency, in the order that its options ask for.
 
-    With `options.sensitivity="siblings"` the heads that criterion 1 keeps are ranked by `RankedHead.movement`, then by
-    selection frequency, attention sum, layer and head; those whose movement is not known come after the others. With
-    `"none"` the order stays the paper's.
+    With `options.sensitivity="siblings"` the heads that criterion 1 keeps are ranked by `RankedHead.sensitivity_score`,
+    then by selection frequency, attention sum, layer and head; heads without a score come last. With `"none"` the
+    order stays the paper's.
     """
-    heads = [_with(head, movement) for head in ranking.heads]
+    heads = [_with(head, means) for head in ranking.heads]
     if ranking.options.sensitivity != "none":
-        heads.sort(key=_by_movement)  # stable: ties stay in the paper's order
+        heads.sort(key=_by_sensitivity)  # stable: ties stay in the paper's order
     return replace(ranking, heads=tuple(heads))
 
 
-def _with(head: RankedHead, movement: Movement) -> RankedHead:
-    known = (float(values[head.address]) for values in movement)
+def _with(head: RankedHead, means: SensitivityStatistics) -> RankedHead:
+    known = (float(values[head.address]) for values in means)
     sensitivity, consistency = (None if math.isnan(value) else value for value in known)
     return replace(head, sensitivity=sensitivity, consistency=consistency)
 
 
-def _by_movement(head: RankedHead) -> tuple[bool, bool, float]:
-    movement = head.movement
-    return not head.kept, movement is None, 0.0 if movement is None else -round(movement, 6)
+def _by_sensitivity(head: RankedHead) -> tuple[bool, bool, float]:
+    score = head.sensitivity_score
+    return not head.kept, score is None, 0.0 if score is None else -round(score, 6)
 
 
-def papers_first(ranking: HeadRanking, k: int) -> list[Head]:
+def top_by_paper_criteria(ranking: HeadRanking, k: int) -> list[Head]:
     """The first `k` heads by the paper's two criteria, whatever the ranking is ordered by."""
     return [head.address for head in _papers_order(ranking)[:k]]
 
@@ -342,26 +342,28 @@ def _papers_order(ranking: HeadRanking) -> list[RankedHead]:
     )
 
 
-def robust_first(ranking: HeadRanking, k: int) -> list[Head]:
-    """The first `k` heads by the third criterion; none where it was not measured."""
-    if not ranking.is_moved:
+def top_by_sensitivity(ranking: HeadRanking, k: int) -> list[Head]:
+    """The first `k` heads by sensitivity score; none where it was not measured."""
+    if not ranking.has_sensitivity:
         return []
-    return [head.address for head in sorted(_papers_order(ranking), key=_by_movement)[:k]]
+    return [head.address for head in sorted(_papers_order(ranking), key=_by_sensitivity)[:k]]
 
 
-def disagreement(ranking: HeadRanking, k: int) -> str | None:
+def describe_disagreement(ranking: HeadRanking, k: int) -> str | None:
     """One sentence where the first `k` heads of the two rankings are not the same; None where they are, or where the
-    third criterion was not measured.
+    sensitivity was not measured.
     """
-    paper, robust = papers_first(ranking, k), robust_first(ranking, k)
+    paper, robust = top_by_paper_criteria(ranking, k), top_by_sensitivity(ranking, k)
     if not robust or set(paper) == set(robust):
         return None
     resting = [head for head in paper if head not in robust]
     named = {head.address: head for head in ranking.kept}
-    facts = ", ".join(f"{head} (movement {named[head].movement or 0:.2f})" for head in resting)
+    facts = ", ".join(
+        f"{head} (sensitivity score {named[head].sensitivity_score or 0:.2f})" for head in resting
+    )
     return (
         f"the paper's two criteria put {_names(paper)} first, and the heads whose maps follow the expression are "
-        f"{_names(robust)} (criteria=robust): look at the maps of {facts}, which move less"
+        f"{_names(robust)} (criteria=robust): look at the maps of {facts}, which follow it less"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head, repeated
 from localization_heads.heads.ready import KEYS, FoundWith
-from localization_heads.heads.sensitivity import RESTING, movement_of
+from localization_heads.heads.sensitivity import RESTING_SHARE, sensitivity_score
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
 
 
@@ -69,8 +69,8 @@ class Fields:
 
 _CRITERIA = tuple(option.name for option in fields(CriteriaOptions) if option.name != "exclude_layers")
 """The options that `heads.json` keeps under `criteria`; the excluded layers stand beside them."""
-_THIRD = tuple(option.name for option in fields(SensitivityOptions))
-"""Those of them that it keeps only where the third criterion was asked for."""
+_SENSITIVITY = tuple(option.name for option in fields(SensitivityOptions))
+"""Those of them that it keeps only where sensitivity was asked for."""
 
 ROWS = 15
 """Of a ranking that people read."""
@@ -116,9 +116,9 @@ class RankedHead:
         return Head(self.layer, self.head)
 
     @property
-    def movement(self) -> float | None:
-        """What the third criterion ranks by; None where it was not measured."""
-        return movement_of(self.sensitivity, self.consistency)
+    def sensitivity_score(self) -> float | None:
+        """What heads are ranked by under `criteria=robust`; None where it was not measured."""
+        return sensitivity_score(self.sensitivity, self.consistency)
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class HeadRanking:
         return tuple(head for head in self.heads if head.kept)
 
     @property
-    def is_moved(self) -> bool:
-        """Whether the third criterion was measured."""
+    def has_sensitivity(self) -> bool:
+        """Whether the sensitivity was measured."""
         return any(head.sensitivity is not None for head in self.heads)
 
     def __str__(self) -> str:
@@ -189,7 +189,7 @@ class HeadRanking:
 
     @property
     def csv_header(self) -> tuple[str, ...]:
-        return (*self.CSV_HEADER, "sensitivity", "consistency") if self.is_moved else self.CSV_HEADER
+        return (*self.CSV_HEADER, "sensitivity", "consistency") if self.has_sensitivity else self.CSV_HEADER
 
     def to_json(self) -> dict[str, Any]:
         """The content of `heads.json`: plain values, numbers rounded to six decimals, kept heads only."""
@@ -205,7 +205,11 @@ class HeadRanking:
             "criteria": _options_to_json(self.options),
             **({} if self.found_with is None else {"found_with": dict(self.found_with)}),
             "heads": [_head_to_json(head) for head in self.kept],
-            **({"resting": [list(head.address) for head in resting(self)]} if self.is_moved else {}),
+            **(
+                {"resting": [list(head.address) for head in resting_heads(self)]}
+                if self.has_sensitivity
+                else {}
+            ),
             "pictures": list(self.pictures),
         }
 
@@ -261,24 +265,27 @@ def _cell(value: float | None) -> float | str:
     return "" if value is None else int(value) if isinstance(value, int) else _rounded(value)
 
 
-def resting(ranking: HeadRanking) -> tuple[RankedHead, ...]:
-    """The heads that both of the paper's criteria may take for localization heads, and that do not follow the
-    expression: kept, of at least the average attention sum of those kept, and of less than `RESTING` of the movement
-    of the one that moves most. None where that was not measured.
+def resting_heads(ranking: HeadRanking) -> tuple[RankedHead, ...]:
+    """The heads that the paper's criteria may mistake for localization heads: their maps do not follow the expression.
+
+    These are the kept heads with at least the average attention sum of the kept heads, and a sensitivity score below
+    `RESTING_SHARE` of the highest. Empty if sensitivity was not measured.
     """
-    known = [(head, head.movement) for head in ranking.kept]
-    most = max((movement for _, movement in known if movement is not None), default=0.0)
+    known = [(head, head.sensitivity_score) for head in ranking.kept]
+    highest = max((score for _, score in known if score is not None), default=0.0)
     average = fmean(head.attention_sum for head, _ in known) if known else 0.0
     return tuple(
         head
-        for head, movement in known
-        if movement is not None and movement < RESTING * most and head.attention_sum >= average
+        for head, score in known
+        if score is not None and score < RESTING_SHARE * highest and head.attention_sum >= average
     )
 
 
 def _options_to_json(options: CriteriaOptions) -> dict[str, Any]:
-    third = options.sensitivity != "none"
-    values = {name: getattr(options, name) for name in _CRITERIA if third or name not in _THIRD}
+    with_sensitivity = options.sensitivity != "none"
+    values = {
+        name: getattr(options, name) for name in _CRITERIA if with_sensitivity or name not in _SENSITIVITY
+    }
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

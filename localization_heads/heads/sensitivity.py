@@ -1,14 +1,14 @@
-"""The third criterion (`criteria=robust`, not in the paper): a head that localizes moves when the expression changes.
+"""Criterion 3, sensitivity (`criteria=robust`, not in the paper): a localization head follows the expression.
 
-A head that rests on a place, on salient patches or on some content of the image has a compact map and a high attention
-sum, and the paper's two criteria take it for a localization head. Its map stays the same whatever is asked. A head
-whose peak wanders moves, but without a reason: asked about the mirrored image, its map is another one again. So
+A head that always attends to the same place, to salient patches or to one kind of content has a compact map and a high
+attention sum, so criteria 1 and 2 accept it, although its map does not depend on the expression. A head whose peak is
+noise does change with the expression, but it also changes when the same question is asked about the mirrored image. So
 
-    sensitivity(h) = 1 - mean overlap of h's map with those of other expressions of the image
-    consistency(h) = overlap of h's map with that of the mirrored image, mirrored back
-    movement(h)    = consistency(h) - (1 - sensitivity(h))
+    sensitivity(h) = 1 - mean overlap of h's map with its maps for other expressions of the image
+    consistency(h) = overlap of h's map with its map of the mirrored image, mirrored back
+    score(h)       = consistency(h) - (1 - sensitivity(h))
 
-where the overlap of two maps is the Bhattacharyya coefficient of the maps scaled to a sum of 1. No label is needed.
+where the overlap of two maps is the Bhattacharyya coefficient of the maps scaled to a sum of 1. No labels are needed.
 """
 
 from __future__ import annotations
@@ -20,118 +20,126 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RESTING = 0.5
-"""A kept head of at least average attention sum rests if its movement is below this share of the most movable one's."""
-PROBES = 3
-"""Other expressions that a map is compared with."""
-OF_THE_DATA = 2
-"""Of them, how many at most are the data's: those of one object in other words would hardly move a head."""
+RESTING_SHARE = 0.5
+"""A kept head of at least average attention sum rests if its score is below this share of the highest score."""
+NUM_COMPARISONS = 3
+"""Other expressions whose maps a map is compared with."""
+MAX_FROM_DATA = 2
+"""How many of these the data may provide: two phrasings of one object hardly change any head's map."""
 
 
-class Moved(NamedTuple):
-    """How the heads' maps of one sample change. Both are float32 `[layer, head]`, NaN where that was not measured."""
+class SensitivityStatistics(NamedTuple):
+    """Sensitivity and consistency of every head, `[layer, head]`, in one sample or averaged over several.
 
-    sensitivity: NDArray[np.float32]
-    consistency: NDArray[np.float32]
+    NaN where they were not measured.
+    """
+
+    sensitivity: NDArray[np.floating[Any]]
+    consistency: NDArray[np.floating[Any]]
 
 
-def overlap(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """The Bhattacharyya coefficient `sum sqrt(p q)` of maps `[..., h, w]` scaled to a sum of 1: float64 `[...]`.
+def sensitivity_statistics(
+    maps: NDArray[np.floating[Any]],
+    others: Sequence[NDArray[np.floating[Any]]],
+    mirrored: NDArray[np.floating[Any]] | None = None,
+) -> SensitivityStatistics:
+    """Sensitivity and consistency of every head in one sample, float32.
 
-    1 of maps that are equal but for their scale, 0 of maps without a common cell. A map without any attention points
-    nowhere and cannot have moved: 1.
+    Args:
+        maps: `[layer, head, h, w]`.
+        others: the maps of other expressions of the same image; those of another shape are skipped.
+        mirrored: the maps of the mirrored image, not mirrored back, for the expression with left and right swapped.
+    """
+    roots, shape = _sqrt_normalised(maps), maps.shape[:2]
+    overlaps = [_overlap_of_roots(roots, _sqrt_normalised(one)) for one in others if one.shape == maps.shape]
+    sensitivity = 1 - np.mean(overlaps, axis=0) if overlaps else np.full(shape, np.nan)
+    consistency = np.full(shape, np.nan)
+    if mirrored is not None and mirrored.shape == maps.shape:
+        consistency = _overlap_of_roots(roots, _sqrt_normalised(mirrored)[..., ::-1])
+    return SensitivityStatistics(sensitivity.astype(np.float32), consistency.astype(np.float32))
+
+
+def sensitivity_score(sensitivity: float | None, consistency: float | None) -> float | None:
+    """`consistency - (1 - sensitivity)`; the sensitivity alone if there was no mirrored image, None without either.
+
+    >>> sensitivity_score(0.75, None), sensitivity_score(0.75, 0.5), sensitivity_score(None, 0.5)
+    (0.75, 0.25, None)
+    """
+    if sensitivity is None:
+        return None
+    return sensitivity if consistency is None else consistency - (1 - sensitivity)
+
+
+def map_overlap(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Bhattacharyya coefficient `sum sqrt(p q)` of maps `[..., h, w]` scaled to a sum of 1: float64 `[...]`.
+
+    1 for maps that are equal up to scale, 0 for maps without a common cell. It is also 1 if either map has no
+    attention at all: such a map cannot follow anything.
 
     Raises:
         ValueError: for maps of different grids.
 
     >>> one, other = np.array([[0.2, 0.2]]), np.array([[0.1, 0.0]])
-    >>> round(float(overlap(one, other)), 4), float(overlap(one, one))
+    >>> round(float(map_overlap(one, other)), 4), float(map_overlap(one, one))
     (0.7071, 1.0)
     """
     if one.shape[-2:] != other.shape[-2:]:
-        raise ValueError(f"maps of different grids do not overlap: {one.shape[-2:]}, {other.shape[-2:]}")
-    return _of_roots(roots(one), roots(other))
+        raise ValueError(f"maps of different grids cannot be compared: {one.shape[-2:]}, {other.shape[-2:]}")
+    return _overlap_of_roots(_sqrt_normalised(one), _sqrt_normalised(other))
 
 
-def roots(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def _sqrt_normalised(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """`sqrt(p)` of maps `[..., h, w]` scaled to a sum of 1; zero where a map has no attention."""
     values = np.asarray(maps, dtype=np.float64)
     totals = values.sum(axis=(-2, -1), keepdims=True)
     return np.asarray(np.sqrt(np.divide(values, totals, out=np.zeros_like(values), where=totals > 0)))
 
 
-def _of_roots(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    shared = np.einsum("...hw,...hw->...", one, other)
-    nowhere = ~(one.any(axis=(-2, -1)) & other.any(axis=(-2, -1)))
-    return np.where(nowhere, 1.0, np.minimum(shared, 1.0))
+def _overlap_of_roots(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    overlap = np.einsum("...hw,...hw->...", one, other)
+    empty = ~(one.any(axis=(-2, -1)) & other.any(axis=(-2, -1)))
+    return np.where(empty, 1.0, np.minimum(overlap, 1.0))
 
 
-def moved(
-    maps: NDArray[np.floating[Any]],
-    others: Sequence[NDArray[np.floating[Any]]],
-    mirrored: NDArray[np.floating[Any]] | None = None,
-) -> Moved:
-    """Sensitivity and consistency of every head in one sample.
+class PairwiseSensitivity:
+    """Mean sensitivity over all pairs of expressions of one image, whose maps are added one at a time and not kept.
 
-    Args:
-        maps: `[layer, head, h, w]`.
-        others: the maps of other expressions of the same image; those of another grid are passed over.
-        mirrored: the maps of the mirrored image as the model gave them, asked with left and right swapped.
-    """
-    own, shape = roots(maps), maps.shape[:2]
-    fitting = [_of_roots(own, roots(other)) for other in others if other.shape == maps.shape]
-    sensitivity = 1 - np.mean(fitting, axis=0) if fitting else np.full(shape, np.nan)
-    consistency = np.full(shape, np.nan)
-    if mirrored is not None and mirrored.shape == maps.shape:
-        consistency = _of_roots(own, roots(mirrored)[..., ::-1])
-    return Moved(sensitivity.astype(np.float32), consistency.astype(np.float32))
-
-
-class OneImage:
-    """Mean sensitivity over expressions of one image whose maps come one after the other; none of them is kept.
-
-    With `r_i` the roots of n maps, the overlaps of all pairs add up to `(|r_1 + ... + r_n|^2 - n) / 2`.
+    With `r_i` the square roots of n normalised maps, the overlaps of all pairs add up to
+    `(|r_1 + ... + r_n|^2 - n) / 2`.
     """
 
     def __init__(self) -> None:
-        self._sum: NDArray[np.float64] | None = None
-        self._own: NDArray[np.float64] | None = None
+        self._sum: NDArray[np.float64] | None = None  # of the roots, [layer, head, h, w]
+        self._squares: NDArray[np.float64] | None = None  # sum of |r_i|^2, [layer, head]
         self._count = 0
 
     def add(self, maps: NDArray[np.floating[Any]]) -> None:
-        """Maps `[layer, head, h, w]`. ValueError for another grid than that of the first."""
-        added = roots(maps)
-        squares = np.einsum("lhij,lhij->lh", added, added)
-        if self._sum is None or self._own is None:
-            self._sum, self._own = added, squares
+        """Add the maps `[layer, head, h, w]` of one expression. ValueError if the first had another shape."""
+        roots = _sqrt_normalised(maps)
+        squares = np.einsum("lhij,lhij->lh", roots, roots)
+        if self._sum is None or self._squares is None:
+            self._sum, self._squares = roots, squares
         else:
-            if added.shape != self._sum.shape:
+            if roots.shape != self._sum.shape:
                 raise ValueError("maps of one image must be of one grid")
-            self._sum += added
-            self._own += squares
+            self._sum += roots
+            self._squares += squares
         self._count += 1
 
     @property
     def sensitivity(self) -> NDArray[np.float64] | None:
-        """`[layer, head]`; None of fewer than two expressions. A pair with a map of nothing counts as unmoved."""
-        if self._sum is None or self._own is None or self._count < 2:
+        """`[layer, head]`; None for fewer than two expressions. A pair with an empty map has an overlap of 1."""
+        if self._sum is None or self._squares is None or self._count < 2:
             return None
-        pairs = self._count * (self._count - 1) / 2
-        seen = np.rint(self._own)  # maps that have attention: each adds its square, 1
-        shared = (np.einsum("lhij,lhij->lh", self._sum, self._sum) - self._own) / 2
-        unmoved = pairs - seen * (seen - 1) / 2
-        return np.asarray(np.clip(1 - (shared + unmoved) / pairs, 0.0, 1.0))
+        num_pairs = self._count * (self._count - 1) / 2
+        num_maps = np.rint(self._squares)  # maps with attention: each has |r_i|^2 = 1
+        num_empty_pairs = num_pairs - num_maps * (num_maps - 1) / 2
+        overlaps = (np.einsum("lhij,lhij->lh", self._sum, self._sum) - self._squares) / 2
+        return np.asarray(np.clip(1 - (overlaps + num_empty_pairs) / num_pairs, 0.0, 1.0))
 
 
-class Movement(NamedTuple):
-    """Means over samples, float64 `[layer, head]`; NaN where no sample was measured."""
-
-    sensitivity: NDArray[np.float64]
-    consistency: NDArray[np.float64]
-
-
-class Means:
-    """The weighted mean of arrays `[layer, head]`, over those that are not NaN."""
+class RunningMean:
+    """Weighted mean of arrays `[layer, head]`, leaving out NaN."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self._total, self._weight = np.zeros(shape), np.zeros(shape)
@@ -143,59 +151,58 @@ class Means:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        nothing = np.full(self._total.shape, np.nan)
-        return np.asarray(np.divide(self._total, self._weight, out=nothing, where=self._weight > 0))
+        """NaN where no value was added."""
+        unknown = np.full(self._total.shape, np.nan)
+        return np.asarray(np.divide(self._total, self._weight, out=unknown, where=self._weight > 0))
 
 
-def mean_movement(samples: Iterable[Moved], weights: Iterable[float], shape: tuple[int, int]) -> Movement:
-    """The means over samples, each counted as often as it was drawn; one sample is in memory at a time."""
-    sensitivity, consistency = Means(shape), Means(shape)
+def mean_sensitivity(
+    samples: Iterable[SensitivityStatistics], weights: Iterable[float], shape: tuple[int, int]
+) -> SensitivityStatistics:
+    """The weighted means over samples, which are read one at a time.
+
+    Args:
+        weights: of each sample: how often it was drawn.
+        shape: `(num_layers, num_heads)`.
+    """
+    sensitivity, consistency = RunningMean(shape), RunningMean(shape)
     for sample, weight in zip(samples, weights, strict=True):
         sensitivity.add(sample.sensitivity, weight)
         consistency.add(sample.consistency, weight)
-    return Movement(sensitivity.mean, consistency.mean)
+    return SensitivityStatistics(sensitivity.mean, consistency.mean)
 
 
-def movement_of(sensitivity: float | None, consistency: float | None) -> float | None:
-    """`consistency - (1 - sensitivity)`; without a mirrored image the sensitivity. None where that is not known.
-
-    >>> movement_of(0.75, None), movement_of(0.75, 0.5), movement_of(None, 0.5)
-    (0.75, 0.25, None)
-    """
-    if sensitivity is None:
-        return None
-    return sensitivity if consistency is None else consistency - (1 - sensitivity)
+_OPPOSITES = {"left": "right", "right": "left"}
 
 
-_SIDES = {"left": "right", "right": "left"}
+def swap_left_right(expression: str) -> str:
+    """The expression for the mirrored image: left and right are swapped, also in leftmost, left-hand and right-hand.
 
-
-def swapped(expression: str) -> str:
-    """The expression for the mirrored image: left and right swapped, also in leftmost, left-hand and right-hand.
-
-    >>> swapped("The dog on the Left, not the rightmost one")
+    >>> swap_left_right("The dog on the Left, not the rightmost one")
     'The dog on the Right, not the leftmost one'
     """
 
-    def other(found: re.Match[str]) -> str:
-        word = found[0]
-        swap = _SIDES[word.lower()]
-        return swap.upper() if word.isupper() else swap.title() if word[0].isupper() else swap
+    def opposite(match: re.Match[str]) -> str:
+        word = match[0]
+        swapped = _OPPOSITES[word.lower()]
+        return swapped.upper() if word.isupper() else swapped.title() if word[0].isupper() else swapped
 
-    return re.sub(r"\b(?:left|right)(?=\b|most\b|hand\b|ward)", other, expression, flags=re.IGNORECASE)
+    return re.sub(r"\b(?:left|right)(?=\b|most\b|hand\b|ward)", opposite, expression, flags=re.IGNORECASE)
 
 
-def probes(expression: str, others: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
-    """What is asked beside an expression: two other expressions of its image at most, and words up to `PROBES`.
+def comparison_expressions(expression: str, others: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+    """The expressions whose maps are compared with that of `expression`: at most `NUM_COMPARISONS`.
 
-    Of many others the last and the middle one, for the first are often the same object in other words. Words that
-    the expression contains are passed over, unless there are no others.
+    Up to `MAX_FROM_DATA` are other expressions of the image: the last and the middle one, because the first are often
+    the same object in other words. Generic words fill up the rest; words that the expression contains are skipped,
+    unless nothing else is left.
 
-    >>> probes("the animal on the left", ["the dog", "a tree", "the hill"], ["animal", "thing", "vehicle"])
+    >>> others, words = ["the dog", "a tree", "the hill"], ["animal", "thing", "vehicle"]
+    >>> comparison_expressions("the animal on the left", others, words)
     ('the hill', 'a tree', 'thing')
     """
-    given = list(dict.fromkeys([*others[-1:], *others[len(others) // 2 :][:1]]))[:OF_THE_DATA]
-    own = set(re.findall(r"\w+", expression.lower()))
-    new = [word for word in words if word.lower() not in own and word not in given]
-    chosen = [*given, *new][:PROBES]
-    return tuple(chosen or words[:PROBES])
+    from_data = list(dict.fromkeys([*others[-1:], *others[len(others) // 2 :][:1]]))[:MAX_FROM_DATA]
+    contained = set(re.findall(r"\w+", expression.lower()))
+    generic = [word for word in words if word.lower() not in contained and word not in from_data]
+    chosen = [*from_data, *generic][:NUM_COMPARISONS]
+    return tuple(chosen or words[:NUM_COMPARISONS])

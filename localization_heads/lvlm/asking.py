@@ -15,7 +15,7 @@ from typing import Any
 
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import UsageError
-from localization_heads.heads.sensitivity import probes
+from localization_heads.heads.sensitivity import comparison_expressions
 from localization_heads.lvlm.answers.answering import Said, Sides, spellings
 from localization_heads.lvlm.extra_prompts import MAX_SIBLINGS, ExtraPrompts, other_expressions
 from localization_heads.lvlm.sharing import EncodedImage, Question
@@ -49,7 +49,7 @@ def attend_with_extras(
     """
     given = siblings or [()] * len(expressions)
     if extra_prompts.signals or (
-        extra_prompts.contrast == "siblings" and not extra_prompts.probe_words and not all(given)
+        extra_prompts.contrast == "siblings" and not extra_prompts.comparison_words and not all(given)
     ):
         image.encode()  # the model will speak, which takes all layers: not encoded twice
     found = image.attend(expressions, last_layer=last_layer)
@@ -58,8 +58,8 @@ def attend_with_extras(
     wanted: Sequence[tuple[str, ...]]
     if extra_prompts.contrast == "background":
         wanted = [(BACKGROUND,)] * len(found)
-    elif extra_prompts.contrast == "siblings" and extra_prompts.probe_words:
-        wanted = _probes(found, given, extra_prompts.probe_words)
+    elif extra_prompts.contrast == "siblings" and extra_prompts.comparison_words:
+        wanted = _comparison_expressions(found, given, extra_prompts.comparison_words)
     elif extra_prompts.contrast == "siblings":
         wanted = _siblings(image, found, given)
     elif extra_prompts.signals:
@@ -74,12 +74,12 @@ def attend_with_extras(
     ]
 
 
-def _probes(
+def _comparison_expressions(
     found: Sequence[AttentionMaps], given: Sequence[Sequence[str]], words: Sequence[str]
 ) -> list[tuple[str, ...]]:
-    """What the third criterion compares each expression with."""
+    """The expressions whose maps each expression's are compared with, for the sensitivity."""
     return [
-        probes(maps.query, other_expressions(maps.query, others), words)
+        comparison_expressions(maps.query, other_expressions(maps.query, others), words)
         for maps, others in zip(found, given, strict=True)
     ]
 

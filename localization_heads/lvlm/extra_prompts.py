@@ -1,6 +1,6 @@
 """`ExtraPrompts`: which prompts about an image a model is asked in addition to the expression itself.
 
-They serve contrastive grounding, confidence signals, and the third criterion (sensitivity). This module only describes
+They serve contrastive grounding, confidence signals, and sensitivity (criterion 3). This module only describes
 them and needs no torch; `lvlm.asking` runs them.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.heads.sensitivity import Moved, moved
+from localization_heads.heads.sensitivity import SensitivityStatistics, sensitivity_statistics
 from localization_heads.options.groups import Contrast, CriteriaOptions
 
 MAX_SIBLINGS = 8
@@ -31,15 +31,15 @@ class ExtraPrompts:
         signals: fill `answer_logprob`, `expression_logprob`, `presence_logit` and `statement_logit`. Without a
             contrast, `others` then holds the maps of the objects that the model lists.
         heads: keep only these heads' maps in `others`; None keeps all heads.
-        probe_words: with `siblings`, the words of the third criterion: at most two siblings are asked, and these words
-            fill up the rest (`heads.sensitivity.probes`). Without words, all siblings are asked, or the objects that
-            the model lists if there are none.
+        comparison_words: with `siblings`, for the sensitivity: at most two siblings are asked, and these words fill
+            up the rest (`heads.sensitivity.comparison_expressions`). Without words, all siblings are asked, or the
+            objects that the model lists if there are none.
     """
 
     contrast: Contrast = "none"
     signals: bool = False
     heads: tuple[tuple[int, int], ...] | None = None
-    probe_words: tuple[str, ...] = ()
+    comparison_words: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.contrast != "none" or self.signals
@@ -59,7 +59,7 @@ def extra_prompts_for(
     """The extra prompts for grounding with these heads; without heads, each image picks its own.
 
     Args:
-        criteria: if an image picks its own heads by the third criterion, and nothing else is asked, that criterion's
+        criteria: if an image picks its own heads by sensitivity, and nothing else is asked, its
             prompts are returned.
         every_head: keep all heads' maps of the extra prompts, as heads other than these are read too.
     """
@@ -70,20 +70,20 @@ def extra_prompts_for(
 
 
 def measures_sensitivity(criteria: CriteriaOptions) -> bool:
-    """Whether the third criterion is in use."""
+    """Whether criterion 3 (sensitivity) is in use."""
     return criteria.sensitivity != "none"
 
 
 def sensitivity_prompts(criteria: CriteriaOptions) -> ExtraPrompts:
-    """The extra prompts that the third criterion needs; none if it is not in use."""
+    """The extra prompts that sensitivity needs; none if it is not in use."""
     if not measures_sensitivity(criteria):
         return NO_EXTRA_PROMPTS
-    return ExtraPrompts("siblings", probe_words=criteria.siblings)
+    return ExtraPrompts("siblings", comparison_words=criteria.siblings)
 
 
-def measure_sensitivity(maps: AttentionMaps, mirrored: NDArray[np.float32] | None) -> Moved:
-    """The third criterion of every head in one sample, from `maps.others` and the maps of the mirrored image."""
-    return moved(maps.attention, [other.attention for other in maps.others], mirrored)
+def measure_sensitivity(maps: AttentionMaps, mirrored: NDArray[np.float32] | None) -> SensitivityStatistics:
+    """Sensitivity and consistency of every head in one sample, from `maps.others` and the mirrored image's maps."""
+    return sensitivity_statistics(maps.attention, [other.attention for other in maps.others], mirrored)
 
 
 def other_expressions(expression: str, others: Iterable[str]) -> tuple[str, ...]:

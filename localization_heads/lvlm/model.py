@@ -26,7 +26,7 @@ from localization_heads.errors import NotFiniteError, OutOfMemoryError
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import own_heads
-from localization_heads.heads.sensitivity import swapped
+from localization_heads.heads.sensitivity import swap_left_right
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import attend_with_extras
 from localization_heads.lvlm.clips import attend_clip
@@ -197,7 +197,7 @@ class LVLM(LoadedModel):
     def attend_mirrored(
         self, image: Image.Image, expression: str, maps: AttentionMaps
     ) -> NDArray[np.float32] | None:
-        """The maps of the mirrored image with left and right swapped in the expression, for the third criterion.
+        """The maps of the mirrored image with left and right swapped in the expression, for the sensitivity.
 
         Args:
             maps: those of the image itself.
@@ -206,7 +206,7 @@ class LVLM(LoadedModel):
             As the model gives them; None where they cannot be compared with `maps`, or it cannot take the image.
         """
         try:
-            found = self.attend(ImageOps.mirror(image), swapped(expression))
+            found = self.attend(ImageOps.mirror(image), swap_left_right(expression))
         except (NotFiniteError, OutOfMemoryError) as error:
             log.warning("%r: the mirrored image could not be asked: %s", expression, error)
             return None
@@ -295,8 +295,8 @@ class LVLM(LoadedModel):
         """The heads that this very image and query pick. NoHeadError where none passes the criteria."""
         criteria = criteria or CriteriaOptions()
         maps = self.attend(image, query, extra_prompts=sensitivity_prompts(criteria))
-        third = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
-        return own_heads(head_statistics(maps.attention, criteria), criteria, k, third)
+        sensitivity = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
+        return own_heads(head_statistics(maps.attention, criteria), criteria, k, sensitivity)
 
     def encode_image(self, image: PromptImages, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from localization_heads.attention import Box
 from localization_heads.evaluation.metrics import FEWEST
 from localization_heads.heads.head import Head
-from localization_heads.heads.record import HeadRanking, RankedHead, resting
+from localization_heads.heads.record import HeadRanking, RankedHead, resting_heads
 from localization_heads.report.content import Card, HeadFacts, Report
 
 MAX_ROWS = 100
@@ -125,7 +125,7 @@ def method(facts: HeadFacts) -> str:
         "(lowest spatial entropy); the selection frequency is the share of samples that mark a head.",
         f"Averages over {counted(ranking.num_samples, 'sample')}.",
         _spread(ranking),
-        _third(ranking),
+        _sensitivity_sentence(ranking),
         "" if facts.bottom_row is None else BOTTOM_ROW,
     ]
     return " ".join(filter(None, sentences))
@@ -137,11 +137,11 @@ BOTTOM_ROW = (
 )
 
 
-def _third(ranking: HeadRanking) -> str:
-    """What the third criterion found; nothing where it was not measured."""
-    if not ranking.is_moved:
+def _sensitivity_sentence(ranking: HeadRanking) -> str:
+    """What the sensitivities say; nothing where they were not measured."""
+    if not ranking.has_sensitivity:
         return ""
-    rest = " ".join(str(head.address) for head in resting(ranking)[:FIRST_ROWS])
+    rest = " ".join(str(head.address) for head in resting_heads(ranking)[:FIRST_ROWS])
     return " ".join(
         [
             "Sensitivity: 1 minus the overlap of a head's map with those of other expressions of the same image.",
@@ -198,7 +198,7 @@ class Cell(NamedTuple):
 def ranking_columns(facts: HeadFacts) -> dict[str, str]:
     """The columns of the ranking: their keys, and what stands above them."""
     known = {
-        "sensitivity": facts.ranking.is_moved,
+        "sensitivity": facts.ranking.has_sensitivity,
         "bottom": facts.bottom_row is not None,
         "iou": facts.iou is not None,
     }
@@ -219,8 +219,8 @@ def ranking_cells(facts: HeadFacts, rank: int, head: RankedHead) -> list[Cell]:
         Cell(number(head.attention_sum), head.attention_sum),
         Cell(number(head.spatial_entropy), head.spatial_entropy),
     ]
-    if facts.ranking.is_moved:
-        rests = " (rests)" if head in resting(facts.ranking) else ""
+    if facts.ranking.has_sensitivity:
+        rests = " (rests)" if head in resting_heads(facts.ranking) else ""
         cells.append(Cell(number(head.sensitivity) + rests, head.sensitivity))
     if facts.bottom_row is not None:
         share = float(facts.bottom_row[head.address])

@@ -11,9 +11,9 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import load_samples
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.heads.criteria import head_statistics
-from localization_heads.heads.ranking import rank_heads, with_movement
-from localization_heads.heads.record import resting
-from localization_heads.heads.sensitivity import mean_movement
+from localization_heads.heads.ranking import add_sensitivity, rank_heads
+from localization_heads.heads.record import resting_heads
+from localization_heads.heads.sensitivity import mean_sensitivity
 from localization_heads.lvlm.extra_prompts import (
     measure_sensitivity,
     measures_sensitivity,
@@ -59,7 +59,7 @@ def doctor(run: Run) -> Examined:
     from localization_heads.lvlm.checks.doctor import examine
 
     found = examine(run.lvlm, image, expression, run.options.doctor.check)
-    found = replace(found, facts=[*found.facts, *_of_movement(run, image, expression)])
+    found = replace(found, facts=[*found.facts, *_sensitivity_rows(run, image, expression)])
     paths = []
     if found.views:
         title = f"{run.lvlm.name}: the cells of its image tokens"
@@ -69,8 +69,8 @@ def doctor(run: Run) -> Examined:
     return Examined(found, paths)
 
 
-def _of_movement(run: Run, image: Image.Image, expression: str) -> list[tuple[str, str]]:
-    """The third criterion on one image, as (name, value); nothing if it is not wanted. Warns of other first heads."""
+def _sensitivity_rows(run: Run, image: Image.Image, expression: str) -> list[tuple[str, str]]:
+    """Sensitivity on one image, as (name, value); nothing if the criteria do not use it. Warns of other first heads."""
     criteria = run.options.criteria
     if not measures_sensitivity(criteria):
         return []
@@ -86,12 +86,16 @@ def _of_movement(run: Run, image: Image.Image, expression: str) -> list[tuple[st
         num_trials=1,
     )
     shape = (maps.num_layers, maps.num_heads)
-    ranking = with_movement(ranking, mean_movement([measure_sensitivity(maps, mirrored)], [1], shape))
+    ranking = add_sensitivity(ranking, mean_sensitivity([measure_sensitivity(maps, mirrored)], [1], shape))
     warn_of_disagreement(ranking, run.options.k)
     first = ranking.kept[: run.options.k]
-    moves = [f"{head.address} ({head.movement:.2f})" for head in first if head.movement is not None]
-    rest = [str(head.address) for head in resting(ranking)[:10]]
-    said = f"{' '.join(moves) or 'none'}: heads by movement with the expression, on this image alone"
+    scores = [
+        f"{head.address} ({head.sensitivity_score:.2f})"
+        for head in first
+        if head.sensitivity_score is not None
+    ]
+    rest = [str(head.address) for head in resting_heads(ranking)[:10]]
+    said = f"{' '.join(scores) or 'none'}: heads by sensitivity score, on this image alone"
     return [("they follow", said), ("they rest", " ".join(rest) or "none")]
 
 

@@ -115,7 +115,7 @@ class Entries:
     Args:
         max_batch_size: the largest batch that the memory may still hold, once one did not fit (`batch_size=auto`).
         images_reused: the images are loaded in a second pass as well.
-        with_sensitivity: their statistics hold the third criterion, which depends on the siblings.
+        with_sensitivity: their statistics hold the sensitivity, which depends on the siblings.
     """
 
     samples: list[Sample]

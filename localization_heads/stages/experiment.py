@@ -148,7 +148,7 @@ def experiment(run: Run) -> Result:
             given_heads=given,
             segmenter=run.options.segmenter.kind,
             options=_study_options(run),
-            movement=average_sensitivity(
+            sensitivity=average_sensitivity(
                 rows, [1] * len(entries.usable), (store.num_layers, store.num_heads)
             ),
             **measures,

@@ -22,7 +22,7 @@ from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
 from localization_heads.heads.ranking import NONE_KEPT, random_draws
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
-from localization_heads.heads.sensitivity import Moved
+from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, measure_sensitivity, sensitivity_prompts
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries
@@ -35,7 +35,7 @@ from localization_heads.stages.outcome import (
     save_ranking_files,
 )
 from localization_heads.stages.records import (
-    add_sensitivity,
+    add_stored_sensitivity,
     append_statistics,
     choose_mirrored_samples,
     find_stored_statistics,
@@ -104,7 +104,9 @@ def collect_statistics(
             append_statistics(entries, found, store)
             return
         keys = [entries.statistics_key(one.sample, mirrored=one.sample.id in mirrored) for one in collected]
-        append_statistics(entries, found, store, keys, [one.moved for one in collected if one.moved])
+        append_statistics(
+            entries, found, store, keys, [one.sensitivity for one in collected if one.sensitivity]
+        )
 
     run_over_samples(
         run,
@@ -112,7 +114,7 @@ def collect_statistics(
         samples,
         "collect",
         is_done=is_done,
-        process=partial(_analysed, keep_maps=keep_maps, moved=entries.with_sensitivity),
+        process=partial(_analysed, keep_maps=keep_maps, with_sensitivity=entries.with_sensitivity),
         save=keep,
         second_pass=mirrored_pass(mirrored),
         extra_prompts=sensitivity_prompts(criteria) if entries.with_sensitivity else NO_EXTRA_PROMPTS,
@@ -137,23 +139,23 @@ def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
 
 
 class _Collected(NamedTuple):
-    """A sample's statistics, its maps where they are kept, and its third criterion where that is wanted."""
+    """A sample's statistics, its maps where they are kept, and its sensitivity where the criteria use it."""
 
     sample: Sample
     statistics: HeadStatistics
     maps: AttentionMaps | None
-    moved: Moved | None = None
+    sensitivity: SensitivityStatistics | None = None
 
 
 def _analysed(
-    run: Run, _: Entries, attended: Sequence[AttendedSample], *, keep_maps: bool, moved: bool
+    run: Run, _: Entries, attended: Sequence[AttendedSample], *, keep_maps: bool, with_sensitivity: bool
 ) -> list[_Collected]:
     return [
         _Collected(
             one.sample,
             head_statistics(one.maps.attention, run.options.criteria),
             replace(one.maps, others=(), images=()) if keep_maps else None,
-            measure_sensitivity(one.maps, one.mirrored_maps) if moved else None,
+            measure_sensitivity(one.maps, one.mirrored_maps) if with_sensitivity else None,
         )
         for one in attended
     ]
@@ -189,7 +191,7 @@ def rank(run: Run) -> Result:
     """The ranking of `find` from the statistics on disk, without the model."""
     entries = load_entries(run)
     record = find_stored_statistics(run)
-    entries.with_sensitivity = record.moved
+    entries.with_sensitivity = record.has_sensitivity
     check_criteria(run.options.criteria, record.num_layers)
     with RunLock(run.folder):
         draws = draw_trials(run, entries)
@@ -281,7 +283,7 @@ def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: Statistic
         raise NothingDoneError("no entry could be used", entries.sorted_failures())
     rows = store.rows([entries.stored_statistics_key(entries.samples[place], store) for place in places])
     ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, places])
-    return add_sensitivity(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
+    return add_stored_sensitivity(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
 
 
 def _ground_all(

@@ -25,7 +25,7 @@ from localization_heads.heads.labels import Curve, LabelRecipe, mass_on_patches,
 from localization_heads.heads.ranking import random_draws
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
-from localization_heads.heads.sensitivity import Moved
+from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
 from localization_heads.lvlm.extra_prompts import (
     measure_sensitivity,
@@ -39,7 +39,7 @@ from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Result, back_up_heads_file
 from localization_heads.stages.records import (
-    add_sensitivity,
+    add_stored_sensitivity,
     append_statistics,
     choose_mirrored_samples,
     find_stored_statistics,
@@ -72,7 +72,7 @@ class Labelled(NamedTuple):
 class _Scored:
     sample: Sample
     statistics: HeadStatistics
-    moved: Moved | None
+    sensitivity: SensitivityStatistics | None
     scores: Mapping[str, NDArray[np.float32]]
 
 
@@ -98,7 +98,7 @@ def rank_by_kept_labels(run: Run) -> Labelled:
     """The ranking of `find_by_labels` from the statistics and scores on disk, without the model."""
     by, entries, record = run.options.heads_by, _labelled(run), find_stored_statistics(run)
     check_criteria(run.options.criteria, record.num_layers)
-    entries.with_sensitivity = record.moved
+    entries.with_sensitivity = record.has_sensitivity
     form = FORMATS.get(run.spec.native_box or "") if by == "vrh" else None
     wanted = _scores_of(run, record.settings, form, record.num_layers, record.num_heads)
     there = (
@@ -192,7 +192,7 @@ def _collect(
             [(one.sample, one.statistics) for one in found],
             store,
             [statistics_key(one.sample) for one in found],
-            [one.moved for one in found if one.moved],
+            [one.sensitivity for one in found if one.sensitivity],
         )
         keys = [_key(entries, one.sample) for one in found]
         scores.append(keys, *(np.stack([one.scores[name] for one in found]) for name in scores.columns))
@@ -224,12 +224,12 @@ def _score(
                 maps = with_box_span(run.lvlm).attend(one.single_image, one.sample.expression)
                 scores = {"vrh": mass_on_patches(maps, truth.box)}
             statistics = head_statistics(one.maps.attention, run.options.criteria)
-            third = (
+            sensitivity = (
                 measure_sensitivity(one.maps, one.mirrored_maps)
                 if measures_sensitivity(run.options.criteria)
                 else None
             )
-            found.append(_Scored(one.sample, statistics, third, scores))
+            found.append(_Scored(one.sample, statistics, sensitivity, scores))
     return found
 
 
@@ -244,7 +244,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
     rows = store.rows([entries.stored_statistics_key(sample, store) for sample in samples])
     free = run.ranking_of(rows, store.settings["weights"][0])
     shape = store.num_layers, store.num_heads
-    free = add_sensitivity(free, rows, np.ones((1, len(samples)), np.int64), shape)
+    free = add_stored_sensitivity(free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_key(entries, sample) for sample in samples])
     by, quality = columns[recipe.by], columns["vrh" if recipe.by == "vrh" else "mass"]
     draw = recipe.drawn(len(samples))[0]

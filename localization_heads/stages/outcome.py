@@ -280,7 +280,7 @@ def save_ranking_files(run: Run, ranking: HeadRanking) -> list[Path]:
         run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
     )
     paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
-    if ranking.is_moved:
+    if ranking.has_sensitivity:
         sensitivity = run.folder / "sensitivity.png"
         paths.append(run.draw(figures.plot_sensitivity, ranking, path=sensitivity, emphasised=run.options.k))
     return paths

@@ -1,7 +1,7 @@
 """`stage=rank attention_files=`: heads ranked over attention files on disk, of this tool or of the published code.
 
 One file is in memory at a time. The statistics go into a hidden folder, from which a run that was killed goes on, and
-which is removed at the end; files of one image whose queries differ are read a second time for the third criterion.
+which is removed at the end; files of one image whose queries differ are read a second time for their sensitivity.
 Neither the model nor torch is needed.
 """
 
@@ -27,10 +27,10 @@ from localization_heads.data.samples import Sample
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError, printable
 from localization_heads.heads.criteria import check_criteria, head_statistics
-from localization_heads.heads.ranking import NONE_KEPT, random_draws, with_movement
+from localization_heads.heads.ranking import NONE_KEPT, add_sensitivity, random_draws
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
-from localization_heads.heads.sensitivity import Means, Movement, OneImage
+from localization_heads.heads.sensitivity import PairwiseSensitivity, RunningMean, SensitivityStatistics
 from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
 from localization_heads.lvlm.extra_prompts import measures_sensitivity, other_expressions
 from localization_heads.options.groups import CriteriaOptions
@@ -42,7 +42,7 @@ from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, writable_folder
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.paths import SIDE_SUFFIXES, attention_stem, local_path
-from localization_heads.store.statistics import KEY_BYTES, MOVED, StatisticsStore, sample_key
+from localization_heads.store.statistics import KEY_BYTES, SENSITIVITY_COLUMNS, StatisticsStore, sample_key
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def rank_files(run: Run) -> Result:
     """The ranking over the files that `attention_files` names -> heads.json, heads.csv and their figures.
 
     Raises:
-        UsageError: no file there, files of different models, or a third criterion without two files of one image.
+        UsageError: no file there, files of different models, or `criteria=robust` without two files of one image.
         NothingDoneError: none of the files can be read.
     """
     if run.options.heads_by != "criteria":
@@ -159,7 +159,7 @@ def _rank(run: Run, files: Sequence[Path], folder: Path) -> Result:
         raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
     rows = store.rows([one.key for one in pile.read])
     ranking = run.ranking_of(rows, run.spec.name, draws[:, [one.place for one in pile.read]])
-    ranking = with_movement(ranking, _movement(pile, drawn, criteria, folder))
+    ranking = add_sensitivity(ranking, _mean_sensitivity(pile, drawn, criteria, folder))
     writable_folder(run.folder)
     with RunLock(run.folder):
         ranking = _described(ranking, pile)
@@ -254,14 +254,16 @@ def _of_model(run: Run, pile: _Pile) -> Run:
     return Run(replace(run.options, model=find_spec(pile.model)), run.model_choice, None, run.before_model)
 
 
-def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions, folder: Path) -> Movement:
+def _mean_sensitivity(
+    pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions, folder: Path
+) -> SensitivityStatistics:
     """The mean sensitivity over the images that several files are of; each counts for all its files.
 
     Raises:
         UsageError: the ranking is to go by it, and no image has two files with different queries.
     """
     assert pile.shape is not None
-    means, nothing = Means(pile.shape), np.full(pile.shape, np.nan)
+    means, nothing = RunningMean(pile.shape), np.full(pile.shape, np.nan)
     images = dict(_of_several_queries(pile.read))
     if not images and measures_sensitivity(criteria):
         raise UsageError(
@@ -269,20 +271,20 @@ def _movement(pile: _Pile, drawn: NDArray[np.int64], criteria: CriteriaOptions, 
             "head can be seen to move; write criteria=paper"
         )
     layers, heads = pile.shape
-    columns = {"sensitivity": MOVED["sensitivity"]}
+    columns = {"sensitivity": SENSITIVITY_COLUMNS["sensitivity"]}
     store = StatisticsStore(folder, settings={}, num_layers=layers, num_heads=heads, columns=columns)
     for files in tqdm(images.values(), desc="compare", unit="image", disable=None):
         key = hashlib.sha256(b"".join(one.key for one in files)).digest()[:KEY_BYTES]
         if key not in store:
-            store.append([key], _sensitivity(files)[None])
+            store.append([key], _image_sensitivity(files)[None])
         weight = float(sum(drawn[one.place] for one in files))
         means.add(store.views([key])["sensitivity"][0], weight)
-    return Movement(means.mean, nothing)
+    return SensitivityStatistics(means.mean, nothing)
 
 
-def _sensitivity(files: Sequence[_Read]) -> NDArray[np.float64]:
+def _image_sensitivity(files: Sequence[_Read]) -> NDArray[np.float64]:
     """Of the files of one image, two or more: `[layer, head]`."""
-    image = OneImage()
+    image = PairwiseSensitivity()
     for one in files:
         image.add(load_attention(one.path).attention)
     assert image.sensitivity is not None

@@ -1,4 +1,4 @@
-"""The statistics of a run: which of those on disk are its own, which are kept, and the third criterion among them."""
+"""The statistics of a run: which of those on disk are its own, which are kept, sensitivity among them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from localization_heads.data.samples import Sample
 from localization_heads.data.sources import num_images
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
-from localization_heads.heads.ranking import disagreement, with_movement
+from localization_heads.heads.ranking import add_sensitivity, describe_disagreement
 from localization_heads.heads.ready import NATIVE_BOX, asked
 from localization_heads.heads.record import HeadRanking
-from localization_heads.heads.sensitivity import Moved, Movement, mean_movement
+from localization_heads.heads.sensitivity import SensitivityStatistics, mean_sensitivity
 from localization_heads.lvlm.answers.box_formats import BOX
 from localization_heads.lvlm.extra_prompts import measures_sensitivity
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
@@ -29,7 +29,7 @@ from localization_heads.stages.run import Run
 from localization_heads.store.paths import local_path
 from localization_heads.store.statistics import (
     COLUMNS,
-    MOVED,
+    SENSITIVITY_COLUMNS,
     StatisticsRows,
     StatisticsStore,
     StoreHeader,
@@ -39,35 +39,35 @@ from localization_heads.store.statistics import (
 log = logging.getLogger(__name__)
 
 
-def open_store(run: Run, *, moved: bool = False) -> StatisticsStore:
+def open_store(run: Run, *, with_sensitivity: bool = False) -> StatisticsStore:
     """The statistics of this model under these options; other options keep theirs in another file.
 
     Args:
-        moved: with the third criterion.
+        with_sensitivity: with columns for sensitivity and consistency.
     """
     return StatisticsStore(
         run.folder / "statistics",
-        settings={"asked": statistics_options(run, moved=moved), **run.model_settings},
+        settings={"asked": statistics_options(run, with_sensitivity=with_sensitivity), **run.model_settings},
         num_layers=run.lvlm.num_layers,
         num_heads=run.lvlm.num_heads,
-        columns={**COLUMNS, **MOVED} if moved else COLUMNS,
+        columns={**COLUMNS, **SENSITIVITY_COLUMNS} if with_sensitivity else COLUMNS,
     )
 
 
 def open_ranking_store(run: Run, entries: Entries) -> StatisticsStore:
-    """The store of a run that ranks heads, which holds the third criterion if it is wanted."""
+    """The store of a run that ranks heads, with sensitivity if the criteria use it."""
     entries.with_sensitivity = measures_sensitivity(run.options.criteria)
-    return open_store(run, moved=entries.with_sensitivity)
+    return open_store(run, with_sensitivity=entries.with_sensitivity)
 
 
-def statistics_options(run: Run, *, moved: bool = False) -> dict[str, Any]:
+def statistics_options(run: Run, *, with_sensitivity: bool = False) -> dict[str, Any]:
     """The options that the statistics depend on, as far as they are known without the model (for `stage=rank`).
 
     `criteria.entropy` is not among them: the store holds both entropies. Nor is `criteria.mirrored`: each sample's key
     says whether its mirrored image was asked.
     """
     criteria = run.options.criteria
-    third = {"sensitivity": criteria.sensitivity, "siblings": list(criteria.siblings)} if moved else {}
+    sensitivity = {"sensitivity": criteria.sensitivity, "siblings": list(criteria.siblings)}
     spec = run.spec
     return {
         "model.name": str(path.resolve()) if (path := local_path(spec.name)).is_dir() else spec.name,
@@ -83,7 +83,7 @@ def statistics_options(run: Run, *, moved: bool = False) -> dict[str, Any]:
         **({"model.fix_mistral_regex": True} if spec.fix_mistral_regex else {}),
         **_wording(run.options),
         **{f"criteria.{name}": value for name, value in as_measured(criteria).items()},
-        **{f"criteria.{name}": value for name, value in third.items()},
+        **({f"criteria.{name}": value for name, value in sensitivity.items()} if with_sensitivity else {}),
     }
 
 
@@ -116,12 +116,13 @@ def append_statistics(
     found: Sequence[tuple[Sample, HeadStatistics]],
     store: StatisticsStore,
     keys: Sequence[bytes] | None = None,
-    moved: Sequence[Moved] = (),
+    sensitivity: Sequence[SensitivityStatistics] = (),
 ) -> None:
     """Add the statistics of a chunk, one sample or more; those of a sample that is there already stay.
 
     Args:
-        keys: of the samples, and `moved`: their third criterion, in a store that holds it.
+        keys: of the samples.
+        sensitivity: of the samples, in a store that has columns for it.
     """
     samples, statistics = zip(*found, strict=True)
     store.append(
@@ -130,18 +131,18 @@ def append_statistics(
         np.stack([found.area_entropy for found in statistics]),
         np.stack([found.mass_entropy for found in statistics]),
         np.stack([found.bottom_row_focus for found in statistics]),
-        *(np.stack(column) for column in zip(*moved, strict=True)),
+        *(np.stack(column) for column in zip(*sensitivity, strict=True)),
     )
 
 
 def find_stored_statistics(run: Run) -> StoreHeader:
     """The store of these options; of several, which differ in their weights, the one used last."""
-    moved = measures_sensitivity(run.options.criteria)
-    wanted = statistics_options(run, moved=moved)
+    with_sensitivity = measures_sensitivity(run.options.criteria)
+    wanted = statistics_options(run, with_sensitivity=with_sensitivity)
     records = find_stores(run.folder / "statistics")
     fitting = [record for record in records if record.settings.get("asked") == wanted]
-    if not fitting and not moved:  # a store of the third criterion holds the paper's two as well
-        fitting = [record for record in records if record.moved and _paper_part(record) == wanted]
+    if not fitting and not with_sensitivity:  # a store with sensitivity has the paper's criteria, too
+        fitting = [record for record in records if record.has_sensitivity and _paper_part(record) == wanted]
     if len(fitting) > 1:
         log.warning("%d stores fit these options, of other weights: taking the one used last", len(fitting))
     if fitting:
@@ -156,8 +157,8 @@ def find_stored_statistics(run: Run) -> StoreHeader:
 
 def _paper_part(record: StoreHeader) -> dict[str, Any]:
     asked = record.settings.get("asked")
-    third = {f"criteria.{name}" for name in SensitivityOptions.__pydantic_fields__}
-    return {name: value for name, value in (asked or {}).items() if name not in third}
+    sensitivity = {f"criteria.{name}" for name in SensitivityOptions.__pydantic_fields__}
+    return {name: value for name, value in (asked or {}).items() if name not in sensitivity}
 
 
 def _difference(made: Any, wanted: dict[str, Any]) -> str:
@@ -192,29 +193,29 @@ def _with_mirrored(
     return [one._replace(mirrored_maps=mirrored(one)) for one in attended]
 
 
-def add_sensitivity(
+def add_stored_sensitivity(
     ranking: HeadRanking, rows: StatisticsRows, draws: NDArray[np.int64], shape: tuple[int, int]
 ) -> HeadRanking:
-    """The ranking with the third criterion over the samples of `rows`, each counted as often as it was drawn.
+    """The ranking with the mean sensitivity over the samples of `rows`, each counted as often as it was drawn.
 
     Args:
         draws: `[trial, sample]`, as `rank_heads` has them.
     """
-    movement = average_sensitivity(rows, draws.sum(axis=0).tolist(), shape)
-    return ranking if movement is None else with_movement(ranking, movement)
+    sensitivity = average_sensitivity(rows, draws.sum(axis=0).tolist(), shape)
+    return ranking if sensitivity is None else add_sensitivity(ranking, sensitivity)
 
 
 def average_sensitivity(
     rows: StatisticsRows, weights: Sequence[float], shape: tuple[int, int]
-) -> Movement | None:
-    """The mean over the samples of `rows`, each with its weight; None in a store without the third criterion."""
-    samples = rows.moved()
-    return None if samples is None else mean_movement(samples, weights, shape)
+) -> SensitivityStatistics | None:
+    """The weighted mean sensitivity over the samples of `rows`; None in a store without it."""
+    samples = rows.sensitivity_statistics()
+    return None if samples is None else mean_sensitivity(samples, weights, shape)
 
 
 def warn_of_disagreement(ranking: HeadRanking, k: int) -> None:
-    """A warning where the third criterion and the paper's two put different heads first."""
-    if measures_sensitivity(ranking.options) and not ranking.is_moved:
+    """A warning where sensitivity and the paper's two criteria put different heads first."""
+    if measures_sensitivity(ranking.options) and not ranking.has_sensitivity:
         log.warning("criteria=robust: no image could be asked about anything else; the order is the paper's")
-    if (said := disagreement(ranking, k)) is not None:
+    if (said := describe_disagreement(ranking, k)) is not None:
         log.warning("%s", said)

@@ -4,7 +4,7 @@ They are records of one size in an append-only file, written chunk by chunk and 
 samples need no memory, and a kill in the middle of a write costs at most the last chunk. A record is
 
     key (16 bytes) | attention_sum, area_entropy, mass_entropy f4 [L, H] | bottom_row u1 [L, H] |
-    with the third criterion sensitivity, consistency f4 [L, H] | pad | CRC32 u4
+    with sensitivity: sensitivity, consistency f4 [L, H] | pad | CRC32 u4
 
 and a JSON file of the same name beside it says which settings the numbers were made with. Both names carry a digest
 of these settings, so statistics of another model, prompt or threshold never mix. The records hold everything that the
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.errors import WorkError
-from localization_heads.heads.sensitivity import Moved
+from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.options.groups import Weight
 from localization_heads.store import journal
 from localization_heads.store.files import write_json
@@ -38,8 +38,8 @@ VERSION = 3
 KEY_BYTES = 16
 COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4", "bottom_row_focus": "u1"}
 """The fields of a record, for every head, in the order of the file."""
-MOVED = {"sensitivity": "<f4", "consistency": "<f4"}
-"""Those that follow in a store of the third criterion; NaN where they were not measured."""
+SENSITIVITY_COLUMNS = {"sensitivity": "<f4", "consistency": "<f4"}
+"""Those that follow in a store with sensitivity; NaN where they were not measured."""
 _SCAN_BYTES = 16 << 20
 _LARGEST_MODEL = 1 << 20  # heads
 
@@ -80,11 +80,11 @@ class StatisticsRows:
     def __len__(self) -> int:
         return len(self.attention_sum)
 
-    def moved(self) -> Iterator[Moved] | None:
-        """The third criterion of each sample, read one by one; None in a store without it."""
+    def sensitivity_statistics(self) -> Iterator[SensitivityStatistics] | None:
+        """The sensitivity of each sample, read one by one; None in a store without it."""
         if self.sensitivity is None or self.consistency is None:
             return None
-        return (Moved(*one) for one in zip(self.sensitivity, self.consistency, strict=True))
+        return (SensitivityStatistics(*one) for one in zip(self.sensitivity, self.consistency, strict=True))
 
     def spatial_entropy(self, weight: Weight) -> RowView:
         """The entropy with components weighted by `area` or `mass`."""
@@ -158,9 +158,9 @@ class StoreHeader:
     columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
 
     @property
-    def moved(self) -> bool:
-        """Whether it holds the third criterion."""
-        return dict(self.columns) == {**COLUMNS, **MOVED}
+    def has_sensitivity(self) -> bool:
+        """Whether it holds the sensitivity."""
+        return dict(self.columns) == {**COLUMNS, **SENSITIVITY_COLUMNS}
 
     def open(self) -> StatisticsStore:
         return StatisticsStore(
@@ -302,7 +302,7 @@ class StatisticsStore:
         for name, array in zip(self.columns, arrays, strict=True):
             if np.shape(array) != shape:
                 raise ValueError(f"{name} must be {shape}, not {np.shape(array)}")
-            if name not in MOVED and np.isnan(array).any():
+            if name not in SENSITIVITY_COLUMNS and np.isnan(array).any():
                 raise ValueError(f"{name} holds NaN")
         fresh: dict[bytes, int] = {}
         for i, key in enumerate(keys):
