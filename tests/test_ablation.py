@@ -14,7 +14,7 @@ from PIL import Image
 from localization_heads.attention import AttentionMaps
 from localization_heads.data.lines import Region, read_expected_answers
 from localization_heads.evaluation.controls import mean_map
-from localization_heads.experiments.ablation import conditions, curves, finding
+from localization_heads.experiments.ablation import ablation_finding, compute_curves, make_conditions
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.interventions.switching import output_projection
 from localization_heads.lvlm.model import LVLM
@@ -29,9 +29,9 @@ BY_SUM = [Head(3, 3), Head(2, 0), Head(3, 1), Head(2, 1)]
 
 
 def test_conditions() -> None:
-    every = conditions(LISTED, BY_SUM, [0, 1, 3, 9], draws=3, num_heads=6, seed=0)
+    every = make_conditions(LISTED, BY_SUM, [0, 1, 3, 9], draws=3, heads_per_layer=6, seed=0)
     assert every[0].name == "heads-0-0" and every[0].heads == ()
-    assert [one.number for one in every] == [0, *[1] * 5, *[3] * 5, *[4] * 5]
+    assert [one.size for one in every] == [0, *[1] * 5, *[3] * 5, *[4] * 5]
     by_name = {one.name: one.heads for one in every}
     assert by_name["heads-3-0"] == tuple(LISTED[:3])
     assert by_name["attention_sum-4-0"] == tuple(BY_SUM)
@@ -41,17 +41,17 @@ def test_conditions() -> None:
         assert not {*random} & {*LISTED} and len({*random}) == 3
         assert by_name[f"random-1-{draw}"] == random[:1]
     assert len({by_name[f"random-4-{draw}"] for draw in range(3)}) > 1
-    assert every == conditions(LISTED, BY_SUM, [9, 3, 1], draws=3, num_heads=6, seed=0)
+    assert every == make_conditions(LISTED, BY_SUM, [9, 3, 1], draws=3, heads_per_layer=6, seed=0)
 
 
 def test_random_heads_of_a_layer_with_too_few_others() -> None:
     """The least of the listed ones are taken, the best last."""
     listed = [Head(0, 2), Head(0, 0)]
-    every = {one.name: one.heads for one in conditions(listed, listed, [2], draws=1, num_heads=3)}
+    every = {one.name: one.heads for one in make_conditions(listed, listed, [2], draws=1, heads_per_layer=3)}
     assert every["random-2-0"] == (Head(0, 1), Head(0, 0))
 
 
-EVERY = conditions([Head(1, 0)], [Head(1, 1)], [1], draws=2, num_heads=4)
+EVERY = make_conditions([Head(1, 0)], [Head(1, 1)], [1], draws=2, heads_per_layer=4)
 
 
 def values(
@@ -64,7 +64,7 @@ def values(
 
 def test_curves_by_hand() -> None:
     three = [values(1, 0, (1, 0), 1), values(1, 0.5, (1, 1), 0), values(0, 0, (0, 1), 0)]
-    found = curves(EVERY, three, "answers")
+    found = compute_curves(EVERY, three, "answers")
     assert found["counts"] == [0, 1] and found["num"] == 3
     assert found["curves"] == {
         "heads": [0.666667, 0.166667], "random": [0.666667, 0.666667], "attention_sum": [0.666667, 0.333333]
@@ -77,7 +77,7 @@ def test_intervals_are_of_paired_differences() -> None:
     """A second implementation, in loops: every expression loses a half, so no resample says anything else."""
     rng = np.random.default_rng(1)
     many = [values(v, v - 0.5, (v, v), v) for v in rng.choice([0.5, 1.0], 40)]
-    found = curves(EVERY, many, "answers", seed=7)
+    found = compute_curves(EVERY, many, "answers", seed=7)
     assert found["fall_intervals"]["heads"][1] == [0.5, 0.5]
     before = np.array([one["heads-0-0"]["answers"] for one in many])
     drawn = np.random.default_rng(7).integers(40, size=(1000, 40))
@@ -89,7 +89,7 @@ def test_maps_are_compared_with_the_same_heads_maps_before() -> None:
     one: Any = {name: {"maps": 0.0, "maps_before": 0.0} for name in values(0, 0, (0, 0), 0)}
     one["heads-0-0"] = {"maps": 1.0, "maps_before": 1.0}
     one["random-1-0"] = {"maps": 0.0, "maps_before": 1.0}
-    found = curves(EVERY, [one], "maps")
+    found = compute_curves(EVERY, [one], "maps")
     assert found["curves"]["heads"] == [1, 0] and found["falls"]["heads"] == [
         0,
         0,
@@ -98,7 +98,7 @@ def test_maps_are_compared_with_the_same_heads_maps_before() -> None:
 
 
 def test_finding_says_what_it_found() -> None:
-    found = finding(EVERY, [values(1, 0, (1, 1), 1)] * 4, {}, "switched off")
+    found = ablation_finding(EVERY, [values(1, 0, (1, 1), 1)] * 4, {}, "switched off")
     assert found.numbers["heads"] == [[1, 0]] and found.numbers["measure"] == "answers right"
     assert found.numbers["curves"]["heads"] == [1, 0] and found.numbers["counts"] == [0, 1]
     assert (

@@ -12,7 +12,7 @@ from front import Front, one_line, write_data
 from localization_heads.evaluation.scores import Score
 from localization_heads.experiments import causal
 from localization_heads.experiments.study import Study, StudyOptions
-from localization_heads.experiments.validation import Scored
+from localization_heads.experiments.validation import RecipeScores
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import CriteriaOptions
 
@@ -43,7 +43,7 @@ def test_heads_come_from_the_first_half(study: Study) -> None:
         Head(1, 3),
     }
     assert sets["all"] == (tuple(Head(1, head) for head in range(4)),)
-    every = causal.switched_off(study)
+    every = causal.ablation_conditions(study)
     assert every[0].heads == () and [one.kind for one in every[1:4]] == [
         "criteria",
         "labels",
@@ -55,9 +55,9 @@ def test_heads_come_from_the_first_half(study: Study) -> None:
 def test_numbers_by_hand(study: Study) -> None:
     """Measured on the second half alone: the first half's scores, all wrong, count nowhere."""
     right, wrong = Score(0.9, True, 1.0), Score(0.1, False, 0.0)
-    scores = {key: Scored([wrong, wrong, right, right]) for key in causal.recipes(study)}
-    scores["attention_sum", 0] = Scored([wrong, wrong, right, wrong])
-    answers = {(one.kind, one.draw): np.array([1.0, 0.5]) for one in causal.switched_off(study)}
+    scores = {key: RecipeScores([wrong, wrong, right, right]) for key in causal.recipes(study)}
+    scores["attention_sum", 0] = RecipeScores([wrong, wrong, right, wrong])
+    answers = {(one.kind, one.draw): np.array([1.0, 0.5]) for one in causal.ablation_conditions(study)}
     answers["criteria", 0] = np.array([0.0, 0.5])
     answers["random", 2] = np.array([0.5, 0.5])
 

@@ -18,11 +18,17 @@ from localization_heads.evaluation.metrics import spearman
 from localization_heads.evaluation.scores import Score, Truth
 from localization_heads.experiments import paper
 from localization_heads.experiments.catalogue import EXPERIMENTS
-from localization_heads.experiments.paper import Climbed, Finding, Table, ladder_finding, percent
+from localization_heads.experiments.paper import Finding, RungResult, Table, ladder_finding, percent
 from localization_heads.experiments.selection import ELBOWS
 from localization_heads.experiments.study import Study, StudyOptions, highest
 from localization_heads.experiments.tables import criteria_recipes
-from localization_heads.experiments.validation import Recipe, Scored, contrast, random_sets, score
+from localization_heads.experiments.validation import (
+    Recipe,
+    RecipeScores,
+    paired_difference,
+    random_sets,
+    score_recipes,
+)
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
@@ -81,7 +87,7 @@ def study() -> Study:
 
 def find(name: str, study: Study) -> Finding:
     experiment = EXPERIMENTS[name]
-    found = experiment.find(study, score(experiment.recipes(study), SET))
+    found = experiment.summarize(study, score_recipes(experiment.recipes(study), SET))
     json.dumps(found.numbers, allow_nan=False)  # it goes into a file
     assert found.reading.endswith(".")
     return found
@@ -222,7 +228,7 @@ def test_fig13_sweeps_tau(study: Study) -> None:
     for point in points:
         expected = best(study, point["value"], 4, 3)
         assert [Head(*head) for head in point["top"]] == expected
-        assert point["shared"] == len(set(expected) & set(study.found()))
+        assert point["shared"] == len(set(expected) & set(study.top()))
         if expected:
             tops.add(tuple(expected))
             assert point["acc@0.5"] == pytest.approx(
@@ -308,7 +314,7 @@ def test_fig6b_says_what_its_numbers_say(study: Study, sign: int, said: str) -> 
 
 
 def test_contrast_by_hand() -> None:
-    found = contrast([1, 1, 0, 1], [[1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
+    found = paired_difference([1, 1, 0, 1], [[1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
     assert found["found"] == 0.75 and found["random"] == 0.5 and found["sets"] == [0.25, 0.25, 1.0]
     assert found["difference"] == 0.25 and found["beaten"] == 2
     low, high = found["interval"]
@@ -331,17 +337,21 @@ def test_random_heads_are_of_the_same_layers_and_the_same_every_time(study: Stud
 )
 def test_the_contrast_says_what_its_numbers_say(study: Study, better: int | None, said: str) -> None:
     right, wrong = Score(1.0, True, 0.5), Score(0.0, False, 0.5)
-    good, bad, mixed = Scored([right] * 50), Scored([wrong] * 50), Scored([wrong, right] * 25)
+    good, bad, mixed = (
+        RecipeScores([right] * 50),
+        RecipeScores([wrong] * 50),
+        RecipeScores([wrong, right] * 25),
+    )
     found, other = {0: (good, bad), 1: (bad, good), None: (mixed, mixed)}[better]
     scores = {"found": found, "all": mixed} | {("random", i): other for i in range(20)}
-    assert said in EXPERIMENTS["random"].find(study, scores).reading
+    assert said in EXPERIMENTS["random"].summarize(study, scores).reading
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------
 
 
 def test_tab1_to_tab3(study: Study) -> None:
-    accuracy, ciou, hit = slow_score(fixed(study.found()), GroundingOptions())
+    accuracy, ciou, hit = slow_score(fixed(study.top()), GroundingOptions())
     first = find("tab1", study)
     assert first.tables[0].rows == (("ours, made up, Acc@0.5", percent(accuracy)),)
     assert first.tables[0].columns == ("model", "rectangles")
@@ -349,7 +359,7 @@ def test_tab1_to_tab3(study: Study) -> None:
         hit
     )
     assert find("tab2", study).tables[0].rows[0][1] == percent(ciou)
-    scored = score({0: Recipe(study.heads, GroundingOptions())}, SET)[0].scores
+    scored = score_recipes({0: Recipe(study.heads, GroundingOptions())}, SET)[0].scores
     ious = [np.divide(*one.overlap) for one in scored if one.overlap]
     rows = find("tab3", study).tables[0].rows
     assert [row[1] for row in rows] == [percent(ciou), percent(float(np.mean(ious)))]
@@ -391,8 +401,8 @@ def test_the_papers_models_are_those_of_our_configs() -> None:
 def test_tab4_adds_heads_in_the_order_of_the_ranking(study: Study) -> None:
     points = find("tab4", study).numbers["points"]
     for point in points:
-        heads = study.found(point["k"])
-        assert len(heads) == point["k"] and heads == study.found(5)[: point["k"]]
+        heads = study.top(point["k"])
+        assert len(heads) == point["k"] and heads == study.top(5)[: point["k"]]
         assert point["acc@0.5"] == pytest.approx(slow_score(fixed(heads), GroundingOptions())[0], abs=1e-6)
     few = find("tab4", make_study(ks=(90,)))
     assert few.numbers["points"] == [] and "fewer" in few.reading
@@ -424,7 +434,9 @@ def test_tab5_by_plain_loops(study: Study) -> None:
     }
     recipes, numbers = criteria_recipes(study), find("tab5", study).numbers
     for name, chosen in expected.items():
-        assert [list(recipes[name].of(s)) for s in range(SAMPLES)] == [list(own) for own in chosen], name
+        assert [list(recipes[name].heads_of(s)) for s in range(SAMPLES)] == [list(own) for own in chosen], (
+            name
+        )
         accuracy, ciou, _ = slow_score(chosen, GroundingOptions())
         assert numbers[", ".join(name)]["acc@0.5"] == pytest.approx(accuracy, abs=1e-6)
         assert numbers[", ".join(name)]["ciou"] == pytest.approx(ciou, abs=1e-6)
@@ -485,22 +497,22 @@ def test_equal_recipes_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(validation, "ground_maps", spy)
     one, options = (Head(2, 0),), GroundingOptions()
-    scores = score({"a": Recipe(one, options), "b": Recipe(one, options)}, SET)
+    scores = score_recipes({"a": Recipe(one, options), "b": Recipe(one, options)}, SET)
     assert len(calls) == SAMPLES and scores["a"] is scores["b"]
 
 
 def test_entries_without_masks_have_no_res(study: Study) -> None:
     boxes = [(maps, Truth(truth.box)) for maps, truth in SET]
-    scores = score(EXPERIMENTS["tab2"].recipes(study), boxes)
-    found = EXPERIMENTS["tab2"].find(study, scores)
+    scores = score_recipes(EXPERIMENTS["tab2"].recipes(study), boxes)
+    found = EXPERIMENTS["tab2"].summarize(study, scores)
     assert found.tables[0].rows[0][1] == "-" and found.numbers["ciou"] is None
 
 
 # --- the ladder ---------------------------------------------------------------------------------------------------
 
 
-def climbed(step: int, name: str, accuracy: float) -> Climbed:
-    return Climbed(step, name, f"+ {name}", {"acc@0.5": accuracy, "num_samples": 8})
+def climbed(step: int, name: str, accuracy: float) -> RungResult:
+    return RungResult(step, name, f"+ {name}", {"acc@0.5": accuracy, "num_samples": 8})
 
 
 def test_the_ladders_gains_by_hand() -> None:
@@ -515,7 +527,7 @@ def test_the_ladders_gains_by_hand() -> None:
     assert len(found.tables) == 1  # what others report is of the paper's models
     assert len(ladder_finding("llava-hf/llava-1.5-7b-hf", [climbed(1, "a", 0.25)]).tables) == 2
     rung = climbed(3, "c", 0.5)
-    assert Climbed.from_json(json.loads(json.dumps(rung.to_json()))) == rung
+    assert RungResult.from_json(json.loads(json.dumps(rung.to_json()))) == rung
 
 
 def test_padding_ignored_by_hand() -> None:

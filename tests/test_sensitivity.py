@@ -491,8 +491,12 @@ def test_tab5_has_a_row_of_the_third_criterion_where_it_was_measured() -> None:
     assert ROBUST_ROW not in criteria_recipes(study)
     means = SensitivityStatistics(np.array([[0, 0], [0, 0], [0.1, 0.9]]), np.full((3, 2), np.nan))
     recipes = criteria_recipes(replace(study, sensitivity=means))
-    assert recipes[ROBUST_ROW].of(0) == ((2, 1),)
-    assert recipes["both", "fixed"].of(0) == ((2, 0),) == criteria_recipes(study)["both", "fixed"].of(0)
+    assert recipes[ROBUST_ROW].heads_of(0) == ((2, 1),)
+    assert (
+        recipes["both", "fixed"].heads_of(0)
+        == ((2, 0),)
+        == criteria_recipes(study)["both", "fixed"].heads_of(0)
+    )
 
 
 def test_table_and_report_name_what_rests() -> None:

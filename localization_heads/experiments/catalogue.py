@@ -9,7 +9,7 @@ from typing import Any
 from localization_heads.experiments import causal, selection, tables, validation
 from localization_heads.experiments.paper import Finding
 from localization_heads.experiments.study import Study
-from localization_heads.experiments.validation import Recipe, Scored
+from localization_heads.experiments.validation import Recipe, RecipeScores
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class Experiment:
     """One figure or table of the paper.
 
     Args:
-        find: makes the finding from the study and the scores of `recipes`.
-        recipes: what is to be scored, by name.
-        needs_truth: whether it needs entries with a true box or mask.
+        summarize: makes the finding from the study and the scores of `recipes`.
+        recipes: the recipes to score, by name.
+        needs_truth: whether the entries need a ground-truth box or mask.
     """
 
-    find: Callable[[Study, Mapping[Any, Scored]], Finding]
+    summarize: Callable[[Study, Mapping[Any, RecipeScores]], Finding]
     recipes: Callable[[Study], dict[Hashable, Recipe]] = lambda study: {}
     needs_truth: bool = True
 

@@ -1,4 +1,4 @@
-"""`Study`: the statistics of one model on one data set, from which every experiment starts."""
+"""`Study`: the statistics of one model on one data set, the input of every experiment."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ from localization_heads.options.groups import CriteriaOptions, GroundingOptions
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """The recipe that is held fixed while an experiment varies one part of it, and the values it takes.
+    """The recipe of which each experiment varies one part, and the values that it sweeps over.
 
     Args:
         k: number of localization heads.
         top_n: heads marked in each sample (N).
         num_trials: random draws of the ranking.
-        num_samples: samples in each of them.
+        num_samples: samples per draw.
         seed: of the draws and of the random heads.
-        criteria: what heads must pass.
         grounding: the read-out, from maps to boxes.
-        sweeps: the values of each experiment.
     """
 
     k: int = 3
@@ -51,18 +49,18 @@ class Study:
 
     Args:
         model: the model's name.
-        data: the data set's name, for a table's heading.
+        data: the name of the data set, for table headings.
         sums: attention sums (`head_statistics`).
         entropies: spatial entropies.
         bottom_row: bottom-row flags.
-        ious: `map_ious` of every sample, or None without true boxes and masks.
-        hits: `head_hits` of every sample, or None.
-        masses: `mass_in_truth` of every sample, or None.
-        answers: of `experiment=causal`, by set of heads that are switched off, the share of right answers to each entry
-            of the second half.
-        num_masks: how many samples have a true mask; the IoU of the others is with their box.
-        given_heads: localization heads named by the user; without any, those found here are used.
-        segmenter: the name of the segmenter that makes the masks of Tab. 1 to 3.
+        ious: `map_ious` of every sample; None without ground truth.
+        hits: `head_hits` of every sample; None without ground truth.
+        masses: `mass_in_truth` of every sample; None without ground truth.
+        answers: for `experiment=causal`: `[ranking, draw]`, the share of right answers to each entry of the second
+            half while those heads are switched off.
+        num_masks: how many samples have a ground-truth mask; the IoUs of the others are with their box.
+        given_heads: localization heads named by the user; None uses those found here.
+        segmenter: the segmenter that makes the masks of Tab. 1 to 3.
         sensitivity: means over the samples, with `criteria=robust`; its ranking is then the study's.
     """
 
@@ -91,35 +89,35 @@ class Study:
 
     @cached_property
     def ranking(self) -> HeadRanking:
-        """As `stage=find` ranks the heads."""
-        return self.ranked()
+        """The ranking of `stage=find` on these samples."""
+        return self.rank()
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        """The localization heads, best first: those named, else the first `k` found here; none if none is kept."""
-        return self.given_heads or self.found()
+        """The localization heads, best first: those named, else the first `k` found here; empty if none is kept."""
+        return self.given_heads or self.top()
 
     @property
-    def everyone(self) -> tuple[Head, ...]:
-        """All heads of the layers that are not left out: the control that chooses none."""
+    def all_heads(self) -> tuple[Head, ...]:
+        """All heads of the layers that are not excluded: the control without any choice."""
         layers, heads = self.shape
         exclude = self.options.criteria.exclude_layers
         return tuple(Head(layer, head) for layer in range(exclude, layers) for head in range(heads))
 
-    def needed_heads(self) -> tuple[Head, ...]:
-        """`heads`, for an experiment that grounds with them. UsageError if no head passes criterion 1 on average."""
+    def require_heads(self) -> tuple[Head, ...]:
+        """`heads`, for an experiment that grounds with them; raises UsageError if there are none."""
         if not self.heads:
             raise UsageError(f"{NONE_KEPT}, so there is none to ground with: {WAY_OUT}")
         return self.heads
 
-    def ranked(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
-        """The ranking, with another tau or another N if given."""
+    def rank(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:
+        """The ranking, with another tau or another N if one is given."""
         options = self.options
         ranking = rank_heads(
             self.sums,
             self.entropies,
             bottom_row=self.bottom_row,
-            options=self._criteria(tau),
+            options=self._criteria_with(tau),
             top_n=options.top_n if top_n is None else top_n,
             num_trials=options.num_trials,
             num_samples=options.num_samples,
@@ -128,25 +126,25 @@ class Study:
         )
         return ranking if self.sensitivity is None else add_sensitivity(ranking, self.sensitivity)
 
-    def _criteria(self, tau: float | None) -> CriteriaOptions:
+    def _criteria_with(self, tau: float | None) -> CriteriaOptions:
         criteria = self.options.criteria
         return criteria if tau is None else replace(criteria, tau=tau, elbow="value")
 
-    def found(self, k: int | None = None) -> tuple[Head, ...]:
-        """The first `k` heads by both criteria; fewer if fewer are kept."""
-        return first(self.ranking, k or self.options.k)
+    def top(self, k: int | None = None) -> tuple[Head, ...]:
+        """The first `k` heads of the ranking; fewer if fewer are kept."""
+        return first_heads(self.ranking, k or self.options.k)
 
     def greedy(self, *, tau: float | None = None) -> tuple[tuple[Head, ...], ...]:
         """The `k` heads that each sample selects by itself (the paper's "greedy"), one tuple per sample.
 
-        The tuple of a sample in which no head passes is empty; `heads=greedy` leaves such a sample out.
+        The tuple is empty if no head passes in a sample; `heads=greedy` skips such a sample.
         """
-        no_count = np.zeros(self.shape, dtype=np.int64)
+        no_counts = np.zeros(self.shape, dtype=np.int64)  # of components, which the selection does not use
         return tuple(
             tuple(
                 greedy_heads(
-                    HeadStatistics(sums, entropies, entropies, no_count, bottom),
-                    self._criteria(tau),
+                    HeadStatistics(sums, entropies, entropies, no_counts, bottom),
+                    self._criteria_with(tau),
                     self.options.k,
                 )
             )
@@ -154,19 +152,21 @@ class Study:
         )
 
 
-def first(ranking: HeadRanking, k: int) -> tuple[Head, ...]:
+def first_heads(ranking: HeadRanking, k: int) -> tuple[Head, ...]:
     """The first `k` heads that criterion 1 keeps; fewer if fewer are kept."""
     return tuple(head.address for head in ranking.kept[:k])
 
 
-def highest(sums: NDArray[np.floating], k: int, exclude_layers: int) -> tuple[Head, ...]:
-    """The `k` heads of the highest values in `sums [layer, head]`; ties go to the lower layer, then the lower head."""
-    allowed = np.array(sums, dtype=np.float64)
+def highest(values: NDArray[np.floating], k: int, exclude_layers: int) -> tuple[Head, ...]:
+    """The `k` heads of the highest `values [layer, head]`; ties go to the lower layer, then the lower head."""
+    allowed = np.array(values, dtype=np.float64)
     allowed[:exclude_layers] = -np.inf
     order = np.argsort(-allowed, axis=None, kind="stable")[:k]
-    return tuple(Head(*divmod(int(index), sums.shape[1])) for index in order if allowed.flat[index] > -np.inf)
+    return tuple(
+        Head(*divmod(int(index), values.shape[1])) for index in order if allowed.flat[index] > -np.inf
+    )
 
 
-def names(heads: Sequence[Head]) -> str:
-    """`L2H0 L2H2`."""
+def join_names(heads: Sequence[Head]) -> str:
+    """`L2H0 L2H2`, or `none`."""
     return " ".join(map(str, heads)) or "none"

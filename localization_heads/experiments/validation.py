@@ -1,4 +1,4 @@
-"""Scores of recipes (heads and read-out) in one pass over the maps; Fig. 6b; the comparison with random heads."""
+"""The scores of recipes (heads and read-out) in one pass over the maps; Fig. 6b; the comparison with random heads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from localization_heads.evaluation.controls import layer_matched
 from localization_heads.evaluation.metrics import bootstrap_interval, spearman
 from localization_heads.evaluation.scores import Score, Truth, score_grounding, summarize
 from localization_heads.experiments import paper
-from localization_heads.experiments.paper import Finding, Table, percent, probability, two_digits
-from localization_heads.experiments.study import Study, names
+from localization_heads.experiments.paper import Finding, Table, format_p_value, percent, two_decimals
+from localization_heads.experiments.study import Study, join_names
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import RankedHead
@@ -24,7 +24,7 @@ from localization_heads.options.groups import GroundingOptions
 
 Heads = tuple[Head, ...]
 Refine = Callable[[int, Grounding], Grounding]
-"""The grounding of the sample with that index, with the segmenter's mask."""
+"""`refine(sample index, grounding)`: the grounding with the segmenter's mask."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Recipe:
     Args:
         heads: the same for every sample or, as a tuple of tuples, one tuple per sample. A sample without heads is
             not scored.
-        segmented: whether the segmenter, if any, makes the mask. Sweeps go without: it would take most of their time
+        segmented: whether the segmenter, if any, makes the mask. Sweeps do without: it would take most of their time
             and blur the comparison.
     """
 
@@ -42,17 +42,17 @@ class Recipe:
     options: GroundingOptions
     segmented: bool = False
 
-    def of(self, sample: int) -> Heads:
-        """The heads of the sample with that index."""
-        own = bool(self.heads) and not isinstance(self.heads[0], Head)
-        return self.heads[sample] if own else self.heads  # type: ignore[return-value]
+    def heads_of(self, sample: int) -> Heads:
+        """The heads for the sample with that index."""
+        per_sample = bool(self.heads) and not isinstance(self.heads[0], Head)
+        return self.heads[sample] if per_sample else self.heads  # type: ignore[return-value]
 
 
 METRICS = ("acc@0.5", "acc@0.5_interval", "mean_iou", "pointing", "ciou", "giou")
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class RecipeScores:
     """The scores of one recipe on the samples for which it has heads, in the order of the study."""
 
     scores: Sequence[Score]
@@ -62,134 +62,145 @@ class Scored:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """METRICS as `metrics.json` has them; None where undefined: without samples, or without true masks."""
-        found: Mapping[str, Any] = {"acc@0.5_interval": [None, None]}
+        """`METRICS` as in `metrics.json`; None where undefined: without samples, or without ground-truth masks."""
+        metrics: Mapping[str, Any] = {"acc@0.5_interval": [None, None]}
         if self.scores:
-            found = summarize({"recipe": [[score] for score in self.scores]})["recipe"]
-        return {name: found.get(name) for name in METRICS}
+            metrics = summarize({"recipe": [[score] for score in self.scores]})["recipe"]
+        return {name: metrics.get(name) for name in METRICS}
 
 
-def score(
+def score_recipes(
     recipes: Mapping[Any, Recipe],
     samples: Iterable[tuple[AttentionMaps, Truth]],
     refine: Refine | None = None,
-) -> dict[Any, Scored]:
-    """The scores of every recipe. The maps of each sample are read once, and equal recipes are computed once.
+) -> dict[Any, RecipeScores]:
+    """The scores of every recipe, by name. Each sample's maps are read once, and equal recipes are computed once.
 
     Args:
-        samples: the maps and the truth of each sample, in the order of the study.
-        refine: the segmenter, for the recipes that ask for it.
+        samples: the maps and the ground truth of each sample, in the order of the study.
+        refine: the segmenter, for recipes with `segmented`.
     """
-    found: dict[Recipe, list[Score]] = {recipe: [] for recipe in recipes.values()}
-    for number, (maps, truth) in enumerate(samples):
-        for recipe, scores in found.items():
-            if heads := recipe.of(number):
+    scores_of: dict[Recipe, list[Score]] = {recipe: [] for recipe in recipes.values()}
+    for index, (maps, truth) in enumerate(samples):
+        for recipe, scores in scores_of.items():
+            if heads := recipe.heads_of(index):
                 grounding = ground_maps(maps, heads, recipe.options)
                 if refine and recipe.segmented:
-                    grounding = refine(number, grounding)
+                    grounding = refine(index, grounding)
                 scores.append(score_grounding(grounding, truth))
-    scored = {recipe: Scored(scores) for recipe, scores in found.items()}
-    return {name: scored[recipe] for name, recipe in recipes.items()}
+    results = {recipe: RecipeScores(scores) for recipe, scores in scores_of.items()}
+    return {name: results[recipe] for name, recipe in recipes.items()}
 
 
-def frequency_and_iou(study: Study, scores: Mapping[Any, Scored]) -> Finding:
-    """Fig. 6b: selection frequency against the IoU of the head's own map, averaged over the samples."""
+def frequency_and_iou(study: Study, scores: Mapping[Any, RecipeScores]) -> Finding:
+    """Fig. 6b: selection frequency against the mean IoU of the head's own map."""
     assert study.ious is not None
     assert study.hits is not None
     iou, hit = study.ious.mean(axis=0, dtype=np.float64), study.hits.mean(axis=0, dtype=np.float64)
-    ranking, least = study.ranking, study.options.sweeps.min_frequency
-    often = [head for head in ranking.kept if head.selection_frequency >= least]
-    everyone = [head for head in ranking.heads if head.layer >= ranking.exclude_layers]
+    ranking, min_frequency = study.ranking, study.options.sweeps.min_frequency
+    selected = [head for head in ranking.kept if head.selection_frequency >= min_frequency]
+    considered = [head for head in ranking.heads if head.layer >= ranking.exclude_layers]
     rows = [
         (
             str(head.address),
             percent(head.selection_frequency),
             percent(iou[head.address]),
             percent(hit[head.address]),
-            str(1 + sum(iou[other.address] > iou[head.address] for other in everyone)),
+            str(1 + sum(iou[other.address] > iou[head.address] for other in considered)),
         )
-        for head in often[:10]
+        for head in selected[:10]
     ]
-    numbers_of = ("selection frequency (%)", "mean IoU (%)", "pointing (%)", "its IoU's rank among all heads")
-    results = {"selected": _correlation(often, iou), "all": _correlation(everyone, iou)}
+    columns = (
+        "head",
+        "selection frequency (%)",
+        "mean IoU (%)",
+        "pointing (%)",
+        "its IoU's rank among all heads",
+    )
+    correlations = {"selected": _correlation(selected, iou), "all": _correlation(considered, iou)}
     tables = (
-        _correlation_table(study, often, everyone, results),
-        Table(("head", *numbers_of), tuple(rows), "The heads selected most often"),
+        _correlation_table(study, selected, considered, correlations),
+        Table(columns, tuple(rows), "The heads selected most often"),
     )
     points = [
         {"head": list(head.address), "frequency": head.selection_frequency, "iou": float(iou[head.address])}
-        for head in everyone
+        for head in considered
     ]
     numbers = {
         "points": points,
-        "min_frequency": least,
-        "top": [list(head) for head in study.found()],
-        **{name: found and {"rho": found[0], "p": found[1]} for name, found in results.items()},
-        "num_selected": len(often),
-        "num_all": len(everyone),
+        "min_frequency": min_frequency,
+        "top": [list(head) for head in study.top()],
+        **{name: found and {"rho": found[0], "p": found[1]} for name, found in correlations.items()},
+        "num_selected": len(selected),
+        "num_all": len(considered),
     }
     title = "Fig. 6b: selection frequency and IoU"
-    return Finding("fig6b", title, tables, _reading(study, results, often), numbers)
+    return Finding("fig6b", title, tables, _reading(study, correlations, len(selected)), numbers)
 
 
 def _correlation(heads: Sequence[RankedHead], iou: NDArray[np.float64]) -> tuple[float, float] | None:
+    """Spearman's rho and its p of selection frequency and IoU; None where they are undefined."""
     return spearman([head.selection_frequency for head in heads], [iou[head.address] for head in heads])
 
 
 def _correlation_table(
     study: Study,
-    often: Sequence[RankedHead],
-    everyone: Sequence[RankedHead],
-    results: Mapping[str, tuple[float, float] | None],
+    selected: Sequence[RankedHead],
+    considered: Sequence[RankedHead],
+    correlations: Mapping[str, tuple[float, float] | None],
 ) -> Table:
     share = f"{study.options.sweeps.min_frequency:.0%}"
     rows = [
-        (f"ours, heads selected in at least {share}", str(len(often)), *_rho_cells(results["selected"])),
-        ("ours, all heads", str(len(everyone)), *_rho_cells(results["all"])),
+        (
+            f"ours, heads selected in at least {share}",
+            str(len(selected)),
+            *_rho_cells(correlations["selected"]),
+        ),
+        ("ours, all heads", str(len(considered)), *_rho_cells(correlations["all"])),
     ]
-    rows.append(("paper, every model", "-", f"> {paper.LEAST_RHO}", "p < 0.001"))
+    rows.append(("paper, every model", "-", f"> {paper.MIN_RHO}", "p < 0.001"))
     return Table(("heads", "number", "Spearman rho", "p"), tuple(rows))
 
 
 def _rho_cells(found: tuple[float, float] | None) -> tuple[str, str]:
-    return ("-", "-") if found is None else (two_digits(found[0]), probability(found[1]))
+    return ("-", "-") if found is None else (two_decimals(found[0]), format_p_value(found[1]))
 
 
-def _reading(
-    study: Study, results: Mapping[str, tuple[float, float] | None], often: Sequence[RankedHead]
-) -> str:
-    found, truth = results["selected"], "mask" if study.num_masks == len(study) else "mask or box"
-    if found is None:
-        return f"Only {len(often)} heads are selected often enough: no correlation can be told."
-    rho, p = found
+def _reading(study: Study, correlations: Mapping[str, tuple[float, float] | None], num_selected: int) -> str:
+    correlation, truth = correlations["selected"], "mask" if study.num_masks == len(study) else "mask or box"
+    if correlation is None:
+        return f"Only {num_selected} heads are selected often enough: no correlation can be told."
+    rho, p = correlation
     if p >= 0.05:
         verdict = "so here, unlike in the paper, heads selected more often are not seen to localise better"
     elif rho <= 0:
         verdict = "so here, unlike in the paper, heads that are selected more often localise worse"
-    elif rho > paper.LEAST_RHO:
+    elif rho > paper.MIN_RHO:
         verdict = "as in the paper's models, heads that are selected more often localise better"
     else:
         verdict = "heads that are selected more often localise better, though less strictly than in the paper"
     reading = (
-        f"Over the {len(often)} heads that are selected often enough, selection frequency, which no label went into, "
-        f"and the IoU of the head's own map with the true {truth} have Spearman's rho = {two_digits(rho)} "
-        f"({probability(p)}): {verdict} (there rho > {paper.LEAST_RHO}, p < 0.001)."
+        f"Over the {num_selected} heads that are selected often enough, selection frequency, which no label went into, "
+        f"and the IoU of the head's own map with the true {truth} have Spearman's rho = {two_decimals(rho)} "
+        f"({format_p_value(p)}): {verdict} (there rho > {paper.MIN_RHO}, p < 0.001)."
     )
-    if (everyone := results["all"]) is not None:
-        rho, p = everyone
-        reading += f" With all heads, also those never selected, rho is {two_digits(rho)} ({probability(p)})."
+    if (of_all := correlations["all"]) is not None:
+        rho, p = of_all
+        reading += (
+            f" With all heads, also those never selected, rho is {two_decimals(rho)} ({format_p_value(p)})."
+        )
     return reading
 
 
 def random_sets(study: Study) -> list[tuple[Head, ...]]:
-    """Random heads from the layers of the localization heads, the same sets in every run."""
+    """Sets of random heads from the layers of the localization heads; the seed makes them the same in every run."""
     rng, count = np.random.default_rng(study.options.seed), study.options.sweeps.random_sets
-    return [layer_matched(study.needed_heads(), study.shape, rng) for _ in range(count)]
+    return [layer_matched(study.require_heads(), study.shape, rng) for _ in range(count)]
 
 
 def random_recipes(study: Study) -> dict[Hashable, Recipe]:
-    sets: dict[Hashable, Heads] = {"found": study.needed_heads(), "all": study.everyone}
-    sets |= {("random", number): heads for number, heads in enumerate(random_sets(study))}
+    sets: dict[Hashable, Heads] = {"found": study.require_heads(), "all": study.all_heads}
+    sets |= {("random", index): heads for index, heads in enumerate(random_sets(study))}
     return {name: Recipe(heads, study.options.grounding) for name, heads in sets.items()}
 
 
@@ -200,14 +211,14 @@ MEASURES: dict[str, Callable[[Score], float]] = {
 }
 
 
-def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
-    """The heads found against random heads of the same layers, paired by sample."""
-    random = [scores["random", number].scores for number in range(study.options.sweeps.random_sets)]
+def against_random(study: Study, scores: Mapping[Any, RecipeScores]) -> Finding:
+    """The localization heads against random heads of the same layers, paired by sample, and against all heads."""
+    random = [scores["random", index].scores for index in range(study.options.sweeps.random_sets)]
     rows, numbers = [], {}
     for name, measure in MEASURES.items():
         ours = [measure(score) for score in scores["found"].scores]
-        result = contrast(ours, [[measure(score) for score in theirs] for theirs in random])
-        result["all"] = every = float(np.mean([measure(score) for score in scores["all"].scores]))
+        result = paired_difference(ours, [[measure(score) for score in theirs] for theirs in random])
+        result["all"] = of_all = float(np.mean([measure(score) for score in scores["all"].scores]))
         low, high = result["interval"]
         rows.append(
             (
@@ -216,20 +227,20 @@ def against_random(study: Study, scores: Mapping[Any, Scored]) -> Finding:
                 percent(result["random"]),
                 f"{percent(result['difference'])} [{percent(low)}, {percent(high)}]",
                 f"{result['beaten']} of {len(random)}",
-                percent(every),
+                percent(of_all),
             )
         )
         numbers[name] = result
     columns = ("measure (%)", "heads found", "random heads", "difference [95 %]", "sets beaten", "all heads")
-    against = f"{names(study.heads)} against {len(random)} random sets of the same layers"
+    against = f"{join_names(study.heads)} against {len(random)} random sets of the same layers"
     table, title = Table(columns, tuple(rows), against), "Against random heads of the same layers"
     return Finding("random", title, (table,), _random_reading(numbers["REC Acc@0.5"], len(random)), numbers)
 
 
-def contrast(found: ArrayLike, random: Sequence[ArrayLike]) -> dict[str, Any]:
-    """How far the mean of `found [sample]` is above that of `random [set, sample]`, paired by sample.
+def paired_difference(found: ArrayLike, random: Sequence[ArrayLike]) -> dict[str, Any]:
+    """The mean difference between `found [sample]` and the average of `random [set, sample]`, paired by sample.
 
-    The interval is the 95 % bootstrap interval, over samples, of the mean difference to the sets' average.
+    `interval` is its 95 % bootstrap interval over samples; `beaten` counts the sets with a lower mean.
     """
     ours, sets = np.asarray(found, dtype=np.float64), np.asarray(random, dtype=np.float64)
     difference = ours - sets.mean(axis=0)

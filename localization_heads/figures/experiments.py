@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from localization_heads.experiments.paper import format_p_value, two_decimals
 from localization_heads.figures.charts import (
     COLUMN,
     MAX_NAMES,
@@ -40,7 +41,7 @@ def plot_fig3(study: Study, numbers: Mapping[str, Any], path: str | Path | None)
     for head in ranking.heads:
         sums[head.address], kept[head.address] = head.attention_sum, head.kept
     exclude = ranking.exclude_layers
-    return plot_attention_sums(sums, ranking.tau, path, kept=kept, top=study.found(), exclude_layers=exclude)
+    return plot_attention_sums(sums, ranking.tau, path, kept=kept, top=study.top(), exclude_layers=exclude)
 
 
 def plot_fig6a(study: Study, numbers: Mapping[str, Any], path: str | Path | None) -> Figure:
@@ -107,13 +108,8 @@ _POINTS: dict[str, dict[str, Any]] = {
 def _rho(found: Mapping[str, float] | None, count: int) -> str:
     if found is None:
         return f"{count} heads: too few for a correlation"
-    rho = f"\N{GREEK SMALL LETTER RHO} = {round(found['rho'], 2) + 0.0:.2f}"
-    return f"Spearman's {rho}, {chance(found['p'])}, {count} heads"
-
-
-def chance(p: float) -> str:
-    """How often luck alone correlates as much: `p = 0.083`."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    rho = f"\N{GREEK SMALL LETTER RHO} = {two_decimals(found['rho'])}"
+    return f"Spearman's {rho}, {format_p_value(found['p'])}, {count} heads"
 
 
 def plot_sweep(study: Study, numbers: Mapping[str, Any], path: str | Path | None, label: str) -> Figure:

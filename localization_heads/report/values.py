@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from localization_heads.attention import Box
 from localization_heads.evaluation.metrics import FEWEST
+from localization_heads.experiments.paper import format_p_value
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking, RankedHead, resting_heads
 from localization_heads.report.content import Card, HeadFacts, Report
@@ -173,14 +174,12 @@ def _spread(ranking: HeadRanking) -> str:
 
 def correlation(facts: HeadFacts) -> str:
     """Spearman's correlation with the number of heads and the p-value."""
-    from localization_heads.figures.experiments import chance
-
     heads = counted(len(facts.scatter), "head")
     if facts.correlation is None:
         why = "they are too few" if len(facts.scatter) < FEWEST else "one of the two is the same for all"
         return f"No rank correlation over {heads}: {why}."
     rho, p = facts.correlation
-    return f"Spearman's rank correlation: {rho:.2f} over {heads} ({chance(p)})."
+    return f"Spearman's rank correlation: {rho:.2f} over {heads} ({format_p_value(p)})."
 
 
 class Cell(NamedTuple):

@@ -1,8 +1,8 @@
-"""`ablate`: what is lost when heads are switched off, and what the answer follows when they are steered.
+"""`ablate`: what the model loses when heads are switched off, or whether its answers follow heads that are steered.
 
-Every expression is asked again and again: with the first heads of a list changed, with as many random heads of the
-same layers, and with those of the highest attention sum. The list is that of `heads=`, best first, and after it all
-others in the order in which the label-free criteria rank them on these entries.
+Every expression is asked under each condition: with the first heads of a list changed, with as many random heads of
+the same layers, and with the heads of the highest attention sum. The list is that of `heads=`, best first, followed by
+all other heads in the order in which the label-free criteria rank them on these entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.evaluation.controls import mean_map
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding
-from localization_heads.experiments.ablation import BEFORE, Condition, Values, conditions, finding
+from localization_heads.experiments.ablation import (
+    BEFORE,
+    Condition,
+    Measurements,
+    ablation_finding,
+    make_conditions,
+)
 from localization_heads.grounder import check_heads, every_head, known_heads
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import check_criteria
@@ -42,11 +48,11 @@ from localization_heads.stages.run import Run
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.journal import ResultLog
 
-MANY = 10_000
-RIGHT = 0.5
-"""IoU from which a box is right."""
+NO_LIMIT = 10_000
+"""More heads than any model has."""
+CORRECT_IOU = 0.5
 ANSWERS = "answers: "
-"""Of a measure: the answers to one kind of question."""
+"""Prefix of the measures that count the answers to one kind of question."""
 
 
 def ablate(run: Run) -> Result:
@@ -61,36 +67,33 @@ def ablate(run: Run) -> Result:
     entries = load_entries(replace(run, options=replace(run.options, data_file=data_file)))
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
-        asked = _asked(run, entries, data_file)
-        every = _conditions(run, _ranking(run, entries))
-        work = Ablation(every, asked)
+        plan = _plan_measurements(run, entries, data_file)
+        conditions = _choose_conditions(run, _rank_label_free(run, entries))
+        work = Ablation(conditions, plan)
         log = ResultLog(run.folder, "ablate", _settings(run, work))
-        values = _go_through(run, entries, work, log)
-        kinds = sorted({name for one in values for name in one[every[0].name] if name.startswith(ANSWERS)})
-        what = f"steered by {run.options.ablate.strength:g}" if run.options.ablate.steer else "switched off"
-        named = {name: f"answers right, {name.removeprefix(ANSWERS)}" for name in kinds}
-        found = finding(every, values, named, what, run.options.random_seed)
-        written, path = run.folder / "ablation.json", run.folder / "ablation.png"
-        write_json(written, {**found.numbers, "choices": _choices(run)})
-        paths = [written, run.draw(figures.plot_ablation, found.numbers, what, path=path)]
+        measurements = _measure_entries(run, entries, work, log)
+        unchanged = conditions[0].name
+        measures = {name for values in measurements for name in values[unchanged]}
+        question_labels = {
+            name: f"answers right, {name.removeprefix(ANSWERS)}"
+            for name in sorted(measures)
+            if name.startswith(ANSWERS)
+        }
+        change = f"steered by {run.options.ablate.strength:g}" if run.options.ablate.steer else "switched off"
+        finding = ablation_finding(conditions, measurements, question_labels, change, run.options.random_seed)
+        numbers_path, figure_path = run.folder / "ablation.json", run.folder / "ablation.png"
+        write_json(numbers_path, {**finding.numbers, "choices": _choices(run)})
+        figure_path = run.draw(figures.plot_ablation, finding.numbers, change, path=figure_path)
         log.finish()
-        return Result(paths, entries.sorted_failures(), findings=[found])
+        return Result([numbers_path, figure_path], entries.sorted_failures(), findings=[finding])
 
 
-def _data_file(run: Run) -> str:
-    """Where the entries are; scenes are written now."""
-    run.options.require("data_file")
-    if run.options.data_file != "scenes":
-        return str(run.options.data_file)
-    return str((write_scene_pairs if run.options.ablate.steer else write_scenes)(run.options.scenes))
-
-
-def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> list[Values]:
-    """The right answers to every entry under every condition, for `experiment=causal`.
+def answers_without(run: Run, entries: Entries, conditions: Sequence[Condition]) -> list[Measurements]:
+    """The share of right answers to every entry under every condition, for `experiment=causal`.
 
     Raises:
         UsageError: an entry has no known answer.
-        WorkError: one could not be asked.
+        WorkError: an entry could not be asked.
     """
     data_file = str(run.options.data_file)
     expected = read_expected_answers(write_scenes(run.options.scenes) if data_file == "scenes" else data_file)
@@ -100,25 +103,36 @@ def answers_without(run: Run, entries: Entries, every: Sequence[Condition]) -> l
             f'experiment=causal: line {unknown.line} ({unknown.id}) has no "answer"; write one into each entry, or use '
             "data=scenes"
         )
-    told = {one.id: make_questions(one.expression, expected.answers[one.line]) for one in entries.samples}
-    work = Ablation(tuple(every), Asked(told, {}, None, maps=False))
+    by_id = {
+        sample.id: make_questions(sample.expression, expected.answers[sample.line])
+        for sample in entries.samples
+    }
+    work = Ablation(tuple(conditions), MeasurementPlan(by_id, {}, None, maps=False))
     log = ResultLog(run.folder, "causal", _settings(run, work))
-    values = _go_through(run, entries, work, log)
-    if len(values) < len(entries.samples):
+    measurements = _measure_entries(run, entries, work, log)
+    if len(measurements) < len(entries.samples):
         raise WorkError(f"experiment=causal: not every entry could be asked: {entries.sorted_failures()[0]}")
     log.finish()
-    return values
+    return measurements
+
+
+def _data_file(run: Run) -> str:
+    """The path of `data_file`; scenes are drawn here."""
+    run.options.require("data_file")
+    if run.options.data_file != "scenes":
+        return str(run.options.data_file)
+    return str((write_scene_pairs if run.options.ablate.steer else write_scenes)(run.options.scenes))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is measured.
+class MeasurementPlan:
+    """What is measured on each entry.
 
     Args:
-        questions: by entry's id, those whose answer is known.
-        regions: by entry's id, where its heads are steered to.
+        questions: by entry id, the questions whose answer is known.
+        regions: by entry id, the regions that heads are steered to.
         native: how the model writes boxes; None does not ask for any.
-        maps: whether the other heads' maps are scored, where there is a true box or mask.
+        maps: whether the maps of the unchanged heads are scored, on entries with ground truth.
     """
 
     questions: Mapping[str, tuple[Question, ...]]
@@ -127,9 +141,9 @@ class Asked:
     maps: bool
 
 
-def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
-    """What can be measured of what is wanted; entries of which nothing can are put aside."""
-    wanted = run.options.ablate.measure
+def _plan_measurements(run: Run, entries: Entries, data_file: str) -> MeasurementPlan:
+    """What `ablate.measure` and the entries allow to measure; entries on which nothing can be measured fail."""
+    measure = run.options.ablate.measure
     expected = read_expected_answers(data_file)
     by_line = {sample.line: sample for sample in entries.samples}
     for bad in expected.bad:
@@ -137,89 +151,95 @@ def _asked(run: Run, entries: Entries, data_file: str) -> Asked:
             entries.fail(by_line[bad.line], bad.reason)
     if run.options.ablate.steer:
         regions = {
-            one.id: expected.regions[one.line] for one in entries.usable if one.line in expected.regions
+            sample.id: expected.regions[sample.line]
+            for sample in entries.usable
+            if sample.line in expected.regions
         }
-        asked = Asked({}, regions, None, maps=False)
-        need = (
+        plan = MeasurementPlan({}, regions, None, maps=False)
+        needed = (
             'regions, such as "regions": [{"bbox": [x0, y0, x1, y1], "answer": "dog"}, ...] (or data=scenes)'
         )
     else:
-        native = (
-            native_box_format(run.lvlm, run.options.native, by_default=True)
-            if wanted in ("boxes", "all")
-            else None
-        )
-        if wanted == "boxes" and native is None:
-            native = native_box_format(run.lvlm, True, by_default=True)
-        known = {one.id: expected.answers[one.line] for one in entries.usable if one.line in expected.answers}
-        told = {
-            one.id: make_questions(one.expression, known[one.id]) for one in entries.usable if one.id in known
-        }
-        asked = Asked(
-            told if wanted in ("answers", "all") else {}, {}, native, maps=wanted in ("maps", "all")
-        )
-        need = 'a known answer ("answer": "red"), bbox or mask'
+        native = None
+        if measure in ("boxes", "all"):
+            wanted = True if measure == "boxes" else run.options.native
+            native = native_box_format(run.lvlm, wanted, by_default=True)
+        by_id = {}
+        if measure in ("answers", "all"):
+            by_id = {
+                sample.id: make_questions(sample.expression, expected.answers[sample.line])
+                for sample in entries.usable
+                if sample.line in expected.answers
+            }
+        plan = MeasurementPlan(by_id, {}, native, maps=measure in ("maps", "all"))
+        needed = 'a known answer ("answer": "red"), bbox or mask'
     for sample in entries.usable:
-        boxes = sample.has_truth and (asked.maps or asked.native is not None)
-        if not (sample.id in asked.questions or sample.id in asked.regions or boxes):
-            entries.fail(sample, f"nothing can be measured: it has no {need}")
+        has_boxes = sample.has_truth and (plan.maps or plan.native is not None)
+        if not (sample.id in plan.questions or sample.id in plan.regions or has_boxes):
+            entries.fail(sample, f"nothing can be measured: it has no {needed}")
     if not entries.usable:
-        raise UsageError(f"stage=ablate needs entries with {need}; the first: {entries.sorted_failures()[0]}")
-    return asked
+        raise UsageError(
+            f"stage=ablate needs entries with {needed}; the first: {entries.sorted_failures()[0]}"
+        )
+    return plan
 
 
-def _ranking(run: Run, entries: Entries) -> HeadRanking:
-    """The label-free ranking of these entries, whose statistics are kept as `find` keeps them."""
+def _rank_label_free(run: Run, entries: Entries) -> HeadRanking:
+    """The label-free ranking on these entries; their statistics go into the store of `find`."""
     store = open_store(run)
     collect_statistics(run, entries, entries.usable, store, keep_maps=False)
     return rank_entries(run, entries, draw_trials(run, entries), store)
 
 
-def _conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
+def _choose_conditions(run: Run, ranking: HeadRanking) -> tuple[Condition, ...]:
     lvlm, options = run.lvlm, run.options
-    first, there = options.criteria.exclude_layers, lvlm.attention_modules
-    ranked = [head for head in ranking.heads if head.layer >= first and head.layer in there]
-    named = _named(run)
+    ranked = [
+        head
+        for head in ranking.heads
+        if head.layer >= options.criteria.exclude_layers and head.layer in lvlm.attention_modules
+    ]
+    named = _named_heads(run)
     check_heads(named, lvlm.num_layers, lvlm.num_heads)
     run.note_head_conditions()
     listed = tuple(dict.fromkeys([*named, *(head.address for head in ranked)]))
-    corner = (0.0, 0.0, 1.0, 1.0)
-    with _steered(run, listed, corner) if options.ablate.steer else _switched_off(run, listed):
-        pass  # a model that cannot be changed so is not every entry's fault
+    whole_image = (0.0, 0.0, 1.0, 1.0)
+    # A model whose heads cannot be changed is an error of the whole run, not of each entry.
+    with _steered(run, listed, whole_image) if options.ablate.steer else _switched_off(run, listed):
+        pass
     by_sum = sorted(ranked, key=lambda head: (-head.attention_sum, head.layer, head.head))
-    return conditions(
+    return make_conditions(
         listed[: max(options.ablate.counts)],
         [head.address for head in by_sum],
         options.ablate.counts,
         draws=options.ablate.draws,
-        num_heads=lvlm.num_heads,
+        heads_per_layer=lvlm.num_heads,
         seed=options.random_seed,
     )
 
 
-def _named(run: Run) -> tuple[Head, ...]:
-    """The heads of `heads=`, all of them, best first; none where `auto` knows none."""
-    wanted = run.options.heads
-    if wanted == "greedy":
+def _named_heads(run: Run) -> tuple[Head, ...]:
+    """All heads that `heads=` names, best first; for `auto` the known heads, if there are any."""
+    heads = run.options.heads
+    if heads == "greedy":
         raise UsageError("heads=greedy: stage=ablate changes fixed heads; write heads=auto or name them")
-    if wanted == "auto":
-        return known_heads(run.spec.name, run.folder, MANY, run.ready_heads) or ()
-    return every_head(wanted)
+    if heads == "auto":
+        return known_heads(run.spec.name, run.folder, NO_LIMIT, run.ready_heads) or ()
+    return every_head(heads)
 
 
-def _go_through(run: Run, entries: Entries, work: Ablation, log: ResultLog) -> list[Values]:
-    """The values of every entry, in file order; of those that a killed run has measured, from its log."""
-    found: dict[str, Values] = {}
+def _measure_entries(run: Run, entries: Entries, work: Ablation, log: ResultLog) -> list[Measurements]:
+    """The measurements of every entry, in file order; those of an interrupted run are read from its log."""
+    measured: dict[str, Measurements] = {}
 
     def is_done(sample: Sample) -> bool:
         if (logged := log.get(entries.key(sample))) is None:
             return False
-        found[sample.id] = logged
+        measured[sample.id] = logged
         return True
 
-    def keep(measured: Sequence[tuple[Sample, Values]]) -> None:
-        log.append([(entries.key(sample), {**values}) for sample, values in measured])
-        found.update({sample.id: values for sample, values in measured})
+    def save(results: Sequence[tuple[Sample, Measurements]]) -> None:
+        log.append([(entries.key(sample), {**values}) for sample, values in results])
+        measured.update({sample.id: values for sample, values in results})
 
     run_over_samples(
         run,
@@ -228,84 +248,86 @@ def _go_through(run: Run, entries: Entries, work: Ablation, log: ResultLog) -> l
         "ablate",
         is_done=is_done,
         process=work,
-        save=keep,
+        save=save,
         process_runs_model=True,
     )
-    if not found:
+    if not measured:
         raise NothingDoneError("no entry could be measured", entries.sorted_failures())
-    return [found[sample.id] for sample in entries.samples if sample.id in found]
+    return [measured[sample.id] for sample in entries.samples if sample.id in measured]
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Measures the entries of a chunk under every condition."""
+    """Measures each entry of a chunk under every condition."""
 
     conditions: tuple[Condition, ...]
-    asked: Asked
+    plan: MeasurementPlan
 
     def __call__(
         self, run: Run, entries: Entries, attended: Sequence[AttendedSample]
-    ) -> list[tuple[Sample, Values]]:
+    ) -> list[tuple[Sample, Measurements]]:
         measured = []
-        for one in attended:
-            with entries.skip_on_error(one.sample):
-                measured.append((one.sample, self._measured(run, one)))
+        for entry in attended:
+            with entries.skip_on_error(entry.sample):
+                measured.append((entry.sample, self._measure(run, entry)))
         return measured
 
-    def _measured(self, run: Run, one: AttendedSample) -> Values:
-        if regions := self.asked.regions.get(one.sample.id):
+    def _measure(self, run: Run, entry: AttendedSample) -> Measurements:
+        sample = entry.sample
+        if regions := self.plan.regions.get(sample.id):
             return {
-                condition.name: self._steered(run, one, condition, regions) for condition in self.conditions
+                condition.name: self._measure_steered(run, entry, condition, regions)
+                for condition in self.conditions
             }
-        truth = truth_of(one.sample, one.single_image.size) if one.sample.bbox or one.sample.mask else None
-        return {condition.name: self._without(run, one, condition, truth) for condition in self.conditions}
+        truth = truth_of(sample, entry.single_image.size) if sample.bbox or sample.mask else None
+        return {
+            condition.name: self._measure_switched_off(run, entry, condition, truth)
+            for condition in self.conditions
+        }
 
-    def _without(
-        self, run: Run, one: AttendedSample, condition: Condition, truth: Truth | None
+    def _measure_switched_off(
+        self, run: Run, entry: AttendedSample, condition: Condition, truth: Truth | None
     ) -> dict[str, float]:
-        """The measures of one entry without the heads of a condition."""
-        lvlm, sample, found = run.lvlm, one.sample, dict[str, float]()
+        lvlm, sample, values = run.lvlm, entry.sample, dict[str, float]()
         with _switched_off(run, condition.heads):
-            encoded = lvlm.encode_image(one.single_image)
-            if told := self.asked.questions.get(sample.id):
-                said = encoded.say([question.text for question in told], run.options.ablate.answer_tokens)
-                right = [
-                    contains_answer(heard.text, question.answer)
-                    for heard, question in zip(said, told, strict=True)
+            encoded = lvlm.encode_image(entry.single_image)
+            if asked := self.plan.questions.get(sample.id):
+                answers = encoded.say([question.text for question in asked], run.options.ablate.answer_tokens)
+                correct = [
+                    contains_answer(answer.text, question.answer)
+                    for answer, question in zip(answers, asked, strict=True)
                 ]
-                found["answers"] = float(np.mean(right))
-                if len(told) > 1:
-                    kinds = zip(told, right, strict=True)
-                    found |= {f"{ANSWERS}{question.kind}": float(ok) for question, ok in kinds}
-            if self.asked.native and truth:
-                box, _ = generate_box(lvlm, self.asked.native, one.single_image, sample.expression)
-                found["boxes"] = float(score_box(box, truth, one.single_image.size).iou >= RIGHT)
-            if self.asked.maps and truth:
-                (now,) = encoded.attend([sample.expression])
-        if self.asked.maps and truth:
-            for name, maps in (("", now), (BEFORE, one.maps)):
-                score = _of_others(run, maps, condition.heads, truth)
-                found[f"maps{name}"], found[f"pointing{name}"] = (
-                    float(score.iou >= RIGHT),
-                    float(score.pointing),
-                )
-        return found
+                values["answers"] = float(np.mean(correct))
+                if len(asked) > 1:
+                    for question, is_correct in zip(asked, correct, strict=True):
+                        values[f"{ANSWERS}{question.kind}"] = float(is_correct)
+            if self.plan.native and truth:
+                box, _ = generate_box(lvlm, self.plan.native, entry.single_image, sample.expression)
+                values["boxes"] = float(score_box(box, truth, entry.single_image.size).iou >= CORRECT_IOU)
+            if self.plan.maps and truth:
+                (changed_maps,) = encoded.attend([sample.expression])
+        if self.plan.maps and truth:
+            for suffix, maps in (("", changed_maps), (BEFORE, entry.maps)):
+                score = _score_other_heads(run, maps, condition.heads, truth)
+                values[f"maps{suffix}"] = float(score.iou >= CORRECT_IOU)
+                values[f"pointing{suffix}"] = float(score.pointing)
+        return values
 
-    def _steered(
-        self, run: Run, one: AttendedSample, condition: Condition, regions: Sequence[Region]
+    def _measure_steered(
+        self, run: Run, entry: AttendedSample, condition: Condition, regions: Sequence[Region]
     ) -> dict[str, float]:
-        """The share of the regions whose object is named, alone, when the heads are steered there."""
+        """The shares of regions where only the object inside is named (`follows`), or only one outside (`leaves`)."""
         follows, leaves = [], []
         for region in regions:
             with _steered(run, condition.heads, region.box):
-                encoded = run.lvlm.encode_image(one.single_image)
-                said = encoded.say([one.sample.expression], run.options.ablate.answer_tokens)[0].text
-            there = contains_answer(said, region.answer)
-            elsewhere = any(
-                contains_answer(said, other.answer) for other in regions if other.answer != region.answer
+                encoded = run.lvlm.encode_image(entry.single_image)
+                answer = encoded.say([entry.sample.expression], run.options.ablate.answer_tokens)[0].text
+            inside = contains_answer(answer, region.answer)
+            outside = any(
+                contains_answer(answer, other.answer) for other in regions if other.answer != region.answer
             )
-            follows.append(there and not elsewhere)
-            leaves.append(elsewhere and not there)
+            follows.append(inside and not outside)
+            leaves.append(outside and not inside)
         return {"follows": float(np.mean(follows)), "leaves": float(np.mean(leaves))}
 
 
@@ -321,29 +343,31 @@ def _switched_off(run: Run, heads: Sequence[Head]) -> AbstractContextManager[Non
     return switch_off(run.lvlm, heads, run.options.ablate.how)
 
 
-def _of_others(run: Run, maps: AttentionMaps, without: Sequence[Head], truth: Truth) -> Score:
-    """The score of the mean map of all heads but those."""
+def _score_other_heads(run: Run, maps: AttentionMaps, without: Sequence[Head], truth: Truth) -> Score:
+    """The score of the mean map of all heads but `without`."""
     others = mean_map(maps, run.options.criteria.exclude_layers, without)
     return score_grounding(ground_maps(others, [Head(0, 0)], run.options.grounding), truth)
 
 
 def _settings(run: Run, work: Ablation) -> dict[str, Any]:
-    """All that the values of an entry depend on besides it."""
-    options, asked = run.options, work.asked
+    """Everything that the measurements of an entry depend on besides the entry."""
+    options, plan = run.options, work.plan
     return {
         "model": run.model_settings,
         "options": [as_read(options.ablate), options.batch_size, asdict(options.grounding)],
         "exclude_layers": options.criteria.exclude_layers,
-        "conditions": {one.name: [list(head) for head in one.heads] for one in work.conditions},
-        "questions": {id: [list(question) for question in told] for id, told in asked.questions.items()},
-        "regions": {id: [asdict(region) for region in there] for id, there in asked.regions.items()},
-        "native": asked.native and asked.native.prompt,
-        "maps": asked.maps,
+        "conditions": {
+            condition.name: [list(head) for head in condition.heads] for condition in work.conditions
+        },
+        "questions": {id: [list(question) for question in asked] for id, asked in plan.questions.items()},
+        "regions": {id: [asdict(region) for region in regions] for id, regions in plan.regions.items()},
+        "native": plan.native and plan.native.prompt,
+        "maps": plan.maps,
     }
 
 
 def _choices(run: Run) -> dict[str, Any]:
-    """Whatever the numbers depend on, by name."""
+    """Every choice that the numbers depend on, by name."""
     options = run.options
     return {
         **run.lvlm.choices,
