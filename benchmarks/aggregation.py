@@ -1,7 +1,7 @@
 """How the model is asked and its heads are added up, side by side: `python -m benchmarks.aggregation [scenes]`.
 
 On the three sets of test scenes of `benchmarks.boxes`. The read-out is `sharp` before the mask refines its box, and in
-the last row after it. Heads are ranked without labels on validation scenes. The table is Markdown, as docs/grounding.md
+the last row after it. Heads are ranked without labels on validation scenes. The table is Markdown, as docs/readouts.md
 shows it.
 """
 

@@ -1,7 +1,7 @@
 """From maps to boxes, every read-out side by side: `python -m benchmarks.boxes [scenes]`.
 
 On three sets of test scenes of the synthetic benchmark: known styles, the held-out style, and images of 4:3, which the
-processor pads. The model sees each scene once; the table is Markdown, as docs/grounding.md shows it.
+processor pads. The model sees each scene once; the table is Markdown, as docs/readouts.md shows it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a second look gains: `python -m benchmarks.second_look [scenes]`.
 
 Test scenes of the synthetic benchmark are grounded with and without `zoom=true`: in known styles, in the held-out
-style, and with objects of little more than half the size. The table is Markdown, as docs/grounding.md shows it.
+style, and with objects of little more than half the size. The table is Markdown, as docs/readouts.md shows it.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_the_presets_are_the_readings_that_they_name() -> None:
 
 
 def test_a_label_can_name_what_is_swept() -> None:
-    """As docs/grounding.md has it: each evaluation of a sweep gets a folder of its own."""
+    """As docs/readouts.md has it: each evaluation of a sweep gets a folder of its own."""
     label = "model.label='${grounding.binarise}'"
     assert quote_free_text(label) == label
     assert composed("finder", "grounding.binarise=otsu", label).model.label == "otsu"

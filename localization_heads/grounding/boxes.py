@@ -2,7 +2,7 @@
 
 The crop of a second look is a square around the first box. Its box takes part only where it agrees with the first one:
 a crop shows less of what tells objects apart ("the dog on the left"), so what it finds alone is no better
-(docs/grounding.md).
+(docs/readouts.md).
 """
 
 from __future__ import annotations

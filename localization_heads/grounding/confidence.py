@@ -3,7 +3,7 @@
 Two events are told apart: the expression refers to something in the image (`presence`), and if it does, the box is
 right, with an IoU of at least 0.5. What speaks for the one says little of the other, so each is a logistic regression
 of its own, fitted on labelled entries by `stage=calibrate`; the `confidence` that the box is right is their product.
-Without a calibration it is the raw signal that measured best, and is called uncalibrated (docs/grounding.md).
+Without a calibration it is the raw signal that measured best, and is called uncalibrated (docs/confidence.md).
 """
 
 from __future__ import annotations

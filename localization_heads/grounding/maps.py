@@ -16,7 +16,7 @@ from localization_heads.heads.head import Head
 from localization_heads.options.groups import Border, GroundingOptions
 
 CONSENSUS_POWER = 4
-"""Of a head's agreement with the others: a head beside them weighs little (docs/grounding.md)."""
+"""Of a head's agreement with the others: a head beside them weighs little (docs/readouts.md)."""
 NEIGHBOURS = 5
 """Side, in cells, of the neighbourhood that a peak is compared with."""
 PEAK = 6

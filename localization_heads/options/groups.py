@@ -176,7 +176,7 @@ class CriteriaOptions(SensitivityOptions):
 
 NEWCOMER = "sharp"
 """The preset of `grounding=` that anybody gets who asks for a box without naming one, on the command line, in the demo
-and in Python. Of the presets that cost one prefill it measured best on every set (docs/grounding.md). What is to be
+and in Python. Of the presets that cost one prefill it measured best on every set (docs/readouts.md). What is to be
 compared with the paper (`experiment=`, `criteria=published*`) takes `paper` (`options.compose.implied`)."""
 
 

@@ -142,7 +142,7 @@ class VideoOptions(Options):
     video_file: PathText | None = option(
         None,
         "A video (.mp4, .mov, .mkv, .webm, .avi) in place of image_file=: a box in each of its frames.",
-        section="video (stage=ground; docs/grounding.md)",
+        section="video (stage=ground; docs/videos.md)",
         stages=GROUND,
     )
     video: Literal["frames", "native"] = option(
