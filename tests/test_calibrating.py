@@ -11,14 +11,19 @@ from PIL import Image
 from localization_heads import figures
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
-from localization_heads.evaluation.calibrating import Labelled, calibrate, calibrate_again
-from localization_heads.evaluation.confidence import Claim, confidence_metrics, is_right, presence_from_text
+from localization_heads.evaluation.calibrating import LabelledSignals, calibrate, recalibrate
+from localization_heads.evaluation.confidence import (
+    Claim,
+    confidence_metrics,
+    is_right,
+    predict_presence_from_text,
+)
 from localization_heads.grounding.confidence import Calibration, Logistic
 
 RECIPE = {"model": "m", "heads": [[0, 0]]}
 
 
-def labelled(count: int = 400, shift: float = 0.0, absent: bool = True, seed: int = 0) -> Labelled:
+def labelled(count: int = 400, shift: float = 0.0, absent: bool = True, seed: int = 0) -> LabelledSignals:
     """Right with probability `sigmoid(3 gain - 1 + shift)`, where `gain` is standard normal; `agreement` says nothing.
 
     Half of the wrong ones are absent, so that a right one is twice as likely among the others: log 2 more.
@@ -31,7 +36,7 @@ def labelled(count: int = 400, shift: float = 0.0, absent: bool = True, seed: in
         {"gain": 10 * g, "agreement": n, "peak": 7.0}
         for g, n in zip(gain.tolist(), noise.tolist(), strict=True)
     ]
-    return Labelled(rows, right, present, [f"{i // 2}.png" for i in range(count)])
+    return LabelledSignals(rows, right, present, [f"{i // 2}.png" for i in range(count)])
 
 
 def test_the_weights_are_found_again_in_the_signals_own_units():
@@ -67,7 +72,7 @@ def test_the_measured_numbers_are_of_entries_left_out():
     rng = np.random.default_rng(1)
     rows = [{f"attention {i}": float(v) for i, v in enumerate(rng.normal(size=20))} for _ in range(80)]
     right = rng.random(80) < 0.5
-    noise = Labelled(rows, right, right, [f"{i}" for i in range(80)])
+    noise = LabelledSignals(rows, right, right, [f"{i}" for i in range(80)])
     measured = calibrate(noise, RECIPE).measured
     low, _ = measured["auroc_present_interval"]
     assert measured["auroc_present"] < 0.65 and low < 0.5
@@ -79,7 +84,7 @@ def test_the_measured_numbers_are_of_entries_left_out():
 
 def test_of_few_images_only_the_counts_are_known():
     data = labelled(100)
-    crowded = Labelled(data.signals, data.right, data.present, ["a.png"] * 100)
+    crowded = LabelledSignals(data.signals, data.right, data.present, ["a.png"] * 100)
     assert set(calibrate(crowded, RECIPE).measured) == {"num_right", "num_wrong", "num_absent"}
 
 
@@ -87,13 +92,13 @@ def test_too_few_labels_are_counted():
     data = labelled(100)
     absent = np.flatnonzero(~data.present)[:19]
     wrong = np.flatnonzero(data.present & ~data.right)[:11]
-    few = data.at(np.array([*np.flatnonzero(data.right)[:19], *wrong, *absent]))
+    few = data.subset(np.array([*np.flatnonzero(data.right)[:19], *wrong, *absent]))
     with pytest.raises(UsageError, match=r"at least 20 .* right and 20 .* wrong; there are 19 and 11: add"):
         calibrate(few, RECIPE)
     known = calibrate(data, RECIPE)
-    fewer = data.at(np.array([*np.flatnonzero(data.right)[:30], *np.flatnonzero(~data.right)[:9]]))
+    fewer = data.subset(np.array([*np.flatnonzero(data.right)[:30], *np.flatnonzero(~data.right)[:9]]))
     with pytest.raises(UsageError, match=r"calibrate_from needs at least 10 .* there are 30 and 9"):
-        calibrate_again(fewer, known)
+        recalibrate(fewer, known)
 
 
 def test_presence_needs_absent_entries():
@@ -103,7 +108,7 @@ def test_presence_needs_absent_entries():
 def test_fifty_labels_bring_a_calibration_to_a_new_domain():
     known = calibrate(labelled(2000), RECIPE)
     elsewhere = labelled(50, shift=3.0, seed=5)
-    again = calibrate_again(elsewhere, known)
+    again = recalibrate(elsewhere, known)
     assert again.num_labels == 50 and again.names == known.names
     test = labelled(2000, shift=3.0, seed=6)
     share = test.right.mean()
@@ -133,7 +138,7 @@ def test_a_fit_again_is_two_penalised_maxima_one_after_the_other():
 
     best = minimize(second, np.zeros(3)).x
     expected = 1 / (1 + np.exp(-(slope * old + shift + scaled @ best[:2] + best[2])))
-    again = calibrate_again(data, Calibration(RECIPE, known)).right
+    again = recalibrate(data, Calibration(RECIPE, known)).right
     assert [again.probability(row) for row in data.signals] == pytest.approx(expected.tolist(), abs=1e-3)
     assert abs(best[:2]).min() > 0.01 and slope != pytest.approx(1, abs=0.01)
 
@@ -142,21 +147,21 @@ def test_a_factor_without_labels_of_both_kinds_stays():
     """Eight of ten present boxes are right, and too few absent entries to say more of presence."""
     known = calibrate(labelled(2000), RECIPE)
     data = labelled(200, absent=False)
-    again = calibrate_again(data, known)
+    again = recalibrate(data, known)
     assert again.present == known.present and again.right != known.right
 
 
 def test_a_new_domain_never_turns_the_order_around():
     data = labelled(200)
-    backwards = Labelled(data.signals, ~data.right, np.ones(200, dtype=bool), data.images)
-    again = calibrate_again(backwards, Calibration(RECIPE, Logistic(-1.0, {"gain": 0.3})))
+    backwards = LabelledSignals(data.signals, ~data.right, np.ones(200, dtype=bool), data.images)
+    again = recalibrate(backwards, Calibration(RECIPE, Logistic(-1.0, {"gain": 0.3})))
     assert again.right.weights["gain"] == 0
     assert again.right.probability(data.signals[0]) == pytest.approx(backwards.right.mean())
 
 
 def test_a_signal_that_is_not_there_is_named():
     with pytest.raises(UsageError, match="no signal question"):
-        calibrate_again(labelled(100), Calibration(RECIPE, Logistic(0.0, {"question": 1.0})))
+        recalibrate(labelled(100), Calibration(RECIPE, Logistic(0.0, {"question": 1.0})))
 
 
 def test_right_is_an_overlap_of_a_half_with_any_true_box():
@@ -215,20 +220,20 @@ def test_images_are_resampled_whole():
 def test_words_that_give_absence_away_are_found_out():
     texts = [f"the {'unicorn' if i % 2 else 'dog'} on the {i % 7}" for i in range(60)]
     present, images = [not i % 2 for i in range(60)], [f"{i}" for i in range(60)]
-    found = presence_from_text(texts, present, images)
+    found = predict_presence_from_text(texts, present, images)
     assert found is not None and ((found > 0.5) == present).all()
     rng = np.random.default_rng(0)
-    blind = presence_from_text(["the dog"] * 60, rng.random(60) < 0.5, images)
+    blind = predict_presence_from_text(["the dog"] * 60, rng.random(60) < 0.5, images)
     assert blind is not None and np.ptp(blind) < 0.2
-    assert presence_from_text(texts, present, ["a"] * 60) is None
-    assert presence_from_text(texts[:6], present[:6], images[:6]) is None
+    assert predict_presence_from_text(texts, present, ["a"] * 60) is None
+    assert predict_presence_from_text(texts[:6], present[:6], images[:6]) is None
 
 
 def test_an_expression_is_judged_without_its_image():
     """The same words on one image are all present, on the others absent: without that image they are absent."""
     images = [f"{i // 10}" for i in range(60)]
     texts = [f"word{image}" for image in images]
-    found = presence_from_text(texts, [image in "012" for image in images], images)
+    found = predict_presence_from_text(texts, [image in "012" for image in images], images)
     assert found is not None and ((found > 0.4) & (found < 0.6) | (found == 0.5)).mean() > 0.3
 
 

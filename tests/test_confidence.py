@@ -14,10 +14,10 @@ from localization_heads.evaluation.confidence import (
     aurc,
     auroc,
     calibration_error,
-    chance_error,
+    calibration_error_by_chance,
     reliability,
     risk_coverage,
-    with_interval,
+    with_bootstrap_interval,
 )
 
 answers = st.lists(
@@ -70,10 +70,10 @@ def test_perfect_and_useless():
 
 def test_intervals_resample_whole_images():
     confidence, right = [0.9, 0.8, 0.2, 0.1] * 10, [True, False, True, False] * 10
-    value, (low, high) = with_interval(auroc, confidence, right)
+    value, (low, high) = with_bootstrap_interval(auroc, confidence, right)
     assert low < value == 0.75 < high
-    assert with_interval(auroc, confidence, right, groups=["a", "a", "b", "b"] * 10)[1][0] <= 0.75
-    one, interval = with_interval(auroc, confidence, right, groups=["a"] * 40)
+    assert with_bootstrap_interval(auroc, confidence, right, groups=["a", "a", "b", "b"] * 10)[1][0] <= 0.75
+    one, interval = with_bootstrap_interval(auroc, confidence, right, groups=["a"] * 40)
     assert one == 0.75 and all(map(math.isnan, interval))
 
 
@@ -84,10 +84,10 @@ def test_lists_of_different_lengths_are_refused():
 
 def test_the_error_that_chance_alone_makes():
     """Two answers of 0.5 in one bin: both or neither are right half of the time, and then the error is 0.5."""
-    assert chance_error([0.0, 1.0, 1.0]) == (0.0, (0.0, 0.0))
-    assert chance_error([0.5]) == (0.5, (0.5, 0.5))
-    mean, bounds = chance_error([0.5, 0.5])
+    assert calibration_error_by_chance([0.0, 1.0, 1.0]) == (0.0, (0.0, 0.0))
+    assert calibration_error_by_chance([0.5]) == (0.5, (0.5, 0.5))
+    mean, bounds = calibration_error_by_chance([0.5, 0.5])
     assert mean == pytest.approx(0.25, abs=0.03) and bounds == (0.0, 0.5)
     ten = sum(math.comb(10, k) * 0.3**k * 0.7 ** (10 - k) * abs(k / 10 - 0.3) for k in range(11))
-    assert chance_error([0.3] * 10)[0] == pytest.approx(ten, rel=0.06)
-    assert math.isnan(chance_error([])[0])
+    assert calibration_error_by_chance([0.3] * 10)[0] == pytest.approx(ten, rel=0.06)
+    assert math.isnan(calibration_error_by_chance([])[0])

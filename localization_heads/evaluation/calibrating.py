@@ -1,4 +1,8 @@
-"""Fits a `Calibration` on the signals of labelled entries, and measures it on entries that it was not fitted on."""
+"""Fit a `Calibration` (`grounding.confidence`) on the signals of labelled entries, and cross-validate it.
+
+Presence and a right box are two logistic regressions. `calibrate` fits both from scratch; `recalibrate` adapts a known
+calibration to a new domain with few labels (Platt scaling, then small changes of the weights).
+"""
 
 from __future__ import annotations
 
@@ -14,48 +18,48 @@ from localization_heads.evaluation.confidence import (
     aurc,
     auroc,
     calibration_error,
-    chance_error,
-    with_interval,
+    calibration_error_by_chance,
+    with_bootstrap_interval,
 )
 from localization_heads.evaluation.scores import number
 from localization_heads.grounding.confidence import ASKED, Calibration, Logistic
 
-FEWEST = 20
-"""Entries of either kind that a fit needs."""
-FEWEST_AGAIN = 10
-"""Entries of either kind that a fit again needs."""
-FEWEST_MOVED = 3
-"""Entries of either kind without which a fit again leaves a factor as it is."""
+MIN_LABELS = 20
+"""Entries of each class (right and wrong, present and absent) that a fit needs."""
+MIN_LABELS_TO_RECALIBRATE = 10
+"""Entries with a right box, and with a wrong one, that `recalibrate` needs."""
+MIN_LABELS_TO_ADAPT = 3
+"""Entries of each class below which `recalibrate` keeps a regression as it is."""
 FOLDS = 5
-STRENGTH = 1.0
-"""Inverse of the L2 penalty on the weights of standardised signals (scikit-learn's C)."""
+INVERSE_PENALTY = 1.0
+"""scikit-learn's C: the inverse of the L2 penalty on the weights of the standardised signals."""
 SLOPE_PENALTY = 3.0
-"""L2 penalty on how far a fit again takes the slope from 1."""
+"""`recalibrate`: L2 penalty on the slope's distance from 1."""
 INTERCEPT_PENALTY = 3.0
-"""The same on how far it takes the intercept from 0: fifty labels may hold more of one kind than their domain does."""
-MOVE_PENALTY = 10.0
-"""The same on how far it then takes the weight of each standardised signal from where it was."""
-PRESENCE = (*ASKED, "gain", "answer", "attention ")
-"""Signals of presence, those of one name or of a name that begins like this; where the model was asked."""
-PRESENCE_BY_MAPS = (
+"""`recalibrate`: L2 penalty on the intercept. Fifty labels may contain more of one class than their domain does."""
+WEIGHT_PENALTY = 10.0
+"""`recalibrate`: L2 penalty on the change of each standardised signal's weight after that."""
+PRESENCE_SIGNALS = (*ASKED, "gain", "answer", "attention ")
+"""Signals of presence if the model was asked; a name that ends with a space is a prefix."""
+PRESENCE_SIGNALS_FROM_MAPS = (
     "mass", "density", "entropy", "peak", "overlap", "agreement", "mask", "answer", "gain", "divergence", "attention ",
 )  # fmt: skip
-"""The same where it was not."""
-RIGHT = ("gain", "mask")
-"""Signals of a right box, where a segmenter's mask may make it; they measured best on validation scenes."""
-RIGHT_BY_MAPS = ("gain", "agreement")
-"""The same where none does."""
+"""Signals of presence if it was not."""
+RIGHT_SIGNALS = ("gain", "mask")
+"""Signals of a right box if a segmenter's mask may determine it: those that measured best on validation scenes."""
+RIGHT_SIGNALS_FROM_MAPS = ("gain", "agreement")
+"""Signals of a right box without a segmenter."""
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """The signals of n entries, and what is true of each.
+class LabelledSignals:
+    """The signals and labels of n entries.
 
     Args:
-        signals: of each entry, by name.
-        right: whether its box is right; never of what is absent.
-        present: whether its expression refers to something in the image.
-        images: the identity of its image, with which it is left out in cross-validation.
+        signals: by name, for each entry.
+        right: bool `[n]`, whether the box is right; always False for absent objects.
+        present: bool `[n]`, whether the expression refers to something in the image.
+        images: identity of each image; entries of one image share a fold in cross-validation.
     """
 
     signals: Sequence[Mapping[str, float]]
@@ -65,92 +69,99 @@ class Labelled:
 
     @property
     def names(self) -> list[str]:
-        """Of the signals that every entry has."""
+        """Names of the signals that every entry has."""
         first, *others = self.signals
-        return [name for name in first if all(name in one for one in others)]
+        return [name for name in first if all(name in row for row in others)]
 
-    def at(self, places: NDArray[np.intp]) -> Labelled:
-        """Some of the entries."""
-        rows, images = [self.signals[i] for i in places], [self.images[i] for i in places]
-        return Labelled(rows, self.right[places], self.present[places], images)
+    def subset(self, indices: NDArray[np.intp]) -> LabelledSignals:
+        signals, images = [self.signals[i] for i in indices], [self.images[i] for i in indices]
+        return LabelledSignals(signals, self.right[indices], self.present[indices], images)
 
 
-def calibrate(labelled: Labelled, recipe: Mapping[str, Any], *, seed: int = 42) -> Calibration:
-    """Two logistic regressions: of `present` over all entries, if enough are absent, and of `right` over the others.
+def calibrate(labelled: LabelledSignals, recipe: Mapping[str, Any], *, seed: int = 42) -> Calibration:
+    """Fit a calibration with L2-regularised logistic regressions of the standardised signals.
 
-    The signals are standardised, which is folded into the weights, and the weights held small (L2).
+    `present` is fitted on all entries if enough are absent, `right` on the entries that are present. The weights are
+    converted back to the units of the signals.
 
     Raises:
-        UsageError: fewer than `FEWEST` entries are right, or wrong; absent ones are wrong, where they are fitted.
+        UsageError: fewer than `MIN_LABELS` entries are right, or wrong; absent entries count as wrong if `present`
+            is fitted.
     """
-    both = enough(labelled.present, FEWEST)
-    check_enough(labelled.right if both else labelled.right[labelled.present], FEWEST, "a calibration")
+    fits_presence = has_enough(labelled.present, MIN_LABELS)
+    right = labelled.right if fits_presence else labelled.right[labelled.present]
+    _check_enough(right, MIN_LABELS, "a calibration")
     names = labelled.names
-    of_presence = chosen(
-        PRESENCE if "question" in names or "first_token" in names else PRESENCE_BY_MAPS, names
-    )
-    of_right = chosen(RIGHT if "mask" in names else RIGHT_BY_MAPS, names)
+    was_asked = "question" in names or "first_token" in names
+    presence_names = _select(PRESENCE_SIGNALS if was_asked else PRESENCE_SIGNALS_FROM_MAPS, names)
+    right_names = _select(RIGHT_SIGNALS if "mask" in names else RIGHT_SIGNALS_FROM_MAPS, names)
 
-    def fit(part: Labelled) -> Calibration:
-        there = part.at(np.flatnonzero(part.present))
-        right = _logistic(there.signals, of_right, there.right)
-        present = _logistic(part.signals, of_presence, part.present) if both else None
-        return Calibration(recipe, right, present, len(part.right))
+    def fit(part: LabelledSignals) -> Calibration:
+        present = part.subset(np.flatnonzero(part.present))
+        return Calibration(
+            recipe,
+            _fit(present.signals, right_names, present.right),
+            _fit(part.signals, presence_names, part.present) if fits_presence else None,
+            len(part.right),
+        )
 
-    return replace(fit(labelled), measured=measure(labelled, fit, seed))
-
-
-def chosen(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Of the names, those that are wanted, or begin with a wanted one that ends with a space.
-
-    >>> chosen(["gain", "attention "], ["gain", "gains", "attention L4H6"])
-    ['gain', 'attention L4H6']
-    """
-    groups = tuple(name for name in wanted if name.endswith(" "))
-    return [name for name in names if name in wanted or (groups and name.startswith(groups))]
+    return replace(fit(labelled), measured=_cross_validate(labelled, fit, seed))
 
 
-def calibrate_again(labelled: Labelled, known: Calibration, *, seed: int = 42) -> Calibration:
-    """The calibration of a new domain: slope and intercept fitted anew (Platt 1999), then the weights moved a little.
+def recalibrate(labelled: LabelledSignals, known: Calibration, *, seed: int = 42) -> Calibration:
+    """Adapt a calibration to a new domain: refit slope and intercept (Platt 1999), then shift the weights slightly.
 
-    A factor of which there are hardly any labels of either kind stays as it is.
+    A regression with hardly any labels of one class stays as it is.
 
     Raises:
-        UsageError: fewer than `FEWEST_AGAIN` entries are right, or wrong; or a signal is missing.
+        UsageError: fewer than `MIN_LABELS_TO_RECALIBRATE` entries are right, or wrong; or a signal is missing.
     """
-    check_enough(labelled.right, FEWEST_AGAIN, "calibrate_from")
+    _check_enough(labelled.right, MIN_LABELS_TO_RECALIBRATE, "calibrate_from")
     if missing := sorted(known.names - set(labelled.names)):
         raise UsageError(f"calibrate_from: these entries have no signal {missing[0]}, which it needs")
 
-    def fit(part: Labelled) -> Calibration:
-        there = part.at(np.flatnonzero(part.present))
-        present = known.present and _moved(part.signals, known.present, part.present)
-        right = _moved(there.signals, known.right, there.right)
-        return replace(known, right=right, present=present, num_labels=len(part.right))
+    def fit(part: LabelledSignals) -> Calibration:
+        present = part.subset(np.flatnonzero(part.present))
+        return replace(
+            known,
+            right=_adapt(present.signals, known.right, present.right),
+            present=known.present and _adapt(part.signals, known.present, part.present),
+            num_labels=len(part.right),
+        )
 
-    return replace(fit(labelled), measured=measure(labelled, fit, seed))
-
-
-def enough(truth: NDArray[np.bool_], least: int) -> bool:
-    """Whether there are so many of either kind."""
-    return bool(min(truth.sum(), (~truth).sum()) >= least)
+    return replace(fit(labelled), measured=_cross_validate(labelled, fit, seed))
 
 
-def check_enough(right: NDArray[np.bool_], least: int, what: str) -> None:
-    """UsageError, with the counts, if there are fewer than `least` of either kind."""
-    if not enough(right, least):
+def has_enough(labels: NDArray[np.bool_], minimum: int) -> bool:
+    """Whether at least `minimum` labels are true and as many are false."""
+    return bool(min(labels.sum(), (~labels).sum()) >= minimum)
+
+
+def _check_enough(right: NDArray[np.bool_], minimum: int, what: str) -> None:
+    if not has_enough(right, minimum):
         raise UsageError(
-            f"{what} needs at least {least} entries whose box is right and {least} whose box is wrong; there are "
+            f"{what} needs at least {minimum} entries whose box is right and {minimum} whose box is wrong; there are "
             f"{int(right.sum())} and {int((~right).sum())}: add entries with truth, absent ones among them"
         )
 
 
-def measure(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: int = 42) -> dict[str, Any]:
-    """How well fits do on the part of the entries that they were not made of (5-fold, no image in two parts).
+def _select(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that are wanted, or start with a wanted prefix (one that ends with a space).
 
-    `auroc_right` is that of the probability that the box is right if there is something, over the entries that are
-    present; all others are over all. 95 % intervals stand beside them. Of fewer images than parts there are only the
-    counts.
+    >>> _select(["gain", "attention "], ["gain", "gains", "attention L4H6"])
+    ['gain', 'attention L4H6']
+    """
+    prefixes = tuple(name for name in wanted if name.endswith(" "))
+    return [name for name in names if name in wanted or (prefixes and name.startswith(prefixes))]
+
+
+def _cross_validate(
+    labelled: LabelledSignals, fit: Callable[[LabelledSignals], Calibration], seed: int
+) -> dict[str, Any]:
+    """Metrics of 5-fold cross-validation, with 95 % intervals; no image is in two folds.
+
+    `auroc_right` is that of the probability that the box is right given that the object is present, over the present
+    entries; all other metrics are over all entries. With fewer images than folds there are only the counts.
     """
     right, present = labelled.right, labelled.present
     counts = {
@@ -160,111 +171,117 @@ def measure(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: in
     }
     if len(set(labelled.images)) < FOLDS:
         return counts
-    found = _left_out(labelled, fit, seed)
-    pairs = list(zip(found, labelled.signals, strict=True))
-    confidence = np.array([one.confidence(row) for one, row in pairs])
-    of_right = np.array([one.right.probability(row) for one, row in pairs])
-    numbers = number("auroc_right", *with_interval(auroc, of_right[present], right[present], seed=seed))
-    for name, statistic in {"auroc_useful": auroc, "aurc": aurc, "ece": calibration_error}.items():
-        numbers |= number(name, *with_interval(statistic, confidence, right, seed=seed))
-    numbers |= number("ece_by_chance", *chance_error(confidence, seed=seed))
-    said = [one.presence(row) for one, row in pairs]
-    if not present.all() and None not in said:
-        there = np.array(said, dtype=np.float64)
+    calibrations = _fit_without_own_fold(labelled, fit, seed)
+    pairs = list(zip(calibrations, labelled.signals, strict=True))
+    confidence = np.array([calibration.confidence(row) for calibration, row in pairs])
+    if_present = np.array([calibration.right.probability(row) for calibration, row in pairs])
+    numbers = number(
+        "auroc_right", *with_bootstrap_interval(auroc, if_present[present], right[present], seed=seed)
+    )
+    statistics = {"auroc_useful": auroc, "aurc": aurc, "ece": calibration_error}
+    for name, statistic in statistics.items():
+        numbers |= number(name, *with_bootstrap_interval(statistic, confidence, right, seed=seed))
+    numbers |= number("ece_by_chance", *calibration_error_by_chance(confidence, seed=seed))
+    presences = [calibration.presence(row) for calibration, row in pairs]
+    if not present.all() and None not in presences:
+        presence = np.array(presences, dtype=np.float64)
         for name, statistic in {"auroc_present": auroc, "ece_present": calibration_error}.items():
-            numbers |= number(name, *with_interval(statistic, there, present, seed=seed))
+            numbers |= number(name, *with_bootstrap_interval(statistic, presence, present, seed=seed))
     return counts | numbers
 
 
-def _left_out(labelled: Labelled, fit: Callable[[Labelled], Calibration], seed: int) -> list[Calibration]:
-    """For each entry the calibration that was fitted without its part."""
+def _fit_without_own_fold(
+    labelled: LabelledSignals, fit: Callable[[LabelledSignals], Calibration], seed: int
+) -> list[Calibration]:
+    """For each entry, the calibration fitted on the folds that it is not in."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    kinds = labelled.right.astype(int) + labelled.present  # wrong ones and absent ones in every part
-    if np.unique(kinds, return_counts=True)[1].min() < FOLDS:
-        kinds = labelled.right.astype(int)
-    parts = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    found: list[Calibration | None] = [None] * len(kinds)
-    for fitted, left in parts.split(kinds, kinds, list(labelled.images)):
-        one = fit(labelled.at(fitted))
-        for place in left:
-            found[place] = one
-    return [one for one in found if one is not None]
+    classes = (
+        labelled.right.astype(int) + labelled.present
+    )  # absent, wrong or right: some of each in every fold
+    if np.unique(classes, return_counts=True)[1].min() < FOLDS:
+        classes = labelled.right.astype(int)
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    calibrations: list[Calibration | None] = [None] * len(classes)
+    for training, held_out in folds.split(classes, classes, list(labelled.images)):
+        calibration = fit(labelled.subset(training))
+        for i in held_out:
+            calibrations[i] = calibration
+    return [calibration for calibration in calibrations if calibration is not None]
 
 
-def _logistic(
-    rows: Sequence[Mapping[str, float]], names: Sequence[str], truth: NDArray[np.bool_]
-) -> Logistic:
-    """The fit over standardised signals, in terms of the signals themselves; one that never changes has no weight."""
-    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
-    mean, spread = table.mean(axis=0), table.std(axis=0)
-    varies = spread > 1e-9
-    scaled = (table[:, varies] - mean[varies]) / spread[varies]
+def _fit(signals: Sequence[Mapping[str, float]], names: Sequence[str], labels: NDArray[np.bool_]) -> Logistic:
+    """A regression over standardised signals, in the signals' own units; a constant signal gets no weight."""
+    table = np.array([[row[name] for name in names] for row in signals], dtype=np.float64)
+    mean, std = table.mean(axis=0), table.std(axis=0)
+    varies = std > 1e-9
+    slopes, intercept = _fit_standardised((table[:, varies] - mean[varies]) / std[varies], labels)
     weights = np.zeros(len(names))
-    slopes, intercept = _fit(scaled, truth, STRENGTH)
-    weights[varies] = slopes / spread[varies]
-    kept = {name: float(weight) for name, weight in zip(names, weights, strict=True) if weight}
-    return Logistic(float(intercept - weights @ mean), kept)
+    weights[varies] = slopes / std[varies]
+    nonzero = {name: float(weight) for name, weight in zip(names, weights, strict=True) if weight}
+    return Logistic(float(intercept - weights @ mean), nonzero)
 
 
-def _moved(rows: Sequence[Mapping[str, float]], known: Logistic, truth: NDArray[np.bool_]) -> Logistic:
-    """`slope * (old sum) + intercept`, and then weights near those, which bring in what differs in the new domain.
-
-    First slope and intercept with `SLOPE_PENALTY / 2 (slope - 1)^2 + INTERCEPT_PENALTY / 2 intercept^2`, which hold
-    them at 1 and 0 unless the labels say otherwise; then the weights of signals standardised over these rows, each with
-    `MOVE_PENALTY / 2 (new - old)^2`, and the intercept once more.
-    """
-    if not enough(truth, FEWEST_MOVED):
-        return known
-    names = list(known.weights)
-    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64).reshape(len(rows), -1)
-    sums = np.array([known.total(row) for row in rows])
-    (change,), intercept = _penalised(sums[:, None], sums, truth, SLOPE_PENALTY)
-    slope = max(1 + change, 0.0)  # never the reverse order
-    if slope == 0:
-        return Logistic(_base_rate(truth), dict.fromkeys(names, 0.0))
-    mean, spread = table.mean(axis=0), table.std(axis=0)
-    spread[spread < 1e-9] = np.inf
-    moves, more = _penalised((table - mean) / spread, slope * sums + intercept, truth, MOVE_PENALTY)
-    moves = moves / spread
-    weights = {
-        name: slope * known.weights[name] + float(move) for name, move in zip(names, moves, strict=True)
-    }
-    return Logistic(slope * known.intercept + intercept + more - float(moves @ mean), weights)
-
-
-def _penalised(
-    table: NDArray[np.float64], offset: NDArray[np.float64], truth: NDArray[np.bool_], penalty: float
-) -> tuple[NDArray[np.float64], float]:
-    """Slopes `w` and intercept `b` of `offset + table w + b`, by the log-likelihood less `penalty / 2 |w|^2` and
-    `INTERCEPT_PENALTY / 2 b^2`.
-    """
-    from scipy.optimize import minimize
-
-    sign = np.where(truth, 1.0, -1.0)
-
-    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        margin = sign * (offset + table @ values[1:] + values[0])
-        pull = -sign / (1 + np.exp(np.clip(margin, -500, 500)))
-        held = np.array([INTERCEPT_PENALTY] + [penalty] * table.shape[1])
-        gradient = np.concatenate([[pull.sum()], table.T @ pull]) + held * values
-        return float(np.logaddexp(0, -margin).sum() + (held / 2 * values**2).sum()), gradient
-
-    found = minimize(loss, np.zeros(1 + table.shape[1]), jac=True, method="L-BFGS-B").x
-    return found[1:], float(found[0])
-
-
-def _fit(table: NDArray[np.float64], truth: NDArray[np.bool_], strength: float) -> tuple[NDArray[Any], float]:
-    """Slopes and intercept of scikit-learn's logistic regression; the base rate alone if nothing varies."""
+def _fit_standardised(table: NDArray[np.float64], labels: NDArray[np.bool_]) -> tuple[NDArray[Any], float]:
+    """Slopes and intercept; the base rate alone if there is no signal or only one class."""
     from sklearn.linear_model import LogisticRegression
 
-    if not table.shape[1] or truth.all() or not truth.any():
-        return np.zeros(table.shape[1]), _base_rate(truth)
-    model = LogisticRegression(C=strength, max_iter=1000).fit(table, truth)
+    if not table.shape[1] or labels.all() or not labels.any():
+        return np.zeros(table.shape[1]), _base_rate(labels)
+    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000).fit(table, labels)
     return model.coef_[0], float(model.intercept_[0])
 
 
-def _base_rate(truth: NDArray[np.bool_]) -> float:
-    """The log-odds of the share of true ones."""
-    share = float(np.clip(truth.mean(), 1e-6, 1 - 1e-6))
+def _base_rate(labels: NDArray[np.bool_]) -> float:
+    """The log-odds of the share of true labels."""
+    share = float(np.clip(labels.mean(), 1e-6, 1 - 1e-6))
     return float(np.log(share / (1 - share)))
+
+
+def _adapt(signals: Sequence[Mapping[str, float]], known: Logistic, labels: NDArray[np.bool_]) -> Logistic:
+    """Scale and shift a known regression, then change its weights slightly where the new domain differs.
+
+    First slope and intercept, penalised by `SLOPE_PENALTY / 2 (slope - 1)^2 + INTERCEPT_PENALTY / 2 intercept^2`, which
+    keeps them at 1 and 0 unless the labels say otherwise; then the weights of signals standardised over these entries,
+    penalised by `WEIGHT_PENALTY / 2 (new - old)^2` each, with the intercept again.
+    """
+    if not has_enough(labels, MIN_LABELS_TO_ADAPT):
+        return known
+    names = list(known.weights)
+    table = np.array([[row[name] for name in names] for row in signals], dtype=np.float64)
+    table = table.reshape(len(signals), -1)  # also without any signal
+    logits = np.array([known.total(row) for row in signals])
+    (slope_change,), shift = _fit_offset(logits[:, None], logits, labels, SLOPE_PENALTY)
+    slope = max(1 + slope_change, 0.0)  # never reverses the order
+    if slope == 0:
+        return Logistic(_base_rate(labels), dict.fromkeys(names, 0.0))
+    mean, std = table.mean(axis=0), table.std(axis=0)
+    std[std < 1e-9] = np.inf
+    changes, second_shift = _fit_offset((table - mean) / std, slope * logits + shift, labels, WEIGHT_PENALTY)
+    changes = changes / std
+    weights = {
+        name: slope * known.weights[name] + float(change) for name, change in zip(names, changes, strict=True)
+    }
+    return Logistic(slope * known.intercept + shift + second_shift - float(changes @ mean), weights)
+
+
+def _fit_offset(
+    table: NDArray[np.float64], offset: NDArray[np.float64], labels: NDArray[np.bool_], penalty: float
+) -> tuple[NDArray[np.float64], float]:
+    """Weights `w` and intercept `b` that maximise the likelihood of the logits `offset + table w + b`.
+
+    Penalised by `penalty / 2 |w|^2 + INTERCEPT_PENALTY / 2 b^2`.
+    """
+    from scipy.optimize import minimize
+
+    sign = np.where(labels, 1.0, -1.0)
+    penalties = np.array([INTERCEPT_PENALTY] + [penalty] * table.shape[1])
+
+    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        margin = sign * (offset + table @ values[1:] + values[0])
+        by_logit = -sign / (1 + np.exp(np.clip(margin, -500, 500)))
+        gradient = np.concatenate([[by_logit.sum()], table.T @ by_logit]) + penalties * values
+        return float(np.logaddexp(0, -margin).sum() + (penalties / 2 * values**2).sum()), gradient
+
+    best = minimize(loss, np.zeros(1 + table.shape[1]), jac=True, method="L-BFGS-B").x
+    return best[1:], float(best[0])

@@ -15,7 +15,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.cells import tight_box
 from localization_heads.data.samples import Sample, check_inside, decode_ignored, decode_mask, sample_name
 from localization_heads.errors import UsageError, check_choice
-from localization_heads.evaluation.confidence import ALSO_BESIDE, Claim, confidence_metrics
+from localization_heads.evaluation.confidence import TOP_LEVEL_METRICS, Claim, confidence_metrics
 from localization_heads.evaluation.controls import CENTRE, DRAWS, centre_box, control_groundings
 from localization_heads.evaluation.metrics import NUM_RESAMPLES
 from localization_heads.evaluation.scores import Score, Truth, score_box, score_grounding, summarize
@@ -156,7 +156,7 @@ class Judge:
     def trust(self, claims: Sequence[Claim]) -> dict[str, Any]:
         """The block `confidence` of `metrics.json`, and those of its numbers that stand beside the metrics, too."""
         block = confidence_metrics(claims, by_image=self.bootstrap == "image", seed=self.seed)
-        names = [name for name in ALSO_BESIDE if name in block]
+        names = [name for name in TOP_LEVEL_METRICS if name in block]
         beside = {key: block[key] for name in names for key in (name, f"{name}_interval")}
         return {**beside, "confidence": block} if block else {}
 

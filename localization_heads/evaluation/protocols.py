@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou
-from localization_heads.evaluation.confidence import auroc, with_interval
+from localization_heads.evaluation.confidence import auroc, with_bootstrap_interval
 from localization_heads.evaluation.metrics import (
     MEAN_THRESHOLDS,
     bootstrap_ratios,
@@ -367,7 +367,7 @@ def negative_aurocs(
             if name is None or kinds[n] == name
             or (kinds[n] is None and str(answers[n].facts.get("source_id")) in origins)
         ]  # fmt: skip
-        value, interval = with_interval(
+        value, interval = with_bootstrap_interval(
             auroc,
             [answers[n].confidence or 0.0 for n in chosen],
             [kinds[n] is None for n in chosen],

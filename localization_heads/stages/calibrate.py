@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from localization_heads.evaluation.calibrating import FEWEST, Labelled, calibrate_again, enough
+from localization_heads.evaluation.calibrating import MIN_LABELS, LabelledSignals, has_enough, recalibrate
 from localization_heads.evaluation.calibrating import calibrate as fit
 from localization_heads.evaluation.confidence import is_right
 from localization_heads.grounder import CALIBRATION, load_calibration
@@ -49,16 +49,20 @@ def calibrate(run: Run) -> Calibrated:
         outcomes, _ = ground_all(run, entries, log, _measure)
         labelled = _labelled(outcomes)
         seed = run.options.random_seed
-        found = calibrate_again(labelled, known, seed=seed) if known else fit(labelled, recipe, seed=seed)
-        if found.present is None and not labelled.present.all() and not enough(labelled.present, FEWEST):
+        found = recalibrate(labelled, known, seed=seed) if known else fit(labelled, recipe, seed=seed)
+        if (
+            found.present is None
+            and not labelled.present.all()
+            and not has_enough(labelled.present, MIN_LABELS)
+        ):
             run.lvlm.note(
-                f"the probability of presence needs at least {FEWEST} absent entries and {FEWEST} others; there are "
-                f"{int((~labelled.present).sum())} and {int(labelled.present.sum())}: it is left out"
+                f"the probability of presence needs at least {MIN_LABELS} absent entries and {MIN_LABELS} others; "
+                f"there are {int((~labelled.present).sum())} and {int(labelled.present.sum())}: it is left out"
             )
         wrong = int((labelled.present & ~labelled.right).sum())
-        if wrong < FEWEST and known is None:
+        if wrong < MIN_LABELS and known is None:
             run.lvlm.note(
-                f"only {wrong} boxes of what is there are wrong: {FEWEST} or more would tell right ones from wrong "
+                f"only {wrong} boxes of what is there are wrong: {MIN_LABELS} or more would tell right ones from wrong "
                 "ones better"
             )
         path = run.folder / CALIBRATION
@@ -85,8 +89,8 @@ def _measure(run: Run, one: AttendedSample, found: Sequence[Grounding]) -> dict[
     return {"signals": dict(grounding.signals), "right": is_right(one.sample, grounding.box)}
 
 
-def _labelled(outcomes: Sequence[Outcome]) -> Labelled:
-    return Labelled(
+def _labelled(outcomes: Sequence[Outcome]) -> LabelledSignals:
+    return LabelledSignals(
         [outcome.measured["signals"] for outcome in outcomes],
         np.array([outcome.measured["right"] for outcome in outcomes], dtype=bool),
         np.array([not outcome.sample.absent for outcome in outcomes], dtype=bool),
