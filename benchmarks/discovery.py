@@ -103,9 +103,9 @@ def stand_in_run(data: Path, count: int) -> Any:
 def fill_store(run: Any, count: int) -> None:
     """What a run that was killed has left of the first `count` samples."""
     from localization_heads.stages.entries import load_entries
-    from localization_heads.stages.records import open_store
+    from localization_heads.stages.statistics import open_statistics
 
-    entries, store, random = load_entries(run), open_store(run), np.random.default_rng(1)
+    entries, store, random = load_entries(run), open_statistics(run), np.random.default_rng(1)
     for start in range(0, count, 1000):
         part = entries.samples[start : min(start + 1000, count)]
         sums, area, mass = (random.random((len(part), 32, 32), dtype=np.float32) for _ in range(3))

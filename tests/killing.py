@@ -12,7 +12,7 @@ from localization_heads.stages import find
 
 MARK, VICTIM = Path("killed"), "entry_5"
 
-analysed = find._analysed
+analysed = find._analyse_chunk
 
 
 def killed_once(run: Any, entries: Any, attended: Sequence[Any], **options: Any) -> Any:

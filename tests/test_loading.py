@@ -28,8 +28,8 @@ from localization_heads.lvlm.checkpoints.loading import load_model, pick_device
 from localization_heads.lvlm.checkpoints.spec import find_spec, known_specs
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
-from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run
+from localization_heads.stages.statistics import open_statistics
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_an_update_of_the_hub_makes_new_statistics(
         run = Run(
             composed("stage=find", "device=cpu", "model.name=me/my-llava", f"output_dir={tmp_path}/out")
         )
-        stores.append(open_store(run).path)
+        stores.append(open_statistics(run).path)
         prints.append(run.lvlm.fingerprint)
     assert prints == [fingerprint_of(folder), fingerprint_of(update)]
     assert stores[0] != stores[1]

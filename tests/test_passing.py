@@ -33,7 +33,7 @@ from localization_heads.background import MAX_PENDING_BYTES, PREFETCH
 from localization_heads.data.samples import Sample
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.sharing import EncodedImage
-from localization_heads.stages.chunks import chunks
+from localization_heads.stages.chunks import split_into_chunks
 from localization_heads.stages.flow import run_pipelined
 
 # ------------------------------------------------------------------------------------------------ how it is cut
@@ -47,10 +47,10 @@ def samples_of(images: list[int]) -> list[Sample]:
 def test_chunks(images: list[int], size: int) -> None:
     """Every sample once, none too large, the same each time, and few chunks for each image."""
     samples = samples_of(images)
-    cut = list(chunks(samples, size))
+    cut = list(split_into_chunks(samples, size))
     assert sorted(sample.line for chunk in cut for sample in chunk) == [sample.line for sample in samples]
     assert all(0 < len(chunk) <= size for chunk in cut)
-    assert cut == list(chunks(samples, size))
+    assert cut == list(split_into_chunks(samples, size))
     for image in set(images):
         holding = [chunk for chunk in cut if any(s.image == f"no_{image}.png" for s in chunk)]
         assert len(holding) == -(-images.count(image) // size)
@@ -58,7 +58,7 @@ def test_chunks(images: list[int], size: int) -> None:
 
 def test_an_image_of_many_places_is_one_group() -> None:
     """Entries far apart in the file, in file order among themselves."""
-    (first, second, third) = chunks(samples_of([1, 2, 3, 1, 2, 3, 1, 2, 3]), 3)
+    (first, second, third) = split_into_chunks(samples_of([1, 2, 3, 1, 2, 3, 1, 2, 3]), 3)
     assert [[s.line for s in chunk] for chunk in (first, second, third)] == [[1, 4, 7], [2, 5, 8], [3, 6, 9]]
 
 
@@ -68,18 +68,18 @@ def test_images_of_like_size_go_together(tmp_path: Path, monkeypatch: pytest.Mon
     for number, side in enumerate(sides):
         draw_image(tmp_path / f"{number}.png", number, (side, side))
     samples = [Sample(str(tmp_path / f"{n}.png"), "x" * (9 - n), line=n) for n in range(len(sides))]
-    cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
+    cut = [[sample.line for sample in chunk] for chunk in split_into_chunks(samples, 2)]
     assert cut == [[4, 0], [6, 2], [7, 3], [5, 1]]
-    monkeypatch.setattr("localization_heads.stages.chunks.WINDOW", 2)
-    cut = [[sample.line for sample in chunk] for chunk in chunks(samples, 2)]
+    monkeypatch.setattr("localization_heads.stages.chunks.SORT_WINDOW", 2)
+    cut = [[sample.line for sample in chunk] for chunk in split_into_chunks(samples, 2)]
     assert cut == [[0, 2], [3, 1], [4, 6], [7, 5]]
-    assert [[s.line for s in chunk] for chunk in chunks(samples, 1)] == [[n] for n in range(8)]
+    assert [[s.line for s in chunk] for chunk in split_into_chunks(samples, 1)] == [[n] for n in range(8)]
 
 
 def test_images_in_memory_are_not_mixed_up(image: Image.Image) -> None:
     other = image.rotate(180)
     samples = [Sample(one, "x", line=n) for n, one in enumerate([image, other, image, other])]
-    assert [[s.line for s in chunk] for chunk in chunks(samples, 2)] == [[0, 2], [1, 3]]
+    assert [[s.line for s in chunk] for chunk in split_into_chunks(samples, 2)] == [[0, 2], [1, 3]]
 
 
 def test_large_images_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_large_images_fill_a_chunk_by_themselves(tmp_path: Path) -> None:
     for number, size in enumerate(sizes):
         Image.new("1", size).save(tmp_path / f"{number}.png")
     names = [str(tmp_path / f"{n}.png") for n in (0, 1, 2, 3, 4, 4, 5, 6, 7)] + ["http://a/b.png"] * 2
-    cut = chunks([Sample(name, "x", line=n) for n, name in enumerate(names)], 64)
+    cut = split_into_chunks([Sample(name, "x", line=n) for n, name in enumerate(names)], 64)
     assert [[s.line for s in chunk] for chunk in cut] == [[6, 7, 8, 0, 1], [2, 3], [9, 10], [4, 5]]
 
 
@@ -147,7 +147,7 @@ def test_in_line_keeps_the_order(behind: bool) -> None:
         step("finish")(item)
         done.append(item)
 
-    run_pipelined(range(20), step("prepare"), step("compute"), finish, behind=behind)
+    run_pipelined(range(20), step("prepare"), step("compute"), finish, finish_in_background=behind)
     assert done == list(range(20))
     for name in ("prepare", "compute", "finish"):
         assert [item for what, item in log if what == name] == list(range(20))
@@ -195,7 +195,9 @@ def test_in_line_lets_nothing_heavy_wait() -> None:
         assert done == list(range(item))
         return item
 
-    run_pipelined(range(6), lambda item: item, compute, done.append, weigh=lambda _: MAX_PENDING_BYTES + 1)
+    run_pipelined(
+        range(6), lambda item: item, compute, done.append, num_bytes=lambda _: MAX_PENDING_BYTES + 1
+    )
     assert done == list(range(6))
 
 
@@ -213,7 +215,7 @@ def test_in_line_without_a_thread_behind() -> None:
         lambda _: seen.append(("prepare", threading.get_ident())),
         lambda _: seen.append(("compute", threading.get_ident())),
         lambda _: seen.append(("finish", threading.get_ident())),
-        behind=False,
+        finish_in_background=False,
     )
     here = threading.get_ident()
     assert {what for what, thread in seen if thread == here} == {"compute", "finish"}
@@ -242,7 +244,9 @@ def test_in_line_hands_on_what_goes_wrong(behind: bool, where: str, error: type[
         done.append(step("finish", item))
 
     with pytest.raises(error, match="no"):
-        run_pipelined(range(50), lambda item: step("prepare", item), compute, finish, behind=behind)
+        run_pipelined(
+            range(50), lambda item: step("prepare", item), compute, finish, finish_in_background=behind
+        )
     assert len(computed) < 10
     assert done == [item for item in computed if (where, item) != ("finish", 3)]
 
@@ -360,7 +364,7 @@ def test_auto_halves_until_it_fits(
 ) -> None:
     """All five, then three, then two, one of each side; later chunks begin with what fitted."""
     stub_figures(monkeypatch)
-    monkeypatch.setattr("localization_heads.stages.flow.AUTO", 5)
+    monkeypatch.setattr("localization_heads.stages.run.AUTO_BATCH_SIZE", 5)
     write_data(front.folder, 10)
     options = (f"stage={stage}", "data_file=data.jsonl", "heads=[2-0]")
     result = front.finder(*options, "batch_size=auto")

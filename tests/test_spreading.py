@@ -124,7 +124,7 @@ def test_the_same_as_locally(
         data = (*DATA, "criteria=robust", "criteria.mirrored=2")
     local = front.finder(f"stage={stage}", *data, "output_dir=by_local")
     if stage == "find":
-        monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_once)
+        monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", killing.killed_once)
     monkeypatch.setattr(flow, "attend_chunk", killing.left_to_workers)
     workers = WORKERS.get(stage, 1)
     spread = front.finder(f"stage={stage}", *data, "output_dir=by_ray", *RAY, f"engine.num_workers={workers}")
@@ -147,12 +147,12 @@ def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: p
     original = killing.analysed
     assert workers.RETRIES == 3
     monkeypatch.setattr(workers, "RETRIES", 1)  # each costs the start of a worker
-    monkeypatch.setattr("localization_heads.stages.find._analysed", killing.killed_always)
+    monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", killing.killed_always)
     result = front.finder("stage=find", *DATA, "output_dir=by_ray", *RAY, "engine.num_workers=1")
     assert result.status == 1
     assert "a worker died 2 times" in one_line(result.err)
     assert killing.MARK.read_text() == "xx"
-    monkeypatch.setattr("localization_heads.stages.find._analysed", original)
+    monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", original)
     assert front.finder("stage=find", *DATA, "output_dir=by_ray").status == 1
     assert front.finder("stage=find", *DATA, "output_dir=by_local").status == 1
     assert files_of("ray") == files_of("local")
@@ -164,21 +164,21 @@ def test_more_workers_than_there_is_room_for_are_refused(ray: Any, front: Front)
     )
     assert result.status == 2
     assert one_line(result.err) == (
-        "error: engine.num_workers=3: there is room for 2 with engine.cpus_per_worker=1, for there are 2 cpus"
+        "error: engine.num_workers=3: 2 cpus have room for 2 workers at engine.cpus_per_worker=1"
     )
 
 
 # ------------------------------------------------------------------------------------------------ without Ray
 
 
-def by_one_worker(run: Run, chunks: Sequence[Chunk], task: Task) -> Iterator[workers.Done]:
+def by_one_worker(run: Run, chunks: Sequence[Chunk], task: Task) -> Iterator[workers.ChunkOutput]:
     """A worker in this process, which gets and returns what travels with Ray."""
     options = replace(run.options, engine=EngineOptions())
-    recipe = workers.WorkerRecipe(options, run.model_choice, run.overrides, str(Path.cwd()), task)
+    recipe = workers.WorkerSetup(options, run.model_choice, run.overrides, str(Path.cwd()), task)
     worker = workers.Worker(pickle.dumps(recipe))
     samples = {sample.id: sample for chunk in chunks for sample in chunk.samples}
     for chunk in chunks:
-        yield workers._with_samples(worker({"chunk": pickle.dumps(chunk)})["done"], samples)
+        yield workers._unpickle_output(worker({"chunk": pickle.dumps(chunk)})["output"], samples)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,12 @@ def test_a_worker_does_the_same(
 def test_results_come_back_with_the_samples_of_the_command() -> None:
     """Only their ids travel."""
     samples = {id: Sample("p.png", "x" * 1000, id=id, line=1) for id in ("a", "b")}
-    value = workers.Done([(samples["a"], np.arange(3)), {"again": samples["a"], "other": samples["b"]}], [])
-    data = workers._without_samples(value)
+    value = workers.ChunkOutput(
+        [(samples["a"], np.arange(3)), {"again": samples["a"], "other": samples["b"]}], []
+    )
+    data = workers._pickle_output(value)
     assert len(data) < 500
-    found = workers._with_samples(data, samples).results
+    found = workers._unpickle_output(data, samples).results
     assert found[0][0] is found[1]["again"] is samples["a"]
     assert found[1]["other"] is samples["b"]
     assert list(found[0][1]) == [0, 1, 2]
@@ -242,7 +244,7 @@ def test_how_many_workers(
     resources: dict[str, float], asked: dict[str, Any], device: str, expected: Sequence[float]
 ) -> None:
     run = Run(FinderOptions.of({"engine": {**ENGINE, **asked}, "device": device, "stage": "find"}))
-    assert workers._spread(run, resources) == expected
+    assert workers._size_pool(run, resources) == expected
 
 
 @pytest.mark.parametrize(
@@ -251,15 +253,19 @@ def test_how_many_workers(
         (
             {"CPU": 1},
             {},
-            "num_workers=1: there is room for 0 with engine.cpus_per_worker=2, for there are 1 cpus",
+            "num_workers=1: 1 cpus have room for 0 workers at engine.cpus_per_worker=2",
         ),
-        ({"CPU": 8, "GPU": 1}, {"num_workers": 2}, "engine.gpus_per_worker=1, for there are 1 gpus"),
+        (
+            {"CPU": 8, "GPU": 1},
+            {"num_workers": 2},
+            "1 gpus have room for 1 workers at engine.gpus_per_worker=1",
+        ),
     ],
 )
 def test_this_machine_does_not_grow(resources: dict[str, float], asked: dict[str, Any], problem: str) -> None:
     run = Run(FinderOptions.of({"engine": {**ENGINE, "address": None, **asked}, "stage": "find"}))
     with pytest.raises(UsageError, match=problem):
-        workers._spread(run, resources)
+        workers._size_pool(run, resources)
 
 
 @pytest.mark.parametrize(

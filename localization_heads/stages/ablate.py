@@ -43,8 +43,8 @@ from localization_heads.stages.entries import Entries, load_entries
 from localization_heads.stages.find import collect_statistics, draw_trials, rank_entries
 from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import open_store
 from localization_heads.stages.run import Run
+from localization_heads.stages.statistics import open_statistics
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.journal import ResultLog
 
@@ -186,7 +186,7 @@ def _plan_measurements(run: Run, entries: Entries, data_file: str) -> Measuremen
 
 def _rank_label_free(run: Run, entries: Entries) -> HeadRanking:
     """The label-free ranking on these entries; their statistics go into the store of `find`."""
-    store = open_store(run)
+    store = open_statistics(run)
     collect_statistics(run, entries, entries.usable, store, keep_maps=False)
     return rank_entries(run, entries, draw_trials(run, entries), store)
 

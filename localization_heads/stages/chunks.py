@@ -1,8 +1,8 @@
-"""A data set in chunks, and a chunk's way through the model.
+"""How a data set is split into chunks, and how one chunk goes through the model.
 
-Entries of one image go together, so that it is encoded once. They are cut into the same chunks in every run, and a
-chunk goes through the model as a whole or not at all, for a smaller batch would round differently: a run that was
-killed goes on with the same batches, and the same numbers, to the last bit.
+Samples of one image share a chunk, so that the image is encoded only once. Every run splits a data set in the same way,
+and a chunk goes through the model as a whole or not at all, because a smaller batch would round differently. A killed
+run that is started again therefore sees the same batches and gives the same numbers, to the last bit.
 """
 
 from __future__ import annotations
@@ -36,54 +36,54 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FRAME_RATE = 5.0
-"""Frames a second of scenes that move, which know no time."""
-WINDOW = 32
-"""Chunks among which entries of about the same length are put together."""
+DEFAULT_FRAME_RATE = 5.0
+"""Frames per second of a clip whose frames have no times (animated scenes)."""
+SORT_WINDOW = 32
+"""Chunks within which samples are sorted by length."""
 
 
 class Chunk(NamedTuple):
-    """Samples that go through the model together, and the ids of those whose results are missing.
+    """Samples that go through the model together.
 
     Args:
-        extra_prompts: what is asked beside their expressions.
-        siblings: for each id, the other expressions of the sample's image in the data.
-        capture_maps: whether maps are made of them; else their work asks the model itself, and gets `NO_MAPS`.
+        pending: ids of the samples whose results are not stored yet.
+        extra_prompts: asked in addition to each expression.
+        siblings: for each sample id, the other expressions of its image in the data.
+        capture_maps: False for a stage that runs the model itself; its samples get `NO_MAPS`.
     """
 
     samples: Sequence[Sample]
-    missing: frozenset[str]
+    pending: frozenset[str]
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS
     siblings: Mapping[str, Sequence[str]] = {}
     capture_maps: bool = True
 
 
-PLAIN = Chunk((), frozenset())
-"""What says that nothing is asked beside the expressions."""
+_DEFAULTS = Chunk((), frozenset())
 NO_MAPS = AttentionMaps(np.zeros((0, 0, 1, 1), np.float32), (0, 0, 1, 1), (1, 1))
 
-Opened = Sequence[tuple[Sample, PromptImages]]
+LoadedSamples = Sequence[tuple[Sample, PromptImages]]
 
 
 class PreparedChunk(NamedTuple):
-    """A chunk with its images opened and the host's share of the model's work done.
+    """A chunk whose images are loaded and, where possible, preprocessed on the CPU.
 
     Args:
-        opened: None where that is left to `attend_chunk`.
-        ready: None where `attend_samples` has to do it.
+        loaded: None leaves the loading to `attend_chunk`.
+        batch: None leaves the preprocessing to `attend_samples`.
     """
 
     chunk: Chunk
-    opened: Opened | None
-    ready: PreparedBatch | None = None
+    loaded: LoadedSamples | None
+    batch: PreparedBatch | None = None
 
 
 class AttendedSample(NamedTuple):
-    """A sample with its opened image and the maps of every head.
+    """A sample with its loaded image and the attention maps of every head.
 
     Attributes:
-        zoomed_box: the box that a second look at the image found, in its pixels (`zoom=true`).
-        mirrored_maps: the maps of the mirrored image, as the model gave them (`criteria=robust`).
+        zoomed_box: the box found in the crop of `zoom=true`, in pixels of the whole image.
+        mirrored_maps: the maps of the mirrored image, not mirrored back (`criteria=robust`).
     """
 
     sample: Sample
@@ -94,107 +94,112 @@ class AttendedSample(NamedTuple):
 
     @property
     def single_image(self) -> Image.Image:
-        """The image, where the prompt shows one."""
+        """The image of a prompt that shows only one."""
         return image_at(self.image, None)
 
 
 ProcessChunk = Callable[[Run, Entries, Sequence[AttendedSample]], Sequence[Any]]
-"""What is made of the maps of a chunk where the model is. Pickled to be sent there, so it holds no run and no model."""
+"""Turns the attended samples of a chunk into results.
+
+It is pickled and sent to the workers, so it must hold no run and no model; it gets those of its worker instead.
+"""
 SecondPass = Callable[[Run, Entries, Sequence[AttendedSample]], list[AttendedSample]]
-"""Asks the model about a chunk a second time. Pickled as well."""
+"""Runs the model a second time on the samples of a chunk. It is pickled as well."""
 
 
 class Task(NamedTuple):
-    """What a worker does with each chunk: `attend_chunk` down to `last_layer`, then `process`."""
+    """What a worker does with each chunk: `attend_chunk` up to `last_layer`, then `process`."""
 
     process: ProcessChunk
     last_layer: int | None = None
     second_pass: SecondPass | None = None
 
 
-def chunks(samples: Sequence[Sample], size: int, known: ImageCache | None = None) -> Iterator[list[Sample]]:
-    """Samples in chunks of at most `size`, cut in the same way in every run.
+def split_into_chunks(
+    samples: Sequence[Sample], size: int, images: ImageCache | None = None
+) -> Iterator[list[Sample]]:
+    """Split samples into chunks of at most `size`, always in the same way.
 
-    Those of one image are together, wherever they stand in the file (more than `size` are several chunks). A chunk
-    is filled up with images of about the same size and expressions of about the same length, so that little is
-    padded. Its images have at most `MAX_CHUNK_PIXELS` together, or it has only one: that, and not `size`, bounds the
-    memory for large images, which cost more to decode than a larger batch would save.
+    Samples of one image stay together, wherever they stand in the file; more than `size` of them fill several chunks.
+    A chunk collects images of similar size and expressions of similar length, which keeps padding small. It holds at
+    most `MAX_CHUNK_PIXELS`, or a single image. With large images it is that limit which bounds the memory: they cost
+    more to decode than a larger batch would save.
     """
-    known = known or ImageCache(0)
+    images = images or ImageCache(0)
     chunk: list[Sample] = []
     pixels = 0
-    for part in _parts(samples, size, known):
-        more = known.pixels(part[0])
-        if chunk and (len(chunk) + len(part) > size or pixels + more > MAX_CHUNK_PIXELS):
+    for group in _group_by_image(samples, size, images):
+        group_pixels = images.pixels(group[0])
+        if chunk and (len(chunk) + len(group) > size or pixels + group_pixels > MAX_CHUNK_PIXELS):
             yield chunk
             chunk, pixels = [], 0
-        chunk, pixels = [*chunk, *part], pixels + more
+        chunk, pixels = [*chunk, *group], pixels + group_pixels
     if chunk:
         yield chunk
 
 
-def _parts(samples: Sequence[Sample], size: int, known: ImageCache) -> Iterator[list[Sample]]:
-    """The samples of each image, in parts of at most `size`; sorted by length within windows."""
+def _group_by_image(samples: Sequence[Sample], size: int, images: ImageCache) -> Iterator[list[Sample]]:
+    """The samples of each image, in groups of at most `size`, sorted by length within each window."""
 
-    def length(part: list[Sample]) -> tuple[int, int]:
-        """Pixels of the image, then letters of the longest expression: about as many tokens."""
-        return known.pixels(part[0]), max(len(sample.expression) for sample in part)
+    def length(group: list[Sample]) -> tuple[int, int]:
+        """A proxy for the number of tokens: pixels of the image, then characters of the longest expression."""
+        return images.pixels(group[0]), max(len(sample.expression) for sample in group)
 
-    images: dict[str | int, list[Sample]] = {}
+    by_image: dict[str | int, list[Sample]] = {}
     for sample in samples:
-        images.setdefault(image_key(sample), []).append(sample)
-    parts = (group[start : start + size] for group in images.values() for start in range(0, len(group), size))
+        by_image.setdefault(image_key(sample), []).append(sample)
+    groups = (same[start : start + size] for same in by_image.values() for start in range(0, len(same), size))
     if size == 1:
-        yield from parts
-    while window := list(islice(parts, WINDOW * size)):
+        yield from groups
+    while window := list(islice(groups, SORT_WINDOW * size)):
         yield from sorted(window, key=length)
 
 
-def clips(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Frames of each moving picture in their order, at most `size` of them together (`video=native`)."""
-    moving: dict[tuple[str, str], list[Sample]] = {}
+def split_into_clips(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Split the frames of each video and expression into clips of at most `size`, in order (`video=native`)."""
+    videos: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        moving.setdefault((sample.picture, sample.expression), []).append(sample)
-    for frames in moving.values():
+        videos.setdefault((sample.picture, sample.expression), []).append(sample)
+    for frames in videos.values():
         yield from (frames[start : start + size] for start in range(0, len(frames), size))
 
 
-def prepare_chunk(run: Run, entries: Entries, chunk: Chunk, *, ahead: bool = True) -> PreparedChunk:
-    """Open the chunk's images and do what the host can do before the model.
+def prepare_chunk(run: Run, entries: Entries, chunk: Chunk, *, prefetch: bool = True) -> PreparedChunk:
+    """Load the chunk's images and preprocess them on the CPU.
 
     Args:
-        ahead: the model still works on another chunk, so an image of over `MAX_PREFETCH_PIXELS` has to wait.
+        prefetch: the model is still busy with another chunk, so images over `MAX_PREFETCH_PIXELS` are left for later.
     """
-    if not chunk.missing:
+    if not chunk.pending:
         return PreparedChunk(chunk, [])
     first = chunk.samples[0]
-    if ahead and not is_address(first.image) and entries.images.pixels(first) > MAX_PREFETCH_PIXELS:
+    if prefetch and not is_address(first.image) and entries.images.pixels(first) > MAX_PREFETCH_PIXELS:
         return PreparedChunk(chunk, None)
-    opened = _open(run, entries, chunk.samples)
-    if not any(sample.id in chunk.missing for sample, _ in opened):
+    loaded = _load_images(run, entries, chunk.samples)
+    if not any(sample.id in chunk.pending for sample, _ in loaded):
         return PreparedChunk(chunk, [])
     if run.frames_per_clip or not chunk.capture_maps or not run.lvlm.can_prepare(chunk.extra_prompts):
-        return PreparedChunk(chunk, opened)
+        return PreparedChunk(chunk, loaded)
     try:
-        expressions = [run.query_for(sample.expression) for sample, _ in opened]
-        return PreparedChunk(chunk, opened, run.lvlm.prepare([image for _, image in opened], expressions))
-    except Exception:  # `attend_samples` finds out whose fault it is
-        return PreparedChunk(chunk, opened)
+        expressions = [run.query_for(sample.expression) for sample, _ in loaded]
+        return PreparedChunk(chunk, loaded, run.lvlm.prepare([image for _, image in loaded], expressions))
+    except Exception:  # `attend_samples` repeats this and finds the sample that causes it
+        return PreparedChunk(chunk, loaded)
 
 
-def _open(run: Run, entries: Entries, samples: Sequence[Sample]) -> Opened:
-    """The samples with their images, one object an image; those whose image or expression is unusable fail."""
-    opened: list[tuple[Sample, PromptImages]] = []
+def _load_images(run: Run, entries: Entries, samples: Sequence[Sample]) -> LoadedSamples:
+    """The samples with their images, decoded once per image. Samples with a bad image or expression fail."""
+    loaded: list[tuple[Sample, PromptImages]] = []
     images: dict[str | int, PromptImages] = {}
     for sample in samples:
         with entries.skip_on_error(sample, WorkError):
             run.lvlm.with_num_images(num_images(sample.image)).prompt(sample.expression)
             if (key := image_key(sample)) not in images:
-                images[key] = entries.images.load(sample, again=entries.images_reused)
+                images[key] = entries.images.load(sample, keep=entries.images_reused)
             if isinstance(image := images[key], Image.Image):
                 check_inside(sample, image.size)
-            opened.append((sample, images[key]))
-    return opened
+            loaded.append((sample, images[key]))
+    return loaded
 
 
 def attend_chunk(
@@ -204,58 +209,55 @@ def attend_chunk(
     last_layer: int | None,
     second_pass: SecondPass | None = None,
 ) -> list[AttendedSample]:
-    """The maps of the chunk's missing samples, after a second look at the whole chunk if one is wanted."""
+    """Run the model on the whole chunk, with the second pass if there is one -> the pending samples with their maps."""
     chunk = prepared.chunk
-    if prepared.opened is None:
-        prepared = prepare_chunk(run, entries, chunk, ahead=False)
-    attended = attend_samples(run, entries, prepared.opened or [], last_layer, prepared.ready, chunk)
+    if prepared.loaded is None:
+        prepared = prepare_chunk(run, entries, chunk, prefetch=False)
+    attended = attend_samples(run, entries, prepared.loaded or [], last_layer, prepared.batch, chunk)
     if second_pass and attended:
         attended = second_pass(run, entries, attended)
-    return [one for one in attended if one.sample.id in chunk.missing]
+    return [one for one in attended if one.sample.id in chunk.pending]
 
 
 def attend_samples(
     run: Run,
     entries: Entries,
-    opened: Opened,
+    loaded: LoadedSamples,
     last_layer: int | None,
-    ready: PreparedBatch | None = None,
-    chunk: Chunk = PLAIN,
+    batch: PreparedBatch | None = None,
+    chunk: Chunk = _DEFAULTS,
 ) -> list[AttendedSample]:
-    """The maps of opened samples. If the model cannot take them together, one by one, so that only the culprit fails.
+    """Run the model on loaded samples -> the samples with their maps.
 
-    With `batch_size=auto`, what does not fit into the memory is halved until it does, and later chunks are cut to
-    what fitted.
+    A batch that the model rejects is repeated sample by sample, so that only the bad sample fails. With
+    `batch_size=auto`, a batch that does not fit into memory is halved until it does; later batches keep that size.
 
     Args:
-        chunk: says what is asked beside the samples.
+        chunk: the samples' chunk, for its extra prompts, siblings and `capture_maps`.
 
     Raises:
-        WorkError: out of memory, with a `batch_size` that was given or with a single entry.
+        WorkError: out of memory, with a fixed `batch_size` or with a single sample.
     """
 
-    def in_parts(size: int) -> list[AttendedSample]:
-        parts = (opened[start : start + size] for start in range(0, len(opened), size))
-        return [
-            found for part in parts for found in attend_samples(run, entries, part, last_layer, chunk=chunk)
-        ]
+    def attend_in_parts(size: int) -> list[AttendedSample]:
+        parts = (loaded[start : start + size] for start in range(0, len(loaded), size))
+        return [one for part in parts for one in attend_samples(run, entries, part, last_layer, chunk=chunk)]
 
-    if not opened:
+    if not loaded:
         return []
     if run.frames_per_clip:
-        return _attend_clip(run, entries, opened, last_layer)
+        return _attend_clip(run, entries, loaded, last_layer)
     if not chunk.capture_maps:
-        return [AttendedSample(sample, image, NO_MAPS) for sample, image in opened]
-    if entries.max_batch_size and len(opened) > entries.max_batch_size:
-        return in_parts(entries.max_batch_size)
-    samples, images = zip(*opened, strict=True)
-    expressions = [run.query_for(sample.expression) for sample in samples]
+        return [AttendedSample(sample, image, NO_MAPS) for sample, image in loaded]
+    if entries.max_batch_size and len(loaded) > entries.max_batch_size:
+        return attend_in_parts(entries.max_batch_size)
+    samples, images = zip(*loaded, strict=True)
     try:
         maps = run.lvlm.attend_batch(
             images,
-            expressions,
+            [run.query_for(sample.expression) for sample in samples],
             last_layer=last_layer,
-            prepared=ready,
+            prepared=batch,
             extra_prompts=chunk.extra_prompts,
             siblings=[chunk.siblings.get(sample.id, ()) for sample in samples],
         )
@@ -263,35 +265,37 @@ def attend_samples(
             one.named(id=sample.id, image_file=sample.at(one.image_index).image_file)
             for one, sample in zip(maps, samples, strict=True)
         ]
-        return _finite(
-            entries, [AttendedSample(*found) for found in zip(samples, images, named, strict=True)]
+        return _drop_not_finite(
+            entries, [AttendedSample(*one) for one in zip(samples, images, named, strict=True)]
         )
     except OutOfMemoryError:
-        if run.options.batch_size != "auto" or len(opened) == 1:
+        if run.options.batch_size != "auto" or len(loaded) == 1:
             raise  # every chunk would fail
     except WorkError:
         raise
     except Exception as error:
-        if len(opened) > 1:
-            return in_parts(1)
-        known = isinstance(error, UsageError)
+        if len(loaded) > 1:
+            return attend_in_parts(1)
+        is_known = isinstance(error, UsageError)
         entries.fail(
-            samples[0], error if known else f"the model cannot take it: {type(error).__name__}: {error}"
+            samples[0], error if is_known else f"the model cannot take it: {type(error).__name__}: {error}"
         )
         return []
-    # Outside the handlers, where no traceback holds on to the batch that failed.
+    # Handled out here because inside the handler the traceback keeps the failed batch in memory.
     from localization_heads.lvlm.forward.failures import free_memory
 
-    entries.max_batch_size = (len(opened) + 1) // 2
+    entries.max_batch_size = (len(loaded) + 1) // 2
     log.warning("out of memory: going on with %d entries at a time", entries.max_batch_size)
     free_memory()
-    return in_parts(entries.max_batch_size)
+    return attend_in_parts(entries.max_batch_size)
 
 
-def _attend_clip(run: Run, entries: Entries, opened: Opened, last_layer: int | None) -> list[AttendedSample]:
-    """The maps of frames that the model is shown in one prompt; if it cannot take them, all of them fail."""
-    samples, images = zip(*opened, strict=True)
-    times = [float(sample.facts.get("time", number / FRAME_RATE)) for number, sample in enumerate(samples)]
+def _attend_clip(
+    run: Run, entries: Entries, loaded: LoadedSamples, last_layer: int | None
+) -> list[AttendedSample]:
+    """Run the model on frames that share one prompt; if it rejects them, all of them fail."""
+    samples, images = zip(*loaded, strict=True)
+    times = [float(sample.facts.get("time", i / DEFAULT_FRAME_RATE)) for i, sample in enumerate(samples)]
     try:
         maps = run.lvlm.attend_clip(
             images, run.query_for(samples[0].expression), times, last_layer=last_layer
@@ -307,11 +311,13 @@ def _attend_clip(run: Run, entries: Entries, opened: Opened, last_layer: int | N
         for sample in samples:
             entries.fail(sample, f"the model cannot take its clip: {reason}")
         return []
-    return _finite(entries, [AttendedSample(*found) for found in zip(samples, images, maps, strict=True)])
+    return _drop_not_finite(
+        entries, [AttendedSample(*one) for one in zip(samples, images, maps, strict=True)]
+    )
 
 
-def _finite(entries: Entries, attended: Sequence[AttendedSample]) -> list[AttendedSample]:
-    """The entries whose attention is finite; each of the others fails alone."""
+def _drop_not_finite(entries: Entries, attended: Sequence[AttendedSample]) -> list[AttendedSample]:
+    """The samples whose attention is finite; the others fail."""
     finite = []
     for one in attended:
         try:

@@ -19,8 +19,8 @@ from localization_heads.lvlm.extra_prompts import (
     measures_sensitivity,
     sensitivity_prompts,
 )
-from localization_heads.stages.records import warn_of_disagreement
 from localization_heads.stages.run import Run
+from localization_heads.stages.sensitivity import warn_of_disagreement
 from localization_heads.stages.single import image_id
 from localization_heads.store.files import atomic_write, writable_folder
 from localization_heads.store.paths import entry_path

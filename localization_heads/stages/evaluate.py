@@ -31,9 +31,9 @@ from localization_heads.stages.entries import Entries, load_entries, require_tru
 from localization_heads.stages.find import draw_trials, rank_entries
 from localization_heads.stages.ground import ground_all, settings
 from localization_heads.stages.outcome import Outcome, Result, save_per_sample, save_predictions
-from localization_heads.stages.records import open_store
 from localization_heads.stages.report import Reporter, SingleHeadIoU
 from localization_heads.stages.run import Run
+from localization_heads.stages.statistics import open_statistics
 from localization_heads.store.files import RunLock, replace_folder, write_json
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.statistics import StatisticsStore
@@ -66,10 +66,12 @@ def evaluate(run: Run) -> Result:
         )
         # a clip of the few frames that a ranking draws would have other maps
         store = (
-            open_store(run) if report.lacks_ranking and judge.controls and not run.frames_per_clip else None
+            open_statistics(run)
+            if report.lacks_ranking and judge.controls and not run.frames_per_clip
+            else None
         )
         native = native_box_format(run.lvlm, options.native, by_default=judge.controls)
-        scorer = EntryScorer(judge, native, report.alone(entries))
+        scorer = EntryScorer(judge, native, report.single_head_iou(entries))
         depends = {**settings(run), **scorer.settings(entries.samples), "report": report.settings}
         log = ResultLog(run.folder, "evaluate", depends)
         outcomes, drawn = ground_all(

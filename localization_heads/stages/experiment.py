@@ -40,8 +40,9 @@ from localization_heads.stages.entries import Entries, load_entries, require_tru
 from localization_heads.stages.evaluate import evaluate
 from localization_heads.stages.find import collect_statistics
 from localization_heads.stages.outcome import Result
-from localization_heads.stages.records import average_sensitivity, open_ranking_store
 from localization_heads.stages.run import Run
+from localization_heads.stages.sensitivity import average_sensitivity
+from localization_heads.stages.statistics import open_ranking_statistics
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, read_json, write_bytes, write_json
 
@@ -133,7 +134,7 @@ def experiment(run: Run) -> Result:
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         given_heads = _given_heads(run)
-        store = open_ranking_store(run, entries)
+        store = open_ranking_statistics(run, entries)
         collect_statistics(run, entries, entries.samples, store, keep_maps=True)
         ground_truth_scores = _score_single_heads(run, entries) if needs_truth else {}
         if not entries.usable:

@@ -1,4 +1,4 @@
-"""`find`, `rank` and `batch`: the model goes over a data set once, and its heads are ranked from their statistics."""
+"""`find`, `rank` and `batch`: the model goes over a data set once, and its heads are ranked by their statistics."""
 
 from __future__ import annotations
 
@@ -34,19 +34,21 @@ from localization_heads.stages.outcome import (
     save_predictions,
     save_ranking_files,
 )
-from localization_heads.stages.records import (
-    add_stored_sensitivity,
-    append_statistics,
-    choose_mirrored_samples,
-    find_stored_statistics,
-    mirrored_pass,
-    open_ranking_store,
-    prompt_conditions,
-    warn_of_disagreement,
-)
 from localization_heads.stages.report import Reporter, offer_card
 from localization_heads.stages.run import Run
+from localization_heads.stages.sensitivity import (
+    add_stored_sensitivity,
+    choose_mirrored_samples,
+    mirrored_pass,
+    warn_of_disagreement,
+)
 from localization_heads.stages.single import analyse_file, attend_again, draw_sample, image_or_none
+from localization_heads.stages.statistics import (
+    append_statistics,
+    find_stored_statistics,
+    open_ranking_statistics,
+    prompt_conditions,
+)
 from localization_heads.store.attention_files import (
     is_in_format,
     load_attention,
@@ -62,28 +64,87 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEPT_HEADS = 3_000_000
-"""Heads of samples whose statistics go from collecting to grounding in memory: 64 MB."""
-ROUNDING = 2e-5
-"""How far the sums of one sample may lie apart when a model in float32 saw it in another batch (1.5e-6 seen).
+MAX_CACHED_HEADS = 3_000_000
+"""Heads, summed over samples, whose statistics `batch` keeps in memory from collecting to grounding: 64 MB."""
+SUM_TOLERANCE = 2e-5
+"""Largest difference between the attention sums of one sample in two batches of a float32 model (1.5e-6 was seen).
 
-The same weights in bfloat16 differ by more (4e-4 or more seen), so their maps are not mistaken for these. Maps of
-bfloat16 from another batch differ as much, and are made again: time lost, but never a wrong file.
+The same weights in bfloat16 differ by 4e-4 or more, so their maps are not taken for these. bfloat16 maps of another
+batch differ by as much and are computed again, which costs time but never keeps a wrong file.
 """
+
+
+def find(run: Run) -> Result:
+    """Rank the heads over a data set, keeping only each head's statistics."""
+    entries = load_entries(run)
+    with RunLock(run.folder):  # before the model is loaded, so that a second run is refused at once
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        draws = draw_trials(run, entries)
+        drawn = [entries.samples[i] for i in np.flatnonzero(draws.any(axis=0))]
+        store = open_ranking_statistics(run, entries)
+        collect_statistics(run, entries, drawn, store, keep_maps=False)
+        _store_failures(entries, store)
+        ranking = _rank(run, entries, draws, store)
+        paths = [*save_ranking_files(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
+        return Result(paths, entries.sorted_failures(), ranking=ranking)
+
+
+def rank(run: Run) -> Result:
+    """Rank the heads by statistics that `find` has stored, without the model."""
+    entries = load_entries(run)
+    record = find_stored_statistics(run)
+    entries.with_sensitivity = record.has_sensitivity
+    check_criteria(run.options.criteria, record.num_layers)
+    with RunLock(run.folder):
+        draws = draw_trials(run, entries)
+        store = record.open()
+        _require_statistics(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
+        ranking = _rank(run, entries, draws, store)
+        return Result(save_ranking_files(run, ranking), entries.sorted_failures(), ranking=ranking)
+
+
+def batch(run: Run) -> Result:
+    """Collect and analyse every entry, rank the heads, ground every entry with the best heads, and draw figures."""
+    entries = load_entries(run)
+    with RunLock(run.folder):
+        check_criteria(run.options.criteria, run.lvlm.num_layers)
+        if run.options.heads != "auto":  # fail before hours of work
+            run.check_named_heads()
+        draws = draw_trials(run, entries)
+        store = open_ranking_statistics(run, entries)
+        entries.images_reused = True
+        statistics = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
+        _store_failures(entries, store)
+        ranking = _rank(run, entries, draws, store)
+        paths = save_ranking_files(run, ranking)
+        report = Reporter(run, ranking)
+        outcomes = _ground_all(run, entries, ranking, report, statistics)
+        paths.append(save_predictions(run, outcomes, entries.sorted_failures()))
+        paths += report.write(entries, outcomes, store=store)
+        return Result(paths, entries.sorted_failures(), outcomes, ranking)
+
+
+def draw_trials(run: Run, entries: Entries) -> NDArray[np.int64]:
+    """How often each trial draws each entry, `[trial, entry]` (`random_draws`)."""
+    options = run.options
+    return random_draws(len(entries.samples), options.num_trials, options.num_samples, options.random_seed)
 
 
 def collect_statistics(
     run: Run, entries: Entries, samples: Sequence[Sample], store: StatisticsStore, *, keep_maps: bool
 ) -> dict[str, HeadStatistics]:
-    """Run the model over the samples whose statistics (and, for a batch, attention files) are not there yet.
+    """Run the model over the samples whose statistics are not stored yet.
+
+    Args:
+        keep_maps: write attention files as well, also for samples that lack only those.
 
     Returns:
-        The statistics, by id, of the first samples (of `KEPT_HEADS` heads) whose maps were kept by this run: they need
-        not be analysed again.
+        With `keep_maps`, the new statistics by sample id, up to `MAX_CACHED_HEADS`, so that `batch` need not compute
+        them again.
     """
-    fresh: dict[str, HeadStatistics] = {}
-    criteria = run.options.criteria
-    mirrored = choose_mirrored_samples(samples, criteria) if entries.with_sensitivity else frozenset()
+    cached: dict[str, HeadStatistics] = {}
+    criteria, with_sensitivity = run.options.criteria, entries.with_sensitivity
+    mirrored = choose_mirrored_samples(samples, criteria) if with_sensitivity else frozenset()
 
     def is_done(sample: Sample) -> bool:
         key = entries.stored_statistics_key(sample, store)
@@ -91,21 +152,21 @@ def collect_statistics(
             key = entries.statistics_key(sample, mirrored=True)
         if key not in store:
             return False
-        return not keep_maps or _is_on_disk(run, sample, store.rows([key]).attention_sum[0])
+        return not keep_maps or _is_file_current(run, sample, store.rows([key]).attention_sum[0])
 
-    def keep(collected: Sequence[_Collected]) -> None:
-        """Files first, statistics last: whatever the store holds is complete."""
-        collected = [one for one in collected if one.maps is None or _is_saved(run, entries, one)]
-        for sample, statistics, maps, _ in collected:
-            if maps is not None and len(fresh) * statistics.attention_sum.size < KEPT_HEADS:
-                fresh[sample.id] = statistics
-        found = [(one.sample, one.statistics) for one in collected]
-        if not entries.with_sensitivity:
-            append_statistics(entries, found, store)
+    def save(analysed: Sequence[_AnalysedSample]) -> None:
+        # The statistics are stored last, so a sample in the store has all its files.
+        saved = [one for one in analysed if one.maps is None or _save_files(run, entries, one)]
+        for one in saved:
+            if one.maps is not None and len(cached) * one.statistics.attention_sum.size < MAX_CACHED_HEADS:
+                cached[one.sample.id] = one.statistics
+        statistics = [(one.sample, one.statistics) for one in saved]
+        if not with_sensitivity:
+            append_statistics(entries, statistics, store)
             return
-        keys = [entries.statistics_key(one.sample, mirrored=one.sample.id in mirrored) for one in collected]
+        keys = [entries.statistics_key(one.sample, mirrored=one.sample.id in mirrored) for one in saved]
         append_statistics(
-            entries, found, store, keys, [one.sensitivity for one in collected if one.sensitivity]
+            entries, statistics, store, keys, [one.sensitivity for one in saved if one.sensitivity]
         )
 
     run_over_samples(
@@ -114,32 +175,16 @@ def collect_statistics(
         samples,
         "collect",
         is_done=is_done,
-        process=partial(_analysed, keep_maps=keep_maps, with_sensitivity=entries.with_sensitivity),
-        save=keep,
+        process=partial(_analyse_chunk, keep_maps=keep_maps, with_sensitivity=with_sensitivity),
+        save=save,
         second_pass=mirrored_pass(mirrored),
-        extra_prompts=sensitivity_prompts(criteria) if entries.with_sensitivity else NO_EXTRA_PROMPTS,
+        extra_prompts=sensitivity_prompts(criteria) if with_sensitivity else NO_EXTRA_PROMPTS,
     )
-    return fresh
+    return cached
 
 
-def _is_on_disk(run: Run, sample: Sample, stored: NDArray[np.float32]) -> bool:
-    """Whether the attention file is the one that the statistics were made from.
-
-    Another prompt or model under the same id gives other sums; another batch around it gives the same but for rounding.
-    """
-    path = run.attention_file(sample.id)
-    if not is_in_format(path, run.options.attention_format):
-        return False
-    try:
-        maps = load_attention(path)
-    except UsageError:
-        return False
-    same = np.allclose(attention_sum(maps.attention), stored, rtol=0, atol=ROUNDING)
-    return same and maps.query == sample.expression and analysis_path(path).is_file()
-
-
-class _Collected(NamedTuple):
-    """A sample's statistics, its maps where they are kept, and its sensitivity where the criteria use it."""
+class _AnalysedSample(NamedTuple):
+    """A sample's statistics, its maps if they are kept, and its third criterion if it is measured."""
 
     sample: Sample
     statistics: HeadStatistics
@@ -147,11 +192,11 @@ class _Collected(NamedTuple):
     sensitivity: SensitivityStatistics | None = None
 
 
-def _analysed(
+def _analyse_chunk(
     run: Run, _: Entries, attended: Sequence[AttendedSample], *, keep_maps: bool, with_sensitivity: bool
-) -> list[_Collected]:
+) -> list[_AnalysedSample]:
     return [
-        _Collected(
+        _AnalysedSample(
             one.sample,
             head_statistics(one.maps.attention, run.options.criteria),
             replace(one.maps, others=(), images=()) if keep_maps else None,
@@ -161,8 +206,24 @@ def _analysed(
     ]
 
 
-def _is_saved(run: Run, entries: Entries, one: _Collected) -> bool:
-    """Write a sample's attention file and its analysis; where `attention_format` has no place for it, it fails."""
+def _is_file_current(run: Run, sample: Sample, stored_sums: NDArray[np.float32]) -> bool:
+    """Whether the sample's attention file holds the maps that the stored statistics were computed from.
+
+    Another prompt or model under the same id has other attention sums; another batch changes them only by rounding.
+    """
+    path = run.attention_file(sample.id)
+    if not is_in_format(path, run.options.attention_format):
+        return False
+    try:
+        maps = load_attention(path)
+    except UsageError:
+        return False
+    same_sums = np.allclose(attention_sum(maps.attention), stored_sums, rtol=0, atol=SUM_TOLERANCE)
+    return same_sums and maps.query == sample.expression and analysis_path(path).is_file()
+
+
+def _save_files(run: Run, entries: Entries, one: _AnalysedSample) -> bool:
+    """Write a sample's attention file and its analysis; False if it fails as `attention_format` cannot hold it."""
     assert one.maps is not None
     path = run.attention_file(one.sample.id)
     with entries.skip_on_error(one.sample):
@@ -172,78 +233,22 @@ def _is_saved(run: Run, entries: Entries, one: _Collected) -> bool:
     return False
 
 
-def find(run: Run) -> Result:
-    """Rank the heads over a data set, of which only each head's statistics are kept."""
-    entries = load_entries(run)
-    with RunLock(run.folder):  # before the model is loaded, so that a second run hears of the first at once
-        check_criteria(run.options.criteria, run.lvlm.num_layers)
-        draws = draw_trials(run, entries)
-        used = [entries.samples[place] for place in np.flatnonzero(draws.any(axis=0))]
-        store = open_ranking_store(run, entries)
-        collect_statistics(run, entries, used, store, keep_maps=False)
-        _note_failures(entries, store)
-        ranking = _rank(run, entries, draws, store)
-        paths = [*save_ranking_files(run, ranking), *Reporter(run, ranking).write(entries, store=store)]
-        return Result(paths, entries.sorted_failures(), ranking=ranking)
-
-
-def rank(run: Run) -> Result:
-    """The ranking of `find` from the statistics on disk, without the model."""
-    entries = load_entries(run)
-    record = find_stored_statistics(run)
-    entries.with_sensitivity = record.has_sensitivity
-    check_criteria(run.options.criteria, record.num_layers)
-    with RunLock(run.folder):
-        draws = draw_trials(run, entries)
-        store = record.open()
-        _expect(entries, np.flatnonzero(draws.any(axis=0)).tolist(), store)
-        ranking = _rank(run, entries, draws, store)
-        return Result(save_ranking_files(run, ranking), entries.sorted_failures(), ranking=ranking)
-
-
-def batch(run: Run) -> Result:
-    """Collect and analyse every entry, rank the heads, ground every entry with the best ones, draw."""
-    entries = load_entries(run)
-    with RunLock(run.folder):
-        check_criteria(run.options.criteria, run.lvlm.num_layers)
-        if run.options.heads != "auto":  # before the work, not after it
-            run.check_named_heads()
-        draws = draw_trials(run, entries)
-        store = open_ranking_store(run, entries)
-        entries.images_reused = True
-        fresh = collect_statistics(run, entries, entries.samples, store, keep_maps=True)
-        _note_failures(entries, store)
-        ranking = _rank(run, entries, draws, store)
-        paths = save_ranking_files(run, ranking)
-        report = Reporter(run, ranking)
-        outcomes = _ground_all(run, entries, ranking, report, fresh)
-        paths.append(save_predictions(run, outcomes, entries.sorted_failures()))
-        paths += report.write(entries, outcomes, store=store)
-        return Result(paths, entries.sorted_failures(), outcomes, ranking)
-
-
-def draw_trials(run: Run, entries: Entries) -> np.ndarray:
-    """`random_draws` of the entries: `[trial, entry]`."""
-    options = run.options
-    return random_draws(len(entries.samples), options.num_trials, options.num_samples, options.random_seed)
-
-
-def _note_failures(entries: Entries, store: StatisticsStore) -> None:
-    """Lets `rank`, which opens no image, report the failures of this run."""
+def _store_failures(entries: Entries, store: StatisticsStore) -> None:
+    """Store the failures of this run for `rank`, which opens no image and could not find them itself."""
     reasons = {failure.line: failure.reason for failure in entries.failures}
     failed = (sample for sample in entries.samples if sample.line in reasons)
     store.note_failures({entries.statistics_key(sample): reasons[sample.line] for sample in failed})
 
 
-def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:
-    """Put aside the drawn samples that are known to fail. WorkError if others have no statistics."""
-    wanted = (entries.samples[place] for place in drawn)
-    missing = [sample for sample in wanted if entries.stored_statistics_key(sample, store) not in store]
-    known = store.failures() if missing else {}
+def _require_statistics(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> None:
+    """Record the drawn samples that `find` saw fail. WorkError if other samples have no statistics."""
+    samples = (entries.samples[i] for i in drawn)
+    missing = [sample for sample in samples if entries.stored_statistics_key(sample, store) not in store]
+    failures = store.failures() if missing else {}
     for sample in missing:
-        if (reason := known.get(entries.statistics_key(sample))) is not None:
+        if (reason := failures.get(entries.statistics_key(sample))) is not None:
             entries.fail(sample, reason)
-    unseen = [sample for sample in missing if entries.statistics_key(sample) not in known]
+    unseen = [sample for sample in missing if entries.statistics_key(sample) not in failures]
     if unseen:
         raise WorkError(
             f"{len(unseen)} of the {len(drawn)} entries drawn have no statistics on disk (the first: line "
@@ -251,13 +256,13 @@ def _expect(entries: Entries, drawn: Sequence[int], store: StatisticsStore) -> N
         )
 
 
-def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
-    """The ranking, with the images and the conditions that it was made under."""
+def _rank(run: Run, entries: Entries, draws: NDArray[np.int64], store: StatisticsStore) -> HeadRanking:
+    """The ranking with its provenance: the images it was made from, and how the model was prompted."""
     ranking = rank_entries(run, entries, draws, store)
     warn_of_disagreement(ranking, run.options.k)
     if not ranking.kept:
         log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
-    images = image_keys(entries.samples[place] for place in _usable(entries, draws))
+    images = image_keys(entries.samples[i] for i in _usable_draws(entries, draws))
     return replace(
         ranking,
         pictures=tuple(sorted({key for key in images if key})),
@@ -265,65 +270,64 @@ def _rank(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore)
     )
 
 
-def _usable(entries: Entries, draws: np.ndarray) -> np.ndarray:
-    """The places of the samples that were drawn and have not failed."""
-    failed = {failure.line for failure in entries.failures}
-    good = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
-    return np.flatnonzero(good & draws.any(axis=0))
-
-
-def rank_entries(run: Run, entries: Entries, draws: np.ndarray, store: StatisticsStore) -> HeadRanking:
-    """Selection frequency over the samples that were drawn and could be used, in file order.
+def rank_entries(run: Run, entries: Entries, draws: NDArray[np.int64], store: StatisticsStore) -> HeadRanking:
+    """Rank the heads by selection frequency over the drawn samples that have not failed.
 
     Raises:
         NothingDoneError: there are none.
     """
-    places = _usable(entries, draws)
-    if not len(places):
+    usable = _usable_draws(entries, draws)
+    if not len(usable):
         raise NothingDoneError("no entry could be used", entries.sorted_failures())
-    rows = store.rows([entries.stored_statistics_key(entries.samples[place], store) for place in places])
-    ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, places])
-    return add_stored_sensitivity(ranking, rows, draws[:, places], (store.num_layers, store.num_heads))
+    rows = store.rows([entries.stored_statistics_key(entries.samples[i], store) for i in usable])
+    ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, usable])
+    return add_stored_sensitivity(ranking, rows, draws[:, usable], (store.num_layers, store.num_heads))
+
+
+def _usable_draws(entries: Entries, draws: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Indices of the samples that some trial draws and that have not failed."""
+    failed = {failure.line for failure in entries.failures}
+    usable = np.array([sample.line not in failed for sample in entries.samples], dtype=bool)
+    return np.flatnonzero(usable & draws.any(axis=0))
 
 
 def _ground_all(
-    run: Run, entries: Entries, ranking: HeadRanking, report: Reporter, fresh: Mapping[str, HeadStatistics]
+    run: Run, entries: Entries, ranking: HeadRanking, report: Reporter, cached: Mapping[str, HeadStatistics]
 ) -> list[Outcome]:
-    """Boxes for every entry, from the maps on disk, with the heads of `choose_grounding_heads`.
+    """Ground every entry from its attention file, with the heads of `choose_grounding_heads`.
 
     Args:
-        fresh: of `collect_statistics`.
+        cached: what `collect_statistics` returned.
     """
     heads, _ = choose_grounding_heads(run, ranking)
     grounder = run.grounder(heads, run.calibration_of(heads))
-    alone = report.alone(entries)
+    head_iou = report.single_head_iou(entries)
     outcomes = []
     for number, sample in enumerate(tqdm(entries.usable, desc="ground", unit="expression", disable=None)):
         with entries.skip_on_error(sample):
             path = run.attention_file(sample.id)
-            maps, statistics = load_attention(path), fresh.get(sample.id)
-            if statistics is None:  # the analysis on disk may be of an earlier run under other criteria
+            maps, statistics = load_attention(path), cached.get(sample.id)
+            if statistics is None:  # the analysis on disk may have been made under other criteria
                 statistics = analyse_file(run, maps, path).statistics
-            opened = cache(partial(image_or_none, partial(entries.images.load, sample)))
+            load = cache(partial(image_or_none, partial(entries.images.load, sample)))
             if run.needs_model(heads, grounder.calibration) or num_images(sample.image) > 1:
                 maps = attend_again(run, entries, grounder, sample, maps)
             if run.num_figures is None or number < run.num_figures:
-                drawn = draw_sample(run, grounder, maps, statistics, path, opened(), truth=sample.bbox)
+                drawn = draw_sample(run, grounder, maps, statistics, path, load(), truth=sample.bbox)
                 grounding = drawn.grounding
             else:
-                image = opened() if grounder.segmenter else None
+                image = load() if grounder.segmenter else None
                 grounding = grounder.ground(maps, image, statistics)
             outcome = Outcome.of(sample, grounding)
-            measured = alone.measure(sample, maps, run.options.grounding)
-            place = grounding.image_index
-            card = offer_card(
-                report.gallery, outcome, maps.at(place), grounding, partial(_one_of, opened, place)
-            )
+            measured = head_iou.measure(sample, maps, run.options.grounding)
+            index = grounding.image_index
+            open_image = partial(_select_image, load, index)
+            card = offer_card(report.gallery, outcome, maps.at(index), grounding, open_image)
             outcomes.append(replace(outcome, measured=measured, card=card))
     return outcomes
 
 
-def _one_of(opened: Callable[[], PromptImages | None], place: int | None) -> Image.Image | None:
-    """The image at that place of what a prompt shows, if it could be opened."""
-    shown = opened()
-    return None if shown is None else image_at(shown, place)
+def _select_image(load: Callable[[], PromptImages | None], index: int | None) -> Image.Image | None:
+    """The image with that index in the prompt, or None if it cannot be opened."""
+    loaded = load()
+    return None if loaded is None else image_at(loaded, index)

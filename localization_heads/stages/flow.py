@@ -1,7 +1,7 @@
-"""The loop over a data set that `find`, `batch`, `ground`, `evaluate` and `experiment` share.
+"""The loop over a data set that the stages share: the model runs on one chunk of samples after another.
 
-While the model works on one chunk, a thread opens and prepares the next ones, and another keeps the results of the
-last ones.
+While it runs on a chunk, one background thread prepares the next chunks and another processes the results of the
+previous ones. With `engine=ray`, workers do all of this.
 """
 
 from __future__ import annotations
@@ -26,30 +26,16 @@ from localization_heads.stages.chunks import (
     SecondPass,
     Task,
     attend_chunk,
-    chunks,
-    clips,
     prepare_chunk,
+    split_into_chunks,
+    split_into_clips,
 )
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
-AUTO = 16
-"""`batch_size=auto`: entries in a chunk. One that does not fit goes through the model in parts."""
-
-Given = TypeVar("Given")
-Ready = TypeVar("Ready")
-Done = TypeVar("Done")
-
-
-class _Computed(NamedTuple):
-    num_samples: int
-    fresh: list[AttendedSample]
-
-    def num_bytes(self) -> int:
-        """Of the maps and the images."""
-        images = {id(one.image): one.image for one in self.fresh}
-        pixels = sum(one.width * one.height for image in images.values() for one in images_of(image))
-        return 4 * pixels + sum(one.maps.num_bytes for one in self.fresh)
+Item = TypeVar("Item")
+Prepared = TypeVar("Prepared")
+Computed = TypeVar("Computed")
 
 
 def run_over_samples(
@@ -67,109 +53,121 @@ def run_over_samples(
     extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS,
     capture_maps: bool = True,
 ) -> None:
-    """Run the model over all samples that are not done yet: here, or with `engine=ray` on its workers.
+    """Run the model over all samples that are not done yet, in this process or (`engine=ray`) on workers.
 
     Args:
-        name: of the progress bar.
-        is_done: whether a sample's results are there from an earlier run; not called in this thread.
-        process: what is made of the missing maps of a chunk, in another thread or another process.
-        save: gets the results of `process`, chunk after chunk in their order; in this process.
-        last_layer: the layers above it are not run.
-        process_runs_model: `process` is called in this thread: some models generate with a state of their own, which a
-            forward pass at the same time would overwrite.
-        second_pass: asks the model a second time about each chunk, before `process`.
-        extra_prompts: what is asked beside each expression; siblings are those of `entries`.
-        capture_maps: False leaves all that the model is asked to `process`, for one sample at a time.
+        name: label of the progress bar.
+        is_done: whether an earlier run has stored the sample's results; called in a background thread.
+        process: turns the new maps of a chunk into results; runs in a background thread, or on a worker.
+        save: stores the results of `process`, chunk by chunk in order; always runs in this process.
+        last_layer: the model stops after this layer.
+        process_runs_model: call `process` in the main thread, because it runs the model too: models that keep state
+            while they generate must not run a second forward pass at the same time.
+        second_pass: runs the model a second time on each chunk, before `process`.
+        extra_prompts: asked in addition to each expression; siblings are taken from `entries`.
+        capture_maps: False leaves the model to `process`, which then gets one sample at a time, without maps.
     """
-    warn_of_unknown_words(
-        run.lvlm, [run.query_for(sample.expression) for sample in samples]
-    )  # loaded here, not in a thread
+    # The tokenizer is loaded on first use, which has to happen in this thread.
+    warn_of_unknown_words(run.lvlm, [run.query_for(sample.expression) for sample in samples])
 
-    def chunk_of(part: Sequence[Sample]) -> Chunk:
-        missing = frozenset(sample.id for sample in part if not is_done(sample))
-        siblings = {
-            sample.id: entries.siblings(sample) for sample in part if extra_prompts.contrast == "siblings"
-        }
-        return Chunk(part, missing, extra_prompts, siblings, capture_maps)
+    def make_chunk(chunk_samples: Sequence[Sample]) -> Chunk:
+        pending = frozenset(sample.id for sample in chunk_samples if not is_done(sample))
+        siblings = {}
+        if extra_prompts.contrast == "siblings":
+            siblings = {sample.id: entries.siblings(sample) for sample in chunk_samples}
+        return Chunk(chunk_samples, pending, extra_prompts, siblings, capture_maps)
 
-    def compute_one(prepared: PreparedChunk) -> _Computed:
-        return _Computed(
-            len(prepared.chunk.samples), attend_chunk(run, entries, prepared, last_layer, second_pass)
-        )
+    if run.frames_per_clip:
+        parts = split_into_clips(samples, run.frames_per_clip)
+    else:
+        parts = split_into_chunks(samples, run.batch_size if capture_maps else 1, entries.images)
 
-    def finish(computed: _Computed) -> None:
-        if computed.fresh and (results := process(run, entries, computed.fresh)):
-            save(results)
-        bar.update(computed.num_samples)
-
-    size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    size = size if capture_maps else 1
-    parts = (
-        clips(samples, run.frames_per_clip) if run.frames_per_clip else chunks(samples, size, entries.images)
-    )
     with tqdm(total=len(samples), desc=name, unit="expression", disable=None) as bar:
         if run.uses_workers:
-            _over_workers(
-                run, entries, map(chunk_of, parts), Task(process, last_layer, second_pass), save, bar
-            )
+            task = Task(process, last_layer, second_pass)
+            _run_on_workers(run, entries, map(make_chunk, parts), task, save, bar)
             return
+
+        def attend(prepared: PreparedChunk) -> _AttendedChunk:
+            attended = attend_chunk(run, entries, prepared, last_layer, second_pass)
+            return _AttendedChunk(len(prepared.chunk.samples), attended)
+
+        def finish(chunk: _AttendedChunk) -> None:
+            if chunk.attended and (results := process(run, entries, chunk.attended)):
+                save(results)
+            bar.update(chunk.num_samples)
+
         run_pipelined(
             parts,
-            lambda part: prepare_chunk(run, entries, chunk_of(part)),
-            compute_one,
+            lambda part: prepare_chunk(run, entries, make_chunk(part)),
+            attend,
             finish,
-            behind=not (process_runs_model or run.options.show_plot),  # windows open in the main thread only
-            weigh=_Computed.num_bytes,
+            finish_in_background=not (
+                process_runs_model or run.options.show_plot
+            ),  # windows need the main thread
+            num_bytes=_AttendedChunk.num_bytes,
         )
 
 
-def _over_workers(
+class _AttendedChunk(NamedTuple):
+    num_samples: int
+    attended: list[AttendedSample]
+
+    def num_bytes(self) -> int:
+        """Memory of the maps and of the decoded images, each counted once."""
+        sources = {id(one.image): one.image for one in self.attended}
+        pixels = sum(image.width * image.height for source in sources.values() for image in images_of(source))
+        return 4 * pixels + sum(one.maps.num_bytes for one in self.attended)
+
+
+def _run_on_workers(
     run: Run,
     entries: Entries,
-    every: Iterable[Chunk],
+    chunks: Iterable[Chunk],
     task: Task,
     save: Callable[[Sequence[Any]], None],
     bar: tqdm,
 ) -> None:
-    """The same with `engine=ray`, to which only chunks with missing samples are sent."""
+    """Send the chunks that have pending samples to Ray workers, and save their results in order."""
     from localization_heads.stages.workers import run_on_workers
 
-    todo = []
-    for chunk in every:
-        if chunk.missing:
-            todo.append(chunk)
+    pending = []
+    for chunk in chunks:
+        if chunk.pending:
+            pending.append(chunk)
         else:
             bar.update(len(chunk.samples))
-    with closing(run_on_workers(run, todo, task)) as done:
-        for chunk, one in zip(todo, done, strict=True):
-            entries.failures += one.failures
-            if one.results:
-                save(one.results)
+    with closing(run_on_workers(run, pending, task)) as outputs:
+        for chunk, output in zip(pending, outputs, strict=True):
+            entries.failures += output.failures
+            if output.results:
+                save(output.results)
             bar.update(len(chunk.samples))
 
 
 def run_pipelined(
-    items: Iterable[Given],
-    prepare: Callable[[Given], Ready],
-    compute: Callable[[Ready], Done],
-    finish: Callable[[Done], None],
+    items: Iterable[Item],
+    prepare: Callable[[Item], Prepared],
+    compute: Callable[[Prepared], Computed],
+    finish: Callable[[Computed], None],
     *,
-    behind: bool = True,
-    weigh: Callable[[Done], int] = lambda _: 0,
+    finish_in_background: bool = True,
+    num_bytes: Callable[[Computed], int] = lambda _: 0,
 ) -> None:
-    """`finish(compute(prepare(item)))` for every item, the three at the same time on items that follow each other.
+    """Call `finish(compute(prepare(item)))` for every item, overlapping the three steps of successive items.
 
-    `compute` runs in this thread; `prepare` runs up to `PREFETCH` items before it and `finish` up to `PREFETCH` after
-    it, each in a thread of its own. If one of them fails or is interrupted, what was computed until then is finished.
+    `compute` runs in this thread. `prepare` runs up to `background.PREFETCH` items ahead of it and `finish` up to as
+    many behind it, each in a thread of its own. If a step fails or is interrupted, all items computed so far are still
+    finished.
 
     Args:
-        behind: False runs `finish` in this thread, right after `compute`.
-        weigh: bytes that something computed takes; at most `MAX_PENDING_BYTES` of them wait for `finish`.
+        finish_in_background: False calls `finish` in this thread, right after `compute`.
+        num_bytes: size of a computed item; at most `background.MAX_PENDING_BYTES` wait for `finish`.
     """
-    with closing(prefetch(items, prepare)) as ready:
-        if behind:
-            with closing(postprocess(map(compute, ready), finish, weigh)) as finished:
+    with closing(prefetch(items, prepare)) as prepared:
+        if finish_in_background:
+            with closing(postprocess(map(compute, prepared), finish, num_bytes)) as finished:
                 deque(finished, maxlen=0)
             return
-        for one in ready:
-            finish(compute(one))
+        for item in prepared:
+            finish(compute(item))

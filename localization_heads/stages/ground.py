@@ -33,10 +33,10 @@ from localization_heads.stages.chunks import AttendedSample, SecondPass, attend_
 from localization_heads.stages.entries import Entries, allows_several_images, load_entries
 from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Outcome, Result, save_predictions
-from localization_heads.stages.records import append_statistics
 from localization_heads.stages.report import offer_card
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
+from localization_heads.stages.statistics import append_statistics
 from localization_heads.store.files import RunLock
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.paths import check_id, entry_path

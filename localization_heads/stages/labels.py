@@ -38,17 +38,19 @@ from localization_heads.stages.entries import Entries, load_entries, require_tru
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import run_over_samples
 from localization_heads.stages.outcome import Result, back_up_heads_file
-from localization_heads.stages.records import (
-    add_stored_sensitivity,
-    append_statistics,
-    choose_mirrored_samples,
-    find_stored_statistics,
-    mirrored_pass,
-    open_ranking_store,
-    prompt_conditions,
-)
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run
+from localization_heads.stages.sensitivity import (
+    add_stored_sensitivity,
+    choose_mirrored_samples,
+    mirrored_pass,
+)
+from localization_heads.stages.statistics import (
+    append_statistics,
+    find_stored_statistics,
+    open_ranking_statistics,
+    prompt_conditions,
+)
 from localization_heads.store.files import RunLock, write_json
 from localization_heads.store.results import save_ranking
 from localization_heads.store.statistics import StatisticsStore, StoreHeader, find_stores
@@ -82,7 +84,7 @@ def find_by_labels(run: Run) -> Labelled:
     with RunLock(run.folder):
         check_criteria(run.options.criteria, run.lvlm.num_layers)
         form = with_box_span(run.lvlm).box_format if run.options.heads_by == "vrh" else None
-        store = open_ranking_store(run, entries)
+        store = open_ranking_statistics(run, entries)
         scores = _scores_of(run, store.settings, form, run.lvlm.num_layers, run.lvlm.num_heads).open()
         _collect(run, entries, store, scores, form)
         failed = {failure.line: failure.reason for failure in entries.failures}

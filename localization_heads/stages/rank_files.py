@@ -36,8 +36,8 @@ from localization_heads.lvlm.extra_prompts import measures_sensitivity, other_ex
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import as_measured
 from localization_heads.stages.outcome import Result, save_ranking_files
-from localization_heads.stages.records import warn_of_disagreement
 from localization_heads.stages.run import Run
+from localization_heads.stages.sensitivity import warn_of_disagreement
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.files import RunLock, writable_folder
 from localization_heads.store.journal import ResultLog

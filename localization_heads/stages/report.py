@@ -103,7 +103,7 @@ class Reporter:
         # Without the controls not every layer is run, and nothing will be ranked.
         return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run.options.controls else []
 
-    def alone(self, entries: Entries) -> SingleHeadIoU:
+    def single_head_iou(self, entries: Entries) -> SingleHeadIoU:
         """The heads to measure alone, and the samples with a true box on which that is done; the same in every run."""
         heads = self._measured
         number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES

@@ -54,7 +54,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SMALL_MODEL = 50_000_000  # parameters
+AUTO_BATCH_SIZE = 16
+"""Samples in a chunk with `batch_size=auto`. A chunk that does not fit into memory goes through in parts."""
+SMALL_MODEL = 50_000_000
+"""Parameters of a model that runs best on one thread."""
 
 Chosen = TypeVar("Chosen", bound=ModelUse)
 
@@ -298,6 +301,11 @@ class Run(ModelRun[FinderOptions]):
         if self.options.instances == "one":
             return expression
         return singularize_unknown_words(self.lvlm.processor.tokenizer, expression)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a chunk."""
+        return AUTO_BATCH_SIZE if self.options.batch_size == "auto" else self.options.batch_size
 
     @property
     def frames_per_clip(self) -> int | None:

@@ -170,7 +170,7 @@ def attend_again(
     A file holds the maps of one image; of a prompt with several, all are those of the model.
     """
     asked = run.lvlm.attend(
-        entries.images.load(sample, again=True),
+        entries.images.load(sample, keep=True),
         sample.expression,
         last_layer=grounder.last_layer,
         extra_prompts=run.extra_prompts(

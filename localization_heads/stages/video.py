@@ -27,7 +27,6 @@ from localization_heads.grounding.boxes import smoothed
 from localization_heads.located import prediction_of
 from localization_heads.stages.chunks import Chunk, attend_samples
 from localization_heads.stages.entries import Entries
-from localization_heads.stages.flow import AUTO
 from localization_heads.stages.ground import settings
 from localization_heads.stages.run import Run
 from localization_heads.stages.single import image_id
@@ -109,8 +108,9 @@ def _grounded(run: Run, video: Video, id: str, journal: ResultLog) -> Iterator[P
     """A prediction a frame, in their order; chunks are cut in the same way in every run."""
     run.check_named_heads()
     run.check_clips()
-    size = AUTO if run.options.batch_size == "auto" else run.options.batch_size
-    size, most = (run.frames_per_clip, MAX_CLIP_PIXELS) if run.frames_per_clip else (size, MAX_CHUNK_PIXELS)
+    size, most = (
+        (run.frames_per_clip, MAX_CLIP_PIXELS) if run.frames_per_clip else (run.batch_size, MAX_CHUNK_PIXELS)
+    )
     size = max(1, min(size, most // math.prod(video.size)))
     is_logged = cache(
         lambda chunk: journal.get(_key(chunk)) is not None

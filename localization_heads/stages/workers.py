@@ -1,7 +1,7 @@
-"""`engine=ray`: the chunks of a data set over the workers of Ray Data.
+"""`engine=ray`: the chunks of a data set are distributed over workers by Ray Data.
 
-Ray Data does the scheduling: it starts one actor per GPU or per few cores, each with a model of its own, restarts a
-dead one and repeats its chunks, and returns the results in order. This module says what a worker gets and returns.
+Ray Data does the scheduling: it starts one actor per GPU (or per few cores), each with its own model, restarts a dead
+actor and repeats its chunks, and returns the results in order. This module defines what a worker receives and returns.
 """
 
 from __future__ import annotations
@@ -25,23 +25,27 @@ from localization_heads.stages.chunks import Chunk, Task, attend_chunk, prepare_
 from localization_heads.stages.entries import Entries
 from localization_heads.stages.run import Run
 
-BLOCKS = 1000
-"""Blocks that Ray Data schedules at most: each costs it about 10 ms. More chunks share them evenly."""
+MAX_BLOCKS = 1000
+"""Ray Data needs about 10 ms to schedule a block, so many chunks share this many blocks evenly."""
 RETRIES = 3
 """How often a block is repeated after its worker died."""
 MIB = 2**20
 
 
-class Spread(NamedTuple):
-    """How many workers, and the resources that Ray reserves for each."""
+class WorkerPool(NamedTuple):
+    """The number of workers, and the resources that Ray reserves for each."""
 
-    workers: int
+    num_workers: int
     cpus: float
     gpus: float
 
 
-class WorkerRecipe(NamedTuple):
-    """What a worker is made from."""
+class WorkerSetup(NamedTuple):
+    """What a worker needs to create its `Run`, and the task that it does on each chunk.
+
+    Args:
+        folder: the working directory of the command, which relative paths start from.
+    """
 
     options: FinderOptions
     model_choice: str
@@ -50,8 +54,8 @@ class WorkerRecipe(NamedTuple):
     task: Task
 
 
-class Done(NamedTuple):
-    """What a worker returns for a chunk; `error`, its class and its message, ends the run."""
+class ChunkOutput(NamedTuple):
+    """What a worker returns for a chunk. An `error`, its class and message, ends the run."""
 
     results: Sequence[Any]
     failures: Sequence[BadEntry]
@@ -59,76 +63,76 @@ class Done(NamedTuple):
 
 
 class Worker:
-    """An actor: loads the model for its first chunk, and applies the work to the maps of every chunk."""
+    """A Ray actor: loads the model for its first chunk, then runs the task on chunk after chunk."""
 
-    def __init__(self, recipe: bytes) -> None:
-        self._recipe: WorkerRecipe = pickle.loads(recipe)
-        self._run = Run(self._recipe.options, self._recipe.model_choice, self._recipe.overrides)
+    def __init__(self, setup: bytes) -> None:
+        self._setup: WorkerSetup = pickle.loads(setup)
+        self._run = Run(self._setup.options, self._setup.model_choice, self._setup.overrides)
         self._max_batch_size: int | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, bytes]:
         try:
-            done = self._work_on(pickle.loads(row["chunk"]))
+            output = self._run_task(pickle.loads(row["chunk"]))
         except (UsageError, WorkError) as error:
-            done = Done([], [], (UsageError if isinstance(error, UsageError) else WorkError, str(error)))
-        return {"done": _without_samples(done)}
+            kind = UsageError if isinstance(error, UsageError) else WorkError
+            output = ChunkOutput([], [], (kind, str(error)))
+        return {"output": _pickle_output(output)}
 
-    def _work_on(self, chunk: Chunk) -> Done:
+    def _run_task(self, chunk: Chunk) -> ChunkOutput:
         try:
-            os.chdir(self._recipe.folder)  # paths of data and models are those of the command
+            os.chdir(self._setup.folder)
         except OSError as error:
             raise WorkError(
-                f"engine=ray: every machine needs the folder {self._recipe.folder} ({error})"
+                f"engine=ray: every machine needs the folder {self._setup.folder} ({error})"
             ) from None
+        process, last_layer, second_pass = self._setup.task
         entries = Entries(list(chunk.samples), max_batch_size=self._max_batch_size)
-        ready = prepare_chunk(self._run, entries, chunk)
-        process, last_layer, second_pass = self._recipe.task
-        fresh = attend_chunk(self._run, entries, ready, last_layer, second_pass)
-        results = process(self._run, entries, fresh) if fresh else []
+        prepared = prepare_chunk(self._run, entries, chunk)
+        attended = attend_chunk(self._run, entries, prepared, last_layer, second_pass)
+        results = process(self._run, entries, attended) if attended else []
         self._max_batch_size = entries.max_batch_size
-        return Done(results, entries.failures)
+        return ChunkOutput(results, entries.failures)
 
 
-def run_on_workers(run: Run, chunks: Sequence[Chunk], task: Task) -> Generator[Done, None, None]:
-    """The results of the task on each chunk, and the entries that failed in it, in the order of the chunks.
+def run_on_workers(run: Run, chunks: Sequence[Chunk], task: Task) -> Generator[ChunkOutput, None, None]:
+    """Run the task on every chunk, yielding the outputs in the order of the chunks.
 
     Raises:
-        UsageError: more workers than this machine has room for.
-        WorkError: a worker cannot work, or died more than `RETRIES` times on one block.
+        UsageError: more workers are asked for than this machine has room for.
+        WorkError: a worker cannot start, or died more than `RETRIES` times on one block.
     """
     if not chunks:
         return
-    with _ray(run.options.engine) as ray:
-        spread = _spread(run, ray.cluster_resources())
-        options, folder = worker_options(run, spread), str(Path.cwd())
-        recipe = WorkerRecipe(options, run.model_choice, run.overrides, folder, task)
+    with _connect(run.options.engine) as ray:
+        pool = _size_pool(run, ray.cluster_resources())
+        setup = WorkerSetup(worker_options(run, pool), run.model_choice, run.overrides, str(Path.cwd()), task)
         samples = {sample.id: sample for chunk in chunks for sample in chunk.samples}
-        with _silent(ray), closing(_rows(ray, chunks, spread, recipe)) as rows:
+        with _silent(ray), closing(_map_chunks(ray, chunks, pool, setup)) as rows:
             for row in rows:
-                done = _with_samples(row["done"], samples)
-                if done.error:
-                    kind, message = done.error
+                output = _unpickle_output(row["output"], samples)
+                if output.error:
+                    kind, message = output.error
                     raise kind(message)
-                yield done
+                yield output
 
 
-def _rows(
-    ray: Any, chunks: Sequence[Chunk], spread: Spread, recipe: WorkerRecipe
+def _map_chunks(
+    ray: Any, chunks: Sequence[Chunk], pool: WorkerPool, setup: WorkerSetup
 ) -> Generator[Mapping[str, Any], None, None]:
-    """What the workers return, in order."""
+    """Yield the rows that the workers return, in order."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     items = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
-    with warnings.catch_warnings():  # Ray Data has no other way yet to bound the retries
+    with warnings.catch_warnings():  # max_task_retries is deprecated, but nothing else bounds the retries yet
         warnings.simplefilter("ignore", DeprecationWarning)
-        mapped = ray.data.from_items(items, override_num_blocks=min(len(items), BLOCKS)).map(
+        mapped = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS)).map(
             Worker,
-            fn_constructor_args=(pickle.dumps(recipe),),
-            compute=ray.data.ActorPoolStrategy(size=min(spread.workers, len(items))),
-            num_cpus=spread.cpus,
-            num_gpus=spread.gpus,
+            fn_constructor_args=(pickle.dumps(setup),),
+            compute=ray.data.ActorPoolStrategy(size=min(pool.num_workers, len(items))),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
@@ -137,15 +141,19 @@ def _rows(
     except ray.exceptions.RayActorError as error:
         raise WorkError(
             f"engine=ray: a worker died {RETRIES + 1} times on the same entries, or could not start "
-            f"({_summary(error)}); engine=local shows with which one"
+            f"({_last_line(error)}); engine=local shows with which one"
         ) from error
     except ray.exceptions.RayError as error:
-        raise WorkError(f"engine=ray: {_summary(error)}") from error
+        raise WorkError(f"engine=ray: {_last_line(error)}") from error
 
 
 @contextmanager
-def _ray(engine: EngineOptions) -> Iterator[Any]:
-    """Ray, started here or joined, and left as it was found; without usage reports, on the local interface only."""
+def _connect(engine: EngineOptions) -> Iterator[Any]:
+    """Start Ray, or join the cluster at `engine.address`, and disconnect afterwards.
+
+    A Ray that the caller has started is used and left running. One started here sends no usage reports and listens on
+    the local interface only.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -159,20 +167,20 @@ def _ray(engine: EngineOptions) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    where: dict[str, Any] = {"address": engine.address}
+    arguments: dict[str, Any] = {"address": engine.address}
     if engine.address is None:
-        where = {
+        arguments = {
             "address": "local",
             "include_dashboard": False,
             "object_store_memory": engine.object_store * MIB,
             "_node_ip_address": "127.0.0.1",
         }
     try:
-        with _no_standard_error():
-            ray.init(log_to_driver=False, configure_logging=False, **where)
+        with _mute_stderr():
+            ray.init(log_to_driver=False, configure_logging=False, **arguments)
     except Exception as error:
         shown = "null" if engine.address is None else engine.address
-        raise WorkError(f"engine.address={shown}: Ray does not start: {_summary(error)}") from error
+        raise WorkError(f"engine.address={shown}: Ray does not start: {_last_line(error)}") from error
     try:
         yield ray
     finally:
@@ -181,23 +189,23 @@ def _ray(engine: EngineOptions) -> Iterator[Any]:
 
 
 @contextmanager
-def _no_standard_error() -> Iterator[None]:
-    """Ray's core reports its log level there before it obeys it. Errors are raised, so nothing is lost."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def _mute_stderr() -> Iterator[None]:
+    """Discard stderr, where Ray's core reports its log level before it applies it. Errors are raised all the same."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        os.close(nowhere)
+        os.close(null)
 
 
 @contextmanager
 def _silent(ray: Any) -> Iterator[None]:
-    """Keeps Ray from printing about every dead worker; the command reports the outcome itself.
+    """Keep Ray from printing about every dead worker, since the command reports the outcome itself.
 
-    The switch is that of Ray's debugger: there is no public one.
+    There is no public switch for this, so the one of Ray's debugger is used.
     """
     worker = ray._private.worker
     before = getattr(worker, "_worker_logs_enabled", True)
@@ -208,39 +216,39 @@ def _silent(ray: Any) -> Iterator[None]:
         worker._worker_logs_enabled = before
 
 
-def _spread(run: Run, resources: Mapping[str, float]) -> Spread:
-    """As many workers as there are GPUs for or, without any, cores.
+def _size_pool(run: Run, resources: Mapping[str, float]) -> WorkerPool:
+    """A pool with as many workers as the GPUs allow or, without GPUs, the cores.
 
     Raises:
-        UsageError: Ray runs on this machine only, and has no room for `engine.num_workers`.
+        UsageError: Ray runs on this machine only, which has no room for `engine.num_workers`.
     """
     engine = run.options.engine
     cpus, gpus = engine.cpus_per_worker, engine.gpus_per_worker
     if gpus is None:
         gpus = 1 if resources.get("GPU") and run.options.device != "cpu" else 0
-    asked = {"cpus": (resources.get("CPU", 0), cpus), "gpus": (resources.get("GPU", 0), gpus)}
-    room, name = min((int(has / needs), name) for name, (has, needs) in asked.items() if needs)
-    workers = engine.num_workers or max(room, 1)
-    if engine.address is None and workers > room:
-        has, needs = asked[name]
+    limits = {"cpus": (resources.get("CPU", 0), cpus), "gpus": (resources.get("GPU", 0), gpus)}
+    room, name = min((int(has / needs), name) for name, (has, needs) in limits.items() if needs)
+    num_workers = engine.num_workers or max(room, 1)
+    if engine.address is None and num_workers > room:
+        has, needs = limits[name]
         raise UsageError(
-            f"engine.num_workers={workers}: there is room for {room} with engine.{name}_per_worker={needs:g}, "
-            f"for there are {has:g} {name}"
+            f"engine.num_workers={num_workers}: {has:g} {name} have room for {room} workers at "
+            f"engine.{name}_per_worker={needs:g}"
         )
-    return Spread(workers, cpus, gpus)
+    return WorkerPool(num_workers, cpus, gpus)
 
 
-def worker_options(run: Run, spread: Spread) -> FinderOptions:
-    """The options of a worker's run: the command's, with the threads that suit the model and the worker's cores."""
+def worker_options(run: Run, pool: WorkerPool) -> FinderOptions:
+    """The command's options, with a number of threads that suits the model and the worker's cores."""
     import torch
 
-    run.lvlm  # noqa: B018  sets the threads of a small model
-    threads = run.options.num_threads or min(torch.get_num_threads(), max(1, int(spread.cpus)))
+    run.lvlm  # noqa: B018  loading a small model reduces the number of threads
+    threads = run.options.num_threads or min(torch.get_num_threads(), max(1, int(pool.cpus)))
     return replace(run.options, num_threads=threads, engine=EngineOptions())
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles only the id of a sample: the command has the rest."""
+    """Pickles a sample as its id, since the main process has the sample."""
 
     def persistent_id(self, value: Any) -> str | None:
         return value.id if isinstance(value, Sample) else None
@@ -255,18 +263,18 @@ class _Unpickler(pickle.Unpickler):
         return self._samples[id]
 
 
-def _without_samples(value: Done) -> bytes:
+def _pickle_output(output: ChunkOutput) -> bytes:
     file = io.BytesIO()
-    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(output)
     return file.getvalue()
 
 
-def _with_samples(data: bytes, samples: Mapping[str, Sample]) -> Done:
-    done: Done = _Unpickler(data, samples).load()
-    return done
+def _unpickle_output(data: bytes, samples: Mapping[str, Sample]) -> ChunkOutput:
+    output: ChunkOutput = _Unpickler(data, samples).load()
+    return output
 
 
-def _summary(error: BaseException) -> str:
-    """The last line of a remote traceback, which says what happened; the others say where."""
+def _last_line(error: BaseException) -> str:
+    """The last line of a remote traceback, which names the error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
