@@ -118,7 +118,7 @@ class Entries:
     Args:
         max_batch_size: the largest batch expected to fit into memory, once one did not (`batch_size=auto`).
         images_reused: a second pass loads the images again.
-        with_sensitivity: the statistics include the third criterion, so they depend on the siblings.
+        with_sensitivity: the statistics include sensitivity, so they depend on the siblings.
     """
 
     samples: list[Sample]

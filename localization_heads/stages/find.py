@@ -184,7 +184,7 @@ def collect_statistics(
 
 
 class _AnalysedSample(NamedTuple):
-    """A sample's statistics, its maps if they are kept, and its third criterion if it is measured."""
+    """A sample's statistics, its maps if they are kept, and its sensitivity if it is measured."""
 
     sample: Sample
     statistics: HeadStatistics

@@ -1,4 +1,4 @@
-"""The third criterion (`criteria=robust`) in the stages: the mirrored images, and its place in a ranking."""
+"""Sensitivity, the third criterion (`criteria=robust`), in the stages: mirrored images, and its place in a ranking."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _attend_mirrored(
 def add_stored_sensitivity(
     ranking: HeadRanking, rows: StatisticsRows, draws: NDArray[np.int64], shape: tuple[int, int]
 ) -> HeadRanking:
-    """The ranking with the third criterion, if `rows` include it, averaged over the drawn samples.
+    """The ranking with sensitivity, if `rows` include it, averaged over the drawn samples.
 
     Args:
         draws: how often each trial draws each sample of `rows`, `[trial, sample]`.
@@ -66,13 +66,13 @@ def add_stored_sensitivity(
 def average_sensitivity(
     rows: StatisticsRows, weights: Sequence[float], shape: tuple[int, int]
 ) -> SensitivityStatistics | None:
-    """The weighted mean of the third criterion over the samples of `rows`; None if they do not include it."""
+    """The weighted mean of sensitivity over the samples of `rows`; None if they do not include it."""
     samples = rows.sensitivity_statistics()
     return None if samples is None else mean_sensitivity(samples, weights, shape)
 
 
 def warn_of_disagreement(ranking: HeadRanking, k: int) -> None:
-    """Warn if the third criterion and the paper's two criteria put different heads first."""
+    """Warn if sensitivity and the paper's two criteria put different heads first."""
     if measures_sensitivity(ranking.options) and not ranking.has_sensitivity:
         log.warning("criteria=robust: no image could be asked about anything else; the order is the paper's")
     if (warning := describe_disagreement(ranking, k)) is not None:

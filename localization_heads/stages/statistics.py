@@ -39,7 +39,7 @@ def open_statistics(run: Run, *, with_sensitivity: bool = False) -> StatisticsSt
     """The store of this model's statistics under the run's options.
 
     Args:
-        with_sensitivity: the store includes the third criterion.
+        with_sensitivity: the store includes sensitivity.
     """
     return StatisticsStore(
         run.folder / "statistics",
@@ -51,7 +51,7 @@ def open_statistics(run: Run, *, with_sensitivity: bool = False) -> StatisticsSt
 
 
 def open_ranking_statistics(run: Run, entries: Entries) -> StatisticsStore:
-    """The store of a run that ranks heads, with the third criterion if the options use it."""
+    """The store of a run that ranks heads, with sensitivity if the options use it."""
     entries.with_sensitivity = measures_sensitivity(run.options.criteria)
     return open_statistics(run, with_sensitivity=entries.with_sensitivity)
 
@@ -91,7 +91,7 @@ def find_stored_statistics(run: Run) -> StoreHeader:
     wanted = _options(run, with_sensitivity=with_sensitivity)
     stores = find_stores(run.folder / "statistics")
     fitting = [store for store in stores if store.settings.get("asked") == wanted]
-    if not fitting and not with_sensitivity:  # a store with the third criterion has the paper's two as well
+    if not fitting and not with_sensitivity:  # a store with sensitivity has the paper's two as well
         fitting = [
             store for store in stores if store.has_sensitivity and _without_sensitivity(store) == wanted
         ]
@@ -148,7 +148,7 @@ def _prompt_options(options: FinderOptions) -> dict[str, Any]:
 
 
 def _without_sensitivity(store: StoreHeader) -> dict[str, Any]:
-    """The options of a store with the third criterion, without those of that criterion."""
+    """A store's options without those of sensitivity."""
     excluded = {f"criteria.{name}" for name in SensitivityOptions.__pydantic_fields__}
     options = store.settings.get("asked") or {}
     return {name: value for name, value in options.items() if name not in excluded}
