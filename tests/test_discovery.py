@@ -343,14 +343,16 @@ def test_known_heads_ground_a_batch(front: Front) -> None:
 
 def test_a_lesser_ranking_does_not_take_the_place_of_a_better_one_unsaid(front: Front) -> None:
     """Fewer samples, or other criteria: the one before stays beside it."""
-    assert "5 samples: the order of the heads is not firm under 100" in front.finder("stage=find", *QUIET).err
+    assert (
+        "5 samples: the order of the heads is not stable below 100" in front.finder("stage=find", *QUIET).err
+    )
     whole = heads_of(front.out)
-    assert "made anew" not in front.finder("stage=find", *QUIET).err
+    assert "is replaced" not in front.finder("stage=find", *QUIET).err
     assert not (front.out / "heads_before.json").exists()
     result = front.finder("stage=find", *QUIET, "end_index=4")
-    assert "the one before, from 5 samples, is now" in result.err
+    assert "the previous one, from 5 samples, is kept as" in result.err
     assert (front.out / "heads_before.json").read_bytes() == whole
-    assert "made anew" not in front.finder("stage=find", *QUIET).err, "more samples are no loss"
+    assert "is replaced" not in front.finder("stage=find", *QUIET).err, "more samples are no loss"
     assert "under other criteria" in front.finder("stage=find", *QUIET, "criteria.exclude_layers=1").err
 
 

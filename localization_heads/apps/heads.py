@@ -14,7 +14,7 @@ from localization_heads.errors import printable
 from localization_heads.heads.ready import overlap, ready_list
 from localization_heads.heads.record import HeadRanking, resting_heads
 from localization_heads.stages.labels import Labelled
-from localization_heads.stages.outcome import choose_grounding_heads
+from localization_heads.stages.ranking import choose_grounding_heads
 from localization_heads.stages.run import Run
 
 if TYPE_CHECKING:

@@ -27,13 +27,8 @@ from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, measure_sens
 from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries
 from localization_heads.stages.flow import run_over_samples
-from localization_heads.stages.outcome import (
-    Outcome,
-    Result,
-    choose_grounding_heads,
-    save_predictions,
-    save_ranking_files,
-)
+from localization_heads.stages.outcome import Outcome, Result, save_predictions
+from localization_heads.stages.ranking import choose_grounding_heads, save_ranking_files
 from localization_heads.stages.report import Reporter, offer_card
 from localization_heads.stages.run import Run
 from localization_heads.stages.sensitivity import (

@@ -107,7 +107,7 @@ def ground(run: Run) -> Result:
         outcomes, drawn = ground_all(run, entries, log)
         drawn += _draw_groups(run, groups, outcomes)
         alone_id = asked.samples[0].id if alone else None
-        path = save_predictions(run, outcomes, entries.sorted_failures(), alone=alone_id)
+        path = save_predictions(run, outcomes, entries.sorted_failures(), single_id=alone_id)
         log.finish()
         return Result([*drawn, path], entries.sorted_failures(), outcomes)
 

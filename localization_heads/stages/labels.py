@@ -37,7 +37,8 @@ from localization_heads.stages.chunks import AttendedSample
 from localization_heads.stages.entries import Entries, load_entries, require_truth
 from localization_heads.stages.evaluate import truths, with_box
 from localization_heads.stages.flow import run_over_samples
-from localization_heads.stages.outcome import Result, back_up_heads_file
+from localization_heads.stages.outcome import Result
+from localization_heads.stages.ranking import back_up_heads_file
 from localization_heads.stages.report import Reporter
 from localization_heads.stages.run import Run
 from localization_heads.stages.sensitivity import (

@@ -1,27 +1,21 @@
-"""The results of stages: `Outcome` of one grounded entry, `Result` of a data set, their files, those of a ranking."""
+"""What stages return: an `Outcome` for each grounded sample, a `Result` for a data set; and the files of outcomes."""
 
 from __future__ import annotations
 
-import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from localization_heads.attention import Box
 from localization_heads.cells import box_iou
 from localization_heads.data.samples import Sample
-from localization_heads.errors import BadEntry, UsageError
+from localization_heads.errors import BadEntry
 from localization_heads.evaluation.judging import HEADS, Scores
 from localization_heads.evaluation.protocols import Answer
 from localization_heads.evaluation.scores import Score, f1
 from localization_heads.experiments.paper import Finding
 from localization_heads.grounding.ground import Grounding
-from localization_heads.heads.head import Head
-from localization_heads.heads.ready import difference
 from localization_heads.heads.record import HeadRanking
 from localization_heads.located import prediction_of
 from localization_heads.report.content import Card
@@ -29,8 +23,6 @@ from localization_heads.stages.run import Run
 from localization_heads.store.paths import entry_path
 from localization_heads.store.results import (
     Prediction,
-    load_ranking,
-    save_ranking,
     write_parquet,
     write_predictions,
 )
@@ -38,11 +30,11 @@ from localization_heads.store.results import (
 
 @dataclass(frozen=True)
 class Outcome:
-    """An entry with its prediction; small enough to keep a hundred thousand of them.
+    """A sample with its prediction, small enough to hold a hundred thousand of them in memory.
 
     Args:
-        measured: what else was found out while its maps were there (`evaluate` adds scores), as JSON values.
-        card: its card in the report, if that may show it.
+        measured: what else was measured while the maps were in memory, as JSON values; `evaluate` adds scores.
+        card: the sample's card in the report, None if the report will not show it.
     """
 
     sample: Sample
@@ -52,25 +44,26 @@ class Outcome:
 
     @classmethod
     def of(cls, sample: Sample, grounding: Grounding, several: Sequence[Grounding] | None = None) -> Outcome:
-        """The outcome of a grounding, or of several (`prediction_of`), before anything else is measured."""
+        """The outcome of one or several groundings (`prediction_of`), with nothing measured yet."""
         return cls(sample, prediction_of(sample.id, grounding, several))
 
     @property
     def boxes(self) -> list[Box]:
         """All predicted boxes, the best first."""
-        single = [] if self.prediction.bbox is None else [self.prediction.bbox]
-        return single if self.prediction.boxes is None else [one.bbox for one in self.prediction.boxes]
+        if self.prediction.boxes is not None:
+            return [one.bbox for one in self.prediction.boxes]
+        return [] if self.prediction.bbox is None else [self.prediction.bbox]
 
     @property
     def iou(self) -> float | None:
-        """IoU of the predicted and the one true box, None where there is no such truth or no box."""
+        """IoU of the predicted box with the true box; None without a predicted box or without exactly one true box."""
         if self.sample.bbox is None or len(self.sample.boxes) > 1 or self.prediction.bbox is None:
             return None
         return float(box_iou(self.prediction.bbox, self.sample.bbox))
 
     @property
     def answer(self) -> Answer:
-        """What was answered, and what is true, for the benchmark's own metric."""
+        """Prediction and ground truth as input to the benchmark's own metric."""
         scores = self.scores.get(HEADS)
         overlap = self.measured.get("overlap", scores[0].overlap if scores else None)
         return Answer(
@@ -86,7 +79,7 @@ class Outcome:
 
     @property
     def scores(self) -> Scores:
-        """The scores of every method that `evaluate` has measured; none of an entry without one true box."""
+        """The scores of every method that `evaluate` measured, by name; empty without exactly one true box."""
         return {
             name: [Score.from_json(score) for score in scores]
             for name, scores in self.measured.get("scores", {}).items()
@@ -98,7 +91,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, sample: Sample, data: Mapping[str, Any]) -> Outcome | None:
-        """The inverse of `to_json`; None for anything else, such as the log of another version."""
+        """The inverse of `to_json`; None if `data` is anything else, such as an entry logged by another version."""
         try:
             card = None if data["card"] is None else Card.from_json(data["card"])
             return cls(sample, Prediction.from_json(data["prediction"]), {**data["measured"]}, card)
@@ -108,10 +101,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage over a data set ends with: the files written, the entries that failed, and what is shown.
+    """What a stage over a data set returns: the files written, the entries that failed, and what is printed.
 
     Args:
-        outcomes: of the entries that were grounded, in file order.
+        outcomes: of the grounded samples, in file order.
         metrics: the content of `metrics.json`.
     """
 
@@ -124,19 +117,20 @@ class Result:
 
 
 def save_predictions(
-    run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry], *, alone: str | None = None
+    run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry], *, single_id: str | None = None
 ) -> Path:
-    """Every entry has its line: the grounded ones in file order, then those that failed, with the reason.
+    """Write a line per entry: grounded samples in file order, then failed entries with the reason -> the file.
 
     Args:
-        alone: id of the one image that was grounded: its lines must not replace a data set's `predictions.jsonl`.
+        single_id: id of the only image that was grounded, whose line gets a file of its own, so that it does not
+            replace the `predictions.jsonl` of a data set.
     """
     path = run.folder / "predictions.jsonl"
-    if alone is not None:
-        path = entry_path(run.attention_folder, alone, "_prediction.jsonl")
+    if single_id is not None:
+        path = entry_path(run.attention_folder, single_id, "_prediction.jsonl")
     failed = [Prediction(id=bad.id or f"line_{bad.line}", error=bad.reason) for bad in failures]
-    done = [replace(outcome.prediction, heads_from=run.heads_from) for outcome in outcomes]
-    write_predictions(path, [*done, *failed])
+    grounded = [replace(outcome.prediction, heads_from=run.heads_from) for outcome in outcomes]
+    write_predictions(path, [*grounded, *failed])
     return path
 
 
@@ -163,11 +157,11 @@ COLUMNS = {
     "native_answer": "text",
     "error": "text",
 }
-"""Each control's `<name>_iou`, `<name>_pointing` and `<name>_energy` follow."""
+"""The types of the columns of `per_sample.parquet`; `<control>_iou`, `_pointing` and `_energy` are appended."""
 
 
 def save_per_sample(run: Run, outcomes: Sequence[Outcome], failures: Sequence[BadEntry]) -> Path:
-    """`per_sample.parquet`: rows in file order, then those of the failed entries, with their id and the reason."""
+    """Write `per_sample.parquet`, a row per entry: grounded samples in file order, then the failed ones -> the file."""
     path = run.folder / "per_sample.parquet"
     rows = [_row(outcome) for outcome in outcomes]
     controls = {name: "number" for row in rows for name in row if name not in COLUMNS}
@@ -204,83 +198,3 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         for metric in ("iou", "pointing", "energy"):
             row[f"{name}_{metric}"] = sum(float(getattr(a, metric)) for a in answers) / len(answers)
     return row
-
-
-log = logging.getLogger(__name__)
-
-FIRM = 100
-"""Samples from which on the first heads hardly change (docs/find-heads.md)."""
-FORMER = "heads_before.json"
-"""The heads.json that a lesser one has taken the place of."""
-
-
-def note_ranking(run: Run, ranking: HeadRanking) -> None:
-    """Warn of a ranking from few samples, and of a heads.json that it takes the place of."""
-    if ranking.num_samples < FIRM:
-        log.warning("%d samples: the order of the heads is not firm under %d", ranking.num_samples, FIRM)
-    back_up_heads_file(run, ranking)
-
-
-def back_up_heads_file(run: Run, ranking: HeadRanking) -> None:
-    """Keep, and name, a heads.json that was made from more samples or otherwise, before this ranking replaces it."""
-    latest = run.folder / "heads.json"
-    if not latest.is_file():
-        return
-    try:
-        before = load_ranking(latest)
-    except UsageError:
-        return
-    if reason := _lesser(before, ranking):
-        shutil.copyfile(latest, run.folder / FORMER)
-        log.warning("heads.json is made anew, and the one before, %s, is now %s", reason, run.folder / FORMER)
-
-
-def _lesser(before: HeadRanking, after: HeadRanking) -> str | None:
-    """What the former ranking has that the new one lacks; None if it is no loss."""
-    if before.model != after.model:
-        return f"of {before.model or 'another model'}"
-    if before.num_samples > after.num_samples:
-        return f"from {before.num_samples} samples"
-    if (before.options, before.top_n) != (after.options, after.top_n):
-        return "under other criteria"
-    return difference(before.found_with or {}, after.found_with or {})
-
-
-def choose_grounding_heads(run: Run, ranking: HeadRanking) -> tuple[Sequence[Head] | None, str]:
-    """The heads that a batch grounds with, None where each sample picks its own; and where they come from."""
-    if run.options.heads != "auto":
-        return run.named_heads, "as heads= says"
-    if run.ready_heads.heads:
-        return run.ready_heads.heads[: run.options.k], f"known for {run.spec.name} (heads= takes others)"
-    return [head.address for head in ranking.kept[: run.options.k]], "the first ones above"
-
-
-def save_ranking_files(run: Run, ranking: HeadRanking) -> list[Path]:
-    """heads.json, heads.csv and the figures of both criteria."""
-    from localization_heads import figures
-
-    note_ranking(run, ranking)
-    paths = [*save_ranking(ranking, run.folder)]
-    shape = tuple(1 + np.max([head.address for head in ranking.heads], axis=0))
-    sums, frequency, kept = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
-    for head in ranking.heads:
-        sums[head.address], frequency[head.address] = head.attention_sum, head.selection_frequency
-        kept[head.address] = head.kept
-    marked: dict[str, Any] = {
-        "top": [head.address for head in ranking.kept[: run.options.k]],
-        "exclude_layers": ranking.exclude_layers,
-    }
-    frequencies, grid = run.folder / "selection_frequency.png", run.folder / "head_grid.png"
-    if ranking.tau is not None:
-        elbow = run.folder / "attention_sums.png"
-        paths.append(
-            run.draw(figures.plot_attention_sums, sums, ranking.tau, path=elbow, kept=kept, **marked)
-        )
-    paths.append(
-        run.draw(figures.plot_selection_frequency, ranking, path=frequencies, emphasised=run.options.k)
-    )
-    paths.append(run.draw(figures.plot_head_grid, 100 * frequency, path=grid, **marked))
-    if ranking.has_sensitivity:
-        sensitivity = run.folder / "sensitivity.png"
-        paths.append(run.draw(figures.plot_sensitivity, ranking, path=sensitivity, emphasised=run.options.k))
-    return paths

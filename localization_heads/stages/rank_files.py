@@ -35,7 +35,8 @@ from localization_heads.lvlm.checkpoints.spec import EMBEDDED, find_spec
 from localization_heads.lvlm.extra_prompts import measures_sensitivity, other_expressions
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.options.kinds import as_measured
-from localization_heads.stages.outcome import Result, save_ranking_files
+from localization_heads.stages.outcome import Result
+from localization_heads.stages.ranking import save_ranking_files
 from localization_heads.stages.run import Run
 from localization_heads.stages.sensitivity import warn_of_disagreement
 from localization_heads.store.attention_files import load_attention
