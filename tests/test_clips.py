@@ -399,7 +399,7 @@ def test_what_the_model_cannot_take_fails_with_its_clip(
         (["zoom=true"], "leave out zoom="),
         (["grounding.contrast=background"], "leave out grounding.contrast="),
         (["signals=true"], "leave out signals="),
-        (["heads=greedy", "criteria=robust"], "video=native: without heads= the third criterion"),
+        (["heads=greedy", "criteria=robust"], "video=native: sensitivity cannot pick the heads of clips"),
         (["video_file=null", "image_file=a.png"], "video=native needs a video"),
         (["video=frames", "frames_per_prompt=4"], "write video=native"),
         (["frames_per_prompt=0"], "frames_per_prompt"),

@@ -42,7 +42,7 @@ from localization_heads.report.content import Card, Gallery, HeadFacts, Report, 
 from localization_heads.report.page import environment, render
 from localization_heads.report.values import json_text, plain
 from localization_heads.stages.outcome import Outcome
-from localization_heads.stages.report import _completed
+from localization_heads.stages.report import _complete_card
 from localization_heads.store.attention_files import load_attention
 from localization_heads.store.journal import ResultLog
 from localization_heads.store.results import Instance, Prediction
@@ -586,8 +586,8 @@ def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.
     page = page_of(front.out / "report.html")
     own = heads_of(front.out / "report.html")
     text = " ".join(page.texts)
-    assert "Ranked on these samples, without their truth, for heads.json is not there." in text
-    assert "The boxes of this page are those of L2H0 L3H1, which this ranking did not choose." in text
+    assert "Ranked on these samples, without their ground truth, because heads.json is not there." in text
+    assert "The boxes on this page were made by L2H0 L3H1, which this ranking did not choose." in text
     assert own["used"] == [[2, 0], [3, 1]]
     assert "mean over 5 samples" in text and page.of("div", id="scatter-chart")
     assert len(own["rows"]) == own["layers"] * own["heads"]
@@ -603,8 +603,8 @@ def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.
 def test_a_large_models_heads_are_measured_on_fewer_samples(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localization_heads.stages.report.MEASURED_HEADS", 10)
-    monkeypatch.setattr("localization_heads.stages.report.FEWER_SAMPLES", 3)
+    monkeypatch.setattr("localization_heads.stages.report.IOU_HEADS", 10)
+    monkeypatch.setattr("localization_heads.stages.report.IOU_SAMPLES_ALL_HEADS", 3)
     write_data(front.folder, bbox=BOX)
     assert front.finder(*SCORED).status == 0
     page = page_of(front.out / "report.html")
@@ -672,10 +672,10 @@ def test_a_card_has_every_box_and_the_outline_of_every_mask() -> None:
     found = [Instance(box, 0.5, encode_mask(mask)) for box, mask in zip(boxes, (first, second), strict=True)]
     said = Prediction("a", bbox=boxes[0], score=0.5, mask=found[0].mask, boxes=found)
     sample = lh.Sample("a.png", "the dogs", id="a", boxes=boxes[::-1])
-    card = _completed(made_card(0, size=(8, 8), grid=2), Outcome(sample, said))
+    card = _complete_card(made_card(0, size=(8, 8), grid=2), Outcome(sample, said))
     assert (card.boxes, card.truths) == (boxes, boxes[::-1])
     assert (filled(card.mask, (8, 8)) == (first | second)).all()
-    one = _completed(card, Outcome(sample, dataclasses.replace(said, boxes=None)))
+    one = _complete_card(card, Outcome(sample, dataclasses.replace(said, boxes=None)))
     assert one.boxes == boxes[:1] and (filled(one.mask, (8, 8)) == first).all()
 
 

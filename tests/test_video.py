@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: p
     assert front.finder(*options).status == 0
     whole = (front.out / "predictions.jsonl").read_bytes()
     (front.out / "predictions.jsonl").unlink()
-    attend, asked = stage.attend, []
+    attend, asked = stage.attend_samples, []
 
     def once(*arguments, **named):
         if asked:
@@ -184,10 +184,10 @@ def test_a_killed_run_goes_on_with_the_same_numbers(front: Front, monkeypatch: p
         asked.append(1)
         return attend(*arguments, **named)
 
-    monkeypatch.setattr(stage, "attend", once)
+    monkeypatch.setattr(stage, "attend_samples", once)
     assert front.finder(*options).status == 130
     asked.clear()
-    monkeypatch.setattr(stage, "attend", lambda *a, **b: asked.append(1) or attend(*a, **b))
+    monkeypatch.setattr(stage, "attend_samples", lambda *a, **b: asked.append(1) or attend(*a, **b))
     assert front.finder(*options).status == 0
     assert len(asked) == 2, "one of three chunks was in the log"
     assert (front.out / "predictions.jsonl").read_bytes() == whole

@@ -135,7 +135,7 @@ class Session:
             heads,
             options=options,
             segmenter=segmenter,
-            calibration=self.run.calibration_of(heads, lvlm),
+            calibration=self.run.calibration_for(heads, lvlm),
             abstain=self.run.options.abstain,
         )
         path = self._path(expression, "_grounding.png")

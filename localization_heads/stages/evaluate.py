@@ -67,7 +67,7 @@ def evaluate(run: Run) -> Result:
         # a clip of the few frames that a ranking draws would have other maps
         store = (
             open_statistics(run)
-            if report.lacks_ranking and judge.controls and not run.frames_per_clip
+            if report.needs_ranking and judge.controls and not run.frames_per_clip
             else None
         )
         native = native_box_format(run.lvlm, options.native, by_default=judge.controls)
@@ -104,7 +104,7 @@ def evaluate(run: Run) -> Result:
         if trust := metrics.get("confidence"):
             paths.append(run.draw(figures.plot_confidence, trust, path=run.folder / "confidence.png"))
         own = None if store is None else _own_ranking(run, entries, store)
-        paths += report.write(entries, outcomes, metrics=metrics, store=store, own=own)
+        paths += report.write(entries, outcomes, metrics=metrics, store=store, own_ranking=own)
         log.finish()
         return Result([*drawn, *paths], entries.sorted_failures(), outcomes, metrics=metrics)
 

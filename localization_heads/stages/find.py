@@ -275,7 +275,7 @@ def rank_entries(run: Run, entries: Entries, draws: NDArray[np.int64], store: St
     if not len(usable):
         raise NothingDoneError("no entry could be used", entries.sorted_failures())
     rows = store.rows([entries.stored_statistics_key(entries.samples[i], store) for i in usable])
-    ranking = run.ranking_of(rows, store.settings["weights"][0], draws[:, usable])
+    ranking = run.rank_heads(rows, store.settings["weights"][0], draws[:, usable])
     return add_stored_sensitivity(ranking, rows, draws[:, usable], (store.num_layers, store.num_heads))
 
 
@@ -295,7 +295,7 @@ def _ground_all(
         cached: what `collect_statistics` returned.
     """
     heads, _ = choose_grounding_heads(run, ranking)
-    grounder = run.grounder(heads, run.calibration_of(heads))
+    grounder = run.grounder(heads, run.calibration_for(heads))
     head_iou = report.single_head_iou(entries)
     outcomes = []
     for number, sample in enumerate(tqdm(entries.usable, desc="ground", unit="expression", disable=None)):

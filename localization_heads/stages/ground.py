@@ -228,7 +228,7 @@ def ground_all(
     drawn: dict[str, Path] = {}
     order = [sample.id for sample in entries.samples]
     contrast = run.options.grounding.contrast
-    calibration = run.calibration_of(run.named_heads)
+    calibration = run.calibration_for(run.named_heads)
 
     def is_done(sample: Sample) -> bool:
         logged = log.get(entries.result_key(sample, contrast))
@@ -331,7 +331,7 @@ def _ground_each(
 def settings(run: Run) -> dict[str, Any]:
     """All that a box and its confidence depend on besides its sample."""
     options = run.options
-    calibration = run.calibration_of(run.named_heads)
+    calibration = run.calibration_for(run.named_heads)
     return {
         "confidence": [calibration and calibration.to_json(), options.abstain],
         "model": run.model_settings,

@@ -245,7 +245,7 @@ def _ranked(run: Run, entries: Entries, store: StatisticsStore, scores: Statisti
         raise UsageError(_too_few(options.num_labels, len(samples), run))
     recipe = recipe_of(run)
     rows = store.rows([entries.stored_statistics_key(sample, store) for sample in samples])
-    free = run.ranking_of(rows, store.settings["weights"][0])
+    free = run.rank_heads(rows, store.settings["weights"][0])
     shape = store.num_layers, store.num_heads
     free = add_stored_sensitivity(free, rows, np.ones((1, len(samples)), np.int64), shape)
     columns = scores.views([_key(entries, sample) for sample in samples])

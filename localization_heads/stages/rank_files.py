@@ -159,7 +159,7 @@ def _rank(run: Run, files: Sequence[Path], folder: Path) -> Result:
     if not pile.read:
         raise NothingDoneError("no attention file that was drawn could be used", pile.failures)
     rows = store.rows([one.key for one in pile.read])
-    ranking = run.ranking_of(rows, run.spec.name, draws[:, [one.place for one in pile.read]])
+    ranking = run.rank_heads(rows, run.spec.name, draws[:, [one.place for one in pile.read]])
     ranking = add_sensitivity(ranking, _mean_sensitivity(pile, drawn, criteria, folder))
     writable_folder(run.folder)
     with RunLock(run.folder):

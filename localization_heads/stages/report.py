@@ -1,4 +1,7 @@
-"""`report.html` at the end of `batch`, `find` and `evaluate`: what is kept for it on the way, and its writing."""
+"""`report.html` of `batch`, `find` and `evaluate`: what is collected for it during the run, and its writing at the end.
+
+What the page looks like is the matter of `localization_heads.report`.
+"""
 
 from __future__ import annotations
 
@@ -46,74 +49,81 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-MAPS_SHOWN = 3
-"""Maps of single heads on a card; the combined map is of all heads."""
-MEASURED_HEADS = 128
-"""Heads whose IoU is measured: all of a small model, the best of a large one, if they are known beforehand."""
-MEASURED_SAMPLES = 200
-FEWER_SAMPLES = 50
-"""Samples on which all heads of a large model are measured: each box takes 0.3 ms."""
-
-ROWS = 256
-"""Samples whose statistics are in memory at a time."""
+CARD_MAPS = 3
+"""Maps of single heads on a card; its combined map is of all the heads used."""
+IOU_HEADS = 128
+"""Heads whose own boxes are scored: all heads of a small model; of a large one the best, if a ranking is known."""
+IOU_SAMPLES = 200
+"""Samples on which at most `IOU_HEADS` heads are scored."""
+IOU_SAMPLES_ALL_HEADS = 50
+"""Samples on which all heads of a large model are scored; each box takes 0.3 ms."""
+ROW_BLOCK = 256
+"""Samples whose statistics are read at a time."""
 
 FROM_FILE = (
-    "The ranking of heads.json, which lists the kept heads only: it was not made anew on these samples."
+    "The ranking of heads.json, which lists the kept heads only: it was not computed on these samples."
 )
 
 
 class SingleHeadIoU(NamedTuple):
-    """Which heads are measured alone, by the boxes of their own maps, and on which samples (ids)."""
+    """Scores the boxes that single heads make by themselves.
+
+    Args:
+        heads: the heads to score.
+        sample_ids: the samples to score them on.
+    """
 
     heads: Sequence[Head] = ()
-    samples: Container[str] = ()
+    sample_ids: Container[str] = ()
 
     def measure(self, sample: Sample, maps: AttentionMaps, options: GroundingOptions) -> dict[str, Any]:
-        """The IoU of every head, for `Outcome.measured`; nothing for the other samples."""
-        if sample.bbox is None or sample.id not in self.samples:
+        """The IoU of each head, for `Outcome.measured`; {} for a sample that is not scored."""
+        if sample.bbox is None or sample.id not in self.sample_ids:
             return {}
         return {"head_iou": box_ious(maps, self.heads, sample.bbox, options)}
 
 
 class Reporter:
-    """Chooses what of a run is kept for its report, a few kilobytes a sample, and writes the page at the end.
+    """Collects what a run's report shows, a few kilobytes per sample, and writes the page at the end.
 
     Args:
-        ranking: the heads that the run has found; without, those of the model's heads.json if it is there.
+        ranking: the ranking that the run has made; without it, the model's heads.json is shown if there is one.
     """
 
     def __init__(self, run: Run, ranking: HeadRanking | None = None) -> None:
         self._run = run
-        self._wanted = run.options.report
-        self._ranking, self._unknown = (ranking, "") if ranking else _known_ranking(run)
+        self._enabled = run.options.report
+        self._ranking, self._why_no_ranking = (ranking, "") if ranking else _load_ranking(run)
         self._origin = "" if ranking else FROM_FILE
-        self.gallery = Gallery(run.options.report_samples if self._wanted else 0)
-        """Which of the samples that are worked on may be shown in the end: `offer_card` makes cards of those."""
-        self._measured = self._heads_measured() if self._wanted else []
+        self.gallery = Gallery(run.options.report_samples if self._enabled else 0)
+        """Decides, while the run goes on, which samples may end up on the page; `offer_card` makes their cards."""
+        self._iou_heads = self._choose_iou_heads() if self._enabled else []
 
     @property
-    def lacks_ranking(self) -> bool:
-        """Whether the report would show a ranking of the run's own samples, had it one."""
-        return self._wanted and self._ranking is None
+    def needs_ranking(self) -> bool:
+        """Whether the report has no ranking yet and would show one of the run's own samples."""
+        return self._enabled and self._ranking is None
 
-    def _heads_measured(self) -> list[Head]:
-        """Without a ranking all heads: nobody knows yet which are the best."""
+    def _choose_iou_heads(self) -> list[Head]:
         if self._ranking is not None:
-            return _best(self._ranking)
-        # Without the controls not every layer is run, and nothing will be ranked.
-        return [Head(*place) for place in np.ndindex(_shape(self._run))] if self._run.options.controls else []
+            return _best_heads(self._ranking)
+        if not self._run.options.controls:  # then not all layers are run, and no ranking is made
+            return []
+        return [Head(*index) for index in np.ndindex(_shape(self._run))]
 
     def single_head_iou(self, entries: Entries) -> SingleHeadIoU:
-        """The heads to measure alone, and the samples with a true box on which that is done; the same in every run."""
-        heads = self._measured
-        number = MEASURED_SAMPLES if len(heads) <= MEASURED_HEADS else FEWER_SAMPLES
+        """The heads to score by themselves, on the first samples that have a true box."""
+        heads = self._iou_heads
+        if not heads:
+            return SingleHeadIoU()
+        limit = IOU_SAMPLES if len(heads) <= IOU_HEADS else IOU_SAMPLES_ALL_HEADS
         boxed = [sample.id for sample in entries.samples if sample.bbox is not None]
-        return SingleHeadIoU(heads, set(boxed[:number])) if heads else SingleHeadIoU()
+        return SingleHeadIoU(heads, set(boxed[:limit]))
 
     @property
     def settings(self) -> list[Any]:
-        """All that decides whether a sample gets a card."""
-        return [self._wanted, self._run.options.report_samples, MAPS_SHOWN]
+        """Everything that decides whether a sample gets a card, and what is on it."""
+        return [self._enabled, self._run.options.report_samples, CARD_MAPS]
 
     def write(
         self,
@@ -122,16 +132,16 @@ class Reporter:
         *,
         store: StatisticsStore | None = None,
         metrics: Mapping[str, Any] | None = None,
-        own: HeadRanking | None = None,
+        own_ranking: HeadRanking | None = None,
     ) -> list[Path]:
-        """Write `report.html` into the model's folder -> its path; nothing with `report=false`.
+        """Write `report.html` into the model's folder -> its path; [] with `report=false`.
 
         Args:
-            store: the statistics of the samples that the ranking is of.
-            own: a ranking of this run's samples, which did not choose the heads of their boxes. It is shown if no
-                other is known.
+            store: the statistics of the samples.
+            own_ranking: a ranking of this run's samples, shown if there is no other. The boxes were not made with its
+                heads.
         """
-        if not self._wanted:
+        if not self._enabled:
             return []
         from localization_heads.report.page import render
 
@@ -145,11 +155,11 @@ class Reporter:
             facts=list(_facts(run)),
             options=list(flat(run.options)),
             num_entries=len(lines),
-            heads=self._heads(entries, outcomes, store, ious, own),
-            no_heads=f"No ranking: {self._unknown}. stage=find or stage=batch writes one.",
+            heads=self._head_facts(entries, outcomes, store, ious, own_ranking),
+            no_heads=f"No ranking: {self._why_no_ranking}. stage=find or stage=batch writes one.",
             no_scatter="" if ious else self._why_no_scatter(outcomes),
             metrics=metrics or {},
-            cards=[_completed(card, by_id[card.id]) for card in self._shown(outcomes)],
+            cards=[_complete_card(card, by_id[card.id]) for card in self._choose_cards(outcomes)],
             no_cards=self._why_no_cards(),
             num_grounded=len(outcomes),
             ious=[outcome.iou for outcome in outcomes if outcome.iou is not None],
@@ -159,17 +169,17 @@ class Reporter:
         write_bytes(path, render(report).encode(errors="replace"))
         return [path]
 
-    def _heads(
+    def _head_facts(
         self,
         entries: Entries,
         outcomes: Sequence[Outcome],
         store: StatisticsStore | None,
         ious: Sequence[Sequence[float | None]],
-        own: HeadRanking | None,
+        own_ranking: HeadRanking | None,
     ) -> HeadFacts | None:
-        used, ranking, origin = _used(outcomes), self._ranking, self._origin
-        if ranking is None and own is not None:
-            ranking, origin = own, _own_origin(self._unknown, used)
+        used, ranking, origin = _common_heads(outcomes), self._ranking, self._origin
+        if ranking is None and own_ranking is not None:
+            ranking, origin = own_ranking, _origin_of_own(self._why_no_ranking, used)
         if ranking is None:
             return None
         shape = _shape(self._run)
@@ -178,7 +188,7 @@ class Reporter:
             shape=shape,
             used=used if outcomes else [head.address for head in ranking.kept[: self._run.options.k]],
             bottom_row=None if store is None else _bottom_row(entries, store),
-            iou=mean_ious(self._measured, shape, ious) if ious else None,
+            iou=mean_ious(self._iou_heads, shape, ious) if ious else None,
             iou_samples=len(ious),
             origin=origin,
         )
@@ -195,8 +205,8 @@ class Reporter:
             return "No samples: find keeps only each head's sums and entropies. stage=batch shows maps and boxes."
         return "No samples: report_samples=0."
 
-    def _shown(self, outcomes: Sequence[Outcome]) -> list[Card]:
-        """The cards of the gallery, whichever run made them."""
+    def _choose_cards(self, outcomes: Sequence[Outcome]) -> list[Card]:
+        """The cards of the final gallery. Workers and earlier runs chose theirs among fewer samples."""
         gallery = Gallery(self._run.options.report_samples)
         for outcome in outcomes:
             if card := outcome.card:
@@ -205,7 +215,7 @@ class Reporter:
 
 
 def _badness(outcome: Outcome) -> float:
-    """Higher for a lower IoU or, where there is no truth, for a lower score."""
+    """The negative IoU or, without a true box, the negative score."""
     return -((outcome.prediction.score if outcome.iou is None else outcome.iou) or 0.0)
 
 
@@ -216,16 +226,16 @@ def offer_card(
     grounding: Grounding,
     open_image: Callable[[], Image.Image | None],
 ) -> Card | None:
-    """The card of a sample, made while its maps are at hand, if there is room for it.
+    """Make a sample's card while its maps are in memory; None if the gallery has no room for it.
 
     Boxes, masks and scores are added when the report is written.
 
     Args:
-        open_image: None where the image cannot be opened any more.
+        open_image: returns None if the image cannot be opened any more.
     """
     region = maps.image_box, maps.image_size
 
-    def card() -> Card:
+    def make_card() -> Card:
         image = open_image()
         return Card(
             id=outcome.sample.id,
@@ -233,24 +243,24 @@ def offer_card(
             image_size=maps.image_size,
             image=thumbnail(image) if image else "",
             heads=grounding.heads,
-            maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:MAPS_SHOWN]),
+            maps=tuple(tiny_map(maps.attention[head], *region) for head in grounding.heads[:CARD_MAPS]),
             combined=tiny_map(grounding.combined, *region),
             image_box=maps.image_box,
         )
 
-    return gallery.offer(outcome.sample.line, _badness(outcome), card)
+    return gallery.offer(outcome.sample.line, _badness(outcome), make_card)
 
 
-def _completed(card: Card, outcome: Outcome) -> Card:
-    """The card with its boxes, masks and scores."""
+def _complete_card(card: Card, outcome: Outcome) -> Card:
+    """The card with boxes, masks and scores added."""
     sample, prediction = outcome.sample, outcome.prediction
     masks = [one.mask for one in prediction.boxes or (prediction,) if one.mask is not None]
-    found = [read_mask(mask, mask["size"][::-1]) for mask in masks[:MAX_BOXES]]
+    decoded = [read_mask(mask, mask["size"][::-1]) for mask in masks[:MAX_BOXES]]
     return replace(
         card,
         boxes=tuple(outcome.boxes[:MAX_BOXES]),
         truths=sample.true_boxes[:MAX_BOXES],
-        mask=outline(np.logical_or.reduce(found)) if found else "",
+        mask=outline(np.logical_or.reduce(decoded)) if decoded else "",
         truth_mask=_true_outline(outcome, card.image_size),
         score=prediction.score,
         iou=outcome.iou,
@@ -266,8 +276,8 @@ def _true_outline(outcome: Outcome, size: tuple[int, int]) -> str:
         return ""
 
 
-def _known_ranking(run: Run) -> tuple[HeadRanking | None, str]:
-    """The ranking in the model's folder, or why there is none."""
+def _load_ranking(run: Run) -> tuple[HeadRanking | None, str]:
+    """The ranking of the model's heads.json, and if there is none, why."""
     path = run.folder / "heads.json"
     if not path.is_file():
         return None, f"{path.name} is not there"
@@ -283,19 +293,19 @@ def _known_ranking(run: Run) -> tuple[HeadRanking | None, str]:
     return ranking, ""
 
 
-def _own_origin(unknown: str, used: Sequence[Head]) -> str:
+def _origin_of_own(why_no_other: str, used: Sequence[Head]) -> str:
     boxes = " ".join(map(str, used)) or "each sample's own heads"
     return (
-        f"Ranked on these samples, without their truth, for {unknown}. "
-        f"The boxes of this page are those of {boxes}, which this ranking did not choose."
+        f"Ranked on these samples, without their ground truth, because {why_no_other}. "
+        f"The boxes on this page were made by {boxes}, which this ranking did not choose."
     )
 
 
-def _best(ranking: HeadRanking) -> list[Head]:
-    """Every head of a small model; of a large one those of the scatter, the best first."""
+def _best_heads(ranking: HeadRanking) -> list[Head]:
+    """All heads of a small model; of a large one the best of those in the scatter plot."""
     heads = ranking.heads
-    if len(heads) > MEASURED_HEADS:
-        heads = tuple(h for h in heads if h.selection_frequency >= LEAST_FREQUENCY)[:MEASURED_HEADS]
+    if len(heads) > IOU_HEADS:
+        heads = tuple(h for h in heads if h.selection_frequency >= LEAST_FREQUENCY)[:IOU_HEADS]
     return [head.address for head in heads]
 
 
@@ -303,26 +313,26 @@ def _shape(run: Run) -> tuple[int, int]:
     return run.lvlm.num_layers, run.lvlm.num_heads
 
 
-def _used(outcomes: Sequence[Outcome]) -> list[Head]:
-    """The heads that made every box; none where the samples have picked their own."""
+def _common_heads(outcomes: Sequence[Outcome]) -> list[Head]:
+    """The heads that made every box; [] if the samples picked their own."""
     heads = {tuple(outcome.prediction.heads) for outcome in outcomes}
     return [Head(*head) for head in heads.pop()] if len(heads) == 1 else []
 
 
 def _bottom_row(entries: Entries, store: StatisticsStore) -> NDArray[np.float64] | None:
-    """Share of the samples whose map has a whole positive bottom row, `[layer, head]`."""
+    """The share of samples in which a head's whole bottom row is positive, `[layer, head]`."""
     keys = [
         key for sample in entries.usable if (key := entries.stored_statistics_key(sample, store)) in store
     ]
     if not keys:
         return None
     flags = store.rows(keys).bottom_row_focus
-    total = sum(flags[start : start + ROWS].sum(axis=0) for start in range(0, len(keys), ROWS))
+    total = sum(flags[start : start + ROW_BLOCK].sum(axis=0) for start in range(0, len(keys), ROW_BLOCK))
     return np.asarray(total / len(keys))
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    """What was run, on which data, with which versions."""
+    """What was run, on which data and with which versions."""
     lvlm = run.lvlm
     layers, heads = _shape(run)
     yield "model", lvlm.name

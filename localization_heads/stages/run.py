@@ -1,4 +1,7 @@
-"""`Run`: the options of one run, with the objects that they stand for, each made once."""
+"""`Run`: the options of one run, and the objects that they name: model, heads, segmenter, calibration.
+
+Each object is created on first use and then kept.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +67,11 @@ Chosen = TypeVar("Chosen", bound=ModelUse)
 
 @dataclass(frozen=True)
 class ModelRun(Generic[Chosen]):
-    """A run of any program but the viewer.
+    """A run of a program that uses a model.
 
     Args:
-        model_choice: which file of `config/model/` was chosen.
-        overrides: the user's command line, None if that is not known.
+        model_choice: name of the model's file in `config/model/`.
+        overrides: the user's command line; None if it is not known.
         before_model: called before the model is loaded, which takes seconds.
     """
 
@@ -82,27 +85,25 @@ class ModelRun(Generic[Chosen]):
         return compose_spec(self.options.model, self.model_choice, self.overrides)
 
     def is_given(self, *names: str) -> bool:
-        """Whether the user's command line gives one of these options; False where it is not known."""
+        """Whether the command line sets one of these options; False if it is not known."""
         return any(word.partition("=")[0] in names for word in self.overrides or ())
 
     @cached_property
     def folder(self) -> Path:
-        """Where everything of this model is written."""
+        """The output folder of this model."""
         return Path(self.options.output_dir) / self.spec.folder
 
     def resolve_image(self, name: object) -> Address | str:
-        """The image of that name, a path or an address, to be loaded."""
+        """The path or address of an image, checked but not loaded."""
         options = self.options
         private = isinstance(options, ImageAddresses) and options.allow_private_addresses
         return image_source(str(name), allow_private=private)
 
     def resolve_images(self, names: str | Sequence[str]) -> Address | str | Together:
-        """The image of that name, or those of several that one prompt shows together."""
-        return (
-            self.resolve_image(names)
-            if isinstance(names, str)
-            else Together([self.resolve_image(one) for one in names])
-        )
+        """The same for one image, or for several that share one prompt."""
+        if isinstance(names, str):
+            return self.resolve_image(names)
+        return Together([self.resolve_image(name) for name in names])
 
     @property
     def attention_folder(self) -> Path:
@@ -110,20 +111,21 @@ class ModelRun(Generic[Chosen]):
 
     @cached_property
     def segmenter(self) -> Segmenter | None:
-        """Loaded on first use; None leaves the pseudo-masks of the maps."""
+        """The segmenter of `segmenter=`; None keeps the pseudo-masks of the maps."""
         return self.load_segmenter(self.options.segmenter)
 
-    def load_segmenter(self, chosen: SegmenterOptions) -> Segmenter | None:
-        """Another one, on the run's device. Raises as `make_segmenter`."""
-        if chosen.kind in SAMS and chosen.device is None:
-            chosen = replace(chosen, device=self.options.device)
-        return make_segmenter(chosen)
+    def load_segmenter(self, options: SegmenterOptions) -> Segmenter | None:
+        """Load a segmenter, by default on the run's device. Raises what `make_segmenter` does."""
+        if options.kind in SAMS and options.device is None:
+            options = replace(options, device=self.options.device)
+        return make_segmenter(options)
 
     def grounder(self, heads: Sequence[Head] | None, calibration: Calibration | None = None) -> Grounder:
-        """The run's way from maps to boxes, with these heads or, without any, each sample's own `k`.
+        """What turns maps into boxes and masks, as the options ask.
 
         Args:
-            calibration: that of `calibration_of`; without one nothing is absent.
+            heads: None lets each sample pick its own `k` heads.
+            calibration: from `calibration_for`; without it, no object is reported absent.
         """
         options = self.options
         return Grounder(
@@ -139,32 +141,32 @@ class ModelRun(Generic[Chosen]):
         )
 
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
-        """All that the signals of a grounding depend on, by name."""
+        """Everything that the confidence signals of a grounding depend on, by name."""
         lvlm, options = lvlm or self.lvlm, self.options
         zoom = isinstance(options, FinderOptions) and options.zoom
-        from_map = options.grounding.box_from == "map"  # then no segmenter need be loaded for this
-        masked = None if from_map else self.segmenter
-        grounder = Grounder(tuple(heads or ()), options.criteria, options.grounding, masked, options.k)
+        # A box that comes from the map does not depend on the segmenter, which need not be loaded then.
+        segmenter = None if options.grounding.box_from == "map" else self.segmenter
+        grounder = Grounder(tuple(heads or ()), options.criteria, options.grounding, segmenter, options.k)
         return grounder.recipe({**lvlm.choices, **lvlm.asked}, signals=options.signals, zoom=zoom)
 
-    def calibration_of(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> Calibration | None:
-        """What `calibration=` asks for with these heads; None where there is none.
+    def calibration_for(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> Calibration | None:
+        """The calibration of `calibration=` for these heads; None if there is none.
 
         Args:
-            lvlm: the model under another prompt than that of the run.
+            lvlm: the model, if it is used with another prompt than the run's.
 
         Raises:
-            UsageError: a named one does not fit, or there is none and `abstain` needs one.
+            UsageError: the named calibration does not fit, or there is none and `abstain` needs one.
         """
         options = self.options
         note = (lvlm or self.lvlm).note
-        found = choose_calibration(options.calibration, self.folder, self.recipe(heads, lvlm), note)
-        if found is None and options.abstain is not None:
+        calibration = choose_calibration(options.calibration, self.folder, self.recipe(heads, lvlm), note)
+        if calibration is None and options.abstain is not None:
             raise UsageError(
                 f"abstain={options.abstain:g} needs a calibration of these heads and this recipe: run "
                 "stage=calibrate with the same options on entries with truth first"
             )
-        return found
+        return calibration
 
     def extra_prompts(
         self,
@@ -173,19 +175,20 @@ class ModelRun(Generic[Chosen]):
         *,
         every_head: bool = False,
     ) -> ExtraPrompts:
-        """What is asked beside each expression that these heads ground; of no other, unless `every_head`.
+        """The prompts asked in addition to each expression that these heads ground.
 
         Args:
-            calibration: where it weighs what the model says of itself, that is asked as well.
+            calibration: the signals that it weighs are asked for as well.
+            every_head: keep the maps of all heads for the extra prompts, not only of `heads`.
         """
-        signals = self.options.signals or (calibration is not None and calibration.asks)
         options = self.options
+        signals = options.signals or (calibration is not None and calibration.asks)
         return extra_prompts_for(
             options.grounding.contrast, heads, options.criteria, signals=signals, every_head=every_head
         )
 
     def needs_model(self, heads: Sequence[Head] | None, calibration: Calibration | None) -> bool:
-        """Whether a box and its confidence need more than the maps that an attention file holds."""
+        """Whether a box and its confidence need more than the maps in an attention file."""
         return bool(self.extra_prompts(heads, calibration)) or self.options.query_token == "last_and_answer"
 
     @property
@@ -195,12 +198,12 @@ class ModelRun(Generic[Chosen]):
 
     @property
     def prompt_templates(self) -> Sequence[str] | None:
-        """Templates that each expression is asked in; None asks with it alone."""
+        """The templates that each expression is put into; None uses the bare expression."""
         return self.options.paraphrases
 
     @cached_property
     def lvlm(self) -> LVLM:
-        """The model, loaded on first use; on the CPU where workers run it, for the GPUs are theirs."""
+        """The model. It is loaded on the CPU if workers run it, since the GPUs are theirs."""
         if self.before_model:
             self.before_model(self)
         import torch
@@ -227,7 +230,7 @@ class ModelRun(Generic[Chosen]):
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """All that the maps of a sample depend on besides the sample, as JSON values."""
+        """Everything but the sample that its maps depend on, as JSON values."""
         lvlm = self.lvlm
         return {
             "weights": [lvlm.name, lvlm.fingerprint, self.spec.dtype, self.spec.quantization],
@@ -240,46 +243,46 @@ class ModelRun(Generic[Chosen]):
 
     @cached_property
     def named_heads(self) -> tuple[Head, ...] | None:
-        """The heads that `heads=` asks for, best first, or None where each sample has to pick its own."""
+        """The heads of `heads=`, the best first; None if each sample picks its own."""
         return choose_heads(self.options.heads, self.options.k, self.spec.name, self.folder, self.ready_heads)
 
     @cached_property
     def ready_heads(self) -> ReadyHeads:
-        """What `heads=auto` takes of the model's known heads, as far as that can be told before it is loaded."""
+        """What `heads=auto` uses of the model's known heads, as far as known before it is loaded."""
         options, spec = self.options, self.spec
         known = spec if spec.heads or spec.lists else find_spec(spec.name)
-        box = options.query_token == "answer_span" and options.answer_span == BOX
-        asked = NATIVE_BOX if box else options.conv_mode or spec.conv_mode
-        # A conversation asks /ground with the prompt of the heads.
-        follows = isinstance(options, ChatOptions)
-        return choose_ready(known.heads, known.lists, None if follows else asked, options.query_token)
+        asks_for_box = options.query_token == "answer_span" and options.answer_span == BOX
+        conv_mode = NATIVE_BOX if asks_for_box else options.conv_mode or spec.conv_mode
+        if isinstance(options, ChatOptions):
+            conv_mode = None  # /ground uses the prompt that the heads were found with
+        return choose_ready(known.heads, known.lists, conv_mode, options.query_token)
 
     @property
     def heads_from(self) -> str | None:
-        """Whose heads `heads=` takes, where they are on a ready list."""
-        if self.options.heads == "auto":
+        """The ready list that the heads of `heads=` are from, with its source; None for other heads."""
+        heads = self.options.heads
+        if heads == "auto":
             return str(self.ready_heads.of) if self.ready_heads.of else None
-        wanted = self.options.heads
-        return str(ready_lists()[wanted]) if isinstance(wanted, str) and wanted in ready_lists() else None
+        return str(ready_lists()[heads]) if isinstance(heads, str) and heads in ready_lists() else None
 
     @cached_property
     def heads_source(self) -> Path | str | None:
-        """The heads.json that `heads=` names, here or on the hub, or that `heads=auto` takes; None for other heads."""
+        """The heads.json of `heads=`, a local file or one on the hub; None for heads from elsewhere."""
         return heads_source(self.options.heads, self.spec.name, self.folder, self.ready_heads)
 
     @property
     def heads_found_with(self) -> FoundWith | None:
-        """How the heads of `heads=` were found, None where that is not known."""
+        """The conditions under which the heads of `heads=` were found; None if they are not known."""
         return found_with_of(self.options.heads, self.spec.name, self.folder, self.ready_heads)
 
     def note_head_conditions(self) -> None:
-        """Notes it if the heads were found with other weights, another prompt or another query token."""
+        """Log a note if the heads were found with other weights, another prompt or another query token."""
         self.lvlm.note_other_conditions(
             f"heads={self.heads_source or self.options.heads}", self.heads_found_with
         )
 
     def check_named_heads(self) -> None:
-        """UsageError if the model lacks one of the heads; a note if they were found under other conditions."""
+        """UsageError if the model lacks one of the heads; a log note if they were found under other conditions."""
         check_heads(self.named_heads or (), self.lvlm.num_layers, self.lvlm.num_heads)
         self.note_head_conditions()
 
@@ -293,11 +296,11 @@ class Run(ModelRun[FinderOptions]):
         return PLACES if self.options.instances_by == "places" else self.options.paraphrases
 
     def grounder(self, heads: Sequence[Head] | None, calibration: Calibration | None = None) -> Grounder:
-        found = super().grounder(heads, calibration)
-        return replace(found, each_image=self.options.image_boxes == "each")
+        grounder = super().grounder(heads, calibration)
+        return replace(grounder, each_image=self.options.image_boxes == "each")
 
     def query_for(self, expression: str) -> str:
-        """What the model is asked: where all objects are wanted, in the singular if it knows no other word."""
+        """The expression as the model is asked it: with `instances=all`, unknown plurals are put into the singular."""
         if self.options.instances == "one":
             return expression
         return singularize_unknown_words(self.lvlm.processor.tokenizer, expression)
@@ -309,27 +312,31 @@ class Run(ModelRun[FinderOptions]):
 
     @property
     def frames_per_clip(self) -> int | None:
-        """Frames that the model is shown in one prompt; None shows each by itself."""
+        """Frames per prompt with `video=native`; None gives every frame a prompt of its own."""
         return self.options.frames_per_prompt if self.options.video == "native" else None
 
     def check_clips(self) -> None:
-        """UsageError where `video=native` is asked of a model that reads no videos, or to pick heads as no clip can."""
+        """UsageError if `video=native` does not work with this model, or with picking heads by sensitivity."""
         if self.frames_per_clip:
             from localization_heads.lvlm.clips import check_supports_clips
 
             check_supports_clips(self.lvlm.model.config)
             if not self.named_heads and measures_sensitivity(self.options.criteria):
                 raise UsageError(
-                    "video=native: without heads= the third criterion picks them by other expressions of an image, "
-                    "which no clip is asked about: name heads=, or write criteria.sensitivity=none"
+                    "video=native: sensitivity cannot pick the heads of clips, which are asked about one "
+                    "expression only: name heads=, or write criteria.sensitivity=none"
                 )
 
     @property
     def model_settings(self) -> dict[str, Any]:
         if not self.frames_per_clip:
             return super().model_settings
-        own = self.lvlm.video_settings()
-        return {**super().model_settings, "clip": self.frames_per_clip, **({"videos": own} if own else {})}
+        videos = self.lvlm.video_settings()
+        return {
+            **super().model_settings,
+            "clip": self.frames_per_clip,
+            **({"videos": videos} if videos else {}),
+        }
 
     def recipe(self, heads: Sequence[Head] | None, lvlm: LVLM | None = None) -> dict[str, Any]:
         return {
@@ -339,17 +346,17 @@ class Run(ModelRun[FinderOptions]):
 
     @property
     def top_n(self) -> int:
-        """Heads marked in each sample: the option, or what suits the model."""
+        """Heads marked in each sample: the option, else the default of the model."""
         return self.options.top_n or self.spec.top_n
 
     @property
     def uses_workers(self) -> bool:
         return self.options.engine.kind == "ray"
 
-    def ranking_of(
+    def rank_heads(
         self, rows: StatisticsRows, model: str, draws: NDArray[np.int64] | None = None
     ) -> HeadRanking:
-        """The heads ranked by the samples of `rows`, as the options want it (`rank_heads`, which `draws` goes to)."""
+        """Rank the heads over the samples of `rows`, as the options ask (`heads.ranking.rank_heads`)."""
         return rank_heads(
             rows.attention_sum,
             rows.spatial_entropy(self.options.criteria.entropy),
@@ -364,10 +371,10 @@ class Run(ModelRun[FinderOptions]):
         )
 
     def draw(self, plot: Callable[..., Figure], *inputs: object, path: Path, **named: object) -> Path:
-        """Draw a figure, unless the file at `path` shows the same inputs; with `show_plot`, open it -> its path.
+        """Draw a figure, unless the file already shows the same inputs -> its path. With `show_plot`, show it too.
 
         Args:
-            path: of a PNG; its ending is that of `figure_format`.
+            path: of the figure; its suffix is replaced by `figure_format`.
         """
         from localization_heads import figures
 
@@ -378,12 +385,12 @@ class Run(ModelRun[FinderOptions]):
         return path
 
     def attention_file(self, id: str) -> Path:
-        """Where the attention of the entry of that id is kept."""
+        """The attention file of the entry with that id."""
         return attention_path(self.attention_folder, id, self.options.attention_format)
 
     @property
     def num_figures(self) -> int | None:
-        """At most this many entries of a data set are drawn; None draws all."""
+        """The largest number of entries that get a figure; None for no limit."""
         return self.options.visualize_limit if self.options.visualize_batch else 0
 
 
@@ -392,9 +399,9 @@ DemoRun = ModelRun[DemoOptions]
 
 
 def small_model_threads(num_parameters: int) -> int | None:
-    """One thread for a small model, None (torch's choice) for the others.
+    """One thread for a small model, None (torch's default) for others or if `OMP_NUM_THREADS` is set.
 
-    The threads of a small layer spend their time waiting for each other; on a busy machine that made the embedded
-    model twenty times slower. `OMP_NUM_THREADS` is respected.
+    The threads of a small layer mostly wait for each other, which made the embedded model twenty times slower on a
+    busy machine.
     """
     return 1 if num_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ else None

@@ -1,4 +1,4 @@
-"""One image, one expression: `collect`, `analyze`, `visualize`, the three in turn (`pipeline`), and `doctor`."""
+"""The stages for one image and one expression: `collect`, `analyze`, `visualize`, and all three as `pipeline`."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SomeImage = TypeVar("SomeImage")
-OUTPUTS = Path("outputs/localization_heads")
-"""The default of the finder's `output_dir`, with a folder for each model."""
+DEFAULT_OUTPUT_DIR = Path("outputs/localization_heads")
+"""Holds a folder for each model."""
 
 
 @dataclass(frozen=True)
@@ -72,34 +72,34 @@ class VisualizeResult:
 
 
 def collect(run: Run, extra_prompts: ExtraPrompts = NO_EXTRA_PROMPTS) -> CollectResult:
-    """The attention of every head for one image and one expression -> `attention/<id>.pkl`.
+    """Write the attention of every head for one image and one expression to `attention/<id>.pkl`.
 
     Args:
-        extra_prompts: what the model is asked besides, which no file holds.
+        extra_prompts: asked in addition; their maps are returned but not written.
     """
     run.options.require("image_file", "query")
     source, query = run.resolve_images(run.options.image_file or ""), str(run.options.query)
     id = image_id(run, source, query)
     path = run.attention_file(id)
     image = load_prompt_images(source)
-    writable_folder(run.attention_folder)  # before the work, not after it
+    writable_folder(run.attention_folder)  # fail before the model runs
     warn_of_unknown_words(run.lvlm, [query])
     maps = run.lvlm.attend(image, query, extra_prompts=extra_prompts)
     maps = maps.named(id=id, image_file=Sample(source, query).at(maps.image_index).image_file)
     save_attention(maps, path, run.options.attention_format)
-    analysis_path(path).unlink(missing_ok=True)  # that of an earlier file of this name
-    return CollectResult(image, maps, path, _answer(run, image))
+    analysis_path(path).unlink(missing_ok=True)  # it may belong to an earlier file of this name
+    return CollectResult(image, maps, path, _generate_answer(run, image))
 
 
 def analyze(run: Run) -> AnalyzeResult:
-    """Attention sum, spatial entropy and components of every head of a file -> `<id>_analysis.pkl`."""
+    """Write attention sum, spatial entropy and components of every head of a file to `<id>_analysis.pkl`."""
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     return analyse_file(run, load_attention(path), path)
 
 
 def analyse_file(run: Run, maps: AttentionMaps, path: Path, *, replace: bool = True) -> AnalyzeResult:
-    """Analyse the maps; without `replace`, an analysis that is already on the disk stays as it is."""
+    """Analyse the maps and write the analysis; without `replace`, a valid one on disk is left as it is."""
     check_criteria(run.options.criteria, maps.num_layers)
     statistics = head_statistics(maps.attention, run.options.criteria)
     rows = analysis_rows(statistics, run.options.criteria)
@@ -117,7 +117,7 @@ def _is_analysis(path: Path) -> bool:
 
 
 def visualize(run: Run) -> VisualizeResult:
-    """The image, the maps of its top heads and the combined map with its box, as a figure."""
+    """Draw the image of a file, the maps of its top heads, and the combined map with its box."""
     run.options.require("attention_file")
     path = find_attention_file(str(run.options.attention_file))
     analysed = analyse_file(run, load_attention(path), path, replace=False)
@@ -133,27 +133,29 @@ def visualize(run: Run) -> VisualizeResult:
 
 
 def heads_for_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tuple[Head, ...] | None:
-    """The heads of `heads=` for an attention file, which may be of another model than `model=` names; None for its own.
+    """The heads of `heads=` for an attention file; None if the sample picks its own.
 
-    `heads=auto` takes those known for its model, if they were found as it was made, as far as the file says that; a
-    note if others were found in another way.
+    The file may come from another model than `model=`, so `heads=auto` uses the heads known for the file's model, if
+    they were found under the conditions that the file records. Other heads found under other conditions are noted.
     """
-    ready, asked, folder = NONE_READY, maps.asked or {}, path.parent.parent
+    ready, conditions, folder = NONE_READY, maps.asked or {}, path.parent.parent
     if maps.model:
         spec = find_spec(maps.model)
-        ready = choose_ready(spec.heads, spec.lists, asked.get("conv_mode"), asked.get("query_token"))
+        ready = choose_ready(
+            spec.heads, spec.lists, conditions.get("conv_mode"), conditions.get("query_token")
+        )
     heads = choose_heads(wanted, k, maps.model, folder, ready)
     found = found_with_of(wanted, maps.model, folder, ready)
-    if said := other_conditions(f"heads={wanted}", found, maps.asked):
-        log.warning("%s", said)
+    if note := other_conditions(f"heads={wanted}", found, maps.asked):
+        log.warning("%s", note)
     return heads
 
 
 def pipeline(run: Run) -> tuple[CollectResult, AnalyzeResult, VisualizeResult]:
-    """`collect`, `analyze` and `visualize` in turn, ending in the grounded box."""
+    """Run `collect`, `analyze` and `visualize` in turn, down to the grounded box."""
     run.options.require("image_file", "query")
     run.check_named_heads()
-    calibration = run.calibration_of(run.named_heads)  # one that does not fit is wrong use, before the work
+    calibration = run.calibration_for(run.named_heads)  # fail before the model runs if it does not fit
     collected = collect(run, run.extra_prompts(run.named_heads, calibration, every_head=True))
     analysed = analyse_file(run, collected.maps, collected.path)
     maps, path, image = collected.maps, collected.path, collected.image
@@ -165,21 +167,21 @@ def pipeline(run: Run) -> tuple[CollectResult, AnalyzeResult, VisualizeResult]:
 def attend_again(
     run: Run, entries: Entries, grounder: Grounder, sample: Sample, maps: AttentionMaps
 ) -> AttentionMaps:
-    """The maps of a file with what it does not hold, for which the model is asked once more: heads are known now.
+    """Run the model again for what an attention file lacks, such as extra prompts, now that the heads are known.
 
-    A file holds the maps of one image; of a prompt with several, all are those of the model.
+    The maps of the file are kept, unless the prompt shows several images: a file holds the maps of only one.
     """
-    asked = run.lvlm.attend(
+    # The report also reads heads other than the grounder's.
+    extra_prompts = run.extra_prompts(grounder.heads, grounder.calibration, every_head=True)
+    attended = run.lvlm.attend(
         entries.images.load(sample, keep=True),
         sample.expression,
         last_layer=grounder.last_layer,
-        extra_prompts=run.extra_prompts(
-            grounder.heads, grounder.calibration, every_head=True
-        ),  # the report reads other heads as well
+        extra_prompts=extra_prompts,
         siblings=entries.siblings(sample),
     )
-    attention = asked.attention if asked.images else maps.attention
-    return replace(asked, attention=attention, id=maps.id, image_file=maps.image_file)
+    attention = attended.attention if attended.images else maps.attention
+    return replace(attended, attention=attention, id=maps.id, image_file=maps.image_file)
 
 
 def draw_sample(
@@ -197,35 +199,36 @@ def draw_sample(
 
     check_heads(grounder.heads, maps.num_layers, maps.num_heads)
     grounding = grounder.ground(maps, image, statistics)
-    if grounding.image_index != maps.image_index:  # the heads look at another image than most do
+    if grounding.image_index != maps.image_index:
+        # The maps are of the image that most heads attend to, but the grounding heads attend to another one.
         maps = maps.at(grounding.image_index)
         statistics = head_statistics(maps.attention, run.options.criteria)
-    shown, image = image, None if image is None else image_at(image, grounding.image_index)
+    prompt_images, image = image, None if image is None else image_at(image, grounding.image_index)
     top = top_heads(grounding.heads, statistics, run.options.criteria, run.options.top_k)
     maps_path, box_path = side_path(path, "_visualization.png"), side_path(path, "_grounding.png")
-    known: dict[str, Any] = {"grounding": grounding, "statistics": statistics, "truth": truth}
-    drawn = [run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **known)]
+    options: dict[str, Any] = {"grounding": grounding, "statistics": statistics, "truth": truth}
+    drawn = [run.draw(figures.plot_top_maps, image, maps, top, path=maps_path, **options)]
     if grounding.each:
-        images, each = images_of(shown) if shown else None, grounding.each
+        images, each = images_of(prompt_images) if prompt_images else None, grounding.each
         figure = run.draw(figures.plot_together, images, each, path=box_path, expression=maps.query)
         return VisualizeResult(grounding, [*drawn, figure])
-    known = {"truth": truth, "expression": maps.query}
-    drawn.append(run.draw(figures.plot_grounding, image, grounding, path=box_path, **known))
+    options = {"truth": truth, "expression": maps.query}
+    drawn.append(run.draw(figures.plot_grounding, image, grounding, path=box_path, **options))
     return VisualizeResult(grounding, drawn)
 
 
 def top_heads(
     chosen: Sequence[Head], statistics: HeadStatistics, criteria: CriteriaOptions, top_k: int
 ) -> list[Head]:
-    """The first `top_k` of the heads that make the box, then the sample's own best."""
+    """The heads that make the box, filled up to `top_k` with the best other heads of the sample."""
     spare = greedy_heads(statistics, criteria, top_k + len(chosen))
     return [*chosen, *(head for head in spare if head not in chosen)][:top_k]
 
 
 def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image | None:
-    """The image that the maps are of, or None, with a note, if it cannot be loaded any more.
+    """The image that the maps were made from, or None with a warning if it cannot be loaded any more.
 
-    An attention file may be a stranger's, so the address in it may not lead into a private network.
+    An attention file may come from a stranger, so by default an address in it may not point into a private network.
     """
     if not maps.image_file:
         return None
@@ -234,7 +237,7 @@ def image_of(maps: AttentionMaps, allow_private_addresses: bool) -> Image.Image 
 
 
 def image_or_none(load: Callable[[], SomeImage]) -> SomeImage | None:
-    """The image, or None, with a note, if it cannot be loaded any more."""
+    """The image, or None with a warning if it cannot be loaded any more."""
     try:
         return load()
     except (UsageError, WorkError) as error:
@@ -243,35 +246,39 @@ def image_or_none(load: Callable[[], SomeImage]) -> SomeImage | None:
 
 
 def find_attention_file(name: str) -> Path:
-    """The file of that name, or else the one of another model's folder.
+    """The file with that name, or else the only one with that name in another model's folder.
 
-    So `outputs/.../llava/attention/x.pkl`, a path of the published code, works whatever model was run. UsageError if
-    there is none, or there are several.
+    Thus a path from the published code, such as `outputs/.../llava/attention/x.pkl`, works with any model.
+
+    Raises:
+        UsageError: there is no such file, or there are several.
     """
     path = Path(name)
     if path.is_file():
         return path
     if path.parent.name == "attention":
-        twins = sorted(path.parent.parent.parent.glob(f"*/attention/{escape(path.name)}"))
-        if len(twins) == 1:
-            log.warning("there is no %s: taking %s", path, twins[0])
-            return twins[0]
-        if twins:
-            raise UsageError(f"attention_file={name}: there is no such file; {_choose(twins)}")
+        candidates = sorted(path.parent.parent.parent.glob(f"*/attention/{escape(path.name)}"))
+        if len(candidates) == 1:
+            log.warning("there is no %s: taking %s", path, candidates[0])
+            return candidates[0]
+        if candidates:
+            raise UsageError(f"attention_file={name}: there is no such file; {_choose(candidates)}")
     raise UsageError(
         f"attention_file={name}: there is no such file; stage=collect or stage=batch writes them"
     )
 
 
 def attention_file_of(id: str) -> Path:
-    """The attention file of that id, of any model. UsageError if there is none, or there are several."""
-    endings = set(ATTENTION_FORMATS.values())  # several formats end alike
-    found = [path for ending in endings for path in OUTPUTS.glob(f"*/attention/{escape(id)}{ending}")]
+    """The attention file with that id, of any model. UsageError if there is none, or there are several."""
+    suffixes = set(ATTENTION_FORMATS.values())  # some formats share one
+    found = [
+        path for suffix in suffixes for path in DEFAULT_OUTPUT_DIR.glob(f"*/attention/{escape(id)}{suffix}")
+    ]
     if len(found) == 1:
         return found[0]
     if found:
         raise UsageError(f"names no attention_file; {_choose(sorted(found))}")
-    raise UsageError(f"names no attention_file, and there is no {OUTPUTS}/*/attention/{id}.pkl")
+    raise UsageError(f"names no attention_file, and there is no {DEFAULT_OUTPUT_DIR}/*/attention/{id}.pkl")
 
 
 def _choose(paths: Sequence[Path]) -> str:
@@ -279,26 +286,26 @@ def _choose(paths: Sequence[Path]) -> str:
 
 
 def image_id(run: Run, image: object, query: str) -> str:
-    """What the files of an image, or of several in one prompt, are named after: `save_id`, or their `default_id`."""
+    """The id that the files of one prompt are named after: `save_id`, else the `default_id` of its image or images."""
     if isinstance(image, Together):
         image = "-".join(Path(str(one).split("?")[0]).stem for one in image) + ".png"
     return str(run.options.save_id or default_id(str(image), query))
 
 
 def default_id(image_file: str, query: str) -> str:
-    """`cat_the-dog-on-the-left` from the image's name and the words of the query."""
+    """An id made of the image's name and the words of the query, such as `cat_the-dog-on-the-left`."""
     stem = Path(image_file.split("?")[0]).stem
     words = "-".join(re.findall(r"\w+", query.lower()))
     name = re.sub(r"[^\w.-]+", "-", f"{stem}_{words}").strip("-._")
     return name.encode()[:100].decode(errors="ignore") or "sample"
 
 
-def _answer(run: Run, shown: PromptImages) -> str | None:
-    """The model's own answer, if `max_new_tokens` asks for one."""
+def _generate_answer(run: Run, images: PromptImages) -> str | None:
+    """The model's answer to the query; None without `max_new_tokens`."""
     if not run.options.max_new_tokens:
         return None
     from localization_heads.lvlm.conversation import stream
 
-    prompt = run.lvlm.with_num_images(len(images_of(shown))).prompt(str(run.options.query))
-    pieces = stream(run.lvlm, shown, prompt, run.options.max_new_tokens)
+    prompt = run.lvlm.with_num_images(len(images_of(images))).prompt(str(run.options.query))
+    pieces = stream(run.lvlm, images, prompt, run.options.max_new_tokens)
     return "".join(pieces).strip()

@@ -181,7 +181,7 @@ def ask(run: DemoRun, image: Image.Image | Path | None, text: object) -> Asked:
     expressions = split_expressions(text)
     with MODEL.room(3 * num_pixels(image)):
         opened = MODEL.take(read_image, image)
-        calibration = run.calibration_of(run.named_heads)
+        calibration = run.calibration_for(run.named_heads)
         extra_prompts = run.extra_prompts(run.named_heads, calibration, every_head=True)
         maps = tuple(
             MODEL.take(run.lvlm.attend, opened, expression, extra_prompts=extra_prompts, siblings=expressions)
