@@ -20,7 +20,7 @@ from localization_heads.evaluation.head_iou import label_scores
 from localization_heads.evaluation.judging import truth_of
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import head_statistics
-from localization_heads.heads.labels import best_first, shrunk
+from localization_heads.heads.labels import rank_by_score, shrink_scores
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.record import HeadRanking
 from localization_heads.lvlm.model import LVLM
@@ -81,7 +81,7 @@ def accuracies(
     for _ in range(draws):
         drawn = rng.choice(len(scores), count, replace=False)
         mean = scores[drawn].mean(axis=0, dtype=np.float64)
-        heads = best_first(shrunk(mean, free, count, how, n0), free)[:K]
+        heads = rank_by_score(shrink_scores(mean, free, count, how, n0), free)[:K]
         found.append(float(np.delete(right(heads), drawn).mean()))
     return found
 

@@ -15,10 +15,10 @@ from localization_heads.errors import ArgumentError, UsageError, shown
 from localization_heads.grounder import (
     Grounder,
     check_heads,
-    chosen_heads,
-    found_with_of,
+    heads_found_with,
     load_calibration,
     make_segmenter,
+    resolve_heads,
 )
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.heads.head import Head
@@ -80,8 +80,8 @@ def _resolve_heads(lvlm: LVLM, heads: Heads, k: int) -> Sequence[Head]:
     if isinstance(heads, str) and heads == "greedy":
         return ()
     if isinstance(heads, str | Path):
-        lvlm.note_other_conditions(f"heads={heads}", found_with_of(str(heads)))
-        return chosen_heads(str(heads), k)
+        lvlm.note_other_conditions(f"heads={heads}", heads_found_with(str(heads)))
+        return resolve_heads(str(heads), k)
     try:
         listed = [_parse_head(head) for head in heads]
     except (TypeError, ValueError):

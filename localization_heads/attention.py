@@ -18,20 +18,20 @@ Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image: floats, half-open, origin at the top left."""
 
 
-def misses_image(box: Box, image_size: tuple[int, int]) -> bool:
+def is_outside_image(box: Box, image_size: tuple[int, int]) -> bool:
     """Whether a box covers nothing of its image of `(W, H)` pixels: one of the two is then of another one.
 
-    >>> misses_image((-5, 0, 1, 1), (4, 4)), misses_image((4, 0, 5, 1), (4, 4))
+    >>> is_outside_image((-5, 0, 1, 1), (4, 4)), is_outside_image((4, 0, 5, 1), (4, 4))
     (False, True)
     """
     x0, y0, x1, y1 = box
     return min(x1, image_size[0]) <= max(x0, 0) or min(y1, image_size[1]) <= max(y0, 0)
 
 
-def on_image(box: Box, image_size: tuple[int, int]) -> Box:
+def clip_box(box: Box, image_size: tuple[int, int]) -> Box:
     """The part of a box that lies on its image of `(W, H)` pixels; an empty one where none does.
 
-    >>> on_image((-5.0, 0.0, 1.0, 9.0), (4, 4)), on_image((5.0, 0.0, 6.0, 1.0), (4, 4))
+    >>> clip_box((-5.0, 0.0, 1.0, 9.0), (4, 4)), clip_box((5.0, 0.0, 6.0, 1.0), (4, 4))
     ((0.0, 0.0, 1.0, 4.0), (5.0, 0.0, 5.0, 1.0))
     """
     (x0, y0, x1, y1), (W, H) = box, image_size
@@ -39,10 +39,10 @@ def on_image(box: Box, image_size: tuple[int, int]) -> Box:
     return x0, y0, max(min(x1, float(W)), x0), max(min(y1, float(H)), y0)
 
 
-def rescaled(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
+def rescale_box(box: Box, before: tuple[int, int], after: tuple[int, int]) -> Box:
     """A box of an image of `(W, H)` pixels in pixels of the same image in another resolution.
 
-    >>> rescaled((1, 2, 3, 4), (4, 4), (8, 2))
+    >>> rescale_box((1, 2, 3, 4), (4, 4), (8, 2))
     (2.0, 1.0, 6.0, 2.0)
     """
     if before == after:
@@ -130,7 +130,7 @@ class AttentionMaps:
     def of_size(self, image_size: tuple[int, int]) -> AttentionMaps:
         """The same maps of the same image in another resolution, `(W, H)`."""
         return replace(
-            self, image_box=rescaled(self.image_box, self.image_size, image_size), image_size=image_size
+            self, image_box=rescale_box(self.image_box, self.image_size, image_size), image_size=image_size
         )
 
     def check_finite(self) -> None:
@@ -185,7 +185,7 @@ class AttentionMaps:
         return replace(self, id=id, image_file=image_file)
 
 
-def of_images(each: Sequence[AttentionMaps]) -> AttentionMaps:
+def join_images(each: Sequence[AttentionMaps]) -> AttentionMaps:
     """The maps of a prompt with several images, from those of each: at first, of the one that draws most attention."""
     index = int(np.argmax([one.attention.sum(dtype=np.float64) for one in each]))
     return replace(each[index], images=tuple(each), image_index=index)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from localization_heads.attention import Box, on_image
+from localization_heads.attention import Box, clip_box
 from localization_heads.options.groups import Interpolation
 
 SLIVER = 1e-6
@@ -31,10 +31,10 @@ def label_components(masks: NDArray[np.bool_]) -> NDArray[np.int32]:
     *stack, height, width = masks.shape
     apart = np.zeros((*stack, height + 1, width), dtype=np.bool_)
     apart[..., :-1, :] = masks
-    return label_apart(apart)[1][..., :-1, :].copy()
+    return label_separated(apart)[1][..., :-1, :].copy()
 
 
-def label_apart(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
+def label_separated(apart: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
     """Components of masks `[..., h, w]` whose last row is empty: one more than there are, and the labels."""
     if not apart.size:
         return 1, np.zeros(apart.shape, dtype=np.int32)
@@ -84,16 +84,16 @@ def upsample(
     )
 
 
-def resample(
+def normalised_heatmap(
     combined: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int]
 ) -> NDArray[np.float32]:
     """A map `[h, w]` over `image_box` on the pixels of the image, `[H, W]`, scaled to a maximum of 1."""
-    heat = spread(combined, image_box, image_size)
+    heat = upsample_to_image(combined, image_box, image_size)
     peak = heat.max()
     return heat / peak if peak > 0 else heat
 
 
-def spread(
+def upsample_to_image(
     combined: NDArray[np.floating[Any]], image_box: Box, image_size: tuple[int, int], outside: float = 0.0
 ) -> NDArray[np.float32]:
     """A map `[h, w]` over `image_box` on the pixels of the image, `[H, W]`, in its own values.
@@ -129,9 +129,9 @@ def mass_inside(
     x_edges, y_edges = grid_edges(image_box, mass.shape)
 
     def within(x0: float, y0: float, x1: float, y1: float) -> float:
-        return float(interval_shares(y_edges, y0, y1) @ mass @ interval_shares(x_edges, x0, x1))
+        return float(interval_coverage(y_edges, y0, y1) @ mass @ interval_coverage(x_edges, x0, x1))
 
-    total, inside = within(0, 0, *image_size), within(*on_image(box, image_size))
+    total, inside = within(0, 0, *image_size), within(*clip_box(box, image_size))
     return min(1.0, inside / total) if total > 0 else 0.0
 
 
@@ -151,10 +151,10 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     return np.asarray(shared / np.where(union > 0, union, 1.0))
 
 
-def agreement(box: Box, boxes: Sequence[Box | None]) -> float:
+def mean_box_iou(box: Box, boxes: Sequence[Box | None]) -> float:
     """Mean IoU of a box with those of the single heads, 0 for a head without one.
 
-    >>> agreement((0, 0, 2, 2), [(0, 0, 2, 2), (0, 0, 2, 1), None])
+    >>> mean_box_iou((0, 0, 2, 2), [(0, 0, 2, 2), (0, 0, 2, 1), None])
     0.5
     """
     return float(np.mean([0.0 if other is None else float(box_iou(box, other)) for other in boxes]))
@@ -171,20 +171,20 @@ def _area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(axis=-1))
 
 
-def interval_shares(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
+def interval_coverage(edges: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
     """The share of each interval between rising `edges` `[n + 1]` that lies in `[low, high]`: float64 `[n]`.
 
-    >>> interval_shares([0, 2, 4, 6], 1, 4.5).tolist()
+    >>> interval_coverage([0, 2, 4, 6], 1, 4.5).tolist()
     [0.5, 1.0, 0.25]
     """
     edges = np.asarray(edges, dtype=np.float64)
-    return np.asarray(overlaps(edges, np.array([low, high]))[:, 0] / np.diff(edges))
+    return np.asarray(interval_overlaps(edges, np.array([low, high]))[:, 0] / np.diff(edges))
 
 
-def overlaps(edges: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+def interval_overlaps(edges: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
     """Length that each interval between rising `edges` `[n + 1]` shares with each between `others` `[m + 1]`: `[n, m]`.
 
-    >>> overlaps(np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.5, 3.0])).tolist()
+    >>> interval_overlaps(np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.5, 3.0])).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
     """
     start = np.maximum(edges[:-1, None], others[None, :-1])
@@ -192,32 +192,32 @@ def overlaps(edges: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray
     return np.asarray(np.clip(end - start, 0, None))
 
 
-def mask_shares(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+def mask_coverage(mask: NDArray[np.bool_], image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
     """The share of each cell that a mask `[H, W]` covers: float64 `[h, w]` for a grid over `image_box`.
 
     Pixels that a cell's edge cuts count by area; beyond the image there is no mask.
 
-    >>> mask_shares(np.array([[True, False, False, True]]), (0, 0, 4, 1), (1, 2)).tolist()
+    >>> mask_coverage(np.array([[True, False, False, True]]), (0, 0, 4, 1), (1, 2)).tolist()
     [[0.5, 0.5]]
     """
     height, width = mask.shape
     x_edges, y_edges = grid_edges(image_box, grid)
-    columns = overlaps(x_edges, np.arange(width + 1.0))  # (w, W)
+    columns = interval_overlaps(x_edges, np.arange(width + 1.0))  # (w, W)
     shares = np.zeros(grid)
-    for row, weights in enumerate(overlaps(y_edges, np.arange(height + 1.0))):
+    for row, weights in enumerate(interval_overlaps(y_edges, np.arange(height + 1.0))):
         rows = np.flatnonzero(weights)  # a grid's row at a time: a large mask is never copied whole
         shares[row] = columns @ (weights[rows] @ mask[rows].astype(np.float64))
     return np.asarray(shares / ((x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])))
 
 
-def box_shares(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
+def box_coverage(box: Box, image_box: Box, grid: tuple[int, int]) -> NDArray[np.float64]:
     """The share of each cell that a box covers: float64 `[h, w]` for a grid over `image_box`.
 
-    >>> box_shares((1, 0, 4, 1), (0, 0, 4, 1), (1, 2)).tolist()
+    >>> box_coverage((1, 0, 4, 1), (0, 0, 4, 1), (1, 2)).tolist()
     [[0.5, 1.0]]
     """
     x_edges, y_edges = grid_edges(image_box, grid)
-    return np.outer(interval_shares(y_edges, box[1], box[3]), interval_shares(x_edges, box[0], box[2]))
+    return np.outer(interval_coverage(y_edges, box[1], box[3]), interval_coverage(x_edges, box[0], box[2]))
 
 
 def grid_edges(image_box: Box, grid: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -13,13 +13,24 @@ import numpy as np
 from localization_heads.attention import AttentionMaps, Box
 from localization_heads.data.sources import PromptImages, image_at
 from localization_heads.errors import UsageError, shown
-from localization_heads.grounding.boxes import attended, box_of_cells, looked_again, suppressed
-from localization_heads.grounding.confidence import Calibration, abstained, judged, own_boxes, signals
-from localization_heads.grounding.ground import LEAST_MASS, Grounding, ground_instances, ground_maps
+from localization_heads.grounding.boxes import (
+    apply_second_look,
+    box_of_cells,
+    non_maximum_suppression,
+    select_proposals,
+)
+from localization_heads.grounding.confidence import (
+    Calibration,
+    add_confidence,
+    apply_abstention,
+    signals,
+    single_head_boxes,
+)
+from localization_heads.grounding.ground import MIN_INSTANCE_MASS, Grounding, ground_instances, ground_maps
 from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.criteria import HeadStatistics, head_statistics
-from localization_heads.heads.head import Head, repeated
-from localization_heads.heads.one_sample import own_heads
+from localization_heads.heads.head import Head, find_duplicate
+from localization_heads.heads.one_sample import pick_own_heads
 from localization_heads.heads.ready import NONE_READY, FoundWith, ReadyHeads, ready_lists
 from localization_heads.heads.record import HeadRanking
 from localization_heads.hub import is_repository, load_heads
@@ -35,7 +46,7 @@ from localization_heads.options.groups import (
     SegmenterOptions,
     SensitivityOptions,
 )
-from localization_heads.segmentation.segmenter import Proposer, Segmenter, proposed_by, refine
+from localization_heads.segmentation.segmenter import Proposer, Segmenter, checked_proposals, refine
 from localization_heads.store.files import read_json
 from localization_heads.store.results import is_ranking, load_head_list, load_ranking
 
@@ -73,7 +84,7 @@ class Grounder:
     k: int = 3
     calibration: Calibration | None = None
     abstain: float | None = None
-    least_mass: float = LEAST_MASS
+    least_mass: float = MIN_INSTANCE_MASS
     proposes: bool = False
     each_image: bool = False
 
@@ -88,7 +99,7 @@ class Grounder:
         Args:
             every_head: other heads than these will be read too.
         """
-        asks = self.calibration is not None and self.calibration.asks
+        asks = self.calibration is not None and self.calibration.needs_model_signals
         return extra_prompts_for(
             self.options.contrast, self.heads, self.criteria, signals=asks, every_head=every_head
         )
@@ -105,7 +116,7 @@ class Grounder:
             return list(self.heads)
         statistics = statistics or head_statistics(maps.attention, self.criteria)
         sensitivity = measure_sensitivity(maps, None) if measures_sensitivity(self.criteria) else None
-        return own_heads(statistics, self.criteria, self.k, sensitivity)
+        return pick_own_heads(statistics, self.criteria, self.k, sensitivity)
 
     def ground(
         self,
@@ -124,8 +135,8 @@ class Grounder:
         if maps.images:
             return self._ground_together(maps, image, statistics)[0]
         image = None if image is None else image_at(image, None)
-        found = looked_again(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
-        return self.judge(maps, self.refine(found, image, _entry(maps)), found.box)
+        found = apply_second_look(ground_maps(maps, self.heads_of(maps, statistics), self.options), second)
+        return self.with_confidence(maps, self.refine(found, image, _entry(maps)), found.box)
 
     def ground_all(
         self, maps: AttentionMaps, image: PromptImages | None, statistics: HeadStatistics | None = None
@@ -133,9 +144,9 @@ class Grounder:
         """A grounding for each object that the expression fits, that of the highest score first; at least one.
 
         Each component of the map, its mask made by the segmenter, and scored by the map's mass in its box. Of two that
-        overlap by more than half (`suppressed`) only the better one is kept. Where the segmenter proposes objects,
-        those of its proposals that the map attends to, and the components that these leave out. Arguments and errors as
-        of `ground`.
+        overlap by more than half only the better one is kept (`non_maximum_suppression`). Where the segmenter proposes
+        objects, those of its proposals that the map attends to, and the components that these leave out.
+        Arguments and errors as of `ground`.
         """
         if maps.images:
             return self._ground_together(maps, image, statistics, every=True)
@@ -143,14 +154,14 @@ class Grounder:
         components = ground_instances(maps, self.heads_of(maps, statistics), self.options, self.least_mass)
         found = []
         if self.proposes and isinstance(self.segmenter, Proposer) and image is not None:
-            masks = proposed_by(self.segmenter, image)
-            found = attended(components[0], masks, self.segmenter.name, self.least_mass)
+            masks = checked_proposals(self.segmenter, image)
+            found = select_proposals(components[0], masks, self.segmenter.name, self.least_mass)
         seen = np.any([one.cells for one in found], axis=0) if found else False
         rest = [one for one in components if not (one.cells & seen).any()]
-        found = [self.judge(maps, one, box_of_cells(one)) for one in found]
-        found += [self.judge(maps, self.refine(one, image, _entry(maps)), one.box) for one in rest]
+        found = [self.with_confidence(maps, one, box_of_cells(one)) for one in found]
+        found += [self.with_confidence(maps, self.refine(one, image, _entry(maps)), one.box) for one in rest]
         found.sort(key=lambda one: -one.score)
-        return [found[place] for place in suppressed([one.box for one in found])]
+        return [found[place] for place in non_maximum_suppression([one.box for one in found])]
 
     def _ground_together(
         self,
@@ -183,17 +194,17 @@ class Grounder:
             raise UsageError(f"abstain={self.abstain:g}: no calibration is one of several images in a prompt")
         return replace(self, heads=tuple(heads), calibration=None)
 
-    def judge(self, maps: AttentionMaps, grounding: Grounding, map_box: Box) -> Grounding:
+    def with_confidence(self, maps: AttentionMaps, grounding: Grounding, map_box: Box) -> Grounding:
         """The grounding with the own boxes of its heads, signals, confidence and presence; `absent` if it abstains.
 
         Args:
             map_box: the box before the segmenter was at work.
         """
-        grounding = replace(grounding, own_boxes=own_boxes(maps, grounding, self.options))
+        grounding = replace(grounding, own_boxes=single_head_boxes(maps, grounding, self.options))
         if self.options.box_from != "map" and self.segmenter and grounding.mask_overlap is None:
             grounding = replace(grounding, mask_overlap=0.0)  # there was nothing to start a mask from
         found = signals(maps, grounding, self.options, map_box)
-        return abstained(judged(grounding, found, self.calibration), self.abstain)
+        return apply_abstention(add_confidence(grounding, found, self.calibration), self.abstain)
 
     def recipe(
         self, asked: Mapping[str, Any], *, signals: bool = False, zoom: bool = False
@@ -298,7 +309,7 @@ def choose_heads(
     if wanted == "greedy":
         return None
     if wanted != "auto":
-        return chosen_heads(wanted, k)
+        return resolve_heads(wanted, k)
     known = known_heads(model, folder, k, ready)
     if not known:
         log.warning("no heads are known for %s: each sample picks its own", model)
@@ -344,7 +355,7 @@ def heads_source(
     return folder / "heads.json" if _latest(model, folder) else None
 
 
-def found_with_of(
+def heads_found_with(
     wanted: Any, model: str = "", folder: Path | None = None, ready: ReadyHeads = NONE_READY
 ) -> FoundWith | None:
     """How the heads of `heads=` were found, None where that is not known. Arguments as of `heads_source`."""
@@ -355,9 +366,9 @@ def found_with_of(
     return ready.of.found_with if wanted == "auto" and ready.of else None
 
 
-def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
+def resolve_heads(value: Any, k: int) -> tuple[Head, ...]:
     """Heads from a list such as `[14-24, 14-13]`, from one such name, from a heads.json, or from a ready list."""
-    heads = every_head(value)
+    heads = resolve_all_heads(value)
     listed = isinstance(value, str) and (
         value.endswith(".json") or value in ready_lists() or is_repository(value)
     )
@@ -366,7 +377,7 @@ def chosen_heads(value: Any, k: int) -> tuple[Head, ...]:
     return heads[:k] if listed else heads
 
 
-def every_head(value: Any) -> tuple[Head, ...]:
+def resolve_all_heads(value: Any) -> tuple[Head, ...]:
     """All heads of a list such as `[14-24, 14-13]`, of one such name, or of a heads.json or repository, best first."""
     if isinstance(value, str) and value.endswith(".json"):
         return tuple(load_head_list(value))
@@ -384,7 +395,7 @@ def every_head(value: Any) -> tuple[Head, ...]:
         ) from error
     if not heads:
         raise UsageError("heads=[] names no head; write auto, or a list such as [14-24,14-13,14-26]")
-    if twice := repeated(heads):
+    if twice := find_duplicate(heads):
         raise UsageError(f"heads names {twice} twice: name each head once")
     return heads
 

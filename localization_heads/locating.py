@@ -17,9 +17,9 @@ from localization_heads.data.sources import PromptImages, Together, as_sources, 
 from localization_heads.errors import ArgumentError, check_choice, shown
 from localization_heads.finding import BATCH_SIZE
 from localization_heads.grounder import Grounder
-from localization_heads.grounding.boxes import crop_around, mapped_back
+from localization_heads.grounding.boxes import crop_around, to_image_pixels
 from localization_heads.grounding.confidence import Calibration
-from localization_heads.grounding.ground import LEAST_OF_PLACES, ground_maps
+from localization_heads.grounding.ground import MIN_INSTANCE_MASS_OF_PLACES, ground_maps
 from localization_heads.located import Located
 from localization_heads.lvlm.vocabulary import singularize_unknown_words, warn_of_unknown_words
 from localization_heads.options.groups import CriteriaOptions
@@ -220,7 +220,7 @@ def _second_box(
     last_layer = max(head.layer for head in first.heads)
     crop_maps = lvlm.attend(image_at(image, None).crop(crop), expression, last_layer=last_layer)
     second = ground_maps(crop_maps, first.heads, grounder.options)
-    return mapped_back(second.box, crop) if second.cells.any() else None
+    return to_image_pixels(second.box, crop) if second.cells.any() else None
 
 
 def ground_all(
@@ -238,15 +238,15 @@ def ground_all(
 ) -> list[Located]:
     """Ground every object that an expression such as "the dogs" refers to, highest score first; at least one.
 
-    Each object is a component of the map's positive cells with at least `LEAST_MASS` of the strongest component's
-    attention, and has its own box, mask, score (the share of the whole map in its box) and `absent` flag. Of two that
-    overlap by more than half, the better one is kept. A plural that is not in the model's vocabulary is replaced by its
-    singular. Other arguments and errors are those of `ground`.
+    Each object is a component of the map's positive cells with at least `MIN_INSTANCE_MASS` of the strongest
+    component's attention, and has its own box, mask, score (the share of the whole map in its box) and `absent` flag.
+    Of two that overlap by more than half, the better one is kept. A plural that is not in the model's vocabulary is
+    replaced by its singular. Other arguments and errors are those of `ground`.
 
     Args:
         by: where the objects come from. `components`: the components of the expression's map. `places`: those of the
             mean of four maps, of the expression on the left, on the right, at the top and at the bottom; a component
-            needs only `LEAST_OF_PLACES` there. `segmenter`: the segmenter's proposals, filtered by the map.
+            needs only `MIN_INSTANCE_MASS_OF_PLACES` there. `segmenter`: the segmenter's proposals, filtered by the map.
     """
     check_choice("by", by, InstancesBy)
     source = as_sources(image)
@@ -260,7 +260,7 @@ def ground_all(
     image = load_prompt_images(source)
     grounder = calibrated(grounder, lvlm, calibration, abstain)
     if by == "places":
-        grounder = replace(grounder, least_mass=LEAST_OF_PLACES)
+        grounder = replace(grounder, least_mass=MIN_INSTANCE_MASS_OF_PLACES)
     elif by == "segmenter":
         if not isinstance(grounder.segmenter, Proposer):
             raise ArgumentError(

@@ -22,7 +22,7 @@ from localization_heads.attention import AttentionMaps
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import ground_maps
-from localization_heads.grounding.maps import added
+from localization_heads.grounding.maps import sum_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import difference
 from localization_heads.lvlm.answers.answering import spellings
@@ -205,7 +205,7 @@ def test_kept_heads_read_as_all_do(lvlm: LVLM, scenes: list[tuple[Image.Image, s
     plain = ground_maps(replace(few, others=()), heads, options)
     assert abs(plain.combined - one.combined).max() > 1e-5
     with pytest.raises(ValueError, match="not kept"):
-        added(few.others[0], [Head(3, 0)], options)
+        sum_maps(few.others[0], [Head(3, 0)], options)
     assert few.num_bytes < all_of_them.num_bytes
 
 

@@ -109,7 +109,7 @@ def test_fifty_labels_bring_a_calibration_to_a_new_domain():
     known = calibrate(labelled(2000), RECIPE)
     elsewhere = labelled(50, shift=3.0, seed=5)
     again = recalibrate(elsewhere, known)
-    assert again.num_labels == 50 and again.names == known.names
+    assert again.num_labels == 50 and again.signal_names == known.signal_names
     test = labelled(2000, shift=3.0, seed=6)
     share = test.right.mean()
     before, after = (np.mean([c.confidence(row) for row in test.signals]) for c in (known, again))

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import agreement
+from localization_heads.cells import mean_box_iou
 from localization_heads.errors import UsageError
 from localization_heads.grounding.confidence import (
-    ASKED,
+    MODEL_SIGNALS,
     Calibration,
     Logistic,
+    add_confidence,
     entropy,
-    judged,
-    own_boxes,
     signals,
+    single_head_boxes,
 )
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
@@ -40,7 +40,7 @@ def test_signals_by_hand():
     seen = maps([4, 0, 0, 0], [2, 2, 0, 0])
     found = ground_maps(seen, HEADS, PLAIN)  # (6, 2, 0, 0), mean 2: the first cell
     assert found.box == (0, 0, 10, 10)
-    assert own_boxes(seen, found, PLAIN) == ((0, 0, 10, 10), (0, 0, 20, 10))
+    assert single_head_boxes(seen, found, PLAIN) == ((0, 0, 10, 10), (0, 0, 20, 10))
     given_ = signals(seen, found, PLAIN)
     assert given_ == pytest.approx(
         {
@@ -75,7 +75,7 @@ def test_signals_of_answers_and_others_by_hand():
         seen, presence_logit=-2.5, statement_logit=1.5, answer_logprob=-0.25, expression_logprob=-3.0
     )
     found = signals(asked, box, PLAIN)
-    assert [found[name] for name in ASKED] == [-2.5, 1.5, -0.25, -3.0] and "mask" not in found
+    assert [found[name] for name in MODEL_SIGNALS] == [-2.5, 1.5, -0.25, -3.0] and "mask" not in found
     mask_box = replace(box, box=(20, 0, 40, 10))  # not the map's own, in which the gain is measured
     found = signals(seen, mask_box, PLAIN, map_box=(0, 0, 20, 10))
     assert found["gain"] == pytest.approx(1 - (0 + 0.5) / 2) and found["mass"] == 0
@@ -84,8 +84,8 @@ def test_signals_of_answers_and_others_by_hand():
 def test_a_head_that_points_at_nothing_agrees_with_nothing():
     seen = maps([4, 0, 0, 0], [1, 1, 1, 1])
     found = ground_maps(seen, HEADS, PLAIN)
-    assert own_boxes(seen, found, PLAIN)[1] is None
-    assert agreement(found.box, own_boxes(seen, found, PLAIN)) == 0.5
+    assert single_head_boxes(seen, found, PLAIN)[1] is None
+    assert mean_box_iou(found.box, single_head_boxes(seen, found, PLAIN)) == 0.5
 
 
 def test_a_map_without_attention_has_signals():
@@ -104,15 +104,15 @@ CALIBRATION = Calibration(
 def test_probabilities_by_hand():
     seen = maps([4, 0, 0, 0], [2, 2, 0, 0])
     found = ground_maps(seen, HEADS, PLAIN)
-    raw = judged(found, {"agreement": 0.4, "mass": 0.75}, None)
+    raw = add_confidence(found, {"agreement": 0.4, "mass": 0.75}, None)
     assert (raw.confidence, raw.presence, raw.calibrated) == (0.4, None, False)
-    sure = judged(found, {"mass": 0.75}, CALIBRATION)
+    sure = add_confidence(found, {"mass": 0.75}, CALIBRATION)
     there, right = 1 / (1 + math.exp(-0.75)), 1 / (1 + math.exp(-0.5))
     assert sure.presence == pytest.approx(there) and sure.calibrated
     assert sure.confidence == pytest.approx(there * right)
-    alone = judged(found, {"mass": 0.75}, replace(CALIBRATION, present=None))
+    alone = add_confidence(found, {"mass": 0.75}, replace(CALIBRATION, present=None))
     assert alone.presence is None and alone.confidence == pytest.approx(right)
-    assert judged(found, {"entropy": 0.5}, CALIBRATION).confidence is None
+    assert add_confidence(found, {"entropy": 0.5}, CALIBRATION).confidence is None
     assert Logistic(1e9, {}).probability({}) == 1.0 and Logistic(-1e9, {}).probability({}) < 1e-200
 
 
@@ -128,14 +128,15 @@ def test_another_recipe_is_refused_by_name():
         CALIBRATION.check({**RECIPE, "heads": [[1, 1]], "grounding": {"sigma": 1.0}}, "c.json")
     with pytest.raises(UsageError, match="query_token None"):
         CALIBRATION.check({**RECIPE, "query_token": "last"})
-    assert CALIBRATION.differs({**RECIPE, "zoom": True, "heads": []}) == ["heads", "zoom"]
+    assert CALIBRATION.differences({**RECIPE, "zoom": True, "heads": []}) == ["heads", "zoom"]
 
 
 def test_the_model_is_asked_where_a_calibration_needs_it():
     asking, not_asking = ({**RECIPE, "signals": asks} for asks in (True, False))
-    assert not replace(CALIBRATION, recipe=asking).differs(not_asking)
-    assert replace(CALIBRATION, recipe=not_asking).differs(asking) == ["signals"]
-    assert replace(CALIBRATION, recipe=asking).asks and not replace(CALIBRATION, recipe=not_asking).asks
+    assert not replace(CALIBRATION, recipe=asking).differences(not_asking)
+    assert replace(CALIBRATION, recipe=not_asking).differences(asking) == ["signals"]
+    assert replace(CALIBRATION, recipe=asking).needs_model_signals
+    assert not replace(CALIBRATION, recipe=not_asking).needs_model_signals
 
 
 @pytest.mark.parametrize(

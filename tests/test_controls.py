@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import box_shares, mask_shares
+from localization_heads.cells import box_coverage, mask_coverage
 from localization_heads.evaluation.controls import (
     DRAWS,
     centre_box,
@@ -102,11 +102,11 @@ class TestOracle:
     def test_mask_by_hand(self) -> None:
         mask = np.zeros((4, 4), bool)
         mask[0, 0] = mask[1, 2:] = mask[2:, 2:] = True
-        assert mask_shares(mask, (0, 0, 4, 4), (2, 2)).tolist() == [[0.25, 0.5], [0, 1]]
+        assert mask_coverage(mask, (0, 0, 4, 4), (2, 2)).tolist() == [[0.25, 0.5], [0, 1]]
         # cells of 4/3 pixels, of which the first holds the one true pixel
-        assert mask_shares(mask[:1], (0, 0, 4, 1), (1, 3)).tolist() == [[pytest.approx(0.75), 0, 0]]
+        assert mask_coverage(mask[:1], (0, 0, 4, 1), (1, 3)).tolist() == [[pytest.approx(0.75), 0, 0]]
         # half of the grid is padding above the image
-        assert mask_shares(mask, (0, -4, 4, 4), (2, 1)).ravel().tolist() == [0, 7 / 16]
+        assert mask_coverage(mask, (0, -4, 4, 4), (2, 1)).ravel().tolist() == [0, 7 / 16]
 
     @given(
         st.integers(0, 2**32 - 1),
@@ -128,7 +128,7 @@ class TestOracle:
                     if 0 <= y < fine.shape[0] and 0 <= x < fine.shape[1]:
                         expected[row, column] += fine[y, x] / (cw * ch)
         box = (x0 / 3, y0 / 3, (x0 + w * cw) / 3, (y0 + h * ch) / 3)
-        assert mask_shares(mask, box, grid) == pytest.approx(expected)
+        assert mask_coverage(mask, box, grid) == pytest.approx(expected)
 
     @given(st.tuples(st.integers(0, 7), st.integers(0, 5), st.integers(1, 8), st.integers(1, 6)))
     def test_a_box_is_its_filled_mask(self, edges: tuple[int, int, int, int]) -> None:
@@ -138,14 +138,16 @@ class TestOracle:
         mask = np.zeros((6, 8), bool)
         mask[y0:y1, x0:x1] = True
         frame = (-1.0, -0.5, 8.3, 7.0)
-        assert box_shares((x0, y0, x1, y1), frame, (4, 3)) == pytest.approx(mask_shares(mask, frame, (4, 3)))
+        assert box_coverage((x0, y0, x1, y1), frame, (4, 3)) == pytest.approx(
+            mask_coverage(mask, frame, (4, 3))
+        )
 
     def test_takes_the_mask_and_else_the_box(self) -> None:
         maps = random_maps()
         mask = np.zeros((30, 70), bool)
         mask[5:9, 20:60] = True
         by_mask = oracle_map(maps, Truth((0.0, 0.0, 70.0, 30.0), mask))
-        assert by_mask.attention[0, 0] == pytest.approx(mask_shares(mask, maps.image_box, maps.grid))
+        assert by_mask.attention[0, 0] == pytest.approx(mask_coverage(mask, maps.image_box, maps.grid))
         assert by_mask.image_box == maps.image_box and by_mask.image_size == maps.image_size
         by_box = oracle_map(maps, Truth((20.0, 5.0, 60.0, 9.0)))
         assert by_box.attention == pytest.approx(by_mask.attention)

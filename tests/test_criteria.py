@@ -20,8 +20,8 @@ from localization_heads.heads.criteria import (
     attention_sum_threshold,
     binarise,
     elbow,
-    elbow_head,
     elbow_index,
+    head_at_elbow,
     head_statistics,
     keep_heads,
     spatial_entropy,
@@ -157,12 +157,12 @@ class TestKeepHeads:
 
     def test_index_variant_takes_the_head_at_the_elbow(self):
         sums = np.array([[0.9, 0.0], [0.2, 0.1]])  # sorted: heads 1, 3, 2, 0: head 2 stands at the elbow
-        assert elbow_head(sums) == 2
+        assert head_at_elbow(sums) == 2
         kept = keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=0))
         assert kept.tolist() == [[False, False], [True, True]]  # 2 and what comes after it, however silent
         assert keep_heads(sums, CriteriaOptions(exclude_layers=0)).tolist() == [[True, False], [True, False]]
         sums = np.array([[0.2, 0.0], [0.1, 0.9]])  # sorted: heads 1, 2, 0, 3: now it is head 0; all are kept
-        assert elbow_head(sums) == 0
+        assert head_at_elbow(sums) == 0
         assert keep_heads(sums, CriteriaOptions(elbow="index", exclude_layers=0)).all()
 
     def test_index_variant_sorts_all_heads_then_excludes(self):
@@ -490,7 +490,7 @@ class TestPublishedCode:
         )
         attention = built(layers, heads, 3, {**special, (0, 0): "one", (1, 1): "one"})
         found = head_statistics(attention, JUNE)
-        assert elbow_head(found.attention_sum) == at
+        assert head_at_elbow(found.attention_sum) == at
         assert np.flatnonzero(keep_heads(found.attention_sum, JUNE)).tolist() == list(
             range(at, layers * heads)
         )
@@ -559,7 +559,7 @@ class TestPublishedCode:
 
         threshold, entropies, best = obvious_june(attention)
         june = head_statistics(attention, JUNE)
-        assert elbow_head(june.attention_sum) == threshold
+        assert head_at_elbow(june.attention_sum) == threshold
         np.testing.assert_allclose(june.spatial_entropy.ravel(), entropies, rtol=1e-5, atol=1e-7)
         assert greedy_heads(june, JUNE, 5) == best
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import mask_shares, visible_edges
+from localization_heads.cells import mask_coverage, visible_edges
 from localization_heads.evaluation.head_iou import head_hits, map_ious
 from localization_heads.evaluation.metrics import spearman
 from localization_heads.evaluation.scores import Score, Truth
@@ -182,7 +182,7 @@ def test_cells_that_cut_pixels_share_them_by_area() -> None:
     mask = rng.random((5, 7)) < 0.5
     x_edges, y_edges = visible_edges((-1.0, 0.0, 8.0, 5.0), (7, 5), (3, 4))
     fine = np.kron(mask, np.ones((12, 12)))
-    shares = mask_shares(mask, (-1.0, 0.0, 8.0, 5.0), (3, 4)) * (9 / 4) * (5 / 3)  # in pixels
+    shares = mask_coverage(mask, (-1.0, 0.0, 8.0, 5.0), (3, 4)) * (9 / 4) * (5 / 3)  # in pixels
     for row, column in np.ndindex(3, 4):
         rows = slice(round(12 * y_edges[row]), round(12 * y_edges[row + 1]))
         columns = slice(round(12 * x_edges[column]), round(12 * x_edges[column + 1]))

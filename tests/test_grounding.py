@@ -13,7 +13,7 @@ from scipy.spatial import ConvexHull
 from small_maps import drawn, flood, grounded
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import resample
+from localization_heads.cells import normalised_heatmap
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.grounding.maps import combine, gaussian_kernel, smooth
 from localization_heads.grounding.shapes import convex_hull, fill_polygon, hull_area, largest_hull
@@ -409,7 +409,7 @@ class TestImages:
         assert not found.mask[5, 25]
 
     def test_heatmap_is_exact_at_cell_centres_and_linear_between(self):
-        heat = resample(np.array([[1.0, 3.0], [2.0, 4.0]]), (0, 0, 6, 6), (6, 6))
+        heat = normalised_heatmap(np.array([[1.0, 3.0], [2.0, 4.0]]), (0, 0, 6, 6), (6, 6))
         # cell centres at 1.5 and 4.5: the centres of pixels 1 and 4
         assert heat[1, 1] == pytest.approx(0.25)
         assert heat[1, 4] == pytest.approx(0.75)
@@ -428,7 +428,7 @@ class TestImages:
     @given(hnp.arrays(np.float64, (3, 4), elements=st.integers(0, 9).map(float)), st.integers(-9, 9))
     def test_heatmap_agrees_with_each_pixel_on_its_own(self, grid, shift):
         box = (shift - 2.5, -4.0, shift + 15.0, 11.0)
-        heat = resample(grid, box, (12, 9))
+        heat = normalised_heatmap(grid, box, (12, 9))
         expected = np.zeros((9, 12))
         for row, column in np.ndindex(9, 12):
             x, y = column + 0.5, row + 0.5

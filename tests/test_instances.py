@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import box_iou, label_components, spread
+from localization_heads.cells import box_iou, label_components, upsample_to_image
 from localization_heads.evaluation.scores import f1, num_matched
-from localization_heads.grounding.boxes import attended, suppressed
+from localization_heads.grounding.boxes import non_maximum_suppression, select_proposals
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
@@ -50,8 +50,8 @@ def test_agrees_with_every_matching():
 
 
 def test_duplicates_are_suppressed():
-    assert suppressed([A, (0, 0, 10, 9), B, (21, 0, 30, 10), C]) == [0, 2, 4]
-    assert suppressed([]) == []
+    assert non_maximum_suppression([A, (0, 0, 10, 9), B, (21, 0, 30, 10), C]) == [0, 2, 4]
+    assert non_maximum_suppression([]) == []
 
 
 def whole(grid: np.ndarray, pixels: int = 1) -> Grounding:
@@ -78,18 +78,20 @@ def two() -> np.ndarray:
 def test_proposals_by_hand():
     """Worth: 6.25 for the first object, 3.125 for its half, 4.5 with two cells more, 4.25 for the other, 0 for all."""
     part, much, good, other, everything = (0, 0, 1, 1), (0, 0, 2, 2), (0, 0, 2, 1), (2, 3, 4, 4), (0, 0, 4, 4)
-    found = attended(whole(two()), masks(part, much, good, other, everything), "drawn")
+    found = select_proposals(whole(two()), masks(part, much, good, other, everything), "drawn")
     assert [one.box for one in found] == [good, other]
     assert [one.score for one in found] == pytest.approx([8 / 14, 6 / 14])
     assert [one.mask_from for one in found] == ["drawn", "drawn"]
     assert [one.mask_overlap for one in found] == [1.0, 1.0]
     assert (found[0].mask == masks(good)[0]).all() and (found[1].cells == masks(other)[0]).all()
-    alone = attended(
+    alone = select_proposals(
         whole(two()), masks(much, other), "drawn"
     )  # without a better one it stands, with its cells
     assert [one.box for one in alone] == [much, other] and (alone[0].cells == masks(good)[0]).all()
     assert alone[0].mask_overlap == 0.5
-    assert [one.box for one in attended(whole(two()), masks(good, other), "drawn", least=0.7)] == [good]
+    assert [one.box for one in select_proposals(whole(two()), masks(good, other), "drawn", least=0.7)] == [
+        good
+    ]
 
 
 def test_a_group_is_no_object():
@@ -97,19 +99,19 @@ def test_a_group_is_no_object():
     grid = np.zeros((4, 8))
     grid[1:3, 0:2] = grid[1:3, 3:5] = 4.0
     both, left, right = masks((0, 1, 5, 3), (0, 1, 2, 3), (3, 1, 5, 3), side=8)[:, :4]
-    found = attended(whole(grid), np.array([both, left, right]), "drawn")
+    found = select_proposals(whole(grid), np.array([both, left, right]), "drawn")
     assert [one.box for one in found] == [(0, 1, 2, 3), (3, 1, 5, 3)]
     grid[1:3, 3:5] = (
         0.55  # little attention there, below 0.15 of the other's: all that it has is one component
     )
-    assert [one.box for one in attended(whole(grid), np.array([both]), "drawn")] == [(0, 1, 5, 3)]
+    assert [one.box for one in select_proposals(whole(grid), np.array([both]), "drawn")] == [(0, 1, 5, 3)]
 
 
 def test_proposals_that_the_map_says_nothing_of():
-    assert attended(whole(np.ones((4, 4))), masks(A := (0, 0, 2, 2)), "drawn") == []
-    assert attended(whole(two()), masks(), "drawn") == []
-    assert attended(whole(two()), masks((0, 1, 4, 3), (1, 1, 1, 1)), "drawn") == []
-    assert [one.box for one in attended(whole(two(), 10), masks(A), "drawn")] == [(0, 0, 20, 20)]
+    assert select_proposals(whole(np.ones((4, 4))), masks(A := (0, 0, 2, 2)), "drawn") == []
+    assert select_proposals(whole(two()), masks(), "drawn") == []
+    assert select_proposals(whole(two()), masks((0, 1, 4, 3), (1, 1, 1, 1)), "drawn") == []
+    assert [one.box for one in select_proposals(whole(two(), 10), masks(A), "drawn")] == [(0, 0, 20, 20)]
 
 
 def group(found: Grounding, mask: np.ndarray) -> bool:
@@ -127,8 +129,8 @@ def test_proposals_pixel_by_pixel(seed):
     rng = np.random.default_rng(seed)
     found = whole(rng.random((5, 5)) ** 4, 4)
     drawn = rng.random((6, 20, 20)) > rng.uniform(0.3, 0.9, (6, 1, 1))
-    drawn &= spread(rng.random((4, 4)), (0, 0, 20, 20), (20, 20)) > 0.5
-    heat = spread(found.combined, (0, 0, 20, 20), (20, 20))
+    drawn &= upsample_to_image(rng.random((4, 4)), (0, 0, 20, 20), (20, 20)) > 0.5
+    heat = upsample_to_image(found.combined, (0, 0, 20, 20), (20, 20))
     worth = [sum(heat[y, x] - found.threshold for y, x in np.argwhere(mask)) for mask in drawn]
     left, kept = sorted(range(6), key=lambda i: -worth[i]), []
     while left:
@@ -140,5 +142,5 @@ def test_proposals_pixel_by_pixel(seed):
                 i for i in left
                 if len(pixels & (own := {tuple(p) for p in np.argwhere(drawn[i])})) <= 0.5 * min(len(own), len(pixels))
             ]  # fmt: skip
-    got = attended(found, drawn, "drawn")
+    got = select_proposals(found, drawn, "drawn")
     assert [one.mask.tobytes() for one in got] == [drawn[i].tobytes() for i in kept]

@@ -20,7 +20,7 @@ from localization_heads.data.images import load_image
 from localization_heads.data.masks import encode_mask
 from localization_heads.data.samples import Sample
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounder import chosen_heads
+from localization_heads.grounder import resolve_heads
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
@@ -56,7 +56,7 @@ def test_scores_survive_the_way_out_and_in(ranking, tmp_path):
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(scores_of(ranking)))
     assert load_head_list(path) == [head.address for head in ranking.kept]
-    assert chosen_heads(str(path), 2) == tuple(ranking.top(2))
+    assert resolve_heads(str(path), 2) == tuple(ranking.top(2))
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_head_lists_of_the_published_code_and_of_gaze_heads(tmp_path):
     path = tmp_path / "batch_selected_heads.json"
     for content in (august, gaze):
         path.write_text(json.dumps(content))
-        assert chosen_heads(str(path), 2) == ((14, 24), (14, 26))
+        assert resolve_heads(str(path), 2) == ((14, 24), (14, 26))
     path.write_text(json.dumps({"head_frequency": [{"layer": 14, "frequency": 0.5}]}))
     with pytest.raises(UsageError, match=r"batch_selected_heads.json: entry 0 is \[14, None, 0.5\]"):
-        chosen_heads(str(path), 1)
+        resolve_heads(str(path), 1)
 
 
 def test_heads_json_is_read_as_before(ranking, tmp_path):
@@ -331,7 +331,7 @@ def test_heads_pushed_are_the_heads_loaded(ranking, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert lh.load_heads("me/heads").top(3) == ranking.top(3)
-    assert chosen_heads("me/heads", 2) == tuple(ranking.top(2))
+    assert resolve_heads("me/heads", 2) == tuple(ranking.top(2))
     assert asked == [("me/heads", "heads.json")] * 2
     noted = []
     lvlm = SimpleNamespace(

@@ -24,13 +24,13 @@ from localization_heads.evaluation.scores import Truth
 from localization_heads.heads.head import Head
 from localization_heads.heads.labels import (
     LabelRecipe,
-    best_first,
     mass_in_truth,
     mass_on_patches,
     mean_scores,
     quality_curve,
     rank_by_labels,
-    shrunk,
+    rank_by_score,
+    shrink_scores,
 )
 from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.lvlm import loaded
@@ -123,17 +123,17 @@ def test_means_in_chunks_are_plain_means(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_equal_scores_keep_the_label_free_order_and_first_layers_are_out() -> None:
     scores = np.array([[9.0, 9.0], [0.5, 0.5], [0.7, 0.5]])
-    assert best_first(scores, FREE) == [(2, 0), (1, 0), (1, 1), (2, 1)]
+    assert rank_by_score(scores, FREE) == [(2, 0), (1, 0), (1, 1), (2, 1)]
 
 
 def test_shrinkage_by_hand() -> None:
     """n = 5, n0 = 15: a quarter of the labels, three quarters of the label-free ranking."""
     scores = np.array([[9.0, 9.0], [0.0, 0.2], [0.1, 0.4]])
-    assert shrunk(scores, FREE, 5, "none", 15) is scores
-    places = shrunk(scores, FREE, 5, "ranks", 15)
+    assert shrink_scores(scores, FREE, 5, "none", 15) is scores
+    places = shrink_scores(scores, FREE, 5, "ranks", 15)
     # by label: 2-1, 1-1, 2-0, 1-0; label-free: 1-0, 1-1, 2-0, 2-1; places 1, 2/3, 1/3, 0
     assert places == pytest.approx(np.array([[0, 0], [0.75, 2 / 3], [1 / 3, 0.25]]))
-    blended = shrunk(scores, FREE, 5, "scores", 15)
+    blended = shrink_scores(scores, FREE, 5, "scores", 15)
     # the highest frequency is that of a layer that is left out: .9
     frequencies = np.array([[0.8, 0.4], [0.2, 0.0]]) / 0.9
     assert blended[1:] == pytest.approx(0.25 * scores[1:] / 9 + 0.75 * frequencies)
@@ -141,7 +141,7 @@ def test_shrinkage_by_hand() -> None:
 
 def test_many_labels_outweigh_the_label_free_ranking() -> None:
     scores = np.array([[0.0, 0.0], [0.0, 0.2], [0.1, 0.4]])
-    few, many = (best_first(shrunk(scores, FREE, n, "ranks", 10), FREE)[0] for n in (1, 1000))
+    few, many = (rank_by_score(shrink_scores(scores, FREE, n, "ranks", 10), FREE)[0] for n in (1, 1000))
     assert (few, many) == ((1, 0), (2, 1))
 
 
@@ -157,7 +157,7 @@ def test_ranking_of_the_first_draw_and_its_spread() -> None:
     found = rank_by_labels(scores, FREE, recipe)
     rng = np.random.default_rng(7)
     means = [scores[np.sort(rng.choice(40, 5, replace=False))].mean(axis=0) for _ in range(4)]
-    assert [head.address for head in found.kept] == best_first(means[0], FREE)
+    assert [head.address for head in found.kept] == rank_by_score(means[0], FREE)
     for head in found.kept:
         assert head.score == pytest.approx(means[0][head.address])
         assert head.score_std == pytest.approx(np.std([mean[head.address] for mean in means]))
@@ -199,7 +199,7 @@ def test_curve_judges_on_pictures_not_drawn() -> None:
             drawn = rng.choice(40, count, replace=False)
             seen = {pictures[i] for i in drawn}
             left = [i for i in range(40) if pictures[i] not in seen]
-            first = best_first(scores[np.sort(drawn)].mean(axis=0), FREE)[:2]
+            first = rank_by_score(scores[np.sort(drawn)].mean(axis=0), FREE)[:2]
             expected.append(np.mean([quality[left, layer, head].mean() for layer, head in first]))
         assert found == pytest.approx(expected)
     means = quality.mean(axis=0)

@@ -14,7 +14,7 @@ from localization_heads.errors import UsageError
 from localization_heads.heads import ranking as ranking_module
 from localization_heads.heads.criteria import elbow, elbow_index
 from localization_heads.heads.head import Head
-from localization_heads.heads.one_sample import sample_heads, select_heads
+from localization_heads.heads.one_sample import select_by_entropy, select_in_sample
 from localization_heads.heads.ranking import random_draws, rank_heads
 from localization_heads.heads.ready import difference, preset_of
 from localization_heads.heads.record import HeadRanking, RankedHead
@@ -97,7 +97,7 @@ ONES, ALL_OF_FOUR = np.ones((2, 2)), np.ones((2, 2), bool)
     ],
 )  # fmt: skip
 def test_heads_selected_in_one_sample(entropy, sums, kept, more, expected):
-    assert select_heads(np.array(sums), np.array(entropy), np.array(kept), **more) == expected
+    assert select_by_entropy(np.array(sums), np.array(entropy), np.array(kept), **more) == expected
 
 
 class TestFrequency:
@@ -156,7 +156,7 @@ class TestFrequency:
         )
         counts = np.zeros(sums.shape[1:])
         for sample, times in enumerate(draws.sum(axis=0)):
-            for head in sample_heads(sums[sample], entropies[sample], flags[sample], options, 4):
+            for head in select_in_sample(sums[sample], entropies[sample], flags[sample], options, 4):
                 counts[head] += times
         assert np.allclose(frequencies(ranking, counts.shape), counts / 45, rtol=0, atol=1e-12)
 

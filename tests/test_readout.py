@@ -16,8 +16,8 @@ from small_maps import block, grounded
 from localization_heads.attention import AttentionMaps
 from localization_heads.errors import NotFiniteError
 from localization_heads.grounding.ground import ground_instances, ground_maps, threshold
-from localization_heads.grounding.maps import without_peaks
-from localization_heads.grounding.shapes import containing_peak, crossings, heaviest
+from localization_heads.grounding.maps import limit_peaks
+from localization_heads.grounding.shapes import containing_peak, largest_mass, level_crossings
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.segmentation.segmenter import refine
@@ -27,20 +27,20 @@ class TestPeaks:
     def test_a_lone_cell_is_capped_and_an_object_is_not(self):
         sink = np.full((7, 7), 1.0)
         sink[3, 3] = 50.0
-        assert without_peaks(sink, 10.0)[3, 3] == 10.0 and without_peaks(sink, 60.0)[3, 3] == 50.0
+        assert limit_peaks(sink, 10.0)[3, 3] == 10.0 and limit_peaks(sink, 60.0)[3, 3] == 50.0
         thing = block((7, 7), slice(2, 5), slice(2, 5), 50.0)  # 9 cells: the seventh highest is one of them
-        assert np.array_equal(without_peaks(thing, 1.0), thing)
+        assert np.array_equal(limit_peaks(thing, 1.0), thing)
 
     @given(hnp.arrays(np.float64, st.tuples(st.integers(3, 7), st.integers(3, 7)), elements=st.floats(0, 9)))
     def test_agrees_with_a_plain_loop(self, grid):
         for row, column in np.ndindex(grid.shape):
             around = grid[max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3]
             seventh = sorted(around.ravel(), reverse=True)[6]
-            assert without_peaks(grid, 2.0)[row, column] == min(grid[row, column], 2.0 * seventh)
+            assert limit_peaks(grid, 2.0)[row, column] == min(grid[row, column], 2.0 * seventh)
 
     def test_a_grid_of_one_row(self):
         row = np.array([[1.0, 1, 40, 1, 1, 1]])  # no neighbourhood of seven cells
-        assert np.array_equal(without_peaks(row, 2.0), row)
+        assert np.array_equal(limit_peaks(row, 2.0), row)
 
 
 class TestThresholds:
@@ -76,15 +76,15 @@ class TestComponents:
 
     def test_of_equal_masses_the_first(self):
         mass = np.array([[0.1, 0.2, 0, 0.3], [0, 0, 0, 0]])  # 0.1 + 0.2 > 0.3 by rounding
-        assert heaviest(mass > 0, mass[:, ::-1].copy()[:, ::-1])[0, 0]
-        assert heaviest(mass[:, ::-1] > 0, mass[:, ::-1])[0, 0]
+        assert largest_mass(mass > 0, mass[:, ::-1].copy()[:, ::-1])[0, 0]
+        assert largest_mass(mass[:, ::-1] > 0, mass[:, ::-1])[0, 0]
 
     def test_of_equal_peaks_the_first(self):
         mass = np.array([[3.0, 0, 3.0]])
         assert containing_peak(mass > 0, mass).tolist() == [[True, False, False]]
 
     def test_no_cell(self):
-        for choose in (heaviest, containing_peak):
+        for choose in (largest_mass, containing_peak):
             assert not choose(np.zeros((2, 2), bool), np.ones((2, 2))).any()
 
 
@@ -107,7 +107,7 @@ class TestEdges:
         cells = values > level
         if not cells.any():
             return
-        found = crossings(values, level, cells, np.ones_like(cells))
+        found = level_crossings(values, level, cells, np.ones_like(cells))
         assert found == pytest.approx(walked(values, level, cells))
 
 

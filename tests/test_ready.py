@@ -15,8 +15,8 @@ from tiny_models import save_llava
 import localization_heads as lh
 from localization_heads.errors import UsageError
 from localization_heads.heads import ready
-from localization_heads.heads.head import Head, repeated
-from localization_heads.heads.ready import ReadyList, choose_ready, overlap, ready_list, ready_lists
+from localization_heads.heads.head import Head, find_duplicate
+from localization_heads.heads.ready import ReadyList, choose_ready, ready_list, ready_lists, shared_heads
 from localization_heads.lvlm.checkpoints.spec import SHAPES, known_specs
 from localization_heads.options.compose import composed
 from localization_heads.stages.run import ChatRun, Run
@@ -34,7 +34,7 @@ def test_every_list_is_of_a_model_and_sound() -> None:
     assert set(used) == set(ready_lists())
     for name, one in ready_lists().items():
         layers, heads = LAYERS_AND_HEADS[used[name]]
-        assert repeated(one.heads) is None and one.source and one.model
+        assert find_duplicate(one.heads) is None and one.source and one.model
         assert all(head.layer < layers and head.head < heads for head in one.heads)
         assert one.counts in ((), tuple(sorted(one.counts, reverse=True)))
         assert not one.counts or len(one.counts) == len(one.heads)
@@ -133,13 +133,13 @@ def test_a_conversation_asks_as_the_heads_were_found() -> None:
 
 def test_overlap_by_hand_and_by_chance() -> None:
     heads = [Head(0, n) for n in range(4)]
-    assert overlap(heads, heads, 4) == (4, 4, 4.0)
-    assert overlap(heads[:2], heads[::-1], 4) == (0, 2, 1.0)
-    assert overlap([], heads, 4) == (0, 0, 0.0)
-    every = [overlap(heads[:2], order, 4).found for order in permutations(heads)]
-    assert sum(every) / len(every) == overlap(heads[:2], heads, 4).chance
+    assert shared_heads(heads, heads, 4) == (4, 4, 4.0)
+    assert shared_heads(heads[:2], heads[::-1], 4) == (0, 2, 1.0)
+    assert shared_heads([], heads, 4) == (0, 0, 0.0)
+    every = [shared_heads(heads[:2], order, 4).found for order in permutations(heads)]
+    assert sum(every) / len(every) == shared_heads(heads[:2], heads, 4).chance
     many = [Head(1, n) for n in range(30)]
-    assert overlap(many, many[5:] + many[:5], 30) == (15, 20, pytest.approx(400 / 30))
+    assert shared_heads(many, many[5:] + many[:5], 30) == (15, 20, pytest.approx(400 / 30))
 
 
 @pytest.fixture
@@ -235,5 +235,7 @@ def test_python_says_why_no_list_is_taken(image: Image.Image) -> None:
     lvlm = lh.load_model(device="cpu", conv_mode="plain")
     assert lvlm.ready.heads == () and lvlm.ready.advice
     lh.ground(lvlm, image, "the dog", segmenter=None)
-    assert lvlm.trace(image, "the dog", max_new_tokens=1).heads == tuple(lvlm.own_heads(image, "the dog"))
+    assert lvlm.trace(image, "the dog", max_new_tokens=1).heads == tuple(
+        lvlm.pick_own_heads(image, "the dog")
+    )
     assert lvlm.notes == [lvlm.ready.advice]

@@ -455,7 +455,7 @@ def test_a_sample_picks_its_own_heads_by_it(data: Front, lvlm: LVLM) -> None:
     assert result.status == 0, result.err
     (line,) = data.out.glob("attention/*_prediction.jsonl")
     assert json.loads(line.read_text())["heads"] == [list(head) for head in expected]
-    assert lvlm.own_heads(image, "the dog", ROBUST) == expected
+    assert lvlm.pick_own_heads(image, "the dog", ROBUST) == expected
     paper = lh.ground(lvlm, image, "the dog", heads="greedy")
     assert paper.heads == tuple(passing[:3])
     batch = data.finder(

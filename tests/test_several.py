@@ -17,12 +17,12 @@ from tiny_sams import TINY, noise
 import localization_heads as lh
 from localization_heads import figures
 from localization_heads.attention import AttentionMaps
-from localization_heads.cells import box_iou, mask_shares, mass_inside
+from localization_heads.cells import box_iou, mask_coverage, mass_inside
 from localization_heads.errors import UsageError
 from localization_heads.evaluation.scores import instance_metrics
 from localization_heads.figures.several import COLOURS, label_places
 from localization_heads.grounder import Grounder
-from localization_heads.grounding.boxes import attended
+from localization_heads.grounding.boxes import select_proposals
 from localization_heads.grounding.confidence import Calibration, Logistic
 from localization_heads.grounding.ground import ground_instances, ground_maps
 from localization_heads.options.groups import CriteriaOptions, GroundingOptions
@@ -352,12 +352,12 @@ def test_a_sam_proposes(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     sam = sams.Sam(TINY[kind](), family, family.mean, family.std)
     image = noise(80, 80)
     mask = min(sam.propose(image), key=lambda one: abs(one.mean() - 0.2))
-    shares = mask_shares(mask, (0, 0, 80, 80), (20, 20))
+    shares = mask_coverage(mask, (0, 0, 80, 80), (20, 20))
     maps = AttentionMaps(shares[None, None].astype(np.float32), (0, 0, 80, 80), (80, 80))
     found = replace(grounder(sam), proposes=True).ground_all(maps, image)
     assert found[0].mask_from == kind and found[0].mask.shape == (80, 80)
     whole = ground_maps(maps, [lh.Head(0, 0)], GroundingOptions(sigma=0.0))
-    expected = attended(whole, sam.propose(image), kind)
+    expected = select_proposals(whole, sam.propose(image), kind)
     assert {one.box for one in found if one.mask_from == kind} >= {
         max(expected, key=lambda one: one.score).box
     }

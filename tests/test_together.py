@@ -27,7 +27,7 @@ from PIL import Image
 from test_spreading import by_one_worker
 
 import localization_heads as lh
-from localization_heads.attention import AttentionMaps, of_images
+from localization_heads.attention import AttentionMaps, join_images
 from localization_heads.data import sources
 from localization_heads.data.samples import load_samples
 from localization_heads.data.sources import LoadedImages, load_prompt_images
@@ -152,17 +152,17 @@ def random_maps(*grids: tuple[int, int], peaks: tuple[float, ...] = (), seed: in
         attention = rng.uniform(0, 0.01, (2, 4, h, w)).astype(np.float32)
         attention[..., h // 2, w // 2] += peaks[number] if peaks else 0
         each.append(AttentionMaps(attention, (0, 0, 10 * w, 10 * h), (10 * w, 10 * h), query="the dog"))
-    return of_images(each)
+    return join_images(each)
 
 
 def test_shares_by_hand_and_without_the_padding() -> None:
     """The second image is 10 pixels high, of 20 that its grid covers: its lower row is padding."""
     first = AttentionMaps(np.array([[[[1.0, 2.0]]]], np.float32), (0, 0, 20, 10), (20, 10))
     second = AttentionMaps(np.array([[[[1.0], [8.0]]]], np.float32), (0, 0, 10, 20), (10, 10))
-    maps = of_images([first, second])
+    maps = join_images([first, second])
     assert maps.image_index == 1  # 9 against 3, padding included
     assert image_shares(maps, [Head(0, 0)]).tolist() == [0.75, 0.25]
-    nothing = of_images([first.named(id="", image_file="")] * 3)
+    nothing = join_images([first.named(id="", image_file="")] * 3)
     nothing.images[0].attention[:] = 0
     assert image_shares(nothing, [Head(0, 0)]).tolist() == [1 / 3] * 3
 
@@ -241,7 +241,7 @@ def test_other_expressions_are_compared_in_the_same_image(monkeypatch: pytest.Mo
         index = int(each[0].query != "the dog")
         return replace(each[index], images=tuple(each), image_index=index)
 
-    monkeypatch.setattr(loaded, "of_images", in_turn)
+    monkeypatch.setattr(loaded, "join_images", in_turn)
     lvlm, images = tiny("qwen2_vl"), shown(*SIZES)
     maps = lvlm.attend(images, "the dog", extra_prompts=ExtraPrompts("siblings"), siblings=["the cat"])
     (other,) = maps.others

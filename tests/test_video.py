@@ -19,7 +19,7 @@ from localization_heads.cells import box_iou
 from localization_heads.data import video as videos
 from localization_heads.data.address import ImageError
 from localization_heads.data.video import Frame, frames, open_video, write_video
-from localization_heads.grounding.boxes import smoothed
+from localization_heads.grounding.boxes import smooth_boxes
 from localization_heads.heads.head import Head
 from localization_heads.options.surroundings import ScenesOptions
 from localization_heads.scenes.scene import TEST_SEEDS, moving_scene, render_scene
@@ -122,14 +122,14 @@ def test_a_huge_picture_is_refused_before_it_is_decoded(
 def test_smoothed_by_hand() -> None:
     """b_t = w b_(t-1) + (1 - w) x_t, anew after a gap."""
     boxes = [(0, 0, 10, 10), (8, 0, 18, 10), (8, 4, 18, 14), None, (8, 4, 18, 14)]
-    assert list(smoothed(boxes, 0.25)) == [
+    assert list(smooth_boxes(boxes, 0.25)) == [
         (0, 0, 10, 10),
         (6, 0, 16, 10),
         (7.5, 3, 17.5, 13),
         None,
         (8, 4, 18, 14),
     ]
-    assert list(smoothed(boxes, 0)) == boxes
+    assert list(smooth_boxes(boxes, 0)) == boxes
 
 
 def test_the_timeline_fits_its_sheet() -> None:
@@ -163,7 +163,7 @@ def test_a_line_a_frame_a_video_and_a_timeline(front: Front) -> None:
     lines = read_lines(front.out / "predictions.jsonl")
     assert [(line["frame"], line["time"]) for line in lines] == [(0, 0.0), (2, 0.2), (4, 0.4)]
     boxes = [line["raw_bbox"] for line in lines]
-    assert [line["bbox"] for line in lines] == [list(box) for box in smoothed(boxes, 0.5)]
+    assert [line["bbox"] for line in lines] == [list(box) for box in smooth_boxes(boxes, 0.5)]
     assert open_video(front.out / "attention/one_video.mp4").count == 3
     assert (front.out / "attention/one_timeline.png").is_file()
     assert [one.frame for one in read_predictions(front.out / "predictions.jsonl")] == [0, 2, 4]

@@ -16,11 +16,11 @@ from small_maps import block, grounded
 import localization_heads as lh
 from localization_heads.data.masks import read_mask
 from localization_heads.grounding.boxes import (
-    averaged,
+    apply_second_look,
+    average_boxes,
     crop_around,
-    looked_again,
-    mapped_back,
     square_around,
+    to_image_pixels,
 )
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
@@ -78,19 +78,19 @@ def test_no_crop_where_nothing_would_be_gained() -> None:
 
 
 def test_back_and_averaged_by_hand() -> None:
-    assert mapped_back((1.5, 0, 10, 8), (30, 20, 70, 60)) == (31.5, 20, 40, 28)
-    assert averaged((0, 0, 10, 10), (0, 0, 10, 20)) == (0, 0, 10, 15)  # IoU exactly 0.5
-    assert averaged((0, 0, 10, 10), (0, 0, 10, 20.1)) == (0, 0, 10, 10)
-    assert averaged((0, 0, 10, 10), None) == (0, 0, 10, 10)
+    assert to_image_pixels((1.5, 0, 10, 8), (30, 20, 70, 60)) == (31.5, 20, 40, 28)
+    assert average_boxes((0, 0, 10, 10), (0, 0, 10, 20)) == (0, 0, 10, 15)  # IoU exactly 0.5
+    assert average_boxes((0, 0, 10, 10), (0, 0, 10, 20.1)) == (0, 0, 10, 10)
+    assert average_boxes((0, 0, 10, 10), None) == (0, 0, 10, 10)
 
 
 def test_the_score_is_that_of_the_final_box() -> None:
     first = grounded(block((8, 8), slice(2, 4), slice(2, 6)))
     assert (first.box, first.score) == ((20, 20, 60, 40), 1.0)
-    again = looked_again(first, (20, 20, 50, 40))
+    again = apply_second_look(first, (20, 20, 50, 40))
     assert again.box == (20, 20, 55, 40)
     assert again.score == pytest.approx(7 / 8)
-    assert looked_again(first, (70, 70, 80, 80)) is first
+    assert apply_second_look(first, (70, 70, 80, 80)) is first
 
 
 def test_a_second_look_from_python_is_that_of_the_crop(lvlm: LVLM) -> None:
@@ -101,7 +101,7 @@ def test_a_second_look_from_python_is_that_of_the_crop(lvlm: LVLM) -> None:
     crop = crop_around(once)
     assert crop is not None
     second = lh.ground(lvlm, image.crop(crop), "panda", options=options, segmenter=None)
-    expected = looked_again(once, mapped_back(second.box, crop))
+    expected = apply_second_look(once, to_image_pixels(second.box, crop))
     assert expected.box != once.box
     twice = lh.ground(lvlm, image, "panda", options=options, zoom=True)
     assert twice.box == pytest.approx(expected.box)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from localization_heads.apps.tables import cell, new_table
 from localization_heads.errors import printable
-from localization_heads.heads.ready import overlap, ready_list
+from localization_heads.heads.ready import ready_list, shared_heads
 from localization_heads.heads.record import HeadRanking, resting_heads
 from localization_heads.stages.labels import Labelled
 from localization_heads.stages.ranking import choose_grounding_heads
@@ -135,5 +135,5 @@ def found_again(run: Run, ranking: HeadRanking) -> Iterator[str]:
         one = ready_list(name)
         if name.startswith(OWN):
             continue
-        found, of, chance = overlap(one.heads, ranked, num_heads)
+        found, of, chance = shared_heads(one.heads, ranked, num_heads)
         yield f"{one}: {found} of its first {of} heads are among the first {of} found; by chance {chance:.1f}"

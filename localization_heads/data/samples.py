@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import Box, misses_image
+from localization_heads.attention import Box, is_outside_image
 from localization_heads.data.address import Address, ImageError, is_address, without_secrets
 from localization_heads.data.images import ImageSource, find_file
 from localization_heads.data.lines import Fact, check_box, facts_of, read_objects
@@ -213,7 +213,7 @@ def _decode(mask: MaskSource, size: tuple[int, int], name: str) -> NDArray[np.bo
 
 def check_inside(sample: Sample, size: tuple[int, int]) -> None:
     """Raises UsageError if the true box lies outside the image of `(W, H)`: they cannot belong together."""
-    if any(misses_image(box, size) for box in sample.true_boxes):
+    if any(is_outside_image(box, size) for box in sample.true_boxes):
         raise UsageError(
             f"{sample_name(sample)}: the true box lies outside the image, which is {size[0]} x {size[1]} pixels"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from localization_heads.attention import Box, misses_image
+from localization_heads.attention import Box, is_outside_image
 from localization_heads.data.lines import check_box
 from localization_heads.data.masks import MaskSource
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
@@ -259,7 +259,7 @@ def box_from_xywh(value: object) -> Box:
 
 def check_box_inside(box: Box, size: tuple[int, int]) -> None:
     """BadLineError if the box lies outside its image of `(W, H)` pixels: they cannot belong together."""
-    if misses_image(box, size):
+    if is_outside_image(box, size):
         raise BadLineError(f"the box lies outside the image, which is {size[0]} x {size[1]} pixels")
 
 

@@ -22,7 +22,7 @@ from localization_heads.evaluation.confidence import (
     with_bootstrap_interval,
 )
 from localization_heads.evaluation.scores import number
-from localization_heads.grounding.confidence import ASKED, Calibration, Logistic
+from localization_heads.grounding.confidence import MODEL_SIGNALS, Calibration, Logistic
 
 MIN_LABELS = 20
 """Entries of each class (right and wrong, present and absent) that a fit needs."""
@@ -39,7 +39,7 @@ INTERCEPT_PENALTY = 3.0
 """`recalibrate`: L2 penalty on the intercept. Fifty labels may contain more of one class than their domain does."""
 WEIGHT_PENALTY = 10.0
 """`recalibrate`: L2 penalty on the change of each standardised signal's weight after that."""
-PRESENCE_SIGNALS = (*ASKED, "gain", "answer", "attention ")
+PRESENCE_SIGNALS = (*MODEL_SIGNALS, "gain", "answer", "attention ")
 """Signals of presence if the model was asked; a name that ends with a space is a prefix."""
 PRESENCE_SIGNALS_FROM_MAPS = (
     "mass", "density", "entropy", "peak", "overlap", "agreement", "mask", "answer", "gain", "divergence", "attention ",
@@ -117,7 +117,7 @@ def recalibrate(labelled: LabelledSignals, known: Calibration, *, seed: int = 42
         UsageError: fewer than `MIN_LABELS_TO_RECALIBRATE` entries are right, or wrong; or a signal is missing.
     """
     _check_enough(labelled.right, MIN_LABELS_TO_RECALIBRATE, "calibrate_from")
-    if missing := sorted(known.names - set(labelled.names)):
+    if missing := sorted(known.signal_names - set(labelled.names)):
         raise UsageError(f"calibrate_from: these entries have no signal {missing[0]}, which it needs")
 
     def fit(part: LabelledSignals) -> Calibration:

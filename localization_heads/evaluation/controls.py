@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import box_shares, mask_shares
+from localization_heads.cells import box_coverage, mask_coverage
 from localization_heads.evaluation.scores import Truth
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.head import Head
@@ -113,8 +113,8 @@ def mean_map(maps: AttentionMaps, exclude_layers: int, without: Sequence[Head] =
 def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
     """The share of each cell that the true mask (or box, without a mask) covers, as a single head `L0H0`."""
     if truth.mask is None:
-        return _as_one_head(maps, box_shares(truth.box, maps.image_box, maps.grid))
-    return _as_one_head(maps, mask_shares(truth.mask, maps.image_box, maps.grid))
+        return _as_one_head(maps, box_coverage(truth.box, maps.image_box, maps.grid))
+    return _as_one_head(maps, mask_coverage(truth.mask, maps.image_box, maps.grid))
 
 
 def centre_box(image_size: tuple[int, int]) -> Box:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import AttentionMaps, Box, on_image
+from localization_heads.attention import AttentionMaps, Box, clip_box
 from localization_heads.cells import (
+    box_coverage,
     box_iou,
-    box_shares,
     grid_edges,
-    mask_shares,
+    mask_coverage,
     visible_cells,
     visible_edges,
 )
@@ -51,9 +51,9 @@ def _object(truth: Truth, maps: AttentionMaps) -> tuple[NDArray[np.float64], flo
     x_edges, y_edges = grid_edges(maps.image_box, maps.grid)
     cell = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
     if truth.mask is not None:
-        return cell * mask_shares(truth.mask, maps.image_box, maps.grid), float(truth.mask.sum())
-    x0, y0, x1, y1 = box = on_image(truth.box, maps.image_size)
-    return cell * box_shares(box, maps.image_box, maps.grid), float((x1 - x0) * (y1 - y0))
+        return cell * mask_coverage(truth.mask, maps.image_box, maps.grid), float(truth.mask.sum())
+    x0, y0, x1, y1 = box = clip_box(truth.box, maps.image_size)
+    return cell * box_coverage(box, maps.image_box, maps.grid), float((x1 - x0) * (y1 - y0))
 
 
 def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from localization_heads.errors import UsageError
 from localization_heads.heads.criteria import HeadStatistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.one_sample import WAY_OUT, greedy_heads
+from localization_heads.heads.one_sample import NO_HEAD_HINT, greedy_heads
 from localization_heads.heads.ranking import NONE_KEPT, add_sensitivity, rank_heads
 from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.sensitivity import SensitivityStatistics
@@ -107,7 +107,7 @@ class Study:
     def require_heads(self) -> tuple[Head, ...]:
         """`heads`, for an experiment that grounds with them; raises UsageError if there are none."""
         if not self.heads:
-            raise UsageError(f"{NONE_KEPT}, so there is none to ground with: {WAY_OUT}")
+            raise UsageError(f"{NONE_KEPT}, so there is none to ground with: {NO_HEAD_HINT}")
         return self.heads
 
     def rank(self, *, tau: float | None = None, top_n: int | None = None) -> HeadRanking:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import resample
+from localization_heads.cells import normalised_heatmap
 from localization_heads.figures.overlay import (
     BOX_WIDTH,
     LONGEST,
@@ -222,7 +222,7 @@ def _at_drawn_size(grounding: Grounding) -> tuple[NDArray[np.float32], NDArray[n
     drawn = max(1, round(W * shrink)), max(1, round(H * shrink))
     scale = np.array([drawn[0] / W, drawn[1] / H])
     x0, y0, x1, y1 = np.multiply(grounding.image_box, [*scale, *scale]).tolist()
-    heat = resample(grounding.combined, (x0, y0, x1, y1), drawn)
+    heat = normalised_heatmap(grounding.combined, (x0, y0, x1, y1), drawn)
     if grounding.refined is None:
         return heat, fill_polygon(grounding.polygon * scale, drawn)
     rows, columns = (

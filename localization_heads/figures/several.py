@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from localization_heads.attention import Box
-from localization_heads.cells import resample
+from localization_heads.cells import normalised_heatmap
 from localization_heads.figures.overlay import (
     BOX_WIDTH,
     LONGEST,
@@ -245,7 +245,7 @@ def _drawn_heat(grounding: Grounding) -> NDArray[np.float32]:
     W, H = grounding.image_size
     shrink = min(1.0, LONGEST / max(W, H))
     x0, y0, x1, y1 = (side * shrink for side in grounding.image_box)
-    return resample(
+    return normalised_heatmap(
         grounding.combined, (x0, y0, x1, y1), (max(1, round(W * shrink)), max(1, round(H * shrink)))
     )
 

@@ -15,18 +15,25 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import Box, rescaled
-from localization_heads.cells import box_iou, label_components, mask_shares, spread, tight_box, visible_cells
-from localization_heads.grounding.ground import LEAST_MASS, Grounding
+from localization_heads.attention import Box, rescale_box
+from localization_heads.cells import (
+    box_iou,
+    label_components,
+    mask_coverage,
+    tight_box,
+    upsample_to_image,
+    visible_cells,
+)
+from localization_heads.grounding.ground import MIN_INSTANCE_MASS, Grounding
 
 OVERLAP = 0.5
 """IoU above which two boxes are of the same object; of masks, the share of the smaller one that both have."""
 
 
-def suppressed(boxes: Sequence[Box]) -> list[int]:
+def non_maximum_suppression(boxes: Sequence[Box]) -> list[int]:
     """Places of the boxes, best first, that no better one overlaps with an IoU above `OVERLAP`: no duplicates.
 
-    >>> suppressed([(0, 0, 4, 4), (0, 0, 4, 3), (4, 0, 8, 4)])
+    >>> non_maximum_suppression([(0, 0, 4, 4), (0, 0, 4, 3), (4, 0, 8, 4)])
     [0, 2]
     """
     kept: list[int] = []
@@ -36,8 +43,8 @@ def suppressed(boxes: Sequence[Box]) -> list[int]:
     return kept
 
 
-def attended(
-    whole: Grounding, proposals: NDArray[np.bool_], name: str, least: float = LEAST_MASS
+def select_proposals(
+    whole: Grounding, proposals: NDArray[np.bool_], name: str, least: float = MIN_INSTANCE_MASS
 ) -> list[Grounding]:
     """Of masks that somebody proposed, those of the objects that the map attends to, the best first.
 
@@ -65,7 +72,7 @@ def attended(
     for place in np.argsort(-worth, kind="stable"):
         if worth[place] <= 0 or worth[place] < least * worth.max():
             break
-        shares = mask_shares(proposals[place], _drawn(whole, proposals), _grid(whole))
+        shares = mask_coverage(proposals[place], _drawn(whole, proposals), _grid(whole))
         if sum(shares[cells].sum() > OVERLAP * cells.sum() for cells in components) > 1:
             continue
         common = [np.count_nonzero(proposals[place] & proposals[other]) for other in kept]
@@ -76,7 +83,7 @@ def attended(
 
 def _drawn(whole: Grounding, proposals: NDArray[np.bool_]) -> Box:
     """The region that the grid covers, in pixels of the proposals."""
-    return rescaled(whole.image_box, whole.image_size, (proposals.shape[2], proposals.shape[1]))
+    return rescale_box(whole.image_box, whole.image_size, (proposals.shape[2], proposals.shape[1]))
 
 
 def _grid(whole: Grounding) -> tuple[int, int]:
@@ -92,13 +99,13 @@ def _components(whole: Grounding, least: float) -> list[NDArray[np.bool_]]:
 
 def _worth(whole: Grounding, proposals: NDArray[np.bool_]) -> NDArray[np.float64]:
     drawn = proposals.shape[2], proposals.shape[1]
-    excess = spread(whole.combined, _drawn(whole, proposals), drawn) - whole.threshold
+    excess = upsample_to_image(whole.combined, _drawn(whole, proposals), drawn) - whole.threshold
     return np.array([excess[mask].sum(dtype=np.float64) for mask in proposals])
 
 
 def _of_mask(whole: Grounding, mask: NDArray[np.bool_], name: str) -> Grounding:
     fine = cv2.resize(mask.astype(np.uint8) * 255, whole.image_size, interpolation=cv2.INTER_LINEAR) > 127
-    shares = mask_shares(fine, whole.image_box, _grid(whole))
+    shares = mask_coverage(fine, whole.image_box, _grid(whole))
     box = tight_box(fine) or whole.box
     found = replace(whole.boxed(box), cells=(shares >= 0.5) & (whole.combined > whole.threshold))
     overlap = float(box_iou(box, box_of_cells(found)))
@@ -158,19 +165,19 @@ def _span(middle: float, side: float, length: int) -> tuple[int, int]:
     return start, start + side
 
 
-def mapped_back(box: Box, crop: Region) -> Box:
+def to_image_pixels(box: Box, crop: Region) -> Box:
     """A box in pixels of the crop, in pixels of the image.
 
-    >>> mapped_back((1, 2, 5, 6), (30, 25, 70, 65))
+    >>> to_image_pixels((1, 2, 5, 6), (30, 25, 70, 65))
     (31, 27, 35, 31)
     """
     return box[0] + crop[0], box[1] + crop[1], box[2] + crop[0], box[3] + crop[1]
 
 
-def averaged(first: Box, second: Box | None) -> Box:
+def average_boxes(first: Box, second: Box | None) -> Box:
     """The mean of both boxes' edges; the first box where there is no second, or it has drifted away.
 
-    >>> averaged((0, 0, 10, 10), (2, 0, 10, 8)), averaged((0, 0, 10, 10), (8, 0, 18, 10))
+    >>> average_boxes((0, 0, 10, 10), (2, 0, 10, 8)), average_boxes((0, 0, 10, 10), (8, 0, 18, 10))
     ((1.0, 0.0, 10.0, 9.0), (0, 0, 10, 10))
     """
     if second is None or box_iou(first, second) < DRIFT:
@@ -179,13 +186,13 @@ def averaged(first: Box, second: Box | None) -> Box:
     return x0, y0, x1, y1
 
 
-def looked_again(grounding: Grounding, second: Box | None) -> Grounding:
-    """The grounding with its box `averaged` with that of the second look, and the first map's mass in it as score."""
-    box = averaged(grounding.box, second)
+def apply_second_look(grounding: Grounding, second: Box | None) -> Grounding:
+    """The grounding with its box averaged with that of the second look, scored by the first map."""
+    box = average_boxes(grounding.box, second)
     return grounding if box == grounding.box else grounding.boxed(box)
 
 
-def smoothed(boxes: Iterable[Box | None], weight: float) -> Iterator[Box | None]:
+def smooth_boxes(boxes: Iterable[Box | None], weight: float) -> Iterator[Box | None]:
     """Exponential smoothing of each edge: `weight` of the box before, the rest of the new one.
 
     Only frames that came before have a say, so that it also works on a stream. Where there is no box, there is none,
@@ -195,7 +202,7 @@ def smoothed(boxes: Iterable[Box | None], weight: float) -> Iterator[Box | None]
         boxes: of one object, frame by frame, xyxy in pixels.
         weight: from 0 (the boxes as they are) to below 1.
 
-    >>> list(smoothed([(0, 0, 8, 8), (4, 0, 12, 8), None, (4, 0, 12, 8)], 0.5))
+    >>> list(smooth_boxes([(0, 0, 8, 8), (4, 0, 12, 8), None, (4, 0, 12, 8)], 0.5))
     [(0.0, 0.0, 8.0, 8.0), (2.0, 0.0, 10.0, 8.0), None, (4.0, 0.0, 12.0, 8.0)]
     """
     before: Box | None = None

@@ -17,21 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import AttentionMaps, Box
-from localization_heads.cells import agreement, mass_inside, visible_cells
+from localization_heads.cells import mass_inside, mean_box_iou, visible_cells
 from localization_heads.errors import UsageError, shown
 from localization_heads.grounding.ground import Grounding, ground_maps
-from localization_heads.grounding.maps import added, map_overlaps
+from localization_heads.grounding.maps import pairwise_overlaps, sum_maps
 from localization_heads.options.groups import GroundingOptions
 
 VERSION = 2
-RAW = "agreement"
+UNCALIBRATED_SIGNAL = "agreement"
 """The signal that is the confidence where there is no calibration."""
 TINY = 1e-6
-ASKED = ("question", "statement", "first_token", "expression")
+MODEL_SIGNALS = ("question", "statement", "first_token", "expression")
 """Signals that the model has to be asked for (`signals=true`)."""
 
 
-def own_boxes(
+def single_head_boxes(
     attention: AttentionMaps, grounding: Grounding, options: GroundingOptions
 ) -> tuple[Box | None, ...]:
     """The box of each head's map alone, by the same read-out; None where its map points at nothing."""
@@ -70,14 +70,16 @@ def signals(
         "density": math.log(max(mass, TINY) / max(area, TINY)),
         "entropy": entropy(shown_cells),
         "peak": math.log(max(float(shown_cells.max()), TINY) / max(float(shown_cells.mean()), TINY)),
-        "agreement": agreement(box, grounding.own_boxes or own_boxes(attention, grounding, options)),
+        "agreement": mean_box_iou(
+            box, grounding.own_boxes or single_head_boxes(attention, grounding, options)
+        ),
         "overlap": _mean_overlap([attention.attention[head] for head in grounding.heads]),
     }
     if attention.answer is not None:
-        sums = [added(replace(attention, attention=read, answer=None), grounding.heads, options)
+        sums = [sum_maps(replace(attention, attention=read, answer=None), grounding.heads, options)
                 for read in (attention.attention, attention.answer)]  # fmt: skip
         found["answer"] = _mean_overlap(sums)
-    own, *others = (added(one, grounding.heads, options) for one in (attention, *attention.others))
+    own, *others = (sum_maps(one, grounding.heads, options) for one in (attention, *attention.others))
     inside = [mass_inside(one, grounding.image_box, (W, H), map_box or box) for one in (own, *others)]
     found["gain"] = inside[0] - (float(np.mean(inside[1:])) if others else 0.0)
     if others:
@@ -91,7 +93,7 @@ def signals(
         attention.answer_logprob,
         attention.expression_logprob,
     )
-    more = {"mask": grounding.mask_overlap, **dict(zip(ASKED, said, strict=True))}
+    more = {"mask": grounding.mask_overlap, **dict(zip(MODEL_SIGNALS, said, strict=True))}
     return found | {name: value for name, value in more.items() if value is not None}
 
 
@@ -110,7 +112,7 @@ def entropy(values: NDArray[np.floating[Any]]) -> float:
 
 def _mean_overlap(maps: Sequence[NDArray[np.floating[Any]]]) -> float:
     """Mean Bhattacharyya coefficient over all pairs of maps; 1 for a single one."""
-    pairs = map_overlaps(maps)[np.triu_indices(len(maps), 1)]
+    pairs = pairwise_overlaps(maps)[np.triu_indices(len(maps), 1)]
     return float(pairs.mean()) if pairs.size else 1.0
 
 
@@ -149,18 +151,18 @@ class Calibration:
 
     def check(self, recipe: Mapping[str, Any], source: object = "calibration.json") -> None:
         """UsageError, naming them, if any part of the recipe is another one."""
-        if other := self.differs(recipe):
+        if other := self.differences(recipe):
             named = ", ".join(f"{name} {_brief(self.recipe.get(name))}" for name in other)
             raise UsageError(
                 f"{source} was fitted with {named}: run stage=calibrate again with the options of this run"
             )
 
-    def differs(self, recipe: Mapping[str, Any]) -> list[str]:
+    def differences(self, recipe: Mapping[str, Any]) -> list[str]:
         """The parts in which it is for another recipe, by name; empty if it is for this one.
 
         A run that does not ask the model how sure it is does so where this needs it: that is no difference.
         """
-        recipe = {**recipe, "signals": self.asks or recipe.get("signals")}
+        recipe = {**recipe, "signals": self.needs_model_signals or recipe.get("signals")}
         names = sorted({*self.recipe, *recipe})
         return [name for name in names if self.recipe.get(name) != recipe.get(name)]
 
@@ -174,12 +176,12 @@ class Calibration:
         return self.right.probability(found) * (1.0 if there is None else there)
 
     @property
-    def asks(self) -> bool:
+    def needs_model_signals(self) -> bool:
         """Whether the model has to be asked how sure it is (`signals=true`)."""
         return self.recipe.get("signals") is True
 
     @property
-    def names(self) -> set[str]:
+    def signal_names(self) -> set[str]:
         """Of the signals that it needs."""
         return {*self.right.weights, *(self.present.weights if self.present else ())}
 
@@ -222,7 +224,9 @@ def _brief(value: object) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def judged(grounding: Grounding, found: Mapping[str, float], calibration: Calibration | None) -> Grounding:
+def add_confidence(
+    grounding: Grounding, found: Mapping[str, float], calibration: Calibration | None
+) -> Grounding:
     """The grounding with its signals, its confidence and, where the calibration knows it, its presence.
 
     Without a calibration the confidence is the raw signal. It is None where a signal that the calibration weighs could
@@ -230,14 +234,14 @@ def judged(grounding: Grounding, found: Mapping[str, float], calibration: Calibr
     """
     grounding = replace(grounding, signals=found)
     if calibration is None:
-        return replace(grounding, confidence=found[RAW])
-    if not calibration.names <= found.keys():
+        return replace(grounding, confidence=found[UNCALIBRATED_SIGNAL])
+    if not calibration.signal_names <= found.keys():
         return grounding
     presence, confidence = calibration.presence(found), calibration.confidence(found)
     return replace(grounding, confidence=confidence, presence=presence, calibrated=True)
 
 
-def abstained(grounding: Grounding, least: float | None) -> Grounding:
+def apply_abstention(grounding: Grounding, least: float | None) -> Grounding:
     """The grounding, `absent` where its presence (where that is not known, its confidence) is below `least`.
 
     Only a probability can decide that: without a calibration nothing is absent.

@@ -17,28 +17,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import AttentionMaps, Box, on_image
+from localization_heads.attention import AttentionMaps, Box, clip_box
 from localization_heads.cells import (
-    agreement,
     label_components,
     mass_inside,
-    resample,
+    mean_box_iou,
+    normalised_heatmap,
     tight_box,
     upsample,
     visible_cells,
     visible_edges,
 )
 from localization_heads.errors import NotFiniteError
-from localization_heads.grounding.maps import added, combine, contrasted, maps_of, without_peaks
+from localization_heads.grounding.maps import combine, contrast_maps, head_maps, limit_peaks, sum_maps
 from localization_heads.grounding.shapes import (
     Point,
     containing_peak,
     convex_hull,
     corners,
-    crossings,
     fill_polygon,
-    heaviest,
     largest_hull,
+    largest_mass,
+    level_crossings,
 )
 from localization_heads.heads.head import Head
 from localization_heads.options.groups import Component, GroundingOptions
@@ -47,9 +47,9 @@ FLAT = 1e-6
 """A map whose peak is closer than this to its mean, relatively, is flat: it points at nothing."""
 ROUNDING = 1e-12
 """How much of the mass a sum of cells may miss by rounding."""
-LEAST_MASS = 0.15
+MIN_INSTANCE_MASS = 0.15
 """Share of the strongest component's attention from which on another one counts as an instance (docs/grounding.md)."""
-LEAST_OF_PLACES = 0.3
+MIN_INSTANCE_MASS_OF_PLACES = 0.3
 """The same in the mean map of several places, where all objects draw attention (docs/grounding.md)."""
 
 
@@ -110,7 +110,7 @@ class Grounding:
     @property
     def agreement(self) -> float | None:
         """Mean IoU of the box with the own boxes of the heads, 0 for a head without one; None if not asked for."""
-        return agreement(self.box, self.own_boxes) if self.own_boxes else None
+        return mean_box_iou(self.box, self.own_boxes) if self.own_boxes else None
 
     @property
     def edges(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -150,10 +150,10 @@ class Grounding:
         Bilinear between cell centres, constant from the outer centres to the grid's border, 0 on pixels
         that the grid does not cover (centre-cropped images).
         """
-        return resample(self.combined, self.image_box, self.image_size)
+        return normalised_heatmap(self.combined, self.image_box, self.image_size)
 
     @property
-    def smoothest(self) -> NDArray[np.float64]:
+    def pointing_map(self) -> NDArray[np.float64]:
         """The map `[h, w]` that the point is taken from, and that a segmenter's colours start from."""
         return self.combined if self.point_map is None else self.point_map
 
@@ -161,7 +161,7 @@ class Grounding:
     def point(self) -> Point:
         """Centre (x, y), in pixels, of the strongest cell on the image: the pointing game's answer."""
         x_edges, y_edges = self.edges
-        on_image = np.where(visible_cells(x_edges, y_edges), self.smoothest, -np.inf)
+        on_image = np.where(visible_cells(x_edges, y_edges), self.pointing_map, -np.inf)
         row, column = np.unravel_index(np.argmax(on_image), on_image.shape)
         return (float(x_edges[column] + x_edges[column + 1]) / 2, float(y_edges[row] + y_edges[row + 1]) / 2)
 
@@ -188,7 +188,7 @@ def ground_instances(
     attention: AttentionMaps,
     heads: Sequence[Head],
     options: GroundingOptions | None = None,
-    least: float = LEAST_MASS,
+    least: float = MIN_INSTANCE_MASS,
 ) -> list[Grounding]:
     """One grounding for each 8-connected component of positive cells, that of most attention first.
 
@@ -237,7 +237,7 @@ class _Field:
             cells = trimmed if trimmed.any() else cells
         box = tight_box(cells, *edges)
         if box and self.options.edges == "interpolated":
-            sides = crossings(read, self.level, cells, visible_cells(*edges))
+            sides = level_crossings(read, self.level, cells, visible_cells(*edges))
             box = _between_cells(sides, self.attention, cells.shape)
         return Grounding(
             box=box or (0.0, 0.0, float(W), float(H)),
@@ -273,16 +273,16 @@ def _read(
     attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions
 ) -> NDArray[np.floating[Any]]:
     """The maps that are smoothed and added, `[k, h, w]`: those of the heads, or of what was made of them, one."""
-    maps = maps_of(attention.attention, heads)
+    maps = head_maps(attention.attention, heads)
     plain = options.combine == "sum" and attention.answer is None and options.peak_limit is None
     if plain and (options.contrast == "none" or not attention.others):
         return upsample(maps, options.upsample, options.interpolation)
-    one = added(attention, heads, options)
+    one = sum_maps(attention, heads, options)
     if options.contrast != "none" and attention.others:
-        others = [added(other, heads, options) for other in attention.others]
-        one = contrasted(one, others, options.contrast_weight)
+        others = [sum_maps(other, heads, options) for other in attention.others]
+        one = contrast_maps(one, others, options.contrast_weight)
     if options.peak_limit is not None:
-        one = without_peaks(one, options.peak_limit)
+        one = limit_peaks(one, options.peak_limit)
     return upsample(one[None], options.upsample, options.interpolation)
 
 
@@ -292,7 +292,7 @@ def _component(
     """Of the positive cells `[h, w]`, those that make the box."""
     if choice == "all":
         return cells
-    choose = {"largest_hull": largest_hull, "largest_mass": heaviest, "containing_peak": containing_peak}
+    choose = {"largest_hull": largest_hull, "largest_mass": largest_mass, "containing_peak": containing_peak}
     return choose[choice](cells, combined)
 
 
@@ -302,7 +302,7 @@ def _between_cells(sides: Box, attention: AttentionMaps, grid: tuple[int, ...]) 
     across, down = (x1 - x0) / grid[1], (y1 - y0) / grid[0]
     left, top, right, bottom = sides
     box = x0 + left * across, y0 + top * down, x0 + right * across, y0 + bottom * down
-    return on_image(box, attention.image_size)
+    return clip_box(box, attention.image_size)
 
 
 def threshold(

@@ -1,4 +1,4 @@
-"""From the maps of several heads to one: they are weighted, added, contrasted, freed of peaks, smoothed (Sec. 5)."""
+"""From the maps of several heads to one: they are weighted, added, contrast_maps, freed of peaks, smoothed (Sec. 5)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ PEAK = 6
 """Cells of a neighbourhood that may belong to a peak: the value after them limits it."""
 
 
-def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions) -> NDArray[np.float64]:
+def sum_maps(
+    attention: AttentionMaps, heads: Sequence[Head], options: GroundingOptions
+) -> NDArray[np.float64]:
     """The sum of the heads' maps, weighted by `options.combine`, before smoothing: float64 `[h, w]`.
 
     Where the answer's tokens were read as well, the geometric mean of their sum and that of the query token, each
@@ -32,10 +34,10 @@ def added(attention: AttentionMaps, heads: Sequence[Head], options: GroundingOpt
     both = [attention.attention] if attention.answer is None else [attention.attention, attention.answer]
     sums = []
     for read in both:
-        maps = maps_of(read, attention.places(heads)).astype(np.float64)
-        weights = consensus(maps) if options.combine == "consensus" else np.ones(len(maps))
+        maps = head_maps(read, attention.places(heads)).astype(np.float64)
+        weights = consensus_weights(maps) if options.combine == "consensus" else np.ones(len(maps))
         sums.append(np.einsum("k,khw->hw", weights, maps))
-    return sums[0] if len(sums) == 1 else np.sqrt(scaled(sums[0]) * scaled(sums[1]))
+    return sums[0] if len(sums) == 1 else np.sqrt(normalise(sums[0]) * normalise(sums[1]))
 
 
 def image_shares(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.float64]:
@@ -48,55 +50,55 @@ def image_shares(attention: AttentionMaps, heads: Sequence[Head]) -> NDArray[np.
 
 
 def _seen_sum(attention: AttentionMaps, heads: Sequence[Head]) -> float:
-    combined = maps_of(attention.attention, attention.places(heads)).sum(axis=0, dtype=np.float64)
+    combined = head_maps(attention.attention, attention.places(heads)).sum(axis=0, dtype=np.float64)
     seen = visible_cells(*visible_edges(attention.image_box, attention.image_size, attention.grid))
     return float(combined[seen].sum())
 
 
-def consensus(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def consensus_weights(maps: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """The weight of each of the maps `[k, h, w]`, adding up to 1: its mean overlap with the others, to the fourth.
 
     A single map has weight 1; maps that overlap nowhere have equal weights.
 
-    >>> consensus(np.array([[[1.0, 0]], [[1.0, 0]], [[0, 1.0]]])).tolist()
+    >>> consensus_weights(np.array([[[1.0, 0]], [[1.0, 0]], [[0, 1.0]]])).tolist()
     [0.5, 0.5, 0.0]
     """
-    overlap = map_overlaps(maps)
+    overlap = pairwise_overlaps(maps)
     np.fill_diagonal(overlap, 0.0)
     weights = overlap.sum(axis=1) ** CONSENSUS_POWER
     return weights / weights.sum() if weights.sum() > 0 else np.full(len(maps), 1 / len(maps))
 
 
-def map_overlaps(
+def pairwise_overlaps(
     maps: Sequence[NDArray[np.floating[Any]]] | NDArray[np.floating[Any]],
 ) -> NDArray[np.float64]:
     """The Bhattacharyya coefficient `sum sqrt(p q)` of each two of k maps `[h, w]` scaled to a sum of 1: `[k, k]`.
 
     1 of equal maps, 0 of maps without a common cell.
     """
-    roots = np.sqrt(np.stack([scaled(one).ravel() for one in maps]))
+    roots = np.sqrt(np.stack([normalise(one).ravel() for one in maps]))
     return np.asarray(roots @ roots.T)
 
 
-def contrasted(
+def contrast_maps(
     combined: NDArray[np.float64], others: Sequence[NDArray[np.float64]], weight: float
 ) -> NDArray[np.float64]:
     """`max(P - weight * mean(B), 0)` of a map and of others, all scaled to a sum of 1, in the scale of the map.
 
-    >>> contrasted(np.array([[3.0, 1.0]]), [np.array([[0.0, 5.0]])], 0.5).tolist()
+    >>> contrast_maps(np.array([[3.0, 1.0]]), [np.array([[0.0, 5.0]])], 0.5).tolist()
     [[3.0, 0.0]]
     """
-    background = np.mean([scaled(other) for other in others], axis=0)
+    background = np.mean([normalise(other) for other in others], axis=0)
     return np.asarray(np.clip(combined - weight * combined.sum() * background, 0, None))
 
 
-def scaled(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def normalise(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """A map `[h, w]` with a sum of 1; one without any attention as it is."""
     total = float(values.sum())
     return np.asarray(values / total if total > 0 else values, dtype=np.float64)
 
 
-def without_peaks(combined: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
+def limit_peaks(combined: NDArray[np.float64], limit: float) -> NDArray[np.float64]:
     """A map `[h, w]`, each cell capped at `limit` times the seventh highest of the 5 x 5 cells around and in it.
 
     An attention sink of up to six cells towers over its surroundings and is cut; an object covers more cells than
@@ -156,7 +158,7 @@ def combine(
     return np.asarray(smooth(maps, kernel_size, sigma, border).sum(axis=0))
 
 
-def maps_of(attention: NDArray[np.float32], heads: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+def head_maps(attention: NDArray[np.float32], heads: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
     """The maps `[k, h, w]` of the heads, of `[layer, head, h, w]`."""
     if not heads:
         raise ValueError("grounding needs at least one head")

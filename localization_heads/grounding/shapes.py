@@ -44,13 +44,13 @@ def largest_hull(
     return np.asarray((labels == best) & cells)
 
 
-def heaviest(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+def largest_mass(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
     """The 8-connected component that holds the most `mass`; of equal ones that whose first cell comes first.
 
     Args:
         cells, mass: `[h, w]`; no mass is below 0.
 
-    >>> heaviest(np.array([[True, False, True]]), np.array([[2.0, 9.0, 3.0]])).tolist()
+    >>> largest_mass(np.array([[True, False, True]]), np.array([[2.0, 9.0, 3.0]])).tolist()
     [[False, False, True]]
     """
     labels = label_components(cells)
@@ -68,7 +68,7 @@ def containing_peak(cells: NDArray[np.bool_], mass: NDArray[np.floating[Any]]) -
     return np.asarray(labels == labels.flat[np.argmax(np.where(cells, mass, -np.inf))])
 
 
-def crossings(
+def level_crossings(
     values: NDArray[np.floating[Any]], level: float, cells: NDArray[np.bool_], visible: NDArray[np.bool_]
 ) -> tuple[float, float, float, float]:
     """Where a map, linear between the centres of its cells, falls to `level` around some of them: x0, y0, x1, y1.
@@ -86,7 +86,7 @@ def crossings(
         In cells from the top left corner of the grid.
 
     >>> row = np.array([[0.0, 1.0, 4.0, 2.0]])
-    >>> crossings(row, 1.5, row > 1.5, row >= 0)
+    >>> level_crossings(row, 1.5, row > 1.5, row >= 0)
     (1.6666666666666665, 0.0, 4.0, 1.0)
     """
     values = np.where(visible, values, np.inf)

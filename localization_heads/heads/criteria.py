@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from localization_heads.cells import label_apart
+from localization_heads.cells import label_separated
 from localization_heads.errors import ArgumentError, NotFiniteError
 from localization_heads.options.groups import CriteriaOptions, Threshold, Weight
 
@@ -116,10 +116,10 @@ def elbow_index(values: ArrayLike) -> int:
     return _elbow_of_sorted(np.sort(_as_values(values)))
 
 
-def elbow_head(sums: NDArray[np.floating[Any]]) -> int:
+def head_at_elbow(sums: NDArray[np.floating[Any]]) -> int:
     """Flat index `layer * H + head` of the head that stands at the elbow; of equal sums the first stands first.
 
-    >>> elbow_head(np.array([[0.9, 0.0], [0.1, 0.2]]))  # sorted 0, 0.1, 0.2, 0.9: the elbow is 0.2, of the last head
+    >>> head_at_elbow(np.array([[0.9, 0.0], [0.1, 0.2]]))  # sorted 0, 0.1, 0.2, 0.9: the elbow is 0.2, of the last head
     3
     """
     return int(np.argsort(sums, axis=None, kind="stable")[elbow_index(sums)])
@@ -185,7 +185,7 @@ def keep_heads(sums: NDArray[np.floating[Any]], options: CriteriaOptions | None 
     if options.elbow == "value":
         kept = sums >= threshold
     else:
-        kept = np.arange(sums.size).reshape(sums.shape) >= elbow_head(sums)
+        kept = np.arange(sums.size).reshape(sums.shape) >= head_at_elbow(sums)
     kept[: options.exclude_layers] = False
     return kept
 
@@ -304,7 +304,7 @@ def _components(
         active: `(n, h + 1, w + 1)`, inactive in the last row and the first column of each map.
         excess: `(n, h + 1, w)`, as `_excess` has it.
     """
-    count, labels = label_apart(active)
+    count, labels = label_separated(active)
     flat = active.ravel()
     ends = np.flatnonzero(flat[1:] != flat[:-1])  # in turn: the place before a run, and the run's last
     if not ends.size:

@@ -34,10 +34,10 @@ class Head(NamedTuple):
         return cls(int(match[1]), int(match[2]))
 
 
-def repeated(heads: Iterable[Head]) -> Head | None:
+def find_duplicate(heads: Iterable[Head]) -> Head | None:
     """The first head that comes a second time.
 
-    >>> repeated([Head(1, 2), Head(3, 4), Head(1, 2)])
+    >>> find_duplicate([Head(1, 2), Head(3, 4), Head(1, 2)])
     Head(layer=1, head=2)
     """
     seen: set[Head] = set()

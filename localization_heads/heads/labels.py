@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.attention import AttentionMaps, Box, on_image
-from localization_heads.cells import SLIVER, box_shares, grid_edges, interval_shares, mask_shares
+from localization_heads.attention import AttentionMaps, Box, clip_box
+from localization_heads.cells import SLIVER, box_coverage, grid_edges, interval_coverage, mask_coverage
 from localization_heads.errors import ArgumentError
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import CHUNK_VALUES, SampleArray, random_draws
@@ -50,9 +50,9 @@ def mass_in_truth(
     [[0.625, 0.25]]
     """
     if mask is not None:
-        shares = mask_shares(mask, maps.image_box, maps.grid)
+        shares = mask_coverage(mask, maps.image_box, maps.grid)
     else:
-        shares = box_shares(on_image(box, maps.image_size), maps.image_box, maps.grid)
+        shares = box_coverage(clip_box(box, maps.image_size), maps.image_box, maps.grid)
     return np.asarray(np.einsum("lhyx,yx->lh", maps.attention, shares), dtype=np.float32)
 
 
@@ -66,9 +66,9 @@ def mass_on_patches(maps: AttentionMaps, box: Box) -> NDArray[np.float32]:
     [[0.25, 0.0]]
     """
     x_edges, y_edges = grid_edges(maps.image_box, maps.grid)
-    x0, y0, x1, y1 = on_image(box, maps.image_size)
-    columns = interval_shares(x_edges, x0, x1) * np.diff(x_edges) > SLIVER
-    rows = interval_shares(y_edges, y0, y1) * np.diff(y_edges) > SLIVER
+    x0, y0, x1, y1 = clip_box(box, maps.image_size)
+    columns = interval_coverage(x_edges, x0, x1) * np.diff(x_edges) > SLIVER
+    rows = interval_coverage(y_edges, y0, y1) * np.diff(y_edges) > SLIVER
     touched = np.logical_and.outer(rows, columns).astype(np.float64)
     return np.asarray(np.einsum("lhyx,yx->lh", maps.attention, touched), dtype=np.float32)
 
@@ -97,7 +97,7 @@ def _chunks(samples: int, heads: int) -> Iterator[NDArray[np.intp]]:
     return (np.arange(start, min(start + size, samples)) for start in range(0, samples, size))
 
 
-def best_first(scores: Scores, free: HeadRanking) -> list[Head]:
+def rank_by_score(scores: Scores, free: HeadRanking) -> list[Head]:
     """Every head of the layers that are not left out, highest score first; equal ones in the label-free order.
 
     Args:
@@ -106,7 +106,7 @@ def best_first(scores: Scores, free: HeadRanking) -> list[Head]:
     return sorted(_free(free), key=lambda head: -scores[head])
 
 
-def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: float) -> Scores:
+def shrink_scores(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: float) -> Scores:
     """Scores from few labels, drawn towards the label-free ranking: `w labels + (1 - w) label-free`, w = n / (n + n0).
 
     Args:
@@ -122,7 +122,7 @@ def shrunk(scores: Scores, free: HeadRanking, num_labels: int, how: Shrink, n0: 
         return scores
     weight = num_labels / (num_labels + n0)
     if how == "ranks":
-        orders = best_first(scores, free), _free(free)
+        orders = rank_by_score(scores, free), _free(free)
         by_label, label_free = (_places(order, scores.shape) for order in orders)
     else:
         evidence = np.zeros(scores.shape)
@@ -161,8 +161,8 @@ class LabelRecipe:
         by: what scores a head in a sample.
         num_labels: entries drawn for the ranking; None takes all.
         num_trials: draws (or, of all entries, bootstrap resamples) that its spread comes from.
-        shrink: as of `shrunk`.
-        n0: as of `shrunk`.
+        shrink: as of `shrink_scores`.
+        n0: as of `shrink_scores`.
         k: heads that a ranking is judged by.
     """
 
@@ -185,7 +185,7 @@ class LabelRecipe:
 
     def order(self, scores: Scores, free: HeadRanking, num_labels: int) -> list[Head]:
         """Every head, best first, by the mean scores over so many labels."""
-        return best_first(shrunk(scores, free, num_labels, self.shrink, self.n0), free)
+        return rank_by_score(shrink_scores(scores, free, num_labels, self.shrink, self.n0), free)
 
 
 def rank_by_labels(scores: SampleArray, free: HeadRanking, recipe: LabelRecipe) -> HeadRanking:
@@ -297,7 +297,7 @@ def quality_curve(
         found = [judged(order, values) for order, values in zip(orders, held, strict=True)]
         points.append((count, found, _in_common([order[: recipe.k] for order in orders])))
     allowed = _free(free)
-    oracle = best_first(mean_scores(scores, everything)[0], free)
+    oracle = rank_by_score(mean_scores(scores, everything)[0], free)
     return Curve(
         counts=[count for count, _, _ in points],
         quality=[found for _, found, _ in points],

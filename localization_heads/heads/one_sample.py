@@ -16,7 +16,7 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.sensitivity import SensitivityStatistics, sensitivity_score
 from localization_heads.options.groups import CriteriaOptions, Ties
 
-WAY_OUT = "lower criteria.tau, or name heads as in heads=[14-24,14-13,14-26]"
+NO_HEAD_HINT = "lower criteria.tau, or name heads as in heads=[14-24,14-13,14-26]"
 
 
 def greedy_heads(
@@ -40,7 +40,7 @@ def greedy_heads(
     [Head(layer=3, head=1)]
     """
     found = statistics
-    of_sample = partial(sample_heads, found.attention_sum, found.spatial_entropy, found.bottom_row_focus)
+    of_sample = partial(select_in_sample, found.attention_sum, found.spatial_entropy, found.bottom_row_focus)
     if sensitivity is None:
         return of_sample(options, k)
     passing = of_sample(replace(options, fallback="none"), found.attention_sum.size)
@@ -55,7 +55,7 @@ def _stays(statistics: SensitivityStatistics, head: Head) -> float:
     return math.inf if score is None else -round(score, 6)
 
 
-def own_heads(
+def pick_own_heads(
     statistics: HeadStatistics,
     options: CriteriaOptions,
     k: int,
@@ -70,7 +70,9 @@ def own_heads(
     """
     heads = greedy_heads(statistics, options, k, sensitivity)
     if not heads:
-        raise NoHeadError(f"no head passes the criteria in this sample, so none can ground it: {WAY_OUT}")
+        raise NoHeadError(
+            f"no head passes the criteria in this sample, so none can ground it: {NO_HEAD_HINT}"
+        )
     return heads
 
 
@@ -83,7 +85,7 @@ def analysis_rows(statistics: HeadStatistics, options: CriteriaOptions) -> list[
     kept = keep_heads(statistics.attention_sum, options)
     dropped = statistics.bottom_row_focus & options.bottom_row_filter
     group = np.where(kept, np.where(dropped, 1, 0), 2).ravel()
-    order = by_entropy(statistics.attention_sum.ravel(), statistics.spatial_entropy.ravel(), options.ties)
+    order = entropy_order(statistics.attention_sum.ravel(), statistics.spatial_entropy.ravel(), options.ties)
     order = order[np.argsort(group[order], kind="stable")]
     return [_row(statistics, kept, Head(*divmod(index, kept.shape[1]))) for index in order.tolist()]
 
@@ -101,7 +103,7 @@ def _row(statistics: HeadStatistics, kept: NDArray[np.bool_], head: Head) -> dic
     }
 
 
-def select_heads(
+def select_by_entropy(
     sums: NDArray[np.floating[Any]],
     entropy: NDArray[np.floating[Any]],
     kept: NDArray[np.bool_],
@@ -123,15 +125,15 @@ def select_heads(
 
     >>> sums = np.array([[0.5, 0.25], [0.75, 0.125]])
     >>> entropy = np.array([[1.0, 0.0], [0.0, np.inf]])
-    >>> select_heads(sums, entropy, kept=sums > 0, top_n=2)
+    >>> select_by_entropy(sums, entropy, kept=sums > 0, top_n=2)
     [Head(layer=1, head=0), Head(layer=0, head=1)]
     """
     allowed = (kept & np.isfinite(entropy)).ravel()
-    order = by_entropy(sums.ravel(), entropy.ravel(), ties)
+    order = entropy_order(sums.ravel(), entropy.ravel(), ties)
     return _addresses(order[allowed[order]][:top_n], sums.shape[1])
 
 
-def sample_heads(
+def select_in_sample(
     sums: NDArray[np.floating[Any]],
     entropy: NDArray[np.floating[Any]],
     bottom_row: NDArray[np.bool_],
@@ -149,13 +151,13 @@ def sample_heads(
 
     >>> sums = np.array([[0.9, 0.1], [0.2, 0.8]])
     >>> options = CriteriaOptions(exclude_layers=0, tau=0.5, fallback="order")
-    >>> sample_heads(sums, np.array([[1.0, 0.0], [0.0, 0.5]]), sums < 0, options, top_n=3)
+    >>> select_in_sample(sums, np.array([[1.0, 0.0], [0.0, 0.5]]), sums < 0, options, top_n=3)
     [Head(layer=1, head=1), Head(layer=0, head=0), Head(layer=0, head=1)]
     """
     allowed = keep_heads(sums, options)
     if options.bottom_row_filter:
         allowed &= ~bottom_row
-    chosen = select_heads(sums, entropy, allowed, top_n, options.ties)
+    chosen = select_by_entropy(sums, entropy, allowed, top_n, options.ties)
     if options.fallback == "order":
         taken = set(chosen)
         others = [head for index in np.ndindex(sums.shape) if (head := Head(*index)) not in taken]
@@ -182,7 +184,7 @@ def _addresses(flat: NDArray[np.intp], num_heads: int) -> list[Head]:
     return [Head(*divmod(index, num_heads)) for index in flat.tolist()]
 
 
-def by_entropy(
+def entropy_order(
     sums: NDArray[np.floating[Any]], entropies: NDArray[np.floating[Any]], ties: Ties = "sum"
 ) -> NDArray[np.intp]:
     """Order of heads along the last axis by (entropy, higher sum, index): the tie rule in one place."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from localization_heads.heads.criteria import attention_sum_threshold, keep_heads
 from localization_heads.heads.head import Head
-from localization_heads.heads.one_sample import by_entropy, sample_heads
+from localization_heads.heads.one_sample import entropy_order, select_in_sample
 from localization_heads.heads.record import HeadRanking, RankedHead
 from localization_heads.heads.sensitivity import SensitivityStatistics
 from localization_heads.options.groups import CriteriaOptions
@@ -62,7 +62,7 @@ def rank_heads(
     are those of the whole pool and the spread comes from `num_trials` bootstrap resamples of it.
 
     Heads are ranked by kept first, frequency, then mean attention sum, then layer, then head. With
-    `options.per_sample` criterion 1 is applied to each sample by its own elbow (`sample_heads`): tau is the average
+    `options.per_sample` criterion 1 is applied to each sample by its own elbow (`select_in_sample`): tau is the average
     of these, and a head is kept if it passes in any sample.
 
     Args:
@@ -210,7 +210,7 @@ def _marks(
         usable = np.isfinite(values)
         if pool.bottom_row is not None:
             usable &= ~pool.bottom_row[rows].reshape(rows.size, -1).astype(bool)
-        order = by_entropy(pool.sums[rows].reshape(rows.size, -1), values, options.ties)
+        order = entropy_order(pool.sums[rows].reshape(rows.size, -1), values, options.ties)
         usable = np.take_along_axis(usable, order, axis=1)  # best head first, as `order`
         for trial, allowed in enumerate(kept):
             candidates = usable & allowed[order]
@@ -234,7 +234,7 @@ def _own_marks(
             pool.sums[rows], pool.entropies[rows], flags.astype(bool), draws[:, rows].T, strict=True
         )
         for sums, entropy, bottom_row, weights in samples:
-            for head in sample_heads(sums, entropy, bottom_row, options, top_n):
+            for head in select_in_sample(sums, entropy, bottom_row, options, top_n):
                 counts[:, head.layer, head.head] += weights
             kept[weights > 0] |= keep_heads(sums, options)
             tau += weights * _tau(sums, options)

@@ -100,7 +100,7 @@ def _short(value: str | None) -> str:
     return " ".join(str(value).split())[:40]
 
 
-FOUND_AGAIN = 20
+MAX_COMPARED = 20
 """Heads of a list, at most, that a new ranking is compared with."""
 
 
@@ -229,10 +229,10 @@ def choose_ready(
     return ReadyHeads(why_not=tuple(why_not))
 
 
-def other_conditions(heads: str, found: FoundWith | None, asked: FoundWith | None) -> str | None:
+def mismatch_warning(heads: str, found: FoundWith | None, asked: FoundWith | None) -> str | None:
     """One sentence where heads were found with other weights, another prompt or query token, as far as that is known.
 
-    >>> other_conditions("heads=a.json", {"query_token": "last"}, {"query_token": "answer_mean"})  # doctest: +ELLIPSIS
+    >>> mismatch_warning("heads=a.json", {"query_token": "last"}, {"query_token": "answer_mean"})  # doctest: +ELLIPSIS
     'heads=a.json: found with query_token=last (here: answer_mean); others may be better here: ...'
     """
     if not found or not asked or (how := difference(found, asked)) is None:
@@ -240,7 +240,7 @@ def other_conditions(heads: str, found: FoundWith | None, asked: FoundWith | Non
     return f"{heads}: {how}; others may be better here: find them with stage=find, or ask as it did"
 
 
-class Overlap(NamedTuple):
+class SharedHeads(NamedTuple):
     """How many of a list's first heads a ranking has among as many first ones, and how many chance would have."""
 
     found: int
@@ -248,14 +248,14 @@ class Overlap(NamedTuple):
     chance: float
 
 
-def overlap(published: Sequence[Head], ranked: Sequence[Head], num_heads: int) -> Overlap:
-    """Compare the first `FOUND_AGAIN` heads of a list, or as many as both have, with the first ones of a ranking.
+def shared_heads(published: Sequence[Head], ranked: Sequence[Head], num_heads: int) -> SharedHeads:
+    """Compare the first `MAX_COMPARED` heads of a list, or as many as both have, with the first ones of a ranking.
 
     `chance` is what a random order of the model's `num_heads` heads would share on average: `n^2 / num_heads`.
 
-    >>> overlap([Head(1, 1), Head(1, 2)], [Head(1, 2), Head(0, 0), Head(1, 1)], 8)
-    Overlap(found=1, of=2, chance=0.5)
+    >>> shared_heads([Head(1, 1), Head(1, 2)], [Head(1, 2), Head(0, 0), Head(1, 1)], 8)
+    SharedHeads(found=1, of=2, chance=0.5)
     """
-    n = min(FOUND_AGAIN, len(published), len(ranked))
+    n = min(MAX_COMPARED, len(published), len(ranked))
     found = len(set(published[:n]) & set(ranked[:n]))
-    return Overlap(found, n, n * n / num_heads if num_heads else 0.0)
+    return SharedHeads(found, n, n * n / num_heads if num_heads else 0.0)

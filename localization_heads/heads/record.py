@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal, cast, get_args
 
 from localization_heads.errors import UsageError, shown
-from localization_heads.heads.head import Head, repeated
+from localization_heads.heads.head import Head, find_duplicate
 from localization_heads.heads.ready import KEYS, FoundWith
 from localization_heads.heads.sensitivity import RESTING_SHARE, sensitivity_score
 from localization_heads.options.groups import CriteriaOptions, SensitivityOptions
@@ -224,7 +224,7 @@ class HeadRanking:
         if fields.integer("version", 1) != 1:
             raise UsageError(f"heads.json: version must be 1, not {shown(fields.values['version'])}")
         heads = tuple(_head_from_json(entry, number) for number, entry in enumerate(fields.sequence("heads")))
-        if twice := repeated(head.address for head in heads):
+        if twice := find_duplicate(head.address for head in heads):
             raise UsageError(f"heads.json: {twice} is listed twice")
         return cls(
             heads=heads,

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from localization_heads.errors import UsageError, shown
-from localization_heads.heads.head import Head, repeated
+from localization_heads.heads.head import Head, find_duplicate
 from localization_heads.heads.record import HeadRanking
 
 HeadScore = tuple[Head, float]
@@ -58,7 +58,7 @@ def read_scores(data: Any) -> list[HeadScore]:
     heads = [head for head, _ in rows]
     if not heads:
         raise UsageError(f"it names no head; {FORM}")
-    if twice := repeated(heads):
+    if twice := find_duplicate(heads):
         raise UsageError(f"{twice} is listed twice")
     return sorted(rows, key=lambda row: -row[1])
 

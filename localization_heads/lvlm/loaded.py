@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from localization_heads.attention import AttentionMaps, of_images
+from localization_heads.attention import AttentionMaps, join_images
 from localization_heads.data.sources import LoadedImages, PromptImages, images_of
 from localization_heads.errors import UsageError, WorkError, shown
 from localization_heads.lvlm.answers.answering import (
@@ -281,7 +281,7 @@ class LoadedModel(PromptedModel):
             ).of_size(getattr(image, "original_size", image.size))
 
         each = [maps_of(own, image) for own, image in zip(views, images_of(shown), strict=True)]
-        return of_images(each) if len(each) > 1 else each[0]
+        return join_images(each) if len(each) > 1 else each[0]
 
     def views_in(self, inputs: Mapping[str, Any], sample: int, image: Image.Image) -> list[View]:
         """The views of one sample of an encoded batch."""

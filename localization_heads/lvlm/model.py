@@ -25,7 +25,7 @@ from localization_heads.data.sources import PromptImages, image_at, images_of
 from localization_heads.errors import NotFiniteError, OutOfMemoryError
 from localization_heads.heads.criteria import head_statistics
 from localization_heads.heads.head import Head
-from localization_heads.heads.one_sample import own_heads
+from localization_heads.heads.one_sample import pick_own_heads
 from localization_heads.heads.sensitivity import swap_left_right
 from localization_heads.lvlm.answers.trace import Trace
 from localization_heads.lvlm.asking import attend_with_extras
@@ -278,7 +278,9 @@ class LVLM(LoadedModel):
             NotFiniteError: NaN or infinite attention.
         """
         image = image_at(image, None)
-        chosen = tuple(Head(*head) for head in heads or self.heads_auto() or self.own_heads(image, query))
+        chosen = tuple(
+            Head(*head) for head in heads or self.heads_auto() or self.pick_own_heads(image, query)
+        )
         return traced(
             self,
             image,
@@ -289,14 +291,14 @@ class LVLM(LoadedModel):
             grounding=options or newcomers_grounding(),
         )
 
-    def own_heads(
+    def pick_own_heads(
         self, image: Image.Image, query: str, criteria: CriteriaOptions | None = None, k: int = OWN_HEADS
     ) -> list[Head]:
         """The heads that this very image and query pick. NoHeadError where none passes the criteria."""
         criteria = criteria or CriteriaOptions()
         maps = self.attend(image, query, extra_prompts=sensitivity_prompts(criteria))
         sensitivity = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
-        return own_heads(head_statistics(maps.attention, criteria), criteria, k, sensitivity)
+        return pick_own_heads(head_statistics(maps.attention, criteria), criteria, k, sensitivity)
 
     def encode_image(self, image: PromptImages, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.

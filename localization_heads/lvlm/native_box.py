@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from localization_heads.attention import Box, rescaled
+from localization_heads.attention import Box, rescale_box
 from localization_heads.data.sources import image_at
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat, read_box
@@ -72,7 +72,7 @@ def generate_box(lvlm: LVLM, form: BoxFormat, image: Image.Image, expression: st
     start = 0 if lvlm.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     text = lvlm.processor.tokenizer.decode(ids[0, start:], skip_special_tokens=False).strip()
     box = read_box(text, form, seen.size, _resized(lvlm, inputs))
-    return None if box is None else rescaled(box, seen.size, image.size), text
+    return None if box is None else rescale_box(box, seen.size, image.size), text
 
 
 def _resized(lvlm: LVLM, inputs: Mapping[str, Any]) -> Size | None:

@@ -23,7 +23,7 @@ from localization_heads.heads.ready import (
     ReadyHeads,
     asked,
     choose_ready,
-    other_conditions,
+    mismatch_warning,
 )
 from localization_heads.lvlm.answers.box_formats import BOX, FORMATS, BoxFormat
 from localization_heads.lvlm.families.geometry import check_shape, image_token_id
@@ -194,7 +194,7 @@ class PromptedModel:
 
     def note_other_conditions(self, heads: str, found: FoundWith | None) -> None:
         """A note if heads were found with other weights, another prompt or query token, as far as that is known."""
-        if said := other_conditions(heads, found, self.asked):
+        if said := mismatch_warning(heads, found, self.asked):
             self.note(said)
 
     @property

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from localization_heads.attention import Box, rescaled
+from localization_heads.attention import Box, rescale_box
 from localization_heads.errors import NotFiniteError, UsageError, WorkError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm.answers.trace import Trace, silent_tokens, spelled
@@ -143,7 +143,7 @@ def traced(
         heads=tuple(heads),
         rows=kept.mean(axis=1, keepdims=True) if options.keep == "mean" else kept,
         masses=kept.sum(axis=(2, 3)),
-        image_box=rescaled(recorder.box, seen.size, image.size),
+        image_box=rescale_box(recorder.box, seen.size, image.size),
         image_size=image.size,
         step=options.step,
         options=grounding,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from localization_heads.attention import Box
-from localization_heads.cells import spread
+from localization_heads.cells import upsample_to_image
 from localization_heads.grounding.ground import Grounding
 from localization_heads.segmentation.segmenter import proposal_size
 
@@ -63,7 +63,7 @@ class GrabCut:
         size = max(1, round(sides[0] * shrink)), max(1, round(sides[1] * shrink))
         image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy a large image
         pixels = np.asarray(image.resize(size, box=region, reducing_gap=2.0))
-        heat = spread(grounding.smoothest, _seen_from(grounding.image_box, region, size), size)
+        heat = upsample_to_image(grounding.pointing_map, _seen_from(grounding.image_box, region, size), size)
         found = cut(pixels, heat, _seen_from(grounding.box, region, size), self.iterations)
         return _placed(found, region, grounding.image_size)
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from localization_heads.attention import Box, on_image
-from localization_heads.cells import box_iou, spread, tight_box, visible_cells
+from localization_heads.attention import Box, clip_box
+from localization_heads.cells import box_iou, tight_box, upsample_to_image, visible_cells
 from localization_heads.errors import ArgumentError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.grounding.shapes import Point
@@ -116,7 +116,7 @@ def map_logits(grounding: Grounding, frame: Frame, side: int) -> NDArray[np.floa
     (across, down), (x0, y0, x1, y1) = frame.scale, grounding.image_box
     x, y = across * shrink, down * shrink
     values = _logits(grounding)
-    logits = spread(values, (x0 * x, y0 * y, x1 * x, y1 * y), (side, side), outside=-LOGIT)
+    logits = upsample_to_image(values, (x0 * x, y0 * y, x1 * x, y1 * y), (side, side), outside=-LOGIT)
     middles = np.arange(side) + 0.5
     logits[middles > frame.inner[1] * shrink] = -LOGIT
     logits[:, middles > frame.inner[0] * shrink] = -LOGIT
@@ -182,7 +182,7 @@ def proposal_size(image_size: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(image_size[0] * shrink)), max(1, round(image_size[1] * shrink))
 
 
-def proposed_by(segmenter: Proposer, image: Image.Image) -> NDArray[np.bool_]:
+def checked_proposals(segmenter: Proposer, image: Image.Image) -> NDArray[np.bool_]:
     """`Proposer.propose`. ArgumentError, which names the segmenter, where it gives no masks: it may be anybody's."""
     masks = np.asarray(segmenter.propose(image))
     if masks.ndim != 3 or masks.dtype != bool:
@@ -245,4 +245,4 @@ def _wider(grounding: Grounding) -> Box:
     (left, top, right, bottom), (h, w) = grounding.image_box, grounding.cells.shape
     across, down = WIDER * (right - left) / w, WIDER * (bottom - top) / h
     x0, y0, x1, y1 = grounding.box
-    return on_image((x0 - across, y0 - down, x1 + across, y1 + down), grounding.image_size)
+    return clip_box((x0 - across, y0 - down, x1 + across, y1 + down), grounding.image_size)

@@ -28,7 +28,7 @@ from localization_heads.experiments.ablation import (
     ablation_finding,
     make_conditions,
 )
-from localization_heads.grounder import check_heads, every_head, known_heads
+from localization_heads.grounder import check_heads, known_heads, resolve_all_heads
 from localization_heads.grounding.ground import ground_maps
 from localization_heads.heads.criteria import check_criteria
 from localization_heads.heads.head import Head
@@ -224,7 +224,7 @@ def _named_heads(run: Run) -> tuple[Head, ...]:
         raise UsageError("heads=greedy: stage=ablate changes fixed heads; write heads=auto or name them")
     if heads == "auto":
         return known_heads(run.spec.name, run.folder, NO_LIMIT, run.ready_heads) or ()
-    return every_head(heads)
+    return resolve_all_heads(heads)
 
 
 def _measure_entries(run: Run, entries: Entries, work: Ablation, log: ResultLog) -> list[Measurements]:

@@ -39,7 +39,9 @@ def calibrate(run: Run) -> Calibrated:
     """
     source = run.options.calibrate_from
     known = load_calibration(source, "calibrate_from") if source else None
-    run = replace(run, options=_as_fitted(run.options, signals=known is not None and known.asks))
+    run = replace(
+        run, options=_as_fitted(run.options, signals=known is not None and known.needs_model_signals)
+    )
     recipe = run.recipe(run.named_heads)
     if known is not None:
         known.check(recipe, source)

@@ -18,7 +18,7 @@ from localization_heads.data.sources import PromptImages, image_at, num_images
 from localization_heads.datasets.leakage import image_keys
 from localization_heads.errors import NothingDoneError, UsageError, WorkError
 from localization_heads.heads.criteria import HeadStatistics, attention_sum, check_criteria, head_statistics
-from localization_heads.heads.one_sample import WAY_OUT, analysis_rows
+from localization_heads.heads.one_sample import NO_HEAD_HINT, analysis_rows
 from localization_heads.heads.ranking import NONE_KEPT, random_draws
 from localization_heads.heads.ready import found_with
 from localization_heads.heads.record import HeadRanking
@@ -256,7 +256,7 @@ def _rank(run: Run, entries: Entries, draws: NDArray[np.int64], store: Statistic
     ranking = rank_entries(run, entries, draws, store)
     warn_of_disagreement(ranking, run.options.k)
     if not ranking.kept:
-        log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, WAY_OUT)
+        log.warning("%s: heads.json lists none to ground with; %s", NONE_KEPT, NO_HEAD_HINT)
     images = image_keys(entries.samples[i] for i in _usable_draws(entries, draws))
     return replace(
         ranking,

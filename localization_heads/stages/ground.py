@@ -22,7 +22,7 @@ from localization_heads.data.sources import (
     num_images,
 )
 from localization_heads.errors import NoHeadError, NothingDoneError, UsageError
-from localization_heads.grounding.boxes import crop_around, mapped_back
+from localization_heads.grounding.boxes import crop_around, to_image_pixels
 from localization_heads.grounding.confidence import Calibration
 from localization_heads.grounding.ground import Grounding, ground_maps
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
@@ -73,7 +73,7 @@ def look_again(
         id = one.sample.id
         if id in seconds:
             found = ground_maps(seconds[id].maps, first[id].heads, run.options.grounding)
-            box = mapped_back(found.box, crops[id]) if found.cells.any() else None
+            box = to_image_pixels(found.box, crops[id]) if found.cells.any() else None
             looked.append(one._replace(zoomed_box=box))
         elif id not in crops:
             looked.append(one)

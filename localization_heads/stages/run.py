@@ -22,12 +22,12 @@ from localization_heads.grounder import (
     check_heads,
     choose_calibration,
     choose_heads,
-    found_with_of,
+    heads_found_with,
     heads_source,
     make_segmenter,
 )
 from localization_heads.grounding.confidence import Calibration
-from localization_heads.grounding.ground import LEAST_MASS, LEAST_OF_PLACES
+from localization_heads.grounding.ground import MIN_INSTANCE_MASS, MIN_INSTANCE_MASS_OF_PLACES
 from localization_heads.heads.head import Head
 from localization_heads.heads.ranking import rank_heads
 from localization_heads.heads.ready import NATIVE_BOX, FoundWith, ReadyHeads, choose_ready, ready_lists
@@ -136,7 +136,7 @@ class ModelRun(Generic[Chosen]):
             options.k,
             calibration,
             options.abstain,
-            LEAST_OF_PLACES if self.prompt_templates is PLACES else LEAST_MASS,
+            MIN_INSTANCE_MASS_OF_PLACES if self.prompt_templates is PLACES else MIN_INSTANCE_MASS,
             isinstance(options, FinderOptions) and options.instances_by == "segmenter",
         )
 
@@ -182,7 +182,7 @@ class ModelRun(Generic[Chosen]):
             every_head: keep the maps of all heads for the extra prompts, not only of `heads`.
         """
         options = self.options
-        signals = options.signals or (calibration is not None and calibration.asks)
+        signals = options.signals or (calibration is not None and calibration.needs_model_signals)
         return extra_prompts_for(
             options.grounding.contrast, heads, options.criteria, signals=signals, every_head=every_head
         )
@@ -273,7 +273,7 @@ class ModelRun(Generic[Chosen]):
     @property
     def heads_found_with(self) -> FoundWith | None:
         """The conditions under which the heads of `heads=` were found; None if they are not known."""
-        return found_with_of(self.options.heads, self.spec.name, self.folder, self.ready_heads)
+        return heads_found_with(self.options.heads, self.spec.name, self.folder, self.ready_heads)
 
     def note_head_conditions(self) -> None:
         """Log a note if the heads were found with other weights, another prompt or another query token."""

@@ -17,12 +17,12 @@ from localization_heads.data.images import load_image
 from localization_heads.data.samples import Sample
 from localization_heads.data.sources import PromptImages, Together, image_at, images_of, load_prompt_images
 from localization_heads.errors import UsageError, WorkError
-from localization_heads.grounder import Grounder, check_heads, choose_heads, found_with_of
+from localization_heads.grounder import Grounder, check_heads, choose_heads, heads_found_with
 from localization_heads.grounding.ground import Grounding
 from localization_heads.heads.criteria import HeadStatistics, check_criteria, head_statistics
 from localization_heads.heads.head import Head
 from localization_heads.heads.one_sample import analysis_rows, greedy_heads
-from localization_heads.heads.ready import NONE_READY, choose_ready, other_conditions
+from localization_heads.heads.ready import NONE_READY, choose_ready, mismatch_warning
 from localization_heads.lvlm.checkpoints.spec import find_spec
 from localization_heads.lvlm.extra_prompts import NO_EXTRA_PROMPTS, ExtraPrompts, measures_sensitivity
 from localization_heads.lvlm.vocabulary import warn_of_unknown_words
@@ -145,8 +145,8 @@ def heads_for_file(wanted: Any, k: int, maps: AttentionMaps, path: Path) -> tupl
             spec.heads, spec.lists, conditions.get("conv_mode"), conditions.get("query_token")
         )
     heads = choose_heads(wanted, k, maps.model, folder, ready)
-    found = found_with_of(wanted, maps.model, folder, ready)
-    if note := other_conditions(f"heads={wanted}", found, maps.asked):
+    found = heads_found_with(wanted, maps.model, folder, ready)
+    if note := mismatch_warning(f"heads={wanted}", found, maps.asked):
         log.warning("%s", note)
     return heads
 

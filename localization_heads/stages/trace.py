@@ -131,7 +131,7 @@ def _trace_each(
             one = run.lvlm.trace(
                 image,
                 query,
-                heads or run.lvlm.own_heads(image, query, options.criteria, options.k),
+                heads or run.lvlm.pick_own_heads(image, query, options.criteria, options.k),
                 max_new_tokens=options.max_new_tokens or TRACE_TOKENS,
                 trace=options.trace,
                 options=options.grounding,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from localization_heads.data.samples import Sample
 from localization_heads.data.video import Frame, Video, frames, open_video, write_video
 from localization_heads.errors import BadEntry, NothingDoneError, UsageError
-from localization_heads.grounding.boxes import smoothed
+from localization_heads.grounding.boxes import smooth_boxes
 from localization_heads.located import prediction_of
 from localization_heads.stages.chunks import Chunk, attend_samples
 from localization_heads.stages.entries import Entries
@@ -193,7 +193,7 @@ def _smooth(predictions: Sequence[Prediction], weight: float) -> list[Prediction
     """The predictions with boxes smoothed over time (`smoothing=`), keeping the raw boxes beside them."""
     if not weight:
         return list(predictions)
-    boxes = smoothed([one.bbox for one in predictions], weight)
+    boxes = smooth_boxes([one.bbox for one in predictions], weight)
     return [replace(one, bbox=box, raw_bbox=one.bbox) for one, box in zip(predictions, boxes, strict=True)]
 
 

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from localization_heads.attention import Box, rescaled
+from localization_heads.attention import Box, rescale_box
 from localization_heads.figures.overlay import opacity
 from localization_heads.figures.several import turns
 from localization_heads.figures.style import BLUE, COLOUR_MAP, GREEN, ORANGE, PURPLE, SKY, VERMILLION
@@ -130,11 +130,11 @@ def resized(found: Grounding, size: tuple[int, int]) -> Grounding:
         refined = np.asarray(Image.fromarray(refined).resize(size, Image.Resampling.NEAREST))
     return replace(
         found,
-        box=rescaled(found.box, before, size),
-        image_box=rescaled(found.image_box, before, size),
+        box=rescale_box(found.box, before, size),
+        image_box=rescale_box(found.image_box, before, size),
         image_size=size,
         refined=refined,
-        own_boxes=tuple(None if box is None else rescaled(box, before, size) for box in found.own_boxes),
+        own_boxes=tuple(None if box is None else rescale_box(box, before, size) for box in found.own_boxes),
     )
 
 

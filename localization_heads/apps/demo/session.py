@@ -163,7 +163,7 @@ class Asked:
             raise UsageError("switch at least one head on")
         check_heads(heads, *self.shape)
         grounder = Grounder(tuple(heads), CriteriaOptions(), options)
-        if self.calibration and not self.calibration.differs(grounder.recipe(self.asked)):
+        if self.calibration and not self.calibration.differences(grounder.recipe(self.asked)):
             grounder = replace(grounder, calibration=self.calibration)
         return [grounder.ground(maps, None) for maps in self.maps]
 

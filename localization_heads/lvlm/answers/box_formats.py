@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from localization_heads.attention import Box, on_image
+from localization_heads.attention import Box, clip_box
 from localization_heads.lvlm.families.geometry import Size, padded_box, whole_box
 
 BOX = "box"
@@ -97,5 +97,5 @@ def read_box(text: str, form: BoxFormat, image_size: Size, resized: Size | None 
     left, top, right, bottom = padded_box(image_size) if form.padded else whole_box(image_size)
     xs = [left + number / wide * (right - left) for number in numbers[0::2]]
     ys = [top + number / high * (bottom - top) for number in numbers[1::2]]
-    x0, y0, x1, y1 = box = on_image((xs[0], ys[0], xs[1], ys[1]), image_size)
+    x0, y0, x1, y1 = box = clip_box((xs[0], ys[0], xs[1], ys[1]), image_size)
     return box if x0 < x1 and y0 < y1 else None

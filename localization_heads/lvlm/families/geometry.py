@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from localization_heads.attention import Box
-from localization_heads.cells import overlaps
+from localization_heads.cells import interval_overlaps
 from localization_heads.errors import UsageError
 from localization_heads.options.groups import ViewChoice
 
@@ -360,4 +360,4 @@ def shares(source: Edges, target: Edges) -> NDArray[np.float64]:
     >>> shares(np.array([-1.0, 1.0, 2.0]), np.array([0.0, 1.5, 3.0])).tolist()
     [[0.5, 0.5], [0.0, 0.5]]
     """
-    return np.asarray(overlaps(target, source) / np.diff(source))
+    return np.asarray(interval_overlaps(target, source) / np.diff(source))

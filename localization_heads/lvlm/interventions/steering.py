@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from localization_heads.attention import Box, misses_image, rescaled
-from localization_heads.cells import overlaps
+from localization_heads.attention import Box, is_outside_image, rescale_box
+from localization_heads.cells import interval_overlaps
 from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
@@ -78,7 +78,7 @@ class Steering:
                 )
             if self._size is None:
                 before = getattr(image, "original_size", image.size)
-                region = rescaled(self.region, before, image.size)
+                region = rescale_box(self.region, before, image.size)
                 chosen = region_keys(lvlm.views_in(inputs, number, image), region, image.size)
                 self._chosen = self._in_order(inputs["input_ids"][number], chosen)
                 self._size = image.size
@@ -183,15 +183,15 @@ def region_keys(views: Sequence[View], region: Box, image_size: tuple[int, int])
     """
     x0, y0, x1, y1 = region
     written = ", ".join(f"{side:g}" for side in region)
-    if misses_image(region, image_size):
+    if is_outside_image(region, image_size):
         raise UsageError(
             f"steer: the region [{written}] lies outside the image, which is {image_size[0]} x {image_size[1]} pixels"
         )
     found = [
         view.index[
             np.ix_(
-                overlaps(view.y_edges, np.array([y0, y1]))[:, 0] > 0,
-                overlaps(view.x_edges, np.array([x0, x1]))[:, 0] > 0,
+                interval_overlaps(view.y_edges, np.array([y0, y1]))[:, 0] > 0,
+                interval_overlaps(view.x_edges, np.array([x0, x1]))[:, 0] > 0,
             )
         ].ravel()
         for view in views
