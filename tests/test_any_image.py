@@ -91,9 +91,9 @@ REFUSED = {
     "data without a comma": ("data:image/png", "no comma"),
     "data that is no base64": ("data:image/png;base64,####", "not base64"),
     "another machine's file": ("file://server/cat.png", "another machine"),
-    "a number": (3, "'int' is none: give a path"),
-    "nothing": (None, "'NoneType' is none"),
-    "a list": ([PIXELS], "'list' is none"),
+    "a number": (3, "'int' is not an image: give a path"),
+    "nothing": (None, "'NoneType' is not an image"),
+    "a list": ([PIXELS], "'list' is not an image"),
 }
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco
 
-from localization_heads.data.masks import encode_source, read_mask
+from localization_heads.data.masks import encode_mask_source, read_mask
 from localization_heads.datasets import parquet
 from localization_heads.datasets.base import BadRecord, Record
 from localization_heads.datasets.parquet import UnreadablePageError, unpacked_sizes
@@ -81,7 +81,7 @@ def test_both_sources_of_unc_give_cocos_truth(tmp_path, images, save):
         assert record.size == ref.size
         assert record.image == images / f"COCO_train2014_{ref.image_id:012d}.jpg"
         assert record.more == {"ref_id": ref.ref_id, "ann_id": ref.ann_id}
-        written = encode_source(record.mask, record.size)
+        written = encode_mask_source(record.mask, record.size)
         np.testing.assert_array_equal(coco.decode(written).astype(bool), coco_mask(ref))
         np.testing.assert_array_equal(read_mask(written, ref.size), coco_mask(ref))
 
@@ -126,7 +126,7 @@ def test_lmms_boxes_are_xywh_and_images_come_out(tmp_path):
     assert record.box == (10.0, 10.0, 60.0, 44.0)
     assert isinstance(record.image, bytes) and record.image[:2] == b"\xff\xd8"
     np.testing.assert_array_equal(
-        read_mask(encode_source(record.mask, (64, 48)), (64, 48)),
+        read_mask(encode_mask_source(record.mask, (64, 48)), (64, 48)),
         read_mask([refs[0].segmentation[0]], (64, 48)),
     )
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from localization_heads.data import images
 from localization_heads.data import network as downloading
-from localization_heads.data.address import Address, ImageError, is_partial, without_secrets
+from localization_heads.data.address import Address, ImageError, is_redacted, without_secrets
 from localization_heads.data.images import image_size, list_image_files, load_image, quiet_decoders
 from localization_heads.data.network import DownloadError, download, is_public
 from localization_heads.errors import UsageError, WorkError
@@ -526,7 +526,7 @@ def test_an_image_is_fetched(path, server):
         ("huge", "900 MP, over the limit"),
         ("announced", "larger than the limit of 32 MB"),
         ("endless", "larger than the limit of 32 MB"),
-        ("packed", "compressed answer"),
+        ("packed", "compressed response"),
         ("loop", "more than 5 redirects"),
         ("file", "redirects to file:/.*etc/passwd, which is not"),
         ("ftp", "which is not http"),
@@ -600,7 +600,7 @@ def test_addresses_that_are_none_are_refused(address):
     ],
 )
 def test_secrets_of_an_address_are_left_out(address, shown, partial):
-    assert (without_secrets(address), is_partial(shown)) == (shown, partial)
+    assert (without_secrets(address), is_redacted(shown)) == (shown, partial)
     assert without_secrets(shown) == shown
     assert (str(Address(address)), str(ImageError(address, "x"))) == (shown, f"{shown}: x")
     assert not re.search("SEC|RET", f"{Address(address)!r} {DownloadError(address, '')}")
@@ -761,7 +761,7 @@ def test_an_image_is_converted_alike_in_strips(mode: str, monkeypatch: pytest.Mo
     else:
         image = Image.fromarray(values, "RGBA").convert(mode)
     whole = np.asarray(load_image(image))
-    monkeypatch.setattr(images, "STRIP", 50)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 50)
     np.testing.assert_array_equal(np.asarray(load_image(image)), whole)
 
 

@@ -105,7 +105,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "expression=3: give a text": {"expression": 3},
     "expression=[None]: give a text": {"expression": [None]},
     "2 images and 3 expressions": {"image": ["a.png", "b.png"], "expression": ["x", "y", "z"]},
-    "'int' is none: give a path": {"image": 3}, "heads=[] names no head": {"heads": []},
+    "'int' is not an image: give a path": {"image": 3}, "heads=[] names no head": {"heads": []},
     "heads=3: give a ranking": {"heads": 3}, "heads=[3]: give a ranking": {"heads": [3]},
     "heads=['x']: give a ranking": {"heads": ["x"]}, "heads: there is no L99H0": {"heads": ["99-0"]},
     "k=0: the number of heads": {"k": 0}, "k='3': the number of heads": {"k": "3"},

@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from localization_heads.data.address import ImageError
-from localization_heads.data.masks import MaskError, encode_mask, encode_source, read_mask, union_of
+from localization_heads.data.masks import MaskError, encode_mask, encode_mask_source, merge_masks, read_mask
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=40))
 
@@ -112,15 +112,15 @@ def test_masks_of_several_objects_are_one():
         [[0, 0, 2, 0, 2, 2, 0, 2]],
         [4, 1, 6, 1, 6, 3, 4, 3],
     )
-    both = union_of([left, right])
+    both = merge_masks([left, right])
     assert both == [*left, right]
     expected = read_mask(left, (6, 4)) | read_mask([right], (6, 4)) | np.eye(4, 6, dtype=bool)
-    together = union_of([runs, left, [right]])
+    together = merge_masks([runs, left, [right]])
     assert (read_mask(together, (6, 4)) == expected).all()
-    assert (read_mask(encode_source(together, (6, 4)), (6, 4)) == expected).all()
+    assert (read_mask(encode_mask_source(together, (6, 4)), (6, 4)) == expected).all()
     for count in (0, 101):
         with pytest.raises(MaskError, match=f"{count} masks: from 1 to 100"):
-            union_of([left] * count)
+            merge_masks([left] * count)
     with pytest.raises(MaskError, match="is 6 x 4 pixels, its image 5 x 4"):
         read_mask(together, (5, 4))
 
@@ -193,7 +193,7 @@ def test_a_png_of_another_size_is_refused_before_it_is_decoded(tmp_path):
 def test_a_png_is_looked_at_in_strips(tmp_path, monkeypatch):
     expected = np.random.default_rng(0).random((9, 5)) > 0.5
     Image.fromarray(expected).convert("RGB").save(tmp_path / "mask.png")
-    monkeypatch.setattr("localization_heads.data.images.STRIP", 11)
+    monkeypatch.setattr("localization_heads.data.images.STRIP_PIXELS", 11)
     np.testing.assert_array_equal(read_mask(tmp_path / "mask.png", (5, 9)), expected)
 
 

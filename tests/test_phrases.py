@@ -62,7 +62,7 @@ def test_a_place_goes_with_its_object() -> None:
 
 def test_a_sentence_without_an_object_is_asked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     doc = parsed("run", "VERB", [0], "ROOT")
-    monkeypatch.setattr(phrases, "_pipeline", lambda model: lambda text: doc)
+    monkeypatch.setattr(phrases, "_load_pipeline", lambda model: lambda text: doc)
     assert split_phrases("run", by="spacy") == ["run"]
 
 
@@ -88,7 +88,7 @@ def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch)
         return original(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_spacy)
-    phrases._pipeline.cache_clear()
+    phrases._load_pipeline.cache_clear()
     with pytest.raises(UsageError, match=r"pip install 'localization-heads\[phrases\]'"):
         split_phrases("the dog", by="spacy")
 

@@ -17,11 +17,11 @@ from PIL import Image
 
 from localization_heads.data.address import Address
 from localization_heads.data.box_scale import (
-    LOOKED_AT,
+    MAX_HEADERS_READ,
     TrueBox,
     check_box_scale,
     collect_true_boxes,
-    find_wrong_scale,
+    find_scale_problem,
 )
 from localization_heads.data.images import load_image
 from localization_heads.data.lines import MAX_LINE_BYTES, check_box
@@ -100,7 +100,7 @@ def test_no_target_and_several_are_taken(folder):
     ).entries
     assert absent.absent and not absent.has_truth and absent.true_boxes == ()
     assert several.has_truth and several.true_boxes == ((0, 0, 1, 1), (1, 1, 2, 3))
-    with pytest.raises(UsageError, match="only be one of them"):
+    with pytest.raises(UsageError, match="marked absent but has a true box or mask"):
         Sample("cat.png", "the cat", bbox=(0, 0, 1, 1), absent=True)
 
 
@@ -119,7 +119,12 @@ def test_masks_of_several_targets_are_one(folder):
     (sample,) = read.entries
     assert decode_mask(sample, (4, 3)).astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
     assert "masks" not in sample.facts
-    said = ["'mask' and 'masks'", "a mask for each object", "0 masks: from 1 to 100", "yet there is 'masks'"]
+    said = [
+        "'mask' and 'masks'",
+        "one mask for each object",
+        "0 masks: an expression has 1 to 100",
+        "but there is 'masks'",
+    ]
     assert all(part in bad.reason for part, bad in zip(said, read.bad, strict=True))
 
 
@@ -190,8 +195,8 @@ BAD_LINES = [
     (line(bbox="1 2 3 4"), "'bbox'"),
     (line(bbox={"x": 1}), "'bbox'"),
     (line(bbox=[3, 0, 3, 4]), "'bbox' is empty: x1 = 3 is not above x0 = 3"),
-    (line(bbox=[0, 4, 3, 1]), "'bbox' is turned around: y1 = 1 is not above y0 = 4"),
-    (line(bbox=[[0] * 4] * 4), "four numbers of pixels, not list"),
+    (line(bbox=[0, 4, 3, 1]), "'bbox' has its corners swapped: y1 = 1 is not above y0 = 4"),
+    (line(bbox=[[0] * 4] * 4), "four numbers in pixels, not list"),
     ('{"bbox": ' + "[" * 900 + "]" * 900 + ", " + line()[1:], "'bbox' has length 1"),
     (line(bbox=[0, 0, True, True]), "'bbox'"),
     (line(bbox=[0, 0, "3", 4]), "'bbox'"),
@@ -202,8 +207,8 @@ BAD_LINES = [
         "1e999 is too large",
     ),
     (line(absent=1), "'absent' must be true or false"),
-    (line(absent=True, bbox=[0, 0, 1, 1]), "'absent' is true, and yet there is 'bbox'"),
-    (line(absent=True, mask=[[0, 0, 4, 0, 4, 3]]), "'absent' is true, and yet there is 'mask'"),
+    (line(absent=True, bbox=[0, 0, 1, 1]), "'absent' is true but there is 'bbox'"),
+    (line(absent=True, mask=[[0, 0, 4, 0, 4, 3]]), "'absent' is true but there is 'mask'"),
     (line(bboxes=[]), "'bboxes' must be a list of boxes"),
     (line(bboxes=[[0, 0, 1, 1], [3, 0, 3, 4]]), "'bboxes', number 2: 'bbox' is empty"),
     (line(mask=5), "the mask must be"),
@@ -215,8 +220,8 @@ BAD_LINES = [
     (line(mask={"size": [10**6, 10**6], "counts": ""}), "over the limit"),
     (line(mask=[[1, 2, 3, 4]]), "three points"),
     (line(mask=[[1, 2, 3, 4, 5, 6, 7]]), "three points"),
-    (line(mask=[[1, 2, 3, 4, 5, "6"]]), "no coordinate"),
-    (line(mask=[[1, 2, 3, 4, 5, None]]), "no coordinate"),
+    (line(mask=[[1, 2, 3, 4, 5, "6"]]), "not a coordinate"),
+    (line(mask=[[1, 2, 3, 4, 5, None]]), "not a coordinate"),
     (line(mask=[["abcdef"]]), "polygon"),
     (line(mask=["abcdef"]), "polygon"),
     (line(mask="no.png"), "no.png: no such file"),
@@ -272,15 +277,15 @@ def test_ids_may_be_numbers_or_missing(folder):
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        ("a", "a", "that of line 1 already"),
-        ("cat", "Cat", "write over the files of 'cat' on line 1"),
-        ("é", "e\u0301", "write over"),
-        ("straße", "STRASSE", "write over"),
-        ("a", "a_analysis", "write over"),
-        ("a_analysis", "a", "write over"),
-        ("a", "A_metadata", "write over"),
-        ("line_2", ..., "that of line 1 already"),
-        (7, "7", "that of line 1 already"),
+        ("a", "a", "already used on line 1"),
+        ("cat", "Cat", "overwrite the files of 'cat' on line 1"),
+        ("é", "e\u0301", "overwrite"),
+        ("straße", "STRASSE", "overwrite"),
+        ("a", "a_analysis", "overwrite"),
+        ("a_analysis", "a", "overwrite"),
+        ("a", "A_metadata", "overwrite"),
+        ("line_2", ..., "already used on line 1"),
+        (7, "7", "already used on line 1"),
     ],
 )
 def test_ids_that_share_a_file_are_refused(first, second, said, folder):
@@ -363,17 +368,17 @@ def test_a_sample_takes_a_box_of_any_kind(box):
 @pytest.mark.parametrize(
     ("box", "said"),
     [
-        ((5, 0, 3, 4), r"^sample 'the cat': 'bbox' is turned around: x1 = 3 is not above x0 = 5"),
+        ((5, 0, 3, 4), r"^sample 'the cat': 'bbox' has its corners swapped: x1 = 3 is not above x0 = 5"),
         ((0, 4, 3, 1), r"y1 = 1 is not above y0 = 4.*of \[x, y, width, height\], write \[x, y, x \+ width"),
         ((0, 4, 3, 4), "'bbox' is empty: y1 = 4"),
         ((1, 2, 3), "'bbox' has length 3: it must be four numbers"),
         (np.zeros((1, 4)), "'bbox' has length 1"),
-        (np.zeros((4, 4)), "'bbox' must hold four numbers of pixels, not list"),
-        ((0, 0, math.nan, 1), "four numbers of pixels: nan is none"),
-        (np.array([0, 0, np.inf, 1]), "four numbers of pixels: inf is none"),
+        (np.zeros((4, 4)), "'bbox' must hold four numbers in pixels, not list"),
+        ((0, 0, math.nan, 1), "four numbers in pixels, not nan"),
+        (np.array([0, 0, np.inf, 1]), "four numbers in pixels, not inf"),
         ("1 2 3 4", "'bbox' must be four numbers"),
-        ((0, 0, "3", 4), "four numbers of pixels, not '3'"),
-        ((0, 0, 10**5000, 4), "a number so large is none"),
+        ((0, 0, "3", 4), "four numbers in pixels, not '3'"),
+        ((0, 0, 10**5000, 4), "not a huge number"),
     ],
 )
 def test_a_sample_says_what_is_wrong_with_its_box(box, said):
@@ -421,11 +426,11 @@ PHOTO = (640, 480)
     ],
 )  # fmt: skip
 def test_boxes_that_are_no_pixels_are_told(boxes, sizes, said, certain):
-    found = find_wrong_scale(np.array(boxes, float), np.array(sizes))
+    found = find_scale_problem(np.array(boxes, float), np.array(sizes))
     if said is None:
         assert found is None
     else:
-        assert said in found.what
+        assert said in found.description
         assert found.is_certain is certain
 
 
@@ -443,7 +448,7 @@ def test_of_a_large_data_set_some_images_are_looked_at(folder):
     samples = [Sample(Path("images/cat.png"), "the cat", bbox=(0, 0, 4, 3))] * 1000
     found = collect_true_boxes([*samples, Sample(Path("gone.png"), "the cat", bbox=(0, 0, 4, 3))])
     assert len(found) == 1001
-    assert sum(one.size == (4, 3) for one in found) == LOOKED_AT - 1  # the last is gone
+    assert sum(one.size == (4, 3) for one in found) == MAX_HEADERS_READ - 1  # the last is gone
 
 
 @given(

@@ -260,10 +260,10 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
     good = {"id": "a", "prompt": "the dog", "image_path": ["0.png", "1.png"]}
     bad = [
         ({**good, "id": "b", "bbox": [0, 0, 9, 9]}, "'bbox' is of one: leave it out"),
-        ({**good, "id": "c", "image_path": ["0.png"]}, "1 given, which must be 2 to 32"),
+        ({**good, "id": "c", "image_path": ["0.png"]}, "1 given, but it must be 2 to 32"),
         ({**good, "id": "d", "image_path": ["0.png", "gone.png"]}, "gone.png"),
         ({**good, "id": "e", "image_path": ["0.png", ["1.png"]]}, "'image_path' must be text"),
-        ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 given, which must be 2 to 32"),
+        ({**good, "id": "f", "image_path": ["0.png"] * 33}, "33 given, but it must be 2 to 32"),
         ({**good, "id": "g", "masks": [[[0, 0, 9, 0, 9, 9]]]}, "'masks' is of one: leave it out"),
     ]
     file = load_samples(write_lines(tmp_path / "data.jsonl", [good, *(line for line, _ in bad)]))
@@ -275,7 +275,7 @@ def test_a_line_may_list_images(tmp_path: Path) -> None:
 
 
 def test_the_images_of_a_prompt_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MOST_PIXELS", 100)
+    monkeypatch.setattr(sources, "MAX_TOTAL_PIXELS", 100)
     images = [Image.new("RGB", (5, 10))] * 3
     assert len(load_prompt_images(lh.Together(images[:2]))) == 2
     with pytest.raises(lh.UsageError, match="with those before it, over the limit of 0"):
@@ -313,7 +313,7 @@ def test_python_asks_about_images_together_or_says_why_not() -> None:
         lambda: lvlm.attend_clip([pair], "the dog"),
         lambda: generate_box(lvlm, FORMATS["qwen2"], images, "the dog"),
     ):
-        with pytest.raises(lh.UsageError, match="asked about one image, and 2 are shown together") as error:
+        with pytest.raises(lh.UsageError, match="takes a single image, and the prompt has 2") as error:
             ask()
         assert "\n" not in str(error.value)
     for paths in (lh.Together(["a.png", "b.png"]), "a.png"):
@@ -326,7 +326,7 @@ def test_the_place_of_an_entry_is_said_once() -> None:
     entries = Entries([sample])
     with entries.skip_on_error(sample):
         raise AssertionError(sample.single)
-    assert str(entries.failures[0]).startswith("line 1 (t): its prompt shows several images")
+    assert str(entries.failures[0]).startswith("line 1 (t): its prompt has several images")
 
 
 # --- the way to the files
@@ -438,7 +438,7 @@ def test_what_takes_one_image_says_so(front: Front, saved: str) -> None:
         (("stage=ground", *given, "zoom=true"), "zoom=true looks again at one image"),
         (
             ("stage=ground", "image_file=a.png", "together=true", "query=the dog"),
-            "1 given, which must be 2 to 32",
+            "1 given, but it must be 2 to 32",
         ),
         (("stage=ground", "image_file=[a.png]", "query=the dog"), "a list of two or more"),
     ):
@@ -446,7 +446,7 @@ def test_what_takes_one_image_says_so(front: Front, saved: str) -> None:
         assert found.status == 2 and said in one_line(found.err), options
     write_entries(front.folder, 1)
     found = front.finder("stage=ground", "data_file=data.jsonl", "zoom=true", "segmenter=none")
-    assert found.status == 1 and "its prompt shows several images" in found.out + found.err
+    assert found.status == 1 and "its prompt has several images" in found.out + found.err
     found = front.finder("stage=ground", "data_file=data.jsonl")
     assert found.status == 1 and "takes one image in a prompt" in found.out + found.err
     with pytest.raises(lh.UsageError, match="takes one image in a prompt"):

@@ -1,4 +1,4 @@
-"""Names of images: paths and http(s) addresses, shown without secrets; `ImageError`, which names the image at fault."""
+"""Paths and http(s) addresses of images. Credentials and queries are removed before an address is shown or stored."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from localization_heads.errors import UsageError
 
 HIDDEN = "..."
-"""Replaces the parts that are left out of an address."""
+"""Stands in for the parts that are removed from an address."""
 
-_PARTIAL = re.compile(r"://(?:[^/]*:)?\.\.\.(?:/|$)|\?\.\.\.$")
+_REDACTED = re.compile(r"://(?:[^/]*:)?\.\.\.(?:/|$)|\?\.\.\.$")
 
 
 @dataclass(frozen=True)
 class Address:
-    """An http(s) address of an image. As text it is without user name, password and query, which may be secrets.
+    """An http(s) address of an image. `str()` leaves out the user name, password and query, which may be secrets.
 
     Args:
-        url: the whole address, for fetching and comparing; it is never stored or shown.
-        allow_private: whether it may lead to this machine or into a private network.
+        url: the full address, used to fetch and to compare; never stored or shown.
+        allow_private: whether it may resolve to this machine or to a private network.
 
     >>> print(Address("https://me:secret@example.org/cat.jpg?token=7"))
     https://example.org/cat.jpg?...
@@ -37,14 +37,14 @@ class Address:
 
 
 def is_address(source: object) -> bool:
-    """Whether `source` is an http(s) address and not a path."""
+    """Whether `source` is an http(s) address rather than a path."""
     return isinstance(source, Address) or (
         isinstance(source, str) and source.lower().startswith(("http://", "https://"))
     )
 
 
 def image_source(name: str, *, allow_private: bool = False) -> Address | str:
-    """An address if the text is one, else the text itself, as a path.
+    """An `Address` if the text is one; otherwise the text itself, which is a path.
 
     >>> image_source("cat.jpg"), image_source("http://localhost/cat.jpg")
     ('cat.jpg', Address('http://localhost/cat.jpg', allow_private=False))
@@ -53,61 +53,61 @@ def image_source(name: str, *, allow_private: bool = False) -> Address | str:
 
 
 def without_secrets(text: str) -> str:
-    """An address without what may be secret: user name, password, query and fragment. A path stays as it is.
+    """An address without user name, password, query and fragment, any of which may be secret. Paths are unchanged.
 
-    A password may contain a slash, a question mark or an at sign that should have been escaped. So if there may be a
-    user name, everything up to the last at sign is left out.
+    A password may contain an unescaped slash, question mark or at sign. So wherever there may be a user name,
+    everything up to the last at sign is removed.
 
     >>> without_secrets("http://me:pass/word@example.org/cat.jpg")
     'http://.../example.org/cat.jpg'
     """
-    scheme, mark, rest = text.partition("://")
-    if not mark:
+    scheme, separator, rest = text.partition("://")
+    if not separator:
         return text
-    authority, tail = _split(rest, "/?#")
-    path, query = _split(tail, "?#")
+    authority, tail = _split_at(rest, "/?#")
+    path, query = _split_at(tail, "?#")
     host = authority.rpartition("@")[2]
     if re.fullmatch(r"\[[^\]]*\](:\d*)?|[^:@]*", authority):
-        doubtful = ""
-    elif re.fullmatch(r"[^:@]*:\d*", authority):  # a host with its port, or a user and a number
-        doubtful = path
+        suspect = ""
+    elif re.fullmatch(r"[^:@]*:\d*", authority):  # a host and port, or a user name and a numeric password
+        suspect = path
     else:
-        doubtful = tail
+        suspect = tail
         host = host if "@" in authority else f"{authority.partition(':')[0]}:{HIDDEN}"
-    if "@" in doubtful:
-        hidden = len(doubtful.rpartition("@")[0]) + 1
-        path, query = _split(tail[hidden:], "?#")
+    if "@" in suspect:
+        secret_length = len(suspect.rpartition("@")[0]) + 1
+        path, query = _split_at(tail[secret_length:], "?#")
         host, path = HIDDEN, f"/{path}"
     return f"{scheme}://{host}{path}" + (f"?{HIDDEN}" if query.startswith("?") else "")
 
 
-def _split(text: str, ends: str) -> tuple[str, str]:
-    """The text up to the first of the characters `ends`, and the rest, which begins with it."""
+def _split_at(text: str, ends: str) -> tuple[str, str]:
+    """Split before the first character that is in `ends`."""
     match = re.search(f"[{ends}]", text)
     return (text, "") if match is None else (text[: match.start()], text[match.start() :])
 
 
-def is_partial(text: str) -> bool:
-    """Whether `without_secrets` left something out of this address, so that it no longer leads to the image."""
-    return _PARTIAL.search(text) is not None
+def is_redacted(text: str) -> bool:
+    """Whether `without_secrets` removed part of this address, so that it can no longer be fetched."""
+    return _REDACTED.search(text) is not None
 
 
 class ImageError(UsageError):
-    """An image that cannot be used. The message is one line and starts with `path`.
+    """An image that cannot be used. The message is one line that starts with `path`.
 
     Args:
-        path: the file or address as the user knows it.
+        path: the file or address as the user wrote it.
         reason: what is wrong with it.
     """
 
     def __init__(self, path: str | Path | Address, reason: str) -> None:
-        super().__init__(f"{shown_name(path)}: {reason}")
+        super().__init__(f"{display_name(path)}: {reason}")
         self.path = without_secrets(str(path))
         self.reason = reason
 
 
-def shown_name(name: str | Path | Address) -> str:
-    """The name of an image for messages: an address without its secrets, on one line, shortened."""
+def display_name(name: str | Path | Address) -> str:
+    """A path or address for messages: without secrets, on one line, shortened."""
     name = without_secrets(str(name))
     name = name if len(name) <= 300 else f"{name[:150]}...{name[-100:]}"
     return "".join(char if char.isprintable() else "?" for char in name)

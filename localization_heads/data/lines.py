@@ -1,6 +1,6 @@
-"""JSON lines of data files, one bounded line at a time, and what can stand in one: a box, further fields, an answer.
+"""Read the JSON lines of a data file, and validate the boxes, extra fields and expected answers in them.
 
-A bad line costs only itself.
+Lines are read one at a time, of bounded length. An invalid line is reported and skipped; the rest of the file is used.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAX_LINE_BYTES = 1 << 20
 def read_objects(
     path: Path, option: str = "data_file"
 ) -> Iterator[tuple[int, dict[str, Any] | BadLineError]]:
-    """Yield `(line number, object)` of every line that is not blank, or a BadLineError in its place.
+    """Yield `(line number, object)` for each non-blank line, or `(line number, BadLineError)` if it is invalid.
 
-    Raises UsageError when the file cannot be read, or is plainly of another kind: one JSON value over many lines,
-    a JSON array, a Git LFS pointer. A line over 1 MB is skipped without being held in memory.
+    Raises UsageError if the file cannot be read or is clearly something else: a JSON value that spans lines, a JSON
+    array, a Git LFS pointer. A line over 1 MB is skipped without being loaded into memory.
     """
     try:
         if path.is_dir():
@@ -35,7 +35,7 @@ def read_objects(
             raise UsageError(f"{option}={path}: no such file")
         with path.open("rb") as file:
             number = 0
-            _check_beginning(f"{option}={path}", path, file)
+            _reject_other_formats(f"{option}={path}", path, file)
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
@@ -45,30 +45,30 @@ def read_objects(
                     continue
                 line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
                 if line:
-                    yield number, _parse(line)
+                    yield number, _parse_line(line)
     except (OSError, ValueError) as error:
         raise UsageError(f"{option}={path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _check_beginning(named: str, path: Path, file: BinaryIO) -> None:
-    """UsageError for a file that is no JSON lines from its first character on. The file is left at its beginning."""
+def _reject_other_formats(label: str, path: Path, file: BinaryIO) -> None:
+    """UsageError for a file that is clearly not JSON lines. The file position is back at the start afterwards."""
     beginning = file.read(4096)
     file.seek(0)
     if files.is_pointer(beginning):
-        raise UsageError(f"{named} {files.IS_POINTER}")
+        raise UsageError(f"{label} {files.IS_POINTER}")
     beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
-    # A line like [1, 2] may be one bad line among good ones; an array of objects, or a bracket alone, is not.
+    # [1, 2] may be one bad line among good ones; an array of objects, or an opening bracket alone, cannot.
     array = re.match(rb"\[\s*(\{|\n|\Z)", beginning)
     if array or re.match(rb"\{\s*\n\s*[\"}]", beginning):
         target = path.with_name(f"{path.stem}-lines.jsonl")
-        what, query = ("a JSON array", ".[]") if array else ("JSON over several lines", ".")
+        kind, query = ("a JSON array", ".[]") if array else ("JSON over several lines", ".")
         raise UsageError(
-            f"{named} is {what}, not JSON lines (one object on each line): "
+            f"{label} is {kind}, not JSON lines (one object on each line): "
             f"`jq -c '{query}' {path} > {target}` makes them"
         )
 
 
-def _parse(line: bytes) -> dict[str, Any] | BadLineError:
+def _parse_line(line: bytes) -> dict[str, Any] | BadLineError:
     try:
         value = parse_json(line)
     except ValueError as error:
@@ -84,43 +84,41 @@ MAX_COORDINATE = 10_000_000
 
 
 def check_box(value: object) -> Box:
-    """Four finite numbers `[x0, y0, x1, y1]` with x1 > x0 and y1 > y0, also an array or a tensor. Raises BadLineError.
+    """A finite box `[x0, y0, x1, y1]` (list, tuple, array, tensor) as floats. BadLineError unless x0 < x1 and y0 < y1.
 
     >>> import numpy as np
     >>> check_box([0, 0, 10, 5.5]), check_box(np.array([1, 2, 3, 4]))
     ((0.0, 0.0, 10.0, 5.5), (1.0, 2.0, 3.0, 4.0))
     """
-    numbers = _plain(value)
+    numbers = _to_python(value)
     if not isinstance(numbers, list | tuple):
         raise BadLineError("'bbox' must be four numbers [x0, y0, x1, y1]")
     if len(numbers) != 4:
         raise BadLineError(f"'bbox' has length {len(numbers)}: it must be four numbers [x0, y0, x1, y1]")
-    for number in map(_plain, numbers):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise BadLineError(f"'bbox' must hold four numbers of pixels, not {_brief(number)}")
-        # A comparison that is false for NaN
-        if not abs(number) <= MAX_COORDINATE:
-            raise BadLineError(f"'bbox' must hold four numbers of pixels: {_brief(number)} is none")
+    for number in map(_to_python, numbers):
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not abs(number) <= MAX_COORDINATE:  # written so that NaN fails too
+            raise BadLineError(f"'bbox' must hold four numbers in pixels, not {_format_value(number)}")
     x0, y0, x1, y1 = (float(number) for number in numbers)
     for name, start, end in (("x", x0, x1), ("y", y0, y1)):
         if end <= start:
-            what = "is empty" if end == start else "is turned around"
+            problem = "is empty" if end == start else "has its corners swapped"
             raise BadLineError(
-                f"'bbox' {what}: {name}1 = {end:g} is not above {name}0 = {start:g}; it must be [x0, y0, x1, y1]"
+                f"'bbox' {problem}: {name}1 = {end:g} is not above {name}0 = {start:g}; it must be [x0, y0, x1, y1]"
                 " (of [x, y, width, height], write [x, y, x + width, y + height])"
             )
     return x0, y0, x1, y1
 
 
-def _plain(value: Any) -> Any:
-    """An array, a tensor or a number of theirs as what it holds; anything else as it is."""
+def _to_python(value: Any) -> Any:
+    """Arrays, tensors and their scalars as Python lists and numbers; anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _brief(value: object) -> str:
-    """Any value in a message. Its text is cut where it is long, and a number of many digits is not written out."""
+def _format_value(value: object) -> str:
+    """A value for an error message; a long one is replaced by its type, a huge integer by words."""
     if isinstance(value, int) and abs(value) > MAX_COORDINATE:
-        return "a number so large"
+        return "a huge number"
     return (
         repr(value)
         if isinstance(value, str | float | int | None) and len(str(value)) < 40
@@ -129,48 +127,49 @@ def _brief(value: object) -> str:
 
 
 Fact = str | int | float | bool
-MOST_FACTS = 20
-LONGEST_FACT = 200
-"""Characters of a text that is kept."""
-_KNOWN = {
+MAX_FACTS = 20
+MAX_FACT_LENGTH = 200
+"""In characters."""
+_NAMED_FIELDS = {
     *("id", "prompt", "image_path", "bbox", "bboxes", "mask", "masks", "ignore", "picture", "absent"),
     *("attention_file", "layer"),
 }
 
 
-def facts_of(entry: Mapping[str, Any]) -> dict[str, Fact]:
-    """The first short fields of a line beside those that `Sample` has by name; long ones and lists are left out.
+def extract_facts(entry: Mapping[str, Any]) -> dict[str, Fact]:
+    """The extra fields of a line: short scalars that `Sample` has no field for, at most `MAX_FACTS`.
 
-    >>> facts_of({"id": "a", "protocol": "unc", "ref_id": 3, "tokens": [1, 2], "bbox": None})
+    >>> extract_facts({"id": "a", "protocol": "unc", "ref_id": 3, "tokens": [1, 2], "bbox": None})
     {'protocol': 'unc', 'ref_id': 3}
     """
-    found: dict[str, Fact] = {}
+    facts: dict[str, Fact] = {}
     for name, value in entry.items():
-        if len(found) < MOST_FACTS and name not in _KNOWN and len(name) <= LONGEST_FACT and _is_fact(value):
-            found[name] = value
-    return found
+        if (
+            len(facts) < MAX_FACTS
+            and name not in _NAMED_FIELDS
+            and len(name) <= MAX_FACT_LENGTH
+            and _is_fact(value)
+        ):
+            facts[name] = value
+    return facts
 
 
 def _is_fact(value: object) -> bool:
     if isinstance(value, str):
-        return len(value) <= LONGEST_FACT
+        return len(value) <= MAX_FACT_LENGTH
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and abs(value) < 10**18
 
 
-LONGEST = 400
-"""Letters of an answer."""
-MOST_REGIONS = 16
+MAX_ANSWER_LENGTH = 400
+"""In characters."""
+MAX_REGIONS = 16
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of an image, and what is to be answered about it.
-
-    Args:
-        box: xyxy in pixels.
-    """
+    """A box of an image (xyxy, pixels) and the expected answer about it."""
 
     box: Box
     answer: str
@@ -178,7 +177,7 @@ class Region:
 
 @dataclass(frozen=True)
 class ExpectedAnswers:
-    """What the entries of a data file expect, by line; and the lines that say it wrongly."""
+    """Expected answers in a data file, by line number, and the lines on which they are invalid."""
 
     answers: Mapping[int, str]
     regions: Mapping[int, tuple[Region, ...]]
@@ -186,7 +185,7 @@ class ExpectedAnswers:
 
 
 def read_expected_answers(data_file: str | Path) -> ExpectedAnswers:
-    """Read `"answer": "red"` and `"regions": [{"bbox": [...], "answer": "dog"}, ...]` of every line that has them.
+    """Read `"answer": "red"` and `"regions": [{"bbox": [...], "answer": "dog"}, ...]` from the lines that have them.
 
     Raises:
         UsageError: the file cannot be read.
@@ -196,35 +195,37 @@ def read_expected_answers(data_file: str | Path) -> ExpectedAnswers:
     bad = []
     for line, entry in read_objects(Path(data_file)):
         if isinstance(entry, BadLineError):
-            continue  # reported by who reads the entries
+            continue  # reported by `load_samples`
         try:
             if entry.get("answer") is not None:
-                answers[line] = _answer(entry["answer"], "'answer'")
+                answers[line] = _parse_answer(entry["answer"], "'answer'")
             if entry.get("regions") is not None:
-                regions[line] = _regions(entry["regions"])
+                regions[line] = _parse_regions(entry["regions"])
         except BadLineError as error:
             bad.append(BadEntry(line, str(entry.get("id", "")), str(error)))
     return ExpectedAnswers(answers, regions, tuple(bad))
 
 
-def _answer(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > LONGEST:
-        raise BadLineError(f"{name} must be a text of at most {LONGEST} letters")
+def _parse_answer(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_ANSWER_LENGTH:
+        raise BadLineError(f"{name} must be text of at most {MAX_ANSWER_LENGTH} characters")
     return value
 
 
-def _regions(value: Any) -> tuple[Region, ...]:
-    if not isinstance(value, list) or not 2 <= len(value) <= MOST_REGIONS:
-        raise BadLineError(f"'regions' must be a list of 2 to {MOST_REGIONS} regions")
-    found = []
-    for number, one in enumerate(value, start=1):
-        if not isinstance(one, dict):
+def _parse_regions(value: Any) -> tuple[Region, ...]:
+    if not isinstance(value, list) or not 2 <= len(value) <= MAX_REGIONS:
+        raise BadLineError(f"'regions' must be a list of 2 to {MAX_REGIONS} regions")
+    regions = []
+    for number, region in enumerate(value, start=1):
+        if not isinstance(region, dict):
             raise BadLineError(f'\'regions\', number {number}: write {{"bbox": [...], "answer": ...}}')
         try:
-            found.append(Region(check_box(one.get("bbox")), _answer(one.get("answer"), "'answer'")))
+            regions.append(
+                Region(check_box(region.get("bbox")), _parse_answer(region.get("answer"), "'answer'"))
+            )
         except BadLineError as error:
             raise BadLineError(f"'regions', number {number}: {error}") from error
-    return tuple(found)
+    return tuple(regions)
 
 
 def contains_answer(generated: str, answer: str) -> bool:
@@ -243,4 +244,4 @@ def contains_answer(generated: str, answer: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+    return "".join(char if char.isalnum() else " " for char in text.lower()).split()

@@ -1,7 +1,7 @@
-"""Masks: COCO run lengths, polygons and PNG files to bool `(H, W)`, and back to run lengths.
+"""Decode masks (COCO RLE, polygons, PNG files) to bool `(H, W)`, and encode them as COCO RLE.
 
-Run lengths are parsed here and not by pycocotools, whose C code trusts them: a hostile string could write
-beyond its buffer. Everything is checked against the image's size before memory is taken.
+RLE is parsed here rather than by pycocotools, whose C code trusts its input: a hostile string could write past its
+buffer. Everything is checked against the image's size before memory is allocated.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from localization_heads.data.images import MAX_PIXELS, open_raster, strips
+from localization_heads.data.images import MAX_PIXELS, iterate_strips, open_raster
 from localization_heads.errors import UsageError
 
 MaskSource = Mapping[str, Any] | Sequence[Any] | Path | NDArray[np.bool_]
-"""Run lengths `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or the mask itself; or a list of these,
-at least one of them no polygons, for all that is in any of them (`union_of`)."""
+"""COCO RLE `{"size": [H, W], "counts": ...}`, polygons, the path of a PNG, or a bool array; or, for their union, a list
+of such masks (`merge_masks`), at least one of which is not polygons."""
 
 MAX_MASKS = 100
-"""Of the objects of one expression."""
+"""For one expression."""
 MAX_POLYGONS = 10_000
 MAX_POLYGON_LENGTH = 1_000_000
-"""Pixels of outline: bounds the memory of the rasteriser, which takes about 100 bytes for each."""
+"""Pixels of outline in all. Bounds the memory of the rasteriser, about 100 bytes a pixel."""
 
 
 class MaskError(UsageError):
-    """The mask is invalid, or not of the size of its image. The message is one line."""
+    """A mask is invalid, or its size differs from its image's. The message is one line."""
 
 
 def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask as bool `(H, W)` for an image of `size` `(W, H)` pixels. MaskError where it does not fit.
+    """Decode a mask to bool `(H, W)`, for an image of `size` `(W, H)`. MaskError if it is invalid or of another size.
 
     >>> read_mask({"size": [2, 2], "counts": [1, 2, 1]}, (2, 2)).tolist()
     [[False, True], [True, False]]
@@ -48,74 +48,76 @@ def read_mask(source: MaskSource, size: tuple[int, int]) -> NDArray[np.bool_]:
     elif isinstance(source, Path):
         mask = _read_png(source, size)
     elif isinstance(source, Mapping):
-        mask = _decode_runs(source)
-    elif _are_several(source):
+        mask = _decode_rle(source)
+    elif _is_mask_list(source):
         mask = np.zeros((height, width), dtype=bool)
-        for one in source:
-            mask |= read_mask(one, size)
+        for item in source:
+            mask |= read_mask(item, size)
     else:
-        return _fill_polygons(flat_polygons(source), width, height)
+        return _fill_polygons(flatten_polygons(source), width, height)
     _check_size(mask.shape[::-1], size)
     return mask
 
 
-def union_of(sources: Sequence[MaskSource]) -> MaskSource:
-    """One mask of what is in any of several: their polygons together, beside the others. MaskError for too many.
+def merge_masks(sources: Sequence[MaskSource]) -> MaskSource:
+    """The union of several masks, not yet decoded. MaskError if there are none or more than `MAX_MASKS`.
 
-    >>> union_of([[[0, 0, 2, 0, 2, 2]], [[4, 4, 6, 4, 6, 6]]])
+    >>> merge_masks([[[0, 0, 2, 0, 2, 2]], [[4, 4, 6, 4, 6, 6]]])
     [[0.0, 0.0, 2.0, 0.0, 2.0, 2.0], [4.0, 4.0, 6.0, 4.0, 6.0, 6.0]]
     """
     if not 0 < len(sources) <= MAX_MASKS:
-        raise MaskError(f"{len(sources)} masks: from 1 to {MAX_MASKS} of the objects of one expression")
-    others = [one for one in sources if _are_several([one])]
-    polygons = [polygon for one in sources if not _are_several([one]) for polygon in flat_polygons(one)]
+        raise MaskError(f"{len(sources)} masks: an expression has 1 to {MAX_MASKS}")
+    others = [item for item in sources if _is_mask_list([item])]
+    polygons = [
+        polygon for item in sources if not _is_mask_list([item]) for polygon in flatten_polygons(item)
+    ]
     return [*others, polygons] if others and polygons else others or polygons
 
 
-def _are_several(source: Sequence[Any]) -> bool:
-    """Whether it is a list of masks, and not one of polygons."""
+def _is_mask_list(source: Sequence[Any]) -> bool:
+    """Whether a list holds masks rather than polygons."""
     return isinstance(source, list | tuple) and any(
-        isinstance(one, Mapping | Path | np.ndarray) for one in source
+        isinstance(item, Mapping | Path | np.ndarray) for item in source
     )
 
 
-def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
-    if found != tuple(size):
-        shape = " x ".join(str(n) for n in found)
+def _check_size(actual: tuple[int, ...], size: tuple[int, int]) -> None:
+    if actual != tuple(size):
+        shape = " x ".join(str(n) for n in actual)
         raise MaskError(f"the mask is {shape} pixels, its image {size[0]} x {size[1]}")
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO run lengths of a bool `(H, W)` mask, counts as text: `{"size": [H, W], "counts": "..."}`.
+    """Encode a bool `(H, W)` mask as COCO RLE with its counts as text: `{"size": [H, W], "counts": "..."}`.
 
     >>> encode_mask(np.array([[False, True], [True, False]]))
     {'size': [2, 2], 'counts': '121'}
     """
     from pycocotools import mask as coco
 
-    return _as_text(coco.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    return _rle_to_json(coco.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
-def encode_source(source: MaskSource, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO run lengths, as from `encode_mask`, of any mask that `read_mask` accepts. Polygons are not decoded."""
-    if isinstance(source, np.ndarray | Path | Mapping) or _are_several(source):
+def encode_mask_source(source: MaskSource, size: tuple[int, int]) -> dict[str, Any]:
+    """`encode_mask` for any mask that `read_mask` accepts. Polygons are encoded without being rasterised."""
+    if isinstance(source, np.ndarray | Path | Mapping) or _is_mask_list(source):
         return encode_mask(read_mask(source, size))
     if size[0] * size[1] > MAX_PIXELS:
         raise MaskError(f"a mask of {size[0]} x {size[1]} pixels is over the limit")
-    return _as_text(_polygon_runs(flat_polygons(source), *size))
+    return _rle_to_json(_polygons_to_rle(flatten_polygons(source), *size))
 
 
-def _as_text(runs: Mapping[str, Any]) -> dict[str, Any]:
-    return {"size": [int(n) for n in runs["size"]], "counts": runs["counts"].decode("ascii")}
+def _rle_to_json(rle: Mapping[str, Any]) -> dict[str, Any]:
+    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def _decode_runs(runs: Mapping[str, Any]) -> NDArray[np.bool_]:
-    height, width = run_size(runs)
-    counts = runs.get("counts")
+def _decode_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:
+    height, width = rle_size(rle)
+    counts = rle.get("counts")
     if isinstance(counts, bytes):
         counts = counts.decode("latin1")
     if isinstance(counts, str):
-        counts = _parse_counts(counts, height * width)
+        counts = _decompress_counts(counts, height * width)
     elif not isinstance(counts, list) or not all(type(n) is int for n in counts):
         raise MaskError("the mask's 'counts' must be text or a list of whole numbers")
     if any(n < 0 for n in counts) or sum(counts) != height * width:
@@ -124,9 +126,9 @@ def _decode_runs(runs: Mapping[str, Any]) -> NDArray[np.bool_]:
     return np.repeat(values, counts).reshape((height, width), order="F")
 
 
-def run_size(runs: Mapping[str, Any]) -> tuple[int, int]:
-    """`(H, W)` of COCO run lengths, checked."""
-    size = runs.get("size")
+def rle_size(rle: Mapping[str, Any]) -> tuple[int, int]:
+    """The validated `(H, W)` of a COCO RLE."""
+    size = rle.get("size")
     if (
         not isinstance(size, list | tuple)
         or len(size) != 2
@@ -138,8 +140,8 @@ def run_size(runs: Mapping[str, Any]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _parse_counts(text: str, total: int) -> list[int]:
-    """Decompress COCO's text: groups of 5 bits from `chr(48)` on, from the third on differences two back."""
+def _decompress_counts(text: str, total: int) -> list[int]:
+    """Decompress COCO's counts: 5 bits per character, offset by 48; from the fourth on, as differences two back."""
     counts: list[int] = []
     value = shift = 0
     for char in text:
@@ -148,9 +150,9 @@ def _parse_counts(text: str, total: int) -> list[int]:
             raise MaskError("the mask's 'counts' are not COCO run lengths")
         value |= (code & 31) << shift
         shift += 5
-        if code & 32:  # more groups follow
+        if code & 32:  # the number continues
             continue
-        if code & 16:  # the sign
+        if code & 16:  # sign bit
             value -= 1 << shift
         if len(counts) > 2:
             value += counts[-2]
@@ -163,10 +165,10 @@ def _parse_counts(text: str, total: int) -> list[int]:
     return counts
 
 
-def flat_polygons(source: object) -> list[list[float]]:
-    """Polygons as COCO writes them, `[[x, y, x, y, ...], ...]`.
+def flatten_polygons(source: object) -> list[list[float]]:
+    """Validated polygons in COCO's form, `[[x, y, x, y, ...], ...]`. MaskError if they are invalid.
 
-    Also accepts one polygon without the outer list, and points as pairs `[[x, y], ...]`. Raises MaskError.
+    A single polygon without the outer list and points as pairs `[[x, y], ...]` are accepted too.
     """
     if not isinstance(source, list | tuple) or not source:
         raise MaskError("the mask must be run lengths, polygons or the path of a PNG")
@@ -174,36 +176,38 @@ def flat_polygons(source: object) -> list[list[float]]:
         source = [source]
     if len(source) > MAX_POLYGONS:
         raise MaskError(f"the mask has more than {MAX_POLYGONS} polygons")
-    return [_flat_polygon(polygon) for polygon in source]
+    return [_flatten_polygon(polygon) for polygon in source]
 
 
 def _is_point(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and not isinstance(value[0], list | tuple)
 
 
-def _flat_polygon(polygon: object) -> list[float]:
+def _flatten_polygon(polygon: object) -> list[float]:
     if not isinstance(polygon, list | tuple):
         raise MaskError("a polygon of the mask is not a list of numbers")
-    flat = [x for point in polygon for x in point] if all(_is_point(p) for p in polygon) else list(polygon)
-    if len(flat) < 6 or len(flat) % 2:
+    coordinates = (
+        [x for point in polygon for x in point] if all(_is_point(p) for p in polygon) else list(polygon)
+    )
+    if len(coordinates) < 6 or len(coordinates) % 2:
         raise MaskError("a polygon of the mask needs three points or more, as [x, y, x, y, ...]")
-    for value in flat:
+    for value in coordinates:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_PIXELS:
-            raise MaskError("a polygon of the mask holds something that is no coordinate")
-    return [float(value) for value in flat]
+            raise MaskError("a polygon of the mask holds something that is not a coordinate")
+    return [float(value) for value in coordinates]
 
 
 def _fill_polygons(polygons: list[list[float]], width: int, height: int) -> NDArray[np.bool_]:
     from pycocotools import mask as coco
 
-    return np.asarray(coco.decode(_polygon_runs(polygons, width, height))).view(bool)
+    return np.asarray(coco.decode(_polygons_to_rle(polygons, width, height))).view(bool)
 
 
-def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[str, Any]:
-    """COCO run lengths of the union of polygons."""
+def _polygons_to_rle(polygons: list[list[float]], width: int, height: int) -> dict[str, Any]:
+    """COCO RLE of the union of polygons, counts as bytes."""
     from pycocotools import mask as coco
 
-    # What lies outside the image cannot be in the mask; the margin keeps the slope of the outline about right.
+    # Points far outside the image are clipped to bound the work; the margin keeps the slope of edges about right.
     margin = 2 * max(width, height)
     outline = 0.0
     clipped = []
@@ -213,21 +217,21 @@ def _polygon_runs(polygons: list[list[float]], width: int, height: int) -> dict[
         clipped.append(points.ravel().tolist())
     if not math.isfinite(outline) or outline > MAX_POLYGON_LENGTH:
         raise MaskError("the polygons of the mask are too long")
-    runs: list[dict[str, Any]] = coco.frPyObjects(clipped, height, width)
-    while len(runs) > 1:  # in pairs: one after the other is quadratic
-        runs = [coco.merge(runs[first : first + 2]) for first in range(0, len(runs), 2)]
-    return runs[0]
+    rle: list[dict[str, Any]] = coco.frPyObjects(clipped, height, width)
+    while len(rle) > 1:  # merged in pairs: merging one by one is quadratic
+        rle = [coco.merge(rle[first : first + 2]) for first in range(0, len(rle), 2)]
+    return rle[0]
 
 
 def _read_png(path: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """A PNG as a mask: whatever is not 0 (not black, not index 0 of a palette) belongs to it; alpha does not count.
+    """Decode a PNG mask: every nonzero pixel (not black, not palette index 0) is foreground; alpha is ignored.
 
-    Its size is checked before it is decoded, so that it takes no more memory than its image.
+    Its size is checked before it is decoded, so it takes no more memory than its image.
     """
     with open_raster(path, formats=("PNG",)) as image:
         _check_size(image.size, size)
         mask = np.zeros(size[::-1], bool)
-        for rows, strip in strips(image):
+        for rows, strip in iterate_strips(image):
             values = np.asarray(strip)
             if image.mode in ("LA", "RGBA", "PA"):
                 values = values[..., :-1]

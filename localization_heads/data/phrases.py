@@ -1,4 +1,4 @@
-"""Several objects from one query: split it at semicolons, or take the noun phrases that spaCy finds in it."""
+"""Split a query that names several objects into phrases: at semicolons, or into spaCy's noun phrases."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from localization_heads.errors import UsageError
 if TYPE_CHECKING:
     from spacy.tokens import Doc, Span
 
-_WHERE = "left right top bottom middle center centre side corner edge front back background foreground"
-PLACES = frozenset([*_WHERE.split(), "picture", "image", "photo"])
-"""Nouns that say where and not what: `the dog on the left` is one object."""
+_DIRECTIONS = "left right top bottom middle center centre side corner edge front back background foreground"
+PLACE_NOUNS = frozenset([*_DIRECTIONS.split(), "picture", "image", "photo"])
+"""Nouns that give a position, not an object: `the dog on the left` is one phrase."""
 
 
 def split_phrases(query: str, by: str = "split", model: str = "en_core_web_sm") -> list[str]:
-    """The phrases of a query, each once and in order; the query itself if it has none.
+    """The phrases of a query, in order, without duplicates; the query itself if there are none.
 
     Args:
         by: `"split"` (at each semicolon), `"spacy"` (noun phrases) or `"whole"`.
-        model: the spaCy pipeline, a package or a folder.
+        model: spaCy pipeline, as the name of a package or a folder.
 
     Raises:
-        UsageError: spaCy or its pipeline is not installed, or the pipeline finds no noun phrases.
+        UsageError: spaCy or its pipeline is not installed, or the pipeline has no parser.
     """
     if by == "whole" or (by == "split" and ";" not in query):
         return [query]
-    found = query.split(";") if by == "split" else noun_phrases(_parsed(query, model))
-    return _once(found) or [query]
+    phrases = query.split(";") if by == "split" else noun_phrases(_parse(query, model))
+    return _deduplicate(phrases) or [query]
 
 
 def noun_phrases(doc: Doc) -> list[str]:
-    """The noun phrases of a parsed text, pronouns left out; a place goes with the phrase before it."""
+    """The noun phrases of a parsed text without pronouns; a position is joined to the phrase before it."""
     spans: list[tuple[int, int]] = []
     for chunk in doc.noun_chunks:
         if chunk.root.pos_ == "PRON":
             continue
-        if spans and chunk.root.lower_ in PLACES and _only_prepositions(doc[spans[-1][1] : chunk.start]):
+        if spans and chunk.root.lower_ in PLACE_NOUNS and _only_prepositions(doc[spans[-1][1] : chunk.start]):
             spans[-1] = spans[-1][0], chunk.end
         else:
             spans.append((chunk.start, chunk.end))
@@ -49,25 +49,26 @@ def _only_prepositions(between: Span) -> bool:
     return len(between) > 0 and all(token.pos_ == "ADP" for token in between)
 
 
-def _once(phrases: Iterable[str]) -> list[str]:
-    """Without blanks around them, none empty, each once whatever its case."""
-    kept = {
-        " ".join(phrase.split()).casefold(): " ".join(phrase.split()) for phrase in reversed(list(phrases))
-    }
-    kept.pop("", None)
-    return list(kept.values())[::-1]
+def _deduplicate(phrases: Iterable[str]) -> list[str]:
+    """Normalise whitespace, and drop empty phrases and case-insensitive duplicates."""
+    unique: dict[str, str] = {}
+    for phrase in phrases:
+        text = " ".join(phrase.split())
+        if text:
+            unique.setdefault(text.casefold(), text)
+    return list(unique.values())
 
 
-def _parsed(text: str, model: str) -> Doc:
-    doc: Doc = _pipeline(model)(text)
+def _parse(text: str, model: str) -> Doc:
+    doc: Doc = _load_pipeline(model)(text)
     if not doc.has_annotation("DEP"):
         raise UsageError(f"phrases.model={model}: it has no parser; phrases.model=en_core_web_sm has one")
     return doc
 
 
 @cache
-def _pipeline(model: str) -> Any:
-    """The spaCy pipeline, loaded once."""
+def _load_pipeline(model: str) -> Any:
+    """Load a spaCy pipeline, once."""
     try:
         import spacy
     except ImportError as error:

@@ -1,5 +1,5 @@
-"""What a prompt shows, as code holds it: arrays, tensors, bytes, open files, `data:` and `file:` addresses; or several
-images together (`Together`).
+"""Images in the forms that Python code holds them (arrays, tensors, bytes, open files, `data:` and `file:` addresses),
+and prompts with several images (`Together`).
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ if TYPE_CHECKING:
 
     AnyImage = ImageSource | os.PathLike[str] | bytes | BinaryIO | NDArray[np.uint8] | Tensor
 
-MOST = 32
+MAX_IMAGES = 32
 """Images in one prompt."""
-MOST_PIXELS = 4 * MAX_PIXELS
-"""Of all images of one prompt, which are decoded together."""
+MAX_TOTAL_PIXELS = 4 * MAX_PIXELS
+"""Of all images in one prompt, which are in memory together."""
+ACCEPTED_KINDS = (
+    "a path, an address, a PIL image, an array [H, W, 3] of uint8, a tensor [3, H, W], bytes or an open file"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """Several images that one prompt shows the model, in this order; a list of images means one prompt for each.
+    """Several images for one prompt, in this order. (A plain list of images means one prompt for each.)
 
     Args:
-        images: two or more, at most `MOST`, each named as one alone would be (`as_source`).
+        images: 2 to `MAX_IMAGES` images, each in any form that `as_source` accepts.
 
     Raises:
-        ImageError: another number of them, or no list.
+        ImageError: not a list, or of another length.
     """
 
     images: Sequence[ImageSource]
@@ -52,9 +55,10 @@ class Together:
         if not isinstance(self.images, list | tuple):
             raise ImageError("images of one prompt", "give a list of two or more")
         object.__setattr__(self, "images", tuple(self.images))
-        if not 2 <= len(self.images) <= MOST:
-            number = len(self.images)
-            raise ImageError("images of one prompt", f"{number} given, which must be 2 to {MOST}")
+        if not 2 <= len(self.images) <= MAX_IMAGES:
+            raise ImageError(
+                "images of one prompt", f"{len(self.images)} given, but it must be 2 to {MAX_IMAGES}"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,94 +67,91 @@ class Together:
         return iter(self.images)
 
     def __str__(self) -> str:
-        return " + ".join(name_of(one) for one in self.images)
+        return " + ".join(source_name(image) for image in self.images)
 
 
 class LoadedImages(Together):
-    """The same, decoded."""
+    """`Together`, with every image decoded."""
 
     images: tuple[Image.Image, ...]
 
 
 PromptImages = Image.Image | LoadedImages
-"""What one prompt shows the model, decoded."""
+"""The decoded image, or images, of one prompt."""
 
 
-def name_of(source: ImageSource) -> str:
-    """Its path, or its address without possible secrets; "" for an image in memory."""
+def source_name(source: ImageSource) -> str:
+    """The path, or the address without secrets; "" for an image in memory."""
     return "" if isinstance(source, Image.Image) else str(source)
 
 
-def key_of(source: ImageSource | Together) -> str:
-    """The identity of what a prompt shows, with whole addresses: never to be stored; "" if one is in memory."""
+def source_key(source: ImageSource | Together) -> str:
+    """The paths and full addresses of a prompt's images, to compare and never to store; "" if any is in memory."""
     if isinstance(source, Together):
-        keys = [key_of(one) for one in source]
+        keys = [source_key(image) for image in source]
         return "\0".join(keys) if all(keys) else ""
-    return source.url if isinstance(source, Address) else name_of(source)
+    return source.url if isinstance(source, Address) else source_name(source)
 
 
 def load_prompt_images(source: ImageSource | Together) -> PromptImages:
-    """`load_image`, of one or of several. ImageError as well for more than `MOST_PIXELS` of several."""
+    """`load_image`, for one image or several. Also raises ImageError if several exceed `MAX_TOTAL_PIXELS`."""
     if not isinstance(source, Together):
         return load_image(source)
     images: list[Image.Image] = []
     pixels = 0
-    for one in source:
-        images.append(load_image(one))
+    for image in source:
+        images.append(load_image(image))
         pixels += images[-1].width * images[-1].height
-        if pixels > MOST_PIXELS:
-            limit = f"the limit of {MOST_PIXELS / 1e6:.4g} MP for the images of one prompt"
-            raise ImageError(name_of(one) or "images of one prompt", f"with those before it, over {limit}")
+        if pixels > MAX_TOTAL_PIXELS:
+            limit = f"the limit of {MAX_TOTAL_PIXELS / 1e6:.4g} MP for the images of one prompt"
+            raise ImageError(
+                source_name(image) or "images of one prompt", f"with those before it, over {limit}"
+            )
     return LoadedImages(images)
 
 
-def map_images(shown: PromptImages, change: Callable[[Image.Image], Image.Image]) -> PromptImages:
-    """What is shown with every image changed."""
-    changed = [change(one) for one in images_of(shown)]
-    return LoadedImages(changed) if isinstance(shown, Together) else changed[0]
+def map_images(images: PromptImages, transform: Callable[[Image.Image], Image.Image]) -> PromptImages:
+    """Apply `transform` to every image."""
+    transformed = [transform(image) for image in images_of(images)]
+    return LoadedImages(transformed) if isinstance(images, Together) else transformed[0]
 
 
-def images_of(shown: PromptImages | Together) -> tuple[Image.Image, ...]:
-    """Every image of a prompt. ArgumentError for one that is not decoded."""
-    images = shown.images if isinstance(shown, Together) else (shown,)
-    decoded = tuple(one for one in images if isinstance(one, Image.Image))
-    if len(decoded) < len(images):
+def images_of(images: PromptImages | Together) -> tuple[Image.Image, ...]:
+    """The images of a prompt as a tuple. ArgumentError if one of them is not decoded."""
+    listed = images.images if isinstance(images, Together) else (images,)
+    decoded = tuple(image for image in listed if isinstance(image, Image.Image))
+    if len(decoded) < len(listed):
         raise ArgumentError(
             "image: a model takes PIL images; ground and ground_all take paths and addresses as well"
         )
     return decoded
 
 
-def image_at(shown: PromptImages | Together, index: int | None) -> Image.Image:
-    """The image at that place, counted from 0; None takes the only one, and is an ArgumentError for several."""
-    images = images_of(shown)
-    if index is None and len(images) > 1:
-        raise ArgumentError(f"image: this is asked about one image, and {len(images)} are shown together")
-    return images[index or 0]
+def image_at(images: PromptImages | Together, index: int | None) -> Image.Image:
+    """The image at `index`, from 0. None stands for the only image, and is an ArgumentError if there are several."""
+    decoded = images_of(images)
+    if index is None and len(decoded) > 1:
+        raise ArgumentError(f"image: this takes a single image, and the prompt has {len(decoded)}")
+    return decoded[index or 0]
 
 
 def num_images(source: ImageSource | Together) -> int:
-    """How many images a prompt shows."""
+    """The number of images in a prompt."""
     return len(source) if isinstance(source, Together) else 1
 
 
 def num_pixels(source: Together) -> int:
-    """How many pixels the images have together, from their headers."""
-    return sum(math.prod(image_size(one)) for one in source)
-
-
-KINDS = (
-    "a path, an address, a PIL image, an array [H, W, 3] of uint8, a tensor [3, H, W], bytes or an open file"
-)
+    """The total number of pixels, from the images' headers."""
+    return sum(math.prod(image_size(image)) for image in source)
 
 
 def as_sources(image: Any) -> ImageSource | Together:
-    """`as_source`, of one image or of each of those that one prompt shows together."""
+    """`as_source`, applied to one image or to each image of a `Together`."""
     return Together([as_source(one) for one in image]) if isinstance(image, Together) else as_source(image)
 
 
 def as_source(image: AnyImage) -> ImageSource:
-    """An image that `load_image` reads: paths, addresses and PIL images as they are, anything else decoded.
+    """Convert to something `load_image` accepts: paths, addresses and PIL images are kept, anything else is decoded.
 
     Args:
         image: also an array `[H, W]` or `[H, W, 1 | 3 | 4]` of uint8; a tensor `[1 | 3 | 4, H, W]` of uint8, or floats
@@ -158,7 +159,7 @@ def as_source(image: AnyImage) -> ImageSource:
             of a `file:` or `data:` address.
 
     Raises:
-        ImageError: anything else.
+        ImageError: `image` is something else, or is invalid.
 
     >>> as_source(np.zeros((2, 3, 3), dtype=np.uint8)).size
     (3, 2)
@@ -167,24 +168,24 @@ def as_source(image: AnyImage) -> ImageSource:
     if isinstance(value, Image.Image | Path | Address):
         return value
     if isinstance(value, str):
-        return _of_text(value)
+        return _from_text(value)
     if isinstance(value, os.PathLike):
         return Path(value)
     if isinstance(value, bytes | bytearray | memoryview):
         return decode_image("the bytes", bytes(value))[1]
     if isinstance(value, np.ndarray):
-        return _of_array(value)
+        return _from_array(value)
     if hasattr(value, "is_floating_point"):
-        return _of_array(_channels_last(value))
+        return _from_array(_channels_last(value))
     if hasattr(value, "read"):
-        return _of_file(value)
-    raise ImageError("image", f"{shown(type(value).__name__)} is none: give {KINDS}")
+        return _from_file(value)
+    raise ImageError("image", f"{shown(type(value).__name__)} is not an image: give {ACCEPTED_KINDS}")
 
 
-def _of_text(text: str) -> ImageSource:
+def _from_text(text: str) -> ImageSource:
     scheme = text[:5].lower()
     if scheme == "data:":
-        return decode_image("the data: address", _data(text))[1]
+        return decode_image("the data: address", _decode_data_url(text))[1]
     if scheme != "file:":
         return image_source(text)
     try:
@@ -192,19 +193,19 @@ def _of_text(text: str) -> ImageSource:
     except ValueError as error:
         raise ImageError(text, f"not a file: address ({error})") from None
     if parts.netloc not in ("", "localhost"):
-        raise ImageError(text, "a file: address of another machine: write file:///path")
+        raise ImageError(text, "a file: address on another machine: write file:///path")
     return Path(url2pathname(parts.path))
 
 
-def _data(text: str) -> bytes:
-    """The bytes in a `data:` address (RFC 2397)."""
-    head, comma, rest = text.partition(",")
+def _decode_data_url(text: str) -> bytes:
+    """Decode the payload of a `data:` address (RFC 2397)."""
+    header, comma, payload = text.partition(",")
     if not comma:
         raise ImageError("the data: address", "it has no comma before its data")
-    if len(rest) > 2 * MAX_BYTES:
+    if len(payload) > 2 * MAX_BYTES:
         raise ImageError("the data: address", f"larger than the limit of {MAX_BYTES >> 20} MB")
-    content = unquote_to_bytes(rest)
-    if not head.lower().endswith(";base64"):
+    content = unquote_to_bytes(payload)
+    if not header.lower().endswith(";base64"):
         return content
     try:
         return b64decode(content, validate=True)
@@ -212,7 +213,7 @@ def _data(text: str) -> bytes:
         raise ImageError("the data: address", f"not base64 ({error})") from None
 
 
-def _of_file(file: Any) -> Image.Image:
+def _from_file(file: Any) -> Image.Image:
     name = str(getattr(file, "name", "the file"))
     content = file.read(MAX_BYTES + 1)
     if isinstance(content, str):
@@ -221,7 +222,7 @@ def _of_file(file: Any) -> Image.Image:
 
 
 def _channels_last(tensor: Any) -> NDArray[Any]:
-    """A tensor `[C, H, W]`, or `[H, W]`, as an array `[H, W, C]`; floats from 0 to 1 become bytes."""
+    """A tensor `[C, H, W]` or `[H, W]` as an array `[H, W, C]` or `[H, W]`; floats from 0 to 1 become uint8."""
     values: NDArray[Any] = (
         tensor.detach().cpu().float().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
     )
@@ -236,7 +237,7 @@ def _channels_last(tensor: Any) -> NDArray[Any]:
     return np.round(255 * values).astype(np.uint8)
 
 
-def _of_array(values: NDArray[Any]) -> Image.Image:
+def _from_array(values: NDArray[Any]) -> Image.Image:
     if values.ndim == 4:
         raise ImageError("the array", f"of shape {list(values.shape)}: give a list of images, one array each")
     if values.ndim not in (2, 3) or 0 in values.shape:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from localization_heads.data.box_scale import TrueBox, check_box_scale
 from localization_heads.data.images import decode_image, image_size
-from localization_heads.data.masks import encode_source
+from localization_heads.data.masks import encode_mask_source
 from localization_heads.datasets.base import BadRecord, Entry, Index, Record, Source, check_box_inside
 from localization_heads.datasets.leakage import prepared_images, prepared_sets
 from localization_heads.datasets.source import OFFICIAL, Counts, count, open_source
@@ -260,9 +260,9 @@ def _truth(folder: Path, record: Record, entry: Entry, boxes: list[TrueBox]) -> 
         yield "bbox", None
         yield "absent", True
     if record.mask is not None:
-        yield "mask", encode_source(record.mask, size)
+        yield "mask", encode_mask_source(record.mask, size)
     if record.ignore is not None:
-        yield "ignore", encode_source(record.ignore, size)
+        yield "ignore", encode_mask_source(record.ignore, size)
 
 
 def _save_image(folder: Path, content: bytes, entry: Entry) -> tuple[str, tuple[int, int]]:

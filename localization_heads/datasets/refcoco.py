@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localization_heads.data.lines import check_box
-from localization_heads.data.masks import MaskSource, union_of
+from localization_heads.data.masks import MaskSource, merge_masks
 from localization_heads.datasets.base import (
     BadText,
     Entry,
@@ -301,7 +301,7 @@ class GRefCoco(References):
         masks = [segmentation(annotation.get("segmentation")) for annotation in annotations]
         known = [mask for mask in masks if mask is not None]
         whole = boxes and len(known) == len(boxes)  # of some alone it is not the truth
-        mask = union_of(known) if whole else None
+        mask = merge_masks(known) if whole else None
         return Record(row, file, size, mask=mask, boxes=boxes, absent=not boxes, more=more)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from localization_heads.attention import Box
-from localization_heads.data.masks import run_size
+from localization_heads.data.masks import rle_size
 from localization_heads.errors import UsageError, shown
 from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
@@ -250,7 +250,7 @@ def _mask(value: Any) -> Mapping[str, Any]:
     """Run lengths whose form is sound."""
     if not (isinstance(value, dict) and isinstance(value.get("counts"), str)):
         raise ValueError("'mask' must be run lengths with their counts as text")
-    run_size(value)
+    rle_size(value)
     return value
 
 
