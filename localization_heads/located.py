@@ -20,7 +20,7 @@ from localization_heads.errors import UsageError
 from localization_heads.grounding.ground import Grounding
 from localization_heads.interop import coco, detections
 from localization_heads.store.files import write_json
-from localization_heads.store.paths import from_home
+from localization_heads.store.paths import expand_home
 from localization_heads.store.results import ImageShare, Instance, Prediction
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Located(Grounding):
         Raises:
             UsageError: another file extension, or a path that cannot be written.
         """
-        path = Path(from_home(str(path)))
+        path = Path(expand_home(str(path)))
         extension = path.suffix.lower()
         if extension not in (*FIGURES, ".json"):
             raise UsageError(f"{path}: it must end in one of {', '.join((*FIGURES, '.json'))}")

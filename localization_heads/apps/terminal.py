@@ -23,7 +23,7 @@ from localization_heads.options.surroundings import MOST_TOKENS
 from localization_heads.stages.run import ChatRun
 from localization_heads.stages.single import default_id
 from localization_heads.stages.trace import write_trace
-from localization_heads.store.paths import entry_path, from_home
+from localization_heads.store.paths import entry_path, expand_home
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,7 +115,7 @@ class Session:
     def look_at(self, path: str) -> None:
         if not path:
             raise UsageError("write /image PATH")
-        source = self.run.resolve_image(from_home(path))
+        source = self.run.resolve_image(expand_home(path))
         image = load_image(source)
         self.conversation.look_at(image)
         self.image_name = str(source)

@@ -214,8 +214,8 @@ def _check_file_start(name: str | Path | Address, file: BinaryIO) -> None:
     beginning = file.read(64)
     if not beginning:
         raise ImageError(name, "the file is empty")
-    if files.is_pointer(beginning):
-        raise ImageError(name, files.IS_POINTER)
+    if files.is_lfs_pointer(beginning):
+        raise ImageError(name, files.LFS_POINTER_MESSAGE)
     if problem := tag_problem(file):
         raise ImageError(name, f"broken ({problem})")
 

@@ -54,8 +54,8 @@ def _reject_other_formats(label: str, path: Path, file: BinaryIO) -> None:
     """UsageError for a file that is clearly not JSON lines. The file position is back at the start afterwards."""
     beginning = file.read(4096)
     file.seek(0)
-    if files.is_pointer(beginning):
-        raise UsageError(f"{label} {files.IS_POINTER}")
+    if files.is_lfs_pointer(beginning):
+        raise UsageError(f"{label} {files.LFS_POINTER_MESSAGE}")
     beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
     # [1, 2] may be one bad line among good ones; an array of objects, or an opening bracket alone, cannot.
     array = re.match(rb"\[\s*(\{|\n|\Z)", beginning)

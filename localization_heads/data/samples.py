@@ -29,7 +29,7 @@ from localization_heads.data.masks import (
 )
 from localization_heads.data.sources import Together, as_sources, source_key, source_name
 from localization_heads.errors import BadEntry, BadLineError, UsageError, shown
-from localization_heads.store.paths import attention_stem, check_id, claimed_names, local_path
+from localization_heads.store.paths import attention_stem, check_id, local_path, reserved_stems
 
 _TRUTH_FIELDS = ("bbox", "bboxes", "mask", "masks")
 MULTI_IMAGE_ERROR = (
@@ -242,7 +242,7 @@ class _ClaimedIds:
 
     def claim(self, id: str, line: int) -> None:
         """Reserve the file names of an id; BadLineError if another line has one of them."""
-        names = claimed_names(id)
+        names = reserved_stems(id)
         for name in names:
             if name in self._claimed:
                 other, at = self._claimed[name]

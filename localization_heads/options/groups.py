@@ -25,7 +25,7 @@ from localization_heads.options.kinds import (
     option,
     options,
 )
-from localization_heads.store.paths import from_home, model_folder
+from localization_heads.store.paths import expand_home, model_folder
 
 Sensitivity = Literal["none", "siblings"]
 KIND_WORDS = ("animal", "thing", "vehicle")
@@ -280,7 +280,7 @@ class SegmenterOptions(Options):
     kind: SegmenterKind = option(
         "grabcut", "none (the pseudo-mask of the map), grabcut (offline, no weights), or a family of SAMs."
     )
-    name: Annotated[str, AfterValidator(from_home), Reads("path")] = option(
+    name: Annotated[str, AfterValidator(expand_home), Reads("path")] = option(
         "", "Hugging Face id or local folder of a SAM of that family.", kinds=SAMS
     )
     prompt: Annotated[tuple[SegmenterPrompt, ...], Several, Field(min_length=1)] = option(

@@ -31,7 +31,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from localization_heads.errors import UsageError, printable
-from localization_heads.store.paths import check_id, from_home
+from localization_heads.store.paths import check_id, expand_home
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """`true` is no number, "3" is not 3, infinities and NaN are refused."""
@@ -174,17 +174,17 @@ def _image_choice(value: Any) -> Any:
     texts = [_as_text(name) for name in names]
     if len(texts) < 1 + isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise ValueError
-    found = tuple(from_home(_not_blank(text)) for text in texts)
+    found = tuple(expand_home(_not_blank(text)) for text in texts)
     return found if isinstance(value, (list, tuple)) else found[0]
 
 
 def _head_choice(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(from_home(str(item)) for item in value)
+        return tuple(expand_home(str(item)) for item in value)
     listed = isinstance(value, str) and ("," in value or value[:1] == "[") and not value.endswith(".json")
     if listed or isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise ValueError("no heads")
-    return from_home(str(value))
+    return expand_home(str(value))
 
 
 Word = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank)]
@@ -193,7 +193,7 @@ Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_not_blank), Rea
 """Not blank; a number is taken as it is written."""
 Sentence = Annotated[str, Reads("text")]
 """Also an empty one."""
-PathText = Annotated[Text, AfterValidator(from_home), Reads("path")]
+PathText = Annotated[Text, AfterValidator(expand_home), Reads("path")]
 """A path, or an address or a name where the sentence says so; `~` stands for a home folder."""
 FolderPath = Annotated[PathText, Wants("give a folder")]
 FolderName = Annotated[Text, AfterValidator(check_id), Wants("give a plain folder name")]

@@ -31,7 +31,7 @@ VERSION = 1
 MAX_SIDE = 1_000_000
 MAX_WEIGHT = 1.01
 """Softmax weights are at most 1; half precision rounds."""
-_UNPACKED = 4, 32 << 20
+_GZIP_LIMIT = 4, 32 << 20
 """Limit of what a gzipped file may unpack to: a multiple of its size plus some bytes. Softmax weights shrink by two."""
 MOST_ASKED = 20
 """Entries of `asked`."""
@@ -50,7 +50,7 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
     """
     path = Path(path)
     _check_maps(maps.attention)
-    if format in _SIDES:
+    if format in _METADATA_SUFFIXES:
         return _save_published(maps, path, format)
     attention = np.ascontiguousarray(maps.attention, dtype=np.float32)
     rest: dict[str, Any] = {
@@ -64,7 +64,7 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
     if path.suffix == ".pkl":
         content = {"version": VERSION, "attention": attention, **rest}
         write_bytes(path, pickle.dumps(content, protocol=4))
-        _only_beside(path, None)
+        _remove_other_metadata(path, None)
     elif path.suffix == ".safetensors":
         from safetensors.numpy import save
 
@@ -76,7 +76,7 @@ def save_attention(maps: AttentionMaps, path: str | Path, format: str = "pkl") -
         raise UsageError(f"{path}: an attention file ends in .pkl or .safetensors")
 
 
-_SIDES = {"published": "_metadata.pkl", "published_august": "_meta.pkl"}
+_METADATA_SUFFIXES = {"published": "_metadata.pkl", "published_august": "_meta.pkl"}
 """The published formats, and what stands at the end of the name of the metadata beside each."""
 
 
@@ -111,20 +111,22 @@ def _save_published(maps: AttentionMaps, path: Path, format: str) -> None:
     }
     content = tensor if format == "published" else {"attn": tensor, "meta": facts}
     write_bytes(path, pickle.dumps(content, protocol=4))
-    write_bytes(side_path(path, _SIDES[format]), pickle.dumps(facts, protocol=4))
-    _only_beside(path, _SIDES[format])
+    write_bytes(side_path(path, _METADATA_SUFFIXES[format]), pickle.dumps(facts, protocol=4))
+    _remove_other_metadata(path, _METADATA_SUFFIXES[format])
 
 
-def _only_beside(path: Path, kept: str | None) -> None:
+def _remove_other_metadata(path: Path, kept: str | None) -> None:
     """Remove the metadata of other formats, last of all: until then `is_in_format` says that the file is not whole."""
-    for other in set(_SIDES.values()) - {kept}:
+    for other in set(_METADATA_SUFFIXES.values()) - {kept}:
         side_path(path, other).unlink(missing_ok=True)
 
 
 def is_in_format(path: Path, format: str) -> bool:
     """Whether a `.pkl` has the metadata beside it that this format has, and no other."""
-    beside = [side for side in _SIDES.values() if side_path(path, side).is_file()]
-    return path.suffix != ".pkl" or beside == ([_SIDES[format]] if format in _SIDES else [])
+    beside = [side for side in _METADATA_SUFFIXES.values() if side_path(path, side).is_file()]
+    return path.suffix != ".pkl" or beside == (
+        [_METADATA_SUFFIXES[format]] if format in _METADATA_SUFFIXES else []
+    )
 
 
 def load_attention(path: str | Path) -> AttentionMaps:
@@ -136,8 +138,8 @@ def load_attention(path: str | Path) -> AttentionMaps:
     content = _READERS.get(path.suffix, load_pickle)(path)
     try:
         if isinstance(content, dict) and "attention" in content:
-            return _from_content(content)
-        return _from_published(content, path)
+            return _parse_content(content)
+        return _parse_published(content, path)
     except _MalformedError as error:
         raise UsageError(f"{path}: {error}") from error
 
@@ -156,7 +158,7 @@ def _check_maps(attention: np.ndarray) -> None:
         raise _MalformedError("attention holds values above 1, which no softmax gives")
 
 
-def _from_content(content: dict[Any, Any]) -> AttentionMaps:
+def _parse_content(content: dict[Any, Any]) -> AttentionMaps:
     version = content.get("version")
     if version != VERSION or isinstance(version, bool):
         raise _MalformedError(
@@ -166,21 +168,21 @@ def _from_content(content: dict[Any, Any]) -> AttentionMaps:
     if not isinstance(attention, np.ndarray):
         raise _MalformedError("'attention' is not an array")
     _check_maps(attention)
-    if _numbers(content, "grid", 2) != list(attention.shape[2:]):
+    if _parse_numbers(content, "grid", 2) != list(attention.shape[2:]):
         raise _MalformedError(
             f"'grid' does not fit the maps, which are {attention.shape[2]} x {attention.shape[3]}"
         )
-    texts: dict[str, Any] = {name: _text(content, name) for name in _TEXTS}
+    texts: dict[str, Any] = {name: _parse_text(content, name) for name in _TEXTS}
     return AttentionMaps(
         attention=np.array(attention, dtype=np.float32, order="C"),
-        image_box=_box(content),
-        image_size=_size(_numbers(content, "image_size", 2)),
-        asked=_asked(content),
+        image_box=_parse_box(content),
+        image_size=_parse_size(_parse_numbers(content, "image_size", 2)),
+        asked=_parse_asked(content),
         **texts,
     )
 
 
-def _numbers(content: Mapping[Any, Any], name: str, count: int) -> list[Any]:
+def _parse_numbers(content: Mapping[Any, Any], name: str, count: int) -> list[Any]:
     values = content.get(name)
     if not isinstance(values, list | tuple) or len(values) != count:
         raise _MalformedError(f"'{name}' must be a list of {count} numbers, not {shown(values)}")
@@ -190,20 +192,20 @@ def _numbers(content: Mapping[Any, Any], name: str, count: int) -> list[Any]:
     return list(values)
 
 
-def _size(values: Sequence[Any]) -> tuple[int, int]:
+def _parse_size(values: Sequence[Any]) -> tuple[int, int]:
     if any(value != int(value) or value < 1 for value in values):
         raise _MalformedError(f"'image_size' must be two whole numbers of pixels, not {shown(values)}")
     return int(values[0]), int(values[1])
 
 
-def _box(content: Mapping[Any, Any]) -> Box:
-    x0, y0, x1, y1 = (float(value) for value in _numbers(content, "image_box", 4))
+def _parse_box(content: Mapping[Any, Any]) -> Box:
+    x0, y0, x1, y1 = (float(value) for value in _parse_numbers(content, "image_box", 4))
     if x1 <= x0 or y1 <= y0:
         raise _MalformedError(f"'image_box' is empty: {shown(content['image_box'])}")
     return x0, y0, x1, y1
 
 
-def _text(content: Mapping[Any, Any], name: str) -> str:
+def _parse_text(content: Mapping[Any, Any], name: str) -> str:
     value = content.get(name)
     if value is None:
         return ""
@@ -212,7 +214,7 @@ def _text(content: Mapping[Any, Any], name: str) -> str:
     return value
 
 
-def _asked(content: Mapping[Any, Any]) -> dict[str, str | None] | None:
+def _parse_asked(content: Mapping[Any, Any]) -> dict[str, str | None] | None:
     """None of files of earlier versions, which do not say."""
     values = content.get("asked") or {}
     short = isinstance(values, dict) and len(values) <= MOST_ASKED
@@ -221,30 +223,32 @@ def _asked(content: Mapping[Any, Any]) -> dict[str, str | None] | None:
     return dict(values) or None
 
 
-def _from_published(content: Any, path: Path) -> AttentionMaps:
+def _parse_published(content: Any, path: Path) -> AttentionMaps:
     """The published code's file: what it holds is all heads; the image is in it, or in the file beside it."""
-    metadata = _metadata(content, path)
+    metadata = _published_metadata(content, path)
     tensor = content["attn"] if isinstance(content, dict) and "attn" in content else content
-    attention = _square_maps(_stacked(tensor), metadata.get("patch_size"))
+    attention = _square_maps(_stack_layers(tensor), metadata.get("patch_size"))
     _check_maps(attention)
     # Without metadata the image is unknown, and the grid itself stands for it: a pixel a cell.
     named_size = metadata.get("image_size") is not None
     size = (
-        _size(_numbers(metadata, "image_size", 2)) if named_size else (attention.shape[3], attention.shape[2])
+        _parse_size(_parse_numbers(metadata, "image_size", 2))
+        if named_size
+        else (attention.shape[3], attention.shape[2])
     )
     return AttentionMaps(
         attention=attention,
         image_box=_padded_square(*size) if named_size else (0.0, 0.0, float(size[0]), float(size[1])),
         image_size=size,
-        image_file=_text(metadata, "image_file"),
-        query=_text(metadata, "query"),
-        prompt=_text(metadata, "prompt"),
-        model=_text(metadata, "model"),
+        image_file=_parse_text(metadata, "image_file"),
+        query=_parse_text(metadata, "query"),
+        prompt=_parse_text(metadata, "prompt"),
+        model=_parse_text(metadata, "model"),
         id=attention_stem(path),
     )
 
 
-def _metadata(content: Any, path: Path) -> dict[Any, Any]:
+def _published_metadata(content: Any, path: Path) -> dict[Any, Any]:
     """What the published code says of the image: in the file itself, or beside it; empty where it says nothing."""
     if isinstance(content, dict) and content.get("meta"):
         where, metadata = "'meta'", content["meta"]
@@ -257,7 +261,7 @@ def _metadata(content: Any, path: Path) -> dict[Any, Any]:
     return metadata
 
 
-def _stacked(content: Any) -> np.ndarray:
+def _stack_layers(content: Any) -> np.ndarray:
     """One float32 array, a copy, from an array, a list of layers or a dict of layers."""
     if isinstance(content, np.ndarray):
         return np.array(content, dtype=np.float32, order="C")
@@ -341,7 +345,7 @@ def _read_gzip(path: Path) -> Any:
     """The plain value in a gzipped pickle, of which no more is unpacked than an honest one holds."""
     try:
         check_file(path)
-        times, more = _UNPACKED
+        times, more = _GZIP_LIMIT
         limit = min(times * path.stat().st_size + more, MAX_FILE_BYTES)
         with gzip.open(path) as file:
             content = file.read(limit + 1)
@@ -363,17 +367,17 @@ _READERS = {".safetensors": _read_safetensors, ".gz": _read_gzip}
 
 def save_analysis(heads: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Write the list of dicts, one per head, as a pickle of plain types, in the order given."""
-    write_bytes(path, pickle.dumps(_plain(list(heads)), protocol=4))
+    write_bytes(path, pickle.dumps(_to_plain(list(heads)), protocol=4))
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """`value` with numpy scalars made plain, so that a pickle of it needs no library to be read."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_to_plain(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_plain(item) for item in value]
     return value
 
 

@@ -27,7 +27,7 @@ from localization_heads.errors import UsageError, WorkError, shown
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"\.lh-[0-9a-f]{16}-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]+\.tmp")
+_TEMPORARY_NAME = re.compile(r"\.lh-[0-9a-f]{16}-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]+\.tmp")
 
 
 def _this_host() -> str:
@@ -40,7 +40,7 @@ def _temporary_path(path: Path) -> Path:
     return path.with_name(f".lh-{target}-{_this_host()}-{os.getpid()}-{threading.get_ident():x}.tmp")
 
 
-def _refusal(path: Path, error: OSError) -> UsageError | WorkError:
+def _write_error(path: Path, error: OSError) -> UsageError | WorkError:
     """A place that cannot be written is the user's to change; a full or failing disk is not an option's fault."""
     reason = error.strerror or str(error)
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError | FileExistsError):
@@ -66,7 +66,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666
         )
     except OSError as error:
-        raise _refusal(path, error) from error
+        raise _write_error(path, error) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -77,7 +77,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise _refusal(path, error) from error
+            raise _write_error(path, error) from error
         raise
 
 
@@ -93,28 +93,28 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     old = new.with_name(f"{new.name.removesuffix('.tmp')}00.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(new)
-        _remove(old)
+        _delete(new)
+        _delete(old)
         new.mkdir()
     except OSError as error:
-        raise _refusal(path, error) from error
+        raise _write_error(path, error) from error
     try:
         yield new
         with suppress(FileNotFoundError):
             path.rename(old)
         new.rename(path)
-        _remove(old)
+        _delete(old)
     except BaseException as error:
         with suppress(OSError):
-            _remove(new)
+            _delete(new)
         with suppress(OSError):
             old.rename(path)  # fails where the new content is there already
         if isinstance(error, OSError):
-            raise _refusal(path, error) from error
+            raise _write_error(path, error) from error
         raise
 
 
-def _remove(path: Path) -> None:
+def _delete(path: Path) -> None:
     """A file, a link (never what it leads to) or a folder with all that is in it; nothing is fine too."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -148,11 +148,11 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[o
 def remove_leftovers(folder: str | Path) -> None:
     """Delete the temporary files and folders that killed processes of this machine left in `folder` (not below it)."""
     for path in Path(folder).glob(".lh-*.tmp"):
-        match = _TEMPORARY.fullmatch(path.name)
+        match = _TEMPORARY_NAME.fullmatch(path.name)
         if match and match["host"] == _this_host() and not _is_running(int(match["pid"])):
             log.debug("removing the leftover %s", path)
             with suppress(OSError):
-                _remove(path)
+                _delete(path)
 
 
 def _is_running(pid: int) -> bool:
@@ -175,7 +175,7 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _refusal(folder, error) from error
+        raise _write_error(folder, error) from error
     return folder
 
 
@@ -212,21 +212,21 @@ class RunLock:
             self._lock.release()
 
 
-_FIRST_LINE = b"version https://git-lfs.github.com/spec/"
+_LFS_SIGNATURE = b"version https://git-lfs.github.com/spec/"
 
-IS_POINTER = "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
+LFS_POINTER_MESSAGE = "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"
 
 
-def is_pointer(beginning: bytes) -> bool:
+def is_lfs_pointer(beginning: bytes) -> bool:
     """Whether a file that begins like this is a pointer.
 
-    >>> is_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a21"), is_pointer(b"GIF89a")
+    >>> is_lfs_pointer(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a21"), is_lfs_pointer(b"GIF89a")
     (True, False)
     """
-    return beginning.startswith(_FIRST_LINE)
+    return beginning.startswith(_LFS_SIGNATURE)
 
 
-_COSTS = {b"[": 64, b"{": 64, b":": 32, b",": 8}
+_MIN_PARSED_BYTES = {b"[": 64, b"{": 64, b":": 32, b",": 8}
 """Bytes that parsing makes of a character, at the least: `[],` is three of text and seventy in memory."""
 
 
@@ -249,11 +249,13 @@ def parse_json(content: bytes, encodings: Sequence[str] = ("utf-8",), **options:
         ValueError: in one short line, for invalid JSON, for NaN and numbers beyond a float's range, and for values
             nested too deeply or needing far more memory than their text.
     """
-    if sum(cost * content.count(char) for char, cost in _COSTS.items()) > 8 * len(content) + (64 << 20):
+    if sum(cost * content.count(char) for char, cost in _MIN_PARSED_BYTES.items()) > 8 * len(content) + (
+        64 << 20
+    ):
         raise ValueError("not usable JSON: far more lists and objects than text")
     try:
-        text = _decoded(content, encodings)
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite, **options)
+        text = _decode_text(content, encodings)
+        return json.loads(text, parse_constant=_reject_constant, parse_float=_parse_finite_float, **options)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"not JSON: {error.msg} at {line}column {error.colno}") from error
@@ -263,7 +265,7 @@ def parse_json(content: bytes, encodings: Sequence[str] = ("utf-8",), **options:
         raise ValueError(f"not usable JSON: {str(error)[:80]}") from error
 
 
-def _decoded(content: bytes, encodings: Sequence[str]) -> str:
+def _decode_text(content: bytes, encodings: Sequence[str]) -> str:
     for encoding in encodings:
         try:
             return content.decode(encoding)
@@ -272,12 +274,12 @@ def _decoded(content: bytes, encodings: Sequence[str]) -> str:
     raise ValueError(f"not {encodings[0].upper()} text")
 
 
-def _finite(text: str) -> float:
+def _parse_finite_float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{shown(text)[1:-1]} is too large a number")
     return value
 
 
-def _no_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")

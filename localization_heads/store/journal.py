@@ -30,7 +30,7 @@ from localization_heads.store.files import parse_json, read_json
 
 log = logging.getLogger(__name__)
 
-LARGEST_JSON = 64 << 20  # bytes
+MAX_JSON_BYTES = 64 << 20  # bytes
 
 
 def append(path: Path, content: bytes, end: int) -> None:
@@ -64,10 +64,10 @@ def truncate(path: Path, size: int) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def sound_json_file(path: Path) -> Any:
+def read_json_or_none(path: Path) -> Any:
     """The value in a JSON file; None where there is none that `read_json` takes."""
     try:
-        return read_json(path, LARGEST_JSON)
+        return read_json(path, MAX_JSON_BYTES)
     except UsageError:
         return None
 
@@ -145,7 +145,7 @@ class ResultLog:
             return
         damaged = 0
         with self.path.open("rb") as file:
-            while line := file.readline(LARGEST_JSON):
+            while line := file.readline(MAX_JSON_BYTES):
                 if (key := self._key(line)) is not None:
                     self._places[key] = self._end, len(line)
                 elif line.endswith(b"\n"):

@@ -16,7 +16,7 @@ ATTENTION_FORMATS = {
     "published": ".pkl",
     "published_august": ".pkl",
 }
-_ENDINGS = (".pkl.gz", ".pkl", ".safetensors")
+_EXTENSIONS = (".pkl.gz", ".pkl", ".safetensors")
 
 SIDE_SUFFIXES = ("_analysis", "_metadata", "_meta")
 """`<id>_analysis.pkl`, and the published code's `<id>_metadata.pkl` and `<id>_meta.pkl`, lie beside `<id>.pkl`, so no
@@ -47,12 +47,12 @@ def check_id(id: str) -> str:
     return id
 
 
-def from_home(path: Any) -> Any:
+def expand_home(path: Any) -> Any:
     """A path with a leading `~` or `~user` expanded; anything else unchanged."""
     return os.path.expanduser(path) if isinstance(path, str) else path  # noqa: PTH111  (knows ~nobody)
 
 
-def claimed_names(id: str) -> list[str]:
+def reserved_stems(id: str) -> list[str]:
     """The `.pkl` stems that an entry writes or reads, case-folded as on a case-insensitive file system."""
     return [unicodedata.normalize("NFC", id + suffix).casefold() for suffix in ("", *SIDE_SUFFIXES)]
 
@@ -88,7 +88,7 @@ def side_path(attention_file: str | Path, suffix: str) -> Path:
 def attention_stem(attention_file: str | Path) -> str:
     """The name of an attention file without its ending: the entry's id."""
     name = stem = Path(attention_file).name
-    for ending in _ENDINGS:
+    for ending in _EXTENSIONS:
         stem = stem.removesuffix(ending)
     return stem or name
 
@@ -121,7 +121,7 @@ def local_path(name: str | Path) -> Path:
 
     Where there is no folder `examples`, as outside the repository, its files are those that the package brings.
     """
-    path = Path(from_home(str(name)))
+    path = Path(expand_home(str(name)))
     if path.parts[:1] == ("examples",) and not path.exists() and (PACKAGE / path).exists():
         return PACKAGE / path
     return path

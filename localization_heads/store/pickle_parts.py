@@ -18,11 +18,11 @@ from localization_heads.errors import shown
 
 MAX_ELEMENTS = 1 << 30
 MAX_DIMENSIONS = 8
-SLOT = 8
+REFERENCE_BYTES = 8
 """Bytes of a reference: in a list, on the stack or in the memo."""
 
 _BFLOAT16 = "bf2"
-_TORCH_TYPES = {
+_STORAGE_DTYPES = {
     "HalfStorage": "<f2",
     "BFloat16Storage": _BFLOAT16,
     "FloatStorage": "<f4",
@@ -75,18 +75,18 @@ class Budget:
             raise PickleRefusedError(f"refused: far more instructions than {self.kind} needs")
 
 
-def tensor_type(module: object, name: object) -> str | None:
+def storage_dtype(module: object, name: object) -> str | None:
     """The number type that a storage class of torch stands for, or None.
 
-    >>> tensor_type("torch", "HalfStorage")
+    >>> storage_dtype("torch", "HalfStorage")
     '<f2'
     """
     if module not in ("torch", "torch.cuda") or type(name) is not str:
         return None
-    return _TORCH_TYPES.get(name)
+    return _STORAGE_DTYPES.get(name)
 
 
-class TypeParts:
+class DtypeBuilder:
     """A number type under construction: the code (`f4`), then its byte order. Objects, text and records are refused."""
 
     def __init__(self, code: object) -> None:
@@ -103,14 +103,14 @@ class TypeParts:
         self.code = state[1] + self.code.lstrip("<>|=")
 
 
-def type_code(kind: object) -> str:
+def dtype_code(kind: object) -> str:
     """The code of a number type that a pickle made. A mere text, which could say bfloat16, is none."""
-    if type(kind) is not TypeParts:
+    if type(kind) is not DtypeBuilder:
         raise PickleRefusedError("refused: an array of an unknown type")
     return kind.code
 
 
-class ArrayParts:
+class ArrayBuilder:
     """An array under construction: bytes, type and shape. `array()` is a read-only view of the bytes."""
 
     __slots__ = ("_array",)
@@ -127,15 +127,15 @@ class ArrayParts:
         if type(state) is not tuple or len(state) != 5:
             raise PickleRefusedError("refused: an unknown form of array")
         _, shape, kind, fortran, content = state
-        self.fill(content, type_code(kind), shape, fortran=fortran is True)
+        self.fill(content, dtype_code(kind), shape, fortran=fortran is True)
 
     def fill(self, content: object, code: str, shape: object, *, fortran: bool) -> None:
         """Take the content, as a view except for bfloat16, which is copied. The number of bytes must fit the shape."""
-        shape = _sizes(shape)
+        shape = _check_shape(shape)
         if not isinstance(content, bytes | bytearray):
             raise PickleRefusedError("refused: an array without bytes")
         if code != _BFLOAT16:
-            flat = np.frombuffer(content, dtype=np.dtype(TypeParts(code).code))
+            flat = np.frombuffer(content, dtype=np.dtype(DtypeBuilder(code).code))
         else:
             # The upper half of a float32
             flat = (np.frombuffer(content, dtype="<u2").astype("<u4") << 16).view("<f4")
@@ -144,9 +144,9 @@ class ArrayParts:
         self._array = flat.reshape(shape, order="F" if fortran else "C")
 
     @classmethod
-    def strided(cls, numbers: np.ndarray, offset: object, size: object, stride: object) -> ArrayParts:
+    def strided(cls, numbers: np.ndarray, offset: object, size: object, stride: object) -> ArrayBuilder:
         """A tensor: element `i, j, ...` is `numbers[offset + i * stride[0] + j * stride[1] + ...]`."""
-        shape, steps = _sizes(size), _whole_numbers(stride)
+        shape, steps = _check_shape(size), _check_integers(stride)
         if len(shape) != len(steps) or type(offset) is not int or offset < 0:
             raise PickleRefusedError("refused: a tensor with an unknown layout")
         last = offset + sum((n - 1) * step for n, step in zip(shape, steps, strict=True))
@@ -168,15 +168,15 @@ class ArrayParts:
         return view
 
 
-def _sizes(value: object) -> tuple[int, ...]:
+def _check_shape(value: object) -> tuple[int, ...]:
     """A tuple of sizes, checked so that their product asks for no absurd memory."""
-    sizes = _whole_numbers(value)
+    sizes = _check_integers(value)
     if math.prod(sizes) > MAX_ELEMENTS:
         raise PickleRefusedError("refused: an array with too many numbers")
     return sizes
 
 
-def _whole_numbers(value: object) -> tuple[int, ...]:
+def _check_integers(value: object) -> tuple[int, ...]:
     """A short tuple of numbers that cannot overflow."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         raise PickleRefusedError("refused: an array with an unknown shape")
@@ -186,7 +186,7 @@ def _whole_numbers(value: object) -> tuple[int, ...]:
     return value
 
 
-class Plain:
+class PlainCopier:
     """Copies the result of a pickle, with arrays in the place of their parts, and refuses whatever is not plain.
 
     A container that is `shared` is copied once and charged at every reference.
@@ -212,11 +212,11 @@ class Plain:
     def copy(self, value: Any, depth: int) -> Any:
         if depth < 0:
             raise PickleRefusedError(f"refused: far deeper than {self.budget.kind}")
-        if type(value) is ArrayParts:
+        if type(value) is ArrayBuilder:
             array = value.array()
-            self.budget.charge(SLOT + sys.getsizeof(value) + array.nbytes)
+            self.budget.charge(REFERENCE_BYTES + sys.getsizeof(value) + array.nbytes)
             return array
-        self.budget.charge(SLOT + sys.getsizeof(value))
+        self.budget.charge(REFERENCE_BYTES + sys.getsizeof(value))
         if type(value) in (type(None), bool, int, float, str, bytes):
             return value
         if type(value) is bytearray:

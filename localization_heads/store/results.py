@@ -16,7 +16,7 @@ from localization_heads.heads.record import HeadRanking
 from localization_heads.heads.score_lists import read_scores
 from localization_heads.store.files import atomic_write, parse_json, read_json, write_csv, write_json
 
-_LARGEST = 32 << 20  # bytes; 100,000 heads take 20 MB
+_MAX_RANKING_BYTES = 32 << 20  # bytes; 100,000 heads take 20 MB
 
 
 def save_ranking(ranking: HeadRanking, folder: Path) -> tuple[Path, Path]:
@@ -41,7 +41,7 @@ def load_frequencies(path: str | Path) -> dict[Head, float]:
 
 def load_ranking(path: str | Path) -> HeadRanking:
     """Read a `heads.json`. Raises UsageError, naming the file, for anything else."""
-    data = _read(Path(path))
+    data = _read_ranking_json(Path(path))
     try:
         return HeadRanking.from_json(data)
     except UsageError as error:
@@ -50,7 +50,7 @@ def load_ranking(path: str | Path) -> HeadRanking:
 
 def is_ranking(path: str | Path) -> bool:
     """Whether a file holds a ranking rather than another tool's scores. UsageError if it is not a JSON file."""
-    data = _read(Path(path))
+    data = _read_ranking_json(Path(path))
     return isinstance(data, dict) and "heads" in data
 
 
@@ -63,21 +63,21 @@ def load_head_list(path: str | Path) -> list[Head]:
     if is_ranking(path):
         return [head.address for head in load_ranking(path).kept]
     try:
-        return [head for head, _ in read_scores(_read(Path(path)))]
+        return [head for head, _ in read_scores(_read_ranking_json(Path(path)))]
     except UsageError as error:
         raise UsageError(f"heads={path}: {error}") from error
 
 
-def _read(path: Path) -> Any:
+def _read_ranking_json(path: Path) -> Any:
     """The JSON value in a file of bounded size."""
     try:
-        return read_json(path, _LARGEST)
+        return read_json(path, _MAX_RANKING_BYTES)
     except UsageError as error:
         raise UsageError(f"heads={error}") from error
 
 
 MAX_LINE_BYTES = 64 << 20
-Read = TypeVar("Read")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Instance:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "bbox": _floats(self.bbox),
+            "bbox": _box_to_json(self.bbox),
             "score": float(self.score),
-            "confidence": _if_any(float, self.confidence),
+            "confidence": _optional(float, self.confidence),
             "mask": self.mask,
         }
 
@@ -105,10 +105,10 @@ class Instance:
     def from_json(cls, data: Mapping[str, Any]) -> Instance:
         """The inverse of `to_json`; raises as `Prediction.from_json` does."""
         return cls(
-            _box(data["bbox"]),
-            _number(data["score"]),
-            _if_any(_mask, data.get("mask")),
-            _if_any(_number, data.get("confidence")),
+            _parse_box(data["bbox"]),
+            _parse_number(data["score"]),
+            _optional(_parse_mask, data.get("mask")),
+            _optional(_parse_number, data.get("confidence")),
         )
 
 
@@ -131,7 +131,9 @@ class ImageShare:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ImageShare:
         """The inverse of `to_json`; raises as `Prediction.from_json` does."""
-        return cls(_number(data["attention"]), None if data["bbox"] is None else Instance.from_json(data))
+        return cls(
+            _parse_number(data["attention"]), None if data["bbox"] is None else Instance.from_json(data)
+        )
 
 
 @dataclass(frozen=True)
@@ -178,16 +180,16 @@ class Prediction:
         several = {} if self.boxes is None else {"boxes": [one.to_json() for one in self.boxes]}
         return {
             "id": self.id,
-            "bbox": _if_any(_floats, self.bbox),
-            "score": _if_any(float, self.score),
+            "bbox": _optional(_box_to_json, self.bbox),
+            "score": _optional(float, self.score),
             "mask": self.mask,
             "heads": [[int(layer), int(head)] for layer, head in self.heads],
             "error": self.error,
             **several,
-            "agreement": _if_any(float, self.agreement),
-            "confidence": _if_any(float, self.confidence),
+            "agreement": _optional(float, self.agreement),
+            "confidence": _optional(float, self.confidence),
             "calibrated": self.calibrated,
-            "present": _if_any(float, self.presence),
+            "present": _optional(float, self.presence),
             "absent": self.absent,
             **({} if self.heads_from is None else {"heads_from": self.heads_from}),
             **self._in_video(),
@@ -202,8 +204,8 @@ class Prediction:
     def _in_video(self) -> dict[str, Any]:
         if self.frame is None:
             return {}
-        raw = {} if self.raw_bbox is None else {"raw_bbox": _floats(self.raw_bbox)}
-        return {"frame": self.frame, "time": _if_any(float, self.time), **raw}
+        raw = {} if self.raw_bbox is None else {"raw_bbox": _box_to_json(self.raw_bbox)}
+        return {"frame": self.frame, "time": _optional(float, self.time), **raw}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> Prediction:
@@ -221,32 +223,32 @@ class Prediction:
             raise ValueError("'id', 'error' and 'heads_from' must be text")
         return cls(
             id=line["id"],
-            bbox=_if_any(_box, box),
-            score=_if_any(_number, line.get("score")),
-            mask=_if_any(_mask, line.get("mask")),
+            bbox=_optional(_parse_box, box),
+            score=_optional(_parse_number, line.get("score")),
+            mask=_optional(_parse_mask, line.get("mask")),
             heads=tuple(Head(int(layer), int(head)) for layer, head in line.get("heads") or ()),
             error=error,
             boxes=None if boxes is None else [Instance.from_json(one) for one in boxes],
-            agreement=_if_any(_number, line.get("agreement")),
-            confidence=_if_any(_number, line.get("confidence")),
+            agreement=_optional(_parse_number, line.get("agreement")),
+            confidence=_optional(_parse_number, line.get("confidence")),
             calibrated=calibrated,
-            presence=_if_any(_number, line.get("present")),
+            presence=_optional(_parse_number, line.get("present")),
             absent=absent,
-            frame=_if_any(_whole, line.get("frame")),
-            time=_if_any(_number, line.get("time")),
-            raw_bbox=_if_any(_box, line.get("raw_bbox")),
-            image_index=_if_any(_whole, line.get("image_index")),
+            frame=_optional(_parse_integer, line.get("frame")),
+            time=_optional(_parse_number, line.get("time")),
+            raw_bbox=_optional(_parse_box, line.get("raw_bbox")),
+            image_index=_optional(_parse_integer, line.get("image_index")),
             images=tuple(ImageShare.from_json(one) for one in line.get("images") or ()),
             heads_from=origin,
         )
 
 
-def _box(value: Any) -> Box:
-    x0, y0, x1, y1 = (_number(x) for x in value)
+def _parse_box(value: Any) -> Box:
+    x0, y0, x1, y1 = (_parse_number(x) for x in value)
     return x0, y0, x1, y1
 
 
-def _mask(value: Any) -> Mapping[str, Any]:
+def _parse_mask(value: Any) -> Mapping[str, Any]:
     """Run lengths whose form is sound."""
     if not (isinstance(value, dict) and isinstance(value.get("counts"), str)):
         raise ValueError("'mask' must be run lengths with their counts as text")
@@ -254,23 +256,23 @@ def _mask(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _floats(box: Box) -> list[float]:
+def _box_to_json(box: Box) -> list[float]:
     return [float(x) for x in box]
 
 
-def _if_any(read: Callable[[Any], Read], value: Any) -> Read | None:
+def _optional(read: Callable[[Any], T], value: Any) -> T | None:
     """None stays None."""
     return None if value is None else read(value)
 
 
-def _number(value: object) -> float:
+def _parse_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{shown(value)} is no number")
     return float(value)
 
 
-def _whole(value: object) -> int:
-    return int(_number(value))
+def _parse_integer(value: object) -> int:
+    return int(_parse_number(value))
 
 
 def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
@@ -295,12 +297,12 @@ def read_predictions(path: str | Path) -> Iterator[Prediction]:
             if not line.strip():
                 continue
             try:
-                yield _prediction(line)
+                yield _parse_prediction(line)
             except (ValueError, UsageError) as error:
                 raise UsageError(f"{path}, line {number}: not a prediction ({error})") from error
 
 
-def _prediction(line: bytes) -> Prediction:
+def _parse_prediction(line: bytes) -> Prediction:
     """A line of the file. Raises ValueError or UsageError."""
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")

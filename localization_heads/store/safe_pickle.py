@@ -25,27 +25,27 @@ import numpy as np
 
 from localization_heads.errors import UsageError, shown
 from localization_heads.store.pickle_parts import (
-    SLOT,
-    ArrayParts,
+    REFERENCE_BYTES,
+    ArrayBuilder,
     Budget,
+    DtypeBuilder,
     Limits,
     PickleRefusedError,
-    Plain,
-    TypeParts,
-    tensor_type,
-    type_code,
+    PlainCopier,
+    dtype_code,
+    storage_dtype,
 )
 
 MAX_FILE_BYTES = 4 << 30
 MAX_INTEGER_BITS = 1 << 15
-ATTENTION = Limits()
+ATTENTION_LIMITS = Limits()
 """For attention files and the files beside them."""
 
-_ENTRY = 300
+_DICT_ENTRY_BYTES = 300
 """Bytes of one value's entry in a dict."""
 
 
-class _Name(NamedTuple):
+class _Global(NamedTuple):
     """A global that the pickle names and the allow-list knows."""
 
     module: str
@@ -70,7 +70,7 @@ def check_file(path: Path) -> None:
         raise UsageError(f"{path}: larger than the limit of {MAX_FILE_BYTES >> 30} GiB")
 
 
-def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
+def load_pickle(path: str | Path, limits: Limits = ATTENTION_LIMITS) -> Any:
     """The plain value in a pickle file: None, numbers, text, bytes, lists, tuples, dicts and numpy arrays.
 
     Arrays are read-only views. Tensors come as arrays (bfloat16 as float32). Raises UsageError, in one line
@@ -90,7 +90,7 @@ def load_pickle(path: str | Path, limits: Limits = ATTENTION) -> Any:
         raise UsageError(f"{path}: not enough memory to read it") from error
 
 
-def loads_pickle(content: bytes, limits: Limits = ATTENTION) -> Any:
+def loads_pickle(content: bytes, limits: Limits = ATTENTION_LIMITS) -> Any:
     """`load_pickle` for bytes; raises PickleRefusedError."""
     if content[:4] == b"PK\x03\x04":
         raise PickleRefusedError(
@@ -98,7 +98,7 @@ def loads_pickle(content: bytes, limits: Limits = ATTENTION) -> Any:
         )
     machine = _Machine(BytesIO(content), Budget(len(content), limits))
     value = machine.run()
-    return Plain(Budget(len(content), limits), machine.shared).of(value, limits.depth)
+    return PlainCopier(Budget(len(content), limits), machine.shared).of(value, limits.depth)
 
 
 class _Machine:
@@ -132,14 +132,14 @@ class _Machine:
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
             self.push(_LITERALS[name](argument))
-        elif name in _STEPS:
-            _STEPS[name](self, argument)
+        elif name in _OPCODES:
+            _OPCODES[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
             raise PickleRefusedError(f"refused: the pickle uses {name}, which {self.budget.kind} never needs")
 
     def push(self, value: Any) -> None:
         """Put a new value on the stack."""
-        self.budget.charge(SLOT + sys.getsizeof(value))
+        self.budget.charge(REFERENCE_BYTES + sys.getsizeof(value))
         self.stack.append(value)
 
     def push_again(self, index: int) -> None:
@@ -147,9 +147,9 @@ class _Machine:
         value = self.memo[index] if index >= 0 else _MARK
         if value is _MARK:
             raise PickleRefusedError("not a readable pickle: a number that was never given out")
-        self.budget.charge(SLOT)
+        self.budget.charge(REFERENCE_BYTES)
         if type(value) in (list, tuple, dict) and id(value) not in self.shared:
-            self.budget.charge(_ENTRY)
+            self.budget.charge(_DICT_ENTRY_BYTES)
             self.shared.add(id(value))
         self.stack.append(value)
 
@@ -176,7 +176,7 @@ class _Machine:
         missing = index + 1 - len(self.memo)
         if index < 0 or self.stack[-1] is _MARK:
             raise PickleRefusedError("not a readable pickle: a number for nothing")
-        self.budget.charge(SLOT * max(0, missing))
+        self.budget.charge(REFERENCE_BYTES * max(0, missing))
         self.memo.extend(repeat(_MARK, missing))
         self.memo[index] = self.stack[-1]
 
@@ -204,24 +204,24 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:  # before either is hashed or shown
             raise PickleRefusedError("refused: the pickle asks for something whose name is no text")
-        if (module, name) not in _ALLOWED and not (self.storages and tensor_type(module, name)):
+        if (module, name) not in _ALLOWED and not (self.storages and storage_dtype(module, name)):
             asked = shown(f"{module[:80]}.{name[:80]}", 80)[1:-1]
             raise PickleRefusedError(
                 f"refused: the pickle asks for {asked}, which {self.budget.kind} never needs"
             )
-        self.push(_Name(module, name))
+        self.push(_Global(module, name))
 
     def reduce(self) -> None:
         arguments = self.stack.pop()
         target = self.stack.pop()
-        if type(target) is not _Name or type(arguments) is not tuple or _ALLOWED.get(target) is None:
+        if type(target) is not _Global or type(arguments) is not tuple or _ALLOWED.get(target) is None:
             raise PickleRefusedError("refused: the pickle calls something that is no constructor of arrays")
         self.push(_ALLOWED[target](self, *arguments))  # type: ignore[misc]
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(target) not in (ArrayParts, TypeParts):
+        if type(target) not in (ArrayBuilder, DtypeBuilder):
             raise PickleRefusedError("refused: the pickle sets the state of something that is no array")
         target.set_state(state)
 
@@ -233,20 +233,20 @@ class _Machine:
 
 
 _INTEGERS = ("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4")
-_AS_THEY_ARE = (
+_PLAIN_LITERALS = (
     *("FLOAT", "BINFLOAT"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
 
 
-def _integer(value: int) -> int:
+def _bounded_integer(value: int) -> int:
     if value.bit_length() > MAX_INTEGER_BITS:
         raise PickleRefusedError(f"refused: a whole number of more than {MAX_INTEGER_BITS} bits")
     return value
 
 
-def _old_text(text: str) -> str:
+def _python2_text(text: str) -> str:
     """What Python 2 wrote as a plain string: bytes, here as Latin-1; UTF-8 where they are that."""
     try:
         return text if text.isascii() else text.encode("latin-1").decode("utf-8")
@@ -255,9 +255,9 @@ def _old_text(text: str) -> str:
 
 
 _LITERALS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(_INTEGERS, _integer),
-    **dict.fromkeys(_AS_THEY_ARE, lambda argument: argument),
-    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _old_text),
+    **dict.fromkeys(_INTEGERS, _bounded_integer),
+    **dict.fromkeys(_PLAIN_LITERALS, lambda argument: argument),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _python2_text),
     "NONE": lambda _: None,
     "NEWTRUE": lambda _: True,
     "NEWFALSE": lambda _: False,
@@ -267,7 +267,7 @@ _LITERALS: dict[str, Callable[[Any], Any]] = {
     "MARK": lambda _: _MARK,
 }
 
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+_OPCODES: dict[str, Callable[[_Machine, Any], None]] = {
     "LIST": lambda m, _: m.push(m.since_mark()),
     "DICT": lambda m, _: m.make_dict(m.since_mark()),
     "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
@@ -289,24 +289,24 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def _new_array(_: _Machine, kind: Any, shape: Any, code: Any) -> ArrayParts:
+def _new_array(_: _Machine, kind: Any, shape: Any, code: Any) -> ArrayBuilder:
     """`numpy.core.multiarray._reconstruct(ndarray, (0,), b"b")`: empty until BUILD brings the content."""
-    if kind != _Name("numpy", "ndarray"):
+    if kind != _Global("numpy", "ndarray"):
         raise PickleRefusedError("refused: an array of an unknown class")
-    return ArrayParts()
+    return ArrayBuilder()
 
 
-def _array_from_buffer(_: _Machine, buffer: Any, kind: Any, shape: Any, order: Any) -> ArrayParts:
+def _array_from_buffer(_: _Machine, buffer: Any, kind: Any, shape: Any, order: Any) -> ArrayBuilder:
     """`numpy.core.numeric._frombuffer`, the form of protocol 5."""
-    parts = ArrayParts()
-    parts.fill(buffer, type_code(kind), shape, fortran=order == "F")
+    parts = ArrayBuilder()
+    parts.fill(buffer, dtype_code(kind), shape, fortran=order == "F")
     return parts
 
 
-def _number(_: _Machine, kind: Any, content: Any) -> bool | int | float:
+def _numpy_scalar(_: _Machine, kind: Any, content: Any) -> bool | int | float:
     """`numpy.core.multiarray.scalar`, as the plain number it holds."""
-    parts = ArrayParts()
-    parts.fill(content, type_code(kind), (), fortran=False)
+    parts = ArrayBuilder()
+    parts.fill(content, dtype_code(kind), (), fortran=False)
     value: bool | int | float = parts.array().item()
     return value
 
@@ -318,7 +318,7 @@ def _empty_dict(_: _Machine, *arguments: Any) -> dict[str, Any]:
     return {}
 
 
-def _old_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
+def _encoded_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
     """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise PickleRefusedError("refused: text in an unknown encoding")
@@ -326,7 +326,7 @@ def _old_bytes(machine: _Machine, text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
-def _storage(machine: _Machine, content: Any) -> _Storage:
+def _load_storage(machine: _Machine, content: Any) -> _Storage:
     """`torch.storage._load_from_bytes`: five pickled headers, then a count (int64) and the raw numbers."""
     if type(content) is not bytes:
         raise PickleRefusedError("not a readable pickle: a tensor without bytes")
@@ -339,33 +339,35 @@ def _storage(machine: _Machine, content: Any) -> _Storage:
     pid = _Machine(stream, machine.budget, storages=True).run()
     _Machine(stream, machine.budget).run()  # the list of storage keys
     match pid:
-        case ("storage", _Name(module, name), str(), str(), int(count), *_):
-            code = tensor_type(module, name)
+        case ("storage", _Global(module, name), str(), str(), int(count), *_):
+            code = storage_dtype(module, name)
         case _:
             code = None
     if code is None:
         raise PickleRefusedError("not a readable pickle: an unknown tensor storage")
-    parts = ArrayParts()
+    parts = ArrayBuilder()
     parts.fill(content[stream.tell() + 8 :], code, (count,), fortran=False)
     return _Storage(parts.array())
 
 
-def _tensor(_: _Machine, storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any) -> ArrayParts:
+def _rebuild_tensor(
+    _: _Machine, storage: Any, offset: Any, size: Any, stride: Any, *_rest: Any
+) -> ArrayBuilder:
     """`torch._utils._rebuild_tensor_v2`: a strided view of a storage."""
     if type(storage) is not _Storage:
         raise PickleRefusedError("not a readable pickle: a tensor without storage")
-    return ArrayParts.strided(storage.numbers, offset, size, stride)
+    return ArrayBuilder.strided(storage.numbers, offset, size, stride)
 
 
 _ALLOWED: dict[tuple[str, str], Callable[..., Any] | None] = {
     ("numpy", "ndarray"): None,  # named as an argument, never called
-    ("numpy", "dtype"): lambda _, code, *_flags: TypeParts(code),
+    ("numpy", "dtype"): lambda _, code, *_flags: DtypeBuilder(code),
     ("collections", "OrderedDict"): _empty_dict,
-    ("_codecs", "encode"): _old_bytes,
+    ("_codecs", "encode"): _encoded_bytes,
     ("__builtin__", "bytes"): lambda _: b"",  # how protocol 2 writes b""
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"): _storage,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch.storage", "_load_from_bytes"): _load_storage,
     **{(f"{core}.multiarray", "_reconstruct"): _new_array for core in ("numpy.core", "numpy._core")},
-    **{(f"{core}.multiarray", "scalar"): _number for core in ("numpy.core", "numpy._core")},
+    **{(f"{core}.multiarray", "scalar"): _numpy_scalar for core in ("numpy.core", "numpy._core")},
     **{(f"{core}.numeric", "_frombuffer"): _array_from_buffer for core in ("numpy.core", "numpy._core")},
 }

@@ -41,7 +41,7 @@ COLUMNS = {"attention_sum": "<f4", "area_entropy": "<f4", "mass_entropy": "<f4",
 SENSITIVITY_COLUMNS = {"sensitivity": "<f4", "consistency": "<f4"}
 """Those that follow in a store with sensitivity; NaN where they were not measured."""
 _SCAN_BYTES = 16 << 20
-_LARGEST_MODEL = 1 << 20  # heads
+_MAX_HEADS = 1 << 20  # heads
 
 
 def sample_key(expression: str, image: str | Path, id: str = "") -> bytes:
@@ -176,15 +176,12 @@ def find_stores(folder: str | Path) -> list[StoreHeader]:
     """The stores of a folder, most recently used first. Anything but a sound header of this version is skipped."""
     found = []
     for path in Path(folder).glob("statistics-*.json"):
-        header = journal.sound_json_file(path)
-        if not isinstance(header, dict) or path.stem != _name(header):
+        header = journal.read_json_or_none(path)
+        if not isinstance(header, dict) or path.stem != _store_name(header):
             continue
         layers, heads, settings = header.get("layers"), header.get("heads"), header.get("settings")
         sizes = (
-            type(layers) is int
-            and type(heads) is int
-            and layers > 0
-            and 0 < heads <= _LARGEST_MODEL // layers
+            type(layers) is int and type(heads) is int and layers > 0 and 0 < heads <= _MAX_HEADS // layers
         )
         if header.get("version") == VERSION and sizes and isinstance(settings, dict):
             columns, used = header.get("columns", COLUMNS), path.stat().st_mtime
@@ -193,7 +190,7 @@ def find_stores(folder: str | Path) -> list[StoreHeader]:
     return sorted(found, key=lambda one: -one.used)
 
 
-def _name(header: Mapping[str, Any]) -> str:
+def _store_name(header: Mapping[str, Any]) -> str:
     """What the files of that header are called; "" for one that no store writes."""
     try:
         return f"statistics-{_digest(header).hex()[:16]}"
@@ -226,7 +223,7 @@ class StatisticsStore:
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.columns = dict(columns)
-        self._dtype = _record_type(num_layers, num_heads, self.columns)
+        self._dtype = _record_dtype(num_layers, num_heads, self.columns)
         header = {
             "version": VERSION,
             "layers": int(num_layers),
@@ -287,7 +284,7 @@ class StatisticsStore:
 
     def failures(self) -> dict[bytes, str]:
         """The reasons given to `note_failures`, by key."""
-        noted = journal.sound_json_file(self._failures_path)
+        noted = journal.read_json_or_none(self._failures_path)
         try:
             return {bytes.fromhex(key): str(why) for key, why in (noted or {}).items()}
         except (AttributeError, ValueError, RecursionError):
@@ -345,7 +342,7 @@ class StatisticsStore:
             journal.truncate(self.path, self._count * size)
 
 
-def _record_type(num_layers: int, num_heads: int, columns: Mapping[str, str]) -> np.dtype[Any]:
+def _record_dtype(num_layers: int, num_heads: int, columns: Mapping[str, str]) -> np.dtype[Any]:
     heads = num_layers * num_heads
     if heads < 1:
         raise ValueError("a model has at least one layer and one head")
