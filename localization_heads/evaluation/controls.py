@@ -1,6 +1,7 @@
-"""The controls that boxes are compared with: random heads of the same layers, all heads, a centre box, an oracle.
+"""Controls that the localization heads are compared with: random heads, all heads, a centre box and an oracle.
 
-The oracle grounds with the true mask on the model's own grid in place of the attention map: the read-out's ceiling.
+Random heads come from the same layers. The oracle grounds the true mask, resampled to the model's grid, in place of an
+attention map: the upper bound of the read-out.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from localization_heads.options.groups import GroundingOptions
 def layer_matched(
     heads: Sequence[Head], shape: tuple[int, int], rng: np.random.Generator
 ) -> tuple[Head, ...]:
-    """As many distinct random heads as given, each from the same layer as the head that it replaces.
+    """Distinct random heads, one for each given head and from its layer.
 
-    A given head is drawn only where its layer has too few others.
+    The given heads themselves are drawn only if the layer has too few others.
 
     Args:
-        shape: `(layers, heads a layer)` of the model.
+        shape: `(number of layers, heads per layer)` of the model.
 
     Raises:
-        ValueError: a head is named twice, or the model does not have it.
+        ValueError: a head is given twice, or the model does not have it.
 
     >>> drawn = layer_matched([Head(2, 0), Head(3, 1)], (4, 8), np.random.default_rng(0))
     >>> [head.layer for head in drawn], {Head(2, 0), Head(3, 1)} & {*drawn}
@@ -44,26 +45,26 @@ def layer_matched(
     if len(set(given)) < len(given):
         raise ValueError("each head can be named once")
     drawn = {
-        layer: _of_layer({head.head for head in given if head.layer == layer}, count, shape[1], rng)
+        layer: _draw_in_layer({head.head for head in given if head.layer == layer}, count, shape[1], rng)
         for layer, count in sorted(Counter(head.layer for head in given).items())
     }
     return tuple(Head(head.layer, drawn[head.layer].pop()) for head in given)
 
 
-def _of_layer(taken: set[int], count: int, num_heads: int, rng: np.random.Generator) -> list[int]:
-    """`count` heads of one layer, drawn from `taken` only when there is no other left."""
-    others = [int(head) for head in rng.permutation([head for head in range(num_heads) if head not in taken])]
-    spare = [int(head) for head in rng.permutation(sorted(taken))]
-    return (others + spare)[:count]
+def _draw_in_layer(avoid: set[int], count: int, num_heads: int, rng: np.random.Generator) -> list[int]:
+    """`count` heads of one layer, from `avoid` only after all others."""
+    others = rng.permutation([head for head in range(num_heads) if head not in avoid])
+    avoided = rng.permutation(sorted(avoid))
+    return [int(head) for head in (*others, *avoided)][:count]
 
 
 DRAWS = 5
-"""Random sets of heads for each expression."""
+"""Sets of random heads per expression."""
 CENTRE = 0.5
-"""Sides of the centre box, as shares of the image's."""
+"""Width and height of the centre box relative to the image."""
 
 _ONLY = [Head(0, 0)]
-"""The head of maps that have a single one."""
+"""The head of the maps that `mean_map` and `oracle_map` return."""
 
 
 def control_groundings(
@@ -75,7 +76,7 @@ def control_groundings(
     exclude_layers: int,
     seed: int = 42,
 ) -> dict[str, list[Grounding]]:
-    """The groundings of each control that has a map, with the same `options`; `random_heads` has one per draw."""
+    """The groundings of every control that has a map, with the same read-out; `random_heads` has one per draw."""
     drawn = random_heads(heads, maps.num_heads, seed=seed)
     return {
         "random_heads": [ground_maps(maps, other, options) for other in drawn],
@@ -87,9 +88,9 @@ def control_groundings(
 def random_heads(
     chosen: Sequence[Head], num_heads: int, *, draws: int = DRAWS, seed: int = 42
 ) -> list[tuple[Head, ...]]:
-    """`draws` sets of `layer_matched` heads; the same seed and heads give the same sets.
+    """`draws` sets of `layer_matched` heads, deterministic for a seed and heads.
 
-    Where a layer has too few others, the control comes closer to what it is compared with, never further away.
+    If a layer has too few other heads, the control contains chosen ones, which can only make it stronger.
     """
     rng = np.random.default_rng(seed)
     shape = max(head.layer for head in chosen) + 1, num_heads
@@ -97,10 +98,10 @@ def random_heads(
 
 
 def mean_map(maps: AttentionMaps, exclude_layers: int, without: Sequence[Head] = ()) -> AttentionMaps:
-    """The mean map over all heads of the layers from `exclude_layers` on, as a single head `L0H0`.
+    """The mean map over all heads of the layers from `exclude_layers` on, as the single head L0H0.
 
     Args:
-        without: heads that are left out; not all of them.
+        without: heads to leave out of the mean.
     """
     if not without:
         return _as_one_head(maps, maps.attention[exclude_layers:].mean(axis=(0, 1), dtype=np.float64))
@@ -111,14 +112,14 @@ def mean_map(maps: AttentionMaps, exclude_layers: int, without: Sequence[Head] =
 
 
 def oracle_map(maps: AttentionMaps, truth: Truth) -> AttentionMaps:
-    """The share of each cell that the true mask (or box, without a mask) covers, as a single head `L0H0`."""
+    """The share of each cell that the true mask (or box, without a mask) covers, as the single head L0H0."""
     if truth.mask is None:
         return _as_one_head(maps, box_coverage(truth.box, maps.image_box, maps.grid))
     return _as_one_head(maps, mask_coverage(truth.mask, maps.image_box, maps.grid))
 
 
 def centre_box(image_size: tuple[int, int]) -> Box:
-    """The box in the middle of a `(W, H)` image, with half its sides.
+    """The centred box with half the width and height of a `(W, H)` image.
 
     >>> centre_box((640, 480))
     (160.0, 120.0, 480.0, 360.0)

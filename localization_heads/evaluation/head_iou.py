@@ -1,7 +1,7 @@
-"""How well each head localises alone: `map_ious` by its map, `box_ious` by the box of its map.
+"""How well each head localizes on its own.
 
-The paper's Fig. 6b takes `map_ious`, which depend on no read-out. `box_ious`, which the report shows, ground with one
-head at a time by the run's own options.
+`map_ious` compares the binarised map with the ground truth, as in the paper's Fig. 6b, and depends on no read-out.
+`box_ious`, shown in the report, grounds with one head at a time by the options of the run.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from localization_heads.options.groups import GroundingOptions
 
 
 def map_ious(maps: AttentionMaps, truth: Truth) -> NDArray[np.float32]:
-    """IoU of every head's own map, binarised at its mean and laid over the image, with the object (Fig. 6b).
+    """IoU of every head's map, binarised at its mean and upsampled to the image, with the true mask or box (Fig. 6b).
 
-    Exact: intersections are areas, not counts of pixels. Without a mask the object is its box. Cells outside the image
-    (padding) have no area; parts of the object outside the grid (cropping) count as missed.
+    Exact: intersections are areas, not pixel counts. Cells outside the image (padding) have no area; parts of the
+    object outside the grid (cropping) count as missed.
 
     Returns:
         float32 `[layer, head]`; 0 for a map with no positive cell.
     """
     x_edges, y_edges = visible_edges(maps.image_box, maps.image_size, maps.grid)
     areas = np.outer(np.diff(y_edges), np.diff(x_edges))
-    object_areas, object_area = _object(truth, maps)
+    object_areas, object_area = _object_areas(truth, maps)
     positive = binarise(maps.attention).reshape(maps.num_layers, maps.num_heads, -1).astype(np.float64)
     shared = positive @ object_areas.ravel()
     union = positive @ areas.ravel() + object_area - shared
     return np.asarray(np.where(union > 0, shared / np.where(union > 0, union, 1), 0), dtype=np.float32)
 
 
-def _object(truth: Truth, maps: AttentionMaps) -> tuple[NDArray[np.float64], float]:
-    """Pixels of the object in each cell `[h, w]`, and in the image."""
+def _object_areas(truth: Truth, maps: AttentionMaps) -> tuple[NDArray[np.float64], float]:
+    """Area of the object in each cell `[h, w]` and in the image, in pixels."""
     x_edges, y_edges = grid_edges(maps.image_box, maps.grid)
     cell = (x_edges[1] - x_edges[0]) * (y_edges[1] - y_edges[0])
     if truth.mask is not None:
@@ -57,14 +57,14 @@ def _object(truth: Truth, maps: AttentionMaps) -> tuple[NDArray[np.float64], flo
 
 
 def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
-    """Pointing game of every head alone: does its strongest cell on the image have its centre in the box?
+    """Pointing game of every head: whether the centre of its strongest cell on the image lies in the true box.
 
     Returns:
         bool `[layer, head]`.
     """
     x_edges, y_edges = visible_edges(maps.image_box, maps.image_size, maps.grid)
-    on_image = np.where(visible_cells(x_edges, y_edges), maps.attention, -np.inf)
-    best = on_image.reshape(maps.num_layers, maps.num_heads, -1).argmax(axis=-1)
+    visible = np.where(visible_cells(x_edges, y_edges), maps.attention, -np.inf)
+    best = visible.reshape(maps.num_layers, maps.num_heads, -1).argmax(axis=-1)
     row, column = np.unravel_index(best, maps.grid)
     x, y = (x_edges[:-1] + x_edges[1:])[column] / 2, (y_edges[:-1] + y_edges[1:])[row] / 2
     x0, y0, x1, y1 = truth.box
@@ -72,7 +72,7 @@ def head_hits(maps: AttentionMaps, truth: Truth) -> NDArray[np.bool_]:
 
 
 def label_scores(maps: AttentionMaps, truth: Truth) -> dict[str, NDArray[np.float32]]:
-    """What ranks heads by labels, by the names of `heads_by=`: each float32 `[layer, head]`, the higher the better."""
+    """Scores that rank heads by labels, by the names of `heads_by=`: float32 `[layer, head]`, higher is better."""
     return {
         "mass": mass_in_truth(maps, truth.box, truth.mask),
         "iou": map_ious(maps, truth),
@@ -83,7 +83,7 @@ def label_scores(maps: AttentionMaps, truth: Truth) -> dict[str, NDArray[np.floa
 def box_ious(
     maps: AttentionMaps, heads: Sequence[Head], truth: Box, options: GroundingOptions
 ) -> list[float | None]:
-    """IoU of the true box and the box of each head's own map; None for an empty map, whose layer was not run."""
+    """IoU of the true box and the box of each head's own map; None for an empty map, of a layer that was not run."""
     return [
         float(box_iou(ground_maps(maps, [head], options).box, truth)) if maps.attention[head].any() else None
         for head in heads
@@ -93,7 +93,7 @@ def box_ious(
 def mean_ious(
     heads: Sequence[Head], shape: tuple[int, int], samples: Sequence[Sequence[float | None]]
 ) -> NDArray[np.float64]:
-    """The mean of `box_ious` over samples: float64 `[layer, head]` of the given shape, NaN where none is known."""
+    """The mean of `box_ious` over samples: float64 `[layer, head]` of the given shape, NaN for heads without any."""
     means = np.full(shape, np.nan)
     for head, ious in zip(heads, zip(*samples, strict=True), strict=True):
         if known := [iou for iou in ious if iou is not None]:

@@ -1,6 +1,6 @@
-"""Scores one grounded expression against the truth, beside the controls, and sums up many for `metrics.json`.
+"""Score groundings and controls against the ground truth, and aggregate the scores for `metrics.json`.
 
-`stage=evaluate` and `localization_heads.evaluate` share it.
+Shared by `stage=evaluate` and `localization_heads.evaluate`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ NO_TRUTH = "has neither bbox nor mask: there is nothing to score against"
 
 Bootstrap = Literal["expression", "image"]
 Scores = dict[str, list[Score]]
-"""The scores of each method on one expression, by the method's name; random heads have several."""
+"""Scores on one expression by method; `random_heads` has one score per draw, the others a single one."""
 
 HEADS = "heads"
 CONTROLS = ("random_heads", "all_heads", "centre_box", "oracle")
-"""In the order of `metrics.json`."""
+"""The controls in the order of `metrics.json`."""
 
 
 def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
-    """The sample's true box, or else the tight box of its mask, and its true mask.
+    """The sample's true mask and its true box, which defaults to the tight box of the mask.
 
     Args:
-        image_size: `(W, H)` of its image in pixels.
+        image_size: `(W, H)` of the image in pixels.
 
     Raises:
-        UsageError: naming the sample, if it has neither, or its box or mask does not fit the image.
+        UsageError: the sample, which the message names, has neither, or its box or mask does not fit the image.
 
     >>> truth_of(Sample("cat.jpg", "the cat", bbox=(1, 2, 3, 4)), (8, 8))
     Truth(box=(1.0, 2.0, 3.0, 4.0), mask=None, ignored=None)
@@ -58,31 +58,31 @@ def truth_of(sample: Sample, image_size: tuple[int, int]) -> Truth:
 
 
 def overlap_of_all(sample: Sample, found: Sequence[Grounding]) -> tuple[int, int] | None:
-    """Intersection and union, in pixels, of all predicted masks with the true one, where a protocol asks for it.
+    """Intersection and union, in pixels, of the union of all predicted masks with the true one, for a protocol.
 
-    That is with nothing for the empty targets of ReasonSeg, and for all targets of gRefCOCO. None elsewhere, and where
-    there is a target without a mask.
+    Only for samples whose protocol needs it: absent ones of ReasonSeg, whose true mask is empty, and those of gRefCOCO
+    that are absent or have a mask. None for all others.
     """
     protocol, size = sample.facts.get("protocol"), found[0].image_size
-    targets = protocol == "grefcoco" and sample.mask is not None
-    if protocol not in ("reasonseg", "grefcoco") or not (sample.absent or targets):
+    has_mask = protocol == "grefcoco" and sample.mask is not None
+    if protocol not in ("reasonseg", "grefcoco") or not (sample.absent or has_mask):
         return None
-    masks = [one.mask for one in found if not one.absent]
+    masks = [grounding.mask for grounding in found if not grounding.absent]
     predicted = np.logical_or.reduce(masks) if masks else np.zeros(size[::-1], dtype=bool)
     if not sample.absent:
         return truth_of(sample, size).overlap(predicted)
-    nothing = np.zeros_like(predicted)
-    return Truth((0.0, 0.0, 0.0, 0.0), nothing, decode_ignored(sample, size)).overlap(predicted)
+    empty = np.zeros_like(predicted)
+    return Truth((0.0, 0.0, 0.0, 0.0), empty, decode_ignored(sample, size)).overlap(predicted)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores the heads and the controls, and sums the scores up.
+    """Scores the heads and the controls, and aggregates the scores.
 
     Args:
-        criteria: those of the heads; the control of all heads leaves out the first `exclude_layers` layers.
-        grounding: the read-out, of the heads and of the controls.
-        controls: whether the controls are scored at all.
+        criteria: the criteria of the heads; the control of all heads uses their `exclude_layers`.
+        grounding: the read-out of the heads and the controls.
+        controls: whether to score the controls.
         bootstrap: what the intervals resample: expressions, or images with all their expressions.
         seed: of the random heads and of the bootstrap.
 
@@ -106,10 +106,11 @@ class Judge:
         truth: Truth,
         refine: Callable[[Grounding], Grounding] = lambda answer: answer,
     ) -> Scores:
-        """The scores of the heads' grounding, and of the controls, whose masks `refine` (the segmenter) makes too.
+        """Score the heads' grounding, and the controls if there are any.
 
         Args:
-            maps: of every layer, if there are controls.
+            maps: those of all layers, if there are controls.
+            refine: the segmenter, which makes the masks of the controls.
         """
         scores = {HEADS: [score_grounding(grounding, truth)]}
         if not self.controls:
@@ -123,7 +124,7 @@ class Judge:
             seed=self.seed,
         )
         controls = {
-            # A copy, which frees the mask (a byte a pixel, cached in it) once it is scored.
+            # The copy frees the mask that it caches, one byte per pixel, once it is scored.
             name: [score_grounding(refine(replace(answer)), truth) for answer in answers]
             for name, answers in grounded.items()
         }
@@ -133,35 +134,35 @@ class Judge:
     def metrics(
         self, scored: Sequence[Mapping[str, Sequence[Score]]], images: Sequence[str], num_failed: int = 0
     ) -> dict[str, Any]:
-        """The numbers of `metrics.json`: the metrics of heads and controls with their intervals, and counts.
+        """The metrics of `metrics.json`: those of heads and controls with their intervals, and counts.
 
         Args:
-            scored: the scores of each expression, all by the same methods.
-            images: the identity of each expression's image.
+            scored: the scores of each expression, all with the same methods.
+            images: identity of each expression's image.
         """
         if not scored:
             return {"num_samples": 0, "num_failed": num_failed, "controls": {}}
         methods = {name: [scores[name] for scores in scored] for name in scored[0]}
         groups = images if self.bootstrap == "image" else None
         summary = summarize(methods, groups=groups, seed=self.seed)
-        masks = sum(answers[0].overlap is not None for answers in methods[HEADS])
+        num_masks = sum(answers[0].overlap is not None for answers in methods[HEADS])
         return {
             **summary.pop(HEADS),
-            **({"num_masks": masks} if masks else {}),
+            **({"num_masks": num_masks} if num_masks else {}),
             "num_samples": len(scored),
             "num_failed": num_failed,
             "controls": summary,
         }
 
     def trust(self, claims: Sequence[Claim]) -> dict[str, Any]:
-        """The block `confidence` of `metrics.json`, and those of its numbers that stand beside the metrics, too."""
+        """The block `confidence` of `metrics.json`, and those of its metrics that are repeated at the top level."""
         block = confidence_metrics(claims, by_image=self.bootstrap == "image", seed=self.seed)
         names = [name for name in TOP_LEVEL_METRICS if name in block]
-        beside = {key: block[key] for name in names for key in (name, f"{name}_interval")}
-        return {**beside, "confidence": block} if block else {}
+        repeated = {key: block[key] for name in names for key in (name, f"{name}_interval")}
+        return {**repeated, "confidence": block} if block else {}
 
     def choices(self, heads: Sequence[Head] | None, k: int) -> dict[str, Any]:
-        """The choices that the numbers depend on, by name, as JSON values.
+        """The settings that the metrics depend on, as JSON values by name.
 
         Args:
             heads: the fixed heads; None or empty if each sample selects its own `k`.

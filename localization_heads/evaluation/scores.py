@@ -1,8 +1,8 @@
-"""The scores of each method on each expression, and their metrics over a data set, with intervals.
+"""Scores of each method on each expression, and metrics over a data set with bootstrap intervals.
 
-A method is the localization heads or one of the controls. It may answer an expression several times (random heads are
-drawn repeatedly); its answers to one expression are averaged first. Of several boxes an expression, the scores are
-those that gRefCOCO defines (Liu et al., CVPR 2023): F1, Pr@(F1=1), N-acc.
+A method is the localization heads or one of the controls. If it answers an expression several times, as random heads
+do, its scores on that expression are averaged first. Expressions with several boxes are scored as gRefCOCO defines (Liu
+et al., CVPR 2023): F1, Pr@(F1=1) and N-acc.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ METRICS = (
     *(f"acc@{threshold}" for threshold in THRESHOLDS),
     *("macc", "mean_iou", "pointing", "energy", "ciou", "giou"),
 )
-"""In the order of `metrics.json`; the last two only where there are true masks.
+"""Metrics in the order of `metrics.json`; the last two need true masks.
 
-`ciou`, cumulative IoU, is `sum I / sum U` over the masks, which favours large objects; `giou` is `mean(I / U)`, in
-which all objects weigh the same (ReasonSeg).
+`ciou`, cumulative IoU, is `sum I / sum U` over the masks and favours large objects; `giou` is `mean(I / U)`, which
+weighs all objects the same (ReasonSeg).
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The ground truth: the object's box in pixels and, if known, its mask, bool `[H, W]`.
+    """The ground truth: the object's box in pixels and, if there is one, its mask, bool `[H, W]`.
 
     Args:
-        ignored: bool `[H, W]`, pixels that count in neither intersection nor union, as LISA scores ReasonSeg.
+        ignored: bool `[H, W]`, pixels excluded from both intersection and union, as LISA scores ReasonSeg.
     """
 
     box: Box
@@ -55,9 +55,9 @@ class Truth:
         """`mask_overlap` with the true mask, None without one. A prediction of None is an empty mask."""
         if self.mask is None:
             return None
-        counted = np.ones_like(self.mask) if self.ignored is None else ~self.ignored
-        covered = np.zeros_like(self.mask) if predicted is None else predicted & counted
-        return mask_overlap(covered, self.mask & counted)
+        valid = np.ones_like(self.mask) if self.ignored is None else ~self.ignored
+        prediction = np.zeros_like(self.mask) if predicted is None else predicted & valid
+        return mask_overlap(prediction, self.mask & valid)
 
 
 class Score(NamedTuple):
@@ -65,9 +65,9 @@ class Score(NamedTuple):
 
     Attributes:
         iou: box IoU.
-        pointing: whether the strongest cell's centre lies in the true box.
+        pointing: whether the centre of the strongest cell lies in the true box.
         energy: share of the map's mass on the image that lies in the true box.
-        overlap: `Truth.overlap` of the masks.
+        overlap: intersection and union of the masks in pixels; None without a true mask.
     """
 
     iou: float
@@ -77,27 +77,26 @@ class Score(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> Score:
-        """From a list, which is what JSON makes of a score."""
+        """From the list that a score is in JSON."""
         iou, pointing, energy, overlap = data
         return cls(iou, pointing, energy, None if overlap is None else (overlap[0], overlap[1]))
 
 
 Answers = Sequence[Sequence[Score]]
-"""The answers of one method: one or more for each expression."""
+"""The scores of one method: one or more for each expression."""
 
 
 def score_grounding(grounding: Grounding, truth: Truth) -> Score:
-    """The scores of a grounding's box, combined map and mask."""
+    """Score a grounding's box, combined map and mask."""
     energy = grounding.mass_in(truth.box)
     iou = float(box_iou(grounding.box, truth.box))
-    overlap = (
-        None if truth.mask is None else truth.overlap(grounding.mask)
-    )  # the mask is made when it is read
+    # Reading the mask computes it, so it is read only if there is one to compare with.
+    overlap = None if truth.mask is None else truth.overlap(grounding.mask)
     return Score(iou, pointing_hit(grounding.point, truth.box), energy, overlap)
 
 
 def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Score:
-    """The scores of a box without a map: it points at its centre, with uniform mass and a filled mask. None is a miss.
+    """Score a box without a map: it points at its centre and has uniform mass and a filled mask. None is a miss.
 
     >>> score_box((0, 0, 2, 2), Truth((1, 0, 3, 2)), image_size=(4, 4))
     Score(iou=0.3333333333333333, pointing=True, energy=0.5, overlap=None)
@@ -117,16 +116,16 @@ def score_box(box: Box | None, truth: Truth, image_size: tuple[int, int]) -> Sco
 def summarize(
     methods: Mapping[str, Answers], *, groups: Sequence[str] | None = None, seed: int = 42
 ) -> dict[str, dict[str, Any]]:
-    """Every metric of every method, with its 95 % bootstrap interval, to six decimals; undefined ones are left out.
+    """Every metric of every method with its 95 % bootstrap interval, to six decimals, without undefined metrics.
 
     Args:
-        methods: answers by name, all to the same expressions in the same order. The first is compared with the
-            others: each of those also gets `difference`, how far the first is ahead, as `[value, low, high]` with the
-            interval of the paired difference.
-        groups: `bootstrap_ratios`'s, such as each expression's image.
+        methods: scores by method, all of the same expressions in the same order. Each method after the first also gets
+            `difference`: the first method's metric minus its own, as `[value, low, high]` with the interval of the
+            paired difference.
+        groups: as in `bootstrap_ratios`, such as each expression's image.
 
     Returns:
-        By method, `<metric>` and `<metric>_interval` of METRICS.
+        By method, `<metric>` and `<metric>_interval` for each of METRICS.
 
     >>> scores = [[Score(0.6, True, 0.5)], [Score(0.2, False, 0.1)]]
     >>> summary = summarize({"heads": scores})["heads"]
@@ -135,64 +134,71 @@ def summarize(
     """
     tables = [ratio_table(answers) for answers in methods.values()]
     tops, bottoms = (np.concatenate([table[i] for table in tables], axis=1) for i in (0, 1))
-    values = _empty_agree(divided(tops.sum(axis=0), bottoms.sum(axis=0)).reshape(len(tables), -1))
-    drawn = bootstrap_ratios(tops, bottoms, groups=groups, seed=seed)
-    resampled = _empty_agree(drawn.reshape(-1, len(tables), len(METRICS)))
-    known = {METRICS[i]: i for i in np.flatnonzero(~np.isnan(values[0])).tolist()}
-    return _side_by_side(methods, known, values, resampled)
+    values = _set_empty_ciou(divided(tops.sum(axis=0), bottoms.sum(axis=0)).reshape(len(tables), -1))
+    resampled = bootstrap_ratios(tops, bottoms, groups=groups, seed=seed)
+    resampled = _set_empty_ciou(resampled.reshape(-1, len(tables), len(METRICS)))
+    defined = {METRICS[i]: i for i in np.flatnonzero(~np.isnan(values[0])).tolist()}
+    return _compare_methods(methods, defined, values, resampled)
 
 
-def _side_by_side(
-    names: Iterable[str], metrics: Mapping[str, int], values: NDArray[np.float64], drawn: NDArray[np.float64]
+def _compare_methods(
+    methods: Iterable[str],
+    metrics: Mapping[str, int],
+    values: NDArray[np.float64],
+    resampled: NDArray[np.float64],
 ) -> dict[str, dict[str, Any]]:
-    """The numbers by method, and how far the first is ahead of each other one.
+    """The metrics of each method, and the paired differences of the first method from the others.
 
     Args:
-        metrics: their columns, by name.
-        values: `[method, column]`; `drawn`: the same of every resample, `[resample, method, column]`.
+        metrics: column of each metric.
+        values: `[method, column]`.
+        resampled: `[resample, method, column]`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for method, name in enumerate(names):
-        row = found[name] = {}
-        for metric, i in metrics.items():
-            row |= number(metric, values[method, i], percentile_interval(drawn[:, method, i]))
-        if method:
-            ahead, spread = values[0] - values[method], drawn[:, 0] - drawn[:, method]
+    summary: dict[str, dict[str, Any]] = {}
+    for i, method in enumerate(methods):
+        row = summary[method] = {}
+        for metric, column in metrics.items():
+            row |= number(metric, values[i, column], percentile_interval(resampled[:, i, column]))
+        if i:
+            difference, differences = values[0] - values[i], resampled[:, 0] - resampled[:, i]
             row["difference"] = {
-                metric: [rounded(ahead[i]), *map(rounded, percentile_interval(spread[:, i]))]
-                for metric, i in metrics.items()
+                metric: [
+                    rounded(difference[column]),
+                    *map(rounded, percentile_interval(differences[:, column])),
+                ]
+                for metric, column in metrics.items()
             }
-    return found
+    return summary
 
 
 def ratio_table(answers: Answers) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Numerators and denominators `[expression, metric]`: each of METRICS is a ratio of their sums.
+    """Numerators and denominators `[expression, metric]`: each of METRICS is the ratio of their sums.
 
-    An expression without a true mask has denominator 0 in cIoU and gIoU. Two empty masks agree: 1 of 1.
+    An expression without a true mask has denominator 0 in cIoU and gIoU. Two empty masks have an IoU of 1.
     """
     counts = np.array([len(scores) for scores in answers])
     row = np.repeat(np.arange(len(answers)), counts)
     flat = [score for scores in answers for score in scores]
 
     def mean(values: NDArray[Any]) -> NDArray[np.float64]:
-        """Over the answers to each expression."""
+        """The mean over the answers to each expression."""
         return np.asarray(np.bincount(row, weights=values, minlength=len(answers)) / counts)
 
     iou, hit, energy = np.array([score[:3] for score in flat], dtype=np.float64).reshape(-1, 3).T
     masked = np.array([score.overlap is not None for score in flat], dtype=np.float64)
     pairs = [score.overlap or (0, 0) for score in flat]
     shared, union = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-    agreement = np.where(union > 0, divided(shared, union), 1.0) * masked
+    mask_iou = np.where(union > 0, divided(shared, union), 1.0) * masked
     accurate = [mean(iou >= threshold) for threshold in THRESHOLDS]
     averaged = mean(np.mean([iou >= threshold for threshold in MEAN_THRESHOLDS], axis=0))
     boxes = [*accurate, averaged, mean(iou), mean(hit), mean(energy)]
-    tops = [*boxes, mean(shared), mean(agreement)]
+    tops = [*boxes, mean(shared), mean(mask_iou)]
     bottoms = [*(np.ones_like(column) for column in boxes), mean(union), mean(masked)]
     return np.stack(tops, 1), np.stack(bottoms, 1)
 
 
-def _empty_agree(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sets the cIoU in ratios `[..., metric]` to 1 where all masks are empty, predicted and true."""
+def _set_empty_ciou(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Set cIoU in `[..., metric]`, in place, to 1 where all masks are empty, predicted and true."""
     ciou, giou = METRICS.index("ciou"), METRICS.index("giou")
     values[..., ciou] = np.where(
         np.isnan(values[..., ciou]) & ~np.isnan(values[..., giou]), 1.0, values[..., ciou]
@@ -201,7 +207,7 @@ def _empty_agree(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def number(name: str, value: float, interval: tuple[float, float]) -> dict[str, Any]:
-    """A number and its interval as `metrics.json` has them.
+    """A metric and its interval under their keys in `metrics.json`.
 
     >>> number("aurc", 0.25, (0.1, 1 / 3))
     {'aurc': 0.25, 'aurc_interval': [0.1, 0.333333]}
@@ -219,12 +225,12 @@ def rounded(value: float) -> float | None:
 
 
 RIGHT = 0.5
-"""IoU from which on a box is right."""
+"""A box matches a true box if their IoU is at least this."""
 INSTANCE_METRICS = ("f1@0.5", "pr@f1=1")
 
 
 def num_matched(boxes: Sequence[Box], truths: Sequence[Box]) -> int:
-    """Boxes that find a true one: the pair of highest IoU first, each box and each truth once, while IoU >= `RIGHT`.
+    """True positives: boxes matched one-to-one to true boxes, greedily by highest IoU, while IoU >= `RIGHT`.
 
     >>> num_matched([(0, 0, 2, 2), (0, 0, 2, 1)], [(0, 0, 2, 2)])
     1
@@ -241,9 +247,9 @@ def num_matched(boxes: Sequence[Box], truths: Sequence[Box]) -> int:
 
 
 def f1(boxes: Sequence[Box], truths: Sequence[Box]) -> float:
-    """`2 TP / (2 TP + FP + FN)` of one expression; with no true box 1 for no box, else 0.
+    """`2 TP / (2 TP + FP + FN)` of one expression; without true boxes, 1 if nothing is predicted, else 0.
 
-    Pr@(F1=1) is the share of expressions for which it is 1; N-acc its mean over those with no target.
+    Pr@(F1=1) is the share of expressions for which it is 1; N-acc is its mean over those without a target.
 
     >>> f1([(0, 0, 2, 2)], [(0, 0, 2, 2), (5, 5, 6, 6)]), f1([], []), f1([(0, 0, 1, 1)], [])
     (0.6666666666666666, 1.0, 0.0)
@@ -260,16 +266,16 @@ def instance_metrics(
     groups: Sequence[str] | None = None,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """Mean F1 and Pr@(F1=1) of several ways to answer the same expressions, with 95 % bootstrap intervals.
+    """Mean F1 and Pr@(F1=1) of several methods on the same expressions, with 95 % bootstrap intervals.
 
     Args:
-        answers: by name, the boxes of each expression. The first is compared with the others: each of those also gets
-            `difference`, how far the first is ahead, as `[value, low, high]` of the paired difference.
-        truths: the true boxes of each expression; none of what is absent.
-        groups: as of `bootstrap_ratios`.
+        answers: by method, the predicted boxes of each expression. Methods after the first also get `difference`, as in
+            `summarize`.
+        truths: the true boxes of each expression; empty for absent objects.
+        groups: as in `bootstrap_ratios`.
 
     Returns:
-        By name, `<metric>` and `<metric>_interval` of INSTANCE_METRICS.
+        By method, `<metric>` and `<metric>_interval` for each of INSTANCE_METRICS.
 
     >>> a, b = (0, 0, 2, 2), (5, 5, 6, 6)
     >>> found = instance_metrics({"all": [[a, b], [a]], "one": [[a], [a]]}, [[a, b], [a]])
@@ -277,10 +283,12 @@ def instance_metrics(
     >>> several["f1@0.5"], one["f1@0.5"], one["pr@f1=1"]
     (1.0, 0.833333, 0.5)
     """
-    single = np.array([[f1(*pair) for pair in zip(boxes, truths, strict=True)] for boxes in answers.values()])
-    table = np.stack([single, single == 1], axis=-1).transpose(1, 0, 2)  # (expression, way, metric)
+    scores = np.array([[f1(*pair) for pair in zip(boxes, truths, strict=True)] for boxes in answers.values()])
+    table = np.stack([scores, scores == 1], axis=-1).transpose(1, 0, 2)  # (expression, method, metric)
     values = table.mean(axis=0)
     flat = table.reshape(len(table), -1)
-    drawn = bootstrap_ratios(flat, np.ones_like(flat), groups=groups, seed=seed).reshape(-1, *values.shape)
+    resampled = bootstrap_ratios(flat, np.ones_like(flat), groups=groups, seed=seed).reshape(
+        -1, *values.shape
+    )
     metrics = {metric: i for i, metric in enumerate(INSTANCE_METRICS)}
-    return _side_by_side(answers, metrics, values, drawn)
+    return _compare_methods(answers, metrics, values, resampled)
