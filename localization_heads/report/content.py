@@ -1,8 +1,8 @@
-"""What a report holds: its heads and its samples, each of them in a few kilobytes.
+"""The content of a report: its heads and its samples, a few kilobytes each.
 
-A sample is a small image, its maps a byte a cell, its masks as outlines. Maps are not baked into images: the page
-colours and scales the bytes when they are looked at. The sizes are bounded, so that a thousand samples stay below
-20 MB whatever their images and grids.
+A sample is stored as a thumbnail, its maps with one byte per cell, and its masks as outlines. The page's script colours
+and scales the maps when they are shown. All sizes are bounded: a thousand samples stay below 20 MB, whatever their
+images and grids.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from localization_heads.heads.head import Head
 from localization_heads.heads.record import HeadRanking
 
 LEAST_FREQUENCY = 0.01
-"""Heads that are selected less often take no part in the scatter and its correlation (paper, Sec. 4.4, Fig. 6b)."""
+"""Heads selected less often are left out of the scatter plot and its correlation (paper, Sec. 4.4, Fig. 6b)."""
 MAX_BYTES = 8_000
-"""A thumbnail is no larger, before base64."""
+"""Largest size of a thumbnail, before base64."""
 ATTEMPTS = ((224, 72), (224, 50), (160, 50), (112, 40), (80, 30), (56, 20))
-"""Longest side in pixels and quality, tried in turn until the thumbnail is small enough."""
+"""Longest side in pixels and quality of the thumbnail, tried in turn until it is small enough."""
 MAX_CELLS = 32
-"""Cells of a map along either side; finer maps are averaged down to this."""
+"""Largest number of cells along a side of a map; finer maps are averaged down."""
 OUTLINE_SIDE = 320
-"""Resolution at which outlines are traced, in pixels along the longer side."""
+"""Longer side of the mask, in pixels, at which outlines are traced."""
 TOLERANCE = 1.2
-"""How far, in pixels of that resolution, a point that is left out may lie from the line (Douglas and Peucker)."""
+"""Tolerance of the Douglas-Peucker simplification of outlines, in pixels of that resolution."""
 MAX_POINTS = 400
 MAX_BOXES = 100
-"""Predicted ones on a card, and as many true ones."""
+"""Largest number of predicted boxes on a card, and of true boxes."""
 
 
 @dataclass(frozen=True)
 class TinyMap:
-    """A map as the page gets it: `rows x columns` bytes in base64, 255 its maximum inside the image."""
+    """A map for the page: `rows x columns` bytes in base64, 255 at the maximum inside the image."""
 
     rows: int
     columns: int
@@ -53,29 +53,29 @@ class TinyMap:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """The image as a small WebP (or JPEG, where Pillow has no WebP) in a `data:` address."""
+    """The image as a small WebP (JPEG if Pillow lacks WebP) in a `data:` URL."""
     return embedded(image, "webp" if features.check("webp") else "jpeg", ATTEMPTS, MAX_BYTES)
 
 
 def embedded(image: Image.Image, kind: str, attempts: Sequence[tuple[int, int]], max_bytes: int) -> str:
-    """The image in a `data:` address, encoded again and again until it has at most `max_bytes`, or for the last time.
+    """The image in a `data:` URL: the first of `attempts` with at most `max_bytes`, else the last one.
 
     Args:
-        attempts: longest side in pixels and quality.
+        kind: image format, such as "jpeg".
+        attempts: longest side in pixels and quality, from large to small.
     """
-    opened, content = image.convert("RGB"), b""
+    rgb, content = image.convert("RGB"), b""
     for side, quality in attempts:
-        shrink, buffer = min(1.0, side / max(opened.size)), BytesIO()
-        size = max(1, round(opened.width * shrink)), max(1, round(opened.height * shrink))
-        small = opened.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
-        small.save(buffer, kind, quality=quality)
+        scale, buffer = min(1.0, side / max(rgb.size)), BytesIO()
+        size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+        rgb.resize(size, Image.Resampling.BICUBIC, reducing_gap=2).save(buffer, kind, quality=quality)
         if len(content := buffer.getvalue()) <= max_bytes:
             break
     return f"data:image/{kind};base64,{b64encode(content).decode()}"
 
 
 def tiny_map(values: NDArray[np.floating], image_box: Box, image_size: tuple[int, int]) -> TinyMap:
-    """The cells `[h, w]` as bytes, from 0 to their maximum inside the image (cells in the padding are not seen)."""
+    """Encode a map `[h, w]` as bytes, scaled by its maximum inside the image; cells in the padding are ignored."""
     height, width = values.shape
     size = min(width, MAX_CELLS), min(height, MAX_CELLS)
     cells = np.nan_to_num(np.asarray(values, dtype=np.float32), posinf=0)
@@ -88,28 +88,29 @@ def tiny_map(values: NDArray[np.floating], image_box: Box, image_size: tuple[int
 
 
 def outline(mask: NDArray[np.bool_]) -> str:
-    """The outline of a mask `[H, W]` as the path of an SVG, in pixels of the image; "" for an empty mask."""
+    """The outline of a mask `[H, W]` as an SVG path in pixels of the image; "" for an empty mask."""
     import cv2
 
     height, width = mask.shape
-    fine = _resized(mask)
-    scale = np.array([width / fine.shape[1], height / fine.shape[0]])
-    contours, _ = cv2.findContours(fine, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    loops = [cv2.approxPolyDP(contour, TOLERANCE, closed=True)[:, 0] for contour in contours]
-    drawn: list[str] = []
-    points = 0
-    for loop in sorted((loop for loop in loops if len(loop) > 2), key=len, reverse=True):
-        points += len(loop)
-        if drawn and points > MAX_POINTS:
+    resized = _resize_mask(mask)
+    scale = np.array([width / resized.shape[1], height / resized.shape[0]])
+    contours, _ = cv2.findContours(resized, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    simplified = [cv2.approxPolyDP(contour, TOLERANCE, closed=True)[:, 0] for contour in contours]
+    paths: list[str] = []
+    num_points = 0
+    for contour in sorted((contour for contour in simplified if len(contour) > 2), key=len, reverse=True):
+        num_points += len(contour)
+        if paths and num_points > MAX_POINTS:
             break
-        # Contours run through the centres of pixels; at the image's edge they run along it.
-        edges = np.where(loop == 0, 0, np.where(loop == np.array(fine.shape[::-1]) - 1, loop + 1, loop + 0.5))
-        drawn.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (edges * scale).tolist()) + "Z")
-    return "".join(drawn)
+        # OpenCV's contours run through the centres of pixels; here they run along the edge of the image.
+        last = np.array(resized.shape[::-1]) - 1
+        points = np.where(contour == 0, 0, np.where(contour == last, contour + 1, contour + 0.5))
+        paths.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (points * scale).tolist()) + "Z")
+    return "".join(paths)
 
 
-def _resized(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """0 and 1 at about `OUTLINE_SIDE` pixels: a larger mask by majority, a smaller one repeated."""
+def _resize_mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The mask as 0 and 1 at about `OUTLINE_SIDE` pixels: downscaled by majority, or its pixels repeated."""
     longer = max(mask.shape)
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
     if longer > OUTLINE_SIDE:
@@ -123,16 +124,18 @@ def _resized(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Card:
-    """One sample of the gallery, all of it small.
+    """A sample of the gallery.
 
     Args:
         image_size: `(W, H)` of the image; boxes, outlines and `image_box` are in its pixels.
-        image: `data:` address of the thumbnail, "" where the image cannot be opened.
-        boxes: the predicted ones, the best first.
+        image: `data:` URL of the thumbnail, "" if the image cannot be opened.
+        boxes: predicted boxes, the best first.
+        truths: true boxes.
         mask: outline of the predicted masks as an SVG path, "" for none.
-        truth_mask: the same of the true mask.
-        heads: whose maps were added; `maps` holds the first of theirs, in this order.
-        combined: the sum of the smoothed maps of all heads; None where the maps are not at hand.
+        truth_mask: outline of the true mask.
+        heads: the heads that made the box.
+        maps: the maps of the first of them, in the same order.
+        combined: the sum of the smoothed maps of all of them; None if the maps are not available.
         image_box: the region that the maps cover.
     """
 
@@ -170,38 +173,39 @@ class Card:
 
 
 class Gallery:
-    """At most `limit` cards: half of them the first of the data set, half the worst of the others.
+    """Chooses at most `limit` cards: one half the first samples of the data set, one half the worst of the others.
 
-    Which they are does not depend on the order in which samples are offered. A card is made only if it has a place
-    at that moment, so a hundred thousand samples do not cost as many thumbnails.
+    The choice does not depend on the order in which samples are offered. A card is made only if it has a place at that
+    moment, which saves most of the thumbnails of a large data set.
     """
 
     def __init__(self, limit: int) -> None:
-        self._places = limit - limit // 2, limit // 2
-        # Heaps of (-place, badness, card), the last one on top, and of (badness, -place, card), the best one on top.
+        self._max_first, self._max_worst = limit - limit // 2, limit // 2
+        # Heaps of (-place, badness, card), the last sample on top, and (badness, -place, card), the best one on top.
         self._first: list[tuple[int, float, Card]] = []
         self._worst: list[tuple[float, int, Card]] = []
 
     def offer(self, place: int, badness: float, make: Callable[[], Card]) -> Card | None:
-        """Take the card of a sample if there is room for it; of equally bad ones the earlier stays.
+        """Make and keep the card of a sample if there is room for it; of equally bad samples the earlier one stays.
 
         Args:
-            place: where the sample stands in its data set; no two share one.
+            place: the sample's position in the data set, unique to it.
 
         Returns:
-            The card, None where there is no room: then there is none in a gallery of more samples either.
+            The card, or None if there is no room. Such a sample has no place in a gallery of more samples either.
         """
-        if len(self._first) < self._places[0]:
+        if len(self._first) < self._max_first:
             heapq.heappush(self._first, (-place, badness, card := make()))
             return card
         if self._first and place < -self._first[0][0]:
-            last, its_badness, other = heapq.heapreplace(self._first, (-place, badness, card := make()))
-            self._offer_worst(-last, its_badness, lambda: other)
+            card = make()
+            last, last_badness, last_card = heapq.heapreplace(self._first, (-place, badness, card))
+            self._offer_worst(-last, last_badness, lambda: last_card)
             return card
         return self._offer_worst(place, badness, make)
 
     def _offer_worst(self, place: int, badness: float, make: Callable[[], Card]) -> Card | None:
-        if len(self._worst) < self._places[1]:
+        if len(self._worst) < self._max_worst:
             heapq.heappush(self._worst, (badness, -place, card := make()))
             return card
         if self._worst and (badness, -place) > self._worst[0][:2]:
@@ -211,22 +215,23 @@ class Gallery:
 
     @property
     def cards(self) -> list[Card]:
-        """In the order of the data set."""
-        places = [(-place, card) for place, _, card in self._first]
-        places += [(-place, card) for _, place, card in self._worst]
-        return [card for _, card in sorted(places, key=lambda entry: entry[0])]
+        """The cards in the order of the data set."""
+        cards = [(-place, card) for place, _, card in self._first]
+        cards += [(-place, card) for _, place, card in self._worst]
+        return [card for _, card in sorted(cards, key=lambda entry: entry[0])]
 
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """The heads of a model and what is known of each.
+    """What a report shows of a model's heads.
 
     Args:
-        shape: `(layers, heads)` of the model; `ranking` may list fewer (a heads.json lists those kept).
-        used: the heads that made the boxes, or would: the localization heads.
-        bottom_row: share of the samples whose map has a whole positive bottom row, `[layer, head]`.
-        iou: mean IoU of each head alone, `[layer, head]`, NaN where it was not measured; over `iou_samples`.
-        origin: where the ranking is from, unless the run has just found it: a sentence.
+        shape: `(layers, heads)` of the model; `ranking` may list fewer heads, since heads.json lists only those kept.
+        used: the localization heads, which made the boxes or would make them.
+        bottom_row: share of samples in which the head's whole bottom row is positive, `[layer, head]`.
+        iou: mean IoU of the boxes of each head by itself, `[layer, head]`, NaN where it was not measured.
+        iou_samples: number of samples behind `iou`.
+        origin: a sentence on where the ranking comes from; "" if the run made it.
     """
 
     ranking: HeadRanking
@@ -239,7 +244,7 @@ class HeadFacts:
 
     @property
     def scatter(self) -> list[tuple[float, float]]:
-        """Selection frequency and IoU of the heads that are selected often enough and measured."""
+        """Selection frequency and IoU of the heads that have an IoU and are selected often enough."""
         if self.iou is None:
             return []
         return [
@@ -250,21 +255,22 @@ class HeadFacts:
 
     @property
     def correlation(self) -> tuple[float, float] | None:
-        """Spearman's rho and its two-sided p over the heads of the scatter; None where it is undefined."""
+        """Spearman's rho and its two-sided p-value over the heads of `scatter`; None if undefined."""
         frequency, iou = np.array(self.scatter, dtype=np.float64).reshape(-1, 2).T
         return spearman(frequency, iou)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that one `report.html` shows; where a part is missing a sentence says why.
+    """Everything that `report.html` shows.
 
     Args:
         facts: model, data, output and versions, as (name, value).
         options: every option of the run, as (name, value).
-        num_entries: lines of the data set that were to be used, failures included.
-        num_grounded: samples that got a box; the gallery may show fewer.
-        ious: of every one of them whose true box is known.
+        num_entries: selected lines of the data set, including those that failed.
+        no_heads: a sentence on why `heads` is missing; `no_scatter` and `no_cards` alike.
+        num_grounded: samples that were grounded; the gallery may show fewer.
+        ious: IoUs of the grounded samples with a true box.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""The page: a Jinja2 template that escapes every text, with the charts of `figures` as SVG."""
+"""Renders `report.html` from a Jinja2 template that escapes every text, with charts of `figures` as inline SVG."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from localization_heads.report.content import LEAST_FREQUENCY, HeadFacts, Report
 
 
 def render(report: Report) -> str:
-    """The whole page. Nothing in the report's texts can become markup or script.
+    """The HTML of the page. No text of the report can become markup or script.
 
-    Its content security policy allows this very style, this very script and images in `data:` addresses.
+    The content security policy of the page allows only its own style and script, by hash, and images in `data:` URLs.
     """
     style, script = asset("report.css"), asset("common.js") + asset("report.js")
-    figures = {} if report.heads is None else _figures(report.heads)
-    figures["trust"] = _trust(report.metrics.get("confidence"))
+    figures = {} if report.heads is None else _head_charts(report.heads)
+    figures["trust"] = _confidence_chart(report.metrics.get("confidence"))
     policy, template = policy_of(style, script), environment().get_template("report.html")
     return template.render(report=report, policy=policy, style=style, script=script, **figures)
 
 
 @cache
 def environment() -> Environment:
-    """Where templates are rendered: texts are cleaned and escaped at every place, what is missing is an error."""
-    made = Environment(
+    """The template environment: it cleans and escapes every text, and raises for undefined names."""
+    environment = Environment(
         loader=PackageLoader("localization_heads.report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -41,18 +41,18 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"plain": values.plain, "number": values.number, "json": values.json_text}
-    made.globals["v"] = values
-    return made
+    environment.filters |= {"plain": values.plain, "number": values.number, "json": values.json_text}
+    environment.globals["v"] = values
+    return environment
 
 
 def _clean(value: Any) -> Any:
-    """No control character or half of a pair reaches the page, whatever the template does with a text."""
+    """Replace control characters and lone surrogates in every text that a template puts out."""
     return values.clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def policy_of(style: str, script: str) -> str:
-    """The content security policy of a page with this very style and script."""
+    """A content security policy that allows only this style and this script."""
     return (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -65,7 +65,7 @@ def _hash(text: str) -> str:
 
 @cache
 def asset(name: str) -> str:
-    """A file of `assets/`."""
+    """The text of a file in `assets/`."""
     return (files("localization_heads.report") / "assets" / name).read_text(encoding="utf-8")
 
 
@@ -76,58 +76,60 @@ GRIDS = {
     "bottom": ("Bottom row (%)", 100),
     "iou": ("Mean IoU (%)", 100),
 }
-"""The statistics that are drawn layer by layer: what is written at the scale, and the factor of its unit."""
+"""The statistics drawn as grids of layers by heads: the label of the colour bar, and the factor of its unit."""
 
 
-def _trust(trust: Mapping[str, Any] | None) -> str:
-    """Reliability diagram and risk-coverage curve, SVG; "" where there is no confidence."""
+def _confidence_chart(confidence: Mapping[str, Any] | None) -> str:
+    """Reliability diagram and risk-coverage curve as SVG; "" without confidences."""
     from localization_heads import figures
 
-    if not trust:
+    if not confidence:
         return ""
     label = "Share of right boxes by confidence, and share of wrong boxes by coverage"
-    return figures.svg(figures.plot_confidence(trust), "trust", label)
+    return figures.svg(figures.plot_confidence(confidence), "trust", label)
 
 
-def _figures(facts: HeadFacts) -> dict[str, Any]:
-    """The charts of the heads, SVG as `figures` draws it."""
+def _head_charts(facts: HeadFacts) -> dict[str, Any]:
+    """The charts of the heads as SVG."""
     from localization_heads import figures
 
     ranking, exclude = facts.ranking, facts.ranking.exclude_layers
-    of = {key: _by_head(facts, key) for key in GRIDS}
+    grids = {key: _by_head(facts, key) for key in GRIDS}
     kept = np.zeros(facts.shape, dtype=bool)
     for head in ranking.kept:
         kept[head.address] = True
     curve = figures.plot_attention_sums(
-        of["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude
+        grids["sum"], ranking.tau, kept=kept, top=facts.used, exclude_layers=exclude
     )
-    drawn = {"curve": curve}
+    charts = {"curve": curve}
     points = [
-        (head.address, head.selection_frequency, float(of["iou"][head.address]))
+        (head.address, head.selection_frequency, float(grids["iou"][head.address]))
         for head in ranking.heads
-        if math.isfinite(of["iou"][head.address])
+        if math.isfinite(grids["iou"][head.address])
     ]
     if points:
-        drawn["scatter"] = figures.plot_frequency_iou(points, least_frequency=LEAST_FREQUENCY, top=facts.used)
+        charts["scatter"] = figures.plot_frequency_iou(
+            points, least_frequency=LEAST_FREQUENCY, top=facts.used
+        )
     labels = {
         "curve": "Average attention sums of the heads in ascending order",
         "scatter": "Selection frequency and mean IoU of each head",
     }
-    for key, (label, unit) in GRIDS.items():
-        if np.isfinite(of[key]).any():
-            drawn[key] = figures.plot_head_grid(
-                unit * of[key],
+    for key, (label, factor) in GRIDS.items():
+        if np.isfinite(grids[key]).any():
+            charts[key] = figures.plot_head_grid(
+                factor * grids[key],
                 label=label,
                 top=facts.used,
                 exclude_layers=exclude if key == "frequency" else 0,
             )
             labels[key] = f"{label}, layers by heads"
-    inline = {name: figures.svg(figure, name, labels[name]) for name, figure in drawn.items()}
+    inline = {name: figures.svg(figure, name, labels[name]) for name, figure in charts.items()}
     return {"curve": inline.pop("curve"), "scatter": inline.pop("scatter", ""), "grids": inline}
 
 
 def _by_head(facts: HeadFacts, key: str) -> NDArray[np.float64]:
-    """One statistic of every head, `[layer, head]`, NaN where it is not known."""
+    """One statistic of every head, `[layer, head]`, NaN where it is unknown."""
     grid = np.full(facts.shape, np.nan)
     if key in ("bottom", "iou"):
         measured = facts.bottom_row if key == "bottom" else facts.iou

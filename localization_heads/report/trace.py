@@ -1,7 +1,7 @@
-"""The page of a trace: the words of an answer, and what the heads looked at when each of them was written.
+"""The page of a trace: the words of an answer, and where the heads looked when each word was generated.
 
-Self-contained as `report.html`, with the same style and the same care for texts of strangers. Maps are a byte a cell,
-the image is a JPEG of bounded size, and of many heads the first have maps of their own.
+Like `report.html` it is self-contained, uses the same style and escapes every text. Maps take one byte per cell, the
+image is a JPEG of bounded size, and only the first heads have maps of their own.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from localization_heads.report.content import TinyMap, embedded, tiny_map
 from localization_heads.report.page import asset, environment, policy_of
 
 MAX_BYTES = 300_000
-"""The image is no larger, before base64."""
+"""Largest size of the image, before base64."""
 ATTEMPTS = ((960, 85), (960, 70), (720, 70), (512, 60), (320, 50))
-"""Longest side in pixels and quality, tried in turn until the image is small enough."""
+"""Longest side in pixels and quality of the image, tried in turn until it is small enough."""
 MAX_HEADS = 8
-"""Heads with a map of their own; the masses of all are there."""
+"""Heads with maps of their own; attention sums are shown for all heads."""
 MAX_MAPS = 2000
-"""Of single heads in a page; of a longer answer there are the combined maps alone."""
+"""Largest number of maps of single heads in a page; a longer answer has only the combined maps."""
 MAX_CELLS = 4096
-"""Of the grid of all heads."""
+"""Largest grid of layers by heads that is shown."""
 
 
 class Part(NamedTuple):
-    """What is shown of a word, or of the whole answer.
+    """What is shown for a word, or for the whole answer.
 
     Attributes:
-        box: None where no cell stands out.
-        masses: of each head, its attention on the image.
-        grid: the masses of all heads, `[layer, head]`, where they were kept.
+        text: the word, "" for the whole answer.
+        box: None if no cell is positive.
+        masses: each head's attention sum on the image.
+        maps: the combined map, then those of single heads.
+        grid: the attention sums of all heads, `[layer, head]`; None if they were not kept.
     """
 
     text: str
@@ -50,11 +52,11 @@ class Part(NamedTuple):
 
 
 def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> str:
-    """The whole page. Nothing in its texts can become markup or script.
+    """The HTML of the page. No text of the trace can become markup or script.
 
     Args:
-        image: what the trace is of; None shows the maps on grey.
-        made_of: a digest that the page carries.
+        image: the image that was asked about; None shows the maps on grey.
+        made_of: a digest of what the page was made from, stored in it.
     """
     style, script = asset("report.css") + asset("trace.css"), asset("common.js") + asset("trace.js")
     parts = list(_parts(trace))
@@ -76,7 +78,7 @@ def render_trace(trace: Trace, image: Image.Image | None, made_of: str = "") -> 
 
 
 def _parts(trace: Trace) -> Iterator[Part]:
-    """The whole answer, where there is one, then each word."""
+    """The whole answer, unless it is empty, then each word."""
     if trace.token_ids:
         yield _part(trace, "", 0, len(trace.token_ids), trace.ground())
     for word, grounding in zip(trace.words, trace.groundings, strict=True):
@@ -88,19 +90,19 @@ def _part(trace: Trace, text: str, start: int, stop: int, grounding: Grounding) 
     own = trace.maps[start:stop, :MAX_HEADS]
     if trace.maps.shape[1] == len(trace.heads) > 1 and own.shape[1] * len(trace.words) <= MAX_MAPS:
         maps += list(own.mean(axis=0))
-    every = trace.every_of_tokens
+    all_heads = trace.every_of_tokens
     return Part(
         text,
         grounding.box if grounding.cells.any() else None,
         grounding.score,
         [float(mass) for mass in trace.masses_of(start, stop)],
         [tiny_map(one, trace.image_box, trace.image_size) for one in maps],
-        None if every is None else every[start:stop].mean(axis=0).sum(axis=(2, 3)),
+        None if all_heads is None else all_heads[start:stop].mean(axis=0).sum(axis=(2, 3)),
     )
 
 
 def _data(trace: Trace, parts: list[Part]) -> dict[str, Any]:
-    """What the page's script reads."""
+    """The data of the page's script, as JSON values."""
     return {
         "region": [round(edge, 2) for edge in trace.image_box],
         "size": list(trace.image_size),
@@ -118,7 +120,7 @@ def _data(trace: Trace, parts: list[Part]) -> dict[str, Any]:
 
 
 def _grid(masses: NDArray[np.float32]) -> dict[str, Any]:
-    """Masses `[layer, head]` as bytes, 255 the largest."""
+    """Attention sums `[layer, head]` encoded as bytes, 255 at the largest."""
     top = float(masses.max()) or 1.0
     cells = np.rint(255 * np.clip(masses / top, 0, 1)).astype(np.uint8)
     layers, heads = masses.shape
