@@ -40,7 +40,7 @@ from localization_heads.options.groups import GroundingOptions
 from localization_heads.report import page as page_module
 from localization_heads.report.content import Card, Gallery, HeadFacts, Report, outline, thumbnail, tiny_map
 from localization_heads.report.page import environment, render
-from localization_heads.report.values import json_text, plain
+from localization_heads.report.values import script_json, single_line
 from localization_heads.stages.outcome import Outcome
 from localization_heads.stages.report import _complete_card
 from localization_heads.store.attention_files import load_attention
@@ -129,7 +129,7 @@ def head_facts(facts: HeadFacts) -> dict[str, Any]:
 )
 def test_text_of_strangers_comes_back_as_text(text: str) -> None:
     """Parsed again, element and attribute hold the very text, cleaned of what no page can hold, and nothing else."""
-    clean = plain(text, 5000)
+    clean = single_line(text, 5000)
     page = Page(environment().from_string('<p title="{{ text }}">{{ text }}</p>').render(text=clean))
     assert page.elements == [("p", {"title": clean})]
     assert page.texts == ([clean] if clean else [])
@@ -138,17 +138,21 @@ def test_text_of_strangers_comes_back_as_text(text: str) -> None:
 
 
 def test_a_text_is_cleaned_and_escaped_wherever_the_template_puts_it() -> None:
-    text = environment().from_string("<p>{{ text }}{{ text|plain(4) }}</p>").render(text="<&>\x00\ud800 long")
+    text = (
+        environment()
+        .from_string("<p>{{ text }}{{ text|single_line(4) }}</p>")
+        .render(text="<&>\x00\ud800 long")
+    )
     assert text == "<p>&lt;&amp;&gt;\ufffd\ufffd long&lt;&amp;&gt;…</p>"
 
 
 def test_json_cannot_end_its_element() -> None:
-    block = environment().from_string("{{ value|json|safe }}").render(value={"text": HOSTILE})
-    assert block == json_text({"text": HOSTILE})
+    block = environment().from_string("{{ value|script_json|safe }}").render(value={"text": HOSTILE})
+    assert block == script_json({"text": HOSTILE})
     assert not set("<>&\u2028") & set(block)
     assert json.loads(block) == {"text": HOSTILE}
     with pytest.raises(ValueError, match="Out of range"):
-        json_text([float("nan")])
+        script_json([float("nan")])
 
 
 @pytest.mark.parametrize("size", [(640, 480), (64, 48), (1, 1), (3000, 2), (2, 3000)])
@@ -286,7 +290,7 @@ def test_the_scatter_says_over_how_many_heads(iou: tuple[float, ...], said: str)
     for head, value in zip(ranking.heads, iou, strict=False):
         measured[head.address] = value
     page = Page(render(made_report(heads=HeadFacts(ranking, (6, 8), iou=measured, iou_samples=20))))
-    caption = "IoU of the box that a head's map makes alone, mean over 20 samples. "
+    caption = "IoU of the box that each head makes by itself, mean over 20 samples. "
     assert caption + said in page.texts
 
 
@@ -356,7 +360,7 @@ def test_heads_are_named_without_a_ranking() -> None:
 def test_controls_are_explained_and_differences_say_whose() -> None:
     row = {"mean_iou": [0.2, 0.1, 0.3], "difference": {"mean_iou": [0.3, 0.2, 0.4]}}
     page = Page(render(made_report(metrics={"mean_iou": 0.5, "controls": {"random_heads": row}})))
-    assert "controls: how far these heads are ahead of each" in page.texts
+    assert "controls: difference of these heads to each" in page.texts
     assert any("random heads of the same layers" in text for text in page.texts)
 
 
@@ -409,7 +413,9 @@ def test_hostile_text_stays_text(where: str) -> None:
     assert [set(attributes) for _, attributes in Page(hostile).elements] == [
         set(attributes) for _, attributes in Page(harmless).elements
     ]
-    assert any(plain(HOSTILE) in text or plain(HOSTILE, 80) in text for text in Page(hostile).texts)
+    assert any(
+        single_line(HOSTILE) in text or single_line(HOSTILE, 80) in text for text in Page(hostile).texts
+    )
     assert len(Page(hostile).scripts) == 2
     hostile.encode()
 
@@ -608,7 +614,7 @@ def test_a_large_models_heads_are_measured_on_fewer_samples(
     write_data(front.folder, bbox=BOX)
     assert front.finder(*SCORED).status == 0
     page = page_of(front.out / "report.html")
-    assert any("makes alone, mean over 3 samples." in text for text in page.texts)
+    assert any("makes by itself, mean over 3 samples." in text for text in page.texts)
     assert all(row["iou"] is not None for row in heads_of(front.out / "report.html")["rows"])
 
 
@@ -777,7 +783,7 @@ def test_opens_without_complaint_or_request(
     light = chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light is not dark
     shown = chromium.run("document.querySelectorAll('.card h3')[3].textContent")
-    assert shown == plain(HOSTILE)
+    assert shown == single_line(HOSTILE)
 
 
 @needs_chromium

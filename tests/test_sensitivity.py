@@ -49,7 +49,7 @@ from localization_heads.lvlm.extra_prompts import covers_mirrored_region
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import CriteriaOptions
 from localization_heads.report.content import HeadFacts
-from localization_heads.report.values import method, ranking_cells, ranking_columns
+from localization_heads.report.values import describe_method, ranking_cells, ranking_columns
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.store.statistics import COLUMNS, SENSITIVITY_COLUMNS, StatisticsStore
 
@@ -509,8 +509,8 @@ def test_table_and_report_name_what_rests() -> None:
     console.print(ranking_table(found, 3))
     assert "resting: L0H2" in console.export_text()
     facts = HeadFacts(found, (1, 4))
-    assert "Resting (much attention, maps that hardly follow the expression): L0H2." in method(facts)
-    assert "ranked by it." in method(facts)
+    assert "Resting (much attention, maps that hardly follow the expression): L0H2." in describe_method(facts)
+    assert "ranked by it." in describe_method(facts)
     assert "sensitivity" in ranking_columns(facts)
     cells = [ranking_cells(facts, rank, one) for rank, one in enumerate(found.kept, start=1)]
     assert [cell[5].text for cell in cells] == ["0.600", "0.200 (rests)", "0.100", "0.050"]

@@ -26,7 +26,7 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import embedded
 from localization_heads.report.trace import ATTEMPTS, MAX_BYTES, render_trace
-from localization_heads.report.values import plain
+from localization_heads.report.values import single_line
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 SIZE = 80, 60
@@ -99,7 +99,7 @@ def test_a_head_of_a_word_of_two_tokens_has_their_mean() -> None:
 
 def test_a_page_without_image_words_or_single_heads() -> None:
     silent = made_trace([])
-    assert "The model answers nothing." in Page(render_trace(silent, noise())).texts
+    assert "The model gave no answer." in Page(render_trace(silent, noise())).texts
     trace = made_trace(["yes"])
     mean = replace(trace, rows=trace.rows.mean(axis=1, keepdims=True))
     page = Page(render_trace(mean, None))
@@ -127,7 +127,7 @@ def test_hostile_text_stays_text(where: str) -> None:
     ]
     assert len(hostile.scripts) == 2
     said = " ".join(hostile.texts)
-    assert plain("".join(HOSTILE.split()), 60)[:50] in said
+    assert single_line("".join(HOSTILE.split()), 60)[:50] in said
     for _, attributes in hostile.elements:
         for name, value in attributes.items():
             assert not name.startswith("on")

@@ -41,7 +41,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": values.plain, "number": values.number, "json": values.json_text}
+    environment.filters |= {"single_line": values.single_line, "script_json": values.script_json}
     environment.globals["v"] = values
     return environment
 

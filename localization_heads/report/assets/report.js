@@ -1,4 +1,4 @@
-// What needs a script: the order of the ranking table, the order and the filter of the gallery, and its maps.
+// Sorting of the ranking table; sorting, filtering and the maps of the gallery.
 
 function chooser(name, choices, onChange) {
   const select = make("select", {}, ...choices.map(([value, text]) => make("option", { value }, text)));
@@ -6,7 +6,7 @@ function chooser(name, choices, onChange) {
   return make("label", {}, name, select);
 }
 
-// The ranking table: sorted by any column, the first rows at first.
+// The ranking table can be sorted by any column, and shows only its first rows at first.
 
 function rankingTable(table) {
   const body = table.tBodies[0], first = Number(table.dataset.first);
@@ -20,14 +20,14 @@ function rankingTable(table) {
 
   function sortBy(header, column) {
     const key = header.dataset.key;
-    const was = header.getAttribute("aria-sort");
-    const up = was ? was === "descending" : ascending.has(key);
+    const current = header.getAttribute("aria-sort");
+    const up = current ? current === "descending" : ascending.has(key);
     for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", up ? "ascending" : "descending");
     const value = (row) => row.cells[column].dataset.value;
     order([...body.rows].sort((a, b) => {
       const [x, y] = [value(a), value(b)];
-      if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // unknown comes last
+      if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // unknown values come last
       return up ? x - y : y - x;
     }));
   }
@@ -46,7 +46,7 @@ function rankingTable(table) {
   order(rows);
 }
 
-// The gallery: sorted and filtered; a sample's maps are drawn when it comes near the screen.
+// The gallery can be sorted and filtered. The maps of a sample are drawn when it comes near the screen.
 
 function gallery(host) {
   const cards = [...host.children];
@@ -61,34 +61,34 @@ function gallery(host) {
   const filter = make("input", { type: "search", placeholder: "words or an id", autocomplete: "off" });
 
   function sort(choice) {
-    const [key, way] = choice.split(" ");
-    const sign = way === "down" ? -1 : 1;
-    const place = (card) => (Number.isNaN(number(card, key)) ? Infinity : sign * number(card, key));
-    // unknown comes last; Infinity minus Infinity is NaN, which falls through to the order of the data set
-    host.append(...[...cards].sort((a, b) => place(a) - place(b) || number(a, "number") - number(b, "number")));
+    const [key, direction] = choice.split(" ");
+    const sign = direction === "down" ? -1 : 1;
+    const rank = (card) => (Number.isNaN(number(card, key)) ? Infinity : sign * number(card, key));
+    // Unknown values come last: Infinity - Infinity is NaN, so those samples keep the order of the data set.
+    host.append(...[...cards].sort((a, b) => rank(a) - rank(b) || number(a, "number") - number(b, "number")));
   }
 
-  function sift() {
+  function applyFilter() {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const card of cards) card.hidden = !words.every((word) => text.get(card).includes(word));
-    const left = cards.filter((card) => !card.hidden).length;
-    count.textContent = left === cards.length ? `${cards.length} samples` : `${left} of ${cards.length} samples`;
+    const shown = cards.filter((card) => !card.hidden).length;
+    count.textContent = shown === cards.length ? `${cards.length} samples` : `${shown} of ${cards.length} samples`;
   }
 
-  filter.addEventListener("input", sift);
+  filter.addEventListener("input", applyFilter);
   document.getElementById("gallery-controls").append(chooser("Order", orders, sort), make("label", {}, "Filter", filter), count);
-  sift();
+  applyFilter();
 
-  const seen = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) if (isIntersecting) { seen.unobserve(target); drawMaps(target); }
+  const observer = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) if (isIntersecting) { observer.unobserve(target); drawMaps(target); }
   }, { rootMargin: "600px" });
-  cards.forEach((card) => seen.observe(card));
+  cards.forEach((card) => observer.observe(card));
   addEventListener("beforeprint", () => cards.filter((card) => !card.hidden).forEach(drawMaps));
 }
 
 function drawMaps(card) {
-  const place = card.querySelector(".maps");
-  if (place.childElementCount) return;
+  const container = card.querySelector(".maps");
+  if (container.childElementCount) return;
   const id = card.dataset.number, { maps, region } = data.cards[id];
   const large = card.querySelector(".large .picture"), layer = large.querySelector(".map");
   const [, , W, H] = large.getAttribute("viewBox").split(" ").map(Number);
@@ -96,26 +96,26 @@ function drawMaps(card) {
   const overlay = (map) => {
     const [x0, y0, x1, y1] = region;
     const cells = draw("image", {
-      class: "pixels", x: x0, y: y0, width: x1 - x0, height: y1 - y0, preserveAspectRatio: "none", href: mapAddress(map),
+      class: "pixels", x: x0, y: y0, width: x1 - x0, height: y1 - y0, preserveAspectRatio: "none", href: mapUrl(map),
     });
-    return draw("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}` }, cells); // cuts off what lies outside
+    return draw("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}` }, cells); // clips the map to the image
   };
 
   const button = (map) => {
     const small = draw("svg", { class: "picture", viewBox: `0 0 ${W} ${H}`, "aria-hidden": "true" },
       draw("use", { href: `#image-${id}` }), overlay(map));
     if (map.name === "combined") small.append(large.querySelector(".shapes").cloneNode(true));
-    const made = make("button", { type: "button", "aria-pressed": "false", title: `Lay the map of ${map.name} over the image` },
+    const toggle = make("button", { type: "button", "aria-pressed": "false", title: `Lay the map of ${map.name} over the image` },
       small, make("span", {}, map.name));
-    made.addEventListener("click", () => {
-      const on = made.getAttribute("aria-pressed") === "false";
-      for (const other of place.children) other.setAttribute("aria-pressed", "false");
-      made.setAttribute("aria-pressed", String(on));
+    toggle.addEventListener("click", () => {
+      const on = toggle.getAttribute("aria-pressed") === "false";
+      for (const other of container.children) other.setAttribute("aria-pressed", "false");
+      toggle.setAttribute("aria-pressed", String(on));
       layer.replaceChildren(...(on ? [overlay(map)] : []));
     });
-    return made;
+    return toggle;
   };
-  place.append(...maps.map(button));
+  container.append(...maps.map(button));
 }
 
 document.documentElement.classList.add("js");
