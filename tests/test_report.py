@@ -281,7 +281,7 @@ def test_spearman_where_it_is_defined() -> None:
         ((0.1, 0.2, 0.3, 0.4), "Spearman's rank correlation: -1.00 over 4 heads (p = 0.083)."),
         ((0.2, 0.1, 0.4, 0.3), "Spearman's rank correlation: -0.60 over 4 heads (p = 0.417)."),
         ((0.2, 0.2, 0.2, 0.2), "No rank correlation over 4 heads: one of the two is the same for all."),
-        ((0.2, 0.1, np.nan, np.nan), "No rank correlation over 2 heads: they are too few."),
+        ((0.2, 0.1, np.nan, np.nan), "No rank correlation over 2 heads: there are too few."),
     ],
 )
 def test_the_scatter_says_over_how_many_heads(iou: tuple[float, ...], said: str) -> None:
@@ -360,7 +360,7 @@ def test_heads_are_named_without_a_ranking() -> None:
 def test_controls_are_explained_and_differences_say_whose() -> None:
     row = {"mean_iou": [0.2, 0.1, 0.3], "difference": {"mean_iou": [0.3, 0.2, 0.4]}}
     page = Page(render(made_report(metrics={"mean_iou": 0.5, "controls": {"random_heads": row}})))
-    assert "controls: difference of these heads to each" in page.texts
+    assert "controls: lead of these heads over each" in page.texts
     assert any("random heads of the same layers" in text for text in page.texts)
 
 

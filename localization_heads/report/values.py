@@ -167,10 +167,10 @@ def _ranked_by(ranking: HeadRanking) -> str:
     if ranking.options.sensitivity == "none":
         return ""
     if all(head.consistency is None for head in ranking.kept):
-        return "The heads kept are ranked by it."
+        return "The kept heads are ranked by it."
     return (
-        "The heads kept are ranked by it, less what is missing to a full overlap with the map of the mirrored image "
-        "(consistency in heads.csv)."
+        "The kept heads are ranked by it, minus 1 - consistency: the overlap with the map of the mirrored image, "
+        "which is in heads.csv."
     )
 
 
@@ -185,7 +185,7 @@ def describe_correlation(facts: HeadFacts) -> str:
     """Spearman's rank correlation with the number of heads and the p-value, as a sentence."""
     heads = count_noun(len(facts.scatter), "head")
     if facts.correlation is None:
-        why = "they are too few" if len(facts.scatter) < FEWEST else "one of the two is the same for all"
+        why = "there are too few" if len(facts.scatter) < FEWEST else "one of the two is the same for all"
         return f"No rank correlation over {heads}: {why}."
     rho, p = facts.correlation
     return f"Spearman's rank correlation: {rho:.2f} over {heads} ({format_p_value(p)})."
@@ -258,7 +258,7 @@ CONTROLS = (
     "The controls show what other maps and boxes reach: random heads of the same layers, the mean of all heads, "
     "a centred box, and the oracle, which is the ground truth on the model's own grid."
 )
-DIFFERENCE = "difference of these heads to each"
+DIFFERENCE = "lead of these heads over each"
 
 
 def ungrouped_metrics(metrics: Mapping[str, Any]) -> Table:
