@@ -55,6 +55,18 @@ class Front:
     def finder(self, *options: str) -> Result:
         return self._run(finder.finder, ["device=cpu", *options])
 
+    def succeed(self, *options: str) -> Result:
+        """Run the finder, which must succeed."""
+        result = self.finder(*options)
+        assert result.status == 0, result.err
+        return result
+
+    def error(self, *options: str, status: int = 2) -> str:
+        """Run the finder, which must fail with this exit status -> its error line."""
+        result = self.finder(*options)
+        assert result.status == status, result.err
+        return one_line(result.err)
+
     def visualize(self, *options: str) -> Result:
         return self._run(commands.visualize, options)
 

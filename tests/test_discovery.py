@@ -119,12 +119,12 @@ def test_batch_writes_what_the_contract_says(
 
 def test_find_writes_the_ranking_alone_and_agrees_with_batch_and_python(front: Front, lvlm: LVLM) -> None:
     """No attention files; the same heads.json byte for byte; the same ranking from `find_heads`."""
-    assert front.finder("stage=find", DATA, "output_dir=found").status == 0
+    front.succeed("stage=find", DATA, "output_dir=found")
     assert visible(Path("found/tiny")) == {
         "heads.json", "heads.csv", "attention_sums.png", "selection_frequency.png", "head_grid.png",
         "report.html",
     }  # fmt: skip
-    assert front.finder("stage=batch", DATA).status == 0
+    front.succeed("stage=batch", DATA)
     assert heads_of("found/tiny") == heads_of(front.out)
     assert (front.out / "heads.csv").read_bytes() == Path("found/tiny/heads.csv").read_bytes()
     samples = [lh.Sample(f"image_{n}.png", EXPRESSIONS[n]) for n in range(5)]
@@ -140,7 +140,7 @@ def test_the_batch_size_only_rounds(front: Front) -> None:
     """The same heads in the same order; sums equal to 1e-4."""
     found = []
     for size in (1, 2, 8):
-        assert front.finder("stage=find", *QUIET, f"batch_size={size}", f"output_dir=by_{size}").status == 0
+        front.succeed("stage=find", *QUIET, f"batch_size={size}", f"output_dir=by_{size}")
         found.append(json.loads(heads_of(f"by_{size}/tiny"))["heads"])
     for other in found[1:]:
         assert [(h["layer"], h["head"]) for h in other] == [(h["layer"], h["head"]) for h in found[0]]
@@ -151,7 +151,7 @@ def test_the_batch_size_only_rounds(front: Front) -> None:
 def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM) -> None:
     """Three trials of two samples, as drawn; samples that no trial draws are not looked at."""
     options = ("stage=find", *QUIET, "num_trials=3", "num_samples=2", "batch_size=1")
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert 2 <= len(calls) < 5
     ranking = json.loads(heads_of(front.out))
     assert (ranking["num_samples"], ranking["num_trials"]) == (2, 3)
@@ -169,7 +169,7 @@ def test_trials_draw_only_what_they_need(front: Front, calls: Calls, lvlm: LVLM)
     listed = [(head["layer"], head["head"], head["selection_frequency"]) for head in ranking["heads"]]
     assert listed == [(*head.address, round(head.selection_frequency, 6)) for head in expected.kept]
     first = heads_of(front.out)
-    assert front.finder(*options, "output_dir=again").status == 0
+    front.succeed(*options, "output_dir=again")
     assert heads_of("again/tiny") == first
     seeds = set()
     for seed in range(4):
@@ -183,13 +183,11 @@ def test_a_range_of_entries(front: Front, calls: Calls) -> None:
     ids = []
     for start, end in ((1, 3), (3, -1), (0, 99)):
         options = (f"start_index={start}", f"end_index={end}")  # a range that is given is meant
-        assert front.finder("stage=batch", *QUIET, *options).status == 0
+        front.succeed("stage=batch", *QUIET, *options)
         ids.append([line["id"] for line in front.lines()])
     assert ids == [["entry_1", "entry_2"], ["entry_3", "entry_4"], [f"entry_{n}" for n in range(5)]]
     assert sum(calls.sizes) >= 5
-    result = front.finder("stage=find", *QUIET, "process_all=false", "start_index=5")
-    assert result.status == 2
-    assert "start_index=5" in one_line(result.err)
+    assert "start_index=5" in front.error("stage=find", *QUIET, "process_all=false", "start_index=5")
     Path("data.jsonl").write_text("nonsense\n" + Path("data.jsonl").read_text())
     result = front.finder("stage=find", *QUIET, "process_all=false", "start_index=0", "end_index=2")
     assert result.status == 1
@@ -197,15 +195,15 @@ def test_a_range_of_entries(front: Front, calls: Calls) -> None:
 
 
 def test_visualize_batch_false_draws_no_entry(front: Front) -> None:
-    assert front.finder("stage=batch", *QUIET, "visualize_batch=false").status == 0
+    front.succeed("stage=batch", *QUIET, "visualize_batch=false")
     assert not list((front.out / "attention").glob("*.png"))
 
 
 @pytest.mark.parametrize("format", ["safetensors", "published"])
 def test_attention_format_of_a_batch(format: str, front: Front) -> None:
     """The same heads from another format."""
-    assert front.finder("stage=batch", *QUIET, f"attention_format={format}", "output_dir=st").status == 0
-    assert front.finder("stage=batch", *QUIET).status == 0
+    front.succeed("stage=batch", *QUIET, f"attention_format={format}", "output_dir=st")
+    front.succeed("stage=batch", *QUIET)
     assert heads_of("st/tiny") == heads_of(front.out)
     assert Path("st/tiny/predictions.jsonl").read_bytes() == (front.out / "predictions.jsonl").read_bytes()
     ending = "*_metadata.pkl" if format == "published" else "*.safetensors"
@@ -284,7 +282,7 @@ def test_bad_entries_are_reported_and_the_rest_goes_on(
     good = [line for line in Path("bad.jsonl").read_text().splitlines() if line]
     write_lines(Path("good.jsonl"), [good[0], good[-1]])
     of_good = ("stage=find", "data_file=good.jsonl", f"batch_size={size}", "output_dir=good")
-    assert front.finder(*of_good).status == 0
+    front.succeed(*of_good)
     one, two = (json.loads(heads_of(folder))["heads"] for folder in ("good/tiny", front.out))
     assert [(head["layer"], head["head"]) for head in one] == [(head["layer"], head["head"]) for head in two]
 
@@ -298,9 +296,7 @@ def test_where_nothing_is_usable_the_first_reason_is_the_error(front: Front) -> 
         assert "line 1: not JSON" in one_line(result.err)
         assert "no.png: no such file" in result.out[result.out.index("Entries that failed") :]
     Path("bad.jsonl").write_text("\n\n")
-    result = front.finder("stage=find", "data_file=bad.jsonl")
-    assert result.status == 2
-    assert "bad.jsonl is empty" in one_line(result.err)
+    assert "bad.jsonl is empty" in front.error("stage=find", "data_file=bad.jsonl")
 
 
 def test_only_the_culprit_of_a_batch_fails(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,9 +319,7 @@ def test_only_the_culprit_of_a_batch_fails(front: Front, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("heads", ["[99-0]", "no.json", "[x]", "[]"])
 def test_wrong_heads_are_refused_before_the_work(front: Front, calls: Calls, heads: str) -> None:
-    result = front.finder("stage=batch", *QUIET, f"heads={heads}")
-    assert result.status == 2
-    assert "heads" in one_line(result.err)
+    assert "heads" in front.error("stage=batch", *QUIET, f"heads={heads}")
     assert not calls
 
 
@@ -358,10 +352,10 @@ def test_a_lesser_ranking_does_not_take_the_place_of_a_better_one_unsaid(front: 
 
 def test_named_heads_ground_a_batch(front: Front) -> None:
     """A list, and each sample's own; the ranking does not depend on them."""
-    assert front.finder("stage=batch", *QUIET, "heads=[2-0,3-1]").status == 0
+    front.succeed("stage=batch", *QUIET, "heads=[2-0,3-1]")
     ranking = heads_of(front.out)
     assert {str(line["heads"]) for line in front.lines()} == {"[[2, 0], [3, 1]]"}
-    assert front.finder("stage=batch", *QUIET, "heads=greedy", "k=1").status == 0
+    front.succeed("stage=batch", *QUIET, "heads=greedy", "k=1")
     assert all(len(line["heads"]) == 1 for line in front.lines())
     assert heads_of(front.out) == ranking
 
@@ -374,9 +368,7 @@ def test_a_criterion_that_keeps_no_head(front: Front) -> None:
     lines = front.lines()
     assert lines and not any(line["bbox"] for line in lines)
     assert all("no head passes the criteria" in line["error"] for line in lines)
-    result = front.finder("stage=find", *QUIET, "criteria.exclude_layers=99")
-    assert result.status == 2
-    assert "criteria.exclude_layers=99" in one_line(result.err)
+    assert "criteria.exclude_layers=99" in front.error("stage=find", *QUIET, "criteria.exclude_layers=99")
 
 
 # -------------------------------------------------------------------------------------------------- resuming
@@ -386,25 +378,23 @@ def test_a_criterion_that_keeps_no_head(front: Front) -> None:
 def test_interrupted_and_resumed(front: Front, calls: Calls, stage: str, fail_at: int) -> None:
     """Ctrl-C keeps the finished chunks; only the others are computed; heads.json is the same byte for byte."""
     options = (f"stage={stage}", *QUIET, "batch_size=2")
-    assert front.finder(*options, "output_dir=whole").status == 0
+    front.succeed(*options, "output_dir=whole")
     assert calls.sizes == [2, 2, 1]
     calls.restart(fail_at)
-    result = front.finder(*options)
-    assert result.status == 130
-    assert "what was finished is kept" in one_line(result.err)
+    assert "what was finished is kept" in front.error(*options, status=130)
     done = visible(front.out)
     if stage == "batch":
         assert len([name for name in done if name.endswith("_analysis.pkl")]) == 2 * fail_at
     assert "heads.json" not in done
     calls.restart()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls.sizes == [2, 2, 1][fail_at:]
     assert heads_of(front.out) == heads_of("whole/tiny")
     if stage == "batch":
         whole = Path("whole/tiny/predictions.jsonl").read_bytes()
         assert (front.out / "predictions.jsonl").read_bytes() == whole
     calls.clear()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls == []
 
 
@@ -487,12 +477,12 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
     assert json.loads(ended.stdout.splitlines()[-1]) == [statuses[job[3]] for job in jobs], ended.stderr
     whole = {}
     for stage in WRITTEN:
-        assert front.finder(f"stage={stage}", *options, f"output_dir=whole_{stage}").status == 0
+        front.succeed(f"stage={stage}", *options, f"output_dir=whole_{stage}")
         whole[stage] = written(f"whole_{stage}", stage)
     computed = []
     for (folder, its_options, _, _), (stage, _, _) in zip(jobs, moments, strict=True):
         calls.clear()
-        assert front.finder(*its_options, f"output_dir={folder}").status == 0
+        front.succeed(*its_options, f"output_dir={folder}")
         computed.append(sum(calls.sizes))
         assert written(folder, stage) == whole[stage], folder
         assert not list(Path(folder).rglob("*.tmp")), "leftovers of the killed run"
@@ -503,12 +493,12 @@ def test_stopped_at_any_moment_and_resumed(front: Front, calls: Calls) -> None:
 def test_a_torn_record_is_made_again(front: Front, calls: Calls) -> None:
     """A write that a power cut left half done costs its chunk and nothing else."""
     options = ("stage=find", *QUIET, "batch_size=2")
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     before = heads_of(front.out)
     (store,) = (front.out / "statistics").glob("*.bin")
     os.truncate(store, store.stat().st_size - 7)
     calls.clear()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls.sizes == [1]
     assert heads_of(front.out) == before
 
@@ -520,19 +510,19 @@ def test_a_torn_record_is_made_again(front: Front, calls: Calls) -> None:
 def test_an_edited_prompt_or_image_is_recomputed(front: Front, calls: Calls, stage: str) -> None:
     """Under the same id; only the chunk of the edited entry."""
     options = (f"stage={stage}", *QUIET, "batch_size=1")
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     before = heads_of(front.out)
     entries = read_lines("data.jsonl")
     entries[1]["prompt"] = "a blue house"
     write_lines(Path("data.jsonl"), entries)
     calls.clear()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls == [["a blue house"]]
     draw_image(Path("image_3.png"), 99)
     calls.clear()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls == [[entries[3]["prompt"]]]
-    assert front.finder(*options, "output_dir=fresh").status == 0
+    front.succeed(*options, "output_dir=fresh")
     assert heads_of(front.out) == heads_of("fresh/tiny") != before
     if stage == "batch":
         for name in ("entry_1.pkl", "entry_3.pkl"):
@@ -551,10 +541,10 @@ def test_other_options_do_not_mix(front: Front, other: str) -> None:
     names = ("heads.json", "predictions.jsonl", "heads.csv", "attention/entry_2.pkl")
     fresh = {}
     for label, options in (("plain", []), ("other", [other])):
-        assert front.finder("stage=batch", *QUIET, *options, f"output_dir={label}").status == 0
+        front.succeed("stage=batch", *QUIET, *options, f"output_dir={label}")
         fresh[label] = Path(label) / "tiny"
     for label, options in (("plain", []), ("other", [other]), ("plain", [])):
-        assert front.finder("stage=batch", *QUIET, *options).status == 0
+        front.succeed("stage=batch", *QUIET, *options)
         for name in (*names, "attention/entry_2_analysis.pkl"):
             assert (front.out / name).read_bytes() == (fresh[label] / name).read_bytes(), (label, name)
     assert heads_of(fresh["plain"]) != heads_of(fresh["other"])
@@ -562,11 +552,11 @@ def test_other_options_do_not_mix(front: Front, other: str) -> None:
 
 def test_criteria_that_only_rank_reuse_the_statistics(front: Front, calls: Calls) -> None:
     """Another elbow needs no model; the analyses on disk follow all the same."""
-    assert front.finder("stage=batch", *QUIET).status == 0
+    front.succeed("stage=batch", *QUIET)
     path = front.out / "attention/entry_0_analysis.pkl"
     before = pickle.loads(path.read_bytes())
     calls.clear()
-    assert front.finder("stage=batch", *QUIET, "criteria.tau=0", "criteria.exclude_layers=0").status == 0
+    front.succeed("stage=batch", *QUIET, "criteria.tau=0", "criteria.exclude_layers=0")
     assert calls == []
     after = pickle.loads(path.read_bytes())
     assert all(row["above_threshold"] for row in after)
@@ -575,12 +565,12 @@ def test_criteria_that_only_rank_reuse_the_statistics(front: Front, calls: Calls
 
 def test_a_damaged_attention_file_is_made_again(front: Front, calls: Calls) -> None:
     options = ("stage=batch", *QUIET, "batch_size=1")
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     before = (front.out / "attention/entry_1.pkl").read_bytes()
     (front.out / "attention/entry_1.pkl").write_bytes(before[:100])
     (front.out / "attention/entry_2_analysis.pkl").unlink()
     calls.clear()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls == [[EXPRESSIONS[1]], [EXPRESSIONS[2]]]
     assert (front.out / "attention/entry_1.pkl").read_bytes() == before
 
@@ -599,7 +589,7 @@ def test_the_folder_is_locked_during_the_work(
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(LVLM, "attend_batch", meanwhile)
-    assert front.finder(f"stage={stage}", *QUIET, "batch_size=5").status == 0
+    front.succeed(f"stage={stage}", *QUIET, "batch_size=5")
     assert len(refused) == 1
     with RunLock(front.out):
         pass

@@ -19,7 +19,6 @@ from front import (
     Calls,
     Front,
     draw_image,
-    one_line,
     read_lines,
     stub_figures,
     write_data,
@@ -367,12 +366,11 @@ def test_auto_halves_until_it_fits(
     monkeypatch.setattr("localization_heads.stages.run.AUTO_BATCH_SIZE", 5)
     write_data(front.folder, 10)
     options = (f"stage={stage}", "data_file=data.jsonl", "heads=[2-0]")
-    result = front.finder(*options, "batch_size=auto")
-    assert result.status == 0, result.err
+    result = front.succeed(*options, "batch_size=auto")
     assert small_memory == [5, 3, 2, 1, 2, 2, 2, 1]
     assert "going on with 2 entries at a time" in result.err
     small_memory.clear()
-    assert front.finder(*options, "batch_size=1", "output_dir=one").status == 0
+    front.succeed(*options, "batch_size=1", "output_dir=one")
     if stage == "ground":
         boxes, others = (
             [line["bbox"] for line in read_lines(f / "predictions.jsonl")]
@@ -383,9 +381,7 @@ def test_auto_halves_until_it_fits(
 
 def test_a_given_size_fails_with_the_way_out(front: Front, small_memory: list[int]) -> None:
     write_data(front.folder, 5)
-    result = front.finder("stage=find", "data_file=data.jsonl", "batch_size=4")
-    assert result.status == 1
-    assert "batch_size=auto" in one_line(result.err)
+    assert "batch_size=auto" in front.error("stage=find", "data_file=data.jsonl", "batch_size=4", status=1)
     assert small_memory == [4]
 
 

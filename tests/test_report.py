@@ -485,8 +485,7 @@ def front(
 def test_batch_ends_with_a_report_of_its_own_numbers(front: Front) -> None:
     """Ranking as in heads.json, bottom row and maps as in the attention files, boxes as in predictions.jsonl."""
     write_data(front.folder, bbox=[8, 8, 40, 40])
-    result = front.finder("data_file=data.jsonl", "k=2")
-    assert result.status == 0, result.err
+    result = front.succeed("data_file=data.jsonl", "k=2")
     assert f"wrote {front.out}/report.html" in result.out
     page = page_of(front.out / "report.html")
     heads = json.loads((front.out / "heads.json").read_text())
@@ -525,7 +524,7 @@ def test_batch_ends_with_a_report_of_its_own_numbers(front: Front) -> None:
 
 def test_report_can_be_switched_off_and_shortened(front: Front) -> None:
     write_data(front.folder)
-    assert front.finder("data_file=data.jsonl", "report=false").status == 0
+    front.succeed("data_file=data.jsonl", "report=false")
     assert not (front.out / "report.html").exists()
     front.finder("data_file=data.jsonl", "report_samples=3")
     page = page_of(front.out / "report.html")
@@ -537,7 +536,7 @@ def test_report_can_be_switched_off_and_shortened(front: Front) -> None:
 
 def test_find_says_why_it_has_no_samples(front: Front) -> None:
     write_data(front.folder)
-    assert front.finder("stage=find", "data_file=data.jsonl").status == 0
+    front.succeed("stage=find", "data_file=data.jsonl")
     page = page_of(front.out / "report.html")
     assert page.data["cards"] == []
     assert all(
@@ -554,7 +553,7 @@ def test_evaluate_reports_metrics_and_the_known_ranking(front: Front) -> None:
     mask[10:30, 10:40] = True
     write_data(front.folder, bbox=[8, 8, 40, 40], mask=encode_mask(mask))
     options = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]")
-    assert front.finder(*options, "controls=false").status == 0
+    front.succeed(*options, "controls=false")
     page = page_of(front.out / "report.html")
     metrics = json.loads((front.out / "metrics.json").read_text())
     assert f"{metrics['mean_iou']:.3f}" in page.texts
@@ -587,7 +586,7 @@ SCORED = ("stage=evaluate", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_si
 def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `find` over the same entries does, which then has nothing left to run; heads.json is for `find` to write."""
     write_data(front.folder, bbox=BOX)
-    assert front.finder(*SCORED).status == 0
+    front.succeed(*SCORED)
     assert not (front.out / "heads.json").exists()
     page = page_of(front.out / "report.html")
     own = heads_of(front.out / "report.html")
@@ -599,7 +598,7 @@ def test_evaluate_alone_ranks_its_own_samples(front: Front, monkeypatch: pytest.
     assert len(own["rows"]) == own["layers"] * own["heads"]
 
     monkeypatch.setattr(LVLM, "attend_batch", lambda *_, **__: pytest.fail("the statistics are there"))
-    assert front.finder("stage=find", "data_file=data.jsonl", "batch_size=2").status == 0
+    front.succeed("stage=find", "data_file=data.jsonl", "batch_size=2")
     found = heads_of(front.out / "report.html")
     assert all(row.pop("iou") is None for row in found["rows"])
     assert all(row.pop("iou") is not None for row in own["rows"])
@@ -612,7 +611,7 @@ def test_a_large_models_heads_are_measured_on_fewer_samples(
     monkeypatch.setattr("localization_heads.stages.report.IOU_HEADS", 10)
     monkeypatch.setattr("localization_heads.stages.report.IOU_SAMPLES_ALL_HEADS", 3)
     write_data(front.folder, bbox=BOX)
-    assert front.finder(*SCORED).status == 0
+    front.succeed(*SCORED)
     page = page_of(front.out / "report.html")
     assert any("makes by itself, mean over 3 samples." in text for text in page.texts)
     assert all(row["iou"] is not None for row in heads_of(front.out / "report.html")["rows"])
@@ -622,7 +621,7 @@ def test_a_large_models_heads_are_measured_on_fewer_samples(
 def test_resumed_evaluate_ranks_the_same(front: Front, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
     """Killed between two chunks; also if the statistics of what was scored before have gone."""
     write_data(front.folder, bbox=BOX)
-    assert front.finder(*SCORED, "output_dir=whole").status == 0
+    front.succeed(*SCORED, "output_dir=whole")
     original = LVLM.attend_batch
     calls = []
 
@@ -639,7 +638,7 @@ def test_resumed_evaluate_ranks_the_same(front: Front, monkeypatch: pytest.Monke
         next((front.out / "statistics").glob("*.bin")).unlink()
     calls.clear()
     monkeypatch.setattr(LVLM, "attend_batch", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
-    assert front.finder(*SCORED).status == 0
+    front.succeed(*SCORED)
     assert len(calls) == (3 if lost else 1)
     resumed, whole = (heads_of(folder / "report.html") for folder in (front.out, Path("whole/tiny")))
     assert resumed == whole
@@ -722,7 +721,7 @@ def test_resumed_evaluate_shows_what_it_had_seen(front: Front, monkeypatch: pyte
         assert front.finder(*options).status == 130
     with monkeypatch.context() as patch:
         patch.setattr(LVLM, "attend_batch", read_again)
-        assert front.finder(*options).status == 0
+        front.succeed(*options)
     page = page_of(front.out / "report.html")
     assert [len(card["maps"]) for card in page.data["cards"]] == [4] * 5
     assert len(page.of("image")) == 5
@@ -735,7 +734,7 @@ def test_a_result_without_its_fields_is_made_again(
 ) -> None:
     write_data(front.folder, count=1, bbox=[8, 8, 40, 40])
     monkeypatch.setattr(ResultLog, "get", lambda *_: spoilt)
-    assert front.finder("stage=evaluate", "data_file=data.jsonl", "report=false").status == 0
+    front.succeed("stage=evaluate", "data_file=data.jsonl", "report=false")
     assert json.loads((front.out / "metrics.json").read_text())["num_samples"] == 1
 
 

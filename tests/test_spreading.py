@@ -148,9 +148,9 @@ def test_an_entry_that_kills_every_worker(ray: Any, front: Front, monkeypatch: p
     assert workers.RETRIES == 3
     monkeypatch.setattr(workers, "RETRIES", 1)  # each costs the start of a worker
     monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", killing.killed_always)
-    result = front.finder("stage=find", *DATA, "output_dir=by_ray", *RAY, "engine.num_workers=1")
-    assert result.status == 1
-    assert "a worker died 2 times" in one_line(result.err)
+    assert "a worker died 2 times" in front.error(
+        "stage=find", *DATA, "output_dir=by_ray", *RAY, "engine.num_workers=1", status=1
+    )
     assert killing.MARK.read_text() == "xx"
     monkeypatch.setattr("localization_heads.stages.find._analyse_chunk", original)
     assert front.finder("stage=find", *DATA, "output_dir=by_ray").status == 1
@@ -283,9 +283,7 @@ def test_what_cannot_be_spread(options: dict[str, Any], problem: str) -> None:
 
 def test_without_the_extra(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    result = front.finder("stage=find", *DATA, "engine=ray")
-    assert result.status == 2
-    assert "pip install 'localization-heads[ray]'" in one_line(result.err)
+    assert "pip install 'localization-heads[ray]'" in front.error("stage=find", *DATA, "engine=ray")
 
 
 def test_the_work_holds_no_model() -> None:

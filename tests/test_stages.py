@@ -74,8 +74,7 @@ def files(folder: Path) -> set[str]:
 
 def test_pipeline_writes_what_the_contract_says(front: Front, lvlm: LVLM) -> None:
     """Attention, analysis and both figures, named after image and query, and the box on the screen."""
-    result = front.finder("stage=pipeline", "image_file=cat.png", "query=What is in this image?", "top_k=2")
-    assert result.status == 0, result.err
+    result = front.succeed("stage=pipeline", "image_file=cat.png", "query=What is in this image?", "top_k=2")
     stem = "attention/cat_what-is-in-this-image"
     assert files(front.out) == {
         f"{stem}{end}" for end in (".pkl", "_analysis.pkl", "_visualization.png", "_grounding.png")
@@ -115,17 +114,14 @@ def test_pipeline_writes_what_the_contract_says(front: Front, lvlm: LVLM) -> Non
 
 def test_collect_analyze_visualize_in_turn(front: Front) -> None:
     """Each adds its files; visualize alone analyses first."""
-    assert (
-        front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=example_1").status == 0
-    )
+    front.succeed("stage=collect", "image_file=cat.png", "query=the dog", "save_id=example_1")
     assert files(front.out) == {"attention/example_1.pkl"}
     name = f"attention_file={front.out}/attention/example_1.pkl"
-    result = front.finder("stage=analyze", name, "top_k=2")
-    assert result.status == 0
+    result = front.succeed("stage=analyze", name, "top_k=2")
     assert "Top 2 heads of this sample" in result.out
     assert files(front.out) == {"attention/example_1.pkl", "attention/example_1_analysis.pkl"}
     (front.out / "attention/example_1_analysis.pkl").unlink()
-    assert front.finder("stage=visualize", name).status == 0
+    front.succeed("stage=visualize", name)
     assert files(front.out) == {
         f"attention/example_1{end}"
         for end in (".pkl", "_analysis.pkl", "_visualization.png", "_grounding.png")
@@ -136,8 +132,7 @@ def test_the_path_of_the_first_document_finds_the_model_that_was_run(front: Fron
     """`outputs/localization_heads/llava/attention/example_1.pkl` works after a run of any model."""
     front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=example_1")
     asked = "outputs/localization_heads/llava/attention/example_1.pkl"
-    result = front.finder("stage=analyze", f"attention_file={asked}")
-    assert result.status == 0
+    result = front.succeed("stage=analyze", f"attention_file={asked}")
     assert f"taking {front.out}/attention/example_1.pkl" in result.err
     result = front.finder("stage=visualize", f"attention_file={asked}")
     assert result.err.count("taking ") == 1
@@ -150,10 +145,10 @@ def test_visualize_keeps_an_analysis_that_is_there(front: Front, monkeypatch: py
     name, path = f"attention_file={front.out}/attention/a.pkl", front.out / "attention/a_analysis.pkl"
     front.finder("stage=analyze", name, "criteria.tau=0.9")
     before = path.read_bytes()
-    assert front.finder("stage=visualize", name, "criteria.tau=0").status == 0
+    front.succeed("stage=visualize", name, "criteria.tau=0")
     assert path.read_bytes() == before
     path.write_bytes(b"torn")
-    assert front.finder("stage=visualize", name).status == 0
+    front.succeed("stage=visualize", name)
     assert len(load_pickle(path)) > 1
 
 
@@ -185,15 +180,14 @@ def test_the_seed_tools_own_files(front: Front) -> None:
     metadata = {"image_file": "cat.png", "query": "the dog", "image_size": (64, 48)}
     (folder / "example_1_metadata.pkl").write_bytes(pickle.dumps(metadata))
     name = f"attention_file={folder}/example_1.pkl"
-    assert front.finder("stage=analyze", name).status == 0
+    front.succeed("stage=analyze", name)
     rows = load_pickle(folder / "example_1_analysis.pkl")
     assert len(rows) == 20
     sums = tensor.float().sum(-1).squeeze(-1)
     assert all(
         row["attn_sum"] == pytest.approx(float(sums[row["layer"], row["head"]]), rel=1e-3) for row in rows
     )
-    result = front.finder("stage=visualize", name, "top_k=3")
-    assert result.status == 0, result.err
+    result = front.succeed("stage=visualize", name, "top_k=3")
     assert "box: " in result.out
     assert {"example_1_visualization.png", "example_1_grounding.png"} <= files(folder)
     assert front.visualize("mode=single", name).status == 0
@@ -212,7 +206,7 @@ def test_criteria_reach_the_analysis(front: Front) -> None:
     name = f"attention_file={front.out}/attention/a.pkl"
     found = {}
     for choice in ("criteria=paper", "criteria=published", "criteria.tau=0", "criteria.tau=0.9"):
-        assert front.finder("stage=analyze", name, choice).status == 0
+        front.succeed("stage=analyze", name, choice)
         found[choice] = load_pickle(path)
     kept = {name: sum(row["above_threshold"] for row in rows) for name, rows in found.items()}
     layers = {row["layer"] for row in found["criteria.tau=0"] if row["above_threshold"]}
@@ -258,9 +252,7 @@ def test_wrong_input_is_named(front: Front, options: list[str], said: str) -> No
         Image.new("1", (9000, 9000)).save("bomb.png")
     given = {"stage": "pipeline", "image_file": "cat.png", "query": "the dog", "k": "1"}
     given |= dict(option.split("=", 1) for option in options)
-    result = front.finder(*(f"{name}={value}" for name, value in given.items()))
-    assert result.status == 2, result.err
-    assert said in one_line(result.err)
+    assert said in front.error(*(f"{name}={value}" for name, value in given.items()))
     assert not Path("/etc/passwd.pkl").exists()
 
 
@@ -313,8 +305,7 @@ def test_secrets_of_an_address_are_in_no_file(front: Front, monkeypatch: pytest.
         ("stage=batch", "data_file=data.jsonl", "visualize_limit=0"),
     )
     for command in commands:
-        result = front.finder(*command)
-        assert result.status == 0, result.err
+        result = front.succeed(*command)
         assert "SECRET" not in result.out + result.err
         assert "without the image" not in result.err
     assert {f"{address}a", f"{address}b"} <= set(asked)
@@ -340,10 +331,9 @@ def test_a_model_that_is_not_here(front: Front) -> None:
 def test_a_local_folder_runs_through_the_pipeline(front: Front) -> None:
     """Its files go to a folder named after it."""
     save_llava("my model")
-    result = front.finder(
+    result = front.succeed(
         "stage=pipeline", "model.name=./my model", "image_file=cat.png", "query=the red car"
     )
-    assert result.status == 0, result.err
     found = files(Path("outputs/localization_heads"))
     assert any(re.fullmatch(r"my_model-[0-9a-f]{8}/attention/cat_the-red-car\.pkl", file) for file in found)
     assert "no heads are known for ./my model" in result.err
@@ -376,8 +366,7 @@ def test_an_image_that_is_gone_costs_only_the_image(front: Front) -> None:
     front.finder("stage=collect", "image_file=cat.png", "query=the dog", "save_id=a")
     path = front.out / "attention/a.pkl"
     Path("cat.png").unlink()
-    result = front.finder("stage=visualize", f"attention_file={path}")
-    assert result.status == 0
+    result = front.succeed("stage=visualize", f"attention_file={path}")
     assert result.err.count("note: drawing without the image: cat.png: no such file") == 1
     content = load_pickle(path)
     path.write_bytes(pickle.dumps({**content, "image_file": "http://127.0.0.1:9/cat.png"}))
@@ -410,8 +399,7 @@ def test_default_ids_are_safe_names(query: str, id: str) -> None:
 def test_an_image_of_another_mode_runs(front: Front) -> None:
     """Figures and all; `test_images.py` has every mode."""
     Image.open("cat.png").convert("L").convert("I;16").save("odd.tif")
-    result = front.finder("stage=pipeline", "image_file=odd.tif", "query=the dog", "save_id=odd")
-    assert result.status == 0, result.err
+    front.succeed("stage=pipeline", "image_file=odd.tif", "query=the dog", "save_id=odd")
     assert load_attention(front.out / "attention/odd.pkl").image_size == (64, 48)
 
 
@@ -419,9 +407,8 @@ def test_an_image_of_another_mode_runs(front: Front) -> None:
 def test_tiny_images_get_a_box_inside_them(front: Front, size: tuple[int, int]) -> None:
     """With figures, masks and all."""
     draw_image(Path("dot.png"), 0, size)
-    result = front.finder("stage=pipeline", "image_file=dot.png", "query=the dog")
-    assert result.status == 0, result.err
-    assert front.finder("stage=ground", "image_file=dot.png", "query=the dog").status == 0
+    front.succeed("stage=pipeline", "image_file=dot.png", "query=the dog")
+    front.succeed("stage=ground", "image_file=dot.png", "query=the dog")
     (line,) = read_lines(front.out / "attention/dot_the-dog_prediction.jsonl")
     x0, y0, x1, y1 = line["bbox"]
     assert 0 <= x0 < x1 <= size[0]
@@ -437,8 +424,7 @@ def test_figures_for_a_paper(form: str, beginning: bytes, front: Front) -> None:
     options = (
         "stage=pipeline", "image_file=cat.png", "query=the dog", "save_id=one", f"figure_format={form}",
     )  # fmt: skip
-    result = front.finder(*options)
-    assert result.status == 0, result.err
+    result = front.succeed(*options)
     for name in ("visualization", "grounding"):
         path = front.out / f"attention/one_{name}.{form}"
         assert path.read_bytes().startswith(beginning)
@@ -458,7 +444,7 @@ def test_ground_every_image_of_a_folder(front: Front) -> None:
     assert "broken.png" in result.out
     ids = [line["id"] for line in front.lines() if line["bbox"]]
     assert ids == ["a_the-dog_1", "a_the-dog_2", "b_the-dog"]
-    assert front.finder(*options, "image_file=pics/a.*").status == 0
+    front.succeed(*options, "image_file=pics/a.*")
     assert len(front.lines()) == 2
     assert (
         "save_id= names the files of one image" in front.finder(*options, "image_file=pics", "save_id=x").err
@@ -467,10 +453,7 @@ def test_ground_every_image_of_a_folder(front: Front) -> None:
 
 def test_ground_one_image(front: Front) -> None:
     """A box, a mask, an overlay; the same as from Python."""
-    result = front.finder(
-        "stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0,2-1]", "save_id=a"
-    )
-    assert result.status == 0, result.err
+    front.succeed("stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0,2-1]", "save_id=a")
     assert files(front.out) == {"attention/a_prediction.jsonl", "attention/a_grounding.png"}
     (line,) = read_lines(front.out / "attention/a_prediction.jsonl")
     assert list(line)[:6] == ["id", "bbox", "score", "mask", "heads", "error"]
@@ -493,15 +476,15 @@ def test_one_image_leaves_the_data_sets_files(
     stub_figures(monkeypatch)
     write_data(front.folder, 4)
     data, heads = ("stage=ground", "data_file=data.jsonl", "batch_size=2"), "heads=[2-0]"
-    assert front.finder(*data, heads).status == 0
+    front.succeed(*data, heads)
     before = (front.out / "predictions.jsonl").read_bytes()
     calls.restart(fail_at=1)
     assert front.finder(*data, heads).status == 130
     calls.fail_at = None
     image = ("stage=ground", "image_file=cat.png", "query=the dog", "batch_size=2")
-    assert front.finder(*image, heads).status == 0
+    front.succeed(*image, heads)
     assert (front.out / "predictions.jsonl").read_bytes() == before
-    assert front.finder(*data, heads).status == 0
+    front.succeed(*data, heads)
     assert calls.sizes == [2, 1, 2]
 
 
@@ -512,18 +495,14 @@ def test_fixed_heads_need_no_statistics(front: Front, monkeypatch: pytest.Monkey
         raise AssertionError("the heads are known")
 
     monkeypatch.setattr(ground, "head_statistics", fail)
-    result = front.finder("stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0]")
-    assert result.status == 0, result.err
+    front.succeed("stage=ground", "image_file=cat.png", "query=the dog", "heads=[2-0]")
 
 
 def test_ground_a_data_file(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line an entry, in order; the figures of the first `visualize_limit`."""
     stub_figures(monkeypatch)
     write_data(front.folder, 4)
-    result = front.finder(
-        "stage=ground", "data_file=data.jsonl", "heads=[2-0]", "visualize_limit=2", "batch_size=3"
-    )
-    assert result.status == 0, result.err
+    front.succeed("stage=ground", "data_file=data.jsonl", "heads=[2-0]", "visualize_limit=2", "batch_size=3")
     lines = front.lines()
     assert [line["id"] for line in lines] == [f"entry_{n}" for n in range(4)]
     assert files(front.out) == {
@@ -538,14 +517,13 @@ def test_heads_from_everywhere(front: Front, monkeypatch: pytest.MonkeyPatch) ->
     options = ("stage=ground", "data_file=data.jsonl", "k=2")
 
     def heads(choice: str) -> list[list[list[int]]]:
-        result = front.finder(*options, f"heads={choice}")
-        assert result.status == 0, result.err
+        front.succeed(*options, f"heads={choice}")
         return [line["heads"] for line in front.lines()]
 
     greedy = heads("greedy")
     assert all(len(found) == 2 for found in greedy)
     assert heads("L2H1") == [[[2, 1]]] * 3
-    assert front.finder("stage=find", "data_file=data.jsonl").status == 0
+    front.succeed("stage=find", "data_file=data.jsonl")
     best = [[h["layer"], h["head"]] for h in front.json("heads.json")["heads"]]
     (front.out / "heads.json").rename("my heads=1.json")
     assert heads("my heads=1.json") == [best[:2]] * 3
@@ -557,7 +535,7 @@ def test_heads_found_in_another_way(front: Front, monkeypatch: pytest.MonkeyPatc
     """`find` and `rank` write how; `ground` and `doctor` compare; a file that does not say it is used in silence."""
     stub_figures(monkeypatch)
     write_data(front.folder, 2)
-    assert front.finder("stage=find", "data_file=data.jsonl", "conv_mode=plain").status == 0
+    front.succeed("stage=find", "data_file=data.jsonl", "conv_mode=plain")
     content = front.json("heads.json")
     assert content["found_with"]["weights"] == lh.load_model(device="cpu").fingerprint
     assert (content["found_with"]["conv_mode"], content["found_with"]["criteria"]) == ("plain", "paper")
@@ -576,8 +554,7 @@ def test_heads_found_in_another_way(front: Front, monkeypatch: pytest.MonkeyPatc
         (ground, ""),
     ):
         cached_load_model.cache_clear()  # a note is said once for a loaded model
-        result = front.finder(*options)
-        assert result.status == 0, result.err
+        result = front.succeed(*options)
         assert noted in result.err
         assert ("found with" in result.err) == bool(noted)
     cached_load_model.cache_clear()
@@ -598,12 +575,8 @@ def test_heads_of_another_model(front: Front) -> None:
     }  # fmt: skip
     Path("big.json").write_text(json.dumps(ranking))
     options = ("stage=ground", "image_file=cat.png", "query=the dog", "heads=big.json")
-    result = front.finder(*options, "k=1")
-    assert result.status == 2
-    assert "there is no L40H2" in one_line(result.err)
-    result = front.finder(*options, "k=3")
-    assert result.status == 2
-    assert "k=3" in one_line(result.err)
+    assert "there is no L40H2" in front.error(*options, "k=1")
+    assert "k=3" in front.error(*options, "k=3")
 
 
 def test_ground_reports_bad_entries_and_goes_on(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -631,20 +604,18 @@ def test_ground_resumes(front: Front, monkeypatch: pytest.MonkeyPatch, calls: Ca
     stub_figures(monkeypatch)
     write_data(front.folder, 5)
     options = ("stage=ground", "data_file=data.jsonl", "heads=[2-0,3-1]", "batch_size=2")
-    assert front.finder(*options, "output_dir=whole").status == 0
+    front.succeed(*options, "output_dir=whole")
     assert len(calls) == 3
     calls.restart(fail_at=2)
-    result = front.finder(*options)
-    assert result.status == 130
-    assert "interrupted" in one_line(result.err)
+    assert "interrupted" in front.error(*options, status=130)
     assert not (front.out / "predictions.jsonl").exists()
     calls.restart()
-    assert front.finder(*options).status == 0
+    front.succeed(*options)
     assert calls.sizes == [1]
     whole = Path("whole/tiny/predictions.jsonl").read_bytes()
     assert (front.out / "predictions.jsonl").read_bytes() == whole
     calls.clear()
-    assert front.finder(*options).status == 0  # a finished run starts anew
+    front.succeed(*options)  # a finished run starts anew
     assert len(calls) == 3
 
 
@@ -658,7 +629,7 @@ def test_an_interrupted_ground_with_other_options_starts_anew(
     calls.restart(fail_at=1)
     assert front.finder(*options).status == 130
     calls.restart()
-    assert front.finder(*options, "model.pad_to_square=false").status == 0
+    front.succeed(*options, "model.pad_to_square=false")
     assert len(calls) == 2
 
 
@@ -696,7 +667,7 @@ def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest
     """`stage=scenes` writes the benchmark, `data=scenes` uses it; another seed is another one."""
     stub_figures(monkeypatch)
     options = ("scenes.count=3", "scenes.size=64")
-    assert front.finder("stage=scenes", *options).status == 0
+    front.succeed("stage=scenes", *options)
     (data_file,) = Path("outputs/scenes").glob("*/scenes.jsonl")
     before = data_file.stat().st_mtime_ns
     entries = read_lines(data_file)
@@ -708,14 +679,13 @@ def test_scenes_are_written_once_and_evaluated(front: Front, monkeypatch: pytest
         x0, y0, x1, y1 = entry["bbox"]
         rows, columns = np.nonzero(mask)
         assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (x0, y0, x1, y1)
-    result = front.finder("stage=evaluate", "data=scenes", *options)
-    assert result.status == 0, result.err
+    front.succeed("stage=evaluate", "data=scenes", *options)
     metrics = front.json("metrics.json")
     assert metrics["num_samples"] == 3
     assert 0 <= metrics["mean_iou"] <= 1
     assert "ciou" in metrics
     assert data_file.stat().st_mtime_ns == before
-    assert front.finder("stage=scenes", *options, "scenes.seed=1").status == 0
+    front.succeed("stage=scenes", *options, "scenes.seed=1")
     other = [path for path in Path("outputs/scenes").glob("*/scenes.jsonl") if path != data_file]
     assert other[0].read_text() != data_file.read_text()
 
@@ -775,9 +745,9 @@ def test_an_entry_that_overflows_fails_alone(
 @pytest.mark.parametrize("options", [["stage=pipeline"], ["stage=collect"], ["stage=ground"]])
 def test_one_image_that_overflows(front: Front, options: list[str]) -> None:
     model = f"model.name={save_overflowing(front.folder / 'model')}"
-    result = front.finder(*options, "image_file=cat.png", "query=the dog", model)
-    assert result.status == 1
-    assert "is not finite (NaN" in one_line(result.err)
+    assert "is not finite (NaN" in front.error(
+        *options, "image_file=cat.png", "query=the dog", model, status=1
+    )
 
 
 def test_samples_that_overflow_are_left_out_in_python(
@@ -844,20 +814,19 @@ def test_a_batch_computes_each_thing_once(front: Front, counted: Counter[str], t
             for n in range(number)
         ],
     )
-    first = front.finder("stage=batch", "data_file=data.jsonl", "report=false")
-    assert first.status == 0, first.err
+    front.succeed("stage=batch", "data_file=data.jsonl", "report=false")
     assert counted == {
         "opened": number, "decoded": number, "analysed": number, "cleaned": number, "rendered": number,
         "drawn": 2 * number + 3,
     }  # fmt: skip
     counted.clear()
     figures = {path: path.stat().st_mtime_ns for path in front.out.rglob("*.png")}
-    assert front.finder("stage=batch", "data_file=data.jsonl", "report=false").status == 0
+    front.succeed("stage=batch", "data_file=data.jsonl", "report=false")
     assert +counted == {"opened": number, "decoded": number, "analysed": number}
     assert figures == {path: path.stat().st_mtime_ns for path in front.out.rglob("*.png")}
     draw_image(tmp_path / "0.png", 9)
     counted.clear()
-    assert front.finder("stage=batch", "data_file=data.jsonl", "report=false", "top_k=2").status == 0
+    front.succeed("stage=batch", "data_file=data.jsonl", "report=false", "top_k=2")
     assert counted["drawn"] >= number + 1  # the top maps of all, the box of the other image
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import CHROMIUM, Browser, browser
-from front import Front, draw_image, one_line, write_data
+from front import Front, draw_image, write_data
 from PIL import Image
 from report_samples import HOSTILE
 from test_figures import assert_all_text_fits, texts
@@ -177,10 +177,9 @@ def test_the_figure_draws_each_words_box() -> None:
 
 def test_the_stage_writes_page_and_figure(front: Front) -> None:
     draw_image(front.folder / "cat.png")
-    result = front.finder(
+    result = front.succeed(
         "stage=trace", "image_file=cat.png", "query=what is it?", "max_new_tokens=6", "trace.keep=all"
     )
-    assert result.status == 0, result.err
     stem = front.out / "attention" / "cat_what-is-it_trace"
     for suffix in (".html", ".png"):
         assert f"wrote {stem}{suffix}" in result.out
@@ -223,7 +222,7 @@ def test_a_data_file_goes_on_where_it_was_killed(front: Front, monkeypatch: pyte
     assert traced == ["the cat"]
     assert "its page was there already" in result.out
     assert pages[0].read_bytes() == before
-    assert front.finder(*given, "trace.step=reads", "end_index=1").status == 0
+    front.succeed(*given, "trace.step=reads", "end_index=1")
     assert pages[0].read_bytes() != before
 
 
@@ -245,9 +244,7 @@ def test_a_data_file_goes_on_where_it_was_killed(front: Front, monkeypatch: pyte
 )
 def test_wrong_use_is_one_line(front: Front, options: list[str], said: str) -> None:
     draw_image(front.folder / "cat.png")
-    result = front.finder("stage=trace", *options)
-    assert result.status == 2
-    assert said in one_line(result.err)
+    assert said in front.error("stage=trace", *options)
 
 
 # -------------------------------------------------------------------------------------------------- a browser
