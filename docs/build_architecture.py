@@ -1,6 +1,6 @@
-"""Draws the figure of `docs/architecture.md` and fills its column of files: `python docs/build_architecture.py`.
+"""Draw the figure of `docs/architecture.md` and fill its column of files: `python docs/build_architecture.py`.
 
-From the repository's root. The order of the rooms is the table's own and is not touched.
+Run it from the repository's root. It does not change the order of the table's rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 FIGURE = ROOT / "docs" / "images" / "architecture.png"
 ROW = re.compile(r"^(\| `([a-z_/]+)/` \|[^|]+\|)[^|]*\|$", re.MULTILINE)
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, lightened so that black text stands on them.
+# Okabe and Ito's colour-blind safe palette, lightened so that black text is readable.
 SHELL, SAMPLES, MODEL, SCIENCE, RESULT, GROUND = (
     "#f5e6a8",
     "#bfe3f7",
@@ -60,7 +60,7 @@ BOXES = {
         GROUND,
     ),
 }
-"""Room -> left, bottom, width, its name, a few words, colour."""
+"""Room -> left, bottom, width, name, caption, colour."""
 
 HEIGHT = 1.2
 
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _with_files(row: re.Match[str]) -> str:
-    """The row of a folder with its files, but for those that have a row of their own, or whose folder has one."""
+    """The row of a folder with its files, except files that have their own row or whose folder has one."""
     folder = PACKAGE / row[2]
     paths = [
         file.relative_to(folder).as_posix()
@@ -107,8 +107,8 @@ def _draw() -> None:
     figure, axes = plt.subplots(figsize=(11, 6.1), layout="constrained")
     axes.set(xlim=(0, 17), ylim=(0, 9.5))
     axes.axis("off")
-    for left, bottom, width, name, words, colour in BOXES.values():
-        _box(axes, left, bottom, width, name, words, colour)
+    for left, bottom, width, name, caption, colour in BOXES.values():
+        _box(axes, left, bottom, width, name, caption, colour)
     for start, end in ARROWS:
         _arrow(axes, start, end)
     _frame(axes, 0.0, 1.5, 17.0, 6.1, "the path of a sample, carried out by stages/, or from Python", "0.6")
@@ -118,38 +118,38 @@ def _draw() -> None:
 
 
 def _frame(
-    axes: Axes, left: float, bottom: float, width: float, height: float, words: str, colour: str
+    axes: Axes, left: float, bottom: float, width: float, height: float, caption: str, colour: str
 ) -> None:
     style = "round,pad=0,rounding_size=.15"
     axes.add_patch(
         FancyBboxPatch((left, bottom), width, height, boxstyle=style, fill=False, ls="--", ec=colour)
     )
     axes.text(
-        left + width / 2, bottom + height - 0.14, words, ha="center", va="top", fontsize=9, style="italic"
+        left + width / 2, bottom + height - 0.14, caption, ha="center", va="top", fontsize=9, style="italic"
     )
 
 
-def _box(axes: Axes, left: float, bottom: float, width: float, name: str, words: str, colour: str) -> None:
+def _box(axes: Axes, left: float, bottom: float, width: float, name: str, caption: str, colour: str) -> None:
     style = "round,pad=0,rounding_size=.12"
     axes.add_patch(FancyBboxPatch((left, bottom), width, HEIGHT, boxstyle=style, fc=colour, ec="0.3", lw=0.8))
     centre = left + width / 2
-    top = bottom + HEIGHT - (0.15 if "\n" in words else 0.28)  # two or three lines, in the middle of the box
+    top = bottom + HEIGHT - (0.15 if "\n" in caption else 0.28)  # two or three lines, in the middle of the box
     axes.text(centre, top, name, ha="center", va="top", fontsize=10, weight="bold")
-    axes.text(centre, top - 0.38, words, ha="center", va="top", fontsize=8.5, linespacing=1.15)
+    axes.text(centre, top - 0.38, caption, ha="center", va="top", fontsize=8.5, linespacing=1.15)
 
 
 def _arrow(axes: Axes, start: str, end: str) -> None:
-    """From the edge of one box to that of another: sideways where their columns differ, else up or down."""
+    """An arrow between the edges of two boxes: horizontal if they lie side by side, otherwise vertical."""
     (x0, y0, w0), (x1, y1, w1) = BOXES[start][:3], BOXES[end][:3]
-    across, middle = HEIGHT / 2, x0 + w0 / 2
+    half_height, centre = HEIGHT / 2, x0 + w0 / 2
     if x0 + w0 < x1:
-        tail, head = (x0 + w0, y0 + across), (x1, y1 + across)
+        tail, head = (x0 + w0, y0 + half_height), (x1, y1 + half_height)
     elif x1 + w1 < x0:
-        tail, head = (x0, y0 + across), (x1 + w1, y1 + across)
+        tail, head = (x0, y0 + half_height), (x1 + w1, y1 + half_height)
     elif y0 > y1:
-        tail, head = (middle, y0), (middle, y1 + HEIGHT)
+        tail, head = (centre, y0), (centre, y1 + HEIGHT)
     else:
-        tail, head = (middle, y0 + HEIGHT), (middle, y1)
+        tail, head = (centre, y0 + HEIGHT), (centre, y1)
     axes.add_patch(
         FancyArrowPatch(tail, head, arrowstyle="-|>", mutation_scale=12, color="0.25", shrinkA=1, shrinkB=1)
     )

@@ -1,7 +1,7 @@
-"""Makes `docs/experiments.md` and its figures anew: `python docs/build_experiments.py`, from the repository's root.
+"""Regenerate `docs/experiments.md` and its figures: `python docs/build_experiments.py`, from the repository's root.
 
 Runs the commands that the page names on the embedded model and the synthetic benchmark (a few minutes on one core;
-a second run goes on from `outputs/docs`), and writes what they wrote. No number of the page is written by hand.
+a second run resumes from `outputs/docs`), and assembles the page from their tables and figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUNS = {
     ),
     "wide": ("experiment=ladder", "data=scenes", "scenes.height=176"),
 }
-"""What is run, by the name of its folder below outputs/docs."""
+"""Options of each run, by the name of its folder below outputs/docs."""
 
 QUESTIONS = {
     "fig3": "Which heads attend to the image at all? (Criterion 1)",
@@ -106,16 +106,16 @@ def main() -> None:
 
 
 def run(name: str, options: tuple[str, ...]) -> None:
-    places = [f"output_dir={WORK / name}", f"scenes.folder={WORK / 'scenes_data'}"]
-    done = subprocess.run(
-        [sys.executable, PROGRAM, "stage=experiment", *options, *places], cwd=ROOT, check=False
+    folders = [f"output_dir={WORK / name}", f"scenes.folder={WORK / 'scenes_data'}"]
+    completed = subprocess.run(
+        [sys.executable, PROGRAM, "stage=experiment", *options, *folders], cwd=ROOT, check=False
     )
-    if done.returncode:
-        sys.exit(f"{name}: status {done.returncode}")
+    if completed.returncode:
+        sys.exit(f"{name}: status {completed.returncode}")
 
 
 def page(work: Path) -> str:
-    """The page from what the runs left in `work`; copies the figures that it shows."""
+    """The page from the results of the runs in `work`; also copies the figures that it shows."""
     scenes = {path.stem: json.loads(path.read_text()) for path in _folder(work, "scenes").glob("*.json")}
     parts = [_intro(scenes), "## On scenes like those it was trained on", _command("scenes")]
     parts += [_section(work, "scenes", name) for name in QUESTIONS if name in scenes]
@@ -130,9 +130,9 @@ def page(work: Path) -> str:
     return "\n".join(f"{part.strip()}\n" for part in parts)
 
 
-def _intro(found: Mapping[str, Any]) -> str:
-    summary = "\n".join(f"- {found[name]['reading']}" for name in ("fig6b", "random"))
-    samples = found["fig6b"]["samples"]
+def _intro(results: Mapping[str, Any]) -> str:
+    summary = "\n".join(f"- {results[name]['reading']}" for name in ("fig6b", "random"))
+    samples = results["fig6b"]["samples"]
     return INTRO.format(samples=samples, summary=summary)
 
 
@@ -141,7 +141,7 @@ def _command(run: str) -> str:
 
 
 def _section(work: Path, run: str, name: str) -> str:
-    """What an experiment wrote, with its question and, if it has one, its figure beside the page."""
+    """An experiment's table and text, with its question and, if it has one, its figure copied to docs/images."""
     folder = _folder(work, run)
     title, _, rest = (folder / f"{name}.md").read_text(encoding="utf-8").partition("\n\n")
     figure = f"{name}.png" if run == "scenes" else f"{run}_{name}.png"

@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def markdown() -> str:
-    """Every option of the finder by group, then what the other programs have besides."""
+    """Every option of the finder by group, then the options that only the other programs have."""
     parts = [_presets(), _table("Options of the run", _single(FinderOptions))]
     for name, field in FinderOptions.__pydantic_fields__.items():
         if group := group_of(field):
@@ -61,7 +61,7 @@ def _table(title: str, options: Iterator[tuple[str, FieldInfo]] | list[tuple[str
 
 
 def _takes(field: FieldInfo) -> str:
-    """The advice of an error as what it says of values."""
+    """The allowed values, from the hint of the error message."""
     return re.sub(r"^(give|write|choose one of|choose) |, choose one of(?= )", "", wants(field))
 
 

@@ -1,11 +1,11 @@
-"""Writes the outputs that the pages show anew: `python docs/build_pages.py [PAGE ...]`, from the repository's root.
+"""Regenerate the outputs that the pages show: `python docs/build_pages.py [PAGE ...]`, from the repository's root.
 
-Runs, in a folder of its own, what a reader would run, and replaces what the page says came out:
+The commands of a page are run in a temporary folder, as a reader would run them, and replace their outputs on the page:
 
 - a `bash` block whose commands begin with `$`: what each of them prints (one with a comment is shown, not run);
-- what stands between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
-- the images in `docs/images` that come out of these commands (`DRAWN`);
-- with all pages, or by its name, what the cells of `examples/quickstart.ipynb` show.
+- the text between `<!-- output of: COMMAND -->` and `<!-- end of output -->`, fenced or not;
+- the images in `docs/images` that these commands draw (`FIGURES`);
+- the outputs of the cells of `examples/quickstart.ipynb`, if no page or the notebook is named.
 
 No output on a page is written by hand. `docs/build_experiments.py` makes the page of the experiments, `docs/screens.py`
 the images of the report and the demo.
@@ -25,12 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 NOTEBOOK = "examples/quickstart.ipynb"
-SHOWN = re.compile(r"^```bash\n(?=\$ )(.*?)^```$", re.MULTILINE | re.DOTALL)
-MARKED = re.compile(r"(<!-- output of: (.+?) -->\n)(.*?)(^<!-- end of output -->)", re.MULTILINE | re.DOTALL)
+SESSION = re.compile(r"^```bash\n(?=\$ )(.*?)^```$", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"(<!-- output of: (.+?) -->\n)(.*?)(^<!-- end of output -->)", re.MULTILINE | re.DOTALL)
 FENCE = "```"
 
 TINY = Path("outputs") / "localization_heads" / "tiny"
-DRAWN = {
+FIGURES = {
     "visualization.png": TINY / "attention" / "one_visualization.png",
     "components.png": TINY / "attention" / "one_components_L4H4.png",
     "trace.png": TINY / "attention" / "answer_trace.png",
@@ -49,17 +49,17 @@ def main() -> None:
         names.remove(NOTEBOOK)
         _run_notebook(ROOT / NOTEBOOK)
     with tempfile.TemporaryDirectory() as folder:
-        work = _workplace(Path(folder))
+        work = _link_repository(Path(folder))
         for name in names:
             _rewrite(ROOT / name, work)
-        for image, source in DRAWN.items():
+        for image, source in FIGURES.items():
             if (work / source).is_file():
                 shutil.copyfile(work / source, IMAGES / image)
                 print(f"wrote docs/images/{image}")  # noqa: T201
 
 
 def _run_notebook(path: Path) -> None:
-    """Run its cells from the repository's root, as the tests do, and keep what they show, without warnings."""
+    """Run the cells from the repository's root, as the tests do, and store their outputs without warnings."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -69,13 +69,13 @@ def _run_notebook(path: Path) -> None:
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     nbformat.write(notebook, path)
     print(f"wrote {path.relative_to(ROOT)}")  # noqa: T201
 
 
-def _workplace(folder: Path) -> Path:
-    """A folder that looks like the repository's root, but for what was written there before."""
+def _link_repository(folder: Path) -> Path:
+    """Fill `folder` with links to the files of the repository, except earlier outputs."""
     for path in ROOT.iterdir():
         if path.name not in ("outputs", ".venv"):
             (folder / path.name).symlink_to(path)
@@ -84,21 +84,21 @@ def _workplace(folder: Path) -> Path:
 
 def _rewrite(page: Path, work: Path) -> None:
     before = page.read_text(encoding="utf-8")
-    after = MARKED.sub(lambda match: _marked(match, work), before)
-    after = SHOWN.sub(lambda match: f"```bash\n{_session(match[1], work)}```", after)
+    after = OUTPUT.sub(lambda match: _replace_output(match, work), before)
+    after = SESSION.sub(lambda match: f"```bash\n{_run_session(match[1], work)}```", after)
     if after != before:
         page.write_text(after, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")  # noqa: T201
 
 
-def _marked(match: re.Match[str], work: Path) -> str:
-    """The output of one command, in a fence if it stood in one before."""
+def _replace_output(match: re.Match[str], work: Path) -> str:
+    """The markers with the command's new output, fenced if the old output was."""
     fence = re.match(rf"{FENCE}\w*\n", match[3])
     shown = _run(match[2], work)
     return f"{match[1]}{fence[0] + shown + FENCE if fence else shown.rstrip()}\n{match[4]}"
 
 
-def _session(block: str, work: Path) -> str:
+def _run_session(block: str, work: Path) -> str:
     """The commands of a block, each followed by what it prints."""
     text = []
     for command in re.findall(r"^\$ (?:.*\\\n)*.*", block, re.MULTILINE):

@@ -1,7 +1,7 @@
-"""Takes the images of the two pages anew: `python docs/screens.py`, from the repository's root.
+"""Take the screenshots of the report and the demo: `python docs/screens.py`, from the repository's root.
 
-Opens the report of `make run` and the demo in Chromium and writes docs/images/report.png and docs/images/demo.png.
-Needs playwright, gradio and a Chromium on the PATH.
+Opens both in Chromium and writes docs/images/report.png and docs/images/demo.png. Needs playwright, gradio and a
+Chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def report(page: Page) -> None:
-    """The top of the report, the best samples first."""
+    """Take a screenshot of the top of the report, with the best samples first."""
     page.goto((ROOT / OUTPUT / "tiny" / "report.html").as_uri())
     page.locator("label:has-text('Order') select").select_option(label="best first: highest IoU")
     page.wait_for_timeout(1500)
@@ -47,7 +47,7 @@ def report(page: Page) -> None:
 
 
 def compare(page: Page, address: str) -> None:
-    """The first example asked for two things, two sets of heads beside each other."""
+    """Take a screenshot of the first example with two expressions and two sets of heads."""
     page.goto(address)
     page.wait_for_selector("#boxes img", timeout=60_000)
     page.fill("#expression textarea", "the frog; the left owl")
@@ -63,7 +63,7 @@ def compare(page: Page, address: str) -> None:
 
 @contextmanager
 def demo() -> Iterator[str]:
-    """Serves the page; its address."""
+    """Serve the demo while the block runs; yields its address."""
     command = [sys.executable, "-u", "-m", "localization_heads.apps.demo", "open_browser=false", "device=cpu"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
