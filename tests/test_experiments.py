@@ -87,7 +87,7 @@ def study() -> Study:
 
 def find(name: str, study: Study) -> Finding:
     experiment = EXPERIMENTS[name]
-    found = experiment.summarize(study, score_recipes(experiment.recipes(study), SET))
+    found = experiment.find(study, score_recipes(experiment.recipes(study), SET))
     json.dumps(found.numbers, allow_nan=False)  # it goes into a file
     assert found.reading.endswith(".")
     return found
@@ -344,7 +344,7 @@ def test_the_contrast_says_what_its_numbers_say(study: Study, better: int | None
     )
     found, other = {0: (good, bad), 1: (bad, good), None: (mixed, mixed)}[better]
     scores = {"found": found, "all": mixed} | {("random", i): other for i in range(20)}
-    assert said in EXPERIMENTS["random"].summarize(study, scores).reading
+    assert said in EXPERIMENTS["random"].find(study, scores).reading
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------
@@ -504,7 +504,7 @@ def test_equal_recipes_are_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_entries_without_masks_have_no_res(study: Study) -> None:
     boxes = [(maps, Truth(truth.box)) for maps, truth in SET]
     scores = score_recipes(EXPERIMENTS["tab2"].recipes(study), boxes)
-    found = EXPERIMENTS["tab2"].summarize(study, scores)
+    found = EXPERIMENTS["tab2"].find(study, scores)
     assert found.tables[0].rows[0][1] == "-" and found.numbers["ciou"] is None
 
 

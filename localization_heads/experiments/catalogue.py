@@ -17,12 +17,12 @@ class Experiment:
     """One figure or table of the paper.
 
     Args:
-        summarize: makes the finding from the study and the scores of `recipes`.
+        find: makes the finding from the study and the scores of `recipes`.
         recipes: the recipes to score, by name.
         needs_truth: whether the entries need a ground-truth box or mask.
     """
 
-    summarize: Callable[[Study, Mapping[Any, RecipeScores]], Finding]
+    find: Callable[[Study, Mapping[Any, RecipeScores]], Finding]
     recipes: Callable[[Study], dict[Hashable, Recipe]] = lambda study: {}
     needs_truth: bool = True
 

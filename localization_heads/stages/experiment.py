@@ -247,7 +247,7 @@ def _summarize(run: Run, entries: Entries, study: Study, chosen: Sequence[str]) 
             recipes, (_maps_and_truth(run, sample) for sample in bar), _refiner(run, samples)
         )
     return [
-        EXPERIMENTS[name].summarize(
+        EXPERIMENTS[name].find(
             study, {key: scored for (owner, key), scored in scores.items() if owner == name}
         )
         for name in chosen
