@@ -133,7 +133,7 @@ def _box(axes: Axes, left: float, bottom: float, width: float, name: str, captio
     style = "round,pad=0,rounding_size=.12"
     axes.add_patch(FancyBboxPatch((left, bottom), width, HEIGHT, boxstyle=style, fc=colour, ec="0.3", lw=0.8))
     centre = left + width / 2
-    top = bottom + HEIGHT - (0.15 if "\n" in caption else 0.28)  # two or three lines, in the middle of the box
+    top = bottom + HEIGHT - (0.15 if "\n" in caption else 0.28)  # centres two or three lines
     axes.text(centre, top, name, ha="center", va="top", fontsize=10, weight="bold")
     axes.text(centre, top - 0.38, caption, ha="center", va="top", fontsize=8.5, linespacing=1.15)
 
