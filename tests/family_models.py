@@ -16,7 +16,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.utils import is_torchvision_available
 
-from localization_heads.lvlm.checkpoints.processors import with_pillow, without_video
+from localization_heads.lvlm.checkpoints.processors import use_pillow, without_video
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 
@@ -62,7 +62,7 @@ def tiny(name: str) -> LVLM:
         pytest.importorskip("timm")
     torch.manual_seed(0)
     processor, model = BUILDERS[name]()
-    processor.image_processor = with_pillow(processor.image_processor)  # as `load_model` does
+    processor.image_processor = use_pillow(processor.image_processor)  # as `load_model` does
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith(("q_proj.weight", "k_proj.weight", "qkv.weight")):
@@ -143,14 +143,14 @@ def llava_like(prefix: str, ip: Any, language_model: str = "llama", **options: A
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
     }
-    processor_kind = hf.LlavaNextProcessor if prefix == "LlavaNext" else hf.LlavaProcessor
+    processor_class = hf.LlavaNextProcessor if prefix == "LlavaNext" else hf.LlavaProcessor
     config = getattr(hf, f"{prefix}Config")(
         vision_config=clip(336, 14),
         text_config=text(language_model),
         image_token_index=t.image_token_id,
         **options,
     )
-    return processor_kind(ip, t, **settings), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
+    return processor_class(ip, t, **settings), getattr(hf, f"{prefix}ForConditionalGeneration")(config)
 
 
 @family

@@ -36,7 +36,7 @@ from localization_heads.lvlm.extra_prompts import (
     other_expressions,
 )
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.text.prompts import fill_template, mean_of_shapes, paraphrase
+from localization_heads.lvlm.text.prompts import fill_template, mean_of_normalised, paraphrase
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.scenes.scene import VALIDATION_SEEDS, scene_samples
 from localization_heads.stages.entries import Entries
@@ -77,11 +77,11 @@ def test_templates_word_an_expression_and_its_article_goes() -> None:
     assert fill_template("theatre", "the {}") == "the theatre"
 
 
-def test_mean_of_shapes_by_hand() -> None:
+def test_mean_of_normalised_by_hand() -> None:
     """Shapes [.5 .5] and [1 0] have the mean [.75 .25]; sums 1 and .2 the mean .6."""
-    found = mean_of_shapes([np.array([[0.5, 0.5]], np.float32), np.array([[0.2, 0.0]], np.float32)])
+    found = mean_of_normalised([np.array([[0.5, 0.5]], np.float32), np.array([[0.2, 0.0]], np.float32)])
     np.testing.assert_allclose(found, [[0.45, 0.15]], **SAME)
-    nothing = mean_of_shapes([np.zeros((1, 2), np.float32), np.array([[0.5, 0.5]], np.float32)])
+    nothing = mean_of_normalised([np.zeros((1, 2), np.float32), np.array([[0.5, 0.5]], np.float32)])
     np.testing.assert_allclose(nothing, [[0.125, 0.125]], **SAME)
 
 

@@ -20,8 +20,8 @@ from localization_heads.lvlm.text.chat_template import (
     PROCESS,
     TemplateError,
     TemplateProcess,
-    make_renderer_ready,
     render_chat,
+    start_renderer_if_needed,
 )
 
 EMBEDDED = Path(chat_template.__file__).parents[1] / "embedded" / "chat_template.jinja"
@@ -42,9 +42,9 @@ def test_the_text_is_that_of_transformers(family: str) -> None:
 
 
 def test_the_template_of_the_embedded_model_needs_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PROCESS, "_started", None)
+    monkeypatch.setattr(PROCESS, "_get_child", None)
     processor = processor_with(EMBEDDED.read_text())
-    make_renderer_ready(processor)
+    start_renderer_if_needed(processor)
     expected = processor.apply_chat_template(TURN, add_generation_prompt=True, tokenize=False)
     assert render_chat(processor, TURN) == expected
 
@@ -74,7 +74,7 @@ def test_of_several_templates_the_default_is_taken() -> None:
 def test_templates_that_misbehave(template: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one line, in time; and the next template is rendered as if nothing had been."""
     PROCESS.render("ready", TURN, {})
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "TIMEOUT", 0.3)
     with pytest.raises(TemplateError, match=said) as caught:
         PROCESS.render(template, TURN, {})
     assert "\n" not in str(caught.value)
@@ -84,9 +84,9 @@ def test_templates_that_misbehave(template: str, said: str, monkeypatch: pytest.
 
 def test_a_template_that_was_ended_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     process = TemplateProcess()
-    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "TIMEOUT", 0.2)
     for _ in range(2):
-        with pytest.raises(TemplateError, match=r"0\.2 s|ended before"):
+        with pytest.raises(TemplateError, match=r"0\.2 s|killed before"):
             process.render(ENDLESS, TURN, {})
     assert process._child is None
 
@@ -100,7 +100,7 @@ def test_an_answer_that_nobody_waited_for_is_not_given_to_the_next(monkeypatch: 
 
     process.render("first", TURN, {})
     with monkeypatch.context() as patch:
-        patch.setattr(chat_template, "_answer", interrupted)
+        patch.setattr(chat_template, "_read_response", interrupted)
         with pytest.raises(KeyboardInterrupt):
             process.render("second", TURN, {})
     assert process.render("third", TURN, {}) == "third"
@@ -135,7 +135,7 @@ def test_a_checkpoint_whose_template_loops_for_ever(
 ) -> None:
     """The paper's prompt does without it; the model's own is refused."""
     PROCESS.render("ready", TURN, {})
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "TIMEOUT", 0.3)
     save_llava(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": ENDLESS + "1"}))

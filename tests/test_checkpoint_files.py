@@ -13,7 +13,12 @@ from tiny_sams import tiny_sam
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.checkpoints import files as checkpoint
-from localization_heads.lvlm.checkpoints.files import Weights, check_original, check_size, weights_in
+from localization_heads.lvlm.checkpoints.files import (
+    Weights,
+    check_not_original_llava,
+    check_size,
+    weights_in,
+)
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.segmentation.sam import FAMILIES, load_checkpoint
 
@@ -83,7 +88,7 @@ def test_the_original_format_of_llava(
     architecture: str, settings: dict[str, Any], name: str, twin: str
 ) -> None:
     with pytest.raises(UsageError, match="original LLaVA format") as caught:
-        check_original({"architectures": [architecture], **settings}, f"model.name={name}")
+        check_not_original_llava({"architectures": [architecture], **settings}, f"model.name={name}")
     assert twin in str(caught.value)
 
 
@@ -143,10 +148,10 @@ def test_real_models_pass() -> None:
     """Quantized to 2 bits; and one that is not here yet."""
     text = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008, "vocab_size": 32064}
     config = {"text_config": {**text, "num_attention_heads": 32, "head_dim": 128}}
-    check_size(config, Weights(num_bytes=7_000_000_000 // 4, largest_number=31), "x")
+    check_size(config, Weights(num_bytes=7_000_000_000 // 4, max_index=31), "x")
     check_size(config, None, "x")
     with pytest.raises(UsageError, match=r"1\.4e\+09 weights .*8 MB"):  # 32 x 4096 x 11008
-        check_size(config, Weights(num_bytes=8_000_000, largest_number=None), "x")
+        check_size(config, Weights(num_bytes=8_000_000, max_index=None), "x")
 
 
 def test_what_is_known_of_weights(folder: Path) -> None:
@@ -168,7 +173,7 @@ def test_an_index_that_leads_out_of_the_folder(folder: Path) -> None:
 
 
 def test_a_huge_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_JSON", 2 << 20)
+    monkeypatch.setattr(checkpoint, "MAX_JSON_BYTES", 2 << 20)
     (folder / "tokenizer.json").write_bytes(b" " * (3 << 20))
     assert "tokenizer.json has 3 MB" in refusal(folder)
 

@@ -145,15 +145,15 @@ def test_large_weights_are_read_in_sight(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A bar, and what a conversion costs; of small ones nothing is said."""
-    monkeypatch.setattr(loading, "LARGE", limit)
+    monkeypatch.setattr(loading, "LARGE_BYTES", limit)
     load_model(str(folder), dtype="bfloat16", device="cpu")
     err = capsys.readouterr().err
     assert ("Loading weights" in err) == (limit == 0)
     assert "torchvision" not in err
-    assert ("saved as float32, and converted ones are a copy" in caplog.text) == (limit == 0)
+    assert ("saved as float32, and converting them makes a copy" in caplog.text) == (limit == 0)
     caplog.clear()
     load_model(str(folder), dtype="float32", device="cpu")
-    assert "converted" not in caplog.text
+    assert "converting" not in caplog.text
 
 
 def test_a_command_says_what_it_works_with_before_it_loads_anything(front: Front) -> None:

@@ -14,13 +14,13 @@ from localization_heads.errors import UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.spec import (
     EMBEDDED,
-    SHAPES,
+    KNOWN_SHAPES,
     compose_spec,
+    find_known_shape,
     find_spec,
     known_specs,
-    looks_like,
 )
-from localization_heads.lvlm.families.table import FAMILIES, family_facts
+from localization_heads.lvlm.families.table import FAMILIES, family_defaults
 from localization_heads.options import compose
 from localization_heads.options.groups import ConvMode, ModelSpec
 from localization_heads.options.programs import FinderOptions
@@ -154,14 +154,14 @@ def test_every_family_has_a_file() -> None:
     assert set(MODEL_TYPES.values()) == set(FAMILIES) - {"glmga"}  # of which no checkpoint is known
 
 
-@pytest.mark.parametrize("stem", [s for s in STEMS if not callable(FAMILIES[MODEL_TYPES[s]].facts)])
+@pytest.mark.parametrize("stem", [s for s in STEMS if not callable(FAMILIES[MODEL_TYPES[s]].defaults)])
 def test_files_and_families_agree(stem: str) -> None:
     """A copy of a checkpoint in a folder is asked as the checkpoint is."""
     spec = known_specs()[stem]
-    facts = {name: getattr(spec, name) for name in ("conv_mode", "native_box", "pad_to_square")}
-    assert {name: value for name, value in facts.items() if value is not None} == FAMILIES[
+    defaults = {name: getattr(spec, name) for name in ("conv_mode", "native_box", "pad_to_square")}
+    assert {name: value for name, value in defaults.items() if value is not None} == FAMILIES[
         MODEL_TYPES[stem]
-    ].facts
+    ].defaults
 
 
 VICUNA, YI = {"model_type": "llama", "vocab_size": 32064}, {"model_type": "llama", "vocab_size": 64064}
@@ -169,7 +169,7 @@ CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_visio
 
 
 @pytest.mark.parametrize(
-    ("model_type", "text", "vision", "facts"),
+    ("model_type", "text", "vision", "defaults"),
     [
         ("llava", VICUNA, CLIP, {"conv_mode": "referseg", "pad_to_square": True}),
         ("llava", {"model_type": "qwen2"}, SIGLIP, {"conv_mode": "chat"}),
@@ -187,24 +187,26 @@ CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_visio
     ],
 )
 def test_facts_of_families_with_several_parts(
-    model_type: str, text: dict[str, Any], vision: dict[str, Any], facts: dict[str, Any]
+    model_type: str, text: dict[str, Any], vision: dict[str, Any], defaults: dict[str, Any]
 ) -> None:
-    assert family_facts(AutoConfig.for_model(model_type, text_config=text, vision_config=vision)) == facts
+    assert (
+        family_defaults(AutoConfig.for_model(model_type, text_config=text, vision_config=vision)) == defaults
+    )
 
 
 def test_facts_of_mixtures_of_experts_and_of_strangers() -> None:
-    assert family_facts(SimpleNamespace(model_type="glm4v_moe")) == FAMILIES["glm4v"].facts
-    assert family_facts(SimpleNamespace(model_type="novel")) == {}
+    assert family_defaults(SimpleNamespace(model_type="glm4v_moe")) == FAMILIES["glm4v"].defaults
+    assert family_defaults(SimpleNamespace(model_type="novel")) == {}
 
 
 def test_shapes_of_the_checkpoints_whose_heads_are_known() -> None:
-    assert set(SHAPES) == {stem for stem, spec in known_specs().items() if spec.heads}
+    assert set(KNOWN_SHAPES) == {stem for stem, spec in known_specs().items() if spec.heads}
     llava = AutoConfig.for_model("llava", text_config=VICUNA)  # the defaults are those of LLaVA-1.5-7B
-    assert looks_like(llava) == "llava"
+    assert find_known_shape(llava) == "llava"
     llava.text_config.num_hidden_layers, llava.text_config.num_attention_heads = 40, 40
-    assert looks_like(llava) is None
+    assert find_known_shape(llava) is None
     llava.text_config.hidden_size = 5120
-    assert looks_like(llava) == "llava-13b"
+    assert find_known_shape(llava) == "llava-13b"
 
 
 def test_any_option_can_be_overridden() -> None:

@@ -22,7 +22,7 @@ from localization_heads.errors import WorkError
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checkpoints.sources import (
     check_torchvision,
-    fitting_torchvision,
+    matching_torchvision,
     missing_package,
     torchvision_advice,
 )
@@ -103,7 +103,7 @@ def test_the_line_of_a_package(error: Exception, said: str | None) -> None:
     ],
 )
 def test_the_torchvision_that_was_built_for_a_torch(here: str, fitting: str | None) -> None:
-    assert fitting_torchvision(here) == fitting
+    assert matching_torchvision(here) == fitting
 
 
 BROKEN = {

@@ -11,7 +11,7 @@ from tiny_models import llava_model, llava_processor, tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.checkpoints.loading import _check_order
+from localization_heads.lvlm.checkpoints.loading import _check_image_position
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.prompts import (
     image_comes_first,
@@ -145,13 +145,13 @@ def test_image_after_the_text_is_said(
     monkeypatch.setattr(logging.getLogger("localization_heads"), "propagate", True)
     last, first = TEMPLATES["image last"][0], TEMPLATES["llava-1.5"][0]
     with caplog.at_level(logging.WARNING):
-        _check_order(lvlm_with(first))
-        _check_order(lvlm_with(last, conv_mode="referseg"))
+        _check_image_position(lvlm_with(first))
+        _check_image_position(lvlm_with(last, conv_mode="referseg"))
         assert not caplog.records
-        _check_order(lvlm_with(last))
+        _check_image_position(lvlm_with(last))
     assert "puts the image after the text" in caplog.text
     with pytest.raises(UsageError, match="query_token=expression_end"):
-        _check_order(lvlm_with(last, "expression_end"))
+        _check_image_position(lvlm_with(last, "expression_end"))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_image_after_the_text_is_said(
 )
 def test_templates_that_cannot_be_used(template: str | None, words: str) -> None:
     with pytest.raises(UsageError, match=f"conv_mode.*{words}"):
-        _check_order(lvlm_with(template))
-    _check_order(lvlm_with(template, conv_mode="plain"))
+        _check_image_position(lvlm_with(template))
+    _check_image_position(lvlm_with(template, conv_mode="plain"))
 
 
 @pytest.mark.parametrize("conv_mode", ["chat", "plain"])

@@ -20,7 +20,7 @@ from tiny_models import edit, llava_model, llava_processor, save_llava
 import localization_heads as lh
 from localization_heads.errors import OutOfMemoryError, UsageError
 from localization_heads.lvlm.checkpoints.loading import load_model
-from localization_heads.lvlm.checkpoints.processors import check_image_sizes, complete, with_pillow
+from localization_heads.lvlm.checkpoints.processors import check_image_sizes, fill_in_missing, use_pillow
 from localization_heads.lvlm.checks.footprints import views_seen
 from localization_heads.options.groups import ModelSpec
 
@@ -109,7 +109,7 @@ def test_what_is_filled_in_is_what_the_family_has(name: str) -> None:
     expected = {one: getattr(processor, one) for one in names}
     for one in names:
         setattr(processor, one, 0 if one.startswith("num_additional") else None)
-    complete(processor, model.config)
+    fill_in_missing(processor, model.config)
     assert {one: getattr(processor, one) for one in names} == expected
 
 
@@ -140,7 +140,7 @@ def test_the_image_token_is_no_padding() -> None:
     for index, expected in ((3, "<unk>"), (config.image_token_index, "</s>"), (10**9, "</s>")):
         processor.tokenizer.pad_token = None
         config.text_config.pad_token_id = config.pad_token_id = index
-        complete(processor, config)
+        fill_in_missing(processor, config)
         assert processor.tokenizer.pad_token == expected
 
 
@@ -209,17 +209,17 @@ def test_a_processor_of_another_model(tmp_path: Path, image: Image.Image) -> Non
     """Too many image tokens for the tower's features."""
     folder = save_llava(tmp_path)
     edit(folder / "processor_config.json", lambda d: d.update(patch_size=4))
-    with pytest.raises(UsageError, match="do not fit each other"):
+    with pytest.raises(UsageError, match="do not match"):
         load_model(str(folder), device="cpu").attend(image, "the dog")
     assert torch.is_grad_enabled()
 
 
 def test_pixels_do_not_depend_on_torchvision() -> None:
     """Its form of an image processor gives way to Pillow's, settings kept, but where a family cannot do without it."""
-    own = with_pillow(llava_processor().image_processor)
-    assert with_pillow(own) is own
+    own = use_pillow(llava_processor().image_processor)
+    assert use_pillow(own) is own
     for kind, form in (("CLIPImageProcessor", type(own)), ("FuyuImageProcessor", None), ("Novel", None)):
         torchvisions = type(kind, (), {"to_dict": lambda _: own.to_dict()})()
-        found = with_pillow(torchvisions)
+        found = use_pillow(torchvisions)
         assert type(found) is (form or type(torchvisions))
         assert found.to_dict() == own.to_dict()

@@ -17,16 +17,16 @@ from localization_heads.errors import UsageError
 from localization_heads.heads import ready
 from localization_heads.heads.head import Head, find_duplicate
 from localization_heads.heads.ready import ReadyList, choose_ready, ready_list, ready_lists, shared_heads
-from localization_heads.lvlm.checkpoints.spec import SHAPES, known_specs
+from localization_heads.lvlm.checkpoints.spec import KNOWN_SHAPES, known_specs
 from localization_heads.options.compose import composed
 from localization_heads.stages.run import ChatRun, Run
 
 PAPER = (Head(14, 24), Head(14, 13), Head(14, 26))
 LAYERS_AND_HEADS = {
     "qwen2_5-vl": (28, 28), "qwen3-vl": (36, 32), "internvl": (28, 28), "internvl3_5": (36, 32),
-    **{stem: shape[1:3] for stem, shape in SHAPES.items()},
+    **{stem: shape[1:3] for stem, shape in KNOWN_SHAPES.items()},
 }  # fmt: skip
-"""Of the language models: Qwen2.5-7B, Qwen3-8B; the others as `SHAPES` has them."""
+"""Of the language models: Qwen2.5-7B, Qwen3-8B; the others as `KNOWN_SHAPES` has them."""
 
 
 def test_every_list_is_of_a_model_and_sound() -> None:

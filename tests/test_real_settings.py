@@ -17,10 +17,10 @@ from family_models_siblings import glm46v  # noqa: F401 -- registers all familie
 
 from localization_heads.lvlm.checkpoints import loading
 from localization_heads.lvlm.checkpoints.loading import load_model
-from localization_heads.lvlm.checkpoints.spec import with_family
+from localization_heads.lvlm.checkpoints.spec import with_family_defaults
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.families.geometry import ProcessedImage
-from localization_heads.lvlm.families.table import family_facts, views_of
+from localization_heads.lvlm.families.table import family_defaults, views_of
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import ModelSpec
 
@@ -384,7 +384,7 @@ def test_image_settings_as_checkpoints_have_them(name: str, tmp_path: Path) -> N
     if name in PROCESSORS:
         (tmp_path / "processor_config.json").write_text(json.dumps(PROCESSORS[name]))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    spec = with_family(ModelSpec(str(tmp_path)), family_facts(config))
+    spec = with_family_defaults(ModelSpec(str(tmp_path)), family_defaults(config))
     lvlm.processor = loading._load_processor(str(tmp_path), spec, config)
     image = coordinate_image(640, 480)
     inputs = lvlm.run_processor([image], [lvlm.prompt("the dog")])

@@ -1,6 +1,7 @@
-"""Where a checkpoint comes from, a folder or the hub, and what is said when it cannot be had or read.
+"""Where a checkpoint comes from, a local folder or the Hugging Face hub, and why it cannot be downloaded or read.
 
-Packages that are missing or do not fit each other are among the reasons.
+Failures of `from_pretrained`, including those caused by missing or incompatible packages, become one-line errors that
+say what to do.
 """
 
 from __future__ import annotations
@@ -19,52 +20,53 @@ from localization_heads.lvlm.checkpoints.files import check_files
 from localization_heads.store.files import read_json
 from localization_heads.store.paths import local_path
 
-MAX_SETTINGS = 1 << 20
-"""Bytes of a file of settings for videos."""
+MAX_VIDEO_SETTINGS_BYTES = 1 << 20
 
 
-def resolve_source(name: str, shown: str, otherwise: str) -> str:
-    """What `from_pretrained` is given: a local folder, whose files are checked, or a hub id.
+def resolve_source(name: str, option: str, alternative: str) -> str:
+    """Return what `from_pretrained` takes for a name: a local folder, after checking its files, or a hub id.
 
     Args:
-        shown: option and value, which the messages begin with.
-        otherwise: what to write instead, for the message about a name that is neither.
+        option: the option and its value (`model.name=...`), with which error messages begin.
+        alternative: what to write instead, for the message about a name that is neither.
 
     Raises:
-        UsageError: no such folder and no hub id, or a folder that holds no model.
-        WorkError: a file of the folder is a pointer of Git LFS.
+        UsageError: there is no such folder and it is no hub id, or the folder holds no model.
+        WorkError: a file of the folder is a Git LFS pointer.
     """
     folder = local_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{shown}: the folder holds no config.json, so it is no saved model")
-        check_files(folder, shown)
+            raise UsageError(f"{option}: the folder holds no config.json, so it is no saved model")
+        check_files(folder, option)
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(f"{shown}: no such folder, and no Hugging Face id (owner/name) either; {otherwise}")
+        raise UsageError(
+            f"{option}: no such folder, and no Hugging Face id (owner/name) either; {alternative}"
+        )
     return name
 
 
 def reads_local_files_only(source: str) -> bool:
-    """Whether nothing is to be asked of the hub: a local folder, or no way to the hub."""
+    """Whether to load without the hub: from a local folder or, where the hub cannot be reached, from its cache."""
     return Path(source).is_dir() or hub_unreachable_reason() is not None
 
 
 def checkpoint_folder(source: str) -> Path | None:
-    """Where the files are: a local folder, or the hub cache's folder of an id; None if the cache lacks it."""
+    """Return the folder of the files: a local one, or that of a hub id in the hub's cache; None if not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
         return Path(source)
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    path = try_to_load_from_cache(source, "config.json")
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def video_settings(source: str) -> dict[str, Any]:
-    """What a checkpoint says of videos: in its processor's file, or in one of its own; empty where it says nothing.
+    """Return a checkpoint's settings for videos, from its processor's file or their own; empty if it has none.
 
     Raises:
-        UsageError: the file is no JSON, or too large for such a file; names it.
+        UsageError: the file is not valid JSON, or too large.
     """
     from transformers.utils.hub import cached_file
 
@@ -77,18 +79,19 @@ def video_settings(source: str) -> dict[str, Any]:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        content = read_json(Path(path), MAX_SETTINGS) if path else {}
-        found = content.get(part) if part and isinstance(content, dict) else content
-        if isinstance(found, dict) and found:
-            return found
+        settings = read_json(Path(path), MAX_VIDEO_SETTINGS_BYTES) if path else {}
+        if part and isinstance(settings, dict):
+            settings = settings.get(part)
+        if isinstance(settings, dict) and settings:
+            return settings
     return {}
 
 
 @cache
 def hub_unreachable_reason() -> str | None:
-    """Why the hub cannot be asked; None if it can.
+    """Return why the hub cannot be reached, or None if it can. Asked once per process.
 
-    Without this, every file is asked for many times before the error.
+    Otherwise transformers would retry the download of every file before failing.
     """
     import httpx
     from huggingface_hub import constants
@@ -103,18 +106,18 @@ def hub_unreachable_reason() -> str | None:
     except httpx.ConnectError as error:
         return f"no connection: {first_line(error)}"
     except (httpx.HTTPError, httpx.InvalidURL):
-        pass  # slow or odd, but there: the hub's own client will say more
+        pass  # slow or misconfigured, but reachable: the hub's own client reports the details
     return None
 
 
 @contextmanager
-def checkpoint_errors(source: str, shown: str, offline: str) -> Iterator[None]:
-    """Raises WorkError, in one line that says what to do, for the many ways in which `from_pretrained` fails.
+def checkpoint_errors(source: str, option: str, offline_advice: str) -> Iterator[None]:
+    """Turn every failure of `from_pretrained` into a WorkError of one line that says what to do.
 
     Args:
-        source: what `from_pretrained` is given.
-        shown: option and value, which the messages begin with.
-        offline: what works without a network.
+        source: the folder or hub id that is loaded.
+        option: the option and its value, with which the messages begin.
+        offline_advice: what to do without a network.
     """
     try:
         yield
@@ -122,23 +125,25 @@ def checkpoint_errors(source: str, shown: str, offline: str) -> Iterator[None]:
         raise
     except OSError as error:
         if Path(source).is_dir():
-            raise WorkError(f"{shown} cannot be read: {first_line(error)}") from error
+            raise WorkError(f"{option} cannot be read: {first_line(error)}") from error
         raise WorkError(
-            f"{shown} is neither a folder here nor to be had from the Hugging Face hub "
-            f"({hub_unreachable_reason() or first_line(error)}). Without a network: {offline}"
+            f"{option} is neither a local folder nor available from the Hugging Face hub "
+            f"({hub_unreachable_reason() or first_line(error)}). Without a network: {offline_advice}"
         ) from error
-    except Exception as error:  # broken weights and configs raise anything
-        raise WorkError(f"{shown} cannot be loaded: {missing_package(error) or _reason(error)}") from error
+    except Exception as error:  # broken weights and configurations raise errors of any type
+        raise WorkError(f"{option} cannot be loaded: {_load_failure(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _load_failure(error: Exception) -> str:
+    if advice := missing_package(error):
+        return advice
     if "ignore_mismatched_sizes" in str(error):
         return "the sizes in config.json are not those of its weights"
     return first_line(error)
 
 
-_LINES = (
-    # words in the error of transformers, what needs a package, how to get it; the first that fits
+_MISSING_PACKAGES = (
+    # (words in transformers' error, what needs the package, how to install it); the first match counts
     (("awq",), "its weights are quantized with AWQ", "pip install gptqmodel"),
     (("gptq",), "its weights are quantized with GPTQ", "pip install gptqmodel optimum"),
     (
@@ -148,7 +153,7 @@ _LINES = (
     ),
     (
         ("flashattention", "flash_attn", "flash-attn"),
-        "it is to run with FlashAttention",
+        "model.attn_implementation asks for FlashAttention",
         "pip install flash-attn --no-build-isolation, or write model.attn_implementation=sdpa",
     ),
     (("num2words",), "its processor reads numbers as words", "pip install num2words"),
@@ -161,50 +166,50 @@ _LINES = (
 
 
 def missing_package(error: Exception) -> str | None:
-    """One line about the package that an error of transformers is about, and how to get it; None for other errors."""
+    """Return one line about the missing package behind an error of transformers; None for other errors."""
     text = str(error).lower()
     if "torchvision" in text:
         return f"its processor needs torchvision; {torchvision_advice()}"
     if not isinstance(error, ImportError):
         return None
-    for words, need, way in _LINES:
+    for words, reason, remedy in _MISSING_PACKAGES:
         if any(word in text for word in words):
-            return f"{need}, which needs a package that is missing or too old: {way}"
+            return f"{reason}, which needs a package that is missing or too old: {remedy}"
     return None
 
 
 def check_torchvision() -> None:
-    """Check that an installed torchvision can be imported, because transformers uses it wherever it is installed.
+    """Check that torchvision, if installed, can be imported: transformers uses it wherever it is installed.
 
     Raises:
-        WorkError: names both versions, and the torchvision that fits.
+        WorkError: names both versions and the matching torchvision.
     """
-    found = _version("torchvision")
-    if found is None:
+    installed = _version("torchvision")
+    if installed is None:
         return
     try:
         importlib.import_module("torchvision")
-    except Exception as error:  # operators that torch lacks, symbols that a library lacks, names that moved
+    except Exception as error:  # an operator, a symbol of a library or a name that this torch lacks
         raise WorkError(
-            f"torchvision {found} does not fit torch {_version('torch')} ({first_line(error)}); "
+            f"torchvision {installed} does not fit torch {_version('torch')} ({first_line(error)}); "
             f"{torchvision_advice()}, or go without: pip uninstall torchvision"
         ) from error
 
 
 def torchvision_advice() -> str:
-    """How to install the torchvision that fits the installed torch, without replacing that torch."""
+    """Return how to install the torchvision that matches the installed torch, without replacing that torch."""
     torch = _version("torch") or ""
-    if (fitting := fitting_torchvision(torch)) is None:
+    if (matching := matching_torchvision(torch)) is None:
         return f"install the torchvision that belongs to torch {torch}, with pip's option --no-deps"
     build = torch.partition("+")[2]
     where = f" (from the index that torch came from: build {build})" if build else ""
-    return f"pip install --no-deps torchvision=={fitting}{where}"
+    return f"pip install --no-deps torchvision=={matching}{where}"
 
 
-def fitting_torchvision(torch: str) -> str | None:
-    """The release of torchvision that was built for a release of torch; None if the rule is not known to hold.
+def matching_torchvision(torch: str) -> str | None:
+    """Return the release of torchvision that was built for a release of torch; None for versions other than 2.x.y.
 
-    >>> fitting_torchvision("2.6.0"), fitting_torchvision("2.9.1+cu128"), fitting_torchvision("1.13.1")
+    >>> matching_torchvision("2.6.0"), matching_torchvision("2.9.1+cu128"), matching_torchvision("1.13.1")
     ('0.21.0', '0.24.1', None)
     """
     parts = torch.partition("+")[0].split(".")

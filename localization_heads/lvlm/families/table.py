@@ -1,7 +1,7 @@
 """The table of model families: what follows from the `model_type` in a checkpoint's configuration.
 
-A family is a row: where its image tokens lie, and the settings that a checkpoint needs whose name no file of
-`config/model/` has. A family that is built like another takes that one's row.
+Each family is a row: where its image tokens lie in the image, and default options for checkpoints that have no file in
+`config/model/`. A family that is built like another shares that one's row.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from localization_heads.lvlm.families.views import (
 
 log = logging.getLogger(__name__)
 
-Facts = Mapping[str, Any]
-"""Options of a model (`ModelSpec`) by name."""
+Defaults = Mapping[str, Any]
+"""Options of `ModelSpec` by name."""
 
-_VICUNA = 32_100
-"""Entries of Llama 2's vocabulary, on which Vicuna is built, with those that LLaVA adds."""
+_VICUNA_VOCABULARY = 32_100
+"""Upper bound for the vocabulary of Vicuna (Llama 2's) with the tokens that LLaVA adds."""
 
 
 @dataclass(frozen=True)
@@ -60,42 +60,42 @@ class Family:
     """What checkpoints of one `model_type` have in common.
 
     Args:
-        views: where the image tokens lie, from the processor's output for one image.
-        facts: options that a checkpoint of this family needs, or a function of its configuration that gives them.
+        views: computes where the image tokens lie, from the processor's output for one image.
+        defaults: options for checkpoints of this family, or a function from the configuration to them.
         why_not_shared: why an image cannot be encoded once for all expressions; None if it can.
-        adds_image_itself: whether the processor puts the image before the text, so that prompts name none.
-        one_image_per_batch: whether its processor takes no batch of images that differ in their number of tiles.
-        writes_bos: whether the processor writes the token that begins a text where a prompt has none.
+        adds_image_itself: whether the processor puts the image before the text, so that prompts have no placeholder.
+        one_image_per_batch: whether the processor cannot batch images that differ in their number of tiles.
+        writes_bos: whether the processor adds the BOS token to prompts without one.
     """
 
     views: Callable[[ProcessedImage], list[View]]
-    facts: Facts | Callable[[Any], Facts] = field(default_factory=lambda: {"conv_mode": "chat"})
+    defaults: Defaults | Callable[[Any], Defaults] = field(default_factory=lambda: {"conv_mode": "chat"})
     why_not_shared: str | None = None
     adds_image_itself: bool = False
     one_image_per_batch: bool = False
     writes_bos: bool = False
 
 
-def _chat(native_box: str) -> Facts:
-    """The model's own chat template, and the format in which it writes boxes (`native_box.FORMATS`)."""
+def _chat(native_box: str) -> Defaults:
+    """The model's own chat template, and the format in which it writes boxes (`answers.box_formats`)."""
     return {"conv_mode": "chat", "native_box": native_box}
 
 
-def _llava_facts(config: Any) -> Facts:
-    """LLaVA-1.5 and models built like it: CLIP's processor crops, but they were trained on padded squares."""
+def _llava_defaults(config: Any) -> Defaults:
+    """LLaVA-1.5 and similar models were trained on images padded to squares, though their saved processor crops."""
     pad = {"pad_to_square": True} if config.vision_config.model_type == "clip_vision_model" else {}
-    return {**_vicuna_facts(config), **pad}
+    return {**_llava_prompt(config), **pad}
 
 
-def _vicuna_facts(config: Any) -> Facts:
-    """The paper's prompt for Vicuna, the chat template for the others: LLaVA-1.6 has language models of both kinds."""
+def _llava_prompt(config: Any) -> Defaults:
+    """The paper's prompt for Vicuna, the chat template for LLaVA-1.6's other language models."""
     text = config.get_text_config()
-    vicuna = text.model_type == "llama" and text.vocab_size <= _VICUNA
-    return {"conv_mode": "referseg" if vicuna else "chat"}
+    is_vicuna = text.model_type == "llama" and text.vocab_size <= _VICUNA_VOCABULARY
+    return {"conv_mode": "referseg" if is_vicuna else "chat"}
 
 
-def _paligemma_facts(config: Any) -> Facts:
-    """Gemma 2, in PaliGemma 2, soft-caps its logits, which only eager attention does."""
+def _paligemma_defaults(config: Any) -> Defaults:
+    """Gemma 2, in PaliGemma 2, soft-caps its logits, which only eager attention supports."""
     eager = {"attn_implementation": "eager"} if config.get_text_config().model_type == "gemma2" else {}
     return {"conv_mode": "plain", "native_box": "paligemma", **eager}
 
@@ -119,15 +119,15 @@ FAMILIES = {
     "kimi_k25": Family(kimi),
     "lfm2_vl": Family(lfm2),
     "llama4": Family(llama4),
-    "llava": Family(llava, _llava_facts),
-    "llava_next": Family(anyres, _vicuna_facts),
+    "llava": Family(llava, _llava_defaults),
+    "llava_next": Family(anyres, _llava_prompt),
     "llava_onevision": Family(anyres),
     "mistral3": Family(pixtral),
     "mllama": Family(mllama, writes_bos=True),
     "ovis2": Family(ovis2),
     "paligemma": Family(
         whole_square,
-        _paligemma_facts,
+        _paligemma_defaults,
         why_not_shared="its image tokens attend to the expression (a bidirectional prefix)",
     ),
     "qwen2_vl": Family(qwen, _chat("qwen2")),
@@ -138,6 +138,8 @@ FAMILIES = {
 """The verified families, by `model_type`."""
 
 _CONVOLVED = "its layers convolve keys and values with those of the tokens before them"
+
+# Added later; many share a row of the table above.
 FAMILIES |= {
     "cohere2_vision": FAMILIES["aya_vision"],
     "cohere_compass": Family(qwen),
@@ -190,8 +192,8 @@ SEVERAL_IMAGES = {
     *("gemma3", "idefics3", "internvl", "llama4", "llava_onevision", "mistral3", "qwen2_vl", "qwen2_5_vl"),
     *("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "smolvlm"),
 }
-"""Model types whose prompts may show several images: trained on such prompts, and the places of each image's tokens are
-verified (`tests/test_together.py`)."""
+"""Model types that take several images in one prompt: they were trained on such prompts, and the positions of each
+image's tokens are verified (`tests/test_together.py`)."""
 
 _NO_GRID = "its resampler mixes all patches into a few learned queries, so that no image token has a place"
 _NO_LAYERS = "its language model is not built of layers whose attention can be captured"
@@ -200,7 +202,7 @@ _QUERIES = (
     *("kosmos-2", "kosmos-2.5"),
 )
 REFUSED = dict.fromkeys(_QUERIES, _NO_GRID)
-"""Model types whose heads cannot be read, and why."""
+"""Model types that cannot be used, and why."""
 
 REFUSED |= dict.fromkeys(("blip", "git", "pi0", "pix2struct", "udop", "vision-encoder-decoder"), _NO_LAYERS)
 _CHOSEN_KEYS = "each token attends to chosen keys only, and padding changes the choice"
@@ -225,63 +227,63 @@ REFUSED |= {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a checkpoint, or one of which nothing is known but that its tokens should form a grid."""
+    """Return the family of a checkpoint; for an unlisted one, a row that assumes only a grid of image tokens."""
     return FAMILIES.get(config.model_type) or Family(unknown, {})
 
 
-def family_facts(config: Any) -> Facts:
-    """The options that follow from a checkpoint's configuration; empty for a family that is not in the table."""
-    facts = family_of(config).facts
-    return facts(config) if callable(facts) else facts
+def family_defaults(config: Any) -> Defaults:
+    """Return the options that follow from a checkpoint's configuration; empty for an unlisted family."""
+    defaults = family_of(config).defaults
+    return defaults(config) if callable(defaults) else defaults
 
 
 def views_of(image: ProcessedImage) -> list[View]:
-    """The views of one image: where its tokens lie, in every rendering of it that the model gets.
+    """Return the views of one image: where its tokens lie, in each rendering of it that the model gets.
 
-    Views without tokens are left out: the tiles of an image much longer than wide may be nothing but padding.
+    Views without tokens are left out: the tiles of a very elongated image may be nothing but padding.
 
     Raises:
-        UsageError: the family has no grid of image tokens, or the token count is not what its geometry says.
+        UsageError: the image tokens form no grid, or their number does not match the family's geometry.
     """
     return [view for view in family_of(image.config).views(image) if view.index.size]
 
 
 def check_several(config: Any, name: str) -> None:
-    """UsageError, with the families that can, where no prompt of this one may show several images."""
+    """Raise UsageError, naming the families that can, if this one does not take several images in one prompt."""
     if config.model_type not in SEVERAL_IMAGES:
-        able = ", ".join(sorted(SEVERAL_IMAGES))
+        supported = ", ".join(sorted(SEVERAL_IMAGES))
         raise UsageError(
-            f"{name} (model type '{config.model_type}') takes one image in a prompt; several: {able}"
+            f"{name} (model type '{config.model_type}') takes one image in a prompt; several: {supported}"
         )
 
 
 def layout_of_first(pair: ProcessedImage) -> Layout:
-    """The layout of the first of two equal images in one prompt.
+    """Return the token layout of the first of two equal images in one prompt.
 
-    Processors show an image among several as they show it alone, or, as LLaVA-OneVision's, as one of several: two
-    equal ones have as many tokens each, in the same order, and what the prompt says of the first stands before the
-    second.
+    A processor may treat one of several images differently from a single one (LLaVA-OneVision's does), so the layout
+    is read from a prompt with two equal images: each has half of the image tokens, and everything that the prompt
+    says about the first comes before the second.
     """
     half = pair.tokens.size // 2
     ids = pair.inputs["input_ids"][:, : pair.tokens[half]]
     first = replace(pair, inputs={**pair.inputs, "input_ids": ids})
-    own = [replace(view, index=np.searchsorted(first.tokens, view.index)) for view in views_of(first)]
-    return Layout(half, own)
+    views = [replace(view, index=np.searchsorted(first.tokens, view.index)) for view in views_of(first)]
+    return Layout(half, views)
 
 
 def check_family(config: Any) -> None:
-    """Before any weights are fetched: refuse a family without a grid, warn of one that nobody has verified.
+    """Refuse a family that cannot be used, and warn about an unverified one, before any weights are downloaded.
 
     Raises:
-        UsageError: the family is refused, or has no image tokens to find.
+        UsageError: the family is refused, or has no image token.
     """
     name = config.model_type
     if name in REFUSED:
         raise UsageError(f"model type '{name}' cannot be used: {REFUSED[name]}")
     if name not in FAMILIES:
-        image_token_id(config)
+        image_token_id(config)  # raises if there is none
         log.warning(
-            "model type '%s' is not among the verified families: its image tokens are taken for one grid over the "
+            "model type '%s' is not among the verified families: its image tokens are assumed to be one grid over the "
             "whole image, which nobody has checked",
             name,
         )

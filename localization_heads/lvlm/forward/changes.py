@@ -1,4 +1,4 @@
-"""What may be changed in a loaded model for a while: the protocol of a change, and the heads that one is about."""
+"""Temporary changes of a loaded model (heads switched off, heads steered): their protocol, and their heads."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from localization_heads.heads.head import Head
 
 
 class Change(Protocol):
-    """A change of a model that is in force, one of `LVLM.changes`.
+    """An active change, one of `LVLM.changes`.
 
     Attributes:
-        why_not_shared: why no prompt may share an image's encoding while it is; None if they may.
+        why_not_shared: why prompts may not share an image's encoding while it is active; None if they may.
     """
 
     why_not_shared: str | None
 
     def on_inputs(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
-        """Called with all that the processor has made ready, one per sample."""
+        """Called for every batch with its images, one entry per sample, and the processor's output."""
 
 
 def resolve_heads(heads: Iterable[Any], lvlm: Any, what: str) -> tuple[Head, ...]:
-    """The heads, each once, as `Head`s, from `Head`s, pairs or texts such as `14-24`.
+    """Return the heads without duplicates, from `Head`s, pairs or texts such as `14-24`.
 
     Args:
-        lvlm: the model that should have them.
-        what: the beginning of the error's message.
+        lvlm: the model that has them.
+        what: the beginning of error messages.
 
     Raises:
-        UsageError: the model does not have one of them, it does not see the image, or it is no head.
+        UsageError: an entry is no head, or the model has no such head that attends to the image.
     """
-    known, found = sorted(lvlm.attention_modules), dict.fromkeys(_head(head, what) for head in heads)
-    for head in found:
+    layers, resolved = sorted(lvlm.attention_modules), dict.fromkeys(_as_head(head, what) for head in heads)
+    for head in resolved:
         if not (0 <= head.layer < lvlm.num_layers and 0 <= head.head < lvlm.num_heads):
             raise UsageError(
                 f"{what}: there is no {head}; the layers are 0 to {lvlm.num_layers - 1} and the heads 0 to "
                 f"{lvlm.num_heads - 1}"
             )
-        if head.layer not in known:
+        if head.layer not in layers:
             raise UsageError(
                 f"{what}: there is no {head}; layer {head.layer} has no heads that see the image, choose from "
-                f"{', '.join(map(str, known))}"
+                f"{', '.join(map(str, layers))}"
             )
-    return tuple(found)
+    return tuple(resolved)
 
 
-def _head(value: Any, what: str) -> Head:
+def _as_head(value: Any, what: str) -> Head:
     try:
         if isinstance(value, str):
             return Head.parse(value)

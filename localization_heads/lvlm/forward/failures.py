@@ -1,4 +1,7 @@
-"""Failures of a model or its processor as errors of one line, which libraries and devices word differently."""
+"""Context managers that turn failures of a model or its processor into one-line errors.
+
+Libraries and devices report the same failure with different exceptions and messages.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ import torch
 
 from localization_heads.errors import OutOfMemoryError, UsageError, WorkError, first_line
 
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
-"""How torch's allocators for the CPU and for Apple's GPUs word it, in plain RuntimeErrors."""
+_OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
+"""In plain RuntimeErrors of torch's allocators for the CPU and for Apple's GPUs."""
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Raises OutOfMemoryError, which names the remedies, where an allocation fails."""
+    """Raise OutOfMemoryError, which names the remedies, if an allocation fails."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -27,25 +30,26 @@ def memory_errors() -> Iterator[None]:
 
 
 def free_memory() -> None:
-    """Give unused blocks back to the device, so that a smaller batch finds them in one piece."""
+    """Release the GPU allocator's cached blocks, so that fragmentation does not prevent a smaller batch."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def is_memory_error(error: Exception) -> bool:
     """Whether an allocation failed."""
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or any(sign in str(error).lower() for sign in _SIGNS)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(message in str(error).lower() for message in _OUT_OF_MEMORY_MESSAGES)
 
 
 @contextmanager
 def processor_errors(what: str) -> Iterator[None]:
-    """Raises UsageError, which begins with `what`, for whatever a processor says no with; memory errors pass."""
+    """Raise UsageError, beginning with `what`, for any error of a processor but one of memory."""
     try:
         yield
     except (UsageError, WorkError):
         raise
-    except Exception as error:  # limits of the aspect ratio, tokens of other media, settings that do not fit
+    except Exception as error:  # such as an aspect ratio over the limit, or tokens of other media
         if is_memory_error(error):
             raise
         raise UsageError(f"{what}: {first_line(error)}") from error
@@ -53,11 +57,11 @@ def processor_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def mismatch_errors(name: str) -> Iterator[None]:
-    """Raises UsageError where the model finds that pixels, tokens and its own sizes do not belong together."""
+    """Raise UsageError if pixels, tokens and the model's own sizes do not match."""
     try:
         yield
     except (ValueError, IndexError) as error:
         raise UsageError(
-            f"{name} cannot read what its processor makes of the image and its text ({first_line(error)}): "
-            "they do not fit each other, or the image is too long and thin"
+            f"{name} cannot read its processor's output for the image and its text ({first_line(error)}): "
+            "the two do not match, or the image is too long and thin"
         ) from error

@@ -1,11 +1,10 @@
-"""Chat templates are programs in a checkpoint: they are rendered in a separate process, which can be killed.
+"""Rendering of chat templates, which are untrusted programs, in a child process that can be killed.
 
 Jinja's sandbox keeps a template away from files and from Python, but does not bound its time and memory: three nested
-ranges loop for ever, `9 ** (9 ** 9)` never returns from C, one filter builds a text of gigabytes. Counting steps
-inside the interpreter cannot bound a single operation, so the operating system does: a child process with limits on
-seconds, memory and output. It is started once, while the weights are read (half a second, without torch), and then
-renders a prompt in a fraction of a millisecond. This file holds both sides, parent and child. The embedded model's own
-template needs no child.
+ranges loop forever, `9 ** (9 ** 9)` never returns from C, one filter builds a text of gigabytes. So the operating
+system enforces limits on the child's time, memory and output. The child starts once, while the weights are loaded
+(half a second, without torch), and then renders a prompt in a fraction of a millisecond. This file holds both the
+parent's side and the child's. The embedded model's own template is trusted and rendered in-process.
 """
 
 from __future__ import annotations
@@ -29,99 +28,97 @@ from localization_heads.errors import WorkError, first_line
 
 log = logging.getLogger(__name__)
 
-SECONDS = 10.0
-"""For one rendering."""
+TIMEOUT = 10.0
+"""Seconds for one rendering."""
 MAX_MEMORY = 512 << 20
-"""Bytes that a rendering may take beyond the process itself (Linux; elsewhere the seconds alone bound it)."""
+"""Bytes that a rendering may allocate on top of the child's own (Linux only; elsewhere only the timeout applies)."""
 MAX_LENGTH = 1_000_000
-"""Characters of a prompt."""
-_START_SECONDS = 120.0
+"""Characters in a prompt."""
+_STARTUP_TIMEOUT = 120.0
 _CHILD = "import sys; sys.path[:] = sys.argv[1:]; from localization_heads.lvlm.text.chat_template import serve; serve()"
-_NO_CHILD = "the process that renders chat templates cannot be started"
+_CANNOT_START = "the process that renders chat templates cannot be started"
 
 Messages = Sequence[Mapping[str, Any]]
 
 
 class TemplateError(Exception):
-    """A template that fails, or passes a limit. The message is one line."""
+    """The template failed or exceeded a limit. The message is one line."""
 
 
 class TemplateProcess:
-    """The child process, seen from the parent: started when first needed, and again after it had to be ended.
+    """The parent's side of the child process, which starts when first needed and restarts after it was killed.
 
-    Safe for several threads. A template whose rendering was ended once is refused from then on.
+    Thread-safe. A template whose rendering was killed once is refused from then on.
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Begin without a child: after a fork, the existing one belongs to the other process."""
+    def reset(self) -> None:
+        """Start over without a child: after a fork, the existing one belongs to the parent process."""
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._is_ready = False
-        self._ended: set[str] = set()
+        self._killed_templates: set[str] = set()
 
     def start(self) -> None:
         """Start the child without waiting for it."""
         with self._lock:
-            self._started()
+            self._get_child()
 
     def render(self, template: str, messages: Messages, variables: Mapping[str, Any]) -> str:
-        """The prompt up to where the answer begins.
+        """Return the prompt, up to where the answer begins.
 
         Raises:
-            TemplateError: the template fails, or passes a limit.
+            TemplateError: the template failed or exceeded a limit.
             WorkError: the child cannot be started.
         """
-        request = {"template": template, "messages": messages, "variables": variables, "seconds": SECONDS}
+        request = {"template": template, "messages": messages, "variables": variables, "timeout": TIMEOUT}
         with self._lock:
-            if template in self._ended:
-                raise TemplateError("it was ended before")
+            if template in self._killed_templates:
+                raise TemplateError("its rendering was killed before")
             try:
-                answer = self._asked(json.dumps(request, default=str).encode())
+                response = self._request(json.dumps(request, default=str).encode())
             except BaseException:
-                self._end()  # what it answers late would be taken for the answer to the next question
+                self._kill()  # a late response would be taken for that to the next request
                 raise
-            if answer is None:
-                self._end()
-                self._ended.add(template)
-                reason = f"it broke off, or ran for more than {SECONDS:g} s"
-                log.warning("the chat template had to be ended: %s", reason)
+            if response is None:
+                self._kill()
+                self._killed_templates.add(template)
+                reason = f"it crashed, or ran for more than {TIMEOUT:g} s"
+                log.warning("the rendering of the chat template was killed: %s", reason)
                 raise TemplateError(reason)
-        if "error" in answer:
-            raise TemplateError(answer["error"])
-        return str(answer["text"])
+        return _rendered_text(response)
 
     def close(self) -> None:
         with self._lock:
-            self._end()
+            self._kill()
 
-    def _asked(self, request: bytes) -> dict[str, Any] | None:
-        """The child's answer; None if it came to an end first."""
-        child = self._started()
+    def _request(self, request: bytes) -> dict[str, str] | None:
+        """Return the child's response; None if it died first."""
+        child = self._get_child()
         assert child.stdin is not None
         if not self._is_ready:
-            if _answer(child, _START_SECONDS) is None:
-                raise WorkError(f"{_NO_CHILD}: {sys.executable} ends without an answer")
+            if _read_response(child, _STARTUP_TIMEOUT) is None:
+                raise WorkError(f"{_CANNOT_START}: {sys.executable} ends without an answer")
             self._is_ready = True
-        with suppress(OSError):  # it has ended, and will not answer
+        with suppress(OSError):  # a dead child, which will not respond
             child.stdin.write(request + b"\n")
             child.stdin.flush()
-        return _answer(child, SECONDS + 1)
+        return _read_response(child, TIMEOUT + 1)
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _get_child(self) -> subprocess.Popen[bytes]:
         if self._child is None:
             command = [sys.executable, "-c", _CHILD, *sys.path]
             pipe = subprocess.PIPE
             try:
                 self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-            except (OSError, TypeError) as error:  # no executable, where Python is part of another program
-                raise WorkError(f"{_NO_CHILD}: {error}") from None
+            except (OSError, TypeError) as error:  # an embedded Python may have no executable
+                raise WorkError(f"{_CANNOT_START}: {error}") from None
             self._is_ready = False
         return self._child
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         child, self._child = self._child, None
         if child is None:
             return
@@ -133,10 +130,10 @@ class TemplateProcess:
                 pipe.close()
 
 
-def _answer(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
-    """One line from the child, which is ended where it does not come in time."""
+def _read_response(child: subprocess.Popen[bytes], timeout: float) -> dict[str, str] | None:
+    """Read one line from the child; kill it after the timeout, and return None."""
     assert child.stdout is not None
-    timer = threading.Timer(seconds, child.kill)
+    timer = threading.Timer(timeout, child.kill)
     timer.daemon = True
     timer.start()
     try:
@@ -144,18 +141,24 @@ def _answer(child: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | 
     finally:
         timer.cancel()
         timer.join()
-    answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
-    return answer
+    response: dict[str, str] | None = json.loads(line) if line.endswith(b"\n") else None
+    return response
+
+
+def _rendered_text(response: Mapping[str, str]) -> str:
+    if "error" in response:
+        raise TemplateError(response["error"])
+    return response["text"]
 
 
 PROCESS = TemplateProcess()
 atexit.register(PROCESS.close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=PROCESS.forget)
+    os.register_at_fork(after_in_child=PROCESS.reset)
 
 
 def chat_template_of(processor: Any) -> str | None:
-    """A processor's chat template: of several, the default."""
+    """Return a processor's chat template, the default one if it has several; None if it has none."""
     template = getattr(processor, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
@@ -163,59 +166,56 @@ def chat_template_of(processor: Any) -> str | None:
 
 
 @cache
-def _own_template() -> str:
-    """That of the embedded model, which comes with this package."""
+def _embedded_template() -> str:
+    """The embedded model's template, which is part of this package and thus trusted."""
     path = files("localization_heads") / "lvlm" / "embedded" / "chat_template.jinja"
     return path.read_text(encoding="utf-8")
 
 
-def make_renderer_ready(processor: Any) -> None:
-    """Start the child, where the processor's template will need it."""
-    if chat_template_of(processor) not in (None, _own_template()):
+def start_renderer_if_needed(processor: Any) -> None:
+    """Start the child process if the processor's template is to be rendered in it."""
+    if chat_template_of(processor) not in (None, _embedded_template()):
         PROCESS.start()
 
 
 def render_chat(processor: Any, messages: Messages) -> str:
-    """`processor.apply_chat_template(messages, add_generation_prompt=True)`, within limits.
+    """Like `processor.apply_chat_template(messages, add_generation_prompt=True)`, within limits.
 
     Raises:
-        TemplateError: there is no template, it refuses the messages, or it passes a limit.
-        WorkError: the process that renders it cannot be started.
+        TemplateError: there is no template, it refuses the messages, or it exceeds a limit.
+        WorkError: the child process cannot be started.
     """
     template = chat_template_of(processor)
     if template is None:
         raise TemplateError("there is no chat template")
     variables = processor.tokenizer.special_tokens_map
-    if template != _own_template():
+    if template != _embedded_template():
         return PROCESS.render(template, messages, variables)
-    answer = _rendered({"template": template, "messages": messages, "variables": variables})
-    if "error" in answer:
-        raise TemplateError(answer["error"])
-    return answer["text"]
+    return _rendered_text(_render({"template": template, "messages": messages, "variables": variables}))
 
 
 def serve() -> None:
-    """The child: a line of JSON in, a line of JSON out, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    import transformers.utils.chat_template_utils  # noqa: F401  before the limits
+    """Main loop of the child: one line of JSON in, one line of JSON out, until the parent closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills this process
+    import transformers.utils.chat_template_utils  # noqa: F401  before memory is limited
 
-    answers = os.fdopen(os.dup(1), "wb")
+    responses = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _limit_memory()
-    _send(answers, {})  # ready
+    _send(responses, {})  # ready
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        _alarm(request["seconds"])
-        _send(answers, _rendered(request))
-        _alarm(0)
+        _set_alarm(request["timeout"])
+        _send(responses, _render(request))
+        _set_alarm(0)
 
 
-def _send(answers: Any, answer: dict[str, str]) -> None:
-    answers.write(json.dumps(answer).encode() + b"\n")
-    answers.flush()
+def _send(responses: Any, response: dict[str, str]) -> None:
+    responses.write(json.dumps(response).encode() + b"\n")
+    responses.flush()
 
 
-def _rendered(request: Mapping[str, Any]) -> dict[str, str]:
+def _render(request: Mapping[str, Any]) -> dict[str, str]:
     from transformers.utils import chat_template_utils
 
     render: Any = chat_template_utils.render_jinja_template
@@ -229,21 +229,21 @@ def _rendered(request: Mapping[str, Any]) -> dict[str, str]:
         text = str(texts[0])
     except MemoryError:
         return {"error": f"it needs more than {MAX_MEMORY >> 20} MB of memory"}
-    except Exception as error:  # a program of other people: it fails in its own ways
+    except Exception as error:  # the template is somebody else's program, and may raise anything
         return {"error": first_line(error)}
     if len(text) > MAX_LENGTH:
         return {"error": f"it makes a prompt of more than {MAX_LENGTH:,} characters"}
     return {"text": text}
 
 
-def _alarm(seconds: float) -> None:
-    """Let the system end this process when the time is over, whatever it is doing then, parent or not."""
+def _set_alarm(seconds: float) -> None:
+    """Have the system kill this process after that time, even if the parent is gone; 0 cancels."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _limit_memory() -> None:
-    """No more memory than now and `MAX_MEMORY`, and no files at all."""
+    """Limit memory to the current size plus `MAX_MEMORY`, and forbid writing files."""
     if sys.platform != "linux":
         return
     import resource

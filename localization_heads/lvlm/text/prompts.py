@@ -1,6 +1,6 @@
-"""The prompts around an expression, and its wordings: the templates that make them, and the mean of their maps.
+"""Prompts around an expression: prompt modes, image placeholders, and paraphrases with the mean of their maps.
 
-Prompts are pure functions from text to text; the query positions are found in the tokenized prompt (`query_tokens`).
+Prompts are pure functions from text to text; `query_tokens` finds the query positions in the tokenized prompt.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ LLAVA_SYSTEM = (
 )
 """The system sentence of the published code's `referseg` template (LLaVA-Llama-2's)."""
 
-_CLOSING = ".!?。！？"  # noqa: RUF001
-STAND_IN = "EXPRESSION"
+_CLOSING_MARKS = ".!?。！？"  # noqa: RUF001
+_MARKER = "EXPRESSION"
+"""Rendered in place of an expression, to find where a template puts it."""
 
 
 class Prompt(NamedTuple):
-    """A prompt and where its expression lies: `text[start:end]`, without the closing full stop."""
+    """A prompt, in which the expression is `text[start:end]`, without the closing full stop."""
 
     text: str
     start: int
@@ -41,28 +42,28 @@ class Prompt(NamedTuple):
 
 
 def locate_expression(render: Callable[[str], str], expression: str) -> Prompt:
-    """The prompt that `render` makes of an expression, and where in it the expression lies.
+    """Render an expression into a prompt, and find where in it the expression lies.
 
-    The template is also rendered around a stand-in, since the expression's text may occur in the template itself.
+    The template is also rendered around a marker, since the expression's text may occur in the template itself.
 
     >>> locate_expression("user: {}. assistant:".format, "a")
     Prompt(text='user: a. assistant:', start=6, end=7)
     """
     text, words = render(expression), strip_closing_marks(expression)
-    start = render(STAND_IN).find(STAND_IN)
+    start = render(_MARKER).find(_MARKER)
     if start < 0 or not text.startswith(words, start):
-        start = text.rfind(words)  # the template changes with what is said
+        start = text.rfind(words)  # a template that depends on the text
     if start < 0:
         raise UsageError(f"conv_mode: the template leaves out or rewrites the expression '{words}'")
     return Prompt(text, start, start + len(words))
 
 
 def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> str:
-    """The expression on one line, without the image placeholder that LLaVA's data sets put before it.
+    """Normalise whitespace, and remove the image placeholder that LLaVA's data sets put before an expression.
 
     Raises:
-        UsageError: nothing is left, it is not valid Unicode, or it contains another of the model's special tokens,
-            which would act as control tokens instead of text.
+        UsageError: nothing is left, it is not valid Unicode, or it contains one of the special tokens, which would act
+            as control tokens instead of text.
     """
     text = " ".join(expression.replace("<image>", " ").split())
     if not text:
@@ -78,27 +79,27 @@ def clean_expression(expression: str, special_tokens: tuple[str, ...] = ()) -> s
 
 
 def strip_closing_marks(expression: str) -> str:
-    """The expression without the marks that end a sentence, unless it is nothing else.
+    """Strip the punctuation that ends a sentence, unless nothing else is left.
 
     >>> strip_closing_marks("the dog."), strip_closing_marks("?")
     ('the dog', '?')
     """
-    return expression.rstrip(_CLOSING + " ") or expression
+    return expression.rstrip(_CLOSING_MARKS + " ") or expression
 
 
 def close_sentence(expression: str) -> str:
-    """End the expression with a full stop unless it already ends a sentence (PAPER: the query token is the stop).
+    """End the expression with a full stop, the paper's query token, unless it already ends a sentence.
 
     >>> close_sentence("the dog"), close_sentence("Where is it?")
     ('the dog.', 'Where is it?')
     """
-    return expression if expression.endswith(tuple(_CLOSING)) else expression + "."
+    return expression if expression.endswith(tuple(_CLOSING_MARKS)) else expression + "."
 
 
 def referseg_prompt(expression: str, image_text: str, system: str = LLAVA_SYSTEM) -> str:
-    """The paper's prompt: system sentence, newline, image, newline, expression; no roles, nothing after it.
+    """Return the paper's prompt: system sentence, newline, image, newline, expression; no roles, nothing after it.
 
-    Without a system sentence, it is the prompt of the mode `plain`.
+    Without a system sentence, this is the prompt of `conv_mode=plain`.
 
     >>> referseg_prompt("the dog", "<image>", "Be helpful.")
     'Be helpful.\\n<image>\\nthe dog.'
@@ -110,12 +111,12 @@ def referseg_prompt(expression: str, image_text: str, system: str = LLAVA_SYSTEM
 def expression_prompt(
     expression: str, mode: ConvMode, *, image_text: str, system: str, chat: Callable[[str], str]
 ) -> str:
-    """The prompt whose last token is the query token.
+    """Return the prompt for an expression.
 
     Args:
-        mode: `referseg` (the paper's), `chat` (the model's own template up to its answer) or `plain`.
+        mode: `referseg` (the paper's), `chat` (the model's own template, up to where its answer begins) or `plain`.
         image_text: the placeholder of the image in this model's prompts.
-        chat: applies the model's chat template to one user turn with an image.
+        chat: applies the model's chat template to one user turn with an image and a text.
     """
     if mode == "chat":
         return chat(close_sentence(expression))
@@ -123,27 +124,29 @@ def expression_prompt(
 
 
 Render = Callable[[list[dict[str, str]]], str]
-"""The chat template applied to the content of one user turn."""
+"""Applies the chat template to the content of one user turn."""
 
 _BEFORE, _AFTER = "TEXTBEFORE", "TEXTAFTER"
 _IMAGE = {"type": "image"}
-# Qwen's, and Qwen-Omni's; other processors add their marks themselves.
-_MARKS = (("vision_start_token", "vision_end_token"), ("vision_bos_token", "vision_eos_token"))
+_START_AND_END_TOKENS = (("vision_start_token", "vision_end_token"), ("vision_bos_token", "vision_eos_token"))
+"""Qwen's and Qwen-Omni's; other processors write such tokens themselves."""
 
 
 def image_placeholder(processor: Any, image_token: str) -> str:
-    """The text that a prompt needs where an image goes, without surrounding whitespace.
+    """Return the text that stands for an image in a prompt, without surrounding whitespace.
 
     Args:
-        image_token: what the processor looks for in a prompt and replaces by an image's tokens.
+        image_token: the text that the processor replaces by an image's tokens.
     """
     render = template_renderer(processor)
-    found = None if render is None else template_placeholder(render)
-    return found if found and image_token in found else _marked(processor, image_token)
+    placeholder = None if render is None else template_placeholder(render)
+    if placeholder and image_token in placeholder:
+        return placeholder
+    return _with_start_and_end(processor, image_token)
 
 
 def template_renderer(processor: Any) -> Render | None:
-    """Its chat template as a function, or None if it brings none or refuses a turn with an image."""
+    """Return the chat template as a function; None if there is none, or it refuses a turn with an image."""
     if chat_template_of(processor) is None:
         return None
 
@@ -158,24 +161,24 @@ def template_renderer(processor: Any) -> Render | None:
 
 
 def template_placeholder(render: Render) -> str | None:
-    """What a chat template writes for an image: what stands between two texts around it.
+    """Return what a chat template writes for an image: the text between two texts on either side of it.
 
-    Templates that put all images in front of all text show it as the difference to the same turn without one.
+    For templates that put all images before all text, it is the difference from the same turn without an image.
     """
     text = render([_text(_BEFORE), _IMAGE, _text(_AFTER)])
     if _BEFORE in text and _AFTER in text:
         between = text.partition(_BEFORE)[2].partition(_AFTER)[0].strip()
         if between:
             return between
-    return _difference(render([_IMAGE, _text(_AFTER)]), render([_text(_AFTER)]))
+    return _inserted_text(render([_IMAGE, _text(_AFTER)]), render([_text(_AFTER)]))
 
 
-def _difference(with_image: str, without: str) -> str | None:
-    """What `with_image` has more than `without`, on whichever side of the text it stands.
+def _inserted_text(with_image: str, without: str) -> str | None:
+    """Return what `with_image` has in addition to `without`, before or after the text.
 
-    >>> _difference("USER: <image>\\nTEXTAFTER end", "USER: TEXTAFTER end")
+    >>> _inserted_text("USER: <image>\\nTEXTAFTER end", "USER: TEXTAFTER end")
     '<image>'
-    >>> _difference("USER: TEXTAFTER <image> end", "USER: TEXTAFTER end")
+    >>> _inserted_text("USER: TEXTAFTER <image> end", "USER: TEXTAFTER end")
     '<image>'
     """
     (head, _, tail), (bare_head, _, bare_tail) = with_image.partition(_AFTER), without.partition(_AFTER)
@@ -185,7 +188,7 @@ def _difference(with_image: str, without: str) -> str | None:
 
 
 def common_prefix_length(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many items (characters, tokens) two sequences have in common at their start.
+    """Return the number of leading items (characters, tokens) that two sequences have in common.
 
     >>> common_prefix_length([5, 6, 7], [5, 6, 8, 9])
     2
@@ -194,14 +197,14 @@ def common_prefix_length(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def image_comes_first(render: Render, placeholder: str) -> bool:
-    """Whether a turn of image, then text comes out of the template in that order."""
+    """Whether the template keeps the order of a turn with an image and then a text."""
     head = render([_IMAGE, _text(_AFTER)]).partition(_AFTER)[0]
     return placeholder in head
 
 
-def _marked(processor: Any, image_token: str) -> str:
-    """The image token between the start and end marks that the processor knows, if it knows any."""
-    for names in _MARKS:
+def _with_start_and_end(processor: Any, image_token: str) -> str:
+    """Return the image token between the start and end tokens that the processor defines, if any."""
+    for names in _START_AND_END_TOKENS:
         start, end = (_attribute(processor, name) for name in names)
         if start and end:
             return f"{start}{image_token}{end}"
@@ -221,9 +224,9 @@ ARTICLES = ("the", "a", "an")
 
 
 def paraphrase(expression: str, templates: Sequence[str] | None) -> list[str]:
-    """An expression in each of the templates, each wording once; without templates, the expression as it is.
+    """Fill an expression into each of the templates, without duplicates; without templates, return it unchanged.
 
-    Where a template has an article before the expression, that of the expression is left out.
+    Where a template has an article before the expression, the expression's own article is dropped.
 
     >>> paraphrase("the dog", ["{}", "a {}", "the {}", "please find {}"])
     ['the dog', 'a dog', 'please find the dog']
@@ -234,55 +237,54 @@ def paraphrase(expression: str, templates: Sequence[str] | None) -> list[str]:
 
 
 def fill_template(expression: str, template: str) -> str:
-    """An expression in a template."""
+    """Fill an expression into the `{}` of a template, without doubling an article."""
     before = template.partition("{}")[0].split()
     if before and before[-1].lower() in ARTICLES:
-        expression = bare(expression)
+        expression = without_article(expression)
     return template.replace("{}", expression)
 
 
-def bare(expression: str) -> str:
-    """An expression without its article.
+def without_article(expression: str) -> str:
+    """Return an expression without its article.
 
-    >>> bare("The dog"), bare("there"), bare("a")
+    >>> without_article("The dog"), without_article("there"), without_article("a")
     ('dog', 'there', 'a')
     """
     first, _, rest = expression.strip().partition(" ")
     return rest.strip() if rest.strip() and first.lower() in ARTICLES else expression
 
 
-def average_paraphrases(found: Sequence[AttentionMaps], expression: str) -> AttentionMaps:
-    """The maps of an expression from those of its wordings: what the model answers is taken of the first.
+def average_paraphrases(paraphrases: Sequence[AttentionMaps], expression: str) -> AttentionMaps:
+    """Return the mean maps of an expression's paraphrases; everything else, such as the answer's text, is the first's.
 
-    Each head's map is the mean of its maps, each scaled to a sum of 1, times the mean of their sums: no wording
-    counts for more because it draws more attention, and the criteria still see how much a head attends to the image.
+    Maps are normalised to a sum of 1 before they are averaged, so that no paraphrase counts for more because it draws
+    more attention. The result is scaled by their mean sum, so that criterion 1 still applies.
     """
-    first = found[0]
-    if len(found) == 1:
+    first = paraphrases[0]
+    if len(paraphrases) == 1:
         return first if first.query == expression else replace(first, query=expression)
-    found = [one.at(first.image_index) for one in found]
-    answers = [one.answer for one in found if one.answer is not None]
+    paraphrases = [maps.at(first.image_index) for maps in paraphrases]
+    answers = [maps.answer for maps in paraphrases if maps.answer is not None]
+    per_image = zip(*(maps.images for maps in paraphrases), strict=True)
     return replace(
         first,
-        attention=mean_of_shapes([one.attention for one in found]),
-        answer=mean_of_shapes(answers) if answers else None,
+        attention=mean_of_normalised([maps.attention for maps in paraphrases]),
+        answer=mean_of_normalised(answers) if answers else None,
         query=expression,
-        images=tuple(
-            average_paraphrases(each, expression) for each in zip(*(one.images for one in found), strict=True)
-        ),
+        images=tuple(average_paraphrases(maps, expression) for maps in per_image),
     )
 
 
-def mean_of_shapes(maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """`mean_i(A_i / sum A_i) * mean_i(sum A_i)` of maps `[..., h, w]`, float32; one without attention counts as zeros.
+def mean_of_normalised(maps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """`mean_i(A_i / sum A_i) * mean_i(sum A_i)` of maps `[..., h, w]`, float32; a map of zeros stays zeros.
 
-    >>> mean_of_shapes([np.array([[1.0, 0.0]]), np.array([[0.0, 3.0]])]).tolist()
+    >>> mean_of_normalised([np.array([[1.0, 0.0]]), np.array([[0.0, 3.0]])]).tolist()
     [[1.0, 1.0]]
     """
-    shapes = np.zeros(maps[0].shape)
+    normalised = np.zeros(maps[0].shape)
     total = np.zeros((*maps[0].shape[:-2], 1, 1))
-    for one in maps:
-        sums = one.sum(axis=(-2, -1), keepdims=True, dtype=np.float64)
-        shapes += one / np.where(sums > 0, sums, 1)
+    for array in maps:
+        sums = array.sum(axis=(-2, -1), keepdims=True, dtype=np.float64)
+        normalised += array / np.where(sums > 0, sums, 1)
         total += sums
-    return np.asarray(shapes * total / len(maps) ** 2, dtype=np.float32)
+    return np.asarray(normalised * total / len(maps) ** 2, dtype=np.float32)

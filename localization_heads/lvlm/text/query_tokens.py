@@ -1,7 +1,7 @@
-"""Which tokens are query tokens: the values of `query_token`, and where an expression lies among the tokens.
+"""Which tokens are query tokens (`query_token`), and which tokens of a prompt spell the expression.
 
-The paper takes the last token of the prompt, the full stop of the expression. A chat template ends with tokens that
-are the same for every expression; there, a token of the expression or of the answer may attend to the object better.
+The paper takes the last prompt token, the full stop of the expression. A chat template ends with tokens that are the
+same for every expression; there, a token of the expression or of the answer may attend to the object better.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.forward.capture import Query
-from localization_heads.lvlm.forward.prefix import SEQUENCES
+from localization_heads.lvlm.forward.prefix import TOKEN_INPUTS
 from localization_heads.lvlm.text.prompts import Prompt
 from localization_heads.options.groups import QueryToken
 
-_LONGEST = 1024  # tokens at the end of a prompt among which an expression is looked for by decoding
+_MAX_DECODED = 1024
+"""Tokens at the end of a prompt in which the expression is searched by decoding."""
+_LONE_SPACE = "▁"
 
 
 def find_query(
@@ -28,20 +30,20 @@ def find_query(
     tokenizer: Any,
     dropped_token: int | None = None,
 ) -> Query:
-    """The query positions of a batch.
+    """Return the query positions of a batch.
 
     Args:
         kind: `last` (the paper's: the last prompt token), `expression_end` (the last token of the expression,
-            without its full stop), `expression_mean` (all its tokens, averaged) or `answer_first` (the first
-            token that the model answers). Those that read the whole answer are `last`, with `Query.answers`.
-        inputs: what the processor made of the prompts, padded on either side.
-        dropped_token: an id that was deleted from them.
+            without its full stop), `expression_mean` (the mean over its tokens) or `answer_first` (the first token of
+            the answer). The kinds that read the whole answer are passed as `last`, with `Query.answers` set.
+        inputs: the processor's output for the prompts, padded on either side.
+        dropped_token: an id that was deleted from the inputs.
 
     Raises:
-        UsageError: the expression's tokens cannot be found among the others.
+        UsageError: the expression's tokens cannot be found in the prompt.
     """
     if kind == "last":
-        return _last(inputs.get("attention_mask"))
+        return _last_token(inputs.get("attention_mask"))
     if kind == "answer_first":
         return Query(step=1)
     ids = inputs["input_ids"].tolist()
@@ -51,11 +53,11 @@ def find_query(
     ]
     if kind == "expression_end":
         return Query(torch.tensor([[span[-1]] for span in spans]))
-    return _mean(spans)
+    return _mean_over(spans)
 
 
-def _last(attention_mask: Tensor | None) -> Query:
-    """The end of the batch; where it was padded on the right, each sample's own last token."""
+def _last_token(attention_mask: Tensor | None) -> Query:
+    """The last position of the batch or, if it is padded on the right, each sample's own last token."""
     if attention_mask is None or bool(attention_mask[:, -1].all()):
         return Query()
     T = attention_mask.shape[1]
@@ -63,8 +65,8 @@ def _last(attention_mask: Tensor | None) -> Query:
     return Query(last[:, None])
 
 
-def _mean(spans: Sequence[range]) -> Query:
-    """All positions of each span with equal weight; shorter spans repeat their last with weight 0."""
+def _mean_over(spans: Sequence[range]) -> Query:
+    """Each span's positions with equal weights; shorter spans are padded with their last position at weight 0."""
     n = max(len(span) for span in spans)
     positions = torch.tensor([[*span, *[span[-1]] * (n - len(span))] for span in spans])
     lengths = torch.tensor([[float(len(span))] for span in spans])
@@ -72,37 +74,42 @@ def _mean(spans: Sequence[range]) -> Query:
 
 
 def batch_queries(queries: Sequence[tuple[Query, int]], past: int) -> Query:
-    """The queries of single prompts, each with its number of tokens, as a batch of what follows `past` shared tokens.
+    """Combine the queries of single prompts into one for a batch of their suffixes after `past` shared tokens.
+
+    Args:
+        queries: each with its prompt's number of tokens.
 
     >>> batch_queries([(Query(), 9), (Query(torch.tensor([[7]])), 10)], past=6)[:2]
     (tensor([[2],
             [1]]), None)
     """
-    places = [[length - 1] if q.positions is None else q.positions[0].tolist() for q, length in queries]
-    shares = [[1.0] if q.weights is None else q.weights[0].tolist() for q, _ in queries]
-    n = max(len(row) for row in places)
-    positions = torch.tensor([row + row[-1:] * (n - len(row)) for row in places])
-    weights = torch.tensor([row + [0.0] * (n - len(row)) for row in shares])
     answers = queries[0][0].answers
-    if answers is not None:  # of prompts of one length, by their last token
+    if answers is not None:  # these prompts are of equal length, and their query is the last token
         return Query(past=past, answers=answers)
-    return Query(positions - past, weights if n > 1 else None, past=past)
+    positions = [[length - 1] if q.positions is None else q.positions[0].tolist() for q, length in queries]
+    weights = [[1.0] if q.weights is None else q.weights[0].tolist() for q, _ in queries]
+    n = max(len(row) for row in positions)
+    padded_positions = torch.tensor([row + row[-1:] * (n - len(row)) for row in positions])
+    padded_weights = torch.tensor([row + [0.0] * (n - len(row)) for row in weights])
+    return Query(padded_positions - past, padded_weights if n > 1 else None, past=past)
 
 
 def expression_tokens(
     tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None = None
 ) -> range:
-    """Indices into `ids` of the tokens that spell the expression, its closing full stop left out.
+    """Return the indices into `ids` of the tokens that spell the expression, without its closing full stop.
 
-    The processor puts hundreds of image tokens into the text, so the prompt's own tokens are looked up in `ids`
-    from the end. A token that reaches over the edge of the expression (the space before it) counts as part of it, but
-    for a last one that holds nothing of it but marks: where a closing quote and the full stop are one token, the
-    expression ends before it. So `expression_end` is never the stop that the paper's query token is.
+    A token that extends beyond the expression (with the space before it) counts as part of it. The exception is a last
+    token that shares only punctuation with it: where a closing quote and the full stop are one token, the expression
+    ends before that token. So `expression_end` is never the full stop, which is the paper's query token.
+
+    Raises:
+        UsageError: the tokens cannot be found.
     """
     span = _by_offsets(tokenizer, prompt, ids, dropped_token) or _by_decoding(tokenizer, prompt, ids)
     if span is None:
         raise UsageError(
-            f"query_token: the tokens of '{prompt.expression}' cannot be told from the rest of this model's prompt; "
+            f"query_token: the tokens of '{prompt.expression}' cannot be found in this model's prompt; "
             "use query_token=last"
         )
     return span
@@ -111,12 +118,16 @@ def expression_tokens(
 def _by_offsets(
     tokenizer: Any, prompt: Prompt, ids: Sequence[int], dropped_token: int | None
 ) -> range | None:
-    """Ask a fast tokenizer which tokens the expression's characters went into, and find those in `ids`."""
+    """Find the expression by a fast tokenizer's character offsets.
+
+    Image tokens shift all positions in `ids`, so the expression's tokens are searched there, nearest to where they are
+    expected from the end.
+    """
     if not getattr(tokenizer, "is_fast", False):
         return None
-    coded = tokenizer(prompt.text, return_offsets_mapping=True, add_special_tokens=False)
-    tokens = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
-    kept = [(token, place) for token, place in tokens if token != dropped_token]
+    encoded = tokenizer(prompt.text, return_offsets_mapping=True, add_special_tokens=False)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    kept = [(token, offsets) for token, offsets in pairs if token != dropped_token]
     inside = [
         index
         for index, (_, (start, end)) in enumerate(kept)
@@ -124,57 +135,58 @@ def _by_offsets(
     ]
     if not inside:
         return None
-    if len(inside) > 1 and _only_marks(prompt, *kept[inside[-1]][1]):
+    if len(inside) > 1 and _shares_only_punctuation(prompt, *kept[inside[-1]][1]):
         inside.pop()
     first, count = inside[0], inside[-1] - inside[0] + 1
-    own = [token for token, _ in kept]
-    expected = len(ids) - (len(own) - first)  # but for padding on the right, and what the processor adds
-    # to the prompt's end, which is not to be confused; or alone, where the processor changes the end
-    for wanted in (own[first:], own[first : first + count]):
-        if (at := _find(wanted, ids, near=expected)) is not None:
-            return range(at, at + count)
+    tokens = [token for token, _ in kept]
+    expected = len(ids) - (len(tokens) - first)  # approximately: without right padding and added tokens
+    # Search with the rest of the prompt, which is unambiguous, or without it, in case the processor changes the end.
+    for pattern in (tokens[first:], tokens[first : first + count]):
+        if (start := _find_nearest(pattern, ids, expected)) is not None:
+            return range(start, start + count)
     return None
 
 
-def _only_marks(prompt: Prompt, start: int, end: int) -> bool:
-    """Whether a token, by its place in the prompt, leaves the expression and has neither letters nor digits of it."""
+def _shares_only_punctuation(prompt: Prompt, start: int, end: int) -> bool:
+    """Whether the token at these offsets ends after the expression, and has none of its letters and digits."""
     return end > prompt.end and not any(char.isalnum() for char in prompt.text[start : prompt.end])
 
 
-def _find(wanted: Sequence[int], ids: Sequence[int], near: int) -> int | None:
-    """Where the occurrence of `wanted` in `ids` begins that is nearest to an index.
+def _find_nearest(pattern: Sequence[int], ids: Sequence[int], expected: int) -> int | None:
+    """Return the start of the occurrence of a pattern that is nearest to an index; None if there is none.
 
-    >>> _find([5, 6], [5, 6, 7, 5, 6, 8, 5, 6], near=4)
+    >>> _find_nearest([5, 6], [5, 6, 7, 5, 6, 8, 5, 6], expected=4)
     3
     """
-    n, wanted, ids = len(wanted), list(wanted), list(ids)
-    found = [at for at in range(len(ids) - n + 1) if ids[at : at + n] == wanted]
-    return min(found, key=lambda at: abs(at - near), default=None)
+    n, pattern, ids = len(pattern), list(pattern), list(ids)
+    starts = [start for start in range(len(ids) - n + 1) if ids[start : start + n] == pattern]
+    return min(starts, key=lambda start: abs(start - expected), default=None)
 
 
 def _by_decoding(tokenizer: Any, prompt: Prompt, ids: Sequence[int]) -> range | None:
-    """Decode more and more of the end of `ids` until the expression shows: for tokenizers without offsets."""
+    """Find the expression without offsets: decode ever longer ends of `ids` until it appears in the text."""
 
-    def spelled(first: int, end: int) -> str:
-        return _squeezed(tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False))
+    def decoded(first: int, end: int) -> str:
+        return _without_spaces(tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False))
 
-    T, expression, rest = len(ids), _squeezed(prompt.expression), _squeezed(prompt.text[prompt.start :])
-    backwards = range(T - 1, max(-1, T - 1 - _LONGEST), -1)
-    first = next((first for first in backwards if rest in spelled(first, T)), T)
-    end = next((end for end in range(first + 1, T + 1) if expression in spelled(first, end)), None)
+    T, expression = len(ids), _without_spaces(prompt.expression)
+    rest = _without_spaces(prompt.text[prompt.start :])
+    backwards = range(T - 1, max(-1, T - 1 - _MAX_DECODED), -1)
+    first = next((first for first in backwards if rest in decoded(first, T)), T)
+    end = next((end for end in range(first + 1, T + 1) if expression in decoded(first, end)), None)
     if end is None:
         return None
-    over = not spelled(first, end).endswith(expression)
-    held = spelled(first, end - 1)  # all of the expression but marks, which melt with what follows
-    if over and end - first > 1 and len(words := _without_marks(expression)) > 0 and words in held:
-        end -= 1
+    words = _up_to_last_alphanumeric(expression)
+    extends_beyond = not decoded(first, end).endswith(expression)
+    if extends_beyond and end - first > 1 and words and words in decoded(first, end - 1):
+        end -= 1  # the last token shares only punctuation with the expression
     return range(first, end)
 
 
-def _without_marks(text: str) -> str:
-    """A text up to its last letter or digit.
+def _up_to_last_alphanumeric(text: str) -> str:
+    """Strip everything after the last letter or digit.
 
-    >>> _without_marks('the "dog"')
+    >>> _up_to_last_alphanumeric('the "dog"')
     'the "dog'
     """
     while text and not text[-1].isalnum():
@@ -182,26 +194,23 @@ def _without_marks(text: str) -> str:
     return text
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-_LONE_SPACE = "▁"
-
-
 def lone_space_id(tokenizer: Any) -> int | None:
-    """The id of the lone space (29871 in LLaMA's vocabulary); None for a tokenizer that has none."""
-    found = tokenizer.get_vocab().get(_LONE_SPACE)
-    return None if found is None else int(found)
+    """Return the id of SentencePiece's lone space (29871 in LLaMA's vocabulary); None if the tokenizer has none."""
+    token_id = tokenizer.get_vocab().get(_LONE_SPACE)
+    return None if token_id is None else int(token_id)
 
 
 def remove_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int) -> dict[str, Any]:
-    """A processor's output without a token: `[B, T, ...]`, padded anew on that side, to `[B, T - n, ...]`.
+    """Remove a token from a processor's output and pad again: `[B, T, ...]` to `[B, T - n, ...]`.
 
     Args:
-        token: the id that is removed.
+        token: the id to remove.
         side: `left` or `right`, where shorter prompts are padded.
-        pad: the id that fills them up.
+        pad: the id to pad with.
 
     >>> inputs = {"input_ids": torch.tensor([[1, 7, 2, 3], [1, 4, 7, 7]])}
     >>> remove_token(inputs, 7, side="left", pad=0)["input_ids"].tolist()
@@ -213,15 +222,15 @@ def remove_token(inputs: Mapping[str, Any], token: int, *, side: str, pad: int) 
     if mask is not None:
         kept = kept & mask.bool()
     length = int(kept.sum(1).max())
-    # Removed tokens join the padding: a stable sort moves them to that side and keeps the order of the rest.
+    # Removed tokens become padding: a stable sort moves them to that side and keeps the order of the rest.
     order = torch.argsort(kept.int(), dim=1, stable=True, descending=side == "right")
     order = order[:, -length:] if side == "left" else order[:, :length]
     kept = kept.gather(1, order)
-    found = dict(inputs)
-    for name in (name for name in SEQUENCES if name in inputs):
+    shortened = dict(inputs)
+    for name in (name for name in TOKEN_INPUTS if name in inputs):
         rows: Tensor = inputs[name]
         trailing = (1,) * (rows.dim() - 2)
         index = order.reshape(*order.shape, *trailing).expand(-1, -1, *rows.shape[2:])
-        rest = ~kept.reshape(*kept.shape, *trailing)
-        found[name] = rows.gather(1, index).masked_fill(rest, pad if name == "input_ids" else 0)
-    return found
+        padding = ~kept.reshape(*kept.shape, *trailing)
+        shortened[name] = rows.gather(1, index).masked_fill(padding, pad if name == "input_ids" else 0)
+    return shortened
