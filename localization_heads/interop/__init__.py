@@ -1,1 +1,1 @@
-"""Results in the formats of other tools: detections, data sets, lists of heads, the hub, pipelines."""
+"""Results in the formats of other tools: COCO, supervision, FiftyOne and transformers pipelines."""

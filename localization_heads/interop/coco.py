@@ -1,4 +1,4 @@
-"""Predictions as a COCO data set, which labelling tools, FiftyOne and pycocotools can open."""
+"""Predictions as a COCO data set, for annotation tools, FiftyOne and pycocotools."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 
 
 def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> dict[str, Any]:
-    """`{"info", "images", "annotations", "categories"}`: one annotation per expression that has a box, or per box.
+    """Convert predictions to the dict `{"info", "images", "annotations", "categories"}` of a COCO data set.
 
-    Boxes are `[x, y, width, height]` in pixels, masks COCO run lengths. Besides COCO's own keys, an annotation
-    has `score`, `expression` and the sample's `sample_id`. Expressions about one image share its image entry. Where all
-    objects were asked for (`instances=all`), each of its boxes is an annotation.
+    There is one annotation per expression with a box or, with `instances=all`, one per box. Boxes are
+    `[x, y, width, height]` in pixels, masks are COCO RLE. An annotation also has `score`, `expression` and
+    `sample_id`. Expressions of one image share its image entry.
 
     Args:
-        predictions: as `read_predictions` gives them; those that failed are left out.
-        samples: by id; predictions with other ids are left out, since their image is unknown.
+        predictions: as from `read_predictions`; failed ones are skipped.
+        samples: by id; predictions with other ids are skipped, since their image is unknown.
 
     Raises:
         ImageError: an image whose size is needed cannot be read.
-        MaskError: a mask cannot be decoded; it names the prediction.
+        MaskError: a mask cannot be decoded; the message names the prediction.
     """
     images: dict[str, dict[str, Any]] = {}
-    taken: set[int] = set()
+    used_ids: set[int] = set()
     annotations: list[dict[str, Any]] = []
     for prediction in predictions:
         sample = samples.get(prediction.id)
@@ -39,10 +39,12 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
         sample = sample.at(prediction.image_index)
         key = sample.image_key or prediction.id
         if key not in images:
-            images[key] = _image(_free_id(sample, taken), sample, prediction)
+            images[key] = _image_entry(_image_id(sample, used_ids), sample, prediction)
         image = images[key]
-        for one in [prediction] if prediction.boxes is None else prediction.boxes:
-            annotations.append(_annotation(len(annotations) + 1, image["id"], sample, prediction.id, one))
+        for instance in [prediction] if prediction.boxes is None else prediction.boxes:
+            annotations.append(
+                _annotation(len(annotations) + 1, image["id"], sample, prediction.id, instance)
+            )
     return {
         "info": {"description": "localization-heads predictions"},
         "images": list(images.values()),
@@ -52,73 +54,70 @@ def to_coco(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) ->
 
 
 def results_of(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The annotations as the bare list of results that pycocotools' `loadRes` takes.
+    """The annotations as the list of results that pycocotools' `loadRes` takes.
 
     Args:
-        data: of `to_coco`.
+        data: a data set from `to_coco`.
     """
-    kept = ("image_id", "category_id", "bbox", "score", "segmentation", "sample_id")
+    keys = ("image_id", "category_id", "bbox", "score", "segmentation", "sample_id")
     return [
-        {name: one[name] for name in kept if name != "segmentation" or one[name]}
-        for one in data["annotations"]
+        {key: annotation[key] for key in keys if key != "segmentation" or annotation[key]}
+        for annotation in data["annotations"]
     ]
 
 
-OFFICIAL = re.compile(r"coco:(\d{1,12})|.*COCO_\w+_(\d{12})\.\w+")
+COCO_NAME = re.compile(r"coco:(\d{1,12})|.*COCO_\w+_(\d{12})\.\w+")
+"""Names that contain the image's id in COCO."""
 
 
-def _free_id(sample: Sample, taken: set[int]) -> int:
-    """COCO's own id of the image, where its name or its `picture` says it, else a number that is free.
-
-    Args:
-        taken: the ids so far, to which this one is added.
-    """
-    names = (OFFICIAL.fullmatch(name) for name in (sample.picture, sample.image_file))
-    own = [int(found[1] or found[2]) for found in names if found]
-    free = range(len(taken) + 1, 2 * len(taken) + 2)
-    number: int = next(one for one in (*own, *free) if one not in taken)
-    taken.add(number)
-    return number
+def _image_id(sample: Sample, used_ids: set[int]) -> int:
+    """The image's id in COCO if its file name or `picture` contains it, else an unused number; added to `used_ids`."""
+    matches = (COCO_NAME.fullmatch(name) for name in (sample.picture, sample.image_file))
+    official = [int(match[1] or match[2]) for match in matches if match]
+    unused = range(len(used_ids) + 1, 2 * len(used_ids) + 2)  # of these at least one is free
+    image_id: int = next(id for id in (*official, *unused) if id not in used_ids)
+    used_ids.add(image_id)
+    return image_id
 
 
-def _image(number: int, sample: Sample, prediction: Prediction) -> dict[str, Any]:
+def _image_entry(image_id: int, sample: Sample, prediction: Prediction) -> dict[str, Any]:
     if prediction.mask is not None:
         height, width = (int(n) for n in prediction.mask["size"])
     else:
         width, height = image_size(sample.single)
     name = sample.image_file or prediction.id
-    return {"id": number, "file_name": name, "width": width, "height": height}
+    return {"id": image_id, "file_name": name, "width": width, "height": height}
 
 
 def _annotation(
-    number: int, image_id: int, sample: Sample, id: str, found: Prediction | Instance
+    annotation_id: int, image_id: int, sample: Sample, sample_id: str, instance: Prediction | Instance
 ) -> dict[str, Any]:
-    assert found.bbox is not None
-    x0, y0, x1, y1 = found.bbox
+    assert instance.bbox is not None
+    x0, y0, x1, y1 = instance.bbox
     return {
-        "id": number,
+        "id": annotation_id,
         "image_id": image_id,
         "category_id": CATEGORY["id"],
         "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": _area(id, found),
-        "segmentation": found.mask if found.mask is not None else [],
+        "area": _area(sample_id, instance),
+        "segmentation": instance.mask if instance.mask is not None else [],
         "iscrowd": 0,
-        "score": found.score,
+        "score": instance.score,
         "expression": sample.expression,
-        "sample_id": id,
+        "sample_id": sample_id,
     }
 
 
-def _area(id: str, found: Prediction | Instance) -> float:
-    """Pixels of the mask, or of the box where there is none."""
-    if found.mask is None:
-        assert found.bbox is not None
-        x0, y0, x1, y1 = found.bbox
+def _area(sample_id: str, instance: Prediction | Instance) -> float:
+    """Area of the mask, or of the box without one, in pixels."""
+    if instance.mask is None:
+        assert instance.bbox is not None
+        x0, y0, x1, y1 = instance.bbox
         return (x1 - x0) * (y1 - y0)
     from localization_heads.data.masks import MaskError, read_mask
 
-    height, width = found.mask["size"]
+    height, width = instance.mask["size"]
     try:
-        return float(read_mask(found.mask, (width, height)).sum())
+        return float(read_mask(instance.mask, (width, height)).sum())
     except MaskError as error:
-        raise MaskError(f"the prediction of {shown(id)}: {error}") from error
+        raise MaskError(f"the prediction of {shown(sample_id)}: {error}") from error

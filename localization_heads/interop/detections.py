@@ -1,4 +1,4 @@
-"""Groundings as `supervision.Detections` and as a FiftyOne data set. Both libraries are extras."""
+"""Groundings as `supervision.Detections` and predictions as a FiftyOne data set. Both libraries are optional extras."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from localization_heads.store.results import Prediction
 
 
 def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] | None = None) -> Any:
-    """The groundings of one image as `supervision.Detections`, one detection each, in the same order.
+    """Convert the groundings of one image to `supervision.Detections`, one detection each, in the same order.
 
-    Boxes are xyxy pixels, masks bool `[n, H, W]`, confidences the scores; `class_id` counts from 0 and
-    `data["class_name"]` holds the expressions where they are given.
+    Boxes are xyxy in pixels, masks bool `[n, H, W]`, confidences the groundings' scores. `class_id` counts from 0, and
+    `data["class_name"]` holds the expressions if they are given.
 
     Raises:
         UsageError: supervision is not installed, or the groundings are of images of different sizes.
         ValueError: the numbers of expressions and groundings differ.
     """
-    sv = _extra("supervision")
+    sv = _import_extra("supervision")
     if len({grounding.image_size for grounding in groundings}) > 1:
         raise UsageError("supervision.Detections holds one image: these groundings are of several")
     if expressions is not None and len(expressions) != len(groundings):
@@ -47,27 +47,27 @@ def to_supervision(groundings: Sequence[Grounding], expressions: Sequence[str] |
 def to_fiftyone(
     predictions: Iterable[Prediction], samples: Mapping[str, Sample], name: str | None = None
 ) -> Any:
-    """Predictions as a `fiftyone.Dataset`: one sample per image, with `predictions` and, where known, `ground_truth`.
+    """Convert predictions to a `fiftyone.Dataset`: one sample per image with `predictions` and any `ground_truth`.
 
     Boxes are relative to the image, masks are cropped to their box, labels are the expressions.
 
     Args:
-        samples: by id; predictions of other ids, and those that failed, are left out.
-        name: of the data set; FiftyOne names it if none is given.
+        samples: by id; predictions with other ids and failed ones are skipped.
+        name: name of the data set; by default FiftyOne chooses one.
 
     Raises:
         UsageError: FiftyOne is not installed.
         ImageError: an image whose size is needed cannot be read.
     """
-    fo = _extra("fiftyone")
+    fo = _import_extra("fiftyone")
     dataset = fo.Dataset(name)
     dataset.add_samples(fiftyone_samples(predictions, samples))
     return dataset
 
 
 def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sample]) -> list[Any]:
-    """The `fiftyone.Sample`s of `to_fiftyone`, for an existing data set; needs no database."""
-    fo = _extra("fiftyone")
+    """The `fiftyone.Sample`s of `to_fiftyone`, to add to an existing data set; needs no database."""
+    fo = _import_extra("fiftyone")
     images: dict[str, Any] = {}
     for prediction in predictions:
         sample = samples.get(prediction.id)
@@ -89,32 +89,32 @@ def fiftyone_samples(predictions: Iterable[Prediction], samples: Mapping[str, Sa
 def _detection(fo: Any, sample: Sample, prediction: Prediction) -> Any:
     assert prediction.bbox is not None
     size = image_size(sample.single)
-    cut = None
+    mask = None
     if prediction.mask is not None:
-        cut = _cut(read_mask(prediction.mask, size), prediction.bbox)
+        mask = _crop(read_mask(prediction.mask, size), prediction.bbox)
     return fo.Detection(
         label=sample.expression,
         bounding_box=_relative(prediction.bbox, size),
-        mask=cut,
+        mask=mask,
         confidence=prediction.score,
         sample_id=prediction.id,
     )
 
 
 def _relative(box: Box, size: tuple[int, int]) -> list[float]:
-    """`[x, y, width, height]` in shares of the image."""
+    """`[x, y, width, height]` relative to the image."""
     (x0, y0, x1, y1), (width, height) = box, size
     return [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]
 
 
-def _cut(mask: NDArray[np.bool_], box: Box) -> NDArray[np.bool_]:
-    """The part of a mask `[H, W]` in the pixels that a box touches."""
+def _crop(mask: NDArray[np.bool_], box: Box) -> NDArray[np.bool_]:
+    """The part of a mask `[H, W]` in the pixels that a box overlaps."""
     x0, y0, x1, y1 = (int(edge) for edge in (*np.floor(box[:2]), *np.ceil(box[2:])))
     return mask[y0:y1, x0:x1]
 
 
-def _extra(module: str) -> Any:
-    """The module, whose extra is named alike, or a UsageError that says how to install it."""
+def _import_extra(module: str) -> Any:
+    """Import an optional dependency, which is also the name of its extra. UsageError if it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:

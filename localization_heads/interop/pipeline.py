@@ -1,4 +1,4 @@
-"""`pipeline`: grounding behind the interface of a transformers pipeline."""
+"""`pipeline`: grounding with the interface of a transformers pipeline."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class GroundingPipeline:
-    """Called with an image and expressions, it answers in the format of transformers' object detection pipelines.
+    """A callable that returns groundings in the output format of transformers' object detection pipelines.
 
     Args:
         lvlm: the loaded model.
-        heads: the heads whose maps are summed; None for the default of `ground`.
+        heads: the heads whose maps are added; None for the default of `ground`.
         options: the read-out, from maps to a box.
     """
 
@@ -34,25 +34,25 @@ class GroundingPipeline:
     def __call__(
         self, image: AnyImage, expressions: str | Sequence[str]
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """`{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`; a list for several expressions.
+        """Return `{"label", "score", "box": {"xmin", "ymin", "xmax", "ymax"}, "mask"}`, or a list of these for several.
 
-        The box is in whole pixels, the mask a PIL image of mode L with 255 inside, as in transformers.
+        As in transformers, the box is in whole pixels and the mask a PIL image of mode L that is 255 inside.
 
         Args:
             image: as in `ground`.
-            expressions: a text, a list of texts, or several in one text, as in "the dog; the cat".
+            expressions: a text, a list of texts, or several texts joined by semicolons, "the dog; the cat".
 
         Raises:
-            UsageError: an image or an expression that cannot be used.
+            UsageError: an unusable image or expression.
         """
         texts = [expressions] if isinstance(expressions, str) else list(expressions)
-        found = ground(self.lvlm, image, texts, self.heads, options=self.options)
-        answers = [answer_of(one, one.expression) for one in found]
-        return answers[0] if isinstance(expressions, str) and len(answers) == 1 else answers
+        results = ground(self.lvlm, image, texts, self.heads, options=self.options)
+        outputs = [answer_of(result, result.expression) for result in results]
+        return outputs[0] if isinstance(expressions, str) and len(outputs) == 1 else outputs
 
 
 def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
-    """A grounding as one entry of a transformers pipeline's output."""
+    """A grounding in the output format of a transformers pipeline."""
     from PIL import Image
 
     corners = zip(("xmin", "ymin", "xmax", "ymax"), grounding.box, strict=True)
@@ -67,7 +67,7 @@ def answer_of(grounding: Grounding, label: str) -> dict[str, Any]:
 def pipeline(
     model: str | LVLM = "tiny", heads: Heads = None, *, options: ReadOut = None, **loading: Any
 ) -> GroundingPipeline:
-    """A pipeline for a model by name, or for a loaded one.
+    """A pipeline for a loaded model, or for one by name.
 
     Args:
         loading: further arguments of `load_model`.
