@@ -39,7 +39,7 @@ from benchmarks.qwen import CELL, TOY, QwenShape, random_qwen
 from benchmarks.timing import Timings, interleaved, synchronize
 from localization_heads.data.samples import Sample
 from localization_heads.finding import find_heads
-from localization_heads.lvlm.checks.doctor import compare
+from localization_heads.lvlm.checks.doctor import compare_with_eager
 from localization_heads.lvlm.forward.capture import Query
 from localization_heads.lvlm.forward.failures import memory_errors
 from localization_heads.lvlm.model import LVLM
@@ -107,10 +107,10 @@ def parity(bench: Bench) -> Iterator[Fact]:
             if kernel.startswith("flash") and dtype == torch.float32:
                 continue
             lvlm.model.model.language_model.set_attn_implementation(kernel)
-            found = compare(lvlm, inputs, Query()).difference
+            found = compare_with_eager(lvlm, inputs, Query()).difference
             yield Fact(
                 "parity",
-                f"capture against eager, {kernel}, {_name(dtype)}",
+                f"capture against eager_attention, {kernel}, {_name(dtype)}",
                 found,
                 "of weight 1",
                 LIMIT[dtype],

@@ -18,11 +18,11 @@ from test_tracing import steps_without_cache
 
 from localization_heads.errors import UsageError, WorkError
 from localization_heads.lvlm.answers.box_formats import FORMATS, BoxFormat
-from localization_heads.lvlm.answers.trace import Spelled, group_tokens
+from localization_heads.lvlm.answers.trace import TokenizedText, tokens_of_match
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import apart
+from localization_heads.lvlm.sharing import prepare_unshared
 from localization_heads.options.groups import ModelSpec
 
 SAME = {"rtol": 0, "atol": 1e-5}
@@ -45,7 +45,7 @@ def test_equals_eager_without_a_cache(name: str, endless: Any, monkeypatch: pyte
     places = {TEXTS[0]: [3], TEXTS[1]: [0, 2], TEXTS[2]: [1, 2, 3]}
     monkeypatch.setattr(LVLM, "span_token_indices", lambda _self, _answer, text: places[text])
     seen = lvlm.image_for_processor(image)
-    together = apart(lvlm, [image] * 3, TEXTS)(None)
+    together = prepare_unshared(lvlm, [image] * 3, TEXTS)(None)
     shared = lvlm.encode_image(image).attend(TEXTS)
     for text, batched, other in zip(TEXTS, together, shared, strict=True):
         rows, _ = steps_without_cache(lvlm, seen, text, 5)
@@ -74,7 +74,7 @@ def test_the_span_is_a_text_of_the_answer(lvlm: LVLM) -> None:
 
 
 def test_a_span_may_hold_the_expression() -> None:
-    answer = Spelled("a dog is here", ((0, 1), (1, 5), (5, 8), (8, 13)))
+    answer = TokenizedText("a dog is here", ((0, 1), (1, 5), (5, 8), (8, 13)))
     lvlm = spanned(tiny("internvl"), "{} is")
     assert list(lvlm.span_token_indices(answer, "Dog.")) == [1, 2]
 
@@ -112,9 +112,9 @@ def test_the_numbers_of_a_box(endless: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_tokens_of_numbers() -> None:
     """`[10,20,5,99]`: a token that reaches into a number counts, what stands between does not."""
-    answer = Spelled("[10,20,5,99]", ((0, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 9), (9, 12)))
-    assert group_tokens(answer, r"\[(\d+),(\d+),(\d+),(\d+)\]") == [0, 1, 3, 4, 6]
-    assert group_tokens(answer, r"(7)") == []
+    answer = TokenizedText("[10,20,5,99]", ((0, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 9), (9, 12)))
+    assert tokens_of_match(answer, r"\[(\d+),(\d+),(\d+),(\d+)\]") == [0, 1, 3, 4, 6]
+    assert tokens_of_match(answer, r"(7)") == []
 
 
 def test_another_answer_the_second_time_is_an_error(

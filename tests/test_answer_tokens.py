@@ -16,13 +16,13 @@ from test_query_token import tiny_lvlm
 from torch import Tensor
 
 from localization_heads.errors import UsageError
+from localization_heads.lvlm.attention_model import SampleAttention
 from localization_heads.lvlm.checkpoints.loading import load_model
-from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.checks.doctor import eager_attention
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.forward.capture import Query, Recorder
-from localization_heads.lvlm.loaded import Answered
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import apart
+from localization_heads.lvlm.sharing import prepare_unshared
 
 SAME = {"rtol": 0, "atol": 1e-5}
 EXPRESSIONS = ["the red car", "the dog left in this image", "car"]
@@ -51,7 +51,7 @@ def without_cache(lvlm: LVLM, image: Image.Image, expression: str, most: int, en
     rows: list[Tensor] = []
     logprob = 0.0
     decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
-    with eager(lvlm.model), torch.inference_mode():
+    with eager_attention(lvlm.model), torch.inference_mode():
         for step in range(most + 1):
             given = {**inputs, "decoder_input_ids": torch.tensor([decoded])} if decodes else inputs
             with layers_of(lvlm) as seen:
@@ -118,7 +118,9 @@ def on_image(lvlm: LVLM, image: Image.Image, expression: str, row: Tensor) -> np
     inputs = lvlm.model_inputs([image], [lvlm.prompt(expression)])
     full = torch.zeros(lvlm.num_layers, *row.shape[1:])
     full[sorted(lvlm.attention_modules)] = row
-    return lvlm.maps(Answered(full), lvlm.views_of_images(inputs, 0, image), image, expression, "").attention
+    return lvlm.maps(
+        SampleAttention(full), lvlm.views_of_images(inputs, 0, image), image, expression, ""
+    ).attention
 
 
 def asked(name: str, query_token: str, tokens: int = 4) -> LVLM:
@@ -149,7 +151,7 @@ def test_equals_eager_without_a_cache(name: str, ending: Any) -> None:
     free = [without_cache(lvlm, seen, text, 4, []) for text in EXPRESSIONS]
     ends = [free[1].tokens[2], free[2].tokens[0]]
     ending(lvlm.model, ends)
-    together = apart(lvlm, [image] * 3, EXPRESSIONS)(None)
+    together = prepare_unshared(lvlm, [image] * 3, EXPRESSIONS)(None)
     shared = lvlm.encode_image(image).attend(EXPRESSIONS)
     for text, batched, other in zip(EXPRESSIONS, together, shared, strict=True):
         expected = without_cache(lvlm, seen, text, 4, ends)

@@ -25,8 +25,8 @@ from localization_heads.grounding.ground import ground_maps
 from localization_heads.grounding.maps import sum_maps
 from localization_heads.heads.head import Head
 from localization_heads.heads.ready import difference
-from localization_heads.lvlm.answers.answering import spellings
-from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, presence_sides
+from localization_heads.lvlm.answers.answering import word_token_ids
+from localization_heads.lvlm.asking import BACKGROUND, LISTING, listed_expressions, yes_no_tokens
 from localization_heads.lvlm.checkpoints.loading import load_model
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.extra_prompts import (
@@ -183,8 +183,8 @@ def test_siblings_are_those_of_the_data(lvlm: LVLM, scenes: list[tuple[Image.Ima
 def test_alone_the_model_lists_what_it_sees(lvlm: LVLM, scenes: list[tuple[Image.Image, str]]) -> None:
     for image, text in scenes:
         found = lvlm.attend(image, text, extra_prompts=ExtraPrompts("siblings"))
-        (listed,) = lvlm.encode_image(image).say([LISTING], 24)
-        answer = lvlm.encode_image(image).say([text], 8)[0].text
+        (listed,) = lvlm.encode_image(image).generate([LISTING], 24)
+        answer = lvlm.encode_image(image).generate([text], 8)[0].text
         own = set(f"{text} {answer}".split())
         names = [name for name in dict.fromkeys(listed.text.replace(",", " ").split()) if name not in own]
         assert [other.query for other in found.others] == [f"the {name}" for name in names]
@@ -245,7 +245,7 @@ def test_signals_are_those_of_whole_forward_passes(lvlm: LVLM, scenes: list[tupl
 def test_no_presence_without_words_for_it() -> None:
     """A tokenizer that has no token for yes."""
     other, image = tiny("llava"), coordinate_image(190, 110)
-    assert presence_sides(other.processor.tokenizer) is None
+    assert yes_no_tokens(other.processor.tokenizer) is None
     found = other.attend(image, "the dog", extra_prompts=ExtraPrompts(signals=True))
     assert found.presence_logit is None
     assert found.answer_logprob is not None
@@ -262,8 +262,8 @@ def test_known_spellings_of_yes_and_no_are_single_tokens() -> None:
         def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": self.ids[text]}
 
-    assert spellings(Coder(), "yes") == (5, 6, 7)
-    assert spellings(Coder(), "no") == ()
+    assert word_token_ids(Coder(), "yes") == (5, 6, 7)
+    assert word_token_ids(Coder(), "no") == ()
 
 
 @pytest.mark.parametrize("name", ["florence2", "paligemma", "mllama", "qwen3_5", "gemma3"])

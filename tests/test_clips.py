@@ -21,14 +21,14 @@ from PIL import Image
 from localization_heads.data.video import Frame, frames, open_video, write_video
 from localization_heads.errors import UsageError
 from localization_heads.lvlm.checkpoints.sources import video_settings
-from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.checks.doctor import eager_attention
 from localization_heads.lvlm.checks.footprints import (
     colour_last,
     identity_attention,
     image_features,
     sampled_cells,
 )
-from localization_heads.lvlm.clips import LAYOUTS, ReadyClip, make_clip_ready
+from localization_heads.lvlm.clips import VIDEO_FAMILIES, PreparedClip, prepare_clip
 from localization_heads.lvlm.families.geometry import View
 from localization_heads.lvlm.forward.capture import capture
 from localization_heads.lvlm.model import LVLM
@@ -46,12 +46,12 @@ def moving_coordinates(count: int, size: tuple[int, int] = SIZE) -> list[Image.I
     return [Image.fromarray(np.rint(np.stack(channels, -1)).astype(np.uint8)) for channels in frames]
 
 
-def ready(name: str, count: int = 5) -> ReadyClip:
+def ready(name: str, count: int = 5) -> PreparedClip:
     lvlm = tiny(name)
-    return make_clip_ready(lvlm, moving_coordinates(count), lvlm.prompt("the red car"), TIMES[:count])
+    return prepare_clip(lvlm, moving_coordinates(count), lvlm.prompt("the red car"), TIMES[:count])
 
 
-def footprint(name: str, clip: ReadyClip, keys: list[int]) -> list[tuple[NDArray[np.float64], set[int]]]:
+def footprint(name: str, clip: PreparedClip, keys: list[int]) -> list[tuple[NDArray[np.float64], set[int]]]:
     """For each key, the centre of the pixels that feed it, as shares of a frame, and the numbers of their frames."""
     lvlm = tiny(name)
     inputs = lvlm.on_device(clip.inputs)
@@ -82,13 +82,13 @@ def frames_of(name: str, place: int) -> set[int]:
     return {n for n in range(5) if n // merged(name) == place}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in LAYOUTS if not name.endswith("_moe")))
+@pytest.mark.parametrize("name", sorted(name for name in VIDEO_FAMILIES if not name.endswith("_moe")))
 def test_tokens_lie_in_their_frames_and_cells(name: str) -> None:
     """Five frames, so that where two are merged the last is alone: each token sees its own place and frames only."""
     clip = ready(name)
     assert len(clip.views) == -(-5 // merged(name))
     for place, view in enumerate(clip.views):
-        cells = sampled_cells(view, False)[:: 1 if place == 0 else 4]
+        cells = sampled_cells(view, skip_border=False)[:: 1 if place == 0 else 4]
         keys = [int(view.index[cell]) for cell in cells]
         for cell, (centre, seen) in zip(cells, footprint(name, clip, keys), strict=True):
             assert seen == frames_of(name, place)
@@ -103,13 +103,13 @@ def misplaced(view: View, cell: tuple[int, int], centre: NDArray[np.float64]) ->
     return np.array([(x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)])
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", sorted(VIDEO_FAMILIES))
 def test_capture_equals_eager(name: str) -> None:
     lvlm, clip = tiny(name), ready(name, 3)
     inputs = lvlm.on_device(clip.inputs)
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
-    with eager(lvlm.model), torch.inference_mode():
+    with eager_attention(lvlm.model), torch.inference_mode():
         attention = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
     expected = [one for one in attention if one is not None]
     if len(expected) == lvlm.num_layers:
@@ -163,12 +163,12 @@ def with_videos(name: str) -> Any:
     return kind(image_processor=ip, tokenizer=own.tokenizer, video_processor=videos, **options)
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUTS))
+@pytest.mark.parametrize("name", sorted(VIDEO_FAMILIES))
 def test_the_layout_is_that_of_the_video_processor(name: str) -> None:
     """The same tokens, grids and, but for rounding when a frame is resized, pixels."""
     lvlm, processor = tiny(name), with_videos(name)
     frames, times = moving_coordinates(6), [n / 5 for n in range(6)]
-    ours = make_clip_ready(lvlm, frames, lvlm.prompt("the red car"), times).inputs
+    ours = prepare_clip(lvlm, frames, lvlm.prompt("the red car"), times).inputs
     placed = processor.video_token
     if name in ("qwen2_vl", "qwen2_5_vl"):
         placed = lvlm.image_text.replace(lvlm.image_token, placed)
@@ -215,7 +215,7 @@ def test_a_checkpoints_own_settings_for_videos(
     ):
         (tmp_path / file).write_text(json.dumps(content))
         lvlm.video_settings = partial(video_settings, str(tmp_path))
-        clip = make_clip_ready(lvlm, moving_coordinates(4), lvlm.prompt("the red car"), TIMES[:4])
+        clip = prepare_clip(lvlm, moving_coordinates(4), lvlm.prompt("the red car"), TIMES[:4])
         assert (len(clip.views), *clip.views[0].index.shape) == grid
         (tmp_path / "video_preprocessor_config.json").write_text("{}")
 

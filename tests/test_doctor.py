@@ -22,7 +22,7 @@ from localization_heads.errors import UsageError
 from localization_heads.figures import plot_cells
 from localization_heads.figures.style import ORANGE, SKY
 from localization_heads.lvlm.checks import doctor
-from localization_heads.lvlm.checks.doctor import eager, examine
+from localization_heads.lvlm.checks.doctor import eager_attention, examine
 from localization_heads.lvlm.checks.footprints import views_seen
 from localization_heads.lvlm.checks.verdict import EXPRESSIONS, geometry
 from localization_heads.lvlm.families.geometry import View, even_view
@@ -140,7 +140,7 @@ def test_one_wrong_row_of_many_is_found(image: Image.Image, monkeypatch: pytest.
 def test_check_is_left_out_when_not_wanted(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     lvlm = tiny_lvlm("last")
     assert examine(lvlm, image, "the dog", check=False).check.difference is None
-    monkeypatch.setattr(doctor, "SMALL", 10)
+    monkeypatch.setattr(doctor, "MAX_COMPARED_PARAMETERS", 10)
     unasked = examine(lvlm, image, "the dog")
     assert unasked.check.difference is None
     assert "doctor.check=true" in unasked.check.note
@@ -173,7 +173,7 @@ def test_eager_for_a_while() -> None:
         return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
 
     before = kernels()
-    with eager(model):
+    with eager_attention(model):
         assert set(kernels()) == {"eager"}
     assert kernels() == before
     assert {"sdpa", "flash_attention_2"} <= set(before)

@@ -15,7 +15,7 @@ from family_models import BUILDERS, tiny
 from family_models_siblings import SIBLINGS  # and registers all families
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.checks.doctor import eager_attention
 from localization_heads.lvlm.checks.footprints import coordinate_image, footprint_errors
 from localization_heads.lvlm.families.geometry import ProcessedImage, even_view
 from localization_heads.lvlm.families.table import FAMILIES, REFUSED, check_family, views_of
@@ -72,7 +72,7 @@ def captured_and_eager(lvlm: LVLM, image_size: tuple[int, int]) -> tuple[list[to
     inputs = lvlm.model_inputs([coordinate_image(*image_size)], [lvlm.prompt("the red car")])
     with torch.inference_mode(), capture(lvlm.attention_modules) as recorder:
         lvlm.model(**inputs, use_cache=False)
-    with eager(lvlm.model), torch.inference_mode():
+    with eager_attention(lvlm.model), torch.inference_mode():
         output = lvlm.model(**inputs, output_attentions=True, use_cache=False)
     expected = [a for a in getattr(output, "cross_attentions", None) or output.attentions if a is not None]
     if len(expected) == lvlm.num_layers:

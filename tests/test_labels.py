@@ -33,7 +33,7 @@ from localization_heads.heads.labels import (
     shrink_scores,
 )
 from localization_heads.heads.record import HeadRanking, RankedHead
-from localization_heads.lvlm import loaded
+from localization_heads.lvlm import attention_model
 from localization_heads.lvlm.answers.box_formats import FORMATS
 from localization_heads.lvlm.checkpoints import loading
 from localization_heads.lvlm.native_box import with_box_span
@@ -228,7 +228,7 @@ def test_the_reader_asks_for_a_box_and_reads_its_numbers(
     assert (reader.asked["conv_mode"], reader.asked["query_token"]) == ("native_box", "answer_span")
 
     def read(*places: int) -> NDArray[np.float32]:
-        monkeypatch.setattr(loaded, "group_tokens", lambda *_: list(places))
+        monkeypatch.setattr(attention_model, "tokens_of_match", lambda *_: list(places))
         return reader.attend(image, "the car").attention
 
     np.testing.assert_allclose(read(1, 3), (read(1) + read(3)) / 2, rtol=0, atol=1e-6)

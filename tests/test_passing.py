@@ -270,13 +270,13 @@ def write_shared(folder: Path) -> str:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many expressions each encoded image was asked."""
-    original, asked = EncodedImage.answer, []
+    original, asked = EncodedImage.attend_prepared, []
 
     def spy(self: EncodedImage, questions: Any, last_layer: int | None) -> Any:
         asked.append(len(questions))
         return original(self, questions, last_layer)
 
-    monkeypatch.setattr(EncodedImage, "answer", spy)
+    monkeypatch.setattr(EncodedImage, "attend_prepared", spy)
     return asked
 
 

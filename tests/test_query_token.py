@@ -19,9 +19,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.modeling_utils import AttentionInterface
 
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.checks.doctor import compare
+from localization_heads.lvlm.checks.doctor import compare_with_eager
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import apart
+from localization_heads.lvlm.sharing import prepare_unshared
 from localization_heads.lvlm.text.prompts import Prompt, locate_expression, referseg_prompt
 from localization_heads.lvlm.text.query_tokens import (
     expression_tokens,
@@ -200,7 +200,7 @@ def test_rows_equal_those_of_eager_attention_in_every_kind_of_family(
     ]
     inputs = lvlm.model_inputs(images, [prompt.text for prompt in prompts])
     query = lvlm.query(prompts, inputs)
-    assert compare(lvlm, inputs, query).difference < 1e-5
+    assert compare_with_eager(lvlm, inputs, query).difference < 1e-5
     if query.positions is not None:
         for ids, places, prompt in zip(inputs["input_ids"], query.positions.tolist(), prompts, strict=True):
             words = lvlm.processor.tokenizer.decode(ids[places[0] : max(places) + 1]).split()
@@ -339,7 +339,7 @@ def test_without_lone_spaces_all_ways_agree(image: Any, query_token: str, conv_m
     """One by one, in a padded batch, and with the image encoded once; and eager attention on the ids by hand."""
     lvlm = lone_space_lvlm(query_token, conv_mode, drop_lone_spaces=True)
     alone = [lvlm.attend(image, expression).attention for expression in LONE]
-    batch_of = apart(lvlm, [image] * len(LONE), LONE)(None)
+    batch_of = prepare_unshared(lvlm, [image] * len(LONE), LONE)(None)
     shared = lvlm.encode_image(image)
     assert shared.shares == (query_token != "answer_first")
     for one, other, third in zip(alone, batch_of, shared.attend(LONE), strict=True):

@@ -12,7 +12,7 @@ from PIL import Image
 import localization_heads as lh
 from localization_heads.apps.terminal import start
 from localization_heads.errors import UsageError
-from localization_heads.lvlm.model import LVLM, RecentImages
+from localization_heads.lvlm.model import LVLM, ImageCache
 from localization_heads.lvlm.sharing import EncodedImage
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.programs import ChatOptions
@@ -25,20 +25,20 @@ SAME = {"rtol": 0, "atol": 1e-5}
 def asked(lvlm: LVLM) -> LVLM:
     """The embedded model with an empty memory."""
     twin = copy.copy(lvlm)
-    twin.recent = RecentImages()
+    twin.recent = ImageCache()
     return twin
 
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The sizes of the images that were read, in order."""
-    original, sizes = EncodedImage._computed, []
+    original, sizes = EncodedImage._compute_prefix, []
 
     def spy(self: EncodedImage, depth: int) -> object:
         sizes.append(self.image.size)
         return original(self, depth)
 
-    monkeypatch.setattr(EncodedImage, "_computed", spy)
+    monkeypatch.setattr(EncodedImage, "_compute_prefix", spy)
     return sizes
 
 

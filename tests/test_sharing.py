@@ -27,7 +27,7 @@ from localization_heads.lvlm.families.table import FAMILIES
 from localization_heads.lvlm.forward.capture import decoder_layers
 from localization_heads.lvlm.forward.prefix import max_shareable_length, why_not_shared
 from localization_heads.lvlm.model import LVLM
-from localization_heads.lvlm.sharing import apart
+from localization_heads.lvlm.sharing import prepare_unshared
 from localization_heads.lvlm.text.prompts import locate_expression
 from localization_heads.options.groups import ModelSpec
 
@@ -141,7 +141,7 @@ def test_a_batch_shares_its_images(lvlm: LVLM, image: Image.Image, monkeypatch: 
     other, third = image.rotate(180), image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     images = [image, other, image, third, image, other]
     asked = ["the dog", "a red car", "the cat on the left", "the dog", "a house", "it"]
-    encoded = count(monkeypatch, sharing.EncodedImage, "_computed")
+    encoded = count(monkeypatch, sharing.EncodedImage, "_compute_prefix")
     found = lvlm.attend_batch(images, asked)
     assert len(encoded) == 2
     for maps, image, expression in zip(found, images, asked, strict=True):
@@ -174,7 +174,7 @@ def test_several_threads_ask_one_image(lvlm: LVLM, image: Image.Image) -> None:
 
 def test_an_image_after_the_text_is_not_shared() -> None:
     lvlm = copy.copy(tiny("llava"))
-    lvlm._located = lambda text, *_: locate_expression(f"{{}}. {lvlm.image_text} here".format, text)
+    lvlm._locate_cached = lambda text, *_: locate_expression(f"{{}}. {lvlm.image_text} here".format, text)
     encoded = lvlm.encode_image(coordinate_image(110, 150))
     assert not encoded.shares
     (maps,) = encoded.attend(["the dog"])
@@ -221,7 +221,9 @@ def test_rotary_scaling_shares_below_the_trained_length(
     image, words = coordinate_image(110, 150), ["the dog", "the red car", "dog left in this image"]
     alone = [lvlm.attend(image, expression) for expression in words]
     asked: list[object] = []
-    monkeypatch.setattr(sharing, "apart", lambda *given: asked.append(given) or apart(*given))
+    monkeypatch.setattr(
+        sharing, "prepare_unshared", lambda *given: asked.append(given) or prepare_unshared(*given)
+    )
     encoded = lvlm.encode_image(image)
     assert encoded.shares
     for expression, one in zip(words, alone, strict=True):
@@ -295,7 +297,7 @@ def test_an_image_too_large_for_any_model(lvlm: LVLM, monkeypatch: pytest.Monkey
     for maps in (
         lvlm.attend(image, "the dog"),
         lvlm.attend_batch([image, image], words)[0],
-        apart(lvlm, [image, image], words)(None)[0],
+        prepare_unshared(lvlm, [image, image], words)(None)[0],
         lvlm.encode_image(image).attend(words)[0],
     ):
         np.testing.assert_allclose(maps.attention, small.attention, **SAME)

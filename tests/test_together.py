@@ -34,9 +34,9 @@ from localization_heads.data.sources import LoadedImages, load_prompt_images
 from localization_heads.grounder import Grounder
 from localization_heads.grounding.maps import image_shares
 from localization_heads.heads.head import Head
-from localization_heads.lvlm import loaded
+from localization_heads.lvlm import attention_model
 from localization_heads.lvlm.answers.box_formats import FORMATS
-from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.checks.doctor import eager_attention
 from localization_heads.lvlm.checks.footprints import coordinate_image, image_features, view_errors
 from localization_heads.lvlm.extra_prompts import ExtraPrompts
 from localization_heads.lvlm.families.geometry import Layout, View, split_views
@@ -129,7 +129,7 @@ def test_capture_equals_eager_over_two_images(name: str, few: Callable[[str], LV
     lvlm, images = few(name), shown(*SIZES)
     maps = lvlm.attend(images, "the red car")
     inputs = lvlm.model_inputs([images], [lvlm.with_num_images(2).prompt("the red car")])
-    with eager(lvlm.model), torch.inference_mode():
+    with eager_attention(lvlm.model), torch.inference_mode():
         expected = lvlm.model(**inputs, output_attentions=True, use_cache=False).attentions
     layers = sorted(lvlm.attention_modules)[-len(expected) :]
     for views, one in zip(lvlm.views_of_images(inputs, 0, images), maps.images, strict=True):
@@ -241,7 +241,7 @@ def test_other_expressions_are_compared_in_the_same_image(monkeypatch: pytest.Mo
         index = int(each[0].query != "the dog")
         return replace(each[index], images=tuple(each), image_index=index)
 
-    monkeypatch.setattr(loaded, "join_images", in_turn)
+    monkeypatch.setattr(attention_model, "join_images", in_turn)
     lvlm, images = tiny("qwen2_vl"), shown(*SIZES)
     maps = lvlm.attend(images, "the dog", extra_prompts=ExtraPrompts("siblings"), siblings=["the cat"])
     (other,) = maps.others

@@ -21,7 +21,7 @@ from test_report import Page
 
 from localization_heads import figures
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answers.trace import Spelled, Trace
+from localization_heads.lvlm.answers.trace import TokenizedText, Trace
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.report.content import embedded
@@ -42,7 +42,7 @@ def made_trace(words: list[str], *, k: int = 2, grid: int = 6, **changed: Any) -
         rows[n, :, n // grid % grid, n % grid] = np.linspace(0.3, 0.6, k)
     known: dict[str, Any] = {
         "query": "what is it?",
-        "spelled": Spelled(" ".join(words), places),
+        "spelled": TokenizedText(" ".join(words), places),
         "token_ids": tuple(range(len(words))),
         "heads": tuple(Head(3, n) for n in range(k)),
         "rows": rows,
@@ -91,7 +91,7 @@ def test_a_head_of_a_word_of_two_tokens_has_their_mean() -> None:
     """.4 and .2 at one cell, .3 and 0 at another: twice as much here as there."""
     rows = np.zeros((3, 2, 2, 2), np.float32)
     rows[0, 1], rows[1, 1] = [[0.4, 0], [0, 0.3]], [[0.2, 0], [0, 0]]
-    trace = made_trace(["owls"], rows=rows, token_ids=(1, 2), spelled=Spelled("owls", ((0, 3), (3, 4))))
+    trace = made_trace(["owls"], rows=rows, token_ids=(1, 2), spelled=TokenizedText("owls", ((0, 3), (3, 4))))
     word = json.loads(Page(render_trace(trace, None)).scripts[0])["parts"][1]
     assert list(b64decode(word["maps"][2]["cells"])) == [255, 0, 0, 128]
     assert not any(b64decode(word["maps"][1]["cells"]))
@@ -117,7 +117,7 @@ def test_a_page_without_image_words_or_single_heads() -> None:
 @pytest.mark.parametrize("where", ["query", "answer", "image_file", "model"])
 def test_hostile_text_stays_text(where: str) -> None:
     def page(text: str) -> Page:
-        spelled = Spelled(text, ((0, len(text)),))
+        spelled = TokenizedText(text, ((0, len(text)),))
         changed: dict[str, Any] = {"spelled": spelled} if where == "answer" else {where: text}
         return Page(render_trace(made_trace(["yes"], **changed), noise()))
 

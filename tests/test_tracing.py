@@ -24,8 +24,15 @@ from transformers import PreTrainedTokenizerFast
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
 from localization_heads.lvlm import tracing
-from localization_heads.lvlm.answers.trace import Spelled, Trace, Word, span_tokens, spelled, words_of
-from localization_heads.lvlm.checks.doctor import eager
+from localization_heads.lvlm.answers.trace import (
+    TokenizedText,
+    Trace,
+    Word,
+    align_tokens,
+    split_words,
+    tokens_of_span,
+)
+from localization_heads.lvlm.checks.doctor import eager_attention
 from localization_heads.lvlm.checks.footprints import coordinate_image
 from localization_heads.lvlm.model import LVLM
 from localization_heads.options.groups import GroundingOptions
@@ -45,7 +52,7 @@ def steps_without_cache(
     decodes, T = lvlm.model.config.is_encoder_decoder, inputs["input_ids"].shape[1]
     decoded = [lvlm.model.config.text_config.decoder_start_token_id] if decodes else []
     rows, tokens = [], []
-    with eager(lvlm.model), torch.inference_mode():
+    with eager_attention(lvlm.model), torch.inference_mode():
         for _ in range(num + 1):
             given = {**inputs, "decoder_input_ids": torch.tensor([decoded])} if decodes else inputs
             with layers_of(lvlm) as seen:
@@ -98,7 +105,7 @@ def test_equals_the_attentions_that_generate_returns(image: Image.Image) -> None
     lvlm = tiny_lvlm("last")
     lvlm.model.generation_config.eos_token_id = None
     inputs = lvlm.model_inputs([image], [lvlm.prompt("the dog")])
-    with eager(lvlm.model), torch.inference_mode():
+    with eager_attention(lvlm.model), torch.inference_mode():
         out = lvlm.model.generate(
             **inputs, max_new_tokens=6, do_sample=False, output_attentions=True, return_dict_in_generate=True
         )
@@ -173,7 +180,7 @@ def a_trace(**changed: Any) -> Trace:
     rows[0, :, 1:3, 0], rows[1, :, 3, 3], rows[2, 0, 1:3, 3], rows[3] = 0.2, 0.2, 0.4, 0.05
     known: dict[str, Any] = {
         "query": "what?",
-        "spelled": Spelled("left, right", ((0, 4), (4, 5), (5, 11))),
+        "spelled": TokenizedText("left, right", ((0, 4), (4, 5), (5, 11))),
         "token_ids": (5, 6, 7),
         "heads": (Head(3, 1), Head(2, 0)),
         "rows": rows,
@@ -201,7 +208,7 @@ def test_words_have_maps_boxes_and_masses() -> None:
 
 
 def test_a_word_of_several_tokens_has_the_mean_of_their_maps() -> None:
-    found = a_trace(spelled=Spelled("penguins", ((0, 3), (3, 6), (6, 8))))
+    found = a_trace(spelled=TokenizedText("penguins", ((0, 3), (3, 6), (6, 8))))
     (word,) = found.words
     assert word == Word("penguins", 0, 3)
     expected = ground_of(found.rows[:3].mean(axis=0, dtype=np.float64))
@@ -221,11 +228,11 @@ def test_bytes_are_joined_to_characters_and_words(text: str) -> None:
     tokenizer = of_bytes()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == len(text.encode())
-    found = spelled(tokenizer.decode, ids)
+    found = align_tokens(tokenizer.decode, ids)
     assert found.text == text
     for (start, stop), byte in zip(found.places, _bytes_of(text), strict=True):
         assert (start, stop) == byte
-    words = words_of(found)
+    words = split_words(found)
     assert "".join(word.text for word in words) == re.sub(r"\s", "", text)
     for word in words:
         own = tokenizer.decode(ids[word.start : word.stop])
@@ -248,9 +255,9 @@ def of_bytes() -> Any:
 
 def test_tokens_that_write_nothing_belong_to_no_word() -> None:
     pieces = ["the", " d", "<eos>", "og"]
-    found = spelled(lambda ids: "".join(pieces[i] for i in ids), [0, 1, 2, 3, 2], silent=[2])
-    assert found == Spelled("the dog", ((0, 3), (3, 5), (5, 5), (5, 7), (7, 7)))
-    assert words_of(found) == (Word("the", 0, 1), Word("dog", 1, 4))
+    found = align_tokens(lambda ids: "".join(pieces[i] for i in ids), [0, 1, 2, 3, 2], skipped=[2])
+    assert found == TokenizedText("the dog", ((0, 3), (3, 5), (5, 5), (5, 7), (7, 7)))
+    assert split_words(found) == (Word("the", 0, 1), Word("dog", 1, 4))
 
 
 @pytest.mark.parametrize(
@@ -259,14 +266,14 @@ def test_tokens_that_write_nothing_belong_to_no_word() -> None:
 )
 def test_a_span_is_found_as_words_first(span: str, tokens: range) -> None:
     """`dog` stands in `hotdog`, which comes earlier."""
-    answer = Spelled("hotdog and the dog.", ((0, 6), (6, 10), (10, 14), (14, 18), (18, 19)))
-    assert span_tokens(answer, span) == tokens
+    answer = TokenizedText("hotdog and the dog.", ((0, 6), (6, 10), (10, 14), (14, 18), (18, 19)))
+    assert tokens_of_span(answer, span) == tokens
 
 
 @pytest.mark.parametrize("span", ["cat", "dog and", ""])
 def test_a_span_that_is_not_there_shows_the_answer(span: str) -> None:
     with pytest.raises(UsageError, match="the answer is 'the dog', which does not hold it"):
-        span_tokens(Spelled("the dog", ((0, 3), (3, 7))), span)
+        tokens_of_span(TokenizedText("the dog", ((0, 3), (3, 7))), span)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +292,7 @@ def test_wrong_use_is_named(image: Image.Image, options: dict[str, Any], named: 
 
 
 def test_maps_of_all_heads_are_bounded(image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "MOST_BYTES", 1 << 10)
+    monkeypatch.setattr(tracing, "MAX_BYTES", 1 << 10)
     with pytest.raises(UsageError, match="keep=all"):
         tiny_lvlm("last").trace(image, "the dog", [Head(1, 0)], trace=ALL)
 

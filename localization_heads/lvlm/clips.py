@@ -1,7 +1,7 @@
 """Clips: frames of a video as the model's own video tokens, in one prompt (`video=native`).
 
-The image processors of transformers make the pixels, frame by frame, and each family's rule lays them out in time: the
-video processors do the same and need torchvision (`tests/test_clips.py` compares the two where it is installed).
+The frames go through the image processors of transformers, and each family's rule lays them out in time. The video
+processors would do the same, but need torchvision (`tests/test_clips.py` compares the two if it is installed).
 """
 
 from __future__ import annotations
@@ -32,121 +32,123 @@ from localization_heads.lvlm.text.query_tokens import remove_token
 from localization_heads.options.parts import MOST_FRAMES
 
 if TYPE_CHECKING:
-    from localization_heads.lvlm.loaded import LoadedModel
+    from localization_heads.lvlm.attention_model import AttentionModel
 
-FEWEST_CELLS, MOST_CELLS = 128, 768
-"""Tokens of two merged frames in Qwen's own preprocessing (qwen-vl-utils), if the image processor allows as many. A
-checkpoint's own settings for videos take precedence."""
-_SPACING = 0.5
-"""Seconds between frames where a clip has only one."""
+MIN_TOKENS, MAX_TOKENS = 128, 768
+"""Tokens per two merged frames in Qwen's own preprocessing (qwen-vl-utils), within what the image processor allows. A
+checkpoint's own video settings take precedence."""
+_FRAME_INTERVAL = 0.5
+"""Seconds between frames, if they are not known."""
 
 
-class Clip(NamedTuple):
-    """What becomes of frames.
+class VideoTokens(NamedTuple):
+    """Frames as a family's model inputs, and where their tokens lie.
 
     Args:
-        inputs: pixels, and what the model needs to place them.
-        text: what stands in the prompt for the video.
-        token: the id that the video's features replace, in the order of `grid`, with perhaps one more at the end.
+        inputs: pixels, and what the model needs to position them.
+        text: what replaces the image placeholder in the prompt.
+        token_id: the placeholder of video features, in the order of `grid`; a family may add one at the very end.
         grid: `(t, h, w)` tokens in time, down and across.
-        box: the region of a frame that they cover, in its pixels.
-        together: frames that are merged into one token.
-        lead: tokens ahead of each grid `(h, w)`, which have no place.
+        box: the region of a frame that the grid covers, in its pixels.
+        merged_frames: consecutive frames that share a token.
+        lead: tokens before each grid `(h, w)` that belong to no cell.
     """
 
     inputs: dict[str, Any]
     text: str
-    token: int
+    token_id: int
     grid: tuple[int, int, int]
     box: Box
-    together: int = 1
+    merged_frames: int = 1
     lead: int = 0
 
 
-Layout = Callable[["LoadedModel", Sequence[Image.Image], Sequence[float]], Clip]
+MakeTokens = Callable[["AttentionModel", Sequence[Image.Image], Sequence[float]], VideoTokens]
 """A family's rule, from frames of one size and their times in seconds."""
 
 
-def _qwen(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """Qwen2-VL, Qwen2.5-VL: two frames are one token in time; the last of an odd number is repeated."""
+def _qwen2(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]) -> VideoTokens:
+    """Qwen2-VL, Qwen2.5-VL: two frames are merged in time; of an odd number, the last is repeated."""
     ip = lvlm.processor.image_processor
-    size = _areas(lvlm, len(frames))
-    made = [ip(images=[frame], size=size, return_tensors="pt") for frame in frames]
-    _, rows, columns = made[0]["image_grid_thw"][0].tolist()
-    together = ip.temporal_patch_size
-    # An image is the same frame in all places of a patch: [patch, colour, place in time, pixel].
+    size = _pixel_limits(lvlm, len(frames))
+    outputs = [ip(images=[frame], size=size, return_tensors="pt") for frame in frames]
+    _, rows, columns = outputs[0]["image_grid_thw"][0].tolist()
+    merged = ip.temporal_patch_size
+    # For an image, the processor repeats the frame along the time axis of a patch: [patch, colour, time, pixel].
     patches = [
-        one["pixel_values"].view(rows * columns, -1, together, ip.patch_size**2)[:, :, 0] for one in made
+        output["pixel_values"].view(rows * columns, -1, merged, ip.patch_size**2)[:, :, 0]
+        for output in outputs
     ]
-    patches += patches[-1:] * (-len(patches) % together)
-    pairs = [torch.stack(patches[at : at + together], 2) for at in range(0, len(patches), together)]
-    t, h, w = len(pairs), rows // ip.merge_size, columns // ip.merge_size
+    patches += patches[-1:] * (-len(patches) % merged)
+    steps = [torch.stack(patches[at : at + merged], 2) for at in range(0, len(patches), merged)]
+    t, h, w = len(steps), rows // ip.merge_size, columns // ip.merge_size
     inputs: dict[str, Any] = {
-        "pixel_values_videos": torch.cat(pairs).flatten(1),
+        "pixel_values_videos": torch.cat(steps).flatten(1),
         "video_grid_thw": torch.tensor([[t, rows, columns]]),
     }
     if lvlm.model.config.model_type == "qwen2_5_vl":
-        spacing = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else _SPACING
-        inputs["second_per_grid_ts"] = [together * spacing]
-    token = lvlm.processor.video_token
-    text = lvlm.image_text.replace(lvlm.image_token, token * (t * h * w))
+        interval = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else _FRAME_INTERVAL
+        inputs["second_per_grid_ts"] = [merged * interval]
+    text = lvlm.image_text.replace(lvlm.image_token, lvlm.processor.video_token * (t * h * w))
     box = whole_box(frames[0].size)
-    return Clip(inputs, text, lvlm.model.config.video_token_id, (t, h, w), box, together)
+    return VideoTokens(inputs, text, lvlm.model.config.video_token_id, (t, h, w), box, merged)
 
 
-def _areas(lvlm: LoadedModel, count: int) -> dict[str, int]:
-    """The least and the largest area of each of `count` frames in pixels, as Qwen's image processors take them.
+def _pixel_limits(lvlm: AttentionModel, num_frames: int) -> dict[str, int]:
+    """The least and largest area of a frame in pixels, as the `size` of Qwen's image processors.
 
-    The checkpoint's own are of each frame in Qwen2-VL and Qwen2.5-VL, of all frames together in Qwen3-VL and Qwen3.5.
-    UsageError for settings that cannot be meant.
+    The checkpoint's own limits are per frame in Qwen2-VL and Qwen2.5-VL, and for all frames together in Qwen3-VL and
+    Qwen3.5. UsageError for invalid settings.
     """
-    ip, own = lvlm.processor.image_processor, lvlm.video_settings()
-    said = f"video=native: the settings for videos of {lvlm.name} have "
+    ip, settings = lvlm.processor.image_processor, lvlm.video_settings()
+    where = f"video=native: the settings for videos of {lvlm.name} have "
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        if (value := own.get(name)) not in (None, getattr(ip, name)):
+        if (value := settings.get(name)) not in (None, getattr(ip, name)):
             raise UsageError(
-                f"{said}{name}={shown(value)}, those for images {getattr(ip, name)}: no model has two"
+                f"{where}{name}={shown(value)}, those for images {getattr(ip, name)}: no model has two"
             )
-    size = own["size"] if isinstance(own.get("size"), dict) else {}
-    least, most = (own.get(old) or size.get(new) for old, new in _AREAS.items())
+    size = settings["size"] if isinstance(settings.get("size"), dict) else {}
+    least, most = (settings.get(old) or size.get(new) for old, new in _PIXEL_LIMITS.items())
     if least is None or most is None:
         cell = (ip.patch_size * ip.merge_size) ** 2
-        most = min(MOST_CELLS * cell, ip.size["longest_edge"])
-        return {"shortest_edge": min(FEWEST_CELLS * cell, most), "longest_edge": most}
+        most = min(MAX_TOKENS * cell, ip.size["longest_edge"])
+        return {"shortest_edge": min(MIN_TOKENS * cell, most), "longest_edge": most}
     if not all(isinstance(area, int) and area > 0 for area in (least, most)) or least > most:
-        raise UsageError(f"{said}areas from {shown(least)} to {shown(most)} pixels: write two that rise")
-    share = 1 if lvlm.model.config.model_type in ("qwen2_vl", "qwen2_5_vl") else count
-    most = max(1, min(most // share, MAX_PREPARED_PIXELS // count))
+        raise UsageError(f"{where}areas from {shown(least)} to {shown(most)} pixels: write two that rise")
+    share = 1 if lvlm.model.config.model_type in ("qwen2_vl", "qwen2_5_vl") else num_frames
+    most = max(1, min(most // share, MAX_PREPARED_PIXELS // num_frames))
     return {"shortest_edge": min(-(-least // share), most), "longest_edge": most}
 
 
-_AREAS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-"""Names of the least and the largest area, of 2024 and of now."""
+_PIXEL_LIMITS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""Names of the least and the largest area: those of 2024, and today's."""
 
 
-def _qwen3(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """Qwen3-VL, Qwen3.5: the same, each token in time after the mean time of its frames, in marks of its own."""
-    made = _qwen(lvlm, frames, times)
-    t, h, w = made.grid
-    shown = lvlm.image_text.replace(lvlm.image_token, lvlm.processor.video_token * (h * w))
-    padded = [*times, *[times[-1]] * (made.together * t - len(times))]
-    firsts, lasts = padded[:: made.together], padded[made.together - 1 :: made.together]
+def _qwen3(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]) -> VideoTokens:
+    """Qwen3-VL, Qwen3.5: as Qwen2-VL, but each merged frame follows its mean time, between start and end tokens."""
+    video = _qwen2(lvlm, frames, times)
+    merged, (t, h, w) = video.merged_frames, video.grid
+    placeholder = lvlm.image_text.replace(lvlm.image_token, lvlm.processor.video_token * (h * w))
+    padded = [*times, *[times[-1]] * (merged * t - len(times))]
+    firsts, lasts = padded[::merged], padded[merged - 1 :: merged]
     middles = [(first + last) / 2 for first, last in zip(firsts, lasts, strict=True)]
-    return made._replace(text="".join(f"<{middle:.1f} seconds>{shown}" for middle in middles))
+    return video._replace(text="".join(f"<{middle:.1f} seconds>{placeholder}" for middle in middles))
 
 
-def _llava_onevision(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """LLaVA-OneVision: each frame squeezed into a square, its grid halved by interpolation; one more token ends all."""
+def _llava_onevision(
+    lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]
+) -> VideoTokens:
+    """LLaVA-OneVision: each frame resized to a square, its grid halved by interpolation; one token ends the video."""
     ip, vision = lvlm.processor.image_processor, lvlm.model.config.vision_config
     side = ip.size["height"]
-    pixels = [  # the first part is the image as a whole
+    pixels = [  # the first tile is the whole image
         ip(images=[frame], image_grid_pinpoints=[[side, side]], return_tensors="pt")["pixel_values"][0, :1]
         for frame in frames
     ]
     patches, covered = patches_of(vision)
     n = math.ceil(patches / 2)
     t, (W, H) = len(frames), frames[0].size
-    return Clip(
+    return VideoTokens(
         {"pixel_values_videos": torch.cat(pixels)[None]},
         lvlm.processor.video_token * (t * n * n + 1),
         lvlm.model.config.video_token_id,
@@ -155,19 +157,21 @@ def _llava_onevision(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Se
     )
 
 
-def _llava_next_video(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """LLaVA-NeXT-Video: the centre of each frame, in cells of two by two patches."""
+def _llava_next_video(
+    lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]
+) -> VideoTokens:
+    """LLaVA-NeXT-Video: the centre crop of each frame, in cells of 2 x 2 patches."""
     config = lvlm.model.config
-    return _centres(lvlm, frames, patches_of(config.vision_config)[0] // config.spatial_pool_stride)
+    return _centre_crops(lvlm, frames, patches_of(config.vision_config)[0] // config.spatial_pool_stride)
 
 
-def _video_llava(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """Video-LLaVA: the centre of each frame; the class token of its tower is kept."""
-    return _centres(lvlm, frames, patches_of(lvlm.model.config.vision_config)[0], lead=1)
+def _video_llava(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]) -> VideoTokens:
+    """Video-LLaVA: the centre crop of each frame, after the vision tower's class token."""
+    return _centre_crops(lvlm, frames, patches_of(lvlm.model.config.vision_config)[0], lead=1)
 
 
-def _centres(lvlm: LoadedModel, frames: Sequence[Image.Image], n: int, lead: int = 0) -> Clip:
-    """The centre of each frame, its short side resized, in `n x n` cells."""
+def _centre_crops(lvlm: AttentionModel, frames: Sequence[Image.Image], n: int, lead: int = 0) -> VideoTokens:
+    """The centre crop of each frame, after resizing its short side, in `n x n` cells."""
     from transformers import CLIPImageProcessorPil
 
     own, config, t = lvlm.processor.image_processor, lvlm.model.config, len(frames)
@@ -179,7 +183,7 @@ def _centres(lvlm: LoadedModel, frames: Sequence[Image.Image], n: int, lead: int
         image_std=own.image_std,
     )
     pixels = torch.cat([ip(images=[frame], return_tensors="pt")["pixel_values"] for frame in frames])
-    return Clip(
+    return VideoTokens(
         {"pixel_values_videos": pixels[None]},
         lvlm.processor.video_token * (t * (lead + n * n)),
         config.video_token_id,
@@ -189,56 +193,56 @@ def _centres(lvlm: LoadedModel, frames: Sequence[Image.Image], n: int, lead: int
     )
 
 
-def _internvl(lvlm: LoadedModel, frames: Sequence[Image.Image], times: Sequence[float]) -> Clip:
-    """InternVL: each frame squeezed into one tile, between marks and after its number."""
+def _internvl(lvlm: AttentionModel, frames: Sequence[Image.Image], times: Sequence[float]) -> VideoTokens:
+    """InternVL: each frame resized to one tile, after its number and between start and end tokens."""
     processor, n = lvlm.processor, math.isqrt(lvlm.processor.image_seq_length)
     pixels = [
         processor.image_processor(images=[frame], crop_to_patches=False, return_tensors="pt")["pixel_values"]
         for frame in frames
     ]
-    shown = processor.start_image_token + lvlm.image_token * (n * n) + processor.end_image_token
-    return Clip(
+    placeholder = processor.start_image_token + lvlm.image_token * (n * n) + processor.end_image_token
+    return VideoTokens(
         {"pixel_values": torch.cat(pixels)},
-        "\n".join(f"Frame{number}: {shown}" for number in range(1, len(frames) + 1)),
+        "\n".join(f"Frame{number}: {placeholder}" for number in range(1, len(frames) + 1)),
         image_token_id(lvlm.model.config),
         (len(frames), n, n),
         whole_box(frames[0].size),
     )
 
 
-LAYOUTS: Mapping[str, Layout] = {
+VIDEO_FAMILIES: Mapping[str, MakeTokens] = {
     "internvl": _internvl,
     "llava_next_video": _llava_next_video,
     "llava_onevision": _llava_onevision,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
+    "qwen2_vl": _qwen2,
+    "qwen2_5_vl": _qwen2,
     "video_llava": _video_llava,
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _qwen3),
 }
-"""The families whose video tokens are read, by `model_type`."""
+"""The families whose video tokens are supported, by `model_type`."""
 
 
 def check_supports_clips(config: Any) -> None:
-    """UsageError for a family whose video tokens cannot be read, or that has none."""
-    if config.model_type not in LAYOUTS:
+    """Raises UsageError for a family that has no video tokens, or whose video tokens are not supported."""
+    if config.model_type not in VIDEO_FAMILIES:
         raise UsageError(
             f"video=native: model type '{config.model_type}' has no video tokens that are read here; video=frames "
-            f"grounds each frame as an image (families with video=native: {', '.join(sorted(LAYOUTS))})"
+            f"grounds each frame as an image (families with video=native: {', '.join(sorted(VIDEO_FAMILIES))})"
         )
 
 
-class ReadyClip(NamedTuple):
-    """A clip in its prompt, as the model's inputs on the CPU, with a view for each of its tokens in time."""
+class PreparedClip(NamedTuple):
+    """A clip in its prompt, as model inputs on the CPU, with one view for each of its tokens in time."""
 
     inputs: dict[str, Any]
     views: list[View]
-    together: int
+    merged_frames: int
 
 
-def make_clip_ready(
-    lvlm: LoadedModel, frames: Sequence[Image.Image], text: str, times: Sequence[float]
-) -> ReadyClip:
-    """The processor's share of `attend_clip`.
+def prepare_clip(
+    lvlm: AttentionModel, frames: Sequence[Image.Image], text: str, times: Sequence[float]
+) -> PreparedClip:
+    """The CPU part of `attend_clip`.
 
     Args:
         frames: RGB images of one size.
@@ -249,28 +253,29 @@ def make_clip_ready(
     size: Size = frames[0].size
     if any(frame.size != size for frame in frames) or len(times) != len(frames):
         raise UsageError("the frames of a clip are of one size, and each has its time")
-    what = (
+    problem = (
         f"the processor of {lvlm.name} does not take the video ({size[0]} x {size[1]} pixels) with its text"
     )
-    with memory_errors(), processor_errors(what):
-        clip = LAYOUTS[lvlm.model.config.model_type](lvlm, frames, times)
-        before, mark, after = text.partition(lvlm.image_text)
-        if not mark:
+    with memory_errors(), processor_errors(problem):
+        video = VIDEO_FAMILIES[lvlm.model.config.model_type](lvlm, frames, times)
+        before, placeholder, after = text.partition(lvlm.image_text)
+        if not placeholder:
             raise UsageError("the prompt has no place for a video")
-        inputs = {**lvlm.tokenize(before + clip.text + after), **clip.inputs}
+        inputs = {**lvlm.tokenize(before + video.text + after), **video.inputs}
     if lvlm.dropped_token is not None:
         pad = lvlm.processor.tokenizer.pad_token_id or 0
         inputs = remove_token(inputs, lvlm.dropped_token, side="left", pad=pad)
     lvlm.check_length(inputs["input_ids"].shape[1])
-    places = (inputs["input_ids"][0] == clip.token).nonzero()[:, 0].numpy()
-    t, h, w = clip.grid
-    each = clip.lead + h * w
-    index = grid(places[: t * each], t, each)[:, clip.lead :].reshape(t, h, w)
-    return ReadyClip(inputs, [even_view("whole", cells, clip.box) for cells in index], clip.together)
+    positions = (inputs["input_ids"][0] == video.token_id).nonzero()[:, 0].numpy()
+    t, h, w = video.grid
+    per_step = video.lead + h * w
+    index = grid(positions[: t * per_step], t, per_step)[:, video.lead :].reshape(t, h, w)
+    views = [even_view("whole", cells, video.box) for cells in index]
+    return PreparedClip(inputs, views, video.merged_frames)
 
 
 def attend_clip(
-    lvlm: LoadedModel,
+    lvlm: AttentionModel,
     frames: Sequence[Image.Image],
     expression: str,
     times: Sequence[float] | None = None,
@@ -278,17 +283,17 @@ def attend_clip(
 ) -> list[AttentionMaps]:
     """The maps of each frame of a clip that the model is shown in one prompt.
 
-    Frames that are merged into one token have the same map. Attention is shared out over all frames, so that a map's
-    sums are smaller than an image's.
+    Merged frames have the same map. The attention is spread over all frames, so the sum of a map is smaller than that
+    of an image's map.
 
     Args:
-        frames: RGB images of one size, in their order.
-        times: of the frames, in seconds; None takes two frames a second.
-        last_layer: as of `LVLM.attend`.
+        frames: RGB images of one size, in order.
+        times: of the frames, in seconds; None assumes two frames a second.
+        last_layer: as for `LVLM.attend`.
 
     Raises:
-        UsageError: the family has no video tokens that are read, the frames are too many for the model's context, or
-            it was changed, or is asked in paraphrases, in a way that is about images.
+        UsageError: the family's video tokens are not supported, the frames do not fit into the model's context, heads
+            are switched off or steered, or the expression is asked in paraphrases.
     """
     if not frames:
         return []
@@ -302,13 +307,13 @@ def attend_clip(
         )
     if not lvlm.image_comes_first:
         raise UsageError("video=native: the chat template puts the video after the text; use conv_mode=plain")
-    times = [_SPACING * n for n in range(len(frames))] if times is None else times
+    times = [_FRAME_INTERVAL * n for n in range(len(frames))] if times is None else times
     prompt = lvlm.located_prompt(expression)
     seen = [lvlm.image_for_processor(image_at(frame, None)) for frame in frames]
-    ready = make_clip_ready(lvlm, seen, prompt.text, times)
-    query = lvlm.query([prompt], ready.inputs)
+    clip = prepare_clip(lvlm, seen, prompt.text, times)
+    query = lvlm.query([prompt], clip.inputs)
     with memory_errors():
-        found = lvlm.answered(lambda: lvlm.on_device(ready.inputs), query, [expression], last_layer)
-        (one,) = found
-    maps = [lvlm.maps(one, [[view]], seen[0], expression, prompt.text) for view in ready.views]
-    return [maps[number // ready.together] for number in range(len(frames))]
+        samples = lvlm.read_attention(lambda: lvlm.on_device(clip.inputs), query, [expression], last_layer)
+        (sample,) = samples
+    maps = [lvlm.maps(sample, [[view]], seen[0], expression, prompt.text) for view in clip.views]
+    return [maps[number // clip.merged_frames] for number in range(len(frames))]

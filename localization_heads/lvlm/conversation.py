@@ -1,4 +1,4 @@
-"""The model's own answers: one conversation about one image, streamed token by token."""
+"""`Conversation`: questions about one image, with answers streamed token by token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from localization_heads.lvlm.text.prompts import clean_expression
 
 @dataclass
 class Conversation:
-    """A conversation about one image; `ask` continues it."""
+    """A conversation about an image, or without one; `ask` continues it."""
 
     lvlm: LVLM
     image: Image.Image | None = None
@@ -27,20 +27,20 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def look_at(self, image: Image.Image) -> None:
-        """Start over with another image; the conversation about the last one is forgotten."""
+        """Start over with another image, without the messages so far."""
         self.image = image
         self.messages.clear()
 
     def ask(self, question: str) -> Generator[str, None, None]:
-        """The answer, streamed. Closing the iterator stops the model; what it has said until then is kept.
+        """The answer, streamed. Closing the iterator stops the model, and keeps the answer so far.
 
         Raises:
             UsageError: an empty question, or one with control tokens.
-            WorkError: the generation failed; the question is forgotten.
+            WorkError: the generation failed; the question is then dropped from the conversation.
         """
         question = clean_expression(question, self.lvlm.control_tokens)
-        turn = _turn("user", question, with_image=self.image is not None and not self.messages)
-        prompt = self._prompt([*self.messages, turn], question)
+        message = _message("user", question, with_image=self.image is not None and not self.messages)
+        prompt = self._prompt([*self.messages, message], question)
         pieces: list[str] = []
         failed = False
         try:
@@ -52,28 +52,31 @@ class Conversation:
             raise
         finally:
             if not failed:
-                self.messages += [turn, _turn("assistant", "".join(pieces).strip())]
+                self.messages += [message, _message("assistant", "".join(pieces).strip())]
 
     def _prompt(self, messages: list[dict[str, Any]], question: str) -> str:
         if self.lvlm.conv_mode == "chat":
             return self.lvlm.apply_chat_template(messages)
-        prompt = self.lvlm.prompt(question)  # the other templates know no turns
+        prompt = self.lvlm.prompt(question)  # the other templates have no turns
         return prompt if self.image else prompt.replace(f"{self.lvlm.image_token}\n", "")
 
 
 def stream(
     lvlm: LVLM, image: PromptImages | None, prompt: str, max_new_tokens: int
 ) -> Generator[str, None, None]:
-    """Greedy generation in a thread, yielding text as it comes. The thread ends with the iterator.
+    """Generate greedily in a thread, and yield the text as it comes. The thread ends with the iterator.
 
     Raises:
         WorkError: the generation failed.
     """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    inputs = _inputs(lvlm, image, prompt)
+    if image is not None:
+        inputs = lvlm.model_inputs([image], [prompt])
+    else:
+        inputs = dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.device))
     streamer = TextIteratorStreamer(lvlm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stopped, problems = threading.Event(), list[Exception]()
+    stopped, errors = threading.Event(), list[Exception]()
 
     def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.full((ids.shape[0],), stopped.is_set(), device=ids.device)
@@ -89,8 +92,8 @@ def stream(
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )
         except Exception as error:
-            problems.append(error)
-            streamer.end()  # or the reader would wait for ever
+            errors.append(error)
+            streamer.end()  # otherwise the reader would wait for ever
 
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
@@ -99,16 +102,10 @@ def stream(
     finally:
         stopped.set()
         thread.join()
-    if problems:
-        raise WorkError(f"the model could not answer: {problems[0]}") from problems[0]
+    if errors:
+        raise WorkError(f"the model could not answer: {errors[0]}") from errors[0]
 
 
-def _inputs(lvlm: LVLM, image: PromptImages | None, prompt: str) -> dict[str, Any]:
-    if image is not None:
-        return lvlm.model_inputs([image], [prompt])
-    return dict(lvlm.processor.tokenizer(prompt, return_tensors="pt").to(lvlm.device))
-
-
-def _turn(role: str, text: str, *, with_image: bool = False) -> dict[str, Any]:
+def _message(role: str, text: str, *, with_image: bool = False) -> dict[str, Any]:
     content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
     return {"role": role, "content": [*content, {"type": "text", "text": text}]}

@@ -1,14 +1,14 @@
-"""The attention of every step of an answer: captured while the model writes, and reduced at once to what is kept.
+"""Captures the attention of every decoding step of an answer, for `Trace`.
 
-The rows are computed as everywhere (`capture.query_row`): those of the last token that each step reads. Of a step,
-only the chosen heads' attention over the image tokens is kept, or its mean, so that memory does not grow with the
-model's layers and heads but with the answer alone. Layers without a chosen head are not captured.
+The row of a step is that of the last token it reads (`capture.query_row`). Only the chosen heads' attention to the
+image tokens is kept, so memory grows with the answer but not with the model's layers and heads. Layers without a chosen
+head are not captured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from localization_heads.attention import Box, rescale_box
 from localization_heads.errors import NotFiniteError, UsageError, WorkError
 from localization_heads.heads.head import Head
-from localization_heads.lvlm.answers.trace import Trace, silent_tokens, spelled
+from localization_heads.lvlm.answers.trace import Trace, align_tokens, control_token_ids
 from localization_heads.lvlm.families.geometry import View, read_maps
 from localization_heads.lvlm.forward.capture import (
     LAST_TOKEN,
@@ -34,45 +34,45 @@ from localization_heads.options.groups import GroundingOptions, ViewChoice
 from localization_heads.options.surroundings import MOST_TOKENS, TraceOptions
 
 if TYPE_CHECKING:
-    from localization_heads.lvlm.loaded import LoadedModel
+    from localization_heads.lvlm.attention_model import AttentionModel
 
-MOST_BYTES = 4 << 30
-"""Of the maps of all heads (`keep=all`)."""
+MAX_BYTES = 4 << 30
+"""Limit on the memory of all heads' maps (`trace.keep=all`)."""
 
 
-class OnImage(NamedTuple):
-    """Where the image is among the keys, and which of its views are read."""
+class ImageReader(NamedTuple):
+    """Reads image maps from attention rows: the views' token grids, the image's size, and which views to combine."""
 
     views: Sequence[View]
     size: tuple[int, int]
     choice: ViewChoice
 
     def maps(self, row: Tensor) -> tuple[NDArray[np.float32], Box]:
-        """Maps `[..., h, w]` of a row `[..., key]`, and the region that they cover."""
+        """Maps `[..., h, w]` from a row `[..., key]`, and the region of the image that they cover."""
         return read_maps(row.float().cpu().numpy(), self.views, self.size, self.choice)
 
 
 class StepRecorder(Recorder):
-    """Keeps, of every call of each wanted layer, the chosen heads' attention over the image.
+    """Keeps the chosen heads' attention to the image at every call of their layers.
 
     Args:
-        modules: the attention modules of the layers that are kept.
-        wanted: by layer, the heads that are kept.
+        modules: attention modules by layer.
+        heads: the heads to keep, by layer.
         image: of the only sample.
-        last: the call after which nothing is needed any more.
-        num_tokens: of the prompt; None where its keys are not the prompt's tokens (cross-attention).
+        last_call: the forward pass stops after this call of the last layer.
+        num_tokens: length of the prompt; None for cross-attention, whose keys are not the prompt's tokens.
     """
 
     def __init__(
         self,
         modules: dict[int, nn.Module],
-        wanted: dict[int, list[int]],
-        image: OnImage,
-        last: int,
+        heads: dict[int, list[int]],
+        image: ImageReader,
+        last_call: int,
         num_tokens: int | None,
     ) -> None:
         super().__init__(modules, max(modules), LAST_TOKEN, num_tokens)
-        self.heads, self.image, self.last = wanted, image, last
+        self.heads, self.image, self.last_call = heads, image, last_call
         self.box: Box | None = None
         self.steps: list[dict[int, NDArray[np.float32]]] = []  # call -> layer -> [head, h, w]
 
@@ -83,13 +83,13 @@ class StepRecorder(Recorder):
         if call == len(self.steps):
             self.steps.append({})
         self.steps[call][layer], self.box = self.image.maps(row[0, self.heads[layer]])
-        if layer == self.stop_after and call == self.last:
+        if layer == self.stop_after and call == self.last_call:
             raise StopForward
 
 
 @memory_errors()
-def traced(
-    lvlm: LoadedModel,
+def trace_answer(
+    lvlm: AttentionModel,
     image: Image.Image,
     query: str,
     heads: Sequence[Head],
@@ -98,7 +98,7 @@ def traced(
     options: TraceOptions,
     grounding: GroundingOptions,
 ) -> Trace:
-    """Have the model answer a query greedily, and keep where heads look in every step.
+    """Let the model answer a query greedily, and keep where heads look in every step.
 
     Args:
         image: RGB image of any size.
@@ -106,54 +106,51 @@ def traced(
         max_new_tokens: length of the longest answer, in tokens.
 
     Raises:
-        UsageError: more tokens or maps than can be kept; `combine=consensus` without the single heads' maps; a query
-            that cannot be used.
-        WorkError: the attention of a step was not seen.
+        UsageError: too many tokens or maps; `combine=consensus` without the single heads' maps; an unusable query.
+        WorkError: the attention of a step was not captured.
         NotFiniteError: NaN or infinite attention.
     """
-    _check(max_new_tokens, options, grounding)
+    _check_options(max_new_tokens, options, grounding)
     seen, prompt = lvlm.image_for_processor(image), lvlm.prompt(query)
     inputs = lvlm.model_inputs([seen], [prompt])
-    on_image = OnImage(lvlm.views_in(inputs, 0, seen), seen.size, lvlm.view)
-    wanted = _by_layer(lvlm, heads, options.keep == "all")
-    _check_bytes(on_image, inputs, sum(map(len, wanted.values())), max_new_tokens)
-    modules = {layer: lvlm.attention_modules[layer] for layer in wanted}
-    across = lvlm.uses_cross_attention
-    recorder = StepRecorder(
-        modules, wanted, on_image, max_new_tokens, None if across else inputs["input_ids"].shape[1]
-    )
-    hearing = lvlm.hearing()
-    with mismatch_errors(lvlm.name), torch.inference_mode(), recording(recorder):
-        lvlm.run(inputs, Query(answers=max_new_tokens), hearing)
-    (ids,) = hearing.tokens(max_new_tokens)
-    steps = recorder.steps[: len(ids) + 1]
-    if len(steps) <= len(ids) or any(len(step) < len(wanted) for step in steps):
+    reader = ImageReader(lvlm.views_in(inputs, 0, seen), seen.size, lvlm.view)
+    kept_heads = _heads_by_layer(lvlm, heads, every_head=options.keep == "all")
+    _check_memory(reader, sum(map(len, kept_heads.values())), max_new_tokens)
+    modules = {layer: lvlm.attention_modules[layer] for layer in kept_heads}
+    num_tokens = None if lvlm.uses_cross_attention else inputs["input_ids"].shape[1]
+    attention = StepRecorder(modules, kept_heads, reader, max_new_tokens, num_tokens)
+    answer = lvlm.answer_recorder()
+    with mismatch_errors(lvlm.name), torch.inference_mode(), recording(attention):
+        lvlm.run(inputs, Query(answers=max_new_tokens), answer)
+    (ids,) = answer.token_ids(max_new_tokens)
+    steps = attention.steps[: len(ids) + 1]
+    if len(steps) <= len(ids) or any(len(step) < len(kept_heads) for step in steps):
         raise WorkError(
             f"{lvlm.name}: the attention of its decoding steps was not seen; use query_token=last"
         )
-    kept = np.stack([_chosen(step, wanted, heads) for step in steps])
-    if not np.isfinite(kept).all():
+    rows = np.stack([_pick_heads(step, kept_heads, heads) for step in steps])
+    if not np.isfinite(rows).all():
         raise NotFiniteError
-    assert recorder.box is not None
+    assert attention.box is not None
     tokenizer = lvlm.processor.tokenizer
     return Trace(
         query=query,
-        spelled=spelled(tokenizer.decode, ids, silent_tokens(tokenizer)),
+        spelled=align_tokens(tokenizer.decode, ids, control_token_ids(tokenizer)),
         token_ids=tuple(ids),
         heads=tuple(heads),
-        rows=kept.mean(axis=1, keepdims=True) if options.keep == "mean" else kept,
-        masses=kept.sum(axis=(2, 3)),
-        image_box=rescale_box(recorder.box, seen.size, image.size),
+        rows=rows.mean(axis=1, keepdims=True) if options.keep == "mean" else rows,
+        masses=rows.sum(axis=(2, 3)),
+        image_box=rescale_box(attention.box, seen.size, image.size),
         image_size=image.size,
         step=options.step,
         options=grounding,
         prompt=prompt,
         model=lvlm.name,
-        every=_every(lvlm, steps) if options.keep == "all" else None,
+        every=_stack_layers(lvlm, steps) if options.keep == "all" else None,
     )
 
 
-def _check(max_new_tokens: int, options: TraceOptions, grounding: GroundingOptions) -> None:
+def _check_options(max_new_tokens: int, options: TraceOptions, grounding: GroundingOptions) -> None:
     if not 1 <= max_new_tokens <= MOST_TOKENS:
         raise UsageError(f"max_new_tokens={max_new_tokens}: give a trace 1 to {MOST_TOKENS} tokens")
     if options.keep == "mean" and grounding.combine == "consensus":
@@ -162,21 +159,20 @@ def _check(max_new_tokens: int, options: TraceOptions, grounding: GroundingOptio
         )
 
 
-def _check_bytes(image: OnImage, inputs: Any, num_heads: int, max_new_tokens: int) -> None:
-    """Before the model runs."""
-    cells = read_maps(np.zeros(max(int(view.index.max()) for view in image.views) + 1, np.float32), *image)[
-        0
-    ].size
-    needed = 4 * cells * num_heads * (max_new_tokens + 1)
-    if needed > MOST_BYTES:
+def _check_memory(reader: ImageReader, num_heads: int, max_new_tokens: int) -> None:
+    """Raises UsageError, before the model runs, if the maps would take more than `MAX_BYTES`."""
+    num_keys = max(int(view.index.max()) for view in reader.views) + 1
+    maps, _ = read_maps(np.zeros(num_keys, np.float32), *reader)
+    needed = 4 * maps.size * num_heads * (max_new_tokens + 1)
+    if needed > MAX_BYTES:
         raise UsageError(
             f"trace.keep=all: the maps of {num_heads} heads for {max_new_tokens} tokens take {needed >> 20} MB, more "
-            f"than {MOST_BYTES >> 20}; lower max_new_tokens, or write trace.keep=heads"
+            f"than {MAX_BYTES >> 20}; lower max_new_tokens, or write trace.keep=heads"
         )
 
 
-def _by_layer(lvlm: LoadedModel, heads: Sequence[Head], every: bool) -> dict[int, list[int]]:
-    """The heads that are kept, by layer, from the first layer on."""
+def _heads_by_layer(lvlm: AttentionModel, heads: Sequence[Head], *, every_head: bool) -> dict[int, list[int]]:
+    """The heads to keep, by layer, both in ascending order. UsageError for one that the model does not have."""
     if not heads:
         raise UsageError("heads=[] names no head to trace")
     chosen: dict[int, set[int]] = {}
@@ -189,23 +185,25 @@ def _by_layer(lvlm: LoadedModel, heads: Sequence[Head], every: bool) -> dict[int
         if layer not in lvlm.attention_modules:
             raise UsageError(f"heads: layer {layer} of {lvlm.name} has no heads that see the image")
         chosen.setdefault(layer, set()).add(number)
-    if every:
+    if every_head:
         chosen = {layer: set(range(lvlm.num_heads)) for layer in lvlm.attention_modules}
     return {layer: sorted(chosen[layer]) for layer in sorted(chosen)}
 
 
-def _chosen(
-    step: dict[int, NDArray[np.float32]], wanted: dict[int, list[int]], heads: Sequence[Head]
+def _pick_heads(
+    step: dict[int, NDArray[np.float32]], kept_heads: dict[int, list[int]], heads: Sequence[Head]
 ) -> NDArray[np.float32]:
-    """`[k, h, w]` of a step, in the order of the heads."""
-    return np.stack([step[layer][wanted[layer].index(number)] for layer, number in heads])
+    """`[k, h, w]` of one step, in the order of `heads`."""
+    return np.stack([step[layer][kept_heads[layer].index(number)] for layer, number in heads])
 
 
-def _every(lvlm: LoadedModel, steps: Sequence[dict[int, NDArray[np.float32]]]) -> NDArray[np.float32]:
-    """`[N + 1, layer, head, h, w]`; layers that do not see the image stay zero."""
+def _stack_layers(
+    lvlm: AttentionModel, steps: Sequence[dict[int, NDArray[np.float32]]]
+) -> NDArray[np.float32]:
+    """`[N + 1, layer, head, h, w]`; layers that do not see the image stay zero. Empties the steps to save memory."""
     shape = next(iter(steps[0].values())).shape
-    full = np.zeros((len(steps), lvlm.num_layers, *shape), np.float32)
-    for place, step in zip(full, steps, strict=True):
+    stacked = np.zeros((len(steps), lvlm.num_layers, *shape), np.float32)
+    for target, step in zip(stacked, steps, strict=True):
         for layer in list(step):
-            place[layer] = step.pop(layer)  # never twice in memory
-    return full
+            target[layer] = step.pop(layer)
+    return stacked

@@ -292,7 +292,9 @@ class Ablation:
         with _switched_off(run, condition.heads):
             encoded = lvlm.encode_image(entry.single_image)
             if asked := self.plan.questions.get(sample.id):
-                answers = encoded.say([question.text for question in asked], run.options.ablate.answer_tokens)
+                answers = encoded.generate(
+                    [question.text for question in asked], run.options.ablate.answer_tokens
+                )
                 correct = [
                     contains_answer(answer.text, question.answer)
                     for answer, question in zip(answers, asked, strict=True)
@@ -321,7 +323,7 @@ class Ablation:
         for region in regions:
             with _steered(run, condition.heads, region.box):
                 encoded = run.lvlm.encode_image(entry.single_image)
-                answer = encoded.say([entry.sample.expression], run.options.ablate.answer_tokens)[0].text
+                answer = encoded.generate([entry.sample.expression], run.options.ablate.answer_tokens)[0].text
             inside = contains_answer(answer, region.answer)
             outside = any(
                 contains_answer(answer, other.answer) for other in regions if other.answer != region.answer

@@ -114,7 +114,7 @@ def _write_verdict(run: Run, found: Examination, image: Image.Image) -> Path:
 def _heads(run: Run) -> dict[str, Any]:
     """Known heads, and the first ones of a ranking over the shipped images, if they are here."""
     from localization_heads.finding import find_heads
-    from localization_heads.lvlm.checks.verdict import heads_again
+    from localization_heads.lvlm.checks.verdict import recovered_heads
 
     known = run.lvlm.known_heads
     if not known:
@@ -126,4 +126,4 @@ def _heads(run: Run) -> dict[str, Any]:
         ranking = find_heads(run.lvlm, samples, criteria=run.options.criteria)
     except (UsageError, WorkError, ValueError) as error:
         return {"note": str(error)}
-    return heads_again(known, [head.address for head in ranking.kept], len(samples))
+    return recovered_heads(known, [head.address for head in ranking.kept], len(samples))

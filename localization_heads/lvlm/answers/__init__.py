@@ -1,1 +1,1 @@
-"""What a model writes: generated answers, their words and boxes, and where heads looked meanwhile."""
+"""What a model writes: generated answers, their words and boxes, and where heads look meanwhile."""

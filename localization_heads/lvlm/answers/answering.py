@@ -1,7 +1,6 @@
-"""What a model says when it is asked: its answer is generated greedily, and what is said is heard on the way.
+"""Greedy generation, and what is recorded of it: each sample's tokens and the log-probabilities of the first one.
 
-Which tokens a sample's answer has, and how sure the model was of the first, is read from the scores that it gives the
-next token. Nothing of that changes what is generated.
+An `AnswerRecorder` reads the scores of the next token as a logits processor. It never changes what is generated.
 """
 
 from __future__ import annotations
@@ -19,128 +18,105 @@ from localization_heads.lvlm.forward.capture import Recorder
 GREEDY: Mapping[str, Any] = {"do_sample": False, "num_beams": 1}
 
 
-class Said(NamedTuple):
-    """What a model says to one prompt.
+class GeneratedAnswer(NamedTuple):
+    """A model's answer to one prompt.
 
     Args:
-        text: its answer, without the token that ends it.
-        logprob: log-probability of the first token that it generates, in nats; 0 is certain.
-        odds: log-odds of one set of first tokens against another, in nats; None where none was asked for.
+        text: without the token that ends it.
+        first_logprob: log-probability of the first generated token, in nats.
+        yes_logit: log-odds of yes against no as the first token, in nats; None if they were not compared.
     """
 
     text: str
-    logprob: float
-    odds: float | None = None
+    first_logprob: float
+    yes_logit: float | None = None
 
 
-class Weighed(NamedTuple):
-    """How likely a model holds a prompt, in nats.
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of a prompt, in nats.
 
     Args:
-        expression: log-probability of the expression's tokens after its first, and of the one after them (its full
-            stop); None where its tokens cannot be told from the others.
-        first_token: that of the likeliest token after the prompt.
+        expression: of the expression's tokens after its first, and of the token that follows them (the full stop);
+            None if the expression's tokens cannot be found in the prompt.
+        next_token: of the likeliest token after the prompt.
     """
 
     expression: float | None
-    first_token: float
+    next_token: float
 
 
-class Sides(NamedTuple):
-    """Ids of tokens, those that speak for something and those against it."""
+class YesNoTokens(NamedTuple):
+    """Ids of the tokens that mean yes, and of those that mean no."""
 
-    pro: Sequence[int]
-    con: Sequence[int]
+    yes: Sequence[int]
+    no: Sequence[int]
 
 
-class Hearing(LogitsProcessor):
-    """Hears the answers of a batch while they are generated, and tells the recorder which have not ended yet.
+class AnswerRecorder(LogitsProcessor):
+    """Records the answers of a batch, and tells the attention recorder which samples are unfinished.
 
     Args:
-        ends: ids of the tokens that end an answer.
-        sides: what the first token is weighed between.
-        wanted: bool (B, n), the tokens whose rows the recorder averages; None for all.
+        eos_token_ids: the tokens that end an answer.
+        yes_no: the alternatives that are compared for the first token.
+        token_mask: bool (B, n), the answer tokens whose attention rows are averaged; None for all.
     """
 
-    def __init__(self, ends: Sequence[int], sides: Sides | None = None, wanted: Tensor | None = None) -> None:
-        self.ends = torch.tensor(list(ends), dtype=torch.long)
-        self.sides, self.wanted = sides, wanted
-        self.recorder: Recorder | None = None
-        self.live: Tensor | None = None  # (B,)
-        self.logprob: Tensor | None = None  # (B,) of the first token
-        self.odds: Tensor | None = None  # (B,)
-        self.rows: list[Tensor | None] = []  # a sample's mean row of its answer [layer, head, key], or none
+    def __init__(
+        self,
+        eos_token_ids: Sequence[int],
+        yes_no: YesNoTokens | None = None,
+        token_mask: Tensor | None = None,
+    ) -> None:
+        self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.long)
+        self.yes_no, self.token_mask = yes_no, token_mask
+        self.attention: Recorder | None = None
+        self.unfinished: Tensor | None = None  # bool (B,)
+        self.first_logprobs: Tensor | None = None  # (B,)
+        self.yes_logits: Tensor | None = None  # (B,)
+        self.mean_rows: list[Tensor | None] = []  # per sample [layer, head, key]; None for an empty answer
         self._tokens: list[Tensor] = []
 
     def __call__(self, _: Any, scores: Tensor) -> Tensor:
-        """Take note of the scores (B, V) of the next token, and hand them on as they are."""
+        """Record the next token's scores (B, V), and return them unchanged."""
         chosen = scores.argmax(-1)
-        if self.live is None:
-            logs = torch.log_softmax(scores.float(), -1)
-            self.logprob = logs.gather(1, chosen[:, None])[:, 0]
-            if self.sides is not None:
-                pro, con = (logs[:, list(ids)].logsumexp(-1) for ids in self.sides)
-                self.odds = pro - con
-            self.live = torch.ones_like(chosen, dtype=torch.bool)
-        self.live = self.live & ~torch.isin(chosen, self.ends.to(chosen.device))
-        self._tokens.append(torch.where(self.live, chosen, -1))
-        if self.recorder is not None:
-            self.recorder.unfinished = self.live
+        if self.unfinished is None:
+            logprobs = torch.log_softmax(scores.float(), -1)
+            self.first_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]
+            if self.yes_no is not None:
+                yes, no = (logprobs[:, list(ids)].logsumexp(-1) for ids in self.yes_no)
+                self.yes_logits = yes - no
+            self.unfinished = torch.ones_like(chosen, dtype=torch.bool)
+        self.unfinished = self.unfinished & ~torch.isin(chosen, self.eos_token_ids.to(chosen.device))
+        self._tokens.append(torch.where(self.unfinished, chosen, -1))
+        if self.attention is not None:
+            self.attention.unfinished = self.unfinished
         return scores
 
-    def said(self, tokenizer: Any, most: int | None = None) -> list[Said]:
-        """What each sample said, of `most` tokens at most."""
-        assert self.logprob is not None
-        tokens = self.tokens(most)
-        odds = [None] * len(tokens) if self.odds is None else self.odds.tolist()
+    def answers(self, tokenizer: Any, max_tokens: int | None = None) -> list[GeneratedAnswer]:
+        """Each sample's answer, cut after `max_tokens`."""
+        assert self.first_logprobs is not None
+        tokens = self.token_ids(max_tokens)
+        yes_logits = [None] * len(tokens) if self.yes_logits is None else self.yes_logits.tolist()
         return [
-            Said(_text(tokenizer, row), logprob, odd)
-            for row, logprob, odd in zip(tokens, self.logprob.tolist(), odds, strict=True)
+            GeneratedAnswer(_decode(tokenizer, ids), logprob, yes_logit)
+            for ids, logprob, yes_logit in zip(tokens, self.first_logprobs.tolist(), yes_logits, strict=True)
         ]
 
-    def tokens(self, most: int | None = None) -> list[list[int]]:
-        """Ids of the tokens of each sample's answer, `most` at most, without the one that ends it."""
+    def token_ids(self, max_tokens: int | None = None) -> list[list[int]]:
+        """Token ids of each sample's answer, without the one that ends it, cut after `max_tokens`."""
         rows = torch.stack(self._tokens, 1).tolist() if self._tokens else []
-        return [[token for token in row if token >= 0][:most] for row in rows]
+        return [[token for token in row if token >= 0][:max_tokens] for row in rows]
 
 
-def weighed(logits: Tensor, ids: Sequence[int], span: range | None) -> Weighed:
-    """Of one prompt.
-
-    Args:
-        logits: (n, V) after each of the prompt's last n tokens; from the expression's first on, at least.
-        ids: all tokens of the prompt.
-        span: the places in `ids` of the expression's tokens.
-
-    >>> even = torch.zeros(3, 4)
-    >>> [round(x, 2) for x in weighed(even, [9, 1, 2, 3], range(1, 3))]
-    [-2.77, -1.39]
-    """
-    logs = torch.log_softmax(logits.float(), -1)
-    if span is None:
-        return Weighed(None, float(logs[-1].max()))
-    places = range(span.start + 1, min(span.stop + 1, len(ids)))
-    own = [logs[place - 1 - len(ids), ids[place]] for place in places]
-    return Weighed(float(sum(own)), float(logs[-1].max()))
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split()) if ids else ""
 
 
-def end_tokens(model: Any) -> tuple[int, ...]:
-    """The ids at which the model's own generation ends."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        return ()
-    return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
-
-
 def generate(
-    model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing, pad: int | None
+    model: Any, inputs: Mapping[str, Any], num_tokens: int, recorder: AnswerRecorder, pad: int | None
 ) -> None:
-    """Greedy generation of up to so many tokens, after prompts padded on the left."""
-    # Janus' own `generate` chooses between text and images, and drops the processors of logits.
+    """Generate at most `num_tokens` tokens greedily, after left-padded prompts."""
+    # Janus overrides `generate` to choose between text and images, and its version drops logits processors.
     kind = GenerationMixin if model.config.model_type == "janus" else type(model)
     kind.generate(
         model,
@@ -150,35 +126,66 @@ def generate(
         repetition_penalty=1.0,
         pad_token_id=pad,
         use_cache=True,
-        logits_processor=LogitsProcessorList([hearing]),
+        logits_processor=LogitsProcessorList([recorder]),
     )
 
 
-def go_on(model: Any, inputs: Mapping[str, Any], num_tokens: int, hearing: Hearing) -> None:
-    """The same after a prefix that is in the cache already (`past_key_values`), of prompts of one length."""
-    given = dict(inputs)
-    positions = given.get("position_ids")
-    only_last = keeping(model, 1)
+def generate_from_cache(
+    model: Any, inputs: Mapping[str, Any], num_tokens: int, recorder: AnswerRecorder
+) -> None:
+    """`generate` for prompts of equal length whose prefix is already in the KV cache (`past_key_values`)."""
+    step: dict[str, Any] = dict(inputs)
+    positions = inputs.get("position_ids")
+    only_last = logits_to_keep(model, 1)
     for number in range(num_tokens):
-        scores = model(**given, **only_last).logits[:, -1].to(torch.float32, copy=True)
-        chosen = hearing(None, scores).argmax(-1)
-        if number + 1 == num_tokens or hearing.live is None or not hearing.live.any():
+        scores = model(**step, **only_last).logits[:, -1].to(torch.float32, copy=True)
+        chosen = recorder(None, scores).argmax(-1)
+        if number + 1 == num_tokens or recorder.unfinished is None or not recorder.unfinished.any():
             return
-        given = {"input_ids": chosen[:, None], "past_key_values": given["past_key_values"], "use_cache": True}
+        step = {"input_ids": chosen[:, None], "past_key_values": step["past_key_values"], "use_cache": True}
         if positions is not None:
             positions = positions[..., -1:] + 1
-            given["position_ids"] = positions
+            step["position_ids"] = positions
 
 
-def keeping(model: Any, num_tokens: int) -> dict[str, int]:
-    """The argument that has a model give the scores after its last tokens alone, where it takes one."""
+def logits_to_keep(model: Any, num_tokens: int) -> dict[str, int]:
+    """The keyword argument that limits the LM head to the last tokens; empty if the model does not take it."""
     return {"logits_to_keep": num_tokens} if "logits_to_keep" in signature(model.forward).parameters else {}
 
 
-def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
-    """Ids of single tokens that spell a word: with a small or a capital letter, with or without a space before it.
+def prompt_logprobs(logits: Tensor, ids: Sequence[int], span: range | None) -> PromptLogprobs:
+    """The log-probabilities of one prompt.
 
-    Empty where the tokenizer has no token of its own for any of them.
+    Args:
+        logits: (n, V) at the last n tokens of the prompt, which include the whole expression.
+        ids: all tokens of the prompt.
+        span: indices into `ids` of the expression's tokens.
+
+    >>> even = torch.zeros(3, 4)
+    >>> [round(x, 2) for x in prompt_logprobs(even, [9, 1, 2, 3], range(1, 3))]
+    [-2.77, -1.39]
+    """
+    logprobs = torch.log_softmax(logits.float(), -1)
+    next_token = float(logprobs[-1].max())
+    if span is None:
+        return PromptLogprobs(None, next_token)
+    predicted = range(span.start + 1, min(span.stop + 1, len(ids)))
+    # The logits at token i - 1 predict token i; they are indexed from the end of the prompt.
+    return PromptLogprobs(float(sum(logprobs[i - 1 - len(ids), ids[i]] for i in predicted)), next_token)
+
+
+def eos_token_ids(model: Any) -> tuple[int, ...]:
+    """The tokens at which the model's generation ends."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+
+
+def word_token_ids(tokenizer: Any, word: str) -> tuple[int, ...]:
+    """Ids of the single tokens that spell a word, capitalized or not, with or without a leading space.
+
+    Empty if every spelling takes several tokens, or is unknown to the tokenizer.
     """
     unknown = tokenizer.unk_token_id
     ids: dict[int, None] = {}

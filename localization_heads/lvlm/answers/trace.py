@@ -1,6 +1,6 @@
-"""`Trace`: where heads looked while the model wrote each word of its answer; the words of an answer and its tokens.
+"""`Trace`: where heads look while a model writes each word of its answer; and which tokens spell which words.
 
-Which tokens spell which characters, and where a span of text lies. Holds arrays and plain values only.
+Holds arrays and plain values only.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from localization_heads.heads.head import Head
 from localization_heads.options.groups import GroundingOptions
 from localization_heads.options.surroundings import Step
 
-_UNFINISHED = "\ufffd"
-"""What a tokenizer decodes the first bytes of a character to."""
+_REPLACEMENT = "\ufffd"
+"""What a tokenizer decodes an incomplete UTF-8 sequence to."""
 _WORD = re.compile(r"\S+")
 
-Place = tuple[int, int]
-"""First character and the one after the last."""
+CharSpan = tuple[int, int]
+"""Index of the first character, and of the one after the last."""
 
 
 @dataclass(frozen=True)
-class Spelled:
-    """An answer as text, and where each of its tokens lies in it.
+class TokenizedText:
+    """A text, and which of its characters each token spells.
 
     Args:
-        text: the answer.
-        places: of each token; empty, as `(3, 3)`, of one that writes nothing, such as a control token. Tokens that
-            are parts of one character share it.
+        text: the decoded text.
+        places: the characters of each token; an empty span such as `(3, 3)` for a token that spells nothing, such as a
+            control token. Tokens that are parts of one character share its span.
     """
 
     text: str
-    places: tuple[Place, ...]
+    places: tuple[CharSpan, ...]
 
     def tokens_of(self, start: int, stop: int) -> range:
-        """The tokens that spell the characters from `start` to before `stop`; an empty range for none.
+        """The tokens that overlap the characters `start` to `stop` (exclusive); an empty range if there are none.
 
-        >>> Spelled("a dog", ((0, 1), (1, 3), (3, 5))).tokens_of(2, 5)
+        >>> TokenizedText("a dog", ((0, 1), (1, 3), (3, 5))).tokens_of(2, 5)
         range(1, 3)
         """
         inside = [n for n, (a, b) in enumerate(self.places) if a < stop and b > start and a < b]
@@ -56,124 +56,126 @@ class Spelled:
 
 @dataclass(frozen=True)
 class Word:
-    """A word of an answer: its text, and the tokens from `start` to before `stop` that spell it."""
+    """A word of an answer: its text, and the tokens `start` to `stop` (exclusive) that spell it."""
 
     text: str
     start: int
     stop: int
 
 
-def spelled(
-    decode: Callable[[Sequence[int]], str], ids: Sequence[int], silent: Sequence[int] = ()
-) -> Spelled:
-    """The text of token ids, and where each lies in it.
+def align_tokens(
+    decode: Callable[[Sequence[int]], str], ids: Sequence[int], skipped: Sequence[int] = ()
+) -> TokenizedText:
+    """Decode token ids, and find the characters that each of them spells.
 
-    A tokenizer decodes a token otherwise alone than among others (spaces, halves of a character), so that longer and
-    longer beginnings of the answer are decoded.
+    A token decodes differently alone than among others (leading spaces, parts of a character), so ever longer prefixes
+    of the answer are decoded.
 
     Args:
-        decode: of the tokenizer.
-        silent: ids that are left out of the text.
+        decode: the tokenizer's method.
+        skipped: ids that spell nothing.
 
-    >>> spelled(lambda ids: "".join("ab"[i] for i in ids), [0, 2, 1], silent=[2])
-    Spelled(text='ab', places=((0, 1), (1, 1), (1, 2)))
+    >>> align_tokens(lambda ids: "".join("ab"[i] for i in ids), [0, 2, 1], skipped=[2])
+    TokenizedText(text='ab', places=((0, 1), (1, 1), (1, 2)))
     """
-    heard = [token for token in ids if token not in silent]
-    text = decode(heard) if heard else ""
+    spelling = [token for token in ids if token not in skipped]
+    text = decode(spelling) if spelling else ""
     ends: list[int] = []
-    read: list[int] = []
+    prefix: list[int] = []
     for token in ids:
-        if token not in silent:
-            read.append(token)
-            ends.append(max(_agreed(decode(read), text), ends[-1] if ends else 0))
-        else:
-            ends.append(ends[-1] if ends else 0)
-    if heard:
-        last = max(n for n, token in enumerate(ids) if token not in silent)
+        end = ends[-1] if ends else 0
+        if token not in skipped:
+            prefix.append(token)
+            end = max(_agreement(decode(prefix), text), end)
+        ends.append(end)
+    if spelling:
+        last = max(n for n, token in enumerate(ids) if token not in skipped)
         ends[last:] = [len(text)] * (len(ends) - last)
-    return Spelled(text, tuple(_places(ids, ends, silent)))
+    return TokenizedText(text, tuple(_char_spans(ids, ends, skipped)))
 
 
-def silent_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of tokens that begin, end, part and fill texts. Other special tokens may be the answer itself (a box)."""
+def control_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of BOS, EOS, padding and the like. Other special tokens may be part of the answer (a box)."""
     kinds = ("bos", "eos", "pad", "cls", "sep", "mask")
     ids = (getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds)
     return tuple(token for token in ids if token is not None)
 
 
-def _agreed(beginning: str, text: str) -> int:
-    """How many characters of `text` a beginning of it has, without a character that is not finished."""
-    beginning = beginning.rstrip(_UNFINISHED)
-    pairs = zip(beginning, text, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(beginning), len(text)))
+def _agreement(prefix: str, text: str) -> int:
+    """How many leading characters of `text` a decoded prefix has, without an incomplete last character."""
+    prefix = prefix.rstrip(_REPLACEMENT)
+    pairs = zip(prefix, text, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(prefix), len(text)))
 
 
-def _places(ids: Sequence[int], ends: Sequence[int], silent: Sequence[int]) -> Iterator[Place]:
+def _char_spans(ids: Sequence[int], ends: Sequence[int], skipped: Sequence[int]) -> Iterator[CharSpan]:
     start = 0
     for n, (token, end) in enumerate(zip(ids, ends, strict=True)):
-        if end == start and token not in silent:  # a part of the character that a later token finishes
+        if end == start and token not in skipped:  # part of a character that a later token completes
             yield start, next((later for later in ends[n:] if later > start), start)
         else:
             yield start, end
         start = end
 
 
-def words_of(answer: Spelled) -> tuple[Word, ...]:
-    """The words of an answer, sub-word tokens joined: what stands between spaces.
+def split_words(answer: TokenizedText) -> tuple[Word, ...]:
+    """The words of an answer, split at whitespace, with their sub-word tokens joined.
 
-    Tokens of the marks around a word are not its own: a comma belongs to what follows. Beside letters of scripts that
-    are written without spaces, each token is a word.
+    Tokens that spell only the punctuation around a word are left out. In scripts written without spaces, each token is
+    a word.
 
-    >>> words_of(Spelled("two penguins", ((0, 3), (3, 7), (7, 12))))
+    >>> split_words(TokenizedText("two penguins", ((0, 3), (3, 7), (7, 12))))
     (Word(text='two', start=0, stop=1), Word(text='penguins', start=1, stop=3))
     """
-    found = []
+    words = []
     for match in _WORD.finditer(answer.text):
-        cuts = sorted({match.start(), match.end(), *_cuts(answer, match.start(), match.end())})
+        cuts = sorted({match.start(), match.end(), *_spaceless_cuts(answer, match.start(), match.end())})
         for start, stop in itertools.pairwise(cuts):
-            if tokens := answer.tokens_of(*_core(answer.text, start, stop)):
-                found.append(Word(answer.text[start:stop], tokens.start, tokens.stop))
-    return tuple(found)
+            if tokens := answer.tokens_of(*_strip_punctuation(answer.text, start, stop)):
+                words.append(Word(answer.text[start:stop], tokens.start, tokens.stop))
+    return tuple(words)
 
 
-def _core(text: str, start: int, stop: int) -> Place:
-    """The word without the marks around it; all of a word that consists of marks."""
+def _strip_punctuation(text: str, start: int, stop: int) -> CharSpan:
+    """The span without leading and trailing punctuation; the whole span if it is nothing else."""
     inside = [n for n in range(start, stop) if text[n].isalnum()]
     return (inside[0], inside[-1] + 1) if inside else (start, stop)
 
 
-def _cuts(answer: Spelled, start: int, stop: int) -> Iterator[int]:
-    """Places inside a run of letters where a token ends beside a letter of a script without spaces."""
+def _spaceless_cuts(answer: TokenizedText, start: int, stop: int) -> Iterator[int]:
+    """Ends of tokens inside a run of characters that touch a letter of a script without spaces."""
     for _, end in answer.places:
         if start < end < stop and any(map(_is_spaceless, answer.text[end - 1 : end + 1])):
             yield end
 
 
 def _is_spaceless(character: str) -> bool:
+    """Whether a letter is wide and not Hangul, which does separate words with spaces."""
     wide = unicodedata.east_asian_width(character) in "WF"
     return wide and unicodedata.category(character) == "Lo" and not "\uac00" <= character <= "\ud7a3"
 
 
-def group_tokens(answer: Spelled, pattern: str) -> list[int]:
-    """The tokens that spell any group of the first match of a regular expression; none where nothing matches.
+def tokens_of_match(answer: TokenizedText, pattern: str) -> list[int]:
+    """The tokens that spell the groups of a regular expression's first match; empty if nothing matches.
 
-    >>> group_tokens(Spelled("x 1, 2", ((0, 2), (2, 3), (3, 5), (5, 6))), r"(\\d), (\\d)")
+    >>> tokens_of_match(TokenizedText("x 1, 2", ((0, 2), (2, 3), (3, 5), (5, 6))), r"(\\d), (\\d)")
     [1, 3]
     """
-    match = re.search(pattern, answer.text)
-    groups = range(1, match.re.groups + 1) if match else ()
-    return sorted({token for group in groups if match for token in answer.tokens_of(*match.span(group))})
+    if (match := re.search(pattern, answer.text)) is None:
+        return []
+    groups = range(1, match.re.groups + 1)
+    return sorted({token for group in groups for token in answer.tokens_of(*match.span(group))})
 
 
-def span_tokens(answer: Spelled, span: str) -> range:
-    """The tokens that spell the first occurrence of `span`, whatever its capitals and spaces.
+def tokens_of_span(answer: TokenizedText, span: str) -> range:
+    """The tokens that spell the first occurrence of `span`, ignoring case and differences in whitespace.
 
-    A span that stands in the answer as whole words is preferred to one inside a word.
+    An occurrence as whole words is preferred to one inside a word.
 
     Raises:
-        UsageError: shows the answer where it does not hold the span.
+        UsageError: the answer, which the message quotes, does not contain the span.
 
-    >>> span_tokens(Spelled("the dog", ((0, 3), (3, 7))), "Dog")
+    >>> tokens_of_span(TokenizedText("the dog", ((0, 3), (3, 7))), "Dog")
     range(1, 2)
     """
     words = r"\s+".join(re.escape(word) for word in span.split())
@@ -188,28 +190,28 @@ def span_tokens(answer: Spelled, span: str) -> range:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The attention of chosen heads over the image in every step of an answer.
+    """The attention of chosen heads over the image in every decoding step of an answer.
 
-    An answer of N tokens has N + 1 rows: row 0 is the last prompt token's, whose step writes the first token; row n
-    is that of the step that reads token n - 1 and writes token n. The last row only reads.
+    An answer of N tokens has N + 1 rows. Row 0 is that of the last prompt token, whose step writes token 0; row n is
+    that of the step that reads token n - 1 and writes token n. The step of the last row only reads.
 
     Args:
-        query: what was asked.
-        spelled: the answer, and where each token lies in it.
-        token_ids: of the answer, without the token that ends it.
+        query: the question.
+        spelled: the answer, and the characters that each of its tokens spells.
+        token_ids: of the answer, without the one that ends it.
         heads: whose maps were kept.
-        rows: float32 `[N + 1, k, h, w]`; `[N + 1, 1, h, w]`, their mean, where only that was kept. Softmax weights, not
+        rows: float32 `[N + 1, k, h, w]`, or `[N + 1, 1, h, w]` if only their mean was kept. Softmax weights, not
             renormalised over the image.
         masses: float32 `[N + 1, k]`, the attention of each head on all image tokens.
         image_box: the region of the image that the grid covers, in pixels.
         image_size: `(W, H)`.
-        step: which row belongs to a token: of the step that `writes` it, or that `reads` it.
+        step: which row belongs to a token: that of the step that `writes` it, or that `reads` it.
         options: how maps become a box.
-        every: the maps of all heads, float32 `[N + 1, layer, head, h, w]`, where they were kept.
+        every: the maps of all heads, float32 `[N + 1, layer, head, h, w]`, if they were kept.
     """
 
     query: str
-    spelled: Spelled
+    spelled: TokenizedText
     token_ids: tuple[int, ...]
     heads: tuple[Head, ...]
     rows: NDArray[np.float32] = field(repr=False)
@@ -229,26 +231,26 @@ class Trace:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The text of each token: empty of one that writes nothing, the same of several that write one character."""
+        """The text of each token: empty for a control token, and the same for all parts of one character."""
         return tuple(self.answer[start:stop] for start, stop in self.spelled.places)
 
     @cached_property
     def words(self) -> tuple[Word, ...]:
-        """The answer's words, sub-word tokens joined."""
-        return words_of(self.spelled)
+        """The answer's words, with their sub-word tokens joined."""
+        return split_words(self.spelled)
 
     @property
     def maps(self) -> NDArray[np.float32]:
-        """A view of `rows`: those of each token, `[N, k, h, w]`."""
+        """The maps of each token, `[N, k, h, w]`: a view of `rows`."""
         return self._of_tokens(self.rows)
 
     @property
     def every_of_tokens(self) -> NDArray[np.float32] | None:
-        """A view of `every`: the maps of all heads for each token, `[N, layer, head, h, w]`; None if not kept."""
+        """The maps of all heads for each token, `[N, layer, head, h, w]`: a view of `every`. None if not kept."""
         return None if self.every is None else self._of_tokens(self.every)
 
     def masses_of(self, start: int, stop: int) -> NDArray[np.float32]:
-        """The attention of each head on the image, the mean over the tokens from `start` to before `stop`: `[k]`."""
+        """Each head's attention to the image, averaged over the tokens `start` to `stop` (exclusive): `[k]`."""
         mean: NDArray[np.float32] = self._of_tokens(self.masses)[start:stop].mean(axis=0)
         return mean
 
@@ -265,14 +267,14 @@ class Trace:
 
     @property
     def boxes(self) -> tuple[Box | None, ...]:
-        """The box of each word; None where no cell stands out."""
+        """The box of each word; None if its map has no positive cell."""
         return tuple(found.box if found.cells.any() else None for found in self.groundings)
 
     def ground(self, start: int = 0, stop: int | None = None) -> Grounding:
-        """Map and box of the tokens from `start` to before `stop`, of the mean of their maps; by default of all.
+        """Map and box from the mean map of the tokens `start` to `stop` (exclusive); by default of all tokens.
 
         Raises:
-            ValueError: there is no such token.
+            ValueError: the range holds no token.
         """
         chosen = self.maps[start:stop]
         if not len(chosen):
@@ -283,8 +285,8 @@ class Trace:
         return replace(found, heads=self.heads)
 
     def ground_span(self, span: str) -> Grounding:
-        """`ground` of the tokens that spell a text of the answer. UsageError where the answer does not hold it."""
-        tokens = span_tokens(self.spelled, span)
+        """`ground` for the tokens that spell a part of the answer. UsageError if the answer does not contain it."""
+        tokens = tokens_of_span(self.spelled, span)
         return self.ground(tokens.start, tokens.stop)
 
     def _of_tokens(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,1 +1,1 @@
-"""A model examined: capture against its own attention, geometry against traced pixels."""
+"""Checks of a model: captured rows against eager attention, and geometry against traced pixels."""

@@ -1,4 +1,4 @@
-"""`examine`: how a model is read, on one image and one expression, for a person to judge (`stage=doctor`)."""
+"""`examine`: checks how a model's attention is captured, on one image and one expression (`stage=doctor`)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from localization_heads.lvlm.forward.capture import Query, crop_to_prompt, decod
 from localization_heads.lvlm.model import LVLM
 from localization_heads.lvlm.text.query_tokens import expression_tokens
 
-SMALL = 1_000_000_000
-"""Largest number of parameters for which capture is compared with eager attention by default."""
+MAX_COMPARED_PARAMETERS = 1_000_000_000
+"""Largest model whose captured rows are compared with eager attention by default."""
 TOLERANCE = {torch.float32: 1e-4}
-ROUGH = 0.05  # what rounding does to a row in 16 bits or less
+LOW_PRECISION_TOLERANCE = 0.05  # rounding in 16 bits or less
 
 
 class Piece(NamedTuple):
-    """A stretch of the prompt. `kind`: text, image (a run of image tokens) or query (a query token)."""
+    """A part of the prompt. `kind` is text, image (a run of image tokens) or query (query tokens)."""
 
     text: str
     kind: str
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Check:
-    """Captured against eager attention. `difference` is None where they were not compared; `note` says why."""
+    """Captured rows compared with eager attention. `difference` is None if they were not; `note` says why."""
 
     difference: float | None
     passed: bool
@@ -46,14 +46,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Examination:
-    """The findings that `stage=doctor` shows.
+    """What `stage=doctor` reports.
 
     Args:
-        facts: name and value, in the order of printing.
-        pieces: the prompt with its query tokens.
+        facts: names and values, in the order of printing.
+        pieces: the prompt, with its image and query tokens marked.
         query: the query tokens, in words.
-        views: empty where they could not be determined; `problem` says why.
-        unplaced: image tokens that no view holds (newlines, means); None where the keys are not the prompt's.
+        views: empty if they could not be determined; `problem` says why.
+        unplaced: number of image tokens that are in no view (newlines, pooled tokens); None for cross-attention.
+        problem: why there are no views.
+        check: captured rows compared with eager attention.
     """
 
     facts: list[tuple[str, str]]
@@ -70,13 +72,13 @@ class Examination:
 
 
 def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None = None) -> Examination:
-    """Examine how a model is read: layers, prompt, geometry, and captured against eager attention.
+    """Report a model's layers, prompt and geometry, and compare captured rows with eager attention.
 
     Args:
-        check: whether to compare with eager attention; None does so for small models.
+        check: whether to compare with eager attention; None does so for models of up to a billion parameters.
 
     Raises:
-        UsageError: an expression that cannot be asked.
+        UsageError: an unusable expression.
     """
     prompt = lvlm.located_prompt(expression)
     inputs = lvlm.model_inputs([image], [prompt.text])
@@ -84,21 +86,21 @@ def examine(lvlm: LVLM, image: Image.Image, expression: str, check: bool | None 
     ids = inputs["input_ids"][0].tolist()
     views, problem = _views(lvlm, inputs, image)
     return Examination(
-        facts=[*_architecture(lvlm), *_tokens(lvlm, ids)],
+        facts=[*_model_facts(lvlm), *_prompt_facts(lvlm, ids)],
         pieces=list(_pieces(lvlm, ids, query)),
-        query=_in_words(lvlm, query, len(ids)),
+        query=_describe_query(lvlm, query, len(ids)),
         views=views,
         unplaced=None if lvlm.uses_cross_attention or not views else _unplaced(lvlm, ids, views),
         problem=problem,
-        check=_check(lvlm, inputs, query, check),
+        check=_check_capture(lvlm, inputs, query, check),
     )
 
 
-def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
+def _model_facts(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     model, config = lvlm.model, lvlm.model.config
     family = "verified" if config.model_type in FAMILIES else "NOT verified: one grid over the whole image"
     decoder = type(decoder_layers(model)[0]).__name__
-    heads = config.get_text_config()
+    text_config = config.get_text_config()
     seen = "all" if len(lvlm.attention_modules) == lvlm.num_layers else ranges(sorted(lvlm.attention_modules))
     across = ", through cross-attention" if lvlm.uses_cross_attention else ""
     yield "model", lvlm.name
@@ -111,9 +113,9 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
     )
     yield (
         "heads",
-        f"{lvlm.num_heads} a layer, on {getattr(heads, 'num_key_value_heads', None) or lvlm.num_heads} keys",
+        f"{lvlm.num_heads} a layer, on {getattr(text_config, 'num_key_value_heads', None) or lvlm.num_heads} keys",
     )
-    yield "attention", str(config.get_text_config()._attn_implementation or config._attn_implementation)
+    yield "attention", str(text_config._attn_implementation or config._attn_implementation)
     yield "fingerprint", f"{lvlm.fingerprint} (of these weights, wherever they lie)"
     yield "known heads", " ".join(map(str, lvlm.known_heads)) or "none published"
     for name in lvlm.spec.lists:
@@ -122,51 +124,52 @@ def _architecture(lvlm: LVLM) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
-def _tokens(lvlm: LVLM, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    places = [position for position, id in enumerate(ids) if id == lvlm.image_token_id]
-    coder = lvlm.processor.tokenizer
-    yield "image token", f"{coder.convert_ids_to_tokens(lvlm.image_token_id)} (id {lvlm.image_token_id})"
+def _prompt_facts(lvlm: LVLM, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+    positions = [position for position, id in enumerate(ids) if id == lvlm.image_token_id]
+    image_token = lvlm.processor.tokenizer.convert_ids_to_tokens(lvlm.image_token_id)
+    yield "image token", f"{image_token} (id {lvlm.image_token_id})"
     yield "in a prompt", lvlm.image_text or "nothing: the processor puts the image before the text"
-    yield "image tokens", f"{len(places)} of {len(ids)} tokens, at {ranges(places)}" if places else "none"
+    yield (
+        "image tokens",
+        f"{len(positions)} of {len(ids)} tokens, at {ranges(positions)}" if positions else "none",
+    )
     yield "prompt", f"conv_mode={lvlm.conv_mode}{'' if lvlm.image_comes_first else ', IMAGE AFTER THE TEXT'}"
 
 
-def _in_words(lvlm: LVLM, query: Query, length: int) -> str:
+def _describe_query(lvlm: LVLM, query: Query, length: int) -> str:
     kind = f"query_token={lvlm.query_token}"
     if query.step:
         return f"{kind}: the first token of the answer, which follows the prompt"
     if query.answers:
-        also = "" if lvlm.reads_answer_alone else f"token {length - 1} of 0-{length - 1}, and "
+        also = "" if lvlm.reads_only_answer else f"token {length - 1} of 0-{length - 1}, and "
         return f"{kind}: {also}up to {query.answers} tokens of the answer, which follows the prompt"
     if lvlm.model.config.is_encoder_decoder:
         return f"{kind}: the decoder's first token; the prompt is read by the encoder"
-    places = _positions(query, length)
-    return f"{kind}: token {ranges(places)} of 0-{length - 1}"
+    return f"{kind}: token {ranges(_positions(query, length))} of 0-{length - 1}"
 
 
 def _positions(query: Query, length: int) -> list[int]:
-    """Query positions of the only sample."""
+    """The query positions of the only sample."""
     return [length - 1] if query.positions is None else query.positions[0].tolist()
 
 
 def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
-    """The prompt as it was tokenized: image tokens counted, query tokens marked."""
-    marked = (
-        set()
-        if query.step or lvlm.reads_answer_alone or lvlm.model.config.is_encoder_decoder
-        else set(_positions(query, len(ids)))
-    )
-    coder = lvlm.processor.tokenizer
+    """The tokenized prompt as text, with runs of image tokens counted and query tokens marked."""
+    outside = query.step or lvlm.reads_only_answer or lvlm.model.config.is_encoder_decoder
+    query_positions = set() if outside else set(_positions(query, len(ids)))
+    tokenizer = lvlm.processor.tokenizer
 
     def kind(position: int) -> str:
-        return "query" if position in marked else "image" if ids[position] == lvlm.image_token_id else "text"
+        if position in query_positions:
+            return "query"
+        return "image" if ids[position] == lvlm.image_token_id else "text"
 
     for name, group in groupby(range(len(ids)), kind):
         run = [ids[position] for position in group]
         if name == "image":
-            yield Piece(f"{coder.convert_ids_to_tokens(run[0])} x {len(run)}", name)
+            yield Piece(f"{tokenizer.convert_ids_to_tokens(run[0])} x {len(run)}", name)
         else:
-            yield Piece(coder.decode(run, clean_up_tokenization_spaces=False), name)
+            yield Piece(tokenizer.decode(run, clean_up_tokenization_spaces=False), name)
     if query.step:
         yield Piece("(first token of the answer)", "query")
     elif query.answers:
@@ -176,18 +179,20 @@ def _pieces(lvlm: LVLM, ids: Sequence[int], query: Query) -> Iterator[Piece]:
 def expression_pieces(
     lvlm: LVLM, image: Image.Image, expression: str
 ) -> tuple[list[str], list[str], list[str]]:
-    """The prompt's tokens as text, image tokens left out: before the expression, its own, and after it.
+    """The prompt's tokens as text, without image tokens: before the expression, its own, and after it.
 
     Raises:
-        UsageError: an expression that cannot be asked, or whose tokens cannot be told from the others.
+        UsageError: an unusable expression, or one whose tokens cannot be found in the prompt.
     """
-    prompt, coder = lvlm.located_prompt(expression), lvlm.processor.tokenizer
+    prompt, tokenizer = lvlm.located_prompt(expression), lvlm.processor.tokenizer
     ids = lvlm.model_inputs([image], [prompt.text])["input_ids"][0].tolist()
-    span = expression_tokens(coder, prompt, ids, lvlm.dropped_token)
-    texts = ["" if id == lvlm.image_token_id else str(coder.convert_ids_to_tokens(id)) for id in ids]
-    parts = texts[: span[0]], texts[span[0] : span[-1] + 1], texts[span[-1] + 1 :]
-    before, own, after = ([text for text in part if text] for part in parts)
-    return before, own, after
+    span = expression_tokens(tokenizer, prompt, ids, lvlm.dropped_token)
+
+    def texts(ids: Sequence[int]) -> list[str]:
+        tokens = (str(tokenizer.convert_ids_to_tokens(id)) for id in ids if id != lvlm.image_token_id)
+        return [token for token in tokens if token]
+
+    return texts(ids[: span[0]]), texts(ids[span[0] : span[-1] + 1]), texts(ids[span[-1] + 1 :])
 
 
 def _views(lvlm: LVLM, inputs: dict[str, Any], image: Image.Image) -> tuple[list[View], str | None]:
@@ -202,18 +207,19 @@ def _unplaced(lvlm: LVLM, ids: Sequence[int], views: Sequence[View]) -> int:
     return sum(id == lvlm.image_token_id for position, id in enumerate(ids) if position not in placed)
 
 
-def _check(lvlm: LVLM, inputs: dict[str, Any], query: Query, wanted: bool | None) -> Check:
-    if query.answers:  # the first of the answer's tokens stands for them all
+def _check_capture(lvlm: LVLM, inputs: dict[str, Any], query: Query, compare: bool | None) -> Check:
+    if query.answers:  # the first of the answer's tokens represents them all
         query = Query(step=1)
-    unwanted = wanted is False or (wanted is None and lvlm.num_parameters > SMALL)
+    if compare is None:
+        compare = lvlm.num_parameters <= MAX_COMPARED_PARAMETERS
     try:
-        return _capture_only(lvlm, inputs, query) if unwanted else compare(lvlm, inputs, query)
+        return compare_with_eager(lvlm, inputs, query) if compare else _capture_only(lvlm, inputs, query)
     except (WorkError, UsageError, RuntimeError, ValueError) as error:
         return Check(None, False, f"failed: {' '.join(str(error).split())[:300]}")
 
 
 def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
-    """Whether every layer was seen; one that bypasses the attention interface of transformers stays zero."""
+    """Whether every layer was captured: one that bypasses the attention interface of transformers stays zero."""
     rows = lvlm.capture_rows(inputs, query, None)[0]  # (layer, head, key)
     silent = [layer for layer in sorted(lvlm.attention_modules) if not rows[layer].any()]
     if silent:
@@ -224,62 +230,62 @@ def _capture_only(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
 
 
 Inputs = dict[tuple[int, int], dict[str, Tensor]]
-"""What attention modules were given, by (layer, call): tensors by the name of the argument."""
+"""The tensor arguments of attention modules by name, for each (layer, call)."""
 
 
-def compare(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
+def compare_with_eager(lvlm: LVLM, inputs: dict[str, Any], query: Query) -> Check:
     """The largest difference in a batch between captured rows and those that eager attention returns.
 
-    Each layer's eager attention gets the very inputs that the layer had when its row was captured. So rounding
-    differences of earlier layers do not add up, and one limit holds at every depth.
+    Each layer's eager attention gets the same inputs as the layer had when its row was captured. So rounding errors of
+    earlier layers do not accumulate, and one tolerance holds at every depth.
     """
-    given: Inputs = {}
+    recorded: Inputs = {}
 
-    def remember(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
-        given[layer, call] = dict(_hidden(arguments.arguments))
+    def record(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
+        recorded[layer, call] = dict(_hidden_states(arguments.arguments))
 
-    with _before_attention(lvlm, remember):
+    with _attention_hooks(lvlm, record):
         captured = torch.stack(lvlm.capture_rows(inputs, query, None))  # (B, layer, H, K)
-    truth = eager_rows(lvlm, inputs, query, given)
+    expected = eager_rows(lvlm, inputs, query, recorded)
     length = captured.shape[-1]
     if not lvlm.uses_cross_attention:
-        truth = {layer: crop_to_prompt(row, length, query.step) for layer, row in truth.items()}
-    gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in truth.items()}
-    limit = TOLERANCE.get(lvlm.model.dtype, ROUGH)
-    wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # NaN is wrong
+        expected = {layer: crop_to_prompt(row, length, query.step) for layer, row in expected.items()}
+    gaps = {layer: (captured[:, layer] - row).abs().max().item() for layer, row in expected.items()}
+    limit = TOLERANCE.get(lvlm.model.dtype, LOW_PRECISION_TOLERANCE)
+    wrong = [layer for layer, gap in sorted(gaps.items()) if not gap <= limit]  # also if it is NaN
     note = f"limit {limit:g} in {str(lvlm.model.dtype).removeprefix('torch.')}"
     if wrong:
         note += f"; exceeded in layers {ranges(wrong)}"
     return Check(max(gaps.values()), not wrong, note)
 
 
-def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query, given: Inputs) -> dict[int, Tensor]:
-    """Rows (B, H, K) by layer of the weights that each attention module itself returns under eager attention.
+def eager_rows(lvlm: LVLM, inputs: dict[str, Any], query: Query, recorded: Inputs) -> dict[int, Tensor]:
+    """The query rows (B, H, K) by layer of the weights that the attention modules return under eager attention.
 
     Args:
-        given: the hidden states that the modules get instead of those of this pass.
+        recorded: hidden states that replace those of this pass.
     """
     rows: dict[int, Tensor] = {}
 
     def replace(layer: int, call: int, arguments: inspect.BoundArguments) -> None:
-        arguments.arguments.update(given.get((layer, call), {}))
+        arguments.arguments.update(recorded.get((layer, call), {}))
 
     def keep(layer: int, call: int, output: Any) -> None:
         if call == query.step:
             rows[layer] = _mean_row(output[1].float().cpu(), query)
 
-    with torch.inference_mode(), eager(lvlm.model), _before_attention(lvlm, replace, keep):
+    with torch.inference_mode(), eager_attention(lvlm.model), _attention_hooks(lvlm, replace, keep):
         lvlm.run(inputs, query)
     return rows
 
 
 @contextmanager
-def _before_attention(
+def _attention_hooks(
     lvlm: LVLM,
     before: Callable[[int, int, inspect.BoundArguments], None],
     after: Callable[[int, int, Any], None] | None = None,
 ) -> Iterator[None]:
-    """Call `before(layer, call, arguments)`, which may change them, and `after(layer, call, output)` at each layer."""
+    """Call `before(layer, call, arguments)`, which may modify them, and `after(layer, call, output)` at each layer."""
     calls: Counter[int] = Counter()
 
     def enter(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -302,29 +308,29 @@ def _before_attention(
         yield
 
 
-def _hidden(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Hidden states among a module's arguments. Not the mask: each kernel has its own form of it."""
+def _hidden_states(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The hidden states among a module's arguments, without the mask, whose form depends on the kernel."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point() and "mask" not in name:
             yield name, value
 
 
 def _mean_row(weights: Tensor, query: Query) -> Tensor:
-    """(B, H, Q, K) -> (B, H, K): the obvious way, sample by sample."""
+    """(B, H, Q, K) -> (B, H, K): a straightforward reference implementation, sample by sample."""
     if query.positions is None:
         return weights[:, :, -1]
-    share = torch.ones(query.positions.shape) if query.weights is None else query.weights
+    shares = torch.ones(query.positions.shape) if query.weights is None else query.weights
     rows = [
-        (weights[b][:, places] * share[b][:, None]).sum(1)  # (H, n, K) -> (H, K)
-        for b, places in enumerate(query.positions.tolist())
+        (weights[b][:, positions] * shares[b][:, None]).sum(1)  # (H, n, K) -> (H, K)
+        for b, positions in enumerate(query.positions.tolist())
     ]
     return torch.stack(rows)
 
 
 @contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """Eager attention for a while, in every part of the model; then each part's own again."""
-    own = {
+def eager_attention(model: Any) -> Iterator[None]:
+    """Run every part of the model with eager attention during the `with` block."""
+    before = {
         id(module.config): (module.config, module.config._attn_implementation)
         for module in model.modules()
         if hasattr(getattr(module, "config", None), "_attn_implementation")
@@ -333,12 +339,12 @@ def eager(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for config, implementation in own.values():
+        for config, implementation in before.values():
             config._attn_implementation_internal = implementation
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as text, consecutive ones as a range.
+    """Ascending numbers as text, with consecutive ones as ranges.
 
     >>> ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'

@@ -1,4 +1,4 @@
-"""What `stage=doctor verdict=true` says of a checkpoint: small, in JSON values, made to be attached to an issue."""
+"""`stage=doctor verdict=true`: a small report on a checkpoint in JSON values, to be attached to an issue."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from localization_heads.lvlm.model import LVLM
 from localization_heads.version import __version__
 
 EXPRESSIONS = ("the dog", 'the sign "EXIT"', "2nd giraffe from the left")
-"""Whose tokens are shown: a plain one, a closing quote, a digit."""
+"""Expressions whose tokens are shown: a plain one, one that ends with a quote, one that begins with a digit."""
 SIZE = (420, 300)
-"""Of the picture with which the geometry is traced."""
+"""Size of the image with which the geometry is traced, `(W, H)` in pixels."""
 _LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "torchvision")
 
 
-def verdict(lvlm: LVLM, image: Image.Image, found: Examination) -> dict[str, Any]:
-    """Family, versions, capture against eager attention, geometry, and tokens; no text or pixel of the user's.
+def verdict(lvlm: LVLM, image: Image.Image, examination: Examination) -> dict[str, Any]:
+    """The model, versions, capture check, geometry and tokens, without any text or pixel of the user's.
 
     Args:
-        image: for the prompts whose tokens are shown.
-        found: what `examine` says of the model.
+        image: only sizes the prompts whose tokens are shown.
+        examination: the result of `examine`.
     """
     config = lvlm.model.config
     return {
         "version": 1,
-        "well": found.is_well,
+        "well": examination.is_well,
         "model": {
             "name": Path(lvlm.name).name if Path(lvlm.name).is_dir() else lvlm.name,
             "model_type": config.model_type,
@@ -55,21 +55,21 @@ def verdict(lvlm: LVLM, image: Image.Image, found: Examination) -> dict[str, Any
             "query_token": lvlm.query_token,
         },
         "versions": _versions(),
-        "capture": _capture(found.check),
-        "geometry": {"problem": found.problem, **geometry(lvlm)},
+        "capture": _capture(examination.check),
+        "geometry": {"problem": examination.problem, **geometry(lvlm)},
         "tokens": [tokens(lvlm, image, text) for text in EXPRESSIONS],
     }
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"localization-heads": __version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"localization-heads": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return found
+            versions[name] = None
+    versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return versions
 
 
 def _capture(check: Check) -> dict[str, Any]:
@@ -77,16 +77,16 @@ def _capture(check: Check) -> dict[str, Any]:
 
 
 def geometry(lvlm: LVLM) -> dict[str, Any]:
-    """How far the footprints of sampled tokens lie from their cells, on this very model; `passed` None if untraced."""
+    """How far the footprints of sampled tokens lie from their cells; `passed` is None if they could not be traced."""
     if reason := UNTRACEABLE.get(lvlm.model.config.model_type):
         return {"passed": None, "note": reason}
     try:
         errors = footprint_errors(lvlm, SIZE)
-    except Exception as error:  # a vision tower that nobody has seen fails in its own ways
+    except Exception as error:  # an unknown vision tower can fail in any way
         return {"passed": None, "note": f"not traced: {one_line(error, 200)}"}
     views = {
-        name: {"cells": len(found), "largest_error": float(abs(found).max()) if len(found) else None}
-        for name, found in errors.items()
+        name: {"cells": len(view), "largest_error": float(abs(view).max()) if len(view) else None}
+        for name, view in errors.items()
     }
     largest = [view["largest_error"] for view in views.values() if view["largest_error"] is not None]
     passed = max(largest) < LIMIT if largest else None
@@ -94,7 +94,7 @@ def geometry(lvlm: LVLM) -> dict[str, Any]:
 
 
 def tokens(lvlm: LVLM, image: Image.Image, expression: str) -> dict[str, Any]:
-    """The text of the prompt's tokens around an expression, and which of them are its own."""
+    """The tokens of an expression, and those around it in the prompt."""
     try:
         before, own, after = expression_pieces(lvlm, image, expression)
     except (UsageError, WorkError) as error:
@@ -102,9 +102,9 @@ def tokens(lvlm: LVLM, image: Image.Image, expression: str) -> dict[str, Any]:
     return {"expression": expression, "before": before[-3:], "own": own, "after": after}
 
 
-def heads_again(known: Sequence[Head], found: Sequence[Head], num_samples: int) -> dict[str, Any]:
-    """Which of the known heads are among as many first ones of a ranking, and ten more."""
-    first = list(found[: len(known) + 10])
+def recovered_heads(known: Sequence[Head], ranked: Sequence[Head], num_samples: int) -> dict[str, Any]:
+    """Which of the k known heads are among the first k + 10 of a ranking."""
+    first = list(ranked[: len(known) + 10])
     return {
         "samples": num_samples,
         "known": [str(head) for head in known],

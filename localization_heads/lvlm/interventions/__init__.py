@@ -1,1 +1,1 @@
-"""Heads switched off and heads steered."""
+"""Interventions on attention heads: switching them off, and steering them."""

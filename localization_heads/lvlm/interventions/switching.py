@@ -1,8 +1,7 @@
-"""Heads switched off: what they write is left out of the model while a `with` block runs.
+"""`switch_off`: ablates heads of the language model while a `with` block runs.
 
-A head writes its slice of the input of its layer's output projection. That slice is set to zero, or to its mean over
-the prompt's tokens, by a hook in front of the projection: nothing else of the model is touched. What follows from it
-is what the head does: the answers, boxes and maps that change were made with its help.
+A head's output is its slice of the input of the layer's output projection. A hook in front of the projection sets that
+slice to zero, or to its mean over the prompt's tokens (mean ablation); the rest of the model is not touched.
 """
 
 from __future__ import annotations
@@ -17,58 +16,58 @@ from torch import Tensor, nn
 from localization_heads.data.sources import PromptImages
 from localization_heads.errors import UsageError
 from localization_heads.heads.head import Head
+from localization_heads.lvlm.attention_model import AttentionModel
 from localization_heads.lvlm.forward.changes import resolve_heads
-from localization_heads.lvlm.loaded import LoadedModel
 
 How = Literal["zero", "mean"]
 PROJECTIONS = ("o_proj", "out_proj", "dense", "wo", "c_proj", "proj")
 """What the families call the output projection of an attention module."""
-_WHOLE_PROMPT = "heads are switched off to their mean over the whole prompt"
+_WHY_NOT_SHARED = "heads are switched off to their mean over the whole prompt"
 
 
 class SwitchedOff:
-    """The change that `switch_off` makes.
+    """The change of a model that `switch_off` makes.
 
     Args:
-        columns: by layer, the columns of its projection's input that the heads write, `[heads, head_dim]`.
+        columns: by layer, the columns of the output projection's input that the heads write, `[heads, head_dim]`.
     """
 
     def __init__(self, columns: Mapping[int, Tensor], how: How) -> None:
         self.columns = columns
-        self.why_not_shared = _WHOLE_PROMPT if how == "mean" else None
+        self.why_not_shared = _WHY_NOT_SHARED if how == "mean" else None
         self._how = how
-        self._seen: Tensor | None = None  # (B, T), the tokens that are no padding
+        self._not_padding: Tensor | None = None  # bool (B, T)
         self._means: dict[int, Tensor] = {}  # layer -> (B, 1, columns)
 
     def on_inputs(self, lvlm: Any, images: Sequence[PromptImages], inputs: Mapping[str, Any]) -> None:
-        """Nothing depends on the image."""
+        """The ablation does not depend on the image."""
 
-    def begin(self, _: nn.Module, __: Any, named: Mapping[str, Any]) -> None:
-        """Before a forward pass: which of its tokens are padding."""
-        mask = named.get("attention_mask")
-        self._seen = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    def begin(self, _: nn.Module, __: Any, kwargs: Mapping[str, Any]) -> None:
+        """Before a forward pass: remember which of its tokens are padding. A pre-forward hook."""
+        mask = kwargs.get("attention_mask")
+        self._not_padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def hook(self, layer: int) -> Any:
-        """The hook in front of that layer's projection."""
+        """The hook in front of that layer's output projection."""
 
-        def without_heads(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def ablate(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             values: Tensor = inputs[0].clone()
             columns = self.columns[layer].flatten().to(values.device)
             values[..., columns] = 0.0 if self._how == "zero" else self._mean(layer, values[..., columns])
             return (values, *inputs[1:])
 
-        return without_heads
+        return ablate
 
     def _mean(self, layer: int, values: Tensor) -> Tensor:
-        """(B, 1, n) of values (B, T, n). A token of the answer, which comes alone, gets the mean over the prompt."""
+        """(B, 1, n), the mean of values (B, T, n) over the prompt. Decoding steps reuse the mean of the prefill."""
         batch, length = values.shape[:2]
-        known = self._means.get(layer)
-        if length == 1 and known is not None and len(known) == batch:
-            return known
-        seen = self._seen
-        if seen is None or seen.shape != (batch, length):
-            seen = torch.ones(batch, length, dtype=torch.bool, device=values.device)
-        weights = seen.to(values.device, torch.float32)[..., None]
+        cached = self._means.get(layer)
+        if length == 1 and cached is not None and len(cached) == batch:
+            return cached
+        not_padding = self._not_padding
+        if not_padding is None or not_padding.shape != (batch, length):
+            not_padding = torch.ones(batch, length, dtype=torch.bool, device=values.device)
+        weights = not_padding.to(values.device, torch.float32)[..., None]
         total = (values.float() * weights).sum(1, keepdim=True)
         self._means[layer] = (total / weights.sum(1, keepdim=True)).to(values.dtype)
         return self._means[layer]
@@ -76,24 +75,23 @@ class SwitchedOff:
 
 @contextmanager
 def switch_off(
-    lvlm: LoadedModel, heads: Iterable[Head | tuple[int, int]], how: How = "zero"
+    lvlm: AttentionModel, heads: Iterable[Head | tuple[int, int]], how: How = "zero"
 ) -> Iterator[None]:
     """Switch heads of the language model off while the block runs, for everything that the model is asked.
 
     >>> with lh.switch_off(lvlm, ranking.top(3)):          # doctest: +SKIP
     ...     lh.ground(lvlm, image, "the dog")
 
-    The model itself is changed, so for other threads that use it, too. Blocks may be nested: their heads add up.
-    Images that were encoded before are encoded anew inside, and anew after it.
+    The model itself is changed, also for other threads that use it. Blocks may be nested: their heads add up.
+    Encoded images are encoded again inside the block, and again after it.
 
     Args:
-        heads: layer and head, counted from 0. None at all changes nothing, to the last bit.
-        how: what the heads write instead: `zero`, or `mean`, the mean of what each writes over all tokens of the
-            prompt, padding left out; the answer's tokens get that of the prompt. With `mean`, every prompt is read
-            as a whole.
+        heads: layer and head, counted from 0. Without heads, results are bit-identical.
+        how: what replaces a head's output: `zero`, or `mean`, its mean over all tokens of the prompt except padding,
+            which the answer's tokens get too. With `mean`, no prompt shares an image's encoding.
 
     Raises:
-        UsageError: the model does not have a head, or it is not known which part of its output projection is whose.
+        UsageError: the model does not have a head, or its output projection has an unknown layout.
     """
     if how not in get_args(How):
         raise UsageError(f"switch_off: how={how!r}: choose zero or mean")
@@ -123,37 +121,41 @@ def switch_off(
         yield
 
 
-def output_projection(lvlm: LoadedModel, layer: int) -> nn.Module:
-    """The module that makes what a layer's attention writes from what its heads have read.
+def output_projection(lvlm: AttentionModel, layer: int) -> nn.Module:
+    """The output projection of a layer's attention module.
 
     Raises:
-        UsageError: there is none of a known name, or several.
+        UsageError: the module has none of a known name, or several.
     """
     module = lvlm.attention_modules[layer]
-    parts = (getattr(module, name, None) for name in PROJECTIONS)
-    found = [part for part in parts if isinstance(part, nn.Module)]
-    if len(found) != 1:
+    candidates = (getattr(module, name, None) for name in PROJECTIONS)
+    projections = [candidate for candidate in candidates if isinstance(candidate, nn.Module)]
+    if len(projections) != 1:
         raise UsageError(
-            f"{lvlm.name}: layer {layer}: {type(module).__name__} has {len(found) or 'no'} output projections of a "
-            f"known name ({', '.join(PROJECTIONS)}): which part of it is a head's is not known"
+            f"{lvlm.name}: layer {layer}: {type(module).__name__} has {len(projections) or 'no'} output projections of "
+            f"a known name ({', '.join(PROJECTIONS)}), so a head's output cannot be located in it"
         )
-    return found[0]
+    return projections[0]
 
 
-def head_columns(lvlm: LoadedModel, layer: int, heads: Sequence[int]) -> Tensor:
-    """`[heads, head_dim]` columns of the projection's input that these heads write; heads lie one after the other.
+def head_columns(lvlm: AttentionModel, layer: int, heads: Sequence[int]) -> Tensor:
+    """The columns of the output projection's input that these heads write, `[heads, head_dim]`.
 
     Raises:
-        UsageError: its width is not that of the heads.
+        UsageError: the projection is not as wide as all heads together.
     """
     module, projection = lvlm.attention_modules[layer], output_projection(lvlm, layer)
     width = getattr(projection, "in_features", None)
-    each = getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None)
-    if not isinstance(width, int) or width % lvlm.num_heads or (each and each * lvlm.num_heads != width):
-        known = f"{lvlm.num_heads} heads" + (f" of {each}" if each else "")
+    head_dim = getattr(module, "v_head_dim", None) or getattr(module, "head_dim", None)
+    if (
+        not isinstance(width, int)
+        or width % lvlm.num_heads
+        or (head_dim and head_dim * lvlm.num_heads != width)
+    ):
+        expected = f"{lvlm.num_heads} heads" + (f" of {head_dim}" if head_dim else "")
         raise UsageError(
-            f"{lvlm.name}: layer {layer}: the output projection takes {width or 'an unknown number of'} values, and "
-            f"there are {known}: it is fused in an unknown way, and no head can be told apart in it"
+            f"{lvlm.name}: layer {layer}: the output projection takes {width or 'an unknown number of'} values, but "
+            f"there are {expected}, so a head's output cannot be located in it"
         )
-    size = width // lvlm.num_heads
-    return torch.tensor(list(heads))[:, None] * size + torch.arange(size)
+    head_dim = width // lvlm.num_heads
+    return torch.tensor(list(heads))[:, None] * head_dim + torch.arange(head_dim)
