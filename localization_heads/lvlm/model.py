@@ -139,7 +139,7 @@ class LVLM(AttentionModel):
     def attend_mirrored(
         self, image: Image.Image, expression: str, maps: AttentionMaps
     ) -> NDArray[np.float32] | None:
-        """The maps of the mirrored image with left and right swapped in the expression, for the third criterion.
+        """The maps of the mirrored image with left and right swapped in the expression, for the sensitivity.
 
         Args:
             maps: those of the original image.
@@ -217,8 +217,8 @@ class LVLM(AttentionModel):
         """The heads that this image and query alone select. NoHeadError if none passes the criteria."""
         criteria = criteria or CriteriaOptions()
         maps = self.attend(image, query, extra_prompts=sensitivity_prompts(criteria))
-        third = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
-        return pick_own_heads(head_statistics(maps.attention, criteria), criteria, k, third)
+        sensitivity = measure_sensitivity(maps, None) if measures_sensitivity(criteria) else None
+        return pick_own_heads(head_statistics(maps.attention, criteria), criteria, k, sensitivity)
 
     def encode_image(self, image: PromptImages, *, last_layer: int | None = None) -> EncodedImage:
         """Encode an image once, to ask about many expressions: `lvlm.encode_image(image).attend(["the dog", ...])`.
